@@ -18,6 +18,7 @@ BENCHMARKS = {
     "encode": "benchmarks.encode.run_encode",
     "families": "benchmarks.families",
     "gate": "benchmarks.gate",
+    "heads": "benchmarks.heads",
     "hostile": "benchmarks.hostile",
     "ingest": "benchmarks.stream.ingest",
     "lifetime": "benchmarks.lifetime",

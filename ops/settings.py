@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from ops.addresses import is_loopback, local_url
 from ops.allow_rules import HostRule, NetworkRule, UriRule
+from ops.head_settings import LearnedHead
 from ops.identity_settings import OAuth, Oidc
 from ops.section import Section, http_url
 
@@ -314,6 +315,11 @@ class Updater(Section):
     )
     least_duty_cycle: float = Field(0.25, gt=0, le=1, description="Share of time it keeps when it gives way.")
     checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
+    heads: list[LearnedHead] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Classifiers that each update of the CLIP learns from labelled samples; see docs/heads.md.",
+    )
     metrics_port: int = Field(9465, ge=0, le=65535, description="Prometheus port of the updater; 0 is off.")
 
 

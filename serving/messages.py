@@ -50,6 +50,14 @@ class EncodeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadsResult:
+    """The heads of one adapter by name (:class:`serving.engines.heads.Head`); ``error`` where it cannot be loaded."""
+
+    heads: dict[str, Any]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a VLM replica did not answer: an expected failure, which is a value. What is raised is a dead replica."""
 

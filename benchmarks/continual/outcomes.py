@@ -73,7 +73,7 @@ class Course:
 
 
 def read_reference(results: Path) -> Reference:
-    """Raises RatchetError when nothing was run yet."""
+    """What the first protocol did not keep is empty. Raises RatchetError when nothing was run yet."""
     zero_shot = read_json(results / ZERO_SHOT)
     if not isinstance(zero_shot, dict):
         raise RatchetError(
@@ -87,10 +87,10 @@ def read_reference(results: Path) -> Reference:
         tuple(name for name, role in roles.items() if role == "adaptation"),
         tuple(name for name, role in roles.items() if role == "held-out"),
         base | _unpacked(zero_shot[NEAREST]),
-        frozenset(name for name, task in zero_shot["tasks"].items() if task == "classification"),
-        tuple(zero_shot["outside"]),
-        _unpacked(zero_shot["named"]),
-        zero_shot["alike"],
+        frozenset(name for name, task in zero_shot.get("tasks", {}).items() if task == "classification"),
+        tuple(zero_shot.get("outside", ())),
+        _unpacked(zero_shot.get("named", {})),
+        zero_shot.get("alike", {}),
     )
 
 
@@ -99,7 +99,7 @@ def read_course(results: Path, unit: Unit, updates: int, reference: Reference) -
     rows = updates_done(results, load_recipe(unit.method), unit)[:updates]
     if len(rows) < updates:
         return None
-    hits, named = (tuple(_unpacked(row[key]) for row in rows) for key in ("hits", "named"))
+    hits, named = (tuple(_unpacked(row.get(key, {})) for row in rows) for key in ("hits", "named"))
     return Course(unit, (reference.base, *hits), tuple(rows), (reference.named, *named))
 
 

@@ -29,6 +29,8 @@ from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.report import STANDARD, figures, read_chains
 from benchmarks.continual.runner import Runner, best
+from benchmarks.continual.second_base import NAME as SECOND
+from benchmarks.continual.second_base import second_base
 from benchmarks.continual.stream import UPDATES, load_stream, prepare
 from benchmarks.continual.table import markdown
 from ops.digests import digest12, digest_json
@@ -95,6 +97,8 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
     outcomes: dict[str, dict[str, Any]] = {}
     chains: dict[str, Chains] = {}
     for base in wanted.bases or (settings.base.clip,):
+        if base == SECOND and not wanted.report_only:
+            second_base(settings.home)
         key = digest12(digest_json([load_base(settings.home, base).digest, protocol.digest, stream.digest]))
         results = settings.home / "bench" / "continual" / key
         if not wanted.report_only:
@@ -187,7 +191,9 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         prog="ratchet bench continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=lambda text: text.split(","), help="these methods, with commas between them")
-    parser.add_argument("--bases", type=lambda text: text.split(","), default=[], help="bases (the installation's)")
+    parser.add_argument(
+        "--bases", type=lambda text: text.split(","), default=[], help="bases, `vit` among them (the installation's)"
+    )
     parser.add_argument(
         "--orders",
         type=int,

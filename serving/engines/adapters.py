@@ -1,13 +1,14 @@
 """Adapters: LoRA deltas in PEFT's file format, named by their content.
 
-An adapter directory holds three files and is never rewritten:
+An adapter directory holds these files and is never rewritten:
 
     adapter_model.safetensors   PEFT's tensors: <module>.lora_A.weight [r, in], <module>.lora_B.weight [out, r];
                                 for what low rank cannot say (norms, biases, whole weights) the parameter itself
     adapter_config.json         PEFT's configuration, in canonical order
     ratchet.json                {"format", "family", "name", "base", "base_digest"}
+    heads.safetensors           where it has some: classifiers over its image space, see serving.engines.heads
 
-The name is ``clip-`` or ``vlm-`` and 12 hex digits of SHA-256 over tensors, configuration and the base's digest.
+The name is ``clip-`` or ``vlm-`` and 12 hex digits of SHA-256 over tensors, configuration, the base's digest, heads.
 Everything here distrusts the directory: whatever is wrong raises :class:`ops.errors.AdapterError`.
 """
 
@@ -19,7 +20,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
 from ops.errors import AdapterError
 from ops.priority import breathe
 from serving.engines.clip_base import ClipBase, can_carry_lora
+from serving.engines.heads import Head, heads_digest, read_heads, write_heads
 from serving.engines.vlm.vlm_base import VlmBase
 
 FORMAT = 1
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 ABOUT = "ratchet.json"
+NO_HEADS: Mapping[str, Head] = {}
 MAX_RANK = 1024
 MAX_ALPHA = 2.0**127
 """Of a float32; what an adapter adds is checked again when it is merged and by golden inputs."""
@@ -78,6 +81,7 @@ class AdapterFiles:
     tensors: dict[str, torch.Tensor]
     base_name: str = ""
     """What its base was called where it was made."""
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
     def check_base(self, base: ClipBase | VlmBase) -> None:
         """Raise :class:`AdapterError` when it belongs to another base than this one."""
@@ -111,10 +115,15 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content_name(
-    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base_digest: str, family: str = "clip"
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    base_digest: str,
+    family: str = "clip",
+    heads: Mapping[str, Head] = NO_HEADS,
 ) -> str:
     """``<family>-<digest12>`` of the content."""
-    what = (digest_tensors(tensors), digest_json(canonical_config(config)), base_digest)
+    what = [digest_tensors(tensors), digest_json(canonical_config(config)), base_digest]
+    what += [heads_digest(heads)] if heads else []
     return f"{family}-{digest12(digest_bytes(*(part.encode() for part in what)))}"
 
 
@@ -128,6 +137,7 @@ def write_adapter(
     tensors: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
     base: ClipBase | VlmBase,
+    heads: Mapping[str, Head] = NO_HEADS,
 ) -> str:
     """Write an adapter directory in one step and return its name; an existing equal one is left alone.
 
@@ -136,7 +146,7 @@ def write_adapter(
     target = Path(directory)
     weights = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
     plain = canonical_config(config)
-    name = content_name(weights, plain, base.digest, base.family)
+    name = content_name(weights, plain, base.digest, base.family, heads)
     if target.exists():
         there = adapter_name(target)
         if there != name:
@@ -152,6 +162,8 @@ def write_adapter(
         (work / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
         about = {"format": FORMAT, "family": base.family, "name": name, "base": base.name, "base_digest": base.digest}
         (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        if heads:
+            write_heads(work, heads)
         work.chmod(0o755)
         try:
             work.rename(target)
@@ -184,12 +196,20 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
                 f"Adapter {claimed}: {key} holds values that are not finite numbers.",
                 "The training run diverged: do not release it; lower the learning rate.",
             )
-    name = content_name(tensors, config, base_digest, family)
+    heads = read_heads(path)
+    name = content_name(tensors, config, base_digest, family, heads)
     if name != claimed:
         raise AdapterError(
             f"Adapter {claimed}: its files have the digest of {name}; they are damaged or were changed.", _AGAIN
         )
-    return AdapterFiles(name, family, base_digest, canonical_config(config), tensors, str(about.get("base", "")))
+    return AdapterFiles(name, family, base_digest, canonical_config(config), tensors, str(about.get("base", "")), heads)
+
+
+def check_dim(files: AdapterFiles, dim: int) -> None:
+    """Raise :class:`AdapterError` when a head is of vectors of another size than the base's."""
+    for name, head in files.heads.items():
+        if head.means.shape[1] != dim:
+            raise AdapterError(f"Adapter {files.name}: head {name} is of {head.means.shape[1]} dimensions.", _AGAIN)
 
 
 def whole_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:

@@ -24,13 +24,14 @@ from torch import nn
 from ops.errors import AdapterError
 from ops.priority import breathe
 from ops.settings import Settings
-from serving.engines.adapters import AdapterFiles, effective_weights, merge, read_adapter
+from serving.engines.adapters import AdapterFiles, check_dim, effective_weights, merge, read_adapter
 from serving.engines.backends import FLOAT32, EngineChoice, Towers
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.conv_layout import ROWS
 from serving.engines.cuda_graphs import SIZES
 from serving.engines.engine_choice import choose_engine, make_backend
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
+from serving.engines.heads import Head
 from serving.engines.processor import usable_cores
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces, tensor_digest
@@ -111,6 +112,7 @@ class ClipEngine:
                     f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
                 )
             files.check_base(self.base)
+            check_dim(files, self.base.dim)
             digests, changed = {}, {}
             for parameter, weight in merge(files, self._model):
                 digests[parameter] = tensor_digest(parameter, weight)
@@ -147,6 +149,11 @@ class ClipEngine:
     def spaces(self, adapter: str | None = None) -> Spaces:
         """Embedding spaces under ``adapter`` (None: the base)."""
         return self._get(adapter).spaces
+
+    def heads(self, adapter: str | None = None) -> Mapping[str, Head]:
+        """The heads of an adapter, by name; the base has none."""
+        files = self._get(adapter).files
+        return {} if files is None else files.heads
 
     def model(self, adapter: str | None = None) -> nn.Module:
         """The effective model in float32 and eval mode. For reading: its tensors are shared with other adapters."""

@@ -29,6 +29,7 @@ from serving.http.errors import ApiError, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.probes import Probes
 from serving.http.recent import Recent
+from serving.http.release_heads import ReleaseHeads
 from serving.http.routing_key import routing_key
 from serving.http.vector_cache import VectorCache
 from serving.releases.admission import Admission
@@ -166,6 +167,11 @@ class AppState:
     def vectors(self) -> ClipVectors:
         """Vectors of texts and images, of the cache or of the encoders."""
         return ClipVectors(self.encoders, self.image_loader, self.tokenizer, VectorCache(self.settings.cache_bytes))
+
+    @cached_property
+    def heads(self) -> ReleaseHeads:
+        """The heads of the resident releases."""
+        return ReleaseHeads(self.encoders)
 
     @cached_property
     def probes(self) -> Probes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ops import metrics
+from serving.engines.heads import Head
 from serving.engines.tokens import Tokenizer
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource
@@ -36,6 +37,9 @@ class Encoders(Protocol):
 
     async def encode(self, kind: Modality, payload: object, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter."""
+
+    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
+        """The heads of the snapshot's adapter, by name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -86,10 +86,14 @@ class ModelList(ResponseBody):
 class Classification(ResponseBody):
     """One image's labels."""
 
-    label: str
-    """The likeliest."""
+    label: str | None
+    """The likeliest; of a head null where it is none of its classes, or where no level of a label is sure enough."""
     probabilities: dict[str, float | None]
-    """From 0 to 1 by label; they add up to 1."""
+    """From 0 to 1 by label; they add up to 1, but for several labels: then each stands alone."""
+    labels: list[str] | None = None
+    """With several labels: those that are likelier than not, the likeliest first."""
+    distance: float | None = None
+    """Of a head: how far the image is from the nearest class; above 1 it is none of them."""
 
 
 class ClassificationList(ResponseBody):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -115,7 +115,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
 
 
 class ClassifyRequest(Body):
-    """Zero-shot classification: which of these labels fits each image."""
+    """Classification: which of these labels fits each image, or which class of a head that the release has learned."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -127,9 +127,25 @@ class ClassifyRequest(Body):
         },
     )  # fmt: skip
     images: list[Picture] = Field(min_length=1, description="Data URIs, or URLs.")
-    labels: list[Name] = Field(min_length=1, description="What it may be.")
+    labels: list[Name] = Field(default_factory=list, description="What it may be.")
     templates: list[Name] = Field(["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label.")
+    head: str = Field("", max_length=64, description="A head of the release, in place of labels and templates.")
+    multi_label: bool = Field(False, description="With a head: every class that the image is likelier of than not.")
+    confidence: float = Field(
+        0.0, ge=0, le=1, description="With a head: a label needs this probability; else a level above it, or none."
+    )
     model: str = MODEL
+
+    @model_validator(mode="after")
+    def one_way(self) -> Self:
+        """Labels, or a head."""
+        if bool(self.labels) == bool(self.head):
+            raise ValueError("give labels, or the name of a head")
+        if not self.head and (self.multi_label or self.confidence):
+            raise ValueError("multi_label and confidence are of a head")
+        if self.multi_label and self.confidence:
+            raise ValueError("confidence looks for one label, and multi_label for all")
+        return self
 
     @field_validator("templates")
     @classmethod

@@ -16,7 +16,7 @@ from ops.ledger import Ledger
 from ops.priority import nice_process
 from ops.request_context import note
 from ops.settings import Settings
-from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Modality
+from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, HeadsResult, Modality
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
 from serving.releases.release_snapshot import BASE
@@ -99,6 +99,10 @@ class Encoder:
     async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
         """Vectors for the catalog and for comparisons, at low priority."""
         return await self.worker.encode_background(kind, payload, adapter)
+
+    async def heads(self, adapter: str | None) -> HeadsResult:
+        """The heads of an adapter, which is loaded where it is not resident."""
+        return await self.worker.heads(adapter)
 
     async def prepare(self, clip: str | None) -> Prepared:
         """Phase one of a release; see :meth:`EncoderWorker.prepare`."""

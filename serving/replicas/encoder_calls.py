@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from serving.errors import AdapterUnservable, Unavailable
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, Modality
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality
 from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -50,6 +50,22 @@ class EncoderCalls:
             for task in tasks:
                 task.cancel()
         return _join(answers)
+
+    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Any]:
+        """The heads of the snapshot's adapter, by name. Raises QueueFull, DeadlineExceeded, Unavailable."""
+        attempts = Attempts(deadline - time.monotonic(), "encoder", "Try again later.")
+        call = lambda: self.handle.heads.remote(snapshot.clip)  # noqa: E731
+        result: HeadsResult = await call_replica(call, attempts)
+        for _ in range(OTHER_TRIES):
+            if not result.error:
+                break
+            await attempts.failed(result.error)
+            result = await call_replica(call, attempts)
+        if result.error:
+            raise AdapterUnservable(
+                f"{snapshot.adapter} cannot be served: {result.error}.", "An operator must look at it."
+            )
+        return result.heads
 
     async def _one(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")

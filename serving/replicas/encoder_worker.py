@@ -30,7 +30,7 @@ from ops.errors import AdapterError, RatchetError
 from ops.priority import idle_thread, nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Modality
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
 from serving.replicas.forward_health import ForwardHealth, is_persistent
@@ -124,6 +124,15 @@ class EncoderWorker:
         finally:
             self._hurrying -= 1
         return EncodeResult(None, clip, code="adapter", error=prepared.error) if prepared.error else None
+
+    async def heads(self, clip: str | None) -> HeadsResult:
+        """The heads of an adapter; the error where it cannot be loaded."""
+        if (refusal := await self.load_missing(clip)) is not None:
+            return HeadsResult({}, refusal.error)
+        try:
+            return HeadsResult(dict(self.engine.heads(clip)))
+        except AdapterError:  # unloaded in the moment between: who asks tries again
+            return HeadsResult({}, f"{clip} is being unloaded")
 
     def _loading_gives_way(self) -> bool:
         """Whether requests come, and none of them waits for what is being loaded."""

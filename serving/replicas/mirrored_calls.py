@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
@@ -27,6 +27,10 @@ class MirroredEncoders:
         if self.shadow_traffic.watching:
             self.shadow_traffic.clip(kind, payload)
         return result
+
+    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Any]:
+        """See :meth:`EncoderCalls.heads`."""
+        return await self.calls.heads(snapshot, deadline)
 
 
 class MirroredVlms:

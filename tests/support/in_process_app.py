@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from ops.testing.tiny import tiny_base
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
 from serving.engines.clip import ClipEngine
+from serving.engines.heads import Head
 from serving.engines.vlm.generation import GenerationRequest
 from serving.http.app import build_app
 from serving.http.app_state import AppState
@@ -91,6 +92,9 @@ class InProcessApp:
             spaces.text,
             logit_scale=self.engine.logit_scale,
         )
+
+    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
+        return self.engine.heads(snapshot.clip)
 
     async def change(self, command: LiveCommand) -> ReleaseResult:
         """Half of the time something is on trial: a promotion of a plain release begins a canary, and fails."""

@@ -14,11 +14,13 @@ from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import ABOUT, adapter_name, read_adapter
 from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.evaluator_factory import open_evaluator
+from updater.gate.head_suites import head_suites
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
@@ -70,6 +72,7 @@ def gate_command(
             name, directory = _locate(artifacts, candidate)
             evaluator.load(name, directory)
             meta |= _about(directory)
+            loaded += head_suites(settings, store, held_out.version, read_heads(directory))
         except AdapterError as error:
             if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
                 raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict

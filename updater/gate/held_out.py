@@ -56,10 +56,10 @@ class HeldOut:
 
     Args:
         version: one that is pinned, or that is kept for as long as the images are asked for.
-        having: only samples that have a text, or a question.
+        having: only samples that have a text, or a question; None: all.
     """
 
-    def __init__(self, store: SampleStore, version: int, having: Having) -> None:
+    def __init__(self, store: SampleStore, version: int, having: Having | None) -> None:
         self.store, self.version, self.having = store, version, having
         self._addresses: dict[str, int] = {}
         self._pages: list[list[str]] = []

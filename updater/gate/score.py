@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ops.digests import digest12, digest_json
 from ops.progress import track
 from serving.engines.clip import ClipEngine
+from serving.engines.heads import heads_digest
 from updater.gate.ranking import rank_of_best
 from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suite_items import Item, read_picture
@@ -175,15 +176,36 @@ class Scorer:
 
     def _classify(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> Outcomes:
         (classes,) = self.choices(suite)
-        prompts = [[prompt(template, suite, name) for template in suite.templates] for name in classes]
-        flat = self.texts([p for group in prompts for p in group], adapter, label)
-        heads = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
-        heads = heads / np.linalg.norm(heads, axis=1, keepdims=True)
-        similarity = self.images(items, adapter, label) @ heads.T
+        by_head = self._by_head(suite, items, adapter, label)
+        similarity = self._by_prompts(suite, classes, items, adapter, label) if by_head is None else by_head
         index = {name: i for i, name in enumerate(classes)}
         right = np.zeros(similarity.shape, dtype=bool)
         right[np.arange(len(items)), [index[item.text] for item in items]] = True
         return _outcomes(items, [(similarity, right)], suite.k)
+
+    def _by_head(
+        self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str
+    ) -> NDArray[np.float64] | None:
+        """Probabilities of a suite's classes [n, classes] by the adapter's own head; 0 for one that it does not know.
+        None where no head answers."""
+        head = self.engine.heads(adapter).get(suite.head) if suite.head else None
+        if head is None:
+            return None
+        (classes,) = self.choices(suite)
+        known = {name: number for number, name in enumerate(head.labels)}
+        answers = head.classify(self.images(items, adapter, label)).probabilities
+        columns = [answers[:, known[name]] if name in known else np.zeros(len(items)) for name in classes]
+        return np.stack(columns, axis=1)
+
+    def _by_prompts(
+        self, suite: Suite, classes: Sequence[str], items: Sequence[Item], adapter: str | None, label: str
+    ) -> NDArray[np.float64]:
+        """Cosines of images and classes [n, classes]."""
+        prompts = [[prompt(template, suite, name) for template in suite.templates] for name in classes]
+        flat = self.texts([p for group in prompts for p in group], adapter, label)
+        heads = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
+        heads = heads / np.linalg.norm(heads, axis=1, keepdims=True)
+        return np.asarray(self.images(items, adapter, label) @ heads.T, np.float64)
 
     def _retrieve(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> Outcomes:
         unique, _ = self.choices(suite)
@@ -201,7 +223,9 @@ class Scorer:
     def key(self, suite: Suite, adapter: str | None) -> list[str]:
         """Names everything that decides what one model answers to a suite."""
         spaces = self.engine.spaces(adapter)
-        return [suite.digest(), spaces.image, spaces.text, str(self.engine.choice)]
+        key = [suite.digest(), spaces.image, spaces.text, str(self.engine.choice)]
+        head = self.engine.heads(adapter).get(suite.head) if suite.head else None
+        return [*key, heads_digest({suite.head: head})] if head else key
 
     def _path(self, suite: Suite, adapter: str | None) -> Path | None:
         folder = self.folder(suite)

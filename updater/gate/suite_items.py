@@ -78,6 +78,12 @@ def captioned_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> 
     return make_item(source, source, text, concept or text, partial(images, row["id"]), concept=concept)
 
 
+def labelled_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item:
+    """A sample with its label as the class. ``images``: by sample id."""
+    source = f"{SAMPLE}{row['id']}"
+    return make_item(source, source, row["label"], row["id"], partial(images, row["id"]), concept=row["concept"] or "")
+
+
 def asked_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
     """A sample with its question and answer, or None if it has none. ``images``: by sample id."""
     question, answer = (row.get("question") or "").strip(), (row.get("answer") or "").strip()

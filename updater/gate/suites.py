@@ -73,6 +73,7 @@ class Suite(BaseModel):
     data: str = Field("", description="Folder dataset; ${home} is the home folder of the settings.")
     split: str | None = Field(None, description="Only items of this split; all when unset.")
     label: Literal["label", "concept", "text", "domain"] = Field("label", description="Column with the class.")
+    head: str = Field("", description="Head of the adapter that answers (classification); prompts where it has none.")
     names: dict[str, str] = Field(default_factory=dict, description="What to call a class in a prompt.")
     templates: list[str] = Field(["a picture of {}."], min_length=1, max_length=100)
     kinds: list[str] = Field(default_factory=list, description="Only questions with these labels; all when unset.")
@@ -102,6 +103,8 @@ class Suite(BaseModel):
             raise ValueError(f"metric {self.metric} does not go with task {self.task}")
         if self.task == "classification" and not all("{}" in template for template in self.templates):
             raise ValueError("every template needs a {} where the class name goes")
+        if self.head and self.task != "classification":
+            raise ValueError(f"a head classifies, and does not go with task {self.task}")
         if self.kinds and self.task != "vqa":
             raise ValueError(f"kinds select questions, and do not go with task {self.task}")
         if self.role == "gain" and self.margin:
@@ -162,6 +165,7 @@ class Suite(BaseModel):
         """Names the question: images, texts, prompts and metric, and neither role nor margin. 64 hex digits."""
         if self._digest is None:
             fields = {"task", "metric"} if self.task == "vqa" else {"task", "metric", "templates", "names", "label"}
+            fields |= {"head"} if self.head else set()
             images = [
                 [item.id, item.text, digest, *([list(item.answers)] if item.answers else [])]
                 for item, digest in zip(self.items(), self._image_digests(), strict=True)

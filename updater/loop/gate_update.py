@@ -12,6 +12,7 @@ from ops.errors import AdapterError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from serving.engines.clip_base import ClipBase
+from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase
 from streams.store import Having, SampleStore
 from updater.adapters.recorded import fetch_recorded
@@ -21,6 +22,7 @@ from updater.gate.across_bases import base_alone
 from updater.gate.best_releases import best_releases
 from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.evaluator_factory import open_across_bases, open_evaluator
+from updater.gate.head_suites import head_suites
 from updater.loop.tuning import tuned_on, update_suites
 from updater.scheduling import kept_candidates
 from updater.upgrades.replay import new_base, old_base
@@ -77,6 +79,11 @@ def _gate(
     }
     upgrade = ledger.base_upgrade(update.id)
     suites, fresh = update_suites(settings, store, update, update.data_to if upgrade else None)
+    try:
+        directory = fetch_recorded(artifacts, ledger, adapter)
+        suites += head_suites(settings, store, update.store_version, read_heads(directory))
+    except AdapterError as error:
+        directory, meta["load_error"] = None, error.message
     names = [suite.name for suite in suites if suite.role == "retention"]
     released = base.digest if upgrade is None else upgrade.old_base
     best = best_releases(ledger, base.family, released, names, update.incumbent)
@@ -91,7 +98,9 @@ def _gate(
         incumbent = incumbent or base_alone(old)
         meta["upgrade"] = {"from": upgrade.old_name, "from_digest": upgrade.old_base, "to": upgrade.new_name}
     if halved:
-        meta["tuned_on"] = [suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items)]
+        meta["tuned_on"] = [
+            suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items) if not suite.head
+        ]
     with opened as evaluator:
         if update.incumbent:
             evaluator.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
@@ -101,12 +110,12 @@ def _gate(
             except AdapterError as error:  # an old release that is gone must not keep every new one out
                 best = {suite: other for suite, other in best.items() if other != name}
                 meta.setdefault("not_compared", {})[name] = error.message
-        try:
-            directory = fetch_recorded(artifacts, ledger, adapter)
-            meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
-            evaluator.load(adapter, directory, candidate=True)
-        except AdapterError as error:
-            meta["load_error"] = error.message
+        if directory is not None:
+            try:
+                meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
+                evaluator.load(adapter, directory, candidate=True)
+            except AdapterError as error:
+                meta["load_error"] = error.message
         return run_gate(
             evaluator=evaluator,
             candidate=adapter,

@@ -14,7 +14,7 @@ import math
 import shutil
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from ops.progress import say
 from ops.settings import Settings
 from serving.client import Client
+from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
+from serving.engines.heads import read_heads
 from streams.store import SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.budget.cost import StepUnaffordable
@@ -42,6 +45,7 @@ from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import draw_pools, mixed_seed
 from updater.exchange.importing import compare, is_import
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
+from updater.heads.learn import learn_heads, with_heads
 from updater.loop.gate_update import gate_update
 from updater.loop.ledger_metrics import LedgerMetrics
 from updater.loop.process import StopSignal, ThrottledLog
@@ -327,6 +331,7 @@ class UpdaterService:
                 duty_cycle=self._throttle,
                 workers=Workers.of(settings),
             )
+        result = self._with_heads(update, base, result, work)
         self._register(update, recipe, base, result)  # first: from then on the collector leaves its files alone
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
         if result.carry_over is not None:
@@ -342,6 +347,19 @@ class UpdaterService:
         cost = {**cost_of(result), "draw": settings.updater.draw}
         return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
 
+    def _with_heads(self, update: UpdateRow, base: Base, result: TrainResult, work: Path) -> TrainResult:
+        """The candidate with the heads of the settings, learned in its own image space."""
+        wanted = self.settings.updater.heads
+        if not wanted or not isinstance(base, ClipBase):
+            return result
+        engine = ClipEngine.of(self.settings, base, threads=self.settings.updater.threads)
+        needed = 2 * self.settings.gate.min_items
+        heads = learn_heads(engine, result.directory, self.store, update.store_version, wanted, needed)
+        if not heads:
+            return result
+        directory = with_heads(engine, result.directory, heads, work / "adapter")
+        return replace(result, adapter=directory.name, directory=directory)
+
     def _carry_over(self, incumbent: str | None) -> Path | None:
         """What the update that made the incumbent left behind, if it left something."""
         key = f"memories/{incumbent}"
@@ -355,7 +373,12 @@ class UpdaterService:
             base.digest,
             image_space,
             text_space,
-            {"update": update.id, "recipe": recipe.name, "rank": recipe.rank},
+            {
+                "update": update.id,
+                "recipe": recipe.name,
+                "rank": recipe.rank,
+                "heads": sorted(read_heads(result.directory)),
+            },
             digest=directory_digest(result.directory),
         )
 

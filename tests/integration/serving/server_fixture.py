@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import httpx
+import numpy as np
 import yaml
 
 from benchmarks.serving.session_processes import engine_pids, session_pids
@@ -32,10 +33,13 @@ from ops.waiting import wait_until
 from serving.client import Client
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
+from serving.engines.heads import Head, read_heads
 from serving.engines.vlm.vlm_base import VlmBase
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
+from updater.heads.fit import fit_head
+from updater.heads.learn import with_heads
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ("a photo of a cat", "a red circle", "an old map", "two birds")
@@ -202,12 +206,25 @@ class ServerFixture:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(10)
 
-    def adapter(self, scale: float = 0.5, towers: tuple[str, ...] = ("image", "text"), passed: bool = True) -> str:
-        """A new random adapter, stored and in the ledger, with a passed verdict if wanted."""
+    def adapter(
+        self,
+        scale: float = 0.5,
+        towers: tuple[str, ...] = ("image", "text"),
+        passed: bool = True,
+        labelled: Sequence[tuple[bytes, str]] = (),
+    ) -> str:
+        """A new random adapter, stored and in the ledger, with a passed verdict if wanted. With labelled images it has
+        the head ``animals``."""
         self._seeds += 1
         folder = self.settings.home / "made" / str(self._seeds)
         name = tiny_adapter(self.base, folder, self._seeds, scale, towers)
-        spaces = ClipEngine(self.base).load(name, folder)
+        engine = ClipEngine(self.base)
+        spaces = engine.load(name, folder)
+        if labelled:
+            pixels = np.stack([self.base.preprocess.pixels(image) for image, _ in labelled])
+            head = fit_head(engine.encode_images(pixels, name), [label for _, label in labelled])
+            folder = with_heads(engine, folder, {"animals": head}, folder.with_name(f"{self._seeds}-with-heads"))
+            name = folder.name
         Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
         self.ledger.register_adapter(
             name, family="clip", base=self.base.digest, image_space=spaces.image, text_space=spaces.text, meta={}
@@ -215,6 +232,10 @@ class ServerFixture:
         if passed:
             self.judged(name, "clip")
         return name
+
+    def head_of(self, name: str) -> Head:
+        """The head of an adapter that has one."""
+        return read_heads(Artifacts(self.settings.artifacts).fetch(f"adapters/{name}"))["animals"]
 
     def judged(self, name: str, family: Family) -> None:
         """Write down that the gate passed an adapter."""

@@ -96,15 +96,17 @@ def add_samples(
     split: str = "train",
     partition: int = 0,
     asked: Callable[[int], bool] = lambda offset: False,
+    words: Callable[[int], dict[str, str]] = lambda offset: {},
 ) -> int:
     """Append samples to the store as ingest would; returns the new version.
 
     Args:
         asked: of which offsets there is a question instead of a text; of none by default.
+        words: further columns by offset, labels say.
     """
     store = SampleStore(settings.lake)
     first = store.offsets().get(f"{TOPIC}:{partition}", 0)
-    rows = [_row(partition, offset, split, asked(offset)) for offset in range(first, first + count)]
+    rows = [_row(partition, offset, split, asked(offset)) | words(offset) for offset in range(first, first + count)]
     return store.put(rows, [Position(TOPIC, partition, first + count)])
 
 

@@ -62,7 +62,7 @@ def content_words(text: str) -> Words:
 class StoreCounts:
     """Counts in one version of the sample store. What was counted is kept in a folder."""
 
-    def __init__(self, store: SampleStore, version: int, having: Having, cache: Path | None = None) -> None:
+    def __init__(self, store: SampleStore, version: int, having: Having | None, cache: Path | None = None) -> None:
         """``version``: one that is pinned, or that is kept meanwhile; ``having``: what a sample must have for the
         family to learn from it."""
         self.store, self.version, self.having, self.cache = store, version, having, cache

@@ -16,6 +16,7 @@ from tests.unit.updater.builders import pools, recipe, run
 from updater import regularizers
 from updater.adapters import Dense, combine, read_delta
 from updater.regularizers.ewc import Ewc
+from updater.regularizers.orthogonal import Orthogonal
 from updater.regularizers.regularizer import Regularizer
 from updater.regularizers.si import Si
 
@@ -138,6 +139,27 @@ def test_the_shipped_strength_is_felt_beside_the_objectives(base: ClipBase, tmp_
         moved.append(torch.cat([part.value.flatten() for part in steps if isinstance(part, Dense)]))
     free, held = moved
     assert 0.01 < float((held - free).norm() / free.norm()) < 1
+
+
+def test_factors_are_held_across_those_of_earlier_updates_and_these_are_remembered() -> None:
+    first = {"x.lora_A": nn.Parameter(torch.tensor([[3.0, 0.0, 0.0]])), "x.lora_B": nn.Parameter(torch.ones(2, 1))}
+    term = Orthogonal(most=2)
+    assert float(term(first)) == 0
+    term.finish(first, lambda batch: None)
+    second = Orthogonal(most=2)
+    second.load_state(term.state())
+    made = {"x.lora_A": nn.Parameter(torch.tensor([[0.5, -2.0, 1.0]])), "x.lora_B": nn.Parameter(torch.ones(2, 1))}
+    assert float(second(made)) == pytest.approx(0.5)
+    optimizer = torch.optim.SGD(made.values(), lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        second(made).backward()
+        optimizer.step()
+    assert made["x.lora_A"][0].tolist() == pytest.approx([0.0, -2.0, 1.0], abs=0.06), "only what lies along moves"
+    second.finish(made, lambda batch: None)
+    assert second.state().keys() == {"x.lora_A"} and len(second.state()["x.lora_A"]) == 2
+    second.finish(first, lambda batch: None)
+    assert len(second.state()["x.lora_A"]) == 2, "the newest ones"
 
 
 def test_importance_of_factors_is_refused() -> None:

@@ -129,3 +129,16 @@ def test_a_recipe_of_the_other_family_is_refused(base: VlmBase, tmp_path: Path) 
         run(base, tmp_path, pools=pools())
     with pytest.raises(ConfigError, match="'vlm-default' trains a VLM"):
         run(tiny_base(tmp_path), tmp_path, recipe=recipe("vlm-default"), pools=question_pools())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("vlm-logit-swap", "text"), ("vlm-orthogonal", "text"), ("vlm-connector", "connector")]
+)
+def test_each_other_recipe_trains_two_updates_of_its_part(base: VlmBase, tmp_path: Path, name: str, part: str) -> None:
+    first = vlm_run(base, tmp_path / "first", name, recipe=recipe(name, max_steps=3))
+    changed = effective_weights(first.directory, base.build_model())
+    assert changed and {base.part_of(each.removesuffix(".weight")) for each in changed} == {part}
+    again = {"incumbent": first.directory, "carry_over": first.carry_over, "seed": 5}
+    second = vlm_run(base, tmp_path / "second", name, recipe=recipe(name, max_steps=3), **again)
+    assert second.adapter != first.adapter
+    assert all(np.isfinite(values).all() for values in second.losses.values())

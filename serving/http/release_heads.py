@@ -1,0 +1,53 @@
+"""Heads of the releases that this ingress answers for: fetched from an encoder once for each adapter."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Protocol
+
+from serving.engines.heads import Head
+from serving.http.errors import ApiError
+from serving.releases.release_snapshot import ReleaseSnapshot
+
+ADAPTERS = 8
+"""Whose heads are kept: those of the resident releases, a few more than one."""
+
+
+class HeadCalls(Protocol):
+    """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
+
+    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
+        """The heads of the snapshot's adapter, by name."""
+
+
+class ReleaseHeads:
+    """Used from one event loop. An adapter never changes, so what was fetched once is right for as long as it is
+    named."""
+
+    def __init__(self, calls: HeadCalls) -> None:
+        self.calls = calls
+        self._kept: OrderedDict[str | None, Mapping[str, Head]] = OrderedDict()
+
+    async def find(self, name: str, snapshot: ReleaseSnapshot, deadline: float) -> Head:
+        """A head of the snapshot's adapter.
+
+        Raises:
+            ApiError: the release has none of this name; it says which it has.
+            QueueFull, DeadlineExceeded, Unavailable.
+        """
+        heads = self._kept.get(snapshot.clip)
+        if heads is None:
+            heads = await self.calls.heads(snapshot, deadline)
+            self._kept[snapshot.clip] = heads
+            while len(self._kept) > ADAPTERS:
+                self._kept.popitem(last=False)
+        if name not in heads:
+            there = (
+                f"It has {', '.join(sorted(heads))}." if heads else "It has none: see updater.heads in the settings."
+            )
+            raise ApiError(
+                404, f"head: release {snapshot.release} has no head {name!r}. {there}", param="head", code="no_head"
+            )
+        self._kept.move_to_end(snapshot.clip)
+        return heads[name]

@@ -1,0 +1,79 @@
+"""A labelled stream ends in a head that the gate asks, in the adapter that it was learned for."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ops.artifacts import Artifacts
+from ops.head_settings import LearnedHead
+from ops.settings import Settings
+from serving.engines.adapters import read_adapter
+from streams.store import SampleStore
+from tests.integration.updater.home import add_samples, judged_as
+from tests.unit.updater.builders import COLOURS
+from updater.loop.service import UpdaterService
+
+pytestmark = pytest.mark.integration
+HEADS = [
+    LearnedHead(name="colours", domains=["things"], min_images=4),
+    LearnedHead(name="elsewhere", domains=["no such domain"]),
+]
+
+
+def _with_heads(settings: Settings) -> Settings:
+    return settings.model_copy(update={"updater": settings.updater.model_copy(update={"heads": HEADS})})
+
+
+def _label(settings: Settings, train: int, held_out: int) -> SampleStore:
+    label = lambda offset: {"label": COLOURS[offset % 3]}  # noqa: E731
+    add_samples(settings, train, words=label)
+    add_samples(settings, held_out, split="fresh_eval", words=label)
+    return SampleStore(settings.lake)
+
+
+def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged_as("passed", monkeypatch)
+    settings = _with_heads(settings)
+    store = _label(settings, 36, 24)
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.state == "done"
+    artifacts = Artifacts(settings.artifacts)
+    files = read_adapter(artifacts.fetch(f"adapters/{update.adapter}"))
+    assert files.name == update.adapter and list(files.heads) == ["colours"]
+    head = files.heads["colours"]
+    assert head.labels == tuple(sorted(COLOURS[:3])) and head.counts == (12, 12, 12)
+    report = json.loads(artifacts.read_bytes(f"reports/{update.id}/report.json"))
+    (suite,) = [each for each in report["suites"] if each["name"] == "head.colours"]
+    assert suite["role"] == "retention" and suite["n"] == 24
+    assert {check["name"]: check["ok"] for check in report["checks"]}["loads"]
+    # learned of the candidate's own vectors, and of no sample that is held out
+    from serving.engines.clip import ClipEngine
+
+    engine = ClipEngine(service.bases["clip"], "cpu")  # type: ignore[arg-type]
+    engine.load(files.name, artifacts.fetch(f"adapters/{update.adapter}"))
+    rows = store.scan(split="train", columns=["image", "label"]).to_pylist()
+    pixels = np.stack([engine.base.preprocess.pixels(row["image"]) for row in rows])
+    vectors = engine.encode_images(pixels, files.name)
+    for number, label in enumerate(head.labels):
+        own = [vector for vector, row in zip(vectors, rows, strict=True) if row["label"] == label]
+        assert head.means[number] == pytest.approx(np.mean(own, axis=0), abs=1e-5)
+
+
+def test_a_head_that_the_gate_could_not_judge_is_not_learned(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged_as("passed", monkeypatch)
+    settings = _with_heads(settings)
+    _label(settings, 36, 6)
+    update = UpdaterService(settings).step().update
+    assert update is not None and update.state == "done"
+    assert read_adapter(Artifacts(settings.artifacts).fetch(f"adapters/{update.adapter}")).heads == {}
+    said = capsys.readouterr().err
+    assert "head colours: 6 labelled samples are held out, and the gate needs 10" in said
+    assert "head elsewhere: fewer than two classes" in said
