@@ -21,7 +21,7 @@ from serving.http.schemas import ClassifyRequest
 router = APIRouter(tags=["Zero-shot"])
 LISTS = {"labels", "templates"}
 LIKELY = 0.5
-"""Of several labels those are said that are likelier than not."""
+"""Of several labels those are said that are likelier than not, where the request does not say how sure they must be."""
 PROMPTS_PER_TEXT = 8
 """Labels x templates may be this many times ``max_texts``: prompts are short, and made by the server."""
 
@@ -97,13 +97,14 @@ def _said(head: Head, answers: Answers, row: int, body: ClassifyRequest) -> dict
     shares = answers.alone[row] if body.multi_label else answers.probabilities[row]
     known = bool(answers.distance[row] <= 1)
     said: dict[str, object] = {
-        "label": backed_off(head.labels, shares, body.confidence)[0] if known else None,
+        "label": backed_off(head.labels, shares, body.confidence or 0.0)[0] if known else None,
         "probabilities": dict(zip(head.labels, shares.tolist(), strict=True)),
         "distance": float(answers.distance[row]),
     }
     if body.multi_label:
         order = np.argsort(-shares, kind="stable")
-        said["labels"] = [head.labels[place] for place in order if shares[place] >= LIKELY] if known else []
+        least = LIKELY if body.confidence is None else body.confidence
+        said["labels"] = [head.labels[place] for place in order if shares[place] >= least] if known else []
         said["label"] = head.labels[int(order[0])] if said["labels"] else None
     return said
 

@@ -122,17 +122,20 @@ class ClassifyRequest(Body):
         json_schema_extra={
             "examples": [
                 {"images": ["data:image/png;base64,iVBORw0KGgo..."], "labels": ["cat", "dog"],
-                 "templates": ["a photo of a {}."]}
-            ]
+                 "templates": ["a photo of a {}."]},
+                {"images": ["data:image/png;base64,iVBORw0KGgo..."], "head": "garments", "confidence": 0.5},
+            ],
+            "oneOf": [{"required": ["labels"]}, {"required": ["head"]}],
+            "dependentRequired": {"multi_label": ["head"], "confidence": ["head"]},
         },
     )  # fmt: skip
     images: list[Picture] = Field(min_length=1, description="Data URIs, or URLs.")
-    labels: list[Name] = Field(default_factory=list, description="What it may be.")
+    labels: list[Name] = Field([], min_length=1, description="What it may be.")
     templates: list[Name] = Field(["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label.")
-    head: str = Field("", max_length=64, description="A head of the release, in place of labels and templates.")
-    multi_label: bool = Field(False, description="With a head: every class that the image is likelier of than not.")
-    confidence: float = Field(
-        0.0, ge=0, le=1, description="With a head: a label needs this probability; else a level above it, or none."
+    head: str = Field("", min_length=1, max_length=64, description="A head of the release, in place of labels.")
+    multi_label: bool = Field(False, description="With a head: all classes that have the probability `confidence`.")
+    confidence: float | None = Field(
+        None, ge=0, le=1, description="With a head: a label needs this probability; else a level above it, or none."
     )
     model: str = MODEL
 
@@ -141,10 +144,8 @@ class ClassifyRequest(Body):
         """Labels, or a head."""
         if bool(self.labels) == bool(self.head):
             raise ValueError("give labels, or the name of a head")
-        if not self.head and (self.multi_label or self.confidence):
+        if not self.head and (self.multi_label or self.confidence is not None):
             raise ValueError("multi_label and confidence are of a head")
-        if self.multi_label and self.confidence:
-            raise ValueError("confidence looks for one label, and multi_label for all")
         return self
 
     @field_validator("templates")

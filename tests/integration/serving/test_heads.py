@@ -39,6 +39,8 @@ def test_a_release_answers_by_its_own_head_and_a_rollback_takes_it_back(server: 
             assert (data["label"] is None) == (expected.distance[row] > 1)
         several = classify(server, {**body, "multi_label": True}).json()["data"]
         assert all(set(data["labels"]) <= set(labels) for data in several)
+        every = classify(server, {**body, "multi_label": True, "confidence": 0.0}).json()["data"]
+        assert {tuple(sorted(data["labels"])) for data in every} <= {(), tuple(sorted(labels))}
         unsure = classify(server, {**body, "confidence": 1.0}).json()["data"]
         assert {data["label"] for data in unsure} <= {None, "sea", *labels}
         other = classify(server, {**body, "head": "plants"}).json()["error"]
@@ -55,7 +57,8 @@ def test_a_release_answers_by_its_own_head_and_a_rollback_takes_it_back(server: 
         {"labels": ["a"], "head": "animals"},
         {},
         {"labels": ["a"], "multi_label": True},
-        {"head": "animals", "multi_label": True, "confidence": 0.5},
+        {"labels": ["a"], "confidence": 0.5},
+        {"head": ""},
     ],
 )
 def test_a_request_says_labels_or_a_head(server: ServerFixture, fields: dict[str, object]) -> None:
