@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from updater.training.result import Limits
 from updater.training.train import train
 
 BINS = 10
+LEAST = 2
+"""Pairs of a class."""
 Vectors = NDArray[np.float32]
 
 
@@ -47,7 +50,7 @@ def run(settings: Settings, protocol: Protocol) -> dict[str, Any]:
     stream = load_stream(settings.home, protocol)
     base = load_base(settings.home, settings.base.clip)
     suites = [suite for suite in stream.suites if suite.named and suite.name in stream.updates]
-    taught = {s.name: [pair for pair in stream.updates[s.name] if pair.label] for s in suites}
+    taught = {suite.name: _learnable(stream.updates[suite.name]) for suite in suites}
     evaluator = Evaluator(base, suites)
     encoded = evaluator.encode(None)
     rows = {}
@@ -74,6 +77,12 @@ def run(settings: Settings, protocol: Protocol) -> dict[str, Any]:
                 "adapter_seconds": round(trained, 1),
             }
     return {"suites": rows, "base": base.name, "gflops": protocol.gflops, "machine": machine()}
+
+
+def _learnable(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those of labels that have enough pairs to be a class."""
+    counts = Counter(pair.label for pair in pairs if pair.label)
+    return [pair for pair in pairs if counts[pair.label] >= LEAST]
 
 
 def _trained(base: ClipBase, stream: Stream, suite: Suite, protocol: Protocol, folder: Path) -> Path:

@@ -23,12 +23,14 @@ def fit_head(features: npt.ArrayLike, labels: Sequence[str]) -> Head:
     the one of the least cross entropy, and the threshold for "none of these" a quantile of distances, both on folds
     that the means and the covariance were not made of.
 
-    Raises ValueError with fewer than two classes.
+    Raises ValueError with fewer than two classes, or a class of one image.
     """
     x = np.asarray(features, np.float64)
     names = sorted(set(labels))
     if len(names) < 2:
         raise ValueError("a head tells two classes apart at least")
+    if alone := [name for name in names if list(labels).count(name) < FOLDS]:
+        raise ValueError(f"class {alone[0]!r} has one image, and a head needs {FOLDS} of each")
     place = {name: number for number, name in enumerate(names)}
     y = np.array([place[label] for label in labels])
     fold = _folds(y)

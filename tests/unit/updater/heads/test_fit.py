@@ -58,6 +58,8 @@ def test_fewer_images_than_dimensions_are_enough_and_the_same_give_the_same() ->
     assert np.linalg.eigvalsh(head.precision.astype(np.float64)).min() > 0
     with pytest.raises(ValueError, match="two classes"):
         fit_head(x[:1], labels[:1])
+    with pytest.raises(ValueError, match="'class 3' has one image"):
+        fit_head(x[:8], ["class 1"] * 4 + ["class 2"] * 3 + ["class 3"])
 
 
 def test_a_draw_is_balanced_and_does_not_depend_on_the_order_of_the_rows() -> None:
