@@ -101,11 +101,11 @@ class Evaluator:
 
     def named(self, encoded: Encoded) -> dict[str, Bools]:
         """By suite with names: whether each item's name was found among those of all domains, [n, 1] (X-TAIL)."""
-        asked = [suite for suite in self.suites if suite.named]
-        if not asked:
+        named = [suite for suite in self.suites if suite.named]
+        if not named:
             return {}
         heads = _heads(self.names.values(), encoded)
-        return {suite.name: _classified(suite, encoded, list(self.names), heads)[:, None] for suite in asked}
+        return {suite.name: _classified(suite, encoded, list(self.names), heads)[:, None] for suite in named}
 
 
 class _Side:

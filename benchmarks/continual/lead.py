@@ -22,8 +22,8 @@ def leads(bases: Mapping[str, Chains]) -> dict[str, Any]:
     leads it most. A mean over bases of means over chains; items are drawn anew, for each base by itself.
     """
     names = dict.fromkeys(name for _, chains in bases.values() for name in chains if name != STANDARD)
-    found = {name: lead for name in names if (lead := _lead(name, bases))}
-    return dict(sorted(found.items(), key=lambda each: each[1]["gm"]["value"]))
+    by_method = {name: lead for name in names if (lead := _lead(name, bases))}
+    return dict(sorted(by_method.items(), key=lambda each: each[1]["gm"]["value"]))
 
 
 def _lead(name: str, bases: Mapping[str, Chains]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Which pictures of suites look like one that is trained on: found once, and kept."""
+"""Which pictures of suites look like one that is trained on: similar_ids once, and kept."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def left_out(folder: Path, taught: Sequence[Pair], candidates: Mapping[str, Sequ
     if isinstance(known, dict):
         return known
     hashes, colours = _looks(taught, "looks of training pictures")
-    found: dict[str, list[str]] = {}
+    similar_ids: dict[str, list[str]] = {}
     for name, pairs in candidates.items():
         own_hashes, own_colours = _looks(pairs, f"looks of {name}")
-        found[name] = []
+        similar_ids[name] = []
         for pair, own, colour in zip(pairs, own_hashes, own_colours, strict=True):
             near = np.bitwise_count(hashes ^ own) <= ALIKE
             if near.any() and (np.abs(colours[near] - colour).max(axis=1) <= COLOUR_TOLERANCE).any():
-                found[name].append(pair.id)
-    write_json(path, found)
-    return found
+                similar_ids[name].append(pair.id)
+    write_json(path, similar_ids)
+    return similar_ids
 
 
 def _looks(pairs: Sequence[Pair], what: str) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:

@@ -40,7 +40,7 @@ class Source:
     name: str
     domain: str
     task: Task = "retrieval"
-    asked: float = 0.0
+    wider: float = 0.0
     """Share of its concepts that its suite asks for, beside those of its test split: where that has few pictures."""
     shared: bool = False
     """Whether its classes are in training and in the suite."""
@@ -52,8 +52,8 @@ UPDATES = (
     Source("fluent3d", "fluent3d"),
     Source("game_icons", "game_icons"),
     Source("pixel_mshock", "pixel_mshock", "classification", named=True),
-    Source("stamp_photo", "stamp_photo", asked=0.35, named=True),
-    Source("fluent_mono", "fluent_mono", asked=0.1),
+    Source("stamp_photo", "stamp_photo", wider=0.35, named=True),
+    Source("fluent_mono", "fluent_mono", wider=0.1),
     Source("pixel_retro", "pixel_retro"),
     Source("fashion", "fashion", "classification", shared=True, named=True),
     Source("digits", "digits", "classification", shared=True, named=True),
@@ -64,7 +64,7 @@ HELD_OUT = (
     Source("openclipart", "openclipart"),
     Source("openmoji", "openmoji"),
     Source("twemoji", "twemoji"),
-    Source("flags", "flags", asked=1.0, named=True),
+    Source("flags", "flags", wider=1.0, named=True),
 )
 ALL = (*UPDATES, *HELD_OUT)
 
@@ -116,14 +116,14 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
     def rows(domain: str) -> list[FolderItem]:
         return [item for item in read_folder(home / "data" / domain) if item.text]
 
-    asked = {source.name: [item for item in rows(source.domain) if _asks(source, item)] for source in ALL}
-    concepts = {item.concept for source in ALL if not source.shared for item in asked[source.name]}
+    of_suite = {source.name: [item for item in rows(source.domain) if _in_suite(source, item)] for source in ALL}
+    concepts = {item.concept for source in ALL if not source.shared for item in of_suite[source.name]}
 
     def trained(source: Source) -> list[FolderItem]:
         return [
             item
             for item in rows(source.domain)
-            if not _asks(source, item) and (source.shared or item.concept not in concepts)
+            if not _in_suite(source, item) and (source.shared or item.concept not in concepts)
         ]
 
     updates = {source.name: _drawn(map(_pair, trained(source)), protocol.new) for source in UPDATES}
@@ -131,7 +131,7 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
         (_pair(item) for source in HELD_OUT if source.domain in REFERENCE for item in trained(source)),
         protocol.reference,
     )
-    candidates = {s.name: _drawn((_item(s, item) for item in asked[s.name]), len(asked[s.name])) for s in ALL}
+    candidates = {s.name: _drawn((_item(s, item) for item in of_suite[s.name]), len(of_suite[s.name])) for s in ALL}
     taught = [pair for pairs in (*updates.values(), reference) for pair in pairs]
     alike = left_out(home / "bench" / "continual" / "looks", taught, candidates)
     suites = [
@@ -141,8 +141,8 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
     return Stream(updates, reference, tuple(suites), {name: len(ids) for name, ids in alike.items() if ids})
 
 
-def _asks(source: Source, item: FolderItem) -> bool:
-    return item.split == "test" or _share(f"asked:{item.concept}") < source.asked
+def _in_suite(source: Source, item: FolderItem) -> bool:
+    return item.split == "test" or _share(f"suite:{item.concept}") < source.wider
 
 
 def _suite(source: Source, items: Sequence[Pair], limit: int) -> Suite:

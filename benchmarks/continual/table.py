@@ -72,11 +72,11 @@ def _lead_part(leads: dict[str, Method]) -> list[str]:
 
 
 def _named_part(methods: dict[str, Method]) -> list[str]:
-    asked = {name: method for name, method in methods.items() if "xtail" in method}
-    if not asked:
+    with_names = {name: method for name, method in methods.items() if "xtail" in method}
+    if not with_names:
         return []
-    zero = next(iter(asked.values()))["xtail"]["zero_shot"]
-    return ["## One label set over all domains", NAMED.format(zero=zero), _table(asked, _NAMED)]
+    zero = next(iter(with_names.values()))["xtail"]["zero_shot"]
+    return ["## One label set over all domains", NAMED.format(zero=zero), _table(with_names, _NAMED)]
 
 
 def _table(methods: dict[str, Method], columns: Sequence[tuple[str, Callable[[Method], str]]]) -> str:

@@ -40,15 +40,15 @@ class Labelled:
 
 def labelled(store: SampleStore, version: int, split: Split, heads: Sequence[LearnedHead]) -> dict[str, Labelled]:
     """By head, the samples that have a label and are of one of its domains."""
-    found = {head.name: Labelled() for head in heads}
+    samples = {head.name: Labelled() for head in heads}
     for batch in store.addresses(["id", "label", "domain"], version, split):
         columns = (batch[name].to_pylist() for name in ("id", "label", "domain", ADDRESS))
         for name, label, domain, place in zip(*columns, strict=True):
             for head in heads if label else ():
                 if not head.domains or domain in head.domains:
                     key = hashlib.sha256(f"head {name}".encode()).digest()
-                    found[head.name].rows[label].append((key, name, place))
-    return found
+                    samples[head.name].rows[label].append((key, name, place))
+    return samples
 
 
 def learn_heads(
@@ -62,12 +62,12 @@ def learn_heads(
     """
     name = read_adapter(directory).name
     engine.load(name, directory)
-    train, asked = (labelled(store, version, split, heads) for split in ("train", "fresh_eval"))
+    train, held = (labelled(store, version, split, heads) for split in ("train", "fresh_eval"))
     learned: dict[str, Head] = {}
     for head in heads:
         chosen = train[head.name].drawn(head.max_images, head.min_images)
         classes = sorted({label for label, _, _ in chosen})
-        there = sum(len(rows) for label, rows in asked[head.name].rows.items() if label in classes)
+        there = sum(len(rows) for label, rows in held[head.name].rows.items() if label in classes)
         if len(classes) < 2:
             say(f"head {head.name}: fewer than two classes have {head.min_images} labelled samples")
         elif there < held_out:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from benchmarks.continual.chain import Unit
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.run_continual import Wanted, main, run
 from benchmarks.continual.runner import Runner, failure
-from benchmarks.continual.stream import ALL
+from benchmarks.continual.stream import ALL, HELD_OUT, REFERENCE, load_stream
 from ops.settings import BaseModels, Settings
 from ops.testing.tiny import tiny_base
 from streams.demo.domain import RECEIPT, VERSION
-from streams.folders import FolderItem, write_folder
+from streams.folders import FolderItem, read_folder, write_folder
 from tests.unit.updater.builders import COLOURS, picture
 
 pytestmark = pytest.mark.integration
+TWIN = "fluent3d"
 PROTOCOL = Protocol(gflops=0.15, batch_size=6, new=12, reference=8, replay=8, items=8)
 
 
@@ -37,9 +39,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         rows = []
         for row in range(24):
             path = folder / "images" / f"{row}.png"
-            path.write_bytes(picture(1000 * number + row))
+            # the last one of a suite is the picture of a pair of its domain that is trained on
+            same = domain == TWIN and row == 23
+            path.write_bytes(picture(1000 * number + (22 if same else row)))
             colour, split = COLOURS[row % 6], "test" if row % 2 else "train"
-            concept = f"{colour} {domain} {split}"
+            concept = "common" if row in (1, 2) else f"{colour} {domain} {split}"
             rows.append(FolderItem(path, f"a {colour} {domain}", colour, concept, split, domain))
         write_folder(folder, rows)
         (folder / RECEIPT).write_text(json.dumps({"version": VERSION}))
@@ -48,6 +52,27 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 def _runner(settings: Settings, folder: Path, **options: Any) -> Runner:
     return Runner(settings.home, "tiny", folder, PROTOCOL, updates=2, jobs=2, **options)
+
+
+def test_what_a_suite_asks_for_is_in_no_update_and_in_no_reference_pair(settings: Settings) -> None:
+    """Stand-ins share a concept across domains, and one picture of a suite is that of a training pair of another."""
+    stream = load_stream(settings.home, replace(PROTOCOL, items=100))
+    concepts = {
+        f"{source.domain}/{item.path.name}": item.concept
+        for source in ALL
+        for item in read_folder(settings.home / "data" / source.domain)
+    }
+    shared = {source.name for source in ALL if source.shared}
+    of_suites = {concepts[pair.id] for suite in stream.suites if suite.name not in shared for pair in suite.items}
+    taught = [pair for name, pairs in stream.updates.items() if name not in shared for pair in pairs]
+    assert taught and stream.reference
+    assert not of_suites & {concepts[pair.id] for pair in (*taught, *stream.reference)}
+    ids = {pair.id for suite in stream.suites for pair in suite.items}
+    assert not ids & {pair.id for pairs in (*stream.updates.values(), stream.reference) for pair in pairs}
+    assert stream.alike == {TWIN: 1}
+    assert {suite.name for suite in stream.suites if suite.outside} == {
+        source.name for source in HELD_OUT if source.domain not in REFERENCE
+    }
 
 
 def test_a_killed_worker_fails_its_unit_alone_and_goes_on_when_asked_again(settings: Settings, tmp_path: Path) -> None:
