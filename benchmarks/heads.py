@@ -33,14 +33,12 @@ from ops.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import Head
 from updater.data.pools import Pair
-from updater.heads.fit import fit_head
+from updater.heads.fit import LEAST, fit_head
 from updater.recipes import load_recipe
 from updater.training.result import Limits
 from updater.training.train import train
 
 BINS = 10
-LEAST = 2
-"""Pairs of a class."""
 Vectors = NDArray[np.float32]
 
 

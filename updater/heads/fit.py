@@ -3,6 +3,7 @@ seen."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,11 @@ import numpy.typing as npt
 
 from serving.engines.heads import Floats, Head
 
-FOLDS = 2
+FOLDS = 10
+"""With two, the means and the covariance that it is calibrated on were so much worse that probabilities came out half
+as sure as they were right: an ECE of 11 to 22 points on three of four domains, and of 5 to 13 with ten."""
+LEAST = 2
+"""Images of a class: one of them is in no fold that it is judged by."""
 SCALES = np.geomspace(0.01, 4.0, 60)
 KNOWN = 0.95
 """Share of images of known classes that the threshold is to let through."""
@@ -29,13 +34,13 @@ def fit_head(features: npt.ArrayLike, labels: Sequence[str]) -> Head:
     names = sorted(set(labels))
     if len(names) < 2:
         raise ValueError("a head tells two classes apart at least")
-    if alone := [name for name in names if list(labels).count(name) < FOLDS]:
-        raise ValueError(f"class {alone[0]!r} has one image, and a head needs {FOLDS} of each")
+    if alone := [name for name, count in Counter(labels).items() if count < LEAST]:
+        raise ValueError(f"class {alone[0]!r} has one image, and a head needs {LEAST} of each")
     place = {name: number for number, name in enumerate(names)}
     y = np.array([place[label] for label in labels])
     fold = _folds(y)
     scores, distances = np.zeros((len(x), len(names))), np.zeros(len(x))
-    for number in range(FOLDS):
+    for number in range(fold.max() + 1):
         inside = fold == number
         part = _made(names, x[~inside], y[~inside], 1.0, 1.0)
         answers = part.classify(x[inside])
