@@ -12,7 +12,7 @@ from PIL import Image
 
 from ops.digests import digest12, digest_json
 from ops.progress import track
-from streams.quality.look import COLOUR_TOLERANCE, look_of
+from streams.quality.look import COLOUR_TOLERANCE, LOOK_BYTES, look_of
 from updater.data.pools import Pair
 from updater.training.checkpoint import read_json, write_json
 
@@ -48,4 +48,4 @@ def _looks(pairs: Sequence[Pair], what: str) -> tuple[NDArray[np.uint64], NDArra
             look = look_of(image)
         hashes.append(look.phash)
         colours.append(np.frombuffer(look.colours, np.uint8).astype(np.int16))
-    return np.array(hashes, np.uint64), np.array(colours, np.int16).reshape(len(hashes), -1)
+    return np.array(hashes, np.uint64), np.array(colours, np.int16).reshape(len(hashes), LOOK_BYTES - 8)

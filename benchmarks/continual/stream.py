@@ -31,6 +31,10 @@ Task = Literal["retrieval", "classification"]
 REFERENCE = ("noto", "pixel_ultica")
 """Domains of the base that methods may hold on to: what an installation holds on to where nobody says otherwise."""
 RECALL_AT = 5
+TUNING, TUNING_SHARE = "tuning", 0.12
+"""Share of what no suite asks for that rates and weights are chosen by, and that no update trains on."""
+LEAST_TUNING = 30
+"""Items of a tuning suite; a domain with fewer has none."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class Stream:
     updates: dict[str, tuple[Pair, ...]]
     reference: tuple[Pair, ...]
     suites: tuple[Suite, ...]
+    tuning: tuple[Suite, ...] = ()
+    """Of concepts (of `fashion` and `digits`: of pictures) that neither a suite asks for nor an update trains on: what
+    a method's rate and weight are chosen by."""
     alike: dict[str, int] = field(default_factory=dict)
     """By suite: pictures that were left out because one that is trained on looks like them."""
 
@@ -119,30 +126,45 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
     of_suite = {source.name: [item for item in rows(source.domain) if _in_suite(source, item)] for source in ALL}
     concepts = {item.concept for source in ALL if not source.shared for item in of_suite[source.name]}
 
-    def trained(source: Source) -> list[FolderItem]:
+    def rest(source: Source, tuning: bool) -> list[FolderItem]:
+        """What no suite asks for: the part that is tuned by, or the part that is trained on."""
         return [
             item
             for item in rows(source.domain)
-            if not _in_suite(source, item) and (source.shared or item.concept not in concepts)
+            if not _in_suite(source, item)
+            and (source.shared or item.concept not in concepts)
+            and _tunes(source, item) == tuning
         ]
 
-    updates = {source.name: _drawn(map(_pair, trained(source)), protocol.new) for source in UPDATES}
+    updates = {source.name: _drawn(map(_pair, rest(source, tuning=False)), protocol.new) for source in UPDATES}
     reference = _drawn(
-        (_pair(item) for source in HELD_OUT if source.domain in REFERENCE for item in trained(source)),
+        (_pair(item) for source in HELD_OUT if source.domain in REFERENCE for item in rest(source, tuning=False)),
         protocol.reference,
     )
-    candidates = {s.name: _drawn((_item(s, item) for item in of_suite[s.name]), len(of_suite[s.name])) for s in ALL}
+    candidates = {s.name: [_item(s, item) for item in of_suite[s.name]] for s in ALL}
+    candidates |= {f"{TUNING} {s.name}": [_item(s, item) for item in rest(s, tuning=True)] for s in ALL}
     taught = [pair for pairs in (*updates.values(), reference) for pair in pairs]
     alike = left_out(home / "bench" / "continual" / "looks", taught, candidates)
-    suites = [
-        _suite(source, [pair for pair in candidates[source.name] if pair.id not in alike[source.name]], protocol.items)
-        for source in ALL
-    ]
-    return Stream(updates, reference, tuple(suites), {name: len(ids) for name, ids in alike.items() if ids})
+
+    def suite(source: Source, prefix: str = "") -> Suite:
+        name = f"{prefix}{source.name}"
+        return _suite(source, [pair for pair in candidates[name] if pair.id not in alike[name]], protocol.items)
+
+    return Stream(
+        updates,
+        reference,
+        suites=tuple(suite(source) for source in ALL),
+        tuning=tuple(suite(s, f"{TUNING} ") for s in ALL if len(candidates[f"{TUNING} {s.name}"]) >= LEAST_TUNING),
+        alike={name: len(ids) for name, ids in alike.items() if ids},
+    )
 
 
 def _in_suite(source: Source, item: FolderItem) -> bool:
     return item.split == "test" or _share(f"suite:{item.concept}") < source.wider
+
+
+def _tunes(source: Source, item: FolderItem) -> bool:
+    return _share(f"{TUNING}:{item.path.name if source.shared else item.concept}") < TUNING_SHARE
 
 
 def _suite(source: Source, items: Sequence[Pair], limit: int) -> Suite:
@@ -152,7 +174,7 @@ def _suite(source: Source, items: Sequence[Pair], limit: int) -> Suite:
         source.name,
         "held-out" if held_out else "adaptation",
         source.task,
-        tuple(items[:limit]),
+        _drawn(items, limit),
         templates,
         outside=held_out and source.domain not in REFERENCE,
         named=source.named,

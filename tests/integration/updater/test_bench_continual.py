@@ -68,7 +68,9 @@ def test_what_a_suite_asks_for_is_in_no_update_and_in_no_reference_pair(settings
     assert taught and stream.reference
     assert not of_suites & {concepts[pair.id] for pair in (*taught, *stream.reference)}
     ids = {pair.id for suite in stream.suites for pair in suite.items}
-    assert not ids & {pair.id for pairs in (*stream.updates.values(), stream.reference) for pair in pairs}
+    tuned = {pair.id for suite in stream.tuning for pair in suite.items}
+    taught_ids = {pair.id for pairs in (*stream.updates.values(), stream.reference) for pair in pairs}
+    assert not tuned & (ids | taught_ids) and not ids & taught_ids
     assert stream.alike == {TWIN: 1}
     assert {suite.name for suite in stream.suites if suite.outside} == {
         source.name for source in HELD_OUT if source.domain not in REFERENCE
