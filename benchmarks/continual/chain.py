@@ -26,6 +26,7 @@ from benchmarks.continual.plan import Plan, draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import provenance
 from benchmarks.continual.stream import Stream
+from benchmarks.continual.tuning import recipe_of
 from ops.digests import digest_json
 from ops.progress import say
 from serving.engines.clip_base import ClipBase
@@ -48,13 +49,22 @@ class Unit:
     method: str
     order: int = 0
     seed: int = 0
+    trial: int | None = None
+    """Of :mod:`benchmarks.continual.tuning`; None: with what was chosen."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that it runs, with the rates and weights of its trial, or those that were chosen."""
+        return recipe_of(self.method, self.trial)
 
     def folder(self, results: Path) -> Path:
         """Where its files are."""
-        return results / "units" / self.method / f"order{self.order}-seed{self.seed}"
+        trial = "" if self.trial is None else f"-trial{self.trial}"
+        return results / "units" / self.method / f"order{self.order}-seed{self.seed}{trial}"
 
     def __str__(self) -> str:
-        return f"{self.method} (order {self.order}, seed {self.seed})"
+        trial = "" if self.trial is None else f", trial {self.trial}"
+        return f"{self.method} (order {self.order}, seed {self.seed}{trial})"
 
 
 def update_path(folder: Path, number: int) -> Path:

@@ -14,7 +14,6 @@ from benchmarks.continual.chain import ZERO_SHOT, Unit, updates_done
 from benchmarks.continual.metrics import Floats, Trajectory, trajectory
 from benchmarks.continual.nearest import NAME as NEAREST
 from ops.errors import RatchetError
-from updater.recipes import load_recipe
 from updater.training.checkpoint import read_json
 
 Hits = dict[str, Floats]
@@ -96,7 +95,7 @@ def read_reference(results: Path) -> Reference:
 
 def read_course(results: Path, unit: Unit, updates: int, reference: Reference) -> Course | None:
     """The first ``updates`` updates of a unit; None unless all of them are there."""
-    rows = updates_done(results, load_recipe(unit.method), unit)[:updates]
+    rows = updates_done(results, unit.recipe, unit)[:updates]
     if len(rows) < updates:
         return None
     hits, named = (tuple(_unpacked(row.get(key, {})) for row in rows) for key in ("hits", "named"))

@@ -28,6 +28,7 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.report import STANDARD, figures, read_chains
+from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner, best
 from benchmarks.continual.second_base import NAME as SECOND
 from benchmarks.continual.second_base import second_base
@@ -66,6 +67,8 @@ class Wanted:
     minutes: float = float("inf")
     jobs: int = 0
     report_only: bool = False
+    tune: bool = False
+    """Only choose rates and weights, on the first base."""
     again: bool = False
     out: Path | None = None
 
@@ -105,7 +108,11 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
             for name in wanted.methods if wanted.again else ():
                 shutil.rmtree(results / "units" / name, ignore_errors=True)
             jobs = wanted.jobs or len(os.sched_getaffinity(0))
-            _run(Runner(settings.home, base, results, protocol, wanted.updates, jobs, deadline), wanted)
+            runner = Runner(settings.home, base, results, protocol, wanted.updates, jobs, deadline)
+            if wanted.tune:
+                tune(runner, wanted.methods)
+                return {}
+            _run(runner, wanted)
         outcomes[base] = figures(results, *shape, protocol)
         chains[base] = read_chains(results, *shape)
     outcome = next(iter(outcomes.values())) | {
@@ -207,6 +214,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     for name, what in SIZES.items():
         standard = getattr(sizes, name)
         parser.add_argument(f"--{name}", type=type(standard), default=standard, help=f"{what}, at most ({standard:g})")
+    parser.add_argument("--tune", action="store_true", help="choose rates and weights first: five trials a method")
     parser.add_argument("--report", action="store_true", help="only tables and plots of what is there")
     parser.add_argument("--again", action="store_true", help="throw away what is there of these methods first")
     parser.add_argument("--out", type=Path, help="folder for tables and plots (beside the results)")
@@ -225,7 +233,10 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         minutes=options.minutes,
         jobs=options.jobs,
         report_only=options.report,
+        tune=options.tune,
         again=options.again,
         out=options.out,
     )
-    show(run(settings, wanted, replace(sizes, **{name: getattr(options, name) for name in SIZES})))
+    outcome = run(settings, wanted, replace(sizes, **{name: getattr(options, name) for name in SIZES}))
+    if outcome:
+        show(outcome)

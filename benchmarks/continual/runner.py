@@ -17,7 +17,6 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.worker import FAILED
 from ops.progress import say
 from updater.loop.process import ENVIRONMENT
-from updater.recipes import load_recipe
 from updater.training.checkpoint import read_json, write_json
 
 POLL_SECONDS = 2.0
@@ -74,13 +73,14 @@ class Runner:
 
     def done(self, unit: Unit) -> int:
         """Updates of a unit that are there."""
-        return len(updates_done(self.results, load_recipe(unit.method), unit))
+        return len(updates_done(self.results, unit.recipe, unit))
 
     def _start(self, unit: Unit) -> Job:
         folder = unit.folder(self.results)
         folder.mkdir(parents=True, exist_ok=True)
         values = (self.home, self.base, self.results, unit.method, unit.order, unit.seed, self.updates)
-        command = [sys.executable, "-m", "benchmarks.continual.worker", *map(str, values)]
+        trial = "" if unit.trial is None else str(unit.trial)
+        command = [sys.executable, "-m", "benchmarks.continual.worker", *map(str, values), trial]
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [*command, json.dumps(asdict(self.protocol))],

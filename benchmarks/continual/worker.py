@@ -1,4 +1,4 @@
-"""``python -m benchmarks.continual.worker HOME BASE RESULTS METHOD ORDER SEED UPDATES``: one unit, in a process.
+"""``python -m benchmarks.continual.worker HOME BASE RESULTS METHOD ORDER SEED UPDATES TRIAL``: one unit, in a process.
 
 Ends with 0 when it is done or was stopped, and with 1 and the reason in ``failed.json`` when it cannot be done.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.continual.chain import Chain, Unit
@@ -16,7 +17,6 @@ from benchmarks.continual.stream import load_stream
 from ops.errors import RatchetError
 from serving.engines.clip_base import load_base
 from updater.loop.process import StopSignal
-from updater.recipes import load_recipe
 from updater.training.checkpoint import write_json
 from updater.training.workers import Stopped
 
@@ -24,12 +24,14 @@ FAILED = "failed.json"
 
 
 def work(home: Path, base: str, results: Path, unit: Unit, updates: int, protocol: Protocol, stop: StopSignal) -> int:
-    """Run the unit; returns the exit status."""
+    """Run the unit; returns the exit status. A trial is scored on the tuning suites."""
     failed = unit.folder(results) / FAILED
     failed.unlink(missing_ok=True)
     try:
         stream = load_stream(home, protocol)
-        chain = Chain(load_base(home, base), stream, protocol, load_recipe(unit.method), unit, results)
+        if unit.trial is not None:
+            stream = replace(stream, suites=stream.tuning)
+        chain = Chain(load_base(home, base), stream, protocol, unit.recipe, unit, results)
         with stop.training():
             chain.run(updates, stop)
     except Stopped:
@@ -46,10 +48,10 @@ def main(arguments: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1)
-    home, base, results, method, order, seed, updates, protocol = arguments
+    home, base, results, method, order, seed, updates, trial, protocol = arguments
     stop = StopSignal()
     stop.install()
-    unit = Unit(method, int(order), int(seed))
+    unit = Unit(method, int(order), int(seed), int(trial) if trial else None)
     return work(Path(home), base, Path(results), unit, int(updates), Protocol(**json.loads(protocol)), stop)
 
 

@@ -1,0 +1,73 @@
+"""Rates and weights: each method has as many trials, and runs with what was chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.continual import run_tuning, tuning
+from benchmarks.continual.chain import Chain, Unit, updates_done
+from benchmarks.continual.run_continual import clip_methods
+from benchmarks.continual.run_tuning import tune
+from benchmarks.continual.runner import Runner
+from benchmarks.continual.tuning import ORDER, UPDATES, chosen, recipe_of, scaled, trials
+from ops.testing.tiny import tiny_base
+from tests.unit.benchmarks.builders import PROTOCOL, stream
+from updater.recipes import load_recipe
+
+
+def test_every_method_has_as_many_trials_and_one_without_a_weight_more_rates() -> None:
+    assert {len(trials(load_recipe(name))) for name in clip_methods()} == {5}
+    assert all(weight == 1 for _, weight in trials(load_recipe("replay")))
+    assert any(weight != 1 for _, weight in trials(load_recipe("default")))
+
+
+def test_factors_move_rates_and_the_weights_beside_the_first_term() -> None:
+    recipe = load_recipe("zscl")
+    other = scaled(recipe, (0.5, 3.0))
+    assert other.schedule.peak == 0.5 * recipe.schedule.peak and other.schedule.final == 0.5 * recipe.schedule.final
+    assert [term.weight for term in other.objectives] == [1.0, 3.0 * recipe.objectives[1].weight]
+    assert other.regularizers[0].weight == 3.0 * recipe.regularizers[0].weight
+    assert scaled(recipe, (1.0, 1.0)) == recipe
+    assert Unit("zscl", ORDER, trial=1).recipe == scaled(recipe, trials(recipe)[1])
+
+
+def test_what_was_chosen_is_what_a_unit_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"lwf": [3.0, 0.3]}))
+    monkeypatch.setattr(tuning, "FILE", file)
+    chosen.cache_clear()
+    assert Unit("lwf").recipe == scaled(load_recipe("lwf"), (3.0, 0.3))
+    assert recipe_of("replay") == load_recipe("replay")
+    chosen.cache_clear()
+
+
+def test_the_best_trial_of_each_method_is_written_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_base(tmp_path)
+    monkeypatch.setattr(run_tuning, "UPDATES", 2)
+    runner = Runner(tmp_path, "tiny", tmp_path / "results", PROTOCOL, updates=UPDATES, jobs=1)
+
+    def run(self: Runner, units: list[Unit]) -> bool:
+        for unit in units:
+            Chain(base, stream(), PROTOCOL, unit.recipe, unit, self.results).run(self.updates)
+        return True
+
+    monkeypatch.setattr(Runner, "run", run)
+    file = tmp_path / "tuned.json"
+    factors = tune(runner, ["locked-text", "naive"], file)
+    assert list(factors) == ["locked-text"] and json.loads(file.read_text()) == {
+        "locked-text": list(factors["locked-text"])
+    }
+    rows = [
+        updates_done(tmp_path / "results" / "tuning", u.recipe, u)
+        for u in (Unit("locked-text", ORDER, trial=t) for t in range(5))
+    ]
+    assert [len(each) for each in rows] == [2] * 5
+    assert len({each[-1]["adapter"] for each in rows}) == 5, "each trial is another one"
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    best = max(said["trials"]["locked-text"])
+    assert said["trials"]["locked-text"][trials(load_recipe("locked-text")).index(factors["locked-text"])] == best
