@@ -29,12 +29,14 @@ from serving.engines.adapters import (
     WEIGHTS,
     AdapterFiles,
     canonical_config,
+    check_dim,
     effective_weights,
     lora_layers,
     read_json,
     write_adapter,
 )
 from serving.engines.clip_base import ClipBase, can_carry_lora
+from serving.engines.heads import read_heads
 from serving.engines.vlm.adapter_validation import linear_shapes
 from serving.engines.vlm.vlm_base import VlmBase
 
@@ -103,11 +105,15 @@ def convert(directory: Path, base: ClipBase | VlmBase, max_rank: int, target: Pa
     if config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"]:
         config, tensors = _plain(files)
     config["target_modules"] = _targets(config["target_modules"], tensors)
+    heads = read_heads(directory)
     if isinstance(base, ClipBase):
         model = base.build_model()
-        files = AdapterFiles("(import)", base.family, base.digest, config, tensors)
+        files = AdapterFiles("(import)", base.family, base.digest, config, tensors, heads=heads)
+        check_dim(files, base.dim)
         effective_weights(files, model)  # raises where a sum overflows
-    return write_adapter(target, tensors, config, base)
+    elif heads:
+        raise AdapterError(f"{directory} has heads, which a VLM has no use for.", "Remove heads.safetensors.")
+    return write_adapter(target, tensors, config, base, heads)
 
 
 def _checked_config(config: dict[str, Any]) -> dict[str, Any]:

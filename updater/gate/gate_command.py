@@ -70,9 +70,9 @@ def gate_command(
             evaluator.load(before, directory)
         try:
             name, directory = _locate(artifacts, candidate)
+            loaded += head_suites(settings, store, held_out.version, read_heads(directory))
             evaluator.load(name, directory)
             meta |= _about(directory)
-            loaded += head_suites(settings, store, held_out.version, read_heads(directory))
         except AdapterError as error:
             if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
                 raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict

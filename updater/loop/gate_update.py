@@ -82,7 +82,7 @@ def _gate(
     try:
         directory = fetch_recorded(artifacts, ledger, adapter)
         suites += head_suites(settings, store, update.store_version, read_heads(directory))
-    except AdapterError as error:
+    except AdapterError as error:  # a verdict, with this as its reason
         directory, meta["load_error"] = None, error.message
     names = [suite.name for suite in suites if suite.role == "retention"]
     released = base.digest if upgrade is None else upgrade.old_base

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from ops.artifacts import Artifacts
+from ops.errors import AdapterError
 from ops.head_settings import LearnedHead
 from ops.settings import Settings
 from serving.engines.adapters import read_adapter
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, judged_as
 from tests.unit.updater.builders import COLOURS
+from updater.gate.head_suites import head_suites
 from updater.loop.service import UpdaterService
 
 pytestmark = pytest.mark.integration
@@ -52,6 +54,9 @@ def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(
     (suite,) = [each for each in report["suites"] if each["name"] == "head.colours"]
     assert suite["role"] == "retention" and suite["n"] == 24
     assert {check["name"]: check["ok"] for check in report["checks"]}["loads"]
+    bare = settings.model_copy(update={"updater": settings.updater.model_copy(update={"heads": []})})
+    with pytest.raises(AdapterError, match="nothing judges the head 'colours'"):
+        head_suites(bare, store, update.store_version, files.heads)  # what is not judged does not pass
     # learned of the candidate's own vectors, and of no sample that is held out
     from serving.engines.clip import ClipEngine
 

@@ -14,22 +14,14 @@ from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
-from serving.engines.heads import HEADS, Head, backed_off, heads_digest, read_heads, write_heads
+from serving.engines.heads import HEADS, backed_off, heads_digest, read_heads, write_heads
+from tests.support.heads import random_head
 
 DIM = 6
 
 
-def head(dim: int = DIM, seed: int = 0) -> Head:
-    """Three classes around random points."""
-    random = np.random.default_rng(seed)
-    spread = random.normal(size=(dim, dim)) / 3
-    means = random.normal(size=(3, dim)).astype(np.float32)
-    precision = np.linalg.inv(spread @ spread.T + np.eye(dim)).astype(np.float32)
-    return Head(("a", "b", "c"), means, precision, means.mean(axis=0), 0.7, 9.0, (5, 4, 3))
-
-
 def test_answers_are_those_of_gaussians_with_one_covariance() -> None:
-    made = head()
+    made = random_head(DIM)
     x = np.random.default_rng(1).normal(size=(4, DIM))
     answers = made.classify(x)
     for row, point in enumerate(x):
@@ -52,17 +44,17 @@ def test_a_label_that_is_a_path_backs_off_to_the_level_that_is_sure() -> None:
 
 
 def test_heads_come_back_as_they_were_written(tmp_path: Path) -> None:
-    heads = {"one": head(), "two": head(seed=2)}
+    heads = {"one": random_head(DIM), "two": random_head(DIM, seed=2)}
     write_heads(tmp_path, heads)
     again = read_heads(tmp_path)
     assert again.keys() == heads.keys() and heads_digest(again) == heads_digest(heads)
-    assert heads_digest({"one": head()}) != heads_digest({"two": head()}) != heads_digest({})
-    assert heads_digest({"one": replace(head(), threshold=8.0)}) != heads_digest({"one": head()})
+    assert heads_digest({"one": random_head(DIM)}) != heads_digest({"two": random_head(DIM)}) != heads_digest({})
+    assert heads_digest({"one": replace(random_head(DIM), threshold=8.0)}) != heads_digest({"one": random_head(DIM)})
     assert read_heads(tmp_path / "nothing") == {}
 
 
 def _changed(path: Path, **arrays: np.ndarray) -> None:
-    about = json.dumps({"one": head().about})
+    about = json.dumps({"one": random_head(DIM).about})
     save_file({**load_file(path), **arrays}, path, metadata={"heads": about})
 
 
@@ -77,7 +69,7 @@ def _changed(path: Path, **arrays: np.ndarray) -> None:
     ],
 )
 def test_a_damaged_file_of_heads_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
-    write_heads(tmp_path, {"one": head()})
+    write_heads(tmp_path, {"one": random_head(DIM)})
     _changed(tmp_path / HEADS, **arrays)
     with pytest.raises(AdapterError, match="head"):
         read_heads(tmp_path)
@@ -90,7 +82,7 @@ def test_a_head_is_a_part_of_its_adapter_whose_name_it_is_in(tmp_path: Path) -> 
     base = tiny_base(tmp_path / "home")
     plain = tiny_adapter(base, tmp_path / "plain", seed=1)
     files = read_adapter(tmp_path / "plain")
-    heads = {"things": head(base.dim)}
+    heads = {"things": random_head(base.dim)}
     name = write_adapter(tmp_path / "headed", files.tensors, files.config, base, heads)
     assert name != plain and read_adapter(tmp_path / "headed").name == name
     assert [(tmp_path / each / file).read_bytes() for each in ("plain", "headed") for file in (WEIGHTS, CONFIG)][
@@ -110,6 +102,6 @@ def test_a_head_of_another_base_is_refused(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "home")
     tiny_adapter(base, tmp_path / "plain", seed=1)
     files = read_adapter(tmp_path / "plain")
-    name = write_adapter(tmp_path / "headed", files.tensors, files.config, base, {"things": head(base.dim + 1)})
+    name = write_adapter(tmp_path / "headed", files.tensors, files.config, base, {"things": random_head(base.dim + 1)})
     with pytest.raises(AdapterError, match="dimensions"):
         ClipEngine(base, "cpu").load(name, tmp_path / "headed")

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from serving.engines.adapters import adapter_name, effective_weights, read_adapter
+from serving.engines.adapters import adapter_name, effective_weights, read_adapter, write_adapter
 from serving.engines.clip_base import ClipBase
+from serving.engines.heads import write_heads
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.heads import random_head
 from updater.adapters import read_delta
 from updater.exchange.peft_files import convert
 
@@ -85,6 +87,19 @@ def test_an_adapter_of_ours_keeps_its_name(base: ClipBase, vlm: VlmBase, tmp_pat
     assert convert(tmp_path / "clip", base, 64, tmp_path / "clip-again") == name
     name = tiny_vlm_adapter(vlm, tmp_path / "vlm", seed=1)
     assert convert(tmp_path / "vlm", vlm, 64, tmp_path / "vlm-again") == name
+
+
+def test_an_adapter_of_ours_keeps_its_heads(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
+    tiny_adapter(base, tmp_path / "plain", seed=3)
+    files = read_adapter(tmp_path / "plain")
+    heads = {"things": random_head(base.dim)}
+    name = write_adapter(tmp_path / "ours", files.tensors, files.config, base, heads)
+    assert convert(tmp_path / "ours", base, 16, tmp_path / "again") == name
+    assert read_adapter(tmp_path / "again").heads.keys() == heads.keys()
+    tiny_vlm_adapter(vlm, tmp_path / "vlm", seed=3)
+    write_heads(tmp_path / "vlm", heads)
+    with pytest.raises(AdapterError, match="has heads"):
+        convert(tmp_path / "vlm", vlm, 16, tmp_path / "vlm-again")
 
 
 def test_the_prefix_of_peft_may_be_missing(base: ClipBase, tmp_path: Path) -> None:
