@@ -60,8 +60,7 @@ def _trajectories(methods: dict[str, Any], updates: int, below: str) -> str:
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.set_xlim(0, updates)
     ends = {name: (float(updates), methods[name]["trajectory"]["geometric_mean"][-1]) for name in named}
-    low, high = axes.get_ylim()
-    for name, y in _apart(ends, 1.0, (high - low) * 0.05).items():
+    for name, y in _heights(axes, ends, 1.0).items():
         axes.annotate(name, ends[name], (updates * 1.04, y), va="center", annotation_clip=False, **LABEL)
     axes.set_xlabel("updates", color=MUTED)
     axes.set_ylabel("geometric mean − zero-shot, points", color=MUTED)
@@ -107,14 +106,22 @@ def _cost(methods: dict[str, Any], below: str) -> str:
 
 def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     """Names beside their points, moved up or down where they would lie on each other."""
-    low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     width = right - left
-    heights = _apart(points, 0.2 * width, (high - low) * 0.05)
+    heights = _heights(axes, points, 0.2 * width)
     for name, (x, y) in points.items():
         beyond = x > left + 0.8 * width
         position = (x - 0.02 * width if beyond else x + 0.02 * width, heights[name])
         axes.annotate(name, (x, y), position, va="center", ha="right" if beyond else "left", **LABEL)
+
+
+def _heights(axes: Any, points: dict[str, tuple[float, float]], near: float) -> dict[str, float]:
+    """Where the names of points go; the axes are made to reach that far."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.05
+    heights = _apart(points, near, gap)
+    axes.set_ylim(min(low, *(y - gap for y in heights.values())), max(high, *(y + gap for y in heights.values())))
+    return heights
 
 
 def _apart(points: dict[str, tuple[float, float]], near: float, gap: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, pairwise
@@ -264,3 +265,18 @@ def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) ->
     assert found["untrained"]["zero-shot"]["geometric_mean_delta"] == 0.0 and "| `nearest-mean` |" in text
     for drawing in all_plots(found).values():
         assert drawing.startswith("<svg") and ">default<" in drawing
+
+
+def test_names_of_methods_that_end_alike_stay_inside_of_the_drawing() -> None:
+    gm = {"value": 3.0, "low": 2.0, "high": 4.0}
+    method = {
+        "geometric_mean_delta": 3.0, "a_ka_delta": 3.0, "a_zs_delta": 0.0, "cpu_seconds": 9.0,
+        "trajectory": {"geometric_mean": [0.0, 3.0]}, "intervals": dict.fromkeys(("gm", "a_ka", "a_zs"), gm),
+    }  # fmt: skip
+    names = [f"method-{number}" for number in range(6)]
+    drawings = all_plots({"methods": dict.fromkeys(names, method), "updates": 1})
+    for file, drawing in drawings.items():
+        heights = dict(re.findall(r"<text[^>]* y=\"([-\d.]+)\"[^>]*>(method-\d)<", drawing))
+        heights = {name: float(y) for y, name in heights.items()}
+        assert sorted(heights) == names, file
+        assert all(5 < y < float(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', drawing)[0]) for y in heights.values())
