@@ -276,7 +276,7 @@ def test_names_of_methods_that_end_alike_stay_inside_of_the_drawing() -> None:
     names = [f"method-{number}" for number in range(6)]
     drawings = all_plots({"methods": dict.fromkeys(names, method), "updates": 1})
     for file, drawing in drawings.items():
-        heights = dict(re.findall(r"<text[^>]* y=\"([-\d.]+)\"[^>]*>(method-\d)<", drawing))
-        heights = {name: float(y) for y, name in heights.items()}
+        heights = {name: float(y) for y, name in re.findall(r'<text[^>]* y="([-\d.]+)"[^>]*>(method-\d)<', drawing)}
+        below = float(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', drawing)[0])
         assert sorted(heights) == names, file
-        assert all(5 < y < float(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', drawing)[0]) for y in heights.values())
+        assert all(5 < y < below for y in heights.values()), file
