@@ -6,11 +6,15 @@ from pydantic import Field
 
 from ops.section import Section
 
+HEAD_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+MAX_HEADS = 64
+"""Of one adapter."""
+
 
 class LearnedHead(Section):
     """A classifier over labelled samples, learned with every update of the CLIP and released with it."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="What `/v1/classify` calls it.")
+    name: str = Field(pattern=HEAD_NAME, description="What `/v1/classify` calls it.")
     domains: list[str] = Field(
         default_factory=list, description="Domains whose samples it learns from, those with a label; empty: all."
     )

@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from ops.addresses import is_loopback, local_url
 from ops.allow_rules import HostRule, NetworkRule, UriRule
-from ops.head_settings import LearnedHead
+from ops.head_settings import MAX_HEADS, LearnedHead
 from ops.identity_settings import OAuth, Oidc
 from ops.section import Section, http_url
 
@@ -317,7 +317,7 @@ class Updater(Section):
     checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
     heads: list[LearnedHead] = Field(
         default_factory=list,
-        max_length=64,
+        max_length=MAX_HEADS,
         description="Classifiers that each update of the CLIP learns from labelled samples; see docs/heads.md.",
     )
     metrics_port: int = Field(9465, ge=0, le=65535, description="Prometheus port of the updater; 0 is off.")

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ from safetensors.numpy import save_file
 
 from ops.digests import digest_bytes, digest_json
 from ops.errors import AdapterError
+from ops.head_settings import HEAD_NAME, MAX_HEADS
 
 HEADS = "heads.safetensors"
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LEVEL = "/"
 """Between the levels of a label that is a path, as ``animal/bird/crane``."""
-MAX_HEADS = 64
 MAX_CLASSES = 10_000
 _ARRAYS = ("means", "precision", "center")
 _AGAIN = "Fetch the adapter again, or train it anew."
@@ -67,18 +67,24 @@ class Head:
     def classify(self, vectors: npt.ArrayLike) -> Answers:
         """Answers for unit vectors [n, dim] of the head's image space."""
         x = np.asarray(vectors, np.float64)
-        points = np.vstack([self.means, self.center[None]]).astype(np.float64)
-        weights = points @ self.precision.astype(np.float64)
-        own = np.einsum("kd,kd->k", weights, points)
+        precision, weights, own = self._discriminants
         scores = x @ weights.T - 0.5 * own  # [n, classes + 1]; the last one is of all images together
         logits = self.scale * scores[:, :-1]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        length = np.einsum("nd,de,ne->n", x, self.precision.astype(np.float64), x)
+        length = np.einsum("nd,nd->n", x @ precision, x)
         nearest = (length[:, None] - 2 * scores[:, :-1]).min(axis=1)
         contrast = np.clip(self.scale * (scores[:, :-1] - scores[:, -1:]), -60.0, 60.0)
         return Answers(
             shares / shares.sum(axis=1, keepdims=True), 1 / (1 + np.exp(-contrast)), nearest / self.threshold
         )
+
+    @cached_property
+    def _discriminants(self) -> tuple[Floats, Floats, Floats]:
+        """The precision; of each mean and of the center its product with it [classes + 1, dim], and its own length."""
+        points = np.vstack([self.means, self.center[None]]).astype(np.float64)
+        precision = self.precision.astype(np.float64)
+        weights = points @ precision
+        return precision, weights, np.einsum("kd,kd->k", weights, points)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def _head(name: str, about: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[
     head = Head(labels, means, precision, center, float(about["scale"]), float(about["threshold"]), counts)
     dim = means.shape[-1]
     wanted = {"means": (len(labels), dim), "precision": (dim, dim), "center": (dim,)}
-    if not NAME.fullmatch(name):
+    if not re.fullmatch(HEAD_NAME, name):
         raise ValueError(f"{name[:70]!r} is no name of a head")
     if not 2 <= len(labels) <= MAX_CLASSES or len(set(labels)) < len(labels) or len(counts) != len(labels):
         raise ValueError(f"head {name} has {len(labels)} labels, some of them twice or none")
