@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Protocol
 
 from serving.engines.heads import Head
+from serving.http.clip_vectors import Encoders
 from serving.http.errors import ApiError
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -14,18 +14,11 @@ ADAPTERS = 8
 """Whose heads are kept: those of the resident releases, a few more than one."""
 
 
-class HeadCalls(Protocol):
-    """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
-
-    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
-        """The heads of the snapshot's adapter, by name."""
-
-
 class ReleaseHeads:
     """Used from one event loop. An adapter never changes, so what was fetched once is right for as long as it is
     named."""
 
-    def __init__(self, calls: HeadCalls) -> None:
+    def __init__(self, calls: Encoders) -> None:
         self.calls = calls
         self._kept: OrderedDict[str | None, Mapping[str, Head]] = OrderedDict()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -55,36 +55,37 @@ class EncoderCalls:
         """The heads of the snapshot's adapter, by name. Raises QueueFull, DeadlineExceeded, Unavailable."""
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Try again later.")
         call = lambda: self.handle.heads.remote(snapshot.clip)  # noqa: E731
-        result: HeadsResult = await call_replica(call, attempts)
-        for _ in range(OTHER_TRIES):
-            if not result.error:
-                break
-            await attempts.failed(result.error)
-            result = await call_replica(call, attempts)
+        result: HeadsResult = await _tried(call, attempts, lambda result: bool(result.error))
         if result.error:
-            raise AdapterUnservable(
-                f"{snapshot.adapter} cannot be served: {result.error}.", "An operator must look at it."
-            )
+            raise _unservable(snapshot, result.error)
         return result.heads
 
     async def _one(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
         call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, attempts.left)  # noqa: E731
-        result: EncodeResult = await call_replica(call, attempts)
-        for _ in range(OTHER_TRIES):
-            if result.code not in ("adapter", "failed"):
-                break
-            await attempts.failed(result.error)
-            result = await call_replica(call, attempts)
+        result: EncodeResult = await _tried(call, attempts, lambda result: result.code in ("adapter", "failed"))
         if result.code == "late":
             raise attempts.over()
         if result.code == "failed":
             raise Unavailable(f"the forward pass failed ({result.error}).", "Try again; look at the encoders' log.")
         if result.code:
-            raise AdapterUnservable(
-                f"{snapshot.adapter} cannot be served: {result.error}.", "An operator must look at it."
-            )
+            raise _unservable(snapshot, result.error)
         return result
+
+
+async def _tried(call: Callable[[], Any], attempts: Attempts, refused: Callable[[Any], bool]) -> Any:
+    """What a replica answers; a few others are asked where one refuses."""
+    result = await call_replica(call, attempts)
+    for _ in range(OTHER_TRIES):
+        if not refused(result):
+            break
+        await attempts.failed(result.error)
+        result = await call_replica(call, attempts)
+    return result
+
+
+def _unservable(snapshot: ReleaseSnapshot, error: str) -> AdapterUnservable:
+    return AdapterUnservable(f"{snapshot.adapter} cannot be served: {error}.", "An operator must look at it.")
 
 
 def _join(answers: Sequence[EncodeResult]) -> EncodeResult:
