@@ -19,7 +19,6 @@ from updater.recipes.plugin_registry import find, method_names, options_of
 __all__ = ["NONE", "merged", "names", "remembered"]
 
 NONE = "none"
-NOTHING: Memory = {}
 
 
 def names() -> list[str]:
@@ -28,15 +27,20 @@ def names() -> list[str]:
 
 
 def merged(
-    merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory = NOTHING
+    merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory | None = None
 ) -> WeightDelta:
-    """What is served after an update. Raises ConfigError for an unknown rule or option."""
+    """What is served after an update. Raises ConfigError for an unknown rule or option.
+
+    Args:
+        memory: what :func:`remembered` gave for this update; None: there was none before it.
+    """
     if merge.rule == NONE:
         return trained
     rule = _rule(merge)
     with options_of("merge rule", merge.rule):
         if isinstance(rule, RememberingRule):
-            return rule(served, trained, start, merge.weight, memory)
+            memory = rule.remember(served, trained, start, {}) if memory is None else memory
+            return rule(served, trained, merge.weight, memory)
         return rule(served, trained, start, merge.weight, **merge.options)  # type: ignore[no-any-return]
 
 

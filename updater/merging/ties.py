@@ -32,13 +32,9 @@ class Ties(RememberingRule):
             raise ConfigError(f"merge.options.keep is {keep}, not between 0 and 1.", "Use 0.2, as the paper does.")
         self.keep = keep
 
-    def __call__(
-        self, served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float, memory: Memory
-    ) -> WeightDelta:
-        remembered = self.remember(served, trained, start, memory)
+    def __call__(self, served: WeightDelta, trained: WeightDelta, weight: float, memory: Memory) -> WeightDelta:
         return {
-            name: _like(part, weight * _elected(remembered, name))
-            for name, part in sorted({**served, **trained}.items())
+            name: _like(part, weight * _elected(memory, name)) for name, part in sorted({**served, **trained}.items())
         }
 
     def remember(

@@ -263,11 +263,12 @@ class _Run:
         _refuse_non_finite(trained, progress.step)
         for _, regularizer in learner.regularizers:
             regularizer.finish(learner.parameters, self._gradients)
+        memory = remembered(self.recipe.merge, self.served, trained, self.start, self.merge_memory)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".candidate-", dir=self.out_dir) as staging:
 
             def write(merge: Merge, place: Path) -> str:
-                return learner.model.write(merged(merge, self.served, trained, self.start, self.merge_memory), place)
+                return learner.model.write(merged(merge, self.served, trained, self.start, memory), place)
 
             weighed = search(self.recipe.merge, scored, write, Path(staging), self._between)
             name = write(weighed.merge, Path(staging) / "adapter")
@@ -278,7 +279,7 @@ class _Run:
             start=trained if self.recipe.merge.start == "trained" else {},
             terms=learner.remembered(),
             updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
-            merge=remembered(self.recipe.merge, self.served, trained, self.start, self.merge_memory),
+            merge=memory,
         )
         costs = {
             **cost.to_json(),

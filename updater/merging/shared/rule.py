@@ -17,13 +17,11 @@ class RememberingRule(ABC):
     """A rule that looks at all updates so far. Keyword arguments of ``__init__`` are the recipe's ``merge.options``."""
 
     @abstractmethod
-    def __call__(
-        self, served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float, memory: Memory
-    ) -> WeightDelta:
-        """What is served next."""
-
-    @abstractmethod
     def remember(
         self, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory
     ) -> dict[str, Tensor]:
-        """The memory of the next update."""
+        """The memory with this update, from the one without it."""
+
+    @abstractmethod
+    def __call__(self, served: WeightDelta, trained: WeightDelta, weight: float, memory: Memory) -> WeightDelta:
+        """What is served next. ``memory``: with this update."""

@@ -94,8 +94,8 @@ def test_ties_of_updates_one_after_another_is_that_of_all_at_once(name: str, kee
     memory: dict[str, torch.Tensor] = {}
     third: WeightDelta = {"layer": factor(3), "bias": Dense(torch.tensor([0.7, -3.0, -0.2, 0.4], dtype=torch.float64))}
     for learned in (OLD, NEW, third):
-        after = merged(rule, served, learned, {}, memory)
         memory = remembered(rule, served, learned, {}, memory)
+        after = merged(rule, served, learned, {}, memory)
         served = {"layer": compress(after["layer"], 1), "bias": after["bias"]}  # type: ignore[arg-type]
     vectors = [_trimmed(values(each, name), keep) for each in (OLD, NEW, third)]
     assert values(after, name) == pytest.approx(_plain_ties(vectors, 0.7), rel=1e-5, abs=1e-6)
