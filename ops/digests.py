@@ -30,6 +30,11 @@ def digest12(value: str | bytes) -> str:
     return (digest_bytes(value) if isinstance(value, bytes) else value)[:12]
 
 
+def share_of(text: str) -> float:
+    """A number from 0 to 1 that follows from the text alone: what is drawn by it never moves."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
 def digest_tensor(name: str, tensor: torch.Tensor) -> str:
     """SHA-256 of one named tensor: name, dtype, shape and its bytes, row-major. 64 hex digits."""
     import torch  # settings and the ledger must not wait for torch

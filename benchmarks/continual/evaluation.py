@@ -57,6 +57,7 @@ class Evaluator:
             text for prompts in self.names.values() for text in prompts
         }
         self._words = sorted(wanted, key=lambda text: (len(text), text))  # texts of like length share a batch
+        self._model = base.build_model()
         self._sides: dict[Which, _Side] = {}
         tokenize = base.tokenizer()
         self._inputs: dict[Which, list[Any]] = {
@@ -68,7 +69,7 @@ class Evaluator:
 
     def encode(self, adapter: Path | None) -> Encoded:
         """All images and texts under an adapter's directory; None is the base."""
-        weights = effective_weights(adapter, self.base.build_model()) if adapter else {}
+        weights = effective_weights(adapter, self._model) if adapter else {}
         touched = {name.rpartition(".")[0] for name in weights}
         images, texts = (self._encoded(which, weights, touched) for which in ("image", "text"))
         return Encoded(dict(zip(self._ids, images, strict=True)), dict(zip(self._words, texts, strict=True)))
@@ -76,7 +77,7 @@ class Evaluator:
     def _encoded(self, which: Which, weights: Mapping[str, Tensor], touched: set[str]) -> Vectors:
         """Vectors [n, dim] of one side."""
         side = self._sides.get(which)
-        cut = first_touched(touched, self.base.build_model(), which) if touched else 0
+        cut = first_touched(touched, self._model, which) if touched else 0
         if side is None or (touched and (side.tower.cut > cut or side.tower.cut == 0 < cut)):
             side = self._sides[which] = _Side(self.base, which, cut, self._inputs[which])
         with torch.inference_mode():

@@ -9,11 +9,9 @@ import numpy as np
 
 from benchmarks.continual.intervals import interval
 from benchmarks.continual.orders import ORDERS
-from benchmarks.continual.outcomes import Course, Reference
 from benchmarks.continual.repeated import shared_draws
-from benchmarks.continual.report import STANDARD
+from benchmarks.continual.report import STANDARD, Chains
 
-Chains = tuple[Reference, Mapping[str, list[Course]]]
 SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.continual.repeated import repeated
 from benchmarks.continual.runner import failure
 from updater.recipes import load_recipe
 
+Chains = tuple[Reference, Mapping[str, list[Course]]]
 BASE = "zero-shot"
 FIGURES = ("a_ka", "a_zs", "outside", "retrieval", "classes", "gm")
 STANDARD = "default"
@@ -26,10 +27,10 @@ STANDARD = "default"
 
 
 def figures(
-    results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int, protocol: Protocol
+    results: Path, chains_read: Chains, methods: Sequence[str], updates: int, protocol: Protocol
 ) -> dict[str, Any]:
-    """Everything that the tables and plots show. Raises RatchetError when nothing was run yet."""
-    reference, chains = read_chains(results, methods, orders, seeds, updates)
+    """Everything that the tables and plots show."""
+    reference, chains = chains_read
     first = {name: courses[0] for name, courses in chains.items()}
     untrained = {BASE: reference.base, NEAREST: reference.nearest}
     draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, reference)
@@ -62,10 +63,9 @@ def figures(
     }
 
 
-def read_chains(
-    results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int
-) -> tuple[Reference, dict[str, list[Course]]]:
-    """The base's answers, and by method all chains that are there of a method whose first one is."""
+def read_chains(results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int) -> Chains:
+    """The base's answers, and by method all chains that are there of a method whose first one is. Raises RatchetError
+    when nothing was run yet."""
     reference = read_reference(results)
     chains = {name: _courses(results, name, orders, seeds, updates, reference) for name in methods}
     return reference, {name: courses for name, courses in chains.items() if courses and courses[0].unit == Unit(name)}

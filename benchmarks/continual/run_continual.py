@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.continual.chain import Unit
-from benchmarks.continual.lead import Chains, leads
+from benchmarks.continual.lead import leads
 from benchmarks.continual.orders import ORDERS
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.report import STANDARD, figures, read_chains
+from benchmarks.continual.report import STANDARD, Chains, figures, read_chains
 from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner, best
 from benchmarks.continual.second_base import NAME as SECOND
@@ -96,7 +96,6 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         prepare(settings.home)
     stream = load_stream(settings.home, protocol)
     deadline = began + 60 * wanted.minutes
-    shape = wanted.methods, wanted.orders, wanted.seeds, wanted.updates
     outcomes: dict[str, dict[str, Any]] = {}
     chains: dict[str, Chains] = {}
     for base in wanted.bases or (settings.base.clip,):
@@ -113,8 +112,8 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
                 tune(runner, wanted.methods)
                 return {}
             _run(runner, wanted)
-        outcomes[base] = figures(results, *shape, protocol)
-        chains[base] = read_chains(results, *shape)
+        chains[base] = read_chains(results, wanted.methods, wanted.orders, wanted.seeds, wanted.updates)
+        outcomes[base] = figures(results, chains[base], wanted.methods, wanted.updates, protocol)
     outcome = next(iter(outcomes.values())) | {
         "bases": {
             base: {"zero_shot": each["zero_shot"], "methods": each["methods"]} for base, each in outcomes.items()

@@ -6,7 +6,6 @@ that it was trained on, and texts beyond their captions, so that the text tower 
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +30,13 @@ from updater.base.features import load_pixels
 from updater.base.shipped import DOMAINS
 from updater.base.shipped import NAME as SHIPPED
 from updater.data.pools import caption_number
+from updater.recipes import Schedule
+from updater.training.schedules import learning_rate
 
 NAME = "vit"
-SIDE, PATCH, WIDTH, LAYERS, CONTEXT = 96, 16, 192, 6, 48
+SIDE, PATCH, WIDTH, HEAD_WIDTH, LAYERS, CONTEXT = 96, 16, 192, 48, 6, 48
+PAGE = 1024
+"""Texts that are encoded between two looks at the progress; the engine sorts them by length."""
 TOKENIZER: dict[str, Any] = {"kind": "simple", "kwargs": {}}
 PREPROCESS = Preprocess(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -68,7 +71,10 @@ def distilled(
     engine = ClipEngine(teacher, "cpu")
     texts = sorted({item.text for item in items} | set(words))
     place = {text: number for number, text in enumerate(texts)}
-    known = torch.from_numpy(_encoded(engine.encode_texts, texts, "the teacher's texts"))
+    pages = [texts[start : start + PAGE] for start in range(0, len(texts), PAGE)]
+    known = torch.from_numpy(
+        np.concatenate([engine.encode_texts(page) for page in track(pages, "the teacher's texts")])
+    )
     seen = torch.from_numpy(
         np.concatenate([engine.encode_images(batch) for batch in load_pixels(items, teacher.preprocess, 8)])
     )
@@ -102,10 +108,13 @@ def _train(
         for order in [torch.randperm(len(pixels), generator=draw)]
         for rows in (order[a:b] for a, b in pairwise([*range(0, len(order), how.batch), len(order)]))
     ]
+    schedule = Schedule(
+        kind="cosine", peak=how.rate, final=how.rate / 1000, warmup_steps=min(how.warmup, len(batches) // 4)
+    )
     losses = []
     for step, rows in enumerate(track(batches, "training the second base")):
         for group in optimizer.param_groups:
-            group["lr"] = how.rate * _share(step, len(batches), how.warmup)
+            group["lr"] = learning_rate(schedule, step, len(batches), first=True)
         further = torch.randint(len(tokens), (len(rows),), generator=draw)
         image = F.normalize(clip.encode_image(PREPROCESS.normalise(pixels[rows.numpy()])), dim=-1)
         both = F.normalize(clip.encode_text(torch.cat([tokens[own[rows]], tokens[further]])), dim=-1)
@@ -126,37 +135,17 @@ def _train(
     say(f"loss {np.mean(losses[:few]):.2f} -> {np.mean(losses[-few:]):.2f}")
 
 
-def _share(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to 0."""
-    warm = min(warmup, steps // 4)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
 def _config(dim: int) -> dict[str, Any]:
-    heads = WIDTH // 48
     return {
         "embed_dim": dim,
         "vision_cfg": {
-            "image_size": SIDE, "patch_size": PATCH, "width": WIDTH, "layers": LAYERS, "head_width": WIDTH // heads,
+            "image_size": SIDE, "patch_size": PATCH, "width": WIDTH, "layers": LAYERS, "head_width": HEAD_WIDTH,
         },
         "text_cfg": {
-            "context_length": CONTEXT, "vocab_size": 49408, "width": WIDTH, "heads": heads, "layers": LAYERS - 2,
+            "context_length": CONTEXT, "vocab_size": 49408, "width": WIDTH, "heads": WIDTH // HEAD_WIDTH,
+            "layers": LAYERS - 2,
         },
     }  # fmt: skip
-
-
-def _encoded(encode: Any, texts: Sequence[str], label: str) -> np.ndarray:
-    rows = np.zeros((len(texts), 0), np.float32)
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    for start in track(range(0, len(order), 64), label):
-        where = order[start : start + 64]
-        vectors = encode([texts[number] for number in where])
-        if not rows.shape[1]:
-            rows = np.zeros((len(texts), vectors.shape[1]), np.float32)
-        rows[where] = vectors
-    return rows
 
 
 def _imagenet_names() -> list[str]:

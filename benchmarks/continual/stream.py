@@ -20,7 +20,7 @@ from typing import Literal
 
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
-from ops.digests import digest_json
+from ops.digests import digest_json, share_of
 from ops.progress import step
 from streams.demo import DOMAINS, prepare_domain
 from streams.folders import FolderItem, read_folder
@@ -162,11 +162,11 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
 
 
 def _in_suite(source: Source, item: FolderItem) -> bool:
-    return item.split == "test" or _share(f"suite:{item.concept}") < source.wider
+    return item.split == "test" or share_of(f"suite:{item.concept}") < source.wider
 
 
 def _tunes(source: Source, item: FolderItem) -> bool:
-    return _share(f"{TUNING}:{item.path.name if source.shared else item.concept}") < TUNING_SHARE
+    return share_of(f"{TUNING}:{item.path.name if source.shared else item.concept}") < TUNING_SHARE
 
 
 def _suite(source: Source, items: Sequence[Pair], limit: int) -> Suite:
@@ -199,11 +199,6 @@ def _item(source: Source, item: FolderItem) -> Pair:
 def _drawn(pairs: Iterable[Pair], limit: int) -> tuple[Pair, ...]:
     """At most ``limit``, by hash of the name: the same for every method, order and seed."""
     return tuple(sorted(pairs, key=lambda pair: hashlib.sha256(pair.id.encode()).digest())[:limit])
-
-
-def _share(text: str) -> float:
-    """A number from 0 to 1 that follows from the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def names_of(suites: Sequence[Suite]) -> dict[str, list[str]]:

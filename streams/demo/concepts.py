@@ -6,10 +6,11 @@ The same thing drawn by another artist has the same concept, so a concept is who
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from typing import Final
+
+from ops.digests import share_of
 
 TEST_SHARE: Final = 0.15
 _ARTICLE: Final = re.compile(r"^(an?|the|some) ")
@@ -31,5 +32,4 @@ def flag_concept(code: str) -> str:
 
 def split_of(concept: str) -> str:
     """`test` for about `TEST_SHARE` of all concepts, else `train`; a function of the concept alone."""
-    share = int.from_bytes(hashlib.sha256(f"split:{concept}".encode()).digest()[:8]) / 2**64
-    return "test" if share < TEST_SHARE else "train"
+    return "test" if share_of(f"split:{concept}") < TEST_SHARE else "train"

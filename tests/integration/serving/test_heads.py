@@ -27,10 +27,10 @@ def test_a_release_answers_by_its_own_head_and_a_rollback_takes_it_back(server: 
         client.release(plain, reason="without")
         refused = classify(server, body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "no_head")
-        made = client.release(headed, reason="with a head")
+        release = client.release(headed, reason="with a head")
         answer = classify(server, body)
         assert answer.status_code == 200, answer.text
-        assert answer.headers["x-ratchet-release"] == str(made["number"])
+        assert answer.headers["x-ratchet-release"] == str(release["number"])
         expected = server.head_of(headed).classify(server.expected(headed, images=[image for image, _ in shown[:6]]))
         for row, data in enumerate(answer.json()["data"]):
             assert list(data["probabilities"]) == sorted(labels)
@@ -47,7 +47,7 @@ def test_a_release_answers_by_its_own_head_and_a_rollback_takes_it_back(server: 
         assert "animals" in other["message"] and other["param"] == "head"
         client.rollback(reason="back")
         assert classify(server, body).status_code == 404
-        still = {**body, "model": f"clip@{made['number']}"}
+        still = {**body, "model": f"clip@{release['number']}"}
         assert classify(server, still).status_code == 200  # it is still resident, and may be named
 
 

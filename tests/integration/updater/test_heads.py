@@ -79,6 +79,6 @@ def test_a_head_that_the_gate_could_not_judge_is_not_learned(
     update = UpdaterService(settings).step().update
     assert update is not None and update.state == "done"
     assert read_adapter(Artifacts(settings.artifacts).fetch(f"adapters/{update.adapter}")).heads == {}
-    said = capsys.readouterr().err
-    assert "head colours: 6 labelled samples are held out, and the gate needs 10" in said
-    assert "head elsewhere: fewer than two classes" in said
+    lines = capsys.readouterr().err
+    assert "head colours: 6 labelled samples are held out, and the gate needs 10" in lines
+    assert "head elsewhere: fewer than two classes" in lines

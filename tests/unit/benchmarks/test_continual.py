@@ -21,7 +21,7 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.report import _prepared, figures
+from benchmarks.continual.report import _prepared, figures, read_chains
 from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
 from ops.settings import Settings
@@ -128,8 +128,8 @@ def test_results_of_another_recipe_under_the_same_name_do_not_count(results: Pat
 
 def test_orders_are_permutations_of_the_same_updates() -> None:
     names = [source.name for source in UPDATES]
-    said = {"fashion": "a house", "flags": "a house and another house", "digits": "seven"}
-    updates = {name: tuple(replace(pair, text=said.get(name, name)) for pair in pairs(name, 3)) for name in names}
+    texts = {"fashion": "a house", "flags": "a house and another house", "digits": "seven"}
+    updates = {name: tuple(replace(pair, text=texts.get(name, name)) for pair in pairs(name, 3)) for name in names}
     whole = replace(stream(), updates=updates, reference=(replace(pairs("house", 1)[0], text="a house"),))
     angles = dict(zip(names, np.random.default_rng(0).permutation(8) / 8, strict=True))
     means = {name: np.array([np.cos(angle), np.sin(angle)], np.float32) for name, angle in angles.items()}
@@ -167,9 +167,9 @@ def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, tm
 def test_pictures_that_look_like_one_that_is_trained_on_are_left_out(tmp_path: Path) -> None:
     taught, others = pairs("car", 3), pairs("boat", 3)
     again = replace(taught[1], id="boat-again")
-    found = left_out(tmp_path, taught, {"boat": (*others, again), "tree": pairs("tree", 2)})
-    assert found == {"boat": ["boat-again"], "tree": []}
-    assert left_out(tmp_path, taught, {"boat": (*others, again), "tree": pairs("tree", 2)}) == found
+    alike = left_out(tmp_path, taught, {"boat": (*others, again), "tree": pairs("tree", 2)})
+    assert alike == {"boat": ["boat-again"], "tree": []}
+    assert left_out(tmp_path, taught, {"boat": (*others, again), "tree": pairs("tree", 2)}) == alike
 
 
 def test_names_of_all_domains_are_one_label_set(base: ClipBase) -> None:
@@ -252,7 +252,8 @@ def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) ->
     failed = Unit("full").folder(results)
     failed.mkdir(parents=True, exist_ok=True)
     (failed / "failed.json").write_text(json.dumps({"reason": "the budget does not pay"}))
-    found = figures(results, [*METHODS, "full"], 1, 1, 2, PROTOCOL)
+    methods = [*METHODS, "full"]
+    found = figures(results, read_chains(results, methods, 1, 1, 2), methods, 2, PROTOCOL)
     assert set(found["methods"]) == set(METHODS)
     gm = course.trajectory(asked).gm
     assert found["methods"]["default"]["geometric_mean_delta"] == pytest.approx(100 * (gm[-1] - gm[0]), abs=0.01)

@@ -72,8 +72,8 @@ def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path
     lessons = tuple(replace(pair, label=pair.text.replace("boat", "new boat")) for pair in pairs("boat", 12))
     taught = replace(plain, updates={**plain.updates, "boat": lessons})
     known = {pair.label for pair in taught.updates["boat"]}
-    found = nearest_means(evaluator, taught, base)
-    assert list(found) == ["boat"] and found["boat"].shape == (len(boat.items), 1)
+    hits = nearest_means(evaluator, taught, base)
+    assert list(hits) == ["boat"] and hits["boat"].shape == (len(boat.items), 1)
     features = {p.id: row for p, row in zip(taught.updates["boat"], _features(evaluator, taught), strict=True)}
     for row, pair in enumerate(boat.items):
         own = {other.label for other in boat.items} & known
@@ -81,7 +81,7 @@ def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path
             name: np.mean([features[p.id] for p in taught.updates["boat"] if p.label == name], axis=0) for name in own
         }
         best = max(means, key=lambda name: float(base.images[pair.id] @ means[name] / np.linalg.norm(means[name])))
-        assert found["boat"][row, 0] == (best == pair.label)
+        assert hits["boat"][row, 0] == (best == pair.label)
 
 
 def _features(evaluator: Evaluator, taught: Stream) -> Vectors:

@@ -95,8 +95,8 @@ def test_an_interval_is_as_wide_as_that_of_drawing_items_one_by_one() -> None:
 def test_a_figure_without_its_largest_suite_is_that_of_the_others() -> None:
     base = {name: np.full(4, 0.5) for name in "abz"}
     better = {"a": np.full(4, 0.9), "b": np.full(4, 0.6), "z": np.full(4, 0.5)}
-    asked = Reference(base, ("a", "b"), ("z",), base, frozenset("b"), ("z",))
-    draws = resampled({"base": base, "better": better}, asked, draws=20)
+    reference = Reference(base, ("a", "b"), ("z",), base, frozenset("b"), ("z",))
+    draws = resampled({"base": base, "better": better}, reference, draws=20)
     assert draws.largest("better", "base") == "a"
     assert draws.difference("a_ka", "better", "base").value == pytest.approx(25)
     assert draws.difference("a_ka", "better", "base", "a").value == pytest.approx(10)
@@ -111,10 +111,10 @@ def test_a_lead_is_the_mean_over_bases_of_the_chains_that_both_have() -> None:
         return Course(Unit(name, order), (base, hits), ())
 
     base = {"a": np.full(4, 0.5), "b": np.full(4, 0.5), "z": np.full(4, 0.64)}
-    asked = Reference(base, ("a", "b"), ("z",), base, outside=("z",))
+    reference = Reference(base, ("a", "b"), ("z",), base, outside=("z",))
     first = {"default": [course("default", 0, 0.9), course("default", 1, 0.1)], "other": [course("other", 0, 0.7)]}
     second = {"default": [course("default", 0, 0.7)], "other": [course("other", 0, 0.7), course("other", 3, 0.0)]}
-    lead = leads({"one": (asked, first), "two": (asked, second)})["other"]
+    lead = leads({"one": (reference, first), "two": (reference, second)})["other"]
     gap = 100 * (math.sqrt(0.7 * 0.64) - math.sqrt(0.6 * 0.64)) / 2
     assert lead["gm"]["value"] == pytest.approx(gap, abs=0.01) and lead["gm"]["clear"]
     assert lead["gm_without_largest"]["value"] == 0 and lead["largest"] == ["a"]

@@ -68,6 +68,6 @@ def test_the_best_trial_of_each_method_is_written_down(
     ]
     assert [len(each) for each in rows] == [2] * 5
     assert len({each[-1]["adapter"] for each in rows}) == 5, "each trial is another one"
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    best = max(said["trials"]["locked-text"])
-    assert said["trials"]["locked-text"][trials(load_recipe("locked-text")).index(factors["locked-text"])] == best
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    best = max(last["trials"]["locked-text"])
+    assert last["trials"]["locked-text"][trials(load_recipe("locked-text")).index(factors["locked-text"])] == best
