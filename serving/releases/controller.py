@@ -21,6 +21,7 @@ from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
+from serving.ray.settled import settle
 from serving.releases.broadcast import RayBroadcast
 from serving.releases.commands import (
     HoldCommand,
@@ -84,6 +85,7 @@ class ReleaseController:
         self._status: asyncio.Task[dict[str, Any]] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._loops: dict[str, asyncio.Task[None]] = {}
+        settle()
 
     def __del__(self) -> None:
         """Serve calls this when the replica ends."""

@@ -23,6 +23,7 @@ from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
+from serving.ray.settled import settle
 from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
@@ -80,6 +81,7 @@ class CatalogReplica:
         self._verdicts = CrossVersionVerdicts(self._ledger)
         self._adopted = 0
         """The newest release that was adopted."""
+        settle()
 
     def __del__(self) -> None:
         """Serve calls this when the replica ends: tables that it held may be dropped from now on."""

@@ -19,6 +19,7 @@ from ops.settings import Settings
 from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, HeadsResult, Modality
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
+from serving.ray.settled import settle
 from serving.releases.release_snapshot import BASE
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
@@ -61,6 +62,7 @@ class Encoder:
         adapters.expect(self._source.adapters)
         needed = rows.needed("clip")
         check_start(self.worker.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
+        settle()
 
     def make_engine(self, settings: Settings) -> ClipEngine:
         """What computes."""

@@ -31,6 +31,7 @@ from serving.ray.deployment_status import DeploymentStatus, read_statuses
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
 from serving.ray.replica_logs import configure_replica_logging
+from serving.ray.settled import settle
 from serving.releases.admission import Admission
 from serving.releases.agreement import TEXTS
 from serving.releases.broadcast import APP, VLM
@@ -122,7 +123,9 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.app_state)
+        app = build_app(self.app_state)
+        settle()
+        return app
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Stamp requests with these releases from the next one on; the newest is live."""

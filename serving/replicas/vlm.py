@@ -21,6 +21,7 @@ from serving.engines.vlm.generation import GenerationRequest, GenerationResult, 
 from serving.messages import MODEL_NICE, Refusal
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
+from serving.ray.settled import settle
 from serving.releases.release_snapshot import BASE
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
@@ -55,6 +56,7 @@ class VlmReplica:
             log.exception("the VLM cannot start")
             await asyncio.sleep(RETRY_SECONDS)
             raise
+        settle()
 
     async def _start(self, settings: Settings) -> None:
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
