@@ -38,6 +38,8 @@ from updater.training.train import train
 
 ZERO_SHOT = "zero-shot.json"
 BASE_VECTORS = "base-vectors.npz"
+CACHE = "cache"
+"""Folder of pixels and boundaries: what is there of them need not be computed again."""
 SECONDS = 3600.0
 """Wall-clock bound of an update; none comes near it unless the machine stands still."""
 
@@ -98,7 +100,7 @@ class Chain:
         self.base, self.stream, self.protocol, self.unit, self.results = base, stream, protocol, unit, results
         self.recipe = recipe
         self.folder = unit.folder(results)
-        self.evaluator = evaluator or Evaluator(base, stream.suites)
+        self.evaluator = evaluator or Evaluator(base, stream.suites, results / CACHE)
         self.base_vectors = self._zero_shot()
         self.order = order_of(stream, unit.order, self._means)
         self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")

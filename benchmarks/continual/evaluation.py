@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.continual.stream import RECALL_AT, Suite, names_of
@@ -20,6 +21,7 @@ from ops.files import replacing
 from serving.engines.adapters import effective_weights
 from serving.engines.clip_base import ClipBase
 from serving.engines.spaces import tower_of
+from updater.data.pools import Pair
 from updater.families.clip.prepare import stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched
 from updater.gate.ranking import rank_of_best
@@ -46,13 +48,15 @@ class Encoded:
 class Evaluator:
     """Evaluates a base's adapters on suites, as the trainer computes (float32)."""
 
-    def __init__(self, base: ClipBase, suites: Sequence[Suite]) -> None:
+    def __init__(self, base: ClipBase, suites: Sequence[Suite], cache: Path | None = None) -> None:
+        """``cache``: a folder of this base and these suites, for what every chain computes alike."""
         self.base = base
         self.suites = suites
+        self.cache = cache
         self.names = names_of(suites)
         pairs = {pair.id: pair for suite in suites for pair in suite.items}
         self._ids = list(pairs)
-        pixels = np.stack([base.preprocess.pixels(pair.read()) for pair in pairs.values()])
+        pixels = self._cached_pixels(list(pairs.values()))
         wanted = {text for suite in suites for text in _texts(suite)} | {
             text for prompts in self.names.values() for text in prompts
         }
@@ -67,6 +71,19 @@ class Evaluator:
             ],
         }
 
+    def _cached_pixels(self, pairs: Sequence[Pair]) -> NDArray[np.uint8]:
+        """Of the suites' pictures, [n, size, size, 3]."""
+        path = self.cache / "pixels.npy" if self.cache else None
+        if path is not None and path.is_file():
+            cached: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+            if len(cached) == len(pairs):
+                return cached
+        pixels = np.stack([self.base.preprocess.pixels(pair.read()) for pair in pairs])
+        if path is not None:
+            with replacing(path, durable=False) as staging, staging.open("wb") as file:
+                np.save(file, pixels)
+        return pixels
+
     def encode(self, adapter: Path | None) -> Encoded:
         """All images and texts under an adapter's directory; None is the base."""
         weights = effective_weights(adapter, self._model) if adapter else {}
@@ -79,7 +96,8 @@ class Evaluator:
         side = self._sides.get(which)
         cut = first_touched(touched, self._model, which) if touched else 0
         if side is None or (touched and (side.tower.cut > cut or side.tower.cut == 0 < cut)):
-            side = self._sides[which] = _Side(self.base, which, cut, self._inputs[which])
+            boundaries = self.cache / f"{which}-{cut}.safetensors" if self.cache else None
+            side = self._sides[which] = _Side(self.base, which, cut, self._inputs[which], boundaries)
         with torch.inference_mode():
             return side.vectors({name: value for name, value in weights.items() if tower_of(name) == which})
 
@@ -112,8 +130,11 @@ class Evaluator:
 class _Side:
     """One tower over fixed inputs, from its boundary on; boundaries are computed when they are first wanted."""
 
-    def __init__(self, base: ClipBase, which: Which, cut: int, inputs: Sequence[Any]) -> None:
-        self.base, self.which, self.inputs = base, which, inputs
+    def __init__(
+        self, base: ClipBase, which: Which, cut: int, inputs: Sequence[Any], cached: Path | None = None
+    ) -> None:
+        """``cached``: the file that boundaries are kept in."""
+        self.base, self.which, self.inputs, self.cached = base, which, inputs, cached
         model = base.build_model()
         self._parameters = dict(model.eval().named_parameters())  # by their own names, which a split tower changes
         self.tower = SplitTower(model, which, cut)
@@ -122,7 +143,7 @@ class _Side:
     def vectors(self, weights: Mapping[str, Tensor]) -> Vectors:
         """Unit vectors under other weights, [n, dim]."""
         if self.tower.cut and not self._boundaries:
-            self._boundaries = [self.tower.record(self._tensor(batch))[1] for batch in self.inputs]
+            self._boundaries = self._recorded()
         before = {name: self._parameters[name].data for name in weights}
         for name, value in weights.items():
             self._parameters[name].data = value
@@ -132,6 +153,18 @@ class _Side:
             for name, value in before.items():
                 self._parameters[name].data = value
         return torch.cat(parts).numpy()
+
+    def _recorded(self) -> list[Tensor]:
+        """The boundary of each batch, from the file where there is one."""
+        if self.cached is not None and self.cached.is_file():
+            cached = [boundary for _, boundary in sorted(load_file(self.cached).items())]
+            if [len(boundary) for boundary in cached] == [len(batch) for batch in self.inputs]:
+                return cached
+        boundaries = [self.tower.record(self._tensor(batch))[1].contiguous() for batch in self.inputs]
+        if self.cached is not None:
+            with replacing(self.cached, durable=False) as staging:
+                save_file({f"{number:06}": boundary for number, boundary in enumerate(boundaries)}, staging)
+        return boundaries
 
     def _run(self, number: int, batch: Any) -> Tensor:
         inputs = self._tensor(batch)

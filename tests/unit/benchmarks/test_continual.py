@@ -28,8 +28,10 @@ from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
+from serving.engines.preprocess import Preprocess
 from tests.unit.benchmarks.builders import PROTOCOL, labelled, stream
 from tests.unit.updater.builders import pairs
+from updater.families.clip.towers import SplitTower
 from updater.recipes import load_recipe
 from updater.training.train import Stopped
 
@@ -162,6 +164,27 @@ def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, tm
         encoded = evaluator.encode(folder)
         assert np.allclose(encoded.images[pair.id], engine.encode_images(pixels, name)[0], atol=1e-5)
         assert np.allclose(encoded.texts[pair.text], engine.encode_texts([pair.text], name)[0], atol=1e-5)
+
+
+def test_what_every_chain_computes_alike_is_computed_once(
+    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = _chain(base, tmp_path / "results", "default")
+    chain.run(1)
+    (row,) = updates_done(chain.results, chain.recipe, chain.unit)
+    adapter, cache = chain.folder / "adapters" / row["adapter"], tmp_path / "results" / "cache"
+    first = Evaluator(base, stream().suites).encode(adapter)
+    for name in ("pixels", "record"):
+        owner = {"pixels": Preprocess, "record": SplitTower}[name]
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
+    again = Evaluator(base, stream().suites, cache).encode(adapter)
+    for kept, computed in ((again.images, first.images), (again.texts, first.texts)):
+        assert kept.keys() == computed.keys()
+        assert all(np.array_equal(kept[key], computed[key]) for key in computed)
+    monkeypatch.undo()
+    fewer = tuple(replace(suite, items=suite.items[:-1]) for suite in stream().suites)
+    others = Evaluator(base, fewer, cache).encode(adapter)  # a cache of other suites does not count
+    assert all(np.array_equal(others.images[key], first.images[key]) for key in others.images)
 
 
 def test_pictures_that_look_like_one_that_is_trained_on_are_left_out(tmp_path: Path) -> None:
