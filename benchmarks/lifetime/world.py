@@ -34,10 +34,11 @@ FORGOTTEN, FORGOTTEN_SPREAD = 0.003, 0.005
 """Share of what was learned of a domain that an update of another one loses, and the deviation.
 
 The first is ``forgotten_without_largest`` of `ratchet bench continual` over the two chains in
-``docs/benchmarks/lifetime``, in which an update has the memory that the recipe asks for: 1,500 pairs of earlier updates
-and as many of the base's domains. With 96 of each, as in the comparison of methods, it is 0.054. The second is what is
-left of changes of a domain that the incumbent had learned, in the gate's outcomes (700 to 2,000 items), without the
-part that is proportional to the level and without the items' own deviation."""
+``docs/benchmarks/lifetime`` (of the default as it was until commit bf0544b), in which an update has the memory that the
+recipe asks for: 1,500 pairs of earlier updates and as many of the base's domains. With 96 of each, as in the comparison
+of methods, it is 0.054. The second is what is left of changes of a domain that the incumbent had learned, in the gate's
+outcomes (700 to 2,000 items), without the part that is proportional to the level and without the items' own
+deviation."""
 Model = Mapping[str, Ranks]
 """Ranks by domain name."""
 

@@ -52,9 +52,11 @@ def pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
 
 
 def recipe(name: str = "default", **changes: Any) -> Recipe:
-    """A shipped recipe made small."""
-    small = {"max_steps": 5, "batch_size": 9, "rank": 4, "alpha": 8.0}
+    """A shipped recipe made small: where it has new, reference and replayed pairs, three of each in a batch of nine."""
+    small: dict[str, Any] = {"max_steps": 5, "batch_size": 9, "rank": 4, "alpha": 8.0}
     values = load_recipe(name).model_dump(mode="json")
+    if all(values["mixture"].values()):
+        small["mixture"] = {"reference": 0.33, "new": 0.34, "replay": 0.33}
     return Recipe.parse({**values, **small, **changes})
 
 
