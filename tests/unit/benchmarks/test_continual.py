@@ -276,18 +276,20 @@ def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) ->
     failed.mkdir(parents=True, exist_ok=True)
     (failed / "failed.json").write_text(json.dumps({"reason": "the budget does not pay"}))
     methods = [*METHODS, "full"]
-    found = figures(results, read_chains(results, methods, 1, 1, 2), methods, 2, PROTOCOL)
-    assert set(found["methods"]) == set(METHODS)
+    outcome = figures(results, read_chains(results, methods, 1, 1, 2), methods, 2, PROTOCOL)
+    assert set(outcome["methods"]) == set(METHODS)
     gm = course.trajectory(asked).gm
-    assert found["methods"]["default"]["geometric_mean_delta"] == pytest.approx(100 * (gm[-1] - gm[0]), abs=0.01)
-    assert found["methods"]["default"]["maf"] <= 2 * PROTOCOL.gflops
+    assert outcome["methods"]["default"]["geometric_mean_delta"] == pytest.approx(100 * (gm[-1] - gm[0]), abs=0.01)
+    assert outcome["methods"]["default"]["maf"] <= 2 * PROTOCOL.gflops
     steps = sum(row["cost"]["maf_per_step"] * row["cost"]["steps"] for row in course.rows)
-    assert found["methods"]["default"]["maf_prepare"] == pytest.approx(course.total("gflops_spent") - steps, abs=0.006)
-    text = markdown(found)
+    assert outcome["methods"]["default"]["maf_prepare"] == pytest.approx(
+        course.total("gflops_spent") - steps, abs=0.006
+    )
+    text = markdown(outcome)
     assert "the budget does not pay" in text
     assert all(text.count(f"| `{name}` |") == 5 for name in METHODS)
-    assert found["untrained"]["zero-shot"]["geometric_mean_delta"] == 0.0 and "| `nearest-mean` |" in text
-    for drawing in all_plots(found).values():
+    assert outcome["untrained"]["zero-shot"]["geometric_mean_delta"] == 0.0 and "| `nearest-mean` |" in text
+    for drawing in all_plots(outcome).values():
         assert drawing.startswith("<svg") and ">default<" in drawing
 
 
