@@ -34,8 +34,11 @@ from ops.settings import Settings
 
 log = logging.getLogger("ratchet.access")
 KEYS_SECONDS = 2.0
-#: A token of an unknown key makes the table be read again, so that a new key works at once; not more often than this.
 NEW_KEY_SECONDS = 0.2
+"""An unknown key is looked for in the ledger before it is refused, so that a new one works at once; readings that such
+keys cause begin this far apart, and the key waits for its own."""
+READ_SECONDS = 1.0
+"""Longest that a caller waits for the keys to be read; then those that were read last count."""
 TOUCH = timedelta(minutes=1)
 MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
@@ -93,7 +96,7 @@ class Access:
 
     def __init__(
         self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic,
-        recall: Callable[[], Sequence[KeyRow]] = tuple,
+        recall: Callable[[], Sequence[KeyRow]] = tuple, pause: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         """``recall``: keys of a copy, for a start while the ledger is away."""
         rules, local = settings.access, settings.serve.on_loopback
@@ -108,7 +111,8 @@ class Access:
         self._operator = settings.operator_key()
         self._ledger = ledger
         self._recall = recall
-        self._clock = clock
+        self._pause = pause
+        self.clock = clock
         self._keys: dict[str, KeyRow] = {}
         self._read_at = NEVER
         self._current = False
@@ -117,8 +121,12 @@ class Access:
 
     def identify(self, token: str | None) -> Principal | None:
         """Who holds a token; without one, whoever may come without. None: nobody. May read the ledger."""
-        if self.due(token):
-            self.refresh()
+        came = self.clock()
+        while (delay := self.due(token, came)) is not None and self.clock() - came < READ_SECONDS:
+            self._pause(delay)
+            self.refresh(0.0 if self._knows(token) else READ_SECONDS)
+            if self._knows(token):
+                break
         return self.known(token)
 
     def known(self, token: str | None) -> Principal | None:
@@ -139,26 +147,41 @@ class Access:
         limit = self._limit if row.requests_per_minute is None else row.requests_per_minute
         return Principal(row.name, frozenset(row.scopes), "key", row.id, limit)
 
-    def due(self, token: str | None) -> bool:
-        """Whether the ledger is to be read before this token can be told: the keys are old, or it is a new one."""
-        parsed = parse_token(token or "")
-        age = self._clock() - self._read_at
-        return parsed is not None and age >= (KEYS_SECONDS if parsed[0] in self._keys else NEW_KEY_SECONDS)
+    def due(self, token: str | None, came: float) -> float | None:
+        """In how many seconds the ledger is to be read before it is clear whose this token is; None: it is.
 
-    def unread(self, token: str | None) -> bool:
-        """Whether this token may be of a new key: no key that was read is meant, and the last reading failed or still
-        waits for the ledger."""
+        Args:
+            came: when the caller came, by :attr:`clock`. What was read before that does not have a newer key.
+        """
+        if parse_token(token or "") is None or self._read_at >= came:
+            return None
+        age = self.clock() - self._read_at
+        if self._knows(token):
+            return 0.0 if age >= KEYS_SECONDS else None
+        return max(0.0, NEW_KEY_SECONDS - age)
+
+    def unread(self, token: str | None, came: float) -> bool:
+        """Whether this token may be of a new key: no key that was read is meant, and no reading that began after the
+        caller came has succeeded."""
+        unclear = self._read_at < came or not self._current
+        return parse_token(token or "") is not None and not self._knows(token) and unclear
+
+    def _knows(self, token: str | None) -> bool:
         parsed = parse_token(token or "")
-        return parsed is not None and parsed[0] not in self._keys and not self._current
+        return parsed is not None and parsed[0] in self._keys
 
     def current(self) -> list[KeyRow] | None:
         """The keys, where the last reading of the ledger succeeded."""
         return list(self._keys.values()) if self._current else None
 
-    def refresh(self) -> None:
-        """Read the keys. While another thread does, or the ledger is away, those that were read last stay."""
+    def refresh(self, patience: float = 0.0) -> None:
+        """Read the keys. While another thread does, or the ledger is away, those that were read last stay.
+
+        Args:
+            patience: seconds to wait for another thread; the first reading of all is waited for in any case.
+        """
         first = self._read_at == NEVER
-        if not self._reading.acquire(blocking=first):
+        if not self._reading.acquire(timeout=-1.0 if first else patience):
             return
         try:
             self._read()
@@ -170,15 +193,15 @@ class Access:
             self._reading.release()
 
     def _read(self) -> None:
-        began = self._clock()
+        began = self.clock()
         if began - self._read_at < NEW_KEY_SECONDS:
             return  # another thread just did
-        self._current = False
+        current = False
         try:
             self._keys = {row.id: row for row in self._ledger.api_keys()}
-            self._current = True
+            current = True
         finally:
-            self._read_at = began
+            self._current, self._read_at = current, began
         used, self._used = self._used, {}
         last = {key_id: row.last_used_at for key_id, row in self._keys.items()}
         due = {

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ops import metrics
-from ops.access import Access, Principal
+from ops.access import READ_SECONDS, Access, Principal
 from ops.errors import AccessError
 from ops.ledger.keys import SCOPES
 from ops.ledger.rows import KeyScope
@@ -24,8 +24,6 @@ from serving.http import errors
 from serving.http.errors import ApiError
 from serving.http.rate_limit import RateLimiter, address
 
-READ_SECONDS = 1.0
-"""Longest that a request waits for the keys to be read again; then those that were read last count."""
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 ANY_KEY = ("/metrics", "/docs", "/openapi.json")
 
@@ -74,8 +72,9 @@ class AuthMiddleware:
         if not scopes or (path == "/metrics" and self.access.metrics_open):
             return None
         token = bearer(Headers(scope=scope))
-        caller = await self._identify(token)
-        if caller is None and self.access.unread(token):
+        came = self.access.clock()
+        caller = await self._identify(token, came)
+        if caller is None and self.access.unread(token, came):
             raise ApiError(
                 503, "this key is not among those that were read last, and the ledger does not answer: it may be new.",
                 code="unavailable",
@@ -100,14 +99,20 @@ class AuthMiddleware:
             )  # fmt: skip
         return caller
 
-    async def _identify(self, token: str | None) -> Principal | None:
-        if self.access.due(token):
+    async def _identify(self, token: str | None, came: float) -> Principal | None:
+        """One reading at a time serves all who wait for it; while one hangs, nobody waits for more of it."""
+        entered = time.monotonic()
+        while (delay := self.access.due(token, came)) is not None:
+            await asyncio.sleep(delay)
+            now = time.monotonic()
             if self._reading is None or self._reading.done():
-                reading = asyncio.to_thread(self.access.refresh)
+                reading = asyncio.to_thread(self.access.refresh, READ_SECONDS)
                 self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
-                self._reading_since = time.monotonic()
-            left = self._reading_since + READ_SECONDS - time.monotonic()
-            await asyncio.wait([self._reading], timeout=max(0.0, left))
+                self._reading_since = now
+            left = min(self._reading_since, entered) + READ_SECONDS - now
+            if left <= 0:
+                break
+            await asyncio.wait([self._reading], timeout=left)
         return self.access.known(token)
 
     def _count(self, caller: Principal, scope: Scope) -> None:

@@ -11,3 +11,7 @@ class Clock:
     def __call__(self) -> float:
         """The time."""
         return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Let that much of it pass at once."""
+        self.now += seconds

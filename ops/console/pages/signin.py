@@ -31,8 +31,10 @@ def sign_in(
 ) -> Response:
     """A key that is known opens a session of its own; its use is written into the audit log."""
     key = key.strip()
-    principal = context.data.access.identify(key) if key else None
-    if principal is None and context.data.access.unread(key):
+    access = context.data.access
+    came = access.clock()
+    principal = access.identify(key) if key else None
+    if principal is None and access.unread(key, came):
         return _form(context, next, "The ledger does not answer, and this key may be new. Try again in a while.", 503)
     if principal is None or principal.kind == "anonymous":
         return _form(context, next, "This key is not known here, has expired, or was revoked.", 401)

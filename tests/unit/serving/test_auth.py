@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from ops.access import KEYS_SECONDS
+from ops.access import KEYS_SECONDS, NEW_KEY_SECONDS
 from ops.errors import AlreadyResubmitted, BrokerError, LedgerError, RecordError, UnknownRecord
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
@@ -136,6 +136,17 @@ async def test_a_revoked_key_is_refused_within_seconds(closed: AuthApp, keys: Ke
     keys.ledger.revoke_key(row.id, actor="t", reason="left")
     closed.clock.now += KEYS_SECONDS
     refusal(await closed.get("/v1/models", token), 401, "invalid_api_key")
+
+
+async def test_a_new_key_works_though_the_keys_have_just_been_read(closed: AuthApp, keys: Keys) -> None:
+    refusal(await closed.get("/v1/models", f"rk_{'0' * 8}_{'0' * 64}"), 401, "invalid_api_key")
+    closed.clock.now += NEW_KEY_SECONDS / 4
+    new = keys.ledger.create_key("fresh", ["infer"], actor="t")[1]
+    waiting = asyncio.create_task(closed.get("/v1/models", new))
+    while not waiting.done():
+        closed.clock.now += NEW_KEY_SECONDS / 4
+        await asyncio.sleep(0.01)
+    assert (await waiting).status_code == 200
 
 
 async def test_a_ledger_that_hangs_holds_nobody_up_for_long(

@@ -66,7 +66,7 @@ def test_a_process_that_starts_while_the_ledger_is_away_knows_the_clients(node: 
     caller = access.identify(token)
     assert caller is not None and (caller.name, caller.scopes) == ("ann", {"infer"})
     for stranger in (leaver, f"rk_ffffffff_{'0' * 64}"):
-        assert access.identify(stranger) is None and access.unread(stranger)
+        assert access.identify(stranger) is None and access.unread(stranger, came=0.0)
 
 
 def test_a_new_node_takes_the_copy_of_the_artifacts_and_one_without_artifacts_its_own(node: Node) -> None:
