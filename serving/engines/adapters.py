@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
+from ops.digests import digest12, digest_bytes, digest_json, digest_tensor, digest_tensors
 from ops.errors import AdapterError
 from ops.priority import breathe
 from serving.engines.clip_base import ClipBase, can_carry_lora
@@ -246,6 +246,17 @@ def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tens
     return layers
 
 
+@dataclass(frozen=True)
+class ChangedWeight:
+    """A parameter that an adapter changes."""
+
+    name: str
+    weight: torch.Tensor
+    digest: str
+    """Of what it is made from beside the base. The weight itself is not the same everywhere: the last bits of a product
+    depend on the processor."""
+
+
 def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What the adapter adds: names of the parameters that it touches, and ``s B A`` in the shape of each, float32, the
     caller's to change. One at a time: together they are as large as the model.
@@ -254,30 +265,19 @@ def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> Itera
     wrapper, ``out_proj.weight``). Raises :class:`AdapterError` when names or shapes do not fit the model.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
-    modules = dict(model.named_modules())
-    for module_name, (a, b, scale) in lora_layers(files).items():
-        # PEFT wraps a MultiheadAttention and reaches its out_proj through `base_layer`.
-        plain_name = ".".join(part for part in module_name.split(".") if part != "base_layer")
-        module = modules.get(plain_name)
-        if module is None or not can_carry_lora(module):
-            raise AdapterError(
-                f"Adapter {files.name}: the base has no layer {plain_name!r} that takes LoRA.", _OTHER_BASE
-            )
-        parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-        weight = getattr(module, parameter)
-        if module_name.endswith(INNER_OUT_PROJ):
-            scale *= OUT_PROJ_TIMES
-        yield f"{plain_name}.{parameter}", _delta(files.name, plain_name, a, b, scale, weight)
+    for layer in _layers(files, model):
+        yield layer.parameter, layer.delta()
 
 
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What :func:`merge` yields, all at once."""
-    return dict(merge(adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter), model))
+    """What :func:`merge` yields, all at once, by name."""
+    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
+    return {changed.name: changed.weight for changed in merge(files, model)}
 
 
-def merge(files: AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """``W + s B A`` of each parameter that really differs from the model's, with the parameter's name. One at a time:
-    what is done with it at once finds it in the processor's cache.
+def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
+    """``W + s B A`` of each parameter that really differs from the model's. One at a time: what is done with it at once
+    finds it in the processor's cache.
 
     W is the model's own, or the one that the adapter replaces it with.
     Raises :class:`AdapterError` also when the sum overflows, or when a whole weight does not fit the model.
@@ -295,17 +295,54 @@ def merge(files: AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Te
             raise AdapterError(f"The adapter makes {name} overflow.", "Do not release it.")
         return not torch.equal(merged, weight)
 
-    for name, delta in delta_weights(files, model):
-        weight = parameters[name].detach()
-        replaced = whole.pop(name).to(weight.device, weight.dtype) if name in whole else weight
-        merged = delta.to(weight.device, weight.dtype).add_(replaced)
+    for layer in _layers(files, model):
+        name, weight, own = layer.parameter, layer.weight.detach(), whole.pop(layer.parameter, None)
+        replaced = weight if own is None else own.to(weight.device, weight.dtype)
+        merged = layer.delta().to(weight.device, weight.dtype).add_(replaced)
         if differs(name, merged, weight):
-            yield name, merged
+            yield ChangedWeight(
+                name, merged, digest_json([layer.digest(), own if own is None else digest_tensor("", own)])
+            )
     for name, tensor in whole.items():
         weight = parameters[name].detach()
         merged = tensor.to(weight.device, weight.dtype)
         if differs(name, merged, weight):
-            yield name, merged
+            yield ChangedWeight(name, merged, digest_tensor("", tensor))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """LoRA of one parameter of a model."""
+
+    files: AdapterFiles
+    name: str
+    parameter: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    weight: torch.Tensor
+
+    def delta(self) -> torch.Tensor:
+        return _delta(self.files.name, self.name, self.a, self.b, self.scale, self.weight)
+
+    def digest(self) -> str:
+        return digest_json([digest_tensor("A", self.a), digest_tensor("B", self.b), self.scale])
+
+
+def _layers(files: AdapterFiles, model: nn.Module) -> Iterator[_Layer]:
+    modules = dict(model.named_modules())
+    for module_name, (a, b, scale) in lora_layers(files).items():
+        # PEFT wraps a MultiheadAttention and reaches its out_proj through `base_layer`.
+        plain_name = ".".join(part for part in module_name.split(".") if part != "base_layer")
+        module = modules.get(plain_name)
+        if module is None or not can_carry_lora(module):
+            raise AdapterError(
+                f"Adapter {files.name}: the base has no layer {plain_name!r} that takes LoRA.", _OTHER_BASE
+            )
+        parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+        if module_name.endswith(INNER_OUT_PROJ):
+            scale *= OUT_PROJ_TIMES
+        yield _Layer(files, plain_name, f"{plain_name}.{parameter}", a, b, scale, getattr(module, parameter))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

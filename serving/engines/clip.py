@@ -34,7 +34,7 @@ from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.heads import Head
 from serving.engines.processor import usable_cores
 from serving.engines.shared_weights import shell_of
-from serving.engines.spaces import Spaces, tensor_digest
+from serving.engines.spaces import Spaces
 from serving.engines.text_tower import GPU_BUCKET, TextWidths
 from serving.engines.tokens import pad_rows
 
@@ -113,13 +113,13 @@ class ClipEngine:
                 )
             files.check_base(self.base)
             check_dim(files, self.base.dim)
-            digests, changed = {}, {}
-            for parameter, weight in merge(files, self._model):
-                digests[parameter] = tensor_digest(parameter, weight)
-                changed[parameter] = self._backend.convert(parameter, weight)
+            digests, converted = {}, {}
+            for changed in merge(files, self._model):
+                digests[changed.name] = changed.digest
+                converted[changed.name] = self._backend.convert(changed.name, changed.weight)
                 breathe()
             spaces = self.base.spaces_with(digests)
-            towers = self._backend.towers(changed)
+            towers = self._backend.towers(converted)
             if self.device.type == "cuda":
                 self._warm(towers)  # each adapter has graphs of its own; a processor's kernels know the shapes by now
             # A new dict, so that readers need no lock.

@@ -72,7 +72,7 @@ class ClipBase:
         return self.spaces_with({})
 
     def spaces_with(self, changed: Mapping[str, str]) -> Spaces:
-        """Embedding spaces when effective weights with these digests (by name) replace the base's."""
+        """Embedding spaces when these weights (by name) are changed by what has these digests."""
         return make_spaces(
             self.tensors,
             self.preprocess.to_json(),

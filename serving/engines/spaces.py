@@ -1,7 +1,7 @@
 """Embedding spaces: what makes two vectors comparable, as a digest.
 
-An image space is the digest of the image tower's effective weights (buffers included), the preprocessing and the
-dimension; a text space that of everything else that makes a text vector. An adapter that leaves one tower alone
+An image space is the digest of the image tower's weights (buffers included), of what an adapter changes them by, the
+preprocessing and the dimension; a text space that of everything else that makes a text vector. An adapter that leaves one tower alone
 leaves that tower's space alone, and then nothing of the catalog has to be embedded again.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ops.digests import digest12, digest_json, digest_tensor
-from ops.priority import breathe
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +36,11 @@ def tower_of(name: str) -> Tower | None:
     return "image" if name.split(".", 1)[0] == "visual" else "text"
 
 
-def tensor_digest(name: str, tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor (float32, row-major)."""
-    digest = digest_tensor(name, tensor.float() if tensor.is_floating_point() else tensor)
-    breathe()
-    return digest
-
-
 def tensor_digests(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """The digests of tensors, by name."""
-    return {name: tensor_digest(name, tensor) for name, tensor in tensors}
+    """SHA-256 of each tensor (float32, row-major), by name."""
+    return {
+        name: digest_tensor(name, tensor.float() if tensor.is_floating_point() else tensor) for name, tensor in tensors
+    }
 
 
 def make_spaces(
@@ -57,11 +51,13 @@ def make_spaces(
     dim: int,
     changed: Mapping[str, str] | None = None,
 ) -> Spaces:
-    """Spaces of a base from the digests of its tensors, and of those that replace some of them.
+    """Spaces of a base from the digests of its tensors, and of what changes some of them.
 
     ``tokenizer`` is the digest of vocabulary and options; ``preprocess`` the JSON form of the image preprocessing.
     """
-    digests = dict(base_tensors) | dict(changed or {})
+    digests = dict(base_tensors) | {
+        name: digest_json([base_tensors[name], change]) for name, change in (changed or {}).items()
+    }
 
     def tower(which: Tower, how: Mapping[str, object]) -> str:
         weights = {name: digest for name, digest in digests.items() if tower_of(name) == which}

@@ -13,7 +13,6 @@ from ops.errors import ConfigError
 from ops.settings import Settings
 from serving.engines.adapters import merge, read_adapter
 from serving.engines.clip_base import ClipBase, list_bases, load_base
-from serving.engines.spaces import tensor_digests
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.folders import read_folder
 from updater.adapters import WeightDelta
@@ -108,5 +107,7 @@ def spaces_of(base: Base, adapter: Path) -> tuple[str, str]:
     """The image space and the text space that an adapter directory makes; empty for a VLM, which has none."""
     if isinstance(base, VlmBase):
         return "", ""
-    spaces = base.spaces_with(tensor_digests(merge(read_adapter(adapter), base.build_model())))
+    spaces = base.spaces_with(
+        {changed.name: changed.digest for changed in merge(read_adapter(adapter), base.build_model())}
+    )
     return spaces.image, spaces.text

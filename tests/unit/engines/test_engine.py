@@ -12,6 +12,7 @@ import pytest
 
 from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
+from serving.engines import adapters
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
@@ -47,6 +48,18 @@ def test_an_adapter_on_the_text_tower_keeps_the_image_space(engine: ClipEngine, 
     images = golden_pixels(32)
     assert np.array_equal(engine.encode_images(images, name), engine.encode_images(images))
     assert np.abs(engine.encode_texts(TEXTS, name) - engine.encode_texts(TEXTS)).max() > 1e-2
+
+
+def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
+    engine: ClipEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = tiny_adapter(engine.base, folder, seed=1)
+    spaces, vectors = engine.load(name, folder), engine.encode_texts(TEXTS, name)
+    engine.unload(name)
+    exact = adapters._delta
+    monkeypatch.setattr(adapters, "_delta", lambda *factors: exact(*factors) * (1 + 2**-22))
+    assert engine.load(name, folder) == spaces
+    assert not np.array_equal(engine.encode_texts(TEXTS, name), vectors)
 
 
 def test_an_adapter_that_changes_nothing_has_the_spaces_of_the_base(engine: ClipEngine, folder: Path) -> None:
