@@ -1,8 +1,8 @@
 """Embedding spaces: what makes two vectors comparable, as a digest.
 
 An image space is the digest of the image tower's weights (buffers included), of what an adapter changes them by, the
-preprocessing and the dimension; a text space that of everything else that makes a text vector. An adapter that leaves one tower alone
-leaves that tower's space alone, and then nothing of the catalog has to be embedded again.
+preprocessing and the dimension; a text space that of everything else that makes a text vector. An adapter that leaves
+one tower alone leaves that tower's space alone, and then nothing of the catalog has to be embedded again.
 """
 
 from __future__ import annotations
