@@ -12,7 +12,7 @@ The trainer's gate and the server use this same class: what is gated is what is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,9 +181,9 @@ class ClipEngine:
         Raises :class:`AdapterError` when a vector is not finite or has no length.
         """
         resident = self._get(adapter)
-        images = self._raw_images(resident, golden_pixels(self.base.preprocess.size))
-        breathe()
-        texts = self._raw_texts(resident, self.tokenizer.rows(list(GOLDEN_TEXTS)))
+        # One at a time: what is loaded beside requests gives way between its parts.
+        images = _stack(self._raw_images(resident, image[None]) for image in golden_pixels(self.base.preprocess.size))
+        texts = _stack(self._raw_texts(resident, [row]) for row in self.tokenizer.rows(list(GOLDEN_TEXTS)))
         for tower, raw in (("image", images), ("text", texts)):
             lengths = np.linalg.norm(raw, axis=1)
             if not np.isfinite(raw).all() or not (lengths > 1e-6).all():
@@ -242,6 +242,14 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads or usable_cores())
+
+
+def _stack(vectors: Iterable[np.ndarray]) -> np.ndarray:
+    rows = []
+    for vector in vectors:
+        rows.append(vector)
+        breathe()
+    return np.concatenate(rows)
 
 
 def _unit(raw: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ log = logging.getLogger("ratchet.encoder")
 
 LOADING_NICE = 19
 """Of threads that load adapters and run golden inputs."""
-LOADING_SHARE = 0.05
+LOADING_SHARE = 0.025
 """Of the machine's cores, for such a thread while requests come. It gives way at once on a core, and still slows down
 the passes on others: two replicas that load at a quarter of two cores make each pass of a ViT-B/32 a sixth longer, and
 the longest waits at half of the capacity a third."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.swap import ROLLBACK_EVERY, VLM_EVERY, Swaps
+from benchmarks.swap import ROLLBACK_EVERY, VLM_EVERY, Swaps, overlaps, sent_inside, split
+from ops.load.traffic import Sample
 from serving.client import ServerError
 
 
@@ -48,3 +49,13 @@ def test_without_a_vlm_only_clip_is_released() -> None:
     for number in range(1, 22):
         swaps.change(client, number)  # type: ignore[arg-type]
     assert "vlm" not in client.calls
+
+
+def test_a_request_is_inside_of_a_swap_by_when_it_was_sent_and_not_by_how_long_it_took() -> None:
+    """One request in a hundred takes a second, whatever happens; swaps of no length change that for none of them."""
+    samples = [Sample(due=n / 100, seconds=1.0 if n % 100 == 0 else 0.01, release=1) for n in range(10_000)]
+    swaps = [(n + 0.505, n + 0.505) for n in range(100)]
+    inside, outside = split(samples, lambda sample: sent_inside(sample, swaps, reach=0.01))
+    assert (len(inside), max(inside)) == (100, 0.01) and max(outside) == 1.0
+    overlapping, _ = split(samples, lambda sample: overlaps(sample, swaps))
+    assert overlapping.count(1.0) == 100, "half of those that overlap are slow"
