@@ -5,7 +5,7 @@ What no adapter of a chain touches is computed once: a tower starts at its bound
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,6 @@ class Evaluator:
         self.names = names_of(suites)
         pairs = {pair.id: pair for suite in suites for pair in suite.items}
         self._ids = list(pairs)
-        pixels = self._cached_pixels(list(pairs.values()))
         wanted = {text for suite in suites for text in _texts(suite)} | {
             text for prompts in self.names.values() for text in prompts
         }
@@ -65,24 +64,21 @@ class Evaluator:
         self._sides: dict[Which, _Side] = {}
         tokenize = base.tokenizer()
         self._inputs: dict[Which, list[Any]] = {
-            "image": [pixels[start : start + IMAGE_BATCH] for start in range(0, len(pixels), IMAGE_BATCH)],
+            "image": [batch.numpy() for batch in self._pixels(list(pairs.values()))],
             "text": [
                 tokenize(self._words[start : start + TEXT_BATCH]) for start in range(0, len(self._words), TEXT_BATCH)
             ],
         }
 
-    def _cached_pixels(self, pairs: Sequence[Pair]) -> NDArray[np.uint8]:
-        """Of the suites' pictures, [n, size, size, 3]."""
-        path = self.cache / "pixels.npy" if self.cache else None
-        if path is not None and path.is_file():
-            cached: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-            if len(cached) == len(pairs):
-                return cached
-        pixels = np.stack([self.base.preprocess.pixels(pair.read()) for pair in pairs])
-        if path is not None:
-            with replacing(path, durable=False) as staging, staging.open("wb") as file:
-                np.save(file, pixels)
-        return pixels
+    def _pixels(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """Of the suites' pictures, in batches, uint8 [n, size, size, 3]."""
+        batches = [pairs[start : start + IMAGE_BATCH] for start in range(0, len(pairs), IMAGE_BATCH)]
+
+        def read() -> list[Tensor]:
+            pictures = ((self.base.preprocess.pixels(pair.read()) for pair in batch) for batch in batches)
+            return [torch.from_numpy(np.stack(list(batch))) for batch in pictures]
+
+        return _cached(self.cache and self.cache / "pixels.safetensors", [len(batch) for batch in batches], read)
 
     def encode(self, adapter: Path | None) -> Encoded:
         """All images and texts under an adapter's directory; None is the base."""
@@ -127,6 +123,19 @@ class Evaluator:
         return {suite.name: _classified(suite, encoded, list(self.names), heads)[:, None] for suite in named}
 
 
+def _cached(path: Path | None, lengths: Sequence[int], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Tensors of these lengths from their file; where there is none, they are computed and put there."""
+    if path is not None and path.is_file():
+        cached = [tensor for _, tensor in sorted(load_file(path).items())]
+        if [len(tensor) for tensor in cached] == list(lengths):
+            return cached
+    tensors = compute()
+    if path is not None:
+        with replacing(path, durable=False) as staging:
+            save_file({f"{number:06}": tensor for number, tensor in enumerate(tensors)}, staging)
+    return tensors
+
+
 class _Side:
     """One tower over fixed inputs, from its boundary on; boundaries are computed when they are first wanted."""
 
@@ -155,16 +164,12 @@ class _Side:
         return torch.cat(parts).numpy()
 
     def _recorded(self) -> list[Tensor]:
-        """The boundary of each batch, from the file where there is one."""
-        if self.cached is not None and self.cached.is_file():
-            cached = [boundary for _, boundary in sorted(load_file(self.cached).items())]
-            if [len(boundary) for boundary in cached] == [len(batch) for batch in self.inputs]:
-                return cached
-        boundaries = [self.tower.record(self._tensor(batch))[1].contiguous() for batch in self.inputs]
-        if self.cached is not None:
-            with replacing(self.cached, durable=False) as staging:
-                save_file({f"{number:06}": boundary for number, boundary in enumerate(boundaries)}, staging)
-        return boundaries
+        """The boundary of each batch."""
+
+        def record() -> list[Tensor]:
+            return [self.tower.record(self._tensor(batch))[1].contiguous() for batch in self.inputs]
+
+        return _cached(self.cached, [len(batch) for batch in self.inputs], record)
 
     def _run(self, number: int, batch: Any) -> Tensor:
         inputs = self._tensor(batch)
