@@ -14,32 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from benchmarks.continual.cross_version import cross_version_recall
-from benchmarks.continual.evaluation import Bools, Encoded, Evaluator, images_of
-from benchmarks.continual.nearest import NAME as NEAREST
-from benchmarks.continual.nearest import nearest_means
-from benchmarks.continual.orders import order_of
-from benchmarks.continual.plan import Plan, draw, plan
+from benchmarks.continual.exam import Exam
+from benchmarks.continual.plan import Lessons, Plan, draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import provenance
-from benchmarks.continual.stream import Stream
 from benchmarks.continual.tuning import recipe_of
 from ops.digests import digest_json
 from ops.progress import say
-from serving.engines.clip_base import ClipBase
 from updater.data.pools import mixed_seed
 from updater.recipes import Recipe
+from updater.step.learner import Base
 from updater.training.checkpoint import read_json, write_json
 from updater.training.result import Limits, cost_of
 from updater.training.train import train
 
-ZERO_SHOT = "zero-shot.json"
-BASE_VECTORS = "base-vectors.npz"
-CACHE = "cache"
-"""Folder of pixels and boundaries: what is there of them need not be computed again."""
 SECONDS = 3600.0
 """Wall-clock bound of an update; none comes near it unless the machine stands still."""
 
@@ -93,37 +81,14 @@ class Chain:
     """Runs a unit in this process."""
 
     def __init__(
-        self, base: ClipBase, stream: Stream, protocol: Protocol, recipe: Recipe, unit: Unit, results: Path,
-        evaluator: Evaluator | None = None,
+        self, base: Base, lessons: Lessons, protocol: Protocol, recipe: Recipe, unit: Unit, results: Path, exam: Exam,
     ) -> None:  # fmt: skip
-        """``evaluator``: of this base, to save making one. Raises BudgetError."""
-        self.base, self.stream, self.protocol, self.unit, self.results = base, stream, protocol, unit, results
-        self.recipe = recipe
+        """Raises BudgetError."""
+        self.base, self.lessons, self.protocol, self.unit, self.results = base, lessons, protocol, unit, results
+        self.recipe, self.exam = recipe, exam
         self.folder = unit.folder(results)
-        self.evaluator = evaluator or Evaluator(base, stream.suites, results / CACHE)
-        self.base_vectors = self._zero_shot()
-        self.order = order_of(stream, unit.order, self._means)
-        self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
-
-    def _zero_shot(self) -> Encoded:
-        """The base's answers, written once for all chains, and its vectors."""
-        path, answers = self.results / BASE_VECTORS, self.results / ZERO_SHOT
-        if not path.is_file() or not answers.is_file():
-            vectors = self.evaluator.encode(None)
-            self.results.mkdir(parents=True, exist_ok=True)
-            vectors.write(path)
-            roles = {suite.name: suite.role for suite in self.stream.suites}
-            known = {
-                "roles": roles,
-                "tasks": {suite.name: suite.task for suite in self.stream.suites},
-                "outside": [suite.name for suite in self.stream.suites if suite.outside],
-                "alike": self.stream.alike,
-                "hits": packed(self.evaluator.outcomes(vectors)),
-                "named": packed(self.evaluator.named(vectors)),
-                NEAREST: packed(nearest_means(self.evaluator, self.stream, vectors)),
-            }
-            write_json(answers, known)
-        return self.evaluator.read(path)
+        self.order = exam.order(unit.order)
+        self.plan: Plan = plan(base, recipe, lessons, protocol, results / "plans")
 
     def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
         """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.training.train.train` raises."""
@@ -132,16 +97,13 @@ class Chain:
             say(f"{self.unit}: update {number + 1} of {updates}, {self.order[number]}")
             rows.append(self._update(number, rows[-1] if rows else {}, stop))
 
-    def _vectors_path(self, number: int) -> Path:
-        return self.folder / f"vectors-{number:02d}.npz" if number else self.results / BASE_VECTORS
-
     def _update(self, number: int, last: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
         adapters, work = self.folder / "adapters", self.folder / "work" / str(number + 1)
         began = time.process_time()
         result = train(
             self.base,
             self.plan.recipe,
-            draw(self.stream, self.order, number, self.plan.recipe, self.protocol, self.unit.seed),
+            draw(self.lessons, self.order, number, self.plan.recipe, self.protocol, self.unit.seed),
             adapters / last["adapter"] if last else None,
             seed=mixed_seed(self.unit.seed, number),
             limits=Limits(self.protocol.gflops, SECONDS, threads=1, checkpoint_steps=20),
@@ -152,38 +114,22 @@ class Chain:
             device="cpu",
         )
         trained = time.process_time()
-        vectors = self.evaluator.encode(result.directory)
+        answers = self.exam.after(number, result.directory)
         row = {
             "chain": chain_name(self.recipe, self.unit),
             "update": self.order[number],
             "adapter": result.adapter,
             "memory": result.carry_over.name if result.carry_over else None,
-            "hits": packed(self.evaluator.outcomes(vectors)),
-            "named": packed(self.evaluator.named(vectors)),
-            "cross": cross_version_recall(
-                self.stream.suites, self.evaluator.read(self._vectors_path(number)), vectors, self.base_vectors
-            ),
+            **answers,
             "cost": cost_of(result),
             "cpu_seconds": {"training": trained - began, "asking": time.process_time() - trained},
             "origin": provenance(),
             "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        vectors.write(self._vectors_path(number + 1))
         write_json(update_path(self.folder, number + 1), row)
         shutil.rmtree(work, ignore_errors=True)
         for path in adapters.iterdir():
             if path.name not in (row["adapter"], row["memory"]):
                 shutil.rmtree(path, ignore_errors=True)
-        if number:
-            self._vectors_path(number).unlink(missing_ok=True)
+        self.exam.kept(number)
         return row
-
-    def _means(self) -> dict[str, NDArray[np.float32]]:
-        """By update, the mean of the base's vectors of its suite's pictures."""
-        suites = {suite.name: suite for suite in self.stream.suites}
-        return {name: images_of(suites[name], self.base_vectors).mean(axis=0) for name in self.stream.updates}
-
-
-def packed(outcomes: dict[str, Bools]) -> dict[str, list[str]]:
-    """One string of 0 and 1 for each view of a suite, so that intervals can be computed later."""
-    return {name: ["".join("01"[int(hit)] for hit in view) for view in hits.T] for name, hits in outcomes.items()}

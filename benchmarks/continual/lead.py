@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.continual.intervals import interval
 from benchmarks.continual.orders import ORDERS
 from benchmarks.continual.repeated import shared_draws
-from benchmarks.continual.report import STANDARD, Chains
+from benchmarks.continual.report import STANDARDS, Chains, standard_of
 
 SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes")
 
@@ -19,7 +19,7 @@ def leads(bases: Mapping[str, Chains]) -> dict[str, Any]:
     """By method: the default's score minus its own, for each figure, and in GM without the suite by which the default
     leads it most. A mean over bases of means over chains; items are drawn anew, for each base by itself.
     """
-    names = dict.fromkeys(name for _, chains in bases.values() for name in chains if name != STANDARD)
+    names = dict.fromkeys(name for _, chains in bases.values() for name in chains if name not in STANDARDS)
     by_method = {name: lead for name in names if (lead := _lead(name, bases))}
     return dict(sorted(by_method.items(), key=lambda each: each[1]["gm"]["value"]))
 
@@ -28,7 +28,7 @@ def _lead(name: str, bases: Mapping[str, Chains]) -> dict[str, Any] | None:
     parts: dict[str, list[Any]] = {}
     without, chains_run, orders = [], 0, set()
     for reference, chains in bases.values():
-        ours, others = chains.get(STANDARD, []), chains.get(name, [])
+        ours, others = chains.get(standard_of(chains), []), chains.get(name, [])
         draws = shared_draws(ours, others, reference)
         if draws is None:
             continue

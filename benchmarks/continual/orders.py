@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.continual.stream import Stream
+from benchmarks.continual.plan import Lessons
 
 ORDERS = ("listed", "random", "similar", "unlike", "common")
 """By number. *similar*: each update is followed by the one most like it; *unlike*: by the one least like it; *common*:
@@ -21,16 +21,16 @@ Means = Mapping[str, NDArray[np.float32]]
 """By update, the mean of unit features of its pictures by the base."""
 
 
-def order_of(stream: Stream, number: int, means: Callable[[], Means]) -> list[str]:
+def order_of(lessons: Lessons, number: int, means: Callable[[], Means]) -> list[str]:
     """Names of the updates in order ``number``; numbers beyond :data:`ORDERS` are more random ones."""
-    names = list(stream.updates)
+    names = list(lessons.updates)
     kind = ORDERS[number] if number < len(ORDERS) else "random"
     if kind == "random":
         random.Random(f"order {number}").shuffle(names)  # noqa: S311
     elif kind in ("similar", "unlike"):
         names = _neighbours(names, means(), nearest=kind == "similar")
     elif kind == "common":
-        names = _common(stream)
+        names = _common(lessons)
     return names
 
 
@@ -44,14 +44,14 @@ def _neighbours(names: list[str], means: Means, nearest: bool) -> list[str]:
     return chain
 
 
-def _common(stream: Stream) -> list[str]:
-    known = Counter(word for pair in stream.reference for word in _words(pair.text))
+def _common(lessons: Lessons) -> list[str]:
+    known = Counter(word for pair in lessons.reference for word in _words(pair.text))
 
     def familiar(name: str) -> float:
-        words = [word for pair in stream.updates[name] for word in _words(pair.text)]
+        words = [word for pair in lessons.updates[name] for word in _words(pair.text)]
         return float(np.mean([np.log1p(known[word]) for word in words])) if words else 0.0
 
-    return sorted(stream.updates, key=lambda name: -familiar(name))
+    return sorted(lessons.updates, key=lambda name: -familiar(name))
 
 
 def _words(text: str) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.continual.chain import ZERO_SHOT, Unit, updates_done
+from benchmarks.continual.chain import Unit, updates_done
+from benchmarks.continual.exam import ZERO_SHOT
 from benchmarks.continual.metrics import Floats, Trajectory, trajectory
 from benchmarks.continual.nearest import NAME as NEAREST
 from ops.errors import RatchetError

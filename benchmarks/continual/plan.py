@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Interface
 
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.stream import Stream
 from ops.digests import digest12, digest_json
-from serving.engines.clip_base import ClipBase
 from updater.budget.cost import Cost
 from updater.data.mixture import plan_batches
-from updater.data.pools import Pools
+from updater.data.pools import Example, Pools
 from updater.data.replay import Candidate, reservoir
 from updater.families import make_learner
 from updater.recipes import Recipe, Schedule, Term
+from updater.step.learner import Base
 from updater.training.checkpoint import read_json, write_json
 from updater.training.measure import measure
 
@@ -26,18 +27,30 @@ PASSES = "batches"
 """The option of a regularizer that is counted in steps: EWC's passes after the last one."""
 
 
-def draw(stream: Stream, order: list[str], number: int, recipe: Recipe, protocol: Protocol, seed: int) -> Pools:
+class Lessons(Interface):
+    """What a chain learns from."""
+
+    @property
+    def updates(self) -> Mapping[str, Sequence[Example]]:
+        """In the order in which they are listed."""
+
+    @property
+    def reference(self) -> Sequence[Example]:
+        """Of the base's own domains."""
+
+
+def draw(lessons: Lessons, order: list[str], number: int, recipe: Recipe, protocol: Protocol, seed: int) -> Pools:
     """The pools of an update: its pairs, the base's, and a reservoir over those of earlier updates.
 
     Shares that the recipe sets to 0 are empty, as in production. Replay is balanced over captions. All are in a random
     order, as a draw from the sample store is.
     """
-    earlier = [pair for name in order[:number] for pair in stream.updates[name]]
+    earlier = [pair for name in order[:number] for pair in lessons.updates[name]]
     candidates = [Candidate(pair.id, pair.text.lower()) for pair in earlier] if recipe.mixture.replay > 0 else []
     replayed = set(reservoir(candidates, protocol.replay, recipe.replay_half_life, seed, recipe.replay_balanced))
     return Pools(
-        new=stream.updates[order[number]],
-        reference=stream.reference if recipe.mixture.reference > 0 else (),
+        new=lessons.updates[order[number]],
+        reference=lessons.reference if recipe.mixture.reference > 0 else (),
         replay=tuple(pair for pair in earlier if pair.id in replayed),
     ).shuffled(seed)
 
@@ -50,7 +63,7 @@ class Plan:
     steps: int
 
 
-def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, folder: Path) -> Plan:
+def plan(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folder: Path) -> Plan:
     """Measure one step, or find what was measured, and fit the recipe to it.
 
     The phases of a schedule are counted in steps, for an update of ``max_steps``; they keep their shares of the steps
@@ -60,7 +73,7 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
     path = folder / f"{digest12(digest_json([base.digest, sized.digest]))}.json"
     measured = read_json(path)
     if not isinstance(measured, dict) or "sizes" not in measured:
-        measured = _measured(base, sized, stream, protocol)
+        measured = _measured(base, sized, lessons, protocol)
         write_json(path, measured)
     batches = plan_batches(recipe.mixture, protocol.batch_size, measured["sizes"], seed=0)
     steps = Cost(**measured["cost"] | {"closing": 0}).steps_within(protocol.gflops, protocol.max_steps, batches)
@@ -71,10 +84,10 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
     return Plan(sized.model_copy(update=fitted), steps)
 
 
-def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol) -> dict[str, Any]:
+def _measured(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol) -> dict[str, Any]:
     """Cost of a step and of preparing the rows of the last update, which has the fullest pools, and their sizes."""
-    order = list(stream.updates)
-    pools = draw(stream, order, len(order) - 1, recipe, protocol, seed=0)
+    order = list(lessons.updates)
+    pools = draw(lessons, order, len(order) - 1, recipe, protocol, seed=0)
     rows = pools.rows(plan_batches(recipe.mixture, recipe.batch_size, pools.sizes, seed=0).batch(0))
     learner, examples = make_learner(base, recipe, {}, 0), pools.examples
     learner.prepare(examples, pools.parts)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from benchmarks.continual.report import STANDARD
+from benchmarks.continual.report import STANDARDS
 from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
 
 WIDTH, HEIGHT = 7.2, 4.4
@@ -15,7 +15,7 @@ FAR = 15.0
 """Points of GM below zero-shot beyond which a method would squeeze all others together."""
 LABELLED = 6
 """Methods that are named in the drawings: the best ones, and the two that everybody looks for."""
-ALWAYS = (STANDARD, "naive", "replay", "zscl", "full")
+ALWAYS = (*STANDARDS, "naive", "replay", "zscl", "full")
 LABEL: dict[str, Any] = {
     "fontsize": 8.5,
     "color": INK,
@@ -26,7 +26,7 @@ LABEL: dict[str, Any] = {
 def all_plots(outcome: dict[str, Any]) -> dict[str, str]:
     """SVG by name of the file."""
     everything = outcome["methods"]
-    methods = {name: m for name, m in everything.items() if name == STANDARD or m["geometric_mean_delta"] > -FAR}
+    methods = {name: m for name, m in everything.items() if name in STANDARDS or m["geometric_mean_delta"] > -FAR}
     far = [f"{name} ({m['geometric_mean_delta']:+.0f})" for name, m in everything.items() if name not in methods]
     below = f"far below, and not drawn: {', '.join(far)}" if far else ""
     return {
@@ -42,7 +42,7 @@ def _named(methods: dict[str, Any]) -> list[str]:
 
 
 def _colour(name: str, methods: dict[str, Any]) -> str:
-    if name == STANDARD:
+    if name in STANDARDS:
         return INK
     if name == "naive":
         return BAD

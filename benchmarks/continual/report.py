@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ from updater.recipes import load_recipe
 Chains = tuple[Reference, Mapping[str, list[Course]]]
 BASE = "zero-shot"
 FIGURES = ("a_ka", "a_zs", "outside", "retrieval", "classes", "gm")
-STANDARD = "default"
-"""What every method is compared with beside zero-shot, when it was run."""
+STANDARDS = ("default", "vlm-default")
+"""What every method of a family is compared with beside zero-shot, when it was run."""
+
+
+def standard_of(methods: Iterable[str]) -> str:
+    """The one among some methods; empty without one."""
+    return next((name for name in methods if name in STANDARDS), "")
 
 
 def figures(
@@ -32,12 +37,13 @@ def figures(
     """Everything that the tables and plots show."""
     reference, chains = chains_read
     first = {name: courses[0] for name, courses in chains.items()}
-    untrained = {BASE: reference.base, NEAREST: reference.nearest}
+    untrained = {BASE: reference.base} | ({NEAREST: reference.nearest} if reference.classes else {})
     draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, reference)
     zero = Course(Unit(BASE), (reference.base,), ()).trajectory(reference)
     by_method = {name: _method(name, course, reference, draws) for name, course in first.items()}
+    standard = standard_of(chains)
     for name, courses in chains.items():
-        by_method[name]["all"] = repeated(courses, reference, () if name == STANDARD else chains.get(STANDARD, ()))
+        by_method[name]["all"] = repeated(courses, reference, () if name == standard else chains.get(standard, ()))
     failed = {name: reason for name in methods if (reason := failure(results, Unit(name)))}
     return {
         "methods": dict(sorted(by_method.items(), key=lambda each: -each[1]["geometric_mean"])),
@@ -77,7 +83,8 @@ def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str,
     intervals = {key: draws.difference(key, name, BASE) for key in keys}
     largest = draws.largest(name, BASE)
     intervals["gm_without_largest"] = draws.difference("gm", name, BASE, largest)
-    against = draws.difference("gm", name, STANDARD) if STANDARD in draws.names and name != STANDARD else None
+    standard = standard_of(draws.names)
+    against = draws.difference("gm", name, standard) if standard not in ("", name) else None
     return {
         "a_ka_delta": round(intervals["a_ka"].value, 2),
         "a_zs_delta": round(intervals["a_zs"].value, 2),
@@ -107,7 +114,7 @@ def _method(name: str, course: Course, reference: Reference, draws: Draws) -> di
         },
         **_matrices(course),
         **_named(course),
-        "cross_version": _cross(course),
+        **({"cross_version": _cross(course)} if "cross" in course.rows[0] else {}),
         "maf": round(course.total("gflops_spent"), 1),
         "maf_prepare": round(sum(_prepared(row["cost"]) for row in course.rows), 2),
         "steps": int(course.total("steps")),

@@ -1,8 +1,9 @@
 """``ratchet bench continual``: methods of continual learning side by side on a stream, at equal compute.
 
 Every CLIP recipe learns eight updates in a row; the best ten do so in five orders. `--bases` does it on several bases.
-What is there is not done again: stop it, and call it again. `docs/benchmarks/continual` holds the results and how to
-read them.
+`--family vlm` has every VLM recipe learn to answer about four domains in turn: clothes, digits, tiles, 3D emoji. What
+is there is not done again: stop it, and call it again. `docs/benchmarks/continual` holds the results and how to read
+them.
 """
 
 from __future__ import annotations
@@ -13,35 +14,59 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.continual import question_exam, questions
 from benchmarks.continual.chain import Unit
 from benchmarks.continual.lead import leads
 from benchmarks.continual.orders import ORDERS
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.report import STANDARD, Chains, figures, read_chains
+from benchmarks.continual.report import STANDARDS, Chains, figures, read_chains, standard_of
 from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner, best
 from benchmarks.continual.second_base import NAME as SECOND
 from benchmarks.continual.second_base import second_base
-from benchmarks.continual.stream import UPDATES, load_stream, prepare
+from benchmarks.continual.stream import UPDATES, Stream, load_stream, prepare
 from benchmarks.continual.table import markdown
 from ops.digests import digest12, digest_json
 from ops.errors import ConfigError
 from ops.progress import say
 from ops.settings import Settings
-from serving.engines.clip_base import load_base
-from updater.recipes import load_recipe, recipe_names
+from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
+from updater.recipes import Family, load_recipe, recipe_names
 from updater.training.checkpoint import write_json
 
+
+@dataclass(frozen=True)
+class Stage:
+    """What a family learns and is asked."""
+
+    prepare: Callable[[Path], None]
+    load: Callable[[Path, Protocol], Stream | questions.QuestionStream]
+    base: Callable[[Path, str], ClipBase | VlmBase]
+    protocol: Protocol
+    updates: int
+    orders: int
+    tables: str = ""
+    """Folder of its tables and plots, in that of the results."""
+
+
+FAMILIES: Mapping[Family, Stage] = {
+    "clip": Stage(prepare, load_stream, load_base, Protocol(), len(UPDATES), len(ORDERS)),
+    "vlm": Stage(
+        questions.prepare, questions.load_questions, load_vlm_base, questions.PROTOCOL, len(questions.UPDATES),
+        question_exam.ORDERS, "vlm",
+    ),
+}  # fmt: skip
 FAST = ("naive", "replay", "default")
 FAST_UPDATES = 5
 BEST = 10
@@ -58,12 +83,15 @@ SIZES = {
 class Wanted:
     """What is to be run. ``methods``: all that there are by default."""
 
-    methods: Sequence[str] = field(default_factory=lambda: clip_methods())
+    family: Family = "clip"
+    methods: Sequence[str] = ()
     bases: Sequence[str] = ()
     """Names of bases, the installation's by default; the tables are of the first."""
-    orders: int = len(ORDERS)
+    orders: int = 0
+    """0: all that the family has."""
     seeds: int = 1
-    updates: int = len(UPDATES)
+    updates: int = 0
+    """0: the whole stream."""
     minutes: float = float("inf")
     jobs: int = 0
     report_only: bool = False
@@ -73,11 +101,11 @@ class Wanted:
     out: Path | None = None
 
 
-def clip_methods() -> list[str]:
-    """Every CLIP recipe that comes with Ratchet, but those that search on the gate's suites: they would see more data
-    than the others."""
+def methods_of(family: Family) -> list[str]:
+    """Every recipe of a family that comes with Ratchet, but those that search on the gate's suites: they would see more
+    data than the others."""
     recipes = map(load_recipe, recipe_names())
-    return [recipe.name for recipe in recipes if recipe.family == "clip" and not recipe.merge.search]
+    return [recipe.name for recipe in recipes if recipe.family == family and not recipe.merge.search]
 
 
 def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) -> dict[str, Any]:
@@ -88,20 +116,31 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         PackageError: data cannot be had.
         RatchetError: with ``report_only``, and nothing was run yet.
     """
-    began, protocol = time.monotonic(), protocol or Protocol()
-    unknown = sorted(set(wanted.methods) - set(clip_methods()))
+    began, known, family = time.monotonic(), methods_of(wanted.family), FAMILIES[wanted.family]
+    wanted = replace(
+        wanted,
+        methods=wanted.methods or known,
+        orders=wanted.orders or family.orders,
+        updates=wanted.updates or family.updates,
+    )
+    protocol = protocol or family.protocol
+    unknown = sorted(set(wanted.methods) - set(known))
     if unknown:
-        raise ConfigError(f"there is no CLIP recipe {unknown[0]!r}.", f"There are: {', '.join(clip_methods())}.")
+        raise ConfigError(
+            f"there is no {wanted.family.upper()} recipe {unknown[0]!r}.", f"There are: {', '.join(known)}."
+        )
+    if wanted.orders > family.orders:
+        raise ConfigError(f"there are {family.orders} orders.", "Choose as many at most.")
     if not wanted.report_only:
-        prepare(settings.home)
-    stream = load_stream(settings.home, protocol)
+        family.prepare(settings.home)
+    stream = family.load(settings.home, protocol)
     deadline = began + 60 * wanted.minutes
     outcomes: dict[str, dict[str, Any]] = {}
     chains: dict[str, Chains] = {}
-    for base in wanted.bases or (settings.base.clip,):
+    for base in wanted.bases or (getattr(settings.base, wanted.family),):
         if base == SECOND and not wanted.report_only:
             second_base(settings.home)
-        key = digest12(digest_json([load_base(settings.home, base).digest, protocol.digest, stream.digest]))
+        key = digest12(digest_json([family.base(settings.home, base).digest, protocol.digest, stream.digest]))
         results = settings.home / "bench" / "continual" / key
         if not wanted.report_only:
             for name in wanted.methods if wanted.again else ():
@@ -121,7 +160,7 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         "orders": list(ORDERS[: wanted.orders]),
         "lead": leads(chains),
     }
-    _write(outcome, wanted.out or settings.home / "bench" / "continual")
+    _write(outcome, wanted.out or settings.home / "bench" / "continual" / family.tables)
     return outcome
 
 
@@ -135,7 +174,7 @@ def _run(runner: Runner, wanted: Wanted) -> None:
         course = read_course(runner.results, Unit(name), runner.updates, reference)
         return float(course.trajectory(reference).gm[-1]) if course else None
 
-    compared = [name for name in (STANDARD,) if name in wanted.methods]
+    compared = [name for name in wanted.methods if name in STANDARDS]
     chosen = list(dict.fromkeys([*compared, *best(score, wanted.methods, BEST)]))
     # All orders first: a run that is stopped early then shows every order with one seed.
     more = [
@@ -183,7 +222,7 @@ def show(outcome: dict[str, Any]) -> None:
     )
     line = {
         "methods": {name: {key: m[key] for key in keys} for name, m in rows.items()},
-        "gm_without_largest": outcome["methods"].get(STANDARD, {}).get("gm_without_largest"),
+        "gm_without_largest": outcome["methods"].get(standard_of(outcome["methods"]), {}).get("gm_without_largest"),
         "lead": {name: lead["gm"] for name, lead in outcome["lead"].items()},
         "bases": list(outcome["bases"]),
         **{key: outcome[key] for key in ("orders", "zero_shot", "failed", "updates", "origin")},
@@ -196,6 +235,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="ratchet bench continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--family", choices=list(FAMILIES), default="clip", help="the recipes of which models (clip)")
     parser.add_argument("--only", type=lambda text: text.split(","), help="these methods, with commas between them")
     parser.add_argument(
         "--bases", type=lambda text: text.split(","), default=[], help="bases, `vit` among them (the installation's)"
@@ -203,16 +243,16 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--orders",
         type=int,
-        default=len(ORDERS),
-        help=f"orders for the best methods: {', '.join(ORDERS)} ({len(ORDERS)})",
+        default=0,
+        help=f"orders for the best methods: {', '.join(ORDERS)} (all; of a VLM the first {question_exam.ORDERS})",
     )
     parser.add_argument("--seeds", type=int, default=1, help="seeds for the best methods (1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after about so many")
     parser.add_argument("--jobs", type=int, default=0, help="processes, one core each (all cores)")
-    sizes = Protocol()
     for name, what in SIZES.items():
-        standard = getattr(sizes, name)
-        parser.add_argument(f"--{name}", type=type(standard), default=standard, help=f"{what}, at most ({standard:g})")
+        standard, other = (getattr(family.protocol, name) for family in FAMILIES.values())
+        shown = f"{standard:g}" if standard == other else f"{standard:g}, of a VLM {other:g}"
+        parser.add_argument(f"--{name}", type=type(standard), help=f"{what}, at most ({shown})")
     parser.add_argument("--tune", action="store_true", help="choose rates and weights first: five trials a method")
     parser.add_argument("--report", action="store_true", help="only tables and plots of what is there")
     parser.add_argument("--again", action="store_true", help="throw away what is there of these methods first")
@@ -222,13 +262,15 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: its processes end with it
-    there = clip_methods()
+    if options.fast and options.family != "clip":
+        parser.error("--fast is of CLIP recipes")
     wanted = Wanted(
-        methods=options.only or ([name for name in FAST if name in there] if options.fast else there),
+        family=options.family,
+        methods=options.only or (FAST if options.fast else ()),
         bases=options.bases,
         orders=1 if options.fast else options.orders,
         seeds=1 if options.fast else options.seeds,
-        updates=FAST_UPDATES if options.fast else len(UPDATES),
+        updates=FAST_UPDATES if options.fast else 0,
         minutes=options.minutes,
         jobs=options.jobs,
         report_only=options.report,
@@ -236,6 +278,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         again=options.again,
         out=options.out,
     )
-    outcome = run(settings, wanted, replace(sizes, **{name: getattr(options, name) for name in SIZES}))
+    sizes = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    outcome = run(settings, wanted, replace(FAMILIES[options.family].protocol, **sizes))
     if outcome:
         show(outcome)

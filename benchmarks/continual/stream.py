@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+from typing import Protocol as Interface
 
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
@@ -26,6 +27,16 @@ from streams.demo import DOMAINS, prepare_domain
 from streams.folders import FolderItem, read_folder
 from updater.data.pools import Pair
 
+
+class HasId(Interface):
+    """What is drawn by its name."""
+
+    @property
+    def id(self) -> str:
+        """The name."""
+
+
+Named = TypeVar("Named", bound=HasId)
 Role = Literal["adaptation", "held-out"]
 Task = Literal["retrieval", "classification"]
 REFERENCE = ("noto", "pixel_ultica")
@@ -138,8 +149,8 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
             and _tunes(source, item) == tuning
         ]
 
-    updates = {source.name: _drawn(map(_pair, rest(source, tuning=False)), protocol.new) for source in UPDATES}
-    reference = _drawn(
+    updates = {source.name: by_hash(map(_pair, rest(source, tuning=False)), protocol.new) for source in UPDATES}
+    reference = by_hash(
         (_pair(item) for source in HELD_OUT if source.domain in REFERENCE for item in rest(source, tuning=False)),
         protocol.reference,
     )
@@ -176,7 +187,7 @@ def _suite(source: Source, items: Sequence[Pair], limit: int) -> Suite:
         source.name,
         "held-out" if held_out else "adaptation",
         source.task,
-        _drawn(items, limit),
+        by_hash(items, limit),
         templates,
         outside=held_out and source.domain not in REFERENCE,
         named=source.named,
@@ -196,9 +207,9 @@ def _item(source: Source, item: FolderItem) -> Pair:
     return Pair(f"{item.domain}/{item.path.name}", text, item.bytes, item.label or (text if source.named else ""))
 
 
-def _drawn(pairs: Iterable[Pair], limit: int) -> tuple[Pair, ...]:
+def by_hash(items: Iterable[Named], limit: int) -> tuple[Named, ...]:
     """At most ``limit``, by hash of the name: the same for every method, order and seed."""
-    return tuple(sorted(pairs, key=lambda pair: hashlib.sha256(pair.id.encode()).digest())[:limit])
+    return tuple(sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())[:limit])
 
 
 def names_of(suites: Sequence[Suite]) -> dict[str, list[str]]:

@@ -9,9 +9,9 @@ Method = dict[str, Any]
 QUALITY = """\
 Points against zero-shot after the last update, with 95% intervals of a paired bootstrap over items; one order, one
 seed. A_KA: mean of the adaptation suites; A_ZS: of the held-out ones; GM: their geometric mean. Bold: clear of zero.
-`≈` marks no significant difference from `default` in GM. `nearest-mean` answers the suites with classes by the nearest
-class mean on the base's features, and all others as the base does. GM without: of the adaptation suites but the one
-that the method gained most on."""
+`≈` marks no significant difference from the default recipe in GM. `nearest-mean` answers the suites with classes by the
+nearest class mean on the base's features, and all others as the base does. GM without: of the adaptation suites but the
+one that the method gained most on."""
 KINDS = """\
 Points against zero-shot after the last update: of the adaptation suites by what they ask for, and of the held-out
 suites of domains that the reference pool does not contain."""
@@ -53,11 +53,11 @@ def markdown(outcome: dict[str, Any]) -> str:
         f"({', '.join(outcome['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
         f"({', '.join(outcome['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
         *("## Learned and kept", QUALITY, _table(methods | outcome["untrained"], _QUALITY)),
-        *("## Retrieval, classes, and what the reference does not contain", KINDS, _table(methods, _KINDS)),
+        *_kinds_part(outcome, methods),
         *_lead_part(outcome.get("lead", {})),
         *_named_part(methods),
         *("## Along the stream", STREAM, _table(methods, _STREAM)),
-        *("## Searches that cross versions", CROSSING, _table(methods, _CROSSING)),
+        *_crossing_part(methods),
         *("## Cost", COST, _table(methods, _COST)),
     ]
     if repeated:
@@ -69,6 +69,18 @@ def markdown(outcome: dict[str, Any]) -> str:
 
 def _lead_part(leads: dict[str, Method]) -> list[str]:
     return ["## The default's lead", LEAD, _table(leads, _LEAD)] if leads else []
+
+
+def _kinds_part(outcome: dict[str, Any], methods: dict[str, Method]) -> list[str]:
+    if not outcome["classes"]:
+        return []
+    return ["## Retrieval, classes, and what the reference does not contain", KINDS, _table(methods, _KINDS)]
+
+
+def _crossing_part(methods: dict[str, Method]) -> list[str]:
+    if not all("cross_version" in method for method in methods.values()):
+        return []
+    return ["## Searches that cross versions", CROSSING, _table(methods, _CROSSING)]
 
 
 def _named_part(methods: dict[str, Method]) -> list[str]:

@@ -12,10 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.continual.chain import Chain, Unit
+from benchmarks.continual.evaluation import Evaluator
+from benchmarks.continual.exam import CACHE, ClipExam
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.stream import load_stream
+from benchmarks.continual.question_exam import QuestionExam
+from benchmarks.continual.questions import QuestionStream, load_questions
+from benchmarks.continual.stream import Stream, load_stream
 from ops.errors import RatchetError
-from serving.engines.clip_base import load_base
+from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from updater.loop.process import StopSignal
 from updater.training.checkpoint import write_json
 from updater.training.workers import Stopped
@@ -28,12 +33,18 @@ def work(home: Path, base: str, results: Path, unit: Unit, updates: int, protoco
     failed = unit.folder(results) / FAILED
     failed.unlink(missing_ok=True)
     try:
-        stream = load_stream(home, protocol)
-        if unit.trial is not None:
-            stream = replace(stream, suites=stream.tuning)
-        chain = Chain(load_base(home, base), stream, protocol, unit.recipe, unit, results)
-        with stop.training():
-            chain.run(updates, stop)
+        if unit.recipe.family == "vlm":
+            chain = question_chain(load_vlm_base(home, base), load_questions(home, protocol), protocol, unit, results)
+        else:
+            stream = load_stream(home, protocol)
+            if unit.trial is not None:
+                stream = replace(stream, suites=stream.tuning)
+            chain = clip_chain(load_base(home, base), stream, protocol, unit, results)
+        try:
+            with stop.training():
+                chain.run(updates, stop)
+        finally:
+            chain.exam.close()
     except Stopped:
         return 0
     except Exception as error:
@@ -41,6 +52,17 @@ def work(home: Path, base: str, results: Path, unit: Unit, updates: int, protoco
         write_json(failed, {"reason": reason, "trace": traceback.format_exc()})
         return 1
     return 0
+
+
+def clip_chain(base: ClipBase, stream: Stream, protocol: Protocol, unit: Unit, results: Path) -> Chain:
+    """A chain of a CLIP. Raises BudgetError."""
+    exam = ClipExam(Evaluator(base, stream.suites, results / CACHE), stream, results, unit.folder(results))
+    return Chain(base, stream, protocol, unit.recipe, unit, results, exam)
+
+
+def question_chain(base: VlmBase, stream: QuestionStream, protocol: Protocol, unit: Unit, results: Path) -> Chain:
+    """A chain of a VLM. Raises BudgetError, ConfigError."""
+    return Chain(base, stream, protocol, unit.recipe, unit, results, QuestionExam(base, stream, results))
 
 
 def main(arguments: list[str]) -> int:

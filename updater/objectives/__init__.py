@@ -12,11 +12,23 @@ from typing import Any
 import torch
 
 from ops.errors import ConfigError
-from updater.objectives.objective import Answers, Batch, Features, Objective, Sides, Teacher, Texts
+from updater.objectives.objective import Answers, Batch, Features, Objective, OwnAnswers, Sides, Teacher, Texts
 from updater.recipes import Family, Term
 from updater.recipes.plugin_registry import find, method_names, options_of
 
-__all__ = ["Answers", "Batch", "Features", "Objective", "Sides", "Teacher", "Texts", "build", "names", "values"]
+__all__ = [
+    "Answers",
+    "Batch",
+    "Features",
+    "Objective",
+    "OwnAnswers",
+    "Sides",
+    "Teacher",
+    "Texts",
+    "build",
+    "names",
+    "values",
+]
 
 log = logging.getLogger("ratchet.recipes")
 Terms = Sequence[tuple[Term, Objective[Any]]]

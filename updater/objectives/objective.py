@@ -136,18 +136,32 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class OwnAnswers:
+    """Answers that a VLM gives now to some rows of a batch, all tokens one after another.
+
+    ``logits`` float32 [t, vocabulary] are the student's before each token, ``teacher`` those of the momentum model that
+    has read the known answer before, without gradients. ``row`` int [t] is the row of the batch.
+    """
+
+    logits: Tensor
+    teacher: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
 class Answers(Batch):
     """What a VLM made of answers: all answer tokens of all rows one after another, their end tokens included.
 
     ``logits`` float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token itself and
     ``row`` int [t] the row that it belongs to. ``teachers`` are by name, ``base`` or ``incumbent``; what they say of
-    rows that no objective compares is undefined.
+    rows that no objective compares is undefined. ``own`` is there where an objective asks for it.
     """
 
     logits: Tensor
     target: Tensor
     row: Tensor
     teachers: Mapping[str, Teacher]
+    own: OwnAnswers | None = None
 
     def zero(self) -> Tensor:
         return self.logits.new_zeros(())
@@ -167,10 +181,8 @@ class Answers(Batch):
         return teacher
 
     def mean_over_rows(self, values: Tensor) -> Tensor:
-        """Each row's mean over its tokens, and then the mean over rows: long answers count as much as short ones."""
-        rows = len(self.part)
-        sums = values.new_zeros(rows).index_add(0, self.row, values)
-        return (sums / torch.bincount(self.row, minlength=rows)).mean()
+        """See :func:`mean_over_rows`, of values at the known answers' tokens."""
+        return mean_over_rows(values, self.row, len(self.part))
 
     def _select(self, rows: list[int]) -> Self:
         place = torch.full((len(self.part),), -1, device=self.row.device)
@@ -182,7 +194,23 @@ class Answers(Batch):
             target=self.target[index],
             row=place[self.row[index]],
             teachers={name: teacher[index] for name, teacher in self.teachers.items()},
+            own=None if self.own is None else _own_of(self.own, place),
         )
+
+
+def mean_over_rows(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Each row's mean over its tokens, and then the mean over rows: long answers count as much as short ones.
+
+    ``values`` [t] are at the tokens of all rows, ``row`` int [t] says of which.
+    """
+    sums = values.new_zeros(rows).index_add(0, row, values)
+    return (sums / torch.bincount(row, minlength=rows)).mean()
+
+
+def _own_of(own: OwnAnswers, place: Tensor) -> OwnAnswers:
+    """Those of the rows that have a place, int [rows of the batch], among those that were selected."""
+    index = (place[own.row] >= 0).nonzero().flatten()
+    return OwnAnswers(own.logits[index], own.teacher[index], place[own.row[index]])
 
 
 B = TypeVar("B", bound=Batch)
@@ -200,6 +228,9 @@ class Objective(ABC, Generic[B]):
     frozen_texts: bool = False
     """Whether its further texts are needed as its teachers see them alone, so that the student never runs them."""
 
+    own_answers: bool = False
+    """Whether it needs answers that the student gives now, and what its momentum model, which has read the known
+    answer, thinks of them. A VLM's; the passes are charged."""
     replay_teacher: str | None = None
     """The teacher of replayed rows, where it is another one than ``teacher``."""
 

@@ -73,7 +73,8 @@ class Learner(ABC, Generic[E]):
             regularizer.begin(self.parameters)
         self.taught = _taught(self.objectives)
         """The pools whose examples a teacher is asked about, by its name."""
-        followed = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
+        weighted = [(term, objective) for term, objective in self.objectives if term.weight > 0]
+        followed = [o for _, o in weighted if "momentum" in o.teachers or o.own_answers]
         self.momentum = Momentum(self.parameters, *followed[0].momentum) if followed else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
         started = "incumbent" in self.taught or any(objective.frozen_texts for _, objective in self.objectives)

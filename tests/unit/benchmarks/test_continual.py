@@ -24,6 +24,7 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.report import _prepared, figures, read_chains
 from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
+from benchmarks.continual.worker import clip_chain
 from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
@@ -53,7 +54,7 @@ def results(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _chain(base: ClipBase, folder: Path, name: str = "default", order: int = 0) -> Chain:
-    return Chain(base, stream(), PROTOCOL, load_recipe(name), Unit(name, order), folder)
+    return clip_chain(base, stream(), PROTOCOL, Unit(name, order), folder)
 
 
 def _rows(folder: Path, name: str = "default") -> list[dict[str, object]]:
@@ -89,7 +90,7 @@ def test_a_schedule_is_made_for_the_steps_that_are_taken_also_with_texts_of_a_te
 ) -> None:
     """Random strings are as many for a batch as for the whole update. This budget just pays for the third step."""
     rich = replace(PROTOCOL, gflops=1.02)
-    chain = Chain(base, stream(), rich, load_recipe("vr-lwf"), Unit("vr-lwf"), tmp_path)
+    chain = clip_chain(base, stream(), rich, Unit("vr-lwf"), tmp_path)
     chain.run(1)
     (row,) = _rows(tmp_path, "vr-lwf")
     assert chain.plan.steps == row["cost"]["steps"] == 3  # type: ignore[index]

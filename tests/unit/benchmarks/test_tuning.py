@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks.continual import run_tuning, tuning
-from benchmarks.continual.chain import Chain, Unit, updates_done
-from benchmarks.continual.run_continual import clip_methods
+from benchmarks.continual.chain import Unit, updates_done
+from benchmarks.continual.run_continual import methods_of
 from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner
 from benchmarks.continual.tuning import ORDER, UPDATES, chosen, recipe_of, scaled, trials
+from benchmarks.continual.worker import clip_chain
 from ops.testing.tiny import tiny_base
 from tests.unit.benchmarks.builders import PROTOCOL, stream
 from updater.recipes import load_recipe
 
 
 def test_every_method_has_as_many_trials_and_one_without_a_weight_more_rates() -> None:
-    assert {len(trials(load_recipe(name))) for name in clip_methods()} == {5}
+    assert {len(trials(load_recipe(name))) for name in methods_of("clip")} == {5}
     assert all(weight == 1 for _, weight in trials(load_recipe("replay")))
     assert any(weight != 1 for _, weight in trials(load_recipe("default")))
 
@@ -53,7 +54,7 @@ def test_the_best_trial_of_each_method_is_written_down(
 
     def run(self: Runner, units: list[Unit]) -> bool:
         for unit in units:
-            Chain(base, stream(), PROTOCOL, unit.recipe, unit, self.results).run(self.updates)
+            clip_chain(base, stream(), PROTOCOL, unit, self.results).run(self.updates)
         return True
 
     monkeypatch.setattr(Runner, "run", run)

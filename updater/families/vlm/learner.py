@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ops.digests import digest_json
+from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from streams.images import decode_image
 from updater.adapters import LoraModel, WeightDelta
 from updater.data.pools import Question
 from updater.families.vlm.parts import sees, trained_modules
-from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, pad
-from updater.objectives import Answers, Teacher
+from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
+from updater.objectives import Answers, OwnAnswers, Teacher
 from updater.objectives.token_distillation import summarise
 from updater.recipes import Recipe
 from updater.step.learner import CHUNK, Learner
@@ -27,6 +30,8 @@ from updater.step.shards import Values
 
 TOP = 256
 """Tokens of a teacher's distribution that are kept one by one; the others are one."""
+OWN_TOKENS = 32
+"""Of an answer that the model gives in training, at most: each is a pass."""
 Inputs = Mapping[str, Any]
 
 
@@ -44,11 +49,18 @@ class VlmLearner(Learner[Question]):
         inner = cast(Any, self.model.model).base_model
         takes_features = "mm_encoder_outputs" in inspect.signature(inner.forward).parameters
         self._takes_features = takes_features and not sees(base, trained)
+        self.own_parts = {
+            part for term, objective in self.objectives if objective.own_answers and term.weight > 0
+            for part in term.over
+        }  # fmt: skip
+        self.seed = seed
+        self._own: dict[int, Tensor] = {}
+        """What the model has just answered, by row."""
         self.keeps_features: bool | None = None
         self.longest_batch = 0
 
     def takes(self, example: Question) -> bool:
-        return self.reader.takes(example)
+        return self.reader.takes(example) and (not self.own_parts or self.reader.takes(shown(example)))
 
     @property
     def longest(self) -> int:
@@ -93,6 +105,10 @@ class VlmLearner(Learner[Question]):
         else:
             features, beside = [], []
             values["encoded"] = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in encoded]
+        if self.parts[rows[0]] in self.own_parts:
+            read_before = self._read([shown(each) for each in examples], encoded).sequences
+            for key in read_before[0].inputs:
+                values[f"shown.{key}"] = [each.prompt[key] for each in read_before]
         for name, parts in self.taught.items():
             if self.parts[rows[0]] not in parts:
                 continue
@@ -128,7 +144,65 @@ class VlmLearner(Learner[Question]):
             target=target,
             row=row,
             teachers={name: self._teacher(name, rows, sequences, logits) for name in self.taught},
+            own=self._own_answers(rows) if self.own_parts else None,
         )
+
+    def _own_answers(self, rows: Sequence[int]) -> OwnAnswers | None:
+        """What the model answers now, to the rows that an objective asks for; None where there is none."""
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.own_parts]
+        if not places or self.momentum is None:
+            return None
+        asked = [rows[place] for place in places]
+        self._own = self._answer(list(dict.fromkeys(asked)))
+        logits = self.passes(self._run_own, asked)
+        with torch.no_grad(), self.model.holding(self.momentum.values):
+            teacher = self.passes(self._run_shown, asked)
+        row = torch.cat([torch.full((len(self._own[row]),), place) for row, place in zip(asked, places, strict=True)])
+        return OwnAnswers(logits, teacher, row.to(logits.device))
+
+    @torch.no_grad()
+    def _answer(self, rows: Sequence[int]) -> dict[int, Tensor]:
+        """Tokens that the model draws for each row, the end among them where it comes within :data:`OWN_TOKENS`. The
+        same rows of the same model are answered the same."""
+        dice = torch.Generator().manual_seed(int(digest_json([self.seed, list(rows)])[:15], 16))
+        end = torch.tensor([end_token(self.reader.processor)])
+        own = dict.fromkeys(rows, end[:0])
+        left = list(rows)
+        for _ in range(OWN_TOKENS):
+            prompts = self._prompts("tokens", left)
+            # The end stands for the token that is drawn: logits are those before it.
+            so_far = {row: answered(prompt, torch.cat([own[row], end])) for row, prompt in prompts.items()}
+            ahead = {row: Tokens(each.inputs, 1) for row, each in so_far.items()}
+            logits = self.passes(partial(self._logits_of, ahead), left)
+            logits[:, self.reader.not_said] = -torch.inf
+            drawn = torch.multinomial(logits.float().cpu().softmax(dim=1), 1, generator=dice)
+            for row, token in zip(left, drawn, strict=True):
+                own[row] = torch.cat([own[row], token])
+            left = [row for row in left if own[row][-1] != end[0]]
+            if not left:
+                break
+        return own
+
+    def _run_own(self, rows: Sequence[int]) -> Tensor:
+        """Logits of the model at its own answers."""
+        prompts = self._prompts("tokens", rows)
+        return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
+
+    def _run_shown(self, rows: Sequence[int]) -> Tensor:
+        """The same where it has read the known answers before."""
+        prompts = self._prompts("shown", rows)
+        return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
+
+    def _logits_of(self, sequences: Mapping[int, Tokens], rows: Sequence[int]) -> Tensor:
+        return self._logits(self.model.model, [sequences[row] for row in rows], self._eyes(rows))
+
+    def _prompts(self, which: str, rows: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """By row, the inputs before the answer: of the question alone (``tokens``), or with the answer (``shown``)."""
+        if which == "tokens":
+            return {row: each.prompt for row, each in zip(rows, self._sequences(rows), strict=True)}
+        keys = [name for name in self.shards.names(rows[0]) if name.startswith("shown.")]
+        columns = {name.removeprefix("shown."): self.shards.get(name, rows) for name in sorted(keys)}
+        return {row: {key: values[place] for key, values in columns.items()} for place, row in enumerate(rows)}
 
     def _run(self, rows: Sequence[int]) -> Tensor:
         sequences = self._sequences(rows)

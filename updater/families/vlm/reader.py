@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from serving.engines.vlm.generation import question
-from serving.engines.vlm.prompts import answer_tokens, inputs, render
+from serving.engines.vlm.prompts import answer_tokens, end_token, image_token, inputs, render
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import InvalidRequest
 from updater.data.pools import Question
@@ -38,6 +38,18 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])
 
+    @property
+    def prompt(self) -> dict[str, Tensor]:
+        """The inputs up to where the answer begins."""
+        return {key: value[: len(self) - self.answer] for key, value in self.inputs.items()}
+
+
+def answered(prompt: Mapping[str, Tensor], answer: Tensor) -> Tokens:
+    """A prompt's inputs with the tokens of an answer, int [n]."""
+    inputs = {key: torch.cat([value, torch.zeros_like(answer)]) for key, value in prompt.items()}
+    inputs["input_ids"][-len(answer) :] = answer
+    return Tokens(inputs, len(answer))
+
 
 @dataclass(frozen=True)
 class Read:
@@ -56,12 +68,28 @@ class Read:
         return [{key: value[row : row + 1] for key, value in small.items()} for row in range(count)]
 
 
+SHOWN = "{question} This is an example of an answer: {answer}. Now answer yourself: {question}"
+"""What a teacher is asked that has read the known answer (after the prompt of SDFT, Shenfeld et al. 2026)."""
+
+
+def shown(example: Question) -> Question:
+    """The same question, with the known answer before it as an example."""
+    return replace(example, question=SHOWN.format(question=example.question, answer=example.answer))
+
+
 class Reader:
     """The processor of a base."""
 
     def __init__(self, base: VlmBase) -> None:
         self.processor = base.processor()
         self._words = lru_cache(KNOWN_WORDS)(self._count)
+
+    @property
+    def not_said(self) -> list[int]:
+        """Special tokens but the end: no answer has them, and one would stand for an image."""
+        tokenizer = self.processor.tokenizer
+        special = {*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids(image_token(self.processor))}
+        return sorted(special - {end_token(self.processor), None})
 
     def takes(self, example: Question) -> bool:
         """Whether a question can be asked at all, and is not too long with its answer."""
@@ -89,9 +117,7 @@ class Reader:
         sequences = []
         for row, each in enumerate(examples):
             answer = torch.tensor(answer_tokens(self.processor, each.answer))
-            own = {key: torch.cat([batch[key][row][mask[row]], torch.zeros_like(answer)]) for key in tokenwise}
-            own["input_ids"][-len(answer) :] = answer
-            sequences.append(Tokens(own, len(answer)))
+            sequences.append(answered({key: batch[key][row][mask[row]] for key in tokenwise}, answer))
         return Read(sequences, {key: value for key, value in batch.items() if key not in tokenwise})
 
 

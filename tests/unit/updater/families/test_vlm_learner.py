@@ -20,6 +20,7 @@ from updater.adapters import read_delta
 from updater.budget.flops import counted
 from updater.data.pools import Pools, Question
 from updater.families.vlm.parts import trained_modules
+from updater.families.vlm.reader import shown
 from updater.objectives.token_distillation import summarise
 from updater.training.measure import measure
 
@@ -30,16 +31,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
 
 
 def _by_hand(base: VlmBase, model: torch.nn.Module, each: Question) -> tuple[torch.Tensor, list[int]]:
-    """Logits before each answer token, from the prompt as serving builds it, one example on its own."""
-    processor = base.processor()
-    batch = inputs(processor, [question(np.array(decode_image(each.read())), each.question)])
-    answer = processor.tokenizer(f"{each.answer}<end_of_utterance>", add_special_tokens=False)["input_ids"]
-    prompt = batch["input_ids"].shape[1]
-    batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([answer])], dim=1)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    with torch.no_grad():
-        logits = cast(Any, model)(**batch).logits[0]
-    return logits[prompt - 1 : -1], answer
+    """Logits before each token of the known answer, one example on its own."""
+    tokenizer = base.processor().tokenizer
+    answer = tokenizer(f"{each.answer}<end_of_utterance>", add_special_tokens=False)["input_ids"]
+    return _at(base, model, each, answer), answer
 
 
 def test_it_reads_what_serving_reads_and_answers_are_all_it_is_asked_for(base: VlmBase) -> None:
@@ -158,3 +153,62 @@ def test_each_image_is_read_once(base: VlmBase) -> None:
         learner.backward(list(range(18)))
     first = reads.pop("car-0")  # is looked at once more: whether what its image gives can be kept
     assert first == 2 and len(reads) == 17 and set(reads.values()) == {1}
+
+
+SDFT = [{"name": "self_distillation", "over": ["new"], "options": {"keep": 0.5}}]
+
+
+def test_a_model_that_distils_itself_answers_and_its_teacher_has_read_the_answer(base: VlmBase) -> None:
+    """Its own answers are drawn anew from what it has become; what the teacher says of them is by hand what a slower
+    copy of the model says after the known answer."""
+    pools = question_pools(new=5, reference=2)
+    learner = learner_of(base, pools, objectives=SDFT)
+    rows = [0, 3, 6, 2]
+    for _ in range(3):  # the student moves away from its momentum model
+        learner.backward(rows)
+        learner.update(0.05)
+    made = learner.batch(rows).own
+    assert made is not None and made.row.unique().tolist() == [0, 1, 3], "the reference's row is not asked"
+    assert not made.teacher.requires_grad
+    own = {row: tokens.tolist() for row, tokens in learner._own.items()}
+    assert learner.batch(rows).own is not None and {r: t.tolist() for r, t in learner._own.items()} == own
+    for place, number in ((0, 0), (1, 3), (3, 2)):
+        example = cast(Question, pools.new[number])
+        mine = made.row == place
+        assert torch.allclose(made.logits[mine], _at(base, learner.model.model, example, own[number]), atol=1e-4)
+        assert learner.momentum is not None
+        with learner.model.holding(learner.momentum.values):
+            told = _at(base, learner.model.model, shown(example), own[number])
+        assert torch.allclose(made.teacher[mine], told, atol=1e-4)
+        assert not torch.allclose(made.teacher[mine], made.logits[mine], atol=1e-3)
+
+
+def test_distilling_itself_in_micro_batches_has_the_same_gradient(base: VlmBase) -> None:
+    pools = question_pools(new=6, reference=2)
+    whole, parts = (learner_of(base, pools, objectives=SDFT, micro_batch=size) for size in (0, 2))
+    rows = [0, 5, 1, 4]
+    assert whole.backward(rows)[0] == pytest.approx(parts.backward(rows)[0], rel=1e-4)
+    for name, parameter in whole.parameters.items():
+        assert parameter.grad is not None and parts.parameters[name].grad is not None
+        assert torch.allclose(parameter.grad, cast(torch.Tensor, parts.parameters[name].grad), atol=1e-5)
+
+
+def test_by_distilling_itself_a_model_comes_to_answer_as_after_an_example(base: VlmBase) -> None:
+    """The teacher stands still here: what is left between the two falls."""
+    terms = [{"name": "self_distillation", "over": ["new"], "options": {"keep": 1.0}}]
+    learner = learner_of(base, question_pools(new=4, reference=0), objectives=terms)
+    losses = []
+    for _ in range(30):
+        losses.append(learner.backward([0, 1, 2, 3])[0])
+        learner.update(0.02)
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def _at(base: VlmBase, model: torch.nn.Module, each: Question, answer: list[int]) -> torch.Tensor:
+    """Logits before each token of an answer, from the prompt as serving builds it."""
+    batch = inputs(base.processor(), [question(np.array(decode_image(each.read())), each.question)])
+    prompt = batch["input_ids"].shape[1]
+    batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([answer])], dim=1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with torch.no_grad():
+        return cast(torch.Tensor, cast(Any, model)(**batch).logits[0][prompt - 1 : -1])

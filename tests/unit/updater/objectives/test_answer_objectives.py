@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from ops.errors import ConfigError
 from tests.unit.updater.builders import answers, batch, total
 from updater import objectives
+from updater.objectives import OwnAnswers
 from updater.objectives.answer_likelihood import AnswerLikelihood
+from updater.objectives.self_distillation import SelfDistillation
 from updater.objectives.token_distillation import TokenDistillation, divergence, summarise
 from updater.recipes import Part, Term
 
@@ -103,3 +106,25 @@ def test_an_objective_of_the_other_family_or_an_unknown_teacher_is_refused() -> 
 def test_a_whole_batch_is_selected_as_it_is() -> None:
     made = batch([0, 1])
     assert made.select([0, 1]) is made
+
+
+def test_self_distillation_is_the_divergence_of_the_student_from_the_teacher_at_its_own_answers() -> None:
+    """From the student's side (Shenfeld et al. 2026): sum over tokens of p log(p / q), p the student's."""
+    made, _ = answers([1, 1, 1])
+    logits, teacher = (torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    own = OwnAnswers(logits, teacher, row=torch.tensor([0, 0, 0, 2, 2]))
+    each = [
+        sum(p * math.log(p / q) for p, q in zip(_probabilities(one), _probabilities(other), strict=True))
+        for one, other in zip(logits.tolist(), teacher.tolist(), strict=True)
+    ]
+    of_both = replace(made, own=own).select([0, 2])
+    assert float(SelfDistillation()(of_both)) == pytest.approx(_row_means(each, [3, 2]), rel=1e-5)
+    last = replace(made, own=own).select([2])
+    assert float(SelfDistillation()(last)) == pytest.approx(_row_means(each[3:], [2]), rel=1e-5)
+    assert float(SelfDistillation()(made)) == 0.0, "no row was asked"
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.1])
+def test_a_teacher_keeps_a_share_of_itself(keep: float) -> None:
+    with pytest.raises(ConfigError, match="keep"):
+        objectives.build([Term(name="self_distillation", options={"keep": keep})], "vlm")

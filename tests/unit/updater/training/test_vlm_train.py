@@ -132,7 +132,8 @@ def test_a_recipe_of_the_other_family_is_refused(base: VlmBase, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("vlm-logit-swap", "text"), ("vlm-orthogonal", "text"), ("vlm-connector", "connector")]
+    ("name", "part"),
+    [("vlm-logit-swap", "text"), ("vlm-orthogonal", "text"), ("vlm-sdft", "text"), ("vlm-connector", "connector")],
 )
 def test_each_other_recipe_trains_two_updates_of_its_part(base: VlmBase, tmp_path: Path, name: str, part: str) -> None:
     first = vlm_run(base, tmp_path / "first", name, recipe=recipe(name, max_steps=3))
@@ -141,4 +142,5 @@ def test_each_other_recipe_trains_two_updates_of_its_part(base: VlmBase, tmp_pat
     again = {"incumbent": first.directory, "carry_over": first.carry_over, "seed": 5}
     second = vlm_run(base, tmp_path / "second", name, recipe=recipe(name, max_steps=3), **again)
     assert second.adapter != first.adapter
+    assert second.adapter == vlm_run(base, tmp_path / "anew", name, recipe=recipe(name, max_steps=3), **again).adapter
     assert all(np.isfinite(values).all() for values in second.losses.values())

@@ -1,0 +1,76 @@
+"""What a VLM is asked before its first update and after each: every question of all suites, greedily, in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.continual.evaluation import Bools
+from benchmarks.continual.exam import ZERO_SHOT, packed
+from benchmarks.continual.nearest import NAME as NEAREST
+from benchmarks.continual.orders import order_of
+from benchmarks.continual.questions import QuestionStream
+from ops.errors import ConfigError
+from ops.settings import Serve
+from serving.engines.vlm.generation import question
+from serving.engines.vlm.hf_engine import TransformersEngine
+from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.vlm_base import VlmBase
+from streams.images import decode_image
+from updater.gate.answers import grade
+from updater.training.checkpoint import write_json
+
+TOKENS = 12
+"""Of an answer: no right one is longer."""
+ORDERS = 2
+"""Those that need no features of pictures: as listed, and random ones."""
+
+
+class QuestionExam:
+    """Implements :class:`benchmarks.continual.exam.Exam`."""
+
+    def __init__(self, base: VlmBase, stream: QuestionStream, results: Path) -> None:
+        """``results``: of all chains of a base."""
+        self.stream = stream
+        serve = Serve(vlm_engine="transformers", vlm_max_tokens=TOKENS, vlm_context=512, vlm_threads=1)
+        self.vlm = SyncVlm(TransformersEngine(base, serve))
+        self.vlm.__enter__()
+        path = results / ZERO_SHOT
+        if not path.is_file():
+            results.mkdir(parents=True, exist_ok=True)
+            roles = {suite.name: suite.role for suite in stream.suites}
+            write_json(path, {"roles": roles, "hits": packed(self._hits(None)), NEAREST: {}})
+
+    def order(self, number: int) -> list[str]:
+        """Raises ConfigError for one by how alike pictures are: the words of questions do not say it."""
+        if number >= ORDERS:
+            raise ConfigError(f"order {number + 1} is by features of pictures.", f"Choose --orders up to {ORDERS}.")
+        return order_of(self.stream, number, dict)
+
+    def after(self, number: int, adapter: Path) -> dict[str, Any]:
+        self.vlm.load(adapter.name, adapter)
+        try:
+            return {"hits": packed(self._hits(adapter.name))}
+        finally:
+            self.vlm.unload(adapter.name)
+
+    def kept(self, number: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.vlm.__exit__(None, None, None)
+
+    def _hits(self, adapter: str | None) -> dict[str, Bools]:
+        """By suite: whether each question was answered rightly, [n, 1]."""
+        hits = {}
+        for suite in self.stream.suites:
+            asks = [
+                question(np.array(decode_image(each.question.read()).convert("RGB")), each.question.question, TOKENS)
+                for each in suite.items
+            ]
+            replies = self.vlm.replies(asks, adapter, label=f"{suite.name}, {adapter or 'base'}")
+            right = [grade(i.metric, r.text, i.answers) == 1 for r, i in zip(replies, suite.items, strict=True)]
+            hits[suite.name] = np.array(right, bool)[:, None]
+        return hits

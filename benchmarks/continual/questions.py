@@ -1,0 +1,176 @@
+"""What a VLM learns, and what it is asked after each update.
+
+Four updates over pictures that the shipped VLM has not seen: clothes, handwritten digits, tiles of a game, emoji in 3D.
+Each asks what a picture shows, and whether it shows a thing: of two pictures the same, so that the words tell nothing.
+Held out are the base's own questions, by their kind. No picture of a suite looks like one that is trained on; tiles and
+emoji of the suites show other things than those.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks.continual.looks import left_out
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.stream import Role, by_hash
+from ops.digests import digest_json
+from ops.progress import step
+from streams.demo import prepare_domain, prepare_questions
+from streams.demo.questions_fashion import ASK_GARMENT, SYNONYMS
+from streams.demo.questions_pictures import basic_name
+from streams.demo.questions_words import ASK_CATEGORY, ASK_NAME, with_article
+from streams.folders import FolderItem, read_folder
+from updater.base.vlm.shipped import TRAINED_ON
+from updater.data.pools import Pair, Question
+
+PROTOCOL: Final = Protocol(gflops=160.0, batch_size=48, new=480, reference=480, replay=480, items=240)
+KINDS: Final = ("name", "category", "colour", "presence")
+"""Of the base's questions; each is a suite."""
+EMOJI: Final = "emoji"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A demo domain, and how it is asked about."""
+
+    name: str
+    domain: str
+    asks: tuple[str, ...]
+
+    def answer(self, item: FolderItem) -> str:
+        """What a picture shows; empty where that is not clear."""
+        return basic_name(item.text, "") if self.name == EMOJI else item.label
+
+
+UPDATES: Final = (
+    Source("clothes", "fashion", ASK_GARMENT),
+    Source("digits", "digits", ("which digit is this?", "what number is written here?")),
+    Source("tiles", "pixel_mshock", ASK_CATEGORY),
+    Source(EMOJI, "fluent3d", ASK_NAME),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with all answers that are right."""
+
+    question: Question
+    answers: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """The question's."""
+        return self.question.id
+
+    @property
+    def metric(self) -> str:
+        """How it is graded, see :func:`updater.gate.answers.grade`."""
+        return "yes_no" if self.answers[0] in ("yes", "no") else "exact_match"
+
+
+@dataclass(frozen=True)
+class QuestionSuite:
+    """Held-out questions."""
+
+    name: str
+    role: Role
+    items: tuple[Asked, ...]
+
+
+@dataclass(frozen=True)
+class QuestionStream:
+    """Everything a chain needs: what it learns from (:class:`benchmarks.continual.plan.Lessons`), and its suites."""
+
+    updates: Mapping[str, tuple[Question, ...]]
+    reference: tuple[Question, ...]
+    suites: tuple[QuestionSuite, ...]
+
+    @property
+    def digest(self) -> str:
+        """Over all questions and answers, 64 hex digits."""
+        learned = {name: [each.content for each in own] for name, own in {**self.updates, "": self.reference}.items()}
+        suites = {suite.name: [[each.question.content, *each.answers] for each in suite.items] for suite in self.suites}
+        return digest_json([list(learned.items()), list(suites.items())])
+
+
+def prepare(home: Path) -> None:
+    """Download and draw what is missing. Raises PackageError."""
+    for source in UPDATES:
+        with step(f"data: {source.domain}"):
+            prepare_domain(source.domain, home)
+    with step(f"data: {TRAINED_ON}"):
+        prepare_questions(TRAINED_ON, home)
+
+
+def load_questions(home: Path, protocol: Protocol) -> QuestionStream:
+    """Read what :func:`prepare` made."""
+    asked: dict[str, dict[str, list[Asked]]] = {"train": {}, "test": {}}
+    for source in UPDATES:
+        items = read_folder(home / "data" / source.domain)
+        for split, limit in (("train", protocol.new), ("test", protocol.items)):
+            asked[split][source.name] = about(source, [i for i in items if i.split == split], limit)
+    base = read_folder(home / "data" / TRAINED_ON)
+    taught = [_picture(each) for questions in asked["train"].values() for each in questions]
+    candidates = {name: [_picture(each) for each in questions] for name, questions in asked["test"].items()}
+    alike = left_out(home / "bench" / "continual" / "looks", taught, candidates)
+    return QuestionStream(
+        {name: tuple(each.question for each in questions) for name, questions in asked["train"].items()},
+        by_hash((_own(item).question for item in base if item.split == "train"), protocol.reference),
+        (
+            *(
+                QuestionSuite(name, "adaptation", tuple(each for each in questions if each.id not in alike[name]))
+                for name, questions in asked["test"].items()
+            ),
+            *(QuestionSuite(kind, "held-out", by_hash(_tests(base, kind), protocol.items)) for kind in KINDS),
+        ),
+    )
+
+
+def about(source: Source, items: Sequence[FolderItem], limit: int) -> list[Asked]:
+    """At most ``limit`` questions about pictures: half of them what one shows, half in pairs of yes and no."""
+    dice = random.Random(f"{source.name} {limit}")  # noqa: S311
+    pictures = [item for item in sorted(items, key=lambda item: item.path.name) if source.answer(item)]
+    dice.shuffle(pictures)
+    named, shown = pictures[: limit // 2], pictures[limit // 2 : limit]
+    asked = [
+        _asked(source, item, dice.choice(source.asks), (source.answer(item), *_others(source.answer(item))))
+        for item in named
+    ]
+    waiting: dict[str, FolderItem] = {}
+    for item in shown:
+        answer = source.answer(item)
+        other = next((name for name in waiting if name != answer), "")
+        if not other:
+            waiting[answer] = item
+            continue
+        partner = waiting.pop(other)
+        text = f"is this {with_article(answer)}?"
+        asked += [_asked(source, item, text, ("yes",)), _asked(source, partner, text, ("no",))]
+    return asked
+
+
+def _others(answer: str) -> tuple[str, ...]:
+    return (SYNONYMS[answer],) if answer in SYNONYMS else ()
+
+
+def _asked(source: Source, item: FolderItem, text: str, answers: tuple[str, ...]) -> Asked:
+    name = f"{item.domain}/{item.path.name}"
+    return Asked(Question(name, text, answers[0], item.bytes, source.answer(item), source.name), answers)
+
+
+def _tests(base: Sequence[FolderItem], kind: str) -> list[Asked]:
+    return [_own(item) for item in base if item.split == "test" and item.label == kind]
+
+
+def _own(item: FolderItem) -> Asked:
+    """A question that the base learned, or was tested with."""
+    name = f"{item.domain}/{item.path.name} {item.question}"
+    return Asked(Question(name, item.question, item.answer, item.bytes, item.label), item.answers or (item.answer,))
+
+
+def _picture(asked: Asked) -> Pair:
+    return Pair(asked.id, "", asked.question.read)
