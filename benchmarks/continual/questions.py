@@ -1,9 +1,9 @@
 """What a VLM learns, and what it is asked after each update.
 
-Four updates over pictures that the shipped VLM has not seen: clothes, handwritten digits, tiles of a game, emoji in 3D.
-Each asks what a picture shows, and whether it shows a thing: of two pictures the same, so that the words tell nothing.
-Held out are the base's own questions, by their kind. No picture of a suite looks like one that is trained on; tiles and
-emoji of the suites show other things than those.
+Four updates over pictures that the shipped VLM has not seen: clothes, handwritten digits, tiles of a game, icons. Each
+asks what a picture shows, and whether it shows a thing: of two pictures the same, so that the words tell nothing. Held
+out are the base's own questions, by their kind. No picture of a suite looks like one that is trained on; suites of
+tiles and icons show other things than those.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Role, by_hash
-from ops.digests import digest_json
+from ops.digests import digest_json, share_of
 from ops.progress import step
 from streams.demo import prepare_domain, prepare_questions
 from streams.demo.questions_fashion import ASK_GARMENT, SYNONYMS
@@ -27,10 +27,10 @@ from streams.folders import FolderItem, read_folder
 from updater.base.vlm.shipped import TRAINED_ON
 from updater.data.pools import Pair, Question
 
-PROTOCOL: Final = Protocol(gflops=160.0, batch_size=48, new=480, reference=480, replay=480, items=240)
+PROTOCOL: Final = Protocol(gflops=480.0, batch_size=48, new=480, reference=480, replay=480, items=240)
 KINDS: Final = ("name", "category", "colour", "presence")
 """Of the base's questions; each is a suite."""
-EMOJI: Final = "emoji"
+ICONS: Final = "icons"
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,23 @@ class Source:
     name: str
     domain: str
     asks: tuple[str, ...]
+    wider: float = 0.0
+    """Share of its concepts that its suite asks about, beside those of its test split."""
 
     def answer(self, item: FolderItem) -> str:
         """What a picture shows; empty where that is not clear."""
-        return basic_name(item.text, "") if self.name == EMOJI else item.label
+        return basic_name(item.text, "") if self.name == ICONS else item.label
+
+    def tests(self, item: FolderItem) -> bool:
+        """Whether a picture is of its suite."""
+        return item.split == "test" or share_of(f"suite:{item.concept}") < self.wider
 
 
 UPDATES: Final = (
     Source("clothes", "fashion", ASK_GARMENT),
     Source("digits", "digits", ("which digit is this?", "what number is written here?")),
     Source("tiles", "pixel_mshock", ASK_CATEGORY),
-    Source(EMOJI, "fluent3d", ASK_NAME),
+    Source(ICONS, "game_icons", ASK_NAME, wider=0.2),
 )
 
 
@@ -111,8 +117,8 @@ def load_questions(home: Path, protocol: Protocol) -> QuestionStream:
     asked: dict[str, dict[str, list[Asked]]] = {"train": {}, "test": {}}
     for source in UPDATES:
         items = read_folder(home / "data" / source.domain)
-        for split, limit in (("train", protocol.new), ("test", protocol.items)):
-            asked[split][source.name] = about(source, [i for i in items if i.split == split], limit)
+        asked["train"][source.name] = about(source, [i for i in items if not source.tests(i)], protocol.new)
+        asked["test"][source.name] = about(source, [i for i in items if source.tests(i)], protocol.items)
     base = read_folder(home / "data" / TRAINED_ON)
     taught = [_picture(each) for questions in asked["train"].values() for each in questions]
     candidates = {name: [_picture(each) for each in questions] for name, questions in asked["test"].items()}

@@ -1,7 +1,7 @@
 """``ratchet bench continual``: methods of continual learning side by side on a stream, at equal compute.
 
 Every CLIP recipe learns eight updates in a row; the best ten do so in five orders. `--bases` does it on several bases.
-`--family vlm` has every VLM recipe learn to answer about four domains in turn: clothes, digits, tiles, 3D emoji. What
+`--family vlm` has every VLM recipe learn to answer about four domains in turn: clothes, digits, tiles, icons. What
 is there is not done again: stop it, and call it again. `docs/benchmarks/continual` holds the results and how to read
 them.
 """
