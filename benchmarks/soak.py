@@ -138,10 +138,11 @@ def measure(
     with client, Traffic(url, rate=rate, **probes) as load:
         for number in track(range(1, max(1, round(seconds / every)) + 1), "swaps"):
             swaps.change(client, number)
+            time.sleep(max(0.0, number * every - (time.monotonic() - began)))
+            # Before the next change: what the last one replaced is not resident any more.
             ours = set(session_pids(settings))
             now = time.monotonic() - began
             memory.add(now, {pid: each for pid, each in child_processes(1).items() if pid in ours})
-            time.sleep(max(0.0, number * every - (time.monotonic() - began)))
     with step("comparing every answer"):
         return _figures(settings, load.report(), capacity, swaps, memory, warm_seconds, rate)
 
