@@ -3,7 +3,7 @@
 Open-loop load at half of the measured capacity, of all kinds: single images and texts, both together, 16 inputs in a
 request, classification, search, and chat where a VLM is served. What is live changes every 20 seconds. Every answer is
 checked against the release it was stamped with. ``memory_growth`` is the largest ratio, over all processes of the
-server, of the memory at the end to that after the first five minutes.
+server, of the memory at the end to that after the first five minutes, by their trend.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
+
+import numpy as np
+from scipy import stats
 
 from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.figures_table import show_figures
@@ -35,8 +37,8 @@ ADAPTERS: Final = 4
 IMAGES: Final = 6
 BATCH: Final = 16
 CAPACITY_SECONDS: Final = 8.0
-SNAPSHOTS: Final = 5
-"""Memory at an instant is the median of so many: one of them may see a request's images."""
+LEAST_SNAPSHOTS: Final = 3
+"""After the first minutes: of fewer, nothing can be said."""
 GROWTH_LIMIT: Final = 1.02
 
 
@@ -55,20 +57,19 @@ class MemoryLog:
 
     def growth(self, warm_seconds: float) -> dict[str, float]:
         """Memory at the end over that after ``warm_seconds``, by name and id, the largest first; of processes that are
-        in all snapshots of both times.
+        in all snapshots from then on. Both lie on the line whose slope is the median of those between any two snapshots
+        (Theil and Sen): one of them may see a request's images, or an adapter more.
         """
         first = next((n for n, seconds in enumerate(self.seconds) if seconds >= warm_seconds), len(self.seconds))
-        count = min(SNAPSHOTS, (len(self.seconds) - first) // 2)
-        if count < 1:
+        seconds, snapshots = np.array(self.seconds[first:]), self.snapshots[first:]
+        if len(snapshots) < LEAST_SNAPSHOTS:
             return {}
-        before, after = self.snapshots[first : first + count], self.snapshots[-count:]
-        ratios = {
-            f"{memory.name} {pid}": round(
-                median(each[pid].size for each in after) / median(each[pid].size for each in before), 4
-            )
-            for pid, memory in before[0].items()
-            if all(pid in each for each in (*before, *after))
-        }
+        ratios = {}
+        for pid, memory in snapshots[0].items():
+            if all(pid in each for each in snapshots):
+                slope, start, *_ = stats.theilslopes([each[pid].size for each in snapshots], seconds)
+                at_first, at_last = start + slope * seconds[0], start + slope * seconds[-1]
+                ratios[f"{memory.name} {pid}"] = round(float(at_last / at_first), 4)
         return dict(sorted(ratios.items(), key=lambda item: -item[1]))
 
     def ended(self, warm_seconds: float) -> list[str]:

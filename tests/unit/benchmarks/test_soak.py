@@ -25,9 +25,10 @@ def log_of(sizes: dict[int, list[int]]) -> MemoryLog:
     return log
 
 
-def test_growth_counts_from_the_warm_up_on_and_takes_medians() -> None:
+def test_growth_counts_from_the_warm_up_on_and_follows_the_trend() -> None:
+    """Not what one snapshot shows: nine in ten are as they were, though the last of all has nine times as much."""
     steady, growing = [10, 50, *[100] * 9, 900], [10, 50, *range(100, 110)]
-    assert log_of({1: steady, 2: growing}).growth(warm_seconds=40) == {"p 2": round(107 / 102, 4), "p 1": 1.0}
+    assert log_of({1: steady, 2: growing}).growth(warm_seconds=40) == {"p 2": 1.09, "p 1": 1.0}
 
 
 def test_a_process_that_ended_after_the_warm_up_is_named() -> None:
