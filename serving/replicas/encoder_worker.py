@@ -27,6 +27,7 @@ import torch
 
 from ops import metrics
 from ops.errors import AdapterError, RatchetError
+from ops.free_memory import return_free_memory
 from ops.priority import idle_thread, nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
@@ -173,6 +174,8 @@ class EncoderWorker:
         gone = [name for name in self.engine.resident if name not in keep]
         for name in gone:
             self._drop(name)
+        if gone:
+            return_free_memory()
         return gone
 
     async def encode(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:

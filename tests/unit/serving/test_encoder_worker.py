@@ -90,13 +90,17 @@ async def test_a_batch_answers_each_request_under_its_adapter(
 
 
 async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_needs_it(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = stored(base, artifacts, tmp_path, 3)
     (answer,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
     assert answer.code == ""
     assert worker.engine.resident == (name,)
+    returned: list[None] = []
+    monkeypatch.setattr(encoder_worker, "return_free_memory", lambda: returned.append(None))
     assert await worker.retire([None]) == [name]
+    assert len(returned) == 1, "its memory goes back to the system"
+    assert await worker.retire([None]) == [] and len(returned) == 1
     (again,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
     np.testing.assert_array_equal(again.vectors, answer.vectors)
 
