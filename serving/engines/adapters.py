@@ -326,7 +326,12 @@ class _Layer:
         return _delta(self.files.name, self.name, self.a, self.b, self.scale, self.weight)
 
     def digest(self) -> str:
-        return digest_json([digest_tensor("A", self.a), digest_tensor("B", self.b), self.scale])
+        """The same for the same product, however its scale is divided between the factors and the configuration, and
+        whatever rank it is filled up to."""
+        a, b = (side.detach().float() for side in (self.a, self.b))
+        a, b = a.flatten(1), (b * self.scale).flatten(1)
+        used = (a != 0).any(dim=1) & (b != 0).any(dim=0)
+        return digest_json([digest_tensor("A", a[used]), digest_tensor("B", b[:, used])])
 
 
 def _layers(files: AdapterFiles, model: nn.Module) -> Iterator[_Layer]:

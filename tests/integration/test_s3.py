@@ -15,7 +15,6 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from ops.addresses import free_port
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from ops.settings import Ingest
@@ -110,11 +109,11 @@ def test_an_object_store_that_hangs_or_is_away_fails_within_the_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool
 ) -> None:
     (tmp_path / "weights.bin").write_bytes(b"whole")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        if not silent:
-            listener.close()
-        port = listener.getsockname()[1] if silent else free_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # bound, so that nobody else answers there; a caller is refused
+        if silent:
+            listener.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         S3FileSystem.clear_instance_cache()
         artifacts = Artifacts(f"s3://{BUCKET}/hangs", cache=tmp_path / "cache", seconds=1.0)
         calls: list[Callable[[], object]] = [

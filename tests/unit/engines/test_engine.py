@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
@@ -60,6 +62,24 @@ def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
     monkeypatch.setattr(adapters, "_delta", lambda *factors: exact(*factors) * (1 + 2**-22))
     assert engine.load(name, folder) == spaces
     assert not np.array_equal(engine.encode_texts(TEXTS, name), vectors)
+
+
+def test_spaces_do_not_depend_on_how_a_product_is_written(engine: ClipEngine, folder: Path) -> None:
+    """A tower that an update leaves as it was keeps its space, whatever rank and scale the next adapter has."""
+    tiny_adapter(engine.base, folder, seed=1)
+    files = adapters.read_adapter(folder)
+    model, rank = engine.base.build_model(), files.config["r"]
+    config = {**files.config, "r": 2 * rank, "lora_alpha": 4 * files.config["lora_alpha"]}
+    wider = {
+        name: torch.cat([each / (2 if "lora_B" in name else 1), torch.zeros_like(each)], dim=int("lora_B" in name))
+        for name, each in files.tensors.items()
+    }
+    one, other = (
+        {each.name: each for each in adapters.merge(each, model)}
+        for each in (files, replace(files, config=config, tensors=wider))
+    )
+    assert {name: each.digest for name, each in one.items()} == {name: each.digest for name, each in other.items()}
+    assert all(torch.equal(each.weight, other[name].weight) for name, each in one.items())
 
 
 def test_an_adapter_that_changes_nothing_has_the_spaces_of_the_base(engine: ClipEngine, folder: Path) -> None:
