@@ -36,9 +36,6 @@ class Exam(Protocol):
     def kept(self, number: int) -> None:
         """The update's file is written."""
 
-    def close(self) -> None:
-        """Nothing is asked any more."""
-
 
 class ClipExam:
     """A CLIP's: searches, classes, and searches that cross versions. Vectors of the last update are kept in files."""
@@ -83,9 +80,6 @@ class ClipExam:
     def kept(self, number: int) -> None:
         if number:
             self._path(number).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        pass
 
     def _path(self, number: int) -> Path:
         return self.folder / f"vectors-{number:02d}.npz" if number else self.results / BASE_VECTORS

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.continual.evaluation import Bools
 from benchmarks.continual.exam import ZERO_SHOT, packed
 from benchmarks.continual.nearest import NAME as NEAREST
-from benchmarks.continual.orders import order_of
+from benchmarks.continual.orders import Means, order_of
 from benchmarks.continual.questions import QuestionStream
 from ops.errors import ConfigError
 from ops.settings import Serve
@@ -25,18 +25,21 @@ from updater.training.checkpoint import write_json
 TOKENS = 12
 """Of an answer: no right one is longer."""
 ORDERS = 2
-"""Those that need no features of pictures: as listed, and random ones."""
+"""As listed, and a random one: the next ones need features of pictures."""
+
+
+def asking(base: VlmBase) -> SyncVlm:
+    """What answers an exam's questions while it is entered."""
+    serve = Serve(vlm_engine="transformers", vlm_max_tokens=TOKENS, vlm_context=512, vlm_threads=1)
+    return SyncVlm(TransformersEngine(base, serve))
 
 
 class QuestionExam:
     """Implements :class:`benchmarks.continual.exam.Exam`."""
 
-    def __init__(self, base: VlmBase, stream: QuestionStream, results: Path) -> None:
-        """``results``: of all chains of a base."""
-        self.stream = stream
-        serve = Serve(vlm_engine="transformers", vlm_max_tokens=TOKENS, vlm_context=512, vlm_threads=1)
-        self.vlm = SyncVlm(TransformersEngine(base, serve))
-        self.vlm.__enter__()
+    def __init__(self, vlm: SyncVlm, stream: QuestionStream, results: Path) -> None:
+        """``vlm``: of :func:`asking`, entered. ``results``: of all chains of a base."""
+        self.vlm, self.stream = vlm, stream
         path = results / ZERO_SHOT
         if not path.is_file():
             results.mkdir(parents=True, exist_ok=True)
@@ -45,9 +48,7 @@ class QuestionExam:
 
     def order(self, number: int) -> list[str]:
         """Raises ConfigError for one by how alike pictures are: the words of questions do not say it."""
-        if number >= ORDERS:
-            raise ConfigError(f"order {number + 1} is by features of pictures.", f"Choose --orders up to {ORDERS}.")
-        return order_of(self.stream, number, dict)
+        return order_of(self.stream, number, _no_means)
 
     def after(self, number: int, adapter: Path) -> dict[str, Any]:
         self.vlm.load(adapter.name, adapter)
@@ -58,9 +59,6 @@ class QuestionExam:
 
     def kept(self, number: int) -> None:
         pass
-
-    def close(self) -> None:
-        self.vlm.__exit__(None, None, None)
 
     def _hits(self, adapter: str | None) -> dict[str, Bools]:
         """By suite: whether each question was answered rightly, [n, 1]."""
@@ -74,3 +72,7 @@ class QuestionExam:
             right = [grade(i.metric, r.text, i.answers) == 1 for r, i in zip(replies, suite.items, strict=True)]
             hits[suite.name] = np.array(right, bool)[:, None]
         return hits
+
+
+def _no_means() -> Means:
+    raise ConfigError("a VLM has no features of pictures to order its updates by.", f"Choose --orders up to {ORDERS}.")

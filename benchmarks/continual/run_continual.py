@@ -129,8 +129,8 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         raise ConfigError(
             f"there is no {wanted.family.upper()} recipe {unknown[0]!r}.", f"There are: {', '.join(known)}."
         )
-    if wanted.orders > family.orders:
-        raise ConfigError(f"there are {family.orders} orders.", "Choose as many at most.")
+    if wanted.tune and wanted.family != "clip":
+        raise ConfigError("there are no questions to tune a VLM's recipes by.", "Leave out --tune.")
     if not wanted.report_only:
         family.prepare(settings.home)
     stream = family.load(settings.home, protocol)

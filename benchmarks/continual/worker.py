@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from benchmarks.continual.chain import Chain, Unit
 from benchmarks.continual.evaluation import Evaluator
 from benchmarks.continual.exam import CACHE, ClipExam
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.question_exam import QuestionExam
+from benchmarks.continual.question_exam import QuestionExam, asking
 from benchmarks.continual.questions import QuestionStream, load_questions
 from benchmarks.continual.stream import Stream, load_stream
 from ops.errors import RatchetError
 from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from updater.loop.process import StopSignal
 from updater.training.checkpoint import write_json
@@ -33,18 +35,18 @@ def work(home: Path, base: str, results: Path, unit: Unit, updates: int, protoco
     failed = unit.folder(results) / FAILED
     failed.unlink(missing_ok=True)
     try:
-        if unit.recipe.family == "vlm":
-            chain = question_chain(load_vlm_base(home, base), load_questions(home, protocol), protocol, unit, results)
-        else:
-            stream = load_stream(home, protocol)
-            if unit.trial is not None:
-                stream = replace(stream, suites=stream.tuning)
-            chain = clip_chain(load_base(home, base), stream, protocol, unit, results)
-        try:
+        with ExitStack() as stack:
+            if unit.recipe.family == "vlm":
+                vlm_base = load_vlm_base(home, base)
+                vlm = stack.enter_context(asking(vlm_base))
+                chain = question_chain(vlm_base, load_questions(home, protocol), protocol, unit, results, vlm)
+            else:
+                stream = load_stream(home, protocol)
+                if unit.trial is not None:
+                    stream = replace(stream, suites=stream.tuning)
+                chain = clip_chain(load_base(home, base), stream, protocol, unit, results)
             with stop.training():
                 chain.run(updates, stop)
-        finally:
-            chain.exam.close()
     except Stopped:
         return 0
     except Exception as error:
@@ -60,9 +62,11 @@ def clip_chain(base: ClipBase, stream: Stream, protocol: Protocol, unit: Unit, r
     return Chain(base, stream, protocol, unit.recipe, unit, results, exam)
 
 
-def question_chain(base: VlmBase, stream: QuestionStream, protocol: Protocol, unit: Unit, results: Path) -> Chain:
-    """A chain of a VLM. Raises BudgetError, ConfigError."""
-    return Chain(base, stream, protocol, unit.recipe, unit, results, QuestionExam(base, stream, results))
+def question_chain(
+    base: VlmBase, stream: QuestionStream, protocol: Protocol, unit: Unit, results: Path, vlm: SyncVlm
+) -> Chain:
+    """A chain of a VLM, which answers through ``vlm``. Raises BudgetError, ConfigError."""
+    return Chain(base, stream, protocol, unit.recipe, unit, results, QuestionExam(vlm, stream, results))
 
 
 def main(arguments: list[str]) -> int:

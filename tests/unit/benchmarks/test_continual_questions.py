@@ -10,10 +10,14 @@ import pytest
 from benchmarks.continual.chain import Unit, updates_done
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.question_exam import asking
 from benchmarks.continual.questions import Asked, QuestionStream, QuestionSuite, Source, about
 from benchmarks.continual.report import figures, read_chains
+from benchmarks.continual.run_continual import Wanted, run
 from benchmarks.continual.table import markdown
 from benchmarks.continual.worker import question_chain
+from ops.errors import ConfigError
+from ops.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem
 from tests.unit.updater.builders import questions
@@ -60,13 +64,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {name: questions(name, 6) for name in ("car", "boat")}, questions("house", 6),
         (suite("car", "adaptation"), suite("boat", "adaptation"), suite("house", "held-out")),
     )  # fmt: skip
-    for method in METHODS:
-        chain = question_chain(base, stream, PROTOCOL, Unit(method), folder)
-        try:
-            chain.run(2)
-        finally:
-            chain.exam.close()
+    with asking(base) as vlm:
+        for method in METHODS:
+            question_chain(base, stream, PROTOCOL, Unit(method), folder, vlm).run(2)
+        with pytest.raises(ConfigError, match="no features"):
+            question_chain(base, stream, PROTOCOL, Unit(METHODS[0], order=2), folder, vlm)
     return folder
+
+
+def test_there_are_no_questions_to_tune_by(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tune"):
+        run(Settings(home=tmp_path), Wanted(family="vlm", tune=True))
 
 
 def test_recipes_of_a_vlm_learn_in_turn_and_are_asked_in_words(results: Path) -> None:
