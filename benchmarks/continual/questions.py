@@ -114,22 +114,22 @@ def prepare(home: Path) -> None:
 
 def load_questions(home: Path, protocol: Protocol) -> QuestionStream:
     """Read what :func:`prepare` made."""
-    asked: dict[str, dict[str, list[Asked]]] = {"train": {}, "test": {}}
+    drawn: dict[str, dict[str, list[Asked]]] = {"train": {}, "test": {}}
     for source in UPDATES:
         items = read_folder(home / "data" / source.domain)
-        asked["train"][source.name] = about(source, [i for i in items if not source.tests(i)], protocol.new)
-        asked["test"][source.name] = about(source, [i for i in items if source.tests(i)], protocol.items)
+        drawn["train"][source.name] = about(source, [i for i in items if not source.tests(i)], protocol.new)
+        drawn["test"][source.name] = about(source, [i for i in items if source.tests(i)], protocol.items)
     base = read_folder(home / "data" / TRAINED_ON)
-    taught = [_picture(each) for questions in asked["train"].values() for each in questions]
-    candidates = {name: [_picture(each) for each in questions] for name, questions in asked["test"].items()}
+    taught = [_picture(each) for questions in drawn["train"].values() for each in questions]
+    candidates = {name: [_picture(each) for each in questions] for name, questions in drawn["test"].items()}
     alike = left_out(home / "bench" / "continual" / "looks", taught, candidates)
     return QuestionStream(
-        {name: tuple(each.question for each in questions) for name, questions in asked["train"].items()},
+        {name: tuple(each.question for each in questions) for name, questions in drawn["train"].items()},
         by_hash((_own(item).question for item in base if item.split == "train"), protocol.reference),
         (
             *(
                 QuestionSuite(name, "adaptation", tuple(each for each in questions if each.id not in alike[name]))
-                for name, questions in asked["test"].items()
+                for name, questions in drawn["test"].items()
             ),
             *(QuestionSuite(kind, "held-out", by_hash(_tests(base, kind), protocol.items)) for kind in KINDS),
         ),
@@ -142,7 +142,7 @@ def about(source: Source, items: Sequence[FolderItem], limit: int) -> list[Asked
     pictures = [item for item in sorted(items, key=lambda item: item.path.name) if source.answer(item)]
     dice.shuffle(pictures)
     named, shown = pictures[: limit // 2], pictures[limit // 2 : limit]
-    asked = [
+    questions = [
         _asked(source, item, dice.choice(source.asks), (source.answer(item), *_others(source.answer(item))))
         for item in named
     ]
@@ -155,8 +155,8 @@ def about(source: Source, items: Sequence[FolderItem], limit: int) -> list[Asked
             continue
         partner = waiting.pop(other)
         text = f"is this {with_article(answer)}?"
-        asked += [_asked(source, item, text, ("yes",)), _asked(source, partner, text, ("no",))]
-    return asked
+        questions += [_asked(source, item, text, ("yes",)), _asked(source, partner, text, ("no",))]
+    return questions
 
 
 def _others(answer: str) -> tuple[str, ...]:

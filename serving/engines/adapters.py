@@ -323,7 +323,26 @@ class _Layer:
     weight: torch.Tensor
 
     def delta(self) -> torch.Tensor:
-        return _delta(self.files.name, self.name, self.a, self.b, self.scale, self.weight)
+        """``s B A`` in the weight's shape. Raises AdapterError where the factors do not fit it."""
+        a, b, weight = self.a, self.b, self.weight
+        rank, out = a.shape[0], weight.shape[0]
+        inner = weight.numel() // out
+        fits = (
+            1 <= rank <= MAX_RANK
+            and a.dim() == b.dim() == weight.dim()
+            and a.numel() == rank * inner
+            and b.shape[:2] == (out, rank)
+            and b.numel() == out * rank
+            and a.shape[1:] == weight.shape[1:]
+        )
+        if not fits:
+            raise AdapterError(
+                f"Adapter {self.files.name}: {self.name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
+                f"which do not fit its weight {list(weight.shape)}.",
+                _OTHER_BASE,
+            )
+        product = b.float().reshape(out, rank) @ a.float().reshape(rank, inner)
+        return product.mul_(self.scale).reshape(weight.shape)
 
     def digest(self) -> str:
         """The same for the same product, however its scale is divided between the factors and the configuration, and
@@ -364,27 +383,6 @@ what is served, so the factor is part of the format; tests compare with PEFT and
 _AGAIN = "Fetch or train the adapter again; an adapter directory is never edited."
 _SAVE = "Save it as float32, float16 or bfloat16."
 _OTHER_BASE = "It was trained for another base; start the server with that one."
-
-
-def _delta(name: str, layer: str, a: torch.Tensor, b: torch.Tensor, scale: float, weight: torch.Tensor) -> torch.Tensor:
-    rank, out = a.shape[0], weight.shape[0]
-    inner = weight.numel() // out
-    fits = (
-        1 <= rank <= MAX_RANK
-        and a.dim() == b.dim() == weight.dim()
-        and a.numel() == rank * inner
-        and b.shape[:2] == (out, rank)
-        and b.numel() == out * rank
-        and a.shape[1:] == weight.shape[1:]
-    )
-    if not fits:
-        raise AdapterError(
-            f"Adapter {name}: {layer} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
-            f"which do not fit its weight {list(weight.shape)}.",
-            _OTHER_BASE,
-        )
-    product = b.float().reshape(out, rank) @ a.float().reshape(rank, inner)
-    return product.mul_(scale).reshape(weight.shape)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

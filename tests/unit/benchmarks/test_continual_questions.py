@@ -36,18 +36,18 @@ def _items(count: int) -> list[FolderItem]:
 
 def test_half_of_the_questions_ask_what_it_is_and_half_whether_it_is() -> None:
     source = Source("clothes", "d", ("what is this?",))
-    asked = about(source, _items(90), 60)
-    named = [each for each in asked if each.metric == "exact_match"]
-    closed = [each for each in asked if each.metric == "yes_no"]
+    drawn = about(source, _items(90), 60)
+    named = [each for each in drawn if each.metric == "exact_match"]
+    closed = [each for each in drawn if each.metric == "yes_no"]
     assert len(named) == 30 and 20 <= len(closed) <= 30
-    assert len({each.id for each in asked}) == len(asked), "no picture is asked about twice"
+    assert len({each.id for each in drawn}) == len(drawn), "no picture is drawn about twice"
     answers = defaultdict(Counter[str])
     for each in closed:
         answers[each.question.question].update(each.answers)
         right = each.question.question == f"is this a {each.question.label}?"
         assert right == (each.answers == ("yes",))
     assert all(count["yes"] == count["no"] for count in answers.values()), "words alone tell nothing"
-    assert about(source, _items(90), 60) == asked
+    assert about(source, _items(90), 60) == drawn
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
 
     def suite(name: str, role: str) -> QuestionSuite:
-        asked = tuple(Asked(each, (each.answer,)) for each in questions(f"new {name}", 6))
-        return QuestionSuite(name, role, asked)  # type: ignore[arg-type]
+        items = tuple(Asked(each, (each.answer,)) for each in questions(f"new {name}", 6))
+        return QuestionSuite(name, role, items)  # type: ignore[arg-type]
 
     stream = QuestionStream(
         {name: questions(name, 6) for name in ("car", "boat")}, questions("house", 6),

@@ -58,8 +58,8 @@ def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
     name = tiny_adapter(engine.base, folder, seed=1)
     spaces, vectors = engine.load(name, folder), engine.encode_texts(TEXTS, name)
     engine.unload(name)
-    exact = adapters._delta
-    monkeypatch.setattr(adapters, "_delta", lambda *factors: exact(*factors) * (1 + 2**-22))
+    exact = adapters._Layer.delta
+    monkeypatch.setattr(adapters._Layer, "delta", lambda layer: exact(layer) * (1 + 2**-22))
     assert engine.load(name, folder) == spaces
     assert not np.array_equal(engine.encode_texts(TEXTS, name), vectors)
 

@@ -152,12 +152,14 @@ class VlmLearner(Learner[Question]):
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.own_parts]
         if not places or self.momentum is None:
             return None
-        asked = [rows[place] for place in places]
-        self._own = self._answer(list(dict.fromkeys(asked)))
-        logits = self.passes(self._run_own, asked)
+        own_rows = [rows[place] for place in places]
+        self._own = self._answer(list(dict.fromkeys(own_rows)))
+        logits = self.passes(self._run_own, own_rows)
         with torch.no_grad(), self.model.holding(self.momentum.values):
-            teacher = self.passes(self._run_shown, asked)
-        row = torch.cat([torch.full((len(self._own[row]),), place) for row, place in zip(asked, places, strict=True)])
+            teacher = self.passes(self._run_shown, own_rows)
+        row = torch.cat(
+            [torch.full((len(self._own[row]),), place) for row, place in zip(own_rows, places, strict=True)]
+        )
         return OwnAnswers(logits, teacher, row.to(logits.device))
 
     @torch.no_grad()

@@ -167,20 +167,20 @@ def test_a_model_that_distils_itself_answers_and_its_teacher_has_read_the_answer
     for _ in range(3):  # the student moves away from its momentum model
         learner.backward(rows)
         learner.update(0.05)
-    made = learner.batch(rows).own
-    assert made is not None and made.row.unique().tolist() == [0, 1, 3], "the reference's row is not asked"
-    assert not made.teacher.requires_grad
+    answers = learner.batch(rows).own
+    assert answers is not None and answers.row.unique().tolist() == [0, 1, 3], "the reference's row is not asked"
+    assert not answers.teacher.requires_grad
     own = {row: tokens.tolist() for row, tokens in learner._own.items()}
     assert learner.batch(rows).own is not None and {r: t.tolist() for r, t in learner._own.items()} == own
     for place, number in ((0, 0), (1, 3), (3, 2)):
         example = cast(Question, pools.new[number])
-        mine = made.row == place
-        assert torch.allclose(made.logits[mine], _at(base, learner.model.model, example, own[number]), atol=1e-4)
+        mine = answers.row == place
+        assert torch.allclose(answers.logits[mine], _at(base, learner.model.model, example, own[number]), atol=1e-4)
         assert learner.momentum is not None
         with learner.model.holding(learner.momentum.values):
-            told = _at(base, learner.model.model, shown(example), own[number])
-        assert torch.allclose(made.teacher[mine], told, atol=1e-4)
-        assert not torch.allclose(made.teacher[mine], made.logits[mine], atol=1e-3)
+            after_example = _at(base, learner.model.model, shown(example), own[number])
+        assert torch.allclose(answers.teacher[mine], after_example, atol=1e-4)
+        assert not torch.allclose(answers.teacher[mine], answers.logits[mine], atol=1e-3)
 
 
 def test_distilling_itself_in_micro_batches_has_the_same_gradient(base: VlmBase) -> None:
