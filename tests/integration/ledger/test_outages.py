@@ -22,11 +22,15 @@ from ops.testing.postgres import PostgresServer
 pytestmark = pytest.mark.integration
 
 
+LATE = 4 * CALL_SECONDS
+"""A call that is bounded ends by then on the busiest machine; one that is not waits for half a minute, or for ever."""
+
+
 @contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
+def _bounded() -> Iterator[None]:
     began = time.monotonic()
     yield
-    assert time.monotonic() - began < seconds
+    assert time.monotonic() - began < LATE
 
 
 @pytest.mark.parametrize("call", [Ledger.live, Ledger.held, lambda ledger: ledger.hold("ann", "incident")])
@@ -34,7 +38,7 @@ def test_a_server_that_is_stopped_fails_a_call_within_the_bound(
     server: PostgresServer, ledger: Ledger, call: Callable[[Ledger], object]
 ) -> None:
     call(ledger)
-    with server.suspended(), _at_most(CALL_SECONDS + 1), pytest.raises(LedgerUnavailable) as caught:
+    with server.suspended(), _bounded(), pytest.raises(LedgerUnavailable) as caught:
         call(ledger)
     assert caught.value.fix
     call(ledger)
@@ -44,7 +48,7 @@ def test_a_server_that_stops_within_a_transaction_fails_it_at_the_deadline(
     server: PostgresServer, ledger: Ledger
 ) -> None:
     with (
-        _at_most(CALL_SECONDS + 1),
+        _bounded(),
         pytest.raises(LedgerUnavailable),
         time_limit(1),
         ledger.database.write() as session,
@@ -66,7 +70,7 @@ def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: Postgre
             errors.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(20)]
-    with server.suspended(), _at_most(CALL_SECONDS + 1):
+    with server.suspended(), _bounded():
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -75,12 +79,12 @@ def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: Postgre
 
 
 def test_a_socket_that_accepts_and_is_silent_is_an_unavailable_ledger() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent, _at_most(CALL_SECONDS), pytest.raises(LedgerUnavailable):
+    with socket.create_server(("127.0.0.1", 0)) as silent, _bounded(), pytest.raises(LedgerUnavailable):
         Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{silent.getsockname()[1]}/ledger")
 
 
 def test_a_port_that_nobody_listens_on_is_an_unavailable_ledger_without_its_password() -> None:
-    with _at_most(CALL_SECONDS), pytest.raises(LedgerUnavailable) as caught:
+    with _bounded(), pytest.raises(LedgerUnavailable) as caught:
         Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{free_port()}/ledger")
     assert "hunter2" not in str(caught.value)
 
@@ -89,7 +93,7 @@ def test_a_row_that_somebody_has_locked_is_waited_for_within_the_bound(ledger: L
     ledger.acquire_lease("job", "a", 60)
     with ledger.database.engine.connect() as other:
         other.execute(text("select * from leases for update"))
-        with _at_most(CALL_SECONDS), pytest.raises(LedgerUnavailable, match="lock timeout"):
+        with _bounded(), pytest.raises(LedgerUnavailable, match="lock timeout"):
             ledger.renew_lease("job", 1, 60)
 
 
@@ -114,8 +118,7 @@ def test_a_database_file_that_another_process_has_locked_does_not_stop_readers(t
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
     writer = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
-    with _at_most(1):
-        assert ledger.live() is None
+    assert ledger.live() is None  # one that waits ends in an error
     writer.close()
     ledger.close()
 
