@@ -17,6 +17,7 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import distinct_values
 from benchmarks.continual.repeated import repeated
 from benchmarks.continual.runner import failure
+from benchmarks.continual.tuning import tried
 from updater.recipes import load_recipe
 
 Chains = tuple[Reference, Mapping[str, list[Course]]]
@@ -62,6 +63,7 @@ def figures(
         "classes": [name for name in reference.adaptation if name in reference.classes],
         "alike": dict(reference.alike),
         "updates": updates,
+        "tuned": {name: tried()[name] for name in by_method if name in tried()},
         "protocol": vars(protocol),
         "origin": distinct_values(
             [row["origin"] for each in chains.values() for course in each for row in course.rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.continual import run_continual
+from benchmarks.continual import run_continual, tuning
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
 from benchmarks.continual.evaluation import Evaluator
 from benchmarks.continual.looks import left_out
@@ -34,9 +34,17 @@ from tests.unit.benchmarks.builders import PROTOCOL, labelled, stream
 from tests.unit.updater.builders import pairs
 from updater.families.clip.towers import SplitTower
 from updater.recipes import load_recipe
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 METHODS = ("default", "locked-text")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untuned() -> Iterator[None]:
+    """Recipes as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "tried", dict)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +294,10 @@ def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) ->
     assert outcome["methods"]["default"]["maf_prepare"] == pytest.approx(
         course.total("gflops_spent") - steps, abs=0.006
     )
-    text = markdown(outcome)
+    text = markdown(outcome | {"tuned": {"default": ((1.0, 1.0, 50.0), (3.0, 1.0, 51.4))}})
     assert "the budget does not pay" in text
-    assert all(text.count(f"| `{name}` |") == 5 for name in METHODS)
+    assert "| `default` | × 1, × 1: 50.0; × 3, × 1: **51.4** |" in text
+    assert [text.count(f"| `{name}` |") for name in METHODS] == [6, 5]
     assert outcome["untrained"]["zero-shot"]["geometric_mean_delta"] == 0.0 and "| `nearest-mean` |" in text
     for drawing in all_plots(outcome).values():
         assert drawing.startswith("<svg") and ">default<" in drawing
