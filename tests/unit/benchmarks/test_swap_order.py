@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.swap import ROLLBACK_EVERY, VLM_EVERY, Swaps, overlaps, sent_inside, split
+import numpy as np
+
+from benchmarks.swap import ROLLBACK_EVERY, VLM_EVERY, Swaps, by_swap, ratio_interval
 from ops.load.traffic import Sample
 from serving.client import ServerError
 
@@ -54,8 +56,21 @@ def test_without_a_vlm_only_clip_is_released() -> None:
 def test_a_request_is_inside_of_a_swap_by_when_it_was_sent_and_not_by_how_long_it_took() -> None:
     """One request in a hundred takes a second, whatever happens; swaps of no length change that for none of them."""
     samples = [Sample(due=n / 100, seconds=1.0 if n % 100 == 0 else 0.01, release=1) for n in range(10_000)]
-    swaps = [(n + 0.505, n + 0.505) for n in range(100)]
-    inside, outside = split(samples, lambda sample: sent_inside(sample, swaps, reach=0.01))
-    assert (len(inside), max(inside)) == (100, 0.01) and max(outside) == 1.0
-    overlapping, _ = split(samples, lambda sample: overlaps(sample, swaps))
-    assert overlapping.count(1.0) == 100, "half of those that overlap are slow"
+    rounds = by_swap(samples, [(n + 0.505, n + 0.505) for n in range(100)], reach=0.01)
+    assert [len(inside) for inside, _ in rounds] == [1] * 100
+    assert {seconds for inside, _ in rounds for seconds in inside} == {0.01}
+    assert sum(len(outside) for _, outside in rounds) == 9_900
+    assert max(rounds[0][1]) == 1.0
+
+
+def test_the_interval_of_the_ratio_narrows_with_swaps_and_holds_it() -> None:
+    random = np.random.default_rng(1)
+
+    def interval(swaps: int) -> tuple[float, float]:
+        return ratio_interval(
+            [(list(1.2 * random.exponential(size=200)), list(random.exponential(size=200))) for _ in range(swaps)]
+        )
+
+    few, many = interval(10), interval(200)
+    assert few[0] < many[0] < 1.2 < many[1] < few[1]
+    assert many[1] - many[0] < (few[1] - few[0]) / 2
