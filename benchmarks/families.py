@@ -24,7 +24,9 @@ from rich.table import Column, Table
 from benchmarks.machine import machine
 from ops.errors import ConfigError, RatchetError
 from ops.progress import step
-from ops.settings import Gate, Serve, Settings
+from ops.settings import Settings
+from ops.settings.serving import Serve
+from ops.settings.updates import Gate
 from ops.testing.colour_squares import colour_of, encoded_square, square
 from ops.testing.vlm_families import FAMILIES, write_family
 from serving.engines.vlm.generation import GenerationRequest, question

@@ -167,7 +167,7 @@ class _Batches:
 
 
 class _Ours:
-    """The recipe's step, as in ``updater/training/train.py``."""
+    """The recipe's step, as in ``updater/training/run.py``."""
 
     def __init__(self, prepared: Prepared, recipe: Recipe, steps: int) -> None:
         self.prepared, self.recipe, self.steps = prepared, recipe, steps

@@ -19,7 +19,7 @@ import httpx
 
 from ops.addresses import free_port
 from ops.errors import RatchetError
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from ops.waiting import wait_until
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm
 from serving.engines.vlm.vlm_base import VlmBase

@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 
 from ops.errors import ConfigError
 from ops.redaction import STARS, redact_url
-from ops.section import Section
 from ops.settings import Settings
+from ops.settings.section import Section
 
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"

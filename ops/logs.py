@@ -14,7 +14,8 @@ from pydantic import BaseModel, SecretStr
 
 from ops.log_format import JsonFormatter, RecordFormatter, TextFormatter
 from ops.redaction import Redactor
-from ops.settings import Logs, Settings
+from ops.settings import Settings
+from ops.settings.watching import Logs
 
 OURS = ("ratchet", "streams")
 """Loggers that ``logs.level`` is for. Libraries log warnings and worse."""

@@ -32,7 +32,9 @@ from ops.ledger.rows import Family
 from ops.loading import load_settings
 from ops.logs import configure_logging, log_format
 from ops.progress import say, step
-from ops.settings import Logs, Serve, Settings
+from ops.settings import Settings
+from ops.settings.serving import Serve
+from ops.settings.watching import Logs
 from serving.client import Client
 from serving.ray import ray_session
 from serving.ray.ray_start import deploy, start_ray

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ops import metrics
 from ops.errors import StoreError, StoreUnavailable
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.assignment import Reading
 from streams.quality.duplicates import DuplicateIndex, Sample
 from streams.quality.validate import Accepted, StoreRow, refuse

@@ -16,7 +16,8 @@ from types import FrameType, TracebackType
 from ops.addresses import free_port, listens
 from ops.errors import BrokerError
 from ops.progress import say
-from ops.settings import Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Kafka
 from ops.waiting import wait_until
 from streams.clients import ensure_topics
 

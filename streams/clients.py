@@ -18,7 +18,7 @@ from kafka.errors import (
 )
 
 from ops.errors import BrokerError, ConfigError
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.oauth import oauth_options, token_provider
 
 CONNECT_SECONDS = 10.0

@@ -11,7 +11,8 @@ from typing import Any, Final
 from kafka import KafkaConsumer
 
 from ops.errors import BrokerError
-from ops.settings import Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Kafka
 from streams import tolerant_fetch
 from streams.assignment import Assignment
 from streams.batch import Batch

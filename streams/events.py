@@ -21,7 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from ops import metrics
 from ops.errors import Fenced, LeaseLost, RatchetError
 from ops.ledger import EventRow, Ledger
-from ops.settings import Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Kafka
 from streams.clients import ensure_topics
 from streams.cloud_events import CONTENT_TYPE
 from streams.codecs import Encoded

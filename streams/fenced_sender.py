@@ -36,7 +36,7 @@ from kafka.errors import (
 )
 
 from ops.errors import BrokerError, Fenced, RecordTooLarge
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.clients import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
 from streams.codecs import Encoded
 from streams.producer import BATCH_BYTES, Delivery

@@ -23,8 +23,8 @@ from kafka.errors import KafkaConnectionError, KafkaError, SaslAuthenticationFai
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
 from ops.errors import ConfigError
-from ops.identity_settings import OAuth
-from ops.settings import Kafka
+from ops.settings.identity import OAuth
+from ops.settings.streams import Kafka
 
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS: Final = 5.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender
 from streams.producer import Delivery

@@ -15,8 +15,8 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from ops.errors import BrokerError
-from ops.settings import Ingest as Limits
-from ops.settings import Kafka
+from ops.settings.streams import Ingest as Limits
+from ops.settings.streams import Kafka
 from streams.clients import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
 from streams.codecs import Encoded, Encoding, Headers, encode
 from streams.images import decode_image

@@ -11,7 +11,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from ops.errors import BrokerError
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.clients import CONNECT_SECONDS, client_options, explain
 
 READ_BACK_SECONDS = 120.0

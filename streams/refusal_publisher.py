@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ops.errors import BrokerError, Fenced, RecordTooLarge, StoreError
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.assignment import Reading
 from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ops.settings import Retention
+from ops.settings.streams import Retention
 from streams.conditions import moment, quoted
 from streams.store import SampleStore
 from streams.writer import StoreWriter

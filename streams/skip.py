@@ -17,7 +17,8 @@ from kafka.errors import KafkaError
 
 from ops.errors import RatchetError, RecordError, SkipRefused, Superseded
 from ops.ledger import Ledger
-from ops.settings import Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Kafka
 from streams.assignment import start_position
 from streams.clients import CONNECT_SECONDS, Admin, client_options, explain
 from streams.rows import Position, tally_of

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ops.allow_rules import ObjectRule, is_object
 from ops.errors import RecordError
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from streams.fetch_limits import FetchLimits
 from streams.fetch_retries import TransientFetchError, pause_before
 from streams.image_digests import check_digest, parse_digest

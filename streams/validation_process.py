@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ops.logs import LogConfig, inherit, inherited
-from ops.settings import Ingest, Kafka
+from ops.settings.streams import Ingest, Kafka
 from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, Rules, StoreRow, refuse, validate
 from streams.registry import SchemaRegistry

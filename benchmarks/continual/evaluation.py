@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.continual.stream import RECALL_AT, Suite, names_of
 from ops.files import replacing
-from serving.engines.adapters import effective_weights
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import effective_weights
 from serving.engines.spaces import tower_of
 from updater.data.pools import Pair
 from updater.families.clip.prepare import stack_boundaries

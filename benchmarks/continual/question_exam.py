@@ -13,7 +13,7 @@ from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.orders import Means, order_of
 from benchmarks.continual.questions import QuestionStream
 from ops.errors import ConfigError
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.sync import SyncVlm

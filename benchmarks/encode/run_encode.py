@@ -30,7 +30,8 @@ from benchmarks.stream.ratchet_process import RatchetProcess, write_settings
 from ops.addresses import free_port
 from ops.errors import BaseModelError, ConfigError
 from ops.progress import say, step, track
-from ops.settings import MIB, Settings
+from ops.settings import Settings
+from ops.settings.section import MIB
 from serving.client import Client
 from serving.engines.clip_base import ClipBase
 

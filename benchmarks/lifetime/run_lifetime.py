@@ -25,7 +25,8 @@ from benchmarks.lifetime.world import FORGOTTEN, make_world
 from benchmarks.machine import machine
 from ops.errors import ConfigError
 from ops.progress import say, track
-from ops.settings import Gate, Settings
+from ops.settings import Settings
+from ops.settings.updates import Gate
 from updater.training.checkpoint import write_json
 
 UPDATES = 40

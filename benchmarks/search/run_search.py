@@ -26,8 +26,8 @@ from benchmarks.machine import machine
 from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
 from benchmarks.search.worker import call
 from ops.progress import step
-from ops.settings import Catalog as CatalogSettings
 from ops.settings import Settings
+from ops.settings.serving import Catalog as CatalogSettings
 
 ROWS: Final = 1_000_000
 GROWTH: Final = (100, 10, 1)

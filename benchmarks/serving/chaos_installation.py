@@ -20,7 +20,8 @@ from benchmarks.swap import make_adapters
 from ops.addresses import free_port
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
-from ops.settings import BaseModels, Rollout, Settings
+from ops.settings import Settings
+from ops.settings.serving import BaseModels, Rollout
 from ops.testing.commit_relay import CommitRelay
 from ops.testing.inputs import pictures, random_adapter
 from ops.testing.postgres import PostgresServer

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks.stream.filling import sample_rows
 from ops.progress import track
-from ops.settings import Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Kafka
 from streams.maintenance import Maintainer
 from streams.rows import Position
 from streams.writer import StoreWriter

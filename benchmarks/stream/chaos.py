@@ -29,7 +29,8 @@ from benchmarks.stream.ratchet_process import RatchetProcess
 from benchmarks.stream.small_disk import SmallDisk
 from ops.addresses import free_port
 from ops.progress import say, step
-from ops.settings import Maintain, Settings
+from ops.settings import Settings
+from ops.settings.streams import Maintain
 from ops.testing.tcp_relay import TcpRelay
 from ops.waiting import wait_until
 from streams.broker import EmbeddedBroker

@@ -12,7 +12,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from benchmarks.stream.chaos_records import Made
 from ops.errors import StoreError
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.quarantine import refused_position
 from streams.rows import Position, RecordPosition
 from streams.store import SampleStore

@@ -16,7 +16,7 @@ from kafka.errors import KafkaError
 from PIL import Image
 
 from ops.errors import RatchetError
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.producer import BATCH_BYTES
 from streams.records import Sample
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from jinja2 import Environment
 
 from ops.errors import ConfigError, RecordError
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from streams.images import decode_image
 
 MAX_CARDS: Final = 500

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ops.errors import AccessError
-from ops.identity_settings import Oidc
 from ops.ledger import Ledger
 from ops.ledger.rows import KeyScope
+from ops.settings.identity import Oidc
 
 READ: Final[tuple[KeyScope, ...]] = ("infer", "search")
 ACT: Final[tuple[KeyScope, ...]] = (*READ, "publish", "operate")

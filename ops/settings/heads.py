@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ops.section import Section
+from ops.settings.section import Section
 
 HEAD_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 MAX_HEADS = 64

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from ops.section import Section, http_url
+from ops.settings.section import Section, http_url
 
 
 class OAuth(Section):

@@ -6,6 +6,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
+MIB = 1024 * 1024
+
 
 class Section(BaseModel):
     """A group of settings; unknown keys are errors."""

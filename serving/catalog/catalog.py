@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ops.errors import StoreError
-from ops.settings import Catalog as CatalogSettings
+from ops.settings.serving import Catalog as CatalogSettings
 from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.corpus import Corpus
 from serving.catalog.cross_version import search_across, usable

@@ -15,7 +15,7 @@ import numpy as np
 from ops import metrics
 from ops.errors import RatchetError
 from ops.priority import nice_thread
-from ops.settings import Catalog as CatalogSettings
+from ops.settings.serving import Catalog as CatalogSettings
 from serving.catalog.codings import IndexTooLarge
 from serving.catalog.index_recall import EXACT, NEIGHBOURS, RecallQuestion, RecentQueries, recall_of
 from serving.catalog.memory_index import LEVELS, Effort, Level, MemoryIndex

@@ -11,7 +11,7 @@ import logging
 
 from ops import metrics
 from ops.errors import RatchetError
-from ops.settings import Watch
+from ops.settings.watching import Watch
 from serving.catalog.catalog import Catalog
 from serving.catalog.drift import Moments, frechet_distance, mean_shift
 

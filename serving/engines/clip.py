@@ -24,7 +24,7 @@ from torch import nn
 from ops.errors import AdapterError
 from ops.priority import breathe
 from ops.settings import Settings
-from serving.engines.adapters import AdapterFiles, check_dim, effective_weights, merge, read_adapter
+from serving.engines.adapters import AdapterFiles, check_dim, read_adapter
 from serving.engines.backends import FLOAT32, EngineChoice, Towers
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.conv_layout import ROWS
@@ -32,6 +32,7 @@ from serving.engines.cuda_graphs import SIZES
 from serving.engines.engine_choice import choose_engine, make_backend
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.heads import Head
+from serving.engines.lora import effective_weights, merge
 from serving.engines.processor import usable_cores
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from ops.digests import digest_bytes, digest_json
 from ops.errors import AdapterError
-from ops.head_settings import HEAD_NAME, MAX_HEADS
+from ops.settings.heads import HEAD_NAME, MAX_HEADS
 
 HEADS = "heads.safetensors"
 LEVEL = "/"

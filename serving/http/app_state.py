@@ -19,7 +19,7 @@ from ops import metrics
 from ops.access import Access
 from ops.ledger import Ledger
 from ops.ledger.rows import DeletionState, Family
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.catalog.queries import Filters, Hit
 from serving.engines.tokens import Tokenizer
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk

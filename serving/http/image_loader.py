@@ -22,7 +22,7 @@ import pybase64
 from PIL import Image
 
 from ops.errors import RecordError
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from ops.tracing import span
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue

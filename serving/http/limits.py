@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ops import metrics
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.http import errors
 from serving.http.client_address import TrustedProxies, names_this_server, set_client
 from serving.http.errors import ApiError

@@ -13,7 +13,7 @@ import time
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from ops.tracing import span
 from serving.http import errors
 from serving.http.cancel_on_disconnect import ClientGone

@@ -24,7 +24,9 @@ from typing import Any
 
 from ops.digests import digest12
 from ops.errors import ConfigError
-from ops.settings import Serve, Settings, Traces
+from ops.settings import Settings
+from ops.settings.serving import Serve
+from ops.settings.watching import Traces
 from ops.tracing import EXPORTER
 from ops.waiting import wait_until
 from serving.ray import loopback

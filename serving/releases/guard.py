@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ops.ledger.rows import Family
-from ops.settings import Rollout
+from ops.settings.serving import Rollout
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 
 FALSE_ALARM = 0.01

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ProposalKind, ReleaseRow
-from ops.settings import Rollout
+from ops.settings.serving import Rollout
 
 UNWATCHED: tuple[ProposalKind, ...] = ("initial", "rollback")
 """A first release has no incumbent; a rollback is what the guard itself does, and is never taken back by it."""

@@ -17,7 +17,7 @@ from ops import metrics
 from ops.errors import ReleaseConflict
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family
-from ops.settings import Rollout
+from ops.settings.serving import Rollout
 from serving.releases.commands import PromoteCommand, RollbackCommand
 from serving.releases.guard import Evidence, broken, look, look_number
 from serving.releases.guard_target import GuardTarget, find_guard_target

@@ -21,7 +21,7 @@ import numpy as np
 from ops import metrics
 from ops.errors import RatchetError
 from ops.ledger.rows import Family, ReleaseRow
-from ops.settings import Rollout
+from ops.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
 from serving.messages import EncodeResult, Modality

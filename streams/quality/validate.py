@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from ops.errors import BrokerError, RecordError, StoreError
-from ops.settings import Ingest as Limits
+from ops.settings.streams import Ingest as Limits
 from streams.codecs import Fetch, decode
 from streams.images import decode_image
 from streams.quality.look import look_of, split_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ops.errors import ConfigError, RecordError, RegistryUnavailable
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.registry.client import TIMEOUT_SECONDS, RegistryClient, Schema
 from streams.registry.failing import FailingSchemas
 

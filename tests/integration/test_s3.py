@@ -17,7 +17,7 @@ from s3fs import S3FileSystem
 
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import load_base
 from streams.rows import Position, tally_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal
 
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.codecs import Encoding, encode
 from streams.records import Sample
 from tests.support.kafka import picture

@@ -17,7 +17,8 @@ from pydantic import SecretStr
 
 from ops.access import Access
 from ops.ledger import Ledger
-from ops.settings import Serve, Settings
+from ops.settings import Settings
+from ops.settings.serving import Serve
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_base
 from serving.catalog.catalog import Catalog

@@ -13,7 +13,8 @@ import numpy as np
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from PIL import Image
 
-from ops.settings import Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Kafka
 from streams.clients import ensure_topics
 from streams.consumer import Consumer
 from streams.ingest_status import IngestStatus

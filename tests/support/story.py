@@ -10,7 +10,8 @@ import numpy as np
 
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
-from ops.settings import Rollout, Settings
+from ops.settings import Settings
+from ops.settings.serving import Rollout
 from serving.releases.guard import look
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from tests.unit.gate.builders import changed, scores

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ops.errors import AdapterError
-from serving.engines.adapters import PREFIX, AdapterFiles, read_adapter, whole_weights
+from serving.engines.adapters import PREFIX, AdapterFiles, read_adapter
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import whole_weights
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, write_delta
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress

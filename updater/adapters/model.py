@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES, PREFIX, write_adapter
+from serving.engines.adapters import PREFIX, write_adapter
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 

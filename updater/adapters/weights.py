@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ops.errors import AdapterError
-from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
 from updater.adapters.parametrizations import Parametrization, find
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, combine, fits

@@ -21,7 +21,7 @@ import numpy as np
 from ops.digests import digest12, digest_bytes
 from ops.errors import ConfigError
 from ops.progress import say
-from ops.settings import Draw
+from ops.settings.updates import Draw
 from streams.folders import FolderItem, read_folder
 from streams.store import SampleStore
 from updater.data.draw import draw_rows

@@ -11,7 +11,8 @@ from ops.artifacts import Artifacts
 from ops.errors import AdapterError
 from ops.ledger import AdapterRow, Ledger
 from ops.settings import Settings
-from serving.engines.adapters import read_adapter, whole_weights
+from serving.engines.adapters import read_adapter
+from serving.engines.lora import whole_weights
 from updater.adapters.recorded import fetch_recorded
 
 CARD: Final = "README.md"

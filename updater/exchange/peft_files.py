@@ -22,7 +22,6 @@ from ops.errors import AdapterError
 from serving.engines.adapters import (
     ABOUT,
     CONFIG,
-    INNER_OUT_PROJ,
     MAX_BYTES,
     MAX_RANK,
     PREFIX,
@@ -30,13 +29,12 @@ from serving.engines.adapters import (
     AdapterFiles,
     canonical_config,
     check_dim,
-    effective_weights,
-    lora_layers,
     read_json,
     write_adapter,
 )
 from serving.engines.clip_base import ClipBase, can_carry_lora
 from serving.engines.heads import read_heads
+from serving.engines.lora import INNER_OUT_PROJ, effective_weights, lora_layers
 from serving.engines.vlm.adapter_validation import linear_shapes
 from serving.engines.vlm.vlm_base import VlmBase
 

@@ -11,8 +11,9 @@ from typing import get_args
 
 from ops.errors import ConfigError
 from ops.settings import Settings
-from serving.engines.adapters import merge, read_adapter
+from serving.engines.adapters import read_adapter
 from serving.engines.clip_base import ClipBase, list_bases, load_base
+from serving.engines.lora import merge
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.folders import read_folder
 from updater.adapters import WeightDelta

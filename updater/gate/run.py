@@ -9,7 +9,7 @@ from typing import Any
 
 from ops.errors import AdapterError, GateError
 from ops.progress import say
-from ops.settings import Gate as GateSettings
+from ops.settings.updates import Gate as GateSettings
 from updater.gate.decision import Findings, Scores, conclude, decide
 from updater.gate.diagnostics.concept_counts import ConceptCounts
 from updater.gate.diagnostics.diagnose import diagnose

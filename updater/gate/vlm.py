@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ops.digests import digest12, digest_json
 from ops.errors import AdapterError, GateError
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine, question
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest

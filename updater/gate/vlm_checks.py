@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from serving.engines.adapters import effective_weights
+from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import GenerationRequest
 from serving.engines.vlm.hf_batch import score
 from serving.engines.vlm.vlm_base import VlmBase

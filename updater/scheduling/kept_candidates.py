@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ops.ledger import Ledger, UpdateRow, VerdictRow
-from ops.settings import Gate as GateSettings
+from ops.settings.updates import Gate as GateSettings
 from updater.gate.interim_analyses import RANK_EFFICIENCY, Plan, candidate_alpha, needed_items
 
 RECENT = 10

@@ -1,7 +1,7 @@
 """One training step, whatever the model: rows of prepared examples in, loss and gradients out.
 
 What differs between a CLIP and a VLM is in ``updater/families``; the course of an update is in
-``updater/training/train.py``.
+``updater/training/run.py``.
 """
 
 from __future__ import annotations

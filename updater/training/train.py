@@ -12,46 +12,22 @@ visit. No other row is prepared, and each when the first step asks for it.
 
 from __future__ import annotations
 
-import math
-import tempfile
-import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ops import metrics
-from ops.digests import digest_json
-from ops.errors import ConfigError, TrainingError
-from ops.progress import say, track
-from updater.adapters import WeightDelta, read_delta
-from updater.budget.cost import Cost
-from updater.data.mixture import PARTS, BatchPlan, plan_batches
-from updater.data.pools import Example, Pools
-from updater.data.visits import run_starts, visits
-from updater.families import make_learner
-from updater.merging import merged, remembered
-from updater.recipes import Merge, Part, Recipe
-from updater.step.learner import AnyLearner, Base, Work
-from updater.step.precision import training_precision
-from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
-from updater.training.carry_over import CarryOver
-from updater.training.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
-from updater.training.linesearch import Scored, check_searchable, search
-from updater.training.measure import measure
+from updater.data.pools import Pools
+from updater.recipes import Recipe
+from updater.step.learner import Base
+from updater.step.team import Team
+from updater.training.linesearch import Scored, check_searchable
 from updater.training.result import Estimate, Limits, TrainResult
-from updater.training.run_precision import run_precision
-from updater.training.schedules import learning_rate
-from updater.training.workers import Control, Stopped, Workers
-
-MEASURED = 100
-"""Batches whose mean length a step's cost follows from."""
+from updater.training.run import Run
+from updater.training.workers import Control, Workers
 
 
 def train(
@@ -94,7 +70,7 @@ def train(
     check_searchable(recipe, scored)
     given: dict[str, Any] = {"seed": seed, "limits": limits, "work_dir": work_dir, "carry_over": carry_over}
     course = partial(
-        _Run.of, base, recipe, pools, incumbent, **given, out_dir=out_dir, stop=stop, duty_cycle=duty_cycle,
+        Run.of, base, recipe, pools, incumbent, **given, out_dir=out_dir, stop=stop, duty_cycle=duty_cycle,
         device=device,
     )  # fmt: skip
     with _reproducible(limits.threads):
@@ -114,7 +90,7 @@ def take_steps(
     Raises: what :func:`train` does.
     """
     with _reproducible(limits.threads):
-        course = _Run.of(
+        course = Run.of(
             base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir, carry_over=carry_over,
             stop=control.stop, duty_cycle=control.duty_cycle, team=team,
         )  # fmt: skip
@@ -132,325 +108,7 @@ def estimate(
     Raises: what :func:`train` does before its first step.
     """
     with _reproducible(limits.threads):
-        return _Run.of(base, recipe, pools, None, seed=seed, limits=limits, work_dir=work_dir, device=device).estimate()
-
-
-def _settled(
-    base: Base, recipe: Recipe, pools: Pools, seed: int, incumbent: Path | None, received: CarryOver, work_dir: Path,
-    device: str,
-) -> tuple[Recipe, str]:  # fmt: skip
-    """The recipe in the precision of this run, and what names the run: everything that decides what it computes."""
-    run = digest_json(
-        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, received.digest]
-    )
-    precision = run_precision(work_dir, run, training_precision(recipe, base, torch.device(device)))
-    return recipe.model_copy(update={"precision": precision}), digest_json([run, precision])
-
-
-class _Run:
-    """The course of one call of :func:`train`."""
-
-    def __init__(
-        self, base: Base, recipe: Recipe, pools: Pools, served: WeightDelta, received: CarryOver, seed: int,
-        limits: Limits, out_dir: Path, work_dir: Path, stop: Callable[[], bool], duty_cycle: Callable[[], float],
-        device: str, run: str, team: Team = ALONE,
-    ) -> None:  # fmt: skip
-        self.team = team
-        self.report: Callable[[str], None] = lambda line: None
-        """Called after each step."""
-        self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
-        self.out_dir, self.work_dir, self.stop, self.duty_cycle = out_dir, work_dir, stop, duty_cycle
-        starts = {"served": served, "trained": received.start or served, "base": {}}
-        self.start: WeightDelta = starts[recipe.merge.start]
-        self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
-        self.learner.remember(received.terms)
-        self.updates, self.merge_memory = received.updates, received.merge
-        self.source = pools
-        self.seed = seed
-        self.progress: Progress | None = None
-        self.began = time.monotonic()
-        self.slept = self.began
-
-    @classmethod
-    def of(
-        cls, base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, *, seed: int, limits: Limits,
-        work_dir: Path, out_dir: Path | None = None, carry_over: Path | None = None,
-        stop: Callable[[], bool] = lambda: False, duty_cycle: Callable[[], float] = lambda: 1.0,
-        device: str | None = None, team: Team = ALONE,
-    ) -> _Run:  # fmt: skip
-        """From the arguments of :func:`train`."""
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        start = read_delta(incumbent, base) if incumbent else {}
-        received = CarryOver.read(carry_over) if carry_over else CarryOver()
-        settled, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
-        return cls(
-            base, settled, pools, start, received, seed, limits, out_dir or work_dir, work_dir, stop, duty_cycle, place,
-            run, team,
-        )  # fmt: skip
-
-    def go(self, scored: Scored | None) -> TrainResult:
-        """Measure, plan the steps and the rows that they visit, step, and write the adapter."""
-        try:
-            return self._go(scored)
-        finally:
-            self.learner.close()
-
-    def measure(self) -> None:
-        """Only measure what a step costs; it is kept in the work folder."""
-        try:
-            self._planned()
-        finally:
-            self.learner.close()
-
-    def steps_only(self) -> None:
-        """All but what follows the last step."""
-        try:
-            self._all_steps()
-        finally:
-            self.learner.close()
-
-    def estimate(self) -> Estimate:
-        """Measure, plan the steps, and take one of them, whose rows no other has."""
-        try:
-            cost, steps = self._planned()
-            plan = self._whole_plan()
-            self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
-            rows = self._rows(1)
-            began = time.monotonic()
-            self.learner.ready(rows)
-            prepared = time.monotonic()
-            self.learner.backward(rows)
-            stepped = time.monotonic()
-            visited = sum(plan.visited(part, steps) for part in PARTS)
-            return Estimate(
-                steps=steps,
-                gflops=cost.planned(steps, plan),
-                seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
-                visited=plan.visited("new", steps),
-                sample_gflops=cost.sample_gflops,
-            )
-        finally:
-            self.learner.close()
-
-    def _planned(self) -> tuple[Cost, int]:
-        """What a step costs, and how many the budget pays for."""
-        cost = self._cost()
-        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
-
-    def _all_steps(self) -> tuple[Cost, int, Progress]:
-        """Measure, plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
-        cost, steps = self._planned()
-        self.learner.join(self.team)
-        self.pools, self.plan = self._drawn(steps)
-        self.run = digest_json([self.run, self.pools.digest])
-        # Processes make different shards: none of them may stop by itself.
-        between = self._between if self.team.size == 1 else lambda: None
-        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, between)
-        checkpoint = self.team.agree(load_checkpoint(self.work_dir, self.run))
-        progress = Progress(self.run, 0, steps, 0.0)
-        if checkpoint is not None and checkpoint[1].steps == steps:
-            self.learner.load_state(checkpoint[0])
-            progress = checkpoint[1]
-            say(f"training goes on at step {progress.step} of {steps}")
-        return cost, steps, self._steps(progress)
-
-    def _go(self, scored: Scored | None) -> TrainResult:
-        learner = self.learner
-        cost, steps, progress = self._all_steps()
-        learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
-        learner.settle()
-        trained = learner.model.delta()
-        _refuse_non_finite(trained, progress.step)
-        for _, regularizer in learner.regularizers:
-            regularizer.finish(learner.parameters, self._gradients)
-        memory = remembered(self.recipe.merge, self.served, trained, self.start, self.merge_memory)
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".candidate-", dir=self.out_dir) as staging:
-
-            def write(merge: Merge, place: Path) -> str:
-                return learner.model.write(merged(merge, self.served, trained, self.start, memory), place)
-
-            weighed = search(self.recipe.merge, scored, write, Path(staging), self._between)
-            name = write(weighed.merge, Path(staging) / "adapter")
-            directory = self.out_dir / name
-            if not directory.exists():
-                (Path(staging) / "adapter").rename(directory)
-        carry_over = CarryOver(
-            start=trained if self.recipe.merge.start == "trained" else {},
-            terms=learner.remembered(),
-            updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
-            merge=memory,
-        )
-        costs = {
-            **cost.to_json(),
-            "prepare_gflops": learner.prepared_gflops(),
-            "memory_ratio": cost.memory_ratio,
-            "maf_per_step": cost.maf_per_step,
-            "precision": self.learner.precision,
-        }
-        return TrainResult(
-            adapter=name,
-            directory=directory,
-            steps=progress.step,
-            planned_steps=steps,
-            maf=cost.maf(progress.step, learner.prepared_gflops()),
-            maf_planned=cost.planned(steps, self.plan),
-            seconds=progress.seconds,
-            truncated=progress.truncated,
-            losses=progress.losses,
-            cost=costs | weighed.to_json(cost.sample_gflops),
-            samples=self.pools.sizes,
-            pending=len(self.source.new),
-            visited=self._seen(progress.step),
-            carry_over=carry_over.write(self.out_dir / f"{name}.memory"),
-        )
-
-    def _rows(self, step: int) -> list[int]:
-        return self.pools.rows(self.plan.batch(step))
-
-    def _visited(self, steps: int) -> list[int]:
-        """The rows that so many steps see."""
-        return self.pools.rows([(p, row) for p in self.plan.counts for row in range(self.plan.visited(p, steps))])
-
-    def _seen(self, steps: int) -> int:
-        """New samples that so many steps see, in whatever view."""
-        seen = self.pools.new[: self.plan.visited("new", steps)]
-        return len(seen) if self.recipe.views.count == 1 else len({each.id for each in seen})
-
-    def _gradients(self, step: int) -> None:
-        self.learner.backward(self._rows(step), regularized=False)
-
-    def _drawn(self, steps: int) -> tuple[Pools, BatchPlan]:
-        """What so many steps visit of each pool, of what the model can learn from, and the batches of these steps.
-
-        Raises TrainingError when nothing new is left.
-        """
-        takes, mixture, size = self.learner.takes, self.recipe.mixture, self.recipe.batch_size
-        some = {part: int(any(map(takes, self.source.of(part)))) for part in PARTS}
-        if not some["new"]:
-            raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
-        counts = plan_batches(mixture, size, some, self.seed).counts
-        most = {part: counts.get(part, 0) * steps for part in PARTS}
-        batches = self.recipe.batches
-
-        def drawn(part: Part) -> tuple[Example, ...]:
-            rows = tuple(islice(filter(takes, self.source.of(part)), most[part]))
-            return visits(rows, most[part], self.recipe.views, batches, f"{self.seed} {part}")
-
-        pools = Pools(*map(drawn, PARTS))
-        runs: dict[Part, tuple[int, ...]] = {}
-        if batches.domains == "grouped":
-            runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
-        return pools, BatchPlan(counts, pools.sizes, self.seed, runs)
-
-    def _whole_plan(self) -> BatchPlan:
-        """The batches as if the model could learn from all of what was drawn, in every view."""
-        views = self.recipe.views.count
-        return BatchPlan(self.plan.counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
-
-    def _most_steps(self, cost: Cost) -> int:
-        """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""
-        plan, rows = self._whole_plan(), int(self.limits.work_bytes / max(cost.row_bytes, 1.0))
-
-        def visited(steps: int) -> int:
-            return sum(plan.visited(part, steps) for part in PARTS)
-
-        if visited(1) > rows:
-            raise ConfigError(
-                f"updater.work_gib does not hold what one step computes once: {visited(1)} samples of"
-                f" {cost.row_bytes / 1e6:,.2f} MB.",
-                "Raise it, or use a recipe with a smaller batch.",
-            )
-        return bisect_right(range(1, self.recipe.max_steps + 1), rows, key=visited)
-
-    def _cost(self) -> Cost:
-        """Measured once: a resumed update must plan the same number of steps."""
-        self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
-        self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
-        self.work = Work(
-            folder=self.work_dir / "prepared",
-            key=self.run,
-            rows={str(part): count for part, count in self.plan.counts.items()},
-            room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
-            threads=self.limits.threads,
-        )
-        path = self.work_dir / "cost.json"
-        saved = read_json(path)
-        if isinstance(saved, dict) and saved.get("run") == self.run:
-            with suppress(TypeError):  # an older version kept other fields
-                return Cost(**saved["cost"])
-        if self.team.size > 1:
-            raise ConfigError(
-                f"{path} has not what a step costs, which the updater has measured.",
-                ONE_FILE_SYSTEM,
-            )
-        examples = self.pools.examples
-        self.learner.prepare(examples, self.pools.parts, self.work, self._between)
-        batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
-        cost = measure(self.learner, examples, batches)
-        write_json(path, {"run": self.run, "cost": cost.to_json()})
-        say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
-        return cost
-
-    def _steps(self, progress: Progress) -> Progress:
-        if progress.truncated:  # the wall-clock bound had ended it before it was killed
-            return progress
-        self.progress = progress
-        earlier = progress.seconds
-        losses = {name: list(values) for name, values in progress.losses.items()}
-        first = not self.start
-        for step in track(range(progress.step, progress.steps), f"training ({self.recipe.name})"):
-            loss, terms = self.learner.backward(self._rows(step))
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss of step {step} is {loss}: recipe {self.recipe.name!r} diverged.",
-                    "Lower schedule.peak in the recipe, or look for broken samples in the newest data.",
-                )
-            rate = learning_rate(self.recipe.schedule, step, progress.steps, first, self.updates)
-            self.learner.update(rate, step, progress.steps)
-            for name, value in {"loss": loss, **terms}.items():
-                losses.setdefault(name, []).append(value)
-            if self.team.rank == 0:
-                metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
-                self.report(f"step {step + 1} of {progress.steps}, loss {loss:.3f}")
-            seconds = earlier + time.monotonic() - self.began
-            late = self.team.agree(seconds > self.limits.seconds and step + 1 < progress.steps)
-            progress = replace(progress, step=step + 1, seconds=seconds, losses=losses, truncated=late)
-            self.progress = progress
-            if late:
-                say(f"training stops after {seconds:.0f} s at step {step + 1} of {progress.steps} (wall-clock bound)")
-                self._save(progress)
-                break
-            if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
-                self._save(progress)
-            self._between()
-        self.progress = None  # what follows is done again by the next attempt
-        return progress
-
-    def _between(self) -> None:
-        """Between steps and shards: end if asked to, and sleep for the share of time that is others'."""
-        stop, share = self.team.agree((self.stop(), self.limits.duty_cycle * self.duty_cycle()))
-        if stop:
-            if self.progress is not None:
-                self._save(self.progress)
-            raise Stopped
-        worked = time.monotonic() - self.slept
-        if share < 1:
-            time.sleep(worked * (1 / share - 1))
-        self.slept = time.monotonic()
-
-    def _save(self, progress: Progress) -> None:
-        if self.team.rank == 0:
-            save_checkpoint(self.work_dir, self.learner.state(), progress)
-
-
-def _refuse_non_finite(delta: WeightDelta, step: int) -> None:
-    for name, part in delta.items():
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in part.tensors()):
-            raise TrainingError(
-                f"after step {step} the adapter of {name} is not finite; nothing was written.",
-                "Lower schedule.peak in the recipe.",
-            )
+        return Run.of(base, recipe, pools, None, seed=seed, limits=limits, work_dir=work_dir, device=device).estimate()
 
 
 @contextmanager

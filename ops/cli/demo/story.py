@@ -25,7 +25,8 @@ from ops.ledger import Ledger
 from ops.load.expected import Question
 from ops.load.traffic import Report, Traffic
 from ops.progress import say, step
-from ops.settings import Console, Settings
+from ops.settings import Settings
+from ops.settings.serving import Console
 from serving.client import Client
 from streams.demo import QUESTIONS, DemoData, Preparation
 from streams.folders import FolderItem, read_folder

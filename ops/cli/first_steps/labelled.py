@@ -10,7 +10,7 @@ from pathlib import Path
 from ops.digests import digest_bytes
 from ops.errors import ConfigError, RecordError
 from ops.progress import track
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from streams.datasets import imagefolder
 from streams.datasets.source import Source
 from streams.folders import INDEX, DatasetRow, FolderItem

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ops.loading import describe
-from ops.section import Section
 from ops.settings import Settings
+from ops.settings.section import Section
 
 HEAD = """\
 # Settings of Ratchet, made by `ratchet init`. A line that begins with # and no space is a default: take the # away (and

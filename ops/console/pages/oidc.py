@@ -17,7 +17,7 @@ from ops.console.identities import issue_key
 from ops.console.request_context import Anyone, Refused, RequestContext, local_path
 from ops.console.sessions import Session
 from ops.errors import AccessError
-from ops.settings import Console
+from ops.settings.serving import Console
 
 log = logging.getLogger("ratchet.console")
 router = APIRouter()

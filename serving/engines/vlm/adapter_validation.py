@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ops.errors import AdapterError
-from serving.engines.adapters import AdapterFiles, lora_layers, read_adapter, whole_weights
+from serving.engines.adapters import AdapterFiles, read_adapter
+from serving.engines.lora import lora_layers, whole_weights
 from serving.engines.vlm.vlm_base import VlmBase
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ops.errors import RatchetError
-from ops.settings import Serve
-from serving.engines.adapters import effective_weights
+from ops.settings.serving import Serve
+from serving.engines.lora import effective_weights
 from serving.engines.shared_weights import shell_of
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_validated_adapter
 from serving.engines.vlm.detokenizer import Detokenizer, whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ops.errors import ConfigError
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.vlm.generation import VlmEngine
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vllm_engine import VllmEngine

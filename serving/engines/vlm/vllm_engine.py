@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ops.errors import AdapterError, ConfigError, RatchetError
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk

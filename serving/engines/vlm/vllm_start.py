@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ops.errors import ConfigError
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.vlm.vlm_base import VlmBase
 
 MAX_IMAGES = 4

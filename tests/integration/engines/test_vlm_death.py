@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationResult
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm

@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from benchmarks.otlp_collector import OtlpCollector
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp, open_in_process_app
 

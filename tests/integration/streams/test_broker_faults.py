@@ -12,7 +12,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import OffsetOutOfRangeError
 
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.clients import MAX_RECORD_BYTES, TOPIC_RECORD_BYTES, ensure_topics
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics

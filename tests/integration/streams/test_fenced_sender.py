@@ -13,7 +13,7 @@ from kafka import KafkaProducer
 from kafka.errors import MessageSizeTooLargeError, UnsupportedVersionError
 
 from ops.errors import BrokerError, Fenced, RecordTooLarge
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.clients import ensure_topics
 from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender

@@ -9,8 +9,8 @@ import pytest
 
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError
-from ops.head_settings import LearnedHead
 from ops.settings import Settings
+from ops.settings.heads import LearnedHead
 from serving.engines.adapters import read_adapter
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, judged_as

@@ -19,7 +19,7 @@ from benchmarks.gate.scaling import write_scaled
 from benchmarks.gate.training_data import NOTHING, pairs, pools, reserved
 from benchmarks.gate.trial import Workshop, fresh, run_all
 from ops.errors import AdapterError, RatchetError, TrainingError
-from ops.settings import Gate
+from ops.settings.updates import Gate
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -29,7 +29,7 @@ from tests.unit.updater.builders import recipe, run
 from updater.adapters import read_delta
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
-from updater.training.train import TrainResult
+from updater.training.result import TrainResult
 
 LAST = {"blocks": 1}
 

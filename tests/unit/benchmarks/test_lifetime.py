@@ -26,7 +26,8 @@ from benchmarks.lifetime.world import FORGOTTEN, FORGOTTEN_SPREAD, World, make_w
 from ops.errors import ConfigError
 from ops.ledger import VerdictRow
 from ops.ledger.rows import GateOutcome
-from ops.settings import Gate, Settings
+from ops.settings import Settings
+from ops.settings.updates import Gate
 from updater.gate.statistics import reciprocal_log_rank
 from updater.gate.suites import load_suites
 

@@ -20,7 +20,8 @@ from benchmarks.stream.jpegs import canvas, jpegs
 from benchmarks.stream.ratchet_process import write_settings
 from benchmarks.stream.throughput import Throughput
 from ops.loading import load_settings
-from ops.settings import Ingest, Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Ingest, Kafka
 from streams.images import decode_image
 from streams.quality.validate import Accepted, Received, Rules, validate
 from streams.rows import Position

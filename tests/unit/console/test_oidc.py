@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from ops.console.identities import scopes_of
 from ops.console.sessions import COOKIE
 from ops.errors import AccessError, LedgerUnavailable
-from ops.identity_settings import Oidc
 from ops.ledger import Ledger
 from ops.settings import Settings
+from ops.settings.identity import Oidc
 from tests.unit.console.test_security import FAR, csrf, visitor
 
 RULES = {

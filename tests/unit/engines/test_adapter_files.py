@@ -12,15 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter
-from serving.engines.adapters import (
-    adapter_name,
-    content_name,
-    delta_weights,
-    read_adapter,
-    write_adapter,
-)
+from serving.engines.adapters import adapter_name, content_name, read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import delta_weights
 
 WEIGHTS = "adapter_model.safetensors"
 

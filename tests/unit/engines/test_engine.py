@@ -14,7 +14,8 @@ import torch
 
 from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
-from serving.engines import adapters
+from serving.engines import lora
+from serving.engines.adapters import read_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
@@ -58,8 +59,8 @@ def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
     name = tiny_adapter(engine.base, folder, seed=1)
     spaces, vectors = engine.load(name, folder), engine.encode_texts(TEXTS, name)
     engine.unload(name)
-    exact = adapters._Layer.delta
-    monkeypatch.setattr(adapters._Layer, "delta", lambda layer: exact(layer) * (1 + 2**-22))
+    exact = lora._Layer.delta
+    monkeypatch.setattr(lora._Layer, "delta", lambda layer: exact(layer) * (1 + 2**-22))
     assert engine.load(name, folder) == spaces
     assert not np.array_equal(engine.encode_texts(TEXTS, name), vectors)
 
@@ -67,7 +68,7 @@ def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
 def test_spaces_do_not_depend_on_how_a_product_is_written(engine: ClipEngine, folder: Path) -> None:
     """A tower that an update leaves as it was keeps its space, whatever rank and scale the next adapter has."""
     tiny_adapter(engine.base, folder, seed=1)
-    files = adapters.read_adapter(folder)
+    files = read_adapter(folder)
     model, rank = engine.base.build_model(), files.config["r"]
     config = {**files.config, "r": 2 * rank, "lora_alpha": 4 * files.config["lora_alpha"]}
     wider = {
@@ -75,7 +76,7 @@ def test_spaces_do_not_depend_on_how_a_product_is_written(engine: ClipEngine, fo
         for name, each in files.tensors.items()
     }
     one, other = (
-        {each.name: each for each in adapters.merge(each, model)}
+        {each.name: each for each in lora.merge(each, model)}
         for each in (files, replace(files, config=config, tensors=wider))
     )
     assert {name: each.digest for name, each in one.items()} == {name: each.digest for name, each in other.items()}

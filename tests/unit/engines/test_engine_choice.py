@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.settings import BaseModels, Serve, Settings
+from ops.settings import Settings
+from ops.settings.serving import BaseModels, Serve
 from serving.engines import engine_choice
 from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.clip import ClipEngine

@@ -15,16 +15,11 @@ from torch import nn
 
 from ops.errors import AdapterError
 from ops.testing.tiny import CONFIG
-from serving.engines.adapters import (
-    AdapterFiles,
-    canonical_config,
-    delta_weights,
-    effective_weights,
-    write_adapter,
-)
+from serving.engines.adapters import AdapterFiles, canonical_config, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.golden_inputs import golden_pixels
+from serving.engines.lora import delta_weights, effective_weights
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import shell_of
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ops.errors import AdapterError
-from serving.engines.adapters import effective_weights, read_adapter, whole_weights, write_adapter
+from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
+from serving.engines.lora import effective_weights, whole_weights
 from serving.engines.shared_weights import shell_of
 from serving.engines.vlm.adapter_validation import read_validated_adapter
 from serving.engines.vlm.vlm_base import VlmBase

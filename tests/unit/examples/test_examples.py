@@ -14,7 +14,7 @@ from ops.cli.metrics import targets_of
 from ops.loading import load_settings
 from ops.settings import Settings
 from ops.testing.tiny import tiny_base
-from serving.engines.adapters import effective_weights
+from serving.engines.lora import effective_weights
 from tests.support.pages import ROOT, Page
 from tests.unit.updater.builders import pools, run
 from updater.gate import load_suites

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from serving.engines.adapters import effective_weights
+from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_batch import score
 from updater.gate.verdict import Check

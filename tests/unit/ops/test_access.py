@@ -15,7 +15,8 @@ from ops import access as module
 from ops.access import KEYS_SECONDS, NEW_KEY_SECONDS, OPERATOR, Access, Principal
 from ops.errors import AccessError, LedgerUnavailable
 from ops.ledger import KeyRow, Ledger
-from ops.settings import Serve, Settings
+from ops.settings import Settings
+from ops.settings.serving import Serve
 from tests.support.clock import Clock
 
 

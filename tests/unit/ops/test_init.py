@@ -24,7 +24,8 @@ from ops.cli.first_steps.settings_yaml import settings_yaml
 from ops.cli.main import app
 from ops.errors import ConfigError
 from ops.loading import describe, load_settings
-from ops.settings import Gate, Settings
+from ops.settings import Settings
+from ops.settings.updates import Gate
 from ops.testing.tiny import CONFIG, tiny_base
 from serving.engines.clip_base import list_bases
 from streams.folders import read_folder

@@ -16,7 +16,8 @@ from PIL import Image
 from pydantic import SecretStr
 
 from ops.access import Access
-from ops.settings import Serve, Settings
+from ops.settings import Settings
+from ops.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
 from serving.http.app import build_app

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from ops.errors import StoreError
-from ops.settings import Catalog as CatalogSettings
+from ops.settings.serving import Catalog as CatalogSettings
 from serving.catalog import index_maintainer, space_indexes
 from serving.catalog.codings import CODINGS, IndexTooLarge, choose_coding, estimated_bytes
 from serving.catalog.index_maintainer import IndexMaintainer

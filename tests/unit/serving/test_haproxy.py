@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.http.request_ids import ALPHABET, MAX_CHARS
 from serving.ray.haproxy import REQUEST_ID, add_limits, close_binds
 from serving.ray.ray_session import front_limits, haproxy_binary, write_launcher

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, decoding_pixels, jobs_of

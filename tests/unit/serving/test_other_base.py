@@ -9,7 +9,8 @@ import pytest
 from ops.artifacts import Artifacts
 from ops.errors import ConfigError, LedgerUnavailable, ReleaseError
 from ops.ledger import Ledger, ReleaseRow
-from ops.settings import BaseModels, Rollout, Settings
+from ops.settings import Settings
+from ops.settings.serving import BaseModels, Rollout
 from ops.testing.tiny import tiny_base
 from serving.app import _check_base
 from serving.engines.clip_base import ClipBase

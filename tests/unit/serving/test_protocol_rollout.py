@@ -13,7 +13,7 @@ from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
 from ops.ledger import tables as t
 from ops.ledger.rows import ReleaseRow
-from ops.settings import Rollout
+from ops.settings.serving import Rollout
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ops.ledger import ReleaseRow
-from ops.settings import Rollout
+from ops.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
 from serving.messages import EncodeResult, Modality

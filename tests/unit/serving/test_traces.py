@@ -19,7 +19,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ops import request_context, tracing
 from ops.errors import ConfigError
-from ops.settings import Serve, Settings, Traces
+from ops.settings import Settings
+from ops.settings.serving import Serve
+from ops.settings.watching import Traces
 from serving.engines.preprocess import Preprocess
 from serving.http.image_loader import ImageLoader
 from serving.messages import EncodeRequest, EncodeResult

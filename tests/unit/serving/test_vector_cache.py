@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.settings import Serve
+from ops.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.clip_vectors import ClipVectors
 from serving.http.errors import ApiError

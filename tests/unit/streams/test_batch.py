@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ops.errors import StoreFull, StoreUnavailable, Superseded
-from ops.settings import Ingest, Kafka
+from ops.settings.streams import Ingest, Kafka
 from streams.assignment import Reading, start_position
 from streams.batch import Batch, CommitResult
 from streams.quality.duplicates import DuplicateIndex

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ops.errors import StoreFull, StoreUnavailable
-from ops.settings import Ingest, Kafka
+from ops.settings.streams import Ingest, Kafka
 from streams.assignment import Reading
 from streams.batch import Batch
 from streams.quality.duplicates import DuplicateIndex

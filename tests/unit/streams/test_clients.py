@@ -12,7 +12,8 @@ from kafka.errors import KafkaTimeoutError
 
 from ops.addresses import free_port
 from ops.errors import BrokerError, ConfigError, RecordError
-from ops.settings import Kafka, Settings
+from ops.settings import Settings
+from ops.settings.streams import Kafka
 from streams import Producer
 from streams.broker import EmbeddedBroker
 from streams.clients import Admin, client_options, explain

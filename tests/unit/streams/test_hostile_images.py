@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ops.errors import RecordError
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from serving.engines.preprocess import Preprocess, ResizeMode
 from streams.images import decode_image
 from streams.quality.validate import Accepted, Received, Rules, validate

@@ -18,9 +18,9 @@ from kafka.net.sasl.oauth import SaslMechanismOAuth
 
 from ops.addresses import free_port
 from ops.errors import ConfigError
-from ops.identity_settings import OAuth
 from ops.loading import describe, load_settings
-from ops.settings import Kafka
+from ops.settings.identity import OAuth
+from ops.settings.streams import Kafka
 from streams import oauth as module
 from streams.clients import client_options, explain
 from streams.oauth import TokenProvider, token_provider

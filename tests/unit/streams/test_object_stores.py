@@ -12,7 +12,7 @@ from fsspec.registry import _registry
 
 from ops.allow_rules import ObjectRule
 from ops.errors import RecordError
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from streams import fetch_retries
 from streams.uris import UriFetcher
 

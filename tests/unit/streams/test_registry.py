@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ops.errors import BrokerError, RecordError, RegistryUnavailable
-from ops.settings import Kafka
+from ops.settings.streams import Kafka
 from streams.codecs import decode
 from streams.registry import SchemaRegistry, client, decoders
 from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf

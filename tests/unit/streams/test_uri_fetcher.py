@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ops.errors import RecordError
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from streams import fetch_retries
 from streams.uris import UriFetcher
 from tests.support.web_server import Answer, WebServer, reply, web_server

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ops.errors import RecordError
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from streams.uris import UriFetcher
 
 LOOPBACK = ["127.0.0.1/32"]

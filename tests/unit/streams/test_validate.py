@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ops.errors import RegistryUnavailable
-from ops.settings import Ingest
+from ops.settings.streams import Ingest
 from streams.quality import validate as module
 from streams.quality.look import look_of, split_of
 from streams.quality.validate import Accepted, Received, Rules, record_time, refuse, validate

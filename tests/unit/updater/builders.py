@@ -20,7 +20,8 @@ from updater.families.vlm.learner import VlmLearner
 from updater.objectives import Answers, Batch, Features, Sides
 from updater.objectives.token_distillation import summarise
 from updater.recipes import Family, Part, Recipe, Term, load_recipe
-from updater.training.train import Limits, TrainResult, train
+from updater.training.result import Limits, TrainResult
+from updater.training.train import train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 LIMITS = Limits(gflops=1e6, seconds=120, threads=1, checkpoint_steps=2)

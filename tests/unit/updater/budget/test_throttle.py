@@ -189,7 +189,7 @@ def test_a_trainer_that_gives_way_rests_between_steps_and_computes_the_same(
     base = tiny_base(tmp_path)
     plain = run(base, tmp_path / "plain")
     rests: list[float] = []
-    monkeypatch.setattr("updater.training.train.time.sleep", rests.append)
+    monkeypatch.setattr("updater.training.run.time.sleep", rests.append)
     polite = run(base, tmp_path / "polite", duty_cycle=lambda: 0.5)
     assert len(rests) > polite.steps  # after each step, and after each shard of what is computed once
     assert all(rest > 0 for rest in rests)

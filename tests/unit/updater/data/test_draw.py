@@ -10,7 +10,7 @@ import pytest
 
 from ops.digests import digest_bytes
 from ops.errors import StoreError
-from ops.settings import Draw
+from ops.settings.updates import Draw
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.updater.builders import recipe

@@ -24,7 +24,7 @@ from updater.data.visits import grouped, run_starts, visits
 from updater.families.clip.learner import ClipLearner
 from updater.families.clip.views import phrased, view_pixels
 from updater.recipes import Batches, Views
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 MIXED = Batches()
 TEMPLATES = ["a photo of a {}", "a drawing of a {}", "{}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ops.testing.tiny import tiny_base
-from serving.engines.adapters import effective_weights
+from serving.engines.lora import effective_weights
 from serving.engines.spaces import tower_of
 from tests.unit.updater.builders import recipe, run
 

@@ -19,7 +19,7 @@ from tests.support.recipe_table import PAGE, missing, told
 from tests.unit.updater.builders import picture, pools, run
 from updater.adapters import trainer_encoder
 from updater.recipes import Recipe, load_recipe, recipe_names
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 METHODS = PAGE.with_name("methods.md")
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from ops.testing.tiny import tiny_base
-from serving.engines.adapters import effective_weights
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import effective_weights
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.adapters import trainer_encoder
 from updater.budget.cost import Cost
 from updater.recipes import load_recipe, recipe_names
 from updater.step.learner import AnyLearner
 from updater.training.measure import measure
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
 """Stopped and resumed, too: one for each kind of state that a checkpoint holds."""
@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
 def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
     base: ClipBase, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("updater.training.train.measure", _measured_once())
+    monkeypatch.setattr("updater.training.run.measure", _measured_once())
     plan = recipe(name, max_steps=3)
     first = run(base, tmp_path / "first", recipe=plan)
     changed = effective_weights(first.directory, base.build_model())

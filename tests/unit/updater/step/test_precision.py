@@ -21,7 +21,7 @@ from updater.families.clip.learner import ClipLearner
 from updater.step import precision
 from updater.step.learner import Learner
 from updater.step.precision import training_precision
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 ROWS = [0, 13, 2, 25, 14, 5, 27, 16, 8, 21, 1]
 TOLERANCE = 0.02

@@ -12,7 +12,7 @@ from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater.adapters import Dense, LowRank
-from updater.training import train as train_module
+from updater.training import run as run_module
 from updater.training.carry_over import NAME, CarryOver
 
 
@@ -49,13 +49,13 @@ def test_the_number_of_updates_is_counted_along_the_chain(
     base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[list[float]] = []
-    real = train_module.learning_rate
+    real = run_module.learning_rate
 
     def watched(*arguments: object) -> float:
         rates[-1].append(real(*arguments))  # type: ignore[arg-type]
         return rates[-1][-1]
 
-    monkeypatch.setattr(train_module, "learning_rate", watched)
+    monkeypatch.setattr(run_module, "learning_rate", watched)
     falling = {"kind": "rsqrt", "peak": 1e-3, "warmup_steps": 1, "anneal_steps": 0, "updates": "rsqrt"}
     plan = recipe("rsqrt", max_steps=4, schedule=falling)
     incumbent = memory = None

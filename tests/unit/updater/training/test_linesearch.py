@@ -9,12 +9,13 @@ import torch
 
 from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
-from serving.engines.adapters import adapter_name, effective_weights
+from serving.engines.adapters import adapter_name
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import effective_weights
 from tests.unit.updater.builders import recipe, run
 from updater.recipes import Merge, Recipe, load_recipe
 from updater.training.linesearch import search
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 WEIGHTS = (0.2, 0.6, 1.0)
 

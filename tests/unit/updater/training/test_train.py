@@ -11,9 +11,9 @@ import torch
 
 from ops.errors import BudgetError, TrainingError
 from ops.testing.tiny import tiny_base
-from serving.engines.adapters import effective_weights
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
+from serving.engines.lora import effective_weights
 from tests.unit.updater.builders import LIMITS, pairs, picture, pools, recipe, run
 from updater.adapters import read_delta, trainer_encoder
 from updater.data.pools import Pair, Pools

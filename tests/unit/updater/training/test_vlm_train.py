@@ -12,11 +12,12 @@ import pytest
 from ops.errors import BudgetError, ConfigError, TrainingError
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.adapters import effective_weights
+from serving.engines.lora import effective_weights
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.unit.updater.builders import LIMITS, pools, question_pools, recipe, run
 from updater.data.pools import Pools, Question
-from updater.training.train import Stopped, TrainResult
+from updater.training.result import TrainResult
+from updater.training.workers import Stopped
 
 FAST = {"kind": "infinite", "peak": 0.02, "constant": 0.02, "final": 0.02, "warmup_steps": 1, "cooldown_steps": 1}
 

@@ -8,7 +8,8 @@ import pytest
 
 from ops.errors import AdapterError, BaseModelError, ReleaseError
 from ops.ledger import Ledger
-from ops.settings import BaseModels, Settings
+from ops.settings import Settings
+from ops.settings.serving import BaseModels
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter
 from updater.adapters import read_delta
