@@ -41,6 +41,9 @@ START_ATTEMPTS = 1_000_000
 """How often Serve starts a replica of the VLM before it gives up: a VLM that cannot start is an outage of the VLM
 alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
 ``max_constructor_retry_count`` and this many for each replica."""
+HEAD_ALLOCATOR = "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0"
+"""How Ray's head allocates: what it frees, the system gets at once. Spread over the arenas of a dozen threads, the same
+19 MB of objects took 30 MB, and 3% more every quarter of an hour."""
 KILL_SECONDS = 5.0
 """How long killed processes are waited for."""
 LOOPBACK = ("127.0.0.0/8", "::1/128")
@@ -80,6 +83,8 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
             "RAY_task_events_report_interval_ms": "0",  # Ray's head would keep an event of each of 100,000 calls
+            "RAY_JEMALLOC_PROFILE": "gcs_server",  # Ray's head alone
+            "RAY_JEMALLOC_CONF": HEAD_ALLOCATOR,
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # after 60 s Ray would start without it, and fail later
             # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from ops.cli.main import app
 from serving.client import Client, ServerError, data_uri
+from serving.ray.ray_session import HEAD_ALLOCATOR
 from tests.integration.serving.server_fixture import QUEUE, ServerFixture
 
 LISTENING = "0A"
@@ -384,6 +385,12 @@ def test_only_loopback_listens(server: ServerFixture) -> None:
         # Ray's own port of each worker asks for the session's token; there must be no second one.
         assert hosts.count("any") <= 1, (name, hosts)
         assert "loopback" in hosts
+
+
+def test_rays_head_gives_back_what_it_frees(server: ServerFixture) -> None:
+    (head,) = server.pids("ray/core/src/ray/gcs/gcs_server")
+    variables = Path(f"/proc/{head}/environ").read_bytes().split(b"\0")
+    assert f"MALLOC_CONF={HEAD_ALLOCATOR}".encode() in variables
 
 
 def _sockets_of(pids: list[int]) -> dict[str, str]:
