@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from ops.errors import ConfigError
+from ops.waiting import wait_until
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
@@ -33,8 +35,9 @@ WORTH: Final = 1.15
 MAX_REPLICAS: Final = 8
 MEASURE_SECONDS: float = 3.0
 """How long encoders are measured side by side; a batch size takes a third of it."""
-START_SECONDS: Final = 120.0
-"""Longest wait for an encoder process to load the base."""
+START_SECONDS: Final = 600.0
+"""Longest wait for an encoder process to load the base, on a machine that is busy with other things. One that ends is
+not waited for."""
 Report = Callable[[str], None]
 Objection = Callable[[EngineChoice], str]
 
@@ -147,7 +150,7 @@ def rate(engine: ClipEngine, size: int, seconds: float) -> float:
 
 
 def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batch: int, seconds: float) -> Layout:
-    """Measure encoder processes side by side. Raises ConfigError when one does not start."""
+    """Measure encoder processes side by side. Raises ConfigError when one ends, or does not start."""
     spawn = multiprocessing.get_context("spawn")
     ready, results = spawn.Barrier(layout.replicas + 1), spawn.Queue()
     arguments = (home, name, choice, layout.threads, batch, seconds, ready, results)
@@ -156,11 +159,13 @@ def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batc
         for worker in workers:
             worker.start()
         try:
+            _wait_for(workers, ready)
             ready.wait(START_SECONDS)
             rates: Sequence[float] = [results.get(timeout=seconds * 10 + START_SECONDS) for _ in workers]
         except Exception as error:
+            reason = str(error) or type(error).__name__
             raise ConfigError(
-                f"{layout.replicas} encoders with {layout.threads} threads did not start or end: {error!r}.",
+                f"{layout.replicas} encoders with {layout.threads} threads did not start or end: {reason}.",
                 "Look at the memory that is free; set encoder_replicas and encoder_threads by hand.",
             ) from error
     finally:
@@ -168,6 +173,16 @@ def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batc
             worker.kill()
             worker.join()
     return Layout(layout.replicas, layout.threads, sum(rates))
+
+
+def _wait_for(workers: Sequence[BaseProcess], ready: Barrier) -> None:
+    """Until all have loaded the base. Raises RuntimeError when one has ended, or they take too long."""
+
+    def ended() -> list[int]:
+        return [worker.exitcode for worker in workers if worker.exitcode is not None]
+
+    if not wait_until(lambda: ready.n_waiting == len(workers), START_SECONDS, alive=lambda: not ended()):
+        raise RuntimeError(f"one ended with {codes[0]}" if (codes := ended()) else f"not within {START_SECONDS:.0f} s")
 
 
 def _encode(

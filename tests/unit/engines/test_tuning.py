@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from ops.errors import ConfigError
 from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.engine_choice import Measurement
-from serving.engines.tuning import Layout, Tuning, accepted, layouts_of
+from serving.engines.tuning import Layout, Tuning, accepted, layouts_of, run_layout
 
 HALF = EngineChoice("torch", "bfloat16")
 
@@ -48,3 +53,8 @@ def test_half_precision_that_is_objected_to_is_not_chosen() -> None:
     assert Tuning(accepted(rows, objection), {}, []).choice == FLOAT32
     assert asked == [HALF, onnx]  # the fastest first; float32 needs no leave
     assert Tuning(accepted(rows, lambda choice: ""), {}, []).choice == HALF
+
+
+def test_an_encoder_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 encoders with 1 threads did not start or end: one ended with 1"):
+        run_layout(tmp_path, "missing", FLOAT32, Layout(2, 1), batch=1, seconds=0.1)
