@@ -19,7 +19,24 @@ class BaseModels(Section):
     vlm: str = Field("shipped-vlm", description="Name of a registered VLM base; empty: no VLM is served.")
 
 
-class Serve(Section):
+class Listener(Section):
+    """What listens on an address."""
+
+    host: str
+    port: int
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return is_loopback(self.host)
+
+    @property
+    def url(self) -> str:
+        """URL under which a process of the same machine reaches it."""
+        return local_url(self.host, self.port)
+
+
+class Serve(Listener):
     """The HTTP server and its engines."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -122,16 +139,6 @@ class Serve(Section):
     ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
 
-    @property
-    def on_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
-        return is_loopback(self.host)
-
-    @property
-    def url(self) -> str:
-        """URL under which a process of the same machine reaches the server."""
-        return local_url(self.host, self.port)
-
 
 class AccessRules(Section):
     """Who needs a key, and how often one may call."""
@@ -168,7 +175,7 @@ class Catalog(Section):
     )
 
 
-class Console(Section):
+class Console(Listener):
     """The web page for operators and visitors."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; on loopback visitors may look without a key.")
@@ -185,16 +192,6 @@ class Console(Section):
         300, ge=1, le=1_000_000, description="Requests a minute that one address may make in public mode."
     )
     oidc: Oidc = Field(default_factory=Oidc)
-
-    @property
-    def on_loopback(self) -> bool:
-        """Whether only this machine can reach the console."""
-        return is_loopback(self.host)
-
-    @property
-    def url(self) -> str:
-        """URL under which a browser of the same machine reaches the console."""
-        return local_url(self.host, self.port)
 
 
 class Rollout(Section):
