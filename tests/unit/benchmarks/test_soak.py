@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import soak
 from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.process_memory import ProcessMemory
 from benchmarks.soak import MemoryLog, violations
@@ -35,6 +38,18 @@ def test_a_process_that_ended_after_the_warm_up_is_named() -> None:
     log = log_of({1: [5, 5, 5, 5], 2: [5, 5, 5, 0], 3: [5, 0, 0, 0], 4: [0, 0, 0, 5]})
     assert log.ended(warm_seconds=20) == ["p 2"]
     assert log.growth(warm_seconds=20) == {"p 1": 1.0}
+
+
+def test_a_snapshot_is_the_lowest_reading_of_those_that_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([{1: 900, 2: 50, 3: 7}, {1: 800, 2: 60, 3: 7}, {1: 850, 2: 70, 4: 9, 5: 1}])
+    clock = count(1)
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    monkeypatch.setattr(soak, "session_pids", lambda settings: [1, 2, 3, 4])
+    monkeypatch.setattr(
+        soak, "child_processes", lambda root: {pid: ProcessMemory("p", size) for pid, size in next(readings).items()}
+    )
+    lowest = soak.lowest_memory(Settings(), until=3)
+    assert {pid: memory.size for pid, memory in lowest.items()} == {1: 800, 2: 50, 4: 9}
 
 
 @pytest.mark.parametrize(
