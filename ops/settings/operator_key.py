@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -16,9 +17,8 @@ def kept_key(path: Path) -> str:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_urlsafe(32))
         try:
-            os.link(staging, path)  # the first of two processes wins; both then read the same key
-        except FileExistsError:
-            path.stat()
+            with suppress(FileExistsError):
+                os.link(staging, path)  # the first of two processes wins; both then read the same key
         finally:
             staging.unlink()
     return path.read_text().strip()
