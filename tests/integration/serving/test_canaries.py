@@ -149,7 +149,7 @@ def test_a_shadow_answers_nobody_and_is_compared(server: ServerFixture, traffic:
         shadow = client.release(server.adapter(scale=GENTLE), reason="only look", share=0)["number"]
         traffic.wait_for(20)
         seen = len(traffic._rows())
-        server.until(lambda: rollout(server).get("compared", {}).get("clip", {}).get("inputs", 0) >= 12)
+        server.until(lambda: compared(server, shadow) >= 12)
         assert rollout(server)["state"] == "shadow"
         back = client.rollback(reason="seen enough")
         traffic.wait_for(seen + 20)
@@ -170,7 +170,7 @@ def test_an_update_is_a_canary_first_and_promoted_when_it_was_watched_enough(
         server.until(lambda: client.live() > before)
         assert server.ledger.release(before + 1).share == 0.1
         client.hold("while I look")
-        server.until(lambda: rollout(server).get("compared", {}).get("clip", {}).get("inputs", 0) >= 30)
+        server.until(lambda: compared(server, before + 1) >= 30)
         time.sleep(2.5)  # two looks of the guard
         assert client.live() == before + 1
         client.resume("looks good")
@@ -207,3 +207,9 @@ def rollout(server: ServerFixture) -> dict[str, Any]:
             return found
     except ServerError:
         return {}
+
+
+def compared(server: ServerFixture, release: int) -> int:
+    """Images and texts on which the guard compared a release; 0 until its first look at it."""
+    watched = rollout(server)
+    return int(watched["compared"].get("clip", {}).get("inputs", 0)) if watched.get("release") == release else 0
