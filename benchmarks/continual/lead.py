@@ -9,8 +9,9 @@ import numpy as np
 
 from benchmarks.continual.intervals import interval
 from benchmarks.continual.orders import ORDERS
+from benchmarks.continual.protocol import STANDARDS
 from benchmarks.continual.repeated import shared_draws
-from benchmarks.continual.report import STANDARDS, Chains, standard_of
+from benchmarks.continual.report import Chains, standard_of
 
 SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes")
 

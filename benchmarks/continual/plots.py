@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from benchmarks.continual.report import STANDARDS
+from benchmarks.continual.protocol import STANDARDS
 from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
 
 WIDTH, HEIGHT = 7.2, 4.4

@@ -1,4 +1,5 @@
-"""The sizes of the benchmark. All of them are in the name of the folder that its results are kept in."""
+"""The sizes of the benchmark, and the methods that all others are compared with. All sizes are in the name of the
+folder that its results are kept in."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from ops.digests import digest_json
 
 VERSION = 2
 """Raise it when the same sizes come to mean something else."""
+STANDARDS = ("default", "vlm-default")
+"""What every method of a family is compared with beside zero-shot, when it was run."""
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,16 @@ from benchmarks.continual.intervals import Draws, resampled
 from benchmarks.continual.metrics import Trajectory, mtil, tic
 from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.outcomes import Course, Hits, Reference, read_course, read_reference
-from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.protocol import STANDARDS, Protocol
 from benchmarks.continual.provenance import distinct_values
 from benchmarks.continual.repeated import repeated
 from benchmarks.continual.runner import failure
-from benchmarks.continual.tuning import tried
+from benchmarks.continual.tuning import plain_trials
 from updater.recipes import load_recipe
 
 Chains = tuple[Reference, Mapping[str, list[Course]]]
 BASE = "zero-shot"
 FIGURES = ("a_ka", "a_zs", "outside", "retrieval", "classes", "gm")
-STANDARDS = ("default", "vlm-default")
-"""What every method of a family is compared with beside zero-shot, when it was run."""
 
 
 def standard_of(methods: Iterable[str]) -> str:
@@ -63,7 +61,7 @@ def figures(
         "classes": [name for name in reference.adaptation if name in reference.classes],
         "alike": dict(reference.alike),
         "updates": updates,
-        "tuned": {name: tried()[name] for name in by_method if name in tried()},
+        "tuned": plain_trials(by_method),
         "protocol": vars(protocol),
         "origin": distinct_values(
             [row["origin"] for each in chains.values() for course in each for row in course.rows]

@@ -28,8 +28,8 @@ from benchmarks.continual.lead import leads
 from benchmarks.continual.orders import ORDERS
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plots import all_plots
-from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.report import STANDARDS, Chains, figures, read_chains, standard_of
+from benchmarks.continual.protocol import STANDARDS, Protocol
+from benchmarks.continual.report import Chains, figures, read_chains, standard_of
 from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner, best
 from benchmarks.continual.second_base import NAME as SECOND

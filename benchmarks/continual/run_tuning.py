@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.continual.chain import Unit
+from benchmarks.continual.intervals import resampled
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.runner import Runner
 from benchmarks.continual.tuning import FILE, ORDER, UPDATES, Trial, trials
@@ -30,13 +31,10 @@ def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str,
     if not runner.run(units):
         say("the time is over; call again to go on")
     complete = {name: done for name in methods if (done := _trials(runner, name))}
-    title = f"GM on the tuning suites after {UPDATES} updates"
+    title = f"GM and A_ZS on the tuning suites after {UPDATES} updates"
     table = Table("method", *("rate, weight" for _ in range(5)), title=title)
     for name, done in complete.items():
-        best = max(gm for _, _, gm in done)
-        cells = [f"{rate:g}, {weight:g}: {gm:.1f}" for rate, weight, gm in done]
-        bold = [f"[bold]{cell}[/bold]" if gm == best else cell for cell, (_, _, gm) in zip(cells, done, strict=True)]
-        table.add_row(name, *bold)
+        table.add_row(name, *(f"{t.rate:g}, {t.weight:g}: {t.gm:.1f} (kept {t.a_zs:+.1f})" for t in done))
     Console().print(table)
     known = json.loads(file.read_text()) if file.is_file() else {}
     lines = [f' "{name}": {json.dumps(rows)}' for name, rows in sorted({**known, **complete}.items())]
@@ -56,5 +54,7 @@ def _trials(runner: Runner, name: str) -> list[Trial]:
         course = read_course(runner.results, Unit(name, ORDER, trial=trial), UPDATES, reference)
         if course is None:
             return []
-        done.append((rate, weight, round(100 * float(course.trajectory(reference).gm[-1]), 2)))
+        kept = resampled({"base": reference.base, name: course.hits[-1]}, reference).difference("a_zs", name, "base")
+        gm = 100 * float(course.trajectory(reference).gm[-1])
+        done.append(Trial(rate, weight, round(gm, 2), round(kept.value, 2), round(kept.high, 2)))
     return done

@@ -16,9 +16,10 @@ KINDS = """\
 Points against zero-shot after the last update: of the adaptation suites by what they ask for, and of the held-out
 suites of domains that the reference pool does not contain."""
 TUNED = """\
-Geometric mean of each trial on the tuning suites, in an order of its own that no other table reports. A trial is a
-factor on the rates of a method and one on the weights of its terms beside the first. Bold: the best one, with which the
-method runs above. Methods that are not here run at the rates and weights of their papers."""
+Geometric mean of each trial on the tuning suites, and A_ZS there against the base, in an order of its own that no other
+table reports. A trial is a factor on the rates of a method and one on the weights of its terms beside the first. Bold:
+that with which the method runs above: the best one, and of the default the best one whose loss of A_ZS is not clear of
+zero. Methods that are not here run at the rates and weights of their papers."""
 LEAD = """\
 Points by which the default leads in GM, mean over all chains that both have (bases, orders, seeds), with 95% intervals
 over items; and without the suite by which it leads most. Bold: clear of zero."""
@@ -76,18 +77,18 @@ def _lead_part(leads: dict[str, Method]) -> list[str]:
     return ["## The default's lead", LEAD, _table(leads, _LEAD)] if leads else []
 
 
-def _tuned_part(tuned: dict[str, Sequence[Sequence[float]]]) -> list[str]:
+def _tuned_part(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
     if not tuned:
         return []
     lines = ["| method | trials: rates, weights |", "|---|---|"]
     for name, tried in tuned.items():
-        best = max(gm for _, _, gm in tried)
-        cells = (
-            f"× {rate:g}, × {weight:g}: " + (f"**{gm:.1f}**" if gm == best else f"{gm:.1f}")
-            for rate, weight, gm in tried
-        )
+        cells = (f"**{_trial(t)}**" if t["chosen"] else _trial(t) for t in tried)
         lines.append(f"| `{name}` | {'; '.join(cells)} |")
     return ["## Rates and weights", TUNED, "\n".join(lines)]
+
+
+def _trial(trial: dict[str, Any]) -> str:
+    return "× {rate:g}, × {weight:g}: {gm:.1f} ({a_zs:+.1f})".format(**trial)
 
 
 def _kinds_part(outcome: dict[str, Any], methods: dict[str, Method]) -> list[str]:

@@ -1,23 +1,23 @@
 """The rate and the weight of each method: the same number of trials for all, on pairs that no table reports.
 
-``tuned.json`` beside this file holds the trials, by recipe: a factor on its learning rates, one on the weights of its
-terms beside the first, and the geometric mean that they came to. A recipe runs with those of its best trial; one that
-is not there runs as it is.
+``tuned.json`` beside this file holds the trials, by recipe. A recipe runs with the factors of its best trial, by the
+geometric mean; the default, which must not lose what the base knew, with those of its best one whose loss is not clear
+of zero. A recipe without trials runs as it is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from benchmarks.continual.protocol import STANDARDS
 from updater.recipes import Recipe, load_recipe
 
 Factors = tuple[float, float]
 """On the rates, and on the weights."""
-Trial = tuple[float, float, float]
-"""Factors, and the geometric mean on the tuning suites, in points."""
 AS_IT_IS: Factors = (1.0, 1.0)
 BOTH: tuple[Factors, ...] = (AS_IT_IS, (0.3, 1.0), (3.0, 1.0), (1.0, 0.3), (1.0, 3.0))
 RATES: tuple[Factors, ...] = (AS_IT_IS, (0.3, 1.0), (3.0, 1.0), (0.1, 1.0), (10.0, 1.0))
@@ -29,6 +29,24 @@ ORDER = 11
 """A random one that no table reports."""
 
 
+class Trial(NamedTuple):
+    """Factors, and what they came to on the tuning suites, in points."""
+
+    rate: float
+    weight: float
+    gm: float
+    """Geometric mean."""
+    a_zs: float
+    """Against the base."""
+    a_zs_high: float
+    """Upper end of its 95% interval: the loss is clear of zero where it is negative."""
+
+    @property
+    def factors(self) -> Factors:
+        """On the rates, and on the weights."""
+        return self.rate, self.weight
+
+
 def trials(recipe: Recipe) -> tuple[Factors, ...]:
     """What is tried of a recipe."""
     return BOTH if len(recipe.objectives) + len(recipe.regularizers) > 1 else RATES
@@ -37,8 +55,10 @@ def trials(recipe: Recipe) -> tuple[Factors, ...]:
 def recipe_of(method: str, trial: int | None = None) -> Recipe:
     """A recipe with the factors of a trial, or else with those that were chosen."""
     recipe = load_recipe(method)
-    factors = chosen(method) if trial is None else trials(recipe)[trial]
-    return scaled(recipe, factors)
+    if trial is not None:
+        return scaled(recipe, trials(recipe)[trial])
+    best = chosen_trial(method)
+    return scaled(recipe, best.factors) if best else recipe
 
 
 def scaled(recipe: Recipe, factors: Factors) -> Recipe:
@@ -61,10 +81,21 @@ def scaled(recipe: Recipe, factors: Factors) -> Recipe:
     )
 
 
-def chosen(method: str) -> Factors:
-    """The factors of a recipe's best trial; as it is, where it has none."""
-    rate, weight, _ = max(tried().get(method, ()), key=lambda trial: trial[2], default=(*AS_IT_IS, 0.0))
-    return rate, weight
+def chosen_trial(method: str) -> Trial | None:
+    """The one that a recipe runs with; None where it has none."""
+    candidates = tried().get(method, ())
+    if method in STANDARDS:
+        candidates = [trial for trial in candidates if trial.a_zs_high >= 0] or candidates
+    return max(candidates, key=lambda trial: trial.gm, default=None)
+
+
+def plain_trials(methods: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """Of those methods that have any, for tables and JSON."""
+    return {
+        name: [trial._asdict() | {"chosen": trial is chosen_trial(name)} for trial in tried()[name]]
+        for name in methods
+        if name in tried()
+    }
 
 
 @cache
@@ -72,4 +103,4 @@ def tried() -> Mapping[str, tuple[Trial, ...]]:
     """Trials by recipe, of the file."""
     if not FILE.is_file():
         return {}
-    return {name: tuple((r, w, gm) for r, w, gm in rows) for name, rows in json.loads(FILE.read_text()).items()}
+    return {name: tuple(Trial(*row) for row in rows) for name, rows in json.loads(FILE.read_text()).items()}

@@ -24,6 +24,7 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.report import _prepared, figures, read_chains
 from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
+from benchmarks.continual.tuning import Trial, plain_trials
 from benchmarks.continual.worker import clip_chain
 from ops.settings import Settings
 from ops.testing.tiny import tiny_base
@@ -294,9 +295,12 @@ def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) ->
     assert outcome["methods"]["default"]["maf_prepare"] == pytest.approx(
         course.total("gflops_spent") - steps, abs=0.006
     )
-    text = markdown(outcome | {"tuned": {"default": ((1.0, 1.0, 50.0), (3.0, 1.0, 51.4))}})
+    trials = {"default": (Trial(1.0, 1.0, 50.0, -0.5, 0.1), Trial(3.0, 1.0, 51.4, -1.3, -0.2))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "tried", lambda: trials)
+        text = markdown(outcome | {"tuned": plain_trials(outcome["methods"])})
     assert "the budget does not pay" in text
-    assert "| `default` | × 1, × 1: 50.0; × 3, × 1: **51.4** |" in text
+    assert "| `default` | **× 1, × 1: 50.0 (-0.5)**; × 3, × 1: 51.4 (-1.3) |" in text
     assert [text.count(f"| `{name}` |") for name in METHODS] == [6, 5]
     assert outcome["untrained"]["zero-shot"]["geometric_mean_delta"] == 0.0 and "| `nearest-mean` |" in text
     for drawing in all_plots(outcome).values():

@@ -12,7 +12,7 @@ from benchmarks.continual.chain import Unit, updates_done
 from benchmarks.continual.run_continual import methods_of
 from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner
-from benchmarks.continual.tuning import ORDER, UPDATES, chosen, recipe_of, scaled, trials, tried
+from benchmarks.continual.tuning import ORDER, UPDATES, Trial, chosen_trial, recipe_of, scaled, trials, tried
 from benchmarks.continual.worker import clip_chain
 from ops.testing.tiny import tiny_base
 from tests.unit.benchmarks.builders import PROTOCOL, stream
@@ -37,13 +37,20 @@ def test_factors_move_rates_and_the_weights_beside_the_first_term() -> None:
 
 def test_what_was_chosen_is_what_a_unit_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"lwf": [[1.0, 1.0, 50.0], [3.0, 0.3, 51.5], [1.0, 3.0, 51.0]]}))
+    rows = [[1.0, 1.0, 50.0, -0.5, 0.1], [3.0, 0.3, 51.5, -2.0, -0.4], [1.0, 3.0, 49.0, 0.0, 0.5]]
+    file.write_text(json.dumps({"lwf": rows, "default": rows, "vlm-default": rows[1:2]}))
     monkeypatch.setattr(tuning, "FILE", file)
     tried.cache_clear()
     assert Unit("lwf").recipe == scaled(load_recipe("lwf"), (3.0, 0.3))
     assert recipe_of("replay") == load_recipe("replay")
-    assert (chosen("lwf"), chosen("replay")) == ((3.0, 0.3), (1.0, 1.0))
+    assert (chosen_trial("lwf"), chosen_trial("replay")) == (Trial(3.0, 0.3, 51.5, -2.0, -0.4), None)
+    assert chosen_trial("default") == Trial(*rows[0]), "the best one whose loss is not clear of zero"
+    assert chosen_trial("vlm-default") == Trial(*rows[1]), "or else the best one"
     tried.cache_clear()
+
+
+def test_the_default_runs_as_its_recipe_is_written() -> None:
+    assert recipe_of("default") == load_recipe("default"), "what the tables show is what an installation learns with"
 
 
 def test_the_trials_of_each_method_are_written_down(
@@ -63,6 +70,7 @@ def test_the_trials_of_each_method_are_written_down(
     complete = tune(runner, ["locked-text", "naive"], file)
     assert json.loads(file.read_text()) == {"locked-text": [list(trial) for trial in complete["locked-text"]]}
     assert [trial[:2] for trial in complete["locked-text"]] == list(trials(load_recipe("locked-text")))
+    assert all(trial.a_zs <= trial.a_zs_high for trial in complete["locked-text"])
     rows = [
         updates_done(tmp_path / "results" / "tuning", u.recipe, u)
         for u in (Unit("locked-text", ORDER, trial=t) for t in range(5))

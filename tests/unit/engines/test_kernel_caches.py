@@ -13,12 +13,12 @@ from serving.engines.kernel_caches import SHAPES, VARIABLES, bound_kernel_caches
 from serving.engines.packed_linear import can_pack
 
 PROGRAM = f"""
-from serving.engines.kernel_caches import bound_kernel_caches
-bound_kernel_caches()
 from pathlib import Path
 import torch
+from serving.engines.kernel_caches import bound_kernel_caches
 from serving.engines.packed_linear import PackedLinear, pack
 
+bound_kernel_caches()
 torch.set_num_threads(1)
 linear = PackedLinear(pack(torch.ones(64, 16)), torch.zeros(64))
 
