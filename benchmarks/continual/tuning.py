@@ -8,7 +8,7 @@ of zero. A recipe without trials runs as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def scaled(recipe: Recipe, factors: Factors) -> Recipe:
 
 def chosen_trial(method: str) -> Trial | None:
     """The one that a recipe runs with; None where it has none."""
-    candidates = tried().get(method, ())
+    candidates: Sequence[Trial] = tried().get(method, ())
     if method in STANDARDS:
         candidates = [trial for trial in candidates if trial.a_zs_high >= 0] or candidates
     return max(candidates, key=lambda trial: trial.gm, default=None)
