@@ -42,8 +42,8 @@ START_ATTEMPTS = 1_000_000
 alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
 ``max_constructor_retry_count`` and this many for each replica."""
 HEAD_ALLOCATOR = "narenas:1,tcache:false,dirty_decay_ms:0,muzzy_decay_ms:0"
-"""How Ray's head allocates: what it frees, the system gets at once. Its 19 MB of objects took 30 MB where they were spread
-over the arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours."""
+"""How Ray's head allocates: what it frees, the system gets at once. Its 19 MB of objects took 30 MB spread over the
+arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours."""
 KILL_SECONDS = 5.0
 """How long killed processes are waited for."""
 LOOPBACK = ("127.0.0.0/8", "::1/128")
