@@ -40,7 +40,7 @@ CAPACITY_SECONDS: Final = 8.0
 LEAST_SNAPSHOTS: Final = 3
 """After the first minutes: of fewer, nothing can be said."""
 GROWTH_LIMIT: Final = 1.02
-READING_SECONDS: Final = 2.0
+READING_SECONDS: Final = 1.0
 """Between two readings of memory."""
 
 
