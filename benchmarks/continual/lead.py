@@ -1,4 +1,4 @@
-"""By how much the default leads each method, over all orders and bases that both were run in."""
+"""By how much the default leads each method and the untouched base, over all orders and bases that both were run in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 
 from benchmarks.continual.intervals import interval
 from benchmarks.continual.orders import ORDERS
+from benchmarks.continual.outcomes import Course
 from benchmarks.continual.protocol import STANDARDS
-from benchmarks.continual.repeated import shared_draws
-from benchmarks.continual.report import Chains, standard_of
+from benchmarks.continual.repeated import place_of, shared_draws
+from benchmarks.continual.report import BASE, Chains, standard_of
 
 SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes")
 
@@ -20,7 +21,7 @@ def leads(bases: Mapping[str, Chains]) -> dict[str, Any]:
     """By method: the default's score minus its own, for each figure, and in GM without the suite by which the default
     leads it most. A mean over bases of means over chains; items are drawn anew, for each base by itself.
     """
-    names = dict.fromkeys(name for _, chains in bases.values() for name in chains if name not in STANDARDS)
+    names = dict.fromkeys(name for _, chains in bases.values() for name in (*chains, BASE) if name not in STANDARDS)
     by_method = {name: lead for name in names if (lead := _lead(name, bases))}
     return dict(sorted(by_method.items(), key=lambda each: each[1]["gm"]["value"]))
 
@@ -30,12 +31,14 @@ def _lead(name: str, bases: Mapping[str, Chains]) -> dict[str, Any] | None:
     without, chains_run, orders = [], 0, set()
     for reference, chains in bases.values():
         ours, others = chains.get(standard_of(chains), []), chains.get(name, [])
+        if name == BASE:
+            others = [Course(course.unit, (reference.base,), ()) for course in ours]
         draws = shared_draws(ours, others, reference)
         if draws is None:
             continue
-        places = {course.unit.order for course in ours} & {course.unit.order for course in others}
-        orders |= places
-        chains_run += len(others)
+        shared = {place_of(course) for course in ours} & {place_of(course) for course in others}
+        orders |= {order for order, _ in shared}
+        chains_run += len(shared)
         for key in SHOWN:
             if key == "gm" or draws.suites[key]:
                 parts.setdefault(key, []).append(draws.differences(key, "ours", "others"))

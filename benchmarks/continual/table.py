@@ -22,7 +22,7 @@ that with which the method runs above: the best one, and of the default the best
 zero. Methods that are not here run at the rates and weights of their papers."""
 LEAD = """\
 Points by which the default leads in GM, mean over all chains that both have (bases, orders, seeds), with 95% intervals
-over items; and without the suite by which it leads most. Bold: clear of zero."""
+over items; and without the suite by which it leads most. Bold: clear of zero. `zero-shot` is the untouched base."""
 NAMED = """\
 X-TAIL-mini: suites with names are asked for theirs among the names of all of them at once. Transfer: before a suite's
 own update, held-out suites always; Average: after all updates; Last: at the end. Zero-shot the base has {zero:.1f}."""
