@@ -32,7 +32,6 @@ from serving.engines.cuda_graphs import SIZES
 from serving.engines.engine_choice import choose_engine, make_backend
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.heads import Head
-from serving.engines.kernel_caches import bound_kernel_caches
 from serving.engines.lora import effective_weights, merge
 from serving.engines.processor import usable_cores
 from serving.engines.shared_weights import shell_of
@@ -93,7 +92,6 @@ class ClipEngine:
 
         Raises BaseModelError, ConfigError.
         """
-        bound_kernel_caches()
         base = base or load_base(settings.home, settings.base.clip)
         if threads is None:
             threads = settings.serve.encoder_threads or max(1, usable_cores() // settings.serve.encoder_replicas)

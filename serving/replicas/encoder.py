@@ -16,6 +16,7 @@ from ops.ledger import Ledger
 from ops.priority import nice_process
 from ops.request_context import note
 from ops.settings import Settings
+from serving.engines.kernel_caches import bound_kernel_caches
 from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, HeadsResult, Modality
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
@@ -44,6 +45,7 @@ class Encoder:
         nice_process(MODEL_NICE)
         configure_replica_logging(settings, "encoder")
         metrics.build.started("encoder")
+        bound_kernel_caches()
         # Here and not above, because whoever deploys this class imports this module.
         from serving.replicas.encoder_worker import EncoderWorker
 
