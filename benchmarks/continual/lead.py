@@ -11,7 +11,7 @@ from benchmarks.continual.intervals import interval
 from benchmarks.continual.orders import ORDERS
 from benchmarks.continual.outcomes import Course
 from benchmarks.continual.protocol import STANDARDS
-from benchmarks.continual.repeated import place_of, shared_draws
+from benchmarks.continual.repeated import shared_draws, shared_places
 from benchmarks.continual.report import BASE, Chains, standard_of
 
 SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes")
@@ -36,7 +36,7 @@ def _lead(name: str, bases: Mapping[str, Chains]) -> dict[str, Any] | None:
         draws = shared_draws(ours, others, reference)
         if draws is None:
             continue
-        shared = {place_of(course) for course in ours} & {place_of(course) for course in others}
+        shared = shared_places(ours, others)
         orders |= {order for order, _ in shared}
         chains_run += len(shared)
         for key in SHOWN:

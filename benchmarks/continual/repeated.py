@@ -51,7 +51,7 @@ def beside(ours: Sequence[Course], others: Sequence[Course], reference: Referenc
 
 def shared_draws(ours: Sequence[Course], others: Sequence[Course], reference: Reference) -> Draws | None:
     """Scores of ``ours`` and ``others``, means over the chains that both have; None where they share none."""
-    shared = {place_of(course) for course in ours} & {place_of(course) for course in others}
+    shared = shared_places(ours, others)
     if not shared:
         return None
     return resampled({"ours": _mean(ours, shared), "others": _mean(others, shared)}, reference)
@@ -83,11 +83,15 @@ def _end(path: Trajectory, key: str) -> float:
     return float(100 * (values[-1] - values[0]))
 
 
-def place_of(course: Course) -> tuple[int, int]:
-    """Order and seed: chains of several methods are compared within it."""
+def shared_places(ours: Sequence[Course], others: Sequence[Course]) -> set[tuple[int, int]]:
+    """Order and seed of the chains that both have."""
+    return {_place(course) for course in ours} & {_place(course) for course in others}
+
+
+def _place(course: Course) -> tuple[int, int]:
     return course.unit.order, course.unit.seed
 
 
 def _mean(courses: Sequence[Course], wanted: set[tuple[int, int]]) -> Hits:
-    ends: list[Mapping[str, Any]] = [course.hits[-1] for course in courses if place_of(course) in wanted]
+    ends: list[Mapping[str, Any]] = [course.hits[-1] for course in courses if _place(course) in wanted]
     return {suite: np.mean([end[suite] for end in ends], axis=0) for suite in ends[0]}

@@ -14,7 +14,7 @@ from benchmarks.continual.chain import Unit
 from benchmarks.continual.intervals import resampled
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.runner import Runner
-from benchmarks.continual.tuning import FILE, ORDER, UPDATES, Trial, trials
+from benchmarks.continual.tuning import FILE, ORDER, UPDATES, Trial, choose, trials
 from ops.errors import RatchetError
 from ops.progress import say
 from updater.recipes import load_recipe
@@ -34,7 +34,10 @@ def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str,
     title = f"GM and A_ZS on the tuning suites after {UPDATES} updates"
     table = Table("method", *("rate, weight" for _ in range(5)), title=title)
     for name, done in complete.items():
-        table.add_row(name, *(f"{t.rate:g}, {t.weight:g}: {t.gm:.1f} (kept {t.a_zs:+.1f})" for t in done))
+        chosen = choose(name, done)
+        cells = [f"{t.rate:g}, {t.weight:g}: {t.gm:.1f} ({t.a_zs:+.1f})" for t in done]
+        bold = [f"[bold]{cell}[/bold]" if t is chosen else cell for cell, t in zip(cells, done, strict=True)]
+        table.add_row(name, *bold)
     Console().print(table)
     known = json.loads(file.read_text()) if file.is_file() else {}
     lines = [f' "{name}": {json.dumps(rows)}' for name, rows in sorted({**known, **complete}.items())]
@@ -54,7 +57,7 @@ def _trials(runner: Runner, name: str) -> list[Trial]:
         course = read_course(runner.results, Unit(name, ORDER, trial=trial), UPDATES, reference)
         if course is None:
             return []
-        kept = resampled({"base": reference.base, name: course.hits[-1]}, reference).difference("a_zs", name, "base")
+        a_zs = resampled({"base": reference.base, name: course.hits[-1]}, reference).difference("a_zs", name, "base")
         gm = 100 * float(course.trajectory(reference).gm[-1])
-        done.append(Trial(rate, weight, round(gm, 2), round(kept.value, 2), round(kept.high, 2)))
+        done.append(Trial(rate, weight, round(gm, 2), round(a_zs.value, 2), round(a_zs.high, 2)))
     return done

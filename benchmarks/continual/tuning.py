@@ -83,7 +83,11 @@ def scaled(recipe: Recipe, factors: Factors) -> Recipe:
 
 def chosen_trial(method: str) -> Trial | None:
     """The one that a recipe runs with; None where it has none."""
-    candidates: Sequence[Trial] = tried().get(method, ())
+    return choose(method, tried().get(method, ()))
+
+
+def choose(method: str, candidates: Sequence[Trial]) -> Trial | None:
+    """The one among its trials that a recipe is to run with."""
     if method in STANDARDS:
         candidates = [trial for trial in candidates if trial.a_zs_high >= 0] or candidates
     return max(candidates, key=lambda trial: trial.gm, default=None)

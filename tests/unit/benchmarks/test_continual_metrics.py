@@ -114,12 +114,12 @@ def test_a_lead_is_the_mean_over_bases_of_the_chains_that_both_have() -> None:
     reference = Reference(base, ("a", "b"), ("z",), base, outside=("z",))
     first = {"default": [course("default", 0, 0.9), course("default", 1, 0.1)], "other": [course("other", 0, 0.7)]}
     second = {"default": [course("default", 0, 0.7)], "other": [course("other", 0, 0.7), course("other", 3, 0.0)]}
-    found = leads({"one": (reference, first), "two": (reference, second)})
-    lead = found["other"]
+    all_leads = leads({"one": (reference, first), "two": (reference, second)})
+    lead = all_leads["other"]
     gap = 100 * (math.sqrt(0.7 * 0.64) - math.sqrt(0.6 * 0.64)) / 2
     assert lead["gm"]["value"] == pytest.approx(gap, abs=0.01) and lead["gm"]["clear"]
     assert lead["gm_without_largest"]["value"] == 0 and lead["largest"] == ["a"]
     assert lead["chains"] == 2 and lead["orders"] == ["listed"]
     gained = 100 * (math.sqrt(0.5 * 0.64) + math.sqrt(0.6 * 0.64)) / 2 - 100 * math.sqrt(0.5 * 0.64)
-    assert found["zero-shot"]["gm"]["value"] == pytest.approx(gained, abs=0.01)
-    assert found["zero-shot"]["outside"]["value"] == 0 and found["zero-shot"]["chains"] == 3
+    assert all_leads["zero-shot"]["gm"]["value"] == pytest.approx(gained, abs=0.01)
+    assert all_leads["zero-shot"]["outside"]["value"] == 0 and all_leads["zero-shot"]["chains"] == 3
