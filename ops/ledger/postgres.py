@@ -10,12 +10,13 @@ from collections.abc import Generator
 from typing import Any, Final
 
 import psycopg
+from psycopg.conninfo import timeout_from_conninfo
 from sqlalchemy import URL
 
 from ops.ledger.time_limits import seconds_left
 
 CONNECT_SECONDS: Final = 2
-"""The least that libpq takes for a connect_timeout."""
+"""The least that libpq takes for a connect_timeout, and how long connecting may take unless a URL says otherwise."""
 _CLIENT: Final[dict[str, str]] = {
     "connect_timeout": str(CONNECT_SECONDS),
     "keepalives": "1",
@@ -67,11 +68,13 @@ def bounded_url(url: URL) -> URL:
 
 
 def connect(*args: Any, **options: Any) -> BoundedConnection:
-    """Open a connection, unless the time of the caller is over already.
+    """Open a connection, unless the time of the caller is over already; a URL's ``connect_timeout`` is cut to that.
 
     Raises:
         psycopg.OperationalError: there is no server, or it does not answer.
     """
-    if seconds_left() <= 0:
+    left = seconds_left()
+    if left <= 0:
         raise psycopg.OperationalError("no time was left for a new connection")
+    options["connect_timeout"] = int(min(timeout_from_conninfo(options), max(left, CONNECT_SECONDS)))
     return BoundedConnection.connect(*args, **options)

@@ -9,6 +9,7 @@ from sqlalchemy import create_engine, text
 
 from ops.ledger import Ledger
 from ops.testing.postgres import PostgresServer, postgres_server
+from tests.support.ledger_limits import patient, patient_limits, production_limits
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,17 @@ def url(server: PostgresServer) -> str:
 
 @pytest.fixture
 def ledger(url: str) -> Iterator[Ledger]:
-    opened = Ledger.open(url)
+    """Waits for a server that is slow."""
+    with patient_limits():
+        opened = Ledger.open(patient(url))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def bounded(url: str, ledger: Ledger) -> Iterator[Ledger]:
+    """The same ledger with the limits of production, that of a call inside of ``production_limits`` alone."""
+    with production_limits():
+        opened = Ledger.lazy(url)
     yield opened
     opened.close()

@@ -18,6 +18,7 @@ from ops.errors import LedgerError, LedgerUnavailable
 from ops.ledger import Ledger
 from ops.ledger.time_limits import CALL_SECONDS, time_limit
 from ops.testing.postgres import PostgresServer
+from tests.support.ledger_limits import production_limits
 
 pytestmark = pytest.mark.integration
 
@@ -29,43 +30,39 @@ LATE = 4 * CALL_SECONDS
 @contextmanager
 def _bounded() -> Iterator[None]:
     began = time.monotonic()
-    yield
+    with production_limits():
+        yield
     assert time.monotonic() - began < LATE
 
 
 @pytest.mark.parametrize("call", [Ledger.live, Ledger.held, lambda ledger: ledger.hold("ann", "incident")])
 def test_a_server_that_is_stopped_fails_a_call_within_the_bound(
-    server: PostgresServer, ledger: Ledger, call: Callable[[Ledger], object]
+    server: PostgresServer, bounded: Ledger, call: Callable[[Ledger], object]
 ) -> None:
-    call(ledger)
+    call(bounded)
     with server.suspended(), _bounded(), pytest.raises(LedgerUnavailable) as caught:
-        call(ledger)
+        call(bounded)
     assert caught.value.fix
-    call(ledger)
+    call(bounded)
 
 
 def test_a_server_that_stops_within_a_transaction_fails_it_at_the_deadline(
-    server: PostgresServer, ledger: Ledger
+    server: PostgresServer, bounded: Ledger
 ) -> None:
-    with (
-        _bounded(),
-        pytest.raises(LedgerUnavailable),
-        time_limit(1),
-        ledger.database.write() as session,
-    ):
+    with pytest.raises(LedgerUnavailable), bounded.database.write() as session:
         session.execute(text("select 1"))
-        with server.suspended():
+        with server.suspended(), _bounded(), time_limit(1):
             session.execute(text("select 1"))
-    assert ledger.live() is None
+    assert bounded.live() is None
 
 
-def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: PostgresServer, ledger: Ledger) -> None:
-    ledger.live()
+def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: PostgresServer, bounded: Ledger) -> None:
+    bounded.live()
     errors: list[BaseException] = []
 
     def call() -> None:
         try:
-            ledger.live()
+            bounded.live()
         except LedgerError as error:
             errors.append(error)
 
@@ -78,9 +75,10 @@ def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: Postgre
     assert [type(error) for error in errors] == [LedgerUnavailable] * 20
 
 
-def test_a_socket_that_accepts_and_is_silent_is_an_unavailable_ledger() -> None:
+@pytest.mark.parametrize("query", ["", "?connect_timeout=60"])
+def test_a_socket_that_accepts_and_is_silent_is_an_unavailable_ledger(query: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, _bounded(), pytest.raises(LedgerUnavailable):
-        Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{silent.getsockname()[1]}/ledger")
+        Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{silent.getsockname()[1]}/ledger{query}")
 
 
 def test_a_port_that_nobody_listens_on_is_an_unavailable_ledger_without_its_password() -> None:
@@ -89,29 +87,35 @@ def test_a_port_that_nobody_listens_on_is_an_unavailable_ledger_without_its_pass
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_row_that_somebody_has_locked_is_waited_for_within_the_bound(ledger: Ledger) -> None:
-    ledger.acquire_lease("job", "a", 60)
-    with ledger.database.engine.connect() as other:
+def test_a_row_that_somebody_has_locked_is_waited_for_until_the_server_ends_it(bounded: Ledger) -> None:
+    bounded.acquire_lease("job", "a", 60)
+    with bounded.database.engine.connect() as other:
         other.execute(text("select * from leases for update"))
-        with _bounded(), pytest.raises(LedgerUnavailable, match="lock timeout"):
-            ledger.renew_lease("job", 1, 60)
+        with pytest.raises(LedgerUnavailable, match="lock timeout"):
+            bounded.renew_lease("job", 1, 60)
 
 
-def test_a_long_query_ends_on_the_server_before_its_client_gives_up(ledger: Ledger) -> None:
-    with pytest.raises(LedgerUnavailable, match="statement timeout"), ledger.database.read() as session:
+def test_a_long_query_ends_on_the_server_before_its_client_gives_up(bounded: Ledger) -> None:
+    with pytest.raises(LedgerUnavailable, match="statement timeout"), bounded.database.read() as session:
         session.execute(text("set local statement_timeout = 50"))
         session.execute(text("select pg_sleep(60)"))
-    with ledger.database.read() as session:
+    with bounded.database.read() as session:
         bounds = [session.scalar(text(f"show {name}")) for name in ("statement_timeout", "lock_timeout")]
     assert bounds == ["4s", "3s"]
+    assert CALL_SECONDS > 4
 
 
-def test_bounds_in_the_url_are_those_that_hold(url: str) -> None:
-    ledger = Ledger.open(f"{url}?options=-c%20statement_timeout%3D1234&application_name=x")
-    with ledger.database.read() as session:
+def test_a_bound_in_the_url_that_is_no_number_is_an_error_of_the_url(url: str) -> None:
+    with pytest.raises(LedgerError, match="connect_timeout"):
+        Ledger.open(f"{url}?connect_timeout=soon")
+
+
+def test_bounds_in_the_url_are_those_that_hold(url: str, ledger: Ledger) -> None:
+    other = Ledger.lazy(f"{url}?options=-c%20statement_timeout%3D12345&application_name=x&connect_timeout=60")
+    with other.database.read() as session:
         shown = [session.scalar(text(f"show {name}")) for name in ("statement_timeout", "application_name")]
-    assert shown == ["1234ms", "x"]
-    ledger.close()
+    assert shown == ["12345ms", "x"]
+    other.close()
 
 
 def test_a_database_file_that_another_process_has_locked_does_not_stop_readers(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from ops.ledger import Ledger
+from tests.support.ledger_limits import patient, patient_limits
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.integration)])
@@ -26,6 +27,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def ledger(url: str) -> Iterator[Ledger]:
-    opened = Ledger.open(url)
-    yield opened
-    opened.close()
+    with patient_limits():
+        opened = Ledger.open(patient(url))
+        yield opened
+        opened.close()

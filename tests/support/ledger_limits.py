@@ -1,0 +1,48 @@
+"""How long a ledger call may take in a test: as long as it needs, unless the test is about just that.
+
+A machine that runs many tests at once stands still for seconds at times, its PostgreSQL included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from ops.ledger import commits, database, time_limits
+
+SECONDS = 60.0
+"""A machine on which a call takes longer than this is broken, not busy."""
+_PRODUCTION = (
+    (database, "CALL_SECONDS", time_limits.CALL_SECONDS),
+    (database, "CHECKOUT_SECONDS", time_limits.CHECKOUT_SECONDS),
+    (commits, "LOOKUP_SECONDS", commits.LOOKUP_SECONDS),
+)
+
+
+@contextmanager
+def patient_limits() -> Iterator[None]:
+    """Calls inside may take :data:`SECONDS`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, _ in _PRODUCTION:
+            patch.setattr(module, name, SECONDS)
+        yield
+
+
+@contextmanager
+def production_limits() -> Iterator[None]:
+    """Calls inside may take as long as in production, also inside of :func:`patient_limits`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, seconds in _PRODUCTION:
+            patch.setattr(module, name, seconds)
+        yield
+
+
+def patient(url: str) -> str:
+    """The URL of a ledger with the limits of a PostgreSQL, and that of connecting to it, as wide."""
+    if not url.startswith("postgresql:"):
+        return url
+    milliseconds = round(SECONDS * 1000)
+    options = "%20".join(f"-c%20{name}%3D{milliseconds}" for name in ("statement_timeout", "lock_timeout"))
+    return f"{url}?connect_timeout={SECONDS:.0f}&options={options}"
