@@ -6,13 +6,16 @@ The last verdict and the last update's cost stay true when the updater restarts,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
 from ops import metrics
 from ops.ledger import Ledger, VerdictRow
 from ops.metrics.learning import Score
+from ops.settings import Settings
 from updater.recipes import Family
+from updater.scheduling import triggers
 
 VERDICTS = 500
 """Verdicts that are looked through for the last one with each outcome."""
@@ -42,6 +45,13 @@ class LedgerMetrics:
             for row in reversed(own):
                 metrics.gate.last(family, row.outcome, row.created_at.timestamp())
         self._exported = newest
+
+
+def export_budget(settings: Settings, ledger: Ledger) -> None:
+    """How full the bucket is, and what the next update takes from it."""
+    rate, capacity = triggers.bucket(settings)
+    level = ledger.bucket_level(time.time(), rate, capacity)
+    metrics.update.budget(level, capacity, triggers.planned_gflops(settings))
 
 
 def _scores(verdict: VerdictRow) -> list[Score]:

@@ -10,20 +10,18 @@ done       or failed, with the reason
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ops import metrics
-from ops.artifacts import Artifacts, directory_digest
+from ops.artifacts import Artifacts
 from ops.digests import digest12, digest_json
 from ops.errors import (
     BaseModelError,
-    BudgetError,
     ConfigError,
     DiskFull,
     GateError,
@@ -35,29 +33,21 @@ from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from ops.progress import say
 from ops.settings import Settings
 from serving.client import Client
-from serving.engines.clip import ClipEngine
-from serving.engines.clip_base import ClipBase
-from serving.engines.heads import read_heads
 from streams.store import SampleStore
-from updater.adapters.recorded import fetch_recorded
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
-from updater.data.pools import draw_pools, mixed_seed
+from updater.data.pools import mixed_seed
 from updater.exchange.importing import compare, is_import
-from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
-from updater.heads.learn import learn_heads, with_heads
+from updater.families import families_with_a_base, family_base, family_recipe
 from updater.loop.gate_update import gate_update
-from updater.loop.ledger_metrics import LedgerMetrics
+from updater.loop.ledger_metrics import LedgerMetrics, export_budget
 from updater.loop.process import StopSignal, ThrottledLog
-from updater.loop.tuning import TuningScores
+from updater.loop.train_update import BucketEmpty, train_update
 from updater.loop.work_folders import remove_finished
 from updater.recipes import Family, Recipe
 from updater.scheduling import kept_candidates, triggers
 from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
-from updater.training.result import Limits, TrainResult, cost_of
-from updater.training.train import train
-from updater.training.workers import Workers
 from updater.upgrades.lineage import waits_for_base
 from updater.upgrades.replay import new_base, old_base
 
@@ -68,10 +58,6 @@ class StepResult:
 
     update: UpdateRow | None
     reason: str
-
-
-class BucketEmpty(BudgetError):
-    """Another update has spent what this one was to be charged; it waits until the bucket holds it."""
 
 
 class UpdaterService:
@@ -177,7 +163,7 @@ class UpdaterService:
         while not self.stop():
             try:
                 remove_finished(self.settings.home, self.ledger)
-                self._tell_budget()
+                export_budget(self.settings, self.ledger)
                 self._ledger_metrics.export(self.turns)
                 self._throttle.watch()
                 outcome = self.step()
@@ -188,11 +174,6 @@ class UpdaterService:
             if wait:
                 waiting_log.say(reason)
             time.sleep(wait)
-
-    def _tell_budget(self) -> None:
-        rate, capacity = triggers.bucket(self.settings)
-        level = self.ledger.bucket_level(time.time(), rate, capacity)
-        metrics.update.budget(level, capacity, triggers.planned_gflops(self.settings))
 
     def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
         values = recipe.model_dump(mode="json")
@@ -245,7 +226,10 @@ class UpdaterService:
             base = self.bases[family] if upgrade is None else new_base(self.settings, upgrade)
             if update.state == "training":
                 metrics.update.now(family, "training")
-                update = self._train(update, family, base, work, upgrade)
+                update = train_update(
+                    self.settings, self.ledger, self.artifacts, self.store, base, update, work,
+                    throttle=self._throttle, stop=self.stop,
+                )  # fmt: skip
             if update.state == "trained":
                 metrics.update.now(family, "judging")
                 update = gate_update(self.settings, self.ledger, self.artifacts, self.store, base, update)
@@ -283,104 +267,6 @@ class UpdaterService:
     def work_dir(self, update: UpdateRow) -> Path:
         """Checkpoints and measured costs of an unfinished update."""
         return self.settings.home / "updates" / update.id
-
-    def _train(
-        self, update: UpdateRow, family: Family, base: Base, work: Path, upgrade: BaseUpgradeRow | None
-    ) -> UpdateRow:
-        settings = self.settings
-        rate, capacity = triggers.bucket(settings)
-        planned = upgrade.gflops if upgrade else triggers.planned_gflops(settings)
-        charged = upgrade is None  # an upgrade has a budget of its own
-        if charged and not self.ledger.charge(update.id, planned, now=time.time(), rate=rate, capacity=capacity):
-            raise BucketEmpty(
-                f"{update.id}: the bucket does not hold {planned:,.0f} MAF-GFLOPs any more.", "It is tried again later."
-            )
-        self._tell_budget()
-        recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
-        folders = reference_of(settings, family)
-        learned = update.data_to if upgrade else None
-        pools = draw_pools(
-            self.store, recipe, folders, update.store_version, update.data_from, update.seed, settings.updater.draw,
-            learned,
-        )  # fmt: skip
-        limits = Limits(
-            gflops=planned,
-            seconds=math.inf if upgrade else settings.budget.seconds_per_update,
-            threads=settings.updater.threads,
-            duty_cycle=settings.updater.duty_cycle,
-            checkpoint_steps=settings.updater.checkpoint_steps,
-            work_bytes=settings.updater.work_gib * 2**30,
-        )
-        begins_at = None if upgrade else update.incumbent  # no adapter fits another base
-        incumbent = fetch_recorded(self.artifacts, self.ledger, begins_at) if begins_at else None
-        scored = TuningScores.of(settings, self.store, base, update, learned) if recipe.merge.search else None
-        self._throttle.begin()
-        with self.stop.training():
-            result = train(
-                base,
-                recipe,
-                pools,
-                incumbent,
-                seed=update.seed,
-                limits=limits,
-                out_dir=work / "adapter",
-                work_dir=work,
-                carry_over=self._carry_over(begins_at),
-                scored=scored,
-                stop=self.stop,
-                duty_cycle=self._throttle,
-                workers=Workers.of(settings),
-            )
-        result = self._with_heads(update, base, result, work)
-        self._register(update, recipe, base, result)  # first: from then on the collector leaves its files alone
-        self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
-        if result.carry_over is not None:
-            self.artifacts.put_directory(result.carry_over, f"memories/{result.adapter}")
-        if charged:
-            self.ledger.settle(update.id, result.maf, capacity=capacity)
-        metrics.update.trained(family, result.seconds, result.maf)
-        metrics.update.visited(family, result.visited, result.pending - result.visited)
-        say(
-            f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s,"
-            f" {result.visited} of {result.pending} pending samples visited"
-        )
-        cost = {**cost_of(result), "draw": settings.updater.draw}
-        return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
-
-    def _with_heads(self, update: UpdateRow, base: Base, result: TrainResult, work: Path) -> TrainResult:
-        """The candidate with the heads of the settings, learned in its own image space."""
-        wanted = self.settings.updater.heads
-        if not wanted or not isinstance(base, ClipBase):
-            return result
-        engine = ClipEngine.of(self.settings, base, threads=self.settings.updater.threads)
-        needed = 2 * self.settings.gate.min_items
-        heads = learn_heads(engine, result.directory, self.store, update.store_version, wanted, needed)
-        if not heads:
-            return result
-        directory = with_heads(engine, result.directory, heads, work / "adapter")
-        return replace(result, adapter=directory.name, directory=directory)
-
-    def _carry_over(self, incumbent: str | None) -> Path | None:
-        """What the update that made the incumbent left behind, if it left something."""
-        key = f"memories/{incumbent}"
-        return self.artifacts.fetch(key) if incumbent and self.artifacts.exists(key) else None
-
-    def _register(self, update: UpdateRow, recipe: Recipe, base: Base, result: TrainResult) -> None:
-        image_space, text_space = spaces_of(base, result.directory)
-        self.ledger.register_adapter(
-            result.adapter,
-            recipe.family,
-            base.digest,
-            image_space,
-            text_space,
-            {
-                "update": update.id,
-                "recipe": recipe.name,
-                "rank": recipe.rank,
-                "heads": sorted(read_heads(result.directory)),
-            },
-            digest=directory_digest(result.directory),
-        )
 
     def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
         verdict = self.ledger.verdict_of(update.id)

@@ -19,7 +19,7 @@ from tests.integration.updater.test_kill import SECONDS
 from tests.integration.updater.test_service import release, verdict
 from tests.unit.updater.builders import recipe
 from updater.adapters import read_delta
-from updater.loop import service as service_module
+from updater.loop import train_update
 from updater.loop.service import UpdaterService
 from updater.training.carry_over import CarryOver
 
@@ -49,13 +49,13 @@ def last(settings: Settings) -> UpdateRow:
 def given(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
     """The memories that updates were given."""
     seen: list[Path | None] = []
-    real = service_module.train
+    real = train_update.train
 
     def watched(*arguments: Any, **options: Any) -> Any:
         seen.append(options["carry_over"])
         return real(*arguments, **options)
 
-    monkeypatch.setattr(service_module, "train", watched)
+    monkeypatch.setattr(train_update, "train", watched)
     return seen
 
 

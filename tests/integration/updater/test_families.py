@@ -18,7 +18,7 @@ from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, judged_as, make_vlm_home
 from tests.integration.updater.test_kill import SECONDS
 from updater.data.pools import Pair, Pools, Question
-from updater.loop import service
+from updater.loop import train_update
 from updater.loop.service import UpdaterService
 from updater.recipes import Family, load_recipe
 
@@ -39,13 +39,13 @@ def passing(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> dict[Family, Pools]:
     """What each family was trained on."""
     seen: dict[Family, Pools] = {}
-    real = service.train
+    real = train_update.train
 
     def watched(base: Any, recipe: Any, pools: Pools, *rest: Any, **options: Any) -> Any:
         seen[recipe.family] = pools
         return real(base, recipe, pools, *rest, **options)
 
-    monkeypatch.setattr(service, "train", watched)
+    monkeypatch.setattr(train_update, "train", watched)
     return seen
 
 

@@ -147,7 +147,7 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     assert service.step().reason.startswith("8 of 16 fresh items")
     add_samples(settings, 8, split="fresh_eval")
 
-    monkeypatch.setattr(service_module, "train", _killed)  # nothing is trained from here on
+    monkeypatch.setattr("updater.loop.train_update.train", _killed)  # nothing is trained from here on
     real = service_module.gate_update
     monkeypatch.setattr(service_module, "gate_update", _killed)
     with pytest.raises(KeyboardInterrupt):
@@ -194,11 +194,10 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
     from datetime import timedelta
 
     from streams import compaction
-    from updater.loop import service as service_module
 
     add_samples(settings, 12)
     service = UpdaterService(settings)
-    monkeypatch.setattr(service_module, "train", _killed)
+    monkeypatch.setattr("updater.loop.train_update.train", _killed)
     with pytest.raises(KeyboardInterrupt):
         service.step()
     monkeypatch.undo()
