@@ -5,8 +5,8 @@ A machine that runs many tests at once stands still for seconds at times, its Po
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -21,21 +21,21 @@ _PRODUCTION = (
 )
 
 
-@contextmanager
-def patient_limits() -> Iterator[None]:
+def patient_limits() -> AbstractContextManager[None]:
     """Calls inside may take :data:`SECONDS`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name, _ in _PRODUCTION:
-            patch.setattr(module, name, SECONDS)
-        yield
+    return _limits(lambda _: SECONDS)
+
+
+def production_limits() -> AbstractContextManager[None]:
+    """Calls inside may take as long as in production, also inside of :func:`patient_limits`."""
+    return _limits(lambda seconds: seconds)
 
 
 @contextmanager
-def production_limits() -> Iterator[None]:
-    """Calls inside may take as long as in production, also inside of :func:`patient_limits`."""
+def _limits(of: Callable[[float], float]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name, seconds in _PRODUCTION:
-            patch.setattr(module, name, seconds)
+            patch.setattr(module, name, of(seconds))
         yield
 
 
