@@ -140,22 +140,27 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
     for base in wanted.bases or (getattr(settings.base, wanted.family),):
         if base == SECOND and not wanted.report_only:
             second_base(settings.home)
-        key = digest12(digest_json([family.base(settings.home, base).digest, protocol.digest, stream.digest]))
+        own = protocol.on(base)
+        key = digest12(digest_json([family.base(settings.home, base).digest, own.digest, stream.digest]))
         results = settings.home / "bench" / "continual" / key
         if not wanted.report_only:
             for name in wanted.methods if wanted.again else ():
                 shutil.rmtree(results / "units" / name, ignore_errors=True)
             jobs = wanted.jobs or len(os.sched_getaffinity(0))
-            runner = Runner(settings.home, base, results, protocol, wanted.updates, jobs, deadline)
+            runner = Runner(settings.home, base, results, own, wanted.updates, jobs, deadline)
             if wanted.tune:
                 tune(runner, wanted.methods)
                 return {}
             _run(runner, wanted)
         chains[base] = read_chains(results, wanted.methods, wanted.orders, wanted.seeds, wanted.updates)
-        outcomes[base] = figures(results, chains[base], wanted.methods, wanted.updates, protocol)
+        outcomes[base] = figures(results, chains[base], wanted.methods, wanted.updates, own)
     outcome = next(iter(outcomes.values())) | {
         "bases": {
-            base: {"zero_shot": each["zero_shot"], "methods": each["methods"]} for base, each in outcomes.items()
+            base: {
+                **{key: each[key] for key in ("zero_shot", "methods", "untrained", "protocol")},
+                "lead": leads({base: chains[base]}),
+            }
+            for base, each in outcomes.items()
         },
         "orders": list(ORDERS[: wanted.orders]),
         "lead": leads(chains),

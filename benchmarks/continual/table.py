@@ -21,8 +21,12 @@ table reports. A trial is a factor on the rates of a method and one on the weigh
 that with which the method runs above: the best one, and of the default the best one whose loss of A_ZS is not clear of
 zero. Methods that are not here run at the rates and weights of their papers."""
 LEAD = """\
-Points by which the default leads in GM, mean over all chains that both have (bases, orders, seeds), with 95% intervals
-over items; and without the suite by which it leads most. Bold: clear of zero. `zero-shot` is the untouched base."""
+Points by which the default leads in GM, a mean over bases of the mean over all chains that both have (orders, seeds),
+with 95% intervals over items; and without the suite by which it leads most. Bold: clear of zero. `zero-shot` is the
+untouched base."""
+OTHER = """\
+The same stream and methods on another base, with {gflops:g} MAF an update. Zero-shot it scores {a_ka:.1f} and
+{a_zs:.1f}; geometric mean {geometric_mean:.1f}. Columns as in the first table and as in the last one."""
 NAMED = """\
 X-TAIL-mini: suites with names are asked for theirs among the names of all of them at once. Transfer: before a suite's
 own update, held-out suites always; Average: after all updates; Last: at the end. Zero-shot the base has {zero:.1f}."""
@@ -60,6 +64,7 @@ def markdown(outcome: dict[str, Any]) -> str:
         *("## Learned and kept", QUALITY, _table(methods | outcome["untrained"], _QUALITY)),
         *_kinds_part(outcome, methods),
         *_lead_part(outcome.get("lead", {})),
+        *_bases_part(outcome.get("bases", {})),
         *_tuned_part(outcome.get("tuned", {})),
         *_named_part(methods),
         *("## Along the stream", STREAM, _table(methods, _STREAM)),
@@ -75,6 +80,16 @@ def markdown(outcome: dict[str, Any]) -> str:
 
 def _lead_part(leads: dict[str, Method]) -> list[str]:
     return ["## The default's lead", LEAD, _table(leads, _LEAD)] if leads else []
+
+
+def _bases_part(bases: dict[str, Method]) -> list[str]:
+    """Each on its own, where there are several."""
+    parts = []
+    for name, base in bases.items() if len(bases) > 1 else ():
+        about = OTHER.format(gflops=base["protocol"]["gflops"], **base["zero_shot"])
+        parts += [f"## On the base `{name}`", about, _table(base["methods"] | base["untrained"], _QUALITY)]
+        parts += [_table(base["lead"], _LEAD)] if base["lead"] else []
+    return parts
 
 
 def _tuned_part(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:

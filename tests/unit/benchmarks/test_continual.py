@@ -15,12 +15,13 @@ import pytest
 from benchmarks.continual import run_continual, tuning
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
 from benchmarks.continual.evaluation import Evaluator
+from benchmarks.continual.lead import leads
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.orders import ORDERS, order_of
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
-from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.protocol import BUDGETS, Protocol
 from benchmarks.continual.report import _prepared, figures, read_chains
 from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
@@ -276,6 +277,24 @@ def test_sizes_of_the_command_line_are_another_protocol(monkeypatch: pytest.Monk
     for arguments in ([], ["--replay", "1500", "--items", "400"]):
         run_continual.main(Settings(home=tmp_path), ["--only", "default", *arguments])
     assert asked == [Protocol(), Protocol(replay=1500, items=400)] and asked[0].digest != asked[1].digest
+
+
+def test_a_base_has_a_budget_of_its_own_unless_another_one_is_wished_for() -> None:
+    assert Protocol().on("shipped") == Protocol()
+    assert Protocol(items=100).on("vit") == Protocol(gflops=BUDGETS["vit"], items=100)
+    assert Protocol(gflops=100.0).on("vit") == Protocol(gflops=100.0)
+
+
+def test_each_of_several_bases_has_tables_of_its_own(results: Path) -> None:
+    chains = read_chains(results, METHODS, 1, 1, 2)
+    outcome = figures(results, chains, METHODS, 2, PROTOCOL)
+    base = outcome | {"lead": leads({"one": chains})}
+    text = markdown(outcome | {"bases": {"one": base, "two": base | {"protocol": {"gflops": 0.3}}}})
+    one, two = (part.split("\n## ")[0] for part in text.split("## On the base `")[1:])
+    assert one.startswith("one`") and "with 0.15 MAF an update" in one
+    assert two.startswith("two`") and "with 0.3 MAF an update" in two
+    assert all(part.count("| `locked-text` |") == 2 for part in (one, two))
+    assert "## On the base" not in markdown(outcome | {"bases": {"one": base}})
 
 
 def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) -> None:
