@@ -154,16 +154,17 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
             _run(runner, wanted)
         chains[base] = read_chains(results, wanted.methods, wanted.orders, wanted.seeds, wanted.updates)
         outcomes[base] = figures(results, chains[base], wanted.methods, wanted.updates, own)
+    lead = leads(chains)
     outcome = next(iter(outcomes.values())) | {
         "bases": {
             base: {
                 **{key: each[key] for key in ("zero_shot", "methods", "untrained", "protocol")},
-                "lead": leads({base: chains[base]}),
+                "lead": leads({base: chains[base]}) if len(chains) > 1 else lead,
             }
             for base, each in outcomes.items()
         },
         "orders": list(ORDERS[: wanted.orders]),
-        "lead": leads(chains),
+        "lead": lead,
     }
     _write(outcome, wanted.out or settings.home / "bench" / "continual" / family.tables)
     return outcome

@@ -24,9 +24,9 @@ LEAD = """\
 Points by which the default leads in GM, a mean over bases of the mean over all chains that both have (orders, seeds),
 with 95% intervals over items; and without the suite by which it leads most. Bold: clear of zero. `zero-shot` is the
 untouched base."""
-OTHER = """\
-The same stream and methods on another base, with {gflops:g} MAF an update. Zero-shot it scores {a_ka:.1f} and
-{a_zs:.1f}; geometric mean {geometric_mean:.1f}. Columns as in the first table and as in the last one."""
+ALONE = """\
+On this base alone, with {gflops:g} MAF an update. Zero-shot it scores {a_ka:.1f} and {a_zs:.1f}; geometric mean
+{geometric_mean:.1f}. Columns as in the first table and as in the last one."""
 NAMED = """\
 X-TAIL-mini: suites with names are asked for theirs among the names of all of them at once. Transfer: before a suite's
 own update, held-out suites always; Average: after all updates; Last: at the end. Zero-shot the base has {zero:.1f}."""
@@ -86,7 +86,7 @@ def _bases_part(bases: dict[str, Method]) -> list[str]:
     """Each on its own, where there are several."""
     parts = []
     for name, base in bases.items() if len(bases) > 1 else ():
-        about = OTHER.format(gflops=base["protocol"]["gflops"], **base["zero_shot"])
+        about = ALONE.format(gflops=base["protocol"]["gflops"], **base["zero_shot"])
         parts += [f"## On the base `{name}`", about, _table(base["methods"] | base["untrained"], _QUALITY)]
         parts += [_table(base["lead"], _LEAD)] if base["lead"] else []
     return parts
