@@ -285,7 +285,14 @@ async def test_only_the_thread_of_the_passes_computes_with_several(
 
 
 @pytest.fixture
-def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def patient_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests come and a load gives way for as long as the slowest machine takes to load."""
+    for name in ("BUSY_SECONDS", "PACED_SECONDS"):
+        monkeypatch.setattr(encoder_worker, name, 600.0)
+
+
+@pytest.fixture
+def rests(patient_pace: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that paced threads would have slept."""
     slept: list[float] = []
     monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=slept.append, thread_time=time.thread_time))
@@ -309,8 +316,9 @@ async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it(
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
 async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_long_enough(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, patient_pace: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     first, second, third = (stored(base, artifacts, tmp_path, seed) for seed in (1, 2, 3))
     policies: list[int] = []
     golden = worker.engine.golden
@@ -322,8 +330,6 @@ async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_
         return golden(adapter)
 
     monkeypatch.setattr(worker.engine, "golden", noting)
-    for name in ("BUSY_SECONDS", "PACED_SECONDS"):
-        monkeypatch.setattr(encoder_worker, name, 600.0)
     assert not (await worker.prepare(first)).error
     await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
     assert not (await worker.prepare(second)).error
