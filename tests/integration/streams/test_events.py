@@ -47,6 +47,7 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 @pytest.fixture
 def publisher(settings: Settings, ledger: Ledger) -> Iterator[EventPublisher]:
     with closing(EventPublisher(settings, ledger)) as made:
+        made._outbox.sender._seconds = 120.0  # no test here is about a slow broker
         yield made
 
 
