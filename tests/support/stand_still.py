@@ -1,0 +1,76 @@
+"""Run a command on a machine that stands still now and then, as a shared one does; a test that waits for times fails.
+
+    .venv/bin/python -m tests.support.stand_still --seconds 4 --every 20 -- bash .ci/run
+
+Every process of the command sleeps (SIGSTOP) for ``--seconds``, on average once in ``--every`` seconds; also one that
+left its session, as servers do: all inherit a variable of the environment. Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+
+import psutil
+
+VARIABLE = "STANDS_STILL"
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    """Those that inherited the mark, and are not stopped by themselves."""
+    marked = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(VARIABLE) == mark and process.status() not in ("stopped", "zombie"):
+                marked.append(process)
+    return marked
+
+
+def stand_still(mark: str, seconds: float) -> None:
+    """Stop all of them, and let them go on."""
+    stopped: list[psutil.Process] = []
+    try:
+        for _ in range(2):  # also what they start meanwhile; one that waits for a disk stops later by itself
+            for process in processes(mark):
+                with contextlib.suppress(psutil.Error):
+                    process.suspend()
+                    stopped.append(process)
+        time.sleep(seconds)
+    finally:
+        for process in stopped:
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+
+def run(command: Sequence[str], seconds: float, every: float) -> int:
+    """Run the command to its end; returns its exit code."""
+    mark = uuid.uuid4().hex
+    with subprocess.Popen(command, env=os.environ | {VARIABLE: mark}) as child:
+        while True:
+            try:
+                return child.wait(random.uniform(0.5, 1.5) * every)
+            except subprocess.TimeoutExpired:
+                stand_still(mark, seconds)
+
+
+def main() -> int:
+    """The command line."""
+    summary, _, details = (__doc__ or "").partition("\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long it stands still")
+    parser.add_argument("--every", type=float, default=20.0, help="seconds from one time to the next, on average")
+    parser.add_argument("command", nargs="+", help="what to run, after --")
+    chosen = parser.parse_args()
+    return run(chosen.command, chosen.seconds, chosen.every)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
