@@ -3,7 +3,7 @@
     .venv/bin/python -m tests.support.stand_still --seconds 4 --every 20 -- bash .ci/run
 
 Every process of the command sleeps (SIGSTOP) for ``--seconds``, on average once in ``--every`` seconds; also one that
-left its session, as servers do: all inherit a variable of the environment. Linux and macOS.
+left its session, as servers do: all inherit a variable of the environment.
 """
 
 from __future__ import annotations

@@ -46,9 +46,14 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 
 @pytest.fixture
 def publisher(settings: Settings, ledger: Ledger) -> Iterator[EventPublisher]:
-    with closing(EventPublisher(settings, ledger)) as made:
-        made._outbox.sender._seconds = 120.0  # no test here is about a slow broker
+    with closing(patient(EventPublisher(settings, ledger))) as made:
         yield made
+
+
+def patient(publisher: EventPublisher) -> EventPublisher:
+    """The same one, for tests that are not about a slow broker."""
+    publisher._outbox.sender._seconds = 120.0
+    return publisher
 
 
 def record(ledger: Ledger, *numbers: int) -> None:
@@ -157,7 +162,7 @@ def test_two_publishers_at_once_publish_each_event_once(settings: Settings, ledg
 def test_publishers_without_a_working_lease_fence_one_another_and_still_publish_once(
     settings: Settings, ledger: Ledger
 ) -> None:
-    one, other = (EventPublisher(settings, ledger, lease_seconds=0) for _ in range(2))
+    one, other = (patient(EventPublisher(settings, ledger, lease_seconds=0)) for _ in range(2))
     with closing(one), closing(other):
         for number in range(6):
             record(ledger, number)
