@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SMALL_BYTES = 16 << 20
-"""Processes below this are left out: a shell's page more or less says nothing."""
+"""Of processes below this no growth is said: a shell's page more or less says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,14 @@ class ProcessMemory:
     name: str
     size: int
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its growth says nothing."""
+        return self.size < SMALL_BYTES
+
 
 def child_processes(root: int | None = None) -> dict[int, ProcessMemory]:
-    """By process id: all descendants of ``root`` (this process) that are not small. Empty where there is no /proc."""
+    """By process id: all descendants of ``root`` (this process). Empty where there is no /proc."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -36,15 +41,17 @@ def child_processes(root: int | None = None) -> dict[int, ProcessMemory]:
     for pid in parents:
         if _descends(pid, root or os.getpid(), parents) and (memory := _read(pid)) is not None:
             found[pid] = memory
-    return {pid: memory for pid, memory in found.items() if memory.size >= SMALL_BYTES}
+    return found
 
 
 def memory_growth(before: Mapping[int, ProcessMemory], after: Mapping[int, ProcessMemory]) -> dict[str, float]:
-    """Size after over size before, by name and id, the largest first; of processes that lived through both."""
+    """Size after over size before, by name and id, the largest first; of processes that lived through both
+    and were not small.
+    """
     ratios = {
         f"{memory.name} {pid}": round(after[pid].size / memory.size, 4)
         for pid, memory in before.items()
-        if pid in after
+        if pid in after and not memory.is_small
     }
     return dict(sorted(ratios.items(), key=lambda item: -item[1]))
 

@@ -59,8 +59,9 @@ class MemoryLog:
 
     def growth(self, warm_seconds: float) -> dict[str, float]:
         """Memory at the end over that after ``warm_seconds``, by name and id, the largest first; of processes that are
-        in all snapshots from then on. Both lie on the line whose slope is the median of those between any two snapshots
-        (Theil and Sen): one of them may see a request's images, or an adapter more.
+        in all snapshots from then on, and not small in the first of them. Both lie on the line whose slope is the
+        median of those between any two snapshots (Theil and Sen): one of them may see a request's images, or an adapter
+        more.
         """
         first = next((n for n, seconds in enumerate(self.seconds) if seconds >= warm_seconds), len(self.seconds))
         seconds, snapshots = np.array(self.seconds[first:]), self.snapshots[first:]
@@ -68,21 +69,21 @@ class MemoryLog:
             return {}
         ratios = {}
         for pid, memory in snapshots[0].items():
-            if all(pid in each for each in snapshots):
+            if not memory.is_small and all(pid in each for each in snapshots):
                 slope, start, *_ = stats.theilslopes([each[pid].size for each in snapshots], seconds)
                 at_first, at_last = start + slope * seconds[0], start + slope * seconds[-1]
                 ratios[f"{memory.name} {pid}"] = round(float(at_last / at_first), 4)
         return dict(sorted(ratios.items(), key=lambda item: -item[1]))
 
     def ended(self, warm_seconds: float) -> list[str]:
-        """Processes that were there after ``warm_seconds``, and are not there at the end."""
+        """Processes that were there and not small after ``warm_seconds``, and are not there at the end, of any size."""
         last = self.snapshots[-1] if self.snapshots else {}
         names = {
             f"{memory.name} {pid}"
             for seconds, each in zip(self.seconds, self.snapshots, strict=True)
             if seconds >= warm_seconds
             for pid, memory in each.items()
-            if pid not in last
+            if pid not in last and not memory.is_small
         }
         return sorted(names)
 

@@ -21,7 +21,7 @@ sum(held[::4096]), print(flush=True), sys.stdin.read()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_a_child_holds_is_seen_and_small_processes_are_left_out() -> None:
+def test_what_a_child_holds_is_seen_and_a_small_one_is_called_so() -> None:
     large = subprocess.Popen(
         [sys.executable, "-c", HOLD.format(bytes=64 << 20)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -31,7 +31,7 @@ def test_what_a_child_holds_is_seen_and_small_processes_are_left_out() -> None:
         large.stdout.readline()
         seen = child_processes()
         assert 64 << 20 <= seen[large.pid].size < 128 << 20
-        assert small.pid not in seen and os.getpid() not in seen
+        assert not seen[large.pid].is_small and seen[small.pid].is_small and os.getpid() not in seen
     finally:
         for process in (large, small):
             process.kill()
@@ -49,13 +49,17 @@ def test_libraries_that_another_process_uses_too_are_no_memory(tmp_path: Path) -
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == b"\n"
-        assert child.pid not in child_processes()
+        assert child_processes()[child.pid].is_small
     finally:
         child.kill()
         child.wait()
 
 
+def memory(name: str, size: int) -> ProcessMemory:
+    return ProcessMemory(name, size << 20)
+
+
 def test_growth_is_of_processes_that_lived_through_both_looks() -> None:
-    before = {1: ProcessMemory("encoder", 100), 2: ProcessMemory("ingress", 100), 3: ProcessMemory("gone", 100)}
-    after = {1: ProcessMemory("encoder", 104), 2: ProcessMemory("ingress", 120), 4: ProcessMemory("new", 100)}
+    before = {1: memory("encoder", 100), 2: memory("ingress", 100), 3: memory("gone", 100), 5: memory("sh", 1)}
+    after = {1: memory("encoder", 104), 2: memory("ingress", 120), 4: memory("new", 100), 5: memory("sh", 2)}
     assert list(memory_growth(before, after).items()) == [("ingress 2", 1.2), ("encoder 1", 1.04)]

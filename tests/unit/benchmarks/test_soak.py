@@ -21,10 +21,11 @@ from ops.testing.tiny import tiny_base
 
 
 def log_of(sizes: dict[int, list[int]]) -> MemoryLog:
-    """A snapshot each 20 s; 0 is a process that is not there."""
+    """A snapshot each 20 s, sizes in MiB; 0 is a process that is not there."""
     log = MemoryLog()
     for number in range(len(next(iter(sizes.values())))):
-        log.add(20.0 * number, {pid: ProcessMemory("p", row[number]) for pid, row in sizes.items() if row[number]})
+        there = {pid: row[number] << 20 for pid, row in sizes.items() if row[number]}
+        log.add(20.0 * number, {pid: ProcessMemory("p", size) for pid, size in there.items()})
     return log
 
 
@@ -35,9 +36,19 @@ def test_growth_counts_from_the_warm_up_on_and_follows_the_trend() -> None:
 
 
 def test_a_process_that_ended_after_the_warm_up_is_named() -> None:
-    log = log_of({1: [5, 5, 5, 5], 2: [5, 5, 5, 0], 3: [5, 0, 0, 0], 4: [0, 0, 0, 5]})
+    log = log_of({1: [50, 50, 50, 50], 2: [50, 50, 50, 0], 3: [50, 0, 0, 0], 4: [0, 0, 0, 50]})
     assert log.ended(warm_seconds=20) == ["p 2"]
     assert log.growth(warm_seconds=20) == {"p 1": 1.0}
+
+
+def test_a_process_that_became_small_has_not_ended() -> None:
+    """A raylet of 16 MiB had a page less in the last snapshot, and was said to have ended."""
+    assert log_of({1: [17, 17, 17, 15]}).ended(warm_seconds=20) == []
+
+
+def test_a_small_process_neither_grows_nor_ends() -> None:
+    log = log_of({1: [5, 5, 5, 9], 2: [5, 5, 5, 0]})
+    assert (log.growth(warm_seconds=20), log.ended(warm_seconds=20)) == ({}, [])
 
 
 def test_a_snapshot_is_the_lowest_reading_of_those_that_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
