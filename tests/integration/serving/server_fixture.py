@@ -203,7 +203,7 @@ class ServerFixture:
         for pid in {self.process.pid, *self.pids()}.difference(but):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(60)
 
     def adapter(
         self,

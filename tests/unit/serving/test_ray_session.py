@@ -38,12 +38,12 @@ def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path:
     other = engine(tmp_path / "elsewhere" / "worker.out", command)
     try:
         end_leftovers(tmp_path / "session")
-        assert ours.wait(5) == -9
+        assert ours.wait(60) == -9
         assert other.poll() is None
     finally:
         other.kill()
         ours.kill()
-        other.wait(5)
+        other.wait(60)
 
 
 def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> None:

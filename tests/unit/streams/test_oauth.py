@@ -63,7 +63,7 @@ def server() -> Iterator[TokenServer]:
     thread.start()
     yield tokens
     http.shutdown()
-    thread.join(10)
+    thread.join(60)
     http.server_close()
 
 

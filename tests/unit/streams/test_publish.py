@@ -140,7 +140,7 @@ class TestInFlight:
         waiting.join(0.05)
         assert waiting.is_alive()
         window.acknowledged(1)
-        waiting.join(10)
+        waiting.join(60)
         assert not waiting.is_alive()
 
     def test_a_larger_image_than_all_may_have_is_let_through_alone(self) -> None:
