@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Debian packages that the tests use beside Python: kcat (a Kafka producer that is none of ours), PostgreSQL, Chromium
-# (the console's visitor), Prometheus and Alertmanager.
+# Debian packages that the tests use beside Python: PostgreSQL, Chromium (the console's visitor), Prometheus and
+# Alertmanager.
 set -euo pipefail
 missing=()
-command -v kcat >/dev/null || missing+=(kcat)
 command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 command -v chromium >/dev/null || missing+=(chromium)
 { command -v prometheus && command -v promtool; } >/dev/null || missing+=(prometheus)

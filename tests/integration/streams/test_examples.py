@@ -17,6 +17,7 @@ from ops.settings import Settings
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, produce, reading, records_seen, wait_for
+from tests.support.kcat import kcat_folder
 from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.integration
@@ -82,7 +83,8 @@ def test_python(settings: Settings, take: Take, tmp_path: Path) -> None:
 def test_kcat(settings: Settings, take: Take, tmp_path: Path) -> None:
     image = tmp_path / "bus.png"
     image.write_bytes(picture(7))
-    rows = take(2, lambda: run(settings, "bash", PRODUCERS / "kcat.sh", image, 'a "red" bus'))
+    path = f"{kcat_folder(tmp_path)}:{os.environ['PATH']}"
+    rows = take(2, lambda: run(settings, "env", f"PATH={path}", "bash", PRODUCERS / "kcat.sh", image, 'a "red" bus'))
     assert {row["text"] for row in rows} == {'a "red" bus', 'a "red" bus, as it is'}
     assert {row["domain"] for row in rows} == {"examples"}
 

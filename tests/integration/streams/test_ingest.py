@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import subprocess
 import time
 from collections import Counter
@@ -40,6 +39,7 @@ from tests.support.kafka import (
     records_seen,
     wait_for,
 )
+from tests.support.kcat import kcat_folder
 
 pytestmark = pytest.mark.integration
 
@@ -214,7 +214,6 @@ def test_a_repeated_sample_is_recorded_as_a_duplicate_and_stored_once(running: R
     assert {row["duplicate_of"] for row in rows} == {None, rows[0]["id"]}
 
 
-@pytest.mark.skipif(shutil.which("kcat") is None, reason="kcat (Debian package) is not installed")
 def test_kcat_publishes_plain_json_and_image_files(running: Running, tmp_path: Path) -> None:
     kafka = running.settings.kafka
     lines = "\n".join(
@@ -224,7 +223,7 @@ def test_kcat_publishes_plain_json_and_image_files(running: Running, tmp_path: P
     file.write_bytes(picture(6010))
 
     def send() -> None:
-        base = ["kcat", "-q", "-P", "-b", kafka.bootstrap, "-t", kafka.topic]
+        base = [str(kcat_folder(tmp_path) / "kcat"), "-P", "-b", kafka.bootstrap, "-t", kafka.topic]
         subprocess.run(base, input=lines.encode(), check=True, timeout=30)
         headers = ["-H", "ratchet_text=a file from kcat", "-H", "ratchet_domain=kcat"]
         subprocess.run([*base, *headers, str(file)], check=True, timeout=30)
