@@ -29,6 +29,8 @@ docs: $(FOR_TESTS)
 
 $(VENV)/.installed-%: pyproject.toml install.py
 	@echo "installing what '$*' needs into $(VENV) (one to three minutes)"
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, and $(PYTHON) is " \
+	  + sys.version.split()[0] + ".\nfix: name another one, as in: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python install.py $*
 	@touch $@

@@ -2,20 +2,97 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import runpy
 import subprocess
+import sys
+import sysconfig
+import threading
 import tomllib
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ops.addresses import free_port
+
 ROOT = Path(__file__).parents[3]
+UV = str(Path(sysconfig.get_path("scripts")) / "uv")
 
 
 @pytest.fixture(scope="module")
 def script() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "install.py"))
+
+
+def stub_wheel(folder: Path, name: str, version: str) -> None:
+    """An empty package as a wheel."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}/__init__.py", "")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@contextmanager
+def serve_folder(folder: Path) -> Iterator[str]:
+    """Serve a folder over HTTP, as an index of the packages that its folders are named for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def write_project(folder: Path) -> Path:
+    """A project that needs torch alone."""
+    project = folder / "a project"
+    (project / "package").mkdir(parents=True)
+    (project / "package" / "__init__.py").touch()
+    (project / "pyproject.toml").write_text(
+        '[project]\nname = "package"\nversion = "1"\ndependencies = ["torch>=2.13,<2.14"]\n'
+        "[project.optional-dependencies]\nlocal = []\n"
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[tool.setuptools]\npackages = ["package"]\n'
+    )
+    return project
+
+
+def install(folder: Path, pip: dict[str, str]) -> tuple[str, str]:
+    """Run install.py for such a project in an environment of its own: what it prints, and torch's version then."""
+    python = folder / "venv" / "bin" / "python"
+    subprocess.run([UV, "venv", "-q", "--seed", python.parents[1]], check=True)
+    subprocess.run([UV, "pip", "install", "-q", "--python", python, "uv>=0.13,<1"], check=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    done = subprocess.run(
+        [python, ROOT / "install.py", "local"], cwd=write_project(folder), env={**clean, **pip},
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    version = "from importlib.metadata import version; print(version('torch'))"
+    return done.stdout, subprocess.run([python, "-c", version], capture_output=True, text=True, check=True).stdout
+
+
+def recording_uv(folder: Path) -> Path:
+    """A uv that writes down what it is told, and finds two packages of 1 and 2 MB."""
+    uv = folder / "uv"
+    lock = "".join(
+        f'[[packages]]\nname = "{name}"\nversion = "2.13.0"\nwheels = [{{ url = "http://x/x.whl", size = {size} }}]\n'
+        for name, size in (("torch", 1_000_000), ("other", 2_000_000))
+    )
+    uv.write_text(
+        f'#!/bin/sh\necho "$*" >>"{folder}/commands"\nfor last; do :; done\n'
+        f'[ "$1" = cache ] && echo "{folder}/cache" && exit\ncat >"$last" <<END\n{lock}END\n'
+    )
+    uv.chmod(0o755)
+    return uv
 
 
 def test_what_pip_was_told_of_an_index_wheels_and_constraints_is_passed_on(script: dict[str, Any]) -> None:
@@ -44,20 +121,78 @@ def test_where_pip_was_told_nothing_uv_is_told_nothing(script: dict[str, Any]) -
     assert script["uv_variables"]("") == {}
 
 
-@pytest.mark.parametrize(("extras", "named"), [(("demo",), ".[demo]"), ((), ".[dev]")])
-def test_the_extras_that_are_named_are_installed(
-    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, extras: tuple[str, ...], named: str
+def test_the_builds_for_processors_are_taken_from_a_folder_that_pip_was_told_of(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for version in ("2.13.0", "2.13.0+cpu"):
+        stub_wheel(wheels, "torch", version)
+    said, installed = install(tmp_path, {"PIP_FIND_LINKS": str(wheels)})
+    assert "torch 2.13.0+cpu: the build for processors, from a folder or an index of pip's configuration" in said
+    assert installed.strip() == "2.13.0+cpu"
+
+
+def test_the_builds_for_processors_are_taken_from_an_index_that_pip_was_told_of(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    (wheels / "torch").mkdir(parents=True)
+    stub_wheel(wheels / "torch", "torch", "2.13.0+cpu")
+    with serve_folder(wheels) as url:
+        said, installed = install(tmp_path, {"PIP_EXTRA_INDEX_URL": url})
+    assert "torch 2.13.0+cpu: the build for processors" in said
+    assert installed.strip() == "2.13.0+cpu"
+
+
+def test_an_index_that_pip_was_told_to_use_alone_is_the_only_one_asked(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands: list[list[str]] = []
+    (tmp_path / "torch").mkdir(parents=True)
+    stub_wheel(tmp_path / "torch", "torch", "2.13.1")
+    monkeypatch.chdir(write_project(tmp_path))
+    with serve_folder(tmp_path) as url:
+        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)  # which answers
+        plan, source = script["choose"](Path(UV), "local", {**os.environ, "UV_DEFAULT_INDEX": url, "UV_NO_CONFIG": "1"})
+    assert (plan.torch, plan.packages, plan.options) == ("2.13.1", 1, ())
+    assert source == "from 127.0.0.1, which has no build for processors"
 
-    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout=b"")
 
-    monkeypatch.setattr(subprocess, "run", record)
-    with pytest.raises(SystemExit, match="0"):
-        script["main"](*extras)
-    assert commands[-1][-1] == named
+def test_the_own_index_of_pytorch_is_used_when_it_answers(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uv = recording_uv(tmp_path)
+    with serve_folder(tmp_path) as url:
+        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)
+        plan, source = script["choose"](uv, "local", dict(os.environ))
+    assert plan.options[0] == "--torch-backend" and source.startswith("from PyTorch's own index")
+    first, second = (tmp_path / "commands").read_text().splitlines()
+    assert "--torch-backend" not in first and f"--torch-backend {plan.options[1]}" in second
+
+
+def test_without_any_other_build_that_of_pypi_is_taken_and_the_line_says_why(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", f"http://127.0.0.1:{free_port()}/")
+    plan, source = script["choose"](recording_uv(tmp_path), "local", dict(os.environ))
+    assert (plan.options, plan.torch, plan.packages, plan.size) == ((), "2.13.0", 2, 3_000_000)
+    assert source.startswith("PyPI's build")
+
+
+def test_a_disk_that_is_too_small_ends_it_before_anything_is_downloaded(script: dict[str, Any], tmp_path: Path) -> None:
+    uv = recording_uv(tmp_path)
+    plan = script["Plan"]("2.13.0", 300, 10**15)
+    problem = script["missing_space"](plan, uv, dict(os.environ))
+    assert "2200000.0 GB are needed for 300 packages" in problem and "UV_CACHE_DIR" in problem
+    assert not script["missing_space"](script["Plan"]("2.13.0", 300, 1), uv, dict(os.environ))
+
+
+def test_an_old_python_is_named_before_an_environment_is_made(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 9); exec(sys.argv[1])" "$2"\n'
+    )
+    old.chmod(0o755)
+    command = ["make", "-C", str(ROOT), "demo", f"VENV={tmp_path}/venv", f"PYTHON={old}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "Python 3.11 or later is needed" in done.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 def test_the_tests_need_all_that_the_demo_needs_and_the_demo_needs_no_test_tool() -> None:
