@@ -26,7 +26,6 @@ from ops.load.expected import Question
 from ops.load.traffic import Report, Traffic
 from ops.progress import say, step
 from ops.settings import Settings
-from ops.settings.serving import Console
 from serving.client import Client
 from streams.demo import QUESTIONS, DemoData, Preparation
 from streams.folders import FolderItem, read_folder
@@ -39,7 +38,7 @@ GFLOPS_PER_UPDATE = 2_300.0
 """Of the default CLIP update about 117 steps of 200: most of what 1,300 pictures teach, in six tenths of the time."""
 PARTS = ["console", "broker", "serve", "ingest"]
 PORTS = 20
-"""So many are tried for the console, from the usual one on."""
+"""So many are tried for each of server, console and broker, from the usual one on."""
 
 
 def tell(folder: Path, keep: bool, with_vlm: bool = False) -> None:
@@ -111,21 +110,30 @@ def _settle(folder: Path, with_vlm: bool) -> Context:
         file.unlink()
     home.mkdir(parents=True, exist_ok=True)
     file = home / "ratchet.yaml"
+    usual = Settings()
+    serve, console, broker = _free_ports(
+        f"{usual.serve.host}:{usual.serve.port}", f"{usual.console.host}:{usual.console.port}", usual.kafka.bootstrap
+    )
     settings = {
         "home": str(home),
         "base": {"vlm": VLM if with_vlm else ""},
         "budget": {"gflops_per_update": GFLOPS_PER_UPDATE},
-        "console": {"port": _console_port()},
+        "serve": {"port": int(serve.rpartition(":")[2])},
+        "console": {"port": int(console.rpartition(":")[2])},
+        "kafka": {"bootstrap": broker},
     }
     file.write_text(yaml.safe_dump(settings))
     return Context(file, [])
 
 
-def _console_port() -> int:
-    """The usual one, or one behind it where somebody listens: the demo does without the usual address."""
-    usual = Console()
-    ports = range(usual.port, usual.port + PORTS)
-    return next((port for port in ports if not listens(f"{usual.host}:{port}")), usual.port)
+def _free_ports(*usual: str) -> list[str]:
+    """Each address, or one with a port behind it where another process listens: none is given out twice."""
+    free: list[str] = []
+    for address in usual:
+        host, _, first = address.rpartition(":")
+        near = (f"{host}:{port}" for port in range(int(first), int(first) + PORTS))
+        free.append(next((each for each in near if each not in free and not listens(each)), address))
+    return free
 
 
 def _data(settings: Settings) -> list[DemoData]:
