@@ -1,14 +1,16 @@
-"""Child processes that are restarted when they end by themselves, and stopped in bounded time."""
+"""Child processes that end with this one, are restarted when they end by themselves, and stopped in bounded time."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,7 +19,55 @@ from ops.log_format import readable
 from ops.progress import say
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
+KILL_SECONDS = 20.0
+"""How long killing is waited for; the reaper itself gives up before."""
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+def reaped(command: Sequence[str]) -> list[str]:
+    """The command line that runs a command below a reaper, see :mod:`ops.reaper`: all processes of the command end
+    with it, and with this process, however that ends.
+    """
+    reaper = str(Path(__file__).with_name("reaper.py"))
+    return [sys.executable, "-S", "-E", reaper, str(os.getpid()), str(STOP_SECONDS), *command]
+
+
+def stop_reaped(process: subprocess.Popen[bytes] | subprocess.Popen[str], seconds: float = STOP_SECONDS) -> bool:
+    """Ask what :func:`reaped` runs to end, and kill it after ``seconds``. Returns whether it ended as asked."""
+    process.terminate()
+    try:
+        process.wait(max(0.1, seconds))
+        return True
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGQUIT)
+    try:
+        process.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return False
+
+
+def end_with_parent() -> None:
+    """In a process of multiprocessing: end it as soon as its parent is gone, which may have been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+def kill_workers(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool in the middle of what they do. Left to itself, the pool would do all of its work."""
+    processes = list((pool._processes or {}).values())
+    for process in processes:
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.join()
 
 
 @dataclass
@@ -33,12 +83,12 @@ class ChildProcess:
     _file: IO[bytes] | None = None
 
     def start(self) -> None:
-        """Start the process in a group of its own, so that a Ctrl-C reaches the supervisor alone."""
+        """Start the process in a session of its own, so that a Ctrl-C reaches the supervisor alone."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         if self._file is None:
             self._file = self.log.open("ab")
         self.process = subprocess.Popen(
-            self.command, stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True,
+            reaped(self.command), stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -63,24 +113,19 @@ class ChildProcess:
         self.retry_at = 0.0
         self.start()
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the process (not to its children: it ends them itself)."""
+    def ask(self) -> None:
+        """Ask it to end."""
         if self.process is not None and self.running:
-            self.process.send_signal(number)
+            self.process.terminate()
 
     def stop(self, deadline: float) -> None:
-        """Ask it to end, wait until ``deadline`` (monotonic seconds), then end its whole group."""
+        """Ask it to end, wait until ``deadline`` (monotonic seconds), then kill all of its processes."""
         if self.process is None:
             return
-        self.signal(signal.SIGTERM)
-        try:
-            self.process.wait(max(0.1, deadline - time.monotonic()))
+        if stop_reaped(self.process, deadline - time.monotonic()):
             say(f"{self.name} stopped")
-        except subprocess.TimeoutExpired:
+        else:
             say(f"[yellow]{self.name} did not stop in time and is killed[/yellow]")
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
         if self._file is not None:
             self._file.close()
             self._file = None

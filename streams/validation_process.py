@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from ops.child_process import end_with_parent, kill_workers
 from ops.logs import LogConfig, inherit, inherited
 from ops.settings.streams import Ingest, Kafka
 from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, Rules, StoreRow, refuse, validate
 from streams.registry import SchemaRegistry
 from streams.uris import UriFetcher
-
-PARENT_SECONDS: Final = 1.0
-"""How often it looks whether its consumer is still there: one that was killed cannot say that it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +83,10 @@ class ProcessValidators:
         return crashed(received, self._guard)
 
     def close(self) -> None:
-        """End the processes now, in the middle of what they do."""
-        processes = list((self._pool._processes or {}).values())
-        for process in processes:
-            process.kill()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.join()  # what it has noted is no death of a record: the guard is emptied behind this
+        """End the processes now, in the middle of what they do. What they have noted is no death of a record: the guard
+        is emptied behind this.
+        """
+        kill_workers(self._pool)
 
     def _restart(self) -> None:
         """Replace processes of which one has died, and count whose deaths these were."""
@@ -109,7 +102,7 @@ class ProcessValidators:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process for each core: more threads wait for each other
         # Spawned: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that nobody will release.
         context = get_context("spawn")
-        arguments = (self._work, os.getpid(), self._guard.path, context.Value("i", 0), inherited())
+        arguments = (self._work, self._guard.path, context.Value("i", 0), inherited())
         self._pool = ProcessPoolExecutor(self._count, context, _begin, arguments)
         for _ in range(self._count):  # so that they start now, and not with the first records: the pool starts one for
             self._pool.submit(validate_all, ())  # each piece of work for which none is idle
@@ -135,24 +128,18 @@ _notes: Notes
 _threads: ThreadPoolExecutor | None = None
 
 
-def _begin(work: Work, parent: int, path: Path, started: Any, log: LogConfig | None) -> None:
+def _begin(work: Work, path: Path, started: Any, log: LogConfig | None) -> None:
     """``started``: a shared number of the processes that began before."""
     global _rules, _notes, _threads
     inherit(log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the consumer, which stores what was validated
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     _rules = work.rules()
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     _notes = Notes.of_process(path, number, work.threads)
     if work.threads > 1:
         _threads = ThreadPoolExecutor(work.threads, "validate")
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
-    os._exit(1)
 
 
 def _validate(received: Received) -> Accepted | StoreRow:

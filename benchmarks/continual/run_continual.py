@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -267,7 +266,6 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         "--fast", action="store_true", help=f"{', '.join(FAST)} over {FAST_UPDATES} updates: 10 minutes"
     )
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: its processes end with it
     if options.fast and options.family != "clip":
         parser.error("--fast is of CLIP recipes")
     wanted = Wanted(

@@ -23,6 +23,7 @@ from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
 from benchmarks.lifetime.world import FORGOTTEN, make_world
 from benchmarks.machine import machine
+from ops.child_process import end_with_parent, kill_workers
 from ops.errors import ConfigError
 from ops.progress import say, track
 from ops.settings import Settings
@@ -113,7 +114,11 @@ def _run_all(tasks: Sequence[Task], outcomes: Path, workers: int | None) -> Iter
         yield from (task.run(sources) for task in tasks)
         return
     with ProcessPoolExecutor(count, get_context("spawn"), initializer=_begin, initargs=(outcomes,)) as pool:
-        yield from pool.map(_run, tasks)
+        try:
+            yield from pool.map(_run, tasks)
+        except BaseException:  # the end of the block would wait for all tasks
+            kill_workers(pool)
+            raise
 
 
 _SOURCES: dict[str, Source] = {}
@@ -121,6 +126,7 @@ _SOURCES: dict[str, Source] = {}
 
 
 def _begin(outcomes: Path) -> None:
+    end_with_parent()
     _SOURCES.update(read_sources(outcomes))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ops.cli import context as ctx
+from ops.stop_signals import stop_on_signals
 
 
 def bench(
@@ -20,6 +21,7 @@ def bench(
     from benchmarks import WITHOUT_MODELS, run
     from ops.cli.shipped import make_base_ready
 
+    stop_on_signals()  # a benchmark ends what it started, as on Ctrl-C
     if name not in WITHOUT_MODELS:
         make_base_ready(ctx.of(context).settings)
     run(name, ctx.of(context).settings, context.args)

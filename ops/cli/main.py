@@ -37,6 +37,7 @@ from ops.cli.context import Context
 from ops.errors import RatchetError
 from ops.log_format import writes_json
 from ops.logs import configure_logging
+from ops.stop_signals import Stopped
 
 log = logging.getLogger("ratchet.cli")
 app = typer.Typer(
@@ -110,6 +111,8 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
     except Exception:
         if not writes_json():
             raise

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -15,10 +13,7 @@ from rich.live import Live
 from ops.cli import context as ctx
 from ops.errors import RatchetError
 from ops.progress import say, step
-
-
-class Stop(Exception):
-    """SIGTERM or SIGINT asked for a graceful end."""
+from ops.stop_signals import Stopped, stop_on_signals
 
 
 def up(
@@ -37,10 +32,10 @@ def up(
     from ops.cli.tune import is_tuned
 
     shared = ctx.of(context)
-    make_ready(shared.settings)
     names = [name for name in Supervisor.ORDER if name not in (without or [])]
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_signals()
     try:
+        make_ready(shared.settings)
         with Supervisor(shared, names) as parts:
             progress = None
             with step("starting " + ", ".join(part.name for part in parts.parts)):
@@ -64,7 +59,7 @@ def up(
                     parts.tend()
                     live.update(screen(settings, parts), refresh=True)
                     time.sleep(1)
-    except (Stop, KeyboardInterrupt):
+    except Stopped:
         say("stopped")
 
 
@@ -161,12 +156,8 @@ def demo(
     """
     from ops.cli.demo.story import tell
 
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_signals()
     try:
         tell(folder, keep=keep, with_vlm=with_vlm)
-    except Stop:
+    except Stopped:
         raise RatchetError("the demo was stopped.", "Start it again with `ratchet demo`.") from None
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise Stop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from ops.child_process import STOP_SECONDS, ChildProcess, tail
 from ops.cli.context import Context
 from ops.errors import RatchetError
 from ops.ledger.rows import Family
+from ops.stop_signals import undisturbed
 
 if TYPE_CHECKING:
     from serving.start_progress import StartProgress
@@ -38,12 +38,14 @@ class Supervisor:
         ]
 
     def __enter__(self) -> Supervisor:
-        for part in self.parts:
-            part.start()
+        with undisturbed():
+            for part in self.parts:
+                part.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        with undisturbed():
+            self.stop()
 
     def part(self, name: str) -> ChildProcess:
         """One part by name."""
@@ -83,6 +85,6 @@ class Supervisor:
         deadline = time.monotonic() + STOP_SECONDS
         for part in reversed(self.parts):
             if part.name != "broker":
-                part.signal(signal.SIGTERM)
+                part.ask()
         for part in reversed(self.parts):
             part.stop(deadline)

@@ -113,6 +113,8 @@ class Traffic:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None and self._process is not None:
+            self._process.kill()  # nobody asks for its answers any more
         self.stop()
 
     def stop(self) -> None:
@@ -123,6 +125,8 @@ class Traffic:
                 self._process.wait(90)
             except subprocess.TimeoutExpired:
                 self._process.kill()
+        if self._process is not None:
+            self._process.wait()
 
     def send_to(self, *urls: str) -> None:
         """Send further requests to these servers, in turn."""

@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from ops.child_process import end_with_parent
 from ops.errors import ConfigError
 from ops.waiting import wait_until
 from serving.engines.backends import EngineChoice
@@ -188,6 +189,7 @@ def _wait_for(workers: Sequence[BaseProcess], ready: Barrier) -> None:
 def _encode(
     home: Path, name: str, choice: EngineChoice, threads: int, batch: int, seconds: float, ready: Barrier, results: Any
 ) -> None:
+    end_with_parent()
     engine = ClipEngine(load_base(home, name), threads=threads, choice=choice)
     engine.encode_images(golden_pixels(engine.base.preprocess.size))
     ready.wait(START_SECONDS)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Literal, cast
 
+from ops.child_process import reaped
 from ops.errors import RatchetError
 from ops.progress import say
 
@@ -110,7 +111,7 @@ def _apt(package: Package, scratch: Path) -> None:
 def _run(command: list[str], scratch: Path, package: Package) -> None:
     line = " ".join([Path(command[0]).name, *command[1:]])
     try:
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
+        done = subprocess.run(reaped(command), cwd=scratch, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PackageError(f"`{line}` for {package} did not finish: {error}.", "Check the network.") from error
     if done.returncode:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Final
 
 from ops import progress
+from ops.child_process import end_with_parent, kill_workers
 from ops.errors import ConfigError
 from ops.priority import nice_process, nice_session
 from streams.demo.domain import current
@@ -90,22 +91,20 @@ class Preparation:
         self._reader.start()
         count = min(processes or len(os.sched_getaffinity(0)), len(missing))
         self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(self._lines,))
-        others = multiprocessing.active_children()
         self._jobs = {each.name: self._pool.submit(each.prepare, home) for each in missing}
-        self._workers = [child for child in multiprocessing.active_children() if child not in others]
 
     def __enter__(self) -> Preparation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._pool is not None:
-            for worker in self._workers if kind is not None else ():
-                worker.terminate()  # nobody waits for its data any more, and a Ctrl-C does not reach it
-            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-            self._pool = None
-            if kind is None:  # a worker that was ended may hold the queue
-                self._lines.put(None)
+            if kind is not None:  # nobody waits for its data any more, and a Ctrl-C does not reach the workers
+                kill_workers(self._pool)
+            else:
+                self._pool.shutdown(wait=True)
+                self._lines.put(None)  # a worker that was killed may hold the queue
                 self._reader.join()
+            self._pool = None
 
     def wait(self, *names: str) -> None:
         """Return when these are there. Raises what preparing one of them raised."""
@@ -125,6 +124,7 @@ class Preparation:
 def _begin(lines: SimpleQueue[str | None]) -> None:
     """In each process: give way to others, and tell the parent what would be shown."""
     os.setsid()
+    end_with_parent()
     nice_process(NICE)
     nice_session()
     progress.send_to(lines.put)

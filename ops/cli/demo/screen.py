@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.errors import MarkupError
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops import progress
+from ops.child_process import reaped, stop_reaped
 from ops.cli.demo.chapters import Chapter, StoryProgress
 from ops.errors import RatchetError
 
@@ -29,6 +31,8 @@ LEAST_LINES = 3
 OTHER_LINES = 11
 """Of the screen, beside these and the chapters: a head, frames, and the chapter's title and reason."""
 REFRESHES_PER_SECOND = 4
+STOP_SECONDS = 10.0
+"""For a command to end when the demo is stopped: nothing goes on with what it has not finished."""
 _HEAD = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ [\w.]+: ")
 """What lines of a child's log begin with; they get the time of their arrival here."""
 
@@ -91,22 +95,21 @@ class Screen:
 
     def run(self, command: Sequence[str]) -> None:
         """Run a command and show what it says. Raises RatchetError when it fails."""
-        if self._live is None:
-            status = subprocess.run(command, check=False).returncode
-        else:
-            with subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace",
-                env={**os.environ, "COLUMNS": str(self._console.width), "RATCHET_LOGS__FORMAT": "text"},
-            ) as process:  # fmt: skip
-                assert process.stdout is not None
-                try:
-                    for line in process.stdout:
-                        self.add(escape(_HEAD.sub("", line.rstrip())))
-                except BaseException:  # the demo is stopped: the end of the block would wait for the child
-                    process.terminate()
-                    raise
-            status = process.returncode
+        shown: dict[str, Any] = {} if self._live is None else {
+            "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace",
+            "env": {**os.environ, "COLUMNS": str(self._console.width), "RATCHET_LOGS__FORMAT": "text"},
+        }  # fmt: skip
+        process = subprocess.Popen(reaped(command), stdin=subprocess.DEVNULL, start_new_session=True, **shown)
+        try:
+            for line in process.stdout or ():
+                self.add(escape(_HEAD.sub("", line.rstrip())))
+            status = process.wait()
+        except BaseException:
+            stop_reaped(process, STOP_SECONDS)
+            raise
+        finally:
+            if process.stdout is not None:
+                process.stdout.close()
         if status:
             raise RatchetError(f"`{' '.join(command[1:])}` ended with status {status}.", "Its last lines say why.")
 

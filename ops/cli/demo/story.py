@@ -26,6 +26,7 @@ from ops.load.expected import Question
 from ops.load.traffic import Report, Traffic
 from ops.progress import say, step
 from ops.settings import Settings
+from ops.stop_signals import Stopped, undisturbed
 from serving.client import Client
 from streams.demo import QUESTIONS, DemoData, Preparation
 from streams.folders import FolderItem, read_folder
@@ -62,7 +63,8 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
     wanted = _data(settings)
     with ExitStack() as running:
         with screen.chapter("start"):
-            data = running.enter_context(Preparation(wanted, settings.home))
+            with undisturbed():  # on the stack, before anything breaks off
+                data = running.enter_context(Preparation(wanted, settings.home))
             make_base_ready(settings)
             parts = running.enter_context(Supervisor(context, PARTS))
             starting = parts.wait_until_ready("clip")
@@ -180,5 +182,5 @@ def _stay(parts: Supervisor) -> None:
         while True:
             parts.tend()
             time.sleep(1)
-    except KeyboardInterrupt:
+    except Stopped:
         say("stopping")

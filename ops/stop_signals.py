@@ -1,0 +1,83 @@
+"""Signals that ask a command to stop: the first one raises, later ones change nothing.
+
+An exception that a signal raises while cleanup runs would break the cleanup off, and two signals are common: `make`
+passes one on that the whole group got already, and people press Ctrl-C twice.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LAST_SECONDS = 90.0
+"""After so long the process ends whatever it is doing: twice as long as parts have to stop."""
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end. Not an Exception, so that nothing takes it for an error that it handles."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"asked to end by {signal.Signals(number).name}")
+        self.number = number
+
+
+@dataclass
+class _State:
+    number: int = 0
+    """The first signal; 0 before it came."""
+    raised: bool = False
+    undisturbed: int = 0
+    """Depth of blocks that no signal may break off."""
+
+
+_state = _State()
+
+
+def stop_on_signals() -> None:
+    """From now on the first of SIGTERM, SIGINT and SIGHUP raises :class:`Stopped` in the main thread.
+
+    What was ignored when the process started, such as SIGHUP below ``nohup``, stays so.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _ask)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, a signal that asks to stop waits for the end of the block. For what must not be half done, as starting
+    something that somebody has to stop. Use it in the main thread.
+    """
+    _state.undisturbed += 1
+    try:
+        yield
+    finally:
+        _state.undisturbed -= 1
+        _raise_if_due()
+
+
+def _ask(number: int, _frame: FrameType | None) -> None:
+    if _state.number:
+        return
+    _state.number = number
+    threading.Thread(target=_end_at_last, name="end-at-last", daemon=True).start()
+    _raise_if_due()
+
+
+def _raise_if_due() -> None:
+    if _state.number and not _state.raised and not _state.undisturbed:
+        _state.raised = True
+        raise Stopped(_state.number)
+
+
+def _end_at_last() -> None:
+    """Cleanup hangs, or something swallowed the exception: what runs below a reaper, or watches its parent, ends."""
+    time.sleep(LAST_SECONDS)
+    os._exit(128 + _state.number)
