@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ops.log_format import readable
 from ops.progress import say
+from ops.reaper import descendants
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
 KILL_SECONDS = 20.0
@@ -58,6 +60,16 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+def processor_seconds(root: int) -> float:
+    """What a process and its descendants have computed, without those that have ended. 0 where there is no /proc."""
+    ticks = 0
+    for pid in [root, *descendants(root)] if sys.platform == "linux" else ():
+        with suppress(OSError):  # it has ended
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def kill_workers(pool: ProcessPoolExecutor) -> None:

@@ -109,7 +109,7 @@ def _kill_all(command: int) -> dict[int, int]:
     ended: dict[int, int] = {}
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
-        left = _descendants() if LINUX else [-command]  # negative: a process group
+        left = descendants(os.getpid()) if LINUX else [-command]  # negative: a process group
         for pid in list(left):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -122,8 +122,8 @@ def _kill_all(command: int) -> dict[int, int]:
     return ended
 
 
-def _descendants() -> list[int]:
-    """Children, their children, and so on, without those that have ended."""
+def descendants(root: int) -> list[int]:
+    """Children of a process, their children, and so on, without those that have ended. Needs /proc."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208  without pathlib it starts sooner
         if name.isdigit():
@@ -134,7 +134,7 @@ def _descendants() -> list[int]:
                 continue
             if state not in (b"Z", b"X"):
                 children.setdefault(int(parent), []).append(int(name))
-    found, waiting = [], [os.getpid()]
+    found, waiting = [], [root]
     while waiting:
         of_one = children.get(waiting.pop(), [])
         found += of_one

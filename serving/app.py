@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ops.access import Access
+from ops.child_process import processor_seconds
 from ops.errors import ConfigError, LedgerUnavailable
 from ops.ledger import Ledger
 from ops.ledger.rows import Family
@@ -315,7 +316,7 @@ def _start(settings: Settings, server: Server) -> None:
 
         deploy(build(settings), APP, settings.serve)
         server.progress = _progress(settings, server)
-        server.progress.wait_for("clip", START_SECONDS)
+        server.progress.wait_for("clip", lambda: processor_seconds(os.getpid()))
     if settings.base.vlm and not serves_vlm(settings):
         say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
 

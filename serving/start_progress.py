@@ -10,6 +10,7 @@ from typing import Final
 from ops.errors import ConfigError
 from ops.ledger.rows import Family
 from ops.progress import say
+from ops.waiting import StoodStill, wait_for_progress
 from serving.client import Client, ServerError
 from serving.ray.deployment_status import DeploymentStatus
 
@@ -36,6 +37,7 @@ class StartProgress:
         self._statuses = statuses
         self._statuses_due = 0.0
         self._ended: set[str] = set()
+        self._running: list[str] = []
         self._last_problems: dict[Family, str] = {}
         self._began = time.monotonic() if began is None else began
 
@@ -61,25 +63,30 @@ class StartProgress:
                 self._last_problems[model] = problem
         return not self._waiting
 
-    def wait_for(self, model: Family, seconds: float, check: Callable[[], object] = lambda: None) -> None:
+    def wait_for(self, model: Family, work: Callable[[], object], check: Callable[[], object] = lambda: None) -> None:
         """Return when a model answers.
 
         Args:
+            work: a sign that the server does something, see :func:`ops.waiting.wait_for_progress`.
             check: called before each look; ends the wait by what it raises.
 
         Raises:
             ConfigError: see :meth:`look`.
-            ServerError: not within ``seconds``.
+            ServerError: nothing moves any more.
         """
-        while model in self._waiting:
+
+        def answers() -> bool:
             check()
             self.look()
-            if model in self._waiting and self.seconds > seconds:
-                raise ServerError(
-                    f"{self._client.url} was not ready within {seconds:.0f} s: {self._last_problems.get(model, '')}",
-                    "Look at the server's log.",
-                )
-            time.sleep(LOOK_SECONDS)
+            return model not in self._waiting
+
+        def how_far() -> str:
+            return ", ".join([self._last_problems.get(model, "no answer"), *(f"{name} runs" for name in self._running)])
+
+        try:
+            wait_for_progress(answers, how_far, work=work, pause=LOOK_SECONDS)
+        except StoodStill as error:
+            raise ServerError(f"{NAMES[model]} does not start: {error}", "Look at the server's log.") from None
 
     def _look_at_deployments(self) -> None:
         if self._statuses is None or time.monotonic() < self._statuses_due:
@@ -95,6 +102,7 @@ class StartProgress:
                 self._failed(name, status.cause)
             if status.running or status.failed:
                 self._ended.add(name)
+                self._running += [name] if status.running else []
                 say(f"{name} {'runs' if status.running else 'failed'} after {self.seconds:.1f} s")
 
     def _failed(self, name: str, cause: str) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ops.addresses import listens
-from ops.child_process import STOP_SECONDS, ChildProcess, tail
+from ops.child_process import STOP_SECONDS, ChildProcess, processor_seconds, tail
 from ops.cli.context import Context
 from ops.errors import RatchetError
 from ops.ledger.rows import Family
@@ -14,8 +14,6 @@ from ops.stop_signals import undisturbed
 
 if TYPE_CHECKING:
     from serving.start_progress import StartProgress
-
-READY_SECONDS = 900.0  # serve gives up by itself and says why: leave it the time, also on a machine that is busy
 
 
 class Supervisor:
@@ -57,12 +55,12 @@ class Supervisor:
         for part in self.parts:
             part.tend(now)
 
-    def wait_until_ready(self, model: Family = "vlm", timeout: float = READY_SECONDS) -> StartProgress:
+    def wait_until_ready(self, model: Family = "vlm") -> StartProgress:
         """Wait until the server answers for a model (``vlm``: for every model that it serves), and say how far it is.
         Returns the progress, which goes on where another model is still starting.
 
         Raises:
-            RatchetError: a part ended instead, with the end of its log; or it took longer than ``timeout`` seconds.
+            RatchetError: a part ended instead, with the end of its log; or nothing moves any more.
         """
         from serving.app import serves_vlm
         from serving.client import Client
@@ -71,14 +69,20 @@ class Supervisor:
         models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(self.settings) else ("clip",)
         progress = StartProgress(Client(self.settings.serve.url), models)
         for wanted in models[: 1 + (model == "vlm")]:
-            progress.wait_for(wanted, timeout, self.check)
+            progress.wait_for(wanted, self.work, self.check)
         return progress
 
     def check(self) -> None:
         """Raise RatchetError with the end of its log when a part has ended."""
         for part in self.parts:
             if not part.running:
-                raise RatchetError(f"{part.name} ended while starting:\n{tail(part.log)}", f"The whole log: {part.log}")
+                raise RatchetError(f"{part.name} ended:\n{tail(part.log)}", f"The whole log: {part.log}")
+
+    def work(self) -> tuple[float, int]:
+        """A sign that the parts do something: how much they have computed, and written into their logs."""
+        running = [part for part in self.parts if part.process is not None]
+        computed = sum(processor_seconds(part.process.pid) for part in running if part.process is not None)
+        return computed, sum(part.log.stat().st_size for part in running)
 
     def stop(self) -> None:
         """Stop the parts: readers of the log first, the broker last; one deadline for all."""

@@ -37,7 +37,7 @@ from ops.load.probes import (
     search_probes,
 )
 from ops.settings import Settings
-from ops.waiting import wait_until
+from ops.waiting import StoodStill, wait_for_progress
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,18 @@ class Traffic:
             self._process.stdin.flush()
 
     def wait_for(self, requests: int, timeout_seconds: float = 60.0) -> None:
-        """Return when so many requests were answered. Raises RatchetError when they are not in time."""
-        running = lambda: self._process is None or self._process.poll() is None  # noqa: E731
-        if not wait_until(lambda: len(self._rows()) >= requests, timeout_seconds, alive=running):
-            raise RatchetError(f"the load has {len(self._rows())} of {requests} answers.", "Is the server up?")
+        """Return when so many requests were answered. Raises RatchetError when none is for so long, or it ends."""
+
+        def answered() -> bool:
+            if self._process is not None and self._process.poll() is not None:
+                raise RatchetError(f"the load ended with status {self._process.returncode}.", "Its output says why.")
+            return len(self._rows()) >= requests
+
+        how_far = lambda: f"{len(self._rows())} of {requests} requests answered"  # noqa: E731
+        try:
+            wait_for_progress(answered, how_far, still_seconds=timeout_seconds)
+        except StoodStill as error:
+            raise RatchetError(f"the load stands still: {error}.", "Is the server up?") from None
 
     def releases(self) -> set[int]:
         """Numbers of the releases that answered so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,10 @@ import numpy as np
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from PIL import Image
 
+from ops.child_process import processor_seconds
 from ops.settings import Settings
 from ops.settings.streams import Kafka
+from ops.waiting import StoodStill, wait_for_progress
 from streams.clients import ensure_topics
 from streams.consumer import Consumer
 from streams.ingest_status import IngestStatus
@@ -90,15 +93,16 @@ def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[RecordPosition]:
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
-    """Wait until the condition holds, or fail saying what did not come.
-
-    It is asked less and less often: what reads a store for its answer would take the processor from what it waits for.
+    """Wait until the condition holds, or fail saying what did not come: when other threads and the processes below this
+    one have computed nothing for ``timeout`` seconds, or in vain for four times as long.
     """
-    deadline, pause = time.monotonic() + timeout, 0.02
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come within {timeout:.0f} s"
-        time.sleep(pause)
-        pause = min(1.5 * pause, 0.2)
+    work = lambda: round(processor_seconds(os.getpid()) - time.thread_time())  # noqa: E731
+    try:
+        wait_for_progress(
+            condition, lambda: what, work=work, still_seconds=timeout, busy_seconds=4 * timeout, pause=0.05
+        )
+    except StoodStill as error:
+        raise AssertionError(f"{what} did not come: {error}") from None
 
 
 @contextmanager

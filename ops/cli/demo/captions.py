@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 
 from ops.cli.demo.picture import Change, choose, draw, search
-from ops.cli.demo.stage import SOME_ANSWERS_SECONDS, Stage, until
+from ops.cli.demo.stage import SOME_ANSWERS_SECONDS, Stage
 from ops.cli.demo.summary import Lesson
 from ops.progress import say, step, track
 from streams.folders import read_folder
@@ -38,13 +38,13 @@ def stream(stage: Stage, began: float) -> tuple[float, float]:
     stage.stream(DOMAIN)
     text = stage.store.scan(columns=["text"], having="text").column("text").to_pylist()[0]
     with step("waiting for the first search that finds something"):
-        until(lambda: bool(stage.client.search(text=text)), "a search found nothing", pause=0.1)
+        stage.until(lambda: bool(stage.client.search(text=text)), "the first search", stage.embedded, pause=0.1)
     first = time.monotonic() - began
     say(f"“{escape(text)}” found pictures {first:.1f} s after the start")
     counts = [stage.store.count(split=split, having="text") for split in ("train", "fresh_eval")]
     say(f"{counts[0]} to train on, {counts[1]} kept for the gate")
     with step("embedding them for search"):
-        until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0, "the catalog was not complete")
+        stage.until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0, "the catalog", stage.embedded)
     seconds = _event_to_searchable(stage)
     say(f"one more image could be found {seconds:.1f} s after it was published")
     return first, seconds
@@ -77,7 +77,8 @@ def _event_to_searchable(stage: Stage) -> float:
         began = time.monotonic()
         producer.send(image=item.bytes(), text=item.text, domain="late_arrival", source="demo")
     stage.published += 1
-    until(lambda: bool(stage.client.search(text=item.text, domain=["late_arrival"])), "it was never found", pause=0.05)
+    found = lambda: bool(stage.client.search(text=item.text, domain=["late_arrival"]))  # noqa: E731
+    stage.until(found, "a search for one more image", stage.embedded, pause=0.05)
     return time.monotonic() - began
 
 

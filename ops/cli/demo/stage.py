@@ -11,17 +11,17 @@ from typing import Any
 from ops.cli.context import Context
 from ops.cli.demo.screen import Screen
 from ops.cli.demo.summary import Lesson
+from ops.cli.supervisor import Supervisor
 from ops.errors import RatchetError
-from ops.ledger import Ledger, VerdictRow
+from ops.ledger import Ledger, ProposalRow, VerdictRow
 from ops.ledger.rows import Family
 from ops.progress import say, step
 from ops.settings import Settings
-from ops.waiting import wait_until
-from serving.client import Client
+from ops.waiting import StoodStill, wait_for_progress
+from serving.client import Client, ServerError
 from streams.publish import publish
 from streams.store import SampleStore
 
-PATIENCE_SECONDS = 240.0
 SOME_ANSWERS_SECONDS = 3.0
 """How long the load is answered under a release before the next one: a dozen requests."""
 
@@ -32,6 +32,7 @@ class Stage:
 
     context: Context
     screen: Screen
+    parts: Supervisor
     client: Client
     ledger: Ledger
     store: SampleStore
@@ -47,8 +48,51 @@ class Stage:
         report = publish(self.settings, self.settings.home / "data" / domain, split="train", source="demo")
         say(str(report))
         self.published += report.delivered
+
+        def stored() -> int:
+            return sum(self.store.offsets().values())
+
         with step("ingest"):
-            until(lambda: sum(self.store.offsets().values()) >= self.published, "ingest did not finish")
+            self.until(
+                lambda: stored() >= self.published, "ingest", lambda: f"{stored()} of {self.published} records stored"
+            )
+
+    def until(self, condition: Callable[[], bool], what: str, progress: Callable[[], str], pause: float = 0.25) -> None:
+        """Return when the condition holds, for as long as it takes while something moves, and say how far it is.
+
+        Raises:
+            RatchetError: nothing moves any more, or a part has ended.
+        """
+        trouble = ""
+
+        def holds() -> bool:
+            nonlocal trouble
+            self.parts.check()
+            try:
+                return condition()
+            except ServerError as error:  # a busy server answers late, and the next question may be in time
+                trouble = f"; {error.message}"
+                return False
+
+        def how_far() -> str:
+            try:
+                return progress() + trouble
+            except ServerError as error:
+                return error.message
+
+        try:
+            wait_for_progress(
+                holds, how_far, work=self.parts.work, tell=lambda text: say(f"{what}: {text}"), pause=pause
+            )
+        except StoodStill as error:
+            logs = self.settings.home / "logs"
+            raise RatchetError(f"{what} stands still: {error}.", f"The logs in {logs} say why.") from None
+
+    def embedded(self) -> str:
+        """How much of each image space the catalog has."""
+        catalog = self.client.status()["catalog"]
+        spaces = (f"{space['rows']} of {catalog['corpus_rows']}" for space in catalog["spaces"].values())
+        return f"pictures embedded for search: {', '.join(spaces)}"
 
     def learn(self, recipe: str) -> VerdictRow:
         """Train one update and let the gate judge it, in a process of its own."""
@@ -63,8 +107,8 @@ class Stage:
         if verdict.outcome != "passed":
             raise RatchetError(f"the default update was {verdict.outcome}.", f"See {self.report(verdict)}.")
         with step("preparing and committing the release"):
-            until(lambda: self._newest()[family] == verdict.adapter, "it was not released")
-            until(lambda: self._served() is not None, "not every replica acknowledged it")
+            self.until(lambda: self._released(family, verdict), "preparing the release", self._how_far)
+            self.until(lambda: self._served() is not None, "every replica's acknowledgement", self._how_far)
         return self._served() or {}
 
     def back_and_forth(self, family: Family, adapter: str, check: Callable[[int], bool]) -> float:
@@ -109,14 +153,25 @@ class Stage:
         row: dict[str, Any] = self.client.releases(1)["data"][0]
         return row
 
+    def _released(self, family: Family, verdict: VerdictRow) -> bool:
+        proposal = self._proposal()
+        if proposal is not None and proposal.update_id == verdict.update_id and proposal.state == "failed":
+            raise RatchetError(f"the update was not released: {proposal.error}", "The server's log says why.")
+        return bool(self._newest()[family] == verdict.adapter)
+
+    def _proposal(self) -> ProposalRow | None:
+        return next(iter(self.ledger.proposals(1)), None)
+
+    def _how_far(self) -> str:
+        """Of a release: its proposal, what serves, and what the catalog has of it."""
+        proposal, controller = self._proposal(), self.client.status()["controller"]
+        state = f"proposal {proposal.id} is {proposal.state}" if proposal is not None else "nothing is proposed"
+        resident = ", ".join(str(each["release"]) for each in controller["resident"])
+        trouble = f"; the controller: {controller['trouble']}" if controller.get("trouble") else ""
+        return f"{state}; resident releases: {resident}; {self.embedded()}{trouble}"
+
     def _served(self) -> dict[str, float] | None:
         """What the controller recorded when every replica had acknowledged the live release."""
         subject = f"release {self.client.live()}"
         rows = (row for row in self.ledger.audit_rows() if row.subject == subject and row.action == "released")
         return next((row.detail for row in rows), None)
-
-
-def until(condition: Callable[[], bool], trouble: str, pause: float = 0.25) -> None:
-    """Return when the condition holds. Raises RatchetError when it does not for too long."""
-    if not wait_until(condition, PATIENCE_SECONDS, pause=pause):
-        raise RatchetError(f"{trouble} within {PATIENCE_SECONDS:.0f} s.", "The logs of the demo say why.")

@@ -19,7 +19,7 @@ from ops.cli.demo.screen import Screen
 from ops.cli.demo.stage import Stage
 from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
 from ops.cli.shipped import VLM, make_base_ready, needed_data
-from ops.cli.supervisor import READY_SECONDS, Supervisor
+from ops.cli.supervisor import Supervisor
 from ops.errors import RatchetError
 from ops.ledger import Ledger
 from ops.load.expected import Question
@@ -70,7 +70,7 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
             starting = parts.wait_until_ready("clip")
             data.wait(captions.DOMAIN)
         client = Client(settings.serve.url, operator_key=settings.operator_key(), actor="demo")
-        stage = Stage(context, screen, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
+        stage = Stage(context, screen, parts, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
         with _traffic(settings) as traffic:
             with screen.chapter("stream"):
                 first_search, searchable = captions.stream(stage, story.began)
@@ -82,7 +82,7 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
         if settings.base.vlm:
             with screen.chapter("questions"):
                 data.wait_for_all()
-                starting.wait_for("vlm", READY_SECONDS, parts.check)
+                starting.wait_for("vlm", parts.work, parts.check)
                 loads.append(_traffic(settings, _questions(settings)))
                 running.enter_context(loads[-1])
                 questions.stream(stage)

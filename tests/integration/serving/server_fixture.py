@@ -21,6 +21,7 @@ import yaml
 from benchmarks.serving.session_processes import engine_pids, session_pids
 from ops.addresses import free_port
 from ops.artifacts import Artifacts
+from ops.child_process import processor_seconds
 from ops.ledger import Family, Ledger
 from ops.load.expected import ExpectedVectors
 from ops.load.traffic import Traffic
@@ -29,7 +30,7 @@ from ops.settings import Settings
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from ops.waiting import wait_until
+from ops.waiting import StoodStill, wait_for_progress
 from serving.client import Client
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -44,8 +45,8 @@ from updater.heads.learn import with_heads
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ("a photo of a cat", "a red circle", "an old map", "two birds")
 QUESTIONS = ("what is this?", "is there a red car?")
-START_SECONDS = 300.0
-"""Alone it takes 20 to 40; beside other tests on two cores it took more than 150."""
+BUSY_SECONDS = 500.0
+"""Less than a test may take, so that it is this that fails and says why."""
 
 
 @dataclass
@@ -139,8 +140,9 @@ class ServerFixture:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "serving.app", str(self.config)]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=ROOT, start_new_session=True)
-        started = lambda: b"ratchet serves on" in path.read_bytes()[before:]  # noqa: E731
-        assert wait_until(started, START_SECONDS, pause=0.2, alive=lambda: self.process.poll() is None), self.log()
+        process = self.process
+        self.until(lambda: process.poll() is not None or b"ratchet serves on" in path.read_bytes()[before:])
+        assert process.poll() is None, self.log()
         if self.vlm is not None:
             self.until(self.client().is_ready)
 
@@ -163,8 +165,13 @@ class ServerFixture:
         return [json.loads(line) for line in lines if line.startswith('{"time"')]
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Wait for a condition; shows the server's log when it does not come."""
-        assert wait_until(condition, 120), self.log()
+        """Wait for a condition while the server does something; shows its log when nothing moves."""
+        written = lambda: f"{(self.settings.home / 'serve.log').stat().st_size} bytes of log"  # noqa: E731
+        work = lambda: processor_seconds(self.process.pid) if self.process is not None else 0  # noqa: E731
+        try:
+            wait_for_progress(condition, written, work=work, busy_seconds=BUSY_SECONDS)
+        except StoodStill as error:
+            raise AssertionError(f"{error}\n{self.log()}") from None
 
     def metric(self, series: str) -> float:
         """The sum of the series whose lines begin so on the page of metrics."""

@@ -18,7 +18,7 @@ import pytest
 from ops import child_process
 from ops.child_process import reaped, stop_reaped
 from ops.waiting import wait_until
-from tests.support.leftovers import left_running, mark
+from tests.support.leftovers import VARIABLE, left_running, mark, take_terminal
 
 SECONDS = 60.0
 ROOT = Path(__file__).resolve().parents[3]
@@ -105,9 +105,8 @@ def marked() -> Iterator[dict[str, str]]:
 
 def left(environ: dict[str, str]) -> list[str]:
     """Command lines of what still runs."""
-    variable = {name: value for name, value in environ.items() if name not in os.environ or name == "STARTED_BELOW"}
     found = []
-    for process in left_running({"STARTED_BELOW": variable["STARTED_BELOW"]}):
+    for process in left_running({VARIABLE: environ[VARIABLE]}):
         with suppress(Exception):
             found.append(" ".join(process.cmdline())[:200])
     return found
@@ -210,7 +209,7 @@ def test_parts_and_workers_end_with_what_started_them(
     ours, theirs = pty.openpty()
     parent = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path), repr(parts)], env=marked, stdin=theirs, stdout=theirs,
-        stderr=theirs, start_new_session=True, preexec_fn=_take_terminal,
+        stderr=theirs, start_new_session=True, preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(theirs)
     assert b"begins" in os.read(ours, 100)
@@ -219,13 +218,6 @@ def test_parts_and_workers_end_with_what_started_them(
     os.close(ours)
     assert parent.wait(SECONDS) is not None
     nothing_left(marked)
-
-
-def _take_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture(autouse=True)

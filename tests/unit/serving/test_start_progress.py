@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ from serving import start_progress
 from serving.client import ServerError
 from serving.ray.deployment_status import DeploymentStatus
 from serving.start_progress import StartProgress, Statuses
+from tests.support.clock import Clock
 
 UP = DeploymentStatus({"RUNNING": 1}, failed=False, cause="")
 STARTS = DeploymentStatus({"STARTING": 1}, failed=False, cause="")
@@ -41,6 +43,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_progress, "STATUS_SECONDS", 0.0)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time passes where it is waited for."""
+    made = Clock()
+    monkeypatch.setattr("ops.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
+    monkeypatch.setattr(start_progress, "LOOK_SECONDS", 1.0)
+    return made
+
+
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
@@ -48,7 +59,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_it_says_when_each_model_answers_and_once_why_it_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     server = Server(clip=["nobody listens.", ""], vlm=["it is starting.", "it is starting.", "it is starting.", ""])
     progress = server.progress("clip", "vlm")
-    progress.wait_for("clip", 60)
+    progress.wait_for("clip", int)
     words = said(capsys)
     assert "CLIP after 0 s: nobody listens." in words and "CLIP answers on http://there after" in words
     assert words.count("it is starting.") == 1
@@ -57,9 +68,20 @@ def test_it_says_when_each_model_answers_and_once_why_it_does_not(capsys: pytest
     assert "the VLM answers on http://there" in said(capsys)
 
 
-def test_a_server_that_does_not_come_is_given_up_with_its_last_answer() -> None:
-    with pytest.raises(ServerError, match=r"not ready within 0 s: nobody listens\."):
-        Server(clip=["nobody listens."]).progress("clip").wait_for("clip", 0.0)
+def test_a_server_that_says_something_new_is_waited_for_beyond_any_limit(clock: Clock) -> None:
+    words = [f"{loaded} of 40 adapters loaded" for loaded in range(40) for _ in range(100)]
+    Server(clip=[*words, ""]).progress("clip").wait_for("clip", int)
+    assert clock.now > 4000
+
+
+def test_a_server_that_does_nothing_is_given_up_with_its_last_answer(clock: Clock) -> None:
+    with pytest.raises(ServerError, match=r"CLIP does not start: nothing has moved for 121 s; last: nobody listens\."):
+        Server(clip=["nobody listens."]).progress("clip").wait_for("clip", int)
+
+
+def test_a_server_that_computes_in_vain_is_given_up_later(clock: Clock) -> None:
+    with pytest.raises(ServerError, match=r"nothing has come of what is computed for 9\d\d s; last: it is starting"):
+        Server(clip=["it is starting"]).progress("clip").wait_for("clip", lambda: clock.now)
 
 
 def test_a_check_ends_the_wait() -> None:
@@ -67,7 +89,7 @@ def test_a_check_ends_the_wait() -> None:
         raise ConfigError("serve ended while starting")
 
     with pytest.raises(ConfigError, match="ended while starting"):
-        Server(clip=["nobody listens."]).progress("clip").wait_for("clip", 60, ended)
+        Server(clip=["nobody listens."]).progress("clip").wait_for("clip", int, ended)
 
 
 def test_a_deployment_that_serve_gave_up_ends_the_start_of_clip() -> None:
