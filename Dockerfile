@@ -46,11 +46,11 @@ CMD ["serve"]
 HEALTHCHECK --interval=30s --timeout=15s --start-period=5m --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health/live', timeout=12)"]
 
-# vLLM on a processor compiles parts of a model with TorchInductor when it starts, so this image has a C++ compiler.
+# No compiler: on a processor nothing is compiled when vLLM starts (serving/engines/vlm/vllm_start.py).
 FROM run AS cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ libc6-dev libnuma1 \
+    && apt-get install --yes --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build-cpu /usr/local /usr/local
 USER 10001:10001

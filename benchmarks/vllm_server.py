@@ -35,7 +35,7 @@ def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log:
         RatchetError: it does not start in time; its log is named.
     """
     port = free_port()
-    with log.open("wb") as out, child_environment(serve):
+    with log.open("wb") as out, child_environment(base, serve):
         command = ["-m", "benchmarks.vllm_server", *flags(base, serve, adapter, directory, port)]
         process = subprocess.Popen(
             [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT,

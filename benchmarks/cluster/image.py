@@ -20,7 +20,7 @@ ENVIRONMENT: Final = "/opt/venv"
 PACKAGES: Final = ("ops", "streams", "serving", "updater")
 LOGIN_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 COMPILERS: Final = ("cc", "gcc", "g++", "c++", "clang", "clang++")
-"""What the image has of these only if it installs them."""
+"""What this machine may have and the image has not."""
 
 
 class Image:
@@ -39,7 +39,7 @@ class Image:
         (self.layer / "etc" / "resolv.conf").write_text("")  # no name server: other names are unknown
         self._add_user()
         self._add_commands()
-        for name in () if "g++" in installed_packages() else COMPILERS:
+        for name in COMPILERS:
             os.mknod(self.layer / "usr" / "bin" / name, 0o020000, 0)  # what overlayfs takes for a file that is gone
         for package in PACKAGES:  # as pip does: a container could not keep what it compiles
             compileall.compile_dir(ROOT / package, quiet=1)
@@ -81,12 +81,6 @@ class Image:
         file = self.layer / "usr" / "local" / "bin" / name
         file.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         file.chmod(0o755)
-
-
-def installed_packages() -> list[str]:
-    """Debian's, of the Dockerfile's image for processors."""
-    line = re.search(r"--no-install-recommends (.*) \\$", _stage("cpu"), re.MULTILINE)
-    return line[1].split() if line else []
 
 
 def _stage(name: str) -> str:

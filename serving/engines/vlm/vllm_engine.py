@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, writ
 from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vllm_prompts import Prompts
 from serving.engines.vlm.vllm_sampling import finish_of, logprobs_of, sampling, scoring
-from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm, slots_of
+from serving.engines.vlm.vllm_start import cache_folder, child_environment, engine_arguments, import_vllm, slots_of
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
@@ -72,6 +73,8 @@ class VllmEngine:
     async def start(self) -> None:
         """Start vLLM (5 to 30 s), load the zero adapter, and find out which parts take adapters.
 
+        A start that fails leaves no cache: a file that a killed process left half-written fails one start, not all.
+
         Raises :class:`ConfigError` for a broken installation, and when the base does not load.
         """
         try:
@@ -83,8 +86,10 @@ class VllmEngine:
                 zero = write_probe(Path(folder) / ZERO, self._shapes, 0.0)
                 await self._residents.add(ZERO, lambda: self._add(ZERO, zero))
                 self.ignored_parts = frozenset({part for part in PROBED if not await self._applies(part, Path(folder))})
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            if isinstance(error, Exception):
+                await asyncio.to_thread(shutil.rmtree, cache_folder(self.base), ignore_errors=True)
             raise
         self.tower_lora = not self.ignored_parts
 
@@ -107,7 +112,7 @@ class VllmEngine:
         processor = self.base.processor()
         self._shapes = linear_shapes(self.base)
         try:
-            with child_environment(self._serve):
+            with child_environment(self.base, self._serve):
                 arguments = AsyncEngineArgs(**engine_arguments(self.base, self._serve))
                 engine = AsyncLLM.from_engine_args(arguments)
         except (RuntimeError, ValueError, OSError) as error:

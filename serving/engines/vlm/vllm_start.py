@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ops.errors import ConfigError
@@ -31,6 +32,8 @@ _DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Set for good before vLLM is imported, where the operator has set nothing."""
+_CACHES = {"VLLM_CACHE_ROOT": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+"""Variables that name folders of caches, and which folder of :func:`cache_folder` each is."""
 
 
 def installed() -> bool:
@@ -40,6 +43,8 @@ def installed() -> bool:
 
 def import_vllm() -> None:
     """Import what the engine needs (some seconds). Raises :class:`ConfigError` that says how to fix the installation.
+
+    On a CPU nothing is compiled, whatever the environment says: see :func:`_compile_nothing_on_a_cpu`.
 
     vLLM's CPU wheel pulls CUDA builds of torchaudio and torchcodec; without CUDA their import ends in an OSError,
     which transformers and vLLM do not catch.
@@ -57,12 +62,26 @@ def import_vllm() -> None:
                     "Run `pip uninstall torchaudio torchcodec`: nothing here needs them.",
                 ) from error
     try:
+        _compile_nothing_on_a_cpu()
         importlib.import_module("vllm.v1.engine.async_llm")
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"vLLM cannot be imported: {error}.",
             "Install the extra vlm-cpu (or gpu), or set serve.vlm_engine to transformers.",
         ) from error
+
+
+def _compile_nothing_on_a_cpu() -> None:
+    """Make what vLLM passes to ``torch.compile`` run as it is, here and in the engine's process, which inherits it.
+
+    TorchInductor would need a C++ compiler, and a process that is killed while it compiles leaves an empty library in
+    the cache, which ends every later start. torch reads the variable when a module of vLLM decorates a function. On a
+    GPU the compiled model is worth its start, and Triton's kernels come into their cache whole.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 def slots_of(serve: Serve) -> int:
@@ -131,9 +150,16 @@ def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
     }
 
 
+def cache_folder(base: VlmBase) -> Path:
+    """``home/cache/vllm``: what vLLM knows of models, and on a GPU what it compiled; the engine can do without it."""
+    return base.directory.parents[1] / "cache" / "vllm"
+
+
 @contextlib.contextmanager
-def child_environment(serve: Serve) -> Iterator[None]:
+def child_environment(base: VlmBase, serve: Serve) -> Iterator[None]:
     """What the engine's own process inherits; this process gets its own values back.
+
+    Caches are in ``home``, which outlives a container, unless the operator names other folders.
 
     OMP_NUM_THREADS is what bounds torch there. With VLLM_ENABLE_V1_MULTIPROCESSING=0 (which AsyncLLM does not obey)
     vLLM accepts the "uni" executor on a CPU: the model runs inside the engine's process, and not in one more behind it.
@@ -145,6 +171,9 @@ def child_environment(serve: Serve) -> Iterator[None]:
         "PYTHONWARNINGS": "ignore",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    folder = cache_folder(base).resolve()
+    for name, part in _CACHES.items():
+        values[name] = os.environ.get(name) or str(folder / part)
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

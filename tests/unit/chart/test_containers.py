@@ -52,6 +52,12 @@ def test_both_targets_end_as_a_user_without_rights_and_can_tell_their_health() -
     assert "HEALTHCHECK" in DOCKERFILE.partition("FROM python:${PYTHON} AS run")[2]
 
 
+def test_the_image_for_processors_has_what_vllm_loads_and_no_compiler() -> None:
+    """Nothing is compiled there, see tests/integration/engines/test_vlm_compiles_nothing.py."""
+    (packages,) = re.findall(r"--no-install-recommends (.*) \\$", stages()["cpu"], re.MULTILINE)
+    assert packages == "libnuma1"
+
+
 def test_the_image_has_every_package_and_only_extras_that_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}

@@ -14,6 +14,7 @@ from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm import vllm_start
 from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.open import open_engine
+from serving.engines.vlm.vllm_engine import VllmEngine
 
 
 def test_auto_is_vllm_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,14 +39,61 @@ def test_a_codec_for_another_pytorch_is_named_with_the_remedy(
         vllm_start.import_vllm()
 
 
-def test_the_environment_of_the_engine_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_the_engine_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    with vllm_start.child_environment(Serve(vlm_threads=3)):
+    with vllm_start.child_environment(tiny_vlm_base(tmp_path), Serve(vlm_threads=3)):
         assert os.environ["OMP_NUM_THREADS"] == "3"
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize("set_by_the_user", [None, "0"])
+def test_dynamo_is_off_on_a_cpu_alone_whatever_the_environment_says(
+    cpu: bool, set_by_the_user: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: cpu)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "")  # so that it is put back
+    if set_by_the_user is None:
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    else:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", set_by_the_user)
+    vllm_start.import_vllm()
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == ("1" if cpu else set_by_the_user)
+
+
+def test_caches_are_in_the_home_unless_the_operator_names_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/fast/disk")
+    with vllm_start.child_environment(tiny_vlm_base(tmp_path), Serve()):
+        assert os.environ["VLLM_CACHE_ROOT"] == str(tmp_path / "cache" / "vllm")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "vllm" / "inductor")
+        assert os.environ["TRITON_CACHE_DIR"] == "/fast/disk"
+    assert "VLLM_CACHE_ROOT" not in os.environ
+
+
+async def test_a_start_that_fails_leaves_no_cache_that_could_have_failed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(tiny_vlm_base(tmp_path), Serve(), kind="vllm")
+    spoilt = vllm_start.cache_folder(engine.base) / "inductor" / "empty.so"
+    spoilt.parent.mkdir(parents=True)
+    spoilt.touch()
+
+    def start(_: VllmEngine) -> None:
+        raise ConfigError("vLLM does not start: file too short", "")
+
+    monkeypatch.setattr(VllmEngine, "_start", start)
+    with pytest.raises(ConfigError, match="file too short"):
+        await engine.start()
+    assert not vllm_start.cache_folder(engine.base).exists()
 
 
 def test_there_is_a_slot_for_the_window_one_coming_one_going_and_the_base() -> None:
