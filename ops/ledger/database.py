@@ -132,7 +132,7 @@ def open_database(url: str, migrate: bool, check: bool = True) -> Database:
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise LedgerError(
             f"ledger_url cannot be used: {error}",
-            "Use sqlite:///PATH or postgresql://USER@HOST/DATABASE (pip install 'ratchet[postgres]').",
+            "Use sqlite:///PATH or postgresql://USER@HOST/DATABASE (pip install 'ratchet-server[postgres]').",
         ) from None
     database = Database(engine)
     if not check:

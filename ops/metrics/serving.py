@@ -20,7 +20,7 @@ class build:
     def started(part: str) -> None:
         """This process runs that part now."""
         try:
-            number = version("ratchet")
+            number = version("ratchet-server")
         except PackageNotFoundError:  # run from a source tree
             number = "unknown"
         d.BUILD.labels(number, part).set(1)

@@ -145,7 +145,7 @@ class Providers:
         except ImportError as error:
             raise ConfigError(
                 "serve.engine is onnx, and ONNX Runtime is not installed.",
-                "Install ratchet[onnx] (CPU) or ratchet[onnx-gpu], or set serve.engine to torch.",
+                "Install ratchet-server[onnx] (CPU) or ratchet-server[onnx-gpu], or set serve.engine to torch.",
             ) from error
         self.threads = threads
         self.names: list[Any] | None = None
@@ -164,7 +164,7 @@ class Providers:
             raise ConfigError(
                 f"On a CPU ONNX Runtime computes in {precision} with OpenVINO's plugin only, which is not installed or "
                 "does not know this processor.",
-                "Install ratchet[onnx], or set serve.precision to float32.",
+                "Install ratchet-server[onnx], or set serve.precision to float32.",
             )
 
     def options(self) -> Any:

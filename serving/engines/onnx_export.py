@@ -101,7 +101,8 @@ def _export(base: ClipBase, tower: Tower, path: Path) -> None:
         import onnx
     except ImportError as error:
         raise ConfigError(
-            "serve.engine is onnx, and the package onnx is not installed.", "Install ratchet[onnx], or set torch."
+            "serve.engine is onnx, and the package onnx is not installed.",
+            "Install ratchet-server[onnx], or set torch.",
         ) from error
     with Undrawn():
         model = construct(base.model_cfg, base.directory).eval().requires_grad_(False)

@@ -135,7 +135,7 @@ def tracing_environment(traces: Traces) -> dict[str, str]:
         except ImportError:
             raise ConfigError(
                 f"traces.endpoint is set, and {package} is not installed.",
-                "Install the extra traces: `pip install 'ratchet[traces]'`.",
+                "Install the extra traces: `pip install 'ratchet-server[traces]'`.",
             ) from None
     return {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": EXPORTER,

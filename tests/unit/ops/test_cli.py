@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -79,6 +80,12 @@ def test_doctor_tells_what_is_missing_and_fails_only_for_what_stops_ratchet(tmp_
     assert result.exit_code == 0
     assert "is not registered" in result.output
     assert "ratchet base build" in result.output
+
+
+def test_doctor_names_extras_in_their_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = runner.invoke(app, ["--set", f"home={tmp_path}", "doctor"], env={"COLUMNS": "200"})
+    assert "pip install 'ratchet-server[local]'" in result.output
 
 
 def test_doctor_fails_when_the_ledger_cannot_be_reached(tmp_path: Path) -> None:

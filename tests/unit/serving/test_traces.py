@@ -138,4 +138,4 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
     with pytest.raises(ConfigError, match=r"traces\.endpoint") as caught:
         tracing_environment(Traces(endpoint="http://collector:4318/v1/traces"))
-    assert "ratchet[traces]" in caught.value.fix
+    assert "ratchet-server[traces]" in caught.value.fix

