@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Ratchet in two images from one base: `docker build --target cpu -t ratchet:0.1.0-cpu .`, and gpu likewise.
+# Ratchet in two images from one base: `docker build --target cpu -t ratchet:cpu .`, and gpu likewise.
 # The CUDA libraries come with PyTorch's wheels, so the GPU image needs no other base; the driver is the host's.
 ARG PYTHON=3.11-slim-bookworm
 

@@ -8,7 +8,7 @@ FOR_TESTS := $(VENV)/.installed-dev
 # uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test packages check chart docs lock clean
+.PHONY: demo test packages check chart docs lock release clean
 
 demo: $(or $(wildcard $(FOR_TESTS)),$(FOR_DEMO))
 	@$(BIN)/ratchet demo
@@ -37,6 +37,9 @@ $(VENV)/.installed-%: pyproject.toml install.py
 
 lock: $(FOR_TESTS)
 	@bash locks/lock.sh $(BIN)/uv
+
+release: $(FOR_TESTS)
+	@$(BIN)/python release.py $(VERSION)
 
 packages:
 	@bash tests/packages.sh

@@ -16,7 +16,7 @@ from tests.support.own_uv import ROOT, environment
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 PACKAGES = ("benchmarks", "ops", "serving", "streams", "updater")
 
-# `--help` of each command, then each module; in one process, since torch and Ray take seconds to import. What only extras
+# `--help` of each command, then each module; in one process: torch and Ray take seconds to import. What only extras
 # or tests bring may be missing, anything of a clone may not.
 USE_ALL = """
 import importlib, pkgutil, sys

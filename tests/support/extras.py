@@ -39,7 +39,7 @@ for module, names in sorted(m.packages_distributions().items()):
             importlib.import_module(module)
         except BaseException as error:
             failed.append(f"{module}: {type(error).__name__}: {error}"[:300])
-sys.exit("; ".join(failed))
+sys.exit("; ".join(failed) or 0)
 """
 
 

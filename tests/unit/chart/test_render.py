@@ -8,7 +8,6 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 from helm_python import lint
 from jsonschema import Draft202012Validator
 
@@ -89,9 +88,3 @@ def test_names_are_short_enough_for_kuberay() -> None:
     for each in render({"fullnameOverride": "a" * 40}):
         assert len(each["metadata"]["name"]) <= 63
     assert len(of_kind(render({"fullnameOverride": "a" * 40}), "RayService")[0]["metadata"]["name"]) <= 47
-
-
-def test_the_chart_has_the_version_of_the_package() -> None:
-    package = (ROOT / "pyproject.toml").read_text()
-    described = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert f'version = "{described["appVersion"]}"' in package
