@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 from benchmarks.stream.ratchet_process import wait_for
 from ops.settings import Settings
-from serving.client import Client, ServerError
-from streams.records import Sample
+from ratchet_client import Client, ServerError
+from ratchet_client.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
 

@@ -38,8 +38,8 @@ from ops.planning.simulation import closed_loop
 from ops.progress import say, step
 from ops.settings import Settings
 from ops.waiting import wait_until
+from ratchet_client import Client
 from serving.app import application
-from serving.client import Client
 from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST
 from serving.ray import loopback, ray_session

@@ -30,8 +30,8 @@ from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import say, step, track
 from ops.settings import Settings
 from ops.testing.inputs import QUESTIONS, TEXTS, pictures
+from ratchet_client import Client
 from serving.app import serves_vlm, start
-from serving.client import Client
 
 ADAPTERS: Final = 4
 IMAGES: Final = 6
@@ -112,7 +112,7 @@ def run(
         server = start(ours)
         try:
             server.wait_ready()
-            with Client(server.url, operator_key=ours.operator_key()) as client:
+            with Client(server.url, ours.operator_key().get_secret_value()) as client:
                 wait_until_searchable(client, len(sample_ids))
             return measure(ours, server.url, swaps, images, sample_ids, 60 * minutes, every, 60 * warm_minutes, share)
         finally:
@@ -138,7 +138,7 @@ def measure(
     capacity = closed.report()
     rate = max(1.0, throughput(capacity) * share)
     memory, began = MemoryLog(), time.monotonic()
-    client = Client(url, operator_key=settings.operator_key(), actor="bench")
+    client = Client(url, settings.operator_key().get_secret_value(), actor="bench", retries=0)
     with client, Traffic(url, rate=rate, **probes) as load:
         for number in track(range(1, max(1, round(seconds / every)) + 1), "swaps"):
             swaps.change(client, number)

@@ -35,8 +35,8 @@ from ops.load.traffic import Report, Sample, Traffic, percentile
 from ops.progress import step, track
 from ops.settings import Settings
 from ops.testing.inputs import TEXTS, pictures, random_adapter
+from ratchet_client import Client, ServerError
 from serving.app import serves_vlm, start
-from serving.client import Client, ServerError
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
 from serving.engines.vlm.vlm_base import load_vlm_base
@@ -130,7 +130,7 @@ def _measure(
     with step("measuring capacity"), Traffic(url, concurrency=CAPACITY_CONCURRENCY, **probes) as closed:
         time.sleep(capacity_seconds)
     capacity = throughput(closed.report())
-    client = Client(url, operator_key=settings.operator_key(), actor="bench")
+    client = Client(url, settings.operator_key().get_secret_value(), actor="bench", retries=0)
     with client, Traffic(url, rate=max(1.0, capacity * share), **probes) as load:
         time.sleep(pause)
         warm = child_processes()

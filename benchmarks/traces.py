@@ -32,8 +32,8 @@ from ops.progress import step
 from ops.settings import Settings
 from ops.testing.inputs import pictures
 from ops.waiting import wait_until
+from ratchet_client import Client
 from serving.app import serves_vlm, start
-from serving.client import Client
 
 SAMPLES = 64
 COLOURS: Final = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2")
@@ -81,7 +81,7 @@ def run(settings: Settings, searches: int = 200, picture: Path | None = None) ->
         server = start(ours)
         try:
             server.wait_ready()
-            with Client(server.url, operator_key=ours.operator_key()) as client:
+            with Client(server.url, ours.operator_key().get_secret_value()) as client:
                 wait_until_searchable(client, SAMPLES)
             return measure(server.url, collector, serves_vlm(ours), searches, picture)
         finally:

@@ -29,11 +29,11 @@ from ops.ledger import Ledger
 from ops.progress import step, track
 from ops.settings import Settings
 from ops.testing.inputs import pictures, random_adapter
+from ratchet_client import Client, data_uri
+from ratchet_client.images import decode_image
 from serving.app import start
-from serving.client import Client, data_uri
 from serving.engines.vlm.generation import GenerationRequest, question
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
-from streams.images import decode_image
 
 LEVELS = (1, 8, 32)
 QUESTIONS = ("what is this?", "which colour is it?", "is there a dog?", "which category is this?")
@@ -56,7 +56,7 @@ def run(settings: Settings, rounds: int = 3, seconds: float = 5.0, levels: Seque
         server = start(ours)
         try:
             server.wait_ready()
-            with Client(server.url, operator_key=ours.operator_key(), actor="bench") as client:
+            with Client(server.url, ours.operator_key().get_secret_value(), actor="bench") as client:
                 client.release(vlm=name, reason="benchmark", force=True)
             with step("starting vLLM's own server"):
                 own = vllm_server(base, ours.serve, name, directory, Path(folder) / "vllm.log")

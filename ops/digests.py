@@ -7,17 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ratchet_client.digests import digest_bytes as digest_bytes
+
 if TYPE_CHECKING:
     import torch
-
-
-def digest_bytes(*parts: bytes | memoryview) -> str:
-    """SHA-256 of the parts, each preceded by its length so that their borders count. 64 hex digits."""
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(len(part).to_bytes(8, "little"))
-        sha.update(part)
-    return sha.hexdigest()
 
 
 def digest_json(value: Any) -> str:

@@ -31,34 +31,16 @@
         ├── Held               updates are on hold
         └── ReleaseConflict    somebody else released first
 
-Every error says what happened, what it was about, and (``fix``) what to do.
+Every error says what happened, what it was about, and (``fix``) what to do. The base and the first three are those of
+the client, whose errors of a server (``ServerError``) are in :mod:`ratchet_client.errors`.
 """
 
 from __future__ import annotations
 
-
-class RatchetError(Exception):
-    """Base of all. ``fix`` tells the reader what to do; it is shown after the message."""
-
-    def __init__(self, message: str, fix: str = "") -> None:
-        super().__init__(f"{message} {fix}" if fix else message)
-        self.message = message
-        self.fix = fix
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Keep message and fix apart when the error crosses a process boundary."""
-        return (_rebuild, (type(self), self.message, self.fix, self.__dict__))
-
-
-def _rebuild(kind: type[RatchetError], message: str, fix: str, state: dict[str, object]) -> RatchetError:
-    error = kind.__new__(kind)
-    Exception.__init__(error, f"{message} {fix}" if fix else message)
-    error.__dict__.update(state)
-    return error
-
-
-class ConfigError(RatchetError):
-    """A setting is wrong or missing."""
+from ratchet_client.errors import BrokerError as BrokerError
+from ratchet_client.errors import ConfigError as ConfigError
+from ratchet_client.errors import RatchetError as RatchetError
+from ratchet_client.errors import RecordError as RecordError
 
 
 class SelectorError(ConfigError):
@@ -67,18 +49,6 @@ class SelectorError(ConfigError):
     def __init__(self, field: str, message: str, fix: str = "") -> None:
         super().__init__(message, fix)
         self.field = field
-
-
-class RecordError(RatchetError):
-    """A record or an image from outside is not acceptable. ``reason`` is a stable, bounded code."""
-
-    def __init__(self, reason: str, message: str, fix: str = "") -> None:
-        super().__init__(message, fix)
-        self.reason = reason
-
-
-class BrokerError(RatchetError):
-    """Kafka cannot be reached or refuses."""
 
 
 class RegistryUnavailable(BrokerError):

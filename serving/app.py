@@ -36,7 +36,7 @@ from ops.progress import say, step
 from ops.settings import Settings
 from ops.settings.serving import Serve
 from ops.settings.watching import Logs
-from serving.client import Client
+from ratchet_client import Client
 from serving.ray import ray_session
 from serving.ray.ray_start import deploy, start_ray
 from serving.start_progress import StartProgress
@@ -326,7 +326,7 @@ def _progress(settings: Settings, server: Server) -> StartProgress:
     from serving.releases.broadcast import APP
 
     models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(settings) else ("clip",)
-    return StartProgress(Client(server.url), models, lambda: read_statuses(APP), server.began)
+    return StartProgress(Client(server.url, retries=0), models, lambda: read_statuses(APP), server.began)
 
 
 def _tell_of_keys(settings: Settings) -> None:

@@ -11,7 +11,7 @@ from ops.errors import ConfigError
 from ops.ledger.rows import Family
 from ops.progress import say
 from ops.waiting import StoodStill, wait_for_progress
-from serving.client import Client, ServerError
+from ratchet_client import Client, ServerError
 from serving.ray.deployment_status import DeploymentStatus
 
 NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "the VLM"}

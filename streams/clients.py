@@ -1,31 +1,22 @@
-"""Making Kafka clients from the settings, and saying in plain words what is wrong when they cannot connect."""
+"""Kafka clients from the settings: what the client package wants to know, and questions about topics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
-from kafka.errors import (
-    AuthorizationError,
-    KafkaError,
-    KafkaTimeoutError,
-    SaslAuthenticationFailedError,
-    TopicAlreadyExistsError,
-    UnknownTopicOrPartitionError,
-)
+from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError
 
-from ops.errors import BrokerError, ConfigError
-from ops.settings.streams import Kafka
-from streams.oauth import oauth_options, token_provider
+from ops.settings.streams import Ingest, Kafka
+from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
+from ratchet_client.limits import Limits
+from ratchet_client.producer import Producer
+from streams.oauth import oauth_options
 
-CONNECT_SECONDS = 10.0
 REQUEST_SECONDS = 10.0
-#: A base64 image of 8 MiB with its text, and room for larger limits. Brokers have a limit of their own (Apache Kafka:
-#: 1 MB unless ``message.max.bytes``, or ``max.message.bytes`` of the topic, is raised).
-MAX_RECORD_BYTES = 64 * 1024 * 1024
 #: ``max.message.bytes`` of topics that Ratchet makes: the largest record, and the headers that quarantine puts on it.
 TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
 #: How long a topic for refused records that Ratchet makes keeps them. The sample store has them as well, and deletions
@@ -33,52 +24,22 @@ TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
 REFUSALS_SECONDS = 7 * 24 * 3600
 
 
-def client_options(kafka: Kafka, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a kafka-python client: bootstrap, tokens, and those of ``kafka.client`` that it knows, in their type.
-
-    Raises:
-        ConfigError: an option that no client knows, or one that is not of its type; or ``kafka.oauth`` is incomplete.
-    """
-    options: dict[str, Any] = {"bootstrap_servers": [each.strip() for each in kafka.bootstrap.split(",")]}
-    for name, text in kafka.client.items():
-        if name in defaults:
-            options[name] = _typed(name, text, defaults[name])
-        elif not any(name in kind.DEFAULT_CONFIG for kind in (KafkaConsumer, KafkaProducer, KafkaAdminClient)):
-            raise ConfigError(
-                f"kafka.client.{name} is no option of kafka-python.",
-                "See https://kafka-python.readthedocs.io/en/master/apidoc/KafkaConsumer.html.",
-            )
-    return options | oauth_options(kafka)
+def connection(kafka: Kafka) -> Connection:
+    """The client's connection that these settings stand for. Raises ConfigError where ``kafka.oauth`` is incomplete."""
+    return Connection(kafka.bootstrap, {**kafka.client, **oauth_options(kafka)})
 
 
-def _typed(name: str, text: str, default: Any) -> Any:
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        return type(default)(text) if isinstance(default, (int, float)) else text
-    except (KeyError, ValueError):
-        kind = type(default).__name__
-        raise ConfigError(f"kafka.client.{name} = {text!r} is no {kind}.", f"The default is {default!r}.") from None
+def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any) -> Producer:
+    """The client's producer of these settings; ``options`` are further ones of it. Raises as it does."""
+    to = connection(kafka)
+    if limits is not None:
+        options["limits"] = producer_limits(limits)
+    return Producer(to.bootstrap, kafka.topic, options=to.options, **options)
 
 
-def explain(error: Exception, kafka: Kafka, doing: str) -> BrokerError:
-    """A message that helps, for an error of a Kafka client."""
-    what = f"{doing}: {type(error).__name__}: {error}".rstrip(": ")[:400]
-    if kafka.oauth.enabled and (problem := token_provider(kafka.oauth).last_error):
-        # kafka-python tries on until its own timeout, and tells of that alone
-        return BrokerError(f"there is no token for the broker {kafka.bootstrap}: {problem}.", "See docs/deployer.md.")
-    if isinstance(error, (SaslAuthenticationFailedError, AuthorizationError)):
-        return BrokerError(f"the broker {kafka.bootstrap} refused {what}.", "Check user, password and ACLs.")
-    if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in kafka.client:
-        # kafka-python reports a wrong password as a timeout of the bootstrap
-        return BrokerError(
-            f"the broker {kafka.bootstrap} did not let us in ({what}).",
-            "Is it running, and are user and password in `kafka.client` right?",
-        )
-    return BrokerError(
-        f"the broker {kafka.bootstrap} cannot be reached ({what}).",
-        "Start one (`ratchet broker`), or set `kafka.bootstrap` (host:port).",
-    )
+def producer_limits(ingest: Ingest) -> Limits:
+    """What these settings demand of a sample."""
+    return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side, ingest.max_text_chars)
 
 
 class Admin:
@@ -117,7 +78,7 @@ class Admin:
     def _ask(self, doing: str, question: Any) -> Any:
         try:
             if self._client is None:
-                options = client_options(self.kafka, KafkaAdminClient.DEFAULT_CONFIG)
+                options = client_options(connection(self.kafka), KafkaAdminClient.DEFAULT_CONFIG)
                 bounds = {
                     "request_timeout_ms": int(REQUEST_SECONDS * 1000),
                     "bootstrap_timeout_ms": int(self.connect_seconds * 1000),
@@ -127,7 +88,7 @@ class Admin:
             return question(self._client)
         except (KafkaError, OSError) as error:
             self.close()
-            raise explain(error, self.kafka, doing) from error
+            raise explain(error, connection(self.kafka), doing) from error
 
 
 def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""CloudEvents 1.0 as envelopes of samples: https://github.com/cloudevents/spec, Kafka protocol binding 1.0.
+"""Reads the CloudEvents 1.0 that samples come in: https://github.com/cloudevents/spec, Kafka protocol binding 1.0.
 
 The official SDK (``cloudevents`` 2) writes the events that the tests read, and is not used to read them: it is made for
 events of its own side. On input from outside it raises AttributeError, TypeError, KeyError or UnicodeDecodeError beside
@@ -12,19 +12,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ops.errors import RecordError
-from streams.records import SCHEMA, Sample, check_schema
+from ratchet_client.encoding import NO_SOURCE
+from ratchet_client.records import check_schema
 
-CONTENT_TYPE: Final = "application/cloudevents+json"
-NO_SOURCE: Final = "urn:ratchet:unknown"
-"""CloudEvents demands a source; this one stands for none."""
 _REQUIRED: Final = ("specversion", "type", "source", "id")
 #: Attributes of the envelope that say nothing about the sample. ``source``, ``time`` and ``subject`` do.
 _ENVELOPE: Final = frozenset({"specversion", "type", "id", "datacontenttype", "dataschema", "data", "data_base64"})
-
-
-def envelope(sample: Sample) -> dict[str, str]:
-    """The attributes that CloudEvents demands."""
-    return {"specversion": "1.0", "type": SCHEMA, "id": sample.id, "source": sample.source or NO_SOURCE}
 
 
 def read_attributes(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,8 @@
-"""Records as Kafka carries them.
+"""Reading records as Kafka carries them.
 
-Encodings are told apart by the record itself, so that a topic may mix them. Four are written and read:
-
-    json                 {"text": "a red boat", "image": "<base64>", ...}; no header is needed
-    raw                  the image's bytes; the other fields in headers: ratchet_text, ratchet_domain, ...
-    cloudevents          CloudEvents 1.0 structured: an event in JSON whose `data` is the record as above
-                         (or whose `data_base64` is the image, and whose extension attributes are the fields)
-    cloudevents-binary   CloudEvents 1.0 binary: ce_specversion, ce_type, ce_source, ce_id, ...; the value is the
-                         image (fields in ce_text, ce_domain, ...) or the JSON record, as content-type says
+Encodings are told apart by the record itself, so that a topic may mix them. Four are those that
+:mod:`ratchet_client.encoding` writes. A structured CloudEvent may also hold the image in `data_base64` and fields in
+extension attributes, and a binary one the JSON record as its value, as content-type says.
 
 Two more are read:
 
@@ -16,7 +11,7 @@ Two more are read:
 
 Where a field comes twice, a ``ratchet_`` header counts more than the record, and the record more than the attributes of
 its event; of headers with one name, the last counts. A null is a field that is not there. Fields that are not known go
-into ``extra``, which is written as one field: an object in JSON, JSON text in a header.
+into ``extra``.
 """
 
 from __future__ import annotations
@@ -26,21 +21,18 @@ import binascii
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from ops.errors import RecordError
+from ratchet_client.encoding import EVENT_TYPE, PREFIX
+from ratchet_client.images import MAX_BYTES, sniff
+from ratchet_client.records import METADATA, SCHEMA, Sample, check_schema, make_sample
 from streams import cloud_events
-from streams.extra import dump_extra
 from streams.image_digests import check_digest, parse_digest
-from streams.images import CONTENT_TYPES, MAX_BYTES, sniff
-from streams.records import METADATA, SCHEMA, Sample, check_schema, make_sample
 
 if TYPE_CHECKING:
     from streams.registry import SchemaRegistry
 
-Encoding = Literal["json", "raw", "cloudevents", "cloudevents-binary"]
-Headers = list[tuple[str, bytes]]
 Fetch = Callable[[str], bytes]
 
 #: Room for everything in a record but its image: texts, unknown fields, envelopes with their schemas.
@@ -48,35 +40,6 @@ FIELDS_BYTES: Final = 512 * 1024
 _KNOWN: Final = frozenset({*METADATA, "image", "image_digest", "image_uri", "schema"})
 #: Names of the headers that the quarantine topic adds (:mod:`streams.quarantine`), without their prefix.
 _QUARANTINE: Final = frozenset({"reason", "detail", "topic", "partition", "offset", "refused_at", "claim_check"})
-_PREFIX: Final = "ratchet_"
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Key, value and headers of a Kafka record. A sample's key is its id, so equal samples share a partition."""
-
-    key: bytes | None
-    value: bytes | None
-    headers: Headers
-
-
-def encode(sample: Sample, encoding: Encoding = "raw") -> Encoded:
-    """Write ``sample`` in one of the four encodings. ``raw`` is the smallest."""
-    key = sample.id.encode()
-    kind = CONTENT_TYPES.get(sniff(sample.image) or "", "application/octet-stream")
-    match encoding:
-        case "json":
-            return Encoded(key, _json(_record(sample)), [("content-type", b"application/json")])
-        case "raw":
-            headers = [(f"{_PREFIX}{name}", text.encode()) for name, text in _strings(sample).items()]
-            return Encoded(key, sample.image, [("content-type", kind.encode()), *headers])
-        case "cloudevents":
-            event = {**cloud_events.envelope(sample), "datacontenttype": "application/json", "data": _record(sample)}
-            return Encoded(key, _json(event), [("content-type", cloud_events.CONTENT_TYPE.encode())])
-        case "cloudevents-binary":
-            attributes = {**_strings(sample), **cloud_events.envelope(sample)}
-            headers = [(f"ce_{name}", text.encode()) for name, text in attributes.items()]
-            return Encoded(key, sample.image, [("content-type", kind.encode()), *headers])
 
 
 def decode(
@@ -97,7 +60,7 @@ def decode(
         registry: has the schemas of records in Confluent's wire format; without it such records are refused.
 
     Raises:
-        RecordError: ``reason`` is one of :data:`streams.records.REASONS`.
+        RecordError: ``reason`` is one of :data:`ratchet_client.records.REASONS`.
         RegistryUnavailable: the registry is away, so the record could not be read: try it again.
     """
     if not value:
@@ -114,7 +77,7 @@ def decode(
         )
     record = _read_confluent(value, registry) if value[0] == 0 else _parse(value)
     record = _open_connect(record)
-    if content_type.startswith(cloud_events.CONTENT_TYPE) or "specversion" in record:
+    if content_type.startswith(EVENT_TYPE) or "specversion" in record:
         attributes, record = cloud_events.open_structured(record)
     return _make(_merge(attributes, record, ours), max_image_bytes, fetch)
 
@@ -129,7 +92,7 @@ def glimpse(
     fields: dict[str, Any] = {}
     image: bytes | None = None
     for name, text in headers:
-        plain = name.lower().removeprefix(_PREFIX).removeprefix("ce_")
+        plain = name.lower().removeprefix(PREFIX).removeprefix("ce_")
         fields[plain] = (text or b"").decode(errors="replace")
     if value and sniff(value):
         image = value if len(value) <= max_image_bytes else None
@@ -143,21 +106,6 @@ def glimpse(
     return image, {name: text.encode(errors="replace").decode() for name, text in texts.items()}
 
 
-def _record(sample: Sample) -> dict[str, Any]:
-    fields = sample.model_dump(mode="json", exclude={"image"}, exclude_defaults=True)
-    return {"schema": SCHEMA, **fields, "image": base64.b64encode(sample.image).decode()}
-
-
-def _strings(sample: Sample) -> dict[str, str]:
-    fields = sample.model_dump(mode="json", exclude={"image"}, exclude_defaults=True)
-    written = {"tags": ";".join(sample.tags), "extra": dump_extra(sample.extra)}
-    return {name: written.get(name, value) for name, value in fields.items()}
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
 def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dict[str, str], dict[str, str]]:
     """Content type, attributes of a CloudEvent and fields. Headers of other systems are passed over, and nulls."""
     content_type = ""
@@ -165,7 +113,7 @@ def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dic
     ours: dict[str, str] = {}
     for name, value in headers:
         lower = name.lower()
-        if value is None or not (lower.startswith(("ce_", _PREFIX)) or lower == "content-type"):
+        if value is None or not (lower.startswith(("ce_", PREFIX)) or lower == "content-type"):
             continue
         try:
             text = value.decode()
@@ -173,9 +121,9 @@ def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dic
             raise RecordError("headers", f"header {name[:80]!r} is not UTF-8.", "Encode it as UTF-8.") from None
         if lower.startswith("ce_"):
             event[lower[3:]] = text
-        elif lower.startswith(_PREFIX):
-            rest = lower[len(_PREFIX) :]
-            ours[rest if rest in _KNOWN else name[len(_PREFIX) :]] = text
+        elif lower.startswith(PREFIX):
+            rest = lower[len(PREFIX) :]
+            ours[rest if rest in _KNOWN else name[len(PREFIX) :]] = text
         else:
             content_type = text.strip().lower()
     return content_type, event, _without_quarantine(ours)
@@ -185,9 +133,7 @@ def _without_quarantine(ours: dict[str, str]) -> dict[str, str]:
     """Without the headers of a record that was taken from the quarantine topic and sent again as it is."""
     for name in ("image", "image_uri"):
         if name in ours:
-            raise RecordError(
-                "headers", f"header {_PREFIX}{name}: a header has no room for it.", "Put it in the value."
-            )
+            raise RecordError("headers", f"header {PREFIX}{name}: a header has no room for it.", "Put it in the value.")
     if ours.keys() >= {"reason", "refused_at", "offset"}:
         return {name: text for name, text in ours.items() if name not in _QUARANTINE}
     return ours

@@ -24,10 +24,11 @@ from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
 from ops.progress import say
 from ops.settings import Settings
+from ratchet_client.broker import explain
 from streams import tolerant_fetch
 from streams.assignment import Reading, start_position
 from streams.batch import CommitResult
-from streams.clients import Admin, explain
+from streams.clients import Admin, connection
 from streams.consumer_parts import CONNECT_SECONDS, Connection, ConsumerParts
 from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
@@ -365,7 +366,7 @@ class Consumer:
 
     def _wait(self, error: Exception, failures: int) -> None:
         """Say what is away, store what can be stored, and wait: longer after more failures."""
-        known = error if isinstance(error, RatchetError) else explain(error, self.kafka, "reading")
+        known = error if isinstance(error, RatchetError) else explain(error, connection(self.kafka), "reading")
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
         if dependency == "broker" and self._consumer is not None:

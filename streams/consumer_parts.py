@@ -13,10 +13,11 @@ from kafka import KafkaConsumer
 from ops.errors import BrokerError
 from ops.settings import Settings
 from ops.settings.streams import Kafka
+from ratchet_client.broker import MAX_RECORD_BYTES, client_options
 from streams import tolerant_fetch
 from streams.assignment import Assignment
 from streams.batch import Batch
-from streams.clients import MAX_RECORD_BYTES, Admin, client_options
+from streams.clients import Admin, connection
 from streams.crash_guard import CrashGuard
 from streams.indexing import Indexing
 from streams.log_watch import LogWatch
@@ -103,7 +104,7 @@ class Connection:
             "max_partition_fetch_bytes": max(1, kafka.batch_bytes // 2),
             "receive_message_max_bytes": MAX_RECORD_BYTES + kafka.batch_bytes,
         }
-        consumer = KafkaConsumer(**{**bounds, **client_options(kafka, KafkaConsumer.DEFAULT_CONFIG)})
+        consumer = KafkaConsumer(**{**bounds, **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)})
         tolerant_fetch.install(consumer, MAX_RECORD_BYTES)  # which checks that it is the kafka-python that we know
         # Asking for a topic that is lost would make it again, with the broker's number of partitions. kafka-python 3.0
         # takes this option of a consumer and does not hand it on.

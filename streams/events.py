@@ -23,9 +23,8 @@ from ops.errors import Fenced, LeaseLost, RatchetError
 from ops.ledger import EventRow, Ledger
 from ops.settings import Settings
 from ops.settings.streams import Kafka
+from ratchet_client.encoding import EVENT_TYPE, Encoded
 from streams.clients import ensure_topics
-from streams.cloud_events import CONTENT_TYPE
-from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender
 from streams.outbox import Outbox, OutboxEntry
 
@@ -57,7 +56,7 @@ def event_record(row: EventRow, source: str) -> Encoded:
     event = {**attributes, "datacontenttype": "application/json", "data": row.data}
     headers = [(f"ce_{name}", text.encode()) for name, text in attributes.items()]
     value = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode()
-    return Encoded(row.subject.encode(), value, [("content-type", CONTENT_TYPE.encode()), *headers])
+    return Encoded(row.subject.encode(), value, [("content-type", EVENT_TYPE.encode()), *headers])
 
 
 def event_id_of(record: Any, source: str) -> str | None:

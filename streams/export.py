@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from ops.errors import ConfigError
 from ops.files import replacing
+from ratchet_client.images import sniff
 from streams.folders import FolderItem, write_folder
-from streams.images import sniff
 from streams.rows import SAMPLE_SCHEMA
 from streams.sample_queries import SampleFilter, stream_samples
 from streams.store import SampleStore

@@ -37,9 +37,10 @@ from kafka.errors import (
 
 from ops.errors import BrokerError, Fenced, RecordTooLarge
 from ops.settings.streams import Kafka
-from streams.clients import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
-from streams.codecs import Encoded
-from streams.producer import BATCH_BYTES, Delivery
+from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
+from ratchet_client.encoding import Encoded
+from ratchet_client.producer import BATCH_BYTES, Delivery
+from streams.clients import connection
 
 log = logging.getLogger(__name__)
 SEND_SECONDS = 20.0
@@ -96,7 +97,7 @@ class FencedSender:
         except (UnsupportedVersionError, KafkaConfigurationError) as error:
             self.close()
             if not self.transactional:
-                raise explain(error, self.kafka, "connecting a producer") from error
+                raise explain(error, connection(self.kafka), "connecting a producer") from error
             log.warning("the broker knows no transactions (%s): only the lease keeps a second sender out", error)
             self.transactional = False
             self.open()
@@ -140,7 +141,7 @@ class FencedSender:
             "reconnect_backoff_max_ms": 1000,
             "max_request_size": MAX_RECORD_BYTES,
             "batch_size": BATCH_BYTES,
-            **client_options(self.kafka, KafkaProducer.DEFAULT_CONFIG),
+            **client_options(connection(self.kafka), KafkaProducer.DEFAULT_CONFIG),
             "acks": "all",
             "enable_idempotence": True,
         }
@@ -181,7 +182,7 @@ class FencedSender:
             )
             refusal.index = index
             return refusal
-        return explain(error, self.kafka, f"sending to topic {topic}")
+        return explain(error, connection(self.kafka), f"sending to topic {topic}")
 
     def _explain_open(self, error: Exception) -> BrokerError:
         if isinstance(error, TransactionalIdAuthorizationFailedError):
@@ -194,7 +195,7 @@ class FencedSender:
                 f"the broker {self.kafka.bootstrap} did not register the transactional id in {self._seconds:.0f} s.",
                 "Has it enough nodes for `transaction.state.log.replication.factor`?",
             )
-        return explain(error, self.kafka, "opening a transactional producer")
+        return explain(error, connection(self.kafka), "opening a transactional producer")
 
     def _fenced(self, why: str) -> Fenced:
         return Fenced(

@@ -19,9 +19,9 @@ from datetime import datetime
 from typing import Any
 
 from ops.settings.streams import Kafka
-from streams.codecs import Encoded
+from ratchet_client.encoding import Encoded
+from ratchet_client.producer import Delivery
 from streams.fenced_sender import FencedSender
-from streams.producer import Delivery
 from streams.read_back import read_back
 
 

@@ -15,14 +15,15 @@ from typing import Any
 from ops.errors import BrokerError, ConfigError, RatchetError, RecordError
 from ops.progress import meter, say
 from ops.settings import Settings
-from streams.codecs import Encoding
+from ratchet_client.encoding import Encoding
+from ratchet_client.producer import Delivery, check_sample
+from ratchet_client.records import Sample, make_sample
+from streams.clients import connect_producer, producer_limits
 from streams.datasets import read_dataset
 from streams.datasets.detection import choose
 from streams.folders import DatasetRow, FolderItem
-from streams.producer import Delivery, Producer, check_sample
 from streams.publish_report import PublishReport, RejectsFile, open_rejects
 from streams.publish_resume import InFlight, ProgressFile
-from streams.records import Sample, make_sample
 
 
 def publish(
@@ -129,7 +130,7 @@ class _Run:
         first = self._report.before + 1
         in_flight = InFlight(self._report.before)
         settings = self._settings
-        producer = Producer(settings.kafka, limits=settings.ingest, encoding=encoding, on_delivery=lambda _: None)
+        producer = connect_producer(settings.kafka, settings.ingest, encoding=encoding, on_delivery=lambda _: None)
         try:
             if not resume:
                 progress.reset()
@@ -204,7 +205,7 @@ def _checked(item: FolderItem, place: str, settings: Settings, source: str | Non
     fields["time"] = item.time or None
     try:
         sample = make_sample({**fields, "image": item.bytes(settings.ingest.max_image_bytes)})
-        check_sample(sample, settings.ingest)
+        check_sample(sample, producer_limits(settings.ingest))
     except RecordError as error:
         about, _, _ = error.reason.partition("_")
         field = f", field '{about}'" if about in ("image", "text") else ""

@@ -2,7 +2,7 @@
 
 A message has the original key, value and headers, and besides
 
-    ratchet_reason      one of streams.records.REASONS
+    ratchet_reason      one of ratchet_client.records.REASONS
     ratchet_detail      the reason in words
     ratchet_topic, ratchet_partition, ratchet_offset      position of the original (topic@n: n-th log of that name)
     ratchet_refused_at  UTC, ISO 8601
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from streams.codecs import Encoded, Headers
+from ratchet_client.encoding import Encoded, Headers
 from streams.rows import RecordPosition, name_of
 
 RefusalRow = Mapping[str, Any]

@@ -12,7 +12,8 @@ from kafka.errors import KafkaError
 
 from ops.errors import BrokerError
 from ops.settings.streams import Kafka
-from streams.clients import CONNECT_SECONDS, client_options, explain
+from ratchet_client.broker import CONNECT_SECONDS, client_options, explain
+from streams.clients import connection
 
 READ_BACK_SECONDS = 120.0
 QUIET_POLLS = 2  # the embedded broker's end offsets can be too low, so the end is where nothing more comes
@@ -32,7 +33,7 @@ def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
     """
     options = {
         "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-        **client_options(kafka, KafkaConsumer.DEFAULT_CONFIG),
+        **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG),
         "enable_auto_commit": False,
         "auto_offset_reset": "earliest",
         "isolation_level": "read_committed",
@@ -43,7 +44,7 @@ def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
         consumer = KafkaConsumer(**options)
         yield from _read(consumer, topic, since)
     except (KafkaError, OSError) as error:
-        raise explain(error, kafka, f"reading topic {topic} back") from error
+        raise explain(error, connection(kafka), f"reading topic {topic} back") from error
     finally:
         if consumer is not None:
             consumer.close(timeout_ms=2000)

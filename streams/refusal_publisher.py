@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from ops.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from ops.settings.streams import Kafka
+from ratchet_client.encoding import Encoded
 from streams.assignment import Reading
-from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender
 from streams.outbox import Outbox, OutboxEntry
 from streams.quarantine import RefusalRow, claim_check, message, position_of, refused_position

@@ -18,9 +18,10 @@ from typing import Final
 from ops.errors import RatchetError, RecordError, UnknownRecord
 from ops.ledger import Ledger, ResubmissionRow
 from ops.settings import Settings
-from streams.clients import CONNECT_SECONDS
-from streams.codecs import Encoded, Headers
-from streams.producer import Delivery, RecordSender
+from ratchet_client.broker import CONNECT_SECONDS
+from ratchet_client.encoding import Encoded, Headers
+from ratchet_client.producer import Delivery, RecordSender
+from streams.clients import connection
 from streams.quarantine import original
 from streams.store import SampleStore
 
@@ -36,7 +37,7 @@ class RefusedRecord:
 
     place: str
     reason: str
-    """One of :data:`streams.records.REASONS`."""
+    """One of :data:`ratchet_client.records.REASONS`."""
     detail: str
     source: str
     """Who sent it, as far as its headers say."""
@@ -101,7 +102,7 @@ def headers_of(record: Encoded, place: str) -> Headers:
 
 
 def _send(settings: Settings, record: Encoded) -> Delivery:
-    sender = RecordSender(settings.kafka, CONNECT_SECONDS, PUBLISH_SECONDS)
+    sender = RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
     try:
         sent = sender.send(settings.kafka.topic, record)
         sender.flush(PUBLISH_SECONDS)

@@ -18,12 +18,13 @@ import pyarrow as pa
 from ops.errors import AlreadyResubmitted, BrokerError, ConfigError
 from ops.ledger import Ledger
 from ops.settings import Settings
-from streams.clients import CONNECT_SECONDS
-from streams.codecs import Encoded
+from ratchet_client.broker import CONNECT_SECONDS
+from ratchet_client.encoding import Encoded
+from ratchet_client.producer import RecordSender
+from ratchet_client.records import REASONS
+from streams.clients import connection
 from streams.conditions import refused
-from streams.producer import RecordSender
 from streams.quarantine import original
-from streams.records import REASONS
 from streams.resubmit import PUBLISH_SECONDS, headers_of
 from streams.rows import SCHEMA
 from streams.store import SampleStore
@@ -49,7 +50,7 @@ class RefusalFilter:
     """
 
     reason: str | None = None
-    """One of :data:`streams.records.REASONS`."""
+    """One of :data:`ratchet_client.records.REASONS`."""
     source: str | None = None
     """As their headers name it; empty for those that name none."""
     since: datetime | None = None
@@ -142,7 +143,7 @@ def resubmit_many(
         return report
     pace = _Pace(per_second)
     with ExitStack() as stack:
-        sender = RecordSender(settings.kafka, CONNECT_SECONDS, PUBLISH_SECONDS)
+        sender = RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
         stack.callback(sender.close, timeout=1.0)
         for place in places:
             row = store.refusal(*place)

@@ -19,8 +19,9 @@ from ops.errors import RatchetError, RecordError, SkipRefused, Superseded
 from ops.ledger import Ledger
 from ops.settings import Settings
 from ops.settings.streams import Kafka
+from ratchet_client.broker import CONNECT_SECONDS, client_options, explain
 from streams.assignment import start_position
-from streams.clients import CONNECT_SECONDS, Admin, client_options, explain
+from streams.clients import Admin, connection
 from streams.rows import Position, tally_of
 from streams.store import SampleStore
 from streams.writer import StoreWriter
@@ -130,7 +131,7 @@ def _describe(kafka: Kafka, number: int) -> _Log:
         raise SkipRefused(f"there is no topic {kafka.topic}.", "See `kafka.topic` and `kafka.bootstrap`.")
     options = {
         "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-        **client_options(kafka, KafkaConsumer.DEFAULT_CONFIG),
+        **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG),
         "group_id": None,
     }
     partition = TopicPartition(kafka.topic, number)
@@ -142,7 +143,7 @@ def _describe(kafka: Kafka, number: int) -> _Log:
         [first] = consumer.beginning_offsets([partition]).values()
         [end] = consumer.end_offsets([partition]).values()
     except (KafkaError, OSError) as error:
-        raise explain(error, kafka, "looking at the log") from error
+        raise explain(error, connection(kafka), "looking at the log") from error
     finally:
         if consumer is not None:
             consumer.close(timeout_ms=2000)

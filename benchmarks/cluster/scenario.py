@@ -18,8 +18,8 @@ from ops.settings import Settings
 from ops.testing.chart import Object
 from ops.testing.inputs import QUESTIONS, TEXTS, pictures
 from ops.waiting import wait_until
-from serving.client import Client
-from streams.producer import Producer
+from ratchet_client import Client
+from streams.clients import connect_producer
 
 SAMPLES: Final = 24
 BETWEEN_SECONDS: Final = 10.0
@@ -43,11 +43,11 @@ class Scenario:
 
     def publish(self) -> None:
         """Samples to Kafka; returns when searches find them."""
-        with step("from Kafka to search"), Producer(self.settings.kafka) as producer:
+        with step("from Kafka to search"), connect_producer(self.settings.kafka) as producer:
             for number, image in enumerate(pictures(SAMPLES)):
                 producer.send(image=image, text=f"picture {number}", domain="bench", source="bench")
             producer.flush()
-            with Client(self._head(), operator_key=self.operator_key) as client:
+            with Client(self._head(), self.operator_key) as client:
                 wait_until_searchable(client, SAMPLES)
 
     def run(self, upgraded: Callable[[], Sequence[Object]]) -> dict[str, Any]:

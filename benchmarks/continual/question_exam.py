@@ -14,11 +14,11 @@ from benchmarks.continual.orders import Means, order_of
 from benchmarks.continual.questions import QuestionStream
 from ops.errors import ConfigError
 from ops.settings.serving import Serve
+from ratchet_client.images import decode_image
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vlm_base import VlmBase
-from streams.images import decode_image
 from updater.gate.answers import grade
 from updater.training.checkpoint import write_json
 

@@ -32,7 +32,7 @@ from ops.errors import BaseModelError, ConfigError
 from ops.progress import say, step, track
 from ops.settings import Settings
 from ops.settings.section import MIB
-from serving.client import Client
+from ratchet_client import Client
 from serving.engines.clip_base import ClipBase
 
 MODELS: Final = ("ViT-B-32", "shipped")

@@ -9,9 +9,8 @@ from typing import Final
 
 from benchmarks.serving.chaos_audit import Refusal, Rollback, StateReport
 from benchmarks.serving.whole_server import WholeServer
-from ops.errors import RatchetError
 from ops.progress import say
-from serving.client import ServerError
+from ratchet_client import ServerError
 
 RELEASE_SECONDS: Final = 60.0
 ROLLBACK_SECONDS: Final = 60.0
@@ -44,7 +43,7 @@ class Operator:
                 else:
                     name = clip or next(self._clips)
                     client.release(name, reason="chaos", force=True, timeout=RELEASE_SECONDS)
-        except RatchetError as error:
+        except ServerError as error:
             report.releases_failed += 1
             say(f"release in {report.state}: {error}")
             return False
@@ -63,8 +62,8 @@ class Operator:
                 with server.client(CALL_SECONDS) as client:
                     client.rollback(f"chaos: {report.state}", timeout=CALL_SECONDS)
                 done = True
-            except RatchetError as error:
-                errors.append(f"{_status(error)}: {str(error)[:300]}")
+            except ServerError as error:
+                errors.append(f"{error.status}: {str(error)[:300]}")
                 time.sleep(RETRY_SECONDS)
         seconds = max(0.0, time.monotonic() - max(requested_at, available()))
         distinct = tuple(dict.fromkeys(errors))
@@ -80,11 +79,6 @@ class Operator:
         try:
             with server.client(REFUSAL_SECONDS) as client:
                 client.rollback(f"chaos: {report.state}", timeout=REFUSAL_SECONDS)
-        except RatchetError as error:
-            status, message = _status(error), str(error)[:200]
+        except ServerError as error:
+            status, message = error.status, str(error)[:200]
         report.refusals.append(Refusal(time.monotonic() - requested_at, status, message))
-
-
-def _status(error: RatchetError) -> int:
-    """The HTTP status that a client's error stands for; it has a class of its own for 409."""
-    return error.status if isinstance(error, ServerError) else 409

@@ -17,7 +17,7 @@ from benchmarks.stream.ratchet_process import RatchetProcess, wait_for, write_se
 from benchmarks.stream.small_disk import SmallDisk
 from ops.errors import RatchetError
 from ops.settings import Settings
-from serving.client import Client
+from ratchet_client import Client
 from serving.ray.ray_session import end_leftovers, session_directory
 
 START_SECONDS: Final = 420.0
@@ -54,7 +54,9 @@ class WholeServer:
 
     def client(self, timeout: float) -> Client:
         """An operator's client."""
-        return Client(self.url, self.settings.operator_key(), actor="chaos", timeout=timeout)
+        return Client(
+            self.url, self.settings.operator_key().get_secret_value(), actor="chaos", timeout=timeout, retries=0
+        )
 
     def start(self) -> None:
         """Start it, and wait until it is ready. Raises RatchetError."""

@@ -17,8 +17,8 @@ from PIL import Image
 
 from ops.errors import RatchetError
 from ops.settings.streams import Kafka
-from streams.producer import BATCH_BYTES
-from streams.records import Sample
+from ratchet_client.producer import BATCH_BYTES
+from ratchet_client.records import Sample
 
 BAD_SHARE = 0.05
 REPEAT_SHARE = 0.01

@@ -12,7 +12,8 @@ from kafka import KafkaProducer
 
 from benchmarks.stream.ratchet_process import RatchetProcess, wait_for, write_settings
 from ops.settings import Settings
-from streams.clients import MAX_RECORD_BYTES, ensure_topics
+from ratchet_client.broker import MAX_RECORD_BYTES
+from streams.clients import ensure_topics
 from streams.store import SampleStore
 
 FLUSH_EVERY = 200

@@ -9,9 +9,9 @@ from typing import TypeVar
 import ops.errors
 import serving.errors
 from ops.errors import RatchetError
+from ratchet_client.records import REASONS
 from serving.errors import ServingError
 from serving.http.errors import KNOWN, TYPES
-from streams.records import REASONS
 
 Error = TypeVar("Error", bound=RatchetError)
 HEAD = """# Errors

@@ -27,10 +27,12 @@ def check(
 
     Examples:  ratchet check    |    ratchet check --wait 300 --server http://127.0.0.1:8000
     """
+    import numpy as np
+
     with operator_client(ctx.of(context).calling(server)) as client:
         if wait:
             client.wait_ready(wait, ["clip"])
-        vectors, release = client.embed(TEXTS), client.live()
+        vectors, release = np.asarray(client.embed(TEXTS)), client.live()
     fault = fault_of(vectors)
     if fault:
         raise RatchetError(f"{client.url} answers with wrong embeddings: {fault}.", "Look at the logs of its encoders.")

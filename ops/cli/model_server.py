@@ -11,7 +11,7 @@ from ops.errors import ConfigError
 from ops.settings import Settings
 
 if TYPE_CHECKING:
-    from serving.client import Client
+    from ratchet_client import Client
 
 ServerOption = Annotated[
     str | None, typer.Option("--server", help="URL of the model server; server_url of the settings by default.")
@@ -28,11 +28,12 @@ def operator_client(settings: Settings, timeout: float = 60.0) -> Client:
         ConfigError: the server is another machine's, and this one has no key for it. A key that were made here would be
             one that the server does not know.
     """
-    from serving.client import Client
+    from ratchet_client import Client
 
     if settings.server_url is not None and not settings.has_operator_key:
         raise ConfigError(
             f"there is no operator key for {settings.server_url}.",
             "Set RATCHET_SERVE__OPERATOR_KEY to serving's serve.operator_key, or to a key with the scope operate.",
         )
-    return Client(settings.server, operator_key=settings.operator_key(), actor=ctx.person(), timeout=timeout)
+    key = settings.operator_key().get_secret_value()
+    return Client(settings.server, key, actor=ctx.person(), timeout=timeout, retries=0)

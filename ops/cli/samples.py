@@ -193,7 +193,7 @@ def refused(
 
     Examples:  ratchet samples refused --source crawler-7    |    ratchet samples refused --reason image_undecodable
     """
-    from streams.records import REASONS
+    from ratchet_client.records import REASONS
     from streams.sample_queries import refusal_counts
 
     if reason is not None and reason not in REASONS:

@@ -15,7 +15,7 @@ from jinja2 import Environment
 
 from ops.errors import ConfigError, RecordError
 from ops.settings.streams import Ingest
-from streams.images import decode_image
+from ratchet_client.images import decode_image
 
 MAX_CARDS: Final = 500
 """Samples on one page: some 5 MB of thumbnails."""

@@ -116,7 +116,7 @@ def _controller(settings: Settings) -> dict[str, Any]:
     why it cannot be asked.
     ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
     """
-    from serving.client import ServerError
+    from ratchet_client import ServerError
     from serving.engines.clip_base import list_bases
 
     base = settings.base.vlm

@@ -62,8 +62,8 @@ class Supervisor:
         Raises:
             RatchetError: a part ended instead, with the end of its log; or nothing moves any more.
         """
+        from ratchet_client import Client
         from serving.app import serves_vlm
-        from serving.client import Client
         from serving.start_progress import StartProgress
 
         models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(self.settings) else ("clip",)

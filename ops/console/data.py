@@ -18,9 +18,9 @@ from ops.errors import RatchetError, RecordError
 from ops.ledger import Family, Ledger, ReleaseRow
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
-from serving.client import Client, ServerError
+from ratchet_client import Client, ServerError
+from ratchet_client.images import decode_image
 from serving.engines.registered import names_by_digest
-from streams.images import decode_image
 from streams.store import SampleStore
 from updater.scheduling.learning_state import LearningState, learning_states
 
@@ -69,7 +69,7 @@ class ConsoleData:
         """The server as the holder of ``key`` sees it; an empty key is nobody's."""
         own = key == self.settings.operator_key().get_secret_value()
         actor = "operator" if own else "console"  # a key's name is put before it: key:ana/console
-        return Client(self.settings.server, operator_key=key or None, actor=actor, timeout=timeout)
+        return Client(self.settings.server, key, actor=actor, timeout=timeout, retries=0)
 
     def status(self, *, fresh: bool = False) -> dict[str, Any] | None:
         """What the controller and the catalog say of themselves; None when the server does not answer.

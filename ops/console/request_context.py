@@ -15,7 +15,7 @@ from ops.console.data import ConsoleData
 from ops.console.sessions import Session
 from ops.console.template_filters import TEMPLATES
 from ops.ledger.rows import KeyScope
-from serving.client import Client
+from ratchet_client import Client
 
 NAV = (
     ("/", "Overview"),

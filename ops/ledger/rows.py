@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-Family = Literal["clip", "vlm"]
+from ratchet_client.models import Family as Family
+
 Scope = Literal["clip", "vlm", "both"]
 """Which adapters a proposal sets; the other stays what is live when it is committed."""
 GateOutcome = Literal["passed", "rejected", "inconclusive"]

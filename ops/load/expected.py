@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from ops.artifacts import Artifacts
 from ops.settings import Settings
+from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.releases.release_snapshot import BASE
-from streams.images import decode_image
 
 Question = tuple[bytes, str]
 """An encoded image, and what is asked about it."""

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from ops.ledger.rows import Family
 from ops.load.expected import ANSWER_TOKENS, Question
-from serving.client import data_uri
+from ratchet_client import data_uri
 
 RequestKind = Literal["embeddings", "classify", "search", "chat"]
 PATHS: Final[dict[RequestKind, str]] = {

@@ -9,13 +9,15 @@ from pydantic import Field, SecretStr, field_validator
 from ops.allow_rules import NetworkRule, UriRule
 from ops.settings.identity import OAuth
 from ops.settings.section import MIB, Section, http_url
+from ratchet_client.limits import DEFAULT_LIMITS
+from ratchet_client.records import TOPIC
 
 
 class Kafka(Section):
     """The broker and the topics."""
 
     bootstrap: str = Field("127.0.0.1:19092", description="host:port of one or more brokers, comma separated.")
-    topic: str = Field("ratchet.samples", description="Topic that producers write to.")
+    topic: str = Field(TOPIC, description="Topic that producers write to.")
     quarantine_topic: str = Field("ratchet.quarantine", description="Topic for records that were refused.")
     events_topic: str = Field("ratchet.events", description="Topic that tells of releases and more; empty is off.")
     events_source: str = Field(
@@ -52,10 +54,10 @@ class Kafka(Section):
 class Ingest(Section):
     """What a record must be to get into the sample store."""
 
-    max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
-    max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
-    min_side: int = Field(8, ge=1, description="Shortest side of an image, in pixels.")
-    max_text_chars: int = Field(2000, ge=1, description="Longest text, question or answer.")
+    max_image_bytes: int = Field(DEFAULT_LIMITS.max_image_bytes, ge=1024, description="Largest encoded image.")
+    max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="Largest decoded image, in pixels.")
+    min_side: int = Field(DEFAULT_LIMITS.min_side, ge=1, description="Shortest side of an image, in pixels.")
+    max_text_chars: int = Field(DEFAULT_LIMITS.max_text_chars, ge=1, description="Longest text, question or answer.")
     fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
     near_duplicate_distance: int = Field(
         0,

@@ -4,8 +4,8 @@ Resizing ends in ``uint8`` so that decoded images are small to pass between proc
 and is the same PIL resize that open_clip does: of a decoded image the result equals open_clip's own transform bit by
 bit. JPEGs are decoded at the smallest scale that is at least as large as the result (:meth:`Preprocess.needed`), which
 takes less than half of the time and changes pixels a little. Decoding of bytes from outside, with its bounds, is in
-``streams.images``. open_clip is not imported here: it imports transformers and torchvision's models, for seconds of a
-process that only prepares images.
+``ratchet_client.images``. open_clip is not imported here: it imports transformers and torchvision's models, for seconds
+of a process that only prepares images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ops.errors import BaseModelError
-from streams.images import OpenedImage, open_image
+from ratchet_client.images import OpenedImage, open_image
 
 if TYPE_CHECKING:
     import torch

@@ -24,11 +24,11 @@ from PIL import Image
 from ops.errors import RecordError
 from ops.settings.serving import Serve
 from ops.tracing import span
+from ratchet_client.images import OpenedImage, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
 from streams.fetching import ByteBudget, Fetcher, Rules
-from streams.images import OpenedImage, open_image
 
 Result = TypeVar("Result")
 ImageSource = tuple[str, str | bytes]

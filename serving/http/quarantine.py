@@ -8,13 +8,13 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
+from ratchet_client.records import REASONS
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
 from serving.http.json_bodies import json_body, json_schema
 from serving.http.operation_schemas import QuarantineList, Resubmission, ResubmissionReport
 from serving.http.schemas import RefusedSelection, ResubmitRequest
-from streams.records import REASONS
 
 router = APIRouter(tags=["Quarantine"])
 MAX_ROWS = 500

@@ -47,11 +47,11 @@ class CatalogReplica:
         metrics.build.started("catalog")
         await wait_for_clip()
         # Here and not above: LanceDB takes two seconds to import.
+        from ratchet_client.images import open_image
         from serving.catalog.catalog import Catalog
         from serving.catalog.tables import Tables
         from serving.catalog.watch import Watcher
         from serving.engines.clip_base import load_base
-        from streams.images import open_image
         from streams.store import SampleStore
 
         preprocess = load_base(settings.home, settings.base.clip).preprocess

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from ratchet_client.images import MAX_BYTES
 from streams.datasets import coco, imagefolder, index_files, llava, parquet, shards, sidecars, vqa
 from streams.datasets.source import Format, Source
 from streams.folders import DatasetRow, select_split
-from streams.images import MAX_BYTES
 from streams.tables import dataset_error
 
 _ORDERED: Final = (

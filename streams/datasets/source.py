@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ratchet_client.images import MAX_BYTES
 from streams.folders import DatasetRow
-from streams.images import MAX_BYTES
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
-"""File names of the formats that :mod:`streams.images` decodes."""
+"""File names of the formats that :mod:`ratchet_client.images` decodes."""
 MAX_TEXT_BYTES: Final = 2**20
 """Longest text, JSON object or other field of a row that is read at all."""
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")

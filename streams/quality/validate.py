@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from ops.errors import BrokerError, RecordError, StoreError
 from ops.settings.streams import Ingest as Limits
+from ratchet_client.images import decode_image
+from ratchet_client.records import Sample, check_text
 from streams.codecs import Fetch, decode
-from streams.images import decode_image
 from streams.quality.look import look_of, split_of
-from streams.records import Sample, check_text
 from streams.registry import SchemaRegistry
 from streams.rows import RecordPosition, record_key, words_hash
 

@@ -13,7 +13,7 @@ twenty packages for its encryption rules, evaluates such rules on the consumer, 
 through; the tests use it to write records, and nothing else does. What reading needs of a registry is two GET calls, so
 the client is ours, on httpx, and the formats are left to the two best-kept libraries for them: ``fastavro`` and
 ``protobuf``. They are the extra ``ratchet-server[registry]``. A JSON value is not validated against its JSON Schema:
-what a sample must be is checked by :mod:`streams.records`, whatever the producer promised.
+what a sample must be is checked by :mod:`ratchet_client.records`, whatever the producer promised.
 
 **Outage or refusal.** A registry that does not answer, or answers with an error of its own, is an outage
 (:class:`~ops.errors.RegistryUnavailable`): nothing is known about the record, so ingest waits. An id that the registry

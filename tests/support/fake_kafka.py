@@ -19,8 +19,8 @@ from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import LogTruncationError, OffsetOutOfRangeError
 
 from ops.errors import BrokerError, Fenced, RecordTooLarge
-from streams.codecs import Encoded
-from streams.producer import Delivery
+from ratchet_client.encoding import Encoded
+from ratchet_client.producer import Delivery
 
 
 @dataclass

@@ -13,8 +13,8 @@ from random import Random
 from typing import Literal
 
 from ops.settings.streams import Kafka
-from streams.codecs import Encoding, encode
-from streams.records import Sample
+from ratchet_client.encoding import Encoding, encode
+from ratchet_client.records import Sample
 from tests.support.kafka import picture
 from tests.support.mutations import (
     DAMAGES,

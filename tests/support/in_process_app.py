@@ -21,6 +21,7 @@ from ops.settings import Settings
 from ops.settings.serving import Serve
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_base
+from ratchet_client.records import Sample
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
 from serving.engines.clip import ClipEngine
@@ -38,7 +39,6 @@ from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Prepared, ReleaseResult, Residency
 from streams.receipts import Receipt
-from streams.records import Sample
 from streams.resubmit_many import ResubmitReport
 from streams.rows import Position
 from streams.store import SampleStore

@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import connected_components
 
 from ops.digests import digest12, digest_json
 from ops.errors import GateError, RecordError
+from ratchet_client.images import OpenedImage, open_image
 from streams.folders import FolderItem
-from streams.images import OpenedImage, open_image
 
 Half = Literal["all", "tuning", "hidden"]
 Result = TypeVar("Result")

@@ -32,7 +32,7 @@ from ops.errors import (
 from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from ops.progress import say
 from ops.settings import Settings
-from serving.client import Client
+from ratchet_client import Client
 from streams.store import SampleStore
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
@@ -92,7 +92,9 @@ class UpdaterService:
         self.store = SampleStore(settings.lake)
         self.stop = stop or StopSignal()
         self._ledger_metrics = LedgerMetrics(self.ledger)
-        server = Client(settings.server, settings.operator_key(), actor="updater", timeout=2.0)
+        server = Client(
+            settings.server, settings.operator_key().get_secret_value(), actor="updater", timeout=2.0, retries=0
+        )
         limits = settings.updater
         self._throttle = Throttle(
             lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)

@@ -12,8 +12,8 @@ from ops.cli.demo.picture import Change, choose, draw, search
 from ops.cli.demo.stage import SOME_ANSWERS_SECONDS, Stage
 from ops.cli.demo.summary import Lesson
 from ops.progress import say, step, track
+from streams.clients import connect_producer
 from streams.folders import read_folder
-from streams.producer import Producer
 
 DOMAIN = "fluent3d"
 SEARCHES_AT_ONCE = 4
@@ -73,7 +73,7 @@ def learn(stage: Stage) -> tuple[Lesson, Comparison]:
 def _event_to_searchable(stage: Stage) -> float:
     """Publish one image of a domain of its own, and ask until a search for that domain finds it."""
     item = next(iter(read_folder(stage.settings.home / "data" / DOMAIN, split="test")))
-    with Producer(stage.settings.kafka) as producer:
+    with connect_producer(stage.settings.kafka) as producer:
         began = time.monotonic()
         producer.send(image=item.bytes(), text=item.text, domain="late_arrival", source="demo")
     stage.published += 1

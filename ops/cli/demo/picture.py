@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from serving.client import Client
+from ratchet_client import Client
 
 HITS = 6
 SIDE = 96  # pixels of a thumbnail

@@ -18,7 +18,7 @@ from ops.ledger.rows import Family
 from ops.progress import say, step
 from ops.settings import Settings
 from ops.waiting import StoodStill, wait_for_progress
-from serving.client import Client, ServerError
+from ratchet_client import Client, ServerError
 from streams.publish import publish
 from streams.store import SampleStore
 

@@ -28,7 +28,7 @@ from ops.load.traffic import Report, Traffic
 from ops.progress import say, step
 from ops.settings import Settings
 from ops.stop_signals import Stopped, undisturbed
-from serving.client import Client
+from ratchet_client import Client
 from serving.engines.vlm import vllm_start
 from streams.demo import QUESTIONS, DemoData, Preparation
 from streams.folders import FolderItem, read_folder
@@ -73,7 +73,7 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
             parts = running.enter_context(Supervisor(context, PARTS))
             starting = parts.wait_until_ready("clip")
             data.wait(captions.DOMAIN)
-        client = Client(settings.serve.url, operator_key=settings.operator_key(), actor="demo")
+        client = Client(settings.serve.url, settings.operator_key().get_secret_value(), actor="demo")
         stage = Stage(context, screen, parts, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
         with _traffic(settings) as traffic:
             with screen.chapter("stream"):

@@ -11,10 +11,10 @@ from ops.digests import digest_bytes
 from ops.errors import ConfigError, RecordError
 from ops.progress import track
 from ops.settings.streams import Ingest
+from ratchet_client.images import OpenedImage, open_image
 from streams.datasets import imagefolder
 from streams.datasets.source import Source
 from streams.folders import INDEX, DatasetRow, FolderItem
-from streams.images import OpenedImage, open_image
 
 MAX_ROWS = 200_000
 """Rows that are listed: about 200 MB of names and texts."""

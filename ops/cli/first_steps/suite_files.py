@@ -12,8 +12,8 @@ from pathlib import Path
 from ops.cli.first_steps.labelled import LabelledSample, Picture
 from ops.errors import ConfigError
 from ops.files import replace_file
+from ratchet_client.images import sniff
 from streams.folders import FolderItem, write_folder
-from streams.images import sniff
 from updater.gate.suites import Suite, load_suites
 
 HELD_OUT, REST = "test", "train"

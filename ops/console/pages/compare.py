@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import mul
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form
@@ -14,7 +15,7 @@ from ops.console.pages.pictures import Chosen, inline
 from ops.console.pages.playground import ASK_SECONDS, LABELS, Text, away, listed
 from ops.console.request_context import Reader, Refused
 from ops.errors import RatchetError
-from serving.client import Client
+from ratchet_client import Client
 
 router = APIRouter()
 HITS = 6
@@ -99,8 +100,7 @@ def _asks(
     clip, vlm = f"clip@{side.number}", f"vlm@{side.number}"
 
     def similarity() -> None:
-        vectors = client.embed([picture or b"", text], model=clip)
-        side.similarity = float(vectors[0] @ vectors[1])
+        side.similarity = sum(map(mul, *client.embed([picture or b"", text], model=clip)))
 
     def shares() -> None:
         (found,) = client.classify([picture or b""], labels, TEMPLATES, model=clip)

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from ops.console.data import short_texts
 from ops.console.pages.pictures import Picture, inline
 from ops.console.request_context import Reader, Refused, RequestContext
-from serving.client import Client, ServerError, data_uri
+from ratchet_client import Client, ServerError, data_uri
 
 router = APIRouter()
 Result = TypeVar("Result")

@@ -11,8 +11,9 @@ from fastapi.responses import Response
 from ops.console.pages.pictures import drawn
 from ops.console.request_context import Operator, Reader, Refused, RequestContext
 from ops.errors import AlreadyResubmitted, RatchetError, UnknownRecord
-from streams.codecs import Encoded, glimpse
-from streams.records import Reason
+from ratchet_client.encoding import Encoded
+from ratchet_client.records import Reason
+from streams.codecs import glimpse
 from streams.resubmit import list_quarantine, quarantined, resubmit
 from streams.sample_queries import OTHERS, refusal_counts
 

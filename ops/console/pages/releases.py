@@ -13,8 +13,7 @@ from ops.console.data import ACTION_SECONDS
 from ops.console.request_context import Operator, Reader, RequestContext
 from ops.console.rollout import on_trial, watching
 from ops.console.timeline import timeline, unreleased
-from ops.errors import ReleaseConflict
-from serving.client import Client, ServerError
+from ratchet_client import Client, Conflict, ServerError
 from serving.releases.lineage import clip_bases
 
 router = APIRouter()
@@ -83,7 +82,7 @@ def act(
     try:
         with context.client(ACTION_SECONDS) as client:
             made = _do(client, action, choice, reason, expected_live, meant)
-    except ReleaseConflict as conflict:
+    except Conflict as conflict:
         live = context.data.live()
         return context.dialog(
             "conflict.html", "Somebody was faster", 409, message=conflict.message, live=live, seen=expected_live,

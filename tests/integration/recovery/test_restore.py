@@ -14,8 +14,8 @@ import yaml
 from ops.artifacts import Artifacts
 from ops.loading import load_settings
 from ops.recovery import back_up, restore
-from streams.codecs import encode
-from streams.records import Sample
+from ratchet_client.encoding import encode
+from ratchet_client.records import Sample
 from streams.store import SampleStore
 from tests.integration.serving.server_fixture import TEXTS, ServerFixture
 from tests.support.broker import Broker, broker

@@ -31,12 +31,12 @@ from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.waiting import StoodStill, wait_for_progress
-from serving.client import Client
+from ratchet_client import Client
+from ratchet_client.records import Sample
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import Head, read_heads
 from serving.engines.vlm.vlm_base import VlmBase
-from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
 from updater.heads.fit import fit_head
@@ -118,7 +118,7 @@ class ServerFixture:
 
     def client(self, actor: str = "test") -> Client:
         """An operator's client."""
-        return Client(self.url, operator_key=self.settings.operator_key(), actor=actor)
+        return Client(self.url, self.settings.operator_key().get_secret_value(), actor=actor, retries=0)
 
     def ensure_running(self) -> None:
         """Start the server unless it runs."""

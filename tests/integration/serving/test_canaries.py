@@ -16,7 +16,7 @@ from scipy.stats import binom
 from ops.ledger import AuditRow
 from ops.load.traffic import Traffic
 from ops.testing.inputs import pictures
-from serving.client import ServerError
+from ratchet_client import ServerError
 from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration

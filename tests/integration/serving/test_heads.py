@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from ops.testing.inputs import pictures
-from serving.client import data_uri
+from ratchet_client import data_uri
 from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from serving.client import data_uri
+from ratchet_client import data_uri
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN, Hostile
 from tests.support.in_process_app import MAX_IMAGE_BYTES, AppClient, InProcessApp
 

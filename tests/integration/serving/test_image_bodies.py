@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from ops.testing.inputs import pictures
-from serving.client import data_uri
+from ratchet_client import data_uri
 from tests.support.in_process_app import AppClient, InProcessApp
 
 pytestmark = pytest.mark.integration

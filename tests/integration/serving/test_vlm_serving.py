@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
@@ -20,7 +21,7 @@ from benchmarks import traces
 from benchmarks.otlp_collector import OtlpCollector
 from ops.artifacts import Artifacts
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from serving.client import ServerError, data_uri
+from ratchet_client import ServerError, data_uri
 from serving.engines.adapters import write_adapter
 from tests.integration.serving.server_fixture import ServerFixture
 
@@ -213,7 +214,7 @@ def test_a_killed_engine_shows_and_comes_back_with_what_is_live(server: ServerFi
         os.kill(victim, signal.SIGKILL)
         with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as plain:
             assert plain.get("/health/live").status_code == 503 or not own
-            assert client.embed(["CLIP goes on"]).shape == (1, server.base.dim)
+            assert len(client.embed(["CLIP goes on"])[0]) == server.base.dim
             server.until(lambda: plain.get("/health/live").status_code == 200)
         after = client.vqa(server.images[0], "what is this?")
         assert (after["answer"], after["release"], after["adapter"]) == (before["answer"], number, vlm)
@@ -245,7 +246,7 @@ def test_no_engine_outlives_its_replica_or_its_server_which_starts_with_what_was
         assert client.live() == live
         after = client.vqa(server.images[0], "what is this?")
         assert (after["answer"], after["release"]) == (before["answer"], live)
-        vectors = client.embed(["a photo of a cat"], model=f"clip@{live}")
+        vectors = np.asarray(client.embed(["a photo of a cat"], model=f"clip@{live}"))
         assert abs(vectors - server.expected(name, texts=["a photo of a cat"])).max() < 1e-3
         client.resume("go on")
         server.until(lambda: client.live() != live)

@@ -13,7 +13,8 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import OffsetOutOfRangeError
 
 from ops.settings.streams import Kafka
-from streams.clients import MAX_RECORD_BYTES, TOPIC_RECORD_BYTES, ensure_topics
+from ratchet_client.broker import MAX_RECORD_BYTES
+from streams.clients import TOPIC_RECORD_BYTES, ensure_topics
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics
 

@@ -19,16 +19,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from ops.ledger import DeletionRow, Ledger
 from ops.settings import Settings
+from ratchet_client.encoding import encode
+from ratchet_client.records import Sample
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
 from streams import maintenance
-from streams.codecs import encode
 from streams.consumer import Consumer
 from streams.deletion import request_deletion
 from streams.maintenance import Maintainer
-from streams.records import Sample
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, reading, records_seen, wait_for

@@ -14,8 +14,8 @@ from kafka.errors import MessageSizeTooLargeError, UnsupportedVersionError
 
 from ops.errors import BrokerError, Fenced, RecordTooLarge
 from ops.settings.streams import Kafka
+from ratchet_client.encoding import Encoded
 from streams.clients import ensure_topics
-from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender
 from streams.outbox import Outbox, OutboxEntry
 from streams.read_back import read_back

@@ -18,10 +18,10 @@ from prometheus_client import REGISTRY
 from ops.addresses import free_port
 from ops.settings import Settings
 from ops.testing.tcp_relay import TcpRelay
-from streams import Producer, Sample
+from ratchet_client import Sample
+from ratchet_client.encoding import encode
 from streams.broker import EmbeddedBroker
-from streams.clients import Admin
-from streams.codecs import encode
+from streams.clients import Admin, connect_producer
 from streams.consumer import Consumer
 from streams.folders import FolderItem, write_folder
 from streams.publish import publish
@@ -367,7 +367,7 @@ def test_the_producer_reports_each_delivery(broker: Broker, tmp_path: Path) -> N
     settings = broker.settings(tmp_path)
     make_topics(settings)
     reports: list[Any] = []
-    with Producer(settings.kafka, on_delivery=reports.append) as producer:
+    with connect_producer(settings.kafka, on_delivery=reports.append) as producer:
         futures = [producer.send(image=picture(n), text="t") for n in range(8)]
         again = producer.send(image=picture(0), text="t")
     got = [future.result(timeout=0) for future in futures]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.backlog.pairs import pair_rows
 from benchmarks.backlog.run_backlog import run, show
-from streams.images import decode_image
+from ratchet_client.images import decode_image
 from tests.integration.updater.home import make_home
 
 pytestmark = pytest.mark.integration

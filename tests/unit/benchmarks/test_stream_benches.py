@@ -22,7 +22,7 @@ from benchmarks.stream.throughput import Throughput
 from ops.loading import load_settings
 from ops.settings import Settings
 from ops.settings.streams import Ingest, Kafka
-from streams.images import decode_image
+from ratchet_client.images import decode_image
 from streams.quality.validate import Accepted, Received, Rules, validate
 from streams.rows import Position
 from streams.store import SampleStore

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.swap import ROLLBACK_EVERY, VLM_EVERY, Swaps, by_swap, ratio_interval
 from ops.load.traffic import Sample
-from serving.client import ServerError
+from ratchet_client import ServerError
 
 
 class RecordingClient:

@@ -15,7 +15,8 @@ from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.rollout import watching
 from ops.ledger import Ledger
-from serving.client import Client
+from ratchet_client import Client
+from ratchet_client.calls import Call
 from tests.support.story import seen, withdraw
 from tests.unit.console.test_action_preview import told
 from tests.unit.console.test_actions import PARTIAL
@@ -55,12 +56,16 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """What the console asks of a server that says yes to everything."""
     asked: list[tuple[str, dict[str, Any]]] = []
 
-    def post(self: Client, path: str, body: dict[str, Any], **_: Any) -> dict[str, Any]:
-        asked.append((path, body))
-        made = {"number": 9, "clip": None, "vlm": None, "prepare_seconds": 0.1, "commit_seconds": 0.1}
-        return {**made, "share": body.get("share", 1.0)}
+    send = Client._call
 
-    monkeypatch.setattr(Client, "post", post)
+    def call(self: Client, call: Call[Any]) -> Any:
+        if call.body is None:
+            return send(self, call)
+        asked.append((call.path, dict(call.body)))
+        made = {"number": 9, "clip": None, "vlm": None, "prepare_seconds": 0.1, "commit_seconds": 0.1}
+        return {**made, "share": call.body.get("share", 1.0)}
+
+    monkeypatch.setattr(Client, "_call", call)
     return asked
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ratchet_client.images import decode_image, open_image
 from serving.engines.preprocess import Preprocess, ResizeMode
-from streams.images import decode_image, open_image
 
 
 def photo(width: int, height: int, kind: str = "JPEG", **options: object) -> bytes:

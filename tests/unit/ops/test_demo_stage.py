@@ -13,7 +13,7 @@ from ops.cli.context import Context
 from ops.cli.demo.stage import Stage
 from ops.errors import RatchetError
 from ops.waiting import BUSY_SECONDS, STILL_SECONDS
-from serving.client import ServerError
+from ratchet_client import ServerError
 from tests.support.clock import Clock
 
 

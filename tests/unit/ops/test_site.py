@@ -16,10 +16,10 @@ from ops.cli.main import app
 from ops.loading import describe
 from ops.metrics import declared
 from ops.settings import Settings
+from ratchet_client.records import REASONS
 from serving.errors import ServingError
 from serving.http.app import openapi
 from serving.http.errors import KNOWN
-from streams.records import REASONS
 from tests.support.pages import resolve
 
 

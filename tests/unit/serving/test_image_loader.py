@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from ops.settings.serving import Serve
+from ratchet_client.images import OpenedImage, decode_image, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, decoding_pixels, jobs_of
-from streams.images import OpenedImage, decode_image, open_image
 from tests.unit.serving.scripted_vlms import png
 
 
@@ -139,7 +139,7 @@ def test_transparency_of_a_large_image_is_resolved_as_that_of_its_parts(
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **options)
     whole = np.asarray(decode_image(buffer.getvalue()))
-    monkeypatch.setattr("streams.images.BAND_PIXELS", 130)
+    monkeypatch.setattr("ratchet_client.images.BAND_PIXELS", 130)
     assert (np.asarray(decode_image(buffer.getvalue())) == whole).all()
     with Image.open(io.BytesIO(buffer.getvalue())) as opened:
         rgba = opened.convert("RGBA")

@@ -10,8 +10,8 @@ import pytest
 
 from ops.errors import ConfigError
 from ops.ledger import Family
+from ratchet_client import ServerError
 from serving import start_progress
-from serving.client import ServerError
 from serving.ray.deployment_status import DeploymentStatus
 from serving.start_progress import StartProgress, Statuses
 from tests.support.clock import Clock

@@ -14,9 +14,9 @@ from ops.addresses import free_port
 from ops.errors import BrokerError, ConfigError, RecordError
 from ops.settings import Settings
 from ops.settings.streams import Kafka
-from streams import Producer
+from ratchet_client.broker import client_options, explain
 from streams.broker import EmbeddedBroker
-from streams.clients import Admin, client_options, explain
+from streams.clients import Admin, connect_producer, connection
 from streams.publish import publish
 from streams.quality.validate import Received, Rules, validate
 from streams.quarantine import message, position_of
@@ -25,24 +25,24 @@ from tests.support.kafka import picture
 
 def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None:
     kafka = Kafka(bootstrap="a:1, b:2", client={"session_timeout_ms": "7000", "ssl_check_hostname": "false"})
-    consumer = client_options(kafka, KafkaConsumer.DEFAULT_CONFIG)
+    consumer = client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)
     assert consumer == {
         "bootstrap_servers": ["a:1", "b:2"],
         "session_timeout_ms": 7000,
         "ssl_check_hostname": False,
     }
-    assert "session_timeout_ms" not in client_options(kafka, KafkaProducer.DEFAULT_CONFIG)
+    assert "session_timeout_ms" not in client_options(connection(kafka), KafkaProducer.DEFAULT_CONFIG)
 
 
 @pytest.mark.parametrize("client", [{"sasl_pasword": "x"}, {"ssl_check_hostname": "maybe"}, {"retries": "few"}])
 def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=next(iter(client))):
-        client_options(Kafka(client=client), {"ssl_check_hostname": True, "retries": 3})
+        client_options(connection(Kafka(client=client)), {"ssl_check_hostname": True, "retries": 3})
 
 
 def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
     kafka = Kafka(client={"sasl_mechanism": "PLAIN", "sasl_plain_password": "hush"})
-    error = explain(KafkaTimeoutError("Unable to bootstrap"), kafka, "connecting")
+    error = explain(KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting")
     assert "password" in error.fix and "hush" not in str(error)
 
 
@@ -50,7 +50,7 @@ def test_a_broker_that_is_not_there_is_reported_in_time() -> None:
     kafka = Kafka(bootstrap=f"127.0.0.1:{free_port()}")
     started = time.monotonic()
     with pytest.raises(BrokerError, match=kafka.bootstrap):
-        Producer(kafka, connect_seconds=0.5)
+        connect_producer(kafka, connect_seconds=0.5)
     with pytest.raises(BrokerError, match=kafka.bootstrap):
         Admin(kafka, connect_seconds=0.5).topic_id("t")
     assert time.monotonic() - started < 20

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ops.errors import RecordError
-from streams.codecs import decode, encode, glimpse
-from streams.images import sniff
-from streams.records import METADATA, REASONS, SCHEMA, Sample
+from ratchet_client.encoding import encode
+from ratchet_client.images import sniff
+from ratchet_client.records import METADATA, REASONS, SCHEMA, Sample
+from streams.codecs import decode, glimpse
 from streams.registry import SchemaRegistry
 from tests.support.confluent import message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture

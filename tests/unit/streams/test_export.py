@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from ops.errors import ConfigError
+from ratchet_client.records import Sample
 from streams.datasets import read_dataset
 from streams.export import export
 from streams.folders import FolderItem
-from streams.records import Sample
 from streams.rows import Position
 from streams.sample_queries import SampleFilter, ValueCounts, count_samples, newest_samples, store_stats
 from streams.store import SampleStore

@@ -7,8 +7,8 @@ import pytest
 
 from ops.errors import RecordError
 from ops.settings.streams import Ingest
+from ratchet_client.images import decode_image
 from serving.engines.preprocess import Preprocess, ResizeMode
-from streams.images import decode_image
 from streams.quality.validate import Accepted, Received, Rules, validate
 from tests.support.hostile_images import LEFT, REFUSED, TAKEN, Hostile, plain
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ops.errors import RecordError
-from streams.images import decode_image, sniff
+from ratchet_client.images import decode_image, sniff
 from tests.support.hostile_images import png_chunk
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]

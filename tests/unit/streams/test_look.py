@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageDraw
 
-from streams.images import decode_image
+from ratchet_client.images import decode_image
 from streams.quality.look import COLOUR_TOLERANCE, LOOK_BYTES, Look, look_of, similar, split_of
 
 SHIRTS = ["red", "green", "blue", "yellow", "purple", "orange"]

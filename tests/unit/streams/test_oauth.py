@@ -21,8 +21,9 @@ from ops.errors import ConfigError
 from ops.loading import describe, load_settings
 from ops.settings.identity import OAuth
 from ops.settings.streams import Kafka
+from ratchet_client.broker import client_options, explain
 from streams import oauth as module
-from streams.clients import client_options, explain
+from streams.clients import connection
 from streams.oauth import TokenProvider, token_provider
 
 
@@ -98,7 +99,7 @@ def test_a_token_is_asked_for_with_the_client_credentials(server: TokenServer) -
 def test_what_kafka_python_sends_is_the_token_with_its_extensions(server: TokenServer) -> None:
     kafka = Kafka(oauth=oauth(server, extensions={"logicalCluster": "lkc-1"}))
     for client in (KafkaConsumer, KafkaProducer, KafkaAdminClient):
-        options = client_options(kafka, client.DEFAULT_CONFIG)
+        options = client_options(connection(kafka), client.DEFAULT_CONFIG)
         assert (options["sasl_mechanism"], options["security_protocol"]) == ("OAUTHBEARER", "SASL_SSL")
         sent = SaslMechanismOAuth(**options).auth_bytes()
         assert sent == b"n,,\x01auth=Bearer token-1\x01logicalCluster=lkc-1\x01\x01"
@@ -161,7 +162,9 @@ def test_an_endpoint_that_refuses_or_answers_nonsense_is_told_by_the_setting(
     kafka = Kafka(oauth=oauth(server))
     with pytest.raises(error, match=named) as caught:
         token_provider(kafka.oauth).token()
-    shown = explain(KafkaTimeoutError("Unable to bootstrap"), kafka, "connecting")  # what kafka-python makes of it
+    shown = explain(
+        KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting"
+    )  # what kafka-python makes of it
     assert "token" in str(shown) and str(caught.value.args[0]) in str(shown)
     assert "hu:sh" not in str(shown) + repr(kafka) + str(caught.value)
 
@@ -198,12 +201,12 @@ def test_a_token_file_is_read_again_each_time(tmp_path: Path) -> None:
 )
 def test_settings_that_do_not_fit_together_are_named(kafka: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        client_options(Kafka(**kafka), KafkaConsumer.DEFAULT_CONFIG)
+        client_options(connection(Kafka(**kafka)), KafkaConsumer.DEFAULT_CONFIG)
 
 
 def test_a_protocol_without_tls_is_taken_where_it_is_asked_for() -> None:
     kafka = Kafka(oauth=OAuth(token_file=Path("/t")), client={"security_protocol": "SASL_PLAINTEXT"})
-    assert client_options(kafka, KafkaConsumer.DEFAULT_CONFIG)["security_protocol"] == "SASL_PLAINTEXT"
+    assert client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)["security_protocol"] == "SASL_PLAINTEXT"
 
 
 def test_nested_settings_come_from_a_file_and_the_environment_and_secrets_are_masked(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ops.cli.main import app
 from ops.errors import BrokerError, ConfigError, RecordError
 from ops.progress import say
 from ops.settings import Settings
-from streams import Producer
+from streams.clients import connect_producer
 from streams.datasets import FORMATS
 from streams.publish import publish
 from streams.publish_resume import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
@@ -75,7 +75,7 @@ def test_the_exit_status_tells_what_was_refused(tmp_path: Path, bad: list[int], 
 
 
 def test_a_broker_that_is_away_leaves_the_file_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.publish.Producer", partial(Producer, connect_seconds=0.3))
+    monkeypatch.setattr("streams.publish.connect_producer", partial(connect_producer, connect_seconds=0.3))
     settings = Settings(home=tmp_path, kafka={"bootstrap": f"127.0.0.1:{free_port()}"})
     file = rows(tmp_path / "a.jsonl")
     progress = ProgressFile(tmp_path, str(file), "jsonl", settings.kafka.topic, "", settings.kafka.bootstrap)

@@ -16,11 +16,11 @@ import pytest
 
 from ops.errors import RegistryUnavailable
 from ops.settings.streams import Ingest
+from ratchet_client.records import REASONS
 from streams.quality import validate as module
 from streams.quality.look import look_of, split_of
 from streams.quality.validate import Accepted, Received, Rules, record_time, refuse, validate
 from streams.quarantine import message, original
-from streams.records import REASONS
 from streams.rows import Position, record_key
 from streams.store import SampleStore
 from tests.support.kafka import good, picture
@@ -108,7 +108,7 @@ def test_the_split_cannot_be_known_without_the_key_of_the_store() -> None:
     sides = [[accepted(validate(raw(n), Rules(limits, key)))["split"] for n in range(32)] for key in keys]
     assert sides[0] != sides[1]
     assert {side for each in sides for side in each} == {"train", "fresh_eval"}
-    from streams.images import decode_image
+    from ratchet_client.images import decode_image
 
     assert sides[0] == [split_of(look_of(decode_image(picture(n))), keys[0], 0.5) for n in range(32)]
 

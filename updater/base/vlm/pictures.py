@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from ops.progress import track
-from streams.images import decode_image
+from ratchet_client.images import decode_image
 from updater.base.vlm.model import SIDE
 
 STORED = 128

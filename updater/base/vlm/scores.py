@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from ops.progress import say, track
+from ratchet_client.images import decode_image
 from serving.engines.vlm.generation import Image, question
 from serving.engines.vlm.prompts import inputs
 from serving.engines.vlm.vlm_base import VlmBase
 from streams.demo import prepare_questions
 from streams.folders import FolderItem, read_folder
-from streams.images import decode_image
 from updater.base.vlm.shipped import ASSETS, TRAINED_ON
 
 SCORES = "scores.json"

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ops.digests import digest12
+from ratchet_client.images import open_image
 from serving.engines.preprocess import Preprocess
-from streams.images import open_image
 from updater.data.pools import Pair
 from updater.recipes import PLACE, Views
 

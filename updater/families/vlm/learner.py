@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops.digests import digest_json
+from ratchet_client.images import decode_image
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
-from streams.images import decode_image
 from updater.adapters import LoraModel, WeightDelta
 from updater.data.pools import Question
 from updater.families.vlm.parts import sees, trained_modules

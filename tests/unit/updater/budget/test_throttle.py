@@ -9,7 +9,7 @@ import pytest
 from ops import metrics
 from ops.addresses import free_port
 from ops.testing.tiny import tiny_base
-from serving.client import Client
+from ratchet_client import Client
 from tests.unit.updater.builders import run
 from updater.budget.throttle import GROWTH, POLL_SECONDS, WINDOW_SECONDS, Latencies, Throttle, Took, latencies
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,13 +14,12 @@ from typing import Any
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, RecordListTooLargeError
 
-from ops.errors import BrokerError
-from ops.settings.streams import Ingest as Limits
-from ops.settings.streams import Kafka
-from streams.clients import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
-from streams.codecs import Encoded, Encoding, Headers, encode
-from streams.images import decode_image
-from streams.records import Sample, check_text, make_sample
+from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
+from ratchet_client.encoding import Encoded, Encoding, Headers, encode
+from ratchet_client.errors import BrokerError
+from ratchet_client.images import decode_image
+from ratchet_client.limits import DEFAULT_LIMITS, Limits
+from ratchet_client.records import TOPIC, Sample, check_text, make_sample
 
 log = logging.getLogger(__name__)
 DELIVERY_SECONDS = 60.0
@@ -51,11 +50,11 @@ class RecordSender:
 
     def __init__(
         self,
-        kafka: Kafka,
+        connection: Connection,
         connect_seconds: float = CONNECT_SECONDS,
         delivery_seconds: float = DELIVERY_SECONDS,
     ) -> None:
-        self.kafka = kafka
+        self.connection = connection
         self._room = threading.BoundedSemaphore(MAX_IN_FLIGHT)
         bounds = {
             "bootstrap_timeout_ms": int(connect_seconds * 1000),
@@ -69,13 +68,14 @@ class RecordSender:
             "enable_idempotence": True,
         }
         try:
-            self._client = KafkaProducer(**{**bounds, **client_options(kafka, KafkaProducer.DEFAULT_CONFIG)})
+            self._client = KafkaProducer(**{**bounds, **client_options(connection, KafkaProducer.DEFAULT_CONFIG)})
         except (KafkaError, OSError) as error:
-            raise explain(error, kafka, "connecting a producer") from error
+            raise explain(error, connection, "connecting a producer") from error
 
     def send(self, topic: str, record: Encoded, note: str = "") -> Future[Delivery]:
         """Queue one record; the future holds its delivery, or a BrokerError. Waits while too many are in flight."""
         result: Future[Delivery] = Future()
+        result.set_running_or_notify_cancel()  # what is queued is sent: nobody can cancel it
         self._room.acquire()
 
         def delivered(metadata: Any) -> None:
@@ -101,14 +101,14 @@ class RecordSender:
         try:
             self._client.flush(timeout)
         except KafkaTimeoutError as error:
-            raise explain(error, self.kafka, "waiting for acknowledgements") from error
+            raise explain(error, self.connection, "waiting for acknowledgements") from error
 
     def close(self, timeout: float = 5.0) -> None:
         """Let the connection go; what is not acknowledged after ``timeout`` seconds fails."""
         try:
             self._client.close(timeout)
         except KafkaTimeoutError:
-            log.warning("a producer was closed with records that %s never acknowledged", self.kafka.bootstrap)
+            log.warning("a producer was closed with records that %s never acknowledged", self.connection.bootstrap)
 
     def _explain(self, error: BaseException, topic: str, size: int) -> BrokerError:
         if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
@@ -117,42 +117,56 @@ class RecordSender:
                 "Raise `max.message.bytes` of the topic, or send smaller images.",
             )
         known = error if isinstance(error, Exception) else RuntimeError(repr(error))
-        return explain(known, self.kafka, f"sending to topic {topic}")
+        return explain(known, self.connection, f"sending to topic {topic}")
 
 
 class Producer:
     """Sends samples to the topic that ingest reads.
 
-    >>> with Producer(settings.kafka) as producer:
+    >>> with Producer("kafka-1:9092") as producer:
     ...     future = producer.send(image=data, text="a red boat", domain="harbour")
     ...     print(future.result(timeout=30))  # Delivery(topic, partition, offset)
 
-    Records that ingest would refuse are refused here with the same RecordError. Equal samples go to the same partition.
-    Leaving the block waits for all acknowledgements; with no ``on_delivery`` it raises BrokerError when a record was
-    not delivered.
+    A sample that ingest would not take is refused here with the same RecordError. Equal samples go to the same
+    partition. Leaving the block waits for all acknowledgements; with no ``on_delivery`` it raises BrokerError when a
+    record was not delivered. Thread safe.
     """
 
     def __init__(
         self,
-        kafka: Kafka | None = None,
+        bootstrap: str,
+        topic: str = TOPIC,
         *,
-        limits: Limits | None = None,
+        options: Mapping[str, Any] | None = None,
+        limits: Limits = DEFAULT_LIMITS,
         encoding: Encoding = "raw",
         on_delivery: Report | None = None,
         connect_seconds: float = CONNECT_SECONDS,
         delivery_seconds: float = DELIVERY_SECONDS,
     ) -> None:
-        """Connect. ``limits`` should be those of ingest; ``on_delivery`` is called for each record, on another thread.
+        """Connect.
+
+        Args:
+            bootstrap: ``host:port`` of one or more brokers, comma separated.
+            topic: what ingest reads.
+            options: further options of kafka-python, for TLS and SASL:
+                see :attr:`ratchet_client.broker.Connection.options`.
+            limits: those of ingest, where it has others than the defaults.
+            encoding: how samples are written; see :mod:`ratchet_client.encoding`.
+            on_delivery: called for each record, on another thread, with its delivery or its error.
+            connect_seconds: longest wait for the connection.
+            delivery_seconds: longest wait for the acknowledgement of a record.
 
         Raises:
             BrokerError: no broker answers within ``connect_seconds``.
+            ConfigError: an option that kafka-python does not know, or that is not of its type.
         """
-        self.kafka = kafka or Kafka()
-        self.limits = limits or Limits()
+        self.topic = topic
+        self.limits = limits
         self.encoding: Encoding = encoding
         self.on_delivery = on_delivery
         self.delivery_seconds = delivery_seconds
-        self._sender = RecordSender(self.kafka, connect_seconds, delivery_seconds)
+        self._sender = RecordSender(Connection(bootstrap, options or {}), connect_seconds, delivery_seconds)
         self._failures: deque[BrokerError] = deque(maxlen=100)
 
     def send(self, sample: Sample | None = None, /, **fields: Any) -> Future[Delivery]:
@@ -163,7 +177,7 @@ class Producer:
 
     def send_checked(self, sample: Sample) -> Future[Delivery]:
         """Queue a sample that :func:`check_sample` let pass."""
-        future = self._sender.send(self.kafka.topic, encode(sample, self.encoding), note=sample.id)
+        future = self._sender.send(self.topic, encode(sample, self.encoding), note=sample.id)
         future.add_done_callback(self._report)
         return future
 

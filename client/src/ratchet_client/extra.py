@@ -1,7 +1,7 @@
 """Fields of a record that this version does not know: kept as they came, within bounds.
 
-A producer may be newer than Ratchet. What its records hold beyond the fields of :class:`streams.records.Sample` is kept
-in ``Sample.extra`` (name to JSON value), stored, shown and written again, and never trained on.
+A producer may be newer than Ratchet. What its records hold beyond the fields of :class:`ratchet_client.records.Sample`
+is kept in ``Sample.extra`` (name to JSON value), stored, shown and written again, and never trained on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Bounded decoding of images from outside; ingest and serving use the same.
+"""Bounded decoding of images from outside; producers, ingest and serving use the same.
 
 What an image claims about itself is checked before anything is decoded: the format by its first bytes, the size by its
 header. Only formats with a decoder that Pillow carries are taken; vector formats (SVG) are programs, and are not.
 
-Reasons of the :class:`~ops.errors.RecordError` raised here: ``image_missing``, ``image_too_large`` (bytes),
+Reasons of the :class:`~ratchet_client.errors.RecordError` raised here: ``image_missing``, ``image_too_large`` (bytes),
 ``image_too_many_pixels``, ``image_too_small``, ``image_format``, ``image_undecodable``.
 """
 
@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ops.errors import RecordError
-from streams.jpeg_scans import MAX_SCANS, MAX_SEGMENTS, has_too_many_scans
+from ratchet_client.errors import RecordError
+from ratchet_client.jpeg_scans import MAX_SCANS, MAX_SEGMENTS, has_too_many_scans
+from ratchet_client.limits import DEFAULT_LIMITS
 
-MIB = 1024 * 1024
-MAX_BYTES = 8 * MIB
-MAX_PIXELS = 40_000_000
+MAX_BYTES = DEFAULT_LIMITS.max_image_bytes
+MAX_PIXELS = DEFAULT_LIMITS.max_pixels
 BAND_PIXELS = 500_000
 """Pixels whose transparency is resolved at once: a few milliseconds."""
 
@@ -135,7 +134,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_B
 
 @contextlib.contextmanager
 def _as_record_errors(kind: str) -> Iterator[None]:
-    """What Pillow raises, as :class:`~ops.errors.RecordError`."""
+    """What Pillow raises, as :class:`~ratchet_client.errors.RecordError`."""
     try:
         yield
     except RecordError:
@@ -187,33 +186,37 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode in _DEEP_MODES:
-        return Image.fromarray(_to_8_bit(image, image.info.get("transparency"))).convert("RGB")
+        return _to_8_bit(image, image.info.get("transparency")).convert("RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Transparency laid on white, in bands of rows: Pillow does this under Python's lock, and needs three whole copies.
+    def lay(band: Image.Image) -> Image.Image:
+        clear = band.convert("RGBA")
+        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, clear).convert("RGB")
+
+    return _in_bands(image, "RGB", BAND_PIXELS, lay)
+
+
+def _to_8_bit(image: Image.Image, transparent: object) -> Image.Image:
+    """Pillow clips deep grey images at 255 when it converts them; keep the upper 8 of 16 bits instead."""
+    upper = [value >> 8 for value in range(1 << 16)]
+    if isinstance(transparent, int):  # one of the 65,536 greys
+        upper[transparent] = 255
+    return _in_bands(image, "L", 4 * BAND_PIXELS, lambda band: band.convert("I").point(upper, "L"))
+
+
+def _in_bands(image: Image.Image, mode: str, pixels: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image in bands of rows: Pillow does this under Python's lock, and needs up to three whole copies.
 
     A large image would stop every other thread for half a second, and take 600 MB.
     """
-    result = Image.new("RGB", image.size)
+    result = Image.new(mode, image.size)
     width, height = image.size
-    rows = max(1, BAND_PIXELS // width)
+    rows = max(1, pixels // width)
     for top in range(0, height, rows):
-        band = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
-        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
-        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+        result.paste(convert(image.crop((0, top, width, min(top + rows, height)))), (0, top))
     return result
-
-
-def _to_8_bit(image: Image.Image, transparent: object) -> np.ndarray:
-    """Pillow clips deep grey images at 255 when it converts them; keep the upper 8 of 16 bits instead."""
-    values = np.asarray(image)
-    if values.dtype != np.uint16:
-        values = np.clip(values, 0, 65535).astype(np.uint16)
-    grey = (values >> 8).astype(np.uint8)
-    if isinstance(transparent, int):  # one of the 65,536 greys
-        grey[values == transparent] = 255
-    return grey

@@ -1,0 +1,88 @@
+"""Send samples to a Ratchet installation, and call its server.
+
+>>> with Producer("kafka-1:9092") as producer:
+...     producer.send(image=Path("cat.jpg").read_bytes(), text="a cat on a wall").result(timeout=30)
+>>> with Client("http://127.0.0.1:8000") as client:
+...     client.search("a cat")[0]["text"]
+
+:class:`AsyncProducer` and :class:`AsyncClient` do the same in an event loop. Errors are in
+:mod:`ratchet_client.errors`. What a name needs (kafka-python and Pillow, httpx) is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ratchet_client.async_client import AsyncClient
+    from ratchet_client.async_producer import AsyncProducer
+    from ratchet_client.calls import data_uri
+    from ratchet_client.client import Client
+    from ratchet_client.errors import (
+        BrokerError,
+        ConfigError,
+        Conflict,
+        Denied,
+        Overloaded,
+        RatchetError,
+        RecordError,
+        ServerError,
+        TimedOut,
+        Unreachable,
+    )
+    from ratchet_client.limits import Limits
+    from ratchet_client.producer import Delivery, Producer
+    from ratchet_client.records import Sample
+
+_MODULES = {
+    "AsyncClient": "async_client",
+    "AsyncProducer": "async_producer",
+    "BrokerError": "errors",
+    "Client": "client",
+    "ConfigError": "errors",
+    "Conflict": "errors",
+    "Delivery": "producer",
+    "Denied": "errors",
+    "Limits": "limits",
+    "Overloaded": "errors",
+    "Producer": "producer",
+    "RatchetError": "errors",
+    "RecordError": "errors",
+    "Sample": "records",
+    "ServerError": "errors",
+    "TimedOut": "errors",
+    "Unreachable": "errors",
+    "data_uri": "calls",
+}
+
+__all__ = [
+    "AsyncClient",
+    "AsyncProducer",
+    "BrokerError",
+    "Client",
+    "ConfigError",
+    "Conflict",
+    "Delivery",
+    "Denied",
+    "Limits",
+    "Overloaded",
+    "Producer",
+    "RatchetError",
+    "RecordError",
+    "Sample",
+    "ServerError",
+    "TimedOut",
+    "Unreachable",
+    "data_uri",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,81 @@
+"""How a Kafka client is connected, and in plain words what is wrong when it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.errors import AuthorizationError, KafkaTimeoutError, SaslAuthenticationFailedError
+
+from ratchet_client.errors import BrokerError, ConfigError
+
+CONNECT_SECONDS: Final = 10.0
+MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
+"""A base64 image of 8 MiB with its text, and room for larger limits. Brokers have a limit of their own (Apache Kafka:
+1 MB unless ``message.max.bytes``, or ``max.message.bytes`` of the topic, is raised)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where the broker is, and how to get in."""
+
+    bootstrap: str
+    """``host:port`` of one or more brokers, comma separated."""
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Options of kafka-python, mostly for TLS and SASL (``security_protocol``, ``ssl_cafile``, ``sasl_mechanism``,
+    ``sasl_plain_username``, ``sasl_plain_password``, ``sasl_oauth_token_provider``). Numbers and booleans may be
+    text."""
+
+
+def client_options(connection: Connection, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a kafka-python client with these defaults: those of the connection that it knows, in their type.
+
+    Raises:
+        ConfigError: an option that no client knows, or one that is not of its type.
+    """
+    options: dict[str, Any] = {"bootstrap_servers": [each.strip() for each in connection.bootstrap.split(",")]}
+    for name, value in connection.options.items():
+        if name in defaults:
+            options[name] = _typed(name, value, defaults[name])
+        elif not any(name in kind.DEFAULT_CONFIG for kind in (KafkaConsumer, KafkaProducer, KafkaAdminClient)):
+            raise ConfigError(
+                f"{name} is no option of kafka-python.",
+                "See https://kafka-python.readthedocs.io/en/master/apidoc/KafkaConsumer.html.",
+            )
+    return options
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[value.lower()]
+        return type(default)(value) if isinstance(default, (int, float)) else value
+    except (KeyError, ValueError):
+        kind = type(default).__name__
+        raise ConfigError(
+            f"the Kafka option {name} = {value!r} is no {kind}.", f"The default is {default!r}."
+        ) from None
+
+
+def explain(error: Exception, connection: Connection, doing: str) -> BrokerError:
+    """A message that helps, for an error of a Kafka client."""
+    what = f"{doing}: {type(error).__name__}: {error}".rstrip(": ")[:400]
+    address = connection.bootstrap
+    if problem := getattr(connection.options.get("sasl_oauth_token_provider"), "last_error", None):
+        # kafka-python tries on until its own timeout, and tells of that alone
+        return BrokerError(f"there is no token for the broker {address}: {problem}.", "Check where tokens come from.")
+    if isinstance(error, (SaslAuthenticationFailedError, AuthorizationError)):
+        return BrokerError(f"the broker {address} refused {what}.", "Check user, password and ACLs.")
+    if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in connection.options:
+        # kafka-python reports a wrong password as a timeout of the bootstrap
+        return BrokerError(
+            f"the broker {address} did not let us in ({what}).", "Is it running, and are user and password right?"
+        )
+    return BrokerError(
+        f"the broker {address} cannot be reached ({what}).",
+        "Is one running there (`ratchet broker` starts one), and is the address (host:port) right?",
+    )

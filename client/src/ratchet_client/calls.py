@@ -1,0 +1,242 @@
+"""What is sent for each call of the HTTP API, and how its answer is read. No input or output: both clients use it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from types import EllipsisType
+from typing import Any, Generic, TypeVar
+
+import httpx
+
+from ratchet_client.errors import Conflict, Denied, Overloaded, ServerError, TimedOut, Unreachable
+from ratchet_client.models import Family
+
+T = TypeVar("T")
+READY_SECONDS = 15.0
+LOOK_SECONDS = 0.1
+RELEASE_SECONDS = 3600.0
+"""A release may have to load models and to embed the catalog again before it is live."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request, and what makes a result of its answer."""
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    body: Mapping[str, Any] | None = None
+    """JSON, for a POST."""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+    """Seconds; None: those of the client."""
+    repeatable: bool = True
+    """Whether it changes nothing, so that it may be made a second time when the first one failed."""
+    check: bool = True
+    """Whether a status of 400 and more is an error."""
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of httpx's ``request``."""
+        options: dict[str, Any] = {"method": self.method, "url": self.path, "params": self.query}
+        if self.body is not None:
+            options["json"] = self.body
+        return options if self.timeout is None else {**options, "timeout": self.timeout}
+
+    def result(self, answer: httpx.Response) -> T:
+        """What the answer holds. Raises ServerError, or one of its subclasses."""
+        if self.check and answer.status_code >= 400:
+            raise error_of(answer)
+        try:
+            return self.read(answer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"{answer.url} gave an answer of another form ({type(error).__name__}: {error}).",
+                "Is this the address of a Ratchet server?",
+                answer.status_code,
+            ) from error
+
+
+def data_uri(image: bytes) -> str:
+    """An encoded image as the API takes it."""
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def headers(key: str | None, actor: str) -> dict[str, str]:
+    """Headers of every request."""
+    return {"x-ratchet-actor": actor} | ({"authorization": f"Bearer {key}"} if key else {})
+
+
+def embed(inputs: Sequence[str | bytes], model: str) -> Call[list[array[float]]]:
+    items = [{"image": data_uri(item)} if isinstance(item, bytes) else item for item in inputs]
+    body = {"model": model, "input": items, "encoding_format": "base64"}
+    return Call("POST", "/v1/embeddings", lambda answer: [_vector(row["embedding"]) for row in _data(answer)], body)
+
+
+def classify(
+    images: Sequence[bytes], labels: Sequence[str], templates: Sequence[str], model: str
+) -> Call[list[dict[str, Any]]]:
+    body = {"images": list(map(data_uri, images)), "labels": list(labels), "templates": list(templates), "model": model}
+    return Call("POST", "/v1/classify", _data, body)
+
+
+def search(text: str | None, image: bytes | None, options: Mapping[str, Any]) -> Call[list[dict[str, Any]]]:
+    body = {"text": text, "image": None if image is None else data_uri(image), **options}
+    return Call("POST", "/v1/search", _data, body)
+
+
+def sample_image(sample_id: str, size: int) -> Call[bytes]:
+    return Call("GET", f"/v1/samples/{sample_id}/image", lambda answer: answer.content, query={"size": size})
+
+
+def vqa(image: bytes, question: str, choices: Sequence[str] | None, model: str) -> Call[dict[str, Any]]:
+    body = {"image": data_uri(image), "question": question, "model": model}
+    return Call("POST", "/v1/vqa", _object, body if choices is None else {**body, "choices": list(choices)})
+
+
+def chat(content: str | Sequence[str | bytes], model: str, options: Mapping[str, Any]) -> Call[dict[str, Any]]:
+    parts = [content] if isinstance(content, str) else content
+    turn = [
+        {"type": "image_url", "image_url": {"url": data_uri(part)}}
+        if isinstance(part, bytes)
+        else {"type": "text", "text": part}
+        for part in parts
+    ]
+    body = {"model": model, "messages": [{"role": "user", "content": turn}], **options}
+    return Call("POST", "/v1/chat/completions", _object, body)
+
+
+def releases(limit: int) -> Call[dict[str, Any]]:
+    return get("/v1/releases", {"limit": limit})
+
+
+def live() -> Call[int]:
+    return Call("GET", "/v1/releases", lambda answer: int(_object(answer)["live"] or 0), query={"limit": 1})
+
+
+def metrics() -> Call[str]:
+    return Call("GET", "/metrics", lambda answer: answer.text)
+
+
+def release(
+    adapters: Mapping[Family, str | EllipsisType | None],
+    reason: str,
+    expected_live: int | None,
+    timeout: float,
+    share: float,
+    force: bool,
+) -> Call[dict[str, Any]]:
+    body: dict[str, Any] = {"reason": reason, "expected_live": expected_live, "share": share, "force": force}
+    body |= {family: name for family, name in adapters.items() if name is not ...}
+    return post("/admin/v1/releases", body, timeout)
+
+
+def rollback(
+    reason: str, to: int | None, expected_live: int | None, timeout: float, family: Family | None
+) -> Call[dict[str, Any]]:
+    body = {"reason": reason, "to": to, "expected_live": expected_live, "family": family}
+    return post("/admin/v1/rollback", body, timeout)
+
+
+def why_not_ready(model: Family) -> Call[str]:
+    def read(answer: httpx.Response) -> str:
+        if answer.status_code == 200 or (model == "vlm" and answer.status_code == 404 and "no_vlm" in answer.text):
+            return ""
+        return _said(answer).get("message") or answer.text[:300] or f"status {answer.status_code}"
+
+    path = f"/health/ready/{model}"
+    return Call("GET", path, read, timeout=READY_SECONDS, repeatable=False, check=False)
+
+
+def get(path: str, query: Mapping[str, Any]) -> Call[dict[str, Any]]:
+    return Call("GET", path, _object, query=query)
+
+
+def post(path: str, body: Mapping[str, Any], timeout: float | None) -> Call[dict[str, Any]]:
+    """A call that may change something, and is made once."""
+    return Call("POST", path, _object, body, timeout=timeout, repeatable=False)
+
+
+_FIXES: dict[type[ServerError], str] = {
+    Overloaded: "Try again later.",
+    Denied: "Give a `key` that the server accepts for this call.",
+    Conflict: "Look at `releases()`, and decide again.",
+}
+
+
+def error_of(answer: httpx.Response) -> ServerError:
+    """The error of an answer with a status of 400 or more. The server's own message says what to do."""
+    said, status = _said(answer), answer.status_code
+    kind = {401: Denied, 403: Denied, 409: Conflict, 429: Overloaded, 503: Overloaded}.get(status, ServerError)
+    return kind(
+        said.get("message") or answer.text[:300] or f"the server answered with status {status}.",
+        "" if said else _FIXES.get(kind, ""),
+        status,
+        code=said.get("code", ""),
+        request_id=answer.headers.get("x-request-id", ""),
+        retry_after=_retry_after(answer.headers.get("retry-after", "")),
+    )
+
+
+def unreachable(url: str, error: httpx.TransportError) -> Unreachable:
+    """The error of a request that got no answer."""
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+        fix = "Ask for less at once, or allow a longer `timeout`."
+        return TimedOut(f"{url} did not answer in time ({what}).", fix)
+    return Unreachable(f"{url} does not answer ({what}).", "Is `ratchet serve` running there?")
+
+
+def problem_of(error: Unreachable) -> str:
+    """What :func:`why_not_ready` says of a server that does not answer."""
+    return "it does not answer in time." if isinstance(error, TimedOut) else "nothing listens there yet."
+
+
+def not_ready(url: str, seconds: float, problem: str) -> ServerError:
+    """The error of a server that was not ready in time."""
+    return ServerError(f"{url} was not ready within {seconds:.0f} s: {problem}", "Look at the server's log.")
+
+
+def _said(answer: httpx.Response) -> dict[str, str]:
+    """The texts of OpenAI's error object; empty where the answer holds none."""
+    try:
+        return {name: text for name, text in answer.json()["error"].items() if isinstance(text, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _retry_after(text: str) -> float | None:
+    """Seconds of a ``Retry-After`` (RFC 9110, 10.2.3): a number of them, or a date."""
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(text)
+        return max(0.0, (at - at.now(at.tzinfo)).total_seconds())
+    except ValueError:
+        return None
+
+
+def _object(answer: httpx.Response) -> dict[str, Any]:
+    value = json.loads(answer.content)
+    if not isinstance(value, dict):
+        raise TypeError(f"a JSON {type(value).__name__}")
+    return value
+
+
+def _data(answer: httpx.Response) -> list[dict[str, Any]]:
+    data: list[dict[str, Any]] = _object(answer)["data"]
+    return data
+
+
+def _vector(text: str) -> array[float]:
+    vector = array("f", base64.b64decode(text))
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return vector
