@@ -5,6 +5,7 @@ ARG PYTHON=3.11-slim-bookworm
 
 FROM scratch AS source
 COPY pyproject.toml README.md LICENSE NOTICE /src/
+COPY client /src/client
 COPY ops /src/ops
 COPY streams /src/streams
 COPY serving /src/serving

@@ -17,7 +17,7 @@ SOURCE: Final = "/opt/ratchet"
 """Where a container has the checkout, wherever it lies outside."""
 ENVIRONMENT: Final = "/opt/venv"
 """The same of its Python environment."""
-PACKAGES: Final = ("ops", "streams", "serving", "updater")
+PACKAGES: Final = ("client/src/ratchet_client", "ops", "streams", "serving", "updater")
 LOGIN_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 COMPILERS: Final = ("cc", "gcc", "g++", "c++", "clang", "clang++")
 """What this machine may have and the image has not."""
@@ -45,7 +45,8 @@ class Image:
             compileall.compile_dir(ROOT / package, quiet=1)
         # gRPC's own resolver asks a name server even for what the file of names has, and there is none.
         self.environment = {
-            **image_environment(), "PATH": LOGIN_PATH, "PYTHONPATH": SOURCE, "GRPC_DNS_RESOLVER": "native"
+            **image_environment(), "PATH": LOGIN_PATH, "PYTHONPATH": f"{SOURCE}:{SOURCE}/client/src",
+            "GRPC_DNS_RESOLVER": "native",
         }  # fmt: skip
         python = Path(sys.base_prefix).resolve()
         self.mounts = [

@@ -1,17 +1,19 @@
-"""Send pictures with captions, from Python: `python producer.py sample.csv`, with the columns file and text.
+"""Send pictures with captions: `pip install ./client`, then `python producer.py sample.csv` (columns: file and text).
 
-The broker is that of ratchet.yaml in this folder, or of RATCHET_KAFKA__BOOTSTRAP.
+The broker is that of RATCHET_KAFKA__BOOTSTRAP, or the embedded one of `ratchet up` on this machine.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from pathlib import Path
 
-from ops.errors import BrokerError, RecordError
-from ops.loading import load_settings
-from streams import Delivery, Producer
+from ratchet_client import BrokerError, Delivery, Producer, RecordError
+
+BROKER = os.environ.get("RATCHET_KAFKA__BOOTSTRAP", "127.0.0.1:19092")
+TOPIC = os.environ.get("RATCHET_KAFKA__TOPIC", "ratchet.samples")
 
 
 def report(outcome: Delivery | BrokerError) -> None:
@@ -23,7 +25,7 @@ def report(outcome: Delivery | BrokerError) -> None:
 
 
 sample = Path(sys.argv[1])
-with Producer(load_settings().kafka, on_delivery=report) as producer, sample.open(newline="") as rows:
+with Producer(BROKER, TOPIC, on_delivery=report) as producer, sample.open(newline="") as rows:
     for row in csv.DictReader(rows):
         try:
             producer.send(image=(sample.parent / row["file"]).read_bytes(), text=row["text"], domain="examples")

@@ -236,7 +236,7 @@ def _data(answer: httpx.Response) -> list[dict[str, Any]]:
 
 
 def _vector(text: str) -> array[float]:
-    vector = array("f", base64.b64decode(text))
+    vector = array("f", base64.b64decode(text, validate=True))
     if sys.byteorder == "big":
         vector.byteswap()
     return vector

@@ -56,7 +56,7 @@ def _samples(settings: Settings) -> list[dict[str, Any]]:
 
 def run(settings: Settings, *command: str | Path) -> str:
     kafka = settings.kafka
-    named = {"RATCHET_KAFKA__BOOTSTRAP": kafka.bootstrap, "RATCHET_KAFKA__TOPIC": kafka.topic, "PYTHONPATH": str(ROOT)}
+    named = {"RATCHET_KAFKA__BOOTSTRAP": kafka.bootstrap, "RATCHET_KAFKA__TOPIC": kafka.topic}
     done = subprocess.run(
         [*map(str, command)], env={**os.environ, **named}, capture_output=True, text=True, timeout=60, check=False
     )

@@ -65,18 +65,21 @@ def test_the_image_has_every_package_and_only_extras_that_exist() -> None:
         name = pattern.rstrip("*")
         assert f"COPY {name} /src/{name}" in DOCKERFILE
         assert name in let_through
-    assert "locks" in let_through
+    assert {"locks", "client"} <= let_through and "COPY client /src/client" in DOCKERFILE
 
 
 @pytest.mark.parametrize(("flavour", "vlm"), [("cpu", "vlm-cpu"), ("gpu", "gpu")])
 def test_a_lock_has_a_version_and_digests_of_everything_that_the_project_names(flavour: str, vlm: str) -> None:
     """`make lock` writes it; a requirement that was added or raised since fails here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    client = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"]
     extras = ("local", "postgres", "registry", "s3", "traces", vlm)
     wanted = [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
     lock = locked(flavour)
-    for line in wanted:
+    for line in [*wanted, *client["dependencies"]]:
         requirement = Requirement(line)
+        if requirement.name == client["name"]:
+            continue  # from this source, like what is locked for
         version = lock[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version.partition("+")[0]), (
             f"{line}: {version} is locked, run `make lock`"
