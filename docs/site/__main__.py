@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).parent / "site.yml"
 COPIES = {
     "README.md": "index.md",
+    "client/README.md": "python-client.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
-"""Files of the repository's root, where GitHub shows them, and the pages that they become."""
+"""Files that are where GitHub and package registries show them, and the pages that they become."""
 MADE = {
     "reference/api.md": api_reference.page,
     "reference/cli.md": cli_reference.page,

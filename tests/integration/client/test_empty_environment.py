@@ -1,4 +1,4 @@
-"""What others install, the client's wheel alone in an environment of its own, sends a record and finds it by a search."""
+"""The client's wheel alone, in an environment of its own: it sends a record, and a search by it finds that."""
 
 from __future__ import annotations
 
