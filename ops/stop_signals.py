@@ -7,6 +7,7 @@ passes one on that the whole group got already, and people press Ctrl-C twice.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -18,6 +19,10 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAST_SECONDS = 90.0
 """After so long the process ends whatever it is doing: twice as long as parts have to stop."""
+
+
+LOOK_SECONDS = 1.0
+OUTPUTS = (1, 2)
 
 
 class Stopped(BaseException):
@@ -43,11 +48,15 @@ _state = _State()
 def stop_on_signals() -> None:
     """From now on the first of SIGTERM, SIGINT and SIGHUP raises :class:`Stopped` in the main thread.
 
-    What was ignored when the process started, such as SIGHUP below ``nohup``, stays so.
+    What was ignored when the process started, such as SIGHUP below ``nohup``, stays so. A terminal that is closed
+    counts as SIGHUP: the kernel tells the first process of a session alone, and `make`, for one, tells no other.
     """
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _ask)
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, _ask)
+    terminals = [descriptor for descriptor in OUTPUTS if os.isatty(descriptor)]
+    if terminals and signal.SIGHUP in heard:
+        threading.Thread(target=_watch, args=(terminals,), name="terminal", daemon=True).start()
 
 
 @contextmanager
@@ -69,6 +78,18 @@ def _ask(number: int, _frame: FrameType | None) -> None:
     _state.number = number
     threading.Thread(target=_end_at_last, name="end-at-last", daemon=True).start()
     _raise_if_due()
+
+
+def _watch(terminals: list[int]) -> None:
+    poll = select.poll()
+    poll.register(terminals[0], 0)
+    while not poll.poll(LOOK_SECONDS * 1000):
+        pass
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in terminals:  # what is said while the parts are stopped must not fail
+        os.dup2(null, descriptor)
+    os.close(null)
+    os.kill(os.getpid(), signal.SIGHUP)
 
 
 def _raise_if_due() -> None:

@@ -148,6 +148,7 @@ def main() -> int:
                     shutil.rmtree(folder / "data", ignore_errors=True)
                 if demos % 7 == 0:
                     shutil.rmtree(folder / "bases", ignore_errors=True)
+                shutil.rmtree(folder / "logs", ignore_errors=True)
                 moment = random.uniform(0, chosen.within)
                 ended = end_one(folder, way, moment)
                 total += len(ended.left)
