@@ -81,10 +81,11 @@ def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:
         if said := wheels.install(python, Path(folder), built, extra):
             return f"install: {said}"
         commands = Path(folder) / "bin"
-        for step, words in (
+        steps: list[tuple[str, list[str | Path]]] = [
             ("import", [commands / "python", "-c", _IMPORT, extra]),
             ("ratchet", [commands / "ratchet", "--help"]),
-        ):
+        ]
+        for step, words in steps:
             done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
             if done.returncode:
                 return f"{step}: {done.stderr.strip().splitlines()[-1]}"

@@ -39,10 +39,11 @@ def install(python: str | Path, environment: Path, built: Sequence[Path], extra:
     others = [path for path in built if path != server]
     new = environment / "bin" / "python"
     wanted = [*others, f"ratchet-server[{extra}] @ {server.as_uri()}"]
-    for command in (
+    commands: list[list[str | Path]] = [
         ["venv", "--quiet", "--python", python, environment],
         ["pip", "install", "--quiet", "--python", new, *wanted],
-    ):
+    ]
+    for command in commands:
         done = uv(command, ROOT)
         if done.returncode:
             return done.stderr.strip()
