@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
+"""Type checkers take it for true; to import :mod:`typing` for it would take longer than all else here."""
 if TYPE_CHECKING:
     from ratchet_client.async_client import AsyncClient
     from ratchet_client.async_producer import AsyncProducer
