@@ -50,7 +50,7 @@ def test_a_release_answers_when_every_replica_serves_it(server: ServerFixture) -
     with server.client() as client:
         made = client.release(name, reason="everywhere")
         seen = {
-            client._send("POST", "/v1/embeddings", json={"input": "x"}).headers["x-ratchet-release"] for _ in range(40)
+            client._http.post("/v1/embeddings", json={"input": "x"}).headers["x-ratchet-release"] for _ in range(40)
         }
     assert seen == {str(made["number"])}
     assert made["acknowledged"] >= 3  # one ingress, two encoders
@@ -59,8 +59,8 @@ def test_a_release_answers_when_every_replica_serves_it(server: ServerFixture) -
 def test_a_request_has_one_id_in_its_answer_and_in_the_log_of_another_replica(server: ServerFixture) -> None:
     body, headers = {"clip": server.adapter(), "reason": "to be found"}, {"x-request-id": "find-me:17"}
     with server.client() as client:
-        answer = client._send("POST", "/admin/v1/releases", json=body, headers=headers)
-        other = client._send("POST", "/v1/embeddings", json={"input": "x"}, headers={"x-request-id": "not sane"})
+        answer = client._http.post("/admin/v1/releases", json=body, headers=headers)
+        other = client._http.post("/v1/embeddings", json={"input": "x"}, headers={"x-request-id": "not sane"})
     assert answer.headers.get_list("x-request-id") == ["find-me:17"]
     (made_for_it,) = other.headers.get_list("x-request-id")
     assert made_for_it != "not sane"
