@@ -38,7 +38,7 @@ def install(python: str | Path, environment: Path, built: Sequence[Path], extra:
     (server,) = [path for path in built if path.name.startswith("ratchet_server-")]
     others = [path for path in built if path != server]
     new = environment / "bin" / "python"
-    wanted = [*others, f"ratchet-server[{extra}] @ {server.as_uri()}"]
+    wanted: list[str | Path] = [*others, f"ratchet-server[{extra}] @ {server.as_uri()}"]
     commands: list[list[str | Path]] = [
         ["venv", "--quiet", "--python", python, environment],
         ["pip", "install", "--quiet", "--python", new, *wanted],
