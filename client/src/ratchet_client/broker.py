@@ -42,7 +42,8 @@ def client_options(connection: Connection, defaults: Mapping[str, Any]) -> dict[
         elif not any(name in kind.DEFAULT_CONFIG for kind in (KafkaConsumer, KafkaProducer, KafkaAdminClient)):
             raise ConfigError(
                 f"{name} is no option of kafka-python.",
-                "See https://kafka-python.readthedocs.io/en/master/apidoc/KafkaConsumer.html.",
+                "Correct `options` (in a server's settings: `kafka.client`). See "
+                "https://kafka-python.readthedocs.io/en/master/apidoc/KafkaConsumer.html.",
             )
     return options
 
