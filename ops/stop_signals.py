@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ LAST_SECONDS = 90.0
 
 
 LOOK_SECONDS = 1.0
+AGAIN_SECONDS = 0.1
 OUTPUTS = (1, 2)
 
 
@@ -54,6 +56,7 @@ def stop_on_signals() -> None:
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, _ask)
+    sys.unraisablehook = _raise_again
     terminals = [descriptor for descriptor in OUTPUTS if os.isatty(descriptor)]
     if terminals and signal.SIGHUP in heard:
         threading.Thread(target=_watch, args=(terminals,), name="terminal", daemon=True).start()
@@ -73,11 +76,19 @@ def undisturbed() -> Iterator[None]:
 
 
 def _ask(number: int, _frame: FrameType | None) -> None:
-    if _state.number:
-        return
-    _state.number = number
-    threading.Thread(target=_end_at_last, name="end-at-last", daemon=True).start()
+    if not _state.number:
+        _state.number = number
+        threading.Thread(target=_end_at_last, name="end-at-last", daemon=True).start()
     _raise_if_due()
+
+
+def _raise_again(lost: sys.UnraisableHookArgs) -> None:
+    """Where a signal came while a finalizer ran, Python drops what the handler raised."""
+    if not isinstance(lost.exc_value, Stopped):
+        sys.__unraisablehook__(lost)
+        return
+    _state.raised = False
+    threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), lost.exc_value.number)).start()
 
 
 def _watch(terminals: list[int]) -> None:

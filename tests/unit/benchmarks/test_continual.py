@@ -273,7 +273,6 @@ def test_sizes_of_the_command_line_are_another_protocol(monkeypatch: pytest.Monk
     asked: list[Protocol] = []
     monkeypatch.setattr(run_continual, "run", lambda settings, wanted, protocol: asked.append(protocol))
     monkeypatch.setattr(run_continual, "show", lambda figures: None)
-    monkeypatch.setattr(run_continual.signal, "signal", lambda *_: None)
     for arguments in ([], ["--replay", "1500", "--items", "400"]):
         run_continual.main(Settings(home=tmp_path), ["--only", "default", *arguments])
     assert asked == [Protocol(), Protocol(replay=1500, items=400)] and asked[0].digest != asked[1].digest

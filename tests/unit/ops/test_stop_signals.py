@@ -1,0 +1,97 @@
+"""A signal that asks a command to stop is heard once, and always."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+BEGIN = """
+import os, signal, sys, time
+from ops.stop_signals import Stopped, stop_on_signals, undisturbed
+
+def ask(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+stop_on_signals()
+"""
+
+
+def run(script: str, **options: object) -> str:
+    """What a script says that begins as a command does."""
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + script], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
+    )  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_what_runs_at_the_end_is_not_broken_off_by_a_second_signal() -> None:
+    said = run("""
+try:
+    try:
+        ask()
+        time.sleep(60)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            ask(number)
+        print("stopped in order")
+except Stopped as stopped:
+    print(stopped)
+""")
+    assert said == "stopped in order\nasked to end by SIGTERM\n"
+
+
+def test_what_must_not_be_half_done_is_done_first() -> None:
+    said = run("""
+try:
+    with undisturbed():
+        with undisturbed():
+            ask(signal.SIGINT)
+        print("done")
+    print("never")
+except Stopped:
+    print("stopped")
+""")
+    assert said == "done\nstopped\n"
+
+
+def test_no_handler_of_errors_takes_it_for_one() -> None:
+    said = run("""
+try:
+    try:
+        ask()
+    except Exception:
+        print("never")
+except Stopped:
+    print("stopped")
+""")
+    assert said == "stopped\n"
+
+
+def test_a_signal_that_comes_while_a_finalizer_runs_is_not_lost() -> None:
+    said = run("""
+class Finalized:
+    def __del__(self):
+        ask()
+        print("never")
+
+try:
+    Finalized()
+    time.sleep(60)
+except Stopped:
+    print("stopped")
+""")
+    assert said == "stopped\n"
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    script = "ask(signal.SIGHUP)\nprint('goes on')"
+    assert run(script, preexec_fn=_ignore) == "goes on\n"
+
+
+def _ignore() -> None:
+    import signal
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
