@@ -6,10 +6,12 @@ passes one on that the whole group got already, and people press Ctrl-C twice.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -57,7 +59,7 @@ def stop_on_signals() -> None:
     for number in heard:
         signal.signal(number, _ask)
     sys.unraisablehook = _raise_again
-    terminals = [descriptor for descriptor in OUTPUTS if os.isatty(descriptor)]
+    terminals = [descriptor for descriptor in OUTPUTS if _is_terminal(descriptor)]
     if terminals and signal.SIGHUP in heard:
         threading.Thread(target=_watch, args=(terminals,), name="terminal", daemon=True).start()
 
@@ -89,6 +91,15 @@ def _raise_again(lost: sys.UnraisableHookArgs) -> None:
         return
     _state.raised = False
     threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), lost.exc_value.number)).start()
+
+
+def _is_terminal(descriptor: int) -> bool:
+    """Also one that was closed while this process was starting, which says that it is none."""
+    try:
+        termios.tcgetattr(descriptor)
+    except termios.error as error:
+        return bool(error.args[0] == errno.EIO)
+    return True
 
 
 def _watch(terminals: list[int]) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 BEGIN = """
 import os, signal, sys, time
@@ -84,6 +86,29 @@ except Stopped:
     print("stopped")
 """)
     assert said == "stopped\n"
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before it listens", "later"])
+def test_a_closed_terminal_counts_as_a_signal_also_where_the_kernel_tells_another_process(early: bool) -> None:
+    script = f"""
+import os, pty, sys, time
+from ops.stop_signals import Stopped, stop_on_signals
+
+ours, theirs = pty.openpty()
+os.dup2(theirs, 1)
+try:
+    if {early}:
+        os.close(ours)
+    stop_on_signals()
+    if not {early}:
+        os.close(ours)
+    time.sleep(60)
+except Stopped as stopped:
+    print(stopped, file=sys.stderr)
+print("what is said now is lost, and breaks nothing", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "asked to end by SIGHUP\n")
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
