@@ -21,8 +21,9 @@ from tests.support.vlm_starts import start_in_group
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200)]
 import_ahead("vllm.v1.engine.async_llm", "tests.support.vlm_starts")
-ROUNDS, AT_ONCE = 10, 2
-"""Twenty starts are killed, two at once, which share their caches; then one has to answer."""
+ROUNDS, AT_ONCE, ANSWERS_AFTER = 10, 2, 5
+"""Twenty starts are killed, two at once. All share their caches, so each has to come as far as it is let go in what the
+ones before it left; after five rounds one has to answer."""
 PLACE = re.compile(r"\[([\w/]+\.py:\d+)\]|^(started) ", re.MULTILINE)
 """Where in vLLM a line of its log comes from."""
 LONGEST_DELAY = 2.0
@@ -92,8 +93,9 @@ def test_a_vlm_killed_at_twenty_moments_of_its_start_starts_again_and_answers(st
         kill_after(processes, chosen)
         alive = [one for one in psutil.process_iter(["pid"]) if _group(one.pid) in {each.pid for each in processes}]
         psutil.wait_procs(alive, 60.0)
-        again, _ = answered(start, tmp_path / f"again-{number}.json")
-        assert again == wanted, chosen
+        if (number + 1) % ANSWERS_AFTER == 0:
+            again, _ = answered(start, tmp_path / f"again-{number}.json")
+            assert again == wanted, chosen
 
 
 def _group(pid: int) -> int:
