@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,7 +201,7 @@ from ops.loading import load_settings
 from serving.app import build
 from serving.ray.loopback import NODE
 from serving.releases.broadcast import APP
-ray.init(address="auto", _temp_dir=sys.argv[2], _node_ip_address=NODE, log_to_driver=False)
+ray.init(address=sys.argv[3], _temp_dir=sys.argv[2], _node_ip_address=NODE, log_to_driver=False)
 from ray import serve
 serve.run(build(load_settings(Path(sys.argv[1]))), name=APP, route_prefix="/")
 """
@@ -213,7 +214,11 @@ def test_new_code_of_every_deployment_is_rolled_out_and_fails_no_request(server:
     assert all(old.values())
     inherited = Path(f"/proc/{min(old['Controller'])}/environ").read_bytes().decode().split("\0")
     environ = dict(line.split("=", 1) for line in inherited if "=" in line and not line.startswith("RAY_JOB"))
-    command = [sys.executable, "-c", ROLL, str(server.config), str(session_directory(server.settings) / "ray")]
+    [raylet] = server.pids("raylet/raylet")
+    words = Path(f"/proc/{raylet}/cmdline").read_text().split("\0")
+    # "auto" would be any Ray of this machine.
+    [address] = [word.partition("=")[2] for word in words if re.match("--gcs[-_]address=", word)]
+    command = [sys.executable, "-c", ROLL, str(server.config), str(session_directory(server.settings) / "ray"), address]
     # Callers that wait: where replicas begin on a busy machine, a rate would pile up more than a caller may have open.
     with server.traffic(concurrency=4) as traffic:
         traffic.wait_for(40)
