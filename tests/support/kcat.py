@@ -16,8 +16,7 @@ from pathlib import Path
 
 from confluent_kafka import Producer
 
-from tests.support.pages import ROOT
-
+ROOT = Path(__file__).parents[2]
 READS_TAGGED_FIELDS = (2, 3)
 
 

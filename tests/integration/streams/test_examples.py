@@ -58,7 +58,7 @@ def run(settings: Settings, *command: str | Path) -> str:
     kafka = settings.kafka
     named = {"RATCHET_KAFKA__BOOTSTRAP": kafka.bootstrap, "RATCHET_KAFKA__TOPIC": kafka.topic}
     done = subprocess.run(
-        [*map(str, command)], env={**os.environ, **named}, capture_output=True, text=True, timeout=60, check=False
+        [*map(str, command)], env={**os.environ, **named}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

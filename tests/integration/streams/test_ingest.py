@@ -224,9 +224,9 @@ def test_kcat_publishes_plain_json_and_image_files(running: Running, tmp_path: P
 
     def send() -> None:
         base = [str(kcat_folder(tmp_path) / "kcat"), "-P", "-b", kafka.bootstrap, "-t", kafka.topic]
-        subprocess.run(base, input=lines.encode(), check=True, timeout=30)
+        subprocess.run(base, input=lines.encode(), check=True, timeout=300)
         headers = ["-H", "ratchet_text=a file from kcat", "-H", "ratchet_domain=kcat"]
-        subprocess.run([*base, *headers, str(file)], check=True, timeout=30)
+        subprocess.run([*base, *headers, str(file)], check=True, timeout=300)
 
     rows = running.take(4, send)
     stored = {each["text"]: each for each in map(running.sample, rows)}
