@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Final, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -11,6 +12,28 @@ from ops.settings.identity import OAuth
 from ops.settings.section import MIB, Section, http_url
 from ratchet_client.limits import DEFAULT_LIMITS
 from ratchet_client.records import TOPIC
+
+OWNED_OPTIONS: Final[Mapping[str, str]] = {
+    "acks": "a record counts as sent when all replicas have it",
+    "allow_auto_create_topics": "a topic that is lost must not come back empty, with other settings",
+    "auto_offset_reset": "the sample store knows where to go on",
+    "bootstrap_servers": "set `kafka.bootstrap`",
+    "check_crcs": "damaged records go to quarantine",
+    "enable_auto_commit": "offsets are committed after what they stand for is stored",
+    "enable_idempotence": "a retry must not send a record twice",
+    "fetch_max_bytes": "set `kafka.batch_bytes`",
+    "group_id": "set `kafka.group`",
+    "isolation_level": "set `kafka.isolation_level`",
+    "key_deserializer": "records are decoded by ingest",
+    "key_serializer": "records are encoded by Ratchet",
+    "max_partition_fetch_bytes": "set `kafka.batch_bytes`",
+    "transaction_timeout_ms": "older senders are fenced off in a known time",
+    "transactional_id": "each partition has its own, which fences older senders",
+    "value_deserializer": "records are decoded by ingest",
+    "value_serializer": "records are encoded by Ratchet",
+}
+"""Options of kafka-python that `kafka.client` cannot set, because exactly-once delivery rests on them or because they
+have a setting of their own; each with its reason."""
 
 
 class Kafka(Section):
@@ -42,6 +65,14 @@ class Kafka(Section):
     schema_registry_auth: SecretStr | None = Field(None, description="user:password for the schema registry.")
 
     _url = field_validator("schema_registry")(http_url)
+
+    @field_validator("client")
+    @classmethod
+    def _only_free_options(cls, value: dict[str, str]) -> dict[str, str]:
+        if owned := sorted(value.keys() & OWNED_OPTIONS.keys()):
+            reasons = "; ".join(f"{name}: {OWNED_OPTIONS[name]}" for name in owned)
+            raise ValueError(f"Ratchet owns some of these options ({reasons})")
+        return value
 
     @field_validator("schema_registry_auth")
     @classmethod

@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import KafkaTimeoutError
 
 from ops.addresses import free_port
 from ops.errors import BrokerError, ConfigError, RecordError
+from ops.loading import load_settings
 from ops.settings import Settings
-from ops.settings.streams import Kafka
+from ops.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
 from streams.broker import EmbeddedBroker
 from streams.clients import Admin, connect_producer, connection
@@ -38,6 +39,28 @@ def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None
 def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=next(iter(client))):
         client_options(connection(Kafka(client=client)), {"ssl_check_hostname": True, "retries": 3})
+
+
+@pytest.mark.parametrize(
+    ("option", "owner"),
+    [
+        ("auto_offset_reset", "the sample store"),
+        ("enable_auto_commit", "stored"),
+        ("group_id", "kafka.group"),
+        ("isolation_level", "kafka.isolation_level"),
+        ("transactional_id", "fences"),
+        ("acks", "replicas"),
+    ],
+)
+def test_an_option_that_exactly_once_rests_on_is_refused_with_its_owner(option: str, owner: str) -> None:
+    with pytest.raises(ConfigError, match=option) as caught:
+        load_settings(overrides={"kafka.client": {option: "earliest"}}, environ={})
+    assert "kafka.client" in str(caught.value) and owner in str(caught.value)
+
+
+def test_every_owned_option_is_one_of_kafka_python() -> None:
+    known = {*KafkaConsumer.DEFAULT_CONFIG, *KafkaProducer.DEFAULT_CONFIG, *KafkaAdminClient.DEFAULT_CONFIG}
+    assert OWNED_OPTIONS.keys() <= known
 
 
 def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
