@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kafka import ConsumerRebalanceListener, TopicPartition
@@ -55,12 +55,14 @@ def start_position(known: Iterable[Position], topic: str, topic_id: str, partiti
 
     A topic whose id is not the one in the store has lost its log (an embedded broker that was restarted, a topic that
     was deleted and made again): its offsets mean other records now, so it is read from its beginning, as a new
-    generation.
+    generation. An id that is missing, here or there, tells nothing: a broker that has none was used before, or is now.
     """
     newest = newest_of_topic(known, topic)
     mine = newest.get(partition)
     if mine is not None and mine.topic_id == topic_id:
         return mine
+    if mine is not None and not (mine.topic_id and topic_id):
+        return replace(mine, topic_id=mine.topic_id or topic_id)
     generations = {parse_stream(each.stream)[1]: each.topic_id for each in newest.values()}
     same = [number for number, id_ in generations.items() if id_ == topic_id]
     generation = max(same) if same else max(generations, default=-1) + 1

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
-from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError
+from kafka.errors import (
+    KafkaError,
+    LeaderNotAvailableError,
+    NoError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
 
 from ops.settings.streams import Ingest, Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
@@ -51,11 +58,13 @@ class Admin:
         self._client: KafkaAdminClient | None = None
 
     def topic_id(self, topic: str) -> str | None:
-        """Kafka's id of a topic; empty where the broker has no ids, None when there is no such topic."""
-        [description] = self._ask("describing topics", lambda client: client.describe_topics([topic]))
-        if description["error_code"] == UnknownTopicOrPartitionError.errno:
-            return None
-        return str(description["topic_id"] or "")
+        """Kafka's id of a topic; empty where the broker has no ids, None when there is no such topic.
+
+        Raises:
+            BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
+        """
+        description = self._ask(f"describing topic {topic}", partial(_describe, topic=topic))
+        return None if description is None else str(description["topic_id"] or "")
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         """Create the topics that are not there: for the largest records, with the broker's own replication factor.
@@ -89,6 +98,18 @@ class Admin:
         except (KafkaError, OSError) as error:
             self.close()
             raise explain(error, connection(self.kafka), doing) from error
+
+
+def _describe(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
+    """A topic's metadata; None when there is no such topic. kafka-python does not raise what the broker answers."""
+    [description] = client.describe_topics([topic])
+    match description["error_code"]:
+        case NoError.errno | LeaderNotAvailableError.errno:  # the latter while leaders are elected
+            return dict(description)
+        case UnknownTopicOrPartitionError.errno:
+            return None
+        case code:
+            raise for_code(code)(f"topic {topic}")
 
 
 def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict[str, str]) -> None:

@@ -67,6 +67,8 @@ class StoreWriter:
     ) -> list[Claim]:
         """Take over partitions, each where the store says, or at the given position where it knows none.
 
+        A topic's id that the store does not know yet is taken from the given position.
+
         ``rows`` and ``moves`` are committed with it, as by :meth:`commit`.
 
         Raises:
@@ -78,7 +80,10 @@ class StoreWriter:
             dataset = self.table.create()
             known = {position.key: (fragment, position) for fragment, position in positions(dataset)}
             taken = [known.get(start.key, (-1, start)) for start in wanted]
-            claimed = [Claim(replace(position, epoch=position.epoch + 1), fragment) for fragment, position in taken]
+            claimed = [
+                Claim(replace(each, epoch=each.epoch + 1, topic_id=each.topic_id or start.topic_id), fragment)
+                for start, (fragment, each) in zip(wanted, taken, strict=True)
+            ]
             taken_over = [(claim, claim.position) for claim in claimed]
             if any(claim.fragment < 0 for claim in claimed):
                 fragment, root = known[ROOT.key]

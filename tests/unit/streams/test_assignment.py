@@ -22,6 +22,13 @@ def test_a_known_log_is_read_on_and_an_unknown_one_from_its_beginning() -> None:
     assert start_position([old], "u", "id-1", 0, 0).stream == "u"
 
 
+def test_an_id_that_the_broker_does_not_tell_is_no_reason_to_read_from_the_beginning() -> None:
+    known = Position("t", 0, 1_000_000, "id-1", 1_000_000)
+    assert start_position([known], "t", "", 0, 0) == known
+    nameless = Position("t", 0, 1_000_000, "", 1_000_000)
+    assert start_position([nameless], "t", "id-1", 0, 0) == Position("t", 0, 1_000_000, "id-1", 1_000_000)
+
+
 def test_partitions_of_one_new_log_share_its_generation() -> None:
     known = [Position("t", 0, 7, "id-1"), Position("t", 1, 9, "id-1"), Position("t@1", 0, 2, "id-2")]
     assert start_position(known, "t", "id-2", 1, 0).stream == "t@1"

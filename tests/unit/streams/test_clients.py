@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
-from kafka.errors import KafkaTimeoutError
+from kafka.errors import (
+    InvalidTopicError,
+    KafkaTimeoutError,
+    LeaderNotAvailableError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
 
 from ops.addresses import free_port
 from ops.errors import BrokerError, ConfigError, RecordError
@@ -18,6 +25,7 @@ from ops.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
 from streams.broker import EmbeddedBroker
 from streams.clients import Admin, connect_producer, connection
+from streams.log_watch import LogLost, LogWatch
 from streams.publish import publish
 from streams.quality.validate import Received, Rules, validate
 from streams.quarantine import message, position_of
@@ -61,6 +69,41 @@ def test_an_option_that_exactly_once_rests_on_is_refused_with_its_owner(option: 
 def test_every_owned_option_is_one_of_kafka_python() -> None:
     known = {*KafkaConsumer.DEFAULT_CONFIG, *KafkaProducer.DEFAULT_CONFIG, *KafkaAdminClient.DEFAULT_CONFIG}
     assert OWNED_OPTIONS.keys() <= known
+
+
+class Describing:
+    """An admin client whose broker answers questions about a topic with an error."""
+
+    def __init__(self, error_code: int, topic_id: str | None = None) -> None:
+        self.answer = {"error_code": error_code, "topic_id": topic_id}
+
+    def describe_topics(self, topics: list[str]) -> list[dict[str, object]]:
+        return [{**self.answer, "name": name, "partitions": []} for name in topics]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def answering(error_code: int, topic_id: str | None = None) -> Admin:
+    admin: Any = Admin(Kafka())
+    admin._client = Describing(error_code, topic_id)
+    return cast(Admin, admin)
+
+
+def test_a_topic_that_may_not_be_described_is_neither_gone_nor_a_new_log() -> None:
+    with pytest.raises(BrokerError, match="ACLs"):
+        answering(TopicAuthorizationFailedError.errno).topic_id("t")
+    with pytest.raises(BrokerError, match="InvalidTopic"):
+        answering(InvalidTopicError.errno).topic_id("t")
+    with pytest.raises(BrokerError) as caught:
+        LogWatch(answering(TopicAuthorizationFailedError.errno), None, "t", "id").look()
+    assert not isinstance(caught.value, LogLost)
+
+
+def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_keeps_its_own() -> None:
+    assert answering(UnknownTopicOrPartitionError.errno).topic_id("t") is None
+    assert answering(LeaderNotAvailableError.errno, "id").topic_id("t") == "id"
+    assert answering(0).topic_id("t") == ""
 
 
 def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
