@@ -202,9 +202,11 @@ def _clause(name: str, value: str) -> str:
         case "key":
             if not _HEX.fullmatch(value):
                 raise SelectorError("key", "`key` of the deletion is not in hex.", "Write its bytes in hex digits.")
-            key = record_key(bytes.fromhex(value)) or b""
-            # The rows of refused records have theirs as it came.
-            return f"(key = {hexadecimal(key)} OR original_key = {hexadecimal(bytes.fromhex(value))})"
+            key = hexadecimal(record_key(bytes.fromhex(value)) or b"")
+            # Rows of refused records that an earlier version stored have their key only as it came, and a tombstone's
+            # selector may be the SHA-256 of it.
+            as_it_came = f"original_key = {hexadecimal(bytes.fromhex(value))} OR sha256(original_key) = {key}"
+            return f"(key = {key} OR (kind = 'quarantine' AND key IS NULL AND ({as_it_came})))"
         case "record":
             return at_offset(*_position(name, value))
         case _:

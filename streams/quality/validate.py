@@ -125,6 +125,7 @@ def refuse(record: Received, reason: str, detail: str, now: datetime | None = No
         "detail": detail.encode(errors="replace").decode()[:DETAIL_CHARS],
         "source": _source(record),
         "ingested_at": now or datetime.now(UTC),
+        "key": record_key(record.key),
         "original": record.value,
         "original_key": record.key,
         "original_headers": json.dumps(headers),

@@ -11,7 +11,9 @@ import pytest
 
 from ops.errors import ConfigError
 from ops.ledger import Ledger
+from ops.settings.streams import Ingest
 from streams.deletion import Selected, condition, count_selected, remove, request_deletion, take_tombstones
+from streams.quality.validate import Received, Rules, validate
 from streams.rows import Position, record_key
 from streams.store import SampleStore
 from streams.writer import StoreWriter
@@ -119,6 +121,25 @@ def test_a_wrong_selector_is_refused_by_its_field_and_nothing_is_recorded(
 def test_what_is_accepted_can_be_carried_out(store: SampleStore, selector: dict[str, str]) -> None:
     put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
     assert store.select(condition(selector), ["offset"]) == []
+
+
+@pytest.mark.parametrize("key", [b"user-17", b"https://cdn.example/" + b"x" * 300])
+@pytest.mark.parametrize("of_this_version", [True, False])
+def test_a_tombstone_removes_refused_records_whatever_the_length_of_their_key(
+    store: SampleStore, ledger: Ledger, key: bytes, of_this_version: bool
+) -> None:
+    rules = Rules(Ingest(), b"key")
+    row = validate(Received(TOPIC, 0, 0, b"private", key), rules)
+    other = validate(Received(TOPIC, 0, 1, b"private", key + b"!"), rules)
+    tombstone = validate(Received(TOPIC, 0, 2, None, key), rules)
+    assert isinstance(row, dict) and isinstance(other, dict) and isinstance(tombstone, dict)
+    if not of_this_version:
+        del row["key"], other["key"]
+    put(store, [row, other, tombstone], Position(TOPIC, 0, 3))
+    assert take_tombstones(store, ledger) == 1
+    [deletion] = ledger.deletions()
+    assert remove(store, ledger, deletion) == 1
+    assert left(store) == [(0, 1)]
 
 
 def test_only_what_came_before_the_request_is_deleted(store: SampleStore, ledger: Ledger) -> None:
