@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from streams.conditions import moment, quoted, refused
+from streams.quality.duplicates import DuplicateIndex, Sample
 from streams.receipts import id_condition
 from streams.rows import SAMPLE_COLUMNS, Split, Tally
 from streams.store import SampleStore
@@ -142,6 +146,31 @@ def store_stats(store: SampleStore) -> StoreStats:
     version = store.version()
     samples = count_values(store, "kind = 'sample'", ("domain", "source", "concept"), version)
     return StoreStats(version, store.tally(version), store.size(), samples, refusal_counts(store, version=version))
+
+
+def near_duplicates(store: SampleStore, distance: int) -> dict[str, ValueCounts]:
+    """The stored samples that ``ingest.near_duplicate_distance`` would have dropped, by ``domain`` and ``source``.
+
+    Looks are compared in a temporary file, in the order in which they are stored. Raises StoreUnavailable.
+    """
+    groups = ("domain", "source")
+    counts = {name: ValueCounts() for name in groups}
+    name, _ = store.table.identity()
+    with TemporaryDirectory() as folder, closing(DuplicateIndex(Path(folder) / "looks.db", name, distance)) as index:
+        for batch in store.batches("kind = 'sample'", ["id", "look", "words", *groups]):
+            rows = batch.to_pylist()
+            dropped = []
+            with index.deciding():
+                for number, row in enumerate(rows):
+                    sample = Sample(bytes.fromhex(row["id"]), "", row["look"], row["words"] or 0)
+                    found = index.find(sample)
+                    if found is None:
+                        index.add(sample)
+                    elif found.kind == "perceptual":
+                        dropped.append(number)
+            for each, values in counts.items():
+                values.add(batch.column(each).take(pa.array(dropped, pa.int64())))
+    return counts
 
 
 def refusal_counts(

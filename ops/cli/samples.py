@@ -153,19 +153,36 @@ def show(
 
 
 @app.command()
-def stats(context: typer.Context, as_json: AsJson = False) -> None:
+def stats(
+    context: typer.Context,
+    distance: Annotated[
+        int | None,
+        typer.Option(
+            "--near-duplicates",
+            min=0,
+            max=16,
+            help="Also count the samples that ingest.near_duplicate_distance would have dropped at this distance.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """How many samples there are of each split, domain, source and concept; duplicates, losses, and refusals by source.
 
-    Example:  ratchet samples stats --json
+    Examples:  ratchet samples stats --json    |    ratchet samples stats --near-duplicates 0
     """
-    from streams.sample_queries import store_stats
+    from streams.sample_queries import near_duplicates, store_stats
 
-    stats = store_stats(_store(context))
+    store = _store(context)
+    stats = store_stats(store)
     groups = {f"samples by {name}": values.top(TOP) for name, values in stats.samples.items()}
     groups |= {f"refused records by {name}": values.top(TOP) for name, values in stats.refusals.items()}
     kinds = ("sample", "train", "fresh_eval", "duplicate", "quarantine", "tombstone", "deleted", "gap_offsets")
     counts = {name: stats.tally[name] for name in kinds}
     counts |= {"bytes": stats.tally["bytes"], "bytes on disk": stats.size}
+    if distance is not None:
+        similar = near_duplicates(store, distance)
+        counts["near duplicates"] = similar["domain"].counts.total() + similar["domain"].omitted
+        groups |= {f"near duplicates by {name}": values.top(TOP) for name, values in similar.items()}
     if as_json:
         values = {name: dict(rows) for name, rows in groups.items()}
         typer.echo(json.dumps({"version": stats.version, **counts, **values}, indent=2))

@@ -91,7 +91,7 @@ class Ingest(Section):
     max_text_chars: int = Field(DEFAULT_LIMITS.max_text_chars, ge=1, description="Longest text, question or answer.")
     fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
     near_duplicate_distance: int = Field(
-        0,
+        -1,
         ge=-1,
         le=16,
         description="Perceptual hash bits in which near duplicates may differ; -1: none are looked for.",

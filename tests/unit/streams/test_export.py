@@ -10,14 +10,24 @@ import pyarrow as pa
 import pytest
 
 from ops.errors import ConfigError
+from ops.settings import Settings
 from ratchet_client.records import Sample
 from streams.datasets import read_dataset
 from streams.export import export
 from streams.folders import FolderItem
+from streams.quality.duplicates import OFF
 from streams.rows import Position
-from streams.sample_queries import SampleFilter, ValueCounts, count_samples, newest_samples, store_stats
+from streams.sample_queries import (
+    SampleFilter,
+    ValueCounts,
+    count_samples,
+    near_duplicates,
+    newest_samples,
+    store_stats,
+)
 from streams.store import SampleStore
 from tests.support.kafka import picture
+from tests.support.samples import TOPIC, put, sample
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -113,6 +123,25 @@ def test_stats_count_samples_and_refusals(store: SampleStore) -> None:
     assert stats.samples["concept"].top(5) == [("boat", 4)]
     assert dict(stats.refusals["source"].top(5)) == {"cam 1": 1, "": 1}
     assert dict(stats.refusals["reason"].top(1)) == {"schema": 1, "(others)": 1}
+
+
+def test_what_a_distance_would_have_dropped_is_counted_before_it_is_switched_on(tmp_path: Path) -> None:
+    store = SampleStore(str(tmp_path / "alike"))
+    assert near_duplicates(store, 0)["domain"].counts.total() == 0
+    looks = [0b0, 0b0, 0b1, 0b0, 0b111_0000_0000]
+    words = [1000, 1000, 1000, 2000, 1000]
+    rows = [
+        sample(0, number, look=look.to_bytes(8, "big") + bytes(27), words=word, domain=f"camera {number % 2}")
+        for number, (look, word) in enumerate(zip(looks, words, strict=True))
+    ]
+    put(store, rows, Position(TOPIC, 0, len(rows)))
+    assert near_duplicates(store, 0)["domain"].top(5) == [("camera 1", 1)]
+    assert dict(near_duplicates(store, 1)["domain"].top(5)) == {"camera 0": 1, "camera 1": 1}
+    assert near_duplicates(store, 16)["source"].top(5) == [("", 3)]
+
+
+def test_by_default_only_equal_content_is_a_duplicate() -> None:
+    assert Settings().ingest.near_duplicate_distance == OFF
 
 
 def test_more_values_than_can_be_counted_leave_out_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:
