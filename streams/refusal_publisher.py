@@ -55,7 +55,8 @@ class RefusalPublisher:
         self.problem = ""
         """Why nothing is published now; empty while all is well."""
         self._jobs: deque[_Job] = deque()
-        self._outboxes: dict[Reading, Outbox] = {}
+        self._outboxes: dict[str, tuple[Reading, Outbox]] = {}
+        """One for each partition, by its key: that of the newest reading with refusals."""
         self._bytes = 0
         self._changed = threading.Condition()
         self._ending = False
@@ -121,7 +122,7 @@ class RefusalPublisher:
             except Exception as error:
                 failures += 1
                 self._later(job, error, failures)
-        for outbox in self._outboxes.values():
+        for _, outbox in self._outboxes.values():
             outbox.close()
 
     def _publish_or_change(self, job: _Job) -> None:
@@ -153,7 +154,7 @@ class RefusalPublisher:
     def _publish(self, job: _Job) -> None:
         """Publish the first page of a job, and shorten it by that; the last page ends it."""
         rows = job.rows[: job.page] if job.rows is not None else self._from_store(job)
-        outbox = self._outboxes.get(job.reading) or self._open(job.reading)
+        outbox = self._outbox(job.reading)
         entries = [_entry(row, job.page == 1 and job.oversized in (job.start, row["offset"])) for row in rows]
         try:
             outbox.publish(entries)
@@ -176,12 +177,18 @@ class RefusalPublisher:
         part = Position(position.stream, position.partition, job.end, published=job.start)
         return list(self.store.outbox(part, job.page))
 
-    def _open(self, reading: Reading) -> Outbox:
+    def _outbox(self, reading: Reading) -> Outbox:
+        """The outbox of a reading. That of an earlier reading of the partition is closed: nothing needs it any more."""
+        known = self._outboxes.get(reading.claim.key)
+        if known is not None and known[0] is reading:
+            return known[1]
+        if known is not None:
+            known[1].close()
         store, _ = self.store.table.identity()
         name = f"ratchet-quarantine:{store}:{reading.claim.key}"
         sender = FencedSender(self.kafka, name, lambda: self._owns(reading))
         outbox = Outbox(self.kafka.quarantine_topic, sender, _id_of)
-        self._outboxes[reading] = outbox
+        self._outboxes[reading.claim.key] = (reading, outbox)
         return outbox
 
     def _owns(self, reading: Reading) -> bool:
@@ -194,9 +201,10 @@ class RefusalPublisher:
             self._bytes -= sum(job.size for job in self._jobs if job.reading is reading)
             self._jobs = deque(job for job in self._jobs if job.reading is not reading)
             self._changed.notify_all()
-        outbox = self._outboxes.pop(reading, None)
-        if outbox is not None:
-            outbox.close()
+        known = self._outboxes.get(reading.claim.key)
+        if known is not None and known[0] is reading:
+            del self._outboxes[reading.claim.key]
+            known[1].close()
 
 
 def _entry(row: RefusalRow, oversized: bool) -> OutboxEntry:
