@@ -203,6 +203,8 @@ def _checked(item: FolderItem, place: str, settings: Settings, source: str | Non
     fields: dict[str, Any] = {name: getattr(item, name) for name in names}
     fields["source"] = item.source or source or ""
     fields["time"] = item.time or None
+    if set(item.answers) - {item.answer}:
+        fields["extra"] = {"answers": list(item.answers)}
     try:
         sample = make_sample({**fields, "image": item.bytes(settings.ingest.max_image_bytes)})
         check_sample(sample, producer_limits(settings.ingest))

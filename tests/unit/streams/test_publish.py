@@ -7,6 +7,7 @@ import json
 import threading
 import tracemalloc
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from ops.progress import say
 from ops.settings import Settings
 from streams.clients import connect_producer
 from streams.datasets import FORMATS
-from streams.publish import publish
+from streams.folders import FolderItem
+from streams.publish import _checked, publish
 from streams.publish_resume import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
 from tests.unit.data.pictures import png
 
@@ -48,6 +50,13 @@ def test_a_dry_run_checks_all_rows_counts_and_shows_some(tmp_path: Path) -> None
     assert report.refused == {"dataset": 1} and "line 3, field 'text': is empty" in report.examples[0]
     assert "nothing was sent" in str(report)
     assert not (tmp_path / "home/publish").exists()
+
+
+def test_all_answers_of_a_question_are_sent() -> None:
+    item = FolderItem(Path("a.png"), "", question="what?", answer="boat", answers=("boat", "ship"), inline=png())
+    assert _checked(item, "row 1", Settings(), None).extra == {"answers": ["boat", "ship"]}
+    alone = replace(item, answers=("boat",))
+    assert _checked(alone, "row 1", Settings(), None).extra == {}
 
 
 def test_a_dry_run_refuses_what_ingest_would_and_names_the_row(tmp_path: Path) -> None:
