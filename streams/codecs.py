@@ -39,7 +39,9 @@ Fetch = Callable[[str], bytes]
 FIELDS_BYTES: Final = 512 * 1024
 _KNOWN: Final = frozenset({*METADATA, "image", "image_digest", "image_uri", "schema"})
 #: Names of the headers that the quarantine topic adds (:mod:`streams.quarantine`), without their prefix.
-_QUARANTINE: Final = frozenset({"reason", "detail", "topic", "partition", "offset", "refused_at", "claim_check"})
+_QUARANTINE: Final = frozenset(
+    {"reason", "detail", "topic", "partition", "offset", "refused_at", "claim_check", "null_headers"}
+)
 
 
 def decode(

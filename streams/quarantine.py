@@ -6,6 +6,8 @@ A message has the original key, value and headers, and besides
     ratchet_detail      the reason in words
     ratchet_topic, ratchet_partition, ratchet_offset      position of the original (topic@n: n-th log of that name)
     ratchet_refused_at  UTC, ISO 8601
+    ratchet_null_headers    a JSON list of the names of its headers without a value; only where it had some. They are
+                            left out, as kafka-python writes no header without a value, and an empty one is another
 
 so that a corrected record can be sent again as it is. What the topic does not take for its size is a *claim check*: the
 same without the original's key, value and headers, which stay in the sample store, with
@@ -37,7 +39,9 @@ def message(row: RefusalRow) -> Encoded:
     record = original(row)
     # Brokers take a record with neither key nor value; the client does not send one.
     value = b"" if record.value is None and record.key is None else record.value
-    return Encoded(record.key, value, [*record.headers, *_headers(row)])
+    nulls = [name for name, value in json.loads(row["original_headers"]) if value is None]
+    named: Headers = [("ratchet_null_headers", json.dumps(nulls).encode())] if nulls else []
+    return Encoded(record.key, value, [*record.headers, *_headers(row), *named])
 
 
 def claim_check(row: RefusalRow) -> Encoded:
@@ -49,9 +53,9 @@ def claim_check(row: RefusalRow) -> Encoded:
 
 
 def original(row: RefusalRow) -> Encoded:
-    """The record of a refused record's row, as it came."""
+    """The record of a refused record's row, as it came but for headers without a value, which ingest passes over."""
     headers = [
-        (name, b"" if value is None else base64.b64decode(value)) for name, value in json.loads(row["original_headers"])
+        (name, base64.b64decode(value)) for name, value in json.loads(row["original_headers"]) if value is not None
     ]
     return Encoded(row["original_key"], row["original"], headers)
 
