@@ -1,10 +1,12 @@
-"""How long samples are kept: by age and by bytes, with a reservoir of what has to go.
+"""How long samples and refused records are kept: by age and by bytes, with a reservoir of the samples that have to go.
 
 Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
 ``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
 by a keyed hash of their ids: those with the lowest (bottom-k sampling; Cohen and Kaplan, "Summarizing data using
 bottom-k sketches", 2007). What stays once is drawn again from what is there at each run, and as the order never changes
 the reservoir is one of the whole past, whenever retention ran.
+
+Refused records have no reservoir. One that is not known to be in the quarantine topic yet stays until it is.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ import numpy as np
 from ops.settings.streams import Retention
 from streams.conditions import moment, quoted
 from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.writer import CONTENT, StoreWriter
 
 IDS_AT_ONCE: Final = 2000
 MOST_AT_ONCE: Final = 100_000
-"""Samples that one run removes at most: some seconds of work. The next run goes on."""
+"""Samples, and refused records, that one run removes at most: some seconds of work. The next run goes on."""
 _COLUMNS: Final = ["id", "concept", "domain"]
 _Heaps = dict[str, list[tuple[int, str]]]
 """By concept: (negative hash, id) of those with the lowest hashes, the highest of them first."""
 
 
 def expire(store: SampleStore, rules: Retention, now: datetime | None = None) -> int:
-    """Remove the samples that are over a limit. Returns their number.
+    """Remove the samples and the refused records that are over a limit. Returns their number.
 
     Raises:
         StoreUnavailable: to be tried again.
@@ -47,24 +49,50 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
             break
+    return removed + _expire_refusals(store, limit)
+
+
+def _expire_refusals(store: SampleStore, limit: datetime) -> int:
+    published = [
+        f"(topic = {quoted(each.stream)} AND partition = {each.partition} AND offset < {each.published})"
+        for each in store.positions().values()
+    ]
+    over = f"kind = 'quarantine' AND ingested_at < {moment(limit)} AND ({' OR '.join(published) or 'false'})"
+    offsets: dict[tuple[str, int], list[int]] = {}
+    found = 0
+    for batch in store.batches(over, ["topic", "partition", "offset"]):
+        for row in batch.to_pylist():
+            offsets.setdefault((row["topic"], row["partition"]), []).append(row["offset"])
+        found += batch.num_rows
+        if found >= MOST_AT_ONCE:
+            break
+    removed = 0
+    for (stream, partition), each in offsets.items():
+        for chunk in _chunks(iter(each), IDS_AT_ONCE):
+            where = (
+                f"kind = 'quarantine' AND topic = {quoted(stream)} AND partition = {partition}"
+                f" AND offset IN ({', '.join(map(str, chunk))})"
+            )
+            removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
     return removed
 
 
 def _limit(store: SampleStore, rules: Retention, now: datetime) -> datetime | None:
-    """Samples that were ingested before this are over a limit."""
+    """What was ingested before this is over a limit."""
     limits = []
     if rules.max_age_days:
         limits.append(now - timedelta(days=rules.max_age_days))
-    excess = store.tally()["bytes"] - rules.max_bytes if rules.max_bytes else 0
+    tally = store.tally()
+    excess = tally["bytes"] + tally["refused_bytes"] - rules.max_bytes if rules.max_bytes else 0
     if excess > 0:
         limits.append(_oldest(store, excess))
     return max(limits, default=None)
 
 
 def _oldest(store: SampleStore, size: int) -> datetime:
-    """The time before which so many bytes were ingested: 16 bytes of memory a sample, for this moment."""
+    """The time before which so many bytes were ingested: 16 bytes of memory a row, for this moment."""
     times, sizes = [], []
-    for batch in store.batches("kind = 'sample'", ["ingested_at", "size"]):
+    for batch in store.batches(CONTENT, ["ingested_at", "size"]):
         times.append(batch["ingested_at"].cast("int64").to_numpy(zero_copy_only=False))
         sizes.append(batch["size"].fill_null(0).to_numpy(zero_copy_only=False))
     moments, weights = np.concatenate(times), np.concatenate(sizes)
@@ -128,8 +156,8 @@ def _hash(secret: bytes, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), key=secret, digest_size=8).digest(), "big")
 
 
-def _chunks(names: Iterator[str], size: int) -> Iterator[list[Any]]:
-    chunk: list[str] = []
+def _chunks(names: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
     for name in names:
         chunk.append(name)
         if len(chunk) == size:

@@ -50,7 +50,7 @@ SAMPLE_SCHEMA: Final = pa.schema(
         ("time", _UTC),
         ("ingested_at", _UTC),
         ("split", pa.string()),
-        ("size", pa.int64()),  # bytes of the image
+        ("size", pa.int64()),  # bytes of the image; of a refused record those of its value
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("topic", pa.string()),
@@ -93,7 +93,8 @@ KEY_BYTES: Final = 256
 
 Tally = Counter[str]
 """Numbers of rows: of each kind; of samples also ``train`` and ``fresh_eval``, and of each of those ``train/text`` and
-``train/question``; ``bytes`` of images. Kept with the positions, so that nothing is counted by a scan."""
+``train/question``; ``bytes`` of images, ``refused_bytes`` of refused records. Kept with the positions, so that nothing
+is counted by a scan."""
 
 
 def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
@@ -107,6 +108,8 @@ def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
             tally[f"{split}/text"] += bool(row.get("text"))
             tally[f"{split}/question"] += bool(row.get("question"))
             tally["bytes"] += row.get("size") or len(row.get("image") or b"")
+        elif row["kind"] == "quarantine":
+            tally["refused_bytes"] += row.get("size") or 0  # none in rows of earlier versions, in and out
         elif row["kind"] == "gap":
             tally["gap_offsets"] += row["until"] - row["offset"]
     return tally

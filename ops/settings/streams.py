@@ -124,10 +124,14 @@ class Maintain(Section):
 
 
 class Retention(Section):
-    """How long samples are kept. Without limits they are kept until somebody deletes them."""
+    """How long samples and refused records are kept. Without limits they are kept until somebody deletes them."""
 
-    max_age_days: float = Field(0, ge=0, description="Samples older than this are removed; 0: no limit.")
-    max_bytes: int = Field(0, ge=0, description="The oldest samples over this many bytes are removed; 0: no limit.")
+    max_age_days: float = Field(
+        0, ge=0, description="Samples and refused records older than this are removed; 0: no limit."
+    )
+    max_bytes: int = Field(
+        0, ge=0, description="The oldest samples and refused records over this many bytes go; 0: no limit."
+    )
     keep_samples: int = Field(
         50_000, ge=0, description="Of the samples over a limit so many stay, balanced over concepts, to be replayed."
     )

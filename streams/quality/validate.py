@@ -126,6 +126,7 @@ def refuse(record: Received, reason: str, detail: str, now: datetime | None = No
         "source": _source(record),
         "ingested_at": now or datetime.now(UTC),
         "key": record_key(record.key),
+        "size": len(record.value or b""),
         "original": record.value,
         "original_key": record.key,
         "original_headers": json.dumps(headers),

@@ -56,6 +56,34 @@ def test_samples_over_the_age_go_and_leave_a_receipt(store: SampleStore) -> None
     assert expire(store, rules(max_age_days=7), NOW) == 0
 
 
+def refuse(store: SampleStore, offsets: Iterable[int], days_old: float, published: int) -> None:
+    when = NOW - timedelta(days=days_old)
+    rows = [{**refusal(0, offset), "ingested_at": when, "size": 100} for offset in offsets]
+    put(store, rows, Position(TOPIC, 0, rows[-1]["offset"] + 1, published=published))
+
+
+def refused(store: SampleStore) -> list[int]:
+    return sorted(row["offset"] for row in store.select("kind = 'quarantine'", ["offset"]))
+
+
+def test_refused_records_over_the_age_go_once_they_are_published(store: SampleStore) -> None:
+    refuse(store, range(4), days_old=8, published=3)
+    refuse(store, range(4, 6), days_old=6, published=3)
+    assert store.tally()["refused_bytes"] == 600
+    assert expire(store, rules(max_age_days=7), NOW) == 3
+    assert refused(store) == [3, 4, 5] and store.tally()["refused_bytes"] == 300
+    [row] = store.record(TOPIC, 0, 1)
+    assert (row["kind"], row["reason"]) == ("deleted", "retention")
+
+
+def test_the_bytes_of_refused_records_count(store: SampleStore) -> None:
+    fill(store, range(4), days_old=2)
+    refuse(store, range(4, 8), days_old=3, published=8)
+    assert expire(store, rules(max_bytes=500), NOW) == 4, "they are equally old, so they go together"
+    assert refused(store) == [] and left(store) == [0, 1, 2, 3]
+    assert expire(store, rules(max_bytes=500), NOW) == 0
+
+
 def test_the_oldest_samples_over_the_bytes_go(store: SampleStore) -> None:
     fill(store, range(3), days_old=1)
     fill(store, range(3, 6), days_old=3)
