@@ -127,19 +127,30 @@ def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
             return 0
         ledger.deletion_reopened(deletion.id)
     rows = StoreWriter(store.table).remove(selection, "deletion", deletion.id)
-    columns = ["topic", "partition", "offset", "id", "split", "tags"]
-    where = f"kind = 'deleted' AND reason = 'deletion' AND detail = {quoted(deletion.id)}"
-    version = store.version()
-    receipts = store.select(where, columns, version=version)
-    samples = [row for row in receipts if row["id"]]
-    ledger.deletion_removed(
-        deletion.id,
-        samples=len(samples),
-        refusals=len(receipts) - len(samples),
-        adapters=adapters_of(ledger, samples),
-        store_version=version,
-    )
+    record_receipts(store, ledger, [deletion.id])
     return len(rows)
+
+
+def record_receipts(store: SampleStore, ledger: Ledger, deletions: Sequence[str]) -> None:
+    """Tell the ledger what the store has removed for some deletions, by their ids: one scan for all of them."""
+    if not deletions:
+        return
+    columns = ["topic", "partition", "offset", "id", "split", "tags", "detail"]
+    version = store.version()
+    receipts: dict[str, list[dict[str, Any]]] = {each: [] for each in deletions}
+    names = ", ".join(map(quoted, deletions))
+    where = f"kind = 'deleted' AND reason = 'deletion' AND detail IN ({names})"
+    for row in store.select(where, columns, version=version):
+        receipts[row["detail"]].append(row)
+    for name, rows in receipts.items():
+        samples = [row for row in rows if row["id"]]
+        ledger.deletion_removed(
+            name,
+            samples=len(samples),
+            refusals=len(rows) - len(samples),
+            adapters=adapters_of(ledger, samples),
+            store_version=version,
+        )
 
 
 def as_json(row: DeletionRow) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from streams import compaction, deletion, retention
 from streams.events import EventPublisher
 from streams.rows import name_of
 from streams.store import BACKUP_PIN, SampleStore
+from streams.tombstones import is_tombstone, remove_together
 
 log = logging.getLogger(__name__)
 LEASE: Final = "maintain"
@@ -159,8 +160,11 @@ class Maintainer:
     def _delete(self) -> int:
         """Take out what deletions select; also what came to the store since they were carried out."""
         deletion.take_tombstones(self.store, self.ledger)
-        removed = 0
-        for each in [*self._deletions("requested"), *self._deletions("removed")]:
+        waiting = [*self._deletions("requested"), *self._deletions("removed")]
+        removed = remove_together(self.store, self.ledger, [each for each in waiting if is_tombstone(each)])
+        for each in waiting:
+            if is_tombstone(each):
+                continue
             try:
                 removed += deletion.remove(self.store, self.ledger, each)
             except ConfigError as error:  # of another version of Ratchet; the others are not to wait for it

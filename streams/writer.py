@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -137,6 +137,22 @@ class StoreWriter:
         """
         now = datetime.now(UTC)
         return self._swap(f"{CONTENT} AND ({where})", lambda row: deletion_row(row, reason, detail, now))
+
+    def remove_rows(self, details: Mapping[RecordPosition, str], reason: str) -> list[dict[str, Any]]:
+        """Like :meth:`remove`, of the rows at some positions, each with the detail for its own receipt."""
+        now = datetime.now(UTC)
+        offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for stream, partition, offset in details:
+            offsets[stream, partition].append(offset)
+        places = " OR ".join(
+            f"(topic = {quoted(stream)} AND partition = {partition} AND offset IN ({', '.join(map(str, each))}))"
+            for (stream, partition), each in offsets.items()
+        )
+
+        def receipt(row: dict[str, Any]) -> dict[str, Any]:
+            return deletion_row(row, reason, details[row["topic"], row["partition"], row["offset"]], now)
+
+        return self._swap(f"{CONTENT} AND ({places})", receipt) if details else []
 
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from ops.errors import ConfigError
-from ops.ledger import Ledger
+from ops.ledger import DeletionRow, Ledger
 from ops.settings.streams import Ingest
 from streams.deletion import Selected, condition, count_selected, remove, request_deletion, take_tombstones
 from streams.quality.validate import Received, Rules, validate
 from streams.rows import Position, record_key
 from streams.store import SampleStore
+from streams.tombstones import is_tombstone, remove_together
 from streams.writer import StoreWriter
 from tests.support.samples import TOPIC, put, refusal, sample
 
@@ -125,8 +126,9 @@ def test_what_is_accepted_can_be_carried_out(store: SampleStore, selector: dict[
 
 @pytest.mark.parametrize("key", [b"user-17", b"https://cdn.example/" + b"x" * 300])
 @pytest.mark.parametrize("of_this_version", [True, False])
+@pytest.mark.parametrize("together", [True, False])
 def test_a_tombstone_removes_refused_records_whatever_the_length_of_their_key(
-    store: SampleStore, ledger: Ledger, key: bytes, of_this_version: bool
+    store: SampleStore, ledger: Ledger, key: bytes, of_this_version: bool, together: bool
 ) -> None:
     rules = Rules(Ingest(), b"key")
     row = validate(Received(TOPIC, 0, 0, b"private", key), rules)
@@ -138,7 +140,8 @@ def test_a_tombstone_removes_refused_records_whatever_the_length_of_their_key(
     put(store, [row, other, tombstone], Position(TOPIC, 0, 3))
     assert take_tombstones(store, ledger) == 1
     [deletion] = ledger.deletions()
-    assert remove(store, ledger, deletion) == 1
+    removed = remove_together(store, ledger, [deletion]) if together else remove(store, ledger, deletion)
+    assert removed == 1
     assert left(store) == [(0, 1)]
 
 
@@ -172,7 +175,40 @@ def tombstone(partition: int, offset: int, **fields: Any) -> dict[str, Any]:
     return {**base, **fields}
 
 
-def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(store: SampleStore, ledger: Ledger) -> None:
+def one_by_one(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
+    return sum(remove(store, ledger, each) for each in deletions)
+
+
+def test_many_tombstones_cost_as_many_scans_as_one(
+    store: SampleStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [sample(0, n, key=b"%d" % n) for n in range(40)]
+    put(store, [*samples, *(tombstone(0, 40 + n, key=b"%d" % n) for n in range(30))], Position(TOPIC, 0, 70))
+    assert take_tombstones(store, ledger) == 30
+    version = store.version()
+    scans = []
+    select, batches = SampleStore.select, SampleStore.batches
+    monkeypatch.setattr(SampleStore, "select", lambda *a, **k: scans.append(a) or select(*a, **k))
+    monkeypatch.setattr(SampleStore, "batches", lambda *a, **k: scans.append(a) or batches(*a, **k))
+    waiting = ledger.deletions(states=["requested"], oldest_first=True)
+    assert all(map(is_tombstone, waiting))
+    assert remove_together(store, ledger, waiting) == 30
+    assert len(scans) == 2 and store.version() == version + 1
+    assert left(store) == [(0, n) for n in range(30, 40)]
+    assert {(each.state, each.samples) for each in ledger.deletions()} == {("removed", 1)}
+    # Found again, as by `remove`, though data files have been written anew since.
+    put(store, [sample(1, 0, key=b"7", ingested_at=LONG_AGO - timedelta(1))], Position(TOPIC, 1, 1))
+    ledger.deletions_rewritten([each.id for each in waiting], store.version())
+    assert remove_together(store, ledger, ledger.deletions(states=["removed"])) == 1
+    [again] = [each for each in ledger.deletions() if each.samples == 2]
+    assert again.version is None
+    assert remove_together(store, ledger, ()) == 0
+
+
+@pytest.mark.parametrize("carry_out", [one_by_one, remove_together])
+def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(
+    store: SampleStore, ledger: Ledger, carry_out: Callable[..., int]
+) -> None:
     early, late = LONG_AGO - timedelta(seconds=1), LONG_AGO + timedelta(seconds=1)
     rows = [
         sample(0, 0, key=b"a", ingested_at=early),
@@ -187,8 +223,7 @@ def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(store: SampleSt
     ]
     put(store, rows, Position(TOPIC, 0, 5), Position(TOPIC, 1, 5))
     assert take_tombstones(store, ledger) == 3
-    for row in ledger.deletions(states=["requested"]):
-        remove(store, ledger, row)
+    assert carry_out(store, ledger, ledger.deletions(states=["requested"])) == 3
     # Between partitions there is no order but that of clocks: what came after the tombstone by them stays.
     assert left(store) == [(0, 2), (0, 4), (1, 1)]
     assert {row.actor for row in ledger.deletions()} == {"producer"}
