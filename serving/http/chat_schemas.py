@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from serving.engines.vlm.sampling_parameters import SMALLEST, is_denormal
 from serving.http.errors import ApiError
@@ -73,7 +73,9 @@ class ChatMessage(OpenAIBody):
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[ContentPart], BeforeValidator(_parts, json_schema_input_type=str | list[ContentPart])]
+    content: Annotated[
+        list[ContentPart], FailFast(), BeforeValidator(_parts, json_schema_input_type=str | list[ContentPart])
+    ]
 
 
 class StreamOptions(OpenAIBody):
@@ -107,7 +109,7 @@ class ChatRequest(OpenAIBody):
             ],
         },
     )  # fmt: skip
-    messages: list[ChatMessage] = Field(
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(
         min_length=1, max_length=MAX_MESSAGES, description="The conversation so far, the oldest message first."
     )
     model: str = VLM_MODEL
@@ -118,7 +120,7 @@ class ChatRequest(OpenAIBody):
     )
     top_p: TopP | None = Field(None, description="Sample from the likeliest tokens with this share.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+    stop: Stop | Annotated[list[Stop], FailFast(), Field(max_length=4)] | None = Field(
         None, description="One text or up to four that end the answer; they are not part of it."
     )
     stream: bool | None = Field(None, description="Send the answer piece by piece, as server-sent events.")

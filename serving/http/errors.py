@@ -33,6 +33,8 @@ from serving.errors import AdapterUnservable, ServingError
 
 log = logging.getLogger("ratchet.http")
 RETRY_AFTER_SECONDS = 1
+SHOWN_CHARS = 80
+"""Of a key that a client made up, in an error that names it."""
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "invalid_request_error", 409: "conflict_error",
@@ -122,7 +124,7 @@ def answer(
 def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
     """The first thing that is wrong with a body, in words, with its place."""
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part)[:SHOWN_CHARS] for part in first["loc"])  # a key of the client's may have megabytes
     param = ".".join(part for part in (prefix, place) if part) or None
     code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
     return ApiError(400, f"{param + ': ' if param else ''}{first['msg']}", param=param, code=code)
@@ -191,7 +193,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_parameter(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:])  # without "query" or "path"
+        param = ".".join(str(part)[:SHOWN_CHARS] for part in first["loc"][1:])  # without "query" or "path"
         return answer(400, f"{param}: {first['msg']}", param, "invalid_value")
 
     @app.exception_handler(RatchetError)

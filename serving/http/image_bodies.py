@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from serving.http.errors import ApiError
-from serving.http.json_bodies import Model, checked, inline, json_body, media_type
+from serving.http.json_bodies import Model, check_marks, checked, inline, json_body, media_type
 
 MAX_FIELDS = 1000
 FORM = "multipart/form-data"
@@ -81,6 +81,7 @@ def fields_of(parts: Iterable[FormField], lists: set[str]) -> dict[str, Any]:
 
 def _listed(value: str) -> list[str]:
     if value.startswith("["):
+        check_marks(value.encode("utf-8", "surrogatepass"))
         try:
             parts = json.loads(value)
         except (ValueError, RecursionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, field_validator, model_validator
 
 from ops.ledger.rows import Family
 from serving.http.openai_body import OpenAIBody
@@ -87,7 +87,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
             ]
         },
     )
-    input: Item | list[Item] = Field(description="A text, an image object, or a list of them.")
+    input: Item | Annotated[list[Item], FailFast()] = Field(description="A text, an image object, or a list of them.")
     model: str = MODEL
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
     dimensions: int | None = Field(None, description="Only the model's own dimension is taken.")
@@ -129,9 +129,11 @@ class ClassifyRequest(Body):
             "dependentRequired": {"multi_label": ["head"], "confidence": ["head"]},
         },
     )  # fmt: skip
-    images: list[Picture] = Field(min_length=1, description="Data URIs, or URLs.")
-    labels: list[Name] = Field([], min_length=1, description="What it may be.")
-    templates: list[Name] = Field(["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label.")
+    images: Annotated[list[Picture], FailFast()] = Field(min_length=1, description="Data URIs, or URLs.")
+    labels: Annotated[list[Name], FailFast()] = Field([], min_length=1, description="What it may be.")
+    templates: Annotated[list[Name], FailFast()] = Field(
+        ["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label."
+    )
     head: str = Field("", min_length=1, max_length=64, description="A head of the release, in place of labels.")
     multi_label: bool = Field(False, description="With a head: all classes that have the probability `confidence`.")
     confidence: float | None = Field(
@@ -173,7 +175,7 @@ class VqaRequest(Body):
     )  # fmt: skip
     image: Picture = Field(description="A data URI, or a URL.")
     question: str = Field(min_length=1, description="What to ask.")
-    choices: list[Annotated[Name, StringConstraints(strip_whitespace=True)]] | None = Field(
+    choices: Annotated[list[Annotated[Name, StringConstraints(strip_whitespace=True)]], FailFast()] | None = Field(
         None, min_length=2, max_length=16, description="The answers to choose from; unset: the model's own words."
     )
     model: str = VLM_MODEL
@@ -196,8 +198,8 @@ class SearchRequest(Body):
     text: str | None = Field(None, min_length=1, description="What to look for; or `image`.")
     image: Picture | None = Field(None, description="A data URI, or a URL; or `text`.")
     k: int = Field(10, ge=1, le=100, description="How many hits.")
-    domain: list[Name] = Field([], max_length=50, description="Only these domains.")
-    source: list[Source] = Field([], max_length=50, description="Only these sources.")
+    domain: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Only these domains.")
+    source: Annotated[list[Source], FailFast()] = Field([], max_length=50, description="Only these sources.")
     since: datetime | None = Field(None, description="Sample time, UTC, included.")
     until: datetime | None = Field(None, description="Sample time, UTC, not included.")
     model: str = MODEL
