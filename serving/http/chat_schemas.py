@@ -145,8 +145,11 @@ class ChatRequest(OpenAIBody):
 
 
 def refuse_unknown(body: ChatRequest) -> None:
-    """Refuse what would change the answer if it were honoured. Raises ApiError naming the field."""
-    for name, value in (body.model_extra or {}).items():
+    """Refuse what would change the answer if it were honoured, and drop what would not: it may have any shape, and as
+    objects of Python many times its size. Raises ApiError naming the field.
+    """
+    extra = body.model_extra or {}
+    for name, value in extra.items():
         if name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
         if name in NEUTRAL:
@@ -159,8 +162,14 @@ def refuse_unknown(body: ChatRequest) -> None:
         if name in UNSUPPORTED:
             raise ApiError(400, f"{shown} is not supported here.", param=shown, code="unsupported_parameter")
         raise ApiError(400, f"unknown parameter: {shown!r}.", param=shown, code="unknown_parameter")
+    caller = body.caller
+    extra.clear()
+    if caller is not None:
+        extra["user"] = caller
     for index, message in enumerate(body.messages):
         for name, value in (message.model_extra or {}).items():
             if not (is_empty(value) or name in MESSAGE_FIELDS):
                 place = f"messages.{index}.{name[:80]}"
                 raise ApiError(400, f"{place} is not supported here.", param=place, code="unsupported_parameter")
+        if message.model_extra:
+            message.model_extra.clear()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serving.http.chat_schemas import ChatRequest
+from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.errors import ApiError, from_validation
 from serving.http.image_bodies import fields_of
 from serving.http.json_bodies import MAX_MARKS, check_marks
@@ -85,3 +85,19 @@ def test_an_unknown_key_is_shown_cut() -> None:
     error = from_validation(caught.value)
     assert error.param == "k" * 80
     assert len(str(error.detail)) < 300
+
+
+@pytest.mark.parametrize("name", ["metadata", "store", "prompt_cache_options", "user", "safety_identifier"])
+def test_fields_of_a_chat_that_change_nothing_are_not_kept(name: str) -> None:
+    shape = [[{}] * 1000]
+    message = {"role": "user", "content": "x", "name": shape}
+    body = ChatRequest.model_validate({"messages": [message], name: shape})
+    refuse_unknown(body)
+    assert body.model_extra == {}
+    assert body.messages[0].model_extra == {}
+
+
+def test_who_asks_is_kept_of_a_chat() -> None:
+    body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "user": "me", "metadata": {}})
+    refuse_unknown(body)
+    assert body.caller == "me"
