@@ -23,6 +23,7 @@ from serving.http import (
 )
 from serving.http.app_state import AppState
 from serving.http.auth import AuthMiddleware
+from serving.http.head_requests import HeadRequests
 from serving.http.limits import RequestLimits
 from serving.http.rate_limit import RateLimiter
 from serving.http.request_bodies import RequestBodies
@@ -76,7 +77,7 @@ def build_app(state: AppState) -> FastAPI:
     app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
     # Around Starlette's own handler of unexpected errors, which is around all that is added.
-    app.middleware_stack = RequestIds(app.build_middleware_stack())
+    app.middleware_stack = RequestIds(HeadRequests(app.build_middleware_stack()))
     return app
 
 

@@ -217,12 +217,14 @@ class AppState:
         """When an answer to a request that comes now is too late; on the monotonic clock, which nobody sets."""
         return time.monotonic() + self.settings.deadline_seconds
 
-    def check_texts(self, texts: list[str], param: str, most: int | None = None) -> None:
-        """Refuse too many, too long or empty texts."""
+    def check_texts(
+        self, texts: list[str], param: str, most: int | None = None, places: Sequence[int] | None = None
+    ) -> None:
+        """Refuse too many, too long or empty texts. ``places``: of the texts, where others stand between them."""
         limit = most or self.settings.max_texts
         if len(texts) > limit:
             raise ApiError(400, f"{len(texts)} texts are more than {limit}.", param=param, code="too_many_texts")
-        for index, text in enumerate(texts):
+        for index, text in zip(places or range(len(texts)), texts, strict=True):
             field = f"{param}.{index}"
             if not text:
                 raise ApiError(400, f"{field}: the text is empty.", param=field, code="empty_text")

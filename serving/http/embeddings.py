@@ -73,7 +73,7 @@ async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequ
     parts = await read_parts(request, state.settings.max_images)
     if parts is None:
         body = await json_body(request, EmbeddingsRequest)
-        return body, [_input(f"input.{index}", item) for index, item in enumerate(body.items())]
+        return body, [_input(f"input.{index}", item) for index, item in enumerate(body.input)]
     inputs: list[Input] = []
     others: list[FormField] = []
     for name, value in parts:
@@ -103,7 +103,7 @@ async def embed(
     """Vectors [n, dim] of texts and images, and the texts' tokens."""
     texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
     images = {index: each for index, each in enumerate(inputs) if not isinstance(each, str)}
-    state.check_texts(list(texts.values()), "input")
+    state.check_texts(list(texts.values()), "input", places=list(texts))
     vectors = np.zeros((len(inputs), state.dim), np.float32)
     tokens = 0
     if images:

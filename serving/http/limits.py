@@ -75,6 +75,12 @@ class RequestLimits:
                 403, "the Host header names another server; an operator lists further names in serve.allowed_hosts.",
                 code="host_not_allowed",
             )  # fmt: skip
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise ApiError(
+                415, f"content encoding {encoding[:80]!r} is not taken here; send the body as it is.",
+                code="content_encoding", headers={"Accept-Encoding": "identity"},
+            )  # fmt: skip
         declared = headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self.settings.max_body_bytes:
             raise too_large(self.settings.max_body_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, StringConstraints, Tag, field_validator, model_validator
 
 from ops.ledger.rows import Family
 from serving.http.openai_body import OpenAIBody
@@ -72,7 +72,28 @@ class ImageUrlItem(OpenAIBody, Body):
     image_url: ImageUrl
 
 
-Item = str | ImageItem | ImageUrlItem | TextItem
+def _kind_of(value: Any) -> str | None:
+    """The tag of what an input is meant to be, so that one error says what is wrong with it; None: nothing known."""
+    if isinstance(value, str):
+        return "<str>"
+    if not isinstance(value, dict):
+        return None
+    if "image_url" in value or value.get("type") == "image_url":
+        return "<image_url>"
+    return "<image>" if "image" in value else "<text>"
+
+
+Item = Annotated[
+    Annotated[str, Tag("<str>")]
+    | Annotated[ImageItem, Tag("<image>")]
+    | Annotated[ImageUrlItem, Tag("<image_url>")]
+    | Annotated[TextItem, Tag("<text>")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="input_type",
+        custom_error_message="must be a text, or an object with an image or a text",
+    ),
+]
 
 
 class EmbeddingsRequest(OpenAIBody, Body):
@@ -87,7 +108,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
             ]
         },
     )
-    input: Item | Annotated[list[Item], FailFast()] = Field(description="A text, an image object, or a list of them.")
+    input: Annotated[list[Item], FailFast()] = Field(description="A text, an image object, or a list of them.")
     model: str = MODEL
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
     dimensions: int | None = Field(None, description="Only the model's own dimension is taken.")
@@ -95,10 +116,10 @@ class EmbeddingsRequest(OpenAIBody, Body):
         None, max_length=200, description="Who asks: while a canary is live, one user is always answered by one side."
     )
 
-    @field_validator("input", mode="before")
+    @field_validator("input", mode="before", json_schema_input_type=Item | list[Item])
     @classmethod
-    def no_tokens(cls, value: Any) -> Any:
-        """Token ids of another model's tokenizer mean nothing here."""
+    def listed(cls, value: Any) -> Any:
+        """One input as a list of one. Token ids of another model's tokenizer mean nothing here."""
         first = value[0] if isinstance(value, list) and value else value
         inner = first[0] if isinstance(first, list) and first else first
         if isinstance(inner, int | float) and not isinstance(inner, bool):
@@ -107,11 +128,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
             )
         if isinstance(value, list) and not 1 <= len(value) <= MAX_INPUTS:
             raise ValueError(f"must hold 1 to {MAX_INPUTS} items")
-        return value
-
-    def items(self) -> list[Item]:
-        """The inputs, always as a list."""
-        return self.input if isinstance(self.input, list) else [self.input]
+        return value if isinstance(value, list) else [value]
 
 
 class ClassifyRequest(Body):
@@ -149,6 +166,14 @@ class ClassifyRequest(Body):
         if not self.head and (self.multi_label or self.confidence is not None):
             raise ValueError("multi_label and confidence are of a head")
         return self
+
+    @field_validator("labels")
+    @classmethod
+    def distinct(cls, value: list[str]) -> list[str]:
+        """The same label twice would share its probability, and be shown once."""
+        if len(set(value)) < len(value):
+            raise ValueError("must differ from each other")
+        return value
 
     @field_validator("templates")
     @classmethod

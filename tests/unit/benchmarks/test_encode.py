@@ -75,7 +75,7 @@ def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:
 def test_bodies_are_what_the_servers_take(kind: Modality) -> None:
     inputs = [(b"AA", b"BB"), (b"CC",)]
     ours = b"".join(ratchet_template(kind).parts(inputs))
-    items = EmbeddingsRequest.model_validate_json(ours).items()
+    items = EmbeddingsRequest.model_validate_json(ours).input
     assert [item if isinstance(item, str) else item.image for item in items] == (
         ["AABB", "CC"] if kind == "text" else ["data:image/jpeg;base64,AABB", "data:image/jpeg;base64,CC"]
     )

@@ -25,9 +25,33 @@ def test_token_ids_are_refused_in_words(tokens: Any) -> None:
 
 
 def test_one_input_and_a_list_are_the_same() -> None:
-    assert EmbeddingsRequest.model_validate({"input": "x"}).items() == ["x"]
+    assert EmbeddingsRequest.model_validate({"input": "x"}).input == ["x"]
     mixed = EmbeddingsRequest.model_validate({"input": ["x", {"image": "data:"}, {"type": "text", "text": "y"}]})
-    assert len(mixed.items()) == 3
+    assert len(mixed.input) == 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "param"),
+    [
+        (["x", 5], "input.1"),
+        (["x", None], "input.1"),
+        (["x", {}], "input.1.text"),
+        (["x", {"image": 5}], "input.1.image"),
+        (["x", {"image": "data:", "caption": "x"}], "input.1.caption"),
+        (["x", "y", {"type": "image_url", "image_url": {"uri": "data:"}}], "input.2.image_url.url"),
+        (["x", {"type": "text"}], "input.1.text"),
+        ({"image": 5}, "input.0.image"),
+    ],
+)
+def test_an_error_in_one_of_the_inputs_names_it(inputs: Any, param: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        EmbeddingsRequest.model_validate({"input": inputs})
+    assert from_validation(caught.value).param == param
+
+
+def test_a_label_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ValidationError, match="differ"):
+        ClassifyRequest.model_validate({"images": ["x"], "labels": ["cat", "dog", "cat"]})
 
 
 def test_a_template_needs_one_place_for_the_label() -> None:

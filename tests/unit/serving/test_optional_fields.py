@@ -32,7 +32,7 @@ def test_nulls_inside_of_inputs_count_as_left_out() -> None:
     shown = {"type": "image_url", "image_url": {"url": IMAGE, "detail": None, "format": None}, "text": None}
     text = {"type": "text", "text": "x", "cache_control": None}
     request = EmbeddingsRequest.model_validate({"input": [shown, text, {"image": IMAGE, "text": None}]})
-    assert [type(item).__name__ for item in request.items()] == ["ImageUrlItem", "TextItem", "ImageItem"]
+    assert [type(item).__name__ for item in request.input] == ["ImageUrlItem", "TextItem", "ImageItem"]
 
 
 @pytest.mark.parametrize("fields", [{"input_type": "query"}, {"encoding_format": "int8"}, {"input": None}])

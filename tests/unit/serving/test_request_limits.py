@@ -33,6 +33,15 @@ async def test_a_body_is_counted_with_and_without_a_length() -> None:
         assert "serve.max_body_bytes" in refusal(answer, 413, "body_too_large")
 
 
+async def test_a_compressed_body_is_refused_and_a_plain_one_that_says_so_is_not() -> None:
+    async with client() as http:
+        packed = await http.post("/", content=b"x", headers={"content-encoding": "gzip"})
+        plain = await http.post("/", content=b"x", headers={"content-encoding": "Identity"})
+    assert "gzip" in refusal(packed, 415, "content_encoding")
+    assert packed.headers["accept-encoding"] == "identity"
+    assert plain.text == "1"
+
+
 async def test_silent_requests_hold_no_slot() -> None:
     app = limited(EchoApp(), queue=4)
     silent = [RawRequest(app, peer="127.0.0.2") for _ in range(300)]
