@@ -14,7 +14,12 @@
 6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
 7. HAProxy's own answers would have no ``x-request-id``, and Ray takes any that a client sends. Here each request gets a
    new one unless its own is sane, and each answer has it; but for those to headers that HAProxy could not read.
-8. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
+8. Ray sets no time limit for an answer: a request to a replica that stands still would wait for ever. Here it is 504 when
+   the replica itself would have answered so. A release may wait for the catalog; operator calls have a day.
+9. HAProxy's own answers are plain text or HTML, and Ray makes all of them 500. Here each is an error object as of the
+   OpenAI API with the status that HAProxy means, 503 with ``Retry-After``, and so is Ray's 404 while there is no
+   application yet.
+10. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """
 
@@ -31,9 +36,12 @@ PR_SET_PDEATHSIG = 1
 OPEN_BIND = re.compile(r"(?<!^frontend http_frontend\n)^([ \t]*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
+BACKEND = re.compile(r"^backend .*\n", re.MULTILINE)
+NO_APPLICATION = re.compile(r"^(backend default_backend\n)[ \t]*http-request return status 404 .*\n", re.MULTILINE)
 SERVER_ERRORS = re.compile(r"\berror-limit (\d+|\{\{[^}]*\}\})")
 DROPPED = re.compile(
-    r"^[ \t]*((timeout (connect|client|http-request|http-keep-alive)|retry-on|retries) .*|option splice-request)\n",
+    r"^[ \t]*((timeout (connect|client|server|http-request|http-keep-alive)|retry-on|retries|errorfile) .*"
+    r"|option splice-request)\n",
     re.MULTILINE,
 )
 """Lines of Ray's that are written anew, or not at all."""
@@ -50,6 +58,18 @@ CONNECT_MS = 250
 """Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
 connection: a second otherwise."""
 BODY = '{{"error": {{"message": "{0}", "type": "{1}", "param": null, "code": "{2}"}}}}'
+
+ERRORS = {
+    400: ("the request is not HTTP: a header or the first line is broken, or too long.", "invalid_request_error",
+          "bad_request"),
+    408: ("the request did not arrive in time.", "invalid_request_error", "request_timeout"),
+    500: ("the server made a mistake.", "server_error", "internal"),
+    502: ("the process that had the request ended before it answered.", "server_error", "bad_gateway"),
+    503: ("no process answers; send the request again shortly.", "service_unavailable", "unavailable"),
+    504: ("the answer did not come in time.", "timeout_error", "deadline_exceeded"),
+}  # fmt: skip
+"""Of HAProxy itself: message, type and code."""
+OPERATOR_TIME = "    http-request set-timeout server 24h if { path_beg /admin/ }\n"
 
 
 def close_binds(text: str) -> str:
@@ -68,13 +88,22 @@ def add_limits(text: str, limits: dict[str, object]) -> str:
         f"    timeout client {limits['idle_ms']}ms\n"
         f"    timeout http-request {limits['header_ms']}ms\n"
         f"    timeout http-keep-alive {limits['idle_ms']}ms\n"
+        f"    timeout server {limits['answer_ms']}ms\n"
         "    retry-on conn-failure empty-response\n"
         f"    retries {RETRIES}\n"
-    )
+    ) + "".join(f"    http-error {error_object(status)}\n" for status in ERRORS)
     text = DROPPED.sub("", text)
+    text = NO_APPLICATION.sub(rf"\1    http-request return {error_object(503)}\n", text)
+    text = BACKEND.sub(lambda match: match.group() + OPERATOR_TIME, text)
     text = SERVER_ERRORS.sub(f"error-limit {ERROR_LIMIT}", text)
     text = DEFAULTS.sub(lambda match: match.group() + defaults, text)
     return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)
+
+
+def error_object(status: int) -> str:
+    """Arguments of HAProxy for an answer of its own."""
+    again = " hdr Retry-After 1" if status == 503 else ""
+    return f"status {status} content-type application/json string '{BODY.format(*ERRORS[status])}'{again}"
 
 
 def frontend_rules(limits: dict[str, object]) -> str:
@@ -82,7 +111,6 @@ def frontend_rules(limits: dict[str, object]) -> str:
     proxies = " ".join(str(network) for network in limits["proxies"])  # type: ignore[attr-defined]
     others = f" !{{ src {proxies} }}" if proxies else ""
     from_others = f" if{others}" if proxies else ""
-    late = BODY.format("the request did not arrive in time.", "invalid_request_error", "request_timeout")
     often = BODY.format("the probes of this address are too many.", "rate_limit_error", "rate_limited")
     return f"""\
     option http-buffer-request
@@ -92,7 +120,6 @@ def frontend_rules(limits: dict[str, object]) -> str:
     http-request set-header x-request-id %[var(txn.request_id)]
     http-after-response set-header x-request-id %[var(txn.request_id)] if {{ var(txn.request_id) -m found }}
     http-after-response set-header x-request-id %[uuid()] unless {{ var(txn.request_id) -m found }}
-    http-error status 408 content-type application/json string '{late}'
     stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0_rate(1s)
     tcp-request connection track-sc0 src,ipmask(32,64)
     tcp-request connection reject if {{ sc0_conn_cur gt {limits["per_address"]} }}{others}

@@ -46,6 +46,9 @@ HEAD_ALLOCATOR = "narenas:1,tcache:false,dirty_decay_ms:0,muzzy_decay_ms:0"
 arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours."""
 KILL_SECONDS = 5.0
 """How long killed processes are waited for."""
+ANSWER_GRACE_SECONDS = 10.0
+"""How long HAProxy waits for an answer, or for more of it, after the deadline: the application's own refusal is better.
+"""
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 ENGINE_TITLE = b"VLLM::"
 SPAWNED = b"--multiprocessing-fork"
@@ -150,6 +153,7 @@ def front_limits(server: Serve) -> dict[str, Any]:
     return {
         "header_ms": int(server.header_seconds * 1000),
         "idle_ms": int(server.idle_seconds * 1000),
+        "answer_ms": int((server.deadline_seconds + ANSWER_GRACE_SECONDS) * 1000),
         "per_address": server.connections_per_address,
         "probes_per_second": server.probes_per_second,
         "proxies": list(server.trusted_proxies),

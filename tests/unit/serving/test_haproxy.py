@@ -18,6 +18,7 @@ import pytest
 
 from ops.settings.serving import Serve
 from serving.http.request_ids import ALPHABET, MAX_CHARS
+from serving.ray import ray_session
 from serving.ray.haproxy import REQUEST_ID, add_limits, close_binds
 from serving.ray.ray_session import front_limits, haproxy_binary, write_launcher
 
@@ -34,11 +35,11 @@ defaults
     timeout connect 5s
     timeout client 3600s
     timeout http-keep-alive 90s
-    timeout server 60s
     option abortonclose
     option splice-request
     option redispatch 1
     retry-on conn-failure
+    errorfile 503 /nowhere/500.http
 frontend prometheus
     bind :{metrics}
     mode http
@@ -74,8 +75,11 @@ class Front:
     """A request for ``/slow`` has arrived."""
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     """Its connection was closed, before an answer."""
+    late: asyncio.Event = field(default_factory=asyncio.Event)
+    """``/admin/late`` is answered after this."""
     dying: bool = False
     """Whether the next request is read, and not answered."""
+    listener: asyncio.Server | None = None
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -88,6 +92,8 @@ class Front:
                         await reader.read()
                     finally:
                         self.closed.set()
+                if " /admin/late " in self.requests[-1]:
+                    await self.late.wait()
                 if self.dying:
                     self.dying = False
                     writer.close()
@@ -114,7 +120,7 @@ async def front(folder: Path, gone: int = 0, **serve: object) -> AsyncIterator[F
     config = folder / "haproxy.cfg"
     config.write_text(RAYS.format(port=port, metrics=metrics, app=app, gone=lines, backup="backup" if gone else ""))
     made = Front(port)
-    server = await asyncio.start_server(made.answer, "127.0.0.1", app)
+    made.listener = server = await asyncio.start_server(made.answer, "127.0.0.1", app)
     launcher = write_launcher(folder, BINARY, Serve(**serve))
     process = subprocess.Popen([launcher, "-db", "-f", config], stderr=subprocess.PIPE)
     try:
@@ -145,6 +151,34 @@ async def test_headers_and_bodies_that_do_not_come_are_408_before_the_applicatio
         assert [answer.split(b" ")[1] for answer in answers] == [b"408", b"408", b"200"]
         assert json.loads(answers[1].split(b"\r\n\r\n")[1])["error"]["code"] == "request_timeout"
         assert len(server.requests) == 1
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    """Status and code of an answer that is an error object."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head.lower()
+    return int(head.split(b" ")[1]), str(json.loads(body)["error"]["code"])
+
+
+async def test_a_replica_that_stands_still_is_not_waited_for_longer_than_for_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_session, "ANSWER_GRACE_SECONDS", 0.2)
+    async with front(tmp_path, deadline_seconds=0.2) as server, asyncio.timeout(50):
+        operators = asyncio.create_task(server.send(get("/admin/late")))
+        assert error_of(await server.send(get("/slow"))) == (504, "deadline_exceeded")
+        server.late.set()
+        assert b"200 OK" in await operators
+
+
+async def test_haproxy_answers_with_error_objects_of_its_own(tmp_path: Path) -> None:
+    async with front(tmp_path) as server:
+        assert error_of(await server.send(b"GET / HTTP/1.1\r\nHost: a\r\nno header\r\n\r\n")) == (400, "bad_request")
+        assert server.listener is not None
+        server.listener.close()
+        away = await server.send(get())
+    assert error_of(away) == (503, "unavailable")
+    assert b"retry-after: 1" in away.lower()
 
 
 async def test_an_address_has_a_bound_of_connections_and_the_others_have_theirs(tmp_path: Path) -> None:
@@ -285,6 +319,8 @@ def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
         "retry-on conn-failure empty-response", "retries 3",
     ]  # fmt: skip
     assert set(re.findall(r"error-limit (.*?) on-error", text)) == {"1"}
+    assert "errorfile" not in text
+    assert "status 404" not in text
     assert add_limits("global\n", limits) == "global\n"
 
 
@@ -294,7 +330,7 @@ def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> N
     limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
     assert sorted(limits) == [
         "timeout client 7000ms", "timeout connect 250ms", "timeout http-keep-alive 7000ms",
-        "timeout http-request 3000ms", "timeout server 60s",
+        "timeout http-request 3000ms", "timeout server 40000ms",
     ]  # fmt: skip
 
 
