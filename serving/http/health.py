@@ -46,7 +46,7 @@ async def ready(
     request: Request, model: Annotated[Component, Query(description="Which model; by default CLIP.")] = "clip"
 ) -> JSONResponse:
     """200 when a release is live and a text went through an encoder. The VLM and the catalog do not count: while one of
-    them restarts, the others answer. A full queue is no outage.
+    them restarts, the others answer. A full queue is no outage. A server that is ending is not ready.
     """
     return await _ready(request, model)
 
@@ -83,6 +83,8 @@ async def _ready(request: Request, model: Component) -> JSONResponse:
     probes = _probes(request)
     if model not in probes.parts():
         return answer(404, f"no {model} is served here.", "model", "no_vlm")
+    if app_state(request).admission.closed:
+        return answer(503, "the server is ending.", code="not_ready")
     state: ComponentState = await probes.part(model)
     if not state.ready:
         seconds = VlmStarting.retry_after if state.starting else errors.RETRY_AFTER_SECONDS

@@ -47,6 +47,11 @@ class Admission:
         """Resident releases, newest first."""
         return self._window
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are admitted."""
+        return self._closed
+
     def close(self) -> None:
         """Admit no more requests: the server ends when those in flight have ended."""
         self._closed = True

@@ -76,6 +76,18 @@ async def test_a_catalog_that_is_away_is_seen_in_the_whole_state_only() -> None:
         assert refusal(await http.get("/health/state"), 503, "not_ready") == "not ready: catalog."
 
 
+async def test_a_server_that_drains_is_not_ready_and_is_alive() -> None:
+    state = state_of(Models(), ScriptedVlms())
+    async with client(state) as http:
+        assert (await http.get("/health/ready")).status_code == 200
+        state.admission.close()
+        for name in ("ready", "ready/clip", "ready/vlm", "ready/catalog"):
+            answer = await http.get(f"/health/{name}")
+            assert refusal(answer, 503, "not_ready") == "the server is ending."
+            assert answer.headers["retry-after"]
+        assert (await http.get("/health/live")).status_code == 200
+
+
 async def test_a_full_queue_is_no_outage() -> None:
     full = QueueFull("the queue is full.")
     state = state_of(Models(clip=full), ScriptedVlms(failure=full))
