@@ -124,8 +124,8 @@ class Access:
         came = self.clock()
         while (delay := self.due(token, came)) is not None and self.clock() - came < READ_SECONDS:
             self._pause(delay)
-            self.refresh(0.0 if self._knows(token) else READ_SECONDS)
-            if self._knows(token):
+            self.refresh(0.0 if self.knows(token) else READ_SECONDS)
+            if self.knows(token):
                 break
         return self.known(token)
 
@@ -156,17 +156,27 @@ class Access:
         if parse_token(token or "") is None or self._read_at >= came:
             return None
         age = self.clock() - self._read_at
-        if self._knows(token):
+        if self.knows(token):
             return 0.0 if age >= KEYS_SECONDS else None
         return max(0.0, NEW_KEY_SECONDS - age)
+
+    def ages(self, token: str | None) -> bool:
+        """Whether the keys are to be read soon, though a known token need not wait for it."""
+        return self.knows(token) and self.clock() - self._read_at >= KEYS_SECONDS / 2
+
+    @property
+    def silent(self) -> bool:
+        """Whether the last reading of the ledger failed."""
+        return not self._current
 
     def unread(self, token: str | None, came: float) -> bool:
         """Whether this token may be of a new key: no key that was read is meant, and no reading that began after the
         caller came has succeeded."""
         unclear = self._read_at < came or not self._current
-        return parse_token(token or "") is not None and not self._knows(token) and unclear
+        return parse_token(token or "") is not None and not self.knows(token) and unclear
 
-    def _knows(self, token: str | None) -> bool:
+    def knows(self, token: str | None) -> bool:
+        """Whether a key that was read last is meant; not whether it is the right one."""
         parsed = parse_token(token or "")
         return parsed is not None and parsed[0] in self._keys
 

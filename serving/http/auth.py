@@ -100,20 +100,33 @@ class AuthMiddleware:
         return caller
 
     async def _identify(self, token: str | None, came: float) -> Principal | None:
-        """One reading at a time serves all who wait for it; while one hangs, nobody waits for more of it."""
+        """One reading at a time serves all who wait for it; while one hangs, nobody waits for more of it.
+
+        A known key that is in use waits for none: the keys are read again before they are too old. While the ledger does
+        not answer they are read behind all known keys.
+        """
         entered = time.monotonic()
-        while (delay := self.access.due(token, came)) is not None:
+        if self.access.ages(token):
+            self._read()
+        while (delay := self.access.due(token, came)) is not None and not (
+            self.access.silent and self.access.knows(token)
+        ):
             await asyncio.sleep(delay)
             now = time.monotonic()
-            if self._reading is None or self._reading.done():
-                reading = asyncio.to_thread(self.access.refresh, READ_SECONDS)
-                self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
-                self._reading_since = now
+            reading = self._read()
             left = min(self._reading_since, entered) + READ_SECONDS - now
             if left <= 0:
                 break
-            await asyncio.wait([self._reading], timeout=left)
+            await asyncio.wait([reading], timeout=left)
         return self.access.known(token)
+
+    def _read(self) -> asyncio.Task[None]:
+        """The reading of the keys that runs, or a new one."""
+        if self._reading is None or self._reading.done():
+            reading = asyncio.to_thread(self.access.refresh, READ_SECONDS)
+            self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
+            self._reading_since = time.monotonic()
+        return self._reading
 
     def _count(self, caller: Principal, scope: Scope) -> None:
         who = f"key:{caller.key_id}" if caller.kind == "key" else address(scope)
