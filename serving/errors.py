@@ -8,6 +8,7 @@
       VlmStarting                503  vlm_starting
       Unavailable                503  unavailable
         AdapterUnservable
+        WrongSpace
       EngineDead                 503  unavailable
       DeadlineExceeded           504  deadline_exceeded
 
@@ -69,6 +70,16 @@ class Unavailable(ServingError):
     """No replica could answer."""
 
     status, code = 503, "unavailable"
+
+
+class WrongSpace(Unavailable):
+    """Vectors of another embedding space than the request's release has. They are never answered."""
+
+    def __init__(self, answered: str, space: str) -> None:
+        super().__init__(
+            f"an encoder answered in the embedding space {answered!r}, and the release has {space!r}.",
+            "Send the request again; an operator must look at the encoders.",
+        )
 
 
 class AdapterUnservable(Unavailable):

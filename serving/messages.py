@@ -48,6 +48,10 @@ class EncodeResult:
     code: str = ""
     error: str = ""
 
+    def space(self, kind: Modality) -> str:
+        """The embedding space of vectors of this kind."""
+        return self.image_space if kind == "image" else self.text_space
+
 
 @dataclass(frozen=True, slots=True)
 class HeadsResult:

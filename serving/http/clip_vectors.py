@@ -1,15 +1,14 @@
 """Vectors of a request's texts and images: those of the cache, and the encoders' for the rest.
 
-With a cache, content that comes twice in a request is encoded once. What is cached is of one embedding space, the one
-that the request's release has and that the encoder says it answered in.
+With a cache, content that comes twice in a request is encoded once. What is answered, and cached, is of the embedding
+space that the request's release has: an encoder that answers in another one is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,13 +18,13 @@ import numpy.typing as npt
 from ops import metrics
 from serving.engines.heads import Head
 from serving.engines.tokens import Tokenizer
+from serving.errors import WrongSpace
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource
 from serving.http.vector_cache import CachedVector, VectorCache
 from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 
-log = logging.getLogger("ratchet.http")
 INLINE_CHARS = 4096
 """Texts up to here are tokenized at once, in less than a millisecond; longer ones in a thread."""
 Encoded = tuple[EncodeResult, list[int]]
@@ -102,7 +101,7 @@ class ClipVectors:
     ) -> Vectors:
         if not self.cache.max_bytes:
             answer, tokens = await encode(list(range(len(digests))))
-            return Vectors(_checked(answer), answer.logit_scale, sum(tokens))
+            return Vectors(_checked(answer, kind, space), answer.logit_scale, sum(tokens))
         entries: dict[bytes, CachedVector] = {}
         missing: dict[bytes, int] = {}
         for index, digest in enumerate(digests):
@@ -115,43 +114,31 @@ class ClipVectors:
         metrics.http.cache_lookups(kind, len(digests) - len(missing), len(missing))
         if missing:
             answer, tokens = await encode(list(missing.values()))
-            fresh = _entries(answer, tokens)
-            entries.update(zip(missing, fresh, strict=True))
-            self._keep(kind, space, missing, fresh, answer)
+            for digest, entry in zip(missing, _entries(_checked(answer, kind, space), answer, tokens), strict=True):
+                entries[digest] = entry
+                self.cache.put((kind, space, digest), entry)
+            metrics.http.cached(self.cache.bytes)
         items = [entries[digest] for digest in digests]
         return Vectors(
             np.stack([item.vector for item in items]), items[0].logit_scale, sum(item.tokens for item in items)
         )
 
-    def _keep(
-        self,
-        kind: Modality,
-        space: str,
-        digests: Iterable[bytes],
-        entries: Sequence[CachedVector],
-        answer: EncodeResult,
-    ) -> None:
-        answered = answer.image_space if kind == "image" else answer.text_space
-        if answered != space:
-            log.warning("an encoder answered in the %s space %s, and the release has %s", kind, answered, space)
-            return
-        for digest, entry in zip(digests, entries, strict=True):
-            self.cache.put((kind, space, digest), entry)
-        metrics.http.cached(self.cache.bytes)
-
-
-def _entries(answer: EncodeResult, tokens: Sequence[int]) -> list[CachedVector]:
-    """The answer's vectors, each an array of its own, so that an entry does not hold the memory of a whole batch."""
+def _entries(
+    vectors: npt.NDArray[np.float32], answer: EncodeResult, tokens: Sequence[int]
+) -> list[CachedVector]:
+    """The vectors of an answer, each an array of its own, so that an entry does not hold the memory of a whole batch."""
     return [
         CachedVector(vector.copy(), answer.logit_scale, count)
-        for vector, count in zip(_checked(answer), tokens, strict=True)
+        for vector, count in zip(vectors, tokens, strict=True)
     ]
 
 
-def _checked(answer: EncodeResult) -> npt.NDArray[np.float32]:
-    """The vectors of an answer that succeeded. Raises ApiError."""
+def _checked(answer: EncodeResult, kind: Modality, space: str) -> npt.NDArray[np.float32]:
+    """The vectors of an answer that succeeded, in the release's space. Raises ApiError and WrongSpace."""
     if answer.vectors is None:
         raise ApiError(500, answer.error or "the encoder gave no vectors.", code="internal")
+    if answer.space(kind) != space:
+        raise WrongSpace(answer.space(kind), space)
     if not np.isfinite(answer.vectors).all():
         raise ApiError(500, "the model gave values that are not finite.", code="not_finite")
     return answer.vectors

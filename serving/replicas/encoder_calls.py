@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from serving.errors import AdapterUnservable, Unavailable
+from serving.errors import AdapterUnservable, Unavailable, WrongSpace
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality
 from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -63,13 +63,18 @@ class EncoderCalls:
     async def _one(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
         call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, attempts.left)  # noqa: E731
-        result: EncodeResult = await _tried(call, attempts, lambda result: result.code in ("adapter", "failed"))
+        space = snapshot.image_space if kind == "image" else snapshot.text_space
+        result: EncodeResult = await _tried(
+            call, attempts, lambda result: result.code in ("adapter", "failed") or _strays(result, kind, space)
+        )
         if result.code == "late":
             raise attempts.over()
         if result.code == "failed":
             raise Unavailable(f"the forward pass failed ({result.error}).", "Try again; look at the encoders' log.")
         if result.code:
             raise _unservable(snapshot, result.error)
+        if _strays(result, kind, space):
+            raise WrongSpace(result.space(kind), space)
         return result
 
 
@@ -82,6 +87,11 @@ async def _tried(call: Callable[[], Any], attempts: Attempts, refused: Callable[
         await attempts.failed(result.error)
         result = await call_replica(call, attempts)
     return result
+
+
+def _strays(result: EncodeResult, kind: Modality, space: str) -> bool:
+    """Whether the vectors are of another embedding space than the request's release has."""
+    return not result.code and result.space(kind) != space
 
 
 def _unservable(snapshot: ReleaseSnapshot, error: str) -> AdapterUnservable:

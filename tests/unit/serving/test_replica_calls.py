@@ -10,7 +10,7 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from ops.errors import ReleaseError
-from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable
+from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable, WrongSpace
 from serving.messages import EncodeResult
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -77,13 +77,23 @@ async def test_an_encoders_refusal_is_raised(code: str, error: type[Exception]) 
 
 @pytest.mark.parametrize("code", ["adapter", "failed"])
 async def test_an_encoder_that_cannot_do_it_is_followed_by_another_one(code: str) -> None:
-    handle = Handle([EncodeResult(None, "clip-a", code=code, error="why")], [EncodeResult(VECTOR, "clip-a")])
+    handle = Handle([EncodeResult(None, "clip-a", code=code, error="why")], [EncodeResult(VECTOR, "clip-a", "i", "t")])
     result = await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)  # type: ignore[arg-type]
     assert result.vectors is VECTOR
 
 
+async def test_an_encoder_that_answers_in_another_space_is_followed_by_another_one() -> None:
+    stray = EncodeResult(VECTOR * 2, "clip-a", "i", "other")
+    handle: Any = Handle([stray], [EncodeResult(VECTOR, "clip-a", "i", "t")])
+    result = await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)
+    assert result.vectors is VECTOR
+    strays: Any = Handle(*[[stray] for _ in range(3)])
+    with pytest.raises(WrongSpace, match="other"):
+        await EncoderCalls(strays, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)
+
+
 async def test_items_of_a_large_request_are_joined_in_order() -> None:
-    results = [[EncodeResult(VECTOR * number, "clip-a")] for number in range(3)]
+    results = [[EncodeResult(VECTOR * number, "clip-a", "i", "t")] for number in range(3)]
     handle = Handle(*results)
     calls = EncoderCalls(handle, max_batch=2)  # type: ignore[arg-type]
     joined = await calls.encode("image", np.zeros((5, 1, 1, 3), np.uint8), SNAPSHOT, time.monotonic() + 60)
@@ -97,7 +107,7 @@ async def test_a_search_is_asked_again_when_the_catalog_is_replaced() -> None:
 
 
 async def test_encoders_get_the_time_left_because_their_clocks_may_differ() -> None:
-    handle: Any = Handle([EncodeResult(VECTOR, "clip-a")])
+    handle: Any = Handle([EncodeResult(VECTOR, "clip-a", "i", "t")])
     await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)
     assert 0 < handle.asked[0][-1] <= 60
 
@@ -105,6 +115,6 @@ async def test_encoders_get_the_time_left_because_their_clocks_may_differ() -> N
 async def test_a_clock_that_is_set_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     deadline = app_state(None).deadline()
     monkeypatch.setattr("time.time", lambda: 4e9)
-    handle: Any = Handle([EncodeResult(VECTOR, "clip-a")])
+    handle: Any = Handle([EncodeResult(VECTOR, "clip-a", "i", "t")])
     result = await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, deadline)
     assert result.vectors is VECTOR

@@ -10,6 +10,7 @@ import pytest
 
 from ops.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
+from serving.errors import WrongSpace
 from serving.http.clip_vectors import ClipVectors
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader
@@ -103,13 +104,14 @@ async def test_a_release_is_answered_by_vectors_of_its_own_spaces_only() -> None
     assert encoders.encoded == {"text": 2, "image": 1}
 
 
-async def test_what_an_encoder_made_in_another_space_is_not_kept() -> None:
-    vectors, encoders = clip_vectors()
+@pytest.mark.parametrize("max_bytes", [0, 1 << 20])
+async def test_what_an_encoder_made_in_another_space_is_neither_answered_nor_kept(max_bytes: int) -> None:
+    vectors, encoders = clip_vectors(max_bytes)
     encoders.spaces[None] = ("image-0", "text-0")
-    for _ in range(2):
+    with pytest.raises(WrongSpace, match="text-0"):
         await vectors.of_texts(["cat"], LIVE, 0.0)
+    with pytest.raises(WrongSpace, match="image-0"):
         await vectors.of_images([("image", png(20, 20))], LIVE, 0.0, "")
-    assert encoders.encoded == {"text": 2, "image": 2}
     assert len(vectors.cache) == 0
 
 
