@@ -85,6 +85,13 @@ class BoundedTokenizer:
         room = self.context_length - 2
         return [[self.sot_token_id, *self._ids(text, room), self.eot_token_id] for text in texts]
 
+    def cuts(self, text: str, row: Sequence[int]) -> bool:
+        """Whether ``row``, which :meth:`rows` made of the text, lacks a part of it."""
+        room = self.context_length - 2
+        if self._reduction_mask:
+            return len(self._ids(text)) > room
+        return len(row) >= self.context_length and len(self._ids(text, room + 1)) > room
+
     def _ids(self, text: str, room: int | None = None) -> list[int]:
         ids: list[int] = []
         for match in self._pattern.finditer(self._clean(text)):

@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
     def rows(self, texts: list[str], /) -> list[list[int]]:
         """Ids that the model reads of each text: start and end included, cut to the context, without padding."""
 
+    def cuts(self, text: str, row: Sequence[int], /) -> bool:
+        """Whether ``row``, which :meth:`rows` made of the text, lacks a part of it."""
+
     @property
     def pad_id(self) -> int:
         """What follows a row that is shorter than others of its batch."""
@@ -109,6 +112,9 @@ class _Fast:
     def rows(self, texts: list[str]) -> list[list[int]]:
         return [self.inner.encode(self.clean(text)).ids for text in texts]
 
+    def cuts(self, text: str, row: Sequence[int]) -> bool:
+        return len(row) >= self.width and bool(self.inner.encode(self.clean(text)).overflowing)
+
 
 class _Slow:
     """open_clip's HFTokenizer, for tokenizers with options of their own. One call at a time."""
@@ -146,6 +152,13 @@ class _Slow:
             ids = self.inner.tokenizer(cleaned, max_length=self.inner.context_length, truncation=True)["input_ids"]
         stripped = self.inner.tokenizer.sep_token_id if self.inner.strip_sep_token else None
         return [[0 if token == stripped else token for token in row] for row in ids]
+
+    def cuts(self, text: str, row: Sequence[int]) -> bool:
+        if len(row) < self.inner.context_length:
+            return False
+        with self.lock:
+            whole = self.inner.tokenizer(self.inner.clean_fn(text), truncation=False)["input_ids"]
+        return len(whole) > self.inner.context_length
 
 
 def _pad_id(file: Path, inner: Any) -> int:

@@ -57,7 +57,8 @@ async def classify(request: Request) -> Response:
                 [(f"images.{index}", image) for index, image in enumerate(sources)], snapshot, deadline,
                 caller_of(request),
             )  # fmt: skip
-            texts = await state.vectors.of_texts(prompts, snapshot, deadline)
+            whole = () if body.truncate else [f"labels.{n}" for n in range(len(body.labels)) for _ in body.templates]
+            texts = await state.vectors.of_texts(prompts, snapshot, deadline, whole)
         shares = probabilities(images.rows, texts.rows, len(body.templates), images.logit_scale)
         results = [
             {
@@ -67,7 +68,8 @@ async def classify(request: Request) -> Response:
             for row in shares
         ]
         return json_response(
-            {"object": "list", "model": f"clip@{snapshot.release}", "data": results}, release_headers(snapshot)
+            {"object": "list", "model": f"clip@{snapshot.release}", "data": results},
+            release_headers(snapshot) | texts.headers,
         )
 
 

@@ -27,8 +27,9 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 
 INLINE_CHARS = 4096
 """Texts up to here are tokenized at once, in less than a millisecond; longer ones in a thread."""
-Encoded = tuple[EncodeResult, list[int]]
-"""An encoder's answer, and the tokens of each item."""
+TRUNCATED_HEADER = "x-ratchet-truncated"
+Encoded = tuple[EncodeResult, list[int], list[bool]]
+"""An encoder's answer, and of each item its tokens, and whether it was cut."""
 
 
 class Encoders(Protocol):
@@ -49,6 +50,13 @@ class Vectors:
     logit_scale: float
     tokens: int
     """Of all texts together, start and end included."""
+    cut: tuple[int, ...] = ()
+    """Positions of texts that are longer than the model reads: the vector is of their beginning."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """How many texts were cut, where any was."""
+        return {TRUNCATED_HEADER: str(len(self.cut))} if self.cut else {}
 
 
 class ClipVectors:
@@ -64,15 +72,30 @@ class ClipVectors:
         self.tokenizer = tokenizer
         self.cache = cache
 
-    async def of_texts(self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float) -> Vectors:
-        """Vectors of texts that were checked, at least one. Raises QueueFull, DeadlineExceeded, Unavailable."""
+    async def of_texts(
+        self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float, whole: Sequence[str] = ()
+    ) -> Vectors:
+        """Vectors of texts that were checked, at least one.
+
+        Args:
+            whole: names of the texts, where none may be cut.
+
+        Raises:
+            ApiError: a text is longer than the model reads, and may not be cut.
+            QueueFull, DeadlineExceeded, Unavailable.
+        """
 
         async def encode(missing: list[int]) -> Encoded:
-            rows = await self._tokens([texts[index] for index in missing])
-            return await self.encoders.encode("text", rows, snapshot, deadline), [len(row) for row in rows]
+            rows, cut = await self._tokens([texts[index] for index in missing])
+            if whole and any(cut):
+                raise _too_long(whole[missing[cut.index(True)]])
+            return await self.encoders.encode("text", rows, snapshot, deadline), [len(row) for row in rows], cut
 
         digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
-        return await self._vectors("text", snapshot.text_space, digests, encode)
+        vectors = await self._vectors("text", snapshot.text_space, digests, encode)
+        if whole and vectors.cut:
+            raise _too_long(whole[vectors.cut[0]])
+        return vectors
 
     async def of_images(
         self, images: Sequence[ImageSource], snapshot: ReleaseSnapshot, deadline: float, caller: str
@@ -87,21 +110,25 @@ class ClipVectors:
 
         async def encode(missing: list[int]) -> Encoded:
             pixels = await self.images.decode([inspected[index] for index in missing], caller)
-            return await self.encoders.encode("image", pixels, snapshot, deadline), [0] * len(missing)
+            return await self.encoders.encode("image", pixels, snapshot, deadline), [0] * len(missing), [False] * len(missing)
 
         return await self._vectors("image", snapshot.image_space, [image.digest for image in inspected], encode)
 
-    async def _tokens(self, texts: list[str]) -> list[list[int]]:
+    async def _tokens(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         if sum(len(text) for text in texts) <= INLINE_CHARS:
-            return self.tokenizer.rows(texts)
-        return await asyncio.to_thread(self.tokenizer.rows, texts)
+            return self._tokenized(texts)
+        return await asyncio.to_thread(self._tokenized, texts)
+
+    def _tokenized(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+        rows = self.tokenizer.rows(texts)
+        return rows, [self.tokenizer.cuts(text, row) for text, row in zip(texts, rows, strict=True)]
 
     async def _vectors(
         self, kind: Modality, space: str, digests: Sequence[bytes], encode: Callable[[list[int]], Awaitable[Encoded]]
     ) -> Vectors:
         if not self.cache.max_bytes:
-            answer, tokens = await encode(list(range(len(digests))))
-            return Vectors(_checked(answer, kind, space), answer.logit_scale, sum(tokens))
+            answer, tokens, cut = await encode(list(range(len(digests))))
+            return Vectors(_checked(answer, kind, space), answer.logit_scale, sum(tokens), _places(cut))
         entries: dict[bytes, CachedVector] = {}
         missing: dict[bytes, int] = {}
         for index, digest in enumerate(digests):
@@ -113,23 +140,36 @@ class ClipVectors:
                 missing[digest] = index
         metrics.http.cache_lookups(kind, len(digests) - len(missing), len(missing))
         if missing:
-            answer, tokens = await encode(list(missing.values()))
-            for digest, entry in zip(missing, _entries(_checked(answer, kind, space), answer, tokens), strict=True):
+            answer, tokens, cut = await encode(list(missing.values()))
+            fresh = _entries(_checked(answer, kind, space), answer, tokens, cut)
+            for digest, entry in zip(missing, fresh, strict=True):
                 entries[digest] = entry
                 self.cache.put((kind, space, digest), entry)
             metrics.http.cached(self.cache.bytes)
         items = [entries[digest] for digest in digests]
         return Vectors(
-            np.stack([item.vector for item in items]), items[0].logit_scale, sum(item.tokens for item in items)
-        )
+            np.stack([item.vector for item in items]), items[0].logit_scale, sum(item.tokens for item in items),
+            _places([item.cut for item in items]),
+        )  # fmt: skip
+
+def _places(cut: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(index for index, is_cut in enumerate(cut) if is_cut)
+
+
+def _too_long(name: str) -> ApiError:
+    return ApiError(
+        400, f"{name}: the text has more tokens than the model reads. Send a shorter one, or leave `truncate` out.",
+        param=name, code="text_too_long",
+    )  # fmt: skip
+
 
 def _entries(
-    vectors: npt.NDArray[np.float32], answer: EncodeResult, tokens: Sequence[int]
+    vectors: npt.NDArray[np.float32], answer: EncodeResult, tokens: Sequence[int], cut: Sequence[bool]
 ) -> list[CachedVector]:
     """The vectors of an answer, each an array of its own, so that an entry does not hold the memory of a whole batch."""
     return [
-        CachedVector(vector.copy(), answer.logit_scale, count)
-        for vector, count in zip(vectors, tokens, strict=True)
+        CachedVector(vector.copy(), answer.logit_scale, count, is_cut)
+        for vector, count, is_cut in zip(vectors, tokens, cut, strict=True)
     ]
 
 

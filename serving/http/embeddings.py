@@ -13,6 +13,7 @@ from fastapi import Path as PathParameter
 from ops.ledger.rows import Family
 from serving.http.app_state import CLIP, VLM, AppState, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
+from serving.http.clip_vectors import Vectors
 from serving.http.errors import ApiError
 from serving.http.image_bodies import FormField, body_schemas, fields_of, read_parts
 from serving.http.image_loader import ImageSource
@@ -54,17 +55,19 @@ async def embeddings(request: Request) -> Response:
     deadline = state.deadline()
     with state.admit(request, body.model, user=body.user) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
-            vectors, tokens = await embed(state, snapshot, inputs, deadline, caller_of(request))
+            embedded = await embed(state, snapshot, inputs, deadline, caller_of(request), body.truncate)
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, body.encoding_format)}
-            for index, row in enumerate(vectors)
+            for index, row in enumerate(embedded.rows)
         ]
+        usage: dict[str, Any] = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
+        if embedded.cut:
+            usage["truncated"] = embedded.cut
         return json_response(
             {
-                "object": "list", "data": data, "model": f"clip@{snapshot.release}",
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+                "object": "list", "data": data, "model": f"clip@{snapshot.release}", "usage": usage,
             },
-            release_headers(snapshot),
+            release_headers(snapshot) | embedded.headers,
         )  # fmt: skip
 
 
@@ -98,21 +101,26 @@ def _input(place: str, item: Item) -> Input:
 
 
 async def embed(
-    state: AppState, snapshot: ReleaseSnapshot, inputs: list[Input], deadline: float, caller: str
-) -> tuple[npt.NDArray[np.float32], int]:
-    """Vectors [n, dim] of texts and images, and the texts' tokens."""
+    state: AppState, snapshot: ReleaseSnapshot, inputs: list[Input], deadline: float, caller: str, truncate: bool = True
+) -> Vectors:
+    """Vectors of texts and images, in the order of the inputs."""
     texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
     images = {index: each for index, each in enumerate(inputs) if not isinstance(each, str)}
     state.check_texts(list(texts.values()), "input", places=list(texts))
     vectors = np.zeros((len(inputs), state.dim), np.float32)
-    tokens = 0
+    scale, tokens = 1.0, 0
+    cut: tuple[int, ...] = ()
     if images:
-        vectors[list(images)] = (await state.vectors.of_images(list(images.values()), snapshot, deadline, caller)).rows
+        answer = await state.vectors.of_images(list(images.values()), snapshot, deadline, caller)
+        vectors[list(images)] = answer.rows
+        scale = answer.logit_scale
     if texts:
-        answer = await state.vectors.of_texts(list(texts.values()), snapshot, deadline)
-        vectors[list(texts)] = answer.rows
-        tokens = answer.tokens
-    return vectors, tokens
+        places = list(texts)
+        whole = () if truncate else [f"input.{place}" for place in places]
+        answer = await state.vectors.of_texts(list(texts.values()), snapshot, deadline, whole)
+        vectors[places] = answer.rows
+        scale, tokens, cut = answer.logit_scale, answer.tokens, tuple(places[each] for each in answer.cut)
+    return Vectors(vectors, scale, tokens, cut)
 
 
 def encoded(row: npt.NDArray[np.float32], how: str) -> Any:

@@ -36,6 +36,14 @@ class ChatUsage(Usage):
     completion_tokens: int
 
 
+class EmbeddingUsage(Usage):
+    """Tokens, and which texts were cut."""
+
+    truncated: list[int] = []
+    """Positions of the inputs that are texts with more tokens than the model reads: their vectors are of the beginning.
+    Left out where there are none."""
+
+
 class Embedding(ResponseBody):
     """One vector of unit length."""
 
@@ -53,7 +61,7 @@ class EmbeddingList(ResponseBody):
     data: list[Embedding]
     model: str
     """`clip@` and the number of the release."""
-    usage: Usage
+    usage: EmbeddingUsage
 
 
 class ModelBody(ResponseBody):

@@ -28,6 +28,11 @@ VLM_MODEL = Field(
     json_schema_extra={"format": "model"},
 )  # fmt: skip
 MAX_INPUTS = 8192
+TRUNCATE = Field(
+    True,
+    description="Whether a text that is longer than the model reads is cut; `x-ratchet-truncated` then counts such texts. "
+    "With false it is refused.",
+)
 Picture = Annotated[str, Field(json_schema_extra={"format": "uri"})]
 """A data URI, or a URL where the server fetches them."""
 
@@ -112,6 +117,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
     model: str = MODEL
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
     dimensions: int | None = Field(None, description="Only the model's own dimension is taken.")
+    truncate: bool = TRUNCATE
     user: str | None = Field(
         None, max_length=200, description="Who asks: while a canary is live, one user is always answered by one side."
     )
@@ -156,6 +162,7 @@ class ClassifyRequest(Body):
     confidence: float | None = Field(
         None, ge=0, le=1, description="With a head: a label needs this probability; else a level above it, or none."
     )
+    truncate: bool = TRUNCATE
     model: str = MODEL
 
     @model_validator(mode="after")
@@ -227,6 +234,7 @@ class SearchRequest(Body):
     source: Annotated[list[Source], FailFast()] = Field([], max_length=50, description="Only these sources.")
     since: datetime | None = Field(None, description="Sample time, UTC, included.")
     until: datetime | None = Field(None, description="Sample time, UTC, not included.")
+    truncate: bool = TRUNCATE
     model: str = MODEL
 
     _in_range = field_validator("since", "until")(in_range)

@@ -52,7 +52,8 @@ async def search(request: Request) -> Response:
         async with cancel_on_disconnect(request.receive, deadline):
             if body.text is not None:
                 state.check_texts([body.text], "text")
-                vectors = await state.vectors.of_texts([body.text], snapshot, deadline)
+                whole = () if body.truncate else ("text",)
+                vectors = await state.vectors.of_texts([body.text], snapshot, deadline, whole)
             else:
                 source: str | bytes = uploads[0] if uploads else str(body.image)
                 vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller_of(request))
@@ -66,7 +67,7 @@ async def search(request: Request) -> Response:
         ]  # fmt: skip
         return json_response(
             {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": data},
-            release_headers(snapshot),
+            release_headers(snapshot) | vectors.headers,
         )
 
 

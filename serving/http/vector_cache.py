@@ -27,6 +27,8 @@ class CachedVector:
     logit_scale: float
     tokens: int
     """Of a text; 0 for an image."""
+    cut: bool = False
+    """Whether the text was longer than the model reads."""
 
 
 class VectorCache:

@@ -61,6 +61,14 @@ def test_merges_follow_the_rounds_of_the_reference_whatever_the_order_of_ranks(w
     assert merge((*word[:-1], word[-1] + "</w>"), ranks) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction_mask": "simple"}])
+def test_it_knows_which_texts_it_cut(options: dict[str, Any]) -> None:
+    tokenizer = BoundedTokenizer(vocabulary(), CONTEXT, **options)
+    texts = ["", "a cat", "word " * (CONTEXT - 2), "word " * (CONTEXT - 1), "word " * 60, "x" * 5000]
+    cut = [tokenizer.cuts(text, row) for text, row in zip(texts, tokenizer.rows(texts), strict=True)]
+    assert cut == [False, False, False, True, True, True]
+
+
 def test_other_options_mean_what_they_mean_to_open_clip() -> None:
     options = {"clean": "canonicalize", "additional_special_tokens": ["<pad>"]}
     ours, theirs = (

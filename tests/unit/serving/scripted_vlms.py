@@ -87,6 +87,9 @@ class Words:
     def rows(self, texts: list[str]) -> list[list[int]]:
         return [[len(word) for word in text.split()] for text in texts]
 
+    def cuts(self, text: str, row: list[int]) -> bool:
+        return False
+
 
 def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState:
     """What the routes see; nothing but the VLM and the admission is used here."""

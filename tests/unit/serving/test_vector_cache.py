@@ -25,12 +25,15 @@ TEXT_CHANGED = ReleaseSnapshot(2, "clip-b", "image-1", "text-2")
 
 
 class Tokens:
-    """One token for each character, and start and end."""
+    """One token for each character up to twenty, and start and end."""
 
     pad_id = 0
 
     def rows(self, texts: list[str]) -> list[list[int]]:
-        return [[1, *map(ord, text), 2] for text in texts]
+        return [[1, *map(ord, text[:20]), 2] for text in texts]
+
+    def cuts(self, text: str, row: list[int]) -> bool:
+        return len(text) > 20
 
 
 class Encoders:
@@ -113,6 +116,28 @@ async def test_what_an_encoder_made_in_another_space_is_neither_answered_nor_kep
     with pytest.raises(WrongSpace, match="image-0"):
         await vectors.of_images([("image", png(20, 20))], LIVE, 0.0, "")
     assert len(vectors.cache) == 0
+
+
+@pytest.mark.parametrize("max_bytes", [0, 1 << 20])
+async def test_texts_that_are_cut_are_named_also_when_they_come_again(max_bytes: int) -> None:
+    vectors, _ = clip_vectors(max_bytes)
+    texts = ["short", "x" * 21, "y" * 20, "x" * 21]
+    for _ in range(2):
+        answer = await vectors.of_texts(texts, LIVE, 0.0)
+        assert (answer.cut, answer.headers) == ((1, 3), {"x-ratchet-truncated": "2"})
+    assert (await vectors.of_texts(texts[:1], LIVE, 0.0)).headers == {}
+
+
+@pytest.mark.parametrize("seen", [False, True])
+async def test_a_text_that_may_not_be_cut_is_refused_by_its_name(seen: bool) -> None:
+    vectors, encoders = clip_vectors()
+    if seen:
+        await vectors.of_texts(["x" * 21], LIVE, 0.0)
+    before = encoders.encoded.total()
+    with pytest.raises(ApiError, match="more tokens") as caught:
+        await vectors.of_texts(["x" * 20, "x" * 21], LIVE, 0.0, ["input.0", "input.4"])
+    assert (caught.value.param, caught.value.code, caught.value.status_code) == ("input.4", "text_too_long", 400)
+    assert seen or encoders.encoded.total() == before
 
 
 async def test_an_image_that_is_cached_is_checked_all_the_same() -> None:
