@@ -125,7 +125,8 @@ class TransformersEngine:
             row = BatchRow(request, most, lambda *token: post(token), post)
             detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
             done = 0
-            self._working().put(model, row)
+            worker = self._working()
+            worker.put(model, row)
             try:
                 while True:
                     item = await events.get()
@@ -140,6 +141,7 @@ class TransformersEngine:
                         return
             finally:
                 row.aborted = True
+                worker.discard(row)
 
     async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer."""
@@ -153,8 +155,12 @@ class TransformersEngine:
             await asyncio.to_thread(self._length, request, choices)
             result: asyncio.Queue[list[float] | RatchetError] = asyncio.Queue()
             post = _poster(result.put_nowait)
-            self._working().put(model, Scoring(request, choices, post, post))
-            values = await result.get()
+            worker, work = self._working(), Scoring(request, choices, post, post)
+            worker.put(model, work)
+            try:
+                values = await result.get()
+            finally:
+                worker.discard(work)
             if isinstance(values, RatchetError):
                 raise values
             return values

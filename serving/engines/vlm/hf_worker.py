@@ -46,6 +46,11 @@ class Worker:
             self._waiting.append((model, work))
             self._ready.notify()
 
+    def discard(self, work: BatchRow | Scoring) -> None:
+        """Forget work whose caller has gone, where it still waits: its images would stay in memory until its turn."""
+        with self._ready:
+            self._waiting = deque(pair for pair in self._waiting if pair[1] is not work)
+
     def stop(self, why: str) -> None:
         """End the thread after the token it is at; what waits fails with ``why``."""
         with self._ready:
