@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request
@@ -52,6 +53,7 @@ class AuthMiddleware:
         self.rates = RateLimiter() if rates is None else rates
         self._reading: asyncio.Task[None] | None = None
         self._reading_since = 0.0
+        self._thread = ThreadPoolExecutor(1, "keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it before its body is read."""
@@ -102,8 +104,8 @@ class AuthMiddleware:
     async def _identify(self, token: str | None, came: float) -> Principal | None:
         """One reading at a time serves all who wait for it; while one hangs, nobody waits for more of it.
 
-        A known key that is in use waits for none: the keys are read again before they are too old. While the ledger does
-        not answer they are read behind all known keys.
+        A known key that is in use waits for none: the keys are read again before they are too old. While the ledger
+        does not answer they are read behind all known keys.
         """
         entered = time.monotonic()
         if self.access.ages(token):
@@ -123,10 +125,12 @@ class AuthMiddleware:
     def _read(self) -> asyncio.Task[None]:
         """The reading of the keys that runs, or a new one."""
         if self._reading is None or self._reading.done():
-            reading = asyncio.to_thread(self.access.refresh, READ_SECONDS)
-            self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
+            self._reading = asyncio.get_running_loop().create_task(self._refreshed(), context=detached())
             self._reading_since = time.monotonic()
         return self._reading
+
+    async def _refreshed(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.access.refresh, READ_SECONDS)
 
     def _count(self, caller: Principal, scope: Scope) -> None:
         who = f"key:{caller.key_id}" if caller.kind == "key" else address(scope)

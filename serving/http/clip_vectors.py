@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,8 @@ from serving.http.vector_cache import CachedVector, VectorCache
 from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 
+TOKENIZER_THREADS = 2
+"""Of their own, so that nothing that waits for a store can keep texts waiting."""
 INLINE_CHARS = 4096
 """Texts up to here are tokenized at once, in less than a millisecond; longer ones in a thread."""
 TRUNCATED_HEADER = "x-ratchet-truncated"
@@ -71,6 +74,7 @@ class ClipVectors:
         self.images = images
         self.tokenizer = tokenizer
         self.cache = cache
+        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
 
     async def of_texts(
         self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float, whole: Sequence[str] = ()
@@ -110,14 +114,15 @@ class ClipVectors:
 
         async def encode(missing: list[int]) -> Encoded:
             pixels = await self.images.decode([inspected[index] for index in missing], caller)
-            return await self.encoders.encode("image", pixels, snapshot, deadline), [0] * len(missing), [False] * len(missing)
+            answer = await self.encoders.encode("image", pixels, snapshot, deadline)
+            return answer, [0] * len(missing), [False] * len(missing)
 
         return await self._vectors("image", snapshot.image_space, [image.digest for image in inspected], encode)
 
     async def _tokens(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         if sum(len(text) for text in texts) <= INLINE_CHARS:
             return self._tokenized(texts)
-        return await asyncio.to_thread(self._tokenized, texts)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._tokenized, texts)
 
     def _tokenized(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         rows = self.tokenizer.rows(texts)
@@ -152,6 +157,7 @@ class ClipVectors:
             _places([item.cut for item in items]),
         )  # fmt: skip
 
+
 def _places(cut: Sequence[bool]) -> tuple[int, ...]:
     return tuple(index for index, is_cut in enumerate(cut) if is_cut)
 
@@ -166,7 +172,7 @@ def _too_long(name: str) -> ApiError:
 def _entries(
     vectors: npt.NDArray[np.float32], answer: EncodeResult, tokens: Sequence[int], cut: Sequence[bool]
 ) -> list[CachedVector]:
-    """The vectors of an answer, each an array of its own, so that an entry does not hold the memory of a whole batch."""
+    """An answer's vectors, each an array of its own, so that an entry does not hold the memory of a whole batch."""
     return [
         CachedVector(vector.copy(), answer.logit_scale, count, is_cut)
         for vector, count, is_cut in zip(vectors, tokens, cut, strict=True)

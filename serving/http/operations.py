@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from serving.http.app_state import AppState, app_state
+from serving.http.app_state import MAX_RELEASES, AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, ErrorBody
 from serving.http.json_bodies import json_body, json_schema
@@ -20,7 +20,6 @@ from serving.releases.rollback import ledger_answers
 from serving.releases.types import ReleaseResult
 
 router = APIRouter(tags=["Operations"])
-MAX_ROWS = 500
 CHANGES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
     422: {"model": ErrorBody, "description": "`release_failed`: a replica could not prepare it; what is live stays."},
@@ -28,13 +27,14 @@ CHANGES: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/v1/releases", summary="What was live, and is", response_model=ReleaseList)
-async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50) -> JSONResponse:
+async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RELEASES)] = 50) -> JSONResponse:
     """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`.
 
     While the `live` one is a canary or a shadow it answers its `share` of the requests, the `stable` one the others.
+    While the ledger does not answer, these are the releases that it named last.
     """
     state = app_state(request)
-    rows = await asyncio.to_thread(state.ledger.releases, limit)
+    rows = (await state.releases.get())[:limit]
     live = state.admission.live
     resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [
