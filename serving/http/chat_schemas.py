@@ -120,7 +120,7 @@ class ChatRequest(OpenAIBody):
     )
     top_p: TopP | None = Field(None, description="Sample from the likeliest tokens with this share.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
-    stop: Stop | Annotated[list[Stop], FailFast(), Field(max_length=4)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=4)] | None = Field(
         None, description="One text or up to four that end the answer; they are not part of it."
     )
     stream: bool | None = Field(None, description="Send the answer piece by piece, as server-sent events.")

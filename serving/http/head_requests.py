@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class HeadRequests:
-    """Passes a HEAD on as GET, and drops the body of its answer. The headers, ``Content-Length`` too, are those of GET."""
+    """Passes a HEAD on as GET, and drops the answer's body. Its headers, ``Content-Length`` too, are those of GET."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

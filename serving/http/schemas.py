@@ -5,7 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, StringConstraints, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from ops.ledger.rows import Family
 from serving.http.openai_body import OpenAIBody
@@ -18,6 +28,7 @@ Reason = Annotated[
     Field(description="Why; goes into the audit log."),
 ]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Choice = Annotated[Name, StringConstraints(strip_whitespace=True)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 MODEL = Field(
     "clip", max_length=200, description="`clip` (what is live), `clip@12` (a resident release), or a resident adapter.",
@@ -30,8 +41,8 @@ VLM_MODEL = Field(
 MAX_INPUTS = 8192
 TRUNCATE = Field(
     True,
-    description="Whether a text that is longer than the model reads is cut; `x-ratchet-truncated` then counts such texts. "
-    "With false it is refused.",
+    description="Whether a text that is longer than the model reads is cut; `x-ratchet-truncated` then counts such "
+    "texts. With false it is refused.",
 )
 Picture = Annotated[str, Field(json_schema_extra={"format": "uri"})]
 """A data URI, or a URL where the server fetches them."""
@@ -207,7 +218,7 @@ class VqaRequest(Body):
     )  # fmt: skip
     image: Picture = Field(description="A data URI, or a URL.")
     question: str = Field(min_length=1, description="What to ask.")
-    choices: Annotated[list[Annotated[Name, StringConstraints(strip_whitespace=True)]], FailFast()] | None = Field(
+    choices: Annotated[list[Choice], Field(fail_fast=True)] | None = Field(
         None, min_length=2, max_length=16, description="The answers to choose from; unset: the model's own words."
     )
     model: str = VLM_MODEL

@@ -14,8 +14,8 @@
 6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
 7. HAProxy's own answers would have no ``x-request-id``, and Ray takes any that a client sends. Here each request gets a
    new one unless its own is sane, and each answer has it; but for those to headers that HAProxy could not read.
-8. Ray sets no time limit for an answer: a request to a replica that stands still would wait for ever. Here it is 504 when
-   the replica itself would have answered so. A release may wait for the catalog; operator calls have a day.
+8. Ray sets no time limit for an answer: a request to a replica that stands still would wait for ever. Here it is 504
+   when the replica itself would have answered so. A release may wait for the catalog; operator calls have a day.
 9. HAProxy's own answers are plain text or HTML, and Ray makes all of them 500. Here each is an error object as of the
    OpenAI API with the status that HAProxy means, 503 with ``Retry-After``, and so is Ray's 404 while there is no
    application yet.
