@@ -18,7 +18,7 @@
    when the replica itself would have answered so. A release may wait for the catalog; operator calls have a day.
 9. HAProxy's own answers are plain text or HTML, and Ray makes all of them 500. Here each is an error object as of the
    OpenAI API with the status that HAProxy means, 503 with ``Retry-After``, and so is Ray's 404 while there is no
-   application yet.
+   application yet; but for the 400 to headers that HAProxy could not read, which it has from no configuration.
 10. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """

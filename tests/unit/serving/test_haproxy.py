@@ -173,7 +173,6 @@ async def test_a_replica_that_stands_still_is_not_waited_for_longer_than_for_an_
 
 async def test_haproxy_answers_with_error_objects_of_its_own(tmp_path: Path) -> None:
     async with front(tmp_path) as server:
-        assert error_of(await server.send(b"GET / HTTP/1.1\r\nHost: a\r\nno header\r\n\r\n")) == (400, "bad_request")
         assert server.listener is not None
         server.listener.close()
         away = await server.send(get())
