@@ -65,7 +65,7 @@ class LastKnown(Generic[Value]):
             if self._task is None or self._task.done():
                 self._began = time.monotonic()
                 self._task = asyncio.get_running_loop().create_task(self._once(), context=detached())
-                self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # that one was looked at
+                self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # not "never retrieved"
             fresh, task = self._began >= came, self._task
             left = None if self._value is None else max(0.0, came + READ_SECONDS - time.monotonic())
             await asyncio.wait([task], timeout=left)
