@@ -88,6 +88,19 @@ def fits(factor: LowRank, rank: int) -> bool:
     return bool((dense - compress(factor, rank).dense()).norm() <= NEGLIGIBLE * dense.norm())
 
 
+def kept_share(delta: WeightDelta, rank: int) -> float:
+    """Share of the squared norm of a delta's factors that is left when each is compressed to a rank; 1 of nothing."""
+    factors = [part for part in delta.values() if isinstance(part, LowRank)]
+    whole = sum(map(_squared_norm, factors))
+    kept = sum(_squared_norm(part if fits(part, rank) else compress(part, rank)) for part in factors)
+    return kept / whole if whole else 1.0
+
+
+def _squared_norm(factor: LowRank) -> float:
+    """Of ΔW, by the small [r, r] products of its factors."""
+    return float(((factor.b.T @ factor.b) * (factor.a @ factor.a.T)).sum())
+
+
 def compress(factor: LowRank, rank: int) -> LowRank:
     """The best approximation of rank ``rank`` (Eckart-Young), as factors of exactly that rank.
 

@@ -83,6 +83,7 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "memory_ratio": ("Memory, of full fine-tuning", ""),
         "seconds": ("Training time", "s"),
         "samples": ("Samples seen", ""),
+        "incumbent_kept": ("Share of the incumbent that the recipe's rank holds", ""),
     }
     rows = []
     for key, value in report["cost"].items():

@@ -18,7 +18,8 @@ from ops import metrics
 from ops.digests import digest_json
 from ops.errors import ConfigError, TrainingError
 from ops.progress import say, track
-from updater.adapters import WeightDelta, read_delta
+from updater.adapters import LoraModel, WeightDelta, read_delta
+from updater.adapters.weight_deltas import kept_share
 from updater.budget.cost import Cost
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
 from updater.data.pools import Example, Pools
@@ -58,6 +59,8 @@ class Run:
         starts = {"served": served, "trained": received.start or served, "base": {}}
         self.start: WeightDelta = starts[recipe.merge.start]
         self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
+        self.kept = kept_share(served, recipe.rank) if isinstance(self.learner.model, LoraModel) else 1.0
+        """Of what the incumbent learned, the share that the recipe's rank holds."""
         self.learner.remember(received.terms)
         self.updates, self.merge_memory = received.updates, received.merge
         self.source = pools
@@ -182,6 +185,7 @@ class Run:
             "memory_ratio": cost.memory_ratio,
             "maf_per_step": cost.maf_per_step,
             "precision": self.learner.precision,
+            "incumbent_kept": self.kept,
         }
         return TrainResult(
             adapter=name,
@@ -284,6 +288,11 @@ class Run:
         batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
         cost = measure(self.learner, examples, batches)
         write_json(path, {"run": self.run, "cost": cost.to_json()})
+        if self.kept < 1:
+            say(
+                f"the incumbent's rank is above the {self.recipe.rank} of recipe {self.recipe.name!r}, which holds"
+                f" {100 * self.kept:.1f}% of what it learned (of the squared norm of its ΔW)"
+            )
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from updater.adapters import LowRank, compress, merge
+from updater.adapters.weight_deltas import kept_share
 
 
 def factor(out: int, inner: int, rank: int, seed: int) -> LowRank:
@@ -47,3 +48,14 @@ def test_weight_one_is_the_trained_delta_alone() -> None:
     merged = merge({"x": old}, {"x": new}, 1.0)
     assert merged["x"].rank == 2
     assert torch.equal(merged["x"].dense(), new.dense())
+
+
+def test_what_a_lower_rank_keeps_is_said_as_a_share_of_the_squared_norm() -> None:
+    """Against the singular values of the whole matrices; a rank that holds everything keeps all of it."""
+    large, small = factor(30, 20, 12, seed=5), factor(10, 8, 3, seed=6)
+    values = torch.linalg.svdvals(large.dense()) ** 2
+    rest = float(small.dense().norm() ** 2)
+    expected = (float(values[:4].sum()) + rest) / (float(values.sum()) + rest)
+    assert kept_share({"large": large, "small": small}, 4) == pytest.approx(expected)
+    assert kept_share({"large": large, "small": small}, 12) == 1.0
+    assert kept_share({}, 4) == 1.0

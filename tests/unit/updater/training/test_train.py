@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
 from tests.unit.updater.builders import LIMITS, pairs, picture, pools, recipe, run
 from updater.adapters import read_delta, trainer_encoder
+from updater.adapters.weight_deltas import kept_share
 from updater.data.pools import Pair, Pools
 from updater.families.clip.learner import ClipLearner
 from updater.step.learner import AnyLearner, Learner
@@ -102,6 +104,20 @@ def test_an_update_goes_on_from_the_incumbent(base: ClipBase, tmp_path: Path) ->
     assert before.keys() == after.keys()
     for name, weight in before.items():
         assert torch.allclose(after[name], weight, atol=1e-6)
+
+
+def test_an_incumbent_of_a_higher_rank_is_cut_to_the_recipes_and_what_is_kept_is_said(
+    base: ClipBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = run(base, tmp_path / "first", recipe=recipe(rank=8, max_steps=2))
+    same = run(base, tmp_path / "same", incumbent=first.directory, recipe=recipe(rank=8, max_steps=1))
+    assert same.cost["incumbent_kept"] == 1
+    assert "the incumbent's rank" not in caplog.text
+    lower = run(base, tmp_path / "lower", incumbent=first.directory, recipe=recipe(rank=2, max_steps=1))
+    kept = kept_share(read_delta(first.directory, base), 2)
+    assert lower.cost["incumbent_kept"] == kept < 1
+    assert f"holds {100 * kept:.1f}% of what it learned" in caplog.text
 
 
 def test_a_locked_tower_keeps_its_embedding_space_also_over_an_incumbent(base: ClipBase, tmp_path: Path) -> None:
