@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ops.errors import BaseModelError
-from ratchet_client.images import OpenedImage, open_image
+from ratchet_client.images import OpenedImage, open_accepted
 
 if TYPE_CHECKING:
     import torch
@@ -82,14 +82,14 @@ class Preprocess:
         return cls(**known)
 
     def pixels(self, image: Image.Image | OpenedImage | bytes) -> np.ndarray:
-        """``uint8 [size, size, 3]`` of an image; bytes are opened within the default bounds.
+        """``uint8 [size, size, 3]`` of an image; bytes are of one that was accepted, and have no bounds.
 
         The gate, the trainer, the catalog and the server all give encoded images, so that they see the same pixels.
 
         Raises :class:`ops.errors.RecordError` when it is no acceptable image.
         """
         if isinstance(image, bytes):
-            image = open_image(image)
+            image = open_accepted(image)
         if isinstance(image, OpenedImage):
             width, height = image.size
             image = image.decode(self.needed)

@@ -16,14 +16,12 @@ from scipy.sparse.csgraph import connected_components
 
 from ops.digests import digest12, digest_json
 from ops.errors import GateError, RecordError
-from ratchet_client.images import OpenedImage, open_image
+from ratchet_client.images import OpenedImage, open_accepted
 from streams.folders import FolderItem
 
 Half = Literal["all", "tuning", "hidden"]
 Result = TypeVar("Result")
 T = TypeVar("T")
-MAX_PIXELS = 60_000_000
-MAX_BYTES = 32 * 1024 * 1024
 SAMPLE = "sample/"
 """What the source of an item begins with that is a sample of the store; that of a folder is an absolute path."""
 
@@ -165,7 +163,7 @@ def open_picture(item: Item) -> Image.Image:
 def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
     """What ``read`` makes of the item's image. Raises GateError naming the item."""
     try:
-        return read(open_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES))
+        return read(open_accepted(item.read()))
     except (OSError, RecordError) as error:
         raise GateError(
             f"the image of suite item {item.name[:300]} cannot be read: {error}",

@@ -10,6 +10,7 @@ Reasons of the :class:`~ratchet_client.errors.RecordError` raised here: ``image_
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -130,6 +131,15 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_B
         image = Image.open(BytesIO(data), formats=[kind])
         _check_size(image.size, max_pixels, min_side)
         return OpenedImage(kind, image)
+
+
+def open_accepted(data: bytes) -> OpenedImage:
+    """Open an image that was accepted before, by the limits of its time: they may have been wider than any of today.
+
+    Raises:
+        RecordError: it is no image.
+    """
+    return open_image(data, max_pixels=sys.maxsize, max_bytes=sys.maxsize)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ops.progress import say, track
-from ratchet_client.images import decode_image
+from ratchet_client.images import open_accepted
 from serving.engines.vlm.generation import Image, question
 from serving.engines.vlm.prompts import inputs
 from serving.engines.vlm.vlm_base import VlmBase
@@ -69,7 +69,7 @@ def answer(
     replies = [""] * len(items)
     for start in track(range(0, len(order), BATCH), label):
         rows = order[start : start + BATCH]
-        pixels = [_white() if blank else np.asarray(decode_image(items[i].bytes())) for i in rows]
+        pixels = [_white() if blank else np.asarray(open_accepted(items[i].bytes()).decode()) for i in rows]
         asks = [question(image, items[i].question) for image, i in zip(pixels, rows, strict=True)]
         batch = inputs(processor, asks)
         tokens = model.generate(**batch, max_new_tokens=MAX_TOKENS, do_sample=False)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ops.digests import digest12
-from ratchet_client.images import open_image
+from ratchet_client.images import open_accepted
 from serving.engines.preprocess import Preprocess
 from updater.data.pools import Pair
 from updater.recipes import PLACE, Views
@@ -36,7 +36,7 @@ def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) 
         width, height = preprocess.needed(size)
         return math.ceil(width / shrinks), math.ceil(height / shrinks)
 
-    picture = open_image(image).decode(needed)
+    picture = open_accepted(image).decode(needed)
     side = math.sqrt(chance.uniform(views.area, 1.0))
     width, height = max(1, round(picture.width * side)), max(1, round(picture.height * side))
     left, top = chance.randint(0, picture.width - width), chance.randint(0, picture.height - height)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops.digests import digest_json
-from ratchet_client.images import decode_image
+from ratchet_client.images import open_accepted
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import LoraModel, WeightDelta
@@ -126,7 +126,7 @@ class VlmLearner(Learner[Question]):
 
     def _read(self, examples: Sequence[Question], encoded: Sequence[bytes]) -> Read:
         with ThreadPoolExecutor(self.work.threads, "decode") as pool:
-            images = list(pool.map(lambda image: np.array(decode_image(image)), encoded))
+            images = list(pool.map(lambda image: np.array(open_accepted(image).decode()), encoded))
         return self.reader.read(examples, images)
 
     def length(self, row: int) -> int:
