@@ -71,13 +71,13 @@ class VlmLearner(Learner[Question]):
         if self.keeps_features is None and self.examples:
             self.keeps_features = False
             if self._takes_features:
-                features = self._see(self._read(self.examples[:1], [self.examples[0].read()]).images)
+                features = self._see(self._read(self.examples[:1], [self.examples[0].read()]).images, 1)
                 size = sum(each.numel() * each.element_size() for each in features)
                 self.keeps_features = 0 < size <= self.work.room
 
     @property
     def settled(self) -> str:
-        return str(self.keeps_features)
+        return f"{self.keeps_features}, by tiles"
 
     def decode(self, example: Question, image: bytes) -> bytes:
         """Nothing: whole images are decoded where they are used, a pass at a time, for they may be large."""
@@ -98,7 +98,11 @@ class VlmLearner(Learner[Question]):
         for key in read.sequences[0].inputs:
             values[f"tokens.{key}"] = [each.inputs[key] for each in read.sequences]
         if self.keeps_features:
-            features = self._see(read.images)
+            # Of images that are cut into tiles the processor does not say how many each has: then one at a time.
+            features = self._see(read.images, len(rows)) or [
+                self._see(self._read([example], [image]).images, 1)[0]
+                for example, image in zip(examples, encoded, strict=True)
+            ]
             beside = read.beside_pixels()
             values["features"] = features
             values |= {f"beside.{key}": [each[key] for each in beside] for key in beside[0]}
@@ -239,9 +243,10 @@ class VlmLearner(Learner[Question]):
         place = torch.cat([torch.arange(len(each) - each.answer, len(each)) for each in sequences]).to(device)
         return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1].float()))
 
-    def _see(self, images: Inputs) -> list[Tensor]:
-        """Image by image what the connector gives, from the processor's outputs; empty when that is more than one
-        tensor, and has to be computed at each step."""
+    def _see(self, images: Inputs, count: int) -> list[Tensor]:
+        """What the connector gives of each of ``count`` images, from the processor's outputs: [tiles, tokens, dim],
+        or [tokens, dim] where the model keeps them apart. Empty where it is more than one tensor, and has to be
+        computed at each step, or of several images that are cut into tiles."""
         inner = cast(Any, self.model.model).base_model
         with self.computing():
             output = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
@@ -249,7 +254,9 @@ class VlmLearner(Learner[Question]):
         if set(output.keys()) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
             return []
         self.stacked = isinstance(given, Tensor)
-        return [each.detach().cpu().clone() for each in given]
+        if self.stacked:
+            given = [given] if count == 1 else given.split(1)
+        return [each.detach().cpu().clone() for each in given] if len(given) == count else []
 
     def _eyes(self, rows: Sequence[int]) -> Inputs:
         """What the model takes of images, for a batch: features if they are kept, else pixels."""
@@ -265,7 +272,7 @@ class VlmLearner(Learner[Question]):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         own = [each.to(self.model.device, torch.float32) for each in features]
-        seen = BaseModelOutputWithPooling(pooler_output=torch.stack(own) if self.stacked else tuple(own))
+        seen = BaseModelOutputWithPooling(pooler_output=torch.cat(own) if self.stacked else tuple(own))
         return {
             "mm_encoder_outputs": {"image": seen},
             **{key: torch.cat([b[key] for b in beside]) for key in beside[0]},

@@ -1,0 +1,76 @@
+"""Processors that cut an image into tiles, as those of SmolVLM and InternVL do: any picture is learned from."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ops.testing.vlm_families import write_family
+from serving.engines.vlm.vlm_base import VlmBase
+from tests.unit.updater.builders import learner_of, recipe, run
+from updater.base.vlm import add_vlm
+from updater.data.pools import Pools, Question
+
+TILED = {
+    "SmolVLM": {"do_image_splitting": True, "size": {"longest_edge": 64}},
+    "InternVL": {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+}
+SIZES = [(32, 32), (64, 32), (32, 64), (64, 48), (96, 32), (9, 200)]
+
+
+@pytest.fixture(scope="module", params=sorted(TILED))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
+    home = tmp_path_factory.mktemp(request.param)
+    write_family(request.param, home / "model")
+    changed = 0
+    for file in (home / "model").glob("*processor*.json"):
+        values = json.loads(file.read_text())
+        changed += _cut_into_tiles(values, TILED[request.param])
+        file.write_text(json.dumps(values))
+    assert changed
+    return add_vlm(home, "tiled", home / "model")
+
+
+def _cut_into_tiles(values: dict[str, Any], tiled: dict[str, Any]) -> int:
+    """Change the image processor, wherever it is written."""
+    found = int(next(iter(tiled)) in values)
+    if found:
+        values.update(tiled)
+    return found + sum(_cut_into_tiles(each, tiled) for each in values.values() if isinstance(each, dict))
+
+
+def asked(sizes: list[tuple[int, int]]) -> tuple[Question, ...]:
+    return tuple(
+        Question(f"{number}", "which colour?", "red", lambda n=number, size=size: noise(n, size))
+        for number, size in enumerate(sizes)
+    )
+
+
+def noise(number: int, size: tuple[int, int]) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_features_of_tiles_that_are_kept_and_pixels_that_are_not_give_the_same(base: VlmBase) -> None:
+    pools = Pools(asked(SIZES))
+    kept, anew = learner_of(base, pools), learner_of(base, pools, image={"locked": False})
+    assert kept.keeps_features and not anew.keeps_features
+    rows = [1, 0, 3, 5]
+    assert torch.allclose(kept.batch(rows).logits, anew.batch(rows).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [SIZES * 2, [(64, 32)] * 12], ids=["many shapes", "one shape"])
+def test_an_update_ends_whatever_the_shapes_of_its_pictures(
+    base: VlmBase, tmp_path: Path, sizes: list[tuple[int, int]]
+) -> None:
+    result = run(base, tmp_path, recipe=recipe("vlm-naive", max_steps=3, batch_size=4), pools=Pools(asked(sizes)))
+    assert (result.steps, result.visited) == (3, 12)
