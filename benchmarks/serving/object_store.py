@@ -73,7 +73,12 @@ class ObjectStore:
         command = [sys.executable, "-m", "moto.server", "-H", self.address, "-p", str(self.port)]
         with self.log.open("ab") as out:
             process = self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        wait_for(self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}.")
+        try:
+            wait_for(self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}.")
+        except BaseException:  # a signal, too: the block was not entered, and nothing would end it
+            process.kill()
+            process.wait()
+            raise
         self._before = {name: os.environ.get(name) for name in self.environment()}
         os.environ.update(self.environment(relayed=False))  # for this process, which looks from outside
         boto3.client("s3").create_bucket(Bucket=BUCKET)

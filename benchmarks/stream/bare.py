@@ -30,11 +30,14 @@ def run_bare(bootstrap: str, topic: str, count: int) -> dict[str, float]:
         RatchetError: it failed.
     """
     command = [sys.executable, "-m", "benchmarks.stream.bare", bootstrap, topic, str(count)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if process.stdout is None or process.stdout.readline() != "ready\n":
-        process.kill()
-        raise RatchetError("the bare consumer did not connect.", "See what it printed above.")
-    out, _ = process.communicate("go\n", timeout=600)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise RatchetError("the bare consumer did not connect.", "See what it printed above.")
+            out, _ = process.communicate("go\n", timeout=600)
+        except BaseException:  # a signal, too: it would read on
+            process.kill()
+            raise
     if process.returncode:
         raise RatchetError("the bare consumer failed.", "See what it printed above.")
     figures: dict[str, float] = json.loads(out)
