@@ -35,5 +35,5 @@ def test_a_vlm_learns_from_an_image_above_the_default_limit(tmp_path: Path) -> N
 
 
 def test_the_gate_reads_an_image_of_any_size() -> None:
-    item = Item("id", "a large picture", "key", "large", partial(large, (32 << 20) + 1), "sample/1")
+    item = Item("id", "a large picture", "key", "large", "sample/1", partial(large, (32 << 20) + 1))
     assert np.asarray(open_picture(item)).shape == (24, 28, 3)
