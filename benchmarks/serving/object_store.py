@@ -74,7 +74,9 @@ class ObjectStore:
         with self.log.open("ab") as out:
             process = self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         try:
-            wait_for(self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}.")
+            wait_for(
+                self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}."
+            )
         except BaseException:  # a signal, too: the block was not entered, and nothing would end it
             process.kill()
             process.wait()

@@ -10,6 +10,8 @@ done       or failed, with the reason
 
 from __future__ import annotations
 
+import errno
+import logging
 import shutil
 import time
 from collections import deque
@@ -28,6 +30,7 @@ from ops.errors import (
     LedgerError,
     RatchetError,
     StoreError,
+    TrainingError,
 )
 from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from ops.progress import say
@@ -48,8 +51,13 @@ from updater.recipes import Family, Recipe
 from updater.scheduling import kept_candidates, triggers
 from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
+from updater.training.workers import Stopped
 from updater.upgrades.lineage import waits_for_base
 from updater.upgrades.replay import new_base, old_base
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 3
+"""An update fails when it has been broken off so often by an error that is none of Ratchet's own."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class UpdaterService:
         Raises:
             RatchetError: storage, base or suites cannot be used; the update stays where it is and is taken up again.
                 The next turn is the other family's.
+            TrainingError: a library's error broke it off; it is tried again, and fails after :data:`ATTEMPTS`.
             Stopped: asked to stop in training; the update goes on from its checkpoint next time.
         """
         reasons = {}
@@ -242,12 +251,33 @@ class UpdaterService:
             raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
         except RatchetError as error:
             update = self._fail(update, family, error)
+        except Stopped:
+            raise
+        except Exception as error:  # of a library, memory among them: it may pass, and must not come for ever
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
+            log.exception("%s: %s", update.id, error)
+            update = self._attempted(update, family, error)
         finally:
             metrics.update.now(family, "waiting")
         metrics.update.finished(family, update.state)
         shutil.rmtree(work, ignore_errors=True)
         self.store.unpin(update.id)
         return update
+
+    def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
+        """After an error that nobody expected: the update is tried again, and fails after :data:`ATTEMPTS`.
+
+        Raises TrainingError where it is tried again.
+        """
+        attempts = int(self.ledger.update(update.id).cost.get("attempts", 0)) + 1
+        why = f"{type(error).__name__}: {error}"
+        update = self.ledger.advance_update(update.id, update.state, cost={"attempts": attempts})
+        if attempts < ATTEMPTS:
+            raise TrainingError(
+                f"{update.id} broke off in attempt {attempts} of {ATTEMPTS}: {why}.", "It is tried again by itself."
+            ) from error
+        return self._fail(update, family, TrainingError(f"it broke off {attempts} times; the last reason is {why}."))
 
     def _data_is_gone(self, update: UpdateRow) -> bool:
         """Whether the store has forgotten the version that an update was pinned to."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ops.errors import DiskFull
 from ops.files import replace_file, replacing
 from ops.progress import say
 
@@ -36,9 +37,14 @@ class Progress:
 
 
 def save_checkpoint(directory: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
-    """Write the checkpoint whole or not at all."""
-    with replacing(directory / NAME) as staging:
-        save_file(tensors, staging, metadata={"progress": json.dumps(asdict(progress))})
+    """Write the checkpoint whole or not at all. Raises DiskFull where there is no room for it."""
+    try:
+        with replacing(directory / NAME) as staging:
+            save_file(tensors, staging, metadata={"progress": json.dumps(asdict(progress))})
+    except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
+        raise DiskFull(
+            f"a checkpoint cannot be written to {directory}: {error}.", "Free space there; the update goes on then."
+        ) from error
 
 
 def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progress] | None:

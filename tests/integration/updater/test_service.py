@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from ops.artifacts import Artifacts
-from ops.errors import GateError, TrainingError
+from ops.errors import DiskFull, GateError, TrainingError
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
 from updater.commands.update import run_update
+from updater.loop import service as service_module
 from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
 from updater.scheduling import triggers
@@ -96,6 +99,34 @@ def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rol
     ready = triggers.decide(settings, service.ledger, service.store, service.recipes["clip"], retry=True)
     assert isinstance(ready, triggers.Ready)
     assert (ready.incumbent, ready.data_from) == (first.adapter, first.data_to)
+
+
+def test_an_update_that_libraries_break_off_fails_with_its_reason_after_three_attempts(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own: nothing of an attempt is left but what the ledger has. A full disk is none."""
+    add_samples(settings, 12)
+    with monkeypatch.context() as full:
+        full.setattr(service_module, "train_update", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        for _ in range(4):
+            with pytest.raises(DiskFull, match="No space left"):
+                UpdaterService(settings).step()
+    tried = []
+
+    def broken(*_: object, **__: object) -> None:
+        tried.append(1)
+        raise ValueError("absolute aspect ratio must be smaller than 200")
+
+    monkeypatch.setattr(service_module, "train_update", broken)
+    for attempt in (1, 2):
+        with pytest.raises(TrainingError, match=f"attempt {attempt} of 3: ValueError: absolute aspect ratio"):
+            UpdaterService(settings).step()
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.state == "failed" and len(tried) == 3
+    assert "broke off 3 times; the last reason is ValueError: absolute aspect ratio" in str(update.error)
+    assert service.step().reason == "there are no new samples"
+    assert update.id not in service.store.pins()
 
 
 def test_earlier_samples_are_replayed_and_new_ones_are_not(settings: Settings, verdict: dict[str, str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from ops.errors import BudgetError, TrainingError
+from ops.errors import BudgetError, DiskFull, TrainingError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -21,6 +22,7 @@ from updater.adapters.weight_deltas import kept_share
 from updater.data.pools import Pair, Pools
 from updater.families.clip.learner import ClipLearner
 from updater.step.learner import AnyLearner, Learner
+from updater.training import checkpoint
 from updater.training.checkpoint import load_checkpoint
 from updater.training.workers import Stopped
 
@@ -85,6 +87,21 @@ def test_a_damaged_checkpoint_starts_the_update_again(base: ClipBase, tmp_path: 
     file = tmp_path / "work" / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:200])
     assert run(base, tmp_path).adapter == whole.adapter
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_no_fault_of_the_update(
+    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(base, tmp_path / "whole")
+    with monkeypatch.context() as small:
+
+        def full(*_: object, **__: object) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        small.setattr(checkpoint, "save_file", full)
+        with pytest.raises(DiskFull, match="No space left"):
+            run(base, tmp_path / "full")
+    assert run(base, tmp_path / "full").adapter == whole.adapter
 
 
 def test_a_checkpoint_of_another_run_is_not_taken(base: ClipBase, tmp_path: Path) -> None:
