@@ -158,7 +158,7 @@ class _Slow:
             return False
         with self.lock:
             whole = self.inner.tokenizer(self.inner.clean_fn(text), truncation=False)["input_ids"]
-        return len(whole) > self.inner.context_length
+        return bool(len(whole) > self.inner.context_length)
 
 
 def _pad_id(file: Path, inner: Any) -> int:
