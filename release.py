@@ -12,9 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
-from io import BytesIO
 from pathlib import Path
 
 ROOT = Path(__file__).parent
@@ -65,11 +63,13 @@ def build(version: str) -> list[Path]:
     target = ROOT / "dist" / version
     shutil.rmtree(target, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=BytesIO(run("git", "archive", "HEAD"))) as archive:
-            archive.extractall(folder, filter="data")
-        for place in stated(Path(folder)):
+        commit = Path(folder, "commit.tar")
+        commit.write_bytes(run("git", "archive", "HEAD"))
+        tree = Path(folder, "tree")
+        shutil.unpack_archive(commit, tree)
+        for place in stated(tree):
             if place.endswith("pyproject.toml"):
-                run(UV, "build", "--quiet", "--out-dir", target, cwd=Path(folder, place).parent)
+                run(UV, "build", "--quiet", "--out-dir", target, cwd=(tree / place).parent)
     built = sorted(path for path in target.iterdir() if path.name.endswith((".whl", ".tar.gz")))
     if wrong := [path.name for path in built if f"-{version}" not in path.name]:
         sys.exit(f"Not of {version}: {', '.join(wrong)}")

@@ -24,6 +24,8 @@ _CLIENT: Final[dict[str, str]] = {
     "keepalives_interval": "2",
     "keepalives_count": "3",
     "tcp_user_timeout": "5000",
+    # initdb in the locale C makes databases in SQL_ASCII, whose texts come as bytes unless an encoding is asked for.
+    "client_encoding": "UTF8",
 }
 """libpq's parameters; milliseconds for tcp_user_timeout, else seconds."""
 _SERVER: Final[dict[str, int]] = {

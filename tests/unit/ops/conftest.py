@@ -16,11 +16,23 @@ from tests.support.ledger_limits import patient, patient_limits
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'ledger.db'}"
-    server: str = request.getfixturevalue("postgres_url")
-    name = f"t{abs(hash(tmp_path))}"
-    engine = create_engine(server.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    return create_database(request.getfixturevalue("postgres_url"), f"t{abs(hash(tmp_path))}")
+
+
+@pytest.fixture
+def ascii_url(postgres_url: str, tmp_path: Path) -> str:
+    """A database as initdb makes it in the locale C."""
+    encoding = "encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0"
+    return create_database(postgres_url, f"t{abs(hash(tmp_path))}", encoding)
+
+
+def create_database(server: str, name: str, options: str = "") -> str:
+    engine = create_engine(
+        server.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT",
+        connect_args={"client_encoding": "UTF8"},
+    )  # fmt: skip
     with engine.connect() as connection:
-        connection.execute(text(f"create database {name}"))
+        connection.execute(text(f"create database {name} {options}"))
     engine.dispose()
     return server.rsplit("/", 1)[0] + f"/{name}"
 

@@ -19,6 +19,7 @@ from ops.errors import LedgerError, LedgerUnavailable, ReleaseConflict
 from ops.ledger import Ledger
 from ops.ledger.database import alembic_config
 from ops.ledger.tables import Base
+from tests.support.ledger_limits import patient, patient_limits
 
 
 def _update(ledger: Ledger, update_id: str = "u1") -> None:
@@ -30,6 +31,17 @@ def _update(ledger: Ledger, update_id: str = "u1") -> None:
 
 def _release(ledger: Ledger, number: int, clip: str | None = None) -> None:
     ledger.commit_release(number, clip=clip, vlm=None, actor="test", reason="test", proposal_id=None)
+
+
+@pytest.mark.integration
+def test_a_database_without_an_encoding_keeps_texts_of_any_script(ascii_url: str) -> None:
+    with patient_limits():
+        ledger = Ledger.open(patient(ascii_url))
+        ledger.hold("Zoë", "смена 検査")
+        assert ledger.held()
+        assert [row.actor for row in ledger.audit_rows()] == ["Zoë"]
+        assert "смена 検査" in str([row.detail for row in ledger.audit_rows()])
+        ledger.close()
 
 
 def test_the_migrations_make_exactly_the_tables_that_the_code_expects(ledger: Ledger) -> None:
