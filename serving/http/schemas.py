@@ -257,7 +257,7 @@ class ReleaseRequest(Body):
     clip: str | None = Field(None, max_length=200, description="CLIP adapter; null or `base`: the base alone.")
     vlm: str | None = Field(None, max_length=200, description="VLM adapter; null or `base`: the base alone.")
     reason: Reason
-    expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
     share: float = Field(
         1.0,
         ge=0,
@@ -283,16 +283,18 @@ class RollbackRequest(Body):
     """Go back: to the newest release with another adapter, or to release `to`; one family's adapter, or both."""
 
     reason: Reason
-    to: int | None = Field(None, ge=1, description="Number of the release to go back to; unset: the one before.")
+    to: int | None = Field(
+        None, ge=1, lt=2**63, description="Number of the release to go back to; unset: the one before."
+    )
     family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
-    expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
 
 
 class PromoteRequest(Body):
     """Let the canary or shadow that is live answer everybody."""
 
     reason: Reason
-    expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
 
 
 class ReasonRequest(Body):
