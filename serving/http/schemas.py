@@ -16,6 +16,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from ops.ledger.rows import Family
 from serving.http.openai_body import OpenAIBody
@@ -180,7 +181,7 @@ class ClassifyRequest(Body):
     def one_way(self) -> Self:
         """Labels, or a head."""
         if bool(self.labels) == bool(self.head):
-            raise ValueError("give labels, or the name of a head")
+            raise PydanticCustomError("one_way", "give labels, or the name of a head", {"param": "labels"})
         if not self.head and (self.multi_label or self.confidence is not None):
             raise ValueError("multi_label and confidence are of a head")
         return self
