@@ -164,7 +164,7 @@ def missing_space(plan: Plan, uv: Path, environment: dict[str, str]) -> str:
     if free >= need:
         return ""
     smaller = "" if plan.for_processors else (
-        ", or name a folder or an index that has PyTorch's builds for processors, which are 3 GB smaller to download: "
+        ", or name a folder or an index that has PyTorch's builds for processors, without 2.2 GB of CUDA's libraries: "
         "pip config set global.extra-index-url https://download.pytorch.org/whl/cpu"
     )  # fmt: skip
     return (

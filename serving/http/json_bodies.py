@@ -18,8 +18,8 @@ from serving.http.errors import ApiError, from_validation
 Model = TypeVar("Model", bound=BaseModel)
 MAX_MARKS = 40_000
 """Commas and opening brackets outside of texts in one body. The longest list of inputs has 8192 items, and an image as
-OpenAI writes it (``{"type": ..., "image_url": {"url": ...}}``) takes four. Checking as many wrong values takes a tenth
-of a second; a body of 16 MiB may hold eight million."""
+OpenAI writes it (``{"type": ..., "image_url": {"url": ...}}``) takes four.
+A body of 16 MiB may hold eight million."""
 MARKS = (b",", b"[", b"{")
 
 
