@@ -50,7 +50,7 @@ def test_what_must_not_be_half_done_is_done_first() -> None:
 try:
     with undisturbed():
         with undisturbed():
-            ask(signal.SIGINT)
+            ask()
         print("done")
     print("never")
 except Stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="need
 
 
 TITLED = "exec -a VLLM::EngineCore sleep 60"
-UNTITLED = f"exec {sys.executable} -c 'import time; time.sleep(60)' --multiprocessing-fork"
+UNTITLED = f"exec {shlex.quote(sys.executable)} -c 'import time; time.sleep(60)' --multiprocessing-fork"
 
 
 def engine(log: Path, command: str) -> subprocess.Popen[bytes]:
