@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 from ops.settings.serving import Serve
@@ -15,23 +14,14 @@ from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vlm_base import load_vlm_base
 
 
-def answers(home: Path, base: str) -> list[list[int]]:
-    """Start vLLM with a base of ``home``, and answer: the tokens."""
-    with SyncVlm(open_engine(load_vlm_base(home, base), Serve(), kind="vllm")) as vlm:
-        return [list(reply.tokens) for reply in vlm.replies(golden_requests(), None)]
-
-
 def start_in_group(home: Path, base: str, environment: dict[str, str], result: Path | None) -> None:
     """Answer into the file ``result``, or without one wait to be killed. Its children are in its process group."""
     os.setsid()
     os.environ.update(environment)
     print(f"started {os.getpid()}", flush=True)
-    tokens = answers(home, base)
+    with SyncVlm(open_engine(load_vlm_base(home, base), Serve(), kind="vllm")) as vlm:
+        tokens = [list(reply.tokens) for reply in vlm.replies(golden_requests(), None)]
     if result is None:
         signal.pause()
     else:
         result.write_text(json.dumps(tokens))
-
-
-if __name__ == "__main__":
-    print(json.dumps(answers(Path(sys.argv[1]), sys.argv[2])))

@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 from safetensors.torch import load_file, save_file
 
 from ops import metrics
@@ -296,6 +298,13 @@ async def test_golden_answers_tell_adapters_apart_and_refuse_what_is_not_finite(
     with pytest.raises(AdapterError, match=r"not finite|overflow"):
         await loaded.load(name, huge)
         await loaded.golden(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM compiles")
+async def test_nothing_is_compiled(engine: VlmEngine, cases: VlmCases, compiled: Path) -> None:
+    await engine.reply(cases.asks[0], None)
+    assert shutil.which("g++") is None
+    assert not list(compiled.iterdir())
 
 
 def _write(base: object, directory: Path, **how: int) -> tuple[str, Path]:
