@@ -158,7 +158,7 @@ class AsyncClient:
         await self.post("/admin/v1/resume", {"reason": reason})
 
     async def is_ready(self, models: Sequence[Family] = FAMILIES) -> bool:
-        """Whether these models answer; the VLM counts where one is served."""
+        """Return True when these models answer; the VLM counts where one is served."""
         return not any([await self.why_not_ready(model) for model in models])
 
     async def wait_ready(self, seconds: float, models: Sequence[Family] = FAMILIES) -> None:
@@ -174,7 +174,7 @@ class AsyncClient:
                 await asyncio.sleep(calls.LOOK_SECONDS)
 
     async def why_not_ready(self, model: Family) -> str:
-        """What keeps a model from answering; empty when nothing does, or when it is a VLM and none is served."""
+        """Return the reason why a model does not answer; empty when it does, or for the VLM where none is served."""
         try:
             return await self._call(calls.why_not_ready(model))
         except Unreachable as error:

@@ -1,4 +1,4 @@
-"""How a Kafka client is connected, and in plain words what is wrong when it cannot be."""
+"""Connecting a Kafka client, with errors in plain words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the broker is, and how to get in."""
+    """Address of a broker, and credentials."""
 
     bootstrap: str
     """``host:port`` of one or more brokers, comma separated."""

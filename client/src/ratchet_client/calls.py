@@ -1,4 +1,4 @@
-"""What is sent for each call of the HTTP API, and how its answer is read. No input or output: both clients use it."""
+"""The request of each call of the HTTP API, and the parser of its answer. No input or output: both clients use it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Call(Generic[T]):
     timeout: float | None = None
     """Seconds; None: those of the client."""
     repeatable: bool = True
-    """Whether it changes nothing, so that it may be made a second time when the first one failed."""
+    """True for a call that changes nothing, so that it may be repeated after a failure."""
     check: bool = True
-    """Whether a status of 400 and more is an error."""
+    """True where a status of 400 or above is an error."""
 
     def options(self) -> dict[str, Any]:
         """Arguments of httpx's ``request``."""
@@ -49,7 +49,7 @@ class Call(Generic[T]):
         return options if self.timeout is None else {**options, "timeout": self.timeout}
 
     def result(self, answer: httpx.Response) -> T:
-        """What the answer holds. Raises ServerError, or one of its subclasses."""
+        """Parse the answer. Raises ServerError, or one of its subclasses."""
         if self.check and answer.status_code >= 400:
             raise error_of(answer)
         try:
@@ -193,7 +193,7 @@ def unreachable(url: str, error: httpx.TransportError) -> Unreachable:
 
 
 def problem_of(error: Unreachable) -> str:
-    """What :func:`why_not_ready` says of a server that does not answer."""
+    """Reason that :func:`why_not_ready` gives for a server that does not answer."""
     return "it does not answer in time." if isinstance(error, TimedOut) else "nothing listens there yet."
 
 

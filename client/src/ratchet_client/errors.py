@@ -72,7 +72,7 @@ class ServerError(RatchetError):
         self.code = code
         """The server's stable name of the failure, such as ``rate_limited``; empty where it gave none."""
         self.request_id = request_id
-        """What the operators of the server find its log lines by."""
+        """ID by which operators find the request in the server's log."""
         self.retry_after = retry_after
         """Seconds after which the server wants to be asked again; None where it did not say."""
 

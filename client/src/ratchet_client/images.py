@@ -144,7 +144,7 @@ def open_accepted(data: bytes) -> OpenedImage:
 
 @contextlib.contextmanager
 def _as_record_errors(kind: str) -> Iterator[None]:
-    """What Pillow raises, as :class:`~ratchet_client.errors.RecordError`."""
+    """Raise Pillow's errors as :class:`~ratchet_client.errors.RecordError`."""
     try:
         yield
     except RecordError:

@@ -1,4 +1,4 @@
-"""How much work a JPEG asks for beyond its pixels: its scans.
+"""Bounds on the scans of a JPEG: work that its number of pixels does not show.
 
 A progressive JPEG may send its coefficients in any number of scans, and a scan of 31 bytes costs a pass over all of the
 picture (9 ms for 16 million pixels): in 8 MiB there is room for 40 minutes of decoding.
@@ -19,7 +19,7 @@ _START_OF_SCAN, _END_OF_IMAGE, _WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
 
 
 def has_too_many_scans(data: bytes) -> bool:
-    """Whether a JPEG has more than :data:`MAX_SCANS` scans, or :data:`MAX_SEGMENTS` segments, up to its end."""
+    """Return True for a JPEG with more than :data:`MAX_SCANS` scans, or :data:`MAX_SEGMENTS` segments, up to its end."""
     position, scans, segments = 2, 0, 0
     while marker := _MARKER.search(data, position):
         kind, position = data[marker.start() + 1], marker.end()

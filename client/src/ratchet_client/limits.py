@@ -1,4 +1,4 @@
-"""What a sample must be to get into the sample store."""
+"""Bounds on samples that the sample store takes."""
 
 from __future__ import annotations
 

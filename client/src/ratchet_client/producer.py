@@ -31,7 +31,7 @@ MAX_IN_FLIGHT = 512
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """Where the broker put a record."""
+    """Position of a record in its topic."""
 
     topic: str
     partition: int

@@ -1,4 +1,4 @@
-"""What a sample is, and the record schema that carries one (``ratchet.sample.v1``).
+"""Samples, and the record schema that carries one (``ratchet.sample.v1``).
 
 A record is a JSON object of the fields of :class:`Sample`, with the image as base64 (or a ``data:`` URI) in ``image``,
 or as the place to fetch it from in ``image_uri``; or it is the bytes of the image, with the other fields in Kafka
@@ -24,7 +24,7 @@ from ratchet_client.extra import check_extra, dump_extra
 
 SCHEMA: Final = "ratchet.sample.v1"
 TOPIC: Final = "ratchet.samples"
-"""Where producers write records to, unless the installation has another topic."""
+"""Default topic of records."""
 _VERSIONS: Final = re.compile(r"ratchet\.sample\.v1(\.[0-9]{1,9})?")
 
 Reason = Literal[
@@ -74,9 +74,9 @@ class Sample:
     answer: str = ""
     domain: str = ""
     source: str = ""
-    """Where it is from: a URI or a name."""
+    """Origin: a URI or a name."""
     time: datetime | None = None
-    """When it came to be (UTC); ingest takes the record's time where it is None. Also taken: ISO 8601 text, and
+    """Creation time (UTC); ingest takes the record's time where it is None. Also taken: ISO 8601 text, and
     numbers of seconds (or milliseconds) since 1970."""
     tags: tuple[str, ...] = ()
     """Also taken: text with ``;`` between tags."""
@@ -217,7 +217,7 @@ _CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "label": _name,
     "extra": check_extra,
 }
-"""What makes the value of a field out of what was given, or raises ValueError."""
+"""Converts a given value to that of the field; raises ValueError."""
 
 
 def check_schema(name: object) -> None:

@@ -1,4 +1,4 @@
-"""When a call that failed is made again, and after which pause."""
+"""Retries: which failed calls are repeated, and after which pause."""
 
 from __future__ import annotations
 
