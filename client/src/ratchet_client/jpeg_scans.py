@@ -19,7 +19,7 @@ _START_OF_SCAN, _END_OF_IMAGE, _WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
 
 
 def has_too_many_scans(data: bytes) -> bool:
-    """Return True for a JPEG with more than :data:`MAX_SCANS` scans, or :data:`MAX_SEGMENTS` segments, up to its end."""
+    """True for a JPEG with more than :data:`MAX_SCANS` scans, or :data:`MAX_SEGMENTS` segments, up to its end."""
     position, scans, segments = 2, 0, 0
     while marker := _MARKER.search(data, position):
         kind, position = data[marker.start() + 1], marker.end()
