@@ -102,7 +102,9 @@ class Access:
         rules, local = settings.access, settings.serve.on_loopback
         self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
         """Whether callers without a key may infer and search."""
-        self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and local)
+        self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and self.open and local)
+        self.to_this_machine = rules.require_keys != "never" and local
+        """Whether :attr:`open` means callers on this machine alone, and not what a proxy forwards."""
         self.anonymous: Principal | None = None
         if self.open:
             limit = 0 if local else rules.anonymous_per_minute

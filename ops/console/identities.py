@@ -29,10 +29,11 @@ def scopes_of(claims: Mapping[str, Any], rules: Oidc) -> tuple[KeyScope, ...]:
     Raises:
         AccessError: the provider did not say who it is, or has not verified the address.
     """
-    known = {person(claims, rules), *_groups(claims.get(rules.groups_claim))}
-    if known.intersection(rules.operators):
+    name, groups = person(claims, rules), groups_of(claims, rules)
+    if name in rules.operators or not groups.isdisjoint(rules.operator_groups):
         return ACT
-    return READ if "*" in rules.readers or known.intersection(rules.readers) else ()
+    reads = name in rules.readers or "*" in rules.readers or not groups.isdisjoint(rules.reader_groups)
+    return READ if reads else ()
 
 
 def person(claims: Mapping[str, Any], rules: Oidc) -> str:
@@ -42,8 +43,12 @@ def person(claims: Mapping[str, Any], rules: Oidc) -> str:
         raise AccessError(
             f"the provider sent no claim {rules.name_claim!r}.", "See console.oidc.name_claim and console.oidc.scope."
         )
-    if rules.name_claim == "email" and claims.get("email_verified") is False:
-        raise AccessError(f"the provider has not verified the address {name!r}.", "Verify it there, and sign in again.")
+    if rules.name_claim == "email" and claims.get("email_verified") is not True and not rules.trust_emails:
+        raise AccessError(
+            f"the provider does not say that it verified the address {name!r}.",
+            "Verify it there, and sign in again. An operator can set console.oidc.trust_emails where users cannot "
+            "choose their address, or another console.oidc.name_claim.",
+        )
     return name.strip()
 
 
@@ -56,8 +61,10 @@ def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: flo
     """
     name, scopes = person(claims, rules), scopes_of(claims, rules)
     if not scopes:
+        came = ", ".join(sorted(groups_of(claims, rules))) or "none"
         raise AccessError(
-            f"{name} may neither look nor act here.", "Name the person or one of the groups in console.oidc.readers."
+            f"{name} may not use this console. Groups that the provider sent: {came}.",
+            "An operator can name the person in console.oidc.readers, or a group in console.oidc.reader_groups.",
         )
     letters = re.sub(r"[^a-z0-9._@-]", "-", name.lower())[:NAME_CHARS].lstrip("._@-") or "somebody"
     row, token = ledger.create_key(f"{letters}.{secrets.token_hex(4)}", scopes, actor=ISSUER, days=hours / 24)
@@ -71,7 +78,8 @@ def end_key(ledger: Ledger, key_id: str | None) -> None:
         ledger.revoke_key(str(key_id), actor=ISSUER, reason="signed out")
 
 
-def _groups(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+def groups_of(claims: Mapping[str, Any], rules: Oidc) -> set[str]:
+    """Groups of a person; Keycloak's begin with a slash unless its mapper leaves the path out."""
+    value = claims.get(rules.groups_claim)
+    values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return {each for each in values if isinstance(each, str)}

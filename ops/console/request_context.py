@@ -16,6 +16,7 @@ from ops.console.sessions import Session
 from ops.console.template_filters import TEMPLATES
 from ops.ledger.rows import KeyScope
 from ratchet_client import Client
+from serving.http.client_address import came_from_here
 
 NAV = (
     ("/", "Overview"),
@@ -120,7 +121,8 @@ def request_context(request: Request) -> RequestContext:
     if data.settings.console.public:
         return RequestContext(request, data, session, None)
     key = session.key or None
-    principal = data.access.identify(key) if key or request.app.state.local else None
+    local = request.app.state.local and came_from_here(request.scope)
+    principal = data.access.identify(key) if key or local else None
     if key and (principal is None or principal.kind == "anonymous"):
         principal = None  # the key was revoked
     return RequestContext(request, data, session, principal)

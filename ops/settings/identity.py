@@ -51,10 +51,16 @@ class Oidc(Section):
     scope: str = Field("openid email profile", description="Scopes that the provider is asked for.")
     name_claim: str = Field("email", description="Claim that names a person in the audit log.")
     groups_claim: str = Field("groups", description="Claim with the groups of a person.")
-    readers: list[str] = Field(
-        default_factory=list, description="Groups and names that may look and play; '*': whoever the provider signs in."
+    trust_emails: bool = Field(
+        False,
+        description="Accept addresses without email_verified: true. Only where users cannot choose them (Entra ID).",
     )
-    operators: list[str] = Field(default_factory=list, description="Groups and names that may act, too.")
+    readers: list[str] = Field(
+        default_factory=list, description="People who may read and try models; '*': everyone who can sign in."
+    )
+    reader_groups: list[str] = Field(default_factory=list, description="Groups whose members may do the same.")
+    operators: list[str] = Field(default_factory=list, description="People who may also act as operators.")
+    operator_groups: list[str] = Field(default_factory=list, description="Groups whose members are operators.")
 
     @property
     def enabled(self) -> bool:
@@ -67,8 +73,8 @@ class Oidc(Section):
     def _whole(self) -> Oidc:
         if self.enabled and not (self.client_id and self.console_url):
             raise ValueError("with issuer set client_id and console_url, too")
-        if self.enabled and not (self.readers or self.operators):
-            raise ValueError("with issuer set readers or operators, too: nobody could sign in")
-        if "*" in self.operators:
-            raise ValueError("operators: name groups or people, '*' is for readers")
+        if self.enabled and not (self.readers or self.reader_groups or self.operators or self.operator_groups):
+            raise ValueError("with issuer set also readers, operators or groups of them: nobody could sign in")
+        if "*" in (*self.operators, *self.operator_groups, *self.reader_groups):
+            raise ValueError("'*' is for readers alone: name operators and groups")
         return self

@@ -145,10 +145,10 @@ class AccessRules(Section):
 
     require_keys: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether /v1 needs a key with the scope infer or search; auto: unless serve.host is loopback.",
+        description="Whether /v1 needs a key with the scope infer or search; auto: not on this machine, on loopback.",
     )
     metrics: Literal["auto", "open", "key"] = Field(
-        "auto", description="Whether /metrics needs a key of any scope; auto: unless serve.host is loopback."
+        "auto", description="Whether /metrics needs a key of any scope; auto: not on loopback where /v1 needs none."
     )
     requests_per_minute: int = Field(0, ge=0, description="Limit of each key that has none of its own; 0 is none.")
     anonymous_per_minute: int = Field(

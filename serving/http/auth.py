@@ -22,6 +22,7 @@ from ops.ledger.keys import SCOPES
 from ops.ledger.rows import KeyScope
 from ops.request_context import detached
 from serving.http import errors
+from serving.http.client_address import came_from_here
 from serving.http.errors import ApiError
 from serving.http.rate_limit import RateLimiter, address
 
@@ -71,7 +72,8 @@ class AuthMiddleware:
     async def _admit(self, scope: Scope) -> Principal | None:
         path = scope["path"]
         scopes = needs(path)
-        if not scopes or (path == "/metrics" and self.access.metrics_open):
+        forwarded = self.access.to_this_machine and not came_from_here(scope)
+        if not scopes or (path == "/metrics" and self.access.metrics_open and not forwarded):
             return None
         token = bearer(Headers(scope=scope))
         came = self.access.clock()
@@ -86,6 +88,8 @@ class AuthMiddleware:
                 401, "this key is not valid: it is mistyped or cut short, has expired, or was revoked.",
                 code="invalid_api_key", headers=CHALLENGE,
             )  # fmt: skip
+        if caller is not None and caller.kind == "anonymous" and (forwarded or path == "/metrics"):
+            caller = None
         if caller is not None:
             self._count(caller, scope)
         if caller is None or (caller.kind == "anonymous" and not caller.may(*scopes)):

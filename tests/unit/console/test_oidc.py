@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from ops.console.identities import scopes_of
+from ops.console.identities import READ, scopes_of
 from ops.console.sessions import COOKIE
 from ops.errors import AccessError, LedgerUnavailable
 from ops.ledger import Ledger
@@ -22,9 +22,11 @@ from ops.settings.identity import Oidc
 from tests.unit.console.test_security import FAR, csrf, visitor
 
 RULES = {
-    "client_id": "ratchet", "client_secret": "s3cret", "console_url": FAR, "readers": ["team"],
-    "operators": ["platform"],
+    "client_id": "ratchet", "client_secret": "s3cret", "console_url": FAR, "reader_groups": ["team"],
+    "operator_groups": ["platform"],
 }  # fmt: skip
+
+UNVERIFIED = (False, None, "false", "true", 1)
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +127,9 @@ def test_a_key_that_somebody_made_outlives_its_session(tmp_path: Path, issuer: s
 @pytest.mark.parametrize(
     ("claims", "words"),
     [
-        ({"groups": ["others"]}, "may neither look nor act"),
-        ({"email_verified": False, "groups": ["team"]}, "not verified"),
-        ({"email": "", "groups": ["team"]}, "no claim"), ({"groups": {"team": 1}}, "may neither look nor act"),
+        ({"groups": ["others", "x"]}, "may not use this console. Groups that the provider sent: others, x."),
+        *(({"email_verified": value, "groups": ["team"]}, "not say that it verified") for value in UNVERIFIED),
+        ({"email": "", "groups": ["team"]}, "no claim"), ({"groups": {"team": 1}}, "sent: none"),
     ],
 )  # fmt: skip
 def test_who_is_not_named_gets_no_key(tmp_path: Path, issuer: str, claims: dict[str, Any], words: str) -> None:
@@ -193,11 +195,22 @@ def test_an_answer_of_another_issuer_is_none(tmp_path: Path, issuer: str) -> Non
     assert keys(tmp_path).api_keys() == []
 
 
+def test_addresses_that_users_cannot_choose_may_be_trusted() -> None:
+    claims = {"email": "ann@example.com"}
+    rules = {"issuer": "https://id.example", **RULES, "operators": ["ann@example.com"]}
+    with pytest.raises(AccessError, match="trust_emails"):
+        scopes_of(claims, Oidc(**rules))  # type: ignore[arg-type]
+    assert "operate" in scopes_of(claims, Oidc(**rules, trust_emails=True))  # type: ignore[arg-type]
+
+
 def test_the_claims_that_name_people_are_settings() -> None:
     rules = Oidc(issuer="https://id.example", **{**RULES, "readers": ["*"]}, name_claim="upn", groups_claim="roles")  # type: ignore[arg-type]
-    assert scopes_of({"upn": "x"}, rules) == ("infer", "search")
+    assert scopes_of({"upn": "x"}, rules) == READ
     assert "operate" in scopes_of({"upn": "x", "roles": ["platform"]}, rules)
-    assert "operate" in scopes_of({"upn": "platform"}, rules)
+    assert scopes_of({"upn": "platform"}, rules) == READ, "a person's name is not that of a group"
+    people = Oidc(issuer="https://id.example", **{**RULES, "operators": ["ann"], "readers": ["bob"]}, name_claim="upn")  # type: ignore[arg-type]
+    assert "operate" in scopes_of({"upn": "ann"}, people) and scopes_of({"upn": "bob"}, people) == READ
+    assert scopes_of({"upn": "x", "groups": ["ann", "bob"]}, people) == ()
     with pytest.raises(AccessError, match="'upn'"):
         scopes_of({"email": "x"}, rules)
 
@@ -205,7 +218,8 @@ def test_the_claims_that_name_people_are_settings() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"client_id": ""}, {"console_url": ""}, {"readers": [], "operators": []}, {"operators": ["*"]},
+        {"client_id": ""}, {"console_url": ""}, {"reader_groups": [], "operator_groups": []}, {"operators": ["*"]},
+        {"operator_groups": ["*"]}, {"reader_groups": ["*"]},
         {"issuer": "id.example"}, {"issuer": "https://me:pw@id.example"},
     ],
 )  # fmt: skip

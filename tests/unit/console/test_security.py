@@ -17,6 +17,7 @@ from ops.console.sessions import COOKIE, Session, Sessions
 from ops.errors import LedgerError
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
+from serving.http.client_address import came_from_here
 
 LOCAL = "http://127.0.0.1:8001"
 FAR = "https://console.example"
@@ -53,6 +54,23 @@ def test_each_answer_has_the_id_of_its_request(tmp_path: Path) -> None:
     client = from_afar(tmp_path)
     for page in ("/sign-in", "/", "/health/live", "/nowhere", "/static/nothing.css"):
         assert client.get(page, headers={"x-request-id": "mine"}).headers.get_list("x-request-id") == ["mine"], page
+
+
+@pytest.mark.parametrize(
+    "headers", [{"x-forwarded-for": "198.51.100.7"}, {"x-real-ip": "127.0.0.1"}, {"via": "1.1 proxy"}]
+)
+def test_what_a_proxy_on_this_machine_forwards_needs_a_key(tmp_path: Path, headers: dict[str, str]) -> None:
+    client = visitor(tmp_path)
+    for page in ("/", "/audit"):
+        assert client.get(page).status_code == 200
+        answer = client.get(page, headers=headers)
+        assert answer.status_code == 303 and answer.headers["location"].startswith("/sign-in"), page
+
+
+def test_nginx_without_settings_is_known_by_its_version_of_http() -> None:
+    scope = {"type": "http", "headers": [(b"host", b"127.0.0.1:8001")], "client": ("127.0.0.1", 1)}
+    assert came_from_here({**scope, "http_version": "1.1"})
+    assert not came_from_here({**scope, "http_version": "1.0"})
 
 
 def test_from_afar_nothing_is_shown_without_a_key(tmp_path: Path, key: str) -> None:

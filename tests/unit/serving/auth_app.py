@@ -82,6 +82,7 @@ class AuthApp:
 
     async def send(self, method: str, path: str, key: str = "", said: str = "", **options: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key}"} if key else {}
+        headers |= options.pop("headers", {})
         if said:
             headers["x-ratchet-actor"] = said
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://localhost") as http:

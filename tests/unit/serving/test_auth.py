@@ -72,6 +72,22 @@ async def test_on_loopback_whoever_comes_may_infer_but_not_operate(local: AuthAp
     assert local.desk.actors == []
 
 
+FORWARDED = (
+    {"x-forwarded-for": "198.51.100.7"}, {"x-forwarded-for": "198.51.100.7, 127.0.0.1"}, {"x-forwarded-for": "unknown"},
+    {"x-real-ip": "127.0.0.1"}, {"forwarded": "for=_hidden"}, {"via": "1.1 proxy"}, {"x-forwarded-proto": "https"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", FORWARDED)
+async def test_what_a_proxy_on_this_machine_forwards_needs_a_key(
+    local: AuthApp, keys: Keys, headers: dict[str, str]
+) -> None:
+    for path in ("/v1/models", "/metrics"):
+        assert (await local.send("GET", path, headers=headers)).status_code == 401, path
+        assert (await local.send("GET", path, keys.of("infer"), headers=headers)).status_code == 200, path
+    assert (await local.send("GET", "/v1/models", headers={"x-forwarded-for": "127.0.0.1"})).status_code == 200
+
+
 async def test_on_loopback_a_wrong_key_is_told_so(local: AuthApp, keys: Keys) -> None:
     token = keys.of("infer")
     assert (await local.get("/v1/models", token)).status_code == 200
@@ -116,16 +132,16 @@ async def test_only_a_bearer_token_is_a_key(closed: AuthApp, keys: Keys) -> None
 
 
 @pytest.mark.parametrize(
-    ("host", "setting", "anyone"),
+    ("host", "require", "setting", "anyone"),
     [
-        ("127.0.0.1", "auto", True), ("0.0.0.0", "auto", False), ("0.0.0.0", "open", True),
-        ("127.0.0.1", "key", False),
+        ("127.0.0.1", "auto", "auto", True), ("127.0.0.1", "always", "auto", False),
+        ("0.0.0.0", "never", "auto", False), ("0.0.0.0", "always", "open", True), ("127.0.0.1", "auto", "key", False),
     ],
 )  # fmt: skip
 async def test_metrics_are_open_on_loopback_or_when_told(
-    keys: Keys, tmp_path: Path, host: str, setting: str, anyone: bool
+    keys: Keys, tmp_path: Path, host: str, require: str, setting: str, anyone: bool
 ) -> None:
-    auth_app = AuthApp(keys.ledger, tmp_path, host, metrics=setting, require_keys="always")
+    auth_app = AuthApp(keys.ledger, tmp_path, host, metrics=setting, require_keys=require)
     assert (await auth_app.get("/metrics")).status_code == (200 if anyone else 401)
     assert (await auth_app.get("/metrics", keys.of("publish"))).status_code == 200  # any key will do
 
