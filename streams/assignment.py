@@ -28,6 +28,9 @@ class Reading:
     """Of the last record that was validated; with what is stored of it, it goes into the position."""
     next_epoch: int = -1
     """Of the record before ``next``. An older one would make a newer leader's records look like a truncated log."""
+    taken: int = -1
+    """The offset behind the last record that was taken in. Up to ``next`` there are others of which no reader gets a
+    record: markers of transactions, aborted records, what compaction removed."""
 
     @classmethod
     def of(cls, claim: Claim) -> Reading:
@@ -43,6 +46,10 @@ class Reading:
     def partition(self) -> int:
         """The partition's number."""
         return self.claim.position.partition
+
+    def behind(self, end: int) -> tuple[int, int]:
+        """The next offset, and the leader epoch of what lies before it, once all before ``end`` is stored."""
+        return (self.next, self.next_epoch) if self.taken <= end < self.next else (end, self.leader_epoch)
 
     @property
     def stored(self) -> int:

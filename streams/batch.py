@@ -105,7 +105,7 @@ class Batch:
                 them (:meth:`drop`).
             StoreUnavailable: nothing was stored; to be tried again.
         """
-        ends: dict[Reading, int] = {reading: end for reading, end, _, _ in self._entries}
+        ends = {reading: reading.behind(end) for reading, end, _, _ in self._entries}
         outcome = CommitResult(
             readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries)
         )
@@ -187,15 +187,13 @@ def _misfit(row: StoreRow) -> str:
     return ""
 
 
-def _position(reading: Reading, end: int, rows: list[StoreRow], unpublished: int | None) -> Position:
+def _position(reading: Reading, behind: tuple[int, int], rows: list[StoreRow], unpublished: int | None) -> Position:
     """Where the partition stands behind the batch. Refusals are published after it."""
-    position = reading.claim.position
+    position, (end, epoch) = reading.claim.position, behind
     own = [row for row in rows if _is_of(row, position)]
     first = min((row["offset"] for row in own if row["kind"] == "quarantine"), default=end)
     published = min(end, first, end if unpublished is None else unpublished)
-    return replace(
-        position, next=end, published=published, tally=position.tally + tally_of(own), leader_epoch=reading.leader_epoch
-    )
+    return replace(position, next=end, published=published, tally=position.tally + tally_of(own), leader_epoch=epoch)
 
 
 def _is_of(row: Mapping[str, Any], position: Position) -> bool:

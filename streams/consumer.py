@@ -80,6 +80,8 @@ class Consumer:
         self._consumer: Any = None
         self._parts: ConsumerParts | None = None
         self._processes = processes
+        self._idle_since: float | None = None
+        """The first of the polls in a row that brought nothing."""
 
     @property
     def status(self) -> IngestStatus:
@@ -228,14 +230,24 @@ class Consumer:
                     self._take(reading, record)
             elif (current := self._assignment.reading(partition.partition)) is not None:
                 self._assignment.begin(current)  # claimed while polling: whose records these are is not certain
+        self._follow_position()
+        self._idle_since = None if polled else self._idle_since or time.monotonic()
         self._pool.flush()
         if busy and not polled:
             self._pool.wait(0.02)
 
+    def _follow_position(self) -> None:
+        """Step over offsets of which no reader gets a record. All that was polled is taken."""
+        for reading in self._assignment.all():
+            position = tolerant_fetch.position(self._consumer, TopicPartition(self.kafka.topic, reading.partition))
+            if position is not None and position.offset > reading.next and self._assignment.holds(reading):
+                reading.next, reading.next_epoch = position.offset, max(position.leader_epoch, reading.next_epoch)
+
     def _take(self, reading: Reading, record: Any) -> None:
         if record.offset < reading.next:
             return  # taken before
-        reading.next, reading.next_epoch = record.offset + 1, record.leader_epoch
+        reading.next = reading.taken = record.offset + 1
+        reading.next_epoch = record.leader_epoch
         position: RecordPosition = (reading.stream, reading.partition, record.offset)
         if isinstance(record, tolerant_fetch.Corrupt):
             received = Received(*position, record.raw)
@@ -305,19 +317,25 @@ class Consumer:
         self._guard.forget((row["topic"], row["partition"], row["offset"]) for row in outcome.rows)
 
     def _mark_published(self) -> None:
-        """Remember that refusals are in the topic, where no batch is going to say so soon."""
+        """Remember that refusals are in the topic, and that the log went on without records, where no batch is going to
+        say so soon."""
         if len(self._batch) or len(self._pool):
             return
-        moves = []
-        for reading in self._assignment.all():
-            position = reading.claim.position
+        idle = self._idle_since is not None and time.monotonic() - self._idle_since >= self.kafka.batch_seconds
+        moves, readings = [], self._assignment.all()
+        for reading in readings:
+            position = before = reading.claim.position
+            if idle and reading.next > position.next:
+                end, epoch = reading.behind(position.next)
+                position = replace(position, next=end, leader_epoch=epoch)
             waiting = self._publisher.unpublished(reading)
             published = position.next if waiting is None else min(waiting, position.next)
-            if published > position.published:
-                moves.append((reading.claim, replace(position, published=published)))
+            if published > before.published or position.next > before.next:
+                moves.append((reading.claim, replace(position, published=max(published, before.published))))
         if moves:
             try:
                 self._writer.commit((), moves)
+                self._tell_kafka(readings)
             except Superseded as error:
                 self._give_up(error)
             except StoreError as error:  # with the next batch, or by the next owner

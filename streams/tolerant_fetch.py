@@ -151,6 +151,14 @@ def seek(consumer: KafkaConsumer, partition: TopicPartition, offset: int, leader
         consumer._subscription.seek(partition, OffsetAndMetadata(offset, "", leader_epoch))
 
 
+def position(consumer: KafkaConsumer, partition: TopicPartition) -> OffsetAndMetadata | None:
+    """The offset that the next fetch asks for, behind all that ``poll`` returned or left out, with the leader epoch of
+    what lies before it. None where there is none, or the partition is not assigned.
+    """
+    state = consumer._subscription.assignment.get(partition)
+    return None if state is None else state.position
+
+
 def check_library() -> None:
     """Raises ConfigError if kafka-python is not built as this module relies on."""
     expected: list[tuple[Any, str, list[str]]] = [

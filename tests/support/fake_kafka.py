@@ -69,6 +69,14 @@ class FakeKafka:
                 log.records.append(SimpleNamespace(offset=log.end, leader_epoch=epoch, **plain))
             self.changed.notify_all()
 
+    def skip(self, count: int = 1, partition: int = 0, epoch: int = 0) -> None:
+        """Append offsets of which no reader gets a record: the marker of a transaction, or what it aborted."""
+        with self.changed:
+            log = self.logs[partition]
+            for _ in range(count):
+                log.records.append(SimpleNamespace(offset=log.end, leader_epoch=epoch, hidden=True))
+            self.changed.notify_all()
+
     def delete_before(self, offset: int, partition: int = 0) -> None:
         """Retention."""
         with self.changed:
@@ -112,7 +120,8 @@ class FakeConsumer:
         self._positions: dict[int, OffsetAndMetadata] = {}
         self._paused: set[int] = set()
         self._highwater: dict[int, int] = {}
-        self._subscription = SimpleNamespace(seek=self._seek)
+        assigned = SimpleNamespace(get=lambda each: SimpleNamespace(position=self._positions.get(each.partition)))
+        self._subscription = SimpleNamespace(seek=self._seek, assignment=assigned)
         self._client = SimpleNamespace(cluster=SimpleNamespace(config={}))
 
     def subscribe(self, topics: Sequence[str], listener: Any) -> None:
@@ -139,7 +148,8 @@ class FakeConsumer:
             self._listener.on_partitions_assigned([self._partition(n) for n in new])
 
     def _fetch(self) -> dict[TopicPartition, list[Any]]:
-        found, cut = {}, {}
+        found: dict[TopicPartition, list[Any]] = {}
+        cut: dict[TopicPartition, OffsetAndMetadata | None] = {}
         for number, position in self._positions.items():
             log = self.broker.logs[number]
             if number in self._paused or self.broker.away:
@@ -154,7 +164,8 @@ class FakeConsumer:
             records = log.records[position.offset - log.start :][: self.broker.options["max_poll_records"]]
             self._highwater[number] = log.end
             if records:
-                found[self._partition(number)] = records
+                shown = [record for record in records if not hasattr(record, "hidden")]
+                found |= {self._partition(number): shown} if shown else {}
                 self._positions[number] = OffsetAndMetadata(records[-1].offset + 1, "", records[-1].leader_epoch)
         if cut:
             raise LogTruncationError(cut)

@@ -99,6 +99,28 @@ def test_each_record_has_one_row_and_each_refusal_is_published_once(
     assert kafka.names() == ["t:0:1", "t:0:4"]
 
 
+@pytest.mark.parametrize("hidden", [1, 1_000])
+def test_offsets_without_a_record_are_neither_lag_nor_lost(
+    settings: Settings, store: SampleStore, kafka: FakeKafka, hidden: int
+) -> None:
+    """Markers of transactions, aborted records: nothing is read of them, and retention deletes them."""
+    kafka.send(good(1), POISON)
+    kafka.skip(hidden, epoch=1)
+    with run(settings, 2) as consumer:
+        wait_for(lambda: store.positions()["t:0"].published == 2 + hidden, "the position is behind them", 20)
+        wait_for(lambda: consumer.status.lag == 0 and kafka.committed == {0: 2 + hidden}, "no lag", 20)
+    assert store.positions()["t:0"].leader_epoch == 1
+    kafka.skip(3, epoch=1)
+    kafka.delete_before(2 + hidden)
+    with run(settings) as consumer:
+        kafka.send(good(2), epoch=1)
+        kafka.skip(epoch=1)
+        seen(store, 3)
+        wait_for(lambda: store.positions()["t:0"].next == 2 + hidden + 5, "the position is at the end", 20)
+        assert consumer.status.gap_offsets == 0
+    assert [kind for _, _, kind in rows(store)] == ["sample", "quarantine", "sample"]
+
+
 def test_only_records_of_committed_transactions_are_asked_for(settings: Settings, kafka: FakeKafka) -> None:
     kafka.send(good(1))
     with run(settings, 1):
