@@ -112,6 +112,8 @@ class Connection:
         assignment = Assignment(consumer, kafka.topic)
         log = LogWatch(admin, consumer, kafka.topic, topic_id)
         consumer.subscribe([kafka.topic], listener=assignment)
+        # A member that joins before it knows the topic is assigned nothing, and joins a second time.
+        consumer.partitions_for_topic(kafka.topic)
         return cls(consumer, assignment, log)
 
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ops import metrics
-from ops.errors import RatchetError, RegistryUnavailable, StoreError, StoreFull
+from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, StoreFull
 from ops.progress import say
 from streams.batch import CommitResult
 from streams.ingest_status import Dependency, IngestStatus
 from streams.quality.validate import StoreRow
 from streams.store import SampleStore
 
-#: A group that lets nobody in for so long is a problem that somebody has to look at.
+#: kafka-python can lose what the group assigned it, and waits for ever then; a busy group takes seconds.
 GROUP_PATIENCE_SECONDS: Final = 30.0
 STORE_SECONDS: Final = 5.0
 
@@ -32,7 +32,11 @@ class IngestReport:
         self._measured_at = 0.0
 
     def connected(self, joined: bool, lag: int | None) -> None:
-        """The broker answers: so this process reads, or the group has not let it in, which is said after a while."""
+        """The broker answers: so this process reads, or joins the group.
+
+        Raises:
+            BrokerError: the group has not let it in for :data:`GROUP_PATIENCE_SECONDS`; to be joined again.
+        """
         metrics.ingest.broker(True)
         state = "reading" if joined else "joining"
         if self.status.state != state:
@@ -40,13 +44,12 @@ class IngestReport:
             metrics.ingest.waiting("")
             self._change(state=state, waiting_for="", problem="")
         outside = time.monotonic() - self._outside_since
-        if state == "joining" and not self.status.problem and outside > GROUP_PATIENCE_SECONDS:
-            problem = (
-                f"group {self._group} has not let this process in for {outside:.0f} s. Look at its members"
-                " (Apache Kafka: kafka-consumer-groups.sh --describe --members); restart an embedded broker."
+        if state == "joining" and outside > GROUP_PATIENCE_SECONDS:
+            raise BrokerError(
+                f"group {self._group} has not let this process in for {outside:.0f} s; it is joined again.",
+                "If that repeats, look at its members (Apache Kafka: kafka-consumer-groups.sh --describe --members);"
+                " restart an embedded broker.",
             )
-            self._change(problem=problem)
-            say(f"ingest: [red]{problem}[/red]")
         if lag != self.status.lag:
             self._change(lag=lag)
         self._measure_store()

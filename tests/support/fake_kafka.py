@@ -127,6 +127,9 @@ class FakeConsumer:
     def subscribe(self, topics: Sequence[str], listener: Any) -> None:
         self._listener = listener
 
+    def partitions_for_topic(self, topic: str) -> set[int]:
+        return set(self.broker.logs)
+
     def poll(self, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
         with self.broker.changed:
             self.broker.polls += 1
