@@ -39,10 +39,20 @@ def interrupt(kind: type, name: str, number: signal.Signals) -> None:
 
 
 def run(settings: Settings, point: str, number: signal.Signals) -> None:
-    """Publish what waits, twice. ``point``: one of :data:`POINTS`. ``number``: SIGKILL or SIGSTOP."""
+    """Publish what waits until it is interrupted, and once more. On a busy machine the broker may take longer to answer
+    than the publisher waits.
+
+    Args:
+        point: one of :data:`POINTS`.
+        number: SIGKILL or SIGSTOP.
+    """
     publisher = EventPublisher(settings, Ledger.open(settings.ledger), lease_seconds=0)
     publisher._outbox.sender._seconds = 3.0
-    interrupt(*POINTS[point], number)
-    for _ in range(2):
+    kind, name = POINTS[point]
+    method = getattr(kind, name)
+    interrupt(kind, name, number)
+    again = True
+    while again:
+        again = getattr(kind, name) is not method
         with suppress(BrokerError):
             print(publisher.publish_pending(), flush=True)
