@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,9 +47,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def commands(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of an environment that has the wheel with the extra local."""
+    """The folder of commands of an environment that has the wheels, and of this one's packages those of extra local."""
     home = tmp_path_factory.mktemp("environment")
-    assert wheels.install(sys.executable, home, built, "local") == ""
+    assert wheels.install_beside(home, built, "local") == ""
     return home / "bin"
 
 
