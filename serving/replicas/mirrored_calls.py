@@ -21,9 +21,11 @@ class MirroredEncoders:
         self.calls = calls
         self.shadow_traffic = shadow_traffic
 
-    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
         """See :meth:`EncoderCalls.encode`."""
-        result = await self.calls.encode(kind, payload, snapshot, deadline)
+        result = await self.calls.encode(kind, payload, snapshot, deadline, caller)
         if self.shadow_traffic.watching:
             self.shadow_traffic.clip(kind, payload)
         return result
