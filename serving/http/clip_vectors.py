@@ -118,8 +118,8 @@ class ClipVectors:
         inspected = await self.images.inspect(images, caller)
 
         async def encode(missing: list[int]) -> Encoded:
-            pixels = await self.images.decode([inspected[index] for index in missing], caller)
-            answer = await self.encoders.encode("image", pixels, snapshot, deadline, caller)
+            async with self.images.decoded([inspected[index] for index in missing], caller) as pixels:
+                answer = await self.encoders.encode("image", pixels, snapshot, deadline, caller)
             return answer, [0] * len(missing), [False] * len(missing)
 
         return await self._vectors("image", snapshot.image_space, [image.digest for image in inspected], encode)

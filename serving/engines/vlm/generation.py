@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""
+MAX_IMAGES = 4
+"""Images in one request; vLLM sizes its LoRA buffers of the vision tower for so many."""
 Finish = Literal["", "stop", "length"]
 
 
