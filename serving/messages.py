@@ -68,6 +68,6 @@ class HeadsResult:
 class Refusal:
     """Why a VLM replica did not answer: an expected failure, which is a value. What is raised is a dead replica."""
 
-    code: Literal["late", "ask", "adapter"]
+    code: Literal["late", "ask", "adapter", "busy"]
     message: str
     fix: str = ""

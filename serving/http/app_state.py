@@ -61,6 +61,9 @@ class Vlms(Protocol):
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
 
+    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
+        """Have a token made. QueueFull: the VLM is busy, and makes progress."""
+
     def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:

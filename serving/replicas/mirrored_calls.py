@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
@@ -54,6 +54,10 @@ class MirroredVlms:
         self._offer(request)
         return reply
 
+    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
+        """See :meth:`VlmCalls.probe`."""
+        await self.calls.probe(snapshot, deadline)
+
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
@@ -70,5 +74,5 @@ class MirroredVlms:
         return self.calls.stream(request, snapshot, deadline)
 
     def _offer(self, request: GenerationRequest) -> None:
-        if self.shadow_traffic.watching and request is not PROBE:
+        if self.shadow_traffic.watching:
             self.shadow_traffic.vlm(request)
