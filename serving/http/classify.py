@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,7 +81,7 @@ async def _by_head(request: Request, body: ClassifyRequest, sources: Sequence[st
                 [(f"images.{index}", image) for index, image in enumerate(sources)], snapshot, deadline,
                 caller_of(request),
             )  # fmt: skip
-            answers = await asyncio.to_thread(head.classify, images.rows)
+            answers = await state.heads.classify(head, images.rows)
         return json_response(
             {
                 "object": "list",
