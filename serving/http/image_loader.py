@@ -26,7 +26,7 @@ from PIL import Image
 from ops.errors import RecordError
 from ops.settings.serving import Serve
 from ops.tracing import span
-from ratchet_client.images import OpenedImage, open_image
+from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
@@ -133,8 +133,10 @@ class ImageLoader:
             yield tuple(made)
 
     async def thumbnail(self, data: bytes, size: int, caller: str = "") -> bytes:
-        """A PNG of an image with ``size`` pixels on its longest side at most. Raises ApiError."""
-        inspected = await self.inspect([("image", data)], caller)
+        """A PNG of a stored image, which ingest's bounds have let in, with ``size`` pixels on its longest side at most.
+        Raises ApiError.
+        """
+        inspected = [await self.queue.run(caller, 0, partial(_inspected, "image", data, open_accepted))]
         with self._reserved(inspected, caller):
             (png,) = await self._decoded(inspected, partial(_png, size), caller)
         return png
@@ -174,11 +176,16 @@ class ImageLoader:
 
     def _inspected(self, place: str, image: str | bytes) -> InspectedImage:
         data = from_data_uri(image, place, self.bounds.max_image_bytes) if isinstance(image, str) else image
-        try:
-            opened = open_image(data, self.bounds.max_pixels, self.bounds.max_image_bytes)
-        except RecordError as error:
-            raise from_record(error, place) from None
-        return InspectedImage(place, hashlib.sha256(data).digest(), decoding_pixels(opened, data), opened)
+        within = partial(open_image, max_pixels=self.bounds.max_pixels, max_bytes=self.bounds.max_image_bytes)
+        return _inspected(place, data, within)
+
+
+def _inspected(place: str, data: bytes, read_header: Callable[[bytes], OpenedImage]) -> InspectedImage:
+    try:
+        opened = read_header(data)
+    except RecordError as error:
+        raise from_record(error, place) from None
+    return InspectedImage(place, hashlib.sha256(data).digest(), decoding_pixels(opened, data), opened)
 
 
 def jobs_of(images: Sequence[InspectedImage]) -> list[list[InspectedImage]]:

@@ -137,6 +137,13 @@ async def test_a_thumbnail_is_a_png_of_the_size_asked_for() -> None:
         assert (image.format, image.size) == ("PNG", (50, 25))
 
 
+async def test_a_sample_that_ingest_accepted_has_a_thumbnail_however_large_it_is() -> None:
+    data = await loader(max_image_bytes=1024, max_pixels=100).thumbnail(jpeg(), 20)
+    assert len(jpeg()) > 1024
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (20, 13)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_transparency_of_a_large_image_is_resolved_as_that_of_its_parts(
     mode: str, monkeypatch: pytest.MonkeyPatch
