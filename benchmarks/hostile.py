@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +58,8 @@ class Turn:
     began: float
     ended: float
     counts: dict[str, int]
+    memory_bytes: int = 0
+    """Of the server, at its highest."""
 
 
 def plan(vlm: bool, scale: float = 1.0) -> dict[str, Attack]:
@@ -159,7 +161,8 @@ def measure(
             with step(name.replace("_", " ")):
                 turns.append(_turn(name, attack, target, seconds))
         time.sleep(seconds)
-    result = figures(good.report(), turns, began, memory.most_bytes(until=turns[0].began), memory.most_bytes())
+    turns = [replace(turn, memory_bytes=memory.most_bytes(turn.began, turn.ended)) for turn in turns]
+    result = figures(good.report(), turns, began, memory.most_bytes(ended=turns[0].began), memory.most_bytes())
     if rollbacks is not None:
         result |= rollback_figures(rollbacks.seconds, rollbacks.problems, turns)
     return result | {"machine": machine()}
@@ -210,6 +213,7 @@ def figures(report: Report, turns: Sequence[Turn], began: float, quiet_bytes: in
                 "stall_seconds_max": round(
                     max((s for at, s in stalls if turn.began <= at <= turn.ended), default=0), 3
                 ),
+                "rss_max_gib": round(turn.memory_bytes / 2**30, 3),
                 "answers": dict(sorted(turn.counts.items())),
             }
             for turn in turns

@@ -38,9 +38,9 @@ class ServerMemory:
         self._done.set()
         self._thread.join()
 
-    def most_bytes(self, until: float = math.inf) -> int:
-        """The highest sum over all processes. ``until``: seconds since the epoch."""
-        return max((size for at, size in self._samples if at <= until), default=0)
+    def most_bytes(self, began: float = 0.0, ended: float = math.inf) -> int:
+        """The highest sum over all processes between two times; seconds since the epoch."""
+        return max((size for at, size in self._samples if began <= at <= ended), default=0)
 
     def _watch(self) -> None:
         while True:
