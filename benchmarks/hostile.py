@@ -1,7 +1,8 @@
 """``ratchet bench hostile``: what a good client notices of hostile ones.
 
 An open-loop load of embeddings, whose every answer is checked, comes from 127.0.0.1; attackers come from 127.0.0.2.
-The load is alone and beside one attack in turns, so that a slower minute of the machine slows both.
+The load is alone and beside one attack in turns, so that a slower minute of the machine slows both. An operator rolls
+back every few seconds. Vectors are not cached: the load repeats a few inputs, and would meet no queue.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import resource
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -28,14 +33,18 @@ from benchmarks.bench_home import bench_home
 from benchmarks.hostile_attacks import Target
 from benchmarks.machine import machine
 from benchmarks.server_memory import ServerMemory
+from benchmarks.swap import make_adapters
 from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import step
 from ops.settings import Settings
 from ops.testing.inputs import TEXTS, pictures
+from ratchet_client import Client
+from ratchet_client.errors import RatchetError
 from serving.app import serves_vlm, start
 from serving.engines.clip_base import load_base
 
 ATTACKER = "127.0.0.2"
+ROLLBACK_PAUSE_SECONDS = 2.0
 SAMPLING_SECONDS = 1800.0
 """Longest time for the fuzzed sampling parameters, which end by themselves."""
 Attack = Callable[[Target], Coroutine[Any, Any, None]]
@@ -49,6 +58,8 @@ class Turn:
     began: float
     ended: float
     counts: dict[str, int]
+    memory_bytes: int = 0
+    """Of the server, at its highest."""
 
 
 def plan(vlm: bool, scale: float = 1.0) -> dict[str, Attack]:
@@ -64,8 +75,16 @@ def plan(vlm: bool, scale: float = 1.0) -> dict[str, Attack]:
         "picture_bombs": sized(attacks.picture_bombs, 32),
         "health_flood": sized(attacks.health_flood, 20),
         "cancelled_requests": sized(attacks.cancelled_requests, 10, vlm=vlm),
+        "wrong_labels": sized(attacks.wrong_labels, 4),
+        "unknown_keys": sized(attacks.unknown_keys, 4),
+        "release_polls": sized(attacks.release_polls, 20),
+        "many_small_images": sized(attacks.many_small_images, 192),
+        "stalled_bodies": sized(attacks.stalled_bodies, 64),
     }
     if vlm:
+        chosen["metadata"] = sized(attacks.metadata, 4)
+        chosen["abandoned_chats"] = sized(attacks.abandoned_chats, 20)
+        chosen["large_pictures"] = sized(attacks.large_pictures, 32)
         chosen["fuzzed_sampling"] = partial(attacks.fuzzed_sampling, requests=max(1, round(10_000 * scale)))
     return chosen
 
@@ -77,16 +96,54 @@ def run(settings: Settings, seconds: float = 20.0, rate: float = 8.0, scale: flo
         RatchetError: the base is not registered, or the server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
-        ours = bench_home(settings, Path(folder), load_base(settings.home, settings.base.clip))
+        ours = bench_home(settings, Path(folder), load_base(settings.home, settings.base.clip), cache_bytes=0)
+        (adapter,) = make_adapters(ours, 1)
         server = start(ours)
         try:
             server.wait_ready()
-            return measure(ours, plan(serves_vlm(ours), scale), seconds, rate)
+            with Rollbacks(ours, adapter) as rollbacks:
+                return measure(ours, plan(serves_vlm(ours), scale), seconds, rate, rollbacks)
         finally:
             server.stop()
 
 
-def measure(settings: Settings, chosen: dict[str, Attack], seconds: float, rate: float) -> dict[str, Any]:
+class Rollbacks:
+    """An operator who goes back and forth between the base and an adapter, for as long as the block lasts."""
+
+    def __init__(self, settings: Settings, adapter: str) -> None:
+        self.seconds: list[tuple[float, float]] = []
+        """When each was ordered (seconds since the epoch), and how long it took."""
+        self.problems: list[str] = []
+        self._client = Client(
+            settings.serve.url, settings.operator_key().get_secret_value(), actor="bench", retries=0
+        )  # fmt: skip
+        self._adapter = adapter
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Rollbacks:
+        self._client.release(self._adapter, reason="bench hostile", force=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+        self._client.close()
+
+    def _run(self) -> None:
+        while not self._done.wait(ROLLBACK_PAUSE_SECONDS):
+            began = time.time()
+            try:
+                self._client.rollback(reason="bench hostile")
+            except RatchetError as error:
+                self.problems.append(f"rollback: {error}")
+            self.seconds.append((began, time.time() - began))
+
+
+def measure(
+    settings: Settings, chosen: dict[str, Attack], seconds: float, rate: float, rollbacks: Rollbacks | None = None
+) -> dict[str, Any]:
     """Attack a server that runs. ``seconds``: of each turn with and without; ``rate``: good requests a second."""
     _allow_sockets()
     server, turns = settings.serve, []
@@ -104,7 +161,11 @@ def measure(settings: Settings, chosen: dict[str, Attack], seconds: float, rate:
             with step(name.replace("_", " ")):
                 turns.append(_turn(name, attack, target, seconds))
         time.sleep(seconds)
-    return figures(good.report(), turns, began, memory.most_bytes)
+    turns = [replace(turn, memory_bytes=memory.most_bytes(turn.began, turn.ended)) for turn in turns]
+    result = figures(good.report(), turns, began, memory.most_bytes(ended=turns[0].began), memory.most_bytes())
+    if rollbacks is not None:
+        result |= rollback_figures(rollbacks.seconds, rollbacks.problems, turns)
+    return result | {"machine": machine()}
 
 
 def _turn(name: str, attack: Attack, target: Target, seconds: float) -> Turn:
@@ -119,8 +180,8 @@ def _turn(name: str, attack: Attack, target: Target, seconds: float) -> Turn:
     return Turn(name, began, time.time(), dict(target.counts))
 
 
-def figures(report: Report, turns: Sequence[Turn], began: float, memory_bytes: int) -> dict[str, Any]:
-    """What is printed. ``began``: earlier requests warm the server up."""
+def figures(report: Report, turns: Sequence[Turn], began: float, quiet_bytes: int, memory_bytes: int) -> dict[str, Any]:
+    """What is printed. ``began``: earlier requests warm the server up. ``quiet_bytes``: before the first attack."""
     seconds: dict[str, list[float]] = {name: [] for name in ("quiet", *(turn.name for turn in turns))}
     failed: Counter[str] = Counter()
     for sample in report.samples:
@@ -134,34 +195,66 @@ def figures(report: Report, turns: Sequence[Turn], began: float, memory_bytes: i
         seconds[beside].append(sample.seconds)
     attacked = [value for name, values in seconds.items() if name != "quiet" for value in values]
     quiet = percentile(seconds["quiet"], 0.99)
+    stalls = stalls_of(report, began)
     return {
         "good_requests": sum(map(len, seconds.values())),
         "good_failed": failed.total(),
         "p99_quiet": round(quiet, 4),
         "p99_attacked": round(percentile(attacked, 0.99), 4),
         "p99_ratio": round(percentile(attacked, 0.99) / quiet, 3),
+        "stall_seconds_max": round(max((stall for _, stall in stalls), default=0.0), 3),
+        "rss_quiet_gib": round(quiet_bytes / 2**30, 3),
         "rss_max_gib": round(memory_bytes / 2**30, 3),
+        "rss_ratio": round(memory_bytes / quiet_bytes, 3) if quiet_bytes else None,
         "attacks": {
             turn.name: {
                 "p99_ratio": round(percentile(seconds[turn.name], 0.99) / quiet, 3),
                 "good_failed": failed[turn.name],
+                "stall_seconds_max": round(
+                    max((s for at, s in stalls if turn.began <= at <= turn.ended), default=0), 3
+                ),
+                "rss_max_gib": round(turn.memory_bytes / 2**30, 3),
                 "answers": dict(sorted(turn.counts.items())),
             }
             for turn in turns
         },
         "problems": list(report.problems[:3]),
-        "machine": machine(),
+    }
+
+
+def stalls_of(report: Report, began: float) -> list[tuple[float, float]]:
+    """When each good answer came (seconds since the epoch), and how long after the one before."""
+    ends = sorted(sample.due + sample.seconds for sample in report.samples if sample.due >= began and sample.release)
+    return [(end, end - before) for before, end in pairwise(ends)]
+
+
+def rollback_figures(
+    rollbacks: Sequence[tuple[float, float]], problems: Sequence[str], turns: Sequence[Turn]
+) -> dict[str, Any]:
+    """How long rollbacks took: all of them, and those beside each attack."""
+    by_attack = {
+        turn.name: max((took for at, took in rollbacks if at <= turn.ended and at + took >= turn.began), default=None)
+        for turn in turns
+    }
+    return {
+        "rollbacks": len(rollbacks),
+        "rollbacks_failed": len(problems),
+        "rollback_seconds_max": round(max((took for _, took in rollbacks), default=math.nan), 3),
+        "rollback_seconds": {name: None if took is None else round(took, 3) for name, took in by_attack.items()},
+        "rollback_problems": list(problems[:3]),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
     table = Table(
-        "attack", "p99, as a multiple", "good requests failed", "what the attacker got", title="Hostile clients"
-    )
+        "attack", "p99, as a multiple", "longest stall (s)", "good requests failed", "what the attacker got",
+        title="Hostile clients",
+    )  # fmt: skip
     for name, row in result["attacks"].items():
         answers = ", ".join(f"{count} x {kind}" for kind, count in row["answers"].items())
-        table.add_row(name.replace("_", " "), f"{row['p99_ratio']:.2f}", str(row["good_failed"]), answers)
+        numbers = (f"{row['p99_ratio']:.2f}", f"{row['stall_seconds_max']:.2f}", str(row["good_failed"]))
+        table.add_row(name.replace("_", " "), *numbers, answers)
     Console().print(table)
     print(json.dumps(result), flush=True)
 

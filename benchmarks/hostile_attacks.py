@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,7 @@ REOPEN_SECONDS = 5.0
 BUFFERED_BYTES = 20_000
 """More than HAProxy waits for before it passes a request on."""
 READ_BYTES = 65_536
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,107 @@ async def fuzzed_sampling(target: Target, requests: int = 10_000, connections: i
     async with asyncio.TaskGroup() as group:
         for _ in range(connections):
             group.create_task(one())
+
+
+async def _posts(target: Target, connections: int, path: str, body: Callable[[int], bytes], pause: float = 1.0) -> None:
+    """On each connection one request after the other, each on a connection of its own. ``body``: by its number."""
+
+    async def one(number: int) -> None:
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+            writer.write(request(path, body(number)))
+            await writer.drain()
+            return await status(reader)
+
+        await target.attempt(talk)
+
+    await _each(connections, one, pause)
+
+
+async def wrong_labels(target: Target, connections: int = 4) -> None:
+    """Bodies of 4 MiB, with a list of two million elements that are all wrong."""
+    data = b'{"images":["x"],"labels":[' + b"1," * (2 * MIB - 16) + b"1]}"
+    await _posts(target, connections, "/v1/classify", lambda _: data)
+
+
+async def unknown_keys(target: Target, connections: int = 4) -> None:
+    """Bodies with 300,000 fields that nobody knows."""
+    data = b'{"input":"x",' + b",".join(b'"%d":1' % number for number in range(300_000)) + b"}"
+    await _posts(target, connections, "/v1/embeddings", lambda _: data)
+
+
+async def metadata(target: Target, connections: int = 4) -> None:
+    """Chats of 16 MiB, nearly all of it `metadata`: millions of small lists, nested ones, or a few long texts."""
+    head, tail, room = b'{"messages":[{"role":"user","content":"hi"}],"metadata":', b"}", 16 * MIB - 1024
+    bodies = [
+        head + b"[" + b"[]," * (room // 3) + b"1]" + tail,
+        head + b"[" * (room // 2) + b"]" * (room // 2) + tail,
+        head + b"[" + b'"' + b"x" * (room // 2) + b'","' + b"y" * (room // 2 - 16) + b'"]' + tail,
+    ]
+    await _posts(target, connections, "/v1/chat/completions", lambda number: bodies[number % len(bodies)])
+
+
+async def release_polls(target: Target, connections: int = 20, per_second: int = 500) -> None:
+    """The longest list of releases, one request after another on each connection."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+        while True:
+            writer.write(request("/v1/releases?limit=500"))
+            target.counts[await status(reader)] += 1
+            await asyncio.sleep(connections / per_second)
+
+    await _each(connections, lambda _: target.attempt(talk), 1.0)
+
+
+async def many_small_images(target: Target, connections: int = 192, images: int = 32) -> None:
+    """All the slots of one caller, each with as many small pictures as a request may have."""
+    bodies = [json.dumps({"input": [{"image": _small_picture()} for _ in range(images)]}).encode() for _ in range(8)]
+    await _posts(target, connections, "/v1/embeddings", lambda number: bodies[number % len(bodies)])
+
+
+def _small_picture(side: int = 16) -> str:
+    """Noise, as a bitmap: an encoder would cost the attacker more than the server."""
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (side, side), os.urandom(3 * side * side)).save(buffer, "BMP")
+    return "data:image/bmp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+async def abandoned_chats(target: Target, connections: int = 20) -> None:
+    """Questions about a large picture, whose client leaves at once: what is left would be answered for nobody."""
+    chat = {"messages": [_about(bomb(target.max_pixels // 16), 1)], "max_tokens": 64}
+    data = request("/v1/chat/completions", json.dumps(chat).encode())
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+        writer.write(data)
+        await writer.drain()
+        await asyncio.sleep(0.2)
+        return "left"
+
+    await _each(connections, lambda _: target.attempt(talk), 0.2)
+
+
+async def large_pictures(target: Target, connections: int = 32) -> None:
+    """Chats about many large pictures, whose files are small; every other one has more than a VLM takes."""
+    picture = bomb(target.max_pixels // 16)
+    bodies = [json.dumps({"messages": [_about(picture, count)], "max_tokens": 1}).encode() for count in (4, 32)]
+    await _posts(target, connections, "/v1/chat/completions", lambda number: bodies[number % 2])
+
+
+def _about(picture: bytes, count: int) -> dict[str, Any]:
+    """A message of the user with a picture, as often as that."""
+    url = "data:image/png;base64," + base64.b64encode(picture).decode()
+    shown: dict[str, Any] = {"type": "image_url", "image_url": {"url": url}}
+    return {"role": "user", "content": [*[shown] * count, {"type": "text", "text": "what is this?"}]}
+
+
+async def stalled_bodies(target: Target, connections: int = 64) -> None:
+    """Bodies of which the second half never comes."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+        writer.write(request("/v1/embeddings", b" " * (4 * BUFFERED_BYTES), declared=8 * BUFFERED_BYTES))
+        await writer.drain()
+        return await status(reader)
+
+    await _each(connections, lambda _: target.attempt(talk), REOPEN_SECONDS)
 
 
 EDGES: tuple[Any, ...] = (

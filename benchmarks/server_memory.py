@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -18,11 +20,11 @@ class ServerMemory:
 
     >>> with ServerMemory(settings) as memory:
     ...     ...
-    >>> memory.most_bytes
+    >>> memory.most_bytes()
     """
 
     def __init__(self, settings: Settings, seconds: float = 0.5) -> None:
-        self.most_bytes = 0
+        self._samples: list[tuple[float, int]] = []
         self._mark = str(session_directory(settings)).encode()
         self._seconds = seconds
         self._done = threading.Event()
@@ -36,9 +38,13 @@ class ServerMemory:
         self._done.set()
         self._thread.join()
 
+    def most_bytes(self, began: float = 0.0, ended: float = math.inf) -> int:
+        """The highest sum over all processes between two times; seconds since the epoch."""
+        return max((size for at, size in self._samples if began <= at <= ended), default=0)
+
     def _watch(self) -> None:
         while True:
-            self.most_bytes = max(self.most_bytes, sum(_resident(process) for process in self._processes()))
+            self._samples.append((time.time(), sum(_resident(process) for process in self._processes())))
             if self._done.wait(self._seconds):
                 return
 

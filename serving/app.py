@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ from ops.settings import Settings
 from ops.settings.serving import Serve
 from ops.settings.watching import Logs
 from ratchet_client import Client
+from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
 from serving.ray import ray_session
 from serving.ray.ray_start import deploy, start_ray
 from serving.start_progress import StartProgress
@@ -169,7 +171,8 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
     }  # fmt: skip
     encoders: dict[str, Any] = {
         **encoder_scale(server), "ray_actor_options": {"num_cpus": 0.2},
-        "max_ongoing_requests": max(8, server.queue), "max_queued_requests": server.queue, "backpressure_config": full,
+        # None waits in Serve, whose queue knows no callers: FairBatches is where they take turns.
+        "max_ongoing_requests": encoder_calls(server), "max_queued_requests": server.queue, "backpressure_config": full,
     }  # fmt: skip
     deployed = serve.deployment(encoder_class or Encoder).options(name="Encoder", **encoders | common | options)
     encoder = deployed.bind(settings)
@@ -203,6 +206,14 @@ def ingress_scale(server: Serve) -> dict[str, Any]:
     """How many ingress processes Serve runs, each for a quarter of what it takes before it answers 429."""
     least = server.ingress_replicas
     return _scale(least, server.ingress_max_replicas, max(1, server.queue // least // 4))
+
+
+def encoder_calls(server: Serve) -> int:
+    """Most calls that encoders get at once: every request cuts its items into pieces of a batch, and there are calls of
+    the catalog, the controller and probes."""
+    images = math.ceil(server.max_images / server.max_batch)
+    prompts = math.ceil(server.max_texts * PROMPTS_PER_TEXT / (server.max_batch * IMAGE_COST))
+    return server.queue * max(images, prompts) + 64
 
 
 def encoder_scale(server: Serve) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 Modality = Literal["image", "text"]
 TEXT_COST = 1
 IMAGE_COST = 4
+PROMPTS_PER_TEXT = 8
+"""Labels x templates may be this many times ``max_texts``: prompts are short, and made by the server."""
 MODEL_NICE = 4
 """Niceness of processes that compute: where processors are scarce, those that carry requests and operator calls come
 first. With the same niceness a rollback took 1.5 s on two cores that four models kept busy."""
@@ -20,13 +22,14 @@ first. With the same niceness a rollback took 1.5 s on two cores that four model
 class EncodeRequest:
     """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n lists of token ids (see ``Tokenizer.rows``).
     ``deadline``: on the monotonic clock of the process that encodes; between processes the time left is passed, because
-    their clocks may differ.
+    their clocks may differ. ``caller``: whose turn it takes; empty: the server's own, as for probes.
     """
 
     kind: Modality
     payload: Any
     adapter: str | None
     deadline: float
+    caller: str = ""
 
     @property
     def cost(self) -> int:
@@ -65,6 +68,6 @@ class HeadsResult:
 class Refusal:
     """Why a VLM replica did not answer: an expected failure, which is a value. What is raised is a dead replica."""
 
-    code: Literal["late", "ask", "adapter"]
+    code: Literal["late", "ask", "adapter", "busy"]
     message: str
     fix: str = ""

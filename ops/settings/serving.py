@@ -76,7 +76,9 @@ class Serve(Listener):
     max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
     max_request_pixels: int = Field(80_000_000, ge=1, description="Pixels of all images of one request together.")
     decode_pixels: int = Field(
-        160_000_000, ge=1, description="Pixels that wait to be decoded, over all requests; more are answered 429."
+        160_000_000,
+        ge=1,
+        description="Pixels of images that wait to be decoded or answered, over all requests; more are answered 429.",
     )
     body_budget_bytes: int = Field(
         256 * MIB, ge=1024, description="Bytes of request bodies in memory, over all requests; more are answered 503."

@@ -18,7 +18,7 @@ from fastapi import Request
 from ops import metrics
 from ops.access import Access
 from ops.ledger import Ledger
-from ops.ledger.rows import DeletionState, Family, ReleaseRow
+from ops.ledger.rows import DeletionState, Family
 from ops.settings.serving import Serve
 from serving.catalog.queries import Filters, Hit
 from serving.engines.tokens import Tokenizer
@@ -28,7 +28,7 @@ from serving.http.clip_vectors import ClipVectors, Encoders
 from serving.http.errors import ApiError, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.probes import Probes
-from serving.http.recent import LastKnown, Recent
+from serving.http.recent import LastReleases, Recent
 from serving.http.release_heads import ReleaseHeads
 from serving.http.routing_key import routing_key
 from serving.http.vector_cache import VectorCache
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from streams.resubmit_many import RefusalFilter
 
 OPERATOR_THREADS = 4
-MAX_RELEASES = 500
-"""That `/v1/releases` lists."""
 CLIP: Family = "clip"
 VLM: Family = "vlm"
 
@@ -60,6 +58,9 @@ class Vlms(Protocol):
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
+
+    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
+        """Have a token made. QueueFull: the VLM is busy, and makes progress."""
 
     def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
@@ -191,9 +192,9 @@ class AppState:
         return Recent(page, seconds=0.0)
 
     @cached_property
-    def releases(self) -> LastKnown[list[ReleaseRow]]:
-        """The newest releases of the ledger, newest first."""
-        return LastKnown(lambda: self.ledger.releases(MAX_RELEASES), "releases")
+    def releases(self) -> LastReleases:
+        """The newest releases of the ledger."""
+        return LastReleases(self.ledger.releases)
 
     @cached_property
     def operator_threads(self) -> ThreadPoolExecutor:

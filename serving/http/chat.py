@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.engines.vlm.generation import GenerationRequest, Message, TokenChunk
+from serving.engines.vlm.generation import MAX_IMAGES, GenerationRequest, Message, TokenChunk
 from serving.engines.vlm.sampling_parameters import SEEDS
 from serving.errors import Unavailable
 from serving.http.app_state import VLM, AppState, Vlms, app_state, release_headers
@@ -67,7 +67,7 @@ async def chat_completions(request: Request) -> Response:
         snapshot = held.enter_context(state.admit(request, body.model, VLM, body.caller))
         headers = release_headers(snapshot, VLM)
         async with cancel_on_disconnect(request.receive, deadline):
-            pictures = await state.image_loader.pictures(images, caller_of(request)) if images else ()
+            pictures = await held.enter_async_context(state.image_loader.pictures(images, caller_of(request)))
             generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,
@@ -161,5 +161,10 @@ def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...
         raise ApiError(
             400, f"messages: {texts} texts are more than {state.settings.max_texts}.", param="messages",
             code="too_many_texts",
+        )  # fmt: skip
+    if len(images) > MAX_IMAGES:
+        raise ApiError(
+            400, f"messages: {len(images)} images are more than {MAX_IMAGES}.", param="messages",
+            code="too_many_images",
         )  # fmt: skip
     return tuple(messages), images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,13 +16,12 @@ from serving.http.json_bodies import json_response
 from serving.http.request_bodies import caller_of
 from serving.http.response_schemas import ClassificationList
 from serving.http.schemas import ClassifyRequest
+from serving.messages import PROMPTS_PER_TEXT
 
 router = APIRouter(tags=["Zero-shot"])
 LISTS = {"labels", "templates"}
 LIKELY = 0.5
 """Of several labels those are said that are likelier than not, where the request does not say how sure they must be."""
-PROMPTS_PER_TEXT = 8
-"""Labels x templates may be this many times ``max_texts``: prompts are short, and made by the server."""
 
 
 @router.post(
@@ -58,7 +56,7 @@ async def classify(request: Request) -> Response:
                 caller_of(request),
             )  # fmt: skip
             whole = () if body.truncate else [f"labels.{n}" for n in range(len(body.labels)) for _ in body.templates]
-            texts = await state.vectors.of_texts(prompts, snapshot, deadline, whole)
+            texts = await state.vectors.of_texts(prompts, snapshot, deadline, caller_of(request), whole)
         shares = probabilities(images.rows, texts.rows, len(body.templates), images.logit_scale)
         results = [
             {
@@ -83,7 +81,7 @@ async def _by_head(request: Request, body: ClassifyRequest, sources: Sequence[st
                 [(f"images.{index}", image) for index, image in enumerate(sources)], snapshot, deadline,
                 caller_of(request),
             )  # fmt: skip
-            answers = await asyncio.to_thread(head.classify, images.rows)
+            answers = await state.heads.classify(head, images.rows)
         return json_response(
             {
                 "object": "list",

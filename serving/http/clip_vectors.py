@@ -38,8 +38,11 @@ Encoded = tuple[EncodeResult, list[int], list[bool]]
 class Encoders(Protocol):
     """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
 
-    async def encode(self, kind: Modality, payload: object, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter."""
+    async def encode(
+        self, kind: Modality, payload: object, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
+        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter, when it is the
+        caller's turn."""
 
     async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
         """The heads of the snapshot's adapter, by name."""
@@ -77,11 +80,12 @@ class ClipVectors:
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
 
     async def of_texts(
-        self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float, whole: Sequence[str] = ()
+        self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float, caller: str, whole: Sequence[str] = ()
     ) -> Vectors:
         """Vectors of texts that were checked, at least one.
 
         Args:
+            caller: whose turn they take.
             whole: names of the texts, where none may be cut.
 
         Raises:
@@ -93,7 +97,8 @@ class ClipVectors:
             rows, cut = await self._tokens([texts[index] for index in missing])
             if whole and any(cut):
                 raise _too_long(whole[missing[cut.index(True)]])
-            return await self.encoders.encode("text", rows, snapshot, deadline), [len(row) for row in rows], cut
+            answer = await self.encoders.encode("text", rows, snapshot, deadline, caller)
+            return answer, [len(row) for row in rows], cut
 
         digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
         vectors = await self._vectors("text", snapshot.text_space, digests, encode)
@@ -113,8 +118,8 @@ class ClipVectors:
         inspected = await self.images.inspect(images, caller)
 
         async def encode(missing: list[int]) -> Encoded:
-            pixels = await self.images.decode([inspected[index] for index in missing], caller)
-            answer = await self.encoders.encode("image", pixels, snapshot, deadline)
+            async with self.images.decoded([inspected[index] for index in missing], caller) as pixels:
+                answer = await self.encoders.encode("image", pixels, snapshot, deadline, caller)
             return answer, [0] * len(missing), [False] * len(missing)
 
         return await self._vectors("image", snapshot.image_space, [image.digest for image in inspected], encode)

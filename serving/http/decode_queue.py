@@ -1,4 +1,5 @@
-"""A pool of threads for images that gives each caller its turn, and bounds what is decoded and what waits, in pixels.
+"""A pool of threads for images that gives each caller its turn, and bounds what waits, is decoded and is not answered
+yet, in pixels.
 
 Small images have threads of their own. Large ones are decoded one at a time, by a thread with a lower priority: an
 image of 40 million pixels costs about a second and several hundred megabytes.
@@ -38,7 +39,7 @@ class DecodeQueue:
     """Runs work on images in threads. Used from one event loop.
 
     Args:
-        pixels: bound of what waits or runs, over all callers.
+        pixels: bound of what is reserved, over all callers.
         share: of it that one caller may have.
     """
 
@@ -49,27 +50,34 @@ class DecodeQueue:
 
     @property
     def pixels(self) -> int:
-        """What waits or runs now."""
+        """What is reserved now."""
         return self._budget.used
 
     @contextlib.contextmanager
-    def reserved(self, caller: str, pixels: int) -> Iterator[None]:
-        """Count the images of one request for as long as they wait and are decoded.
+    def reserved(self, caller: str, pixels: int) -> Iterator[Callable[[int], None]]:
+        """Count the images of one request until the block ends. Call what this yields with the pixels that are still
+        in memory once the images are decoded and scaled down.
 
         Raises:
             ApiError: 429 when too many pixels wait already.
         """
-        pixels = min(pixels, self._budget.caller_size)  # what is alone is always taken
-        if refusal := self._budget.take(caller, pixels):
+        held = min(pixels, self._budget.caller_size)  # what is alone is always taken
+        if refusal := self._budget.take(caller, held):
             whose = "your images" if refusal == "caller" else "images"
             raise ApiError(
-                429, f"{whose} that wait to be decoded have too many pixels (serve.decode_pixels); send the request "
-                "again later.", code="overloaded",
+                429, f"{whose} that wait to be decoded or answered have too many pixels (serve.decode_pixels); send "
+                "the request again later.", code="overloaded",
             )  # fmt: skip
+
+        def keep(pixels: int) -> None:
+            nonlocal held
+            self._budget.give_back(caller, max(0, held - pixels))
+            held = min(held, pixels)
+
         try:
-            yield
+            yield keep
         finally:
-            self._budget.give_back(caller, pixels)
+            self._budget.give_back(caller, held)
 
     async def run(self, caller: str, pixels: int, work: Callable[[], Result]) -> Result:
         """Run work on an image of so many pixels when it is the caller's turn. Cancelling drops what still waits."""

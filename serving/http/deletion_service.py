@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from ops import metrics
 from ops.errors import StoreUnavailable
 from ops.ledger import DeletionState, Ledger
 from ops.settings import Settings
+from serving.own_threads import OwnThreads
 
 SECONDS: Final = 60.0
 """Longest that counting what is selected takes: a look at all rows of the store."""
@@ -23,14 +23,15 @@ class DeletionService:
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self.settings = settings
         self.ledger = ledger
-        # Not the loop's own threads: a store that hangs must not take those that read keys and releases.
-        self._counting = ThreadPoolExecutor(1, "deletions")
+        # Apart: a store that hangs must not keep receipts waiting, which are in the ledger.
+        self._counting = OwnThreads("count-selected")
+        self._ledger_threads = OwnThreads("deletions")
 
     async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
         """How many ``samples`` and ``refusals`` are selected now. One count at a time."""
         try:
             async with asyncio.timeout(SECONDS):
-                return await asyncio.get_running_loop().run_in_executor(self._counting, self._count, selector)
+                return await self._counting.run(self._count, selector)
         except TimeoutError:
             raise StoreUnavailable(f"the sample store did not answer within {SECONDS:.0f} s.", "Try again.") from None
 
@@ -39,21 +40,21 @@ class DeletionService:
         from streams.deletion import as_json, request_deletion
 
         with metrics.operator.action("delete"):
-            row = await asyncio.to_thread(request_deletion, self.ledger, selector, actor=actor, reason=reason)
+            row = await self._ledger_threads.run(request_deletion, self.ledger, selector, actor=actor, reason=reason)
         return as_json(row)
 
     async def newest(self, limit: int, state: DeletionState | None) -> list[dict[str, Any]]:
         """Receipts, newest first."""
         from streams.deletion import as_json
 
-        rows = await asyncio.to_thread(self.ledger.deletions, limit, [state] if state else [])
+        rows = await self._ledger_threads.run(self.ledger.deletions, limit, [state] if state else [])
         return [as_json(row) for row in rows]
 
     async def one(self, deletion_id: str) -> dict[str, Any] | None:
         """The receipt of one, or None."""
         from streams.deletion import as_json
 
-        row = await asyncio.to_thread(self.ledger.deletion, deletion_id)
+        row = await self._ledger_threads.run(self.ledger.deletion, deletion_id)
         return None if row is None else as_json(row)
 
     def _count(self, selector: Mapping[str, str]) -> dict[str, int]:

@@ -117,7 +117,7 @@ async def embed(
     if texts:
         places = list(texts)
         whole = () if truncate else [f"input.{place}" for place in places]
-        answer = await state.vectors.of_texts(list(texts.values()), snapshot, deadline, whole)
+        answer = await state.vectors.of_texts(list(texts.values()), snapshot, deadline, caller, whole)
         vectors[places] = answer.rows
         scale, tokens, cut = answer.logit_scale, answer.tokens, tuple(places[each] for each in answer.cut)
     return Vectors(vectors, scale, tokens, cut)

@@ -29,8 +29,9 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health/live", summary="Runs a forward pass of every model", response_model=Alive, responses=NOT_READY)
 async def live(request: Request) -> JSONResponse:
-    """200 when a text went through an encoder and a VLM under the live release; 503 otherwise. A VLM that has not come
-    up yet does not count: what it waits for, a restart of this node would only begin anew.
+    """200 when a text went through an encoder and a VLM under the live release; 503 otherwise. A VLM that answers
+    other requests, and makes progress, is alive. One that has not come up yet does not count: what it waits for, a
+    restart of this node would only begin anew.
     """
     probes = _probes(request)
     states = {name: await probes.part(name) for name in probes.parts() if name != "catalog"}

@@ -1,7 +1,8 @@
 """Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a pool of threads.
 
 First all images of a request are looked at: their bytes, and by their headers how many pixels they have together. Only
-then each is decoded, when it is its caller's turn (:mod:`serving.http.decode_queue`).
+then each is decoded, when it is its caller's turn (:mod:`serving.http.decode_queue`). What was decoded counts against
+``serve.decode_pixels`` until the model has answered.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import asyncio
 import binascii
 import hashlib
 import math
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -24,7 +26,7 @@ from PIL import Image
 from ops.errors import RecordError
 from ops.settings.serving import Serve
 from ops.tracing import span
-from ratchet_client.images import OpenedImage, open_image
+from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
@@ -71,8 +73,9 @@ class ImageLoader:
         self._fetcher = fetcher or fetcher_of(bounds)
 
     async def pixels(self, images: Sequence[ImageSource], caller: str = "") -> npt.NDArray[np.uint8]:
-        """What a CLIP looks at, [n, S, S, 3], in order: :meth:`inspect` and :meth:`decode`."""
-        return await self.decode(await self.inspect(images, caller), caller)
+        """What a CLIP looks at, [n, S, S, 3], in order: :meth:`inspect` and :meth:`decoded`."""
+        async with self.decoded(await self.inspect(images, caller), caller) as pixels:
+            return pixels
 
     async def inspect(self, images: Sequence[ImageSource], caller: str = "") -> list[InspectedImage]:
         """Fetch what is a URL, and check all images by their headers. Nothing is decoded.
@@ -100,31 +103,54 @@ class ImageLoader:
             )  # fmt: skip
         return inspected
 
-    async def decode(self, images: Sequence[InspectedImage], caller: str = "") -> npt.NDArray[np.uint8]:
-        """What a CLIP looks at, [n, S, S, 3], in order. Raises ApiError."""
-        return np.stack(await self._decoded(images, self.preprocess.pixels, caller))
+    @asynccontextmanager
+    async def decoded(self, images: Sequence[InspectedImage], caller: str = "") -> AsyncIterator[npt.NDArray[np.uint8]]:
+        """What a CLIP looks at, [n, S, S, 3], in order. Stay in the block until the vectors are there. Raises
+        ApiError.
+        """
+        scaled = len(images) * self.preprocess.size**2
+        with self._reserved(images, caller, scaled) as keep:
+            pixels = np.stack(await self._decoded(images, self.preprocess.pixels, caller))
+            keep(scaled)
+            yield pixels
 
-    async def pictures(self, images: Sequence[ImageSource], caller: str = "") -> tuple[npt.NDArray[np.uint8], ...]:
+    @asynccontextmanager
+    async def pictures(
+        self, images: Sequence[ImageSource], caller: str = ""
+    ) -> AsyncIterator[tuple[npt.NDArray[np.uint8], ...]]:
         """What a VLM looks at, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
-        together at most ``max_pixels``, so that a request stays bounded in memory.
+        together at most ``max_pixels``, so that a request stays bounded in memory. Stay in the block until the VLM has
+        answered.
 
         Raises:
             ApiError: names the place of the first image that is refused, and why.
         """
         share = self.bounds.max_pixels // max(1, len(images))
-        inspected = await self.inspect(images, caller)
-        return tuple(await self._decoded(inspected, lambda opened: fitted(opened.decode(), share), caller))
+        inspected = await self.inspect(images, caller) if images else []
+        with self._reserved(inspected, caller) as keep:
+            made = await self._decoded(inspected, lambda opened: fitted(opened.decode(), share), caller)
+            keep(sum(picture.shape[0] * picture.shape[1] for picture in made))
+            yield tuple(made)
 
     async def thumbnail(self, data: bytes, size: int, caller: str = "") -> bytes:
-        """A PNG of an image with ``size`` pixels on its longest side at most. Raises ApiError."""
-        inspected = await self.inspect([("image", data)], caller)
-        (png,) = await self._decoded(inspected, partial(_png, size), caller)
+        """A PNG of a stored image, which ingest's bounds have let in, with ``size`` pixels on its longest side at most.
+        Raises ApiError.
+        """
+        inspected = [await self.queue.run(caller, 0, partial(_inspected, "image", data, open_accepted))]
+        with self._reserved(inspected, caller):
+            (png,) = await self._decoded(inspected, partial(_png, size), caller)
         return png
+
+    def _reserved(
+        self, images: Sequence[InspectedImage], caller: str, scaled: int = 0
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """``scaled``: pixels of what is made of the images, which may be more."""
+        return self.queue.reserved(caller, max(scaled, sum(image.pixels for image in images)))
 
     async def _decoded(
         self, images: Sequence[InspectedImage], decode: Callable[[OpenedImage], Result], caller: str
     ) -> list[Result]:
-        with self.queue.reserved(caller, sum(image.pixels for image in images)), span("decode", images=len(images)):
+        with span("decode", images=len(images)):
             jobs = [
                 self.queue.run(caller, sum(image.pixels for image in job), partial(_decode, job, decode))
                 for job in jobs_of(images)
@@ -150,11 +176,16 @@ class ImageLoader:
 
     def _inspected(self, place: str, image: str | bytes) -> InspectedImage:
         data = from_data_uri(image, place, self.bounds.max_image_bytes) if isinstance(image, str) else image
-        try:
-            opened = open_image(data, self.bounds.max_pixels, self.bounds.max_image_bytes)
-        except RecordError as error:
-            raise from_record(error, place) from None
-        return InspectedImage(place, hashlib.sha256(data).digest(), decoding_pixels(opened, data), opened)
+        within = partial(open_image, max_pixels=self.bounds.max_pixels, max_bytes=self.bounds.max_image_bytes)
+        return _inspected(place, data, within)
+
+
+def _inspected(place: str, data: bytes, read_header: Callable[[bytes], OpenedImage]) -> InspectedImage:
+    try:
+        opened = read_header(data)
+    except RecordError as error:
+        raise from_record(error, place) from None
+    return InspectedImage(place, hashlib.sha256(data).digest(), decoding_pixels(opened, data), opened)
 
 
 def jobs_of(images: Sequence[InspectedImage]) -> list[list[InspectedImage]]:

@@ -75,7 +75,7 @@ class RequestLimits:
                 403, "the Host header names another server; an operator lists further names in serve.allowed_hosts.",
                 code="host_not_allowed",
             )  # fmt: skip
-        encoding = headers.get("content-encoding", "identity").strip().lower()
+        encoding = headers.get("content-encoding", "").strip().lower() or "identity"
         if encoding != "identity":
             raise ApiError(
                 415, f"content encoding {encoding[:80]!r} is not taken here; send the body as it is.",

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from serving.http.app_state import MAX_RELEASES, AppState, app_state
+from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, ErrorBody
 from serving.http.json_bodies import json_body, json_schema
 from serving.http.operation_schemas import HoldState, ReleaseList, ReleaseOutcome, StatusBody
+from serving.http.recent import MAX_RELEASES
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
 from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
 from serving.releases.rollback import ledger_answers
@@ -34,7 +35,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RE
     While the ledger does not answer, these are the releases that it named last.
     """
     state = app_state(request)
-    rows = (await state.releases.get())[:limit]
+    rows = await state.releases.get(limit)
     live = state.admission.live
     resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [

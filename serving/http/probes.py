@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ops import metrics
-from serving.engines.vlm.generation import PROBE
 from serving.errors import QueueFull, VlmStarting
 from serving.http.errors import described
 from serving.http.recent import Recent
@@ -45,7 +44,7 @@ class ComponentState:
 
 
 class Probes:
-    """State of each part. A full queue is no outage: the part answers, others' requests."""
+    """State of each part. A full queue is no outage, and a busy VLM is none: the part answers others' requests."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -93,7 +92,7 @@ class Probes:
             rows = state.tokenizer.rows(["alive"])
             return await _observed(state.encoders.encode("text", rows, snapshot, deadline), snapshot.release)
         try:
-            work = state.need_vlms().reply(PROBE, snapshot, deadline)
+            work = state.need_vlms().probe(snapshot, deadline)
         except VlmStarting as error:
             return ComponentState(False, error.message, snapshot.release, code=error.code)
         return await _observed(work, snapshot.release)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ops import metrics
 from ops.ledger import Ledger
 from ops.settings import Settings
+from serving.own_threads import OwnThreads
 
 if TYPE_CHECKING:
     from streams.resubmit_many import RefusalFilter
@@ -27,13 +28,14 @@ class QuarantineService:
         self.ledger = ledger
         self._turn = asyncio.Lock()
         self._bulk = asyncio.Lock()
+        self._threads = OwnThreads("quarantine", 2)
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
         """Refused records, newest first."""
         from streams.resubmit import list_quarantine
 
         async with self._turn:
-            rows = await asyncio.to_thread(list_quarantine, self.settings, self.ledger, limit, reason, source)
+            rows = await self._threads.run(list_quarantine, self.settings, self.ledger, limit, reason, source)
         records = []
         for row in rows:
             sent = row.resubmission
@@ -47,7 +49,7 @@ class QuarantineService:
         from streams.store import SampleStore
 
         async with self._turn:
-            tallies = await asyncio.to_thread(refusal_counts, SampleStore(self.settings.lake), reason, source)
+            tallies = await self._threads.run(refusal_counts, SampleStore(self.settings.lake), reason, source)
         return {name: dict(values.top(SHOWN)) for name, values in tallies.items()}
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class QuarantineService:
         async def send() -> dict[str, Any]:
             async with self._turn:
                 with metrics.operator.action("resubmit"):
-                    sent = await asyncio.to_thread(
+                    sent = await self._threads.run(
                         resubmit, self.settings, self.ledger, place, actor=actor, reason=reason, force=force
                     )
             return {"topic": sent.topic, "partition": sent.partition, "offset": sent.offset}
@@ -71,7 +73,7 @@ class QuarantineService:
         async def send() -> dict[str, Any]:
             async with self._bulk:
                 with metrics.operator.action("resubmit"):
-                    report = await asyncio.to_thread(
+                    report = await self._threads.run(
                         resubmit_many, self.settings, self.ledger, which, actor=actor, reason=reason, dry_run=dry_run,
                         per_second=PER_SECOND,
                     )  # fmt: skip

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from serving.engines.heads import Head
+import numpy as np
+import numpy.typing as npt
+
+from serving.engines.heads import Answers, Head
 from serving.http.clip_vectors import Encoders
 from serving.http.errors import ApiError
+from serving.own_threads import OwnThreads
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 ADAPTERS = 8
 """Whose heads are kept: those of the resident releases, a few more than one."""
+THREADS = 2
 
 
 class ReleaseHeads:
@@ -20,6 +25,7 @@ class ReleaseHeads:
 
     def __init__(self, calls: Encoders) -> None:
         self.calls = calls
+        self._threads = OwnThreads("heads", THREADS)
         self._kept: OrderedDict[str | None, Mapping[str, Head]] = OrderedDict()
 
     async def find(self, name: str, snapshot: ReleaseSnapshot, deadline: float) -> Head:
@@ -44,3 +50,7 @@ class ReleaseHeads:
             )
         self._kept.move_to_end(snapshot.clip)
         return heads[name]
+
+    async def classify(self, head: Head, vectors: npt.NDArray[np.float32]) -> Answers:
+        """See :meth:`Head.classify`; in a thread."""
+        return await self._threads.run(head.classify, vectors)

@@ -53,7 +53,7 @@ async def search(request: Request) -> Response:
             if body.text is not None:
                 state.check_texts([body.text], "text")
                 whole = () if body.truncate else ("text",)
-                vectors = await state.vectors.of_texts([body.text], snapshot, deadline, whole)
+                vectors = await state.vectors.of_texts([body.text], snapshot, deadline, caller_of(request), whole)
             else:
                 source: str | bytes = uploads[0] if uploads else str(body.image)
                 vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller_of(request))

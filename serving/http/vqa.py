@@ -43,18 +43,18 @@ async def vqa(request: Request) -> JSONResponse:
     with state.admit(request, body.model, VLM) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
             images = [("image", uploads[0] if uploads else body.image)]
-            (picture,) = await state.image_loader.pictures(images, caller_of(request))
-            generation = question(picture, body.question)
-            generation = replace(generation, max_tokens=min(generation.max_tokens, state.settings.vlm_max_tokens))
-            answer: dict[str, Any]
-            if body.choices is None:
-                reply = await vlms.reply(generation, snapshot, deadline)
-                counted = usage(reply.prompt_tokens, len(reply.tokens))
-                answer = {"answer": reply.text.strip(), "choices": [], "usage": counted}
-            else:
-                shares = normalised(await vlms.score(generation, body.choices, snapshot, deadline))
-                rows = [{"text": text, "probability": share} for text, share in zip(body.choices, shares, strict=True)]
-                answer = {"answer": body.choices[shares.index(max(shares))], "choices": rows, "usage": None}
+            async with state.image_loader.pictures(images, caller_of(request)) as (picture,):
+                generation = question(picture, body.question)
+                generation = replace(generation, max_tokens=min(generation.max_tokens, state.settings.vlm_max_tokens))
+                answer: dict[str, Any]
+                if body.choices is None:
+                    reply = await vlms.reply(generation, snapshot, deadline)
+                    counted = usage(reply.prompt_tokens, len(reply.tokens))
+                    answer = {"answer": reply.text.strip(), "choices": [], "usage": counted}
+                else:
+                    shares = normalised(await vlms.score(generation, body.choices, snapshot, deadline))
+                    rows = [{"text": text, "probability": p} for text, p in zip(body.choices, shares, strict=True)]
+                    answer = {"answer": body.choices[shares.index(max(shares))], "choices": rows, "usage": None}
         origin = {"model": f"vlm@{snapshot.release}", "release": snapshot.release, "adapter": snapshot.vlm_adapter}
         return JSONResponse({"object": "vqa", **answer, **origin}, headers=release_headers(snapshot, VLM))
 

@@ -89,6 +89,7 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_JEMALLOC_PROFILE": "gcs_server",  # Ray's head alone
             "RAY_JEMALLOC_CONF": HEAD_ALLOCATOR,
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # 4 MiB is a picture of 1.4 megapixels
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # after 60 s Ray would start without it, and fail later
             # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",

@@ -23,6 +23,7 @@ from typing import Any, Final, TypeVar
 
 from ops import metrics
 from ops.errors import LeaseLost, RatchetError, ReleaseError
+from ops.ledger.leases import CONTROLLER_LEASE
 from ops.ledger.ledger import Ledger
 from ops.ledger.proposals import ENDED
 from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ReleaseRow
@@ -31,14 +32,16 @@ from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseComman
 from serving.releases.lineage import Lineage
 from serving.releases.preparation import Preparation
 from serving.releases.proposal_runner import Lease, ProposalRunner
-from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.rollback import RollbackPlan, ledger_answers, plan_rollback
 from serving.releases.types import Adapters, Broadcast, ReleaseResult, Residency, scope_of
-from serving.releases.work import Postponed
+from serving.releases.work import Goal, Postponed
 
 Result = TypeVar("Result")
 FOLLOW_SECONDS: Final = 0.25
 """Between two looks at a proposal that another controller carries out."""
+STANDSTILL_SECONDS: Final = 60.0
+"""An order is given up when the other controller neither takes it up nor renews its lease for this long. It may be busy
+with another proposal for hours."""
 ROLLBACK_THREADS: Final = 2
 """For the ledger calls of rollbacks, which share no thread with anything that may wait."""
 
@@ -206,27 +209,27 @@ class ReleaseProtocol:
             if time.monotonic() > deadline:
                 return  # a later release retires it; memory is bounded by what is in flight
             await asyncio.sleep(0.1)
-        keep = await self.residency()
-        await self.broadcast.retire_spaces([*keep.indexed, *self._preparing()], self._epoch)
-        keep = await self.residency()  # that took a while
-        goal = self._runner.work.goal if self._runner.work is not None else None
-        loading = () if goal is None else ((goal["clip"], goal["vlm"]),)
-        clips = tuple(dict.fromkeys((*keep.clips, *(clip for clip, _ in loading))))
-        vlms = tuple(dict.fromkeys((*keep.vlms, *(vlm for _, vlm in loading))))
+        keep, loading = await self._needed()
+        preparing = [self._preparation.snapshot(number, goal["clip"]) for number, goal in loading]
+        indexed = dict.fromkeys((*keep.indexed, *(snapshot for snapshot in preparing if snapshot is not None)))
+        await self.broadcast.retire_spaces([*indexed], self._epoch)
+        keep, loading = await self._needed()  # that took a while
+        clips = tuple(dict.fromkeys((*keep.clips, *(goal["clip"] for _, goal in loading))))
+        vlms = tuple(dict.fromkeys((*keep.vlms, *(goal["vlm"] for _, goal in loading))))
+        self._preparation.forget_others(clips)  # before the wait: what is prepared meanwhile stays known
         await self.broadcast.retire(clips, vlms)
-        self._preparation.forget_others(clips)
 
     async def _lacks_vlm(self, proposal: ProposalRow) -> bool:
         """Whether a proposal would only wait for a VLM that starts, and let those of CLIP wait behind it."""
         return proposal.family != "clip" and self.broadcast.has_vlm and not await self.broadcast.vlm_answers()
 
-    def _preparing(self) -> list[ReleaseSnapshot]:
-        """The release that is being prepared, once its embedding spaces are known: it has an index from then on."""
-        work = self._runner.work
-        snapshot = (
-            None if work is None or work.goal is None else self._preparation.snapshot(work.number, work.goal["clip"])
-        )
-        return [] if snapshot is None else [snapshot]
+    async def _needed(self) -> tuple[Residency, list[tuple[int, Goal]]]:
+        """What is resident; and the number and the adapters of what is being prepared, before and after the look at
+        the ledger, which misses what is committed meanwhile."""
+        before = self._runner.work
+        residency = await self.residency()
+        works = [work for work in (before, self._runner.work) if work is not None]
+        return residency, [(work.number, work.goal) for work in works if work.goal is not None]
 
     def _propose_initial(self) -> ProposalRow:
         return self.ledger.propose(
@@ -291,9 +294,14 @@ class ReleaseProtocol:
             return await self._run(await asyncio.to_thread(self._propose, kind, adapters, command, share, forced))
 
     async def _carried_out_elsewhere(self, proposal: ProposalRow) -> ReleaseResult:
-        began = time.perf_counter()
+        began = moved = time.perf_counter()
+        seen: object = None
         while proposal.state not in ENDED:
             await asyncio.sleep(FOLLOW_SECONDS)
+            if (now := await asyncio.to_thread(self._movement)) != seen:
+                seen, moved = now, time.perf_counter()
+            elif time.perf_counter() - moved > STANDSTILL_SECONDS:
+                await asyncio.to_thread(self._runner.fail, proposal, self._standstill(proposal))
             proposal = await asyncio.to_thread(self.ledger.proposal, proposal.id)
         if proposal.release is None:
             raise ReleaseError(f"{proposal.error}", "Look at what is live, and propose again.")
@@ -301,6 +309,21 @@ class ReleaseProtocol:
         seconds = time.perf_counter() - began
         return ReleaseResult(
             row.number, row.clip, row.vlm, proposal.kind, proposal.family, proposal.id, seconds, 0.0, 0, row.share
+        )
+
+    def _movement(self) -> object:
+        """What changes as long as the controller with the lease carries proposals out; preparing one may take hours."""
+        with self.ledger.reading():
+            states = [(proposal.id, proposal.state) for proposal in self.ledger.pending_proposals()]
+            preparing = any(state == "preparing" for _, state in states)
+            return states, self.ledger.lease(CONTROLLER_LEASE) if preparing else None
+
+    def _standstill(self, proposal: ProposalRow) -> str:
+        lease = self.ledger.lease(CONTROLLER_LEASE)
+        leader = "none" if lease is None or not lease.holder else lease.holder
+        return (
+            f"proposal {proposal.id} is {proposal.state}, and the controller that leads ({leader}) has done nothing "
+            f"for {STANDSTILL_SECONDS:g} s"
         )
 
     async def _run(self, proposal: ProposalRow) -> ReleaseResult:

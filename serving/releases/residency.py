@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,6 +12,7 @@ from ops import metrics
 from ops.errors import RatchetError, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ReleaseRow
+from serving.own_threads import OwnThreads
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Prepared, Residency
 
@@ -128,6 +128,7 @@ class ResidencyReader:
         prepare_all: asks all of them.
         """
         self._read = read
+        self._threads = OwnThreads("residency")
         self._prepare = prepare
         self._prepare_all = prepare_all
         self._spaces: dict[str | None, tuple[str, str]] = {}
@@ -139,7 +140,7 @@ class ResidencyReader:
         Raises:
             RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.
         """
-        rows = await asyncio.to_thread(self._read)
+        rows = await self._threads.run(self._read)
         if not rows.window or rows.window[0].number <= newer_than:
             return None
         residency = await resolve_residency(rows, self._spaces_of)

@@ -47,7 +47,6 @@ class CatalogReplica:
         metrics.build.started("catalog")
         await wait_for_clip()
         # Here and not above: LanceDB takes two seconds to import.
-        from ratchet_client.images import open_image
         from serving.catalog.catalog import Catalog
         from serving.catalog.tables import Tables
         from serving.catalog.watch import Watcher
@@ -55,10 +54,6 @@ class CatalogReplica:
         from streams.store import SampleStore
 
         preprocess = load_base(settings.home, settings.base.clip).preprocess
-        bounds = {"max_pixels": settings.serve.max_pixels, "max_bytes": settings.serve.max_image_bytes}
-
-        def pixels(data: bytes) -> npt.NDArray[np.uint8]:
-            return preprocess.pixels(open_image(data, **bounds))
 
         async def encode(batch: npt.NDArray[np.uint8], clip: str | None) -> npt.NDArray[np.float32]:
             answer: EncodeResult = await encoder.encode_background.remote("image", batch, clip)
@@ -67,7 +62,7 @@ class CatalogReplica:
             return answer.vectors
 
         tables = Tables(f"{settings.lake}/catalog", settings.home / "catalog-index")
-        self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode, settings.catalog)
+        self.catalog = Catalog(tables, SampleStore(settings.lake), preprocess.pixels, encode, settings.catalog)
         self._ledger = Ledger.lazy(settings.ledger)
         self._home = settings.home
         self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")

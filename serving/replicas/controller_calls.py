@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,14 +12,14 @@ from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
 from ops.errors import RatchetError, ReleaseConflict
-from serving.errors import Unavailable
+from serving.errors import DeadlineExceeded, Unavailable
 from serving.ray.replica_calls import Attempts, call_replica, queue_full
 from serving.releases.commands import HoldingCommand, LiveCommand, RollbackCommand
 from serving.releases.controller import outcome_of
 from serving.releases.types import ReleaseResult
 
 CONTROLLER_SECONDS: Final = 20.0
-"""How long controllers that die are replaced by others in one call."""
+"""How long controllers that die are replaced by others in one call; and how long one may be silent."""
 LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
 
 
@@ -40,7 +41,7 @@ class ControllerCalls:
         attempts, died = Attempts(CONTROLLER_SECONDS, "release controller"), False
         while attempts.left > 0:
             try:
-                result: ReleaseResult | RatchetError = await self.handle.change.remote(command)
+                result: ReleaseResult | RatchetError = await self._answered(self.handle.change.remote(command))
             except BackPressureError:
                 raise queue_full() from None
             except RayActorError as error:
@@ -53,6 +54,31 @@ class ControllerCalls:
                 raise Unavailable(f"the release controller ended during the call, and now {result.message}", LOOK)
             return result
         raise attempts.over()
+
+    async def _answered(self, response: Any) -> Any:
+        """What a call returns, which may take hours, as long as the controller answers others.
+
+        Raises:
+            Unavailable: it stands still.
+        """
+
+        async def answer() -> Any:
+            return await response
+
+        task = asyncio.ensure_future(answer())
+        try:
+            while not (await asyncio.wait([task], timeout=CONTROLLER_SECONDS))[0]:
+                try:
+                    await self.status()
+                except DeadlineExceeded:
+                    raise Unavailable(
+                        f"the release controller has not answered for {CONTROLLER_SECONDS:g} s.", LOOK
+                    ) from None
+                except RatchetError:
+                    continue  # it answers, or is replaced: then the call ends
+            return task.result()
+        finally:
+            task.cancel()
 
     async def hold(self, command: HoldingCommand) -> None:
         """See :meth:`serving.releases.controller.ReleaseController.hold`."""

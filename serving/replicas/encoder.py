@@ -72,7 +72,9 @@ class Encoder:
 
         return ClipEngine.of(settings)
 
-    async def encode(self, kind: Modality, payload: Any, adapter: str | None, seconds: float) -> EncodeResult:
+    async def encode(
+        self, kind: Modality, payload: Any, adapter: str | None, caller: str, seconds: float
+    ) -> EncodeResult:
         """Vectors of one request's items; batched with those of other requests, see :class:`FairBatches`. ``seconds``:
         time left.
         """
@@ -83,7 +85,7 @@ class Encoder:
         try:
             if (refusal := await self.worker.load_missing(adapter)) is not None:
                 return refusal
-            result = await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline))
+            result = await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline, caller))
             if result.code == "failed":  # the batch's own line is of several requests
                 log.warning("a request was not encoded: %s", result.error)
             return result

@@ -30,11 +30,14 @@ class EncoderCalls:
         self.handle = handle
         self.budget = max_batch * IMAGE_COST
 
-    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
         """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), every one by the snapshot's adapter.
 
         Args:
             deadline: on the monotonic clock.
+            caller: whose turn they take.
 
         Raises:
             QueueFull, DeadlineExceeded, Unavailable.
@@ -42,8 +45,8 @@ class EncoderCalls:
         step = max(1, self.budget // (IMAGE_COST if kind == "image" else TEXT_COST))
         chunks = [payload[start : start + step] for start in range(0, len(payload), step)]
         if len(chunks) == 1:
-            return await self._one(kind, chunks[0], snapshot, deadline)
-        tasks = [asyncio.ensure_future(self._one(kind, chunk, snapshot, deadline)) for chunk in chunks]
+            return await self._one(kind, chunks[0], snapshot, deadline, caller)
+        tasks = [asyncio.ensure_future(self._one(kind, chunk, snapshot, deadline, caller)) for chunk in chunks]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
@@ -60,9 +63,11 @@ class EncoderCalls:
             raise _unservable(snapshot, result.error)
         return result.heads
 
-    async def _one(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def _one(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str
+    ) -> EncodeResult:
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
-        call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, attempts.left)  # noqa: E731
+        call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, caller, attempts.left)  # noqa: E731
         space = snapshot.image_space if kind == "image" else snapshot.text_space
         result: EncodeResult = await _tried(
             call, attempts, lambda result: result.code in ("adapter", "failed") or _strays(result, kind, space)

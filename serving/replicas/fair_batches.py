@@ -3,7 +3,9 @@
 A batch runs under one adapter, and encodes images or texts. In one queue for all of them a canary would halve every
 batch, and a client that floods one adapter would let all others wait behind it. Here each group of requests (kind and
 adapter) has a queue of its own; the groups take turns, a batch each, so that a request waits for one batch of every
-other group at most, and a group alone has the whole engine. Within a group the order is that of arrival.
+other group at most, and a group alone has the whole engine. Within a group a batch is filled with one request of each
+caller in turn, so that a caller with many requests waiting delays another's by one batch. A request that does not fit
+any more is the first of the next batch; those of one caller run in the order of arrival.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class FairBatches:
         self._run = run
         self._max_cost = max_cost
         self._wait_seconds = wait_seconds
-        self._groups: OrderedDict[Group, deque[_Waiting]] = OrderedDict()
-        """None is empty; the next turn is the first one's."""
+        self._groups: OrderedDict[Group, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
+        """What each caller waits for. None is empty; the next turn is the first one's."""
         self._cost = 0
         self._last = 0
         """Requests of the last batch."""
@@ -62,9 +64,9 @@ class FairBatches:
         Raises what running its batch raised.
         """
         result: asyncio.Future[EncodeResult] = asyncio.get_running_loop().create_future()
-        group = self._groups.setdefault((request.kind, request.adapter), deque())
+        callers = self._groups.setdefault((request.kind, request.adapter), OrderedDict())
         waiting = _Waiting(request, result, time.monotonic())
-        group.append(waiting)
+        callers.setdefault(request.caller, deque()).append(waiting)
         self._cost += request.cost
         self._arrived.set()
         if self._task is None or self._task.done():
@@ -83,7 +85,8 @@ class FairBatches:
         """Wait until there is work for a whole batch, or the request whose turn it is has waited long enough."""
         if self._last <= 1:
             return
-        end = next(iter(self._groups.values()))[0].since + self._wait_seconds
+        callers = next(iter(self._groups.values()))
+        end = next(iter(callers.values()))[0].since + self._wait_seconds
         while self._cost < self._max_cost and (left := end - time.monotonic()) > 0:
             self._arrived.clear()
             try:
@@ -94,15 +97,20 @@ class FairBatches:
 
     def _take(self) -> list[_Waiting]:
         """The next batch; empty when nobody waits for what was taken."""
-        group, queue = self._groups.popitem(last=False)
+        group, callers = self._groups.popitem(last=False)
         batch: list[_Waiting] = []
+        behind: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         cost = 0
-        while queue:
+        while callers:
+            caller, queue = callers.popitem(last=False)
             waiting = queue[0]
             if batch and cost + waiting.request.cost > self._max_cost:
-                break
+                behind[caller] = queue
+                continue
             queue.popleft()
             self._cost -= waiting.request.cost
+            if queue:
+                callers[caller] = queue
             if waiting.result.done():  # the client went away
                 continue
             if time.monotonic() > waiting.request.deadline:
@@ -110,8 +118,8 @@ class FairBatches:
                 continue
             batch.append(waiting)
             cost += waiting.request.cost
-        if queue:
-            self._groups[group] = queue
+        if behind:
+            self._groups[group] = behind
         return batch
 
     async def _run_batch(self, batch: list[_Waiting]) -> None:

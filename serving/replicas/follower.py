@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal
 
 from ops import metrics
+from serving.own_threads import OwnThreads
 from serving.releases.residency import ResidencyRows
 from serving.releases.types import Prepared
 
@@ -56,6 +57,7 @@ class ResidencyFollower:
         """
         self._deployment = deployment
         self._read = read
+        self._threads = OwnThreads("follower")
         self._load = load
         self._keep = keep
         self._behind_since: float | None = None
@@ -81,7 +83,7 @@ class ResidencyFollower:
     async def step(self) -> None:
         """Look at the ledger once, load what is missing, and keep a copy."""
         try:
-            rows = await asyncio.to_thread(self._read)
+            rows = await self._threads.run(self._read)
         except Exception as error:
             self.mark_in_step()  # what is live now is not known, so there is nothing to be behind of
             self._say(f"cannot follow the ledger: {type(error).__name__}: {error}")
@@ -100,7 +102,7 @@ class ResidencyFollower:
         if not failed:
             if rows.window:
                 metrics.release.live(self._deployment, rows.window[0].number)
-            await asyncio.to_thread(self._keep, rows)
+            await self._threads.run(self._keep, rows)
 
     def _fall_behind(self, reason: str) -> None:
         if self._behind_since is None:

@@ -37,6 +37,15 @@ class ForwardHealth:
         self._failures = 0
         self._passed_at = time.monotonic()
 
+    def passed(self, at: float) -> None:
+        """A pass ended, at this time of the monotonic clock; its request may have been given up since."""
+        self._passed_at = max(self._passed_at, at)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether no pass has ended for so long that a busy replica may hang."""
+        return time.monotonic() - self._passed_at >= self._stall_seconds
+
     def failed(self, error: BaseException) -> None:
         """A pass failed, and not through what the request asked."""
         self._failures += 1
@@ -46,7 +55,7 @@ class ForwardHealth:
 
     async def check(self, probe: Callable[[], Awaitable[Any]], busy: bool) -> None:
         """Run a small pass where none worked lately or the last one failed. A busy replica is tested by its requests,
-        as long as one of them succeeds now and then.
+        as long as passes end now and then.
 
         Args:
             probe: runs the pass.
@@ -55,7 +64,7 @@ class ForwardHealth:
         Raises:
             RuntimeError: passes fail again and again, or the device is lost.
         """
-        due = time.monotonic() - self._passed_at >= (self._stall_seconds if busy else PROBE_SECONDS)
+        due = self.stalled if busy else time.monotonic() - self._passed_at >= PROBE_SECONDS
         if not self._broken and (self._failures or due):
             try:
                 async with asyncio.timeout(PROBE_LIMIT_SECONDS):

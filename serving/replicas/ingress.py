@@ -27,6 +27,7 @@ from serving.http.receipt_service import ReceiptService
 from serving.http.replica_share import share_of
 from serving.http.token_texts import token_texts
 from serving.messages import EncodeResult, Modality
+from serving.own_threads import OwnThreads
 from serving.ray.deployment_status import DeploymentStatus, read_statuses
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
@@ -84,6 +85,7 @@ class Ingress:
         self.key_copy = KeyCopy.of(settings)
         self.access = Access(self.ledger, settings, recall=self.key_copy.read)
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
+        self._keys, self._watching = OwnThreads("keys"), OwnThreads("guard-target")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         encoders = EncoderCalls(encoder, settings.serve.max_batch)
         share = share_of(settings.serve)
@@ -186,7 +188,7 @@ class Ingress:
             try:
                 await self.refresh()
                 self.shadow_traffic.watch(
-                    await asyncio.to_thread(find_guard_target, self.ledger, self.settings.rollout, time.time())
+                    await self._watching.run(find_guard_target, self.ledger, self.settings.rollout, time.time())
                 )
             except Exception as error:  # the ledger or the encoders are away: serve on with what is known
                 log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
@@ -194,7 +196,7 @@ class Ingress:
 
     async def _read_keys(self) -> None:
         while True:
-            await asyncio.to_thread(self.access.refresh)
+            await self._keys.run(self.access.refresh)
             if (keys := self.access.current()) is not None:
-                await asyncio.to_thread(self.key_copy.keep, keys)
+                await self._keys.run(self.key_copy.keep, keys)
             await asyncio.sleep(KEYS_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
@@ -21,9 +21,11 @@ class MirroredEncoders:
         self.calls = calls
         self.shadow_traffic = shadow_traffic
 
-    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
         """See :meth:`EncoderCalls.encode`."""
-        result = await self.calls.encode(kind, payload, snapshot, deadline)
+        result = await self.calls.encode(kind, payload, snapshot, deadline, caller)
         if self.shadow_traffic.watching:
             self.shadow_traffic.clip(kind, payload)
         return result
@@ -52,6 +54,10 @@ class MirroredVlms:
         self._offer(request)
         return reply
 
+    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
+        """See :meth:`VlmCalls.probe`."""
+        await self.calls.probe(snapshot, deadline)
+
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
@@ -68,5 +74,5 @@ class MirroredVlms:
         return self.calls.stream(request, snapshot, deadline)
 
     def _offer(self, request: GenerationRequest) -> None:
-        if self.shadow_traffic.watching and request is not PROBE:
+        if self.shadow_traffic.watching:
             self.shadow_traffic.vlm(request)

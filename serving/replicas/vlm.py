@@ -97,6 +97,10 @@ class VlmReplica:
         with span("engine"):
             return await self.worker.reply(request, adapter, seconds)
 
+    async def probe(self, adapter: str | None, seconds: float) -> GenerationResult | Refusal:
+        """Whether it answers; see :meth:`VlmWorker.probe`."""
+        return await self.worker.probe(adapter, seconds)
+
     async def stream(
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, Unavailable
 from serving.messages import Refusal
 from serving.ray.replica_calls import Attempts, call_replica, queue_full
@@ -43,17 +43,22 @@ class VlmCalls:
         Raises:
             InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
         """
-        with self._place(request):
+        with self._place():
             attempts = _attempts(deadline)
             call = lambda: self.handle.reply.remote(request, snapshot.vlm, attempts.left)  # noqa: E731
             result: GenerationResult = await _ask(call, attempts, snapshot)
             return result
 
+    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
+        """Have a replica make a token, whatever waits. Raises as :meth:`reply`, QueueFull from one that is busy."""
+        attempts = _attempts(deadline)
+        await _ask(lambda: self.handle.probe.remote(snapshot.vlm, attempts.left), attempts, snapshot)
+
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """Log-probability of each choice as the whole answer. Raises as :meth:`reply`."""
-        with self._place(request):
+        with self._place():
             attempts = _attempts(deadline)
             call = lambda: self.handle.score.remote(request, tuple(choices), snapshot.vlm, attempts.left)  # noqa: E731
             scores: list[float] = await _ask(call, attempts, snapshot)
@@ -66,7 +71,7 @@ class VlmCalls:
 
         Raises as :meth:`reply`: before the first chunk, or in the middle when the replica died or the time is over.
         """
-        with self._place(request):
+        with self._place():
             attempts = _attempts(deadline)
             while attempts.left > 0:
                 response, last = self.streams.stream.remote(request, snapshot.vlm, attempts.left), None
@@ -98,8 +103,8 @@ class VlmCalls:
             raise attempts.over()
 
     @contextmanager
-    def _place(self, request: GenerationRequest) -> Iterator[None]:
-        if self.running >= self.limit and request is not PROBE:
+    def _place(self) -> Iterator[None]:
+        if self.running >= self.limit:
             raise queue_full()
         self.running += 1
         try:
@@ -127,6 +132,8 @@ def _value(answer: Any, snapshot: ReleaseSnapshot) -> Any:
         return answer
     if answer.code == "ask":
         raise InvalidRequest(answer.message, answer.fix)
+    if answer.code == "busy":
+        raise queue_full()
     if answer.code == "late":
         raise DeadlineExceeded(answer.message, answer.fix)
     raise AdapterUnservable(

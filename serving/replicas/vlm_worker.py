@@ -103,6 +103,13 @@ class VlmWorker:
             metrics.vlm.tokens(answer.prompt_tokens, len(answer.tokens))
         return answer
 
+    async def probe(self, adapter: str | None, seconds: float) -> GenerationResult | Refusal:
+        """A short answer. While requests are answered, and passes end, none is needed: then the code is ``busy``."""
+        self._health.passed(self.engine.passed_at)
+        if self._inside and not self._health.stalled:
+            return Refusal("busy", f"{self._inside} requests are being answered.")
+        return await self.reply(PROBE, adapter, seconds)
+
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, seconds: float
     ) -> list[float] | Refusal:
@@ -145,6 +152,7 @@ class VlmWorker:
 
     async def check_health(self) -> None:
         """Raise RuntimeError when answers fail again and again; ask for a short one now and then."""
+        self._health.passed(self.engine.passed_at)
         await self._health.check(lambda: self.engine.reply(PROBE, None), busy=self._inside > 0)
 
     def status(self) -> dict[str, Any]:

@@ -81,7 +81,9 @@ class InProcessApp:
     def __post_init__(self) -> None:
         self.protocol = ReleaseProtocol(self.ledger, self, window=2)
 
-    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
         run = self.engine.encode_images if kind == "image" else self.engine.encode_tokens
         vectors = run(payload, snapshot.clip)
         spaces = self.engine.spaces(snapshot.clip)

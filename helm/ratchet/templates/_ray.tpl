@@ -20,6 +20,8 @@
   value: "0"
 - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
   value: "1"
+- name: RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH # 4 MiB is a picture of 1.4 megapixels
+  value: "2147483647"
 - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # of a node that is told to end, see ratchet.drainSeconds
   value: {{ include "ratchet.drainSeconds" . | quote }}
 - name: RAY_LOG_TO_STDERR # of all of Ray's processes, so that `kubectl logs` has what replicas log

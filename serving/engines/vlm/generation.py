@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""
+MAX_IMAGES = 4
+"""Images in one request; vLLM sizes its LoRA buffers of the vision tower for so many."""
 Finish = Literal["", "stop", "length"]
 
 
@@ -85,7 +87,7 @@ class GenerationResult:
 
 
 PROBE = GenerationRequest((Message("user", ("alive?",)),), max_tokens=1)
-"""One forward pass, for health checks: it gets in when the queue is full."""
+"""One forward pass, for health checks."""
 
 
 def question(image: Image, text: str, max_tokens: int = 32) -> GenerationRequest:
@@ -102,6 +104,10 @@ class VlmEngine(Protocol):
     @property
     def precision(self) -> str:
         """Data type of the weights that run, as torch names it; known after :meth:`start`."""
+
+    @property
+    def passed_at(self) -> float:
+        """When the last forward pass is known to have ended, on the monotonic clock; 0: none has."""
 
     async def start(self) -> None:
         """Load the base (seconds to a minute), and find out whether tower adapters are applied."""

@@ -173,6 +173,11 @@ class TransformersEngine:
         """Requests inside."""
         return self._running
 
+    @property
+    def passed_at(self) -> float:
+        """When the last forward pass ended."""
+        return 0.0 if self._worker is None else self._worker.passed_at
+
     def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
         return "The engine was not started." if self._worker is None else self._worker.last_error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,8 @@ class Worker:
         self._waiting: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
         self._ready = threading.Condition()
         self.last_error = ""
+        self.passed_at = time.monotonic()
+        """When the last forward pass ended."""
         self._thread = threading.Thread(target=self._run, name="vlm-answers", daemon=True)
         self._thread.start()
 
@@ -119,7 +122,10 @@ class Worker:
     def _score(self, model: nn.Module, one: Scoring) -> None:
         parts = [one.choices[i : i + self._batch] for i in range(0, len(one.choices), self._batch)]
         try:
-            scores = [value for part in parts for value in score(model, self._processor, one.request, part)]
+            scores: list[float] = []
+            for part in parts:
+                scores += score(model, self._processor, one.request, part)
+                self.passed_at = time.monotonic()
         except Exception as error:
             self._check(model, error)
             one.fail(as_failure(error))
@@ -134,4 +140,6 @@ class Worker:
             raise error from None
 
     def _stopped(self) -> bool:
+        """Asked after each token."""
+        self.passed_at = time.monotonic()
         return bool(self.last_error)

@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -63,6 +64,8 @@ class VllmEngine:
         self._ids = itertools.count(ZERO_ID)
         self._requests = itertools.count()
         self._running = 0
+        self.passed_at = 0.0
+        """When vLLM put something out for the last time."""
         self._closed = False
 
     @property
@@ -305,6 +308,7 @@ class VllmEngine:
         try:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
+                    self.passed_at = time.monotonic()
                     yield output
         except VLLMClientError as error:
             raise InvalidRequest(f"vLLM refuses the request: {error}", "Change the request.") from error

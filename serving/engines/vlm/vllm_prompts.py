@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from serving.engines.vlm.generation import GenerationRequest, Image
+from serving.engines.vlm.generation import MAX_IMAGES, GenerationRequest, Image
 from serving.engines.vlm.prompts import answer_tokens, check_length, inputs, render
-from serving.engines.vlm.vllm_start import MAX_IMAGES
 from serving.errors import InvalidRequest
 
 _ONE_RUN = ("idefics3", "smolvlm")

@@ -15,10 +15,9 @@ from typing import Any
 
 from ops.errors import ConfigError
 from ops.settings.serving import Serve
+from serving.engines.vlm.generation import MAX_IMAGES
 from serving.engines.vlm.vlm_base import VlmBase
 
-MAX_IMAGES = 4
-"""Images in one request; vLLM sizes its LoRA buffers of the vision tower for so many."""
 MIN_STEP_TOKENS = 2048
 """Tokens in one forward pass, at least: enough for a full batch of prompts of small models."""
 GPU_MEMORY = 0.85

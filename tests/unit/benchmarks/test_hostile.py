@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import io
 import json
 import random
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from benchmarks import hostile_attacks as attacks
-from benchmarks.hostile import Turn, figures, plan
+from benchmarks.hostile import Turn, figures, plan, rollback_figures
 from benchmarks.hostile_attacks import Target, bomb, request, sampling
 from ops.load.traffic import Report, Sample
 
@@ -25,17 +29,34 @@ def test_requests_count_with_the_attack_that_they_overlap() -> None:
         Sample(31.0, 0.1, 1),
     ]
     turns = [Turn("silent", 20.0, 30.0, {"closed": 3})]
-    result = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), turns, 10.0, 2**30)
+    result = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), turns, 10.0, 2**29, 2**30)
     assert (result["good_requests"], result["good_failed"]) == (103, 1)
     assert result["p99_ratio"] == pytest.approx(3, rel=0.05)
     assert result["attacks"]["silent"]["good_failed"] == 1
     assert result["attacks"]["silent"]["answers"] == {"closed": 3}
-    assert result["rss_max_gib"] == 1
+    assert (result["rss_quiet_gib"], result["rss_max_gib"], result["rss_ratio"]) == (0.5, 1, 2)
+
+
+def test_a_stall_is_the_time_between_two_good_answers() -> None:
+    answered = [Sample(n / 10, 0.05, 1) for n in (0, 1, 2, 9, 10)]
+    samples = [*answered[:3], Sample(0.5, 0.05, 0, "503"), *answered[3:]]
+    turn = Turn("silent", 0.8, 0.97, {})
+    result = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), [turn], 0.0, 1, 1)
+    assert result["stall_seconds_max"] == pytest.approx(0.7)
+    assert result["attacks"]["silent"]["stall_seconds_max"] == pytest.approx(0.7)
+
+
+def test_rollbacks_count_with_the_attack_that_they_overlap() -> None:
+    turns = [Turn("silent", 20.0, 30.0, {}), Turn("bombs", 40.0, 50.0, {})]
+    result = rollback_figures([(10.0, 0.2), (19.9, 0.4), (25.0, 0.1)], ["rollback: 503"], turns)
+    assert (result["rollbacks"], result["rollbacks_failed"], result["rollback_seconds_max"]) == (3, 1, 0.4)
+    assert result["rollback_seconds"] == {"silent": 0.4, "bombs": None}
 
 
 def test_without_a_vlm_nothing_is_asked_of_it() -> None:
-    assert set(plan(vlm=True)) - set(plan(vlm=False)) == {"fuzzed_sampling"}
-    assert len(plan(vlm=True)) == 7
+    of_vlm = {"fuzzed_sampling", "metadata", "abandoned_chats", "large_pictures"}
+    assert set(plan(vlm=True)) - set(plan(vlm=False)) == of_vlm
+    assert len(plan(vlm=True)) == 15
 
 
 def test_a_bomb_is_a_small_file_of_many_pixels() -> None:
@@ -50,6 +71,52 @@ def test_sampling_parameters_are_odd_and_always_the_same() -> None:
     made = [sampling(first) for _ in range(50)]
     assert made == [sampling(second) for _ in range(50)]
     assert all(len(body) > 3 and json.dumps(body) for body in made)
+
+
+@pytest.mark.parametrize(
+    ("attack", "path", "size"),
+    [
+        (attacks.wrong_labels, "/v1/classify", 4 * 2**20),
+        (attacks.unknown_keys, "/v1/embeddings", 3_000_000),
+        (attacks.metadata, "/v1/chat/completions", 16 * 2**20),
+        (attacks.many_small_images, "/v1/embeddings", 35_000),
+        (attacks.large_pictures, "/v1/chat/completions", 400_000),
+        (attacks.abandoned_chats, "/v1/chat/completions", 18_000),
+    ],
+)
+async def test_an_attack_sends_json_of_its_size(
+    attack: Callable[..., Coroutine[Any, Any, None]], path: str, size: int
+) -> None:
+    came: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
+        came.put_nowait((head, await reader.readexactly(length)))
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        target = Target("127.0.0.1", int(server.sockets[0].getsockname()[1]), max_pixels=40_000_000)
+        attacking = asyncio.create_task(attack(target, connections=3))
+        bodies = []
+        for _ in range(3):
+            head, body = await asyncio.wait_for(came.get(), 60)
+            assert path.encode() in head.split(b"\r\n")[0]
+            bodies.append(body)
+        attacking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await attacking
+    assert max(map(len, bodies)) == pytest.approx(size, rel=0.5)
+    if attack is not attacks.metadata:  # nested deeper than this parser goes
+        assert all(json.loads(body) for body in bodies)
+
+
+def test_small_pictures_are_taken_and_none_comes_twice() -> None:
+    made = {attacks._small_picture() for _ in range(20)}
+    assert len(made) == 20
+    with Image.open(io.BytesIO(base64.b64decode(made.pop().split(",")[1]))) as image:
+        assert (image.size, image.mode, image.format) == ((16, 16), "RGB", "BMP")
 
 
 async def test_an_attacker_counts_answers_and_closed_connections() -> None:

@@ -197,18 +197,18 @@ def test_serves_switches_have_the_names_that_ray_reads(service: dict[str, Any]) 
                 assert f'"{variable["name"]}"' in source, variable["name"]
 
 
-def test_a_proxy_has_as_long_to_get_ready_as_on_one_machine(
+def test_a_proxy_has_as_long_to_get_ready_and_a_message_as_many_bytes_as_on_one_machine(
     service: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environ: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", environ)
     ray_session.prepare_environment(Settings(home=tmp_path))
     monkeypatch.undo()
-    name = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
     for group in groups(service):
-        value = next(each["value"] for each in ray_container(group)["env"] if each["name"] == name)
-        assert value == environ[name]
-        assert float(value) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
+        told = {each["name"]: each.get("value", "") for each in ray_container(group)["env"]}
+        for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"):
+            assert told[name] == environ[name]
+        assert float(told["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
 
 
 @pytest.fixture

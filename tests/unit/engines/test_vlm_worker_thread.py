@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +53,23 @@ def worker(base: VlmBase) -> Iterator[Worker]:
     yield worker
     worker.stop("The test is over.")
     worker.join()
+
+
+async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worker, model: Any) -> None:
+    passes: list[float] = []
+    model.hook(lambda *_: passes.append(worker.passed_at))
+    row = BatchRow(GenerationRequest((Message("user", ("red?",)),)), TOKENS, lambda *_: None, lambda _: None)
+    began = time.monotonic()
+    worker.put(model, row)
+    async with asyncio.timeout(60):
+        while not row.done:
+            await asyncio.sleep(0.01)
+    assert len(row.tokens) < 2 or passes[-1] > began
+    before = worker.passed_at
+    told: queue.Queue[Any] = queue.Queue()
+    worker.put(model, Scoring(row.request, ["a"], told.put, told.put))
+    await asyncio.to_thread(told.get, True, 60)
+    assert worker.passed_at > max(before, began)
 
 
 def poisoned(processor: Any) -> Callable[..., None]:

@@ -28,6 +28,7 @@ class MemoryVlm:
     gate: asyncio.Event | None = None
     dead: str = ""
     inside: int = 0
+    passed_at: float = 0.0
 
     async def start(self) -> None:
         """Nothing to load."""

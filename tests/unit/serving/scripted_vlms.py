@@ -19,7 +19,7 @@ from ops.access import Access
 from ops.settings import Settings
 from ops.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
-from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest, GenerationResult, TokenChunk
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.image_loader import ImageLoader
@@ -70,6 +70,9 @@ class ScriptedVlms:
             "".join(chunk.text for chunk in chunks), tuple(t for chunk in chunks for t in chunk.tokens),
             tuple(p for chunk in chunks for p in chunk.logprobs), 7, self.finish,
         )  # fmt: skip
+
+    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
+        await self.reply(PROBE, snapshot, deadline)
 
     async def score(
         self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float

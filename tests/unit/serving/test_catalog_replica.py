@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from ops.settings import Settings
+from ops.settings.serving import Serve
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
+from serving.engines.preprocess import Preprocess
+from serving.messages import EncodeResult
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Residency
+from serving.replicas import catalog as catalog_replica
 from serving.replicas.catalog import CatalogReplica
 from streams.store import SampleStore
 from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, vector
@@ -66,3 +75,38 @@ async def test_while_the_ledger_is_away_it_says_that_there_is_no_index(
     catalog = Catalog(Tables(str(tmp_path / "catalog")), SampleStore(str(tmp_path / "lake")), pixels, Encoder())
     one = replica(catalog, Ledger(()), monkeypatch)
     assert "has no index here" in await one.search("bbbb", vector(3), 1, Filters())
+
+
+async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not_be_so_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(home=tmp_path, serve=Serve(max_image_bytes=1024, max_pixels=100))
+    image = jpeg(40, 30)
+    assert len(image) > settings.serve.max_image_bytes
+    put(SampleStore(settings.lake), rows(0, 1, image=image), 1)
+    for name in ("close_replica_port", "configure_replica_logging", "settle"):
+        monkeypatch.setattr(catalog_replica, name, lambda *_: None)
+
+    async def at_once() -> None:
+        """No CLIP is waited for."""
+
+    monkeypatch.setattr(catalog_replica, "wait_for_clip", at_once)
+    base = SimpleNamespace(preprocess=Preprocess(size=16))
+    monkeypatch.setattr("serving.engines.clip_base.load_base", lambda *_: base)
+
+    async def encode(_: str, batch: np.ndarray, __: str | None) -> EncodeResult:
+        return EncodeResult(np.stack([vector(3) for _ in batch]), None)
+
+    encoder: Any = SimpleNamespace(encode_background=SimpleNamespace(remote=encode))
+    one = object.__new__(CatalogReplica)
+    await one.__init__(settings, encoder)  # type: ignore[misc]
+    await one.catalog.adopt([HERE])
+    await settle(one.catalog)
+    (hit,) = await one.catalog.search(HERE.image_space, vector(3), 1, Filters())
+    assert hit.text == "text 0"
+
+
+def jpeg(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((width, height), 90).save(buffer, "JPEG", quality=100)
+    return buffer.getvalue()

@@ -36,9 +36,9 @@ class Engine:
         return [EncodeResult(np.full((len(r.payload), 1), 1, np.float32), r.adapter) for r in requests]
 
     def submit(
-        self, adapter: str, texts: int = 1, kind: Modality = "text", left: float = 60
+        self, adapter: str, texts: int = 1, kind: Modality = "text", left: float = 60, caller: str = ""
     ) -> asyncio.Task[EncodeResult]:
-        request = EncodeRequest(kind, ["x"] * texts, adapter, time.monotonic() + left)
+        request = EncodeRequest(kind, ["x"] * texts, adapter, time.monotonic() + left, caller)
         return asyncio.create_task(self.queue.submit(request))
 
     async def busy(self) -> asyncio.Task[EncodeResult]:
@@ -84,7 +84,38 @@ async def test_a_flood_of_one_adapter_lets_another_wait_for_one_batch(engine: En
     assert engine.adapters[1:4] == [{STABLE}, {CANARY}, {STABLE}]
 
 
-async def test_requests_of_a_group_run_in_the_order_of_their_arrival(engine: Engine) -> None:
+async def test_a_flood_of_one_caller_lets_another_wait_for_one_batch(engine: Engine) -> None:
+    first = await engine.busy()
+    flood = [engine.submit(STABLE, MAX_TEXTS, caller="flood") for _ in range(100)]
+    await submitted(*flood)
+    good = [engine.submit(STABLE, caller="good") for _ in range(2)]
+    await submitted(*good)
+    engine.go.set()
+    await asyncio.gather(first, *good, *flood)
+    assert [[r.caller for r in batch] for batch in engine.batches[1:4]] == [["flood"], ["good", "good"], ["flood"]]
+    assert len(engine.batches) == 1 + 100 + 1
+
+
+async def test_a_batch_is_filled_with_one_request_of_each_caller_in_turn(engine: Engine) -> None:
+    first = await engine.busy()
+    tasks = [engine.submit(STABLE, caller=caller) for caller in "aaaaaabbc"]
+    await submitted(*tasks)
+    engine.go.set()
+    await asyncio.gather(first, *tasks)
+    assert ["".join(r.caller for r in batch) for batch in engine.batches[1:]] == ["abca", "baaa", "a"]
+
+
+async def test_a_request_that_did_not_fit_is_the_first_of_the_next_batch(engine: Engine) -> None:
+    first = await engine.busy()
+    sizes = [("a", 1), ("b", MAX_TEXTS), ("c", 1), ("c", 2), ("c", 1)]
+    tasks = [engine.submit(STABLE, texts, caller=caller) for caller, texts in sizes]
+    await submitted(*tasks)
+    engine.go.set()
+    await asyncio.gather(first, *tasks)
+    assert [[r.caller for r in batch] for batch in engine.batches[1:]] == [["a", "c", "c"], ["b"], ["c"]]
+
+
+async def test_requests_of_a_caller_run_in_the_order_of_their_arrival(engine: Engine) -> None:
     first = await engine.busy()
     tasks = [engine.submit(STABLE, texts=count) for count in (3, 2, 1)]
     await submitted(*tasks)

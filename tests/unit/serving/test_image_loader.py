@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from ops.settings.serving import Serve
 from ratchet_client.images import OpenedImage, decode_image, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
-from serving.http.image_loader import ImageLoader, decoding_pixels, jobs_of
+from serving.http.image_loader import ImageLoader, ImageSource, decoding_pixels, jobs_of
 from tests.unit.serving.scripted_vlms import png
 
 
@@ -30,6 +32,11 @@ def jpeg(progressive: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+async def pictures(images: ImageLoader, sources: Sequence[ImageSource]) -> tuple[np.ndarray, ...]:
+    async with images.pictures(sources) as made:
+        return made
+
+
 async def test_the_pixels_of_a_request_are_bounded_together_and_nothing_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -37,7 +44,7 @@ async def test_the_pixels_of_a_request_are_bounded_together_and_nothing_is_decod
     picture = png(100, 100)
     assert (await images.pixels([("images.0", picture), ("images.1", picture)])).shape == (2, 16, 16, 3)
     monkeypatch.setattr(OpenedImage, "decode", None)
-    for load in (images.pixels, images.pictures):
+    for load in (images.pixels, partial(pictures, images)):
         with pytest.raises(ApiError, match="30000 pixels together, more than 25000") as caught:
             await load([(f"images.{n}", picture) for n in range(3)])
         assert (caught.value.status_code, caught.value.code, caught.value.param) == (413, "too_many_pixels", "images")
@@ -78,7 +85,8 @@ async def test_many_small_images_are_decoded_in_few_jobs_and_keep_their_order() 
     inspected = await images.inspect([(f"images.{index}", png(*size)) for index, size in enumerate(sides)])
     assert [len(job) for job in jobs_of(inspected)] == [4, 4, 4, 4]
     assert [len(job) for job in jobs_of(inspected[:2])] == [1, 1], "each thread has one"
-    together = await images.decode(inspected)
+    async with images.decoded(inspected) as together:
+        pass
     alone = [(await images.pixels([("image", png(*size))]))[0] for size in sides]
     assert np.array_equal(together, alone)
 
@@ -119,7 +127,7 @@ async def test_a_jpeg_is_decoded_at_the_scale_that_the_model_needs(monkeypatch: 
     Image.effect_noise((160, 100), 80).save(buffer, "JPEG")
     images = ImageLoader(Preprocess(size=16), Serve())
     assert (await images.pixels([("image", buffer.getvalue())])).shape == (1, 16, 16, 3)
-    assert [picture.shape for picture in await images.pictures([("image", buffer.getvalue())])] == [(100, 160, 3)]
+    assert [picture.shape for picture in await pictures(images, [("image", buffer.getvalue())])] == [(100, 160, 3)]
     assert sizes == [(40, 25), (160, 100)]
 
 
@@ -127,6 +135,13 @@ async def test_a_thumbnail_is_a_png_of_the_size_asked_for() -> None:
     data = await loader().thumbnail(png(200, 100), 50)
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == ("PNG", (50, 25))
+
+
+async def test_a_sample_that_ingest_accepted_has_a_thumbnail_however_large_it_is() -> None:
+    data = await loader(max_image_bytes=1024, max_pixels=100).thumbnail(jpeg(), 20)
+    assert len(jpeg()) > 1024
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (20, 13)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])

@@ -38,7 +38,9 @@ class PlainBroadcast:
     vlm_up: bool = True
     deaf: bool = False
     stuck: str = ""
+    unstick: asyncio.Event = field(default_factory=asyncio.Event)
     gate: asyncio.Event | None = None
+    retire_gate: asyncio.Event | None = None
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
         self.prepared.append(clip)
@@ -62,7 +64,7 @@ class PlainBroadcast:
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         self.covered.append((snapshot.image_space, wait))
         if snapshot.image_space == self.stuck:
-            await asyncio.Event().wait()
+            await self.unstick.wait()
         return 7
 
     async def resident(self) -> list[ReleaseSnapshot]:
@@ -84,6 +86,8 @@ class PlainBroadcast:
 
     async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
         self.loaded.append((*clips, *vlms))
+        if self.retire_gate is not None:
+            await self.retire_gate.wait()
 
 
 @pytest.fixture
@@ -229,6 +233,47 @@ async def test_what_is_being_prepared_is_not_retired(protocol: ReleaseProtocol, 
     assert broadcast.kept == [[1, 2]]
     assert broadcast.loaded == [(None, "b", None, "v")]
     slow.cancel()
+
+
+async def test_what_is_prepared_while_replicas_unload_others_is_announced(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+) -> None:
+    await release(protocol, "a")
+    broadcast.retire_gate = asyncio.Event()
+    retiring = asyncio.create_task(protocol.retire())
+    await until(lambda: broadcast.loaded)
+    broadcast.stuck = "i-b"
+    slow = asyncio.create_task(release(protocol, "b"))
+    await until(lambda: ("i-b", True) in broadcast.covered)
+    broadcast.retire_gate.set()
+    await retiring
+    broadcast.unstick.set()
+    assert (await slow).acknowledged == 3
+    assert broadcast.windows[-1] == [3, 2]
+
+
+@pytest.mark.parametrize("when", [2, 3])  # the first look asks what is in flight
+async def test_what_is_committed_while_retire_looks_what_is_resident_stays_loaded(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    broadcast.stuck = "i-b"
+    slow = asyncio.create_task(release(protocol, "b"))
+    await until(lambda: ("i-b", True) in broadcast.covered)
+    residency, looks = protocol.residency, 0
+
+    async def outdated() -> Residency:
+        nonlocal looks
+        looks += 1
+        found = await residency()
+        if looks == when:
+            broadcast.unstick.set()
+            await slow
+        return found
+
+    monkeypatch.setattr(protocol, "residency", outdated)
+    await protocol.retire()
+    assert broadcast.kept == [[1, 2]]
+    assert [set(loaded) for loaded in broadcast.loaded] == [{None, "b"}]
 
 
 async def test_a_rollback_with_nothing_behind_says_so(protocol: ReleaseProtocol) -> None:

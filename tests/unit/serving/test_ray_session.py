@@ -56,6 +56,17 @@ def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> N
     assert told <= read
 
 
+def test_a_message_between_replicas_may_have_the_pixels_of_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"TMPDIR": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", environ)
+    settings = load_settings(overrides={"home": tmp_path}, environ={})
+    ray_session.prepare_environment(settings)
+    pictures = 3 * settings.serve.max_pixels  # gRPC's default, 4 MiB, is a picture of 1.4 megapixels
+    assert int(environ["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) > pictures + 2**20
+
+
 def test_a_command_that_inherits_the_servers_environment_reads_its_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

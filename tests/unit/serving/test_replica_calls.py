@@ -112,6 +112,13 @@ async def test_encoders_get_the_time_left_because_their_clocks_may_differ() -> N
     assert 0 < handle.asked[0][-1] <= 60
 
 
+async def test_encoders_are_told_whose_turn_a_request_takes() -> None:
+    handle: Any = Handle(*[[EncodeResult(VECTOR, "clip-a", "i", "t")] for _ in range(2)])
+    calls = EncoderCalls(handle, max_batch=1)
+    await calls.encode("image", np.zeros((2, 1, 1, 3), np.uint8), SNAPSHOT, time.monotonic() + 60, "key:7")
+    assert [asked[3] for asked in handle.asked] == ["key:7"] * 2
+
+
 async def test_a_clock_that_is_set_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     deadline = app_state(None).deadline()
     monkeypatch.setattr("time.time", lambda: 4e9)

@@ -6,9 +6,10 @@ import pytest
 
 from ops.settings.section import MIB
 from ops.settings.serving import Serve
-from serving.app import encoder_scale, ingress_scale, vlm_scale
+from serving.app import encoder_calls, encoder_scale, ingress_scale, vlm_scale
 from serving.http.rate_limit import RateLimiter
 from serving.http.replica_share import SHARED, share_of
+from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
 
 
 def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> None:
@@ -34,6 +35,13 @@ def test_callers_have_their_rate_over_all_processes() -> None:
     limiters = [RateLimiter(lambda: now, replicas=2) for _ in range(2)]
     granted = sum(limiter.take("ann", 10) == 0 for limiter in limiters for _ in range(10))
     assert granted == 10
+
+
+@pytest.mark.parametrize("bounds", [{"max_images": 100, "max_texts": 1}, {"max_images": 1, "max_texts": 50}])
+def test_no_piece_of_a_request_waits_in_front_of_the_encoders(bounds: dict[str, int]) -> None:
+    settings = Serve.model_validate({"queue": 10, "max_batch": 16, **bounds})
+    pieces = max(-(-settings.max_images // 16), -(-settings.max_texts * PROMPTS_PER_TEXT // (16 * IMAGE_COST)))
+    assert pieces == 7 and encoder_calls(settings) > settings.queue * pieces
 
 
 SCALES = {"ingress": (ingress_scale, 32), "encoder": (encoder_scale, 48), "vlm": (vlm_scale, 5)}

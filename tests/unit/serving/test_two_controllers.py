@@ -14,6 +14,7 @@ from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
 from ops.settings import Settings
 from serving.releases import controller as controllers
+from serving.releases import protocol as protocols
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.controller import ReleaseController
 from serving.releases.lease import ControllerLease
@@ -87,6 +88,46 @@ async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(ledger: Le
         await leading.step()
     with pytest.raises(ReleaseError, match="damaged"):
         await ordered
+
+
+@pytest.mark.parametrize("preparing", [False, True])
+async def test_what_is_ordered_beside_a_leader_that_stands_still_fails_and_says_so(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, preparing: bool
+) -> None:
+    monkeypatch.setattr(protocols, "FOLLOW_SECONDS", 0.01)
+    monkeypatch.setattr(protocols, "STANDSTILL_SECONDS", 0.1)
+    leader = ControllerLease(ledger)
+    await leader.keep()
+    await ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=leader).start()
+    beside = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=ControllerLease(ledger))
+    ordered = asyncio.create_task(beside.release(release("a", 1)))
+    await until(ledger.pending_proposals)
+    (proposal,) = ledger.pending_proposals()
+    if preparing:
+        ledger.advance_proposal(proposal.id, "preparing")
+    with pytest.raises(ReleaseError, match=r"the controller that leads .* has done nothing for 0.1 s"):
+        await asyncio.wait_for(ordered, 30)
+    assert ledger.proposal(proposal.id).state == "failed"  # it is not carried out later
+
+
+async def test_what_a_leader_prepares_for_long_is_waited_for(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocols, "FOLLOW_SECONDS", 0.01)
+    monkeypatch.setattr(protocols, "STANDSTILL_SECONDS", 0.3)
+    leader, broadcast = ControllerLease(ledger), PlainBroadcast()
+    await leader.keep()
+    leading = ReleaseProtocol(ledger, broadcast, window=2, lease=leader)
+    await leading.start()
+    beside = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=ControllerLease(ledger))
+    broadcast.gate = asyncio.Event()
+    ordered = asyncio.create_task(beside.release(release("a", 1)))
+    await until(ledger.pending_proposals)
+    step = asyncio.create_task(leading.step())
+    for _ in range(20):
+        await leader.keep()
+        await asyncio.sleep(0.05)
+    broadcast.gate.set()
+    await step
+    assert (await ordered).number == 2
 
 
 async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_conflicts(ledger: Ledger) -> None:

@@ -44,7 +44,9 @@ class Encoders:
         self.encoded: Counter[str] = Counter()
         self.nan = False
 
-    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
         self.encoded[kind] += len(payload)
         vectors = np.zeros((len(payload), DIM), np.float32)
         vectors[:, 0] = np.nan if self.nan else snapshot.release
@@ -88,8 +90,8 @@ def test_the_bound_covers_what_an_entry_really_takes() -> None:
 
 async def test_a_text_that_comes_again_is_not_encoded_and_counts_its_tokens() -> None:
     vectors, encoders = clip_vectors()
-    first = await vectors.of_texts(["cat", "a dog", "cat"], LIVE, 0.0)
-    again = await vectors.of_texts(["a dog", "cat", "cat"], LIVE, 0.0)
+    first = await vectors.of_texts(["cat", "a dog", "cat"], LIVE, 0.0, "")
+    again = await vectors.of_texts(["a dog", "cat", "cat"], LIVE, 0.0, "")
     assert encoders.encoded == {"text": 2}
     np.testing.assert_array_equal(again.rows, first.rows[[1, 0, 2]])
     assert (first.tokens, again.tokens, again.logit_scale) == (5 + 7 + 5, 7 + 5 + 5, 7.0)
@@ -100,7 +102,7 @@ async def test_a_release_is_answered_by_vectors_of_its_own_spaces_only() -> None
     picture = [("image", png(20, 20))]
     for _ in range(2):
         for snapshot in (LIVE, TEXT_CHANGED):
-            texts = await vectors.of_texts(["cat"], snapshot, 0.0)
+            texts = await vectors.of_texts(["cat"], snapshot, 0.0, "")
             images = await vectors.of_images(picture, snapshot, 0.0, "")
             assert texts.rows[0, 0] == snapshot.release
             assert images.rows[0, 0] == 1  # of both: the image tower is the same
@@ -112,7 +114,7 @@ async def test_what_an_encoder_made_in_another_space_is_neither_answered_nor_kep
     vectors, encoders = clip_vectors(max_bytes)
     encoders.spaces[None] = ("image-0", "text-0")
     with pytest.raises(WrongSpace, match="text-0"):
-        await vectors.of_texts(["cat"], LIVE, 0.0)
+        await vectors.of_texts(["cat"], LIVE, 0.0, "")
     with pytest.raises(WrongSpace, match="image-0"):
         await vectors.of_images([("image", png(20, 20))], LIVE, 0.0, "")
     assert len(vectors.cache) == 0
@@ -123,19 +125,19 @@ async def test_texts_that_are_cut_are_named_also_when_they_come_again(max_bytes:
     vectors, _ = clip_vectors(max_bytes)
     texts = ["short", "x" * 21, "y" * 20, "x" * 21]
     for _ in range(2):
-        answer = await vectors.of_texts(texts, LIVE, 0.0)
+        answer = await vectors.of_texts(texts, LIVE, 0.0, "")
         assert (answer.cut, answer.headers) == ((1, 3), {"x-ratchet-truncated": "2"})
-    assert (await vectors.of_texts(texts[:1], LIVE, 0.0)).headers == {}
+    assert (await vectors.of_texts(texts[:1], LIVE, 0.0, "")).headers == {}
 
 
 @pytest.mark.parametrize("seen", [False, True])
 async def test_a_text_that_may_not_be_cut_is_refused_by_its_name(seen: bool) -> None:
     vectors, encoders = clip_vectors()
     if seen:
-        await vectors.of_texts(["x" * 21], LIVE, 0.0)
+        await vectors.of_texts(["x" * 21], LIVE, 0.0, "")
     before = encoders.encoded.total()
     with pytest.raises(ApiError, match="more tokens") as caught:
-        await vectors.of_texts(["x" * 20, "x" * 21], LIVE, 0.0, ["input.0", "input.4"])
+        await vectors.of_texts(["x" * 20, "x" * 21], LIVE, 0.0, "", ["input.0", "input.4"])
     assert (caught.value.param, caught.value.code, caught.value.status_code) == ("input.4", "text_too_long", 400)
     assert seen or encoders.encoded.total() == before
 
@@ -152,7 +154,7 @@ async def test_an_image_that_is_cached_is_checked_all_the_same() -> None:
 
 async def test_without_room_everything_is_encoded() -> None:
     vectors, encoders = clip_vectors(max_bytes=0)
-    answer = await vectors.of_texts(["cat", "cat"], LIVE, 0.0)
+    answer = await vectors.of_texts(["cat", "cat"], LIVE, 0.0, "")
     assert (encoders.encoded["text"], answer.tokens, len(vectors.cache)) == (2, 10, 0)
 
 
@@ -160,5 +162,5 @@ async def test_values_that_are_not_finite_are_an_error_and_are_not_kept() -> Non
     vectors, encoders = clip_vectors()
     encoders.nan = True
     with pytest.raises(ApiError, match="not finite"):
-        await vectors.of_texts(["cat"], LIVE, 0.0)
+        await vectors.of_texts(["cat"], LIVE, 0.0, "")
     assert len(vectors.cache) == 0

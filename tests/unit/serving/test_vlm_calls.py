@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, Message, TokenChunk
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.messages import Refusal
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -147,7 +147,7 @@ async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> N
         await calls.reply(ASK, SNAPSHOT, soon())
     with pytest.raises(QueueFull):
         await texts(calls)
-    assert await calls.reply(PROBE, SNAPSHOT, soon()) == REPLY
+    await calls.probe(SNAPSHOT, soon())
     waiting.cancel()
     with suppress(asyncio.CancelledError):
         await waiting
@@ -155,6 +155,12 @@ async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> N
     with pytest.raises(QueueFull):
         await calls.reply(ASK, SNAPSHOT, soon())
     assert calls.running == 0
+
+
+async def test_a_probe_of_a_busy_replica_is_answered_as_a_full_queue_is() -> None:
+    calls = VlmCalls(Handle([Refusal("busy", "it answers others")]), limit=1)  # type: ignore[arg-type]
+    with pytest.raises(QueueFull):
+        await calls.probe(SNAPSHOT, soon())
 
 
 @pytest.mark.parametrize("stream", [True, False])

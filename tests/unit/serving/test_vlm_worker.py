@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,45 @@ async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
         await worker.check_health()
     monkeypatch.undo()
     await worker.check_health()  # what passes by itself is no reason to be replaced
+
+
+async def test_a_busy_replica_that_makes_progress_says_so_and_one_that_hangs_does_not(
+    artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.replicas.vlm_worker.STALL_SECONDS", 0.1)
+    worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
+    assert isinstance(await worker.probe(None, soon()), GenerationResult)
+    engine.gate = asyncio.Event()
+    waiting = asyncio.create_task(worker.reply(ASK, None, soon()))
+    await until(lambda: engine.running())
+    await asyncio.sleep(0.15)
+    engine.passed_at = time.monotonic()
+    busy = await worker.probe(None, soon())
+    assert isinstance(busy, Refusal) and busy.code == "busy"
+    await asyncio.sleep(0.15)
+    hung = await worker.probe(None, 0.05)
+    assert isinstance(hung, Refusal) and hung.code == "late"
+    waiting.cancel()
+
+
+async def test_a_replica_whose_requests_are_all_late_is_healthy_while_its_engine_makes_progress(
+    artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.replicas.forward_health.PROBE_LIMIT_SECONDS", 0.01)
+    monkeypatch.setattr("serving.replicas.vlm_worker.STALL_SECONDS", 0.1)
+    worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
+    engine.gate = asyncio.Event()
+    waiting = asyncio.create_task(worker.reply(ASK, None, soon()))
+    await until(lambda: engine.running())
+    await asyncio.sleep(0.15)
+    for _ in range(5):
+        engine.passed_at = time.monotonic()
+        await worker.check_health()
+    await asyncio.sleep(0.15)
+    with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
+        for _ in range(3):
+            await worker.check_health()
+    waiting.cancel()
 
 
 async def test_closing_a_stream_aborts_its_request(worker: VlmWorker, engine: MemoryVlm) -> None:
