@@ -166,13 +166,15 @@ class Batch:
                 continue
             row = result.row
             position = name_of((row["topic"], row["partition"], row["offset"]))
-            sample = Sample(bytes.fromhex(row["id"]), position, row["look"], row["words"])
+            sample = Sample(
+                bytes.fromhex(row["id"]), position, row["look"], row["words"], row["domain"], bool(row["question"])
+            )
             duplicate = self.index.find(sample)
             if duplicate is not None:
                 outcome.duplicates[duplicate.kind] += 1
                 rows.append(duplicate_row(row, duplicate.kind, duplicate.id))
                 continue
-            self.index.add(sample)
+            row = {**row, "split": self.index.add(sample)}
             outcome.samples[row["split"]] += 1
             rows.append(row)
         return rows

@@ -32,7 +32,6 @@ class Work:
 
     limits: Ingest
     kafka: Kafka
-    split_key: bytes
 
     @property
     def threads(self) -> int:
@@ -48,7 +47,7 @@ class Work:
             if registry is not None:
                 registry.close()
 
-        return Rules(self.limits, self.split_key, fetcher.fetch, registry, end)
+        return Rules(self.limits, fetcher.fetch, registry, end)
 
 
 class ProcessValidators:

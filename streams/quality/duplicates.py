@@ -1,10 +1,10 @@
-"""Finding samples that are there already: the same content, or the same look with the same words.
+"""Finding samples that are there already: the same content, or the same look with the same words; and the split.
 
 The index is a SQLite file beside the worker, which it fills from the store and never holds in memory: some 200 bytes of
 disk a sample. It is no truth: a file that is lost, damaged or of another store is made anew from the store.
 
 A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
-(:mod:`streams.quality.bands` finds those without comparing with all).
+(:mod:`streams.quality.bands` finds those without comparing with all). :mod:`streams.quality.sides` has the split.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -25,8 +26,9 @@ from ops.progress import track
 from streams.conditions import quoted
 from streams.quality.bands import bands_of, masks
 from streams.quality.look import Look, similar
+from streams.quality.sides import TABLES, SplitRule
 from streams.quality.staging import Staging
-from streams.rows import RecordPosition, name_of, parse_position
+from streams.rows import RecordPosition, Split, name_of, parse_position
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 
@@ -45,8 +47,10 @@ CHECKPOINT_PAGES: Final = 8000
 """Of 4 KiB, between two checkpoints. A batch changes a page for each of its samples once there are many pages: with
 SQLite's 1,000 each fifth commit waits for the disk."""
 WAIT_SECONDS: Final = 60.0
-_FORMAT: Final = "1"
-_COLUMNS: Final = ["kind", "id", "topic", "partition", "offset", "look", "words"]
+_FORMAT: Final = "2"
+_COLUMNS: Final = [
+    "kind", "id", "topic", "partition", "offset", "look", "words", "split", "domain", "question",
+]  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -60,6 +64,9 @@ class Sample(NamedTuple):
     """:attr:`streams.quality.look.Look.data`; None for one that is not compared by it."""
     words: int
     """Of :func:`words_hash`."""
+    domain: str = ""
+    asks: bool = False
+    """Whether it has a question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +80,13 @@ class Duplicate:
 class DuplicateIndex:
     """Samples to compare with. Several processes may share a file; use each object from one thread."""
 
-    def __init__(self, path: Path | str, store: str, distance: int = 0) -> None:
+    def __init__(self, path: Path | str, store: str, distance: int = 0, split: SplitRule | None = None) -> None:
         """
         Args:
             path: the file; ``:memory:`` for none.
             store: name of the store that it follows.
             distance: bits in which the hashes of near duplicates may differ; 0 wants equal ones, :data:`OFF` none.
+            split: holds nothing out by default.
 
         Raises:
             StoreUnavailable: the file cannot be written.
@@ -87,7 +95,8 @@ class DuplicateIndex:
         self.distance = distance
         self._masks = masks(distance)
         self._doubles: list[tuple[str, RecordPosition]] = []
-        self._identity = f"{_FORMAT} {store} {distance}"
+        self._split = split or SplitRule()
+        self._identity = f"{_FORMAT} {store} {distance} {blake2b(self._split.key, digest_size=8).hexdigest()}"
         self._damaged = True
         self._interrupted = False
         with self._in_use():
@@ -142,14 +151,17 @@ class DuplicateIndex:
                         return Duplicate("perceptual", other.hex())
         return None
 
-    def add(self, sample: Sample) -> None:
-        """Remember a sample that :meth:`find` does not know."""
+    def add(self, sample: Sample) -> Split:
+        """Remember a sample that :meth:`find` does not know. Returns its side of the split."""
         with self._in_use():
             self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", sample[:2])
+            columns = self._split.columns(sample.look, sample.domain, sample.asks)
+            side = self._split.assign(self._db, columns)
             if self.distance != OFF and sample.look is not None:
                 bands = bands_of(Look.parse(sample.look).phash, sample.words, self._masks)
                 rows = [(band, sample.id, sample.look) for band in bands]
                 self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", rows)
+            return side
 
     def stored(self, version: int, fragment: int) -> None:
         """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
@@ -185,7 +197,7 @@ class DuplicateIndex:
         positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version, last)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
         with self._in_use():
-            staging = Staging(self._db, self._masks)
+            staging = Staging(self._db, self._masks, self._split)
             for fragment in track(fresh, "building the duplicate index") if last < 0 else fresh:
                 if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
                     self._take(dataset, fragment, staging, last < 0)
@@ -256,6 +268,7 @@ class DuplicateIndex:
                 "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT);"
                 "CREATE TABLE ids (id BLOB PRIMARY KEY, position TEXT) WITHOUT ROWID;"
                 "CREATE TABLE looks (band INTEGER, id BLOB, look BLOB, PRIMARY KEY (band, id)) WITHOUT ROWID;"
+                f"{TABLES}"
                 "COMMIT;"
             )
             self._set_meta("identity", self._identity)

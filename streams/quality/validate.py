@@ -18,7 +18,7 @@ from ops.settings.streams import Ingest as Limits
 from ratchet_client.images import decode_image
 from ratchet_client.records import Sample, check_text
 from streams.codecs import Fetch, decode
-from streams.quality.look import look_of, split_of
+from streams.quality.look import look_of
 from streams.registry import SchemaRegistry
 from streams.rows import RecordPosition, record_key, words_hash
 
@@ -66,8 +66,6 @@ class Rules:
     """What a record is held against."""
 
     limits: Limits
-    split_key: bytes
-    """Of the store: see :func:`streams.quality.look.split_of`."""
     fetch: Fetch | None = None
     """Gets images that a record names; without it such records are refused."""
     registry: SchemaRegistry | None = None
@@ -77,7 +75,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A valid sample: its row in the store."""
+    """A valid sample: its row in the store, but for the side of the split."""
 
     row: StoreRow
     record: Received | None = None
@@ -153,7 +151,6 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
         "id": sample.id,
         "time": sample.time or record_time(record.timestamp) or now,
         "ingested_at": now,
-        "split": split_of(look, rules.split_key, limits.fresh_eval_share),
         "look": look.data,
         "words": words_hash(sample.text, sample.question, sample.answer),
         "size": len(sample.image),

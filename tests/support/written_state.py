@@ -32,6 +32,7 @@ from streams import deletion
 from streams.assignment import Reading, start_position
 from streams.batch import Batch
 from streams.quality.duplicates import DuplicateIndex
+from streams.quality.sides import SplitRule
 from streams.quality.validate import Received, Rules, validate
 from streams.store import SampleStore
 from streams.writer import StoreWriter
@@ -91,12 +92,12 @@ def write_lake(folder: Path) -> dict[str, Any]:
     known = store.positions().values()
     claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
     readings = [Reading(claim, 0) for claim in claims]
-    with closing(DuplicateIndex(":memory:", name)) as index:
+    with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, Ingest().fresh_eval_share))) as index:
         batch = Batch(Kafka(), writer, index)
         for number, record in enumerate(records()):
             reading = readings[record.partition]
             reading.next = record.offset + 1
-            batch.add(reading, reading.next, validate(record, Rules(Ingest(), split_key)), record.size)
+            batch.add(reading, reading.next, validate(record, Rules(Ingest())), record.size)
             if number % 25 == 24:
                 batch.commit(lambda reading: None)
         batch.commit(lambda reading: None)

@@ -130,7 +130,7 @@ def test_what_is_accepted_can_be_carried_out(store: SampleStore, selector: dict[
 def test_a_tombstone_removes_refused_records_whatever_the_length_of_their_key(
     store: SampleStore, ledger: Ledger, key: bytes, of_this_version: bool, together: bool
 ) -> None:
-    rules = Rules(Ingest(), b"key")
+    rules = Rules(Ingest())
     row = validate(Received(TOPIC, 0, 0, b"private", key), rules)
     other = validate(Received(TOPIC, 0, 1, b"private", key + b"!"), rules)
     tombstone = validate(Received(TOPIC, 0, 2, None, key), rules)
