@@ -10,6 +10,8 @@ Every record of the topic becomes one row, so that each can be accounted for:
     gap         offsets that were lost before they were read                     position (first), until, reason
     deleted     what is left of a deleted sample or refusal: its receipt         position, id, split, reason, detail,
                                                                                  tags (which of text, question it had)
+                of a sample that was corrected                                   position, id, reason, detail, sent_at,
+                                                                                 duplicate_of (where the id stays)
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
 Readers of the store see samples only.
@@ -85,6 +87,7 @@ SCHEMA: Final = pa.schema(
         ("published", pa.int64()),
         ("epoch", pa.int64()),
         ("tally", pa.string()),  # JSON of a Tally
+        ("sent_at", _UTC),  # a record's CreateTime; of the receipt of a corrected sample that of its correction
     ]
 )
 POSITION_SCHEMA: Final = pa.schema([SCHEMA.field(name) for name in POSITION_COLUMNS])
@@ -208,7 +211,8 @@ def newest_of_topic(positions: Iterable[Position], topic: str) -> dict[int, Posi
 
 
 def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
-    """The row that stands for a sample which repeats the sample ``of``; ``kind`` is ``exact`` or ``perceptual``."""
+    """The row that stands for a sample which repeats the sample ``of``, or is ``older`` than it: see
+    :data:`streams.quality.duplicates.DuplicateKind`."""
     keep = {name: row[name] for name in ("id", "topic", "partition", "offset", "ingested_at", "key", "source")}
     return {**keep, "kind": "duplicate", "reason": f"duplicate_{kind}", "duplicate_of": of}
 

@@ -100,14 +100,27 @@ class StoreWriter:
             "Are there more ingest processes than partitions? Stop some.",
         )
 
-    def commit(self, rows: Rows | pa.Table, moves: Sequence[tuple[Claim, Position]]) -> int:
+    def commit(
+        self,
+        rows: Rows | pa.Table,
+        moves: Sequence[tuple[Claim, Position]],
+        replaced: Mapping[RecordPosition, dict[str, Any]] | None = None,
+    ) -> int:
         """Store rows and the new positions of their partitions in one transaction. Returns the version.
+
+        Args:
+            replaced: of samples that are taken out in the same transaction, each with the receipt that stands for it
+                then. One that is gone already is passed over.
 
         Raises:
             Superseded: a claim is not the newest; nothing was stored.
             StoreUnavailable: nothing was stored; to be tried again.
         """
-        return self._commit(rows, moves)
+        if not replaced:
+            return self._commit(rows, moves)
+        where = f"kind = 'sample' AND ({_at(replaced)})"
+        _, version = self._swap(where, lambda row: replaced[row["topic"], row["partition"], row["offset"]], rows, moves)
+        return version
 
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
         """Claim, and store rows with the positions behind them: for data that does not come from a consumer."""
@@ -136,23 +149,16 @@ class StoreWriter:
             StoreUnavailable: nothing was deleted; to be tried again.
         """
         now = datetime.now(UTC)
-        return self._swap(f"{CONTENT} AND ({where})", lambda row: deletion_row(row, reason, detail, now))
+        return self._swap(f"{CONTENT} AND ({where})", lambda row: deletion_row(row, reason, detail, now))[0]
 
     def remove_rows(self, details: Mapping[RecordPosition, str], reason: str) -> list[dict[str, Any]]:
         """Like :meth:`remove`, of the rows at some positions, each with the detail for its own receipt."""
         now = datetime.now(UTC)
-        offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for stream, partition, offset in details:
-            offsets[stream, partition].append(offset)
-        places = " OR ".join(
-            f"(topic = {quoted(stream)} AND partition = {partition} AND offset IN ({', '.join(map(str, each))}))"
-            for (stream, partition), each in offsets.items()
-        )
 
         def receipt(row: dict[str, Any]) -> dict[str, Any]:
             return deletion_row(row, reason, details[row["topic"], row["partition"], row["offset"]], now)
 
-        return self._swap(f"{CONTENT} AND ({places})", receipt) if details else []
+        return self._swap(f"{CONTENT} AND ({_at(details)})", receipt)[0] if details else []
 
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
@@ -161,16 +167,23 @@ class StoreWriter:
             f"kind = 'sample' AND id = {quoted(sample_id)} AND topic = {quoted(stream)} AND partition = {partition}"
             f" AND offset = {offset}"
         )
-        return bool(self._swap(where, lambda row: duplicate_row(row, "exact", sample_id)))
+        return bool(self._swap(where, lambda row: duplicate_row(row, "exact", sample_id))[0])
 
-    def _swap(self, where: str, receipt: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
-        """Put another row in the place of each that meets a condition. Returns those that were there."""
+    def _swap(
+        self,
+        where: str,
+        receipt: Callable[[dict[str, Any]], dict[str, Any]],
+        new: Rows = (),
+        moves: Sequence[tuple[Claim, Position]] = (),
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Put another row in the place of each that meets a condition, and store new ones. Returns those that were
+        there, and the version."""
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
             table = dataset.to_table(columns=_REMOVED, filter=where, with_row_address=True)
             rows: list[dict[str, Any]] = table.to_pylist()
             if not rows:
-                return []
+                return [], self._commit(new, moves) if moves else int(dataset.version)
             parts = {int(row["_rowaddr"]) >> 32 for row in rows}
             changed = {number: dataset.get_fragment(number).delete(where) for number in sorted(parts)}
             receipts = [receipt(row) for row in rows]
@@ -178,11 +191,16 @@ class StoreWriter:
             tally = Counter(root.tally)
             tally.subtract(tally_of(rows))
             tally.update(tally_of(receipts))
+            root_move = (Claim(root, fragment), replace(root, tally=tally))
             try:
-                self._commit(receipts, [(Claim(root, fragment), replace(root, tally=tally))], dataset, changed)
-            except (Superseded, CommitConflictError):
+                version = self._commit([*new, *receipts], [*moves, root_move], dataset, changed)
+            except Superseded as error:
+                if {claim.key for claim, _ in moves} & set(error.keys):
+                    raise
                 continue
-            return rows
+            except CommitConflictError:
+                continue
+            return rows, version
         raise StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )
@@ -275,6 +293,17 @@ class StoreWriter:
         raise failure or StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )
+
+
+def _at(places: Iterable[RecordPosition]) -> str:
+    """The rows at some positions, in Lance's SQL."""
+    offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for stream, partition, offset in places:
+        offsets[stream, partition].append(offset)
+    return " OR ".join(
+        f"(topic = {quoted(stream)} AND partition = {partition} AND offset IN ({', '.join(map(str, each))}))"
+        for (stream, partition), each in offsets.items()
+    )
 
 
 def _is_conflict(error: Exception) -> bool:

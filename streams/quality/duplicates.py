@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -32,7 +33,10 @@ from streams.rows import RecordPosition, Split, name_of, parse_position
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 
-DuplicateKind = Literal["exact", "perceptual"]
+DuplicateKind = Literal["exact", "perceptual", "older"]
+"""The same content; the same look with the same words; content that was corrected by a record that was sent later."""
+CORRECTED: Final = "corrected"
+"""Reason of the receipt of a sample that a later record has replaced."""
 OFF: Final = -1
 """The distance at which looks are not compared."""
 CANDIDATES: Final = 64
@@ -49,7 +53,7 @@ SQLite's 1,000 each fifth commit waits for the disk."""
 WAIT_SECONDS: Final = 60.0
 _FORMAT: Final = "2"
 _COLUMNS: Final = [
-    "kind", "id", "topic", "partition", "offset", "look", "words", "split", "domain", "question",
+    "kind", "id", "topic", "partition", "offset", "look", "words", "split", "domain", "question", "reason", "sent_at",
 ]  # fmt: skip
 
 
@@ -67,6 +71,8 @@ class Sample(NamedTuple):
     domain: str = ""
     asks: bool = False
     """Whether it has a question."""
+    sent: datetime | None = None
+    """When its record was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +147,8 @@ class DuplicateIndex:
         with self._in_use():
             if self._has(sample.id):
                 return Duplicate("exact", sample.id.hex())
+            if sample.sent is not None and self._corrected(sample.id) >= _micros(sample.sent):
+                return Duplicate("older", sample.id.hex())
             if self.distance == OFF or sample.look is None:
                 return None
             mine = Look.parse(sample.look)
@@ -162,6 +170,21 @@ class DuplicateIndex:
                 rows = [(band, sample.id, sample.look) for band in bands]
                 self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", rows)
             return side
+
+    def has(self, sample_id: str) -> bool:
+        """Whether a sample is stored."""
+        with self._in_use():
+            return self._has(bytes.fromhex(sample_id))
+
+    def correct(self, sample_id: str, sent: datetime) -> None:
+        """Forget a sample that a record replaces which was sent then; :meth:`find` keeps away what is not newer."""
+        self._drop([sample_id])
+        self._note_corrections([(bytes.fromhex(sample_id), _micros(sent))])
+
+    def move(self, sample_id: str, position: str) -> None:
+        """A sample is stored at another position."""
+        with self._in_use():
+            self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
 
     def stored(self, version: int, fragment: int) -> None:
         """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
@@ -201,7 +224,7 @@ class DuplicateIndex:
             for fragment in track(fresh, "building the duplicate index") if last < 0 else fresh:
                 if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
                     self._take(dataset, fragment, staging, last < 0)
-            self._settle(staging.merge())
+            self._settle(dataset, staging.merge())
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
             self._set_meta("version", int(dataset.version))
 
@@ -214,28 +237,49 @@ class DuplicateIndex:
             table = pa.Table.from_batches([batch])
             staging.add(table.filter(pc.field("kind") == "sample"))
             if staging.full:
-                self._settle(staging.merge())
+                self._settle(dataset, staging.merge())
+            corrected = table.filter((pc.field("kind") == "deleted") & (pc.field("reason") == CORRECTED))
+            given = zip(corrected["id"].to_pylist(), corrected["sent_at"].to_pylist(), strict=True)
+            self._note_corrections([(bytes.fromhex(id_), _micros(sent)) for id_, sent in given if id_ and sent])
             if not anew:  # else there is nothing to forget: what is read here is not deleted
                 self._forget(
                     dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
                 )
 
-    def _settle(self, doubles: Iterable[tuple[bytes, str, str]]) -> None:
-        """Note samples that are stored at two positions. All indexes keep the first in the order of positions."""
+    def _settle(self, dataset: Any, doubles: Sequence[tuple[bytes, str, str]]) -> None:
+        """Note samples that are stored at two positions. All indexes keep the first in the order of positions.
+
+        One that was corrected is at its new position alone.
+        """
+        stored = self._places(dataset, [id_.hex() for id_, _, _ in doubles])
         for id_, _, position in doubles:
             [known] = self._db.execute("SELECT position FROM ids WHERE id = ?", (id_,)).fetchone()
+            if known not in stored[id_.hex()]:
+                self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, id_))
+                continue
+            if position not in stored[id_.hex()]:
+                continue
             first, second = sorted((parse_position(known), parse_position(position)))
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (name_of(first), id_))
             self._doubles.append((id_.hex(), second))
 
     def _forget(self, dataset: Any, deleted: Sequence[str]) -> None:
         """Forget samples that were deleted, unless they were stored again since."""
-        gone = set(deleted)
-        for start in range(0, len(deleted), IDS_PER_QUERY):
-            names = ", ".join(map(quoted, deleted[start : start + IDS_PER_QUERY]))
+        self._drop([id_ for id_, places in self._places(dataset, deleted).items() if not places])
+
+    def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
+        """Where some samples are stored now, by id."""
+        places: dict[str, set[str]] = {each: set() for each in ids}
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+            columns = ["id", "topic", "partition", "offset"]
             with reading(dataset.uri):
-                stored = dataset.to_table(columns=["id"], filter=f"kind = 'sample' AND id IN ({names})")
-            gone.difference_update(stored["id"].to_pylist())
+                stored = dataset.to_table(columns=columns, filter=f"kind = 'sample' AND id IN ({names})")
+            for row in stored.to_pylist():
+                places[row["id"]].add(name_of((row["topic"], row["partition"], row["offset"])))
+        return places
+
+    def _drop(self, gone: Sequence[str]) -> None:
         if not gone:
             return
         with self._in_use():
@@ -244,6 +288,16 @@ class DuplicateIndex:
             for name in ("ids", "looks"):  # one pass over the looks, which have no index on the id
                 self._db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone)")  # noqa: S608
             self._db.execute("DELETE FROM gone")
+
+    def _note_corrections(self, corrected: Sequence[tuple[bytes, int]]) -> None:
+        with self._in_use():
+            query = "INSERT INTO corrected VALUES (?, ?) ON CONFLICT DO UPDATE SET sent = max(sent, excluded.sent)"
+            self._db.executemany(query, corrected)
+
+    def _corrected(self, sample: bytes) -> int:
+        """When the record was sent that corrected a sample, in microseconds; -1 where there is none."""
+        row = self._db.execute("SELECT sent FROM corrected WHERE id = ?", (sample,)).fetchone()
+        return -1 if row is None else int(row[0])
 
     def _has(self, sample: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
@@ -267,6 +321,7 @@ class DuplicateIndex:
                 "BEGIN IMMEDIATE;"
                 "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT);"
                 "CREATE TABLE ids (id BLOB PRIMARY KEY, position TEXT) WITHOUT ROWID;"
+                "CREATE TABLE corrected (id BLOB PRIMARY KEY, sent INTEGER) WITHOUT ROWID;"
                 "CREATE TABLE looks (band INTEGER, id BLOB, look BLOB, PRIMARY KEY (band, id)) WITHOUT ROWID;"
                 f"{TABLES}"
                 "COMMIT;"
@@ -297,6 +352,10 @@ class DuplicateIndex:
 
     def _set_meta(self, name: str, value: str | int) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(value)))
+
+
+def _micros(time: datetime) -> int:
+    return int(time.timestamp() * 1_000_000)
 
 
 def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
