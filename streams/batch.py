@@ -123,7 +123,8 @@ class Batch:
                     for reading, end in ends.items()
                 ]
                 outcome.version = self.writer.commit(outcome.rows, moves, replaced)
-                self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
+                if not replaced:  # else it is read again: samples may have passed to other records that sent them
+                    self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
         except StoreUnavailable as error:
             if not outcome.version:
                 raise

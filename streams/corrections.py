@@ -95,9 +95,8 @@ class Corrections:
 
     def replace(self, old: StoreRow, new: StoreRow) -> None:
         """Let a receipt stand for a sample."""
-        receipt = deletion_row(old, CORRECTED, f"by {name_of(position_of(new))}", datetime.now(UTC))
-        if old["id"] == new["id"]:  # which is stored as before, so nobody is to forget it
-            receipt |= {"id": None, "duplicate_of": old["id"]}
+        stays = old["id"] == new["id"]  # stored as before, so nobody is to forget it
+        receipt = deletion_row(old, CORRECTED, f"by {name_of(position_of(new))}", datetime.now(UTC), stays)
         self.replaced[position_of(old)] = {**receipt, "sent_at": new["sent_at"]}
         if self._by_id.get(old["id"]) is old:
             del self._by_id[old["id"]]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from ops.ledger import Ledger
 from ops.settings.streams import Ingest, Kafka
-from streams import compaction
+from streams import compaction, deletion
 from streams.assignment import Reading
 from streams.batch import Batch, CommitResult
 from streams.quality.duplicates import DuplicateIndex
@@ -18,6 +19,7 @@ from streams.quality.validate import Accepted, Received, Rules, validate
 from streams.receipts import RecordQuery, trace
 from streams.rows import Position
 from streams.store import SampleStore
+from streams.tombstones import remove_together
 from streams.writer import StoreWriter
 from tests.support.kafka import picture
 
@@ -206,6 +208,74 @@ def test_a_correction_that_a_crash_interrupts_is_made_once(worker: Worker, monke
     assert again.reading.next == 2 and again.samples("label") == [(1, "bus")]
     again.take(1, label="bus")
     assert again.commit().duplicates == {"exact": 1}
+
+
+def tombstone(worker: Worker, ledger: Ledger, key: str) -> None:
+    """A tombstone that is carried out."""
+    record = Received("t", worker.partition, worker.reading.next, None, key.encode())
+    worker.reading.next += 1
+    row = validate(record, RULES)
+    assert not isinstance(row, Accepted)
+    worker.batch.add(worker.reading, worker.reading.next, row, 100)
+    worker.commit()
+    deletion.take_tombstones(worker.store, ledger)
+    remove_together(worker.store, ledger, ledger.deletions(states=["requested"]))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("order", [("first", "second", "third"), ("third", "second", "first")])
+def test_a_sample_stays_until_all_who_sent_it_have_deleted_it(
+    worker: Worker, ledger: Ledger, order: tuple[str, ...]
+) -> None:
+    for key in ("first", "second", "third"):
+        worker.take(1, key=key, label=f"of {key}", source=key)
+    worker.take(2, key="other")
+    worker.commit()
+    before = dict(worker.samples("split"))
+    left = ["first", "second", "third"]
+    for key in order:
+        tombstone(worker, ledger, key)
+        left.remove(key)
+        samples = [row for row in worker.samples("label", "source", "split", "image") if row[1] != ""]
+        offset = ["first", "second", "third"].index(left[0]) if left else None
+        assert samples == ([(offset, f"of {left[0]}", left[0], before[0], picture(1))] if left else [])
+        assert worker.store.tally()["sample"] == 1 + bool(left)
+        assert len(worker.store.deleted()["id"]) == (not left), "nobody is to forget what stays"
+        worker.take(1, key="later", label="of later")
+        assert worker.commit().samples.total() == (not left), "it is known for as long as it is there"
+        tombstone(worker, ledger, "later")
+    assert sorted(row.samples for row in ledger.deletions()) == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_deletion_by_id_or_of_all_senders_leaves_nothing(worker: Worker, ledger: Ledger) -> None:
+    for key in ("first", "second"):
+        worker.take(1, key=key, source="crawler")
+    worker.take(2, key="first", source="crawler")
+    worker.commit()
+    for selector in ({"id": id_of(worker, 1)}, {"source": "crawler"}):
+        asked = deletion.request_deletion(ledger, selector, actor="ann", reason="asked to")
+        deletion.remove(worker.store, ledger, asked)
+    assert (worker.samples(), worker.store.count_rows("kind IN ('sample', 'duplicate')")) == ([], 0)
+
+
+def test_what_another_sent_too_stays_when_it_is_corrected(worker: Worker, between: Any, tmp_path: Path) -> None:
+    worker.take(1, label="of k")
+    worker.take(1, key="other", label="of other")
+    worker.commit()
+    worker.take(1, text="other words", replaces="key")
+    worker.commit()
+    assert worker.samples("text", "label") == [(1, "a", "of other"), (2, "other words", "")]
+    worker.take(1, key="other", label="of other")
+    assert worker.commit().samples.total() == 0
+    worker.index = worker.batch.index = worker.new_index(tmp_path / "again.db")
+    worker.take(1, key="other", label="of other")
+    assert worker.commit().samples.total() == 0
 
 
 def test_a_header_that_names_nothing_is_refused() -> None:
