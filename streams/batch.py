@@ -191,7 +191,7 @@ class Batch:
             targets = []
         for each in targets:
             corrections.replace(each, row)
-            if each is not same:
+            if each is not same and each["kind"] == "sample":
                 self.index.correct(each["id"], row["sent_at"])
         outcome.corrected += len(targets)
         if duplicate is not None:

@@ -66,22 +66,25 @@ class Corrections:
         ids |= {each.replaces for each in records if each.replaces not in ("", BY_KEY)}
         keys = {each.row["key"] for each in records if each.replaces == BY_KEY}
         dataset = table.open() if ids or keys else None
-        for column, values in (("id", map(quoted, ids)), ("key", map(hexadecimal, keys))):
+        named = (("kind = 'sample' AND id", map(quoted, ids)),
+                 ("kind IN ('sample', 'duplicate') AND key", map(hexadecimal, keys)))  # fmt: skip
+        for column, values in named:
             while dataset is not None and (some := list(islice(values, NAMES_PER_QUERY))):
-                where = f"kind = 'sample' AND {column} IN ({', '.join(some)})"
+                where = f"{column} IN ({', '.join(some)})"
                 with reading(table.url):
                     rows = dataset.to_table(columns=_COLUMNS, filter=where).to_pylist()
                 for row in rows:
                     self.add(row)
 
     def add(self, row: StoreRow) -> None:
-        """A sample that is stored, or is going to be."""
-        self._by_id[row["id"]] = row
+        """A sample that is stored, or is going to be; or a duplicate, by which its key holds on to one."""
+        if row["kind"] == "sample":
+            self._by_id[row["id"]] = row
         if row["key"] is not None:
             self._by_key[row["key"]][position_of(row)] = row
 
     def targets(self, record: Accepted) -> list[StoreRow]:
-        """The samples that a record would replace."""
+        """The samples that a record would replace, and the duplicates."""
         row = record.row
         found: list[StoreRow] = []
         if record.replaces == BY_KEY:
@@ -91,11 +94,11 @@ class Corrections:
         same = self._by_id.get(row["id"])
         if same is not None and same not in found and row["key"] is not None and row["key"] == same["key"]:
             found.append(same)
-        return [each for each in found if each["id"] != row["id"] or any(each[n] != row[n] for n in METADATA)]
+        return [each for each in found if each["id"] != row["id"] or _differs(each, row)]
 
     def replace(self, old: StoreRow, new: StoreRow) -> None:
-        """Let a receipt stand for a sample."""
-        stays = old["id"] == new["id"]  # stored as before, so nobody is to forget it
+        """Let a receipt stand for a sample or a duplicate."""
+        stays = old["id"] == new["id"] or old["kind"] == "duplicate"  # stored as before, so nobody is to forget it
         receipt = deletion_row(old, CORRECTED, f"by {name_of(position_of(new))}", datetime.now(UTC), stays)
         self.replaced[position_of(old)] = {**receipt, "sent_at": new["sent_at"]}
         if self._by_id.get(old["id"]) is old:
@@ -107,3 +110,7 @@ class Corrections:
 def is_newer(stored: StoreRow, record: StoreRow) -> bool:
     """Whether a stored sample was sent after a record. One of an earlier version of Ratchet is taken for older."""
     return bool(stored["sent_at"] is not None and stored["sent_at"] > record["sent_at"])
+
+
+def _differs(old: StoreRow, new: StoreRow) -> bool:
+    return old["kind"] == "sample" and any(old[name] != new[name] for name in METADATA)

@@ -121,8 +121,9 @@ class StoreWriter:
         """Store rows and the new positions of their partitions in one transaction. Returns the version.
 
         Args:
-            replaced: of samples that are taken out in the same transaction, each with the receipt that stands for it
-                then. One that is gone already is passed over.
+            replaced: of samples and duplicates that are taken out in the same transaction, each with the receipt that
+                stands for it then. One that is gone already is passed over; a sample that another record sent, too,
+                passes to that one.
 
         Raises:
             Superseded: a claim is not the newest; nothing was stored.
@@ -130,7 +131,7 @@ class StoreWriter:
         """
         if not replaced:
             return self._commit(rows, moves)
-        where = f"kind = 'sample' AND ({_at(replaced)})"
+        where = f"{SENT} AND ({_at(replaced)})"
 
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
             known = replaced[_place(row)]
@@ -343,8 +344,8 @@ def _place(row: Mapping[str, Any]) -> RecordPosition:
 def _passed_on(
     dataset: Any, rows: Sequence[Mapping[str, Any]], kept: Collection[str]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of samples among rows that are removed, those that other records sent, too: the duplicate of the first of these
-    records, and the row of the sample as if that record had brought it."""
+    """Of samples among rows that are removed, those that other records sent, too: the newest duplicate of the key that
+    was the first of these, and the row of the sample as if that record had brought it."""
     leaving = {row["_rowaddr"] for row in rows}
     samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
     heirs: dict[str, dict[str, Any]] = {}
@@ -352,8 +353,8 @@ def _passed_on(
         where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
         table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
         for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], _place(row))):
-            if row["_rowaddr"] not in leaving:
-                heirs.setdefault(row["id"], row)
+            if row["_rowaddr"] not in leaving and heirs.setdefault(row["id"], row)["key"] == row["key"]:
+                heirs[row["id"]] = row
     passed = []
     for ids in _chunks(list(heirs)):
         places = _at(_place(samples[each]) for each in ids)

@@ -16,6 +16,8 @@ from ratchet_client import Sample
 Drawn = tuple[bytes, str]
 """An encoded image, and a text for it."""
 LONG_CHARS: Final = 2000
+ANSWER_CHARS: Final = 200
+"""What the small models' context has room for."""
 SCRIPTS: Final = (
     "Ein Bild von {}", "画像 {} です", "صورة رقم {}", "תמונה {}", "चित्र {}", "รูปภาพ {}", "изображение {}", "εικόνα {}",
     "사진 {}", "🚌🌳👩‍👩‍👧‍👦 {} 🏳️‍🌈", "e\u0301té no {}", "ꦒꦩ꧀ꦧꦂ {}",
@@ -150,7 +152,7 @@ def samples(kind: str, count: int) -> Iterator[Sample]:
     """So many different records of a kind, each with a text, and a question with its answer: both models learn."""
     for number in range(count):
         image, text = KINDS[kind](number)
-        asked, answer = "what is this?", text
+        asked, answer = "what is this?", text[-ANSWER_CHARS:]
         if kind == "questions":
             asked, answer = "how many squares?", str(number % 6 + 1)
         source = f"urn:bench:{kind.replace(' ', '-')}"

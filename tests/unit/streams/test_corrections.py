@@ -278,6 +278,29 @@ def test_what_another_sent_too_stays_when_it_is_corrected(worker: Worker, betwee
     assert worker.commit().samples.total() == 0
 
 
+def test_the_sample_passes_with_the_newest_words_of_who_sent_it_next(worker: Worker, ledger: Ledger) -> None:
+    worker.take(1, label="of k")
+    for key, label in (("other", "a tram"), ("third", "of third"), ("other", "a bus")):
+        worker.take(1, key=key, label=label)
+    worker.commit()
+    tombstone(worker, ledger, "k")
+    assert worker.samples("label") == [(3, "a bus")]
+
+
+def test_who_sent_a_sample_second_and_corrects_it_holds_on_to_it_no_more(worker: Worker, ledger: Ledger) -> None:
+    worker.take(1, label="of k")
+    worker.take(1, key="other")
+    worker.commit()
+    worker.take(1, key="other", text="other words", replaces="key")
+    outcome = worker.commit()
+    assert (outcome.corrected, worker.samples("text")) == (1, [(0, "a"), (2, "other words")])
+    worker.take(1, key="third")
+    assert worker.commit().duplicates == {"exact": 1}, "the first one's sample is there"
+    tombstone(worker, ledger, "third")
+    tombstone(worker, ledger, "k")
+    assert worker.samples("text") == [(2, "other words")]
+
+
 def test_a_header_that_names_nothing_is_refused() -> None:
     for key, value in ((b"k", b"everything"), (b"k", b"0" * 63), (None, b"key")):
         headers = [("ratchet_text", b"a"), ("ratchet_replaces", value)]
