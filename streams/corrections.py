@@ -1,7 +1,8 @@
 """Corrections: records that take the place of samples that came before.
 
-A record with the content and the key of a stored sample, and with other metadata, replaces it. One with other content
-replaces what its header ``ratchet_replaces`` names: a sample by its id, or all that came before with the record's key.
+A record with the content, the key and the source of a stored sample, and with other metadata, replaces it. From another
+source it is a duplicate, so that two who send the same do not take turns. One with other content replaces what its
+header ``ratchet_replaces`` names: a sample by its id, or all that came before with the record's key.
 A key alone says nothing: many producers give one to all that a camera or a user sends.
 
 The newest wins, by the time at which the records were sent: what is older than the sample that it would replace, or
@@ -22,7 +23,7 @@ from streams.quality.validate import BY_KEY, Accepted, StoreRow
 from streams.rows import RecordPosition, deletion_row, name_of
 from streams.table import SampleTable, reading
 
-METADATA: Final = ("domain", "source", "concept", "label", "tags", "extra")
+METADATA: Final = ("source", "domain", "concept", "label", "tags", "extra")
 NAMES_PER_QUERY: Final = 500
 _COLUMNS: Final = [
     "kind",
@@ -92,7 +93,7 @@ class Corrections:
         elif record.replaces in self._by_id:
             found.append(self._by_id[record.replaces])
         same = self._by_id.get(row["id"])
-        if same is not None and same not in found and row["key"] is not None and row["key"] == same["key"]:
+        if same is not None and same not in found and row["key"] is not None and _sender(row) == _sender(same):
             found.append(same)
         return [each for each in found if each["id"] != row["id"] or _differs(each, row)]
 
@@ -110,6 +111,10 @@ class Corrections:
 def is_newer(stored: StoreRow, record: StoreRow) -> bool:
     """Whether a stored sample was sent after a record. One of an earlier version of Ratchet is taken for older."""
     return bool(stored["sent_at"] is not None and stored["sent_at"] > record["sent_at"])
+
+
+def _sender(row: StoreRow) -> tuple[bytes | None, str]:
+    return row["key"], row["source"] or ""
 
 
 def _differs(old: StoreRow, new: StoreRow) -> bool:

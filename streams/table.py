@@ -7,7 +7,9 @@ fragments have only those, so finding the positions costs as little at ten milli
 from __future__ import annotations
 
 import logging
+import random
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -28,6 +30,7 @@ FORMAT: Final = "3"
 MIGRATED: Final = "2"
 """The format before, which lacks the column ``sent_at``: read as it is, and migrated by the first process that writes.
 Versions from before that keep it."""
+MIGRATION_ATTEMPTS: Final = 30
 ROOT: Final = Position("", -1, 0)
 """The position of no partition. Who makes the first position of a partition replaces it, so that two cannot do so at
 once; its tally holds what deletions took away."""
@@ -100,14 +103,20 @@ class SampleTable:
             StoreUnavailable: to be tried again.
         """
         log.warning("the sample store %s is migrated from format %s to %s", self.url, _format(dataset), FORMAT)
-        try:
-            if "sent_at" not in dataset.schema.names:
-                dataset.add_columns(pa.schema([SCHEMA.field("sent_at")]))
-            lance.dataset(self.url).update_schema_metadata({"ratchet.format": FORMAT})
-        except (OSError, RuntimeError, ValueError) as error:
-            if (now := self.open()) is None or _format(now) != FORMAT:  # else another process was faster
-                raise outage(self.url, "migrated", error) from error
-        return self.open()
+        failure: Exception | None = None
+        for _ in range(MIGRATION_ATTEMPTS):
+            dataset = self.open()
+            if _format(dataset) == FORMAT:
+                return dataset
+            try:
+                if "sent_at" in dataset.schema.names:
+                    dataset.update_schema_metadata({"ratchet.format": FORMAT})
+                else:
+                    dataset.add_columns(pa.schema([SCHEMA.field("sent_at")]))
+            except (OSError, RuntimeError, ValueError) as error:  # another process may have been faster
+                failure = error
+                time.sleep(random.uniform(0.01, 0.1))  # noqa: S311  (spreads the tries)
+        raise outage(self.url, "migrated", failure or RuntimeError("others change it all the time"))
 
     def identity(self) -> tuple[str, bytes]:
         """Name of this store, and the key of its split, which nobody who publishes can know. Makes the table."""

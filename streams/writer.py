@@ -344,8 +344,8 @@ def _place(row: Mapping[str, Any]) -> RecordPosition:
 def _passed_on(
     dataset: Any, rows: Sequence[Mapping[str, Any]], kept: Collection[str]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of samples among rows that are removed, those that other records sent, too: the newest duplicate of the key that
-    was the first of these, and the row of the sample as if that record had brought it."""
+    """Of samples among rows that are removed, those that other records sent, too: the newest duplicate of the key and
+    source that were the first of these, and the row of the sample as if that record had brought it."""
     leaving = {row["_rowaddr"] for row in rows}
     samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
     heirs: dict[str, dict[str, Any]] = {}
@@ -353,7 +353,10 @@ def _passed_on(
         where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
         table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
         for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], _place(row))):
-            if row["_rowaddr"] not in leaving and heirs.setdefault(row["id"], row)["key"] == row["key"]:
+            if row["_rowaddr"] in leaving:
+                continue
+            first = heirs.setdefault(row["id"], row)
+            if (first["key"], first["source"]) == (row["key"], row["source"]):
                 heirs[row["id"]] = row
     passed = []
     for ids in _chunks(list(heirs)):

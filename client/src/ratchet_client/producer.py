@@ -175,7 +175,8 @@ class Producer:
         Args:
             sample: what to send; or its fields by name.
             replaces: the id of a sample that this one corrects, and takes the place of. It is needed where image, text,
-                question or answer are others; a sample with the same ones and other metadata replaces the one before.
+                question, answer or source are others; with the same ones a sample with other metadata replaces the one
+                before.
 
         Raises:
             RecordError: it is not acceptable.

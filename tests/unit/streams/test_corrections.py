@@ -95,12 +95,13 @@ def test_a_record_with_a_corrected_label_takes_the_place_of_the_one_before(worke
     assert worker.commit().duplicates == {"exact": 1}, "the correction again is a duplicate"
 
 
-def test_another_key_or_none_corrects_nothing(worker: Worker) -> None:
+def test_another_key_or_none_or_another_source_corrects_nothing(worker: Worker) -> None:
     worker.take(1, label="tram")
     worker.take(1, key="other", label="bus")
     worker.take(1, key=None, label="bus")
+    worker.take(1, label="bus", source="another crawler")
     outcome = worker.commit()
-    assert (outcome.corrected, outcome.duplicates) == (0, {"exact": 2})
+    assert (outcome.corrected, outcome.duplicates) == (0, {"exact": 3})
     assert worker.samples("label") == [(0, "tram")]
 
 
@@ -122,6 +123,14 @@ def test_a_corrected_text_replaces_what_its_header_names(worker: Worker, between
     [first] = trace(worker.store, RecordQuery("t", 0, 0))
     assert (first.outcome, first.reason, first.detail) == ("deleted", "corrected", "by t:0:2")
     assert worker.store.scan(columns=["extra"])["extra"].to_pylist() == ["", ""]
+
+
+def test_another_source_takes_the_place_where_the_header_says_so(worker: Worker, between: Any) -> None:
+    worker.take(1, source="old")
+    between()
+    worker.take(1, source="new", replaces=id_of(worker, 1))
+    assert worker.commit().corrected == 1
+    assert worker.samples("source") == [(1, "new")]
 
 
 def test_a_corrected_sample_stays_on_its_side(worker: Worker) -> None:

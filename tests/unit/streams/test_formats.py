@@ -79,7 +79,7 @@ def test_ingest_goes_on_where_the_earlier_version_stood(written: Written) -> Non
         store,
         received(0, 29, picture(3, kind="PNG"), b"another key", **three),  # a duplicate of a sample of then
         received(0, 30, picture(900), b"new", text="a new picture", domain="forms"),
-        received(0, 31, picture(6, kind="PNG"), b"key-6", text="picture 6", label="a corrected label"),
+        received(0, 31, picture(6, kind="PNG"), b"key-6", text="picture 6", source="urn:cam", label="corrected"),
         received(0, 32, picture(6, kind="PNG"), b"key-6", text="other words", label="l2", domain="streets"),
         received(1, 30, b"no picture", b"bad", text="a"),
         received(1, 31, None, b"key-5"),
