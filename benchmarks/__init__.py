@@ -28,10 +28,11 @@ BENCHMARKS = {
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",
     "traces": "benchmarks.traces",
+    "variety": "benchmarks.variety.run_variety",
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
-WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search"})
+WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search", "variety"})
 """These need no base."""
 
 

@@ -15,7 +15,8 @@ from ops import metrics
 from ops.errors import StoreError, StoreUnavailable
 from ops.settings.streams import Kafka
 from streams.assignment import Reading
-from streams.quality.duplicates import DuplicateIndex, Sample
+from streams.corrections import Corrections, is_newer, position_of
+from streams.quality.duplicates import Duplicate, DuplicateIndex, Sample
 from streams.quality.validate import Accepted, StoreRow, refuse
 from streams.rows import SCHEMA, Position, RecordPosition, duplicate_row, name_of, tally_of
 from streams.writer import StoreWriter
@@ -37,6 +38,8 @@ class CommitResult:
     """By split."""
     duplicates: Counter[str] = field(default_factory=Counter)
     """By kind."""
+    corrected: int = 0
+    """Samples that records of it replaced."""
     rows: list[StoreRow] = field(default_factory=list)
     """What was stored."""
     readings: list[Reading] = field(default_factory=list)
@@ -114,13 +117,14 @@ class Batch:
         try:
             with self.index.deciding():
                 self.index.follow(self.writer.table)
-                outcome.rows = self._decide(outcome)
+                replaced = self._decide(outcome)
                 moves = [
                     (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
                     for reading, end in ends.items()
                 ]
-                outcome.version = self.writer.commit(outcome.rows, moves)
-                self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
+                outcome.version = self.writer.commit(outcome.rows, moves, replaced)
+                if not replaced:  # else it is read again: samples may have passed to other records that sent them
+                    self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
         except StoreUnavailable as error:
             if not outcome.version:
                 raise
@@ -157,25 +161,50 @@ class Batch:
         except StoreError as error:
             log.warning("a sample that two workers stored is made a duplicate later: %s", error)
 
-    def _decide(self, outcome: CommitResult) -> list[StoreRow]:
-        """The rows to store: samples, as duplicates those that repeat the store or this batch, others as they are."""
-        rows = []
-        for _, _, result, _ in self._entries:
-            if not isinstance(result, Accepted):
-                rows.append(result)
-                continue
-            row = result.row
-            position = name_of((row["topic"], row["partition"], row["offset"]))
-            sample = Sample(bytes.fromhex(row["id"]), position, row["look"], row["words"])
-            duplicate = self.index.find(sample)
-            if duplicate is not None:
-                outcome.duplicates[duplicate.kind] += 1
-                rows.append(duplicate_row(row, duplicate.kind, duplicate.id))
-                continue
-            self.index.add(sample)
-            outcome.samples[row["split"]] += 1
-            rows.append(row)
-        return rows
+    def _decide(self, outcome: CommitResult) -> dict[RecordPosition, StoreRow]:
+        """Sort out the rows to store: samples, as duplicates those that repeat the store or this batch, others as they
+        are. Returns the receipts of stored samples that they replace.
+        """
+        accepted = [result for _, _, result, _ in self._entries if isinstance(result, Accepted)]
+        corrections = Corrections(self.writer.table, self.index, accepted)
+        rows = [
+            self._decide_one(result, corrections, outcome) if isinstance(result, Accepted) else result
+            for _, _, result, _ in self._entries
+        ]
+        replaced = corrections.replaced  # of samples of this batch the receipt is the row
+        outcome.rows = [replaced.pop(position_of(row), row) if row["kind"] == "sample" else row for row in rows]
+        return replaced
+
+    def _decide_one(self, record: Accepted, corrections: Corrections, outcome: CommitResult) -> StoreRow:
+        row, targets = record.row, corrections.targets(record)
+        position = name_of(position_of(row))
+        sample = Sample(
+            bytes.fromhex(row["id"]), position, row["look"], row["words"], row["domain"], bool(row["question"]),
+            row["sent_at"],
+        )  # fmt: skip
+        same = next((each for each in targets if each["id"] == row["id"]), None)
+        newer = next((each for each in targets if is_newer(each, row)), None)
+        duplicate = None if same else self.index.find(sample)
+        if newer is not None:
+            duplicate = Duplicate("older", newer["id"])
+        if duplicate is not None and duplicate.kind == "older":
+            targets = []
+        for each in targets:
+            corrections.replace(each, row)
+            if each is not same and each["kind"] == "sample":
+                self.index.correct(each["id"], row["sent_at"])
+        outcome.corrected += len(targets)
+        if duplicate is not None:
+            outcome.duplicates[duplicate.kind] += 1
+            return duplicate_row(row, duplicate.kind, duplicate.id)
+        if same is None:
+            row = {**row, "split": self.index.add(sample)}
+        else:
+            row = {**row, "split": same["split"]}
+            self.index.move(row["id"], position)
+        corrections.add(row)
+        outcome.samples[row["split"]] += 1
+        return row
 
 
 def _misfit(row: StoreRow) -> str:

@@ -125,7 +125,8 @@ def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dic
             event[lower[3:]] = text
         elif lower.startswith(PREFIX):
             rest = lower[len(PREFIX) :]
-            ours[rest if rest in _KNOWN else name[len(PREFIX) :]] = text
+            if rest != "replaces":  # which says what to do with the record, and is no field of it
+                ours[rest if rest in _KNOWN else name[len(PREFIX) :]] = text
         else:
             content_type = text.strip().lower()
     return content_type, event, _without_quarantine(ours)

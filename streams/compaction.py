@@ -4,8 +4,8 @@ Fragments grow in tiers, as in a log-structured merge tree: the small ones that 
 they fill a medium one, and those when they fill a large one, which is never rewritten but for deletions. So each byte
 is written three times more after its commit at most, whatever the store holds, and the number of fragments stays small.
 
-Indexes cover what is compacted: the id, the offset and the kind of a row. Each run adds what is new as an index of its
-own; those are merged when there are many.
+Indexes cover what is compacted: the id, the key, the offset and the kind of a row. Each run adds what is new as an
+index of its own; those are merged when there are many.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ MANY: Final = 64
 """So many fragments below the first tier are merged whatever their size."""
 HOLES: Final = 0.5
 """Share of deleted rows from which on a fragment is written anew for the space that this frees."""
-INDEXES: Final = {"by_id": ("id", "BTREE"), "by_offset": ("offset", "ZONEMAP"), "by_kind": ("kind", "BITMAP")}
+INDEXES: Final = {
+    "by_id": ("id", "BTREE"), "by_key": ("key", "BTREE"), "by_offset": ("offset", "ZONEMAP"),
+    "by_kind": ("kind", "BITMAP"),
+}  # fmt: skip
 MOST_DELTAS: Final = 8
 ROWS_AT_ONCE: Final = 64
 """Rows in memory while a fragment is rewritten: at 8 MiB an image, half a gibibyte at most."""

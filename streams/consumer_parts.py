@@ -22,6 +22,7 @@ from streams.crash_guard import CrashGuard
 from streams.indexing import Indexing
 from streams.log_watch import LogWatch
 from streams.quality.duplicates import DuplicateIndex
+from streams.quality.sides import SplitRule
 from streams.refusal_publisher import RefusalPublisher
 from streams.rows import parse_stream
 from streams.store import SampleStore
@@ -55,9 +56,10 @@ class ConsumerParts:
         name, split_key = store.table.identity()
         if limits.split_key is not None:
             split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
-        index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance)
+        split = SplitRule(split_key, limits.fresh_eval_share)
+        index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
         writer = StoreWriter(store.table)
-        guard, validators = _validators(Work(limits, kafka, split_key), processes, folder)
+        guard, validators = _validators(Work(limits, kafka), processes, folder)
         records = 2 * kafka.batch_records + POLL_RECORDS
         return cls(
             guard,

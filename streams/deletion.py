@@ -10,6 +10,9 @@ A *selector* says what is to be deleted. All that it names has to hold, and it n
     before    only what was ingested before this time (ISO 8601)
     until     topic:partition:offset: of this partition what lies before the offset, of others what ``before`` says
 
+What is selected are records. A sample that several records sent, with keys of their own, stays as long as one of them
+is not selected: it passes to that one, with what it says of the sample.
+
 A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) is a deletion, too, of
 what came before it.
 
@@ -32,8 +35,8 @@ from ops.errors import SelectorError
 from ops.ledger import DeletionRow, Ledger
 from streams.conditions import at_offset, hexadecimal, moment, quoted
 from streams.rows import RecordPosition, name_of, parse_position, record_key
-from streams.store import SampleStore
-from streams.writer import CONTENT, StoreWriter
+from streams.store import IDS_PER_QUERY, SampleStore
+from streams.writer import DELETION, SENT, StoreWriter
 
 FIELDS: Final = ("id", "source", "domain", "concept", "label", "key", "record", "before", "until")
 BOUNDS: Final = ("before", "until")
@@ -123,10 +126,10 @@ def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
     """
     selection = condition(deletion.selector)
     if deletion.state == "removed":
-        if deletion.version is not None and not store.count_rows(f"{CONTENT} AND {selection}"):
+        if deletion.version is not None and not store.count_rows(f"{SENT} AND {selection}"):
             return 0
         ledger.deletion_reopened(deletion.id)
-    rows = StoreWriter(store.table).remove(selection, "deletion", deletion.id)
+    rows = StoreWriter(store.table).remove(selection, DELETION, deletion.id)
     record_receipts(store, ledger, [deletion.id])
     return len(rows)
 
@@ -135,22 +138,35 @@ def record_receipts(store: SampleStore, ledger: Ledger, deletions: Sequence[str]
     """Tell the ledger what the store has removed for some deletions, by their ids: one scan for all of them."""
     if not deletions:
         return
-    columns = ["topic", "partition", "offset", "id", "split", "tags", "detail"]
+    columns = ["topic", "partition", "offset", "id", "split", "tags", "detail", "duplicate_of"]
     version = store.version()
     receipts: dict[str, list[dict[str, Any]]] = {each: [] for each in deletions}
     names = ", ".join(map(quoted, deletions))
-    where = f"kind = 'deleted' AND reason = 'deletion' AND detail IN ({names})"
+    where = f"kind = 'deleted' AND reason = '{DELETION}' AND detail IN ({names})"
     for row in store.select(where, columns, version=version):
         receipts[row["detail"]].append(row)
+    earlier = _earlier(store, [row["id"] for rows in receipts.values() for row in rows if row["id"]], version)
     for name, rows in receipts.items():
         samples = [row for row in rows if row["id"]]
+        refusals = [row for row in rows if not row["id"] and not row["duplicate_of"]]
         ledger.deletion_removed(
             name,
             samples=len(samples),
-            refusals=len(rows) - len(samples),
-            adapters=adapters_of(ledger, samples),
+            refusals=len(refusals),
+            adapters=adapters_of(ledger, [each for row in samples for each in (row, *earlier.get(row["id"], ()))]),
             store_version=version,
         )
+
+
+def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, list[dict[str, Any]]]:
+    """By id of a deleted sample the receipts of records that brought it, too, and were deleted before it was."""
+    columns = ["topic", "partition", "offset", "split", "tags", "duplicate_of"]
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for start in range(0, len(ids), IDS_PER_QUERY):
+        names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+        for row in store.select(f"kind = 'deleted' AND duplicate_of IN ({names})", columns, version=version):
+            found[row["duplicate_of"]].append(row)
+    return found
 
 
 def as_json(row: DeletionRow) -> dict[str, Any]:

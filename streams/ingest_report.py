@@ -73,12 +73,14 @@ class IngestReport:
             metrics.ingest.stored(count, split)
         for kind, count in outcome.duplicates.items():
             metrics.ingest.duplicates(count, kind)
+        metrics.ingest.corrected(outcome.corrected)
         for row in refused:
             metrics.ingest.refused(row["reason"])
         now = self.status
         self._change(
             samples=now.samples + outcome.samples.total(),
             duplicates=now.duplicates + outcome.duplicates.total(),
+            corrected=now.corrected + outcome.corrected,
             quarantined=now.quarantined + len(refused),
             tombstones=now.tombstones + len(outcome.of_kind("tombstone")),
             commits=now.commits + 1,

@@ -18,6 +18,8 @@ class IngestStatus:
     waiting_for: Dependency = ""
     samples: int = 0
     duplicates: int = 0
+    corrected: int = 0
+    """Samples that were replaced by corrections of them."""
     quarantined: int = 0
     tombstones: int = 0
     gap_offsets: int = 0

@@ -20,7 +20,8 @@ from streams.store import SampleStore
 RecordOutcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]
 """
 stored        a sample; ``split`` says of which split
-duplicate     not stored: it repeats the sample ``duplicate_of``; ``reason`` is duplicate_exact or duplicate_perceptual
+duplicate     not stored: it repeats the sample ``duplicate_of``; ``reason`` is duplicate_exact,
+              duplicate_perceptual, or duplicate_older than the record that corrected it
 refused       in quarantine, for ``reason``
 tombstone     a wish to delete, taken in
 deleted       what was stored of it, or the tombstone's wish, was deleted at ``time`` for ``reason``

@@ -4,12 +4,15 @@ Every record of the topic becomes one row, so that each can be accounted for:
 
     kind        what it is                                                       holds
     sample      an accepted sample                                               all sample columns
-    duplicate   a record whose sample was there already                          position, id, reason, duplicate_of
+    duplicate   a record whose sample was there already                          position, id, reason, duplicate_of,
+                                                                                 key, and metadata of the sample
     quarantine  a refused record: the outbox of the quarantine topic             position, reason, original bytes
     tombstone   a record without a value: a wish to delete                       position, key or id
     gap         offsets that were lost before they were read                     position (first), until, reason
     deleted     what is left of a deleted sample or refusal: its receipt         position, id, split, reason, detail,
                                                                                  tags (which of text, question it had)
+                of a sample that was corrected                                   position, id, reason, detail, sent_at,
+                                                                                 duplicate_of (where the id stays)
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
 Readers of the store see samples only.
@@ -85,6 +88,7 @@ SCHEMA: Final = pa.schema(
         ("published", pa.int64()),
         ("epoch", pa.int64()),
         ("tally", pa.string()),  # JSON of a Tally
+        ("sent_at", _UTC),  # a record's CreateTime; of the receipt of a corrected sample that of its correction
     ]
 )
 POSITION_SCHEMA: Final = pa.schema([SCHEMA.field(name) for name in POSITION_COLUMNS])
@@ -207,23 +211,41 @@ def newest_of_topic(positions: Iterable[Position], topic: str) -> dict[int, Posi
     return newest
 
 
+CLAIM: Final = (
+    "id", "topic", "partition", "offset", "ingested_at", "sent_at", "key", "source", "domain", "concept", "label",
+    "tags", "extra",
+)  # fmt: skip
+"""What a record adds to the content of its sample: kept also of a duplicate, to which the sample passes when the record
+that brought it first is deleted."""
+
+
 def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
-    """The row that stands for a sample which repeats the sample ``of``; ``kind`` is ``exact`` or ``perceptual``."""
-    keep = {name: row[name] for name in ("id", "topic", "partition", "offset", "ingested_at", "key", "source")}
-    return {**keep, "kind": "duplicate", "reason": f"duplicate_{kind}", "duplicate_of": of}
+    """The row that stands for a sample which repeats the sample ``of``, or is ``older`` than it: see
+    :data:`streams.quality.duplicates.DuplicateKind`."""
+    return {
+        **{name: row[name] for name in CLAIM},
+        "kind": "duplicate",
+        "reason": f"duplicate_{kind}",
+        "duplicate_of": of,
+    }
 
 
-def deletion_row(row: Mapping[str, Any], reason: str, detail: str, when: datetime) -> dict[str, Any]:
+def deletion_row(
+    row: Mapping[str, Any], reason: str, detail: str, when: datetime, stays: bool = False
+) -> dict[str, Any]:
     """The receipt that stands for a row which was deleted: where it was and its id, nothing of its content.
 
-    Its tags say whether it had a text, or a question: so it is known which adapters learned from it.
+    Where ``stays``, of a duplicate or of a sample that another record sent, too, it has the id as ``duplicate_of``: the
+    content was not deleted. Its tags say whether it had a text, or a question: so it is known which adapters learned
+    from it.
     """
     return {
         "kind": "deleted",
         "topic": row["topic"],
         "partition": row["partition"],
         "offset": row["offset"],
-        "id": row["id"],
+        "id": None if stays else row["id"],
+        "duplicate_of": row["id"] if stays else None,
         "split": row["split"],
         "tags": [name for name in ("text", "question") if row.get(name)],
         "reason": reason,

@@ -7,7 +7,9 @@ fragments have only those, so finding the positions costs as little at ten milli
 from __future__ import annotations
 
 import logging
+import random
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -24,7 +26,11 @@ log = logging.getLogger(__name__)
 #: Lance's caches of one process. Their defaults are of the size of a server's memory.
 METADATA_CACHE_BYTES: Final = 32 << 20
 INDEX_CACHE_BYTES: Final = 64 << 20
-FORMAT: Final = "2"
+FORMAT: Final = "3"
+MIGRATED: Final = "2"
+"""The format before, which lacks the column ``sent_at``: read as it is, and migrated by the first process that writes.
+Versions from before that keep it."""
+MIGRATION_ATTEMPTS: Final = 30
 ROOT: Final = Position("", -1, 0)
 """The position of no partition. Who makes the first position of a partition replaces it, so that two cannot do so at
 once; its tally holds what deletions took away."""
@@ -57,19 +63,20 @@ class SampleTable:
                 f"the sample store {self.url} has no version {version} (any more).",
                 "Old versions are removed unless an update is pinned to them; start again from the latest.",
             ) from error
-        if dict(dataset.schema.metadata or {}).get(b"ratchet.format") != FORMAT.encode():
+        if _format(dataset) not in (FORMAT, MIGRATED):
             raise StoreError(
                 f"the sample store {self.url} was made by another version of Ratchet.",
-                "With the version that made it run `ratchet samples export samples.parquet`, then with this one"
-                " `ratchet publish samples.parquet` into a new `lake_url` (docs/deployer.md, Upgrade).",
+                "Use that version, or a newer one (docs/deployer.md, Upgrade).",
             )
         return dataset
 
     def create(self) -> Any:
-        """Make the table where there is none. Of processes that start at once one makes it, and the others take it."""
+        """Make the table where there is none, and migrate one of the format before. Of processes that start at once
+        one does it, and the others take it.
+        """
         dataset = self.open()
         if dataset is not None:
-            return dataset
+            return dataset if _format(dataset) == FORMAT else self._migrate(dataset)
         identity = {
             "ratchet.format": FORMAT,
             "ratchet.store": secrets.token_hex(16),
@@ -87,6 +94,30 @@ class SampleTable:
                 raise outage(self.url, "made", error) from error
         return self.open()
 
+    def _migrate(self, dataset: Any) -> Any:
+        """Bring a table of the format before up to date: nothing that is stored is written again.
+
+        The column first: a process that dies in between leaves a table that it is added to no second time.
+
+        Raises:
+            StoreUnavailable: to be tried again.
+        """
+        log.warning("the sample store %s is migrated from format %s to %s", self.url, _format(dataset), FORMAT)
+        failure: Exception | None = None
+        for _ in range(MIGRATION_ATTEMPTS):
+            dataset = self.open()
+            if _format(dataset) == FORMAT:
+                return dataset
+            try:
+                if "sent_at" in dataset.schema.names:
+                    dataset.update_schema_metadata({"ratchet.format": FORMAT})
+                else:
+                    dataset.add_columns(pa.schema([SCHEMA.field("sent_at")]))
+            except (OSError, RuntimeError, ValueError) as error:  # another process may have been faster
+                failure = error
+                time.sleep(random.uniform(0.01, 0.1))  # noqa: S311  (spreads the tries)
+        raise outage(self.url, "migrated", failure or RuntimeError("others change it all the time"))
+
     def identity(self) -> tuple[str, bytes]:
         """Name of this store, and the key of its split, which nobody who publishes can know. Makes the table."""
         metadata = self.create().schema.metadata
@@ -100,6 +131,10 @@ class SampleTable:
                 session.delete_file(name)
             except (OSError, RuntimeError, ValueError) as error:
                 log.warning("%s is left for Lance to clean up: %s", name, error)
+
+
+def _format(dataset: Any) -> str:
+    return str(dict(dataset.schema.metadata or {}).get(b"ratchet.format", b"").decode())
 
 
 def fences(dataset: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from streams.conditions import hexadecimal, quoted
 from streams.deletion import TOMBSTONES, record_receipts
 from streams.rows import RecordPosition, parse_position, record_key
 from streams.store import SampleStore
-from streams.writer import CONTENT, StoreWriter
+from streams.writer import SENT, StoreWriter
 
 ROWS_AT_ONCE: Final = 2000
 """Rows that one commit removes."""
@@ -51,7 +51,7 @@ def remove_together(store: SampleStore, ledger: Ledger, deletions: Sequence[Dele
             ledger.deletion_reopened(each.id)
     removed, left = 0, iter(found.items())
     while some := dict(islice(left, ROWS_AT_ONCE)):
-        removed += len(StoreWriter(store.table).remove_rows(some, "deletion"))
+        removed += len(StoreWriter(store.table).remove_rows(some))
     record_receipts(store, ledger, [each.id for each in changed])
     return removed
 
@@ -69,7 +69,7 @@ def _rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tupl
     if keys:  # see streams.deletion for refused records of earlier versions
         older = f"(original_key IN ({keys}) OR sha256(original_key) IN ({keys}))"
         clauses += [f"key IN ({keys})", f"(kind = 'quarantine' AND key IS NULL AND {older})"]
-    for batch in store.batches(f"{CONTENT} AND ({' OR '.join(clauses)})", _COLUMNS):
+    for batch in store.batches(f"{SENT} AND ({' OR '.join(clauses)})", _COLUMNS):
         for row in batch.to_pylist():
             key = row["key"] if row["key"] is not None else record_key(row["original_key"])
             for name in (row["id"], key):

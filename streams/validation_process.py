@@ -12,7 +12,7 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Work:
 
     limits: Ingest
     kafka: Kafka
-    split_key: bytes
 
     @property
     def threads(self) -> int:
@@ -48,7 +47,7 @@ class Work:
             if registry is not None:
                 registry.close()
 
-        return Rules(self.limits, self.split_key, fetcher.fetch, registry, end)
+        return Rules(self.limits, fetcher.fetch, registry, end)
 
 
 class ProcessValidators:
@@ -148,14 +147,14 @@ def _validate(received: Received) -> Accepted | StoreRow:
     if not isinstance(result, Accepted):
         return {**result, "original": None} if result.get("original") is received.value else result
     row = {**result.row, "image": None} if result.row["image"] is received.value else result.row
-    return Accepted(row, None)
+    return replace(result, row=row, record=None)
 
 
 def restore(received: Received, result: Accepted | StoreRow) -> Accepted | StoreRow:
     """In the consumer: put back what was left out."""
     if isinstance(result, Accepted):
         row = result.row if result.row["image"] is not None else {**result.row, "image": received.value}
-        return Accepted(row, received)
+        return replace(result, row=row, record=received)
     if result["kind"] == "quarantine":
         return {**result, "original": received.value}
     return result

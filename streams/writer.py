@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -26,15 +26,27 @@ from lance.fragment import write_fragments
 
 from ops.errors import StoreUnavailable, Superseded
 from streams.conditions import quoted
-from streams.rows import POSITION_SCHEMA, SCHEMA, Position, RecordPosition, deletion_row, duplicate_row, tally_of
+from streams.rows import (
+    CLAIM,
+    POSITION_SCHEMA,
+    SCHEMA,
+    Position,
+    RecordPosition,
+    deletion_row,
+    duplicate_row,
+    tally_of,
+)
 from streams.table import ROOT, SampleTable, outage, positions
 
 Rows = Sequence[Mapping[str, Any]]
 CONTENT: Final = "kind IN ('sample', 'quarantine')"
 """The rows that hold what producers sent."""
-_REMOVED: Final = [
-    "kind", "topic", "partition", "offset", "id", "split", "source", "key", "text", "question", "size", "ingested_at",
-]  # fmt: skip
+SENT: Final = "kind IN ('sample', 'duplicate', 'quarantine')"
+"""The rows that say who sent what: what deletions select."""
+_REMOVED: Final = ["kind", "split", "text", "question", "size", *CLAIM]
+DELETION: Final = "deletion"
+"""Reason of the receipts of what somebody asked to delete."""
+IDS_PER_QUERY: Final = 500
 MOVED: Final = {"ratchet": "moved"}
 """Property of a transaction that writes no row that was not there before."""
 ATTEMPTS: Final = 30
@@ -100,14 +112,33 @@ class StoreWriter:
             "Are there more ingest processes than partitions? Stop some.",
         )
 
-    def commit(self, rows: Rows | pa.Table, moves: Sequence[tuple[Claim, Position]]) -> int:
+    def commit(
+        self,
+        rows: Rows | pa.Table,
+        moves: Sequence[tuple[Claim, Position]],
+        replaced: Mapping[RecordPosition, dict[str, Any]] | None = None,
+    ) -> int:
         """Store rows and the new positions of their partitions in one transaction. Returns the version.
+
+        Args:
+            replaced: of samples and duplicates that are taken out in the same transaction, each with the receipt that
+                stands for it then. One that is gone already is passed over; a sample that another record sent, too,
+                passes to that one.
 
         Raises:
             Superseded: a claim is not the newest; nothing was stored.
             StoreUnavailable: nothing was stored; to be tried again.
         """
-        return self._commit(rows, moves)
+        if not replaced:
+            return self._commit(rows, moves)
+        where = f"{SENT} AND ({_at(replaced)})"
+
+        def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            known = replaced[_place(row)]
+            return {**known, "id": None, "duplicate_of": row["id"]} if stays else known
+
+        corrected = {row["id"] for row in rows if row["kind"] == "sample"}  # stored anew, so nothing passes on
+        return self._swap(where, receipt, rows, moves, True, corrected)[1]
 
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
         """Claim, and store rows with the positions behind them: for data that does not come from a consumer."""
@@ -121,7 +152,10 @@ class StoreWriter:
         return self._commit(rows, moves)
 
     def remove(self, where: str, reason: str, detail: str) -> list[dict[str, Any]]:
-        """Delete the samples and refusals that meet a condition, and leave a receipt for each, in one transaction.
+        """Delete what meets a condition, and leave a receipt for each row, in one transaction.
+
+        With the reason :data:`DELETION` that is records: a sample that another record sent, too, which does not meet
+        the condition, passes to that one. Else it is samples and refusals.
 
         Their bytes stay in the data files until maintenance has rewritten those and removed the old versions.
 
@@ -136,23 +170,21 @@ class StoreWriter:
             StoreUnavailable: nothing was deleted; to be tried again.
         """
         now = datetime.now(UTC)
-        return self._swap(f"{CONTENT} AND ({where})", lambda row: deletion_row(row, reason, detail, now))
+        of, pass_on = (SENT, True) if reason == DELETION else (CONTENT, False)
 
-    def remove_rows(self, details: Mapping[RecordPosition, str], reason: str) -> list[dict[str, Any]]:
-        """Like :meth:`remove`, of the rows at some positions, each with the detail for its own receipt."""
+        def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            return deletion_row(row, reason, detail, now, stays)
+
+        return self._swap(f"{of} AND ({where})", receipt, pass_on=pass_on)[0]
+
+    def remove_rows(self, details: Mapping[RecordPosition, str]) -> list[dict[str, Any]]:
+        """Like :meth:`remove` for deletions, of the rows at some positions, each with its own receipt's detail."""
         now = datetime.now(UTC)
-        offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for stream, partition, offset in details:
-            offsets[stream, partition].append(offset)
-        places = " OR ".join(
-            f"(topic = {quoted(stream)} AND partition = {partition} AND offset IN ({', '.join(map(str, each))}))"
-            for (stream, partition), each in offsets.items()
-        )
 
-        def receipt(row: dict[str, Any]) -> dict[str, Any]:
-            return deletion_row(row, reason, details[row["topic"], row["partition"], row["offset"]], now)
+        def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            return deletion_row(row, DELETION, details[_place(row)], now, stays)
 
-        return self._swap(f"{CONTENT} AND ({places})", receipt) if details else []
+        return self._swap(f"{SENT} AND ({_at(details)})", receipt, pass_on=True)[0] if details else []
 
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
@@ -161,28 +193,56 @@ class StoreWriter:
             f"kind = 'sample' AND id = {quoted(sample_id)} AND topic = {quoted(stream)} AND partition = {partition}"
             f" AND offset = {offset}"
         )
-        return bool(self._swap(where, lambda row: duplicate_row(row, "exact", sample_id)))
+        return bool(self._swap(where, lambda row, _: duplicate_row(row, "exact", sample_id))[0])
 
-    def _swap(self, where: str, receipt: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
-        """Put another row in the place of each that meets a condition. Returns those that were there."""
+    def _swap(
+        self,
+        where: str,
+        receipt: Callable[[dict[str, Any], bool], dict[str, Any]],
+        new: Rows = (),
+        moves: Sequence[tuple[Claim, Position]] = (),
+        pass_on: bool = False,
+        kept: Collection[str] = (),
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Put another row in the place of each that meets a condition, and store new ones. Returns those that were
+        there, and the version.
+
+        Args:
+            where: the condition, in Lance's SQL.
+            receipt: makes the other row, of a row and whether what it holds stays in the store.
+            new, moves: as for :meth:`commit`.
+            pass_on: a sample passes to another record that sent it, too, and that is a duplicate so far.
+            kept: ids of samples that are stored already.
+        """
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
             table = dataset.to_table(columns=_REMOVED, filter=where, with_row_address=True)
             rows: list[dict[str, Any]] = table.to_pylist()
             if not rows:
-                return []
-            parts = {int(row["_rowaddr"]) >> 32 for row in rows}
-            changed = {number: dataset.get_fragment(number).delete(where) for number in sorted(parts)}
-            receipts = [receipt(row) for row in rows]
+                return [], self._commit(new, moves) if moves else int(dataset.version)
+            passed = _passed_on(dataset, rows, kept) if pass_on else []
+            gone = [*rows, *(duplicate for duplicate, _ in passed)]
+            theirs = f"kind = 'duplicate' AND ({_at(_place(each) for each, _ in passed)})" if passed else "false"
+            parts = {int(row["_rowaddr"]) >> 32 for row in gone}
+            every = f"({where}) OR ({theirs})"
+            changed = {number: dataset.get_fragment(number).delete(every) for number in sorted(parts)}
+            stay = {sample["id"] for _, sample in passed} | set(kept)
+            receipts = [receipt(row, row["kind"] == "duplicate" or row["id"] in stay) for row in rows]
+            receipts += [sample for _, sample in passed]
             fragment, root = next(each for each in positions(dataset) if each[1].key == ROOT.key)
             tally = Counter(root.tally)
-            tally.subtract(tally_of(rows))
+            tally.subtract(tally_of(gone))
             tally.update(tally_of(receipts))
+            root_move = (Claim(root, fragment), replace(root, tally=tally))
             try:
-                self._commit(receipts, [(Claim(root, fragment), replace(root, tally=tally))], dataset, changed)
-            except (Superseded, CommitConflictError):
+                version = self._commit([*new, *receipts], [*moves, root_move], dataset, changed)
+            except Superseded as error:
+                if {claim.key for claim, _ in moves} & set(error.keys):
+                    raise
                 continue
-            return rows
+            except CommitConflictError:
+                continue
+            return rows, version
         raise StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )
@@ -275,6 +335,52 @@ class StoreWriter:
         raise failure or StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )
+
+
+def _place(row: Mapping[str, Any]) -> RecordPosition:
+    return row["topic"], row["partition"], row["offset"]
+
+
+def _passed_on(
+    dataset: Any, rows: Sequence[Mapping[str, Any]], kept: Collection[str]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of samples among rows that are removed, those that other records sent, too: the newest duplicate of the key and
+    source that were the first of these, and the row of the sample as if that record had brought it."""
+    leaving = {row["_rowaddr"] for row in rows}
+    samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
+    heirs: dict[str, dict[str, Any]] = {}
+    for ids in _chunks(list(samples)):
+        where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
+        table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
+        for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], _place(row))):
+            if row["_rowaddr"] in leaving:
+                continue
+            first = heirs.setdefault(row["id"], row)
+            if (first["key"], first["source"]) == (row["key"], row["source"]):
+                heirs[row["id"]] = row
+    passed = []
+    for ids in _chunks(list(heirs)):
+        places = _at(_place(samples[each]) for each in ids)
+        for sample in dataset.to_table(columns=SCHEMA.names, filter=f"kind = 'sample' AND ({places})").to_pylist():
+            heir = heirs[sample["id"]]
+            claim = {name: heir[name] for name in CLAIM if heir[name] is not None or name in ("key", "sent_at")}
+            passed.append((heir, {**sample, **claim}))
+    return passed
+
+
+def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[start : start + IDS_PER_QUERY] for start in range(0, len(ids), IDS_PER_QUERY))
+
+
+def _at(places: Iterable[RecordPosition]) -> str:
+    """The rows at some positions, in Lance's SQL."""
+    offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for stream, partition, offset in places:
+        offsets[stream, partition].append(offset)
+    return " OR ".join(
+        f"(topic = {quoted(stream)} AND partition = {partition} AND offset IN ({', '.join(map(str, each))}))"
+        for (stream, partition), each in offsets.items()
+    )
 
 
 def _is_conflict(error: Exception) -> bool:

@@ -59,9 +59,11 @@ def dashboard() -> make.Dashboard:
         board,
         "What comes in",
         lines(
-            "What becomes of records", "Records a second: stored by split, known already, or refused.", "cps",
+            "What becomes of records", "Records a second: stored by split, known already, or refused; samples that "
+            "were corrected.", "cps",
             (f"sum by (split) (rate(ratchet_ingest_samples_total{RATE}))", "stored, {{split}}"),
             (f"sum by (kind) (rate(ratchet_ingest_duplicates_total{RATE}))", "duplicate, {{kind}}"),
+            (f"sum(rate(ratchet_ingest_corrected_total{RATE}))", "corrected"),
             (f"sum(rate(ratchet_ingest_quarantined_total{RATE})) or vector(0)", "quarantined"), stacked=True,
         ),
         lines(

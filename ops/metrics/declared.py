@@ -68,6 +68,7 @@ INGEST_BYTES = Counter("ratchet_ingest_bytes_total", "Bytes of these records: ke
 INGEST_STORED = Counter("ratchet_ingest_samples_total", "Samples stored.", ["split"])
 INGEST_REFUSED = Counter("ratchet_ingest_quarantined_total", "Records quarantined.", ["reason"])
 INGEST_DUPLICATES = Counter("ratchet_ingest_duplicates_total", "Records that were already stored.", ["kind"])
+INGEST_CORRECTED = Counter("ratchet_ingest_corrected_total", "Samples that were replaced by corrections of them.")
 INGEST_LAG = Gauge("ratchet_ingest_lag_records", "Records between the store and the end of the log.", ["partition"])
 INGEST_COMMIT = Histogram("ratchet_ingest_commit_seconds", "Time of one atomic store commit.", buckets=SECONDS)
 INGEST_LOST = Counter(
@@ -293,7 +294,7 @@ for _purpose in ("train", "gate"):
     BUDGET_SPENT.labels(_purpose)
 for _split in ("train", "fresh_eval"):
     INGEST_STORED.labels(_split)
-for _kind in ("exact", "perceptual"):
+for _kind in ("exact", "perceptual", "older"):
     INGEST_DUPLICATES.labels(_kind)
 for _reason in ("retention", "truncated"):
     INGEST_LOST.labels(_reason)

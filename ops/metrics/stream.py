@@ -32,8 +32,13 @@ class ingest:
 
     @staticmethod
     def duplicates(count: int, kind: str) -> None:
-        """Records were there already; kind is ``exact`` or ``perceptual``."""
+        """Records were there already; kind is ``exact``, ``perceptual``, or ``older`` than what corrected it."""
         d.INGEST_DUPLICATES.labels(kind).inc(count)
+
+    @staticmethod
+    def corrected(count: int) -> None:
+        """Samples were replaced by corrections of them."""
+        d.INGEST_CORRECTED.inc(count)
 
     @staticmethod
     def lag(partition: int, records: int) -> None:

@@ -1,19 +1,21 @@
-"""Finding samples that are there already: the same content, or the same look with the same words.
+"""Finding samples that are there already: the same content, or the same look with the same words; and the split.
 
 The index is a SQLite file beside the worker, which it fills from the store and never holds in memory: some 200 bytes of
 disk a sample. It is no truth: a file that is lost, damaged or of another store is made anew from the store.
 
 A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
-(:mod:`streams.quality.bands` finds those without comparing with all).
+(:mod:`streams.quality.bands` finds those without comparing with all). :mod:`streams.quality.sides` has the split.
 """
 
 from __future__ import annotations
 
 import fcntl
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -25,12 +27,16 @@ from ops.progress import track
 from streams.conditions import quoted
 from streams.quality.bands import bands_of, masks
 from streams.quality.look import Look, similar
+from streams.quality.sides import TABLES, SplitRule
 from streams.quality.staging import Staging
-from streams.rows import RecordPosition, name_of, parse_position
+from streams.rows import RecordPosition, Split, name_of, parse_position
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 
-DuplicateKind = Literal["exact", "perceptual"]
+DuplicateKind = Literal["exact", "perceptual", "older"]
+"""The same content; the same look with the same words; content that was corrected by a record that was sent later."""
+CORRECTED: Final = "corrected"
+"""Reason of the receipt of a sample that a later record has replaced."""
 OFF: Final = -1
 """The distance at which looks are not compared."""
 CANDIDATES: Final = 64
@@ -45,8 +51,10 @@ CHECKPOINT_PAGES: Final = 8000
 """Of 4 KiB, between two checkpoints. A batch changes a page for each of its samples once there are many pages: with
 SQLite's 1,000 each fifth commit waits for the disk."""
 WAIT_SECONDS: Final = 60.0
-_FORMAT: Final = "1"
-_COLUMNS: Final = ["kind", "id", "topic", "partition", "offset", "look", "words"]
+_FORMAT: Final = "2"
+_COLUMNS: Final = [
+    "kind", "id", "topic", "partition", "offset", "look", "words", "split", "domain", "question", "reason", "sent_at",
+]  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -60,6 +68,11 @@ class Sample(NamedTuple):
     """:attr:`streams.quality.look.Look.data`; None for one that is not compared by it."""
     words: int
     """Of :func:`words_hash`."""
+    domain: str = ""
+    asks: bool = False
+    """Whether it has a question."""
+    sent: datetime | None = None
+    """When its record was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +86,13 @@ class Duplicate:
 class DuplicateIndex:
     """Samples to compare with. Several processes may share a file; use each object from one thread."""
 
-    def __init__(self, path: Path | str, store: str, distance: int = 0) -> None:
+    def __init__(self, path: Path | str, store: str, distance: int = 0, split: SplitRule | None = None) -> None:
         """
         Args:
             path: the file; ``:memory:`` for none.
             store: name of the store that it follows.
             distance: bits in which the hashes of near duplicates may differ; 0 wants equal ones, :data:`OFF` none.
+            split: holds nothing out by default.
 
         Raises:
             StoreUnavailable: the file cannot be written.
@@ -87,7 +101,8 @@ class DuplicateIndex:
         self.distance = distance
         self._masks = masks(distance)
         self._doubles: list[tuple[str, RecordPosition]] = []
-        self._identity = f"{_FORMAT} {store} {distance}"
+        self._split = split or SplitRule()
+        self._identity = f"{_FORMAT} {store} {distance} {blake2b(self._split.key, digest_size=8).hexdigest()}"
         self._damaged = True
         self._interrupted = False
         with self._in_use():
@@ -132,6 +147,8 @@ class DuplicateIndex:
         with self._in_use():
             if self._has(sample.id):
                 return Duplicate("exact", sample.id.hex())
+            if sample.sent is not None and self._corrected(sample.id) >= _micros(sample.sent):
+                return Duplicate("older", sample.id.hex())
             if self.distance == OFF or sample.look is None:
                 return None
             mine = Look.parse(sample.look)
@@ -142,14 +159,32 @@ class DuplicateIndex:
                         return Duplicate("perceptual", other.hex())
         return None
 
-    def add(self, sample: Sample) -> None:
-        """Remember a sample that :meth:`find` does not know."""
+    def add(self, sample: Sample) -> Split:
+        """Remember a sample that :meth:`find` does not know. Returns its side of the split."""
         with self._in_use():
             self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", sample[:2])
+            columns = self._split.columns(sample.look, sample.domain, sample.asks)
+            side = self._split.assign(self._db, columns)
             if self.distance != OFF and sample.look is not None:
                 bands = bands_of(Look.parse(sample.look).phash, sample.words, self._masks)
                 rows = [(band, sample.id, sample.look) for band in bands]
                 self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", rows)
+            return side
+
+    def has(self, sample_id: str) -> bool:
+        """Whether a sample is stored."""
+        with self._in_use():
+            return self._has(bytes.fromhex(sample_id))
+
+    def correct(self, sample_id: str, sent: datetime) -> None:
+        """Forget a sample that a record replaces which was sent then; :meth:`find` keeps away what is not newer."""
+        self._drop([sample_id])
+        self._note_corrections([(bytes.fromhex(sample_id), _micros(sent))])
+
+    def move(self, sample_id: str, position: str) -> None:
+        """A sample is stored at another position."""
+        with self._in_use():
+            self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
 
     def stored(self, version: int, fragment: int) -> None:
         """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
@@ -185,11 +220,11 @@ class DuplicateIndex:
         positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version, last)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
         with self._in_use():
-            staging = Staging(self._db, self._masks)
+            staging = Staging(self._db, self._masks, self._split)
             for fragment in track(fresh, "building the duplicate index") if last < 0 else fresh:
                 if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
                     self._take(dataset, fragment, staging, last < 0)
-            self._settle(staging.merge())
+            self._settle(dataset, staging.merge())
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
             self._set_meta("version", int(dataset.version))
 
@@ -202,28 +237,49 @@ class DuplicateIndex:
             table = pa.Table.from_batches([batch])
             staging.add(table.filter(pc.field("kind") == "sample"))
             if staging.full:
-                self._settle(staging.merge())
+                self._settle(dataset, staging.merge())
+            corrected = table.filter((pc.field("kind") == "deleted") & (pc.field("reason") == CORRECTED))
+            given = zip(corrected["id"].to_pylist(), corrected["sent_at"].to_pylist(), strict=True)
+            self._note_corrections([(bytes.fromhex(id_), _micros(sent)) for id_, sent in given if id_ and sent])
             if not anew:  # else there is nothing to forget: what is read here is not deleted
                 self._forget(
                     dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
                 )
 
-    def _settle(self, doubles: Iterable[tuple[bytes, str, str]]) -> None:
-        """Note samples that are stored at two positions. All indexes keep the first in the order of positions."""
+    def _settle(self, dataset: Any, doubles: Sequence[tuple[bytes, str, str]]) -> None:
+        """Note samples that are stored at two positions. All indexes keep the first in the order of positions.
+
+        One that was corrected is at its new position alone.
+        """
+        stored = self._places(dataset, [id_.hex() for id_, _, _ in doubles])
         for id_, _, position in doubles:
             [known] = self._db.execute("SELECT position FROM ids WHERE id = ?", (id_,)).fetchone()
+            if known not in stored[id_.hex()]:
+                self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, id_))
+                continue
+            if position not in stored[id_.hex()]:
+                continue
             first, second = sorted((parse_position(known), parse_position(position)))
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (name_of(first), id_))
             self._doubles.append((id_.hex(), second))
 
     def _forget(self, dataset: Any, deleted: Sequence[str]) -> None:
         """Forget samples that were deleted, unless they were stored again since."""
-        gone = set(deleted)
-        for start in range(0, len(deleted), IDS_PER_QUERY):
-            names = ", ".join(map(quoted, deleted[start : start + IDS_PER_QUERY]))
+        self._drop([id_ for id_, places in self._places(dataset, deleted).items() if not places])
+
+    def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
+        """Where some samples are stored now, by id."""
+        places: dict[str, set[str]] = {each: set() for each in ids}
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+            columns = ["id", "topic", "partition", "offset"]
             with reading(dataset.uri):
-                stored = dataset.to_table(columns=["id"], filter=f"kind = 'sample' AND id IN ({names})")
-            gone.difference_update(stored["id"].to_pylist())
+                stored = dataset.to_table(columns=columns, filter=f"kind = 'sample' AND id IN ({names})")
+            for row in stored.to_pylist():
+                places[row["id"]].add(name_of((row["topic"], row["partition"], row["offset"])))
+        return places
+
+    def _drop(self, gone: Sequence[str]) -> None:
         if not gone:
             return
         with self._in_use():
@@ -232,6 +288,16 @@ class DuplicateIndex:
             for name in ("ids", "looks"):  # one pass over the looks, which have no index on the id
                 self._db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone)")  # noqa: S608
             self._db.execute("DELETE FROM gone")
+
+    def _note_corrections(self, corrected: Sequence[tuple[bytes, int]]) -> None:
+        with self._in_use():
+            query = "INSERT INTO corrected VALUES (?, ?) ON CONFLICT DO UPDATE SET sent = max(sent, excluded.sent)"
+            self._db.executemany(query, corrected)
+
+    def _corrected(self, sample: bytes) -> int:
+        """When the record was sent that corrected a sample, in microseconds; -1 where there is none."""
+        row = self._db.execute("SELECT sent FROM corrected WHERE id = ?", (sample,)).fetchone()
+        return -1 if row is None else int(row[0])
 
     def _has(self, sample: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
@@ -255,7 +321,9 @@ class DuplicateIndex:
                 "BEGIN IMMEDIATE;"
                 "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT);"
                 "CREATE TABLE ids (id BLOB PRIMARY KEY, position TEXT) WITHOUT ROWID;"
+                "CREATE TABLE corrected (id BLOB PRIMARY KEY, sent INTEGER) WITHOUT ROWID;"
                 "CREATE TABLE looks (band INTEGER, id BLOB, look BLOB, PRIMARY KEY (band, id)) WITHOUT ROWID;"
+                f"{TABLES}"
                 "COMMIT;"
             )
             self._set_meta("identity", self._identity)
@@ -284,6 +352,10 @@ class DuplicateIndex:
 
     def _set_meta(self, name: str, value: str | int) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(value)))
+
+
+def _micros(time: datetime) -> int:
+    return int(time.timestamp() * 1_000_000)
 
 
 def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:

@@ -13,14 +13,11 @@ machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-
-from streams.rows import Split
 
 SIDE: Final = 32
 GRID: Final = 3
@@ -63,10 +60,9 @@ _LOWEST = sorted(
 )
 
 LOOK_BYTES: Final = 8 + 3 * GRID**2
-_SPLIT_BITS: Final = 12
-_SPLIT_STEP: Final = 32
-_SPLIT_SHIFT: Final = 5
-_SPLIT_MASK = sum(1 << (63 - (8 * i + j)) for i, j in _LOWEST[:_SPLIT_BITS])
+_COLOUR_STEP: Final = 32
+_COLOUR_SHIFT: Final = 5
+_BUCKETS: Final = [sum(1 << (63 - (8 * i + j)) for i, j in _LOWEST[:bits]) for bits in (12, 24)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +113,16 @@ def similar(one: Look, other: Look, distance: int) -> bool:
     return all(abs(a - b) <= COLOUR_TOLERANCE for a, b in zip(one.colours, other.colours, strict=True))
 
 
-def split_of(picture: Look | Image.Image, key: bytes, fresh_eval_share: float) -> Split:
-    """``fresh_eval`` for a share of all pictures, ``train`` for the others: a pure function of what a picture shows.
+def buckets(look: Look) -> tuple[bytes, bytes, bytes]:
+    """What a picture shares with those that look alike, from coarse to fine; the last is the look itself.
 
-    The picture alone decides, and not its texts or its encoding: the same picture with another caption, or as a JPEG,
-    must not be trained on when its copy judges what was learned. Equal pixels always have one side. Of copies that lost
-    something, 1.2% fall on the other side (JPEG at quality 70 1.1%, at 90 0.7%, WebP 1.5%, half the size 0.8%), where a
-    hash of the whole perceptual hash gives 5%, and one of the bytes 25%: only the signs of the 12 lowest frequencies
-    count, and the mean colour in steps of 32 whose edges lie beside black, white and the middle. Pictures that agree in
-    these have one side together.
-
-    Args:
-        picture: a decoded picture, or its look.
-        key: secret of the installation, so that nobody can choose a side by computing it.
-        fresh_eval_share: from 0 to 1. What is in ``fresh_eval`` stays there when it grows.
+    Equal pixels have one look. Of copies that lost something, 1.2% are in another coarse bucket (JPEG at quality 70
+    1.1%, at 90 0.7%, WebP 1.5%, half the size 0.8%): it has only the signs of the 12 lowest frequencies, and the mean
+    colour in steps of 32 whose edges lie beside black, white and the middle. The fine one has the 24 lowest.
     """
-    look = look_of(picture) if isinstance(picture, Image.Image) else picture
     cells = GRID**2
     steps = bytes(
-        (sum(look.colours[channel::3]) + cells * _SPLIT_SHIFT) // (cells * _SPLIT_STEP) for channel in range(3)
+        (sum(look.colours[channel::3]) + cells * _COLOUR_SHIFT) // (cells * _COLOUR_STEP) for channel in range(3)
     )
-    shape = (look.phash & _SPLIT_MASK).to_bytes(8)
-    bucket = int.from_bytes(blake2b(shape + steps, key=key, person=b"split", digest_size=8).digest())
-    return "fresh_eval" if bucket < fresh_eval_share * 2**64 else "train"
+    coarse, fine = ((look.phash & mask).to_bytes(8) + steps for mask in _BUCKETS)
+    return coarse, fine + b"+", look.data  # the two differ where no bit is set, too

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from ops.settings.streams import Ingest as Limits
 from ratchet_client.images import decode_image
 from ratchet_client.records import Sample, check_text
 from streams.codecs import Fetch, decode
-from streams.quality.look import look_of, split_of
+from streams.quality.look import look_of
 from streams.registry import SchemaRegistry
 from streams.rows import RecordPosition, record_key, words_hash
 
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 DETAIL_CHARS: Final = 500
 ID_HEADER: Final = "ratchet_id"
 """Header of a tombstone that names the sample to delete by its id instead of by the record's key."""
+REPLACES_HEADER: Final = "ratchet_replaces"
+"""Header of a sample that corrects others: the id of one, or :data:`BY_KEY`."""
+BY_KEY: Final = "key"
+"""All that came before with the record's key."""
+_ID: Final = re.compile("[0-9a-f]{64}")
 _LATEST_SECONDS: Final = 4_102_444_800  # 2100-01-01: no clock is that wrong; units are
 
 StoreRow = dict[str, Any]
@@ -66,8 +72,6 @@ class Rules:
     """What a record is held against."""
 
     limits: Limits
-    split_key: bytes
-    """Of the store: see :func:`streams.quality.look.split_of`."""
     fetch: Fetch | None = None
     """Gets images that a record names; without it such records are refused."""
     registry: SchemaRegistry | None = None
@@ -77,11 +81,13 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A valid sample: its row in the store."""
+    """A valid sample: its row in the store, but for the side of the split."""
 
     row: StoreRow
     record: Received | None = None
     """Its record, to be refused after all should its row not fit the table."""
+    replaces: str = ""
+    """What its header :data:`REPLACES_HEADER` says."""
 
 
 def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
@@ -145,15 +151,17 @@ def record_time(timestamp: int) -> datetime | None:
 def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Accepted:
     limits = rules.limits
     check_text(sample, limits.max_text_chars)
+    replaces = _replaces(record)
+    sent = record_time(record.timestamp) or now
     image = decode_image(sample.image, limits.max_pixels, limits.max_image_bytes, limits.min_side)
     look = look_of(image)
     row = {
         "kind": "sample",
         **sample.row(),
         "id": sample.id,
-        "time": sample.time or record_time(record.timestamp) or now,
+        "time": sample.time or sent,
+        "sent_at": sent,
         "ingested_at": now,
-        "split": split_of(look, rules.split_key, limits.fresh_eval_share),
         "look": look.data,
         "words": words_hash(sample.text, sample.question, sample.answer),
         "size": len(sample.image),
@@ -162,7 +170,7 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
         "key": record_key(record.key),
         **record.position,
     }
-    return Accepted(row, record)
+    return Accepted(row, record, replaces)
 
 
 def _tombstone(record: Received, now: datetime) -> StoreRow:
@@ -171,13 +179,26 @@ def _tombstone(record: Received, now: datetime) -> StoreRow:
 
 
 def _named_id(record: Received) -> str | None:
-    for name, value in record.headers:
-        if name.lower() == ID_HEADER and value is not None:
-            text = value.decode(errors="replace")
-            if len(text) == 64 and all(digit in "0123456789abcdef" for digit in text):
-                return text
-            raise RecordError("headers", f"header {ID_HEADER} is no sample id.", "It has 64 hex digits, in lower case.")
-    return None
+    text = _header(record, ID_HEADER)
+    if text is None or _ID.fullmatch(text):
+        return text
+    raise RecordError("headers", f"header {ID_HEADER} is no sample id.", "It has 64 hex digits, in lower case.")
+
+
+def _replaces(record: Received) -> str:
+    text = _header(record, REPLACES_HEADER) or ""
+    if not text or _ID.fullmatch(text) or (text == BY_KEY and record.key):
+        return text
+    raise RecordError(
+        "headers",
+        f"header {REPLACES_HEADER} names no sample.",
+        f"It is a sample id (64 hex digits, in lower case), or {BY_KEY!r} where the record has a key.",
+    )
+
+
+def _header(record: Received, wanted: str) -> str | None:
+    values = (value for name, value in record.headers if name.lower() == wanted and value is not None)
+    return next((value.decode(errors="replace") for value in values), None)
 
 
 def _source(record: Received) -> str:

@@ -63,13 +63,19 @@ class AsyncProducer:
         finally:
             await self.close()
 
-    async def send(self, sample: Sample | None = None, /, **fields: Any) -> asyncio.Future[Delivery]:
+    async def send(
+        self, sample: Sample | None = None, /, *, replaces: str = "", **fields: Any
+    ) -> asyncio.Future[Delivery]:
         """Queue one sample, or the fields of one; what is returned holds the delivery, or a BrokerError.
+
+        Args:
+            sample: what to send; or its fields by name.
+            replaces: the id of a sample that this one corrects, as in :meth:`ratchet_client.Producer.send`.
 
         Raises:
             RecordError: it is not acceptable.
         """
-        sent: Future[Delivery] = await self._run(partial(self._connected.send, sample, **fields))
+        sent: Future[Delivery] = await self._run(partial(self._connected.send, sample, replaces=replaces, **fields))
         delivery = asyncio.wrap_future(sent)
         delivery.add_done_callback(_retrieve)
         return delivery

@@ -40,8 +40,19 @@ class Encoded:
     headers: Headers
 
 
-def encode(sample: Sample, encoding: Encoding = "raw") -> Encoded:
-    """Write ``sample`` in one of the four encodings. ``raw`` is the smallest."""
+def encode(sample: Sample, encoding: Encoding = "raw", replaces: str = "") -> Encoded:
+    """Write ``sample`` in one of the four encodings. ``raw`` is the smallest.
+
+    Args:
+        replaces: the id of a sample that this one corrects.
+    """
+    record = _encode(sample, encoding)
+    if replaces:
+        record.headers.append((f"{PREFIX}replaces", replaces.encode()))
+    return record
+
+
+def _encode(sample: Sample, encoding: Encoding) -> Encoded:
     key = sample.id.encode()
     kind = CONTENT_TYPES.get(sniff(sample.image) or "", "application/octet-stream")
     match encoding:

@@ -169,15 +169,25 @@ class Producer:
         self._sender = RecordSender(Connection(bootstrap, options or {}), connect_seconds, delivery_seconds)
         self._failures: deque[BrokerError] = deque(maxlen=100)
 
-    def send(self, sample: Sample | None = None, /, **fields: Any) -> Future[Delivery]:
-        """Queue one sample, or the fields of one. Raises RecordError when it is not acceptable."""
+    def send(self, sample: Sample | None = None, /, *, replaces: str = "", **fields: Any) -> Future[Delivery]:
+        """Queue one sample, or the fields of one.
+
+        Args:
+            sample: what to send; or its fields by name.
+            replaces: the id of a sample that this one corrects, and takes the place of. It is needed where image, text,
+                question, answer or source are others; with the same ones a sample with other metadata replaces the one
+                before.
+
+        Raises:
+            RecordError: it is not acceptable.
+        """
         checked = sample if sample is not None else make_sample(fields)
         check_sample(checked, self.limits)
-        return self.send_checked(checked)
+        return self.send_checked(checked, replaces)
 
-    def send_checked(self, sample: Sample) -> Future[Delivery]:
+    def send_checked(self, sample: Sample, replaces: str = "") -> Future[Delivery]:
         """Queue a sample that :func:`check_sample` let pass."""
-        future = self._sender.send(self.topic, encode(sample, self.encoding), note=sample.id)
+        future = self._sender.send(self.topic, encode(sample, self.encoding, replaces), note=sample.id)
         future.add_done_callback(self._report)
         return future
 

@@ -50,7 +50,7 @@ def test_a_seed_gives_the_same_faults_again_and_those_of_one_target_do_not_overl
 
 
 def test_a_twentieth_of_the_records_is_bad_and_ingest_agrees_on_which() -> None:
-    rules = Rules(Ingest(), b"key")
+    rules = Rules(Ingest())
     records = list(make_records(1000, 5))
     assert 30 <= sum(record.kind == "bad" for record in records) <= 70
     for number, record in enumerate(records):

@@ -142,7 +142,7 @@ def test_an_address_in_use_or_malformed_is_named() -> None:
 
 def test_a_quarantine_message_can_be_sent_again_as_it_is() -> None:
     headers = [("ratchet_text", b""), ("trace", b"\xff\x00"), ("none", None)]
-    row = validate(Received("t@2", 1, 9, picture(1), b"key", headers), Rules(Settings().ingest, b"key"))
+    row = validate(Received("t@2", 1, 9, picture(1), b"key", headers), Rules(Settings().ingest))
     assert isinstance(row, dict)
     sent = message(row)
     assert (sent.key, sent.value, position_of(row)) == (b"key", picture(1), ("t@2", 1, 9))

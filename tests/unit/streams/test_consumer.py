@@ -387,10 +387,10 @@ def test_a_new_leader_is_not_taken_for_a_truncation(
     failing, released = threading.Event(), threading.Event()
     commit = StoreWriter.commit
 
-    def away(self: StoreWriter, new: Any, moves: Any) -> int:
+    def away(self: StoreWriter, *given: Any) -> int:
         if failing.is_set() and not released.is_set():
             raise StoreUnavailable("away")
-        return commit(self, new, moves)
+        return commit(self, *given)
 
     monkeypatch.setattr(StoreWriter, "commit", away)
     kafka.send(good(1), epoch=3)

@@ -19,7 +19,7 @@ from streams.store import SampleStore
 from streams.writer import StoreWriter
 from tests.support.kafka import good
 
-RULES = Rules(Ingest(), b"key")
+RULES = Rules(Ingest())
 SAME = 1
 
 

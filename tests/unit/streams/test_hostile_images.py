@@ -69,7 +69,7 @@ def test_of_a_thread_the_middle_is_looked_at() -> None:
 @named([*TAKEN, *REFUSED])
 def test_ingest_says_the_same(image: Hostile) -> None:
     record = Received("t", 0, 0, image.data, None, [("content-type", b"image/png"), ("ratchet_text", b"a picture")])
-    result = validate(record, Rules(Ingest(min_side=1), b"key"))
+    result = validate(record, Rules(Ingest(min_side=1)))
     if image.code:
         assert not isinstance(result, Accepted)
         assert (result["kind"], result["reason"]) == ("quarantine", "empty" if not image.data else image.code)

@@ -27,7 +27,7 @@ from streams.validation_threads import ThreadValidators
 from streams.writer import Claim
 from tests.support.kafka import good, picture, wait_for
 
-WORK = Work(Ingest(), Kafka(), b"k" * 32)
+WORK = Work(Ingest(), Kafka())
 DEADLY = b"deadly"
 
 
@@ -161,7 +161,7 @@ from streams.crash_guard import CrashGuard
 from streams.validation_process import ProcessValidators, Work
 if __name__ == "__main__":
     guard = CrashGuard(Path(__file__).parent, 2)
-    validators = ProcessValidators(Work(Ingest(), Kafka(), b"k" * 32), 2, guard)
+    validators = ProcessValidators(Work(Ingest(), Kafka()), 2, guard)
     validators.submit([]).result()
     print(*validators._pool._processes, flush=True)
     time.sleep(600)

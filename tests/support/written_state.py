@@ -1,0 +1,207 @@
+"""Writes a small lake, and a home in the middle of an update, for the tests that open them with later code.
+
+    python -m tests.support.written_state tests/data/written_by_0_1
+
+Run it with the code whose format is to be kept; a folder that is committed is never written again.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import signal
+import sqlite3
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ops.ledger import Ledger
+from ops.settings import Settings
+from ops.settings.streams import Ingest, Kafka
+from streams import deletion
+from streams.assignment import Reading, start_position
+from streams.batch import Batch
+from streams.quality.duplicates import DuplicateIndex
+from streams.quality.sides import SplitRule
+from streams.quality.validate import Received, Rules, validate
+from streams.store import SampleStore
+from streams.writer import StoreWriter
+from tests.integration.updater import mortal_trainer
+from tests.integration.updater.home import add_samples, judged_as, make_home, release
+from tests.support.kafka import picture
+from tests.unit.updater.builders import recipe
+from updater.loop.service import UpdaterService
+
+DATA = Path(__file__).parents[1] / "data"
+TOPIC = "t"
+COLUMNS = (
+    "kind", "topic", "partition", "offset", "id", "split", "text", "question", "answer", "domain", "source", "concept",
+    "label", "tags", "extra", "size", "width", "height", "time", "ingested_at", "key", "look", "words", "reason",
+    "duplicate_of", "original",
+)  # fmt: skip
+SOURCES = ("urn:cam", "crawler", "")
+LIMIT_BYTES = 300_000
+
+
+def records() -> Iterator[Received]:
+    """Records of two partitions: samples of several kinds, duplicates, refused ones and tombstones."""
+    offsets = [0, 0]
+
+    def received(value: bytes | None, key: bytes | None, partition: int = 0, **fields: str) -> Received:
+        offsets[partition] += 1
+        headers = [(f"ratchet_{name}", text.encode()) for name, text in fields.items()]
+        return Received(TOPIC, partition, offsets[partition] - 1, value, key, headers, 1_767_225_600_000)
+
+    for number in range(48):
+        words = {"text": f"picture {number}"}
+        if number % 6 == 5:
+            words = {"question": "which number is it?", "answer": str(number)}
+        more = {"domain": ("streets", "forms")[number % 2], "source": SOURCES[number % 3], "label": f"l{number % 4}"}
+        key = None if number % 8 == 7 else b"k" * 300 if number == 9 else b"key-%d" % number
+        kind = ("PNG", "JPEG", "WEBP")[number % 3]
+        yield received(picture(number, kind=kind), key, number % 2, **words, **more, concept=f"c{number % 5}")
+    for number in range(4):  # as a camera of one colour sends them
+        out = io.BytesIO()
+        Image.new("RGB", (40, 30), (40 * number, 20, 200)).save(out, "PNG")
+        yield received(out.getvalue(), b"plain-%d" % number, 1, text="a plain picture", domain="plain")
+    for number, sender in ((3, b"key-3"), (4, b"another"), (5, None)):  # again, and from others
+        kind = ("PNG", "JPEG", "WEBP")[number % 3]
+        words = {"question": "which number is it?", "answer": "5"} if number == 5 else {"text": f"picture {number}"}
+        yield received(picture(number, kind=kind), sender, 0, **words)
+    yield received(b"no picture", b"bad-1", 0, text="a text", source="crawler")
+    yield received(b"no picture either", b"b" * 300, 1, text="a text")
+    yield received(None, b"key-2", 0)
+    yield received(None, b"nobody", 1)
+
+
+def write_lake(folder: Path) -> dict[str, Any]:
+    """A lake in ``folder``. Returns what is in it."""
+    store = SampleStore(str(folder))
+    name, split_key = store.table.identity()
+    writer = StoreWriter(store.table)
+    known = store.positions().values()
+    claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
+    readings = [Reading(claim, 0) for claim in claims]
+    with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, Ingest().fresh_eval_share))) as index:
+        batch = Batch(Kafka(), writer, index)
+        for number, record in enumerate(records()):
+            reading = readings[record.partition]
+            reading.next = record.offset + 1
+            batch.add(reading, reading.next, validate(record, Rules(Ingest())), record.size)
+            if number % 25 == 24:
+                batch.commit(lambda reading: None)
+        batch.commit(lambda reading: None)
+    with TemporaryDirectory() as scratch, closing(Ledger.open(f"sqlite:///{scratch}/ledger.db")) as ledger:
+        deletion.take_tombstones(store, ledger)
+        for each in ledger.deletions(10, ["requested"], oldest_first=True):
+            deletion.remove(store, ledger, each)
+    return contents(store)
+
+
+def contents(store: SampleStore) -> dict[str, Any]:
+    """All rows, positions and numbers of a store, as JSON."""
+    rows = [{name: plain(row[name]) for name in COLUMNS} for row in store.select("kind != 'position'", COLUMNS)]
+    rows.sort(key=lambda row: (row["topic"], row["partition"], row["offset"], row["kind"]))
+    name, split_key = store.table.identity()
+    positions = {key: plain(each.row()) for key, each in store.positions().items()}
+    return {
+        "store": name, "split_key": split_key.hex(), "rows": rows, "positions": positions,
+        "tally": {key: value for key, value in sorted(store.tally().items()) if value},
+    }  # fmt: skip
+
+
+def small_home(folder: Path) -> Settings:
+    """The home that :func:`write_home` fills; one that is there already is taken as it is."""
+    settings = make_home(folder)
+    (folder / "default.yaml").write_text(recipe("default", max_steps=6, reference_limit=20, rank=1).to_yaml())
+    return settings
+
+
+def write_home(folder: Path) -> dict[str, Any]:
+    """A home in ``folder``: a release, an open proposal, a hold, and a second update whose trainer was killed."""
+    settings = small_home(folder)
+    add_samples(settings, 12)
+    add_samples(settings, 6, split="fresh_eval")
+    with pytest.MonkeyPatch.context() as patch, closing(Ledger.open(settings.ledger)) as ledger:
+        judged_as("passed", patch)
+        UpdaterService(settings).step()
+        release(ledger)
+    add_samples(settings, 12)
+    killed = mortal_trainer.start(settings.home, "in the middle of training")
+    assert killed.wait(400) == -signal.SIGKILL, killed.output()
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        live = ledger.live()
+        assert live is not None
+        ledger.propose("release", clip=live.clip, actor="ann", reason="half of the requests", share=0.5)
+        ledger.hold("ann", "a holiday")
+        ledger.create_key("camera", ["publish"], actor="ann")
+        described = described_home(ledger)
+    with closing(sqlite3.connect(folder / "ledger.db")) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert list((settings.home / "updates").glob("*/checkpoint.safetensors"))
+    return described
+
+
+def described_home(ledger: Ledger) -> dict[str, Any]:
+    """What a ledger says of releases, proposals, updates, verdicts, holds and keys."""
+    tables: dict[str, Sequence[Any]] = {
+        "releases": ledger.releases(), "proposals": ledger.proposals(), "updates": ledger.updates(),
+        "verdicts": ledger.verdicts(), "keys": ledger.api_keys(), "audit": ledger.audit_rows(),
+    }  # fmt: skip
+    rows = {name: [plain(asdict(row)) for row in each] for name, each in tables.items()}
+    held = ledger.held()
+    return {**rows, "held": None if held is None else plain(asdict(held)), "gflops_spent": ledger.spent()}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return {name: plain(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def pack(folder: Path, archive: Path, names: tuple[str, ...]) -> None:
+    """Write some of what a folder has into an archive that may be committed."""
+    with tarfile.open(archive, "w:xz") as tar:
+        for name in names:
+            tar.add(folder / name, name)
+    assert archive.stat().st_size < LIMIT_BYTES, f"{archive} has {archive.stat().st_size} bytes"
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Write an archive's files into a folder, which is returned."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One value in a file that reads well."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    to = Path(sys.argv[1])
+    with TemporaryDirectory() as work:
+        described = write_lake(Path(work) / "lake")
+        pack(Path(work), to / "lake.tar.xz", ("lake",))
+        write_json(to / "lake.json", described)
+    with TemporaryDirectory() as work:
+        home = Path(work) / "home"
+        described = write_home(home)
+        pack(home, to / "home.tar.xz", ("ledger.db", "lake", "artifacts/adapters", "updates"))
+        write_json(to / "home.json", described)

@@ -1,0 +1,162 @@
+"""A store that an earlier version of Ratchet has written is opened, migrated and continued: see ``tests/data``."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import StoreError
+from ops.settings.streams import Ingest, Kafka
+from streams.assignment import Reading, start_position
+from streams.batch import Batch, CommitResult
+from streams.quality.duplicates import DuplicateIndex
+from streams.quality.sides import SplitRule
+from streams.quality.validate import Received, Rules, validate
+from streams.store import SampleStore
+from streams.table import FORMAT
+from streams.writer import StoreWriter
+from tests.support.kafka import picture
+from tests.support.written_state import DATA, TOPIC, contents, unpack
+
+Written = tuple[SampleStore, dict[str, Any]]
+NEXT = {0: 29, 1: 30}
+"""Offset behind what was read of each partition."""
+
+
+@pytest.fixture(params=["0_1"])
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> Written:
+    """The store, and what was in it when it was written."""
+    folder = DATA / f"written_by_{request.param}"
+    unpack(folder / "lake.tar.xz", tmp_path)
+    return SampleStore(str(tmp_path / "lake")), json.loads((folder / "lake.json").read_text())
+
+
+def format_of(store: SampleStore) -> str:
+    dataset = store.table.open()
+    assert dataset is not None
+    return str(dataset.schema.metadata[b"ratchet.format"].decode())
+
+
+def ingest(store: SampleStore, *records: Received) -> CommitResult:
+    """What an ingest with an index of its own makes of some records."""
+    name, split_key = store.table.identity()
+    writer = StoreWriter(store.table)
+    known = store.positions().values()
+    claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
+    readings = [Reading(claim, claim.position.next) for claim in claims]
+    with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, 0.15))) as index:
+        batch = Batch(Kafka(), writer, index)
+        for record in records:
+            batch.add(readings[record.partition], record.offset + 1, validate(record, Rules(Ingest())), record.size)
+        return batch.commit(lambda reading: None)
+
+
+def received(partition: int, offset: int, value: bytes | None, key: bytes, **fields: str) -> Received:
+    headers = [(f"ratchet_{name}", text.encode()) for name, text in fields.items()]
+    return Received(TOPIC, partition, offset, value, key, headers, 1_767_225_600_000)
+
+
+def test_what_was_stored_is_the_same_before_and_after_it_is_migrated(written: Written) -> None:
+    store, described = written
+    assert contents(SampleStore(store.lake)) == described
+    before = list(Path(store.url).glob("data/*"))
+    store.table.create()
+    assert format_of(store) == FORMAT and contents(store) == described
+    assert list(Path(store.url).glob("data/*")) == before, "nothing that is stored is written again"
+    assert store.version() == SampleStore(store.lake).table.create().version, "it is migrated once"
+
+
+def test_ingest_goes_on_where_the_earlier_version_stood(written: Written) -> None:
+    store, described = written
+    old = {(row["partition"], row["offset"]): row for row in described["rows"] if row["kind"] == "sample"}
+    three = {"text": "picture 3", "domain": "forms", "source": "urn:cam", "label": "l3", "concept": "c3"}
+    outcome = ingest(
+        store,
+        received(0, 29, picture(3, kind="PNG"), b"another key", **three),  # a duplicate of a sample of then
+        received(0, 30, picture(900), b"new", text="a new picture", domain="forms"),
+        received(0, 31, picture(6, kind="PNG"), b"key-6", text="picture 6", source="urn:cam", label="corrected"),
+        received(0, 32, picture(6, kind="PNG"), b"key-6", text="other words", label="l2", domain="streets"),
+        received(1, 30, b"no picture", b"bad", text="a"),
+        received(1, 31, None, b"key-5"),
+    )
+    assert (outcome.duplicates, outcome.corrected) == ({"exact": 1}, 1)
+    now = contents(store)
+    rows = {(row["partition"], row["offset"]): row for row in now["rows"]}
+    [corrected] = [place for place, row in old.items() if row["text"] == "picture 6"]
+    for place, row in old.items():
+        if place != corrected:
+            assert rows[place] == row
+    assert (rows[corrected]["kind"], rows[corrected]["reason"]) == ("deleted", "corrected")
+    assert {rows[0, offset]["split"] for offset in (31, 32)} == {old[corrected]["split"]}
+    assert (now["positions"]["t:0"]["offset"], now["positions"]["t:1"]["offset"]) == (33, 32)
+    assert (now["store"], now["split_key"]) == (described["store"], described["split_key"])
+    assert now["tally"]["sample"] == described["tally"]["sample"] + 2
+    assert (now["tally"]["tombstone"], now["tally"]["quarantine"]) == (3, 3)
+
+
+def test_all_samples_of_then_are_known_when_they_are_sent_again(written: Written) -> None:
+    store, described = written
+    images = store.image([row["id"] for row in described["rows"] if row["kind"] == "sample"])
+    again = [
+        received(0, NEXT[0] + number, images[row["id"]], b"again", text=row["text"], question=row["question"],
+                 answer=row["answer"])
+        for number, row in enumerate(row for row in described["rows"] if row["kind"] == "sample")
+    ]  # fmt: skip
+    assert ingest(store, *again).duplicates == {"exact": 51}
+    others = [
+        received(0, NEXT[0] + 51 + number, images[row["id"]], b"again", text="other words")
+        for number, row in enumerate(row for row in described["rows"] if row["kind"] == "sample")
+    ]
+    ingest(store, *others)
+    side = {row["look"]: row["split"] for row in described["rows"] if row["kind"] == "sample"}
+    for row in contents(store)["rows"]:
+        if row["kind"] == "sample":
+            assert row["split"] == side[row["look"]], "a look that was seen keeps its side"
+
+
+def test_processes_that_start_at_once_migrate_it_once(written: Written) -> None:
+    store, described = written
+    stores = [SampleStore(store.lake) for _ in range(4)]
+    failures: list[BaseException] = []
+
+    def create(each: SampleStore) -> None:
+        try:
+            each.table.create()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=create, args=(each,)) for each in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == [] and format_of(store) == FORMAT and contents(store) == described
+
+
+def test_a_migration_that_is_interrupted_is_finished_by_the_next_process(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lance
+
+    store, described = written
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def interrupted(*given: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(lance.LanceDataset, "update_schema_metadata", interrupted)
+        store.table.create()
+    SampleStore(store.lake).table.create()
+    assert format_of(store) == FORMAT and contents(store) == described
+
+
+def test_a_store_of_a_later_version_is_refused(written: Written) -> None:
+    store, _ = written
+    store.table.create().update_schema_metadata({"ratchet.format": "99"})
+    with pytest.raises(StoreError, match="another version"):
+        SampleStore(store.lake).version()
