@@ -68,7 +68,7 @@ class Corrections:
         keys = {each.row["key"] for each in records if each.replaces == BY_KEY}
         dataset = table.open() if ids or keys else None
         named = (("kind = 'sample' AND id", map(quoted, ids)),
-                 ("kind IN ('sample', 'duplicate') AND key", map(hexadecimal, keys)))  # fmt: skip
+                 ("(kind = 'sample' OR reason = 'duplicate_exact') AND key", map(hexadecimal, keys)))  # fmt: skip
         for column, values in named:
             while dataset is not None and (some := list(islice(values, NAMES_PER_QUERY))):
                 where = f"{column} IN ({', '.join(some)})"

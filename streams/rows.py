@@ -246,7 +246,7 @@ def deletion_row(
         "offset": row["offset"],
         "id": None if stays else row["id"],
         "duplicate_of": row["id"] if stays else None,
-        "split": row["split"],
+        "split": row.get("split"),
         "tags": [name for name in ("text", "question") if row.get(name)],
         "reason": reason,
         "detail": detail,

@@ -276,7 +276,7 @@ def test_a_deletion_by_id_or_of_all_senders_leaves_nothing(worker: Worker, ledge
 def test_what_another_sent_too_stays_when_it_is_corrected(worker: Worker, between: Any, tmp_path: Path) -> None:
     worker.take(1, label="of k")
     worker.take(1, key="other", label="of other")
-    worker.commit()
+    between()
     worker.take(1, text="other words", replaces="key")
     worker.commit()
     assert worker.samples("text", "label") == [(1, "a", "of other"), (2, "other words", "")]
@@ -296,10 +296,12 @@ def test_the_sample_passes_with_the_newest_words_of_who_sent_it_next(worker: Wor
     assert worker.samples("label") == [(3, "a bus")]
 
 
-def test_who_sent_a_sample_second_and_corrects_it_holds_on_to_it_no_more(worker: Worker, ledger: Ledger) -> None:
+def test_who_sent_a_sample_second_and_corrects_it_holds_on_to_it_no_more(
+    worker: Worker, ledger: Ledger, between: Any
+) -> None:
     worker.take(1, label="of k")
     worker.take(1, key="other")
-    worker.commit()
+    between()
     worker.take(1, key="other", text="other words", replaces="key")
     outcome = worker.commit()
     assert (outcome.corrected, worker.samples("text")) == (1, [(0, "a"), (2, "other words")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from ops.errors import StoreError
 from ops.settings.streams import Ingest, Kafka
+from streams import compaction
 from streams.assignment import Reading, start_position
 from streams.batch import Batch, CommitResult
 from streams.quality.duplicates import DuplicateIndex
@@ -117,6 +119,21 @@ def test_all_samples_of_then_are_known_when_they_are_sent_again(written: Written
     for row in contents(store)["rows"]:
         if row["kind"] == "sample":
             assert row["split"] == side[row["look"]], "a look that was seen keeps its side"
+
+
+def test_maintenance_merges_and_indexes_files_of_both_formats(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = written
+    ingest(store, received(0, 29, picture(900), b"new", text="a new picture"))
+    before = contents(store)
+    monkeypatch.setattr(compaction, "FULL_ROWS", 64)
+    StoreWriter(store.table).merge([each.id for each in compaction._fragments(store)], 64)
+    compaction.index(store)
+    compaction.clean(store, timedelta(0))
+    assert contents(store) == before and store.fragments() == 1
+    assert ingest(store, received(0, 30, picture(901), b"newer", text="another")).samples.total() == 1
+    assert store.select("key = X'6e6577'", ["text"]) == [{"text": "a new picture"}]
 
 
 def test_processes_that_start_at_once_migrate_it_once(written: Written) -> None:
