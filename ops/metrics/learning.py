@@ -52,6 +52,11 @@ class update:
         d.UPDATE_PASSED_OVER.labels(family).inc(passed_over)
 
     @staticmethod
+    def left_out(family: str, samples: int) -> None:
+        """So many samples that an update came to could not be prepared."""
+        d.UPDATE_LEFT_OUT.labels(family).inc(samples)
+
+    @staticmethod
     def cost(family: str, planned: float, spent: float) -> None:
         """Compute of the last update: planned, and spent."""
         d.UPDATE_PLANNED.labels(family).set(planned * GIGA)

@@ -118,10 +118,15 @@ def train_update(
         ledger.settle(update.id, result.maf, capacity=capacity)
     metrics.update.trained(recipe.family, result.seconds, result.maf)
     metrics.update.visited(recipe.family, result.visited, result.pending - result.visited)
+    metrics.update.left_out(recipe.family, len(result.left_out))
+    stopped = "budget" if result.budget_spent else "time" if result.truncated else ""
     say(
-        f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s,"
-        f" {result.visited} of {result.pending} pending samples visited"
+        f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s"
+        + (f" (stopped at step {result.steps} of {result.planned_steps}: {stopped})" if stopped else "")
+        + f", {result.visited} of {result.pending} pending samples visited"
     )
+    for name, why in sorted(result.left_out.items()):
+        say(f"{update.id}: sample {name} is left out: {why}")
     cost = {**cost_of(result), "draw": settings.updater.draw}
     return ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
 
