@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,16 +49,18 @@ def train_update(
     *,
     throttle: Throttle,
     stop: StopSignal,
+    ended: Callable[[], bool] = lambda: False,
 ) -> UpdateRow:
     """Train an update and record its adapter. Safe to repeat: it goes on from its checkpoint, and is charged once.
 
     Args:
         base: that is trained; of an upgrade, the new one.
         work: folder of checkpoints, of measured costs, and of the adapter until it is in the artifacts.
+        ended: whether somebody else has ended the update meanwhile; asked between steps.
 
     Raises:
         BucketEmpty: the update waits for its budget.
-        Stopped: asked to stop; the update goes on from its checkpoint next time.
+        Stopped: asked to stop, or ended; else the update goes on from its checkpoint next time.
         RatchetError: it cannot be trained.
     """
     rate, capacity = triggers.bucket(settings)
@@ -105,7 +108,7 @@ def train_update(
             work_dir=work,
             carry_over=_carry_over(artifacts, begins_at),
             scored=scored,
-            stop=stop,
+            stop=lambda: stop() or ended(),
             duty_cycle=throttle,
             workers=Workers.of(settings),
         )

@@ -42,6 +42,8 @@ from updater.training.schedules import learning_rate
 from updater.training.spending import Spending
 from updater.training.workers import Stopped
 
+PREPARED = "prepared"
+"""Folder of shards, in an update's work folder."""
 MEASURED = 100
 """Batches whose mean length a step's cost follows from."""
 
@@ -293,7 +295,7 @@ class Run:
         self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
         self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
         self.work = Work(
-            folder=self.work_dir / "prepared",
+            folder=self.work_dir / PREPARED,
             key=self.run,
             rows={str(part): count for part, count in self.plan.counts.items()},
             room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
