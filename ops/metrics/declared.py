@@ -103,6 +103,9 @@ UPDATE_FRESH = Gauge("ratchet_update_fresh_items", "Independent fresh items that
 UPDATE_FRESH_NEEDED = Gauge(
     "ratchet_update_needed_items", "Those that it needs to show a gain of gate.detect.", ["family"]
 )
+UPDATE_UNJUDGED = Gauge(
+    "ratchet_update_unjudged", "1 while no update can be judged: suites or the reference pool are missing.", ["family"]
+)
 UPDATE_STEPS = Counter("ratchet_update_steps_total", "Training steps done.", ["family"])
 UPDATE_LOSS = Gauge("ratchet_update_loss", "Loss of the last step.", ["family", "term"])
 UPDATE_SECONDS = Histogram("ratchet_update_seconds", "Time to train one update.", ["family"], buckets=LONG_SECONDS)

@@ -43,7 +43,8 @@ from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import mixed_seed
 from updater.exchange.importing import compare, is_import
-from updater.families import families_with_a_base, family_base, family_recipe
+from updater.families import families_with_a_base, family_base, family_recipe, reference_of
+from updater.gate.prerequisites import check_reference, check_suites
 from updater.loop.gate_update import gate_update
 from updater.loop.ledger_metrics import LedgerMetrics, export_budget
 from updater.loop.process import StopSignal, ThrottledLog
@@ -159,10 +160,25 @@ class UpdaterService:
             recipe = self.recipes[family]
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
+                metrics.update.unjudged(family, False)
                 return StepResult(None, ready.reason)
+            if isinstance(ready, Ready) and (lacks := self._lacks(recipe, ready)):
+                return StepResult(None, lacks)
             update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
         done = self._finish(update, family)
         return StepResult(done, done.error or done.state)
+
+    def _lacks(self, recipe: Recipe, ready: Ready) -> str:
+        """What is missing to hold an update in place and to judge it: nothing is spent before it is there."""
+        try:
+            check_suites(self.settings, recipe.family, learned=bool(ready.data_from))
+            if recipe.mixture.reference > 0:
+                check_reference(reference_of(self.settings, recipe.family))
+        except (GateError, ConfigError) as error:
+            metrics.update.unjudged(recipe.family, True)
+            return str(error)
+        metrics.update.unjudged(recipe.family, False)
+        return ""
 
     def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
         """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""
@@ -256,7 +272,8 @@ class UpdaterService:
             if update.state == "gated":
                 metrics.update.now(family, "proposing")
                 update = self._propose(update, family)
-        except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty):
+        except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty) as error:
+            metrics.update.unjudged(family, isinstance(error, GateError))
             raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
         except RatchetError as error:
             update = self._fail(update, family, error)

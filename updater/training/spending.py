@@ -15,7 +15,8 @@ from updater.step.learner import AnyLearner
 from updater.training.checkpoint import Progress
 
 TWICE = 1.5
-"""What a closing pass of one process takes of what a step took of several: it may run the model forward once more."""
+"""What a pass of one process may take of what it takes in several, and the other way round: micro-batches run the model
+forward once more, and a loss is computed in each process."""
 
 ROUNDING = 1e-12
 """Share of a budget that sums in another order may differ by."""
@@ -48,9 +49,10 @@ class Spending:
         again = sum(batch == number for batch in self._closing(number + 1))
         left = self._left([*self.steps, 0.0]) / (1 + self._again * again)
         left = min(left, self._left(self.steps)) if number else left  # if it is broken off, the others are the last
+        most = self.costs.most(size) * (1 if number else self._again)  # what was measured is the step of one process
         if self._learner.answers_itself:  # the dearest says nothing about the others
-            return self._within(left, self.costs.most(size), 0.0)
-        return self._within(left, self.costs.most(size), self.costs.least(size))
+            return self._within(left, most, 0.0)
+        return self._within(left, most, self.costs.least(size))
 
     def stepped(self, size: Size, gflops: float) -> None:
         """A step was taken. Where its cost depends on what the model said, no other one is compared with it."""

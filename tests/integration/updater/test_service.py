@@ -9,19 +9,23 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from prometheus_client import REGISTRY
 
 from ops.artifacts import Artifacts
+from ops.cli.checks import examine
 from ops.errors import DiskFull, GateError, LedgerError, TrainingError
 from ops.ledger.learning import BEGAN
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
+from tests.unit.gate.builders import folder_dataset
 from updater.commands.update import run_update
 from updater.families.clip.learner import ClipLearner
 from updater.loop import service as service_module
 from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
 from updater.scheduling import triggers
+from updater.scheduling.learning_state import learning_states
 
 pytestmark = pytest.mark.integration
 
@@ -223,6 +227,41 @@ def test_an_operator_ends_an_update_in_training_and_its_samples_are_learned_late
         service.ledger.retry_update(update.id, actor="ann")
 
 
+THINGS = "task: retrieval\ndata: ${home}/data/things\n"
+
+
+@pytest.mark.parametrize("missing", ["suite", "suites", "reference"])
+def test_without_suites_or_reference_nothing_is_begun_and_spent_and_it_is_told(
+    settings: Settings, verdict: dict[str, str], missing: str
+) -> None:
+    add_samples(settings, 12)
+    suite = settings.home / "suites" / "things.yaml"
+    if missing == "suite":
+        suite.write_text("task: retrieval\ndata: ${home}/data/nothing\n")
+    elif missing == "suites":
+        suite.write_text(f"{THINGS}role: gain\n")
+    else:
+        gone = settings.updater.model_copy(update={"reference": [settings.home / "data" / "gone"]})
+        settings = settings.model_copy(update={"updater": gone})
+    service = UpdaterService(settings)
+    outcome = service.step()
+    reason = {"suite": "nothing does not exist", "suites": "no retention suite", "reference": "gone does not exist"}
+    assert outcome.update is None and reason[missing] in outcome.reason
+    assert not service.ledger.updates() and service.ledger.spent() == 0
+    assert _unjudged() == 1
+    assert reason[missing] in learning_states(settings, service.ledger, service.store)["clip"].lacks
+    (finding,) = [each for each in examine(settings) if each.what == "suites"]
+    assert finding.state == "warn" and reason[missing] in finding.result
+    if missing == "reference":
+        folder_dataset(settings.home / "data" / "gone", count=30)
+    suite.write_text(f"{THINGS}margin: 0.9\n")
+    assert service.step().update is not None and _unjudged() == 0
+
+
+def _unjudged() -> float | None:
+    return REGISTRY.get_sample_value("ratchet_update_unjudged", {"family": "clip"})
+
+
 def test_earlier_samples_are_replayed_and_new_ones_are_not(settings: Settings, verdict: dict[str, str]) -> None:
     add_samples(settings, 12)
     verdict["outcome"] = "passed"
@@ -297,15 +336,22 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     assert service.step().reason == "there are no new samples"
 
 
-def test_missing_suites_leave_the_update_trained_until_they_are_there(
-    settings: Settings, verdict: dict[str, str]
+def test_suites_that_go_while_it_trains_leave_the_update_trained_until_they_are_there(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_samples(settings, 12)
-    suites = settings.home / "suites"
-    suites.rename(settings.home / "gone")
+    suites, train_update = settings.home / "suites", service_module.train_update
+
+    def training(*given: Any, **options: Any) -> Any:
+        update = train_update(*given, **options)
+        suites.rename(settings.home / "gone")
+        return update
+
+    monkeypatch.setattr(service_module, "train_update", training)
     service = UpdaterService(settings)
     with pytest.raises(GateError):
         service.step()
+    assert _unjudged() == 1
     waiting = service.ledger.unfinished_update("clip")
     assert waiting is not None and waiting.state == "trained"
     (settings.home / "gone").rename(suites)

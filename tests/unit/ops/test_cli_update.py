@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ops.cli.main import app
 from ops.ledger import Ledger
-from ops.loading import load_settings, parse_value
+from ops.loading import load_settings
 from streams.store import SampleStore
 
 runner = CliRunner()
