@@ -57,14 +57,12 @@ def abandon(
     Example:  ratchet update abandon update-0123456789ab --reason "a crawler sent broken pictures"
     """
     from ops.ledger import Ledger
-    from streams.store import SampleStore
 
     settings = ctx.of(context).settings
     ledger = Ledger.open(settings.ledger)
     if ledger.base_upgrade(update_id) is not None:
         raise ConfigError(f"{update_id} is the upgrade of a base.", "See `ratchet base upgrade --help`.")
     row = ledger.abandon_update(update_id, actor=ctx.person(), reason=reason)
-    SampleStore(settings.lake).unpin(update_id)
     typer.echo(f"{row.id} is {row.state}: {row.error}")
 
 

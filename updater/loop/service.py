@@ -34,7 +34,7 @@ from ops.errors import (
     TrainingError,
 )
 from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
-from ops.ledger.learning import BEGAN
+from ops.ledger.learning import BEGAN, FINISHED
 from ops.progress import say
 from ops.settings import Settings
 from ratchet_client import Client
@@ -281,6 +281,8 @@ class UpdaterService:
             if self.stop():
                 raise
             update = self.ledger.update(update.id)
+            if update.state not in FINISHED:
+                return self._abandon(update)
             say(f"{update.id} ends: {update.error}")
         except Exception as error:  # of a library, memory among them: it may pass, and must not come for ever
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -319,12 +321,12 @@ class UpdaterService:
         return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
 
     def _is_ended(self, update_id: str) -> bool:
-        """Whether an operator has ended an update; asked of the ledger now and then."""
+        """Whether an operator has ended an update, or a deletion waited too long for it; asked now and then."""
         if time.monotonic() - self._asked < ASK_SECONDS:
             return False
         self._asked = time.monotonic()
-        with suppress(LedgerError):
-            return self.ledger.is_finished(update_id)
+        with suppress(LedgerError, StoreError):
+            return self.ledger.is_finished(update_id) or update_id not in self.store.pins()
         return False
 
     def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
@@ -354,13 +356,13 @@ class UpdaterService:
         error = f"version {update.store_version} of the sample store is not kept any more"
         say(f"{update.id} is abandoned: {error}")
         metrics.update.finished(update.family, "abandoned")
-        self.store.unpin(update.id)
         shutil.rmtree(self.work_dir(update), ignore_errors=True)
+        self.store.unpin(update.id)
         return self.ledger.advance_update(update.id, "abandoned", error=error)
 
     def work_dir(self, update: UpdateRow) -> Path:
         """Checkpoints and measured costs of an unfinished update."""
-        return self.settings.home / "updates" / update.id
+        return self.settings.update_folders / update.id
 
     def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
         verdict = self.ledger.verdict_of(update.id)

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from ops.cli.main import app
 from ops.ledger import Ledger
 from ops.loading import load_settings
-from streams.store import SampleStore
 
 runner = CliRunner()
 GIVEN: dict[str, Any] = {
@@ -36,7 +35,6 @@ def test_an_update_is_abandoned_with_a_reason_and_taken_up_again(tmp_path: Path,
     assert ended.exit_code == 0, ended.output
     update = ledger.update("update-1")
     assert update.state == "failed" and str(update.error).endswith(": broken pictures")
-    assert "update-1" not in SampleStore(load_settings(overrides={"home": tmp_path}).lake).pins()
     assert ratchet(tmp_path, "abandon", "update-1", "--reason", "again").exit_code == 1
     ledger.advance_update("update-1", cost={"attempts": 3})
     assert ratchet(tmp_path, "retry", "update-1").exit_code == 0
