@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -225,7 +226,7 @@ class Maintainer:
         for name, version in self.store.pins().items():
             if versions and version < max(versions):
                 say(f"maintain: {name} is pinned to samples that were deleted; it has to begin anew")
-                self.store.unpin(name)
+                self._let_go(name)
 
     def _drop_pins(self) -> None:
         """Let go the versions of updates and backups that are over: who finished one may have died before it did."""
@@ -235,7 +236,14 @@ class Maintainer:
         for name in pins:
             over = not copying if name.startswith(BACKUP_PIN) else self.ledger.is_finished(name)
             if over:
-                self.store.unpin(name)
+                self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        """Unpin a version, after what an update has computed of its samples is gone from this machine. On another one
+        the updater removes it."""
+        if not name.startswith(BACKUP_PIN):
+            shutil.rmtree(self.settings.update_folders / name, ignore_errors=True)
+        self.store.unpin(name)
 
     def _collect(self) -> None:
         hours = self.settings.gc.hours

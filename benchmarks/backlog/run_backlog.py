@@ -31,6 +31,7 @@ from ops.settings import Settings
 from ops.testing.inputs import pictures
 from streams.folders import FolderItem, write_folder
 from updater.base import reference_folders
+from updater.scheduling.triggers import planned_gflops
 
 SUITE_ITEMS = 120
 ARRIVALS = 0.02
@@ -103,6 +104,8 @@ def _release(settings: Settings, update: UpdateRow) -> None:
 def _figures(settings: Settings, seen: Watched, pairs: int) -> dict[str, Any]:
     done = [update for update in seen.updates if update.state == "done"]
 
+    budget = planned_gflops(settings)
+
     def total(name: str) -> int:
         return sum(int(update.cost.get(name, 0)) for update in done)
 
@@ -116,14 +119,24 @@ def _figures(settings: Settings, seen: Watched, pairs: int) -> dict[str, Any]:
         "pending": total("pending"),
         "visited": total("visited"),
         "passed_over": total("passed_over"),
+        "over_budget": sum(float(update.cost.get("gflops_spent", 0.0)) > budget for update in seen.updates),
         "by_update": [
             {
                 name: update.cost.get(name)
-                for name in ("pending", "visited", "passed_over", "steps", "seconds", "truncated", "gflops_spent")
+                for name in (
+                    "pending",
+                    "visited",
+                    "passed_over",
+                    "steps",
+                    "seconds",
+                    "truncated",
+                    "budget_spent",
+                    "gflops_spent",
+                )
             }
             for update in done
         ],
-        "gflops_per_update": settings.budget.gflops_per_update,
+        "gflops_per_update": budget,
         "threads": settings.updater.threads,
         "base": settings.base.clip,
         "machine": machine(),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ops.addresses import listens
-from ops.errors import RatchetError
+from ops.errors import ConfigError, GateError, RatchetError
 from ops.ledger import Ledger
 from ops.settings import Settings
 
@@ -117,6 +117,26 @@ def _base(settings: Settings) -> Finding:
     return Finding("warn", "base", f"{settings.base.clip!r} is not registered", "ratchet base build (`up` does it too)")
 
 
+def _suites(settings: Settings) -> Finding:
+    """Of each model that has a base. Without them no update begins."""
+    from updater.families import families_with_a_base, family_recipe, reference_of
+    from updater.gate.prerequisites import check_reference, check_suites
+
+    told = []
+    for family in families_with_a_base(settings):
+        try:
+            told.append(f"{check_suites(settings, family)} for the {family.upper()}")
+            if family_recipe(settings, family).mixture.reference > 0:
+                folders = reference_of(settings, family)
+                check_reference(folders)
+                if not folders:
+                    fix = "Name folders in updater.reference: they hold the model in place."
+                    return Finding("warn", "suites", f"{', '.join(told)}, and no reference pool", fix)
+        except (ConfigError, GateError) as error:
+            return Finding("warn", "suites", f"nothing is trained: {error.message}", error.fix)
+    return Finding("ok", "suites", ", ".join(told))
+
+
 def _vlm_base(settings: Settings) -> Finding:
     from serving.engines.clip_base import base_directory, list_bases
 
@@ -181,5 +201,5 @@ print(vllm.__version__)
 
 _CHECKS: tuple[Callable[[Settings], Finding], ...] = (
     _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _vlm_base,
-    _vlm_engine, _kafka, _http,
+    _suites, _vlm_engine, _kafka, _http,
 )  # fmt: skip

@@ -32,6 +32,7 @@ from ops.cli import (
     resubmit,
     samples,
     status,
+    update,
 )
 from ops.cli.context import Context
 from ops.errors import RatchetError
@@ -72,7 +73,7 @@ app.command(rich_help_panel="Run")(parts.demo)
 app.command(rich_help_panel="Parts")(parts.serve)
 app.add_typer(ingest.app, name="ingest", rich_help_panel="Parts")
 app.command(rich_help_panel="Parts")(parts.maintain)
-app.command(rich_help_panel="Parts")(parts.update)
+app.add_typer(update.app, name="update", rich_help_panel="Parts")
 app.command(rich_help_panel="Parts")(parts.console)
 app.command(rich_help_panel="Parts")(parts.broker)
 app.command(rich_help_panel="Data and models")(data.publish)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -94,32 +94,6 @@ def maintain(
         collect_garbage(settings)
 
     run_maintain(settings, once=once, collect=collect)
-
-
-def update(
-    context: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="Train one update now, then end.")] = False,
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; by default those of updater.")] = None,
-    family: Annotated[
-        Literal["clip", "vlm"] | None, typer.Option(help="Update only this model; a recipe decides by itself.")
-    ] = None,
-    retry: Annotated[
-        bool, typer.Option("--retry", help="Use all data not learned yet, also if an update of it was rejected.")
-    ] = False,
-) -> None:
-    """Train updates in the background when there is new data and budget, gate them, and propose what passes.
-
-    Examples:  ratchet update    |    ratchet update --once --recipe vlm-naive --retry
-    """
-    from updater.loop.process import be_nice, use_environment
-
-    settings = ctx.of(context).settings
-    be_nice(settings.updater.nice, settings.updater.idle)  # before imports that take seconds, and start threads
-    use_environment()
-
-    from updater.commands.update import run_update
-
-    run_update(settings, once=once, recipe=recipe, family=family, retry=retry)
 
 
 def console(context: typer.Context) -> None:

@@ -260,6 +260,8 @@ def _learning(facts: dict[str, Any]) -> Panel:
 def learning_line(family: str, state: dict[str, Any]) -> str:
     """Fresh items and alpha of one model, and the candidate that waits for more of them."""
     line = f"{family}: {state['fresh_items']:,} of {state['fresh_items_needed']:,} fresh items"
+    if state["lacks"]:
+        line += f"\n  nothing is trained: {state['lacks']}"
     left = state["alpha"] - state["alpha_spent"]
     spent = f"{state['alpha_spent']:.2g} spent on gains since the last release"
     line += f"\n  alpha {state['alpha']:g}: {spent}, {left:.2g} left"

@@ -136,10 +136,13 @@ def dashboard() -> make.Dashboard:
         ),
         lines(
             "New samples over time", "Those that wait: more with the stream, fewer when an update has ended. Of a day: "
-            "those that updates visited, and those that their budget did not pay for (`budget.gflops_per_update`).",
+            "those that updates visited, those that their budget did not pay for (`budget.gflops_per_update`), and "
+            "those that could not be prepared. `unjudged` is 1 while suites or the reference pool are missing.",
             "short", ("max by (family) (ratchet_update_new_samples)", "waiting {{family}}"),
             ("sum by (family) (increase(ratchet_update_visited_total[1d]))", "visited {{family}}"),
             ("sum by (family) (increase(ratchet_update_passed_over_total[1d]))", "passed over {{family}}"),
+            ("sum by (family) (increase(ratchet_update_left_out_total[1d]))", "left out {{family}}"),
+            ("max by (family) (ratchet_update_unjudged)", "unjudged {{family}}"),
             stairs=True, width=8,
         ),
     )  # fmt: skip

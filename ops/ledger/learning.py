@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from ops.errors import LedgerError
 from ops.ledger import tables as t
+from ops.ledger.audit import note
 from ops.ledger.collection import restore_mark
 from ops.ledger.database import Database, as_row
 from ops.ledger.events import add_event, clipped
@@ -18,6 +19,8 @@ from ops.ledger.rows import AdapterRow, GateOutcome, UpdateRow, UpdateState, Ver
 RELEASED_VERDICTS = 500
 """That are looked through for the best release."""
 FINISHED = ("done", "failed", "abandoned")
+BEGAN = "began"
+"""In the cost of an update: that a process works on it, at which place, and how many have died there before."""
 
 
 class LearningQueries:
@@ -121,16 +124,18 @@ class LearningQueries:
     def advance_update(
         self,
         update_id: str,
-        state: UpdateState,
+        state: UpdateState | None = None,
         *,
         adapter: str | None = None,
         cost: dict[str, Any] | None = None,
         error: str | None = None,
     ) -> UpdateRow:
-        """Move an update on; what is not given stays."""
+        """Move an update on; what is not given stays. Raises LedgerError where it has ended: an operator may end it."""
         with self.database.write() as session:
             row = _update(session, update_id)
-            row.state = state
+            if row.state in FINISHED and state not in (None, row.state):
+                raise LedgerError(f"{update_id} has ended ({row.state}): {row.error or 'no error'}.", "Begin another.")
+            row.state = state or row.state
             row.adapter = adapter or row.adapter
             row.error = error or row.error
             if cost is not None:
@@ -138,6 +143,41 @@ class LearningQueries:
             session.flush()
             if adapter is not None:
                 _tell_candidate(session, row)
+            return as_row(UpdateRow, row)
+
+    def abandon_update(self, update_id: str, *, actor: str, reason: str) -> UpdateRow:
+        """End an update as failed. Raises LedgerError where it has ended."""
+        with self.database.write() as session:
+            row = _update(session, update_id)
+            if row.state in FINISHED:
+                raise LedgerError(f"{update_id} has ended already: it is {row.state}.", "See `ratchet status`.")
+            note(session, actor, "update.abandon", f"update {update_id}", {"reason": reason, "state": row.state})
+            row.state, row.error = "failed", f"abandoned by {actor}: {reason}"
+            session.flush()
+            return as_row(UpdateRow, row)
+
+    def retry_update(self, update_id: str, *, actor: str) -> UpdateRow:
+        """Let the updater take an update again as if it had not been tried: one that is not finished, or the newest of
+        its family where that failed or was abandoned before there was a verdict.
+
+        Raises LedgerError for another one.
+        """
+        with self.database.write() as session:
+            row = _update(session, update_id)
+            if row.state in FINISHED:
+                newest = select(t.Update.id).where(t.Update.family == row.family).order_by(t.Update.created_at.desc())
+                judged = session.scalars(select(t.Verdict.id).where(t.Verdict.update_id == update_id)).first()
+                if row.state == "done" or judged is not None or session.scalars(newest).first() != update_id:
+                    raise LedgerError(
+                        f"{update_id} is {row.state}, and it was judged or is not the newest one of its family.",
+                        "Begin another on the same data: `ratchet update --once --retry`.",
+                    )
+            note(session, actor, "update.retry", f"update {update_id}", {"state": row.state, "error": row.error})
+            if row.state in FINISHED:
+                row.state = "trained" if row.adapter else "training"
+            row.error = None
+            row.cost = {**row.cost, "attempts": 0, BEGAN: None}
+            session.flush()
             return as_row(UpdateRow, row)
 
     def compare_update(

@@ -104,10 +104,16 @@ UPDATE_FRESH = Gauge("ratchet_update_fresh_items", "Independent fresh items that
 UPDATE_FRESH_NEEDED = Gauge(
     "ratchet_update_needed_items", "Those that it needs to show a gain of gate.detect.", ["family"]
 )
+UPDATE_UNJUDGED = Gauge(
+    "ratchet_update_unjudged", "1 while no update can be judged: suites or the reference pool are missing.", ["family"]
+)
 UPDATE_STEPS = Counter("ratchet_update_steps_total", "Training steps done.", ["family"])
 UPDATE_LOSS = Gauge("ratchet_update_loss", "Loss of the last step.", ["family", "term"])
 UPDATE_SECONDS = Histogram("ratchet_update_seconds", "Time to train one update.", ["family"], buckets=LONG_SECONDS)
 UPDATES = Counter("ratchet_updates_total", "Updates finished.", ["family", "state"])
+UPDATE_LEFT_OUT = Counter(
+    "ratchet_update_left_out_total", "Samples that could not be prepared, and that updates went on without.", ["family"]
+)
 UPDATE_VISITED = Counter("ratchet_update_visited_total", "New samples that updates have visited.", ["family"])
 UPDATE_PASSED_OVER = Counter(
     "ratchet_update_passed_over_total", "New samples of updates whose budget did not pay for them.", ["family"]
@@ -283,6 +289,7 @@ DRIFT_SHIFT = Gauge(
 for _family in ("clip", "vlm"):
     UPDATE_STEPS.labels(_family)
     UPDATE_VISITED.labels(_family)
+    UPDATE_LEFT_OUT.labels(_family)
     UPDATE_PASSED_OVER.labels(_family)
     UPDATE_SECONDS.labels(_family)
     GATE_SECONDS.labels(_family)

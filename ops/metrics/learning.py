@@ -52,6 +52,16 @@ class update:
         d.UPDATE_PASSED_OVER.labels(family).inc(passed_over)
 
     @staticmethod
+    def unjudged(family: str, missing: bool) -> None:
+        """Whether no update can be judged, since suites or the reference pool are missing."""
+        d.UPDATE_UNJUDGED.labels(family).set(missing)
+
+    @staticmethod
+    def left_out(family: str, samples: int) -> None:
+        """So many samples that an update came to could not be prepared."""
+        d.UPDATE_LEFT_OUT.labels(family).inc(samples)
+
+    @staticmethod
     def cost(family: str, planned: float, spent: float) -> None:
         """Compute of the last update: planned, and spent."""
         d.UPDATE_PLANNED.labels(family).set(planned * GIGA)

@@ -71,6 +71,11 @@ class Settings(Section):
         return self.lake_url or str((self.home / "lake").resolve())
 
     @property
+    def update_folders(self) -> Path:
+        """Work folders of updates that are not over: checkpoints, and what is computed once per sample."""
+        return self.home / "updates"
+
+    @property
     def has_operator_key(self) -> bool:
         """Whether there is a key of operators already, in the settings or in the home."""
         return self.serve.operator_key is not None or (self.home / "operator.key").exists()

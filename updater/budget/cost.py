@@ -8,7 +8,7 @@ GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). How 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,11 +42,17 @@ class Cost:
     """Disk that is taken for an example, at most."""
     closing: int = 0
     """Steps' worth of passes after the last step: gradients that regularizers measure."""
+    known: Sequence[Any] = ()
+    """What was counted, by its size, each at its dearest: see :meth:`updater.budget.bound.Costs.to_json`."""
 
     @property
     def memory_ratio(self) -> float:
         """Peak memory over that of full fine-tuning."""
         return self.peak_bytes / self.full_bytes
+
+    def adjusted(self, gflops: float) -> float:
+        """GFLOPs, memory-adjusted."""
+        return gflops * self.memory_ratio
 
     @property
     def maf_per_step(self) -> float:
@@ -54,7 +60,7 @@ class Cost:
         return self.step_gflops * self.memory_ratio
 
     def maf(self, steps: int, prepared_gflops: float) -> float:
-        """Memory-adjusted GFLOPs of an update of so many steps, for which so much was prepared."""
+        """Memory-adjusted GFLOPs of an update of so many average steps, for which so much was prepared."""
         return prepared_gflops * self.memory_ratio + (steps + self.closing) * self.maf_per_step
 
     def prepare_gflops(self, steps: int, plan: BatchPlan) -> float:
@@ -71,12 +77,13 @@ class Cost:
         Raises StepUnaffordable when it does not pay for one.
         """
         if self.planned(1, plan) > gflops:
-            raise self._unaffordable(gflops, plan)
+            raise self.unaffordable(gflops, plan)
         # The last number of steps that is within: the cost grows with each.
         return bisect_right(range(1, most + 1), gflops, key=lambda steps: self.planned(steps, plan))
 
-    def _unaffordable(self, gflops: float, plan: BatchPlan) -> StepUnaffordable:
-        needed = self.planned(1, plan)
+    def unaffordable(self, gflops: float, plan: BatchPlan, needed: float = 0.0) -> StepUnaffordable:
+        """``needed``: memory-adjusted GFLOPs of the first step, where they are above what an average one takes."""
+        needed = max(needed, self.planned(1, plan))
         prepare = self.prepare_gflops(1, plan) * self.memory_ratio
         closing = f", {self.closing} such passes at the end" if self.closing else ""
         error = StepUnaffordable(

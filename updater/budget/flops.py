@@ -2,19 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from updater.budget.bound import BudgetSpent
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up torch's own formulas (those of its FlopCounterMode, which also tells modules apart: every step is
+    counted, and that made it four times as slow as this).
+
+    Args:
+        limit: GFLOPs; the operation that would exceed them is not done, and raises BudgetSpent.
+    """
+
+    def __init__(self, formulas: Mapping[Any, Any], limit: float = math.inf) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.gflops = 0.0
+        """So far."""
+        self._total, self._limit = 0, limit * 1e9
+        self._formulas = {**flop_registry, **formulas}
+        self._composite: dict[Any, bool] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is None and self._is_composite(func):  # one that is made of others, where autograd did not do it
+            with self:
+                return func.decompose(*args, **kwargs)
+        if formula is not None:
+            taken = formula(*args, **kwargs, out_val=_shape_after(func, args, kwargs))
+            if self._total + taken > self._limit:
+                raise BudgetSpent(self.gflops)
+            self._total += taken
+            self.gflops = self._total / 1e9
+        return func(*args, **kwargs)
+
+    def _is_composite(self, func: Any) -> bool:
+        known = self._composite.get(func)
+        if known is None:
+            known = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+            self._composite[func] = known
+        return known
+
+
+def _shape_after(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation will give, without its values, where its formula asks for that."""
+    if func.overloadpacket not in (torch.ops.aten.convolution, torch.ops.aten._convolution):
+        return None
+    with _disable_current_modes():  # another counter must not count it
+        without_values = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*without_values[0], **without_values[1])
 
 
 @contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """torch's counter, that sees all attention: it gets the formula of the CPU's kernel, which it does not know, and
-    the fused layers of inference, of which it knows nothing, are switched off. Nor does it count the weights'
-    gradient of a depthwise convolution as one of all channels with all channels.
+def counted(limit: float = math.inf) -> Iterator[FlopCount]:
+    """A counter that sees all attention: it gets the formula of the CPU's kernel, which torch's does not know, and the
+    fused layers of inference, of which it knows nothing, are switched off. Nor does it count the weights' gradient of
+    a depthwise convolution as one of all channels with all channels.
+
+    Raises BudgetSpent before what would be counted exceeds ``limit`` (GFLOPs).
     """
     aten = torch.ops.aten
     formulas = {
@@ -25,21 +79,22 @@ def counted() -> Iterator[FlopCounterMode]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
+        with FlopCount(formulas, limit) as flops:
             yield flops
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
 
 
 def _convolution_backward(grad: Any, inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
     """Of inputs and of weights, each as much as the forward pass, whatever the groups."""
     _, _, _, _, transposed, _, _, wanted = rest
-    return int(conv_flop_count(inputs, weight, grad, transposed=transposed)) * sum(map(bool, wanted[:2]))
+    forward = conv_flop_count(inputs.shape, weight.shape, grad.shape, transposed=transposed)
+    return int(forward) * sum(map(bool, wanted[:2]))

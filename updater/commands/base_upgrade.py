@@ -74,7 +74,7 @@ def cancel_command(settings: Settings, name: str) -> UpdateRow:
     try:
         with only_one(settings.home, wait=False):
             update = cancel(ledger, SampleStore(settings.lake), name)
-            shutil.rmtree(settings.home / "updates" / update.id, ignore_errors=True)
+            shutil.rmtree(settings.update_folders / update.id, ignore_errors=True)
         return update
     finally:
         ledger.close()

@@ -131,6 +131,14 @@ class Suite(BaseModel):
         """Where the data lie, with ${home} filled in."""
         return Path(self.data.replace("${home}", str(self._home or "."))).expanduser()
 
+    def check_folder(self) -> None:
+        """Raises GateError where there is no such folder."""
+        if not self.folder.is_dir():
+            raise GateError(
+                f"suite {self.name}: its data folder {self.folder} does not exist.",
+                f"Prepare it (`ratchet data prepare {self.folder.name}`, if it is built in), or correct gate.suites.",
+            )
+
     @property
     def cache(self) -> Path | None:
         """Where scores of this suite may be kept, if it belongs to a home folder."""
@@ -236,11 +244,7 @@ def _load(file: Path, home: Path | None, max_items: int) -> Suite:
 
 
 def _read(suite: Suite) -> list[Item]:
-    if not suite.folder.is_dir():
-        raise GateError(
-            f"suite {suite.name}: its data folder {suite.folder} does not exist.",
-            f"Prepare it (`ratchet data prepare {suite.folder.name}`, if it is built in), or correct gate.suites.",
-        )
+    suite.check_folder()
     try:
         index = suite.folder / INDEX
         stamp = index.stat().st_mtime_ns if index.is_file() else 0

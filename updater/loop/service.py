@@ -15,6 +15,7 @@ import logging
 import shutil
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ops.errors import (
     TrainingError,
 )
 from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
+from ops.ledger.learning import BEGAN, FINISHED
 from ops.progress import say
 from ops.settings import Settings
 from ratchet_client import Client
@@ -41,7 +43,8 @@ from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import mixed_seed
 from updater.exchange.importing import compare, is_import
-from updater.families import families_with_a_base, family_base, family_recipe
+from updater.families import families_with_a_base, family_base, family_recipe, reference_of
+from updater.gate.prerequisites import check_reference, check_suites
 from updater.loop.gate_update import gate_update
 from updater.loop.ledger_metrics import LedgerMetrics, export_budget
 from updater.loop.process import StopSignal, ThrottledLog
@@ -51,13 +54,18 @@ from updater.recipes import Family, Recipe
 from updater.scheduling import kept_candidates, triggers
 from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
+from updater.training.checkpoint import NAME as CHECKPOINT
+from updater.training.run import PREPARED
 from updater.training.workers import Stopped
 from updater.upgrades.lineage import waits_for_base
 from updater.upgrades.replay import new_base, old_base
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
-"""An update fails when it has been broken off so often by an error that is none of Ratchet's own."""
+"""An update fails when it has been broken off so often by an error that is none of Ratchet's own, or when so many
+processes died in it at one place."""
+ASK_SECONDS = 5.0
+"""Between two looks at whether an operator has ended the update that is in training."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class UpdaterService:
         self.store = SampleStore(settings.lake)
         self.stop = stop or StopSignal()
         self._ledger_metrics = LedgerMetrics(self.ledger)
+        self._asked = 0.0
         server = Client(
             settings.server, settings.operator_key().get_secret_value(), actor="updater", timeout=2.0, retries=0
         )
@@ -151,10 +160,25 @@ class UpdaterService:
             recipe = self.recipes[family]
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
+                metrics.update.unjudged(family, False)
                 return StepResult(None, ready.reason)
+            if isinstance(ready, Ready) and (lacks := self._lacks(recipe, ready)):
+                return StepResult(None, lacks)
             update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
         done = self._finish(update, family)
         return StepResult(done, done.error or done.state)
+
+    def _lacks(self, recipe: Recipe, ready: Ready) -> str:
+        """What is missing to hold an update in place and to judge it: nothing is spent before it is there."""
+        try:
+            check_suites(self.settings, recipe.family, learned=bool(ready.data_from))
+            if recipe.mixture.reference > 0:
+                check_reference(reference_of(self.settings, recipe.family))
+        except (GateError, ConfigError) as error:
+            metrics.update.unjudged(recipe.family, True)
+            return str(error)
+        metrics.update.unjudged(recipe.family, False)
+        return ""
 
     def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
         """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""
@@ -234,12 +258,13 @@ class UpdaterService:
         """Take an update from where it is to its end."""
         work, upgrade = self.work_dir(update), self.ledger.base_upgrade(update.id)
         try:
+            self._count_death(update)
             base = self.bases[family] if upgrade is None else new_base(self.settings, upgrade)
             if update.state == "training":
                 metrics.update.now(family, "training")
                 update = train_update(
                     self.settings, self.ledger, self.artifacts, self.store, base, update, work,
-                    throttle=self._throttle, stop=self.stop,
+                    throttle=self._throttle, stop=self.stop, ended=lambda: self._is_ended(update.id),
                 )  # fmt: skip
             if update.state == "trained":
                 metrics.update.now(family, "judging")
@@ -247,23 +272,62 @@ class UpdaterService:
             if update.state == "gated":
                 metrics.update.now(family, "proposing")
                 update = self._propose(update, family)
-        except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty):
+        except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty) as error:
+            metrics.update.unjudged(family, isinstance(error, GateError))
             raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
         except RatchetError as error:
             update = self._fail(update, family, error)
         except Stopped:
-            raise
+            if self.stop():
+                raise
+            update = self.ledger.update(update.id)
+            if update.state not in FINISHED:
+                return self._abandon(update)
+            say(f"{update.id} ends: {update.error}")
         except Exception as error:  # of a library, memory among them: it may pass, and must not come for ever
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
             log.exception("%s: %s", update.id, error)
             update = self._attempted(update, family, error)
         finally:
+            with suppress(LedgerError):
+                self.ledger.advance_update(update.id, cost={BEGAN: None})
             metrics.update.now(family, "waiting")
         metrics.update.finished(family, update.state)
         shutil.rmtree(work, ignore_errors=True)
         self.store.unpin(update.id)
         return update
+
+    def _count_death(self, update: UpdateRow) -> None:
+        """Write down that this process begins; it takes that back unless it dies (SIGKILL, memory, the machine's end).
+
+        Raises TrainingError where others have died at the very place where it would begin. One that comes further
+        before it dies begins at another place.
+        """
+        died, place = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}, self._place(update)
+        deaths = int(died["died"]) + 1 if died.get("place", place) == place else 0
+        if deaths >= ATTEMPTS:
+            raise TrainingError(
+                f"the process ended {deaths} times in it ({update.state}) without saying why: killed, for memory?",
+                "Look for `Out of memory` in the system's log; `ratchet update retry` tries it again.",
+            )
+        self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
+
+    def _place(self, update: UpdateRow) -> str:
+        """How far an update has come: its state, its last checkpoint, and what is prepared."""
+        work = self.work_dir(update)
+        checkpoint = work / CHECKPOINT
+        saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+        return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
+
+    def _is_ended(self, update_id: str) -> bool:
+        """Whether an operator has ended an update, or a deletion waited too long for it; asked now and then."""
+        if time.monotonic() - self._asked < ASK_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        with suppress(LedgerError, StoreError):
+            return self.ledger.is_finished(update_id) or update_id not in self.store.pins()
+        return False
 
     def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
         """After an error that nobody expected: the update is tried again, and fails after :data:`ATTEMPTS`.
@@ -292,13 +356,13 @@ class UpdaterService:
         error = f"version {update.store_version} of the sample store is not kept any more"
         say(f"{update.id} is abandoned: {error}")
         metrics.update.finished(update.family, "abandoned")
-        self.store.unpin(update.id)
         shutil.rmtree(self.work_dir(update), ignore_errors=True)
+        self.store.unpin(update.id)
         return self.ledger.advance_update(update.id, "abandoned", error=error)
 
     def work_dir(self, update: UpdateRow) -> Path:
         """Checkpoints and measured costs of an unfinished update."""
-        return self.settings.home / "updates" / update.id
+        return self.settings.update_folders / update.id
 
     def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
         verdict = self.ledger.verdict_of(update.id)

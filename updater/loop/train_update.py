@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,16 +49,18 @@ def train_update(
     *,
     throttle: Throttle,
     stop: StopSignal,
+    ended: Callable[[], bool] = lambda: False,
 ) -> UpdateRow:
     """Train an update and record its adapter. Safe to repeat: it goes on from its checkpoint, and is charged once.
 
     Args:
         base: that is trained; of an upgrade, the new one.
         work: folder of checkpoints, of measured costs, and of the adapter until it is in the artifacts.
+        ended: whether somebody else has ended the update meanwhile; asked between steps.
 
     Raises:
         BucketEmpty: the update waits for its budget.
-        Stopped: asked to stop; the update goes on from its checkpoint next time.
+        Stopped: asked to stop, or ended; else the update goes on from its checkpoint next time.
         RatchetError: it cannot be trained.
     """
     rate, capacity = triggers.bucket(settings)
@@ -105,7 +108,7 @@ def train_update(
             work_dir=work,
             carry_over=_carry_over(artifacts, begins_at),
             scored=scored,
-            stop=stop,
+            stop=lambda: stop() or ended(),
             duty_cycle=throttle,
             workers=Workers.of(settings),
         )
@@ -118,10 +121,15 @@ def train_update(
         ledger.settle(update.id, result.maf, capacity=capacity)
     metrics.update.trained(recipe.family, result.seconds, result.maf)
     metrics.update.visited(recipe.family, result.visited, result.pending - result.visited)
+    metrics.update.left_out(recipe.family, len(result.left_out))
+    stopped = "budget" if result.budget_spent else "time" if result.truncated else ""
     say(
-        f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s,"
-        f" {result.visited} of {result.pending} pending samples visited"
+        f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s"
+        + (f" (stopped at step {result.steps} of {result.planned_steps}: {stopped})" if stopped else "")
+        + f", {result.visited} of {result.pending} pending samples visited"
     )
+    for name, why in sorted(result.left_out.items()):
+        say(f"{update.id}: sample {name} is left out: {why}")
     cost = {**cost_of(result), "draw": settings.updater.draw}
     return ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
 

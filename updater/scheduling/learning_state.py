@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ops.errors import RatchetError
+from ops.errors import ConfigError, GateError, RatchetError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.clip_base import list_bases
 from streams.store import SampleStore
 from updater.gate.interim_analyses import Plan, alpha_left
+from updater.gate.prerequisites import check_reference, check_suites
 from updater.recipes import Family, load_recipe
 from updater.scheduling import kept_candidates, triggers
 from updater.scheduling.fresh_items import FreshItems
@@ -25,6 +26,8 @@ class LearningState:
     """Of the candidate that is kept, or of the next one."""
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
+    lacks: str = ""
+    """What is missing to judge an update, so that none begins."""
 
     @property
     def spent(self) -> float:
@@ -49,7 +52,7 @@ class LearningState:
                 "adapter": candidate.update.adapter, "update": candidate.update.id, "looks": len(self.plan.tested),
                 "asked_again_with": candidate.next_items,
             },
-            "alpha": self.alpha, "alpha_spent": self.spent, "candidates": self.plan.candidates,
+            "lacks": self.lacks, "alpha": self.alpha, "alpha_spent": self.spent, "candidates": self.plan.candidates,
         }  # fmt: skip
 
 
@@ -67,7 +70,17 @@ def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Famil
     plan = kept_candidates.plan(
         settings.gate, ledger, family, fresh.candidate.update if fresh.candidate else None, halved=halved
     )
-    return LearningState(fresh, plan, settings.gate.alpha)
+    learned = bool(triggers.learned(ledger.updates(triggers.HISTORY, family), triggers.incumbent_of(ledger, family)))
+    return LearningState(fresh, plan, settings.gate.alpha, _lacks(settings, family, learned))
+
+
+def _lacks(settings: Settings, family: Family, learned: bool) -> str:
+    try:
+        check_suites(settings, family, learned=learned, read=False)
+        check_reference(settings.updater.reference)
+    except (GateError, ConfigError) as error:
+        return str(error)
+    return ""
 
 
 def _searches(recipe: str) -> bool:

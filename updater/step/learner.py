@@ -6,17 +6,19 @@ What differs between a CLIP and a VLM is in ``updater/families``; the course of 
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ops.errors import ConfigError, TrainingError
@@ -24,6 +26,7 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
+from updater.budget.bound import Size
 from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
 from updater.objectives import Batch, Features, Objective
@@ -33,11 +36,21 @@ from updater.step.cached_gradients import CachedPasses
 from updater.step.gradients import harmonized_backward, without_conflicts
 from updater.step.momentum import Momentum
 from updater.step.precision import computing, training_precision
-from updater.step.shards import Shards, Values, spans
+from updater.step.shards import Fetched, Shards, Values, spans
 from updater.step.team import ALONE, Team
 
 Base = ClipBase | VlmBase
 E = TypeVar("E", Pair, Question)
+
+
+def _grey_picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
+
+
+STAND_IN: Final = _grey_picture()
+"""Takes the place of a picture that cannot be prepared, in what is computed of its neighbours; no step sees it."""
 CHUNK = 48
 """Most examples in one pass of what is computed once, and in a shard where nobody says otherwise."""
 
@@ -79,6 +92,9 @@ class Learner(ABC, Generic[E]):
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
         started = "incumbent" in self.taught or any(objective.frozen_texts for _, objective in self.objectives)
         self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
+        self.afford: Callable[[float, float], float] = lambda most, least: math.inf
+        """Called before something is prepared, with the GFLOPs that it takes at most and at least. Returns those that
+        it may take; what it raises is passed on."""
         self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
         self.passes = CachedPasses(recipe.micro_batch)
         self.team = ALONE
@@ -140,7 +156,10 @@ class Learner(ABC, Generic[E]):
         layout = spans(self.parts, work.rows, CHUNK)
         self.begin(between)
         contents = [f"{work.key} {self.settled} {each.content}" for each in self.examples]
-        self.shards = Shards(work.folder, layout, contents, self._fetch, self._compute_at_start, between, self.team)
+        self.shards = Shards(
+            work.folder, layout, contents, self._fetch, self._compute_at_start, self.shard_size, between, self.team,
+            lambda *gflops: self.afford(*gflops),
+        )  # fmt: skip
 
     def begin(self, between: Callable[[], None]) -> None:
         """Called by :meth:`prepare` when the examples are known, before any shard is made."""
@@ -157,16 +176,31 @@ class Learner(ABC, Generic[E]):
 
     @abstractmethod
     def decode(self, example: E, image: bytes) -> Any:
-        """What is made of an example's encoded image before the model sees it, in any thread."""
+        """What is made of an example's encoded image before the model sees it, in any thread. What it raises says that
+        the model cannot learn from this example."""
 
     @abstractmethod
     def compute(self, rows: range, images: Sequence[Any]) -> Values:
         """What no step changes of some examples of one pool, from their decoded images; without gradients, and with the
         model at its start."""
 
+    @abstractmethod
+    def shard_size(self, rows: range, images: Sequence[Any]) -> Size:
+        """What the cost of :meth:`compute` grows with."""
+
+    @abstractmethod
+    def size(self, rows: Sequence[int]) -> Size:
+        """What the cost of a step on some examples grows with, which are ready."""
+
     def ready(self, rows: Sequence[int]) -> None:
-        """Make what is missing of what no step changes, for some examples. Raises DiskFull."""
+        """Make what is missing of what no step changes, for some examples. Raises DiskFull, and what :attr:`afford`
+        does."""
         self.shards.ready(rows)
+
+    def usable(self, rows: Sequence[int]) -> list[int]:
+        """Those of some rows, which are ready, that could be prepared. None where nothing new is among them."""
+        usable = [row for row in rows if row not in self.shards.left_out]
+        return usable if any(self.parts[row] == "new" for row in usable) else []
 
     def prepared_gflops(self) -> float:
         """What was computed so far of what no step changes, in all attempts; the same in any order of the shards."""
@@ -193,6 +227,15 @@ class Learner(ABC, Generic[E]):
         """End what is read in advance."""
         self.shards.close()
 
+    @property
+    def answers_itself(self) -> bool:
+        """Whether what a step takes depends on what the model says in it."""
+        return False
+
+    def dearest(self) -> AbstractContextManager[None]:
+        """Inside, a step takes the most that one of its size may take, where :attr:`answers_itself`."""
+        return nullcontext()
+
     @contextmanager
     def padded(self, tokens: int) -> Iterator[None]:
         """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
@@ -215,12 +258,23 @@ class Learner(ABC, Generic[E]):
         with self.at_start():
             return self.compute(rows, images)
 
-    def _fetch(self, rows: range) -> list[Any]:
+    def _fetch(self, rows: range) -> Fetched:
         """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
         chosen = [self.examples[row] for row in rows]
         encoded = [example.read() for example in chosen]
+        left_out: dict[int, str] = {}
+
+        def decoded(row: int, example: E, image: bytes) -> Any:
+            try:
+                return self.decode(example, image)
+            except MemoryError:
+                raise
+            except Exception as error:  # of an image library or a processor; one example must not end all others
+                left_out[row] = f"{type(error).__name__}: {error}"[:300]
+                return self.decode(example, STAND_IN)
+
         with ThreadPoolExecutor(self.work.threads, "decode") as pool:
-            return list(pool.map(self.decode, chosen, encoded))
+            return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
 
     @abstractmethod
     def length(self, row: int) -> int:

@@ -3,16 +3,21 @@
 A shard is a file of safetensors with the values of a few consecutive examples, written whole or not at all. What it
 holds depends on its examples and on the model at its start, never on the step that asks: so a resumed update reads the
 same bits, and makes no shard again. Images are read and decoded for the next shard while the model computes.
+
+What a shard takes at most is told before it is computed, by its size and by what others took: see
+:mod:`updater.budget.bound`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from torch import Tensor
 from ops.digests import digest_bytes
 from ops.errors import ConfigError, DiskFull
 from ops.files import replacing
+from updater.budget.bound import Costs, Size
 from updater.budget.flops import counted
 from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
 
@@ -71,6 +77,15 @@ def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Sp
     return result
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """What the rows of a shard need, read."""
+
+    values: Any = None
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    """Rows that cannot be prepared, with the reason: they have a stand-in among the values."""
+
+
 class Shards:
     """The shards of some rows.
 
@@ -78,11 +93,13 @@ class Shards:
         folder: where their files are.
         layout: which rows are in which.
         contents: what each row is; a file that was made of other rows is made again.
-        fetch: reads what the rows need (images, say) in a thread of its own, for the next shard in advance; None where
-            they need nothing.
+        fetch: reads what the rows need (images, say) in a thread of its own, for the next shard in advance.
         compute: the values of the rows, from what was fetched. All is counted.
+        size: what the cost of computing them grows with.
         between: called after each shard that was made.
         team: processes with the same folder; each makes some of the shards.
+        afford: called before shards are made, with the GFLOPs that these take at most and at least. Returns the GFLOPs
+            that they may take; what it raises is passed on.
     """
 
     def __init__(
@@ -90,17 +107,23 @@ class Shards:
         folder: Path,
         layout: Sequence[Span],
         contents: Sequence[str],
-        fetch: Callable[[range], Any] | None,
+        fetch: Callable[[range], Fetched],
         compute: Callable[[range, Any], Values],
+        size: Callable[[range, Any], Size] = lambda rows, _: Size((len(rows),)),
         between: Callable[[], None] = lambda: None,
         team: Team = ALONE,
+        afford: Callable[[float, float], float] = lambda most, least: math.inf,
     ) -> None:
         self.folder, self.layout, self.fetch, self.compute, self.between = folder, layout, fetch, compute, between
-        self.contents, self.team = contents, team
+        self.contents, self.size, self.team, self.afford = contents, size, team, afford
         self.gflops: dict[int, float] = {}
         """What each shard took that is there, by its number."""
         self.sizes: dict[int, int] = {}
         """Its bytes."""
+        self.left_out: dict[int, str] = {}
+        """Rows that cannot be prepared, of the shards that are there, and why: they have values of a stand-in."""
+        self._costs: dict[str, Costs] = defaultdict(Costs)
+        """Of the shards of a group."""
         self._place = [number for number, span in enumerate(layout) for _ in span.rows]
         self._ahead: dict[int, Future[Any]] = {}
         self._reader: ThreadPoolExecutor | None = None
@@ -110,22 +133,29 @@ class Shards:
 
         Raises:
             DiskFull: there is no room for one of them.
+            BudgetSpent: making one would exceed what ``afford`` allows.
         """
         wanted = [number for number in self.numbers(rows) if number not in self.gflops]
         if not wanted:
             return
         missing = self.team.agree([number for number in wanted if not self._find(number)])
-        for number in self.team.share(missing):
-            self._make(number)
-            self.between()
-        if self.team.size > 1 and missing:
-            self.team.wait()
-            lost = [
-                self.layout[number].name for number in wanted if number not in self.gflops and not self._find(number)
-            ]
-            if lost:
+        for first in range(0, len(missing), self.team.size):  # one for each process
+            together = missing[first : first + self.team.size]
+            own = [(number, self._fetched(number)) for number in together[self.team.rank : self.team.rank + 1]]
+            bounds = [self._bounds(number, fetched) for number, fetched in own]
+            limit = self.afford(*(self.team.total(sum(each[side] for each in bounds)) for side in (0, 1)))
+            for number, fetched in own:
+                self._make(number, fetched, limit)
+                self.between()
+            if self.team.size > 1:
+                self.team.wait()
+                self._found(together)
+
+    def _found(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if number not in self.gflops and not self._find(number):
                 raise ConfigError(
-                    f"{self.folder} lacks {lost[0]}, which another process of this update has made.",
+                    f"{self.folder} lacks {self.layout[number].name}, which another process of this update has made.",
                     ONE_FILE_SYSTEM,
                 )
 
@@ -183,36 +213,62 @@ class Shards:
                 metadata = file.metadata() or {}
                 if metadata["content"] != self._digest(number):
                     return False
-                self.gflops[number] = float(metadata["gflops"])
+                self._made(
+                    number,
+                    float(metadata["gflops"]),
+                    Size.from_json(json.loads(metadata["size"])),
+                    {int(row): why for row, why in json.loads(metadata["left_out"]).items()},
+                )
         except (SafetensorError, OSError, KeyError, ValueError):  # there is none, or it is damaged: it is made again
             return False
         self.sizes[number] = path.stat().st_size
         return True
 
-    def _make(self, number: int) -> None:
+    def _make(self, number: int, fetched: Fetched, limit: float) -> None:
         span = self.layout[number]
-        fetched = None if self.fetch is None else self._fetched(self.fetch, number)
-        with counted() as flops, torch.no_grad():
-            values = self.compute(span.rows, fetched)
-        gflops = flops.get_total_flops() / 1e9
-        self._write(number, _packed(values), {"content": self._digest(number), "gflops": repr(gflops)})
-        self.gflops[number] = gflops
+        size = self.size(span.rows, fetched.values)
+        with counted(limit) as flops, torch.no_grad():
+            values = self.compute(span.rows, fetched.values)
+        left_out = {row - span.start: why for row, why in fetched.left_out.items()}
+        metadata = {
+            "content": self._digest(number),
+            "gflops": repr(flops.gflops),
+            "size": json.dumps(size.to_json()),
+            "left_out": json.dumps(left_out),
+        }
+        self._write(number, _packed(values), metadata)
+        self._made(number, flops.gflops, size, left_out)
 
-    def _fetched(self, fetch: Callable[[range], Any], number: int) -> Any:
+    def _made(self, number: int, gflops: float, size: Size, left_out: Mapping[int, str]) -> None:
+        """``left_out``: by their place in the shard."""
+        self.gflops[number] = gflops
+        self._costs[self._group(number)].add(size, gflops)
+        self.left_out |= {self.layout[number].start + place: why for place, why in left_out.items()}
+
+    def _bounds(self, number: int, fetched: Fetched) -> tuple[float, float]:
+        """GFLOPs that a shard takes at most and at least; by another group where there is none of its own yet."""
+        size, group = self.size(self.layout[number].rows, fetched.values), self._group(number)
+        costs = self._costs[group if group in self._costs else next(iter(self._costs), group)]
+        return costs.most(size), costs.least(size)
+
+    def _group(self, number: int) -> str:
+        return self.layout[number].name.rpartition("-")[0]
+
+    def _fetched(self, number: int) -> Fetched:
         ahead = self._ahead.pop(number, None)
-        fetched = fetch(self.layout[number].rows) if ahead is None else ahead.result()
-        self._fetch_ahead(fetch, number + 1)
+        fetched = self.fetch(self.layout[number].rows) if ahead is None else ahead.result()
+        self._fetch_ahead(number + 1)
         return fetched
 
-    def _fetch_ahead(self, fetch: Callable[[range], Any], number: int) -> None:
+    def _fetch_ahead(self, number: int) -> None:
         """Begin to read what the next shard of the same group needs, unless it is there."""
         if number >= len(self.layout) or number in self._ahead or self._path(number).exists():
             return
-        if self.layout[number].name.rpartition("-")[0] != self.layout[number - 1].name.rpartition("-")[0]:
+        if self._group(number) != self._group(number - 1):
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "shards")
-        self._ahead[number] = self._reader.submit(fetch, self.layout[number].rows)
+        self._ahead[number] = self._reader.submit(self.fetch, self.layout[number].rows)
 
     def _write(self, number: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         path = self._path(number)

@@ -7,6 +7,7 @@ whole batch; what they exchange next are the gradients of the parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final, TypeVar
 
@@ -37,6 +38,10 @@ class Team:
 
     def agree(self, value: T) -> T:
         """What the first process says."""
+        return value
+
+    def total(self, value: float) -> float:
+        """The sum over all processes, the same in each."""
         return value
 
     def wait(self) -> None:
@@ -76,6 +81,12 @@ class TorchTeam(Team):
         values: list[T] = [value]
         distributed.broadcast_object_list(values)
         return values[0]
+
+    def total(self, value: float) -> float:
+        """See :class:`Team`."""
+        values: list[float] = [0.0] * self.size
+        distributed.all_gather_object(values, value)
+        return math.fsum(values)
 
     def wait(self) -> None:
         """See :class:`Team`."""

@@ -33,7 +33,20 @@ class Progress:
     seconds: float
     """Wall-clock seconds spent in training, over all attempts."""
     truncated: bool = False
+    """Whether the wall-clock bound ended it."""
+    budget_spent: bool = False
+    """Whether the next step might have cost more than was left."""
     losses: dict[str, list[float]] = field(default_factory=dict)
+    gflops: list[float] = field(default_factory=list)
+    """What each step took, of all processes."""
+    known: list[list[Any]] = field(default_factory=list)
+    """Of steps by their sizes, see :meth:`updater.budget.bound.Costs.to_json`."""
+    excess: float = 1.0
+    """See :attr:`updater.budget.bound.Costs.excess`."""
+    prepared: float = 0.0
+    """GFLOPs of what was prepared, when the budget stopped it: also for the step that was not taken."""
+    broken_off: float = 0.0
+    """GFLOPs of a step, or of preparing for it, that would have exceeded the budget."""
 
 
 def save_checkpoint(directory: Path, tensors: dict[str, Tensor], progress: Progress) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from updater import optimizers
+from updater.budget.bound import Costs
 from updater.budget.cost import Cost
 from updater.budget.flops import counted
 from updater.budget.peak_memory import peak_saved_bytes, replaced_weights
@@ -35,16 +36,25 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
     learner.ready(rows)
     lengths = [max(learner.length(row) for row in batch) for batch in batches]
     own, most = lengths[0], max(lengths)
-    with counted() as flops, peak_saved_bytes(model) as peak, learner.padded(most - own):
-        learner.backward(rows)
-    costs = {most: flops.get_total_flops() / 1e9}
+    known = Costs()
+
+    def counted_at(length: int) -> float:
+        with counted() as flops, learner.padded(length - own):
+            learner.backward(rows)
+            known.add(learner.size(rows), flops.gflops)
+        return flops.gflops
+
+    with peak_saved_bytes(model) as peak:
+        costs = {most: counted_at(most)}
     if min(lengths) < most:
         others = {own, (own + most) // 2} if own < most else {own + STRETCH, own + 2 * STRETCH}
         for length in sorted(others - {most}):
             if length <= learner.longest:
-                with counted() as flops, learner.padded(length - own):
-                    learner.backward(rows)
-                costs[length] = flops.get_total_flops() / 1e9
+                costs[length] = counted_at(length)
+    if learner.answers_itself:
+        known = Costs()
+        with learner.dearest():
+            counted_at(own)
     step = _mean_cost(costs, lengths)
     optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) + optimizers.state_bytes(optimizer, p) for p in learner.parameters.values())
@@ -65,6 +75,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
         row_bytes=learner.row_bytes(),
         closing=sum(regularizer.passes for _, regularizer in learner.regularizers),
+        known=known.to_json(),
     )
 
 
@@ -82,7 +93,7 @@ def _full(learner: AnyLearner, examples: Sequence[Example]) -> tuple[float, floa
         parameter.requires_grad_(True)
     with counted() as flops, peak_saved_bytes(model) as peak:
         learner.plain(model, examples)
-    return peak(), flops.get_total_flops() / 1e9 / len(examples)
+    return peak(), flops.gflops / len(examples)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -8,13 +8,16 @@ from typing import Any
 
 from updater.recipes import Part
 
+NAMED = 20
+"""Samples that were left out which the ledger names; the log names all."""
+
 
 @dataclass(frozen=True)
 class Limits:
     """What one update may use."""
 
     gflops: float
-    """Memory-adjusted GFLOPs; the number of steps follows from them."""
+    """Memory-adjusted GFLOPs, which no update exceeds; the number of planned steps follows from them."""
     seconds: float
     """Wall-clock bound, a safety net: a run that it ends is marked ``truncated``, and is not reproducible."""
     threads: int = 2
@@ -34,10 +37,12 @@ class TrainResult:
     steps: int
     planned_steps: int
     maf: float
-    """Memory-adjusted GFLOPs spent, teacher passes included."""
+    """Memory-adjusted GFLOPs spent, counted operation by operation, teacher passes included."""
     maf_planned: float
     seconds: float
     truncated: bool
+    budget_spent: bool
+    """Whether it ended before the planned steps, since the next one might have cost more than was left."""
     losses: dict[str, list[float]]
     """Every term at every step, unweighted, and ``loss``, their weighted sum."""
     cost: dict[str, Any]
@@ -47,6 +52,8 @@ class TrainResult:
     """New samples in all, of which some were drawn."""
     visited: int
     """New samples that were in a batch; the others were passed over."""
+    left_out: dict[str, str]
+    """Reasons by the ids of samples, of those that steps visited, that could not be prepared."""
     carry_over: Path | None = None
     """Directory with what the next update from this adapter wants to know, if there is something."""
 
@@ -76,11 +83,14 @@ def cost_of(result: TrainResult) -> dict[str, Any]:
         "steps": result.steps,
         "steps_planned": result.planned_steps,
         "truncated": result.truncated,
+        "budget_spent": result.budget_spent,
         "loss_first": result.losses["loss"][0],
         "loss_last": result.losses["loss"][-1],
         "pending": result.pending,
         "visited": result.visited,
         "passed_over": result.pending - result.visited,
+        "left_out": len(result.left_out),
+        "left_out_samples": dict(sorted(result.left_out.items())[:NAMED]),
         "samples": sum(result.samples.values()),
         **{f"samples_{part}": count for part, count in result.samples.items()},
         **result.cost,

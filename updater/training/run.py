@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +20,9 @@ from ops.errors import ConfigError, TrainingError
 from ops.progress import say, track
 from updater.adapters import LoraModel, WeightDelta, read_delta
 from updater.adapters.weight_deltas import kept_share
+from updater.budget.bound import BudgetSpent
 from updater.budget.cost import Cost
+from updater.budget.flops import counted
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
 from updater.data.pools import Example, Pools
 from updater.data.visits import run_starts, visits
@@ -37,8 +39,11 @@ from updater.training.measure import measure
 from updater.training.result import Estimate, Limits, TrainResult
 from updater.training.run_precision import run_precision
 from updater.training.schedules import learning_rate
+from updater.training.spending import Spending
 from updater.training.workers import Stopped
 
+PREPARED = "prepared"
+"""Folder of shards, in an update's work folder."""
 MEASURED = 100
 """Batches whose mean length a step's cost follows from."""
 
@@ -150,17 +155,24 @@ class Run:
             self.learner.load_state(checkpoint[0])
             progress = checkpoint[1]
             say(f"training goes on at step {progress.step} of {steps}")
-        return cost, steps, self._steps(progress)
+            unknown = progress.step - len(progress.gflops)  # those of an older version
+            progress = replace(progress, gflops=[cost.step_gflops] * unknown + progress.gflops)
+        self.learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
+        return cost, steps, self._steps(progress, cost)
 
     def _go(self, scored: Scored | None) -> TrainResult:
         learner = self.learner
         cost, steps, progress = self._all_steps()
-        learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
+        if not progress.losses:
+            raise self._nothing_usable(self._left_out(progress.step))
         learner.settle()
         trained = learner.model.delta()
         _refuse_non_finite(trained, progress.step)
-        for _, regularizer in learner.regularizers:
-            regularizer.finish(learner.parameters, self._gradients)
+        with counted() as closing:
+            for _, regularizer in learner.regularizers:
+                regularizer.finish(learner.parameters, lambda number: self._gradients(number % progress.step))
+        prepared = max(learner.prepared_gflops(), progress.prepared)
+        spent = math.fsum([prepared, *progress.gflops, progress.broken_off, closing.gflops])
         memory = remembered(self.recipe.merge, self.served, trained, self.start, self.merge_memory)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".candidate-", dir=self.out_dir) as staging:
@@ -181,7 +193,8 @@ class Run:
         )
         costs = {
             **cost.to_json(),
-            "prepare_gflops": learner.prepared_gflops(),
+            "prepare_gflops": prepared,
+            "broken_off_gflops": progress.broken_off,
             "memory_ratio": cost.memory_ratio,
             "maf_per_step": cost.maf_per_step,
             "precision": self.learner.precision,
@@ -192,15 +205,17 @@ class Run:
             directory=directory,
             steps=progress.step,
             planned_steps=steps,
-            maf=cost.maf(progress.step, learner.prepared_gflops()),
+            maf=cost.adjusted(spent),
             maf_planned=cost.planned(steps, self.plan),
             seconds=progress.seconds,
             truncated=progress.truncated,
+            budget_spent=progress.budget_spent,
             losses=progress.losses,
             cost=costs | weighed.to_json(cost.sample_gflops),
             samples=self.pools.sizes,
             pending=len(self.source.new),
             visited=self._seen(progress.step),
+            left_out=self._left_out(progress.step),
             carry_over=carry_over.write(self.out_dir / f"{name}.memory"),
         )
 
@@ -216,8 +231,21 @@ class Run:
         seen = self.pools.new[: self.plan.visited("new", steps)]
         return len(seen) if self.recipe.views.count == 1 else len({each.id for each in seen})
 
+    def _left_out(self, steps: int) -> dict[str, str]:
+        """Reasons by id, of the examples that so many steps came to and could not use."""
+        left_out = self.learner.shards.left_out
+        return {self.pools.examples[row].id: left_out[row] for row in self._visited(steps) if row in left_out}
+
+    def _nothing_usable(self, left_out: Mapping[str, str]) -> TrainingError:
+        name, why = next(iter(left_out.items()))
+        return TrainingError(
+            f"of {len(left_out)} samples none can be prepared; {name}: {why}.",
+            "Look at what is published on the stream, and whether the base's processor takes such pictures.",
+        )
+
     def _gradients(self, step: int) -> None:
-        self.learner.backward(self._rows(step), regularized=False)
+        if rows := self.learner.usable(self._rows(step)):
+            self.learner.backward(rows, regularized=False)
 
     def _drawn(self, steps: int) -> tuple[Pools, BatchPlan]:
         """What so many steps visit of each pool, of what the model can learn from, and the batches of these steps.
@@ -267,7 +295,7 @@ class Run:
         self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
         self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
         self.work = Work(
-            folder=self.work_dir / "prepared",
+            folder=self.work_dir / PREPARED,
             key=self.run,
             rows={str(part): count for part, count in self.plan.counts.items()},
             room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
@@ -276,8 +304,8 @@ class Run:
         path = self.work_dir / "cost.json"
         saved = read_json(path)
         if isinstance(saved, dict) and saved.get("run") == self.run:
-            with suppress(TypeError):  # an older version kept other fields
-                return Cost(**saved["cost"])
+            with suppress(TypeError, KeyError):  # an older version kept other fields
+                return Cost(**{"known": saved["cost"]["known"], **saved["cost"]})
         if self.team.size > 1:
             raise ConfigError(
                 f"{path} has not what a step costs, which the updater has measured.",
@@ -286,7 +314,8 @@ class Run:
         examples = self.pools.examples
         self.learner.prepare(examples, self.pools.parts, self.work, self._between)
         batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
-        cost = measure(self.learner, examples, batches)
+        rows = self._usable(batches)
+        cost = measure(self.learner, [examples[row] for row in rows], [rows, *batches[1:]])
         write_json(path, {"run": self.run, "cost": cost.to_json()})
         if self.kept < 1:
             say(
@@ -296,30 +325,44 @@ class Run:
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost
 
-    def _steps(self, progress: Progress) -> Progress:
-        if progress.truncated:  # the wall-clock bound had ended it before it was killed
+    def _usable(self, batches: Sequence[list[int]]) -> list[int]:
+        """What can be prepared of the first batch of which something new can. Raises TrainingError."""
+        for batch in batches:
+            self.learner.ready(batch)
+            if rows := self.learner.usable(batch):
+                return rows
+        examples, left_out = self.pools.examples, self.learner.shards.left_out
+        new = sorted(row for row in left_out if self.learner.parts[row] == "new")
+        raise self._nothing_usable({examples[row].id: left_out[row] for row in new})
+
+    def _steps(self, progress: Progress, cost: Cost) -> Progress:
+        if progress.truncated or progress.budget_spent:  # that had ended it before it was killed
             return progress
         self.progress = progress
         earlier = progress.seconds
         losses = {name: list(values) for name, values in progress.losses.items()}
-        first = not self.start
+        spending = Spending(self.limits.gflops, cost, progress, self.learner)
+        self.learner.afford = spending.afford
         for step in track(range(progress.step, progress.steps), f"training ({self.recipe.name})"):
-            loss, terms = self.learner.backward(self._rows(step))
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss of step {step} is {loss}: recipe {self.recipe.name!r} diverged.",
-                    "Lower schedule.peak in the recipe, or look for broken samples in the newest data.",
-                )
-            rate = learning_rate(self.recipe.schedule, step, progress.steps, first, self.updates)
-            self.learner.update(rate, step, progress.steps)
-            for name, value in {"loss": loss, **terms}.items():
+            try:
+                values = self._step(step, progress.steps, spending)
+            except BudgetSpent as spent:
+                if step == 0:
+                    raise cost.unaffordable(self.limits.gflops, self.plan, cost.adjusted(spent.needed)) from spent
+                say(f"training stops at step {step} of {progress.steps}: the next one would exceed the budget")
+                self.learner.model.restore()
+                prepared = self.learner.prepared_gflops()
+                progress = replace(progress, budget_spent=True, prepared=prepared, broken_off=spent.broken_off)
+                self._save(progress)
+                break
+            for name, value in values.items():
                 losses.setdefault(name, []).append(value)
-            if self.team.rank == 0:
-                metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
-                self.report(f"step {step + 1} of {progress.steps}, loss {loss:.3f}")
             seconds = earlier + time.monotonic() - self.began
             late = self.team.agree(seconds > self.limits.seconds and step + 1 < progress.steps)
-            progress = replace(progress, step=step + 1, seconds=seconds, losses=losses, truncated=late)
+            progress = replace(
+                progress, step=step + 1, seconds=seconds, losses=losses, truncated=late, gflops=spending.steps,
+                known=spending.costs.to_json(), excess=spending.costs.excess,
+            )  # fmt: skip
             self.progress = progress
             if late:
                 say(f"training stops after {seconds:.0f} s at step {step + 1} of {progress.steps} (wall-clock bound)")
@@ -330,6 +373,32 @@ class Run:
             self._between()
         self.progress = None  # what follows is done again by the next attempt
         return progress
+
+    def _step(self, step: int, steps: int, spending: Spending) -> dict[str, float]:
+        """Learn from a batch, without what cannot be prepared. Returns the loss and each term; nothing where no row is
+        left. Raises BudgetSpent.
+        """
+        rows = self._rows(step)
+        self.learner.ready(rows)
+        rows = self.learner.usable(rows)
+        if not rows:
+            spending.skipped()
+            return {}
+        size = self.learner.size(rows)
+        with counted(spending.afford_step(size)) as flops:
+            loss, terms = self.learner.backward(rows)
+        spending.stepped(size, self.team.total(flops.gflops))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {step} is {loss}: recipe {self.recipe.name!r} diverged.",
+                "Lower schedule.peak in the recipe, or look for broken samples in the newest data.",
+            )
+        rate = learning_rate(self.recipe.schedule, step, steps, not self.start, self.updates)
+        self.learner.update(rate, step, steps)
+        if self.team.rank == 0:
+            metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
+            self.report(f"step {step + 1} of {steps}, loss {loss:.3f}")
+        return {"loss": loss, **terms}
 
     def _between(self) -> None:
         """Between steps and shards: end if asked to, and sleep for the share of time that is others'."""

@@ -272,14 +272,18 @@ def test_bytes_stay_only_while_an_update_is_pinned_to_them(here: Installation) -
         incumbent=None,
     )  # fmt: skip
     here.store.pin("update-running", pinned)
+    prepared = here.settings.update_folders / "update-running" / "prepared"
+    prepared.mkdir(parents=True)
+    (prepared / "new-0.safetensors").write_bytes(b"a picture that is to be deleted")
     name = request_deletion(here.ledger, {"source": GONE}, actor="ann", reason="r").id
     here.maintain(runs=2)
     here.follow()
     assert row_of(here, name).state == "removed"
     assert caption("gone-1") not in here.learnable() | here.searchable("aaaa")
     assert here.ledger.list_deletions_in("update-running", pinned) == [], "it was begun before"
-    here.ledger.advance_update("update-running", "failed", error="stopped")
+    here.ledger.advance_update("update-running", "failed", error="stopped")  # its process was killed after that
     here.maintain()
+    assert not prepared.exists()
     check_it_is_nowhere(here, "gone-1", "gone-2")
     assert row_of(here, name).state == "done"
     assert json.dumps(row_of(here, name).adapters)

@@ -5,20 +5,27 @@ from __future__ import annotations
 import errno
 import json
 import time
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from prometheus_client import REGISTRY
 
 from ops.artifacts import Artifacts
-from ops.errors import DiskFull, GateError, TrainingError
+from ops.cli.checks import examine
+from ops.errors import DiskFull, GateError, LedgerError, TrainingError
+from ops.ledger.learning import BEGAN
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
+from tests.unit.gate.builders import folder_dataset
 from updater.commands.update import run_update
+from updater.families.clip.learner import ClipLearner
 from updater.loop import service as service_module
 from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
 from updater.scheduling import triggers
+from updater.scheduling.learning_state import learning_states
 
 pytestmark = pytest.mark.integration
 
@@ -129,6 +136,132 @@ def test_an_update_that_libraries_break_off_fails_with_its_reason_after_three_at
     assert update.id not in service.store.pins()
 
 
+def test_a_process_that_dies_three_times_at_one_place_fails_the_update(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed for memory, say: nothing runs after it. A stop that was asked for counts as nothing."""
+    add_samples(settings, 12)
+
+    class Died(BaseException):
+        pass
+
+    def dying(*_: object, **__: object) -> None:
+        raise Died
+
+    def stopping(*_: object, **__: object) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(service_module, "train_update", stopping)
+    for _ in range(4):
+        with pytest.raises(SystemExit):
+            UpdaterService(settings).step()
+    monkeypatch.setattr(service_module, "train_update", dying)
+    for _ in range(3):
+        service = UpdaterService(settings)
+        with monkeypatch.context() as dead:  # what takes the mark back does not run in a process that was killed
+            advance = service.ledger.advance_update
+
+            def marks(name: str, *given: str, advance: Any = advance, **values: Any) -> Any:
+                return None if values.get("cost") == {BEGAN: None} else advance(name, *given, **values)
+
+            dead.setattr(service.ledger, "advance_update", marks)
+            with pytest.raises(Died):
+                service.step()
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.state == "failed"
+    assert "the process ended 3 times in it (training) without saying why: killed, for memory?" in str(update.error)
+    monkeypatch.undo()
+    assert service.ledger.retry_update(update.id, actor="ann").state == "training"
+    assert service.step().update is not None
+
+
+def test_a_process_that_dies_further_on_each_time_fails_nothing(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_samples(settings, 12)
+    service = UpdaterService(settings)
+    ready = triggers.decide(settings, service.ledger, service.store, service.recipes["clip"], now=True)
+    assert isinstance(ready, triggers.Ready)
+    update = service._begin(service.recipes["clip"], ready)
+    prepared = service.work_dir(update) / "prepared"
+    prepared.mkdir(parents=True)
+    for shard in range(5):
+        service._count_death(update)
+        (prepared / f"new-{shard}.safetensors").touch()
+    for _ in range(3):
+        service._count_death(update)
+    with pytest.raises(TrainingError, match="ended 3 times"):
+        service._count_death(update)
+
+
+def test_an_operator_ends_an_update_in_training_and_its_samples_are_learned_later(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_samples(settings, 12)
+    monkeypatch.setattr(service_module, "ASK_SECONDS", 0.0)
+    service = UpdaterService(settings)
+    backward = ClipLearner.backward
+
+    def ended_meanwhile(learner: ClipLearner, rows: list[int], regularized: bool = True) -> Any:
+        running = service.ledger.unfinished_update("clip")
+        if running is not None:
+            service.ledger.abandon_update(running.id, actor="ann", reason="broken pictures")
+        return backward(learner, rows, regularized)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipLearner, "backward", ended_meanwhile)
+        update = service.step().update
+    assert update is not None and (update.state, update.error) == ("failed", "abandoned by ann: broken pictures")
+    assert not service.work_dir(update).exists() and update.id not in service.store.pins()
+    (row,) = service.ledger.audit_rows(subject=f"update {update.id}")
+    assert (row.actor, row.action, row.detail["reason"]) == ("ann", "update.abandon", "broken pictures")
+    with pytest.raises(LedgerError, match="has ended"):
+        service.ledger.advance_update(update.id, "trained")
+    with pytest.raises(LedgerError, match="has ended already"):
+        service.ledger.abandon_update(update.id, actor="ann", reason="again")
+    again = service.step(retry=True).update
+    assert again is not None and again.state == "done" and again.id != update.id
+    assert again.data_from == update.data_from and again.data_to == update.data_to
+    with pytest.raises(LedgerError, match="is not the newest one"):
+        service.ledger.retry_update(update.id, actor="ann")
+
+
+THINGS = "task: retrieval\ndata: ${home}/data/things\n"
+
+
+@pytest.mark.parametrize("missing", ["suite", "suites", "reference"])
+def test_without_suites_or_reference_nothing_is_begun_and_spent_and_it_is_told(
+    settings: Settings, verdict: dict[str, str], missing: str
+) -> None:
+    add_samples(settings, 12)
+    suite = settings.home / "suites" / "things.yaml"
+    if missing == "suite":
+        suite.write_text("task: retrieval\ndata: ${home}/data/nothing\n")
+    elif missing == "suites":
+        suite.write_text(f"{THINGS}role: gain\n")
+    else:
+        gone = settings.updater.model_copy(update={"reference": [settings.home / "data" / "gone"]})
+        settings = settings.model_copy(update={"updater": gone})
+    service = UpdaterService(settings)
+    outcome = service.step()
+    reason = {"suite": "nothing does not exist", "suites": "no retention suite", "reference": "gone does not exist"}
+    assert outcome.update is None and reason[missing] in outcome.reason
+    assert not service.ledger.updates() and service.ledger.spent() == 0
+    assert _unjudged() == 1
+    assert reason[missing] in learning_states(settings, service.ledger, service.store)["clip"].lacks
+    (finding,) = [each for each in examine(settings) if each.what == "suites"]
+    assert finding.state == "warn" and reason[missing] in finding.result
+    if missing == "reference":
+        folder_dataset(settings.home / "data" / "gone", count=30)
+    suite.write_text(f"{THINGS}margin: 0.9\n")
+    assert service.step().update is not None and _unjudged() == 0
+
+
+def _unjudged() -> float | None:
+    return REGISTRY.get_sample_value("ratchet_update_unjudged", {"family": "clip"})
+
+
 def test_earlier_samples_are_replayed_and_new_ones_are_not(settings: Settings, verdict: dict[str, str]) -> None:
     add_samples(settings, 12)
     verdict["outcome"] = "passed"
@@ -203,15 +336,22 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     assert service.step().reason == "there are no new samples"
 
 
-def test_missing_suites_leave_the_update_trained_until_they_are_there(
-    settings: Settings, verdict: dict[str, str]
+def test_suites_that_go_while_it_trains_leave_the_update_trained_until_they_are_there(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_samples(settings, 12)
-    suites = settings.home / "suites"
-    suites.rename(settings.home / "gone")
+    suites, train_update = settings.home / "suites", service_module.train_update
+
+    def training(*given: Any, **options: Any) -> Any:
+        update = train_update(*given, **options)
+        suites.rename(settings.home / "gone")
+        return update
+
+    monkeypatch.setattr(service_module, "train_update", training)
     service = UpdaterService(settings)
     with pytest.raises(GateError):
         service.step()
+    assert _unjudged() == 1
     waiting = service.ledger.unfinished_update("clip")
     assert waiting is not None and waiting.state == "trained"
     (settings.home / "gone").rename(suites)

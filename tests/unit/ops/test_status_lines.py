@@ -38,7 +38,14 @@ def test_replicas_are_told_of_only_where_one_does_not_run() -> None:
 
 
 def test_fresh_items_and_alpha_are_told_and_the_candidate_that_is_kept() -> None:
-    told = {"fresh_items": 1120, "fresh_items_needed": 1400, "alpha": 0.05, "alpha_spent": 0.038, "kept": None}
+    told = {
+        "fresh_items": 1120,
+        "fresh_items_needed": 1400,
+        "alpha": 0.05,
+        "alpha_spent": 0.038,
+        "kept": None,
+        "lacks": "",
+    }
     assert learning_line("clip", told).splitlines() == [
         "clip: 1,120 of 1,400 fresh items", "  alpha 0.05: 0.038 spent on gains since the last release, 0.012 left",
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
 from updater.adapters.parametrizations import LORA, find
+from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
 from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
@@ -25,7 +26,7 @@ from updater.families.clip.views import phrased, view_pixels
 from updater.objectives import Features, Objective, Sides, Texts
 from updater.recipes import Part, Recipe
 from updater.step.learner import CHUNK, Learner
-from updater.step.shards import Shards, Values, spans
+from updater.step.shards import Fetched, Shards, Values, spans
 
 WHICH: tuple[Which, Which] = ("image", "text")
 
@@ -120,7 +121,11 @@ class ClipLearner(Learner[Pair]):
         names = [f"{term}-{'all' if example < 0 else self.parts[example]}" for example, _ in wanted]
         contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
         layout = spans(names, {}, CHUNK)
-        shards = Shards(self.work.folder, layout, contents, None, compute, between, self.team)
+        shards = Shards(
+            self.work.folder, layout, contents, lambda _: Fetched(), compute,
+            lambda rows, _: Size((len(rows),), (self._longest([texts[row] for row in rows]),)),
+            between, self.team, lambda *gflops: self.afford(*gflops),
+        )  # fmt: skip
         return ExtraTexts(texts, [example for example, _ in wanted], teachers, shards, common)
 
     def decode(self, example: Pair, image: bytes) -> np.ndarray:
@@ -140,6 +145,19 @@ class ClipLearner(Learner[Pair]):
         )
         return values
 
+    def shard_size(self, rows: range, images: Sequence[np.ndarray]) -> Size:
+        return Size((len(rows),), (self._longest([self.texts[row] for row in rows]),))
+
+    def size(self, rows: Sequence[int]) -> Size:
+        """Rows, and these with the objectives' own texts; tokens of the longest text of each kind."""
+        own = [extra.texts[number] for extra in self.extra_texts.values() for number in extra.of(rows)]
+        longest = self._longest([self.texts[row] for row in rows])
+        counts = len(rows), len(rows) + len(own)
+        return Size(counts, (longest + self.extra, self._longest(own) if own else 0))
+
+    def _longest(self, texts: Sequence[str]) -> int:
+        return max(int(self._tokenize([text]).shape[1]) for text in texts)
+
     def _text_values(self, tower: TowerPass, teachers: Sequence[str], texts: Sequence[str]) -> Values:
         values: dict[str, list[Tensor]] = {}
         for first in range(0, len(texts), CHUNK):
@@ -150,7 +168,8 @@ class ClipLearner(Learner[Pair]):
     def ready(self, rows: Sequence[int]) -> None:
         super().ready(rows)
         for extra in self.extra_texts.values():
-            extra.shards.ready(extra.of(rows))
+            if extra.texts:  # of the first batch at least one, so that what others take can be told
+                extra.shards.ready(extra.of(rows) or [0])
 
     def prepared_gflops(self) -> float:
         return super().prepared_gflops() + sum(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,13 +21,14 @@ from ratchet_client.images import open_accepted
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import LoraModel, WeightDelta
+from updater.budget.bound import Size
 from updater.data.pools import Question
 from updater.families.vlm.parts import sees, trained_modules
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
 from updater.objectives import Answers, OwnAnswers, Teacher
 from updater.objectives.token_distillation import summarise
 from updater.recipes import Recipe
-from updater.step.learner import CHUNK, Learner
+from updater.step.learner import CHUNK, STAND_IN, Learner
 from updater.step.shards import Values
 
 TOP = 256
@@ -33,6 +36,26 @@ TOP = 256
 OWN_TOKENS = 32
 """Of an answer that the model gives in training, at most: each is a pass."""
 Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An encoded image that the processor takes with its question, and how large both are."""
+
+    encoded: bytes
+    tokens: int
+    """Of question, picture and answer."""
+    answer: int
+    """Of these."""
+    picture: int
+    """Values of the processor's tensors."""
+    shown: int
+    """Tokens of the question with the known answer before it, if an objective asks that."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """All of them."""
+        return [self.tokens, self.answer, self.picture, self.shown]
 
 
 class VlmLearner(Learner[Question]):
@@ -58,6 +81,8 @@ class VlmLearner(Learner[Question]):
         """What the model has just answered, by row."""
         self.keeps_features: bool | None = None
         self.longest_batch = 0
+        self._unending = False
+        """Whether no answer of the model's own ends before :data:`OWN_TOKENS`."""
 
     def takes(self, example: Question) -> bool:
         return self.reader.takes(example) and (not self.own_parts or self.reader.takes(shown(example)))
@@ -71,30 +96,82 @@ class VlmLearner(Learner[Question]):
         if self.keeps_features is None and self.examples:
             self.keeps_features = False
             if self._takes_features:
-                features = self._see(self._read(self.examples[:1], [self.examples[0].read()]).images, 1)
+                features = self._see(self._first_images(), 1)
                 size = sum(each.numel() * each.element_size() for each in features)
                 self.keeps_features = 0 < size <= self.work.room
 
+    def _first_images(self) -> Inputs:
+        """Of the first example that can be read; of a stand-in where there is none among the first ones."""
+        for example in self.examples[:CHUNK]:
+            encoded = example.read()
+            with suppress(Exception):  # an example that cannot be prepared is left out later, by its name
+                return self._read([example], [encoded]).images
+        return self._read(self.examples[:1], [STAND_IN]).images
+
     @property
     def settled(self) -> str:
-        return f"{self.keeps_features}, by tiles"
+        return f"{self.keeps_features}, by tiles, with sizes"
 
-    def decode(self, example: Question, image: bytes) -> bytes:
-        """Nothing: whole images are decoded where they are used, a pass at a time, for they may be large."""
-        return image
+    def decode(self, example: Question, image: bytes) -> Checked:
+        """Only looked at: whole images are decoded where they are used, a pass at a time, for they may be large."""
+        picture = [np.array(open_accepted(image).decode())]
+        read = self.reader.read([example], picture)
+        (words,) = read.sequences
+        shown_before = len(self.reader.read([shown(example)], picture).sequences[0]) if self.own_parts else 0
+        values = sum(value.numel() for value in read.images.values())
+        return Checked(image, len(words), words.answer, values, shown_before)
 
-    def compute(self, rows: range, images: Sequence[bytes]) -> Values:
+    def shard_size(self, rows: range, images: Sequence[Checked]) -> Size:
+        return self._size([each.sizes for each in images])
+
+    def size(self, rows: Sequence[int]) -> Size:
+        """The rows, and those that the model answers itself; tokens of the longest question, with and without its known
+        answer before it; values of all pictures, and of their squares, unless they are kept."""
+        sizes = [each.tolist() for each in self.shards.get("sizes", rows)]
+        own = sum(self.parts[row] in self.own_parts for row in rows)
+        return self._size(
+            [
+                (tokens + self.extra, answer, 0 if self.keeps_features else picture, shown_before)
+                for tokens, answer, picture, shown_before in sizes
+            ],
+            own,
+        )
+
+    def _size(self, sizes: Sequence[Sequence[int]], own: int = 0) -> Size:
+        """Of rows with these :attr:`Checked.sizes`."""
+        tokens, answers, pictures, shown_before = zip(*sizes, strict=True)
+        squares = math.hypot(*pictures)  # attention within each
+        head = cast(Any, self.model.model).get_output_embeddings().weight
+        passes = 3 + len(self.taught)  # forward twice at most, and backward; each teacher's
+        gflops = 2 * head.numel() * sum(answers) * passes / 1e9
+        return Size((len(sizes), own), (max(tokens), sum(pictures), squares, max(shown_before)), gflops)
+
+    @property
+    def answers_itself(self) -> bool:
+        return bool(self.own_parts)
+
+    @contextmanager
+    def dearest(self) -> Iterator[None]:
+        self._unending = True
+        try:
+            yield
+        finally:
+            self._unending = False
+
+    def compute(self, rows: range, images: Sequence[Checked]) -> Values:
         values: dict[str, list[Tensor]] = {}
         for first in range(0, len(rows), CHUNK):
             for name, more in self._values(rows[first : first + CHUNK], images[first : first + CHUNK]).items():
                 values.setdefault(name, []).extend(more)
         return values
 
-    def _values(self, rows: range, encoded: Sequence[bytes]) -> Values:
+    def _values(self, rows: range, checked: Sequence[Checked]) -> Values:
         """Tokens; what the language model takes of an image, or the encoded image; what each teacher says."""
         examples = [self.examples[row] for row in rows]
+        encoded = [each.encoded for each in checked]
         read = self._read(examples, encoded)
         values: dict[str, list[Tensor]] = {"answer": [torch.tensor(each.answer) for each in read.sequences]}
+        values["sizes"] = [torch.tensor(each.sizes) for each in checked]
         for key in read.sequences[0].inputs:
             values[f"tokens.{key}"] = [each.inputs[key] for each in read.sequences]
         if self.keeps_features:
@@ -184,7 +261,7 @@ class VlmLearner(Learner[Question]):
             drawn = torch.multinomial(logits.float().cpu().softmax(dim=1), 1, generator=dice)
             for row, token in zip(left, drawn, strict=True):
                 own[row] = torch.cat([own[row], token])
-            left = [row for row in left if own[row][-1] != end[0]]
+            left = [row for row in left if self._unending or own[row][-1] != end[0]]
             if not left:
                 break
         return own

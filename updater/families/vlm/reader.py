@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -82,6 +83,7 @@ class Reader:
 
     def __init__(self, base: VlmBase) -> None:
         self.processor = base.processor()
+        self._reading = Lock()  # a fast tokenizer that pads is for one thread at a time
         self._words = lru_cache(KNOWN_WORDS)(self._count)
 
     @property
@@ -110,13 +112,15 @@ class Reader:
     def read(self, examples: Sequence[Question], images: Sequence[np.ndarray]) -> Read:
         """Tokens and pixels of a chunk of examples, from their decoded images, uint8 [h, w, 3]."""
         asks = [question(image, each.question) for each, image in zip(examples, images, strict=True)]
-        batch = inputs(self.processor, asks)
+        with self._reading:
+            batch = inputs(self.processor, asks)
         mask = batch.pop("attention_mask").bool()
         shape = batch["input_ids"].shape
         tokenwise = [key for key, value in batch.items() if value.shape == shape]
         sequences = []
         for row, each in enumerate(examples):
-            answer = torch.tensor(answer_tokens(self.processor, each.answer))
+            with self._reading:
+                answer = torch.tensor(answer_tokens(self.processor, each.answer))
             sequences.append(answered({key: batch[key][row][mask[row]] for key in tokenwise}, answer))
         return Read(sequences, {key: value for key, value in batch.items() if key not in tokenwise})
 

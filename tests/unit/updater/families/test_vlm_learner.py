@@ -129,7 +129,7 @@ def test_each_further_teacher_is_charged(base: VlmBase) -> None:
         taught = [{"name": "token_distillation", "over": ["reference"], "options": {"teacher": t}} for t in teachers]
         with counted() as flops:
             learner_of(base, pools, objectives=[{"name": "answer_likelihood"}, *taught]).ready(range(12))
-        return flops.get_total_flops() / 1e9
+        return flops.gflops
 
     none, one, both = gflops(), gflops("base"), gflops("base", "incumbent")
     assert one > 1.5 * none

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ops.errors import DiskFull
-from updater.step.shards import Shards, Values, spans
+from updater.step.shards import Fetched, Shards, Values, spans
 
 GROUPS = ["new"] * 7 + ["reference"] * 5
 
@@ -28,9 +28,9 @@ class Work:
         names = contents or [f"row {row}" for row in range(12)]
         self.shards = Shards(folder, layout, names, self.fetch, self.compute)
 
-    def fetch(self, rows: range) -> list[int]:
+    def fetch(self, rows: range) -> Fetched:
         self.fetched.append(rows)
-        return list(rows)
+        return Fetched(list(rows))
 
     def compute(self, rows: range, fetched: list[int]) -> Values:
         self.computed.append(rows)

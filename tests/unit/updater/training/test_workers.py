@@ -115,7 +115,8 @@ def test_two_processes_come_to_the_adapter_of_one(
         here.setattr(Learner, "update", UPDATE)
         alone = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH)
     assert undisturbed.steps == alone.steps == STEPS
-    assert undisturbed.maf == alone.maf and undisturbed.visited == alone.visited
+    assert undisturbed.maf == pytest.approx(alone.maf, rel=0.05) and undisturbed.visited == alone.visited
+    assert undisturbed.maf >= alone.maf, "the loss, which each process computes, is counted in each"
     assert undisturbed.losses["loss"] == pytest.approx(alone.losses["loss"], abs=1e-5)
     theirs, ours = (read_delta(result.directory, base) for result in (undisturbed, alone))
     assert theirs.keys() == ours.keys() and ours

@@ -1,0 +1,276 @@
+"""What a pass takes at most, by what others took: never below what it takes, and no update above its budget."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
+from tests.unit.updater.builders import LIMITS, picture, pools, recipe, run
+from updater.budget.bound import MARGIN, BudgetSpent, Costs, Size
+from updater.budget.cost import Cost, StepUnaffordable
+from updater.budget.flops import counted
+from updater.data.pools import Pools, Question
+from updater.recipes import Recipe
+from updater.step.learner import AnyLearner, Learner
+from updater.step.team import ALONE
+from updater.training import measure
+from updater.training import run as course
+from updater.training.checkpoint import Progress
+from updater.training.result import TrainResult
+from updater.training.spending import Spending
+
+
+def test_a_pass_of_a_known_size_takes_what_it_took_and_of_an_unknown_kind_nothing_is_known() -> None:
+    costs = Costs()
+    assert costs.most(Size((8,), (20,))) == 0
+    costs.add(Size((8,), (20,)), 2.0)
+    assert costs.most(Size((8,), (20,))) == costs.most(Size((4,), (3,))) == MARGIN * 2
+    assert costs.most(Size((16,), (40,))) == MARGIN * 2 * 4 * 4
+    costs.add(Size((8,), (30,)), 3.0)
+    assert costs.most(Size((8,), (25,))) == pytest.approx(MARGIN * 2.5)
+
+
+def test_the_bound_is_above_every_polynomial_of_second_degree() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        fixed, rows, linear, square, pictures, pairs_of_rows = (chance.random() for _ in range(6))
+
+        def taken(n: float, tokens: float, seen: float) -> float:
+            own = n * (rows + linear * tokens + square * tokens**2)  # noqa: B023
+            return fixed + own + pictures * seen + pairs_of_rows * n**2  # noqa: B023
+
+        costs = Costs()
+        for _ in range(20):
+            size = chance.randint(5, 8), chance.randint(1, 50), chance.randint(1, 50)
+            f = taken(*size)
+            known = costs.most(Size(size[:1], size[1:]))
+            assert known == 0 or f <= known
+            costs.add(Size(size[:1], size[1:]), f)
+        assert costs.excess == 1
+
+
+class Counted:
+    """GFLOPs of every step that was taken, of what was prepared, and of passes after the last step."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.steps: list[float] = []
+        self.waiting: list[float] = []
+        backward, update = Learner.backward, Learner.update
+
+        def counting(learner: AnyLearner, rows: list[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+            learner.ready(rows)
+            with counted() as flops:
+                made = backward(learner, rows, regularized)
+            self.waiting.append(flops.gflops)
+            return made
+
+        def updating(learner: AnyLearner, *given: object) -> None:
+            self.steps.append(self.waiting[-1])
+            self.waiting.clear()
+            update(learner, *given)  # type: ignore[arg-type]
+
+        patch.setattr(Learner, "backward", counting)
+        patch.setattr(Learner, "update", updating)
+
+    def spent(self, result: TrainResult) -> float:
+        """Memory-adjusted, by this count."""
+        closing = self.waiting[: int(result.cost["closing"])]
+        other = result.cost["prepare_gflops"] + result.cost["broken_off_gflops"]
+        return float(sum(self.steps) + sum(closing) + other) * float(result.cost["memory_ratio"])
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    yield Counted(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
+    return tiny_vlm_base(tmp_path_factory.mktemp("home"))
+
+
+def asked(count: int, words: random.Random | None = None, long_after: int | None = None) -> tuple[Question, ...]:
+    """Questions of random lengths, or short ones and long ones after some."""
+
+    def length(number: int) -> int:
+        if words is not None:
+            return min(30, int(words.lognormvariate(1, 0.9)))
+        return 0 if long_after is None or number < long_after else 12
+
+    return tuple(
+        Question(f"{i}", "which colour?" + " look again!" * length(i), "red", partial(picture, i % 20))
+        for i in range(count)
+    )
+
+
+def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its_budget(
+    vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan looks at the first batches alone: 4.6 times the budget was spent."""
+    monkeypatch.setattr(course, "MEASURED", 10)
+    questions = Pools(asked(200, long_after=22))
+    plan = recipe("vlm-naive", max_steps=120, batch_size=2)
+    free = run(vlm, tmp_path / "free", recipe=recipe("vlm-naive", max_steps=1, batch_size=2), pools=questions)
+    budget = 100 * free.cost["maf_per_step"]
+    taken.steps.clear()
+    result = run(vlm, tmp_path, recipe=plan, pools=questions, limits=replace(LIMITS, gflops=budget))
+    assert 10 < result.steps < result.planned_steps
+    assert result.budget_spent and not result.truncated
+    assert 0.8 * budget < result.maf <= budget
+    assert result.maf == pytest.approx(taken.spent(result), rel=1e-9)
+    assert result.directory.is_dir()
+
+
+class Pretended:
+    """A learner whose batches have random sizes, and take what a random polynomial says."""
+
+    answers_itself = False
+    team = ALONE
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance, self.prepared, self.closing = chance, 0.0, chance.choice([0, 0, 3, 8])
+        self.coefficients = [chance.random() ** 3 for _ in range(6)]
+        self.longest = chance.randint(2, 500)
+        self.grows = chance.choice([0.0, 1e-4])
+        """By how much a term of the loss grows with each step, a queue say."""
+
+    def prepared_gflops(self) -> float:
+        return self.prepared
+
+    def batch(self, step: int) -> tuple[Size, float]:
+        """Its size, and what it takes."""
+        rows = 8 - (self.chance.random() < 0.1)  # one of them cannot be prepared
+        tokens, seen = self.chance.randint(1, self.longest), self.chance.choice([16.0, 64.0, 4096.0])
+        head = self.chance.randint(8, 40)
+        return self.sized(rows, tokens, seen, head, step)
+
+    def sized(self, rows: int, tokens: int, seen: float, head: int, step: int) -> tuple[Size, float]:
+        fixed, each, linear, square, pictures, answers = self.coefficients
+        taken = fixed + rows * (each + linear * tokens + square * tokens**2 / 100) + pictures * seen / 100
+        taken += answers * head
+        return Size((rows,), (tokens, seen), answers * head * 1.5), taken * (1 + self.grows * step)
+
+    def cost(self) -> Cost:
+        """As measured: the first batch at three lengths."""
+        tokens = self.chance.randint(1, self.longest)
+        probes = [self.sized(8, length, 64.0, 20, 0) for length in (tokens, tokens + 8, tokens + 16)]
+        known = [[size.to_json(), flops] for size, flops in probes]
+        return Cost(1, 1, {}, 0, peak_bytes=self.chance.random(), full_bytes=1, closing=self.closing, known=known)
+
+
+def pretend(number: int) -> tuple[float, float, str]:
+    """Budget, what was spent of it, and how it ended. A pass that is broken off takes all that it may."""
+    chance = random.Random(number)
+    learner = Pretended(chance)
+    cost, most = learner.cost(), chance.randint(1, 60)
+    budget = cost.adjusted(cost.known[0][1] * 10 ** chance.uniform(0, 3.5))
+    progress = Progress("run", 0, most, 0.0)
+    spending = Spending(budget, cost, progress, cast(AnyLearner, learner))
+    outcome, broken_off = "whole", 0.0
+    for step in range(most):
+        size, taken = learner.batch(step)
+        outcome = "stopped" if step else "none"
+        try:
+            if (limit := spending.afford(0.1 * taken, 0.0)) < 0.1 * taken:
+                broken_off = limit
+                break
+            learner.prepared += 0.1 * taken
+            if (limit := spending.afford_step(size)) < taken:
+                broken_off = limit
+                break
+        except BudgetSpent:
+            break
+        outcome = "whole"
+        spending.stepped(size, taken)
+        if chance.random() < 0.2:  # killed, and begun again from the checkpoint
+            progress = replace(
+                progress, step=step + 1, gflops=spending.steps, known=spending.costs.to_json(),
+                excess=spending.costs.excess,
+            )  # fmt: skip
+            spending = Spending(budget, cost, progress, cast(AnyLearner, learner))
+    steps = spending.steps
+    closing = [steps[each % len(steps)] for each in range(learner.closing)] if steps else []
+    return budget, cost.adjusted(learner.prepared + sum(steps) + sum(closing) + broken_off), outcome
+
+
+def test_over_hundreds_of_random_draws_no_update_spends_more_than_its_budget() -> None:
+    """Budgets, lengths, pictures, numbers of steps, passes after the last one, kills."""
+    outcomes: Counter[str] = Counter()
+    for number in range(300):
+        budget, spent, outcome = pretend(number)
+        assert spent <= budget, (number, spent / budget)
+        outcomes[outcome] += 1
+    assert min(outcomes[each] for each in ("none", "stopped", "whole")) > 10, outcomes
+
+
+def draw(
+    base: VlmBase | ClipBase, folder: Path, taken: Counted, plan: Recipe, pool: Pools, gflops: float, n: int
+) -> str:
+    """How an update ended that had so much."""
+    taken.steps.clear()
+    taken.waiting.clear()
+    try:
+        result = run(base, folder, recipe=plan, pools=pool, limits=replace(LIMITS, gflops=gflops), seed=n)
+    except StepUnaffordable:
+        return "none"
+    assert result.maf == pytest.approx(taken.spent(result), rel=1e-9), n
+    assert result.maf <= gflops, (n, result.maf / gflops)
+    shutil.rmtree(folder)
+    return "stopped" if result.budget_spent else "whole"
+
+
+def test_over_random_draws_no_real_update_spends_more_than_its_budget(
+    vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets, lengths, batches, teachers, seeds."""
+    monkeypatch.setattr(course, "MEASURED", 2)
+    monkeypatch.setattr(measure, "_full", lambda *_: (1e7, 1e-3))  # the same base each time
+    outcomes: Counter[str] = Counter()
+    for number in range(16):
+        chance = random.Random(number)
+        size, name = chance.randint(2, 4), chance.choice(["vlm-naive", "vlm-default"])
+        plan = recipe(name, max_steps=6, batch_size=size)
+        pool = Pools(asked(20, chance), asked(20, chance) if name == "vlm-default" else ())
+        outcomes[draw(vlm, tmp_path / "work", taken, plan, pool, 10 ** chance.uniform(-2, 0), number)] += 1
+    assert min(outcomes[each] for each in ("none", "stopped", "whole")) > 0, outcomes
+
+
+def test_passes_after_the_last_step_are_within_the_budget(
+    tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(tmp_path / "home")
+    monkeypatch.setattr(course, "MEASURED", 1)
+    monkeypatch.setattr(measure, "_full", lambda *_: (1e7, 1e-3))
+    outcomes: Counter[str] = Counter()
+    for number in range(5):
+        chance = random.Random(number)
+        ewc = [{"name": "ewc", "options": {"batches": chance.randint(1, 8)}}]
+        plan = recipe("full", max_steps=6, batch_size=6, regularizers=ewc, text={"locked": True})
+        outcomes[draw(base, tmp_path / "work", taken, plan, pools(), 10 ** chance.uniform(-0.5, 0.5), number)] += 1
+    assert outcomes["whole"] > 2, outcomes
+
+
+def test_what_a_model_answers_itself_is_within_the_budget(
+    vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers may end early in the first step, and late in another."""
+    monkeypatch.setattr(measure, "_full", lambda *_: (1e7, 1e-3))
+    outcomes: Counter[str] = Counter()
+    for number in range(2):
+        chance = random.Random(number)
+        plan = recipe("vlm-sdft", max_steps=3, batch_size=2)
+        pool = Pools(asked(20, chance), asked(20, chance))
+        outcomes[draw(vlm, tmp_path / "work", taken, plan, pool, 0.9, number)] += 1
+    assert outcomes["stopped"], outcomes
