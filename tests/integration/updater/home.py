@@ -21,7 +21,7 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
-from updater.gate import Verdict
+from updater.gate import Verdict, run_gate
 from updater.loop import gate_update
 
 TOPIC = "samples"
@@ -76,15 +76,14 @@ def make_vlm_home(home: Path, **overrides: Any) -> Settings:
     return make_home(home, **both, **overrides)
 
 
-def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The real gate runs; ``["outcome"]`` of what is returned then replaces its outcome, which chance decides on random
     weights.
     """
-    wanted = {"outcome": outcome}
-    real = gate_update.run_gate
+    wanted: dict[str, Any] = {"outcome": outcome}
 
     def decided(**arguments: Any) -> Verdict:
-        return replace(real(**arguments), outcome=wanted["outcome"])
+        return replace(run_gate(**arguments), outcome=wanted["outcome"])
 
     monkeypatch.setattr(gate_update, "run_gate", decided)
     return wanted
@@ -134,7 +133,7 @@ def _row(partition: int, offset: int, split: str, asked: bool) -> dict[str, Any]
     }
 
 
-def _asked(number: int) -> dict[str, str]:
+def _asked(number: int) -> dict[str, Any]:
     """A question of one of two kinds, and its answer."""
     if number % 2:
         return {"label": "number", "question": "which number is it?", "answer": str(number % 9)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ def picture(number: int, side: int = 24) -> bytes:
 def pairs(tag: str, count: int) -> tuple[Pair, ...]:
     """Pairs whose captions repeat every six."""
     return tuple(
-        Pair(f"{tag}-{i}", f"a {COLOURS[i % 6]} {tag}", lambda i=i: picture(hash_of(tag) + i)) for i in range(count)
+        Pair(f"{tag}-{i}", f"a {COLOURS[i % 6]} {tag}", partial(picture, hash_of(tag) + i)) for i in range(count)
     )
 
 
 def hash_of(tag: str) -> int:
     """A number from a word, the same in every process."""
-    return sum(ord(letter) * 31**place for place, letter in enumerate(tag)) % 100_000
+    return sum(ord(letter) * int(31**place) for place, letter in enumerate(tag)) % 100_000
 
 
 def pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
@@ -109,7 +110,7 @@ def questions(tag: str, count: int) -> tuple[Question, ...]:
             f"{tag}-{i}",
             f"which colour has the {tag}?" + " look again!" * (i % 3),
             COLOURS[i % 6],
-            lambda i=i: picture(hash_of(tag) + i),
+            partial(picture, hash_of(tag) + i),
         )
         for i in range(count)
     )
