@@ -16,6 +16,8 @@ PROMPTS_PER_TEXT = 8
 MODEL_NICE = 4
 """Niceness of processes that compute: where processors are scarce, those that carry requests and operator calls come
 first. With the same niceness a rollback took 1.5 s on two cores that four models kept busy."""
+VLM_NICE = 10
+"""Of those that generate for seconds: beside them an embedding takes milliseconds, and would wait as long as they."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,16 @@
 yet, in pixels.
 
 Small images have threads of their own. Large ones are decoded one at a time, by a thread with a lower priority: an
-image of 40 million pixels costs about a second and several hundred megabytes.
+image of 40 million pixels costs about a second and several hundred megabytes. Requests whose pixels do not fit beside
+those in memory wait as the bytes that came: 200 requests with 32 small pictures each are a gigabyte of pixels.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,10 @@ from serving.http.errors import ApiError
 from serving.http.shared_budget import SharedBudget
 
 Result = TypeVar("Result")
-SMALL_PIXELS = 4_000_000
-"""Larger images go to the thread for large ones: 4 million take about 0.1 s."""
+SMALL_PIXELS = 1_000_000
+"""Larger images go to the thread for large ones: a million takes about 25 ms, for which others wait at most."""
+ROOM = 0.25
+"""Of the pixels that may wait, those that are in memory at once; one request more is let in where there is any left."""
 SMALL_THREADS = 2
 LARGE_THREADS = 1
 LARGE_NICE = 10
@@ -45,6 +48,7 @@ class DecodeQueue:
 
     def __init__(self, pixels: int, share: float) -> None:
         self._budget = SharedBudget(pixels, share)
+        self._room = _Room(pixels * ROOM, share)
         self._small = _FairPool(SMALL_THREADS, "image-loader")
         self._large = _FairPool(LARGE_THREADS, "large-images", LARGE_NICE)
 
@@ -53,10 +57,10 @@ class DecodeQueue:
         """What is reserved now."""
         return self._budget.used
 
-    @contextlib.contextmanager
-    def reserved(self, caller: str, pixels: int) -> Iterator[Callable[[int], None]]:
-        """Count the images of one request until the block ends. Call what this yields with the pixels that are still
-        in memory once the images are decoded and scaled down.
+    @contextlib.asynccontextmanager
+    async def reserved(self, caller: str, pixels: int) -> AsyncIterator[Callable[[int], None]]:
+        """Wait until there is room for the images of one request, and count them until the block ends. Call what this
+        yields with the pixels that are still in memory once the images are decoded and scaled down.
 
         Raises:
             ApiError: 429 when too many pixels wait already.
@@ -71,17 +75,66 @@ class DecodeQueue:
 
         def keep(pixels: int) -> None:
             nonlocal held
-            self._budget.give_back(caller, max(0, held - pixels))
-            held = min(held, pixels)
+            freed = max(0, held - pixels)
+            held -= freed
+            self._budget.give_back(caller, freed)
+            self._room.leave(caller, freed)
 
         try:
-            yield keep
+            await self._room.enter(caller, held)
+            try:
+                yield keep
+            finally:
+                self._room.leave(caller, held)
         finally:
             self._budget.give_back(caller, held)
 
     async def run(self, caller: str, pixels: int, work: Callable[[], Result]) -> Result:
         """Run work on an image of so many pixels when it is the caller's turn. Cancelling drops what still waits."""
         return await (self._small if pixels <= SMALL_PIXELS else self._large).run(caller, work)
+
+
+class _Room:
+    """Pixels in memory. Callers are let in by turns; one alone has a share of the room, so that another finds some."""
+
+    def __init__(self, size: float, share: float) -> None:
+        self._size, self._share = size, size * share
+        self._used: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
+
+    async def enter(self, caller: str, pixels: int) -> None:
+        """Wait for room, behind what the caller waits for already."""
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, deque()).append((admitted, pixels))
+        self._admit()
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            if admitted.done() and not admitted.cancelled():
+                self.leave(caller, pixels)
+            raise
+
+    def leave(self, caller: str, pixels: int) -> None:
+        """Give room back."""
+        self._used[caller] -= pixels
+        if self._used[caller] <= 0:
+            del self._used[caller]
+        self._admit()
+
+    def _admit(self) -> None:
+        full: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
+        while self._waiting and self._used.total() < self._size:
+            caller, queue = self._waiting.popitem(last=False)
+            if self._used[caller] >= self._share:
+                full[caller] = queue
+                continue
+            admitted, pixels = queue.popleft()
+            if queue:
+                self._waiting[caller] = queue  # behind the others
+            if not admitted.done():  # its request was cancelled
+                self._used[caller] += pixels
+                admitted.set_result(None)
+        self._waiting = full | self._waiting
 
 
 class _FairPool:

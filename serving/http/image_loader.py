@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -109,7 +109,7 @@ class ImageLoader:
         ApiError.
         """
         scaled = len(images) * self.preprocess.size**2
-        with self._reserved(images, caller, scaled) as keep:
+        async with self._reserved(images, caller, scaled) as keep:
             pixels = np.stack(await self._decoded(images, self.preprocess.pixels, caller))
             keep(scaled)
             yield pixels
@@ -127,7 +127,7 @@ class ImageLoader:
         """
         share = self.bounds.max_pixels // max(1, len(images))
         inspected = await self.inspect(images, caller) if images else []
-        with self._reserved(inspected, caller) as keep:
+        async with self._reserved(inspected, caller) as keep:
             made = await self._decoded(inspected, lambda opened: fitted(opened.decode(), share), caller)
             keep(sum(picture.shape[0] * picture.shape[1] for picture in made))
             yield tuple(made)
@@ -137,13 +137,13 @@ class ImageLoader:
         Raises ApiError.
         """
         inspected = [await self.queue.run(caller, 0, partial(_inspected, "image", data, open_accepted))]
-        with self._reserved(inspected, caller):
+        async with self._reserved(inspected, caller):
             (png,) = await self._decoded(inspected, partial(_png, size), caller)
         return png
 
     def _reserved(
         self, images: Sequence[InspectedImage], caller: str, scaled: int = 0
-    ) -> AbstractContextManager[Callable[[int], None]]:
+    ) -> AbstractAsyncContextManager[Callable[[int], None]]:
         """``scaled``: pixels of what is made of the images, which may be more."""
         return self.queue.reserved(caller, max(scaled, sum(image.pixels for image in images)))
 

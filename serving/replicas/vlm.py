@@ -18,7 +18,7 @@ from ops.request_context import note
 from ops.settings import Settings
 from ops.tracing import record, span
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
-from serving.messages import MODEL_NICE, Refusal
+from serving.messages import VLM_NICE, Refusal
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
 from serving.ray.settled import settle
@@ -46,7 +46,7 @@ class VlmReplica:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
-        nice_process(MODEL_NICE)
+        nice_process(VLM_NICE)
         configure_replica_logging(settings, "vlm")
         metrics.build.started("vlm")
         await wait_for_clip()

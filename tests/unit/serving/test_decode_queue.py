@@ -95,13 +95,58 @@ async def test_a_failure_is_raised_where_it_is_awaited_and_ends_nothing_else() -
 
 async def test_pixels_that_wait_are_bounded_for_all_and_for_one() -> None:
     queue = DecodeQueue(100, 0.5)
-    with queue.reserved("a", 1000), queue.reserved("b", 30):  # one that is alone is always taken
+    async with asyncio.TaskGroup() as tasks:
+        done = asyncio.Event()
+        for caller, pixels in (("a", 1000), ("b", 30)):  # one that is alone is always taken
+            tasks.create_task(_hold(queue, caller, pixels, done))
+        await asyncio.sleep(0)
         for caller, pixels, whose in (("a", 1, "your images"), ("c", 21, "images")):
-            with (
-                pytest.raises(ApiError, match=f"^429: {whose} that wait.*serve.decode_pixels"),
-                queue.reserved(caller, pixels),
-            ):
-                pass
+            with pytest.raises(ApiError, match=f"^429: {whose} that wait.*serve.decode_pixels"):
+                await _hold(queue, caller, pixels, done)
+        done.set()
+    assert queue.pixels == 0
+
+
+async def _hold(
+    queue: DecodeQueue, caller: str, pixels: int, done: asyncio.Event, held: list[str] | None = None
+) -> None:
+    async with queue.reserved(caller, pixels):
+        held = [] if held is None else held
+        held.append(caller)
+        try:
+            await done.wait()
+        finally:
+            held.remove(caller)
+
+
+async def test_a_flood_of_one_caller_leaves_room_in_memory_for_another_and_the_rest_waits() -> None:
+    queue, done, held = DecodeQueue(4000, 0.75), asyncio.Event(), list[str]()
+    flood = [asyncio.create_task(_hold(queue, "flood", 100, done, held)) for _ in range(25)]
+    await asyncio.sleep(0.01)
+    assert held == ["flood"] * 8, "of a room of 1,000 a share of 750, and the one that goes over it"
+    other = asyncio.create_task(_hold(queue, "other", 100, done, held))
+    await asyncio.sleep(0.01)
+    assert held.count("other") == 1
+    for task in flood[4:20]:
+        task.cancel()
+    await asyncio.sleep(0.01)
+    assert held == ["flood"] * 4 + ["other"] + ["flood"] * 4, "what waited behind those that left"
+    done.set()
+    await asyncio.gather(other, *flood, return_exceptions=True)
+    assert queue.pixels == 0 and not held
+
+
+async def test_a_request_that_is_scaled_down_makes_room_for_the_next() -> None:
+    queue, done, held = DecodeQueue(400, 1.0), asyncio.Event(), list[str]()
+    async with queue.reserved("a", 100) as keep:
+        next_one = asyncio.create_task(_hold(queue, "b", 100, done, held))
+        await asyncio.sleep(0.01)
+        assert not held
+        keep(10)
+        await asyncio.sleep(0.01)
+        assert held == ["b"]
+    done.set()
+    await next_one
     assert queue.pixels == 0
 
 
