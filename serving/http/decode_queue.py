@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ops.priority import nice_thread
+from serving.fair_room import FairRoom
 from serving.http.errors import ApiError
 from serving.http.shared_budget import SharedBudget
 
@@ -48,7 +49,7 @@ class DecodeQueue:
 
     def __init__(self, pixels: int, share: float) -> None:
         self._budget = SharedBudget(pixels, share)
-        self._room = _Room(pixels * ROOM, share)
+        self._room = FairRoom(pixels * ROOM, share)
         self._small = _FairPool(SMALL_THREADS, "image-loader")
         self._large = _FairPool(LARGE_THREADS, "large-images", LARGE_NICE)
 
@@ -92,49 +93,6 @@ class DecodeQueue:
     async def run(self, caller: str, pixels: int, work: Callable[[], Result]) -> Result:
         """Run work on an image of so many pixels when it is the caller's turn. Cancelling drops what still waits."""
         return await (self._small if pixels <= SMALL_PIXELS else self._large).run(caller, work)
-
-
-class _Room:
-    """Pixels in memory. Callers are let in by turns; one alone has a share of the room, so that another finds some."""
-
-    def __init__(self, size: float, share: float) -> None:
-        self._size, self._share = size, size * share
-        self._used: Counter[str] = Counter()
-        self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
-
-    async def enter(self, caller: str, pixels: int) -> None:
-        """Wait for room, behind what the caller waits for already."""
-        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(caller, deque()).append((admitted, pixels))
-        self._admit()
-        try:
-            await admitted
-        except asyncio.CancelledError:
-            if admitted.done() and not admitted.cancelled():
-                self.leave(caller, pixels)
-            raise
-
-    def leave(self, caller: str, pixels: int) -> None:
-        """Give room back."""
-        self._used[caller] -= pixels
-        if self._used[caller] <= 0:
-            del self._used[caller]
-        self._admit()
-
-    def _admit(self) -> None:
-        full: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
-        while self._waiting and self._used.total() < self._size:
-            caller, queue = self._waiting.popitem(last=False)
-            if self._used[caller] >= self._share:
-                full[caller] = queue
-                continue
-            admitted, pixels = queue.popleft()
-            if queue:
-                self._waiting[caller] = queue  # behind the others
-            if not admitted.done():  # its request was cancelled
-                self._used[caller] += pixels
-                admitted.set_result(None)
-        self._waiting = full | self._waiting
 
 
 class _FairPool:

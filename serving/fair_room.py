@@ -1,0 +1,54 @@
+"""Room for the work of several callers: what does not fit waits, and callers are let in by turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict, deque
+
+
+class FairRoom:
+    """Used from one event loop. One request more is let in where there is any room left, however much it takes.
+
+    Args:
+        size: amount that is inside at once.
+        share: of it that one caller has, so that another finds some left.
+    """
+
+    def __init__(self, size: float, share: float) -> None:
+        self._size, self._share = size, size * share
+        self._used: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
+
+    async def enter(self, caller: str, amount: int) -> None:
+        """Wait for room, behind what the caller waits for already."""
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, deque()).append((admitted, amount))
+        self._admit()
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            if admitted.done() and not admitted.cancelled():
+                self.leave(caller, amount)
+            raise
+
+    def leave(self, caller: str, amount: int) -> None:
+        """Give room back."""
+        self._used[caller] -= amount
+        if self._used[caller] <= 0:
+            del self._used[caller]
+        self._admit()
+
+    def _admit(self) -> None:
+        full: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
+        while self._waiting and self._used.total() < self._size:
+            caller, queue = self._waiting.popitem(last=False)
+            if self._used[caller] >= self._share:
+                full[caller] = queue
+                continue
+            admitted, amount = queue.popleft()
+            if queue:
+                self._waiting[caller] = queue  # behind the others
+            if not admitted.done():  # its request was cancelled
+                self._used[caller] += amount
+                admitted.set_result(None)
+        self._waiting = full | self._waiting
