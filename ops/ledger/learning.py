@@ -130,10 +130,13 @@ class LearningQueries:
         cost: dict[str, Any] | None = None,
         error: str | None = None,
     ) -> UpdateRow:
-        """Move an update on; what is not given stays. Raises LedgerError where it has ended: an operator may end it."""
+        """Move an update on; what is not given stays. Raises LedgerError where it has ended, as an operator may do; an
+        upgrade that is done can be abandoned until it is live.
+        """
         with self.database.write() as session:
             row = _update(session, update_id)
-            if row.state in FINISHED and state not in (None, row.state):
+            dropped = (row.state, state) == ("done", "abandoned")
+            if row.state in FINISHED and state not in (None, row.state) and not dropped:
                 raise LedgerError(f"{update_id} has ended ({row.state}): {row.error or 'no error'}.", "Begin another.")
             row.state = state or row.state
             row.adapter = adapter or row.adapter

@@ -185,7 +185,7 @@ def pack(folder: Path, archive: Path, names: tuple[str, ...]) -> None:
 def unpack(archive: Path, folder: Path) -> Path:
     """Write an archive's files into a folder, which is returned."""
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        tar.extractall(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from updater.loop.service import UpdaterService
 from updater.step.learner import Learner
 
 import_ahead(__name__)
-backward, put_directory = Learner.backward, Artifacts.put_directory
+backward, put_directory, advance_update = Learner.backward, Artifacts.put_directory, Ledger.advance_update
 SLOW_STEP_SECONDS = 0.3
 
 
@@ -49,12 +49,19 @@ def put_all_but_memories(self: Artifacts, source: Path, key: str) -> None:
     put_directory(self, source, key)
 
 
+def advance_until_trained(self: Ledger, update_id: str, state: Any = None, **values: Any) -> Any:
+    """``Ledger.advance_update``, but the process dies before an update is called trained."""
+    if state == "trained":
+        die()
+    return advance_update(self, update_id, state, **values)
+
+
 #: Where it dies, or is slow: name -> object, attribute and what takes its place.
 POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "in the middle of training": (Learner, "backward", die_at_step(4)),
     "before the adapter is stored": (Artifacts, "put_directory", die),
     "between the adapter and the ledger": (Ledger, "register_adapter", die),
-    "between the adapter's row and the update's": (Ledger, "advance_update", die),
+    "between the adapter's row and the update's": (Ledger, "advance_update", advance_until_trained),
     "in the gate": (gate_update, "run_gate", die),
     "between verdict and proposal": (UpdaterService, "_propose", die),
     "before the memory is stored": (Artifacts, "put_directory", put_all_but_memories),

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from ops.artifacts import Artifacts
-from ops.errors import GateError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
@@ -121,10 +120,9 @@ def test_a_model_that_cannot_be_judged_does_not_keep_the_other_from_learning(set
     good = suite.read_text()
     suite.write_text("task: retrieval\ndata: ${home}/data/nowhere\n")
     updater = UpdaterService(settings)
-    with pytest.raises(GateError):
-        updater.step()
     other = updater.step().update
     assert other is not None and (other.family, other.state) == ("vlm", "done")
+    assert "nowhere" in updater.step().reason
     suite.write_text(good)
     left = updater.step().update
     assert left is not None and (left.family, left.state) == ("clip", "done")
