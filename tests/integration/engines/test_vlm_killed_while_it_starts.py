@@ -1,6 +1,6 @@
 """A VLM that is killed while it starts leaves nothing that keeps the next one from starting.
 
-RATCHET_TEST_KILLS=20 kills twenty starts in place of four, five minutes on two cores.
+RATCHET_TEST_KILLS=20 kills twenty starts in place of two, five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.vlm_starts import start_in_group
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200)]
 import_ahead("vllm.v1.engine.async_llm", "tests.support.vlm_starts")
-ROUNDS, AT_ONCE, ANSWERS_AFTER = int(os.environ.get("RATCHET_TEST_KILLS", "4")) // 2, 2, 5
+ROUNDS, AT_ONCE, ANSWERS_AFTER = int(os.environ.get("RATCHET_TEST_KILLS", "2")) // 2, 2, 5
 """Starts are killed two at once. All share their caches, so each has to come as far as it is let go in what the ones
 before it left; after every five rounds, and after the last one, one has to answer."""
 PLACE = re.compile(r"\[([\w/]+\.py:\d+)\]|^(started) ", re.MULTILINE)
