@@ -160,3 +160,9 @@ def test_transparency_of_a_large_image_is_resolved_as_that_of_its_parts(
         rgba = opened.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     assert (whole == np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))).all()
+
+
+async def test_a_question_without_pictures_does_not_wait_for_those_with_some() -> None:
+    images = loader(decode_pixels=1000)
+    async with images.queue.reserved("a", 750), asyncio.timeout(5), images.pictures((), "a") as pictures:
+        assert pictures == ()
