@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from ops.ledger.rows import ReleaseRow
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, ErrorBody
-from serving.http.json_bodies import json_body, json_schema
+from serving.http.json_bodies import json_body, json_response, json_schema
 from serving.http.operation_schemas import HoldState, ReleaseList, ReleaseOutcome, StatusBody
 from serving.http.recent import MAX_RELEASES
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
@@ -61,7 +60,7 @@ def _list(
         for row in rows
     ]  # fmt: skip
     numbers = {"live": live.release if live else None, "stable": stable.release if stable else None, "data": data}
-    return json.dumps({"object": "list", **numbers}, separators=(",", ":")).encode()
+    return bytes(json_response({"object": "list", **numbers}).body)
 
 
 @router.post(
