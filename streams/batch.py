@@ -15,10 +15,10 @@ from ops import metrics
 from ops.errors import StoreError, StoreUnavailable
 from ops.settings.streams import Kafka
 from streams.assignment import Reading
-from streams.corrections import Corrections, is_newer, position_of
+from streams.corrections import Corrections, is_newer
 from streams.quality.duplicates import Duplicate, DuplicateIndex, Sample
 from streams.quality.validate import Accepted, StoreRow, refuse
-from streams.rows import CLAIM, SCHEMA, Position, RecordPosition, duplicate_row, name_of, tally_of
+from streams.rows import CLAIM, SCHEMA, Position, RecordPosition, duplicate_row, name_of, position_of, tally_of
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)

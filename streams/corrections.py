@@ -12,15 +12,15 @@ than the record by which it was replaced itself, is a duplicate.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 from streams.conditions import hexadecimal, quoted
 from streams.quality.duplicates import CORRECTED, DuplicateIndex
 from streams.quality.validate import BY_KEY, Accepted, StoreRow
-from streams.rows import RecordPosition, deletion_row, name_of
+from streams.rows import RecordPosition, deletion_row, name_of, position_of
 from streams.table import SampleTable, reading
 
 METADATA: Final = ("source", "domain", "concept", "label", "tags", "extra")
@@ -38,11 +38,6 @@ _COLUMNS: Final = [
     "sent_at",
     *METADATA,
 ]
-
-
-def position_of(row: Mapping[str, Any]) -> RecordPosition:
-    """Where a row's record is."""
-    return row["topic"], row["partition"], row["offset"]
 
 
 class Corrections:

@@ -34,7 +34,7 @@ from ops.digests import digest12, digest_json
 from ops.errors import SelectorError
 from ops.ledger import DeletionRow, Ledger
 from streams.conditions import at_offset, hexadecimal, moment, quoted
-from streams.rows import RecordPosition, name_of, parse_position, record_key
+from streams.rows import RecordPosition, name_of, parse_position, position_of, record_key
 from streams.store import IDS_PER_QUERY, SampleStore
 from streams.writer import DELETION, SENT, StoreWriter
 
@@ -102,7 +102,7 @@ def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
     known, new = ledger.deletion_ids(TOMBSTONES), 0
     for batch in store.batches("kind = 'tombstone'", ["topic", "partition", "offset", "id", "key", "ingested_at"]):
         for row in batch.to_pylist():
-            position = name_of((row["topic"], row["partition"], row["offset"]))
+            position = name_of(position_of(row))
             if f"{TOMBSTONES}{position}" in known:
                 continue
             what = {"id": row["id"]} if row["id"] else {"key": row["key"].hex()}

@@ -33,7 +33,7 @@ from ops.progress import say
 from ops.settings import Settings
 from streams import compaction, deletion, retention
 from streams.events import EventPublisher
-from streams.rows import name_of
+from streams.rows import name_of, position_of
 from streams.store import BACKUP_PIN, SampleStore
 from streams.tombstones import is_tombstone, remove_together
 
@@ -189,7 +189,7 @@ class Maintainer:
         if gaps == self._gaps:
             return
         for row in self.store.gaps(10_000):
-            position = name_of((row["topic"], row["partition"], row["offset"]))
+            position = name_of(position_of(row))
             data = {
                 "topic": row["topic"], "partition": row["partition"], "from": row["offset"], "to": row["until"],
                 "reason": row["reason"],

@@ -24,14 +24,9 @@ from datetime import datetime
 from typing import Any
 
 from ratchet_client.encoding import Encoded, Headers
-from streams.rows import RecordPosition, name_of
+from streams.rows import RecordPosition, name_of, position_of
 
 RefusalRow = Mapping[str, Any]
-
-
-def position_of(row: RefusalRow) -> RecordPosition:
-    """Where a refused record's row is from."""
-    return row["topic"], row["partition"], row["offset"]
 
 
 def message(row: RefusalRow) -> Encoded:

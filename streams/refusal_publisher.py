@@ -21,8 +21,8 @@ from ratchet_client.encoding import Encoded
 from streams.assignment import Reading
 from streams.fenced_sender import FencedSender
 from streams.outbox import Outbox, OutboxEntry
-from streams.quarantine import RefusalRow, claim_check, message, position_of, refused_position
-from streams.rows import Position, name_of
+from streams.quarantine import RefusalRow, claim_check, message, refused_position
+from streams.rows import Position, name_of, position_of
 from streams.store import SampleStore
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from streams.clients import connection
 from streams.conditions import refused
 from streams.quarantine import original
 from streams.resubmit import PUBLISH_SECONDS, headers_of
-from streams.rows import SCHEMA
+from streams.rows import SCHEMA, position_of
 from streams.store import SampleStore
 
 LIMIT: Final = 1000
@@ -189,7 +189,7 @@ def _choose(
 def _chunks(table: pa.Table) -> Iterator[Sequence[tuple[str, int, int]]]:
     for start in range(0, table.num_rows, CLAIMED_PER_QUERY):
         rows = table.slice(start, CLAIMED_PER_QUERY).to_pylist()
-        yield [(row["topic"], row["partition"], row["offset"]) for row in rows]
+        yield [position_of(row) for row in rows]
 
 
 def _send(

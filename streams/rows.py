@@ -124,6 +124,11 @@ def record_key(key: bytes | None) -> bytes | None:
     return key if key is None or len(key) <= KEY_BYTES else hashlib.sha256(key).digest()
 
 
+def position_of(row: Mapping[str, Any]) -> RecordPosition:
+    """The position of a row's record."""
+    return row["topic"], row["partition"], row["offset"]
+
+
 def name_of(position: RecordPosition) -> str:
     """A position as people write it: ``topic:partition:offset``."""
     return ":".join(map(str, position))

@@ -15,7 +15,7 @@ from typing import Any, Final
 from ops.ledger import DeletionRow, Ledger
 from streams.conditions import hexadecimal, quoted
 from streams.deletion import TOMBSTONES, record_receipts
-from streams.rows import RecordPosition, parse_position, record_key
+from streams.rows import RecordPosition, parse_position, position_of, record_key
 from streams.store import SampleStore
 from streams.writer import SENT, StoreWriter
 
@@ -76,7 +76,7 @@ def _rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tupl
                 named = by_name.get(name, ()) if name is not None else ()
                 first = next((each for each in named if _covers(each.selector, row)), None)
                 if first is not None:
-                    yield (row["topic"], row["partition"], row["offset"]), first.id
+                    yield position_of(row), first.id
                     break
 
 

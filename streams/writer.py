@@ -34,6 +34,7 @@ from streams.rows import (
     RecordPosition,
     deletion_row,
     duplicate_row,
+    position_of,
     tally_of,
 )
 from streams.table import ROOT, SampleTable, outage, positions
@@ -134,7 +135,7 @@ class StoreWriter:
         where = f"{SENT} AND ({_at(replaced)})"
 
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
-            known = replaced[_place(row)]
+            known = replaced[position_of(row)]
             return {**known, "id": None, "duplicate_of": row["id"]} if stays else known
 
         corrected = {row["id"] for row in rows if row["kind"] == "sample"}  # stored anew, so nothing passes on
@@ -182,7 +183,7 @@ class StoreWriter:
         now = datetime.now(UTC)
 
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
-            return deletion_row(row, DELETION, details[_place(row)], now, stays)
+            return deletion_row(row, DELETION, details[position_of(row)], now, stays)
 
         return self._swap(f"{SENT} AND ({_at(details)})", receipt, pass_on=True)[0] if details else []
 
@@ -222,7 +223,7 @@ class StoreWriter:
                 return [], self._commit(new, moves) if moves else int(dataset.version)
             passed = _passed_on(dataset, rows, kept) if pass_on else []
             gone = [*rows, *(duplicate for duplicate, _ in passed)]
-            theirs = f"kind = 'duplicate' AND ({_at(_place(each) for each, _ in passed)})" if passed else "false"
+            theirs = f"kind = 'duplicate' AND ({_at(position_of(each) for each, _ in passed)})" if passed else "false"
             parts = {int(row["_rowaddr"]) >> 32 for row in gone}
             every = f"({where}) OR ({theirs})"
             changed = {number: dataset.get_fragment(number).delete(every) for number in sorted(parts)}
@@ -337,10 +338,6 @@ class StoreWriter:
         )
 
 
-def _place(row: Mapping[str, Any]) -> RecordPosition:
-    return row["topic"], row["partition"], row["offset"]
-
-
 def _passed_on(
     dataset: Any, rows: Sequence[Mapping[str, Any]], kept: Collection[str]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -352,7 +349,7 @@ def _passed_on(
     for ids in _chunks(list(samples)):
         where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
         table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
-        for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], _place(row))):
+        for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], position_of(row))):
             if row["_rowaddr"] in leaving:
                 continue
             first = heirs.setdefault(row["id"], row)
@@ -360,7 +357,7 @@ def _passed_on(
                 heirs[row["id"]] = row
     passed = []
     for ids in _chunks(list(heirs)):
-        places = _at(_place(samples[each]) for each in ids)
+        places = _at(position_of(samples[each]) for each in ids)
         for sample in dataset.to_table(columns=SCHEMA.names, filter=f"kind = 'sample' AND ({places})").to_pylist():
             heir = heirs[sample["id"]]
             claim = {name: heir[name] for name in CLAIM if heir[name] is not None or name in ("key", "sent_at")}

@@ -29,7 +29,7 @@ from streams.quality.bands import bands_of, masks
 from streams.quality.look import Look, similar
 from streams.quality.sides import TABLES, SplitRule
 from streams.quality.staging import Staging
-from streams.rows import RecordPosition, Split, name_of, parse_position
+from streams.rows import RecordPosition, Split, name_of, parse_position, position_of
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 
@@ -276,7 +276,7 @@ class DuplicateIndex:
             with reading(dataset.uri):
                 stored = dataset.to_table(columns=columns, filter=f"kind = 'sample' AND id IN ({names})")
             for row in stored.to_pylist():
-                places[row["id"]].add(name_of((row["topic"], row["partition"], row["offset"])))
+                places[row["id"]].add(name_of(position_of(row)))
         return places
 
     def _drop(self, gone: Sequence[str]) -> None:

@@ -28,7 +28,8 @@ from streams.clients import Admin, connect_producer, connection
 from streams.log_watch import LogLost, LogWatch
 from streams.publish import publish
 from streams.quality.validate import Received, Rules, validate
-from streams.quarantine import message, position_of
+from streams.quarantine import message
+from streams.rows import position_of
 from tests.support.kafka import picture
 
 
