@@ -35,7 +35,7 @@ from streams.ingest_status import IngestStatus
 from streams.log_changes import LogChanges
 from streams.log_watch import LogLost
 from streams.quality.validate import Received, refuse
-from streams.rows import RecordPosition
+from streams.rows import RecordPosition, position_of
 from streams.store import SampleStore
 from streams.validation_process import crashed
 
@@ -314,7 +314,7 @@ class Consumer:
         for reading in outcome.readings:
             mine = [row for row in refused if (row["topic"], row["partition"]) == (reading.stream, reading.partition)]
             self._publisher.publish(reading, mine)
-        self._guard.forget((row["topic"], row["partition"], row["offset"]) for row in outcome.rows)
+        self._guard.forget(map(position_of, outcome.rows))
 
     def _mark_published(self) -> None:
         """Remember that refusals are in the topic, and that the log went on without records, where no batch is going to
@@ -322,10 +322,11 @@ class Consumer:
         if len(self._batch) or len(self._pool):
             return
         idle = self._idle_since is not None and time.monotonic() - self._idle_since >= self.kafka.batch_seconds
-        moves, readings = [], self._assignment.all()
-        for reading in readings:
+        moves, ahead = [], []
+        for reading in self._assignment.all():
             position = before = reading.claim.position
             if idle and reading.next > position.next:
+                ahead.append(reading)
                 end, epoch = reading.behind(position.next)
                 position = replace(position, next=end, leader_epoch=epoch)
             waiting = self._publisher.unpublished(reading)
@@ -335,7 +336,8 @@ class Consumer:
         if moves:
             try:
                 self._writer.commit((), moves)
-                self._tell_kafka(readings)
+                if ahead:
+                    self._tell_kafka(ahead)
             except Superseded as error:
                 self._give_up(error)
             except StoreError as error:  # with the next batch, or by the next owner
