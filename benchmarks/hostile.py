@@ -1,7 +1,7 @@
 """``ratchet bench hostile``: what a good client notices of hostile ones.
 
 An open-loop load of embeddings, whose every answer is checked, comes from 127.0.0.1; attackers come from 127.0.0.2.
-The load is alone and beside one attack in turns, so that a slower minute of the machine slows both. An operator rolls
+The load runs alone and with one attack, in turns, so that a slower minute of the machine slows both. An operator rolls
 back every few seconds. Vectors are not cached: the load repeats a few inputs, and would meet no queue.
 """
 
@@ -181,7 +181,7 @@ def _turn(name: str, attack: Attack, target: Target, seconds: float) -> Turn:
 
 
 def figures(report: Report, turns: Sequence[Turn], began: float, quiet_bytes: int, memory_bytes: int) -> dict[str, Any]:
-    """What is printed. ``began``: earlier requests warm the server up. ``quiet_bytes``: before the first attack."""
+    """The figures that are printed. ``began``: earlier requests warm the server up. ``quiet_bytes``: before the first attack."""
     seconds: dict[str, list[float]] = {name: [] for name in ("quiet", *(turn.name for turn in turns))}
     failed: Counter[str] = Counter()
     for sample in report.samples:
@@ -231,7 +231,7 @@ def stalls_of(report: Report, began: float) -> list[tuple[float, float]]:
 def rollback_figures(
     rollbacks: Sequence[tuple[float, float]], problems: Sequence[str], turns: Sequence[Turn]
 ) -> dict[str, Any]:
-    """How long rollbacks took: all of them, and those beside each attack."""
+    """Durations of rollbacks: of all, and of those during each attack."""
     by_attack = {
         turn.name: max((took for at, took in rollbacks if at <= turn.ended and at + took >= turn.began), default=None)
         for turn in turns

@@ -227,7 +227,7 @@ async def wrong_labels(target: Target, connections: int = 4) -> None:
 
 
 async def unknown_keys(target: Target, connections: int = 4) -> None:
-    """Bodies with 300,000 fields that nobody knows."""
+    """Bodies with 300,000 unknown fields."""
     data = b'{"input":"x",' + b",".join(b'"%d":1' % number for number in range(300_000)) + b"}"
     await _posts(target, connections, "/v1/embeddings", lambda _: data)
 
@@ -269,7 +269,7 @@ def _small_picture(side: int = 16) -> str:
 
 
 async def abandoned_chats(target: Target, connections: int = 20) -> None:
-    """Questions about a large picture, whose client leaves at once: what is left would be answered for nobody."""
+    """Questions about a large picture from clients that disconnect at once."""
     chat = {"messages": [_about(bomb(target.max_pixels // 16), 1)], "max_tokens": 64}
     data = request("/v1/chat/completions", json.dumps(chat).encode())
 

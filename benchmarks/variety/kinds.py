@@ -17,7 +17,7 @@ Drawn = tuple[bytes, str]
 """An encoded image, and a text for it."""
 LONG_CHARS: Final = 2000
 ANSWER_CHARS: Final = 200
-"""What the small models' context has room for."""
+"""Length that fits the context of the small models."""
 SCRIPTS: Final = (
     "Ein Bild von {}", "画像 {} です", "صورة رقم {}", "תמונה {}", "चित्र {}", "รูปภาพ {}", "изображение {}", "εικόνα {}",
     "사진 {}", "🚌🌳👩‍👩‍👧‍👦 {} 🏳️‍🌈", "e\u0301té no {}", "ꦒꦩ꧀ꦧꦂ {}",
@@ -46,7 +46,7 @@ def scan(number: int) -> Drawn:
 
 
 def frame(number: int) -> Drawn:
-    """What a fixed camera sees: the same street, other cars, other light."""
+    """Frames of a fixed camera: the same street, other cars, other light."""
     drawn = np.random.default_rng(number)
     street = np.random.default_rng(5).integers(60, 180, (9, 16, 3)).astype(np.uint8)
     scene = Image.fromarray(street).resize((320, 180), Image.Resampling.BICUBIC)
