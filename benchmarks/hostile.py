@@ -181,7 +181,7 @@ def _turn(name: str, attack: Attack, target: Target, seconds: float) -> Turn:
 
 
 def figures(report: Report, turns: Sequence[Turn], began: float, quiet_bytes: int, memory_bytes: int) -> dict[str, Any]:
-    """The figures that are printed. ``began``: earlier requests warm the server up. ``quiet_bytes``: before the first attack."""
+    """The printed figures. ``began``: earlier requests warm the server up. ``quiet_bytes``: before the first attack."""
     seconds: dict[str, list[float]] = {name: [] for name in ("quiet", *(turn.name for turn in turns))}
     failed: Counter[str] = Counter()
     for sample in report.samples:
