@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +37,17 @@ class EncodeRequest:
     @property
     def cost(self) -> int:
         """In units of one text; an image costs four."""
-        return len(self.payload) * (IMAGE_COST if self.kind == "image" else TEXT_COST)
+        return len(self.payload) * self._item_cost
+
+    def beginning(self, cost: float) -> EncodeRequest:
+        """As many of the first items as cost so much together; one at least."""
+        if self.cost <= cost:
+            return self
+        return replace(self, payload=self.payload[: max(1, int(cost / self._item_cost))])
+
+    @property
+    def _item_cost(self) -> int:
+        return IMAGE_COST if self.kind == "image" else TEXT_COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,14 @@ class EncodeResult:
     def space(self, kind: Modality) -> str:
         """The embedding space of vectors of this kind."""
         return self.image_space if kind == "image" else self.text_space
+
+
+def joined(parts: Sequence[EncodeResult]) -> EncodeResult:
+    """Of parts of one request, in their order, under one adapter: all vectors together, or the first failure."""
+    for part in parts:
+        if part.code:
+            return part
+    return replace(parts[0], vectors=np.concatenate([part.vectors for part in parts if part.vectors is not None]))
 
 
 @dataclass(frozen=True, slots=True)

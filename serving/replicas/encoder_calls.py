@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from serving.errors import AdapterUnservable, Unavailable, WrongSpace
 from serving.fair_room import FairRoom
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality, joined
 from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -63,7 +62,7 @@ class EncoderCalls:
         finally:
             for task in tasks:
                 task.cancel()
-        return _join(answers)
+        return joined(answers)
 
     async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Any]:
         """The heads of the snapshot's adapter, by name. Raises QueueFull, DeadlineExceeded, Unavailable."""
@@ -126,9 +125,3 @@ def _strays(result: EncodeResult, kind: Modality, space: str) -> bool:
 
 def _unservable(snapshot: ReleaseSnapshot, error: str) -> AdapterUnservable:
     return AdapterUnservable(f"{snapshot.adapter} cannot be served: {error}.", "An operator must look at it.")
-
-
-def _join(answers: Sequence[EncodeResult]) -> EncodeResult:
-    first = answers[0]
-    vectors = np.concatenate([answer.vectors for answer in answers if answer.vectors is not None])
-    return EncodeResult(vectors, first.adapter, first.image_space, first.text_space, first.logit_scale)

@@ -31,7 +31,7 @@ from ops.free_memory import return_free_memory
 from ops.priority import idle_thread, nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality, joined
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
 from serving.replicas.forward_health import ForwardHealth, is_persistent
@@ -201,9 +201,7 @@ class EncoderWorker:
                 parts += await loop.run_in_executor(self._compute, self.encode_now, [request])
             if parts[-1].vectors is None:
                 return parts[-1]
-        first = parts[0]
-        vectors = np.concatenate([part.vectors for part in parts if part.vectors is not None])
-        return EncodeResult(vectors, adapter, first.image_space, first.text_space, first.logit_scale)
+        return joined(parts)
 
     def encode_now(self, requests: list[EncodeRequest]) -> list[EncodeResult]:
         """The batch on the caller's thread."""

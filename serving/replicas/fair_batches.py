@@ -4,30 +4,40 @@ A batch runs under one adapter, and encodes images or texts. In one queue for al
 batch, and a client that floods one adapter would let all others wait behind it. Here each group of requests (kind and
 adapter) has a queue of its own; the groups take turns, a batch each, so that a request waits for one batch of every
 other group at most, and a group alone has the whole engine. Within a group a batch is filled with one request of each
-caller in turn, so that a caller with many requests waiting delays another's by one batch. A request that does not fit
-any more is the first of the next batch; those of one caller run in the order of arrival.
+caller in turn; those of one caller run in the order of arrival.
+
+While several callers ask, each has in a batch what takes a twentieth of a second at most, and larger requests are
+encoded in parts: 16 images take 140 ms on a processor, for which a caller with one image would wait, once behind
+another's batch and once more in a batch with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ops.request_context import detached
 from ops.tracing import record
-from serving.messages import EncodeRequest, EncodeResult, Modality
+from serving.messages import EncodeRequest, EncodeResult, Modality, joined
 
 Group = tuple[Modality, str | None]
+TURN_SECONDS = 0.05
+"""Of a batch, while several callers ask."""
+ASKS_SECONDS = 2.0
+"""A caller whose last request came this long ago asks no more."""
 
 
 @dataclass(slots=True)
 class _Waiting:
     request: EncodeRequest
+    """What is left of it to encode."""
     result: asyncio.Future[EncodeResult]
     since: float
+    parts: list[EncodeResult] = field(default_factory=list)
     began: float = 0.0
     """When its batch began; 0: it was in none."""
     together: int = 0
@@ -39,19 +49,25 @@ class FairBatches:
 
     def __init__(
         self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
-        wait_seconds: float,
+        wait_seconds: float, turn_seconds: float = TURN_SECONDS,
     ) -> None:  # fmt: skip
         """Args:
         run: encodes a batch; returns a result for each request, or raises for all of them.
         max_cost: of a batch, see :attr:`EncodeRequest.cost`; a request that costs more runs alone.
         wait_seconds: how long a request waits for a batch to fill, where the last batch had several requests: their
             clients may all be about to ask again. One that asks alone does not wait.
+        turn_seconds: what a batch takes at most while several callers ask, as far as one item takes no longer.
         """
         self._run = run
         self._max_cost = max_cost
         self._wait_seconds = wait_seconds
+        self._turn_seconds = turn_seconds
+        self._turns: dict[Modality, float] = {"image": max_cost, "text": max_cost}
+        """The cost that takes so long, as the last batches have shown."""
         self._groups: OrderedDict[Group, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
         """What each caller waits for. None is empty; the next turn is the first one's."""
+        self._asked: dict[str, float] = {}
+        """When each caller asked last, in this order."""
         self._cost = 0
         self._last = 0
         """Requests of the last batch."""
@@ -67,6 +83,9 @@ class FairBatches:
         callers = self._groups.setdefault((request.kind, request.adapter), OrderedDict())
         waiting = _Waiting(request, result, time.monotonic())
         callers.setdefault(request.caller, deque()).append(waiting)
+        if request.caller:  # else the server's own
+            self._asked.pop(request.caller, None)
+            self._asked[request.caller] = waiting.since
         self._cost += request.cost
         self._arrived.set()
         if self._task is None or self._task.done():
@@ -95,46 +114,72 @@ class FairBatches:
             except TimeoutError:
                 return
 
-    def _take(self) -> list[_Waiting]:
-        """The next batch; empty when nobody waits for what was taken."""
+    def _take(self) -> list[tuple[_Waiting, EncodeRequest]]:
+        """The next batch, with what is encoded of each request; empty when nobody waits for what was taken."""
         group, callers = self._groups.popitem(last=False)
-        batch: list[_Waiting] = []
+        turn = self._turns[group[0]] if self._several_ask() else math.inf
+        batch: list[tuple[_Waiting, EncodeRequest]] = []
         behind: OrderedDict[str, deque[_Waiting]] = OrderedDict()
-        cost = 0
+        costs: Counter[str] = Counter()
         while callers:
             caller, queue = callers.popitem(last=False)
             waiting = queue[0]
-            if batch and cost + waiting.request.cost > self._max_cost:
-                behind[caller] = queue
-                continue
-            queue.popleft()
-            self._cost -= waiting.request.cost
+            if waiting.result.done() or time.monotonic() > waiting.request.deadline:
+                if not waiting.result.done():  # else its client went away, or an earlier part failed
+                    waiting.result.set_result(late(waiting.request))
+                taken = waiting.request
+            else:
+                taken = waiting.request.beginning(turn - costs[caller])
+                if batch and (costs[caller] >= turn or costs.total() + taken.cost > self._max_cost):
+                    behind[caller] = queue
+                    continue
+                batch.append((waiting, taken))
+                costs[caller] += taken.cost
+            self._cost -= taken.cost
+            waiting.request = replace(waiting.request, payload=waiting.request.payload[len(taken.payload) :])
+            if not len(waiting.request.payload):
+                queue.popleft()
             if queue:
                 callers[caller] = queue
-            if waiting.result.done():  # the client went away
-                continue
-            if time.monotonic() > waiting.request.deadline:
-                waiting.result.set_result(late(waiting.request))
-                continue
-            batch.append(waiting)
-            cost += waiting.request.cost
         if behind:
             self._groups[group] = behind
         return batch
 
-    async def _run_batch(self, batch: list[_Waiting]) -> None:
+    def _several_ask(self) -> bool:
+        while self._asked and time.monotonic() - (first := next(iter(self._asked.items())))[1] > ASKS_SECONDS:
+            del self._asked[first[0]]
+        return len(self._asked) > 1
+
+    async def _run_batch(self, batch: list[tuple[_Waiting, EncodeRequest]]) -> None:
         self._last, began = len(batch), time.monotonic()
-        for waiting in batch:
-            waiting.began, waiting.together = began, len(batch)
+        for waiting, _ in batch:
+            waiting.began, waiting.together = waiting.began or began, len(batch)
         try:
-            results = await self._run([waiting.request for waiting in batch])
-            for waiting, result in zip(batch, results, strict=True):
-                if not waiting.result.done():
-                    waiting.result.set_result(result)
+            results = await self._run([part for _, part in batch])
+            self._adapt([part for _, part in batch], time.monotonic() - began)
+            for (waiting, _), result in zip(batch, results, strict=True):
+                waiting.parts.append(result)
+            for waiting, _ in batch:  # of a request it may hold two parts
+                failed = any(part.code for part in waiting.parts)
+                if not waiting.result.done() and (failed or not len(waiting.request.payload)):
+                    waiting.result.set_result(joined(waiting.parts))
         except Exception as error:
-            for waiting in batch:
+            for waiting, _ in batch:
                 if not waiting.result.done():
                     waiting.result.set_exception(error)
+
+    def _adapt(self, batch: Sequence[EncodeRequest], took: float) -> None:
+        """Give each caller less after a batch that took too long, and more after one in which it had all that it may
+        have."""
+        if len(self._asked) < 2 or not batch:
+            return
+        costs: Counter[str] = Counter()
+        for part in batch:
+            costs[part.caller] += part.cost
+        turn = self._turns[batch[0].kind]
+        if took > self._turn_seconds or max(costs.values()) >= turn:
+            factor = min(2.0, max(0.5, self._turn_seconds / max(took, 1e-6)))
+            self._turns[batch[0].kind] = min(self._max_cost, max(1.0, turn * factor))
 
 
 def _record(waiting: _Waiting) -> None:

@@ -26,7 +26,7 @@ class Engine:
         self.go = asyncio.Event()
         self.go.set()
         self.failure: Exception | None = None
-        self.queue = FairBatches(self.run, MAX_TEXTS, wait_seconds=0.0)
+        self.queue = FairBatches(self.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=60.0)
 
     async def run(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         self.batches.append(list(requests))
@@ -94,6 +94,60 @@ async def test_a_flood_of_one_caller_lets_another_wait_for_one_batch(engine: Eng
     await asyncio.gather(first, *good, *flood)
     assert [[r.caller for r in batch] for batch in engine.batches[1:4]] == [["flood"], ["good", "good"], ["flood"]]
     assert len(engine.batches) == 1 + 100 + 1
+
+
+async def test_while_others_ask_batches_are_short_and_large_requests_are_encoded_in_parts(engine: Engine) -> None:
+    """A batch of one caller's 16 images would take 140 ms, in which another one's image waits."""
+    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
+    for _ in range(2):
+        await engine.submit(STABLE, MAX_TEXTS, caller="flood")
+    assert [len(batch[0].payload) for batch in engine.batches] == [MAX_TEXTS] * 2, "it asks alone"
+    await engine.submit(STABLE, caller="good")
+    engine.batches.clear()
+    result = await engine.submit(STABLE, 3 * MAX_TEXTS, caller="flood")
+    assert [len(part.payload) for batch in engine.batches for part in batch] == [2, *[1] * (3 * MAX_TEXTS - 2)]
+    assert result.vectors is not None and len(result.vectors) == 3 * MAX_TEXTS
+
+
+async def test_while_others_ask_batches_are_as_large_as_the_engine_is_fast(engine: Engine) -> None:
+    await engine.submit(STABLE, caller="good")
+    engine.batches.clear()
+    await engine.submit(STABLE, MAX_TEXTS, caller="flood")
+    assert [len(batch[0].payload) for batch in engine.batches] == [MAX_TEXTS]
+
+
+async def test_the_parts_of_a_request_are_joined_in_their_order_and_a_failure_ends_it(engine: Engine) -> None:
+    async def run(requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
+        engine.batches.append(list(requests))
+        broken = engine.failure is not None and requests[0].payload == [2]
+        return [
+            EncodeResult(None if broken else np.asarray([r.payload], np.float32).T, r.adapter, code="failed" * broken)
+            for r in requests
+        ]
+
+    def submit(payload: list[int], caller: str) -> asyncio.Task[EncodeResult]:
+        return asyncio.create_task(queue.submit(EncodeRequest("text", payload, STABLE, time.monotonic() + 60, caller)))
+
+    queue = FairBatches(run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
+    for caller in ("flood", "good", "flood"):
+        await submit([9], caller)
+    result = await submit([0, 1, 2, 3], "flood")
+    assert result.vectors is not None and result.vectors.tolist() == [[0], [1], [2], [3]]
+    engine.failure, engine.batches = RuntimeError(), []
+    assert (await submit([0, 1, 2, 3], "flood")).code == "failed"
+    assert (await submit([5], "flood")).code == ""
+    assert [batch[0].payload for batch in engine.batches] == [[0], [1], [2], [5]]
+
+
+async def test_every_image_has_its_vector_whatever_a_turn_amounts_to(engine: Engine) -> None:
+    """A turn of 1.5 images: a batch holds two parts of one request."""
+    engine.queue = FairBatches(engine.run, 16 * IMAGE_COST, wait_seconds=0.0, turn_seconds=0.0)
+    await engine.submit(STABLE, caller="good")
+    for turn in np.arange(1, 16 * IMAGE_COST, 0.7):
+        engine.queue._turns["image"] = float(turn)
+        sizes = {"flood": 7, "good": 8}
+        results = await asyncio.gather(*(engine.submit(STABLE, n, "image", caller=who) for who, n in sizes.items()))
+        assert [len(result.vectors) for result in results if result.vectors is not None] == [7, 8]
 
 
 async def test_a_batch_is_filled_with_one_request_of_each_caller_in_turn(engine: Engine) -> None:
