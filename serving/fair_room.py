@@ -7,7 +7,8 @@ from collections import Counter, OrderedDict, deque
 
 
 class FairRoom:
-    """Used from one event loop. One request more is let in where there is any room left, however much it takes.
+    """Used from one event loop. One request more is let in where there is any room left, however much it takes; but
+    none of a caller's that goes beyond its share. A request that is larger counts as the share.
 
     Args:
         size: amount that is inside at once.
@@ -15,12 +16,13 @@ class FairRoom:
     """
 
     def __init__(self, size: float, share: float) -> None:
-        self._size, self._share = size, size * share
+        self.size, self._share = size, max(1, int(size * share))
         self._used: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
 
-    async def enter(self, caller: str, amount: int) -> None:
-        """Wait for room, behind what the caller waits for already."""
+    async def enter(self, caller: str, amount: int) -> int:
+        """Wait for room, behind what the caller waits for already. Returns what counts, to be given back."""
+        amount = min(amount, self._share)
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(caller, deque()).append((admitted, amount))
         self._admit()
@@ -30,6 +32,7 @@ class FairRoom:
             if admitted.done() and not admitted.cancelled():
                 self.leave(caller, amount)
             raise
+        return amount
 
     def leave(self, caller: str, amount: int) -> None:
         """Give room back."""
@@ -40,12 +43,13 @@ class FairRoom:
 
     def _admit(self) -> None:
         full: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
-        while self._waiting and self._used.total() < self._size:
+        while self._waiting and self._used.total() < self.size:
             caller, queue = self._waiting.popitem(last=False)
-            if self._used[caller] >= self._share:
+            admitted, amount = queue[0]
+            if self._used[caller] + amount > self._share and not admitted.done():
                 full[caller] = queue
                 continue
-            admitted, amount = queue.popleft()
+            queue.popleft()
             if queue:
                 self._waiting[caller] = queue  # behind the others
             if not admitted.done():  # its request was cancelled

@@ -24,7 +24,7 @@ from serving.catalog.queries import Filters, Hit
 from serving.engines.tokens import Tokenizer
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import VlmStarting
-from serving.http.clip_vectors import ClipVectors, Encoders
+from serving.http.clip_vectors import ClipVectors, Encoders, room_for
 from serving.http.errors import ApiError, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.probes import Probes
@@ -169,7 +169,8 @@ class AppState:
     @cached_property
     def vectors(self) -> ClipVectors:
         """Vectors of texts and images, of the cache or of the encoders."""
-        return ClipVectors(self.encoders, self.image_loader, self.tokenizer, VectorCache(self.settings.cache_bytes))
+        cache, room = VectorCache(self.settings.cache_bytes), room_for(self.settings)
+        return ClipVectors(self.encoders, self.image_loader, self.tokenizer, cache, room)
 
     @cached_property
     def heads(self) -> ReleaseHeads:

@@ -2,14 +2,19 @@
 
 With a cache, content that comes twice in a request is encoded once. What is answered, and cached, is of the embedding
 space that the request's release has: an encoder that answers in another one is refused.
+
+Work begins on no more than what keeps the encoders busy; other requests wait as they came, and callers take turns. Two
+hundred requests with 32 small pictures each, all opened and decoded at once, kept two cores from the encoder for 1.5 s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,15 +22,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ops import metrics
+from ops.settings.serving import Serve
 from serving.engines.heads import Head
 from serving.engines.tokens import Tokenizer
-from serving.errors import WrongSpace
+from serving.errors import DeadlineExceeded, WrongSpace
+from serving.fair_room import FairRoom
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource
 from serving.http.vector_cache import CachedVector, VectorCache
-from serving.messages import EncodeResult, Modality
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 
+BATCHES_IN_WORK = 6
+"""For each encoder, from when images are opened and texts tokenized until their vectors are there."""
 TOKENIZER_THREADS = 2
 """Of their own, so that nothing that waits for a store can keep texts waiting."""
 INLINE_CHARS = 4096
@@ -70,13 +79,17 @@ class ClipVectors:
 
     Args:
         cache: shared by texts and images.
+        room: for what is in work, as :func:`room_for`.
     """
 
-    def __init__(self, encoders: Encoders, images: ImageLoader, tokenizer: Tokenizer, cache: VectorCache) -> None:
+    def __init__(
+        self, encoders: Encoders, images: ImageLoader, tokenizer: Tokenizer, cache: VectorCache, room: FairRoom
+    ) -> None:
         self.encoders = encoders
         self.images = images
         self.tokenizer = tokenizer
         self.cache = cache
+        self.room = room
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
 
     async def of_texts(
@@ -101,7 +114,8 @@ class ClipVectors:
             return answer, [len(row) for row in rows], cut
 
         digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
-        vectors = await self._vectors("text", snapshot.text_space, digests, encode)
+        async with self._turn(caller, len(texts) * TEXT_COST, deadline):
+            vectors = await self._vectors("text", snapshot.text_space, digests, encode)
         if whole and vectors.cut:
             raise _too_long(whole[vectors.cut[0]])
         return vectors
@@ -115,14 +129,29 @@ class ClipVectors:
             ApiError: an image is refused.
             QueueFull, DeadlineExceeded, Unavailable.
         """
-        inspected = await self.images.inspect(images, caller)
 
         async def encode(missing: list[int]) -> Encoded:
             async with self.images.decoded([inspected[index] for index in missing], caller) as pixels:
                 answer = await self.encoders.encode("image", pixels, snapshot, deadline, caller)
             return answer, [0] * len(missing), [False] * len(missing)
 
-        return await self._vectors("image", snapshot.image_space, [image.digest for image in inspected], encode)
+        async with self._turn(caller, len(images) * IMAGE_COST, deadline):
+            inspected = await self.images.inspect(images, caller)
+            return await self._vectors("image", snapshot.image_space, [image.digest for image in inspected], encode)
+
+    @asynccontextmanager
+    async def _turn(self, caller: str, cost: int, deadline: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                inside = await self.room.enter(caller, cost)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "the deadline passed before it was the request's turn.", "Send fewer items, or try again later."
+            ) from None
+        try:
+            yield
+        finally:
+            self.room.leave(caller, inside)
 
     async def _tokens(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         if sum(len(text) for text in texts) <= INLINE_CHARS:
@@ -161,6 +190,12 @@ class ClipVectors:
             np.stack([item.vector for item in items]), items[0].logit_scale, sum(item.tokens for item in items),
             _places([item.cut for item in items]),
         )  # fmt: skip
+
+
+def room_for(settings: Serve) -> FairRoom:
+    """For what one ingress process has in work."""
+    encoders = max(settings.encoder_replicas, settings.encoder_max_replicas) / settings.ingress_replicas
+    return FairRoom(BATCHES_IN_WORK * encoders * settings.max_batch * IMAGE_COST, settings.caller_share)
 
 
 def _places(cut: Sequence[bool]) -> tuple[int, ...]:

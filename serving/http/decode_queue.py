@@ -1,8 +1,9 @@
 """A pool of threads for images that gives each caller its turn, and bounds what waits, is decoded and is not answered
 yet, in pixels.
 
-Small images have threads of their own. Large ones are decoded one at a time, by a thread with a lower priority: an
-image of 40 million pixels costs about a second and several hundred megabytes. Requests whose pixels do not fit beside
+Small images have threads of their own, with the models' priority: beside two that have a higher one, a batch of images
+took 1.0 s instead of 0.14. Large ones are decoded one at a time, by a thread with a lower priority: an image of 40
+million pixels costs about a second and several hundred megabytes. Requests whose pixels do not fit beside
 those in memory wait as the bytes that came: 200 requests with 32 small pictures each are a gigabyte of pixels.
 """
 
@@ -21,6 +22,7 @@ from ops.priority import nice_thread
 from serving.fair_room import FairRoom
 from serving.http.errors import ApiError
 from serving.http.shared_budget import SharedBudget
+from serving.messages import MODEL_NICE
 
 Result = TypeVar("Result")
 SMALL_PIXELS = 1_000_000
@@ -50,7 +52,7 @@ class DecodeQueue:
     def __init__(self, pixels: int, share: float) -> None:
         self._budget = SharedBudget(pixels, share)
         self._room = FairRoom(pixels * ROOM, share)
-        self._small = _FairPool(SMALL_THREADS, "image-loader")
+        self._small = _FairPool(SMALL_THREADS, "image-loader", MODEL_NICE)
         self._large = _FairPool(LARGE_THREADS, "large-images", LARGE_NICE)
 
     @property
@@ -75,18 +77,18 @@ class DecodeQueue:
             )  # fmt: skip
 
         def keep(pixels: int) -> None:
-            nonlocal held
-            freed = max(0, held - pixels)
-            held -= freed
+            nonlocal held, inside
+            freed, left = max(0, held - pixels), min(inside, pixels)
             self._budget.give_back(caller, freed)
-            self._room.leave(caller, freed)
+            self._room.leave(caller, inside - left)
+            held, inside = held - freed, left
 
         try:
-            await self._room.enter(caller, held)
+            inside = await self._room.enter(caller, held)
             try:
                 yield keep
             finally:
-                self._room.leave(caller, held)
+                self._room.leave(caller, inside)
         finally:
             self._budget.give_back(caller, held)
 
@@ -98,7 +100,7 @@ class DecodeQueue:
 class _FairPool:
     """Threads that take the next job of each caller in turn."""
 
-    def __init__(self, threads: int, name: str, nice: int = 0) -> None:
+    def __init__(self, threads: int, name: str, nice: int) -> None:
         self._free = threads
         self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
         self._threads = ThreadPoolExecutor(threads, name, initializer=nice_thread, initargs=(nice,))

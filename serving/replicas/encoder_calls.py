@@ -14,31 +14,24 @@ from typing import Any, Final
 from ray.serve.handle import DeploymentHandle
 
 from serving.errors import AdapterUnservable, Unavailable, WrongSpace
-from serving.fair_room import FairRoom
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality, joined
 from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
 
-BATCHES_SENT: Final = 4
-"""To each encoder at once. What is sent, a replica has to read before what others send: of one request with 32 pictures
-that is 5 MB."""
 OTHER_TRIES: Final = 2
 """After a replica that cannot load the adapter, or whose forward pass failed: another one may do better."""
 
 
 class EncoderCalls:
-    """Cuts a request into items that fit a batch, sends them in turns of the callers, and gathers the vectors again.
+    """Cuts a request into items that fit a batch, and gathers the vectors again.
 
     Args:
         max_batch: most images of a batch.
-        replicas: that there are at most.
-        share: of what is sent at once, that one caller has.
     """
 
-    def __init__(self, handle: DeploymentHandle, max_batch: int, replicas: int = 1, share: float = 1.0) -> None:
+    def __init__(self, handle: DeploymentHandle, max_batch: int) -> None:
         self.handle = handle
         self.budget = max_batch * IMAGE_COST
-        self._room = FairRoom(BATCHES_SENT * replicas * self.budget, share)
 
     async def encode(
         self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
@@ -77,20 +70,6 @@ class EncoderCalls:
         self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str
     ) -> EncodeResult:
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
-        cost = len(payload) * (IMAGE_COST if kind == "image" else TEXT_COST)
-        try:
-            async with asyncio.timeout(attempts.left):
-                await self._room.enter(caller, cost)
-        except TimeoutError:
-            raise attempts.over() from None
-        try:
-            return await self._sent(kind, payload, snapshot, caller, attempts)
-        finally:
-            self._room.leave(caller, cost)
-
-    async def _sent(
-        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, caller: str, attempts: Attempts
-    ) -> EncodeResult:
         call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, caller, attempts.left)  # noqa: E731
         space = snapshot.image_space if kind == "image" else snapshot.text_space
         result: EncodeResult = await _tried(

@@ -17,7 +17,7 @@ import asyncio
 import math
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ops.request_context import detached
@@ -28,7 +28,7 @@ Group = tuple[Modality, str | None]
 TURN_SECONDS = 0.05
 """Of a batch, while several callers ask."""
 ASKS_SECONDS = 2.0
-"""A caller whose last request came this long ago asks no more."""
+"""A caller asks no more when this long ago its last request came, and was encoded in part or whole."""
 
 
 @dataclass(slots=True)
@@ -62,12 +62,12 @@ class FairBatches:
         self._max_cost = max_cost
         self._wait_seconds = wait_seconds
         self._turn_seconds = turn_seconds
-        self._turns: dict[Modality, float] = {"image": max_cost, "text": max_cost}
-        """The cost that takes so long, as the last batches have shown."""
+        self.turns: dict[Modality, float] = {"image": 1.0, "text": 1.0}
+        """The cost that takes so long, as the last batches have shown: it begins with one item."""
         self._groups: OrderedDict[Group, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
         """What each caller waits for. None is empty; the next turn is the first one's."""
         self._asked: dict[str, float] = {}
-        """When each caller asked last, in this order."""
+        """When each caller last asked or had its turn, in this order."""
         self._cost = 0
         self._last = 0
         """Requests of the last batch."""
@@ -83,9 +83,7 @@ class FairBatches:
         callers = self._groups.setdefault((request.kind, request.adapter), OrderedDict())
         waiting = _Waiting(request, result, time.monotonic())
         callers.setdefault(request.caller, deque()).append(waiting)
-        if request.caller:  # else the server's own
-            self._asked.pop(request.caller, None)
-            self._asked[request.caller] = waiting.since
+        self._note(request.caller)
         self._cost += request.cost
         self._arrived.set()
         if self._task is None or self._task.done():
@@ -117,7 +115,7 @@ class FairBatches:
     def _take(self) -> list[tuple[_Waiting, EncodeRequest]]:
         """The next batch, with what is encoded of each request; empty when nobody waits for what was taken."""
         group, callers = self._groups.popitem(last=False)
-        turn = self._turns[group[0]] if self._several_ask() else math.inf
+        turn = self.turns[group[0]] if self._several_ask(callers) else math.inf
         batch: list[tuple[_Waiting, EncodeRequest]] = []
         behind: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         costs: Counter[str] = Counter()
@@ -135,6 +133,7 @@ class FairBatches:
                     continue
                 batch.append((waiting, taken))
                 costs[caller] += taken.cost
+                self._note(caller)
             self._cost -= taken.cost
             waiting.request = replace(waiting.request, payload=waiting.request.payload[len(taken.payload) :])
             if not len(waiting.request.payload):
@@ -145,10 +144,15 @@ class FairBatches:
             self._groups[group] = behind
         return batch
 
-    def _several_ask(self) -> bool:
+    def _note(self, caller: str) -> None:
+        if caller:  # else the server's own
+            self._asked.pop(caller, None)
+            self._asked[caller] = time.monotonic()
+
+    def _several_ask(self, waiting: Iterable[str]) -> bool:
         while self._asked and time.monotonic() - (first := next(iter(self._asked.items())))[1] > ASKS_SECONDS:
             del self._asked[first[0]]
-        return len(self._asked) > 1
+        return len({*self._asked, *filter(None, waiting)}) > 1
 
     async def _run_batch(self, batch: list[tuple[_Waiting, EncodeRequest]]) -> None:
         self._last, began = len(batch), time.monotonic()
@@ -176,10 +180,10 @@ class FairBatches:
         costs: Counter[str] = Counter()
         for part in batch:
             costs[part.caller] += part.cost
-        turn = self._turns[batch[0].kind]
+        turn = self.turns[batch[0].kind]
         if took > self._turn_seconds or max(costs.values()) >= turn:
             factor = min(2.0, max(0.5, self._turn_seconds / max(took, 1e-6)))
-            self._turns[batch[0].kind] = min(self._max_cost, max(1.0, turn * factor))
+            self.turns[batch[0].kind] = min(self._max_cost, max(1.0, turn * factor))
 
 
 def _record(waiting: _Waiting) -> None:

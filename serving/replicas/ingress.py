@@ -87,9 +87,7 @@ class Ingress:
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._keys, self._watching = OwnThreads("keys"), OwnThreads("guard-target")
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        server = settings.serve
-        replicas = max(server.encoder_replicas, server.encoder_max_replicas)
-        encoders = EncoderCalls(encoder, server.max_batch, replicas, server.caller_share)
+        encoders = EncoderCalls(encoder, settings.serve.max_batch)
         share = share_of(settings.serve)
         vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue)
         self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, read_vlm_status)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Modality
+from serving.replicas import fair_batches
 from serving.replicas.fair_batches import FairBatches
 from tests.support.waiting import until
 
@@ -27,6 +28,7 @@ class Engine:
         self.go.set()
         self.failure: Exception | None = None
         self.queue = FairBatches(self.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=60.0)
+        self.queue.turns = dict.fromkeys(self.queue.turns, MAX_TEXTS)
 
     async def run(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         self.batches.append(list(requests))
@@ -105,15 +107,14 @@ async def test_while_others_ask_batches_are_short_and_large_requests_are_encoded
     await engine.submit(STABLE, caller="good")
     engine.batches.clear()
     result = await engine.submit(STABLE, 3 * MAX_TEXTS, caller="flood")
-    assert [len(part.payload) for batch in engine.batches for part in batch] == [2, *[1] * (3 * MAX_TEXTS - 2)]
+    assert [len(part.payload) for batch in engine.batches for part in batch] == [1] * (3 * MAX_TEXTS)
     assert result.vectors is not None and len(result.vectors) == 3 * MAX_TEXTS
 
 
 async def test_while_others_ask_batches_are_as_large_as_the_engine_is_fast(engine: Engine) -> None:
-    await engine.submit(STABLE, caller="good")
-    engine.batches.clear()
-    await engine.submit(STABLE, MAX_TEXTS, caller="flood")
-    assert [len(batch[0].payload) for batch in engine.batches] == [MAX_TEXTS]
+    engine.queue = FairBatches(engine.run, 4 * MAX_TEXTS, wait_seconds=0.0, turn_seconds=60.0)
+    await asyncio.gather(*(engine.submit(STABLE, 32 * MAX_TEXTS, caller=caller) for caller in ("flood", "good")))
+    assert [sum(part.cost for part in batch) for batch in engine.batches][:4] == [2, 4, 8, 16]
 
 
 async def test_the_parts_of_a_request_are_joined_in_their_order_and_a_failure_ends_it(engine: Engine) -> None:
@@ -144,7 +145,7 @@ async def test_every_image_has_its_vector_whatever_a_turn_amounts_to(engine: Eng
     engine.queue = FairBatches(engine.run, 16 * IMAGE_COST, wait_seconds=0.0, turn_seconds=0.0)
     await engine.submit(STABLE, caller="good")
     for turn in np.arange(1, 16 * IMAGE_COST, 0.7):
-        engine.queue._turns["image"] = float(turn)
+        engine.queue.turns["image"] = float(turn)
         sizes = {"flood": 7, "good": 8}
         results = await asyncio.gather(*(engine.submit(STABLE, n, "image", caller=who) for who, n in sizes.items()))
         assert [len(result.vectors) for result in results if result.vectors is not None] == [7, 8]
@@ -243,3 +244,21 @@ async def test_requests_one_at_a_time_do_not_wait(engine: Engine) -> None:
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
     for _ in range(3):
         await engine.submit(STABLE)
+
+
+async def test_a_caller_whose_requests_wait_for_long_still_asks(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one's next batch is short, though the requests that it meets came long ago."""
+    monkeypatch.setattr(fair_batches, "ASKS_SECONDS", 0.05)
+    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
+    first = await engine.busy()
+    flood = [engine.submit(STABLE, MAX_TEXTS, caller="flood") for _ in range(3)]
+    await submitted(*flood)
+    await asyncio.sleep(0.1)
+    good = engine.submit(STABLE, caller="good")
+    await submitted(good)
+    engine.go.set()
+    await asyncio.gather(first, good, *flood)
+    assert [part.caller for part in engine.batches[1]] == ["flood", "good"]
+    assert [len(part.payload) for batch in engine.batches[1:] for part in batch] == [1] * 13

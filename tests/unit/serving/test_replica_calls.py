@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,28 +125,3 @@ async def test_a_clock_that_is_set_ends_no_request(monkeypatch: pytest.MonkeyPat
     handle: Any = Handle([EncodeResult(VECTOR, "clip-a", "i", "t")])
     result = await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, deadline)
     assert result.vectors is VECTOR
-
-
-async def test_a_flood_of_one_caller_leaves_others_their_part_of_what_is_sent_at_once() -> None:
-    sent: list[str] = []
-    answered = asyncio.Event()
-
-    async def encode(kind: str, payload: object, adapter: str | None, caller: str, left: float) -> EncodeResult:
-        sent.append(caller)
-        await answered.wait()
-        return EncodeResult(VECTOR, "clip-a", "i", "t")
-
-    slow: Any = SimpleNamespace(encode=SimpleNamespace(remote=encode))
-    calls = EncoderCalls(slow, 2, replicas=1, share=0.75)
-    pixels = np.zeros((20, 1, 1, 3), np.uint8)
-    flood = asyncio.create_task(calls.encode("image", pixels, SNAPSHOT, time.monotonic() + 60, "flood"))
-    await asyncio.sleep(0.01)
-    assert sent == ["flood"] * 3
-    other = asyncio.create_task(calls.encode("image", pixels[:1], SNAPSHOT, time.monotonic() + 60, "other"))
-    await asyncio.sleep(0.01)
-    assert sent == ["flood"] * 3 + ["other"]
-    with pytest.raises(DeadlineExceeded):
-        await calls.encode("image", pixels[:1], SNAPSHOT, time.monotonic() + 0.05, "flood")
-    answered.set()
-    await asyncio.gather(flood, other)
-    assert sent.count("flood") == 10

@@ -11,6 +11,7 @@ import pytest
 from ops.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.errors import WrongSpace
+from serving.fair_room import FairRoom
 from serving.http.clip_vectors import ClipVectors
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader
@@ -57,7 +58,7 @@ class Encoders:
 def clip_vectors(max_bytes: int = 1 << 20) -> tuple[ClipVectors, Encoders]:
     encoders, tokens = Encoders(), Tokens()
     loader = ImageLoader(Preprocess(size=16), Serve())
-    return ClipVectors(encoders, loader, tokens, VectorCache(max_bytes)), encoders  # type: ignore[arg-type]
+    return ClipVectors(encoders, loader, tokens, VectorCache(max_bytes), FairRoom(1000, 1.0)), encoders  # type: ignore[arg-type]
 
 
 def entry(number: float = 0.0) -> CachedVector:
