@@ -1,7 +1,8 @@
 """``ratchet bench hostile``: what a good client notices of hostile ones.
 
-An open-loop load of embeddings, whose every answer is checked, comes from 127.0.0.1; attackers come from 127.0.0.2.
-The load runs alone and with one attack, in turns, so that a slower minute of the machine slows both. An operator rolls
+An open-loop load of embeddings, whose every answer is checked, comes from 127.0.0.1; attackers come from 127.0.0.2,
+and from a process of low priority: they stand for other machines, and what they compute here must not look like the
+server's. The load runs alone and with one attack, in turns, so that a slower minute of the machine slows both. An operator rolls
 back every few seconds. Vectors are not cached: the load repeats a few inputs, and would meet no queue.
 """
 
@@ -12,12 +13,14 @@ import asyncio
 import contextlib
 import json
 import math
+import multiprocessing
 import resource
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -35,6 +38,7 @@ from benchmarks.machine import machine
 from benchmarks.server_memory import ServerMemory
 from benchmarks.swap import make_adapters
 from ops.load.traffic import Report, Traffic, percentile
+from ops.priority import nice_process
 from ops.progress import step
 from ops.settings import Settings
 from ops.testing.inputs import TEXTS, pictures
@@ -44,6 +48,7 @@ from serving.app import serves_vlm, start
 from serving.engines.clip_base import load_base
 
 ATTACKER = "127.0.0.2"
+ATTACKER_NICE = 10
 ROLLBACK_PAUSE_SECONDS = 2.0
 SAMPLING_SECONDS = 1800.0
 """Longest time for the fuzzed sampling parameters, which end by themselves."""
@@ -145,21 +150,21 @@ def measure(
     settings: Settings, chosen: dict[str, Attack], seconds: float, rate: float, rollbacks: Rollbacks | None = None
 ) -> dict[str, Any]:
     """Attack a server that runs. ``seconds``: of each turn with and without; ``rate``: good requests a second."""
-    _allow_sockets()
     server, turns = settings.serve, []
-    attacks.bomb(server.max_pixels)  # drawn before anything is measured: it takes seconds
     images = pictures(6)
     with (
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare) as attackers,
         ServerMemory(settings) as memory,
         Traffic(server.url, images=images, texts=TEXTS, settings=settings, rate=rate) as good,
     ):
+        attackers.submit(attacks.bomb, server.max_pixels).result()  # before anything is measured: it takes seconds
         good.wait_for(2 * len(images))
         began = time.time()
         for name, attack in chosen.items():
             time.sleep(seconds)
             target = Target(server.host, server.port, ATTACKER, max_pixels=server.max_pixels)
             with step(name.replace("_", " ")):
-                turns.append(_turn(name, attack, target, seconds))
+                turns.append(_turn(attackers, name, attack, target, seconds))
         time.sleep(seconds)
     turns = [replace(turn, memory_bytes=memory.most_bytes(turn.began, turn.ended)) for turn in turns]
     result = figures(good.report(), turns, began, memory.most_bytes(ended=turns[0].began), memory.most_bytes())
@@ -168,16 +173,20 @@ def measure(
     return result | {"machine": machine()}
 
 
-def _turn(name: str, attack: Attack, target: Target, seconds: float) -> Turn:
+def _turn(attackers: Executor, name: str, attack: Attack, target: Target, seconds: float) -> Turn:
     limit = SAMPLING_SECONDS if name == "fuzzed_sampling" else seconds
     began = time.time()
+    counts = attackers.submit(_attack, attack, target, limit).result()
+    return Turn(name, began, time.time(), counts)
 
+
+def _attack(attack: Attack, target: Target, seconds: float) -> dict[str, int]:
     async def go() -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(attack(target), limit)
+            await asyncio.wait_for(attack(target), seconds)
 
     asyncio.run(go())
-    return Turn(name, began, time.time(), dict(target.counts))
+    return dict(target.counts)
 
 
 def figures(report: Report, turns: Sequence[Turn], began: float, quiet_bytes: int, memory_bytes: int) -> dict[str, Any]:
@@ -259,7 +268,8 @@ def show(result: dict[str, Any]) -> None:
     print(json.dumps(result), flush=True)
 
 
-def _allow_sockets() -> None:
+def _prepare() -> None:
+    nice_process(ATTACKER_NICE)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 16_384 if hard == resource.RLIM_INFINITY else min(hard, 16_384)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))

@@ -14,7 +14,7 @@ TEXT_COST = 1
 IMAGE_COST = 4
 PROMPTS_PER_TEXT = 8
 """Labels x templates may be this many times ``max_texts``: prompts are short, and made by the server."""
-MODEL_NICE = 4
+MODEL_NICE = 1
 """Niceness of processes that compute: where processors are scarce, those that carry requests and operator calls come
 first. With the same niceness a rollback took 1.5 s on two cores that four models kept busy."""
 VLM_NICE = 10
