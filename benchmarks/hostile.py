@@ -2,8 +2,8 @@
 
 An open-loop load of embeddings, whose every answer is checked, comes from 127.0.0.1; attackers come from 127.0.0.2,
 and from a process of low priority: they stand for other machines, and what they compute here must not look like the
-server's. The load runs alone and with one attack, in turns, so that a slower minute of the machine slows both. An operator rolls
-back every few seconds. Vectors are not cached: the load repeats a few inputs, and would meet no queue.
+server's. The load runs alone and with one attack, in turns, so that a slower minute of the machine slows both. An
+operator rolls back every few seconds. Vectors are not cached: the load repeats a few inputs, and would meet no queue.
 """
 
 from __future__ import annotations
