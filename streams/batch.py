@@ -18,7 +18,7 @@ from streams.assignment import Reading
 from streams.corrections import Corrections, is_newer
 from streams.quality.duplicates import Duplicate, DuplicateIndex, Sample
 from streams.quality.validate import Accepted, StoreRow, refuse
-from streams.rows import CLAIM, SCHEMA, Position, RecordPosition, duplicate_row, name_of, position_of, tally_of
+from streams.rows import SCHEMA, Position, RecordPosition, duplicate_row, name_of, position_of, tally_of
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -123,9 +123,7 @@ class Batch:
                     for reading, end in ends.items()
                 ]
                 outcome.version = self.writer.commit(outcome.rows, moves, replaced)
-                if (
-                    not outcome.corrected
-                ):  # else it is read again: samples may have passed to other records that sent them
+                if not outcome.corrected:  # else it is read again: samples may have passed to other records
                     self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
         except StoreUnavailable as error:
             if not outcome.version:
@@ -173,23 +171,8 @@ class Batch:
             self._decide_one(result, corrections, outcome) if isinstance(result, Accepted) else result
             for _, _, result, _ in self._entries
         ]
-        replaced = corrections.replaced
-        receipts = {place: replaced.pop(place) for place in map(position_of, rows) if place in replaced}
-        left = {
-            row["id"]: row for row in rows if row["kind"] == "sample" and receipts.get(position_of(row), {}).get("id")
-        }
-        for number, row in enumerate(rows):
-            place = position_of(row)
-            if place in receipts:
-                rows[number] = receipts[place]
-            elif (
-                row["kind"] == "duplicate" and row["reason"] == "duplicate_exact" and row["id"] in left
-            ):  # the sample passes to this record
-                sample = left.pop(row["id"])
-                receipts[position_of(sample)] |= {"id": None, "duplicate_of": row["id"]}
-                rows[number] = {**sample, **{name: row[name] for name in CLAIM}}
-        outcome.rows = rows
-        return replaced
+        outcome.rows = corrections.settled(rows)
+        return corrections.replaced
 
     def _decide_one(self, record: Accepted, corrections: Corrections, outcome: CommitResult) -> StoreRow:
         row, targets = record.row, corrections.targets(record)

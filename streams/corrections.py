@@ -20,7 +20,7 @@ from typing import Final
 from streams.conditions import hexadecimal, quoted
 from streams.quality.duplicates import CORRECTED, DuplicateIndex
 from streams.quality.validate import BY_KEY, Accepted, StoreRow
-from streams.rows import RecordPosition, deletion_row, name_of, position_of
+from streams.rows import CLAIM, RecordPosition, deletion_row, name_of, position_of
 from streams.table import SampleTable, reading
 
 METADATA: Final = ("source", "domain", "concept", "label", "tags", "extra")
@@ -101,6 +101,27 @@ class Corrections:
             del self._by_id[old["id"]]
         if old["key"] is not None:
             self._by_key[old["key"]].pop(position_of(old), None)
+
+    def settled(self, rows: Sequence[StoreRow]) -> list[StoreRow]:
+        """The rows of the batch as they are to be stored, with receipts for those that later ones replaced. What stays
+        in :attr:`replaced` is in the store.
+
+        A sample that is replaced stays where another record of the batch sent it, too: it passes to that one.
+        """
+        receipts = {place: self.replaced.pop(place) for place in map(position_of, rows) if place in self.replaced}
+        left = {
+            row["id"]: row for row in rows if row["kind"] == "sample" and receipts.get(position_of(row), {}).get("id")
+        }
+        settled = []
+        for row in rows:
+            receipt = receipts.get(position_of(row))
+            if receipt is None and row["kind"] == "duplicate" and row["reason"] == "duplicate_exact":
+                sample = left.pop(row["id"], None)
+                if sample is not None:
+                    receipts[position_of(sample)] |= {"id": None, "duplicate_of": row["id"]}
+                    row = {**sample, **{name: row[name] for name in CLAIM}}
+            settled.append(receipt or row)
+        return settled
 
 
 def is_newer(stored: StoreRow, record: StoreRow) -> bool:
