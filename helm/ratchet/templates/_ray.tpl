@@ -79,6 +79,14 @@ resources:
   limits: {memory: 1Gi}
 {{- end -}}
 
+{{/* What a running cluster keeps: KubeRay compares neither numbers of workers nor tolerations, and Serve reads its HTTP
+options only when it starts. In an annotation of the pods, a change starts another cluster. */}}
+{{- define "ratchet.fixedAtStart" -}}
+{{- with .Values.serving -}}
+{{- list .workers.replicas .workers.maxReplicas .workers.tolerations .head.tolerations .requestTimeoutSeconds | toJson -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The pod of a head or of a worker: (list $ "serving-head" values). */}}
 {{- define "ratchet.rayPod" -}}
 {{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
@@ -89,6 +97,7 @@ metadata:
     {{- include "ratchet.selector" (list $top $part) | nindent 4 }}
   annotations:
     checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
+    checksum/cluster: {{ include "ratchet.fixedAtStart" $top | sha256sum }}
     {{- include "ratchet.addedAnnotations" $top | nindent 4 }}
 spec:
   {{- include "ratchet.podSpec" (list $top $part $values (and $head (include "ratchet.autoscales" $top))) | nindent 2 }}

@@ -22,6 +22,7 @@ from helm_python import HelmError
 from jsonschema import Draft202012Validator
 from ray.serve._private import constants
 
+from benchmarks.cluster.ray_service import compared_by_kuberay
 from ops.settings import Settings
 from serving.ray import ray_session
 from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, profile, render
@@ -150,6 +151,36 @@ def test_ray_adds_workers_where_more_are_allowed(version: str) -> None:
         each for each in of_kind(objects, "NetworkPolicy") if each["metadata"]["name"] == "live-ratchet-serving"
     ]
     assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workers": {"replicas": 4}},
+        {"workers": {"maxReplicas": 9}},
+        {"workers": {"tolerations": [{"operator": "Exists"}]}},
+        {"head": {"tolerations": [{"operator": "Exists"}]}},
+        {"requestTimeoutSeconds": 60},
+    ],
+    ids=str,
+)
+def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one(change: Any) -> None:
+    """KubeRay compares neither numbers of workers nor tolerations, and Serve reads HTTP options only when it starts."""
+    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 8}}}
+    before, after = (
+        of_kind(render(autoscaled, each), "RayService")[0]["spec"]["rayClusterConfig"]
+        for each in ({}, {"serving": change})
+    )
+    assert compared_by_kuberay(before) != compared_by_kuberay(after)
+
+
+def test_what_serve_changes_in_a_running_cluster_makes_no_new_one() -> None:
+    before, after = (
+        of_kind(render({"serving": {"actors": {"encoder": {"cpus": cpus}}}}), "RayService")[0]["spec"]
+        for cpus in (0.5, 0.25)
+    )
+    assert before["serveConfigV2"] != after["serveConfigV2"]
+    assert before["rayClusterConfig"] == after["rayClusterConfig"]
 
 
 def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
