@@ -87,6 +87,15 @@ options only when it starts. In an annotation of the pods, a change starts anoth
 {{- end -}}
 {{- end -}}
 
+{{/* KubeRay deletes an object when its pods have ended, minutes after `helm uninstall`. An install meanwhile would adopt the
+object, and lose it: (list $ "RayService" name). */}}
+{{- define "ratchet.notBeingDeleted" -}}
+{{- $top := index . 0 -}}{{- $kind := index . 1 -}}{{- $name := index . 2 -}}
+{{- if dig "metadata" "deletionTimestamp" "" (lookup "ray.io/v1" $kind $top.Release.Namespace $name) -}}
+{{- fail (printf "%s %s of an earlier installation is still being deleted, which takes as long as its pods drain. Wait, and repeat: kubectl -n %s wait --for=delete %s/%s --timeout=10m" $kind $name $top.Release.Namespace (lower $kind) $name) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The pod of a head or of a worker: (list $ "serving-head" values). */}}
 {{- define "ratchet.rayPod" -}}
 {{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
