@@ -87,6 +87,12 @@ options only when it starts. In an annotation of the pods, a change starts anoth
 {{- end -}}
 {{- end -}}
 
+{{/* Annotation of what KubeRay's Job that removes the cluster's keys from Redis needs: it starts when `helm uninstall` has
+deleted the rest, and has the head's volumes, service account and priority. */}}
+{{- define "ratchet.keptForCleanUp" -}}
+{{- if .Values.serving.gcsFaultTolerance.enabled }}helm.sh/resource-policy: keep{{ end -}}
+{{- end -}}
+
 {{/* KubeRay deletes an object when its pods have ended, minutes after `helm uninstall`. An install meanwhile would adopt the
 object, and lose it: (list $ "RayService" name). */}}
 {{- define "ratchet.notBeingDeleted" -}}

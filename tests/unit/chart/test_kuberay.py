@@ -303,3 +303,26 @@ def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
     assert not of_kind(render(), "RayCluster")
     with pytest.raises(HelmError, match=r"updater\.storage\.existingClaim"):
         render({"updater": {"workers": {"enabled": True}}})
+
+
+def test_what_the_clean_up_of_redis_mounts_and_runs_as_outlives_an_uninstall() -> None:
+    """buildRedisCleanupJob runs a pod like the head's when Helm has deleted everything that is not to be kept."""
+    chosen = {"priorityClasses": {"create": True}}
+    objects = render(EVERYTHING, chosen)
+    kept = {
+        (each["kind"], each["metadata"]["name"])
+        for each in objects
+        if each["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
+    }
+    head = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    maps = [volume["configMap"]["name"] for volume in head["volumes"] if "configMap" in volume]
+    needed = {
+        ("ServiceAccount", head["serviceAccountName"]),
+        ("PriorityClass", head["priorityClassName"]),
+        *(("ConfigMap", name) for name in maps),
+    }
+    ours = {(each["kind"], each["metadata"]["name"]) for each in objects}
+    assert kept == needed & ours
+    assert len(kept) == 3
+    without = render(EVERYTHING, chosen, {"serving": {"gcsFaultTolerance": {"enabled": False}}})
+    assert not [each for each in without if "helm.sh/resource-policy" in each["metadata"].get("annotations", {})]
