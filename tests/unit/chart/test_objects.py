@@ -138,7 +138,7 @@ def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
     assert outward(objects, "ingest", labels) == {dns, ledger, kafka, *store}
     assert outward(objects, "maintain", labels) == {dns, ledger, kafka, *store}
     assert outward(objects, "updater", labels) == {dns, ledger, *store, serve, 10001}
-    assert outward(objects, "training-worker", labels) == {dns, *store}
+    assert outward(objects, "training-worker", labels) == {dns, *store, 6443}  # a policy of its head, too
     assert outward(objects, "console", labels) == {dns, ledger, kafka, *store, serve}
     assert outward(objects, "serving-worker", labels) == {dns, ledger, *store, redis}
 
@@ -178,6 +178,41 @@ def test_the_ingress_controller_reaches_what_is_published() -> None:
             for rule in each["spec"].get("ingress", [])
         ]
         assert {port["port"] for rule in rules if controller in rule["from"] for port in rule["ports"]} == published
+
+
+def test_rays_autoscaler_reaches_the_api_server_also_where_policies_see_its_own_port() -> None:
+    """Most network plugins look at a packet after the Service's address and port have been replaced."""
+    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 4}}}
+    objects = render(EVERYTHING, autoscaled)
+    labels = {component: template["metadata"]["labels"] for component, template in pods(objects)}
+    for head in ("serving-head", "training-head"):
+        assert {443, 6443} <= outward(objects, head, labels)
+    named = {
+        "networkPolicy": {"egress": {"kubernetes": {"to": [{"ipBlock": {"cidr": "10.0.0.1/32"}}], "ports": [16443]}}}
+    }
+    opened = {"to": [{"ipBlock": {"cidr": "10.0.0.1/32"}}], "ports": [{"protocol": "TCP", "port": 16443}]}
+    assert opened in policies(render(autoscaled, named), "serving-head", labels)[-1]["egress"]
+
+
+@pytest.mark.parametrize("name", ["kuberay-operator", "kuberay"], ids=["its chart", "its kustomize manifests"])
+def test_kuberay_reaches_ray_however_it_was_installed(name: str) -> None:
+    """Labels of the operator's pods in helm-chart/kuberay-operator and in ray-operator/config/manager of KubeRay."""
+    operator = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
+    objects = render(EVERYTHING)
+    for policy in ("serving", "training"):
+        spec = next(
+            each["spec"]
+            for each in of_kind(objects, "NetworkPolicy")
+            if each["metadata"]["name"] == f"live-ratchet-{policy}"
+        )
+        let_in = {
+            port["port"]
+            for rule in spec["ingress"]
+            for peer in rule["from"]
+            if peer.get("namespaceSelector") == {} and selects(peer["podSelector"], operator)
+            for port in rule["ports"]
+        }
+        assert {8265, 52365} <= let_in, policy
 
 
 def test_cloud_identities_are_reached_by_the_users_of_the_object_store_alone() -> None:
