@@ -30,6 +30,8 @@ from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, pro
 CASES = [merged(profile(name), extra) for name in PROFILES for extra in ({}, EVERYTHING)]
 IDS = [f"{name}{extra}" for name in PROFILES for extra in ("", " with everything")]
 VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
+TRAINING = {version: file for version, file in VERSIONS.items() if version != "1.5.1"}
+"""Versions with RayCluster's ``upgradeStrategy``."""
 MAX_NAME = 53 - len("-xxxxx")
 """MaxRayServiceNameLength: of a cluster's 53, less what KubeRay appends."""
 DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
@@ -254,7 +256,7 @@ def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(training: li
         each for each in of_kind(training, "Deployment") if each["metadata"]["name"] == "live-ratchet-updater"
     ]
     spec = cluster["spec"]
-    for version in VERSIONS.values():  # a RayService has the same specification inside
+    for version in TRAINING.values():  # a RayService has the same specification inside
         whole = json.loads((ROOT / "tests" / "support" / "crds" / version).read_text())
         Draft202012Validator(whole["properties"]["spec"]["properties"]["rayClusterConfig"]).validate(spec)
     head, workers = spec["headGroupSpec"], spec["workerGroupSpecs"][0]
@@ -277,6 +279,14 @@ def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(training: li
             places.items()
             >= {mount["name"]: mount["mountPath"] for mount in trainer["containers"][0]["volumeMounts"]}.items()
         )
+
+
+def test_an_upgrade_replaces_the_pods_of_the_cluster_that_trains(training: list[dict[str, Any]]) -> None:
+    """KubeRay changes no pod of a RayCluster otherwise: steps would go on with the code of the version before."""
+    (cluster,) = of_kind(training, "RayCluster")
+    assert cluster["spec"]["upgradeStrategy"] == {"type": "Recreate"}
+    page = (ROOT / "docs" / "deployer.md").read_text()
+    assert "1.6 to 1.7 for `updater.workers`" in page
 
 
 def test_the_updater_finds_the_cluster_that_trains_and_its_token(training: list[dict[str, Any]]) -> None:
