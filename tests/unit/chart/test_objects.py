@@ -264,10 +264,22 @@ def test_no_upgrade_adds_a_writer_of_the_sample_store(objects: list[dict[str, An
         assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
 
 
+def test_who_administers_a_namespace_can_install_everything(objects: list[dict[str, Any]]) -> None:
+    """With Kubernetes' role ``admin`` and the editor roles of the operators; nothing belongs to the whole cluster."""
+    admin = {
+        "ConfigMap", "Service", "ServiceAccount", "Deployment", "Job", "Pod", "Ingress", "NetworkPolicy",
+        "PodDisruptionBudget",
+    }  # fmt: skip
+    of_operators = {"RayService", "RayCluster", "ScaledObject", "TriggerAuthentication", "PodMonitor", "PrometheusRule"}
+    assert {each["kind"] for each in objects} == admin | of_operators
+
+
 def test_two_releases_of_one_name_in_two_namespaces_share_no_object() -> None:
     one, other = (
         {(each["kind"], each["metadata"]["name"]) for each in objects if each["kind"] == "PriorityClass"}
-        for objects in (render(), render(namespace="other"))
+        for objects in (
+            render({"priorityClasses": {"create": True}}, namespace=namespace) for namespace in ("ml", "other")
+        )
     )
     assert one and other and not one & other
 
