@@ -135,13 +135,13 @@ containers:
       {{- include "ratchet.rayEnv" $top | nindent 6 }}
       {{- include "ratchet.addedEnv" $top | nindent 6 }}
     ports:
-      - {name: agent, containerPort: 52365}
-      - {name: metrics, containerPort: 8080}
-      - {name: serve, containerPort: 8000} # KubeRay looks for it on the head, too
+      - {name: agent, containerPort: 52365, protocol: TCP}
+      - {name: metrics, containerPort: 8080, protocol: TCP}
+      - {name: serve, containerPort: 8000, protocol: TCP} # KubeRay looks for it on the head, too
       {{- if $head }}
-      - {name: gcs-server, containerPort: 6379}
-      - {name: dashboard, containerPort: 8265}
-      - {name: client, containerPort: 10001}
+      - {name: gcs-server, containerPort: 6379, protocol: TCP}
+      - {name: dashboard, containerPort: 8265, protocol: TCP}
+      - {name: client, containerPort: 10001, protocol: TCP}
       {{- end }}
     {{- if $head }}
     {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 4 }}
@@ -164,7 +164,7 @@ containers:
       - {name: HOME, value: /home/ratchet}
       {{- include "ratchet.addedEnv" $top | nindent 6 }}
     ports:
-      - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}}
+      - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}, protocol: TCP}
     {{- include "ratchet.probes" (dict "path" "/metrics" "port" "exporter" "timeout" 10 "start" 30) | nindent 4 }}
     resources: {{- toYaml $top.Values.serving.exporter.resources | nindent 6 }}
     volumeMounts:
@@ -211,11 +211,11 @@ spec:
         {{- include "ratchet.storeEnv" $top | nindent 8 }} # they read their samples from the lake
         {{- include "ratchet.addedEnv" $top | nindent 8 }}
       ports:
-        - {name: agent, containerPort: 52365}
+        - {name: agent, containerPort: 52365, protocol: TCP}
         {{- if $head }}
-        - {name: gcs-server, containerPort: 6379}
-        - {name: dashboard, containerPort: 8265}
-        - {name: client, containerPort: 10001}
+        - {name: gcs-server, containerPort: 6379, protocol: TCP}
+        - {name: dashboard, containerPort: 8265, protocol: TCP}
+        - {name: client, containerPort: 10001, protocol: TCP}
         {{- end }}
       {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
       resources:

@@ -108,7 +108,7 @@ def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any
     ports = {port["name"]: port["containerPort"] for port in ray_container(head)["ports"]}
     assert ports.items() >= PORTS.items()
     for group in workers:
-        assert {"name": "serve", "containerPort": 8000} in ray_container(group)["ports"]
+        assert {"name": "serve", "containerPort": 8000, "protocol": "TCP"} in ray_container(group)["ports"]
     assert "headService" not in head  # ValidateRayServiceSpec refuses a name of its own
     assert service["spec"]["excludeHeadPodFromServeSvc"] is True  # it has no replicas, and its probe asks none
 
@@ -183,6 +183,18 @@ def test_what_serve_changes_in_a_running_cluster_makes_no_new_one() -> None:
     )
     assert before["serveConfigV2"] != after["serveConfigV2"]
     assert before["rayClusterConfig"] == after["rayClusterConfig"]
+
+
+def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], training: list[dict[str, Any]]) -> None:
+    """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and who
+    applies the same objects again a conflict."""
+    (cluster,) = of_kind(training, "RayCluster")
+    for spec in (service["spec"]["rayClusterConfig"], cluster["spec"]):
+        for group in spec["workerGroupSpecs"]:
+            assert group["numOfHosts"] == 1
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            for container in group["template"]["spec"]["containers"]:
+                assert {port["protocol"] for port in container.get("ports", [])} == {"TCP"}
 
 
 def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
