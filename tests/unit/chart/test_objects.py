@@ -113,6 +113,28 @@ def test_migration_runs_before_install_and_upgrade_and_needs_nothing_that_is_not
     ]  # not the chart's
 
 
+def test_migration_and_test_go_where_they_are_told_and_before_training_where_a_class_is_named() -> None:
+    placed = {
+        "nodeSelector": {"pool": "small"},
+        "tolerations": [{"key": "pool", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+    }
+    templates = dict(pods(render({"migration": placed, "priorityClasses": {"serving": "important"}})))
+    for component in ("migration", "test"):
+        spec = templates[component]["spec"]
+        assert {**placed, "priorityClassName": "important"}.items() <= spec.items(), component
+
+
+def test_a_migration_that_fails_says_so_within_a_minute_and_is_cleared_away(objects: list[dict[str, Any]]) -> None:
+    """Pauses of 10 and 20 s between three attempts of a few seconds; Helm 4 prints the log of the last one."""
+    (job,) = of_kind(objects, "Job")
+    assert job["spec"]["backoffLimit"] == 2
+    assert job["metadata"]["annotations"]["helm.sh/hook-output-log-policy"] == "hook-failed"
+    assert job["spec"]["ttlSecondsAfterFinished"] == 24 * 3600  # Helm deletes hooks of releases that are gone never
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
 def policies(objects: list[dict[str, Any]], component: str, labels: dict[str, dict[str, str]]) -> list[Any]:
     """The specs of all policies that hold for a component."""
     found = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
