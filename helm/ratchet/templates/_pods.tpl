@@ -248,7 +248,7 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 - name: bases
   {{- include "ratchet.container" $top | nindent 2 }}
   {{- if eq $top.Values.bases.source "build" }}
-  command: [ratchet, base, build]
+  command: [ratchet, base, build{{ if lt (len $names) 2 }}, --family, clip{{ end }}]
   {{- else if eq $top.Values.bases.source "artifacts" }}
   command: [ratchet, base, pull, {{ join ", " $names }}]
   {{- else }}

@@ -74,9 +74,7 @@ volumeMounts:
   - {name: user, mountPath: /home/ratchet}
   - {name: tmp, mountPath: /tmp}
   {{- include "ratchet.addedMounts" $top | nindent 2 }}
-resources:
-  requests: {cpu: 100m, memory: 512Mi}
-  limits: {memory: 1Gi}
+resources: {{- toYaml $top.Values.serving.autoscaler.resources | nindent 2 }}
 {{- end -}}
 
 {{/* Names a Ray cluster by what it is started with, in a label of its pods. KubeRay compares neither numbers of workers nor

@@ -197,6 +197,15 @@ def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], trai
                 assert {port["protocol"] for port in container.get("ports", [])} == {"TCP"}
 
 
+def test_rays_autoscaler_gets_the_resources_that_are_set() -> None:
+    resources = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "3Gi"}}
+    autoscaled = {"serving": {"workers": {"maxReplicas": 4}, "autoscaler": {"resources": resources}}}
+    objects = render(EVERYTHING, autoscaled)
+    (service,), (cluster,) = of_kind(objects, "RayService"), of_kind(objects, "RayCluster")
+    for spec in (service["spec"]["rayClusterConfig"], cluster["spec"]):
+        assert spec["autoscalerOptions"]["resources"] == resources
+
+
 def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
     """validateRayGroupResources and validateRayGroupLabels; generateRayStartCommand takes CPUs from the requests."""
     for group in groups(service):

@@ -265,6 +265,12 @@ def test_without_a_limit_for_each_node_encoders_can_take_the_room_of_a_vlm(tmp_p
     assert max(encoders for encoders, *_ in placed) > 2
 
 
+def test_without_a_vlm_none_is_built() -> None:
+    for _, template in pods(render({"settings": {"base": {"vlm": ""}}})):
+        for container in template["spec"].get("initContainers", []):
+            assert container["command"] == ["ratchet", "base", "build", "--family", "clip"]
+
+
 def test_each_pod_has_the_bases_before_it_starts() -> None:
     for source, command in (
         ({"source": "build"}, ["ratchet", "base", "build"]),
