@@ -105,6 +105,34 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 {{- end -}}
 
+{{/* Stops an install whose pods would wait for a Secret, or a key of one, in silence. Where nothing can be asked (helm
+template, a namespace that Helm makes), nothing is: every namespace has the service account `default`. */}}
+{{- define "ratchet.secretsExist" -}}
+{{- $namespace := .Release.Namespace -}}
+{{- if lookup "v1" "ServiceAccount" $namespace "default" -}}
+{{- $keys := list "key" "accessKeyIdKey" "secretAccessKeyKey" "clientKey" "passwordKey" "usernameKey" -}}
+{{- $users := dict "ledger" .Values.ledger "operatorKey" .Values.operatorKey "objectStore" .Values.objectStore "kafka" .Values.kafka -}}
+{{- if .Values.ingest.enabled }}{{ $_ := set $users "ingest.splitKey" .Values.ingest.splitKey }}{{ end -}}
+{{- if .Values.console.enabled }}{{ $_ := set $users "console.oidc" .Values.console.oidc }}{{ end -}}
+{{- if .Values.serving.gcsFaultTolerance.enabled }}{{ $_ := set $users "serving.gcsFaultTolerance" .Values.serving.gcsFaultTolerance }}{{ end -}}
+{{- range $value, $user := $users -}}
+{{- $wanted := $user.existingSecret -}}
+{{- if $wanted.name -}}
+{{- $secret := lookup "v1" "Secret" $namespace $wanted.name -}}
+{{- if not $secret -}}
+{{- fail (printf "namespace %s has no Secret %s, which %s.existingSecret names. Create it first." $namespace $wanted.name $value) -}}
+{{- end -}}
+{{- range $name := $keys -}}
+{{- $key := get $wanted $name -}}
+{{- if and $key (not (hasKey (default (dict) $secret.data) $key)) -}}
+{{- fail (printf "Secret %s, which %s.existingSecret names, has no key %s." $wanted.name $value $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The ledger's URL alone: what the migration needs. */}}
 {{- define "ratchet.ledgerEnv" -}}
 - name: HOME
