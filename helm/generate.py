@@ -42,10 +42,21 @@ def existing() -> set[Path]:
 
 
 def values_schema() -> dict[str, Any]:
-    """``schema.yaml`` with the settings put in."""
+    """``schema.yaml`` with the settings put in, and with all that ``values.yaml`` has required."""
     schema: dict[str, Any] = yaml.safe_load((HERE / "schema.yaml").read_text())
+    _require(schema, yaml.safe_load((CHART / "values.yaml").read_text()))
     schema["properties"]["settings"] = settings_schema()
     return schema
+
+
+def _require(schema: dict[str, Any], values: dict[str, Any]) -> None:
+    """Values of an older chart (``helm upgrade --reuse-values``) lack what is new, which a template would trip over."""
+    properties = schema.get("properties", {})
+    if properties and values:
+        schema["required"] = [name for name in values if name in properties]
+    for name, value in values.items():
+        if isinstance(value, dict) and name in properties:
+            _require(properties[name], value)
 
 
 def settings_schema() -> dict[str, Any]:

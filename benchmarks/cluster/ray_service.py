@@ -1,8 +1,9 @@
 """What KubeRay makes of a RayService: clusters of pods, Serve's configuration, services, and upgrades.
 
 After ``ray-operator/controllers/ray`` of ray-project/kuberay at v1.7.0: ``common/pod.go`` (commands and variables),
-``common/service.go`` (names) and ``rayservice_controller.go`` (a change of ``rayClusterConfig`` makes a second cluster,
-which serves before the first one goes; a change of ``serveConfigV2`` alone goes to the running cluster).
+``common/service.go`` (names) and ``rayservice_controller.go`` (a change of what it compares in ``rayClusterConfig``
+makes a second cluster, which serves before the first one goes; ``serveConfigV2`` alone goes to the running cluster;
+numbers of workers and tolerations alone go nowhere).
 """
 
 from __future__ import annotations
@@ -170,12 +171,13 @@ class RayService:
             RatchetError: it does not serve in time.
         """
         spec = resource["spec"]
-        if self.active is not None and self.active.spec == spec["rayClusterConfig"]:
+        cluster = spec["rayClusterConfig"]
+        if self.active is not None and compared_by_kuberay(self.active.spec) == compared_by_kuberay(cluster):
             self.active.applied = ""
             self._serve(self.active, spec["serveConfigV2"])
             return "InPlace"
         name = f"{resource['metadata']['name']}-{secrets.token_hex(3)[:5]}"
-        self.pending = RayCluster(name, spec["rayClusterConfig"], self._start_pod, self._namespace)
+        self.pending = RayCluster(name, cluster, self._start_pod, self._namespace)
         self._serve(self.pending, spec["serveConfigV2"])
         old, self.active, self.pending = self.active, self.pending, None
         switched()
@@ -198,6 +200,21 @@ class RayService:
         if not wait_until(serves, START_SECONDS, pause=LOOK_SECONDS):
             raise RatchetError(f"{cluster.name} does not serve after {START_SECONDS:.0f} s.", "Look at its pods' logs.")
         say(f"{cluster.name} serves after {time.monotonic() - began:.0f} s")
+
+
+def compared_by_kuberay(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a ``rayClusterConfig`` whose change makes KubeRay start a second cluster.
+
+    After ``GenerateHashWithoutReplicasAndWorkersToDelete`` in ``utils/util.go`` at v1.6.2; earlier versions compare
+    tolerations as well.
+    """
+    compared: dict[str, Any] = json.loads(json.dumps(spec))
+    compared.pop("upgradeStrategy", None)
+    for group in [compared["headGroupSpec"], *compared["workerGroupSpecs"]]:
+        for number in ("replicas", "minReplicas", "maxReplicas"):
+            group.pop(number, None)
+        group["template"]["spec"].pop("tolerations", None)
+    return compared
 
 
 def _retire(cluster: RayCluster) -> None:

@@ -34,15 +34,7 @@ imagePullSecrets:
   - name: {{ . }}
 {{- end }}
 {{- end }}
-{{- with $values.nodeSelector }}
-nodeSelector: {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with $values.tolerations }}
-tolerations: {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with $values.affinity }}
-affinity: {{- toYaml . | nindent 2 }}
-{{- end }}
+{{- include "ratchet.placement" $values }}
 topologySpreadConstraints:
   {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
   - maxSkew: 1
@@ -51,6 +43,19 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels: {{- include "ratchet.selector" (list $top $part) | nindent 8 }}
   {{- end }}
+{{- end -}}
+
+{{/* On which nodes a pod may run: its values. */}}
+{{- define "ratchet.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{/* What an installation adds to every pod: $. */}}
@@ -98,6 +103,34 @@ topologySpreadConstraints:
 image: {{ include "ratchet.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
+{{- end -}}
+
+{{/* Stops an install whose pods would wait for a Secret, or a key of one, in silence. Where nothing can be asked (helm
+template, a namespace that Helm makes), nothing is: every namespace has the service account `default`. */}}
+{{- define "ratchet.secretsExist" -}}
+{{- $namespace := .Release.Namespace -}}
+{{- if lookup "v1" "ServiceAccount" $namespace "default" -}}
+{{- $keys := list "key" "accessKeyIdKey" "secretAccessKeyKey" "clientKey" "passwordKey" "usernameKey" -}}
+{{- $users := dict "ledger" .Values.ledger "operatorKey" .Values.operatorKey "objectStore" .Values.objectStore "kafka" .Values.kafka -}}
+{{- if .Values.ingest.enabled }}{{ $_ := set $users "ingest.splitKey" .Values.ingest.splitKey }}{{ end -}}
+{{- if .Values.console.enabled }}{{ $_ := set $users "console.oidc" .Values.console.oidc }}{{ end -}}
+{{- if .Values.serving.gcsFaultTolerance.enabled }}{{ $_ := set $users "serving.gcsFaultTolerance" .Values.serving.gcsFaultTolerance }}{{ end -}}
+{{- range $value, $user := $users -}}
+{{- $wanted := $user.existingSecret -}}
+{{- if $wanted.name -}}
+{{- $secret := lookup "v1" "Secret" $namespace $wanted.name -}}
+{{- if not $secret -}}
+{{- fail (printf "namespace %s has no Secret %s, which %s.existingSecret names. Create it first." $namespace $wanted.name $value) -}}
+{{- end -}}
+{{- range $name := $keys -}}
+{{- $key := get $wanted $name -}}
+{{- if and $key (not (hasKey (default (dict) $secret.data) $key)) -}}
+{{- fail (printf "Secret %s, which %s.existingSecret names, has no key %s." $wanted.name $value $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The ledger's URL alone: what the migration needs. */}}
@@ -243,7 +276,7 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 - name: bases
   {{- include "ratchet.container" $top | nindent 2 }}
   {{- if eq $top.Values.bases.source "build" }}
-  command: [ratchet, base, build]
+  command: [ratchet, base, build{{ if lt (len $names) 2 }}, --family, clip{{ end }}]
   {{- else if eq $top.Values.bases.source "artifacts" }}
   command: [ratchet, base, pull, {{ join ", " $names }}]
   {{- else }}

@@ -74,82 +74,111 @@ volumeMounts:
   - {name: user, mountPath: /home/ratchet}
   - {name: tmp, mountPath: /tmp}
   {{- include "ratchet.addedMounts" $top | nindent 2 }}
-resources:
-  requests: {cpu: 100m, memory: 512Mi}
-  limits: {memory: 1Gi}
+resources: {{- toYaml $top.Values.serving.autoscaler.resources | nindent 2 }}
+{{- end -}}
+
+{{/* Names a Ray cluster by what it is started with, in a label of its pods. KubeRay compares neither numbers of workers nor
+tolerations, and Serve reads its HTTP options only when it starts: by this label a change of them makes another cluster,
+too. Left out is what changes in the running one. */}}
+{{- define "ratchet.cluster" -}}
+{{- $started := omit .Values.serving "actors" "upgradeStrategy" "podDisruptionBudget" | toJson -}}
+{{- $head := include "ratchet.rayPodSpec" (list . "serving-head" .Values.serving.head) -}}
+{{- $worker := include "ratchet.rayPodSpec" (list . "serving-worker" .Values.serving.workers) -}}
+{{- $settings := include (print .Template.BasePath "/configmap.yaml") . -}}
+{{- print $started $head $worker $settings (include "ratchet.addedAnnotations" .) | sha256sum | trunc 12 -}}
+{{- end -}}
+
+{{/* Annotation of what KubeRay's Job that removes the cluster's keys from Redis needs: it starts when `helm uninstall` has
+deleted the rest, and has the head's volumes, service account and priority. */}}
+{{- define "ratchet.keptForCleanUp" -}}
+{{- if .Values.serving.gcsFaultTolerance.enabled }}helm.sh/resource-policy: keep{{ end -}}
+{{- end -}}
+
+{{/* KubeRay deletes an object when its pods have ended, minutes after `helm uninstall`. An install meanwhile would adopt the
+object, and lose it: (list $ "RayService" name). */}}
+{{- define "ratchet.notBeingDeleted" -}}
+{{- $top := index . 0 -}}{{- $kind := index . 1 -}}{{- $name := index . 2 -}}
+{{- if dig "metadata" "deletionTimestamp" "" (lookup "ray.io/v1" $kind $top.Release.Namespace $name) -}}
+{{- fail (printf "%s %s of an earlier installation is still being deleted, which takes as long as its pods drain. Wait, and repeat: kubectl -n %s wait --for=delete %s/%s --timeout=10m" $kind $name $top.Release.Namespace (lower $kind) $name) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The pod of a head or of a worker: (list $ "serving-head" values). */}}
 {{- define "ratchet.rayPod" -}}
-{{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
-{{- $head := eq $part "serving-head" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}
 metadata:
   labels:
     app.kubernetes.io/part-of: ratchet
     {{- include "ratchet.selector" (list $top $part) | nindent 4 }}
-  annotations:
-    checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
-    {{- include "ratchet.addedAnnotations" $top | nindent 4 }}
-spec:
-  {{- include "ratchet.podSpec" (list $top $part $values (and $head (include "ratchet.autoscales" $top))) | nindent 2 }}
-  terminationGracePeriodSeconds: {{ add (include "ratchet.drainSeconds" $top | int) 15 }}
-  shareProcessNamespace: true # the exporter asks whether the processes that wrote metrics still live
-  initContainers:
-    {{- include "ratchet.bases" (list $top "serving") | nindent 4 }}
-  containers:
-    - name: ray # KubeRay takes the first container for Ray's
-      {{- include "ratchet.container" $top | nindent 6 }}
-      env:
-        {{- include "ratchet.env" (list $top "serving") | nindent 8 }}
-        {{- include "ratchet.rayEnv" $top | nindent 8 }}
-        {{- include "ratchet.addedEnv" $top | nindent 8 }}
-      ports:
-        - {name: agent, containerPort: 52365}
-        - {name: metrics, containerPort: 8080}
-        - {name: serve, containerPort: 8000} # KubeRay looks for it on the head, too
-        {{- if $head }}
-        - {name: gcs-server, containerPort: 6379}
-        - {name: dashboard, containerPort: 8265}
-        - {name: client, containerPort: 10001}
-        {{- end }}
+    ratchet/cluster: {{ include "ratchet.cluster" $top | quote }}
+  {{- with include "ratchet.addedAnnotations" $top }}
+  annotations: {{- . | nindent 4 }}
+  {{- end }}
+spec: {{- include "ratchet.rayPodSpec" . | nindent 2 }}
+{{- end -}}
+
+{{- define "ratchet.rayPodSpec" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
+{{- $head := eq $part "serving-head" -}}
+{{ include "ratchet.podSpec" (list $top $part $values (and $head (include "ratchet.autoscales" $top))) }}
+terminationGracePeriodSeconds: {{ add (include "ratchet.drainSeconds" $top | int) 15 }}
+shareProcessNamespace: true # the exporter asks whether the processes that wrote metrics still live
+initContainers:
+  {{- include "ratchet.bases" (list $top "serving") | nindent 2 }}
+containers:
+  - name: ray # KubeRay takes the first container for Ray's
+    {{- include "ratchet.container" $top | nindent 4 }}
+    env:
+      {{- include "ratchet.env" (list $top "serving") | nindent 6 }}
+      {{- include "ratchet.rayEnv" $top | nindent 6 }}
+      {{- include "ratchet.addedEnv" $top | nindent 6 }}
+    ports:
+      - {name: agent, containerPort: 52365, protocol: TCP}
+      - {name: metrics, containerPort: 8080, protocol: TCP}
+      - {name: serve, containerPort: 8000, protocol: TCP} # KubeRay looks for it on the head, too
       {{- if $head }}
-      {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
-      {{- else }}
-      # Alive: Ray's own processes. Serve replaces replicas that are not, so /health/live is no reason to end the pod.
-      # Ready: a release is live and a text went through an encoder, asked through this pod's proxy.
-      {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60 "ready" "/health/ready" "readyPort" "serve" "readyTimeout" 12) | nindent 6 }}
+      - {name: gcs-server, containerPort: 6379, protocol: TCP}
+      - {name: dashboard, containerPort: 8265, protocol: TCP}
+      - {name: client, containerPort: 10001, protocol: TCP}
       {{- end }}
-      resources:
-        {{- include "ratchet.resources" $values | nindent 8 }}
-      volumeMounts:
-        {{- include "ratchet.mounts" (list $top "serving") | nindent 8 }}
-        {{- include "ratchet.addedMounts" $top | nindent 8 }}
-        - {name: metrics, mountPath: /run/ratchet/metrics}
-        - {name: shm, mountPath: /dev/shm}
-    - name: exporter
-      {{- include "ratchet.container" $top | nindent 6 }}
-      command: [ratchet, metrics, serve, /run/ratchet/metrics, --port, {{ $top.Values.serving.exporter.port | int | quote }}, --host, "0.0.0.0"]
-      env:
-        - {name: HOME, value: /home/ratchet}
-        {{- include "ratchet.addedEnv" $top | nindent 8 }}
-      ports:
-        - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}}
-      {{- include "ratchet.probes" (dict "path" "/metrics" "port" "exporter" "timeout" 10 "start" 30) | nindent 6 }}
-      resources: {{- toYaml $top.Values.serving.exporter.resources | nindent 8 }}
-      volumeMounts:
-        - {name: user, mountPath: /home/ratchet}
-        - {name: tmp, mountPath: /tmp}
-        - {name: metrics, mountPath: /run/ratchet/metrics}
-        {{- include "ratchet.addedMounts" $top | nindent 8 }}
-  volumes:
-    {{- include "ratchet.volumes" (list $top "serving") | nindent 4 }}
-    {{- include "ratchet.addedVolumes" $top | nindent 4 }}
-    - name: home
-      emptyDir: {sizeLimit: 50Gi}
-    - name: metrics
-      emptyDir: {sizeLimit: 256Mi}
-    - name: shm
-      emptyDir: {medium: Memory, sizeLimit: {{ default "512Mi" $values.sharedMemory }}}
+    {{- if $head }}
+    {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 4 }}
+    {{- else }}
+    # Alive: Ray's own processes. Serve replaces replicas that are not, so /health/live is no reason to end the pod.
+    # Ready: a release is live and a text went through an encoder, asked through this pod's proxy.
+    {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60 "ready" "/health/ready" "readyPort" "serve" "readyTimeout" 12) | nindent 4 }}
+    {{- end }}
+    resources:
+      {{- include "ratchet.resources" $values | nindent 6 }}
+    volumeMounts:
+      {{- include "ratchet.mounts" (list $top "serving") | nindent 6 }}
+      {{- include "ratchet.addedMounts" $top | nindent 6 }}
+      - {name: metrics, mountPath: /run/ratchet/metrics}
+      - {name: shm, mountPath: /dev/shm}
+  - name: exporter
+    {{- include "ratchet.container" $top | nindent 4 }}
+    command: [ratchet, metrics, serve, /run/ratchet/metrics, --port, {{ $top.Values.serving.exporter.port | int | quote }}, --host, "0.0.0.0"]
+    env:
+      - {name: HOME, value: /home/ratchet}
+      {{- include "ratchet.addedEnv" $top | nindent 6 }}
+    ports:
+      - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}, protocol: TCP}
+    {{- include "ratchet.probes" (dict "path" "/metrics" "port" "exporter" "timeout" 10 "start" 30) | nindent 4 }}
+    resources: {{- toYaml $top.Values.serving.exporter.resources | nindent 6 }}
+    volumeMounts:
+      - {name: user, mountPath: /home/ratchet}
+      - {name: tmp, mountPath: /tmp}
+      - {name: metrics, mountPath: /run/ratchet/metrics}
+      {{- include "ratchet.addedMounts" $top | nindent 6 }}
+volumes:
+  {{- include "ratchet.volumes" (list $top "serving") | nindent 2 }}
+  {{- include "ratchet.addedVolumes" $top | nindent 2 }}
+  - name: home
+    emptyDir: {sizeLimit: 50Gi}
+  - name: metrics
+    emptyDir: {sizeLimit: 256Mi}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ default "512Mi" $values.sharedMemory }}}
 {{- end -}}
 
 {{/* Where the updater finds the cluster that trains, by the name that KubeRay gives to the head's service. */}}
@@ -180,11 +209,11 @@ spec:
         {{- include "ratchet.storeEnv" $top | nindent 8 }} # they read their samples from the lake
         {{- include "ratchet.addedEnv" $top | nindent 8 }}
       ports:
-        - {name: agent, containerPort: 52365}
+        - {name: agent, containerPort: 52365, protocol: TCP}
         {{- if $head }}
-        - {name: gcs-server, containerPort: 6379}
-        - {name: dashboard, containerPort: 8265}
-        - {name: client, containerPort: 10001}
+        - {name: gcs-server, containerPort: 6379, protocol: TCP}
+        - {name: dashboard, containerPort: 8265, protocol: TCP}
+        - {name: client, containerPort: 10001, protocol: TCP}
         {{- end }}
       {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
       resources:

@@ -59,7 +59,7 @@ def test_ray_starts_a_head_and_workers_with_the_resources_of_their_pods(cluster:
     assert len(cluster.workers) == 2
     for worker in cluster.workers:
         read = scripts.start.make_context("start", ray_words(worker)).params
-        assert (read["head"], read["num_cpus"], read["block"]) == (False, 4, True)
+        assert (read["head"], read["num_cpus"], read["block"]) == (False, 3, True)  # of 2500m
         assert read["address"] == "live-1-head-svc.ml.svc.cluster.local:6379"
         assert worker.container("wait-gcs-ready")["args"][0].startswith(
             "until ray health-check --address live-1-head-svc"

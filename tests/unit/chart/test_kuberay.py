@@ -22,6 +22,7 @@ from helm_python import HelmError
 from jsonschema import Draft202012Validator
 from ray.serve._private import constants
 
+from benchmarks.cluster.ray_service import compared_by_kuberay
 from ops.settings import Settings
 from serving.ray import ray_session
 from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, profile, render
@@ -29,6 +30,8 @@ from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, pro
 CASES = [merged(profile(name), extra) for name in PROFILES for extra in ({}, EVERYTHING)]
 IDS = [f"{name}{extra}" for name in PROFILES for extra in ("", " with everything")]
 VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
+TRAINING = {version: file for version, file in VERSIONS.items() if version != "1.5.1"}
+"""Versions with RayCluster's ``upgradeStrategy``."""
 MAX_NAME = 53 - len("-xxxxx")
 """MaxRayServiceNameLength: of a cluster's 53, less what KubeRay appends."""
 DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
@@ -105,7 +108,7 @@ def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any
     ports = {port["name"]: port["containerPort"] for port in ray_container(head)["ports"]}
     assert ports.items() >= PORTS.items()
     for group in workers:
-        assert {"name": "serve", "containerPort": 8000} in ray_container(group)["ports"]
+        assert {"name": "serve", "containerPort": 8000, "protocol": "TCP"} in ray_container(group)["ports"]
     assert "headService" not in head  # ValidateRayServiceSpec refuses a name of its own
     assert service["spec"]["excludeHeadPodFromServeSvc"] is True  # it has no replicas, and its probe asks none
 
@@ -150,6 +153,57 @@ def test_ray_adds_workers_where_more_are_allowed(version: str) -> None:
         each for each in of_kind(objects, "NetworkPolicy") if each["metadata"]["name"] == "live-ratchet-serving"
     ]
     assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workers": {"replicas": 4}},
+        {"workers": {"maxReplicas": 9}},
+        {"workers": {"tolerations": [{"operator": "Exists"}]}},
+        {"head": {"tolerations": [{"operator": "Exists"}]}},
+        {"requestTimeoutSeconds": 60},
+    ],
+    ids=str,
+)
+def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one(change: Any) -> None:
+    """KubeRay compares neither numbers of workers nor tolerations, and Serve reads HTTP options only when it starts."""
+    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 8}}}
+    before, after = (
+        of_kind(render(autoscaled, each), "RayService")[0]["spec"]["rayClusterConfig"]
+        for each in ({}, {"serving": change})
+    )
+    assert compared_by_kuberay(before) != compared_by_kuberay(after)
+
+
+def test_what_serve_changes_in_a_running_cluster_makes_no_new_one() -> None:
+    before, after = (
+        of_kind(render({"serving": {"actors": {"encoder": {"cpus": cpus}}}}), "RayService")[0]["spec"]
+        for cpus in (0.5, 0.25)
+    )
+    assert before["serveConfigV2"] != after["serveConfigV2"]
+    assert before["rayClusterConfig"] == after["rayClusterConfig"]
+
+
+def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], training: list[dict[str, Any]]) -> None:
+    """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and who
+    applies the same objects again a conflict."""
+    (cluster,) = of_kind(training, "RayCluster")
+    for spec in (service["spec"]["rayClusterConfig"], cluster["spec"]):
+        for group in spec["workerGroupSpecs"]:
+            assert group["numOfHosts"] == 1
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            for container in group["template"]["spec"]["containers"]:
+                assert {port["protocol"] for port in container.get("ports", [])} == {"TCP"}
+
+
+def test_rays_autoscaler_gets_the_resources_that_are_set() -> None:
+    resources = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "3Gi"}}
+    autoscaled = {"serving": {"workers": {"maxReplicas": 4}, "autoscaler": {"resources": resources}}}
+    objects = render(EVERYTHING, autoscaled)
+    (service,), (cluster,) = of_kind(objects, "RayService"), of_kind(objects, "RayCluster")
+    for spec in (service["spec"]["rayClusterConfig"], cluster["spec"]):
+        assert spec["autoscalerOptions"]["resources"] == resources
 
 
 def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
@@ -223,7 +277,7 @@ def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(training: li
         each for each in of_kind(training, "Deployment") if each["metadata"]["name"] == "live-ratchet-updater"
     ]
     spec = cluster["spec"]
-    for version in VERSIONS.values():  # a RayService has the same specification inside
+    for version in TRAINING.values():  # a RayService has the same specification inside
         whole = json.loads((ROOT / "tests" / "support" / "crds" / version).read_text())
         Draft202012Validator(whole["properties"]["spec"]["properties"]["rayClusterConfig"]).validate(spec)
     head, workers = spec["headGroupSpec"], spec["workerGroupSpecs"][0]
@@ -246,6 +300,14 @@ def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(training: li
             places.items()
             >= {mount["name"]: mount["mountPath"] for mount in trainer["containers"][0]["volumeMounts"]}.items()
         )
+
+
+def test_an_upgrade_replaces_the_pods_of_the_cluster_that_trains(training: list[dict[str, Any]]) -> None:
+    """KubeRay changes no pod of a RayCluster otherwise: steps would go on with the code of the version before."""
+    (cluster,) = of_kind(training, "RayCluster")
+    assert cluster["spec"]["upgradeStrategy"] == {"type": "Recreate"}
+    page = (ROOT / "docs" / "deployer.md").read_text()
+    assert "1.6 to 1.7 for `updater.workers`" in page
 
 
 def test_the_updater_finds_the_cluster_that_trains_and_its_token(training: list[dict[str, Any]]) -> None:
@@ -272,3 +334,26 @@ def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
     assert not of_kind(render(), "RayCluster")
     with pytest.raises(HelmError, match=r"updater\.storage\.existingClaim"):
         render({"updater": {"workers": {"enabled": True}}})
+
+
+def test_what_the_clean_up_of_redis_mounts_and_runs_as_outlives_an_uninstall() -> None:
+    """buildRedisCleanupJob runs a pod like the head's when Helm has deleted everything that is not to be kept."""
+    chosen = {"priorityClasses": {"create": True}}
+    objects = render(EVERYTHING, chosen)
+    kept = {
+        (each["kind"], each["metadata"]["name"])
+        for each in objects
+        if each["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
+    }
+    head = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    maps = [volume["configMap"]["name"] for volume in head["volumes"] if "configMap" in volume]
+    needed = {
+        ("ServiceAccount", head["serviceAccountName"]),
+        ("PriorityClass", head["priorityClassName"]),
+        *(("ConfigMap", name) for name in maps),
+    }
+    ours = {(each["kind"], each["metadata"]["name"]) for each in objects}
+    assert kept == needed & ours
+    assert len(kept) == 3
+    without = render(EVERYTHING, chosen, {"serving": {"gcsFaultTolerance": {"enabled": False}}})
+    assert not [each for each in without if "helm.sh/resource-policy" in each["metadata"].get("annotations", {})]

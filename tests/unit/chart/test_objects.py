@@ -113,6 +113,28 @@ def test_migration_runs_before_install_and_upgrade_and_needs_nothing_that_is_not
     ]  # not the chart's
 
 
+def test_migration_and_test_go_where_they_are_told_and_before_training_where_a_class_is_named() -> None:
+    placed = {
+        "nodeSelector": {"pool": "small"},
+        "tolerations": [{"key": "pool", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+    }
+    templates = dict(pods(render({"migration": placed, "priorityClasses": {"serving": "important"}})))
+    for component in ("migration", "test"):
+        spec = templates[component]["spec"]
+        assert {**placed, "priorityClassName": "important"}.items() <= spec.items(), component
+
+
+def test_a_migration_that_fails_says_so_within_a_minute_and_is_cleared_away(objects: list[dict[str, Any]]) -> None:
+    """Pauses of 10 and 20 s between three attempts of a few seconds; Helm 4 prints the log of the last one."""
+    (job,) = of_kind(objects, "Job")
+    assert job["spec"]["backoffLimit"] == 2
+    assert job["metadata"]["annotations"]["helm.sh/hook-output-log-policy"] == "hook-failed"
+    assert job["spec"]["ttlSecondsAfterFinished"] == 24 * 3600  # Helm deletes hooks of releases that are gone never
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
 def policies(objects: list[dict[str, Any]], component: str, labels: dict[str, dict[str, str]]) -> list[Any]:
     """The specs of all policies that hold for a component."""
     found = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
@@ -138,7 +160,7 @@ def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
     assert outward(objects, "ingest", labels) == {dns, ledger, kafka, *store}
     assert outward(objects, "maintain", labels) == {dns, ledger, kafka, *store}
     assert outward(objects, "updater", labels) == {dns, ledger, *store, serve, 10001}
-    assert outward(objects, "training-worker", labels) == {dns, *store}
+    assert outward(objects, "training-worker", labels) == {dns, *store, 6443}  # a policy of its head, too
     assert outward(objects, "console", labels) == {dns, ledger, kafka, *store, serve}
     assert outward(objects, "serving-worker", labels) == {dns, ledger, *store, redis}
 
@@ -178,6 +200,41 @@ def test_the_ingress_controller_reaches_what_is_published() -> None:
             for rule in each["spec"].get("ingress", [])
         ]
         assert {port["port"] for rule in rules if controller in rule["from"] for port in rule["ports"]} == published
+
+
+def test_rays_autoscaler_reaches_the_api_server_also_where_policies_see_its_own_port() -> None:
+    """Most network plugins look at a packet after the Service's address and port have been replaced."""
+    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 4}}}
+    objects = render(EVERYTHING, autoscaled)
+    labels = {component: template["metadata"]["labels"] for component, template in pods(objects)}
+    for head in ("serving-head", "training-head"):
+        assert {443, 6443} <= outward(objects, head, labels)
+    named = {
+        "networkPolicy": {"egress": {"kubernetes": {"to": [{"ipBlock": {"cidr": "10.0.0.1/32"}}], "ports": [16443]}}}
+    }
+    opened = {"to": [{"ipBlock": {"cidr": "10.0.0.1/32"}}], "ports": [{"protocol": "TCP", "port": 16443}]}
+    assert opened in policies(render(autoscaled, named), "serving-head", labels)[-1]["egress"]
+
+
+@pytest.mark.parametrize("name", ["kuberay-operator", "kuberay"], ids=["its chart", "its kustomize manifests"])
+def test_kuberay_reaches_ray_however_it_was_installed(name: str) -> None:
+    """Labels of the operator's pods in helm-chart/kuberay-operator and in ray-operator/config/manager of KubeRay."""
+    operator = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
+    objects = render(EVERYTHING)
+    for policy in ("serving", "training"):
+        spec = next(
+            each["spec"]
+            for each in of_kind(objects, "NetworkPolicy")
+            if each["metadata"]["name"] == f"live-ratchet-{policy}"
+        )
+        let_in = {
+            port["port"]
+            for rule in spec["ingress"]
+            for peer in rule["from"]
+            if peer.get("namespaceSelector") == {} and selects(peer["podSelector"], operator)
+            for port in rule["ports"]
+        }
+        assert {8265, 52365} <= let_in, policy
 
 
 def test_cloud_identities_are_reached_by_the_users_of_the_object_store_alone() -> None:
@@ -229,10 +286,22 @@ def test_no_upgrade_adds_a_writer_of_the_sample_store(objects: list[dict[str, An
         assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
 
 
+def test_who_administers_a_namespace_can_install_everything(objects: list[dict[str, Any]]) -> None:
+    """With Kubernetes' role ``admin`` and the editor roles of the operators; nothing belongs to the whole cluster."""
+    admin = {
+        "ConfigMap", "Service", "ServiceAccount", "Deployment", "Job", "Pod", "Ingress", "NetworkPolicy",
+        "PodDisruptionBudget",
+    }  # fmt: skip
+    of_operators = {"RayService", "RayCluster", "ScaledObject", "TriggerAuthentication", "PodMonitor", "PrometheusRule"}
+    assert {each["kind"] for each in objects} == admin | of_operators
+
+
 def test_two_releases_of_one_name_in_two_namespaces_share_no_object() -> None:
     one, other = (
         {(each["kind"], each["metadata"]["name"]) for each in objects if each["kind"] == "PriorityClass"}
-        for objects in (render(), render(namespace="other"))
+        for objects in (
+            render({"priorityClasses": {"create": True}}, namespace=namespace) for namespace in ("ml", "other")
+        )
     )
     assert one and other and not one & other
 

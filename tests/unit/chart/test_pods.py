@@ -141,13 +141,20 @@ def test_ray_has_shared_memory_that_holds_its_object_store(objects: list[dict[st
         assert "/dev/shm" in {mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
 
 
-def test_serving_goes_before_training(objects: list[dict[str, Any]]) -> None:
-    value = {each["metadata"]["name"]: each for each in of_kind(objects, "PriorityClass")}
+@pytest.mark.parametrize("made", [True, False], ids=["made by the chart", "named"])
+def test_serving_goes_before_training(made: bool) -> None:
+    named = {"serving": "important", "training": "unimportant"}
+    objects = render(EVERYTHING, {"priorityClasses": {"create": True} if made else named})
     of_pod = {component: template["spec"].get("priorityClassName") for component, template in pods(objects)}
-    training = value[of_pod["updater"]]
-    assert training["preemptionPolicy"] == "Never"
-    for component in WORKLOADS - {"updater"}:
-        assert value[of_pod[component]]["value"] > training["value"]
+    training = {"updater", "training-head", "training-worker"}
+    (high,) = {of_pod[component] for component in WORKLOADS - training}
+    (low,) = {of_pod[component] for component in training}
+    classes = {each["metadata"]["name"]: each for each in of_kind(objects, "PriorityClass")}
+    if not made:
+        assert (high, low, classes) == ("important", "unimportant", {})
+        return
+    assert classes[low]["preemptionPolicy"] == "Never"
+    assert classes[high]["value"] > classes[low]["value"]
 
 
 def test_there_is_one_trainer_and_nothing_scales_it(objects: list[dict[str, Any]]) -> None:

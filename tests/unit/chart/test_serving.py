@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
+from benchmarks.cluster.ray_service import quantity
 from ops.cli import metrics
 from ops.loading import load_settings
 from ops.settings import Settings
@@ -171,25 +173,25 @@ def stuck(kinds: tuple[Kind, ...], nodes: int, cpus: int, gpus: int) -> list[tup
 
 
 def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[int, ...]] | None:
-    """A placement of encoders, VLMs and the rest on the workers that is stuck, if there is one."""
+    """A placement of encoders, VLMs, ingresses and controllers on the workers that is stuck, if there is one."""
     at = settings_of(objects, folder).serve
     group = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
     resources = group["template"]["spec"]["containers"][0]["resources"]
-    replicas = {"Encoder": at.encoder_replicas, "Vlm": at.vlm_replicas}
-    kinds = [
-        Kind(
-            replicas[each.name],
-            round(1000 * each.ray_actor_options.num_cpus),
-            round(1000 * each.ray_actor_options.num_gpus),
-            each.max_replicas_per_node if isinstance(each.max_replicas_per_node, int) else 1000,
-        )
-        for each in serve_config(objects).applications[0].deployments
-        if each.name in replicas
-    ]
-    rest = Kind(at.ingress_replicas + at.controller_replicas, 200, 0, 1000)  # the catalog is one more, of half as much
-    cpus = round(1000 * float(resources["requests"]["cpu"])) - 100
+    replicas = {
+        "Encoder": at.encoder_replicas, "Vlm": at.vlm_replicas,
+        "Ingress": at.ingress_replicas, "Controller": at.controller_replicas,
+    }  # fmt: skip
+    kinds = []
+    for each in sorted(
+        serve_config(objects).applications[0].deployments, key=lambda each: [*replicas].index(each.name)
+    ):
+        options = each.ray_actor_options if each.name in ("Encoder", "Vlm") else None
+        most = each.max_replicas_per_node if isinstance(each.max_replicas_per_node, int) else 1000
+        cpus, gpus = (options.num_cpus, options.num_gpus) if options else (0.2, 0)
+        kinds.append(Kind(replicas[each.name], round(1000 * cpus), round(1000 * gpus), most))
+    cpus = 1000 * math.ceil(quantity(resources["requests"]["cpu"]))  # as KubeRay tells Ray
     gpus = 1000 * int(resources["limits"].get("nvidia.com/gpu", 0))
-    return stuck((*kinds, rest), group["replicas"], cpus, gpus)
+    return stuck(tuple(kinds), group["replicas"], cpus - 100, gpus)  # less the catalog, which may be on any of them
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -197,12 +199,76 @@ def test_all_replicas_fit_on_the_workers_in_whatever_order_they_are_placed(name:
     assert stuck_on_workers(render(profile(name)), tmp_path) is None
 
 
+NODE = {"cpu": 7.5, "memory": 29 * 2**30}
+"""What a node of 8 cores and 32 GiB leaves for pods, after its own processes."""
+
+
+def requested(template: dict[str, Any]) -> dict[str, float]:
+    """What Kubernetes reserves for a pod: the sum of its containers, or the most of what runs before them."""
+    first = [each["resources"]["requests"] for each in template["spec"].get("initContainers", [])]
+    then = [each["resources"]["requests"] for each in template["spec"]["containers"]]
+    return {
+        name: max([sum(quantity(str(each[name])) for each in then), *(quantity(str(each[name])) for each in first)])
+        for name in NODE
+    }
+
+
+def test_two_nodes_of_the_profile_without_gpus_have_room_for_the_second_cluster_of_an_upgrade() -> None:
+    """Each pod goes to the node with fewer of its kind, then to the one with more room, as Kubernetes scores them."""
+    templates = dict(pods(render(profile("cpu"))))
+    cluster = ["serving-head", "serving-worker", "serving-worker"]
+    nodes: list[dict[str, Any]] = [{"pods": [], "left": dict(NODE)} for _ in range(2)]
+    for component in [*cluster, "updater", "ingest", "maintain", "console", *cluster, "migration", "test"]:
+        asked = requested(templates[component])
+        node = min(nodes, key=lambda each: (each["pods"].count(component), -each["left"]["cpu"]))
+        node["pods"].append(component)
+        node["left"] = {name: node["left"][name] - asked[name] for name in NODE}
+        assert min(node["left"].values()) >= 0, (component, node)
+
+
+def test_helm_test_asks_the_pods_of_this_version_and_not_those_that_still_serve() -> None:
+    """While the second cluster of an upgrade has no room, the first one answers to the name that clients use."""
+
+    def asked(values: Any) -> tuple[dict[str, str], dict[str, str]]:
+        """Selector of the service that ``helm test`` calls, and labels of a worker."""
+        objects = render(values)
+        (test,) = of_kind(objects, "Pod")
+        command = test["spec"]["containers"][0]["command"]
+        name = command[command.index("--server") + 1].removeprefix("http://").removesuffix(":8000")
+        (service,) = [each for each in of_kind(objects, "Service") if each["metadata"]["name"] == name]
+        assert service["spec"]["ports"][0]["port"] == 8000
+        return service["spec"]["selector"], dict(pods(objects))["serving-worker"]["metadata"]["labels"]
+
+    before, workers_before = asked({})
+    assert before.items() <= workers_before.items()
+    for change in (
+        {"settings": {"serve": {"max_batch": 7}}},
+        {"image": {"tag": "next"}},
+        {"serving": {"workers": {"replicas": 3}}},
+        {"serving": {"head": {"resources": {"requests": {"cpu": "2"}}}}},
+        {"extraEnv": [{"name": "A", "value": "b"}]},
+        {"podAnnotations": {"example.org/team": "ml"}},
+        {"serving": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379"}}},
+    ):
+        after, workers_after = asked(change)
+        assert after.items() <= workers_after.items(), change
+        assert not after.items() <= workers_before.items(), change
+    in_place, _ = asked({"serving": {"actors": {"encoder": {"cpus": 0.25}}}, "ingest": {"replicas": 2}})
+    assert in_place == before
+
+
 def test_without_a_limit_for_each_node_encoders_can_take_the_room_of_a_vlm(tmp_path: Path) -> None:
     """Eight encoders of 0.05 GPU on the first of four GPUs leave 0.6 there for a VLM that wants 0.9."""
     unlimited = {"serving": {"actors": {"encoder": {"maxPerNode": 100}, "vlm": {"maxPerNode": 100}}}}
     placed = stuck_on_workers(render(profile("multigpu"), unlimited), tmp_path)
     assert placed is not None
-    assert max(encoders for encoders, _, _ in placed) > 2
+    assert max(encoders for encoders, *_ in placed) > 2
+
+
+def test_without_a_vlm_none_is_built() -> None:
+    for _, template in pods(render({"settings": {"base": {"vlm": ""}}})):
+        for container in template["spec"].get("initContainers", []):
+            assert container["command"] == ["ratchet", "base", "build", "--family", "clip"]
 
 
 def test_each_pod_has_the_bases_before_it_starts() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 from helm_python import HelmError
 
-from tests.support.chart import NEEDED, PROFILES, ROOT, chart, merged, profile
+from tests.support.chart import CHART, NEEDED, PROFILES, ROOT, chart, merged, profile
 
 WRONG: list[tuple[str, Any, list[str]]] = [
     ("a name that does not exist", {"serving": {"worker": {"replicas": 2}}}, ["/serving", "worker"]),
@@ -61,6 +62,31 @@ def test_a_wrong_value_is_refused_by_name(wrong: Any, names: list[str]) -> None:
 def test_what_every_installation_has_to_say_is_asked_for(missing: str) -> None:
     with pytest.raises(HelmError, match=f"/{missing}"):
         chart().render({name: value for name, value in NEEDED.items() if name != missing}, name="live")
+
+
+def paths(values: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where the sections of values.yaml stand, and the last value of each."""
+    for name, value in values.items():
+        if isinstance(value, dict) or name == [*values][-1]:
+            yield (*above, name)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, name))
+
+
+def test_values_that_an_older_chart_did_not_have_are_missed_by_name() -> None:
+    """`helm upgrade --reuse-values` goes on with the defaults of the chart before, without what is new in this one."""
+    silent = set()
+    for path in paths(yaml.safe_load((CHART / "values.yaml").read_text())):
+        without: Any = None  # Helm removes what is null
+        for name in reversed(path):
+            without = {name: without}
+        try:
+            chart().render(merged(NEEDED, without), name="live")
+        except HelmError as error:
+            if f"missing property '{path[-1]}'" in str(error):
+                continue
+        silent.add(path[-1])
+    assert silent <= {"maxPerNode", "grafana_dashboard"}  # may be left out
 
 
 def test_the_example_of_the_deployers_page_is_a_valid_one_and_refusals_read_as_it_says() -> None:
