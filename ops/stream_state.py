@@ -37,7 +37,7 @@ class Gap:
     first: int
     last: int
     reason: str
-    """``retention`` or ``truncated``."""
+    """``retention`` or ``skipped``; ``truncated`` in gaps of earlier versions, which were stored before."""
     time: datetime
 
     @property
@@ -59,6 +59,8 @@ class StreamState:
     """Offsets that were lost, ever."""
     gaps: tuple[Gap, ...] = ()
     """The newest ones, newest first."""
+    rewritten: int = 0
+    """Offsets that were cut off the log after they were stored, ever."""
     waiting_for: str | None = None
     """What ingest waits for; empty: nothing; None: not known."""
     maintained: datetime | None = None
@@ -103,6 +105,7 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
         fragments=store.fragments(),
         lost=tally["gap_offsets"],
         gaps=tuple(_gap(row) for row in store.gaps(GAPS)) if tally["gap_offsets"] else (),
+        rewritten=tally["rewritten_offsets"],
         waiting_for=_waiting_for(ingest),
         maintained=None if done is None else datetime.fromtimestamp(done, UTC),
         maintenance_failing=failed is not None and failed > (done or 0.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from kafka import TopicPartition
 from kafka.errors import IllegalStateError
@@ -15,8 +15,6 @@ from ops.errors import BrokerError
 from streams.assignment import Reading
 from streams.clients import Admin
 from streams.quality.validate import StoreRow
-
-Cause = Literal["retention", "truncated"]
 
 
 class LogLost(BrokerError):
@@ -89,19 +87,15 @@ class LogWatch:
             self._measured.discard(partition)
 
 
-def gap(reading: Reading, start: int, until: int, cause: Cause) -> StoreRow:
-    """The row that says that the offsets from ``start`` to before ``until`` are lost."""
-    why = {
-        "retention": "the broker deleted them before they were read",
-        "truncated": "the log was cut off, and other records stand there now",
-    }
+def gap(reading: Reading, start: int, until: int) -> StoreRow:
+    """The row that says that the broker deleted the offsets from ``start`` to before ``until`` unread."""
     return {
         "kind": "gap",
         "topic": reading.stream,
         "partition": reading.partition,
         "offset": start,
         "until": until,
-        "reason": cause,
-        "detail": f"{until - start} offsets: {why[cause]}",
+        "reason": "retention",
+        "detail": f"{until - start} offsets: the broker deleted them before they were read",
         "ingested_at": datetime.now(UTC),
     }

@@ -223,6 +223,8 @@ def _stream(facts: dict[str, Any]) -> Panel:
     if stream.lost:
         last = f", last: {stream.gaps[0].shown}" if stream.gaps else ""
         lines.append(f"{stream.lost:,} offsets lost{last}\n", "red")
+    if stream.rewritten:
+        lines.append(f"{stream.rewritten:,} offsets rewritten by the broker after they were stored\n", "yellow")
     if stream.waiting_for is None:
         lines.append("ingest: no metrics here\n", "dim")
     elif stream.waiting_for:

@@ -44,7 +44,7 @@ LABELS = {
     "partition": "partitions of the topic",
     "phase": "prepare, commit, rollback",
     "purpose": "train, gate",
-    "reason": "codes of refusals, all written in the source; of lost offsets: retention, truncated; of deleted "
+    "reason": "codes of refusals, all written in the source; of lost offsets: retention; of deleted "
     "samples: retention, deletion",
     "role": "retention, gain",
     "route": "route templates of the application, and `unmatched`",
@@ -73,6 +73,10 @@ INGEST_LAG = Gauge("ratchet_ingest_lag_records", "Records between the store and 
 INGEST_COMMIT = Histogram("ratchet_ingest_commit_seconds", "Time of one atomic store commit.", buckets=SECONDS)
 INGEST_LOST = Counter(
     "ratchet_ingest_lost_offsets_total", "Offsets that were gone before they were read (gaps).", ["reason"]
+)
+INGEST_REWRITTEN = Counter(
+    "ratchet_ingest_rewritten_offsets_total",
+    "Offsets that were cut off the log after their records were stored (unclean leader elections).",
 )
 INGEST_WAITING = Gauge("ratchet_ingest_waiting", "Whether ingest waits for a dependency (1) or not (0).", ["for"])
 INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1) or not (0).")
@@ -303,8 +307,7 @@ for _split in ("train", "fresh_eval"):
     INGEST_STORED.labels(_split)
 for _kind in ("exact", "perceptual", "older"):
     INGEST_DUPLICATES.labels(_kind)
-for _reason in ("retention", "truncated"):
-    INGEST_LOST.labels(_reason)
+INGEST_LOST.labels("retention")
 for _dependency in ("broker", "store", "disk", "registry"):
     INGEST_WAITING.labels(_dependency)
 for _outcome in ("done", "failed"):

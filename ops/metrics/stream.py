@@ -53,8 +53,13 @@ class ingest:
 
     @staticmethod
     def lost(offsets: int, reason: str) -> None:
-        """Offsets were gone before they were read; reason is ``retention`` or ``truncated``."""
+        """Offsets were gone before they were read; reason is ``retention``."""
         d.INGEST_LOST.labels(reason).inc(offsets)
+
+    @staticmethod
+    def rewritten(offsets: int) -> None:
+        """Offsets were cut off the log after they were stored."""
+        d.INGEST_REWRITTEN.inc(offsets)
 
     @staticmethod
     def waiting(dependency: str) -> None:
