@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,15 @@ def producer_limits(ingest: Ingest) -> Limits:
     return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side, ingest.max_text_chars)
 
 
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic as the broker describes it."""
+
+    id: str
+    """Empty where the broker has no ids."""
+    partitions: int
+
+
 class Admin:
     """Questions about topics. One connection, made at first use and again after an error. Not thread safe."""
 
@@ -57,14 +67,21 @@ class Admin:
         self.connect_seconds = connect_seconds
         self._client: KafkaAdminClient | None = None
 
-    def topic_id(self, topic: str) -> str | None:
-        """Kafka's id of a topic; empty where the broker has no ids, None when there is no such topic.
+    def topic(self, topic: str) -> Topic | None:
+        """What the broker says of a topic; None when there is no such topic.
 
         Raises:
             BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
         """
         description = self._ask(f"describing topic {topic}", partial(_describe, topic=topic))
-        return None if description is None else str(description["topic_id"] or "")
+        if description is None:
+            return None
+        return Topic(str(description["topic_id"] or ""), len(description["partitions"]))
+
+    def topic_id(self, topic: str) -> str | None:
+        """The id of a topic; None when there is no such topic. Raises BrokerError, as :meth:`topic` does."""
+        found = self.topic(topic)
+        return None if found is None else found.id
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         """Create the topics that are not there: for the largest records, with the broker's own replication factor.

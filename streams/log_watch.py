@@ -44,17 +44,22 @@ class LogWatch:
         """Make sure that what was just polled is from the log that has been read so far.
 
         Asked after each poll (0.5 ms): a log cannot come back, so if the topic still has its id now, it had it then.
+        If the topic has more partitions than the consumer knows, the consumer asks for them now, so that the group
+        shares them out; by itself it would after up to five minutes.
 
         Raises:
             LogLost, BrokerError
         """
-        topic_id = self._admin.topic_id(self._topic)
+        topic = self._admin.topic(self._topic)
         self._looked_at = time.monotonic()
-        if topic_id != self.topic_id:
+        if topic is None or topic.id != self.topic_id:
             raise LogLost(
-                f"topic {self._topic} has lost its log (its id was {self.topic_id}, is {topic_id or 'gone'}).",
+                f"topic {self._topic} has lost its log (its id was {self.topic_id}, is {topic.id if topic else 'gone'}).",
                 "The new one is read from its beginning.",
             )
+        cluster = self._consumer._client.cluster
+        if topic.partitions > len(cluster.partitions_for_topic(self._topic) or ()):
+            cluster.request_update()
 
     def range(self, partition: int) -> tuple[int, int]:
         """First and end offset of a partition's log."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -73,21 +74,21 @@ def test_every_owned_option_is_one_of_kafka_python() -> None:
 
 
 class Describing:
-    """An admin client whose broker answers questions about a topic with an error."""
+    """An admin client whose broker answers questions about a topic with an error, or with a number of partitions."""
 
-    def __init__(self, error_code: int, topic_id: str | None = None) -> None:
-        self.answer = {"error_code": error_code, "topic_id": topic_id}
+    def __init__(self, error_code: int, topic_id: str | None = None, partitions: int = 0) -> None:
+        self.answer = {"error_code": error_code, "topic_id": topic_id, "partitions": [{}] * partitions}
 
     def describe_topics(self, topics: list[str]) -> list[dict[str, object]]:
-        return [{**self.answer, "name": name, "partitions": []} for name in topics]
+        return [{**self.answer, "name": name} for name in topics]
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-def answering(error_code: int, topic_id: str | None = None) -> Admin:
+def answering(error_code: int, topic_id: str | None = None, partitions: int = 0) -> Admin:
     admin: Any = Admin(Kafka())
-    admin._client = Describing(error_code, topic_id)
+    admin._client = Describing(error_code, topic_id, partitions)
     return cast(Admin, admin)
 
 
@@ -99,6 +100,17 @@ def test_a_topic_that_may_not_be_described_is_neither_gone_nor_a_new_log() -> No
     with pytest.raises(BrokerError) as caught:
         LogWatch(answering(TopicAuthorizationFailedError.errno), None, "t", "id").look()
     assert not isinstance(caught.value, LogLost)
+
+
+@pytest.mark.parametrize(("there", "known", "asked"), [(2, {0, 1}, 0), (6, {0, 1}, 1), (2, None, 1)])
+def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consumer_knows(
+    there: int, known: set[int] | None, asked: int
+) -> None:
+    updates: list[int] = []
+    cluster = SimpleNamespace(partitions_for_topic=lambda topic: known, request_update=lambda: updates.append(1))
+    consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
+    LogWatch(answering(0, "id", there), consumer, "t", "id").look()
+    assert len(updates) == asked
 
 
 def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_keeps_its_own() -> None:
