@@ -53,8 +53,9 @@ class LogWatch:
         topic = self._admin.topic(self._topic)
         self._looked_at = time.monotonic()
         if topic is None or topic.id != self.topic_id:
+            now = topic.id if topic else "gone"
             raise LogLost(
-                f"topic {self._topic} has lost its log (its id was {self.topic_id}, is {topic.id if topic else 'gone'}).",
+                f"topic {self._topic} has lost its log (its id was {self.topic_id}, is {now}).",
                 "The new one is read from its beginning.",
             )
         cluster = self._consumer._client.cluster
