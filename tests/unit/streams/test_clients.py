@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import socketserver
+import ssl
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trustme
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import (
     InvalidTopicError,
@@ -123,6 +130,52 @@ def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
     kafka = Kafka(client={"sasl_mechanism": "PLAIN", "sasl_plain_password": "hush"})
     error = explain(KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting")
     assert "password" in error.fix and "hush" not in str(error)
+
+
+@pytest.fixture
+def secure_port(tmp_path: Path) -> Iterator[int]:
+    """A port that speaks TLS, with a certificate for localhost of the authority in ``ca.pem``."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+
+    class Handshake(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                context.wrap_socket(self.request, server_side=True).recv(1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handshake) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.mark.parametrize("protocol", ["SSL", "SASL_SSL"])
+def test_a_certificate_that_cannot_be_verified_is_named(secure_port: int, protocol: str) -> None:
+    client = {"security_protocol": protocol, "sasl_mechanism": "PLAIN", "sasl_plain_username": "u"}
+    kafka = Kafka(bootstrap=f"localhost:{secure_port}", client={**client, "sasl_plain_password": "hush"})
+    with pytest.raises(BrokerError, match="certificate verify failed") as caught:
+        Admin(kafka, connect_seconds=0.5).topic_id("t")
+    assert "ssl_cafile" in caught.value.fix and "password" not in str(caught.value) + caught.value.fix
+
+
+def test_tls_at_a_port_without_tls_is_named_and_a_certificate_that_is_right_is_not_blamed(
+    secure_port: int, tmp_path: Path
+) -> None:
+    error = KafkaTimeoutError("Unable to bootstrap")
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+
+        def answer() -> None:
+            with plain.accept()[0] as caller:
+                caller.sendall(b"not TLS")
+
+        threading.Thread(target=answer, daemon=True).start()
+        kafka = Kafka(bootstrap=f"127.0.0.1:{plain.getsockname()[1]}", client={"security_protocol": "SSL"})
+        assert "security_protocol" in explain(error, connection(kafka), "connecting").fix
+    client = {"security_protocol": "SSL", "ssl_cafile": str(tmp_path / "ca.pem")}
+    kafka = Kafka(bootstrap=f"localhost:{secure_port}", client=client)
+    assert "TLS" not in str(explain(error, connection(kafka), "connecting"))
 
 
 def test_a_broker_that_is_not_there_is_reported_in_time() -> None:
