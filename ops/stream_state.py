@@ -63,6 +63,8 @@ class StreamState:
     """Offsets that were cut off the log after they were stored, ever."""
     waiting_for: str | None = None
     """What ingest waits for; empty: nothing; None: not known."""
+    quarantine_failing: bool = False
+    """Whether refused records cannot be published now."""
     maintained: datetime | None = None
     """When a run of maintenance last came to its end; None: not known, or none yet."""
     maintenance_failing: bool = False
@@ -78,6 +80,8 @@ class StreamState:
         problems = []
         if self.waiting_for:
             problems.append(f"Ingest waits for the {self.waiting_for}.")
+        if self.quarantine_failing:
+            problems.append("Refused records cannot be published to the quarantine topic; the log of ingest says why.")
         if self.gaps and datetime.now(UTC) - self.gaps[0].time < RECENT:
             problems.append(f"Records were lost before they were read: {self.gaps[0].shown}.")
         if self.maintenance_failing:
@@ -107,6 +111,7 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
         gaps=tuple(_gap(row) for row in store.gaps(GAPS)) if tally["gap_offsets"] else (),
         rewritten=tally["rewritten_offsets"],
         waiting_for=_waiting_for(ingest),
+        quarantine_failing=ingest.get("ratchet_ingest_quarantine_failing") == 1.0,
         maintained=None if done is None else datetime.fromtimestamp(done, UTC),
         maintenance_failing=failed is not None and failed > (done or 0.0),
         maintenance_known=bool(maintain),

@@ -229,6 +229,8 @@ def _stream(facts: dict[str, Any]) -> Panel:
         lines.append("ingest: no metrics here\n", "dim")
     elif stream.waiting_for:
         lines.append(f"ingest waits for the {stream.waiting_for}\n", "yellow")
+    if stream.quarantine_failing:
+        lines.append("refused records cannot be published; the log of ingest says why\n", "yellow")
     lines.append(*maintenance_line(stream))
     if stream.deletions:
         hours = stream.oldest_deletion.total_seconds() / 3600

@@ -86,6 +86,11 @@ def dashboard() -> make.Dashboard:
             ("sum(increase(ratchet_ingest_rewritten_offsets_total[1h]))", "rewritten"), least=0,
         ),
         states(
+            "Quarantine", "Whether refused records get into their topic. Reading goes on without it; the log of "
+            "ingest says why they do not.", "none", ("max(ratchet_ingest_quarantine_failing)", "quarantine"),
+            words={"0": ("published", GREEN), "1": ("fails", RED)}, width=8,
+        ),
+        states(
             "What ingest waits for", "Broker, store, disk or schema registry. Records stay in the topic meanwhile.",
             "none", ("max by (for) (ratchet_ingest_waiting)", "{{for}}"),
             words={"0": ("no", GREEN), "1": ("waits", RED)}, width=8,

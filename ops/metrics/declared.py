@@ -80,6 +80,9 @@ INGEST_REWRITTEN = Counter(
 )
 INGEST_WAITING = Gauge("ratchet_ingest_waiting", "Whether ingest waits for a dependency (1) or not (0).", ["for"])
 INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1) or not (0).")
+INGEST_QUARANTINE_FAILING = Gauge(
+    "ratchet_ingest_quarantine_failing", "Whether refused records cannot be published to the quarantine topic (1)."
+)
 STORE_ROWS = Gauge("ratchet_store_samples", "Samples in the sample store.", ["split"])
 STORE_BYTES = Gauge("ratchet_store_bytes", "Data files of the sample store's newest version.")
 STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample store; compaction keeps them few.")

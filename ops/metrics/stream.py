@@ -83,6 +83,11 @@ class ingest:
         d.INGEST_BROKER.set(int(up))
 
     @staticmethod
+    def quarantine_failing(failing: bool) -> None:
+        """Whether the newest refused record could not be put into the quarantine topic."""
+        d.INGEST_QUARANTINE_FAILING.set(int(failing))
+
+    @staticmethod
     def store(split_rows: Mapping[str, int], size: int, fragments: int) -> None:
         """Rows by split, bytes and fragments of the sample store."""
         for split, rows in split_rows.items():

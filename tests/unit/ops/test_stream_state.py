@@ -98,6 +98,15 @@ def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Set
     assert "The last run of maintenance failed." in stream_state(settings, store, ledger).problems()
 
 
+def test_refused_records_that_cannot_be_published_are_a_problem(settings: Settings, ledger: Ledger) -> None:
+    metrics.ingest.quarantine_failing(True)
+    state = stream_state(settings, SampleStore(settings.lake), ledger)
+    [problem] = state.problems()
+    assert "Refused records cannot be published" in problem
+    metrics.ingest.quarantine_failing(False)
+    assert stream_state(settings, SampleStore(settings.lake), ledger).problems() == []
+
+
 def test_deletions_that_wait_are_known_wherever_maintenance_runs(settings: Settings, ledger: Ledger) -> None:
     store = SampleStore(settings.lake)
     for number in range(3):

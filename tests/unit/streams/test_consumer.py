@@ -224,12 +224,13 @@ def test_not_even_a_claim_check_fits_and_reading_goes_on(
 ) -> None:
     kafka.max_bytes = 10
     kafka.send(POISON, good(1))
-    with run(settings, 2) as consumer:
-        wait_for(lambda: "too large" in consumer._publisher.problem, "the problem", 20)
+    with run(settings, 2):
+        wait_for(lambda: metric("quarantine_failing") == 1, "the problem is exported", 20)
         kafka.send(good(2))
         seen(store, 3)
         kafka.max_bytes = 1 << 20
         wait_for(lambda: len(kafka.quarantine) == 1, "the refusal", 20)
+        wait_for(lambda: metric("quarantine_failing") == 0, "its end is exported", 20)
     assert kafka.names() == ["t:0:0"]
 
 
