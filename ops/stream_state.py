@@ -52,6 +52,8 @@ class StreamState:
 
     samples: dict[str, int] = field(default_factory=lambda: {"train": 0, "fresh_eval": 0})
     """By split."""
+    records: int = 0
+    """Records that ingest has taken in, whatever became of them."""
     offsets: dict[str, int] = field(default_factory=dict)
     """Next offset of each partition."""
     fragments: int = 0
@@ -105,6 +107,7 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
     oldest = ledger.oldest_deletion()
     return StreamState(
         samples={split: tally[split] for split in ("train", "fresh_eval")},
+        records=sum(tally[kind] for kind in ("sample", "duplicate", "quarantine", "tombstone", "deleted")),
         offsets=store.offsets(),
         fragments=store.fragments(),
         lost=tally["gap_offsets"],

@@ -86,13 +86,16 @@ class Admin:
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         """Create the topics that are not there: for the largest records, with the broker's own replication factor.
 
-        That for refused records keeps them for :data:`REFUSALS_SECONDS`.
+        That for refused records keeps them for :data:`REFUSALS_SECONDS`, that for events without a limit: it is the
+        record of what was released and deleted.
         """
         for topic in topics:
             if self.topic_id(topic) is None:
                 configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
                 if topic == self.kafka.quarantine_topic:
                     configs["retention.ms"] = str(REFUSALS_SECONDS * 1000)
+                elif topic == self.kafka.events_topic:
+                    configs["retention.ms"] = "-1"
                 self._ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
 
     def close(self) -> None:

@@ -216,10 +216,9 @@ def _serving(facts: dict[str, Any]) -> Panel:
 
 def _stream(facts: dict[str, Any]) -> Panel:
     stream: StreamState = facts["stream"]
-    read = sum(stream.offsets.values())
     lines = Text()
     lines.append(f"{stream.samples['train']:,} to train on\n{stream.samples['fresh_eval']:,} for the gate\n")
-    lines.append(f"{read:,} records read, {stream.fragments} fragments\n")
+    lines.append(f"{stream.records:,} records read, {stream.fragments} fragments\n")
     if stream.lost:
         last = f", last: {stream.gaps[0].shown}" if stream.gaps else ""
         lines.append(f"{stream.lost:,} offsets lost{last}\n", "red")

@@ -80,8 +80,10 @@ def test_a_gap_is_told_with_its_offsets_and_its_reason(settings: Settings, store
 def test_counts_are_those_of_the_positions(settings: Settings, ledger: Ledger) -> None:
     made = SampleStore(settings.lake)
     row = {"kind": "sample", "id": "0" * 64, "image": b"x", "split": "train", "topic": "t", "partition": 0, "offset": 0}
-    made.put([row], [Position("t", 0, 1)])
-    assert stream_state(settings, made, ledger).samples == {"train": 1, "fresh_eval": 0}
+    made.put([row], [Position("t", 0, 900)])
+    state = stream_state(settings, made, ledger)
+    assert state.samples == {"train": 1, "fresh_eval": 0}
+    assert (state.records, state.offsets) == (1, {"t:0": 900}), "markers and aborted records are offsets, not records"
 
 
 def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Settings, ledger: Ledger) -> None:
