@@ -228,6 +228,9 @@ class FakeAdmin:
             raise BrokerError("the broker is away.")
         self.broker.created += topics
 
+    def warn_of_defaults(self, topic: str, partitions: int) -> None:
+        """Its topics are as Ratchet makes them."""
+
     def close(self) -> None:
         """Nothing is open."""
 

@@ -84,10 +84,19 @@ class Describing:
     """An admin client whose broker answers questions about a topic with an error, or with a number of partitions."""
 
     def __init__(self, error_code: int, topic_id: str | None = None, partitions: int = 0) -> None:
-        self.answer = {"error_code": error_code, "topic_id": topic_id, "partitions": [{}] * partitions}
+        self.answer = {"error_code": error_code, "topic_id": topic_id}
+        self.answer["partitions"] = [{"replica_nodes": [1, 2, 3]}] * partitions
+        self.defaults: dict[str, str] | None = {}
+        """Values that nobody has set; None: this user may not see them."""
 
     def describe_topics(self, topics: list[str]) -> list[dict[str, object]]:
         return [{**self.answer, "name": name} for name in topics]
+
+    def describe_configs(self, resources: list[Any], config_filter: str) -> Any:
+        assert config_filter == "default"
+        if self.defaults is None:
+            raise TopicAuthorizationFailedError("t")
+        return {"topic": {each.name: {name: {"value": v} for name, v in self.defaults.items()} for each in resources}}
 
     def close(self) -> None:
         """Nothing is open."""
@@ -118,6 +127,25 @@ def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consu
     consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
     LogWatch(answering(0, "id", there), consumer, "t", "id").look()
     assert len(updates) == asked
+
+
+def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    admin: Any = answering(0, "id", 1)
+    admin._client.defaults = {"max.message.bytes": "1048588", "min.insync.replicas": "1"}
+    for _ in range(2):
+        admin.warn_of_defaults("t", 2)
+    small, unsafe, few = caplog.messages
+    assert "1,048,588 bytes" in small and "min.insync.replicas" in unsafe and "1 partition" in few
+
+
+@pytest.mark.parametrize("defaults", [{}, None, {"max.message.bytes": "68157440"}])
+def test_a_topic_whose_settings_somebody_chose_or_nobody_may_see_is_not_warned_of(
+    caplog: pytest.LogCaptureFixture, defaults: dict[str, str] | None
+) -> None:
+    admin: Any = answering(0, "id", 2)
+    admin._client.defaults = defaults
+    admin.warn_of_defaults("t", 2)
+    assert not caplog.messages
 
 
 def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_keeps_its_own() -> None:
