@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -163,7 +163,10 @@ def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldIn
 
 
 def _field(name: str) -> FieldInfo | None:
-    return dict(_leaves(Settings)).get(name)
+    """The setting of this name, or the mapping that it is one key of (``kafka.client.ssl_cafile``)."""
+    fields = dict(_leaves(Settings))
+    mapping = fields.get(name.rpartition(".")[0])
+    return fields.get(name) or (mapping if mapping is not None and get_origin(mapping.annotation) is dict else None)
 
 
 def _is_secret(name: str) -> bool:

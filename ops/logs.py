@@ -35,6 +35,25 @@ _config: LogConfig | None = None
 _SECRET = re.compile(r"(?i)password|passphrase|secret|token|credential")
 
 
+class _OnceAMinute(logging.Filter):
+    """Lets each line of kafka-python's source log once a minute: while a broker is away it logs every attempt."""
+
+    SECONDS = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged_at: dict[tuple[str, int], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("kafka."):
+            return True
+        place = record.name, record.lineno
+        if record.created - self._logged_at.get(place, -self.SECONDS) < self.SECONDS:
+            return False
+        self._logged_at[place] = record.created
+        return True
+
+
 def configure_logging(
     settings: Settings | None = None, role: str = "ratchet", *, service: bool = True, replica: str = "",
     request_id: Callable[[], str] = str,
@@ -71,6 +90,7 @@ def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> No
     _config = config
     formatter = JsonFormatter if config.format == "json" else TextFormatter
     handler = logging.StreamHandler()
+    handler.addFilter(_OnceAMinute())
     handler.setFormatter(formatter(config.labels, Redactor(config.secrets), request_id))
     for each in own:
         root.removeHandler(each)

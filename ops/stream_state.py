@@ -37,7 +37,7 @@ class Gap:
     first: int
     last: int
     reason: str
-    """``retention`` or ``truncated``."""
+    """``retention`` or ``skipped``; ``truncated`` in gaps of earlier versions, which were stored before."""
     time: datetime
 
     @property
@@ -52,6 +52,8 @@ class StreamState:
 
     samples: dict[str, int] = field(default_factory=lambda: {"train": 0, "fresh_eval": 0})
     """By split."""
+    records: int = 0
+    """Records that ingest has taken in, whatever became of them."""
     offsets: dict[str, int] = field(default_factory=dict)
     """Next offset of each partition."""
     fragments: int = 0
@@ -59,8 +61,12 @@ class StreamState:
     """Offsets that were lost, ever."""
     gaps: tuple[Gap, ...] = ()
     """The newest ones, newest first."""
+    rewritten: int = 0
+    """Offsets that were cut off the log after they were stored, ever."""
     waiting_for: str | None = None
     """What ingest waits for; empty: nothing; None: not known."""
+    quarantine_failing: bool = False
+    """Whether refused records cannot be published now."""
     maintained: datetime | None = None
     """When a run of maintenance last came to its end; None: not known, or none yet."""
     maintenance_failing: bool = False
@@ -76,6 +82,8 @@ class StreamState:
         problems = []
         if self.waiting_for:
             problems.append(f"Ingest waits for the {self.waiting_for}.")
+        if self.quarantine_failing:
+            problems.append("Refused records cannot be published to the quarantine topic; the log of ingest says why.")
         if self.gaps and datetime.now(UTC) - self.gaps[0].time < RECENT:
             problems.append(f"Records were lost before they were read: {self.gaps[0].shown}.")
         if self.maintenance_failing:
@@ -99,11 +107,14 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
     oldest = ledger.oldest_deletion()
     return StreamState(
         samples={split: tally[split] for split in ("train", "fresh_eval")},
+        records=sum(tally[kind] for kind in ("sample", "duplicate", "quarantine", "tombstone", "deleted")),
         offsets=store.offsets(),
         fragments=store.fragments(),
         lost=tally["gap_offsets"],
         gaps=tuple(_gap(row) for row in store.gaps(GAPS)) if tally["gap_offsets"] else (),
+        rewritten=tally["rewritten_offsets"],
         waiting_for=_waiting_for(ingest),
+        quarantine_failing=ingest.get("ratchet_ingest_quarantine_failing") == 1.0,
         maintained=None if done is None else datetime.fromtimestamp(done, UTC),
         maintenance_failing=failed is not None and failed > (done or 0.0),
         maintenance_known=bool(maintain),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from kafka import KafkaAdminClient
-from kafka.admin import NewTopic
+from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
 from kafka.errors import (
     KafkaError,
     LeaderNotAvailableError,
@@ -23,6 +25,7 @@ from ratchet_client.limits import Limits
 from ratchet_client.producer import Producer
 from streams.oauth import oauth_options
 
+log = logging.getLogger(__name__)
 REQUEST_SECONDS = 10.0
 #: ``max.message.bytes`` of topics that Ratchet makes: the largest record, and the headers that quarantine puts on it.
 TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
@@ -49,6 +52,17 @@ def producer_limits(ingest: Ingest) -> Limits:
     return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side, ingest.max_text_chars)
 
 
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic as the broker describes it."""
+
+    id: str
+    """Empty where the broker has no ids."""
+    partitions: int
+    replicas: int = 0
+    """The fewest of a partition."""
+
+
 class Admin:
     """Questions about topics. One connection, made at first use and again after an error. Not thread safe."""
 
@@ -56,27 +70,73 @@ class Admin:
         self.kafka = kafka
         self.connect_seconds = connect_seconds
         self._client: KafkaAdminClient | None = None
+        self._warned: set[str] = set()
 
-    def topic_id(self, topic: str) -> str | None:
-        """Kafka's id of a topic; empty where the broker has no ids, None when there is no such topic.
+    def topic(self, topic: str) -> Topic | None:
+        """What the broker says of a topic; None when there is no such topic.
 
         Raises:
             BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
         """
         description = self._ask(f"describing topic {topic}", partial(_describe, topic=topic))
-        return None if description is None else str(description["topic_id"] or "")
+        if description is None:
+            return None
+        partitions = description["partitions"]
+        replicas = min((len(each["replica_nodes"]) for each in partitions), default=0)
+        return Topic(str(description["topic_id"] or ""), len(partitions), replicas)
+
+    def topic_id(self, topic: str) -> str | None:
+        """The id of a topic; None when there is no such topic. Raises BrokerError, as :meth:`topic` does."""
+        found = self.topic(topic)
+        return None if found is None else found.id
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         """Create the topics that are not there: for the largest records, with the broker's own replication factor.
 
-        That for refused records keeps them for :data:`REFUSALS_SECONDS`.
+        That for refused records keeps them for :data:`REFUSALS_SECONDS`, that for events without a limit: it is the
+        record of what was released and deleted.
         """
         for topic in topics:
             if self.topic_id(topic) is None:
                 configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
                 if topic == self.kafka.quarantine_topic:
                     configs["retention.ms"] = str(REFUSALS_SECONDS * 1000)
+                elif topic == self.kafka.events_topic:
+                    configs["retention.ms"] = "-1"
                 self._ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
+
+    def warn_of_defaults(self, topic: str, partitions: int) -> None:
+        """Log, once, what of a topic was left at Kafka's defaults and will not do, as where a producer's first record
+        made it. Nothing where this user may not see its configuration.
+
+        Args:
+            partitions: that it should have at least.
+
+        Raises:
+            BrokerError: the broker does not answer.
+        """
+        if topic in self._warned or (found := self.topic(topic)) is None:
+            return
+        defaults = self._ask(f"describing the configuration of topic {topic}", partial(_defaults, topic=topic))
+        self._warned.add(topic)
+        size = defaults.get("max.message.bytes", TOPIC_RECORD_BYTES)
+        if size < TOPIC_RECORD_BYTES:
+            log.warning(
+                "topic %s takes records of at most %s bytes, Kafka's default: set its max.message.bytes to what"
+                " producers send (an image of 8 MiB is 11 MiB as base64)",
+                topic, f"{size:,}",
+            )  # fmt: skip
+        if found.replicas > 2 and defaults.get("min.insync.replicas", 2) < 2:
+            log.warning(
+                "topic %s has %d replicas and min.insync.replicas = 1, Kafka's default: records that one node alone has"
+                " count as sent; set it to 2",
+                topic, found.replicas,
+            )  # fmt: skip
+        if found.partitions < partitions:
+            log.warning(
+                "topic %s has %d partition(s), and `kafka.partitions` is %d: as many processes can share it at most",
+                topic, found.partitions, partitions,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Give up the connection."""
@@ -110,6 +170,17 @@ def _describe(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
             return None
         case code:
             raise for_code(code)(f"topic {topic}")
+
+
+def _defaults(client: KafkaAdminClient, topic: str) -> dict[str, int]:
+    """Numbers of a topic's configuration that nobody has set; empty where this user may not see them."""
+    resource = ConfigResource(ConfigResourceType.TOPIC, topic)
+    try:
+        configs = client.describe_configs([resource], config_filter="default")["topic"][topic]
+    except (KafkaError, KeyError):  # also of a broker that does not know the question: it is for a warning alone
+        return {}
+    names = ("max.message.bytes", "min.insync.replicas")
+    return {name: int(configs[name]["value"]) for name in names if name in configs}
 
 
 def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict[str, str]) -> None:

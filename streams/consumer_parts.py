@@ -140,4 +140,6 @@ def _ensure_topics(kafka: Kafka, admin: Admin, store: SampleStore) -> str:
             f"topic {topic} is gone, which had been read before.",
             "Make it again, with the partitions and settings that it had; its new log is read from the beginning.",
         )
+    admin.warn_of_defaults(topic, kafka.partitions)
+    admin.warn_of_defaults(kafka.quarantine_topic, 1)
     return topic_id

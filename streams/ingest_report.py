@@ -14,6 +14,7 @@ from streams.batch import CommitResult
 from streams.ingest_status import Dependency, IngestStatus
 from streams.quality.validate import StoreRow
 from streams.store import SampleStore
+from streams.writer import Claim
 
 #: kafka-python can lose what the group assigned it, and waits for ever then; a busy group takes seconds.
 GROUP_PATIENCE_SECONDS: Final = 30.0
@@ -97,6 +98,15 @@ class IngestReport:
         metrics.ingest.lost(count, row["reason"])
         self._change(gap_offsets=self.status.gap_offsets + count)
         say(f"ingest: [red]{row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})[/red]")
+
+    def rewritten(self, claim: Claim, count: int) -> None:
+        """The log was cut off, and is read on under a new claim; ``count`` offsets of it were stored before."""
+        metrics.ingest.rewritten(count)
+        self._change(rewritten_offsets=self.status.rewritten_offsets + count)
+        say(
+            f"ingest: [yellow]the log was cut off, as after an unclean leader election: {count} offsets were rewritten"
+            f" after they were stored; reading on as {claim.key} from {claim.position.next}[/yellow]"
+        )
 
     def stopped(self) -> None:
         """The consumer has ended."""

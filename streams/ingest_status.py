@@ -24,6 +24,8 @@ class IngestStatus:
     tombstones: int = 0
     gap_offsets: int = 0
     """Offsets that were lost before they were read."""
+    rewritten_offsets: int = 0
+    """Offsets that were cut off the log after their records were stored; other records stand there now."""
     commits: int = 0
     version: int = 0
     lag: int | None = None

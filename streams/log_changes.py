@@ -1,11 +1,13 @@
-"""What becomes of offsets that the log does not have any more: a gap, and where there are other records, a generation.
+"""What becomes of offsets that the log does not have any more.
 
-Records that were deleted before they were read are skipped; a log that was cut off is read on from where it diverges.
+Records that were deleted before they were read are skipped, and lost: a gap. A log that was cut off is read on from
+where it diverges, as a new generation of the topic; what was read before is stored already.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,8 +18,6 @@ from streams.assignment import Reading, new_generation
 from streams.consumer_parts import Connection, ConsumerParts
 from streams.ingest_report import IngestReport
 from streams.log_watch import gap
-from streams.quality.validate import StoreRow
-from streams.rows import tally_of
 from streams.store import SampleStore
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class LogChanges:
         """Go on at ``first``; what lies before it was deleted unread, which is a row."""
         if reading.next >= first or not self._loop.collect_all() or not self._assignment.holds(reading):
             return
-        self._batch.add(reading, first, gap(reading, reading.next, first, "retention"), 0)
+        self._batch.add(reading, first, gap(reading, reading.next, first), 0)
         reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
         self._assignment.begin(reading)
 
@@ -78,19 +78,19 @@ class LogChanges:
             return
         start = min(end if divergence is None else divergence, reading.next)
         if self._loop.commit() and self._assignment.holds(reading):
-            lost = gap(reading, start, reading.next, "truncated")
-            self._loop.patiently(partial(self._begin_anew, reading, lost, first if divergence is None else divergence))
+            again = first if divergence is None else divergence
+            self._loop.patiently(partial(self._begin_anew, reading, reading.next - start, again))
 
-    def _begin_anew(self, reading: Reading, lost: StoreRow, start: int) -> None:
-        """Store the gap and the new generation in one commit."""
+    def _begin_anew(self, reading: Reading, rewritten: int, start: int) -> None:
+        """Count the offsets that were rewritten, and store the new generation, in one commit."""
         position = reading.claim.position
         generation = new_generation(self._store.positions().values(), position, start)
-        end = replace(position, tally=position.tally + tally_of([lost]))
+        end = replace(position, tally=position.tally + Counter(rewritten_offsets=rewritten))
         try:
-            [claim] = self._writer.claim([generation], [lost], [(reading.claim, end)])
+            [claim] = self._writer.claim([generation], (), [(reading.claim, end)])
         except Superseded as error:
             log.warning("%s", error)
             self._assignment.give_up(reading)
             return
-        self._report.lost(lost)
+        self._report.rewritten(claim, rewritten)
         self._assignment.begin(Reading.of(claim))

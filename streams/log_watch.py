@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from kafka import TopicPartition
 from kafka.errors import IllegalStateError
@@ -15,8 +15,6 @@ from ops.errors import BrokerError
 from streams.assignment import Reading
 from streams.clients import Admin
 from streams.quality.validate import StoreRow
-
-Cause = Literal["retention", "truncated"]
 
 
 class LogLost(BrokerError):
@@ -46,17 +44,23 @@ class LogWatch:
         """Make sure that what was just polled is from the log that has been read so far.
 
         Asked after each poll (0.5 ms): a log cannot come back, so if the topic still has its id now, it had it then.
+        If the topic has more partitions than the consumer knows, the consumer asks for them now, so that the group
+        shares them out; by itself it would after up to five minutes.
 
         Raises:
             LogLost, BrokerError
         """
-        topic_id = self._admin.topic_id(self._topic)
+        topic = self._admin.topic(self._topic)
         self._looked_at = time.monotonic()
-        if topic_id != self.topic_id:
+        if topic is None or topic.id != self.topic_id:
+            now = topic.id if topic else "gone"
             raise LogLost(
-                f"topic {self._topic} has lost its log (its id was {self.topic_id}, is {topic_id or 'gone'}).",
+                f"topic {self._topic} has lost its log (its id was {self.topic_id}, is {now}).",
                 "The new one is read from its beginning.",
             )
+        cluster = self._consumer._client.cluster
+        if topic.partitions > len(cluster.partitions_for_topic(self._topic) or ()):
+            cluster.request_update()
 
     def range(self, partition: int) -> tuple[int, int]:
         """First and end offset of a partition's log."""
@@ -89,19 +93,15 @@ class LogWatch:
             self._measured.discard(partition)
 
 
-def gap(reading: Reading, start: int, until: int, cause: Cause) -> StoreRow:
-    """The row that says that the offsets from ``start`` to before ``until`` are lost."""
-    why = {
-        "retention": "the broker deleted them before they were read",
-        "truncated": "the log was cut off, and other records stand there now",
-    }
+def gap(reading: Reading, start: int, until: int) -> StoreRow:
+    """The row that says that the broker deleted the offsets from ``start`` to before ``until`` unread."""
     return {
         "kind": "gap",
         "topic": reading.stream,
         "partition": reading.partition,
         "offset": start,
         "until": until,
-        "reason": cause,
-        "detail": f"{until - start} offsets: {why[cause]}",
+        "reason": "retention",
+        "detail": f"{until - start} offsets: the broker deleted them before they were read",
         "ingested_at": datetime.now(UTC),
     }

@@ -25,7 +25,7 @@ duplicate     not stored: it repeats the sample ``duplicate_of``; ``reason`` is 
 refused       in quarantine, for ``reason``
 tombstone     a wish to delete, taken in
 deleted       what was stored of it, or the tombstone's wish, was deleted at ``time`` for ``reason``
-lost          its offset was never read: ``reason`` is retention, truncated or skipped
+lost          its offset was never read: ``reason`` is retention or skipped
 no_record     its offset was passed, and no record stood there: the mark of a transaction, or before the first read
 not_read_yet  the partition has not been read so far
 """

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ops import metrics
 from ops.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from ops.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
@@ -52,8 +53,6 @@ class RefusalPublisher:
     def __init__(self, kafka: Kafka, store: SampleStore) -> None:
         self.kafka = kafka
         self.store = store
-        self.problem = ""
-        """Why nothing is published now; empty while all is well."""
         self._jobs: deque[_Job] = deque()
         self._outboxes: dict[str, tuple[Reading, Outbox]] = {}
         """One for each partition, by its key: that of the newest reading with refusals."""
@@ -118,7 +117,8 @@ class RefusalPublisher:
                 job = self._jobs[0]
             try:
                 self._publish_or_change(job)
-                failures, self.problem = 0, ""
+                failures = 0
+                metrics.ingest.quarantine_failing(False)
             except Exception as error:
                 failures += 1
                 self._later(job, error, failures)
@@ -143,7 +143,7 @@ class RefusalPublisher:
 
     def _later(self, job: _Job, error: Exception, failures: int) -> None:
         """Say why nothing is published, and wait: longer after more failures."""
-        self.problem = str(error)
+        metrics.ingest.quarantine_failing(True)
         key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
         log.warning("refusals of %s are published later: %s", key, error, exc_info=None if known else error)
         deadline = time.monotonic() + BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]

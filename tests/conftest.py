@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ops.testing.postgres import postgres
+from tests.support.apache_kafka import ApacheKafka, NotHere
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +17,17 @@ def postgres_url() -> Iterator[str]:
     """A real PostgreSQL, started once."""
     with postgres() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def apache_kafka() -> Iterator[ApacheKafka]:
+    """Apache Kafka, started once; skips where this machine cannot run it."""
+    try:
+        kafka = ApacheKafka()
+    except NotHere as error:
+        pytest.skip(f"Apache Kafka was left out: {error}")
+    with kafka:
+        yield kafka
 
 
 class _StandardError(logging.Handler):

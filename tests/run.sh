@@ -14,7 +14,7 @@ servers=(tests/integration/serving tests/integration/console tests/e2e)
 alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
 own=(tests/unit/serving tests/unit/updater)
 named=("${servers[@]}" tests/integration/{streams,updater})
-jobs=("tests/unit ${own[*]/#/--ignore=}" tests/unit/updater tests/integration/streams
+jobs=("tests/unit ${own[*]/#/--ignore=}" tests/unit/updater "tests/integration/streams tests/outside/kafka"
   "tests/integration ${named[*]/#/--ignore=} ${alone[*]}" tests/unit/serving tests/integration/updater types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1

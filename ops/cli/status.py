@@ -216,17 +216,20 @@ def _serving(facts: dict[str, Any]) -> Panel:
 
 def _stream(facts: dict[str, Any]) -> Panel:
     stream: StreamState = facts["stream"]
-    read = sum(stream.offsets.values())
     lines = Text()
     lines.append(f"{stream.samples['train']:,} to train on\n{stream.samples['fresh_eval']:,} for the gate\n")
-    lines.append(f"{read:,} records read, {stream.fragments} fragments\n")
+    lines.append(f"{stream.records:,} records read, {stream.fragments} fragments\n")
     if stream.lost:
         last = f", last: {stream.gaps[0].shown}" if stream.gaps else ""
         lines.append(f"{stream.lost:,} offsets lost{last}\n", "red")
+    if stream.rewritten:
+        lines.append(f"{stream.rewritten:,} offsets rewritten by the broker after they were stored\n", "yellow")
     if stream.waiting_for is None:
         lines.append("ingest: no metrics here\n", "dim")
     elif stream.waiting_for:
         lines.append(f"ingest waits for the {stream.waiting_for}\n", "yellow")
+    if stream.quarantine_failing:
+        lines.append("refused records cannot be published; the log of ingest says why\n", "yellow")
     lines.append(*maintenance_line(stream))
     if stream.deletions:
         hours = stream.oldest_deletion.total_seconds() / 3600

@@ -28,7 +28,7 @@ def dashboard() -> make.Dashboard:
         ),
         number(
             "Offsets lost", "Offsets of the shown time that were gone before they were read: deleted by the topic's "
-            "retention, or cut off. `ratchet status` names the gaps.", "short",
+            "retention. `ratchet status` names the gaps.", "short",
             ("sum(increase(ratchet_ingest_lost_offsets_total[$__range]))", ""), trend=False, decimals=0,
             steps=[(None, GREEN), (0.5, RED)], width=3,
         ),
@@ -79,9 +79,16 @@ def dashboard() -> make.Dashboard:
             "hangs.", "short", ("max by (partition) (ratchet_ingest_lag_records)", "{{partition}}"), least=0,
         ),
         lines(
-            "Offsets lost over time", "Offsets an hour that were gone before they were read, by reason: keep records "
-            "in the topic for longer than ingest may be away.", "none",
-            ("sum by (reason) (increase(ratchet_ingest_lost_offsets_total[1h]))", "{{reason}}"), least=0,
+            "Offsets lost over time", "Offsets an hour that were gone before they were read: keep records in the topic "
+            "for longer than ingest may be away. Rewritten: cut off the log by an unclean leader election after they "
+            "were stored, which loses nothing here.", "none",
+            ("sum by (reason) (increase(ratchet_ingest_lost_offsets_total[1h]))", "{{reason}}"),
+            ("sum(increase(ratchet_ingest_rewritten_offsets_total[1h]))", "rewritten"), least=0,
+        ),
+        states(
+            "Quarantine", "Whether refused records get into their topic. Reading goes on without it; the log of "
+            "ingest says why they do not.", "none", ("max(ratchet_ingest_quarantine_failing)", "quarantine"),
+            words={"0": ("published", GREEN), "1": ("fails", RED)}, width=8,
         ),
         states(
             "What ingest waits for", "Broker, store, disk or schema registry. Records stay in the topic meanwhile.",

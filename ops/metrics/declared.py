@@ -44,7 +44,7 @@ LABELS = {
     "partition": "partitions of the topic",
     "phase": "prepare, commit, rollback",
     "purpose": "train, gate",
-    "reason": "codes of refusals, all written in the source; of lost offsets: retention, truncated; of deleted "
+    "reason": "codes of refusals, all written in the source; of lost offsets: retention; of deleted "
     "samples: retention, deletion",
     "role": "retention, gain",
     "route": "route templates of the application, and `unmatched`",
@@ -74,8 +74,15 @@ INGEST_COMMIT = Histogram("ratchet_ingest_commit_seconds", "Time of one atomic s
 INGEST_LOST = Counter(
     "ratchet_ingest_lost_offsets_total", "Offsets that were gone before they were read (gaps).", ["reason"]
 )
+INGEST_REWRITTEN = Counter(
+    "ratchet_ingest_rewritten_offsets_total",
+    "Offsets that were cut off the log after their records were stored (unclean leader elections).",
+)
 INGEST_WAITING = Gauge("ratchet_ingest_waiting", "Whether ingest waits for a dependency (1) or not (0).", ["for"])
 INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1) or not (0).")
+INGEST_QUARANTINE_FAILING = Gauge(
+    "ratchet_ingest_quarantine_failing", "Whether refused records cannot be published to the quarantine topic (1)."
+)
 STORE_ROWS = Gauge("ratchet_store_samples", "Samples in the sample store.", ["split"])
 STORE_BYTES = Gauge("ratchet_store_bytes", "Data files of the sample store's newest version.")
 STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample store; compaction keeps them few.")
@@ -303,8 +310,7 @@ for _split in ("train", "fresh_eval"):
     INGEST_STORED.labels(_split)
 for _kind in ("exact", "perceptual", "older"):
     INGEST_DUPLICATES.labels(_kind)
-for _reason in ("retention", "truncated"):
-    INGEST_LOST.labels(_reason)
+INGEST_LOST.labels("retention")
 for _dependency in ("broker", "store", "disk", "registry"):
     INGEST_WAITING.labels(_dependency)
 for _outcome in ("done", "failed"):

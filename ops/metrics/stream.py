@@ -53,8 +53,13 @@ class ingest:
 
     @staticmethod
     def lost(offsets: int, reason: str) -> None:
-        """Offsets were gone before they were read; reason is ``retention`` or ``truncated``."""
+        """Offsets were gone before they were read; reason is ``retention``."""
         d.INGEST_LOST.labels(reason).inc(offsets)
+
+    @staticmethod
+    def rewritten(offsets: int) -> None:
+        """Offsets were cut off the log after they were stored."""
+        d.INGEST_REWRITTEN.inc(offsets)
 
     @staticmethod
     def waiting(dependency: str) -> None:
@@ -76,6 +81,11 @@ class ingest:
     def broker(up: bool) -> None:
         """Whether the broker answers."""
         d.INGEST_BROKER.set(int(up))
+
+    @staticmethod
+    def quarantine_failing(failing: bool) -> None:
+        """Whether the newest refused record could not be put into the quarantine topic."""
+        d.INGEST_QUARANTINE_FAILING.set(int(failing))
 
     @staticmethod
     def store(split_rows: Mapping[str, int], size: int, fragments: int) -> None:

@@ -1,4 +1,4 @@
-"""The broker that tests talk to: the embedded one, or the one that RATCHET_TEST_KAFKA=host:port names."""
+"""The broker that tests talk to: the embedded one, or what RATCHET_TEST_KAFKA names (``apache``, or host:port)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,13 @@ class Broker:
 
 
 @pytest.fixture(scope="session")
-def broker() -> Iterator[Broker]:
-    """Started once for all tests, on a free port."""
-    named = os.environ.get("RATCHET_TEST_KAFKA")
-    if named:
+def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """Started once for all tests: the one that the parameter names, or RATCHET_TEST_KAFKA, or the embedded one."""
+    named = getattr(request, "param", os.environ.get("RATCHET_TEST_KAFKA", "embedded"))
+    if named == "embedded":
+        with EmbeddedBroker() as started:
+            yield Broker(started.address, embedded=True)
+    elif named == "apache":
+        yield Broker(request.getfixturevalue("apache_kafka").address, embedded=False)
+    else:
         yield Broker(named, embedded=False)
-        return
-    with EmbeddedBroker() as started:
-        yield Broker(started.address, embedded=True)

@@ -21,6 +21,7 @@ from kafka.errors import LogTruncationError, OffsetOutOfRangeError
 from ops.errors import BrokerError, Fenced, RecordTooLarge
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import Delivery
+from streams.clients import Topic
 
 
 @dataclass
@@ -122,7 +123,8 @@ class FakeConsumer:
         self._highwater: dict[int, int] = {}
         assigned = SimpleNamespace(get=lambda each: SimpleNamespace(position=self._positions.get(each.partition)))
         self._subscription = SimpleNamespace(seek=self._seek, assignment=assigned)
-        self._client = SimpleNamespace(cluster=SimpleNamespace(config={}))
+        cluster = SimpleNamespace(config={}, partitions_for_topic=self.partitions_for_topic)
+        self._client = SimpleNamespace(cluster=cluster)
 
     def subscribe(self, topics: Sequence[str], listener: Any) -> None:
         self._listener = listener
@@ -212,15 +214,22 @@ class FakeAdmin:
     def __init__(self, broker: FakeKafka) -> None:
         self.broker = broker
 
-    def topic_id(self, topic: str) -> str | None:
+    def topic(self, topic: str) -> Topic | None:
         if self.broker.away:
             raise BrokerError("the broker is away.")
-        return self.broker.topic_id
+        return None if self.broker.topic_id is None else Topic(self.broker.topic_id, len(self.broker.logs))
+
+    def topic_id(self, topic: str) -> str | None:
+        found = self.topic(topic)
+        return None if found is None else found.id
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         if self.broker.away:
             raise BrokerError("the broker is away.")
         self.broker.created += topics
+
+    def warn_of_defaults(self, topic: str, partitions: int) -> None:
+        """Its topics are as Ratchet makes them."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,6 +14,7 @@ from kafka.errors import AuthorizationError, KafkaTimeoutError, SaslAuthenticati
 from ratchet_client.errors import BrokerError, ConfigError
 
 CONNECT_SECONDS: Final = 10.0
+TLS_SECONDS: Final = 2.0
 MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
 """A base64 image of 8 MiB with its text, and room for larger limits. Brokers have a limit of their own (Apache Kafka:
 1 MB unless ``message.max.bytes``, or ``max.message.bytes`` of the topic, is raised)."""
@@ -71,6 +74,8 @@ def explain(error: Exception, connection: Connection, doing: str) -> BrokerError
         return BrokerError(f"there is no token for the broker {address}: {problem}.", "Check where tokens come from.")
     if isinstance(error, (SaslAuthenticationFailedError, AuthorizationError)):
         return BrokerError(f"the broker {address} refused {what}.", "Check user, password and ACLs.")
+    if isinstance(error, KafkaTimeoutError) and "bootstrap" in str(error) and (problem := _tls_problem(connection)):
+        return problem
     if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in connection.options:
         # kafka-python reports a wrong password as a timeout of the bootstrap
         return BrokerError(
@@ -80,3 +85,30 @@ def explain(error: Exception, connection: Connection, doing: str) -> BrokerError
         f"the broker {address} cannot be reached ({what}).",
         "Is one running there (`ratchet broker` starts one), and is the address (host:port) right?",
     )
+
+
+def _tls_problem(connection: Connection) -> BrokerError | None:
+    """What is wrong with TLS: kafka-python tells that to its log alone, and then of a timeout."""
+    options = client_options(connection, KafkaConsumer.DEFAULT_CONFIG)
+    if "SSL" not in options.get("security_protocol", ""):
+        return None
+    [address, *_] = options["bootstrap_servers"]
+    host, _, port = address.rpartition(":")
+    try:
+        context = options.get("ssl_context") or ssl.create_default_context(cafile=options.get("ssl_cafile"))
+        context.check_hostname = options.get("ssl_check_hostname", context.check_hostname)
+        with socket.create_connection((host, int(port)), TLS_SECONDS) as plain:
+            context.wrap_socket(plain, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as error:
+        return BrokerError(
+            f"the certificate of the broker {address} was refused ({error}).",
+            "Set `ssl_cafile` to the certificate of the authority that issued it, and connect by a name that is in it.",
+        )
+    except ssl.SSLError as error:
+        return BrokerError(
+            f"there is no TLS connection to the broker {address} ({error}).",
+            "Does this port speak TLS (`security_protocol`)?",
+        )
+    except (OSError, ValueError):  # it cannot be reached at all, or a file of the options cannot be read
+        return None
+    return None

@@ -79,7 +79,7 @@ def test_an_offset_beyond_the_end_is_an_error(log: Any) -> None:
 def test_topics_are_made_for_the_largest_records_and_their_headers(
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kafka = broker.settings(tmp_path).kafka
+    kafka = broker.settings(tmp_path, kafka={"events_topic": f"events-{tmp_path.name}"}).kafka
     asked: dict[str, dict[str, str]] = {}
     create = KafkaAdminClient.create_topics
 
@@ -88,11 +88,12 @@ def test_topics_are_made_for_the_largest_records_and_their_headers(
         return create(client, topics, **options)
 
     monkeypatch.setattr(KafkaAdminClient, "create_topics", recorded)
-    names = [kafka.topic, kafka.quarantine_topic]
+    names = [kafka.topic, kafka.quarantine_topic, kafka.events_topic]
     ensure_topics(kafka, names)
     assert asked == {
         kafka.topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES)},
         kafka.quarantine_topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES), "retention.ms": "604800000"},
+        kafka.events_topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES), "retention.ms": "-1"},
     }
     assert TOPIC_RECORD_BYTES >= MAX_RECORD_BYTES + 64 * 1024
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=MAX_RECORD_BYTES)

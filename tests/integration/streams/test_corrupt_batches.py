@@ -112,7 +112,8 @@ def test_mutated_records_come_out_once_each_as_what_they_must_be(broker: Broker,
         records = until(len(sent.records))
     assert [each.offset for each in records] == sorted(offset for _, offset in sent.records)
     found = {(each.partition, each.offset): each for each in records}
-    assert all(isinstance(found[at], Corrupt) for at in sent.corrupt) and len(sent.corrupt) > 50
+    assert all(isinstance(found[at], Corrupt) for at in sent.corrupt)
+    assert len(sent.corrupt) + len(sent.refused) > 50  # Apache Kafka refuses some batches
     assert all(found[at].value == sent.records[at].message.value for at in sent.valid.values())
 
 

@@ -21,7 +21,8 @@ def test_any_bytes_end_as_a_sample_a_duplicate_a_tombstone_or_a_refusal(broker: 
     settings = broker.settings(tmp_path, ingest={"processes": 2})
     make_topics(settings)
     sent = publish_mutated(settings.kafka, RECORDS, seed=1)
-    assert len(sent.records) + len(sent.refused) == RECORDS and len(sent.records) > RECORDS * 0.9
+    assert len(sent.records) + len(sent.refused) == RECORDS
+    assert len(sent.records) > RECORDS * (0.9 if broker.embedded else 0.5)  # Apache Kafka refuses odd timestamps
     store = SampleStore(settings.lake)
     states: Counter[str] = Counter()
     with reading(settings, lambda status: states.update([status.state])) as consumer:

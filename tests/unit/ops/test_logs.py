@@ -34,6 +34,8 @@ logging.getLogger("ratchet.catalog").warning("the store is %s", "away")
 logging.getLogger("ratchet.catalog").info("a fine day")
 logging.getLogger("streams.consumer").debug("details")
 logging.getLogger("httpx").info("GET https://elsewhere")
+for port in range(50):
+    logging.getLogger("kafka.net.manager").error("Connection failed: port %d", port)
 say("a [bold]long[/bold] line " + "and more " * 30 + "end")
 say("[yellow]slow[/yellow] [x")
 say("[red]broken[/red]")
@@ -52,10 +54,10 @@ def run(*arguments: str) -> list[str]:
 def test_where_no_terminal_is_each_record_is_one_line_of_json_with_date_level_logger_and_role() -> None:
     records = [json.loads(line) for line in run()]
     assert [(each["level"], each["message"][:16]) for each in records] == [
-        ("WARNING", "the store is awa"), ("INFO", "a fine day"), ("INFO", "a long line and "), ("WARNING", "slow [x"),
-        ("ERROR", "broken"),
+        ("WARNING", "the store is awa"), ("INFO", "a fine day"), ("ERROR", "Connection faile"),
+        ("INFO", "a long line and "), ("WARNING", "slow [x"), ("ERROR", "broken"),
     ]  # fmt: skip
-    assert records[2]["message"].endswith("end")
+    assert records[3]["message"].endswith("end")
     first = records[0]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
     assert first.pop("pid")
@@ -67,11 +69,11 @@ def test_where_no_terminal_is_each_record_is_one_line_of_json_with_date_level_lo
 
 def test_text_is_one_line_for_each_record_however_long_and_levels_are_of_our_own_loggers() -> None:
     lines = run("format=text", "level=debug")
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert re.fullmatch(r"\S+Z WARNING ratchet\.catalog: the store is away \[replica=x1\]", lines[0])
     assert "details" in lines[2]
-    assert len(lines[3]) > 250
-    assert [line.split()[1] for line in run("format=text", "level=error")] == ["ERROR"]
+    assert len(lines[4]) > 250
+    assert [line.split()[1] for line in run("format=text", "level=error")] == ["ERROR", "ERROR"]
 
 
 def test_a_terminal_has_text_and_no_date_before_progress() -> None:

@@ -31,7 +31,7 @@ UNITS = ("_seconds", "_bytes", "_flops", "_ratio", "_info")
 COUNTS = (
     "_records", "_samples", "_requests", "_rows", "_fragments", "_size", "_up", "_state", "_loss", "_live", "_held",
     "_proposals", "_distance", "_shift", "_release", "_waiting", "_versions",
-    "_source", "_unservable", "_unjudged", "_used", "_per_second", "_items",
+    "_source", "_unservable", "_unjudged", "_failing", "_used", "_per_second", "_items",
 )  # fmt: skip
 """Endings of gauges and histograms that have no unit: numbers of things, and numbers without a dimension."""
 

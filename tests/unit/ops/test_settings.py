@@ -116,6 +116,19 @@ def test_a_flag_and_a_variable_take_a_value_as_it_is_written(setting: str, text:
         assert (shown if value is None or not isinstance(value, list) else [str(each) for each in shown]) == value
 
 
+def test_one_option_of_the_kafka_client_can_be_set_beside_those_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "ratchet.yaml"
+    file.write_text("kafka: {client: {security_protocol: SASL_SSL, ssl_cafile: old.pem}}")
+    flag = dict([_assignment("kafka.client.ssl_cafile=new.pem")])
+    variable = {"RATCHET_KAFKA__CLIENT__SASL_PLAIN_PASSWORD": "0123"}
+    settings = load_settings(file, overrides=flag, environ=variable)
+    assert settings.kafka.client == {
+        "security_protocol": "SASL_SSL", "ssl_cafile": "new.pem", "sasl_plain_password": "0123",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="kafka"):
+        load_settings(overrides={"kafka.group.x": "y"}, environ={})
+
+
 def test_an_empty_operator_key_is_no_key() -> None:
     assert load_settings(environ={"RATCHET_SERVE__OPERATOR_KEY": ""}).serve.operator_key is None
 

@@ -80,8 +80,10 @@ def test_a_gap_is_told_with_its_offsets_and_its_reason(settings: Settings, store
 def test_counts_are_those_of_the_positions(settings: Settings, ledger: Ledger) -> None:
     made = SampleStore(settings.lake)
     row = {"kind": "sample", "id": "0" * 64, "image": b"x", "split": "train", "topic": "t", "partition": 0, "offset": 0}
-    made.put([row], [Position("t", 0, 1)])
-    assert stream_state(settings, made, ledger).samples == {"train": 1, "fresh_eval": 0}
+    made.put([row], [Position("t", 0, 900)])
+    state = stream_state(settings, made, ledger)
+    assert state.samples == {"train": 1, "fresh_eval": 0}
+    assert (state.records, state.offsets) == (1, {"t:0": 900}), "markers and aborted records are offsets, not records"
 
 
 def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Settings, ledger: Ledger) -> None:
@@ -96,6 +98,15 @@ def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Set
     assert state.problems() == ["Ingest waits for the disk."]
     metrics.maintain.ran("failed", 1.0)
     assert "The last run of maintenance failed." in stream_state(settings, store, ledger).problems()
+
+
+def test_refused_records_that_cannot_be_published_are_a_problem(settings: Settings, ledger: Ledger) -> None:
+    metrics.ingest.quarantine_failing(True)
+    state = stream_state(settings, SampleStore(settings.lake), ledger)
+    [problem] = state.problems()
+    assert "Refused records cannot be published" in problem
+    metrics.ingest.quarantine_failing(False)
+    assert stream_state(settings, SampleStore(settings.lake), ledger).problems() == []
 
 
 def test_deletions_that_wait_are_known_wherever_maintenance_runs(settings: Settings, ledger: Ledger) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import socketserver
+import ssl
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trustme
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import (
     InvalidTopicError,
@@ -73,21 +81,30 @@ def test_every_owned_option_is_one_of_kafka_python() -> None:
 
 
 class Describing:
-    """An admin client whose broker answers questions about a topic with an error."""
+    """An admin client whose broker answers questions about a topic with an error, or with a number of partitions."""
 
-    def __init__(self, error_code: int, topic_id: str | None = None) -> None:
+    def __init__(self, error_code: int, topic_id: str | None = None, partitions: int = 0) -> None:
         self.answer = {"error_code": error_code, "topic_id": topic_id}
+        self.answer["partitions"] = [{"replica_nodes": [1, 2, 3]}] * partitions
+        self.defaults: dict[str, str] | None = {}
+        """Values that nobody has set; None: this user may not see them."""
 
     def describe_topics(self, topics: list[str]) -> list[dict[str, object]]:
-        return [{**self.answer, "name": name, "partitions": []} for name in topics]
+        return [{**self.answer, "name": name} for name in topics]
+
+    def describe_configs(self, resources: list[Any], config_filter: str) -> Any:
+        assert config_filter == "default"
+        if self.defaults is None:
+            raise TopicAuthorizationFailedError("t")
+        return {"topic": {each.name: {name: {"value": v} for name, v in self.defaults.items()} for each in resources}}
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-def answering(error_code: int, topic_id: str | None = None) -> Admin:
+def answering(error_code: int, topic_id: str | None = None, partitions: int = 0) -> Admin:
     admin: Any = Admin(Kafka())
-    admin._client = Describing(error_code, topic_id)
+    admin._client = Describing(error_code, topic_id, partitions)
     return cast(Admin, admin)
 
 
@@ -101,6 +118,36 @@ def test_a_topic_that_may_not_be_described_is_neither_gone_nor_a_new_log() -> No
     assert not isinstance(caught.value, LogLost)
 
 
+@pytest.mark.parametrize(("there", "known", "asked"), [(2, {0, 1}, 0), (6, {0, 1}, 1), (2, None, 1)])
+def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consumer_knows(
+    there: int, known: set[int] | None, asked: int
+) -> None:
+    updates: list[int] = []
+    cluster = SimpleNamespace(partitions_for_topic=lambda topic: known, request_update=lambda: updates.append(1))
+    consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
+    LogWatch(answering(0, "id", there), consumer, "t", "id").look()
+    assert len(updates) == asked
+
+
+def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    admin: Any = answering(0, "id", 1)
+    admin._client.defaults = {"max.message.bytes": "1048588", "min.insync.replicas": "1"}
+    for _ in range(2):
+        admin.warn_of_defaults("t", 2)
+    small, unsafe, few = caplog.messages
+    assert "1,048,588 bytes" in small and "min.insync.replicas" in unsafe and "1 partition" in few
+
+
+@pytest.mark.parametrize("defaults", [{}, None, {"max.message.bytes": "68157440"}])
+def test_a_topic_whose_settings_somebody_chose_or_nobody_may_see_is_not_warned_of(
+    caplog: pytest.LogCaptureFixture, defaults: dict[str, str] | None
+) -> None:
+    admin: Any = answering(0, "id", 2)
+    admin._client.defaults = defaults
+    admin.warn_of_defaults("t", 2)
+    assert not caplog.messages
+
+
 def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_keeps_its_own() -> None:
     assert answering(UnknownTopicOrPartitionError.errno).topic_id("t") is None
     assert answering(LeaderNotAvailableError.errno, "id").topic_id("t") == "id"
@@ -111,6 +158,52 @@ def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
     kafka = Kafka(client={"sasl_mechanism": "PLAIN", "sasl_plain_password": "hush"})
     error = explain(KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting")
     assert "password" in error.fix and "hush" not in str(error)
+
+
+@pytest.fixture
+def secure_port(tmp_path: Path) -> Iterator[int]:
+    """A port that speaks TLS, with a certificate for localhost of the authority in ``ca.pem``."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+
+    class Handshake(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                context.wrap_socket(self.request, server_side=True).recv(1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handshake) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.mark.parametrize("protocol", ["SSL", "SASL_SSL"])
+def test_a_certificate_that_cannot_be_verified_is_named(secure_port: int, protocol: str) -> None:
+    client = {"security_protocol": protocol, "sasl_mechanism": "PLAIN", "sasl_plain_username": "u"}
+    kafka = Kafka(bootstrap=f"localhost:{secure_port}", client={**client, "sasl_plain_password": "hush"})
+    with pytest.raises(BrokerError, match="certificate verify failed") as caught:
+        Admin(kafka, connect_seconds=0.5).topic_id("t")
+    assert "ssl_cafile" in caught.value.fix and "password" not in str(caught.value) + caught.value.fix
+
+
+def test_tls_at_a_port_without_tls_is_named_and_a_certificate_that_is_right_is_not_blamed(
+    secure_port: int, tmp_path: Path
+) -> None:
+    error = KafkaTimeoutError("Unable to bootstrap")
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+
+        def answer() -> None:
+            with plain.accept()[0] as caller:
+                caller.sendall(b"not TLS")
+
+        threading.Thread(target=answer, daemon=True).start()
+        kafka = Kafka(bootstrap=f"127.0.0.1:{plain.getsockname()[1]}", client={"security_protocol": "SSL"})
+        assert "security_protocol" in explain(error, connection(kafka), "connecting").fix
+    client = {"security_protocol": "SSL", "ssl_cafile": str(tmp_path / "ca.pem")}
+    kafka = Kafka(bootstrap=f"localhost:{secure_port}", client=client)
+    assert "TLS" not in str(explain(error, connection(kafka), "connecting"))
 
 
 def test_a_broker_that_is_not_there_is_reported_in_time() -> None:

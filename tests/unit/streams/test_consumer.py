@@ -224,12 +224,13 @@ def test_not_even_a_claim_check_fits_and_reading_goes_on(
 ) -> None:
     kafka.max_bytes = 10
     kafka.send(POISON, good(1))
-    with run(settings, 2) as consumer:
-        wait_for(lambda: "too large" in consumer._publisher.problem, "the problem", 20)
+    with run(settings, 2):
+        wait_for(lambda: metric("quarantine_failing") == 1, "the problem is exported", 20)
         kafka.send(good(2))
         seen(store, 3)
         kafka.max_bytes = 1 << 20
         wait_for(lambda: len(kafka.quarantine) == 1, "the refusal", 20)
+        wait_for(lambda: metric("quarantine_failing") == 0, "its end is exported", 20)
     assert kafka.names() == ["t:0:0"]
 
 
@@ -330,20 +331,20 @@ def test_a_log_that_was_cut_off_is_a_new_generation_from_the_divergence(
     settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
     kafka.send(*(good(n) for n in range(5)), POISON, epoch=3)
-    before = metric("lost_offsets_total", reason="truncated") or 0
-    with run(settings, 6):
+    before = metric("rewritten_offsets_total") or 0
+    with run(settings, 6) as consumer:
         wait_for(lambda: store.positions()["t:0"].published == 6, "the refusal published", 20)
         with kafka.changed:
             kafka.cut_off(4)
             kafka.send(good(50), POISON, good(51), epoch=4)
         seen(store, 9)
+        assert (consumer.status.gap_offsets, consumer.status.rewritten_offsets) == (0, 2), "stored before: not lost"
     assert sorted(rows(store)) == [
-        *(("t", n, "sample") for n in range(4)), ("t", 4, "gap"), ("t", 4, "sample"), ("t", 5, "quarantine"),
+        *(("t", n, "sample") for n in range(5)), ("t", 5, "quarantine"),
         ("t@1", 4, "sample"), ("t@1", 5, "quarantine"), ("t@1", 6, "sample"),
     ]  # fmt: skip
-    [gap] = store.gaps()
-    assert (gap["offset"], gap["until"], gap["reason"]) == (4, 6, "truncated")
-    assert (metric("lost_offsets_total", reason="truncated") or 0) - before == 2
+    assert (store.tally()["gap_offsets"], store.tally()["rewritten_offsets"]) == (0, 2)
+    assert (metric("rewritten_offsets_total") or 0) - before == 2
     assert kafka.names() == ["t:0:5", "t@1:0:5"]
     assert store.offsets() == {"t:0": 6, "t@1:0": 7}
 
@@ -360,11 +361,11 @@ def test_a_truncation_while_nobody_read_is_seen_by_the_leader_epoch(
     with run(settings, 6):
         pass
     assert store.offsets() == {"t:0": 5, "t@1:0": 8}
-    assert [(gap["offset"], gap["until"]) for gap in store.gaps()] == [(2, 5)]
+    assert store.tally()["rewritten_offsets"] == 3
     with run(settings):
         kafka.send(good(70), epoch=4)
         seen(store, 12)
-    assert store.offsets() == {"t:0": 5, "t@1:0": 9} and len(store.gaps()) == 1
+    assert store.offsets() == {"t:0": 5, "t@1:0": 9} and store.tally()["rewritten_offsets"] == 3
 
 
 def test_where_the_divergence_is_not_known_the_log_is_read_from_its_beginning(
@@ -408,7 +409,7 @@ def test_a_new_leader_is_not_taken_for_a_truncation(
     assert rows(store) == [("t", n, "sample") for n in range(5)] and store.gaps() == []
 
 
-def test_a_gap_is_written_once_though_the_store_goes_away_in_the_middle(
+def test_a_truncation_is_counted_once_though_the_store_goes_away_in_the_middle(
     settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kafka.send(*(good(n) for n in range(5)), epoch=3)
@@ -429,8 +430,7 @@ def test_a_gap_is_written_once_though_the_store_goes_away_in_the_middle(
             kafka.send(good(9), epoch=4)
         seen(store, 6)
     assert calls[0] == 4
-    assert [(gap["offset"], gap["until"]) for gap in store.gaps()] == [(3, 5)]
-    assert store.tally()["gap_offsets"] == 2 and store.offsets() == {"t:0": 5, "t@1:0": 4}
+    assert store.tally()["rewritten_offsets"] == 2 and store.offsets() == {"t:0": 5, "t@1:0": 4}
 
 
 def test_a_deleted_topic_is_waited_for_and_not_made_again(

@@ -100,12 +100,6 @@ def test_a_topic_that_was_made_anew_has_receipts_of_both_logs_newest_first(tmp_p
     assert [(r.stream, r.outcome) for r in trace(store, RecordQuery("t", 0, 2))] == [("t@1", "not_read_yet")]
 
 
-def test_a_record_that_was_cut_off_after_it_was_read_has_two_receipts(tmp_path: Path) -> None:
-    rows = [row("sample", 3, id=A), row("gap", 2, until=5, reason="truncated")]
-    store = filled(tmp_path, rows, Position("t", 0, 5))
-    assert [r.outcome for r in trace(store, RecordQuery("t", 0, 3))] == ["stored", "lost"]
-
-
 @pytest.mark.parametrize("text", ["", "t", "t:0", "t:-1:0", "t:0:x", f"t:0:{'9' * 30}", "' OR 1=1:0", "a:b:0:0"])
 def test_what_is_no_position_is_refused(text: str) -> None:
     with pytest.raises(RecordError, match="topic:partition:offset"):

@@ -1,0 +1,172 @@
+"""Offsets that no reader gets a record of, and offsets that are gone: lag and losses are what they really are."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import confluent_kafka as ck
+import pytest
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+from kafka import KafkaProducer
+
+from ops.settings import Settings
+from streams.consumer import Consumer
+from streams.ingest_status import IngestStatus
+from streams.store import SampleStore
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.broker import Broker
+from tests.support.kafka import good, make_topics, produce, read_topic, reading, wait_for
+
+pytestmark = [pytest.mark.integration, pytest.mark.kafka]
+
+
+@pytest.fixture
+def settings(broker: Broker, tmp_path: Path) -> Settings:
+    made = broker.settings(tmp_path, kafka={"partitions": 1})
+    make_topics(made)
+    return made
+
+
+@pytest.fixture
+def store(settings: Settings) -> SampleStore:
+    return SampleStore(settings.lake)
+
+
+def position(settings: Settings, store: SampleStore) -> int:
+    """The next offset of the topic's partition, as the store has it."""
+    return store.offsets()[f"{settings.kafka.topic}:0"]
+
+
+@contextmanager
+def read_until(settings: Settings, condition: Callable[[IngestStatus], bool], what: str) -> Iterator[Consumer]:
+    """An ingest that has reached a state, with no lag left; it runs on in the block."""
+    with reading(settings) as ingest:
+        wait_for(lambda: ingest.status.lag == 0 and condition(ingest.status), f"{what}, and a lag of 0")
+        yield ingest
+
+
+class Transactions:
+    """A producer that sends good records in transactions."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.topic = settings.kafka.topic
+        self._producer = ck.Producer({"bootstrap.servers": settings.kafka.bootstrap, "transactional.id": self.topic})
+        self._producer.init_transactions(30)
+        self._seed = 0
+
+    def send(self, count: int, commit: bool = True) -> None:
+        self._producer.begin_transaction()
+        for _ in range(count):
+            value, headers = good(self._seed)
+            self._producer.produce(self.topic, value=value, headers=headers)  # type: ignore[arg-type]
+            self._seed += 1
+        self._producer.flush()
+        if commit:
+            self._producer.commit_transaction()
+        else:
+            self._producer.abort_transaction()
+
+
+def delete_before(settings: Settings, offset: int) -> None:
+    """What retention does."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
+    for done in admin.delete_records([ck.TopicPartition(settings.kafka.topic, 0, offset)]).values():
+        assert done.result(20).low_watermark == offset
+
+
+def test_markers_and_aborted_records_are_neither_lag_nor_lost_when_retention_passes_them(
+    settings: Settings, store: SampleStore
+) -> None:
+    sender = Transactions(settings)
+    sender.send(10)
+    with read_until(settings, lambda status: status.samples == 10, "10 samples"):
+        sender.send(1000, commit=False)
+        wait_for(lambda: position(settings, store) == 10 + 1 + 1000 + 1, "the position is behind the aborted tail")
+        sender.send(5)
+        wait_for(lambda: store.count() == 15, "5 more samples")
+    end = 10 + 1 + 1000 + 1 + 5 + 1
+    delete_before(settings, end)
+    sender.send(3)
+    with read_until(settings, lambda status: status.samples == 3, "3 samples") as ingest:
+        assert ingest.status.gap_offsets == 0
+    assert store.gaps() == [] and position(settings, store) == end + 3 + 1
+
+
+def test_records_that_retention_deletes_unread_are_reported(settings: Settings, store: SampleStore) -> None:
+    sender = Transactions(settings)
+    sender.send(4)
+    with read_until(settings, lambda status: status.samples == 4, "4 samples"):
+        pass
+    sender.send(7)
+    delete_before(settings, 4 + 1 + 7)
+    with read_until(settings, lambda status: status.gap_offsets > 0, "the loss"):
+        pass
+    assert [(gap["offset"], gap["until"], gap["reason"]) for gap in store.gaps()] == [(5, 12, "retention")]
+
+
+def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_path: Path) -> None:
+    settings = broker.settings(tmp_path, kafka={"partitions": 1})
+    topic = settings.kafka.topic
+    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
+    compacted = {"cleanup.policy": "compact", "segment.ms": "100", "min.cleanable.dirty.ratio": "0.01"}
+    admin.create_topics([NewTopic(topic, 1, 1, config=compacted)])[topic].result(20)
+    producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
+    seeds = count()
+
+    def send() -> int:
+        value, headers = good(next(seeds))
+        return int(producer.send(topic, value, key=b"one key", headers=headers).get(20).offset)
+
+    for _ in range(20):
+        send()
+    while True:
+        end = send() + 1  # in a new segment, so that those before it can be compacted
+        if read_topic(settings.kafka, topic)[0].offset >= 20:
+            break
+    producer.close(5)
+    with read_until(settings, lambda status: status.samples > 0, "what is left"):
+        pass
+    store = SampleStore(settings.lake)
+    assert store.gaps() == [] and position(settings, store) == end
+
+
+def test_records_that_an_unclean_election_rewrites_after_they_were_stored_are_not_lost(
+    apache_kafka: ApacheKafka, settings: Settings, store: SampleStore
+) -> None:
+    """One node: its log is cut off while it is dead, as that of a replica that was behind and became the leader."""
+    produce(settings.kafka, [good(n) for n in range(6)])
+    log = apache_kafka.data / f"{settings.kafka.topic}-0" / f"{0:020}.log"
+    short = log.stat().st_size
+    produce(settings.kafka, [good(n) for n in range(6, 10)])
+    with read_until(settings, lambda status: status.samples == 10, "10 samples"):
+        pass
+    apache_kafka.stop(signal.SIGKILL)
+    with log.open("ab") as file:
+        file.truncate(short)
+    apache_kafka.start()
+    produce(settings.kafka, [good(n) for n in range(100, 105)])
+    with read_until(settings, lambda status: status.samples == 5, "5 samples of the new leader") as ingest:
+        assert (ingest.status.rewritten_offsets, ingest.status.gap_offsets) == (4, 0)
+    topic = settings.kafka.topic
+    assert store.offsets() == {f"{topic}:0": 10, f"{topic}@1:0": 11}
+    assert store.gaps() == [] and store.tally()["rewritten_offsets"] == 4 and store.count() == 15
+
+
+def test_more_partitions_are_noticed_within_seconds_and_read_from_their_beginning(
+    settings: Settings, store: SampleStore
+) -> None:
+    topic = settings.kafka.topic
+    with read_until(settings, lambda status: status.state == "reading", "reading") as ingest:
+        admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
+        admin.create_partitions([NewPartitions(topic, 4)])[topic].result(20)
+        started = time.monotonic()
+        for partition in range(4):
+            produce(settings.kafka, [good(partition)], partition)
+        wait_for(lambda: ingest.status.samples == 4, "a sample of each partition")
+        assert time.monotonic() - started < 60, "metadata is 300 s old before kafka-python asks for it by itself"
+    assert store.offsets() == {f"{topic}:{number}": 1 for number in range(4)}

@@ -1,0 +1,149 @@
+"""Apache Kafka on this machine: one KRaft node, from Maven Central.
+
+Java 17 and Maven are needed. The jars (43 MB) are copied once to ``~/.cache/ratchet-tests``; a start takes 5 to 15
+seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from base64 import urlsafe_b64encode
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from ops.addresses import free_port
+
+VERSION: Final = "4.4.0"
+START_SECONDS: Final = 120.0
+POM: Final = """<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
+<groupId>local</groupId><artifactId>broker</artifactId><version>1</version><packaging>pom</packaging><dependencies>
+<dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{version}</version></dependency>
+<dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>1.7.36</version></dependency>
+</dependencies></project>
+"""
+"""Without slf4j-simple nothing is logged."""
+PROPERTIES: Final = """
+process.roles=broker,controller
+node.id=1
+controller.quorum.bootstrap.servers=127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+controller.listener.names=CONTROLLER
+log.dirs={data}
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+group.initial.rebalance.delay.ms=0
+log.cleaner.backoff.ms=200
+"""
+"""What one node needs; fewer internal partitions and no delays, which cost a test seconds."""
+JAVA: Final = ("java", "-Xms128m", "-Xmx768m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-cp")
+"""Tests last for less time than the better compiler needs."""
+
+
+class NotHere(Exception):
+    """Apache Kafka cannot be run on this machine; the message names what is missing."""
+
+
+class ApacheKafka:
+    """A broker of its own, which may be killed and started again. A context manager.
+
+    >>> with ApacheKafka() as kafka:  # doctest: +SKIP
+    ...     KafkaProducer(bootstrap_servers=kafka.address)
+
+    Raises:
+        NotHere: on construction, when Java or Maven is missing or Maven cannot download the jars.
+    """
+
+    def __init__(self) -> None:
+        self._jars = jars()
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.root = Path(tempfile.mkdtemp(prefix="ratchet-kafka-"))
+        self.data = self.root / "data"
+        self.log = self.root / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._properties = self.root / "server.properties"
+        settings = PROPERTIES.format(port=self.port, controller=free_port(), data=self.data)
+        self._properties.write_text(settings)
+        cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "a")
+        self._run("kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(self._properties))
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.log.write_bytes(b"")
+        command = [*JAVA, f"{self._jars}/*", "kafka.Kafka", str(self._properties)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + START_SECONDS
+        while b"Kafka Server started" not in self.log.read_bytes():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop(signal.SIGKILL)
+                raise RuntimeError(f"Apache Kafka did not start: ... {self.log.read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> None:
+        """End it in order, or by another signal; what is in its topics stays."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(with_signal)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def __enter__(self) -> ApacheKafka:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(signal.SIGKILL)
+        shutil.rmtree(self.root)
+
+    def _run(self, *words: str) -> None:
+        done = subprocess.run([*JAVA, f"{self._jars}/*", *words], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def jars() -> Path:
+    """The folder with Kafka's jars; downloaded at first.
+
+    Raises:
+        NotHere
+    """
+    if missing := [name for name, program in (("Java", "java"), ("Maven", "mvn")) if shutil.which(program) is None]:
+        raise NotHere(f"no {' and no '.join(missing)} (apt-get install default-jre-headless maven)")
+    version = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
+    if (major := re.search(r'version "(\d+)', version)) is None or int(major[1]) < 17:
+        raise NotHere(f"Apache Kafka {VERSION} needs Java 17, and here is {version.splitlines()[0]}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests"
+    folder = cache / f"kafka-{VERSION}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as made:
+            (Path(made) / "pom.xml").write_text(POM.format(version=VERSION))
+            command = [
+                "mvn",
+                "-q",
+                "-B",
+                "dependency:copy-dependencies",
+                "-DoutputDirectory=libs",
+                "-DincludeScope=runtime",
+            ]
+            done = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=600)
+            if done.returncode != 0:
+                raise NotHere(f"Maven could not download Apache Kafka {VERSION}: {done.stdout[-500:]}")
+            (Path(made) / "libs").rename(folder)
+    return folder
