@@ -15,8 +15,8 @@ from tests.support.own_uv import ROOT, environment
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 PACKAGES = ("benchmarks", "ops", "serving", "streams", "updater")
 
-# `--help` of each command, then each module; in one process: torch and Ray take seconds to import. What only extras
-# or tests bring may be missing, anything of a clone may not.
+# `--help` of each command, then each module, then the first steps; in one process: torch and Ray import for seconds.
+# What only extras or tests bring may be missing, anything of a clone may not.
 USE_ALL = """
 import importlib, pkgutil, sys
 import typer
@@ -37,6 +37,10 @@ for package in sys.argv[1:]:
             importlib.import_module(found.name)
         except ImportError as error:
             print("missing", found.name, error.name)
+for words in (["init", "--yes"], ["doctor"], ["base", "build"]):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, (words, result.output, result.exception)
+    print("step", *words)
 """
 
 
@@ -81,7 +85,10 @@ def test_the_source_distribution_builds_the_same_wheel(built: list[Path]) -> Non
         assert "LICENSE" in names
 
 
-def test_no_command_and_no_module_needs_a_clone(commands: Path, empty: Path) -> None:
+def test_no_command_and_no_module_needs_a_clone_and_the_first_steps_work_in_an_empty_folder(
+    commands: Path, empty: Path
+) -> None:
+    assert "Usage: ratchet" in run(empty, commands / "ratchet", "--help")
     lines = [line.split(" ", 1) for line in run(empty, commands / "python", "-c", USE_ALL, *PACKAGES).splitlines()]
     helped = {rest[0] for kind, *rest in lines if kind == "command" and rest}
     assert {"demo", "up", "serve", "base add", "ingest"} <= helped
@@ -89,12 +96,6 @@ def test_no_command_and_no_module_needs_a_clone(commands: Path, empty: Path) -> 
     ours = {"tests", "docs", "helm", "examples", "install", "release", "None", *PACKAGES}
     assert not {module: name for module, name in missing.items() if name.split(".")[0] in ours}
     assert not {module: name for module, name in missing.items() if module.startswith(("ops.cli", "ops.console"))}
-
-
-def test_the_first_steps_work_in_an_empty_folder(commands: Path, empty: Path) -> None:
-    assert "Usage: ratchet" in run(empty, commands / "ratchet", "--help")
-    run(empty, commands / "ratchet", "init", "--yes")
+    assert [rest[0] for kind, *rest in lines if kind == "step"] == ["init --yes", "doctor", "base build"]
     assert (empty / "ratchet.yaml").exists()
-    assert "Doctor" in run(empty, commands / "ratchet", "doctor")
-    run(empty, commands / "ratchet", "base", "build")
     assert [*(empty / ".ratchet" / "bases").iterdir()]

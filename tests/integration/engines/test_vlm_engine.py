@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import random
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,8 +23,15 @@ from safetensors.torch import load_file, save_file
 from ops import metrics
 from ops.errors import AdapterError
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from serving.engines.vlm.generation import GenerationRequest, Message, TokenChunk, VlmEngine, question
-from serving.errors import InvalidRequest
+from serving.engines.vlm.generation import (
+    GenerationRequest,
+    GenerationResult,
+    Message,
+    TokenChunk,
+    VlmEngine,
+    question,
+)
+from serving.errors import EngineDead, InvalidRequest
 from tests.integration.engines.conftest import VlmCases
 from tests.support.vlm_reference import picture
 from tests.support.waiting import until
@@ -40,9 +50,9 @@ async def loaded(engine: VlmEngine, cases: VlmCases) -> AsyncIterator[VlmEngine]
         await engine.unload(name)
 
 
-async def test_a_hundred_mixed_batches_give_each_request_its_own_answer(loaded: VlmEngine, cases: VlmCases) -> None:
+async def test_mixed_batches_give_each_request_its_own_answer(loaded: VlmEngine, cases: VlmCases) -> None:
     chance = random.Random(0)
-    for _ in range(100):
+    for _ in range(30):
         mix = [(chance.choice([None, *cases.names]), chance.randrange(len(cases.asks))) for _ in range(8)]
         replies = await asyncio.gather(*[loaded.reply(cases.asks[i], name) for name, i in mix])
         for (name, i), reply in zip(mix, replies, strict=True):
@@ -305,6 +315,38 @@ async def test_nothing_is_compiled(engine: VlmEngine, cases: VlmCases, compiled:
     await engine.reply(cases.asks[0], None)
     assert shutil.which("g++") is None
     assert not list(compiled.iterdir())
+
+
+async def test_a_killed_engine_says_so_and_leaves_no_process(engine: VlmEngine, cases: VlmCases) -> None:
+    """The last test of an engine: there is none after it."""
+    if engine.kind != "vllm":
+        pytest.skip("transformers has no process of its own")
+    (core,) = multiprocessing.active_children()
+    long = dataclasses.replace(cases.asks[0], max_tokens=200)
+    waiting = [asyncio.create_task(engine.reply(long, None)) for _ in range(40)]
+    stream = engine.stream(long, None)
+    await anext(stream)
+    os.kill(core.pid, signal.SIGSTOP)  # so that what is asked of it from now on is not answered before it dies
+    loading = asyncio.create_task(engine.load(cases.names[1], cases.directories[cases.names[1]]))
+    await until(lambda: engine._engine.engine_core.utility_results)  # type: ignore[attr-defined]
+    core.kill()
+    with pytest.raises(EngineDead):
+        await asyncio.wait_for(loading, 30)
+    ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+    assert all(isinstance(one, EngineDead | GenerationResult) for one in ended)
+    assert any(isinstance(one, EngineDead) for one in ended)
+    with pytest.raises(EngineDead):
+        async for _ in stream:
+            pass
+    assert "process ended" in engine.last_error()
+    for call in (engine.reply(long, None), engine.score(long, ["yes"], None), engine.golden(None)):
+        with pytest.raises(EngineDead, match="Start a new engine"):
+            await call
+    with pytest.raises(EngineDead):
+        await engine.load(cases.names[0], cases.directories[cases.names[0]])
+    assert engine.running() == 0
+    await engine.close()
+    await until(lambda: not multiprocessing.active_children())
 
 
 def _write(base: object, directory: Path, **how: int) -> tuple[str, Path]:

@@ -36,7 +36,7 @@ def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(server: ServerFixtu
             server.until(lambda: made[-1]["number"] in traffic.releases())
         held = {row["clip"] for row in client.releases()["data"] if row["resident"]}
         back = client.rollback(reason="back")
-        traffic.wait_for(400)
+        traffic.wait_for(200)
     report = traffic.report()
     assert report.failed == 0, report.problems
     assert report.mixed == 0, report.problems
@@ -93,7 +93,7 @@ def test_killing_an_encoder_while_releases_commit_fails_no_request(server: Serve
         time.sleep(2)
         stop.set()
         outcomes = releasing.result(timeout=120)
-        traffic.wait_for(300)
+        traffic.wait_for(150)
     report = traffic.report()
     assert report.failed == 0, report.problems
     assert report.mixed == 0, report.problems

@@ -1,4 +1,7 @@
-"""The client's wheel alone, in an environment of its own: it sends a record, and a search by it finds that."""
+"""The client's wheel alone, in an environment of its own: it sends a record, and a search by it finds that.
+
+On the server of the other tests, which finds in its lake what an ingest of this one has stored.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ops.settings.streams import Kafka
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.broker import Broker, broker
 from tests.support.kafka import make_topics, picture, reading
@@ -62,21 +66,14 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def server(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
-    """A server, and an ingest that reads a topic of the broker."""
-    home = tmp_path_factory.mktemp("server")
-    made = ServerFixture.make(home, encoder_replicas=1)
-    made.configure(
-        kafka=broker.settings(home).kafka.model_dump(mode="json"), ingest={"processes": 1, "fresh_eval_share": 0.0}
-    )
-    make_topics(made.settings)
-    made.start()
-    try:
-        with reading(made.settings):
-            yield made
-    finally:
-        made.stop()
+@pytest.fixture
+def kafka(server: ServerFixture, broker: Broker) -> Iterator[Kafka]:
+    """What an ingest reads into the server's store."""
+    made = broker.settings(server.settings.home, ingest={"fresh_eval_share": 0.0})
+    settings = server.settings.model_copy(update={"kafka": made.kafka, "ingest": made.ingest})
+    make_topics(settings)
+    with reading(settings):
+        yield settings.kafka
 
 
 def test_it_is_small_and_brings_nothing_of_the_server(python: Path) -> None:
@@ -89,11 +86,12 @@ def test_it_is_small_and_brings_nothing_of_the_server(python: Path) -> None:
     }
 
 
-def test_what_it_publishes_is_found_by_what_it_asks(python: Path, server: ServerFixture, tmp_path: Path) -> None:
+def test_what_it_publishes_is_found_by_what_it_asks(
+    python: Path, server: ServerFixture, kafka: Kafka, tmp_path: Path
+) -> None:
     pictures = [tmp_path / "a.png", tmp_path / "b.png"]
     for number, path in enumerate(pictures):
         path.write_bytes(picture(number, size=64))
-    kafka = server.settings.kafka
     command = [python, "-c", SCRIPT, kafka.bootstrap, kafka.topic, server.url, *pictures]
     alone = {**os.environ, "PYTHONPATH": "", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=alone, cwd=tmp_path, check=False)
