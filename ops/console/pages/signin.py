@@ -13,6 +13,7 @@ from ops.console.identities import end_key
 from ops.console.request_context import LOOK, Anyone, RequestContext, local_path
 from ops.console.sessions import MAX_KEY_CHARS, Session
 from ops.errors import LedgerUnavailable
+from serving.http.client_address import came_by_tls
 
 router = APIRouter()
 
@@ -64,5 +65,5 @@ def _form(context: RequestContext, next_page: str, wrong: str = "", status: int 
 
 def _without_tls(request: Request) -> bool:
     """Whether the browser will refuse to keep the session: it asks for TLS, and there is none."""
-    secure = request.url.scheme == "https" or request.url.hostname in ("localhost", "127.0.0.1", "::1")
+    secure = came_by_tls(request.scope) or request.url.hostname in ("localhost", "127.0.0.1", "::1")
     return not request.app.state.local and not secure
