@@ -118,7 +118,7 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
         maintained=None if done is None else datetime.fromtimestamp(done, UTC),
         maintenance_failing=failed is not None and failed > (done or 0.0),
         maintenance_known=bool(maintain),
-        deletions=0 if oldest is None else ledger.count_deletions(states=["requested", "removed"]),
+        deletions=0 if oldest is None else ledger.count_deletions(states=["requested", "removed", "held"]),
         oldest_deletion=timedelta(0) if oldest is None else datetime.now(UTC) - oldest.requested_at,
     )
 

@@ -116,13 +116,13 @@ class Batch:
             return outcome
         try:
             with self.index.deciding():
-                self.index.follow(self.writer.table)
+                newest = self.index.follow(self.writer.table)
                 replaced = self._decide(outcome)
                 moves = [
                     (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
                     for reading, end in ends.items()
                 ]
-                outcome.version = self.writer.commit(outcome.rows, moves, replaced)
+                outcome.version = self.writer.commit(outcome.rows, moves, replaced, newest)
                 if not outcome.corrected:  # else it is read again: samples may have passed to other records
                     self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
         except StoreUnavailable as error:

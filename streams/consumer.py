@@ -132,10 +132,16 @@ class Consumer:
 
     def _finish(self) -> None:
         """Asked to stop: store what is validated, and leave the rest to the next owner."""
+        if self._gives_up():
+            return
         self._collect()
         self.commit()
         self._publisher.wait_until_published(PUBLISH_SECONDS)
         self._mark_published()
+
+    def _gives_up(self) -> bool:
+        """Whether it was asked to stop while the store takes nothing: another try may take longer than it is given."""
+        return self._stopping.is_set() and self.status.waiting_for in ("store", "disk")
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 
@@ -397,6 +403,8 @@ class Consumer:
 
     def _salvage(self) -> None:
         """Store what has been read though the broker is away; its refusals are published when it is back."""
+        if self._gives_up():
+            return
         try:
             while self._take_results():
                 pass

@@ -16,6 +16,9 @@ is not selected: it passes to that one, with what it says of the sample.
 A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) is a deletion, too, of
 what came before it.
 
+Old versions of objects, which a bucket with versioning keeps, are deleted where the bucket allows it; else the deletion
+is ``held``, and the receipt says what is left and until when.
+
 What deletion does not reach: the topic itself and the quarantine topic (their retention ends it; topics that Ratchet
 makes for refusals keep them for a week), and the weights of adapters that learned from it, which the receipt names.
 """
@@ -171,7 +174,7 @@ def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, 
 
 def as_json(row: DeletionRow) -> dict[str, Any]:
     """A deletion as others are told of it: its receipt."""
-    times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "done_at")}
+    times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "held_at", "done_at", "remains_until")}
     return {
         "id": row.id,
         "state": row.state,
@@ -182,6 +185,7 @@ def as_json(row: DeletionRow) -> dict[str, Any]:
         "refusals": row.refusals,
         "adapters": {"learned": [], "may_have_replayed": [], **row.adapters},
         "first_update_without": row.update_id,
+        "remains": row.remains,
         **{name: None if time is None else time.isoformat() for name, time in times.items()},
     }
 

@@ -33,6 +33,7 @@ from ops.progress import say
 from ops.settings import Settings
 from streams import compaction, deletion, retention
 from streams.events import EventPublisher
+from streams.object_versions import OldVersions
 from streams.rows import name_of, position_of
 from streams.store import BACKUP_PIN, SampleStore
 from streams.tombstones import is_tombstone, remove_together
@@ -47,6 +48,8 @@ EXPIRE_SECONDS: Final = 600.0
 PRUNE_SECONDS: Final = 600.0
 SETTLE_SECONDS: Final = 60.0
 """A deletion is not done before that: what was validated before it may be stored after it, and is looked for again."""
+UNLOCK_SECONDS: Final = 3600.0
+"""Deletions that the bucket held are looked after so often: a look lists all versions of all objects."""
 DELETIONS_AT_ONCE: Final = 1000
 PIN_HOURS: Final = 24.0
 """An update that is pinned to a version from before a deletion has this long; then the pin goes, and it begins anew."""
@@ -88,7 +91,7 @@ class Maintainer:
         self.events = EventPublisher(settings, self.ledger)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._collect_garbage = collect
-        self._cleaned_at = self._expired_at = self._pruned_at = self._collected_at = -math.inf
+        self._cleaned_at = self._expired_at = self._pruned_at = self._collected_at = self._unlocked_at = -math.inf
         self._gaps = 0
 
     def run_once(self) -> Run:
@@ -253,20 +256,40 @@ class Maintainer:
         self._collected_at = time.monotonic()
 
     def _finish(self, pending: list[DeletionRow]) -> None:
-        """A deletion is done when no version is left that has what it deleted."""
-        if not pending:
-            return
-        oldest = min(self.store.versions(), default=0)
+        """A deletion is done when no version of the store is left that has what it deleted, and none of an object."""
+        oldest = min(self.store.versions(), default=0) if pending else 0
         settled = datetime.now(UTC) - timedelta(seconds=SETTLE_SECONDS)
-        for each in pending:
-            if each.version is not None and oldest >= each.version and each.requested_at <= settled:
-                self.ledger.deletion_done(each.id)
-                say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
+        ready = [
+            each
+            for each in pending
+            if each.version is not None and oldest >= each.version and each.requested_at <= settled
+        ]
+        ready += self._unlocked()
+        if not ready:
+            return
+        old = OldVersions(self.settings.lake)
+        old.purge()
+        for each in ready:
+            left = old.left(each.held_at or datetime.now(UTC))
+            if left is not None:
+                self.ledger.deletion_held(each.id, left.words, left.until)
+                say(f"maintain: {each.id}: {left.words}")
+                continue
+            self.ledger.deletion_done(each.id, old.unknown or None)
+            say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
+
+    def _unlocked(self) -> list[DeletionRow]:
+        """Deletions whose lock in the bucket is over, or has no end that is known: those now and then."""
+        now = datetime.now(UTC)
+        if time.monotonic() - self._unlocked_at < UNLOCK_SECONDS:
+            return []
+        self._unlocked_at = time.monotonic()
+        return [each for each in self._deletions("held") if each.remains_until is None or each.remains_until <= now]
 
     def _count_deletions(self) -> None:
         oldest = self.ledger.oldest_deletion()
         age = 0.0 if oldest is None else (datetime.now(UTC) - oldest.requested_at).total_seconds()
-        metrics.maintain.deletions(self.ledger.count_deletions(states=["requested", "removed"]), age)
+        metrics.maintain.deletions(self.ledger.count_deletions(states=["requested", "removed", "held"]), age)
 
 
 def _event_id(position: str) -> str:

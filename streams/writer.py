@@ -52,6 +52,8 @@ MOVED: Final = {"ratchet": "moved"}
 """Property of a transaction that writes no row that was not there before."""
 ATTEMPTS: Final = 30
 """Lance's own retries pass a conflict of names on; ours begin anew from the newest version: some 10 ms each."""
+OUTAGES: Final = 2
+"""Of these, those that fail for another reason than a conflict: each may take as long as Lance's own retries."""
 
 
 @dataclass(eq=False, slots=True)
@@ -118,6 +120,7 @@ class StoreWriter:
         rows: Rows | pa.Table,
         moves: Sequence[tuple[Claim, Position]],
         replaced: Mapping[RecordPosition, dict[str, Any]] | None = None,
+        base: Any = None,
     ) -> int:
         """Store rows and the new positions of their partitions in one transaction. Returns the version.
 
@@ -125,13 +128,14 @@ class StoreWriter:
             replaced: of samples and duplicates that are taken out in the same transaction, each with the receipt that
                 stands for it then. One that is gone already is passed over; a sample that another record sent, too,
                 passes to that one.
+            base: the newest version, where it was opened just now.
 
         Raises:
             Superseded: a claim is not the newest; nothing was stored.
             StoreUnavailable: nothing was stored; to be tried again.
         """
         if not replaced:
-            return self._commit(rows, moves)
+            return self._commit(rows, moves, base)
         where = f"{SENT} AND ({_at(replaced)})"
 
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
@@ -316,12 +320,15 @@ class StoreWriter:
             fields_modified=[],
         )
         failure: Exception | None = None
+        outages = 0
         for attempt in range(1 if changed else ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0.002, 0.01) * attempt)  # noqa: S311  (spreads the tries)
                 base = self.table.create()
                 if failure is not None and _fragments_by_path(base, [new[-1].files[0].path]):
                     return base  # the answer was lost, the commit was not
+                if failure is not None and outages >= OUTAGES:
+                    raise failure
             if fences_removed - {fragment.fragment_id for fragment in base.get_fragments()}:
                 return None
             try:
@@ -333,6 +340,7 @@ class StoreWriter:
                 if changed and _is_conflict(error):
                     raise CommitConflictError(str(error)) from error
                 failure = error
+                outages += not _is_conflict(error)
         raise failure or StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )

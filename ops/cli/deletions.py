@@ -22,6 +22,7 @@ POLL_SECONDS: Final = 1.0
 STATES: Final = {
     "requested": "waits for maintenance",
     "removed": "no reader finds it; waits until no file has it",
+    "held": "no file of the store has it; the bucket keeps old versions of such files",
     "done": "no file has it",
 }
 MAX_REASON: Final = 1000
@@ -42,7 +43,7 @@ def delete(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how much it is, and delete nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Return when no file has it any more.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when no file of the store has it any more.")] = False,
 ) -> None:
     """Delete samples and refused records: all that is named has to hold. What comes in later is not affected.
 
@@ -120,10 +121,10 @@ def _one(ledger: Ledger, deletion_id: str) -> DeletionRow:
 
 
 def _follow(ledger: Ledger, deletion_id: str) -> DeletionRow:
-    """Wait until a deletion is done, and say how far it is."""
+    """Wait until a deletion is done, or the bucket holds it, and say how far it is."""
     state, warned = "", False
     with meter(deletion_id) as progress:
-        while (row := _one(ledger, deletion_id)).state != "done":
+        while (row := _one(ledger, deletion_id)).state not in ("held", "done"):
             if row.state != state:
                 state = row.state
                 say(f"{row.id}: {STATES[state]}")
@@ -157,6 +158,9 @@ def _print_receipt(row: DeletionRow) -> None:
         ("requested", f"{_when(row.requested_at)} by {row.actor}"),
         ("reason", row.reason),
         ("removed from the store", _when(row.removed_at)),
+        ("gone from the store's files", _when(row.held_at or row.done_at)),
+        *([("what remains", row.remains)] if row.remains else []),
+        *([("what remains is locked until", _when(row.remains_until))] if row.remains_until else []),
         ("gone from all files", _when(row.done_at)),
     ):
         add_texts(table, name, value)

@@ -3,6 +3,7 @@
 run_console       `ratchet console`: a process of its own, without state
 app               the application: routes, and what every page shares
 security          what holds for every request: host, size, session, security headers
+path_prefix       links and redirects where a proxy serves the console under a path
 public            the read-only mode without a key: methods, request rate, what is left out
 shared_pages      one answer of a page for all visitors of the public mode
 sessions          the signed-in visitor, in one encrypted cookie

@@ -30,6 +30,7 @@ from ops.console.pages import (
     stream,
     tour,
 )
+from ops.console.path_prefix import PathPrefix
 from ops.console.public import NAV as PUBLIC_NAV
 from ops.console.public import ReadOnly
 from ops.console.request_context import NAV, Refused, SignIn, intended, sign_in_link
@@ -78,7 +79,10 @@ def build_console(settings: Settings) -> FastAPI:
         sessions=app.state.sessions,
         max_body_bytes=settings.serve.max_image_bytes + FORM_BYTES,
         local=settings.console.on_loopback,
+        names=settings.serve.allowed_hosts,
     )
+    if settings.console.path_prefix:
+        app.add_middleware(PathPrefix, prefix=settings.console.path_prefix)
     app.middleware_stack = RequestIds(app.build_middleware_stack())  # also around what answers an unexpected error
     return app
 

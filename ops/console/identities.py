@@ -21,6 +21,9 @@ ACT: Final[tuple[KeyScope, ...]] = (*READ, "publish", "operate")
 ISSUER: Final = "ratchet"
 """Who made such a key, in the ledger."""
 NAME_CHARS: Final = 50
+MOST_GROUPS: Final = 50
+GROUP_CHARS: Final = 200
+"""Bounds of what an audit row tells of somebody's groups."""
 
 
 def scopes_of(claims: Mapping[str, Any], rules: Oidc) -> tuple[KeyScope, ...]:
@@ -68,7 +71,9 @@ def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: flo
         )
     letters = re.sub(r"[^a-z0-9._@-]", "-", name.lower())[:NAME_CHARS].lstrip("._@-") or "somebody"
     row, token = ledger.create_key(f"{letters}.{secrets.token_hex(4)}", scopes, actor=ISSUER, days=hours / 24)
-    ledger.audit(f"key:{row.name}", "sign in", "console", {"issuer": rules.issuer, "subject": str(claims.get("sub"))})
+    groups = [each[:GROUP_CHARS] for each in sorted(groups_of(claims, rules))[:MOST_GROUPS]]
+    detail = {"issuer": rules.issuer, "subject": str(claims.get("sub")), "groups": groups}
+    ledger.audit(f"key:{row.name}", "sign in", "console", detail)
     return token
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 from urllib.parse import urlencode, urlsplit
@@ -31,6 +32,8 @@ NAV = (
     ("/audit", "Audit"),
 )
 
+MAX_NEXT: Final = 1000
+"""Characters of a path to come back to, as JSON."""
 LOOK: Final[tuple[KeyScope, ...]] = ("search", "operate")
 """Pages show samples of the corpus: who looks needs one of these scopes."""
 
@@ -158,16 +161,22 @@ def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestCont
     if not context.operator:
         name = context.principal.name if context.principal else ""
         raise Refused(
-            403, "Not allowed", f"The key {name!r} may look, but not act.", "Sign in with a key of scope `operate`."
-        )
+            403, "Not allowed", f"The key {name!r} may look, but not act.",
+            "Sign in with a key of scope `operate`." if not context.session.provider else
+            "An operator can name you or one of your groups in console.oidc; the audit log has which groups the "
+            "provider sent when you signed in.",
+        )  # fmt: skip
     return context
 
 
 def local_path(target: str) -> str:
-    """A path of this console: nobody is sent elsewhere after signing in."""
+    """A path of this console: nobody is sent elsewhere after signing in. A long one is left out: it goes to the
+    identity provider and back in a cookie.
+    """
     parts = urlsplit(target)
     right = target.startswith("/") and not target.startswith(("//", "/\\")) and not parts.scheme and not parts.netloc
-    return target if right and target.isprintable() else "/"
+    short = len(json.dumps(target)) <= MAX_NEXT
+    return target if right and short and target.isprintable() else "/"
 
 
 def sign_in_link(next_page: str) -> str:

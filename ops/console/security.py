@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -10,6 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ops.console.sessions import COOKIE, Session, Sessions
+from serving.http.client_address import came_by_tls, names_this_server
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -26,7 +28,6 @@ HEADERS = {
     "cache-control": "no-store",
 }
 """On every answer, unless its page says otherwise (thumbnails may be kept, static files asked about)."""
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 WITHOUT_COOKIE = ("/static/", "/health/")
 MAX_REQUESTS = 64
 BOUNCE = b'<!doctype html><title>Ratchet</title><meta http-equiv="refresh" content="0"><p>One moment.</p>'
@@ -44,14 +45,18 @@ class SecurityMiddleware:
 
     Args:
         local: the console listens on loopback. Then only its own names are answered, so that no page of another site
-            can reach it under a name that it points here (DNS rebinding), and cookies need no TLS.
+            can reach it under a name that it points here (DNS rebinding), and cookies need no TLS where none is used.
+        names: further names that are answered then.
     """
 
-    def __init__(self, app: ASGIApp, sessions: Sessions, max_body_bytes: int, local: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, sessions: Sessions, max_body_bytes: int, local: bool, names: Sequence[str] = ()
+    ) -> None:
         self.app = app
         self.sessions = sessions
         self.max_body_bytes = max_body_bytes
         self.local = local
+        self.names = names
         self.running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +81,7 @@ class SecurityMiddleware:
                     and "no_cookie" not in state
                     and not scope["path"].startswith(WITHOUT_COOKIE)
                 ):
-                    answer.append("set-cookie", self._set_cookie(cookie_session))
+                    answer.append("set-cookie", self._set_cookie(cookie_session, came_by_tls(scope)))
             await send(message)
 
         self.running += 1
@@ -96,8 +101,13 @@ class SecurityMiddleware:
             self.running -= 1
 
     def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
-        if self.local and _name(headers.get("host", "")) not in LOCAL_NAMES:
-            return PlainTextResponse("this console answers to its own machine only.", 421)
+        host = headers.get("host", "")
+        if self.local and not names_this_server(host, self.names):
+            words = (
+                f"this console answers to its own machine only, and was asked for as {host[:200]!r}. "
+                "Is that the name of a proxy in front of it? List the name in serve.allowed_hosts."
+            )
+            return PlainTextResponse(words, 421)
         if self.running > MAX_REQUESTS:
             return PlainTextResponse("the console is busy; try again.", 503, {"retry-after": "1"})
         declared = headers.get("content-length", "0")
@@ -122,20 +132,15 @@ class SecurityMiddleware:
         words = f"what you sent is larger than {self.max_body_bytes:,} bytes. Scale the picture down."
         return PlainTextResponse(words, 413, {"connection": "close"})
 
-    def _set_cookie(self, session: Session) -> str:
+    def _set_cookie(self, session: Session, tls: bool) -> str:
         cookie: SimpleCookie = SimpleCookie()
         cookie[COOKIE] = self.sessions.seal(session)
         morsel = cookie[COOKIE]
         morsel["path"], morsel["httponly"], morsel["samesite"] = "/", True, "Strict"
         morsel["max-age"] = self.sessions.seconds
-        if not self.local:
+        if tls or not self.local:
             morsel["secure"] = True
         return morsel.OutputString()
-
-
-def _name(host: str) -> str:
-    """A host header without its port."""
-    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 def _cookie(headers: Headers) -> str | None:

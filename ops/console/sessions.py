@@ -32,7 +32,8 @@ class Session:
     """Every form sends it back; a page of another site cannot know it."""
     key: str = ""
     provider: Mapping[str, Any] = field(default_factory=dict)
-    """What the way to the identity provider and back has to remember (Authlib's); empty but for that time."""
+    """What the way to the identity provider and back has to remember (Authlib's), and then what signing out there
+    needs; empty for a sign-in by a key."""
 
     @classmethod
     def new(cls, key: str = "") -> Session:

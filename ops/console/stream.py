@@ -14,7 +14,7 @@ COUNTED_SAMPLES = 2_000_000
 TOP = 12
 """Values that are shown of each column, those with the most samples first."""
 ORIGINS = ("topic", "domain", "source")
-DELETION_STATES: tuple[DeletionState, ...] = ("requested", "removed", "done")
+DELETION_STATES: tuple[DeletionState, ...] = ("requested", "removed", "held", "done")
 
 
 @dataclass(frozen=True)

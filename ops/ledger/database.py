@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -164,11 +164,7 @@ def _make_engine(url: URL) -> Engine:
 
     bounded = postgres.bounded_url(url.set(drivername="postgresql+psycopg"))
     engine = create_engine(bounded, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
-
-    @event.listens_for(engine, "do_connect")
-    def connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        return postgres.connect(*arguments, **options)
-
+    postgres.prepare_postgres(engine)
     return engine
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 
 from ops.digests import digest12
 from ops.ledger import tables as t
@@ -56,16 +57,29 @@ class DeletionQueries:
             mine = update(t.Deletion).where(t.Deletion.id.in_(ids), t.Deletion.state == "removed")
             session.execute(mine.where(t.Deletion.version.is_(None)).values(version=version))
 
-    def deletion_done(self, deletion_id: str) -> None:
-        """Its bytes are gone, too: that is told to others, and an audit row is the receipt."""
+    def deletion_held(self, deletion_id: str, remains: str, until: datetime | None) -> None:
+        """No file of the store has it; the bucket still does. Again, with what is left later."""
         with self.database.write() as session:
             row = session.get(t.Deletion, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
                 return
-            row.state, row.done_at = "done", t.utc_now()
+            row.state, row.held_at = "held", row.held_at or t.utc_now()
+            row.remains, row.remains_until = remains, until
+
+    def deletion_done(self, deletion_id: str, remains: str | None = None) -> None:
+        """Its bytes are gone, too: that is told to others, and an audit row is the receipt.
+
+        Args:
+            remains: why it is not known whether the object store keeps some of it, where it is not.
+        """
+        with self.database.write() as session:
+            row = session.get(t.Deletion, deletion_id, with_for_update=True)
+            if row is None or row.state == "done":
+                return
+            row.state, row.done_at, row.remains, row.remains_until = "done", t.utc_now(), remains, None
             detail = {
                 "selector": row.selector, "samples": row.samples, "refusals": row.refusals, "adapters": row.adapters,
-                "actor": row.actor, "reason": row.reason,
+                "actor": row.actor, "reason": row.reason, "remains": remains,
             }  # fmt: skip
             note(session, "maintain", "deleted", _subject(deletion_id), detail)
             add_event(session, "ratchet.deletion.v1", _event_id(deletion_id), _subject(deletion_id), detail)
@@ -114,8 +128,12 @@ class DeletionQueries:
             return int(session.scalar(query) or 0)
 
     def oldest_deletion(self) -> DeletionRow | None:
-        """The one that has waited longest of those that are not done, or None."""
-        query = select(t.Deletion).where(t.Deletion.state != "done").order_by(t.Deletion.requested_at).limit(1)
+        """The one that has waited longest of those that are not done, or None. One that is locked in the bucket until
+        a time that is known waits for nothing that somebody could do.
+        """
+        until = t.Deletion.remains_until
+        waiting = select(t.Deletion).where(t.Deletion.state != "done", or_(until.is_(None), until <= t.utc_now()))
+        query = waiting.order_by(t.Deletion.requested_at).limit(1)
         with self.database.read() as session:
             row = session.scalars(query).first()
             return None if row is None else as_row(DeletionRow, row)

@@ -2,6 +2,9 @@
 
 Three bounds work together: the client's deadline (:mod:`ops.ledger.time_limits`) for a server that is silent, TCP's
 for a network that is, and the server's for a transaction whose client has gone.
+
+Nothing is kept in a session of the server from one transaction to the next, neither settings nor prepared statements:
+a pooler that shares connections by transaction (PgBouncer) gives each transaction whichever is free.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import Any, Final
 
 import psycopg
 from psycopg.conninfo import timeout_from_conninfo
-from sqlalchemy import URL
+from sqlalchemy import URL, Connection, Engine, event
 
 from ops.ledger.time_limits import seconds_left
 
@@ -61,12 +64,23 @@ class BoundedConnection(psycopg.Connection[Any]):
 
 
 def bounded_url(url: URL) -> URL:
-    """Add the bounds to a URL, as far as it does not set them itself."""
-    named = {key: value for key, value in _CLIENT.items() if key not in url.query}
-    own = url.query.get("options", "")
-    options = " ".join([own] if isinstance(own, str) else own)
-    bounds = " ".join(f"-c {key}={value}" for key, value in _SERVER.items() if key not in options)
-    return url.update_query_dict({**named, "options": f"{bounds} {options}".strip()})
+    """Add the client's bounds to a URL, as far as it does not set them itself."""
+    return url.update_query_dict({key: value for key, value in _CLIENT.items() if key not in url.query})
+
+
+def prepare_postgres(engine: Engine) -> None:
+    """Bound the connections of an engine, and each of its transactions; those that the URL's ``options`` name stay."""
+    own = str(engine.url.query.get("options", ""))
+    bounds = "; ".join(f"set local {key} = {value}" for key, value in _SERVER.items() if key not in own)
+
+    @event.listens_for(engine, "do_connect")
+    def bounded(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        return connect(*arguments, **options)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if bounds:
+            connection.exec_driver_sql(bounds)
 
 
 def connect(*args: Any, **options: Any) -> BoundedConnection:
@@ -79,4 +93,4 @@ def connect(*args: Any, **options: Any) -> BoundedConnection:
     if left <= 0:
         raise psycopg.OperationalError("no time was left for a new connection")
     options["connect_timeout"] = int(min(timeout_from_conninfo(options), max(left, CONNECT_SECONDS)))
-    return BoundedConnection.connect(*args, **options)
+    return BoundedConnection.connect(*args, **options, prepare_threshold=None)

@@ -248,7 +248,7 @@ class LeaseRow:
     expires_at: datetime
 
 
-DeletionState = Literal["requested", "removed", "done"]
+DeletionState = Literal["requested", "removed", "held", "done"]
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,8 @@ class DeletionRow:
     selector: dict[str, Any]
     """What is to be deleted: see :mod:`streams.deletion`."""
     state: DeletionState
-    """``removed``: no reader finds it any more; ``done``: its bytes are gone from the disk, too."""
+    """``removed``: no reader finds it any more; ``held``: the bucket keeps old versions of the files that had it;
+    ``done``: its bytes are gone from the disk, too."""
     actor: str
     reason: str
     samples: int
@@ -274,4 +275,10 @@ class DeletionRow:
     """The first update that was trained without it."""
     requested_at: datetime
     removed_at: datetime | None
+    held_at: datetime | None
+    """When no file of the store had it any more, and the bucket still did."""
     done_at: datetime | None
+    remains: str | None
+    """What is left of it in the bucket, or why that is not known."""
+    remains_until: datetime | None
+    """When that can be deleted; None where it is not known."""

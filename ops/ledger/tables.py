@@ -228,7 +228,7 @@ class Lease(Base):
 
 
 class Deletion(Base):
-    """Samples that are to be gone: ``requested``, ``removed`` from the store, ``done`` when no file has them."""
+    """Samples that are to be gone: ``requested``, ``removed`` from the store, ``held`` by the bucket, ``done``."""
 
     __tablename__ = "deletions"
     id: Mapped[str] = mapped_column(String(300), primary_key=True)
@@ -244,4 +244,7 @@ class Deletion(Base):
     update_id: Mapped[str | None] = mapped_column(String(64))
     requested_at: Mapped[datetime] = mapped_column(default=utc_now)
     removed_at: Mapped[datetime | None]
+    held_at: Mapped[datetime | None]
     done_at: Mapped[datetime | None]
+    remains: Mapped[str | None] = mapped_column(Text)
+    remains_until: Mapped[datetime | None]

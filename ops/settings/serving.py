@@ -182,6 +182,9 @@ class Console(Listener):
 
     host: str = Field("127.0.0.1", description="Address to listen on; on loopback visitors may look without a key.")
     port: int = Field(8001, ge=1, le=65535, description="HTTP port.")
+    path_prefix: str = Field(
+        "", pattern=r"^(/[A-Za-z0-9._~-]+)*$", description="Path under which a proxy serves the console, as /ratchet."
+    )
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="A sign-in ends after this long.")
     public: bool = Field(
         False,

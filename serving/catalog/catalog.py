@@ -19,8 +19,9 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ops.errors import StoreError
+from ops.errors import StoreError, StoreUnavailable
 from ops.settings.serving import Catalog as CatalogSettings
+from serving.catalog.bounded_reads import BoundedReads
 from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.corpus import Corpus
 from serving.catalog.cross_version import search_across, usable
@@ -39,6 +40,11 @@ STALL_SECONDS: Final = 600.0
 """A release that waits for its image space fails when no row was added for so long."""
 LOOK_SECONDS: Final = 1.0
 SEARCH_THREADS: Final = 4
+READ_SECONDS: Final = 10.0
+"""Longest time of a search, or of another read for a client: an exact one reads all vectors of a space, 100 MB at most
+before there is an index."""
+RETRY_SECONDS: Final = 5.0
+"""While the store hangs, one read in this time tries it."""
 
 
 class Catalog:
@@ -58,7 +64,8 @@ class Catalog:
         among those that a controller retires others for."""
         self.cross_version: dict[str, str] = {}
         """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
-        self._reads = ThreadPoolExecutor(SEARCH_THREADS, "search")
+        self._reads = BoundedReads(SEARCH_THREADS, READ_SECONDS, RETRY_SECONDS)
+        self._in_memory = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._live = 0
         self._claimed = asyncio.Event()
 
@@ -127,14 +134,19 @@ class Catalog:
         return gone
 
     async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
-        """See :meth:`Tables.search`. Raises StoreError when the space is not resident."""
+        """See :meth:`Tables.search`.
+
+        Raises:
+            StoreError: the space is not resident.
+            StoreUnavailable: the store does not answer, and is needed: the space has no index.
+        """
         if space not in self.reconciler.fills:
             raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
         self.maintainer.recent.add(space, vector)
         old = usable(self.cross_version, space, self.reconciler.complete())
         try:
             if old is None:
-                return await self.read(self.tables.search, space, vector, k, filters)
+                return await self._search(space, vector, k, filters)
             hits, lacking = await self.read(search_across, self.tables, space, old, vector, k, filters)
         except (OSError, RuntimeError, ValueError) as error:
             self.reconciler.reopen(space)  # if its table is gone, it is made anew
@@ -142,14 +154,26 @@ class Catalog:
         self.reconciler.prefer(space, lacking)
         return hits
 
+    async def _search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
+        indexed = self.tables.indexes.usable(space)
+        if indexed is None:
+            return await self.read(self.tables.search, space, vector, k, filters)
+        hits, lacking = await asyncio.get_running_loop().run_in_executor(
+            self._in_memory, self.tables.search_index, space, *indexed, vector, k, filters
+        )
+        if lacking:
+            with contextlib.suppress(StoreUnavailable):  # hits without their texts are better than none
+                return await self.read(self.tables.with_texts, space, hits, lacking)
+        return hits
+
     async def image(self, sample_id: str) -> bytes | None:
-        """The encoded image of one sample, or None."""
+        """The encoded image of one sample, or None. Raises StoreError."""
         rows = await self.read(lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id]))
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
     async def read(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call something that only reads, where the loop does not wait for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._reads, function, *args)
+        """See :meth:`BoundedReads.call`."""
+        return await self._reads.call(function, *args)
 
     def searchable(self) -> tuple[str, int]:
         """The live image space, and how many rows its table has."""

@@ -291,7 +291,7 @@ class IndexMaintainer:
         self, space: str, index: MemoryIndex, effort: Effort, vector: Vectors, filters: Filters, exact: Neighbours,
         end: int,
     ) -> float:  # fmt: skip
-        hits = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, filters)
+        hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, filters)
         keys = keys_of_ids([hit.id for hit in hits])
         with self.tables.indexes.of(space).writing:
             old = index.columns.positions(keys) < end

@@ -118,16 +118,19 @@ class Tables:
         usable = self.indexes.usable(space)
         if usable is None:
             return self._search_exactly(space, vector, k, filters)
-        return self.search_index(space, *usable, vector, k, filters)
+        return self.with_texts(space, *self.search_index(space, *usable, vector, k, filters))
 
     def search_index(
         self, space: str, index: MemoryIndex, effort: Effort, vector: npt.NDArray[np.float32], k: int, filters: Filters
-    ) -> list[Hit]:
-        """The same through an index, however good it is."""
+    ) -> tuple[list[Hit], list[str]]:
+        """The same through an index, however good it is, without a read of the table; and the ids of those hits that
+        lack their text.
+        """
         _check_dimension(space, index.dimension, vector)
-        hits, lacking = index.search(vector, k, filters, effort)
-        if not lacking:
-            return hits
+        return index.search(vector, k, filters, effort)
+
+    def with_texts(self, space: str, hits: list[Hit], lacking: Sequence[str]) -> list[Hit]:
+        """Hits with the texts of those that lack them, as far as the table can be read."""
         texts = self._texts(space, lacking)
         return [replace(hit, text=texts.get(hit.id, hit.text)) for hit in hits]
 

@@ -71,6 +71,12 @@ def came_from_here(scope: Scope) -> bool:
     )  # fmt: skip
 
 
+def came_by_tls(scope: Scope) -> bool:
+    """Whether the client's connection has TLS, which may end at a proxy. A client can lie, to itself alone."""
+    forwarded = Headers(scope=scope).get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+    return scope.get("scheme") == "https" or forwarded == "https"
+
+
 def names_this_server(host: str | None, allowed: Sequence[str]) -> bool:
     """Whether a ``Host`` header is of loopback or one of ``allowed``. Absent is allowed: every browser sends one.
 

@@ -37,7 +37,8 @@ class DeletionBody(ResponseBody):
     object: Literal["deletion"]
     id: str
     state: DeletionState
-    """`requested`; `removed`: no reader finds it any more; `done`: no file has it any more."""
+    """`requested`; `removed`: no reader finds it any more; `held`: no file of the store has it, and the bucket keeps
+    old versions of such files; `done`: no file has it any more."""
     selector: dict[str, str]
     actor: str
     reason: str
@@ -48,7 +49,12 @@ class DeletionBody(ResponseBody):
     """The first update that was trained without it; null: none yet."""
     requested_at: datetime
     removed_at: datetime | None
+    held_at: datetime | None
     done_at: datetime | None
+    remains: str | None
+    """What the bucket still has of it, or why that is not known; null: nothing."""
+    remains_until: datetime | None
+    """When object lock ends for what remains; null: not known, or nothing remains."""
 
 
 class DeletionList(ResponseBody):

@@ -33,6 +33,8 @@ ROLLBACK_ROUTE = "/admin/v1/rollback"
 """Has slots of its own: releases that wait for the catalog, and looks at a status that does not come, may hold all
 others.
 """
+SEARCH_ROUTES = ("/v1/search", "/v1/samples/")
+"""Have slots of their own: they wait for the catalog's store, and what needs no store goes on while it hangs."""
 CLOSE = {"Connection": "close"}
 
 
@@ -44,6 +46,7 @@ class RequestBodies:
         self.settings = settings
         self.bytes = SharedBudget(settings.body_budget_bytes, settings.caller_share)
         self.slots = SharedBudget(settings.queue, settings.caller_share)
+        self.search_slots = SharedBudget(settings.queue, settings.caller_share)
         self.operator_slots = SharedBudget(settings.operator_queue)
         self.rollback_slots = SharedBudget(settings.operator_queue)
 
@@ -81,6 +84,8 @@ class RequestBodies:
     def _slots_of(self, path: str) -> SharedBudget:
         if path == ROLLBACK_ROUTE:
             return self.rollback_slots
+        if path.startswith(SEARCH_ROUTES):
+            return self.search_slots
         return self.operator_slots if path.startswith(OPERATOR_ROUTES) else self.slots
 
 

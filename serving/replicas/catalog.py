@@ -195,9 +195,12 @@ class CatalogReplica:
         except RatchetError as error:
             return str(error)
 
-    async def image(self, sample_id: str) -> bytes | None:
-        """The encoded image of one sample."""
-        return await (await self._started()).image(sample_id)
+    async def image(self, sample_id: str) -> bytes | str | None:
+        """The encoded image of one sample; a string says why there is no answer."""
+        try:
+            return await (await self._started()).image(sample_id)
+        except RatchetError as error:
+            return str(error)
 
     async def status(self) -> dict[str, Any]:
         """Rows and coverage."""

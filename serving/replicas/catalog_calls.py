@@ -29,8 +29,10 @@ class CatalogCalls:
         return hits
 
     async def image(self, sample_id: str) -> bytes | None:
-        """An encoded image, or None."""
-        image: bytes | None = await self._call(lambda: self.handle.image.remote(sample_id))
+        """An encoded image, or None. Raises StoreError, Unavailable."""
+        image: bytes | str | None = await self._call(lambda: self.handle.image.remote(sample_id))
+        if isinstance(image, str):
+            raise StoreError(image)
         return image
 
     async def status(self) -> dict[str, Any]:

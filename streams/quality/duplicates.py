@@ -205,18 +205,19 @@ class DuplicateIndex:
         doubles, self._doubles = self._doubles, []
         return doubles
 
-    def follow(self, table: SampleTable) -> None:
+    def follow(self, table: SampleTable) -> Any | None:
         """Take in what the newest version of the store holds beyond what is known. Call inside :meth:`deciding`.
+        Returns that version as a Lance data set, None where there is no table yet.
 
         Raises:
             StoreUnavailable, StoreFull: the store cannot be read, or the file not be written.
         """
         dataset = table.open()
         if dataset is None:
-            return
+            return None
         last, version = (int(self._meta(name) or -1) for name in ("fragment", "version"))
         if dataset.version == version:
-            return
+            return dataset
         positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version, last)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
         with self._in_use():
@@ -227,6 +228,7 @@ class DuplicateIndex:
             self._settle(dataset, staging.merge())
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
             self._set_meta("version", int(dataset.version))
+        return dataset
 
     def _take(self, dataset: Any, fragment: Any, staging: Staging, anew: bool) -> None:
         for batch in _batches(dataset, fragment):

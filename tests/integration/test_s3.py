@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from ops.artifacts import Artifacts
@@ -25,6 +23,7 @@ from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.uris import UriFetcher
 from streams.writer import StoreWriter
+from tests.support.s3 import s3_server
 from tests.support.samples import TOPIC, put, sample
 from updater.base import pull_base, push_base
 
@@ -36,22 +35,9 @@ MUCH_SECONDS = 30.0
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[None]:
-    """An S3 server on a free port, and what the chart puts into a pod's environment."""
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    url = f"http://{host}:{port}"
-    environment = {
-        "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
-    yield
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    running.stop()
+    with s3_server():
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,14 @@ router = APIRouter()
 STEP = 50
 MOST = 2000
 ID_CHARS = 300
-STATES: dict[DeletionState, str] = {"requested": "waits", "removed": "removed", "done": "done"}
+STATES: dict[DeletionState, str] = {
+    "requested": "waits", "removed": "removed", "held": "held", "done": "done",
+}  # fmt: skip
 """The states as people say them."""
 MEANING: dict[DeletionState, str] = {
     "requested": "Maintenance has not come to it.",
     "removed": "No reader finds it any more. Files of older versions of the store still hold its bytes.",
+    "held": "No file of the sample store holds it any more. The bucket keeps old versions of such files.",
     "done": "No file of the sample store holds it any more.",
 }
 

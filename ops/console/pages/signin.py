@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -10,9 +12,11 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
 from ops.console.identities import end_key
+from ops.console.pages import oidc
 from ops.console.request_context import LOOK, Anyone, RequestContext, local_path
 from ops.console.sessions import MAX_KEY_CHARS, Session
 from ops.errors import LedgerUnavailable
+from serving.http.client_address import came_by_tls
 
 router = APIRouter()
 
@@ -27,7 +31,7 @@ def ask(context: Anyone, next: str = "/") -> Response:
 def sign_in(
     context: Anyone,
     key: Annotated[str, Form(max_length=MAX_KEY_CHARS)],
-    next: Annotated[str, Form(max_length=2000)] = "/",
+    next: Annotated[str, Form()] = "/",
 ) -> Response:
     """A key that is known opens a session of its own; its use is written into the audit log."""
     key = key.strip()
@@ -46,23 +50,36 @@ def sign_in(
 
 
 @router.post("/sign-out")
-def sign_out(context: Anyone) -> Response:
-    """Forget the key; one that a sign-in by the identity provider made ends with it, if the ledger answers."""
+async def sign_out(context: Anyone) -> Response:
+    """Forget the key; one that a sign-in by the identity provider made ends with it, if the ledger answers, and so does
+    the provider's session.
+    """
     if context.principal is not None and context.data.settings.console.oidc.enabled:
         with suppress(LedgerUnavailable):
-            end_key(context.data.ledger, context.principal.key_id)
+            await asyncio.to_thread(end_key, context.data.ledger, context.principal.key_id)
+    url = await oidc.end_session_url(context)
     context.request.state.keep = Session.new()
-    return RedirectResponse("/", 303)
+    if url is None:
+        return RedirectResponse("/", 303)
+    # A page, which leads on by itself: no form may lead to another site (security.POLICY).
+    gone = replace(context, session=context.request.state.keep, principal=None)
+    answer = gone.page("signed_out.html", "Signed out", url=url, provider=_provider(context))
+    answer.headers["refresh"] = f"0;url={url}"
+    return answer
 
 
 def _form(context: RequestContext, next_page: str, wrong: str = "", status: int = 200) -> Response:
     return context.page(
         "sign_in.html", "Sign in", status, next_page=local_path(next_page), wrong=wrong,
-        plain=_without_tls(context.request), provider=urlsplit(context.data.settings.console.oidc.issuer).hostname,
+        plain=_without_tls(context.request), provider=_provider(context),
     )  # fmt: skip
+
+
+def _provider(context: RequestContext) -> str | None:
+    return urlsplit(context.data.settings.console.oidc.issuer).hostname
 
 
 def _without_tls(request: Request) -> bool:
     """Whether the browser will refuse to keep the session: it asks for TLS, and there is none."""
-    secure = request.url.scheme == "https" or request.url.hostname in ("localhost", "127.0.0.1", "::1")
+    secure = came_by_tls(request.scope) or request.url.hostname in ("localhost", "127.0.0.1", "::1")
     return not request.app.state.local and not secure

@@ -110,6 +110,18 @@ def test_a_long_query_ends_on_the_server_before_its_client_gives_up(bounded: Led
     assert CALL_SECONDS > 4
 
 
+def test_nothing_is_kept_in_a_session_of_the_server_from_one_transaction_to_the_next(url: str, ledger: Ledger) -> None:
+    other = Ledger.lazy(url)
+    with other.database.read() as session:
+        for _ in range(10):
+            session.execute(text("select 1"))
+    with other.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        bounds = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+        assert {connection.exec_driver_sql(f"show {name}").scalar() for name in bounds} == {"0"}
+        assert connection.exec_driver_sql("select count(*) from pg_prepared_statements").scalar() == 0
+    other.close()
+
+
 def test_a_bound_in_the_url_that_is_no_number_is_an_error_of_the_url(url: str) -> None:
     with pytest.raises(LedgerError, match="connect_timeout"):
         Ledger.open(f"{url}?connect_timeout=soon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import oidc_provider_mock
 import pytest
+from authlib.integrations.base_client.errors import OAuthError
+from authlib.integrations.starlette_client import StarletteOAuth2App
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
@@ -86,7 +89,7 @@ def test_a_member_of_a_group_may_look_and_one_of_the_operators_may_act(tmp_path:
         assert row.scopes == scopes and row.name.startswith(key_name) and row.expires_at is not None
         signed = keys(tmp_path).audit_rows(1)[0]
         assert (signed.actor, signed.action) == (f"key:{row.name}", "sign in")
-        assert signed.detail == {"issuer": issuer, "subject": name}
+        assert (signed.detail["issuer"], signed.detail["subject"]) == (issuer, name)
 
 
 def test_signing_out_ends_the_key(tmp_path: Path, issuer: str) -> None:
@@ -94,9 +97,39 @@ def test_signing_out_ends_the_key(tmp_path: Path, issuer: str) -> None:
     client = console(tmp_path, issuer)
     client.get(way_back(client, issuer, "ann"))
     assert len(keys(tmp_path).api_keys()) == 1
-    assert client.post("/sign-out", data={"csrf": csrf(client, "/releases")}).status_code == 303
+    client.post("/sign-out", data={"csrf": csrf(client, "/releases")})
     assert keys(tmp_path).api_keys() == []
     assert client.get("/releases").status_code == 303
+
+
+def test_signing_out_ends_the_session_of_the_provider(tmp_path: Path, issuer: str) -> None:
+    """By a page: a browser lets no form lead to another site."""
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    client.get(way_back(client, issuer, "ann"))
+    answer = client.post("/sign-out", data={"csrf": csrf(client, "/releases")})
+    seconds, _, url = answer.headers["refresh"].partition(";url=")
+    query = parse_qs(urlsplit(url).query)
+    assert answer.status_code == 200 and seconds == "0" and url.startswith(f"{issuer}/oauth2/end_session?")
+    assert query["client_id"] == ["ratchet"] and query["id_token_hint"][0].count(".") == 2
+    assert "Signed in as" not in answer.text and html.escape(url) in answer.text
+    assert client.get("/releases").status_code == 303
+
+
+@pytest.mark.parametrize("wrong", ["no endpoint", "large token"])
+def test_signing_out_does_what_it_can(tmp_path: Path, issuer: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    someone(issuer, "ann", groups=["team"], note="x" * (4000 if wrong == "large token" else 1))
+    client = console(tmp_path, issuer)
+    arrived = client.get(way_back(client, issuer, "ann"))
+    assert arrived.status_code == 303 and client.get("/releases").status_code == 200
+    metadata = client.app.state.provider.server_metadata  # type: ignore[attr-defined]
+    if wrong == "no endpoint":
+        monkeypatch.delitem(metadata, "end_session_endpoint")
+    answer = client.post("/sign-out", data={"csrf": csrf(client, "/releases")})
+    if wrong == "no endpoint":
+        assert answer.status_code == 303 and answer.headers["location"] == "/"
+    else:
+        assert "id_token_hint" not in answer.headers["refresh"] and "client_id=ratchet" in answer.headers["refresh"]
 
 
 def test_signing_out_forgets_the_key_while_the_ledger_is_away(
@@ -112,7 +145,7 @@ def test_signing_out_forgets_the_key_while_the_ledger_is_away(
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "revoke_key", away)
-        assert client.post("/sign-out", data={"csrf": token}).status_code == 303
+        assert client.post("/sign-out", data={"csrf": token}).status_code == 200
     assert client.get("/releases").status_code == 303, "the browser has no key any more"
 
 
@@ -179,8 +212,97 @@ def test_a_provider_that_is_away_or_no_provider_is_said_so(tmp_path: Path, issue
     for address in ("http://localhost:1", f"{issuer}/nowhere"):
         answer = console(tmp_path, address).get("/sign-in/oidc")
         assert answer.status_code == 503 and "API key" in answer.text
+        assert ("Try again" in answer.text) is ("nowhere" not in address), "trying again changes no setting"
     assert visitor(tmp_path).get("/sign-in/oidc").status_code == 404
     assert "/sign-in/oidc" not in visitor(tmp_path).get("/sign-in").text
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [("invalid_client", False), ("unauthorized_client", False), ("invalid_scope", False), ("invalid_grant", True)],
+)
+def test_an_error_of_the_settings_does_not_ask_the_user_to_try_again(
+    tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch, error: str, again: bool
+) -> None:
+    async def fails(*_: Any, **__: Any) -> None:
+        raise OAuthError(error, "the provider's words")
+
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    back = way_back(client, issuer, "ann")
+    monkeypatch.setattr(StarletteOAuth2App, "fetch_access_token", fails)
+    answer = client.get(back)
+    assert answer.status_code == 401 and error in answer.text
+    assert ("Sign in again" in answer.text) is again
+    assert ("console.oidc.client_id" in answer.text) is not again
+
+
+@pytest.fixture
+def thin_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider whose tokens say who somebody is, and whose userinfo says the rest."""
+    whole = StarletteOAuth2App.parse_id_token
+
+    async def thin(self: StarletteOAuth2App, *args: Any, **options: Any) -> dict[str, Any]:
+        claims = await whole(self, *args, **options)
+        return {name: value for name, value in claims.items() if name not in ("groups", "email_verified")}
+
+    monkeypatch.setattr(StarletteOAuth2App, "parse_id_token", thin)
+
+
+@pytest.mark.usefixtures("thin_tokens")
+def test_groups_that_only_userinfo_has_count(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann", groups=["/platform", "platform"])
+    client = console(tmp_path, issuer, readers=["*"])
+    assert client.get(way_back(client, issuer, "ann")).status_code == 303
+    assert "operate" in keys(tmp_path).api_keys()[0].scopes
+    assert keys(tmp_path).audit_rows(1)[0].detail["groups"] == ["/platform", "platform"]
+
+
+@pytest.mark.usefixtures("thin_tokens")
+@pytest.mark.parametrize("told", [{"sub": "eve"}, {"email": "eve@example.com"}])
+def test_userinfo_of_somebody_else_says_nothing(
+    tmp_path: Path, issuer: str, told: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def userinfo(*_: Any, **__: Any) -> dict[str, Any]:
+        return {"sub": "ann", "email": "ann@example.com", "email_verified": True, "groups": ["team"], **told}
+
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    back = way_back(client, issuer, "ann")
+    monkeypatch.setattr(StarletteOAuth2App, "userinfo", userinfo)
+    answer = client.get(back)
+    assert answer.status_code == 403 and "not say that it verified" in answer.text
+
+
+@pytest.mark.usefixtures("thin_tokens")
+def test_a_provider_whose_userinfo_fails_signs_in_by_what_its_token_says(
+    tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    someone(issuer, "ann")
+    client = console(tmp_path, issuer, readers=["*"], trust_emails=True)
+    back = way_back(client, issuer, "ann")
+    client.app.state.provider.server_metadata["userinfo_endpoint"] = f"{issuer}/nowhere"  # type: ignore[attr-defined]
+    assert client.get(back).status_code == 303
+
+
+def test_who_may_only_look_is_told_where_the_groups_are_that_came(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann", groups=["/ml-platform"])
+    client = console(tmp_path, issuer, readers=["*"])
+    client.get(way_back(client, issuer, "ann"))
+    assert keys(tmp_path).audit_rows(1)[0].detail["groups"] == ["/ml-platform"]
+    answer = client.post("/releases/hold", data={"csrf": csrf(client, "/releases"), "reason": "x"})
+    assert answer.status_code == 403 and "audit log" in answer.text and "console.oidc" in answer.text
+
+
+@pytest.mark.parametrize("target", ["/audit?about=" + "x" * 5000, "/audit?about=" + "ж" * 300])
+def test_a_long_way_back_is_left_out_and_breaks_no_sign_in(tmp_path: Path, issuer: str, target: str) -> None:
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    arrived = client.get(way_back(client, issuer, "ann", target))
+    assert arrived.status_code == 303 and arrived.headers["location"] == "/"
+    key = Settings(home=tmp_path).operator_key().get_secret_value()
+    form = {"key": key, "csrf": csrf(client, "/releases"), "next": target}
+    assert client.post("/sign-in", data=form).headers["location"] == "/"
 
 
 def test_an_answer_of_another_issuer_is_none(tmp_path: Path, issuer: str) -> None:
@@ -191,7 +313,8 @@ def test_an_answer_of_another_issuer_is_none(tmp_path: Path, issuer: str) -> Non
     client.app.state.data.settings = Settings(  # type: ignore[attr-defined]
         home=tmp_path, console={"host": "0.0.0.0", "oidc": {"issuer": other_name, **RULES}}
     )
-    assert client.get(back).status_code == 401
+    answer = client.get(back)
+    assert answer.status_code == 401 and issuer in answer.text and "console.oidc.issuer" in answer.text
     assert keys(tmp_path).api_keys() == []
 
 

@@ -82,7 +82,7 @@ def test_its_end_is_an_audit_row_and_an_event_and_both_once(ledger: Ledger) -> N
     assert (event.type, event.event_id, event.subject) == (EVENT_TYPES["deletion"], "deletion-d1", "deletion d1")
     expected = {
         "selector": SELECTOR, "samples": 2, "refusals": 1, "actor": "ann", "reason": "asked to",
-        "adapters": {"learned": ["clip-a"], "may_have_replayed": []},
+        "adapters": {"learned": ["clip-a"], "may_have_replayed": []}, "remains": None,
     }  # fmt: skip
     assert event.data == expected
     assert [(row.actor, row.action, row.detail) for row in ledger.audit_rows(1)] == [("maintain", "deleted", expected)]

@@ -469,7 +469,7 @@ async def test_queries_of_clients_count_for_recall(tables: Tables, monkeypatch: 
     before = maintainer._recall(SPACE, index_of(tables), [plain], effort, ROWS)
     search, client = tables.search_index, plain.vectors[-1]
     monkeypatch.setattr(
-        tables, "search_index", lambda *args: [] if np.array_equal(args[3], client) else search(*args)
+        tables, "search_index", lambda *args: ([], []) if np.array_equal(args[3], client) else search(*args)
     )  # the index finds nothing for it
     assert maintainer._recall(SPACE, index_of(tables), [plain], effort, ROWS) < before
 

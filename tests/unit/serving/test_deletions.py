@@ -118,5 +118,5 @@ async def test_the_schema_tells_what_a_deletion_is(auth_app: AuthApp) -> None:
     fields = call["requestBody"]["content"]["application/json"]["schema"]["properties"]["selector"]["properties"]
     assert set(fields) == {"id", "source", "domain", "concept", "label", "key", "record", "before"}
     assert schema["components"]["schemas"]["DeletionBody"]["properties"]["state"]["enum"] == [
-        "requested", "removed", "done",
+        "requested", "removed", "held", "done",
     ]  # fmt: skip

@@ -135,6 +135,21 @@ async def test_one_caller_leaves_slots_to_the_others_and_operators_have_their_ow
     assert [await request.status() for request in (others[0], others[2])] == [200, 200]
 
 
+@pytest.mark.parametrize("path", ["/v1/search", "/v1/samples/ab/image"])
+async def test_searches_that_wait_for_a_store_leave_embeddings_their_slots(path: str) -> None:
+    echo = EchoApp(waits=True)
+    app = limited(echo, queue=4, caller_share=0.75)
+    searches = [RawRequest(app, path, length=0) for _ in range(4)]
+    embeddings = [RawRequest(app, length=0) for _ in range(3)]
+    for request in (*searches, *embeddings):
+        request.send_body(b"", more=False)
+    await settled()
+    assert [request.task.done() for request in searches] == [False, False, False, True]
+    assert await searches[3].status() == 429
+    echo.go.set()
+    assert [await request.status() for request in embeddings] == [200, 200, 200]
+
+
 async def test_a_rollback_has_a_slot_while_other_operator_calls_hold_theirs() -> None:
     echo = EchoApp(waits=True)
     app = limited(echo, operator_queue=2)

@@ -546,6 +546,31 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: Path, kafka: Fa
         os.system(f"umount -l {mounted}")
 
 
+@pytest.mark.parametrize("error", [StoreFull("full"), StoreUnavailable("away")])
+def test_one_that_is_asked_to_stop_while_the_store_takes_nothing_tries_no_more(
+    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch, error: StoreUnavailable
+) -> None:
+    """A try takes as long as Lance's own ones, and whoever stops a process kills it after a minute."""
+    late: list[str] = []
+    kafka.send(good(1), POISON)
+    with run(settings, 2) as consumer, monkeypatch.context() as patch:
+
+        def fails(*_: Any, **__: Any) -> None:
+            if consumer._stopping.is_set():
+                late.append("a try")
+            raise error
+
+        patch.setattr(StoreWriter, "_commit", fails)
+        kafka.send(good(2))
+        wait_for(lambda: consumer.status.state == "waiting", "it waits", 20)
+        consumer.stop()
+        wait_for(lambda: consumer.status.state == "stopped", "it ends", 20)
+    assert late == []
+    with run(settings):
+        seen(store, 3)
+    assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
+
+
 def test_a_broker_that_is_away_is_named_and_what_was_read_is_stored(
     settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:

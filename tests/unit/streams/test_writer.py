@@ -153,6 +153,26 @@ def test_data_files_are_written_once_however_often_the_commit_is_tried(
     assert (store.count(), store.offsets()) == (1, {"samples:0": 1})
 
 
+@pytest.mark.parametrize("words", ["507 Insufficient Storage: quota exceeded", "connection refused"])
+def test_a_store_that_takes_no_commit_is_asked_twice_and_not_as_often_as_in_a_conflict(
+    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """Each try may take seconds. The second one finds out whether the first was carried out."""
+    claim, tries = claim_of(writer), [0]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        tries[0] += 1
+        raise OSError(words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lance.LanceDataset, "commit", staticmethod(fails))
+        with pytest.raises(StoreUnavailable, match=words.split()[-1]):
+            commit(writer, [sample(0, 0)], (claim, 1))
+    assert tries[0] == 2
+    commit(writer, [sample(0, 0)], (claim, 1))
+    assert store.count() == 1
+
+
 def test_a_commit_whose_answer_was_lost_is_not_made_again(
     store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

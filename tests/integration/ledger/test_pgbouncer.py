@@ -1,0 +1,86 @@
+"""The ledger behind a real PgBouncer whose sessions share connections by transaction."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from ops.addresses import free_port
+from ops.errors import LedgerUnavailable
+from ops.ledger import Ledger
+from ops.testing.postgres import PostgresServer, other_user
+from tests.support.ledger_limits import production_limits
+
+BINARY = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(BINARY is None, reason="needs PgBouncer: apt-get install pgbouncer"),
+]
+
+
+@pytest.fixture
+def pooled(server: PostgresServer, url: str) -> Iterator[str]:
+    """The URL of the empty database through PgBouncer, which has two connections to it for all its clients."""
+    assert BINARY
+    folder, port = Path(tempfile.mkdtemp(prefix="ratchet-pgbouncer-")), free_port()
+    settings = folder / "pgbouncer.ini"
+    settings.write_text(
+        f"[databases]\nledger = host=127.0.0.1 port={server.port} user=ratchet\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        "auth_type = any\npool_mode = transaction\ndefault_pool_size = 2\n"
+    )
+    process = subprocess.Popen([*other_user(folder), BINARY, str(settings)], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    try:
+        assert any("process up" in line for line in process.stderr)
+        yield f"postgresql://ratchet@127.0.0.1:{port}/ledger"
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+        shutil.rmtree(folder)
+
+
+def test_a_ledger_behind_it_migrates_and_is_written_by_many_threads(pooled: str) -> None:
+    ledger = Ledger.open(pooled)
+    with ThreadPoolExecutor(8) as threads:
+        for n in range(10):  # psycopg prepares a statement that it has seen five times
+            list(
+                threads.map(lambda k, n=n: ledger.propose("release", clip=f"a{n}-{k}", actor="x", reason="r"), range(8))
+            )
+    assert len(ledger.proposals(limit=100)) == 80
+    ledger.close()
+
+
+def test_bounds_hold_in_each_transaction_and_leave_nothing_in_shared_connections(pooled: str, url: str) -> None:
+    ledger = Ledger.open(pooled)
+    with ledger.database.read() as session:
+        names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+        assert [session.scalar(text(f"show {name}")) for name in names] == ["4s", "3s", "30s"]
+    with production_limits(), pytest.raises(LedgerUnavailable, match="lock timeout"):
+        ledger.acquire_lease("job", "a", 60)
+        with ledger.database.engine.connect() as other:
+            other.execute(text("select * from leases for update"))
+            ledger.renew_lease("job", 1, 60)
+    ledger.close()
+    import psycopg
+
+    with psycopg.connect(pooled) as bare:
+        found = bare.execute("show statement_timeout").fetchone()
+    assert found == ("0",)
+
+
+def test_a_database_that_is_silent_behind_it_fails_a_call_within_the_bound(server: PostgresServer, pooled: str) -> None:
+    ledger = Ledger.open(pooled)
+    began = time.monotonic()
+    with server.suspended(), production_limits(), pytest.raises(LedgerUnavailable):
+        ledger.live()
+    assert time.monotonic() - began < 20
+    ledger.close()

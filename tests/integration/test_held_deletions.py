@@ -1,0 +1,154 @@
+"""Deletions in a bucket that keeps old versions of objects: they go, too, or the receipt says what stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from s3fs import S3FileSystem
+
+from ops.ledger import DeletionRow, Ledger
+from ops.settings import Settings
+from streams import deletion, maintenance
+from streams.deletion import as_json
+from streams.maintenance import Maintainer
+from streams.object_versions import OldVersions
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.s3 import s3_server
+from tests.support.samples import TOPIC, put, sample
+
+pytestmark = pytest.mark.integration
+SECRET = "the caption of somebody who withdrew"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with s3_server():
+        yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No record is still on its way, and each run looks at what is held."""
+    monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
+    monkeypatch.setattr(maintenance, "UNLOCK_SECONDS", 0.0)
+
+
+class Installation:
+    """A store in a bucket of its own, of which one sample is to be deleted, and maintenance."""
+
+    def __init__(self, bucket: str, home: Path) -> None:
+        lake = f"s3://{bucket}/lake"
+        self.bucket, self.s3 = bucket, boto3.client("s3")
+        self.settings = Settings.model_validate(
+            {"home": home, "lake_url": lake, "maintain": {"keep_seconds": 0}, "kafka": {"events_topic": ""}}
+        )
+        self.ledger = Ledger.open(self.settings.ledger)
+        self.store = SampleStore(lake)
+        rows = [sample(0, n, source="cam" if n == 0 else "eye", text=SECRET if n == 0 else "a crane") for n in range(4)]
+        put(self.store, rows, Position(TOPIC, 0, 4))
+        self.maintainer = Maintainer(self.settings, self.ledger, self.store)
+        self.name = deletion.request_deletion(self.ledger, {"source": "cam"}, actor="ann", reason="asked to").id
+
+    def run(self, runs: int = 1) -> DeletionRow:
+        for _ in range(runs):
+            self.maintainer.run_once()
+        found = self.ledger.deletion(self.name)
+        assert found is not None
+        return found
+
+    def versions(self) -> list[dict[str, Any]]:
+        pages = self.s3.get_paginator("list_object_versions").paginate(Bucket=self.bucket)
+        return [each for page in pages for each in page.get("Versions", ())]
+
+    def lock(self, versions: list[dict[str, Any]], days: float) -> None:
+        retention = {"Mode": "COMPLIANCE", "RetainUntilDate": datetime.now(UTC) + timedelta(days=days)}
+        for each in versions:
+            which = {"Bucket": self.bucket, "Key": each["Key"], "VersionId": each["VersionId"]}
+            self.s3.put_object_retention(**which, Retention=retention)
+
+    def versions_with_the_secret(self) -> list[str]:
+        return [
+            each["Key"]
+            for each in self.versions()
+            if SECRET.encode()
+            in self.s3.get_object(Bucket=self.bucket, Key=each["Key"], VersionId=each["VersionId"])["Body"].read()
+        ]
+
+
+def versioned(name: str, home: Path, lock: bool = False) -> Installation:
+    s3 = boto3.client("s3")
+    s3.create_bucket(Bucket=name, ObjectLockEnabledForBucket=lock)
+    s3.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    return Installation(name, home)
+
+
+def test_old_versions_of_files_that_had_it_are_deleted_too(tmp_path: Path) -> None:
+    here = versioned("versioned", tmp_path)
+    assert here.versions_with_the_secret()
+    row = here.run(3)
+    assert (row.state, row.remains, row.held_at) == ("done", None, None)
+    assert not here.versions_with_the_secret() and all(each["IsLatest"] for each in here.versions())
+    assert here.store.count() == 3
+
+
+def test_object_lock_holds_a_deletion_and_its_receipt_says_what_is_left_and_until_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = versioned("locked", tmp_path, lock=True)
+    before = here.versions()
+    here.lock(before, days=3)
+    row = here.run(3)
+    assert row.state == "held" and here.versions_with_the_secret()
+    receipt = as_json(row)
+    assert receipt["done_at"] is None and "under object lock" in receipt["remains"]
+    until = datetime.fromisoformat(receipt["remains_until"])
+    assert timedelta(days=2.9) < until - datetime.now(UTC) < timedelta(days=3.1)
+    assert here.ledger.oldest_deletion() is None, "it waits for nothing that somebody could do"
+
+    put(here.store, [sample(0, 4, source="eye")], Position(TOPIC, 0, 5))
+    assert row.held_at is not None
+    here.lock([each for each in here.versions() if each["LastModified"] > row.held_at], days=30)
+    assert here.run(2).remains_until == row.remains_until
+    here.lock(before, days=-1)
+    monkeypatch.setattr(maintenance, "datetime", _Later)
+    row = here.run()
+    assert (row.state, row.remains, row.remains_until) == ("done", None, None), "what is locked later has nothing of it"
+    assert not here.versions_with_the_secret()
+
+
+def test_a_right_that_is_missing_holds_a_deletion_and_is_named(tmp_path: Path) -> None:
+    here = versioned("forbidden", tmp_path)
+    here.run(2)
+    here.s3.put_object(Bucket="forbidden", Key="lake/old", Body=SECRET.encode())
+    here.s3.delete_object(Bucket="forbidden", Key="lake/old")
+    here.s3.put_bucket_policy(Bucket="forbidden", Policy=_deny("s3:DeleteObject", "arn:aws:s3:::forbidden/*"))
+    old = OldVersions(here.settings.lake)
+    old.purge()
+    left = old.left(datetime.now(UTC) + timedelta(minutes=1))
+    assert left is not None and "s3:DeleteObjectVersion" in left.words and left.until is None
+
+
+def test_an_object_store_whose_versions_cannot_be_looked_for_is_named_in_the_receipt(tmp_path: Path) -> None:
+    assert "not looked for" in OldVersions("gs://bucket/lake").unknown
+    assert not OldVersions(str(tmp_path)).unknown
+
+
+def _deny(action: str, resource: str) -> str:
+    statement = {"Effect": "Deny", "Principal": "*", "Action": action, "Resource": resource}
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+
+
+class _Later(datetime):
+    """A clock of four days later."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + timedelta(days=4)

@@ -1,0 +1,110 @@
+"""An object store that hangs: searches end soon and then fail at once, and those that need no store go on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ops.errors import StoreUnavailable
+from serving.catalog import catalog as catalogs
+from serving.catalog.catalog import Catalog
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.tables import Tables
+from serving.releases.release_snapshot import ReleaseSnapshot
+from streams.store import SampleStore
+
+HERE = ReleaseSnapshot(1, None, "aaaa", "t")
+QUERY = np.ones(8, np.float32)
+HIT = Hit("id", 0.5, "", "", "", None)
+
+
+class HungStore:
+    """Reads wait until the store answers again."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.reads = 0
+
+    def read(self, *_: Any) -> list[Hit]:
+        self.reads += 1
+        self.answers.wait(60)
+        return [HIT]
+
+
+@pytest.fixture
+def hung() -> Iterator[HungStore]:
+    store = HungStore()
+    yield store
+    store.answers.set()
+
+
+@pytest.fixture
+async def catalog(tmp_path: Path, hung: HungStore, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+    monkeypatch.setattr(catalogs, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(catalogs, "RETRY_SECONDS", 0.5)
+    made = Catalog(Tables(str(tmp_path / "catalog")), SampleStore(str(tmp_path)), lambda _: QUERY, lambda *_: None)  # type: ignore[arg-type, return-value]
+    await made.adopt([HERE])
+    monkeypatch.setattr(made.tables, "search", hung.read)
+    return made
+
+
+async def search(catalog: Catalog) -> list[Hit]:
+    return await catalog.search(HERE.image_space, QUERY, 1, Filters())
+
+
+async def test_a_search_ends_within_a_bound_and_those_after_it_at_once(catalog: Catalog, hung: HungStore) -> None:
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="does not answer"):
+        await search(catalog)
+    assert time.monotonic() - began < 10
+    for _ in range(50):
+        with pytest.raises(StoreUnavailable):
+            await search(catalog)
+    assert hung.reads < 5
+
+
+async def test_searches_are_answered_again_when_the_store_is(catalog: Catalog, hung: HungStore) -> None:
+    for _ in range(10):  # more than there are threads
+        with pytest.raises(StoreUnavailable):
+            await search(catalog)
+        time.sleep(0.1)
+    hung.answers.set()
+    end = time.monotonic() + 30
+    while True:
+        try:
+            assert await search(catalog) == [HIT]
+        except StoreUnavailable:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        else:
+            break
+    for _ in range(10):
+        assert await search(catalog) == [HIT]
+
+
+async def test_a_space_with_an_index_is_searched_without_the_store(
+    catalog: Catalog, hung: HungStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(10):
+        with pytest.raises(StoreUnavailable):
+            await search(catalog)
+        time.sleep(0.1)
+    monkeypatch.setattr(catalog.tables.indexes, "usable", lambda space: ("index", "effort"))
+    monkeypatch.setattr(catalog.tables, "search_index", lambda *_: ([HIT], [HIT.id]))
+    monkeypatch.setattr(catalog.tables, "with_texts", hung.read)
+    for _ in range(10):
+        assert await search(catalog) == [HIT]
+
+
+async def test_an_image_of_a_sample_ends_within_a_bound_too(
+    catalog: Catalog, hung: HungStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "corpus", type("Corpus", (), {"scan": lambda self, **_: hung.read()})())
+    with pytest.raises(StoreUnavailable):
+        await catalog.image("f" * 64)
