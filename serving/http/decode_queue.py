@@ -76,6 +76,8 @@ class DecodeQueue:
                 "the request again later.", code="overloaded",
             )  # fmt: skip
 
+        inside = 0
+
         def keep(pixels: int) -> None:
             nonlocal held, inside
             freed, left = max(0, held - pixels), min(inside, pixels)
