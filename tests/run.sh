@@ -15,7 +15,7 @@ alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) 
 own=(tests/unit/serving tests/unit/updater)
 named=("${servers[@]}" tests/integration/{streams,updater})
 jobs=("tests/unit ${own[*]/#/--ignore=}" tests/unit/updater "tests/integration/streams tests/outside/kafka"
-  "tests/integration ${named[*]/#/--ignore=} ${alone[*]}" tests/unit/serving tests/integration/updater types)
+  "tests/integration ${named[*]/#/--ignore=} ${alone[*]}" tests/integration/updater types tests/unit/serving)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then

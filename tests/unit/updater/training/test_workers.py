@@ -25,6 +25,7 @@ from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from streams.store import SampleStore
 from tests.support.forked import ForkedProcess, import_ahead
+from tests.support.ray_steps import killed_once
 from tests.unit.updater.builders import LIMITS, recipe, run
 from updater.adapters import read_delta
 from updater.data.pools import StoredExamples
@@ -61,11 +62,15 @@ class ForkedWorkers(Workers):
         super().__init__(count=2, threads=1)
 
     def _fit(self, steps: Steps, work_dir: Path) -> None:
+        assert self._exit_codes(steps, work_dir) == [0, 0]
+
+    def _exit_codes(self, steps: Steps, work_dir: Path) -> list[int]:
         work = cloudpickle.dumps({"steps": steps, "work_dir": work_dir, "cwd": Path.cwd()})
         port, logs = free_port(), work_dir.parent
         processes = [ForkedProcess(logs / f"{rank}.log", _in_team, rank, port, work) for rank in range(self.count)]
-        for process in processes:
-            assert process.wait(300) == 0, process.output()
+        codes = [process.wait(300) for process in processes]
+        print(*(process.output() for process in processes), sep="\n")
+        return codes
 
 
 def _in_team(rank: int, port: int, work: bytes) -> None:
@@ -74,15 +79,14 @@ def _in_team(rank: int, port: int, work: bytes) -> None:
     distributed.destroy_process_group()
 
 
-class MortalWorkers(Workers):
-    """By Ray Train. The second process is killed in its third step, unless one was before."""
+class MortalWorkers(ForkedWorkers):
+    """The second process is killed in its third step; then both are started again, as Ray Train does."""
 
-    def __init__(self, mark: Path) -> None:
-        super().__init__(count=2, threads=1)
-        object.__setattr__(self, "mark", mark)
-
-    def run(self, steps: Steps, *args: Any, **options: Any) -> None:
-        super().run(partial(_mortal, self.mark, steps), *args, **options)  # type: ignore[attr-defined]
+    def _fit(self, steps: Steps, work_dir: Path) -> None:
+        mortal = partial(_mortal, work_dir.parent / "killed", steps)
+        first, second = self._exit_codes(mortal, work_dir)
+        assert (first, second) == (1, -signal.SIGKILL), "the other one does not wait for it"
+        super()._fit(mortal, work_dir)
 
 
 def _mortal(mark: Path, steps: Steps, team: Team, control: Control) -> None:
@@ -132,14 +136,21 @@ def test_micro_batches_of_two_processes_come_to_the_same(
     assert result.losses["loss"] == pytest.approx(undisturbed.losses["loss"], abs=1e-5)
 
 
-def test_when_one_is_killed_ray_train_starts_all_again_and_they_end_in_the_same_adapter(
+def test_when_one_is_killed_and_all_start_again_they_end_in_the_same_adapter(
     base: ClipBase, tmp_path: Path, undisturbed: TrainResult
 ) -> None:
-    mark = tmp_path / "killed"
-    result = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH, workers=MortalWorkers(mark))
-    assert mark.exists()
+    result = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH, workers=MortalWorkers())
     assert result.adapter == undisturbed.adapter
     assert result.losses == undisturbed.losses
+
+
+def test_when_one_is_killed_ray_train_starts_all_again(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    Workers(count=2, threads=1).run(partial(killed_once, tmp_path), work)
+    assert (tmp_path / "killed").exists()
+    assert [(tmp_path / f"{rank}-of-2").read_text() for rank in range(2)] == ["3.0", "3.0"]
+    assert Control(work).reported() == f"in {Path.cwd()}"
 
 
 def test_asked_to_stop_they_leave_a_checkpoint_and_go_on_from_it(
