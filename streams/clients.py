@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
@@ -29,6 +29,8 @@ TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
 #: How long a topic for refused records that Ratchet makes keeps them. The sample store has them as well, and deletions
 #: reach only that.
 REFUSALS_SECONDS = 7 * 24 * 3600
+
+Answer = TypeVar("Answer")
 
 
 def connection(kafka: Kafka) -> Connection:
@@ -63,7 +65,7 @@ class Admin:
         Raises:
             BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
         """
-        description = self._ask(f"describing topic {topic}", partial(_describe, topic=topic))
+        description = self.ask(f"describing topic {topic}", partial(describe_topic, topic=topic))
         return None if description is None else str(description["topic_id"] or "")
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
@@ -76,7 +78,7 @@ class Admin:
                 configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
                 if topic == self.kafka.quarantine_topic:
                     configs["retention.ms"] = str(REFUSALS_SECONDS * 1000)
-                self._ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
+                self.ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
 
     def close(self) -> None:
         """Give up the connection."""
@@ -84,7 +86,12 @@ class Admin:
         if client is not None:
             client.close()
 
-    def _ask(self, doing: str, question: Any) -> Any:
+    def ask(self, doing: str, question: Callable[[KafkaAdminClient], Answer]) -> Answer:
+        """What a question to the client returns. ``doing`` names it in the error.
+
+        Raises:
+            BrokerError: the broker is away, or refuses.
+        """
         try:
             if self._client is None:
                 options = client_options(connection(self.kafka), KafkaAdminClient.DEFAULT_CONFIG)
@@ -100,7 +107,7 @@ class Admin:
             raise explain(error, connection(self.kafka), doing) from error
 
 
-def _describe(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
+def describe_topic(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
     """A topic's metadata; None when there is no such topic. kafka-python does not raise what the broker answers."""
     [description] = client.describe_topics([topic])
     match description["error_code"]:

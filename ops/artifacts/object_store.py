@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import fsspec
 
+from ops.dependencies import storage_state
 from ops.errors import ArtifactsUnavailable
 
 CALL_SECONDS: Final = 10.0
@@ -98,8 +99,9 @@ class ObjectStore:
         except FileNotFoundError:
             raise
         except Exception as error:  # every store has a tree of errors of its own
-            words = str(error).strip() or "it does not answer"
+            state, cause = storage_state(error)
             raise ArtifactsUnavailable(
-                f"the artifacts' object store cannot be used now ({type(error).__name__}): {words}.",
+                f"the artifacts' object store cannot be used now: {cause}.",
                 "What is in service goes on. Check artifacts_url, the credentials and the store.",
+                state,
             ) from error
