@@ -87,11 +87,11 @@ _SIGNS: Final[dict[OutageState, tuple[str, ...]]] = {
     "refused": (
         "accessdenied", "access denied", "forbidden", "unauthorized", "invalidaccesskeyid", "signaturedoesnotmatch",
         "expiredtoken", "invalidtoken", "nosuchbucket", "bucket does not exist", "necessary privileges",
-        "permission denied", "permissionerror", "nocredentials",
+        "permission denied", "permissionerror", "nocredentials", "authentication failed", "pg_hba",
     ),
     "slow": ("timed out", "timeout", "slowdown"),
 }  # fmt: skip
-"""Words in the errors of disks and object stores."""
+"""Words in their errors."""
 _CODE: Final = re.compile(
     r"<Code>(.*?)</Code>(?:.*?<Message>(.*?)</Message>)?(?:.*?<BucketName>(.*?)</BucketName>)?", re.DOTALL
 )
@@ -100,17 +100,17 @@ _SOURCE: Final = re.compile(r",?\s*/\S+\.rs:\d+:\d+")
 MOST_CHARS: Final = 300
 
 
-def storage_state(error: Exception) -> tuple[OutageState, str]:
-    """State of a disk or an object store after an error of its client, and the cause in one line without its end.
+def outage_state(words: str) -> OutageState:
+    """What the words of a client's error tell: disks, object stores and databases have no errors of their own."""
+    lower = words.lower()
+    return next((state for state, signs in _SIGNS.items() if any(sign in lower for sign in signs)), "away")
 
-    Its clients have no errors of their own for most causes: their words are all there is.
-    """
+
+def storage_state(error: Exception) -> tuple[OutageState, str]:
+    """State of a disk or an object store after an error of its client, and the cause in a line without full stop."""
     kind = type(error).__name__
     cause = _in_short(str(error)) or ("it does not answer in time" if "Timeout" in kind else kind)
-    for state, signs in _SIGNS.items():
-        if any(sign in f"{kind} {cause}".lower() for sign in signs):
-            return state, cause
-    return "away", cause
+    return outage_state(f"{kind} {cause}"), cause
 
 
 def _in_short(text: str) -> str:

@@ -81,7 +81,7 @@ class Maintainer:
         store: SampleStore | None = None,
         collect: Callable[[], object] | None = None,
     ) -> None:
-        """``collect``: called every ``gc.hours``, last in a run."""
+        """``collect``: called every ``gc.hours``."""
         self.settings = settings
         self.ledger = ledger or Ledger.open(settings.ledger)
         self.store = store or SampleStore(settings.lake)
@@ -147,12 +147,14 @@ class Maintainer:
             self.ledger.deletions_rewritten([each.id for each in pending], self.store.version())
             pending = self._deletions("removed")
         compaction.index(self.store)
-        freed = self._clean(pending)
-        self._finish(pending)
-        self._prune_events()
         metrics.maintain.written(written)
-        self._count_deletions()
+        self._prune_events()
         self._collect()
+        try:  # last: a store that lets nothing be deleted ends a run here
+            freed = self._clean(pending)
+            self._finish(pending)
+        finally:
+            self._count_deletions()
         return Run(written, removed, freed)
 
     def _deletions(self, *states: DeletionState) -> list[DeletionRow]:
