@@ -16,10 +16,12 @@ from ops import metrics
 from ops.errors import (
     ArtifactsUnavailable,
     BrokerError,
+    Fenced,
     LedgerError,
     Outage,
     OutageState,
     RatchetError,
+    RecordTooLarge,
     RegistryUnavailable,
     StoreError,
 )
@@ -55,13 +57,15 @@ _current: dict[Dependency, DependencyState] = {}
 
 def dependency_of(error: RatchetError) -> Dependency | None:
     """The dependency that an error is about; None where it is about none."""
+    if isinstance(error, (Fenced, RecordTooLarge)):  # of one sender, or one record
+        return None
     return next((name for kind, name in _KINDS if isinstance(error, kind)), None)
 
 
 def noted(error: RatchetError) -> Dependency | None:
-    """Remember, and export, what an error tells of a dependency. Returns which one."""
+    """Remember, and export, what an outage tells of a dependency. Returns which one an error is about."""
     name = dependency_of(error)
-    if name is not None:
+    if name is not None and isinstance(error, Outage):
         _set(name, DependencyState.of(error))
     return name
 

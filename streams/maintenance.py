@@ -24,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from ops import metrics
+from ops.dependencies import answered, noted
 from ops.digests import digest12
 from ops.errors import ConfigError, LedgerUnavailable, RatchetError
 from ops.ledger import DeletionRow, DeletionState, Ledger
@@ -104,9 +105,12 @@ class Maintainer:
                 return Run(waiting=True)
             with renewing(self.ledger, LEASE, epoch, LEASE_SECONDS):
                 run = self._run()
-        except Exception:
+        except Exception as error:
             metrics.maintain.ran("failed", time.monotonic() - started)
+            if isinstance(error, RatchetError):
+                noted(error)
             raise
+        answered(["ledger", "store"])
         metrics.maintain.ran("done", time.monotonic() - started)
         return run
 

@@ -11,11 +11,14 @@ from ops.dependencies import Dependency, DependencyState, answered, current, not
 from ops.errors import (
     ArtifactsUnavailable,
     BrokerError,
+    Fenced,
     LedgerUnavailable,
     OutageState,
     RatchetError,
     RecordError,
+    RecordTooLarge,
     RegistryUnavailable,
+    StoreError,
     StoreFull,
     StoreUnavailable,
 )
@@ -58,8 +61,15 @@ def exported(name: str) -> set[str]:
     }
 
 
-def test_an_error_of_a_record_is_about_no_dependency() -> None:
-    assert noted(RecordError("schema", "m")) is None
+@pytest.mark.parametrize("error", [RecordError("schema", "m"), Fenced("m"), RecordTooLarge("m")])
+def test_an_error_of_a_record_or_a_sender_is_about_no_dependency(error: RatchetError) -> None:
+    assert noted(error) is None
+
+
+def test_an_error_that_is_no_outage_changes_no_state() -> None:
+    answered(["store"])
+    assert noted(StoreError("version 3 is not kept any more.")) == "store"
+    assert current()["store"].state == "ok"
 
 
 @pytest.mark.parametrize(
