@@ -48,8 +48,8 @@ class DependencyState:
 
     @classmethod
     def of(cls, error: RatchetError) -> DependencyState:
-        """That an error tells of."""
-        return cls(error.state if isinstance(error, Outage) else "away", error.message, error.fix)
+        """That an error tells of. One that is no outage is of something that answers and cannot be used as it is."""
+        return cls(error.state if isinstance(error, Outage) else "refused", error.message, error.fix)
 
 
 _current: dict[Dependency, DependencyState] = {}

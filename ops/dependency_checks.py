@@ -17,6 +17,7 @@ from ops.artifacts.object_store import local_folder, open_filesystem
 from ops.dependencies import Dependency, DependencyState, storage_state
 from ops.errors import ArtifactsUnavailable, RatchetError, RecordError, StoreUnavailable
 from ops.ledger import Ledger
+from ops.redaction import redact_url
 from ops.settings import Settings
 from serving.releases.bounded_call import BoundedCall
 from streams.clients import Admin
@@ -66,13 +67,13 @@ def _ledger(settings: Settings) -> str:
 
 def _artifacts(settings: Settings, write: bool) -> str:
     check_storage(settings.artifacts, "artifacts_url", ArtifactsUnavailable, write)
-    return settings.artifacts
+    return redact_url(settings.artifacts)
 
 
 def _store(settings: Settings, write: bool) -> str:
     check_storage(settings.lake, "lake_url", StoreUnavailable, write)
     version = SampleStore(settings.lake).version()
-    return f"{settings.lake}, version {version}" if version else f"{settings.lake}, which is empty"
+    return f"{redact_url(settings.lake)}, " + (f"version {version}" if version else "which is empty")
 
 
 def _broker(settings: Settings) -> str:
@@ -101,10 +102,11 @@ def check_storage(url: str, setting: str, kind: type[StoreUnavailable | Artifact
     Raises:
         kind: it is away, slow, or refuses.
     """
+    shown = redact_url(url)
     try:
         filesystem, root = open_filesystem(url)
     except ImportError as error:
-        raise kind(f"{url} cannot be used: {error}.", f"Install that package, or change `{setting}`.") from error
+        raise kind(f"{shown} cannot be used: {error}.", f"Install that package, or change `{setting}`.") from error
     folder = local_folder(filesystem, root)
     if folder is not None:
         while not folder.exists():
@@ -127,4 +129,4 @@ def check_storage(url: str, setting: str, kind: type[StoreUnavailable | Artifact
             state, cause = storage_state(error)
             if not isinstance(error, FileNotFoundError) or state == "refused":  # that bucket, or only this object
                 fix = f"Check `{setting}`, its credentials and permissions."
-                raise kind(f"{url} cannot be {doing}: {cause}.", fix, state) from error
+                raise kind(f"{shown} cannot be {doing}: {cause}.", fix, state) from error

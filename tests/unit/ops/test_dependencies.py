@@ -70,6 +70,7 @@ def test_an_error_that_is_no_outage_changes_no_state() -> None:
     answered(["store"])
     assert noted(StoreError("version 3 is not kept any more.")) == "store"
     assert current()["store"].state == "ok"
+    assert DependencyState.of(StoreError("the store was made by another version.")).state == "refused"
 
 
 @pytest.mark.parametrize(
