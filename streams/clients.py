@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 from kafka.errors import (
+    AuthorizationError,
     KafkaError,
     LeaderNotAvailableError,
     NoError,
@@ -124,6 +125,8 @@ def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict
         client.create_topics([NewTopic(topic, partitions, -1, topic_configs=configs)])
     except TopicAlreadyExistsError:
         return  # another process was faster
+    except AuthorizationError as error:  # its own words are the whole request
+        raise type(error)(f"Create on topic {topic} is missing") from error
 
 
 def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:
