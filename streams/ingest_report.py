@@ -42,7 +42,6 @@ class IngestReport:
 
     def watch_store(self) -> None:
         """Measure the store, and say when it does not answer, until :meth:`stopped`."""
-        metrics.ingest.waiting("")
         threading.Thread(target=self._watch_store, name="store-watch", daemon=True).start()
 
     def connected(self, joined: bool, lag: int | None) -> None:

@@ -37,8 +37,8 @@ from ops.console.security import SecurityMiddleware
 from ops.console.sessions import Session, Sessions
 from ops.console.shared_pages import SharedPages
 from ops.console.template_filters import TEMPLATES
-from ops.dependencies import DependencyState, dependency_of
-from ops.errors import RatchetError
+from ops.dependencies import dependency_of
+from ops.errors import Outage, RatchetError
 from ops.settings import Settings
 from serving.http.request_ids import RequestIds
 from updater.gate.report import styles
@@ -146,7 +146,9 @@ def _errors(app: FastAPI) -> None:
     async def on_known(request: Request, error: RatchetError) -> Response:
         log.warning("%s: %s", type(error).__name__, error)
         name = dependency_of(error)
-        title = f"{name.capitalize()}: {DependencyState.of(error).state}" if name else "Some of the data cannot be read"
+        title = "Some of the data cannot be read"
+        if name is not None and isinstance(error, Outage):
+            title = f"{name.capitalize()}: {error.state}"
         return _trouble(request, 503, title, error.message, error.fix)
 
     @app.exception_handler(Exception)

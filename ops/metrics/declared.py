@@ -312,7 +312,7 @@ for _kind in ("exact", "perceptual", "older"):
     INGEST_DUPLICATES.labels(_kind)
 for _reason in ("retention", "truncated"):
     INGEST_LOST.labels(_reason)
-for _dependency in ("broker", "store", "disk", "registry"):
+for _dependency in ("broker", "store", "registry"):
     INGEST_WAITING.labels(_dependency)
 for _outcome in ("done", "failed"):
     MAINTAIN_RUNS.labels(_outcome)
