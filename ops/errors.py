@@ -31,14 +31,17 @@
         ├── Held               updates are on hold
         └── ReleaseConflict    somebody else released first
 
-Every error says what happened, what it was about, and (``fix``) what to do. The base and the first three are those of
-the client, whose errors of a server (``ServerError``) are in :mod:`ratchet_client.errors`.
+Every error says what happened, what it was about, and (``fix``) what to do. BrokerError and those that end with
+Unavailable are an ``Outage``, whose ``state`` is ``away``, ``slow``, ``refused`` or ``full``. That, the base and the
+first three are the client's, whose errors of a server (``ServerError``) are in :mod:`ratchet_client.errors`.
 """
 
 from __future__ import annotations
 
 from ratchet_client.errors import BrokerError as BrokerError
 from ratchet_client.errors import ConfigError as ConfigError
+from ratchet_client.errors import Outage as Outage
+from ratchet_client.errors import OutageState as OutageState
 from ratchet_client.errors import RatchetError as RatchetError
 from ratchet_client.errors import RecordError as RecordError
 
@@ -73,16 +76,18 @@ class StoreError(RatchetError):
     """The sample store, the catalog or the artifacts."""
 
 
-class ArtifactsUnavailable(StoreError):
+class ArtifactsUnavailable(StoreError, Outage):
     """The object store of the artifacts does not answer, or refuses; to be tried again."""
 
 
-class StoreUnavailable(StoreError):
+class StoreUnavailable(StoreError, Outage):
     """The sample store cannot be read or written now; to be tried again."""
 
 
 class StoreFull(StoreUnavailable):
     """The disk of the sample store is full."""
+
+    state = "full"
 
 
 class Superseded(StoreError):
@@ -141,7 +146,7 @@ class LeaseLost(LedgerError):
     """Another process holds the lease now; what this one was about to write was not written."""
 
 
-class LedgerUnavailable(LedgerError):
+class LedgerUnavailable(LedgerError, Outage):
     """The database is away, silent, full, read-only or too busy. Nothing was changed; to be tried again."""
 
 

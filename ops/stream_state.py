@@ -67,6 +67,8 @@ class StreamState:
     """What ingest waits for; empty: nothing; None: not known."""
     quarantine_failing: bool = False
     """Whether refused records cannot be published now."""
+    waiting_state: str = ""
+    """How ingest finds what it waits for: a word of :data:`ops.dependencies.State`."""
     maintained: datetime | None = None
     """When a run of maintenance last came to its end; None: not known, or none yet."""
     maintenance_failing: bool = False
@@ -81,7 +83,7 @@ class StreamState:
         """What is not well, in words; empty when all is."""
         problems = []
         if self.waiting_for:
-            problems.append(f"Ingest waits for the {self.waiting_for}.")
+            problems.append(f"Ingest waits for the {self.waiting_for}: {self.waiting_state}.")
         if self.quarantine_failing:
             problems.append("Refused records cannot be published to the quarantine topic; the log of ingest says why.")
         if self.gaps and datetime.now(UTC) - self.gaps[0].time < RECENT:
@@ -105,6 +107,7 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
     runs = {outcome: maintain.get(f"ratchet_maintain_last_run_timestamp_seconds {outcome}") for outcome in _OUTCOMES}
     done, failed = runs["done"], runs["failed"]
     oldest = ledger.oldest_deletion()
+    waiting_for = _labelled(ingest, "ratchet_ingest_waiting")
     return StreamState(
         samples={split: tally[split] for split in ("train", "fresh_eval")},
         records=sum(tally[kind] for kind in ("sample", "duplicate", "quarantine", "tombstone", "deleted")),
@@ -113,7 +116,8 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
         lost=tally["gap_offsets"],
         gaps=tuple(_gap(row) for row in store.gaps(GAPS)) if tally["gap_offsets"] else (),
         rewritten=tally["rewritten_offsets"],
-        waiting_for=_waiting_for(ingest),
+        waiting_for=waiting_for,
+        waiting_state=_labelled(ingest, f"ratchet_dependency_state {waiting_for}") or "",
         quarantine_failing=ingest.get("ratchet_ingest_quarantine_failing") == 1.0,
         maintained=None if done is None else datetime.fromtimestamp(done, UTC),
         maintenance_failing=failed is not None and failed > (done or 0.0),
@@ -139,7 +143,7 @@ def scrape(settings: Settings, part: Literal["ingest", "maintain"]) -> dict[str,
     return {
         " ".join([sample.name, *(value for _, value in sorted(sample.labels.items()))]): sample.value
         for sample in samples
-        if sample.name.startswith(NAME_PREFIXES[part])
+        if sample.name.startswith((*NAME_PREFIXES[part], "ratchet_dependency_state"))
     }
 
 
@@ -157,9 +161,10 @@ def _get(url: str) -> str:
     return body.decode()
 
 
-def _waiting_for(ingest: dict[str, float]) -> str | None:
-    waits = {name.split(" ")[1]: value for name, value in ingest.items() if name.startswith("ratchet_ingest_waiting ")}
-    return next((dependency for dependency, value in waits.items() if value), "") if waits else None
+def _labelled(metrics: dict[str, float], name: str) -> str | None:
+    """The label of a metric whose value is not 0; empty where all are 0, None where there is no such metric."""
+    values = {key.removeprefix(f"{name} "): value for key, value in metrics.items() if key.startswith(f"{name} ")}
+    return next((label for label, value in values.items() if value), "") if values else None
 
 
 def _gap(row: dict[str, Any]) -> Gap:

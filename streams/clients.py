@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
 from kafka.errors import (
+    AuthorizationError,
     KafkaError,
     LeaderNotAvailableError,
     NoError,
@@ -32,6 +33,8 @@ TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
 #: How long a topic for refused records that Ratchet makes keeps them. The sample store has them as well, and deletions
 #: reach only that.
 REFUSALS_SECONDS = 7 * 24 * 3600
+
+Answer = TypeVar("Answer")
 
 
 def connection(kafka: Kafka) -> Connection:
@@ -78,7 +81,7 @@ class Admin:
         Raises:
             BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
         """
-        description = self._ask(f"describing topic {topic}", partial(_describe, topic=topic))
+        description = self.ask(f"describing topic {topic}", partial(describe_topic, topic=topic))
         if description is None:
             return None
         partitions = description["partitions"]
@@ -103,7 +106,7 @@ class Admin:
                     configs["retention.ms"] = str(REFUSALS_SECONDS * 1000)
                 elif topic == self.kafka.events_topic:
                     configs["retention.ms"] = "-1"
-                self._ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
+                self.ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
 
     def warn_of_defaults(self, topic: str, partitions: int) -> None:
         """Log, once, what of a topic was left at Kafka's defaults and will not do, as where a producer's first record
@@ -117,7 +120,7 @@ class Admin:
         """
         if topic in self._warned or (found := self.topic(topic)) is None:
             return
-        defaults = self._ask(f"describing the configuration of topic {topic}", partial(_defaults, topic=topic))
+        defaults = self.ask(f"describing the configuration of topic {topic}", partial(_defaults, topic=topic))
         self._warned.add(topic)
         size = defaults.get("max.message.bytes", TOPIC_RECORD_BYTES)
         if size < TOPIC_RECORD_BYTES:
@@ -144,7 +147,12 @@ class Admin:
         if client is not None:
             client.close()
 
-    def _ask(self, doing: str, question: Any) -> Any:
+    def ask(self, doing: str, question: Callable[[KafkaAdminClient], Answer]) -> Answer:
+        """What a question to the client returns. ``doing`` names it in the error.
+
+        Raises:
+            BrokerError: the broker is away, or refuses.
+        """
         try:
             if self._client is None:
                 options = client_options(connection(self.kafka), KafkaAdminClient.DEFAULT_CONFIG)
@@ -160,7 +168,7 @@ class Admin:
             raise explain(error, connection(self.kafka), doing) from error
 
 
-def _describe(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
+def describe_topic(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
     """A topic's metadata; None when there is no such topic. kafka-python does not raise what the broker answers."""
     [description] = client.describe_topics([topic])
     match description["error_code"]:
@@ -188,6 +196,8 @@ def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict
         client.create_topics([NewTopic(topic, partitions, -1, topic_configs=configs)])
     except TopicAlreadyExistsError:
         return  # another process was faster
+    except AuthorizationError as error:  # its own words are the whole request
+        raise type(error)(f"Create on topic {topic} is missing") from error
 
 
 def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:

@@ -18,6 +18,7 @@ from typing import Final
 
 from lance.commit import CommitConflictError
 
+from ops.errors import StoreUnavailable
 from streams.store import SampleStore
 from streams.table import fences, outage
 from streams.writer import StoreWriter
@@ -126,7 +127,11 @@ def index(store: SampleStore) -> None:
 
 
 def clean(store: SampleStore, keep: timedelta) -> int:
-    """Remove versions older than ``keep`` that nobody pinned, and the files that only they had. Returns their bytes."""
+    """Remove versions older than ``keep`` that nobody pinned, and the files that only they had. Returns their bytes.
+
+    Raises:
+        StoreUnavailable: the store cannot be read, or does not let some of the files be deleted.
+    """
     dataset = store.table.open()
     if dataset is None:
         return 0
@@ -134,6 +139,12 @@ def clean(store: SampleStore, keep: timedelta) -> int:
         stats = dataset.cleanup_old_versions(older_than=keep, error_if_tagged_old_versions=False)
     except (OSError, RuntimeError) as error:
         raise outage(store.url, "cleaned", error) from error
+    if stats.failed_deletes:
+        raise StoreUnavailable(
+            f"{stats.failed_deletes} files of old versions of the sample store {store.url} were not deleted.",
+            "Allow the credentials to delete objects under `lake_url` (S3: s3:DeleteObject).",
+            "refused",
+        )
     return int(stats.bytes_removed)
 
 

@@ -35,6 +35,7 @@ from streams.ingest_status import IngestStatus
 from streams.log_changes import LogChanges
 from streams.log_watch import LogLost
 from streams.quality.validate import Received, refuse
+from streams.rights import check_rights, ingest_rights
 from streams.rows import RecordPosition, position_of
 from streams.store import SampleStore
 from streams.validation_process import crashed
@@ -101,6 +102,7 @@ class Consumer:
             ConfigError: an option of the Kafka client is wrong.
         """
         failures = 0
+        self._report.watch_store()
         try:
             while not self._stopping.is_set():
                 commits = self.status.commits
@@ -119,7 +121,7 @@ class Consumer:
                     self._disconnect()
         finally:
             self._close()
-        self._report.stopped()
+            self._report.stopped()
 
     def _step(self) -> None:
         """One turn of the loop."""
@@ -393,6 +395,8 @@ class Consumer:
     def _wait(self, error: Exception, failures: int) -> None:
         """Say what is away, store what can be stored, and wait: longer after more failures."""
         known = error if isinstance(error, RatchetError) else explain(error, connection(self.kafka), "reading")
+        if isinstance(known, BrokerError) and known.state == "refused":
+            known = self._missing_rights() or known
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
         if dependency == "broker" and self._consumer is not None:
@@ -400,6 +404,14 @@ class Consumer:
         self._stopping.wait(seconds)
         if dependency != "broker" and self._consumer is not None:
             self._stay_in_group()
+
+    def _missing_rights(self) -> BrokerError | None:
+        """The error that names the rights that the broker does not give; None where none is known to be missing."""
+        try:
+            check_rights(self._admin, ingest_rights(self.kafka))
+        except BrokerError as error:
+            return error if error.state == "refused" else None
+        return None
 
     def _salvage(self) -> None:
         """Store what has been read though the broker is away; its refusals are published when it is back."""

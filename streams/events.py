@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from ops import metrics
+from ops.dependencies import answered, noted
 from ops.errors import Fenced, LeaseLost, RatchetError
 from ops.ledger import EventRow, Ledger
 from ops.settings import Settings
@@ -154,6 +155,8 @@ class EventPublisher:
         try:
             self.publish_pending()
         except (RatchetError, SQLAlchemyError) as error:
+            if isinstance(error, RatchetError):
+                noted(error)
             return str(error)
         return ""
 
@@ -168,6 +171,7 @@ class EventPublisher:
         assert self._epoch is not None
         self.ledger.mark_published(marks, lease=LEASE, epoch=self._epoch)
         self._outbox.forget(places)
+        answered(["broker"])
         for type, count in Counter(row.type for row in rows).items():
             metrics.events.published(type, count)
         return len(rows)

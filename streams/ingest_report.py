@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
 from ops import metrics
-from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, StoreFull
+from ops.dependencies import Dependency, answered, dependency_of, noted
+from ops.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
 from ops.progress import say
 from streams.batch import CommitResult
-from streams.ingest_status import Dependency, IngestStatus
+from streams.ingest_status import IngestStatus
 from streams.quality.validate import StoreRow
 from streams.store import SampleStore
 from streams.writer import Claim
 
 #: kafka-python can lose what the group assigned it, and waits for ever then; a busy group takes seconds.
 GROUP_PATIENCE_SECONDS: Final = 30.0
-STORE_SECONDS: Final = 5.0
+STORE_SECONDS: Final = 4.0
+"""From one look at the store to the next, and how long one may take before the store counts as slow."""
 
 
 class IngestReport:
-    """Keeps :attr:`status`, and tells who listens."""
+    """Keeps :attr:`status`, and tells who listens.
+
+    The store is watched by a thread of its own: Lance tries for minutes again what a store does not answer, and the
+    consumer's thread waits for that.
+    """
 
     def __init__(self, store: SampleStore, group: str, on_change: Callable[[IngestStatus], None] | None) -> None:
         self.status = IngestStatus()
@@ -30,7 +37,13 @@ class IngestReport:
         self._group = group
         self._on_change = on_change
         self._outside_since = time.monotonic()
-        self._measured_at = 0.0
+        self._lock = threading.RLock()
+        self._ending = threading.Event()
+        self._store_problem = ""
+
+    def watch_store(self) -> None:
+        """Measure the store, and say when it does not answer, until :meth:`stopped`."""
+        threading.Thread(target=self._watch_store, name="store-watch", daemon=True).start()
 
     def connected(self, joined: bool, lag: int | None) -> None:
         """The broker answers: so this process reads, or joins the group.
@@ -38,14 +51,16 @@ class IngestReport:
         Raises:
             BrokerError: the group has not let it in for :data:`GROUP_PATIENCE_SECONDS`; to be joined again.
         """
-        metrics.ingest.broker(True)
         state = "reading" if joined else "joining"
-        if self.status.state != state:
-            self._outside_since = time.monotonic()
-            metrics.ingest.waiting("")
-            self._change(state=state, waiting_for="", problem="")
+        with self._lock:
+            if self.status.state != state and not self._store_problem:
+                self._outside_since = time.monotonic()
+                waited_for = self.status.waiting_for
+                answered(["broker", waited_for] if waited_for else ["broker"])
+                metrics.ingest.waiting("")
+                self._change(state=state, waiting_for="", problem="")
         outside = time.monotonic() - self._outside_since
-        if state == "joining" and outside > GROUP_PATIENCE_SECONDS:
+        if state == self.status.state == "joining" and outside > GROUP_PATIENCE_SECONDS:
             raise BrokerError(
                 f"group {self._group} has not let this process in for {outside:.0f} s; it is joined again.",
                 "If that repeats, look at its members (Apache Kafka: kafka-consumer-groups.sh --describe --members);"
@@ -53,15 +68,10 @@ class IngestReport:
             )
         if lag != self.status.lag:
             self._change(lag=lag)
-        self._measure_store()
 
     def away(self, error: RatchetError, seconds: float) -> Dependency:
         """Something is away, and is tried again in ``seconds``. Returns what it is."""
-        dependency = _dependency(error)
-        if dependency == "broker":
-            metrics.ingest.broker(False)
-        metrics.ingest.waiting(dependency)
-        self._change(state="waiting", waiting_for=dependency, problem=str(error))
+        dependency = self._wait_for(error)
         say(f"ingest: [yellow]{error}[/yellow] Trying again in {seconds:g} s.")
         return dependency
 
@@ -110,27 +120,61 @@ class IngestReport:
 
     def stopped(self) -> None:
         """The consumer has ended."""
+        self._ending.set()
         self._change(state="stopped", waiting_for="", problem="")
 
-    def _measure_store(self) -> None:
-        if time.monotonic() - self._measured_at > STORE_SECONDS:
-            self._measured_at = time.monotonic()
+    def _watch_store(self) -> None:
+        measured = -1
+        while not self._ending.wait(STORE_SECONDS):
+            silent = threading.Timer(STORE_SECONDS, self._store_fails, [_silent(self._store)])
+            silent.daemon = True
+            silent.start()
             try:
-                tally = self._store.tally()
-                rows = {split: tally[split] for split in ("train", "fresh_eval")}
-                metrics.ingest.store(rows, self._store.size(), self._store.fragments())
-            except StoreError:
-                return  # who has to write there will say so
+                if (version := self._store.version()) != measured:
+                    tally, measured = self._store.tally(), version
+                    rows = {split: tally[split] for split in ("train", "fresh_eval")}
+                    metrics.ingest.store(rows, self._store.size(), self._store.fragments())
+            except StoreError as error:
+                silent.cancel()
+                self._store_fails(error)
+            else:
+                silent.cancel()
+                self._store_answers()
+
+    def _store_fails(self, error: StoreError) -> None:
+        with self._lock:
+            if not self._ending.is_set() and str(error) != self._store_problem:
+                self._store_problem = str(error)
+                self._wait_for(error)
+                say(f"ingest: [yellow]{error}[/yellow]")
+
+    def _store_answers(self) -> None:
+        with self._lock:
+            if self._store_problem:
+                self._store_problem = ""
+                say("ingest: the store answers again")
+            elif self.status.waiting_for == "store":
+                return  # it can be read, and not be written
+            answered(["store"])
+
+    def _wait_for(self, error: RatchetError) -> Dependency:
+        with self._lock:
+            noted(error)
+            dependency = dependency_of(error) or "broker"
+            metrics.ingest.waiting(dependency)
+            self._change(state="waiting", waiting_for=dependency, problem=str(error))
+            return dependency
 
     def _change(self, **changes: Any) -> None:
-        self.status = replace(self.status, **changes)
-        if self._on_change is not None:
-            self._on_change(self.status)
+        with self._lock:
+            self.status = replace(self.status, **changes)
+            if self._on_change is not None:
+                self._on_change(self.status)
 
 
-def _dependency(error: RatchetError) -> Dependency:
-    if isinstance(error, StoreFull):
-        return "disk"
-    if isinstance(error, StoreError):
-        return "store"
-    return "registry" if isinstance(error, RegistryUnavailable) else "broker"
+def _silent(store: SampleStore) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"the sample store {store.url} does not answer within {STORE_SECONDS:g} s.",
+        "Records wait in the topic until it does.",
+        "slow",
+    )

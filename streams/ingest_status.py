@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ops.dependencies import Dependency
+
 State = Literal["starting", "joining", "reading", "waiting", "stopped"]
-Dependency = Literal["", "broker", "store", "disk", "registry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,7 @@ class IngestStatus:
 
     state: State = "starting"
     """``joining`` is of the consumer group; ``waiting`` is for :attr:`waiting_for`."""
-    waiting_for: Dependency = ""
+    waiting_for: Dependency | Literal[""] = ""
     samples: int = 0
     duplicates: int = 0
     corrected: int = 0

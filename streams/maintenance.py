@@ -24,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from ops import metrics
+from ops.dependencies import answered, noted
 from ops.digests import digest12
 from ops.errors import ConfigError, LedgerUnavailable, RatchetError
 from ops.ledger import DeletionRow, DeletionState, Ledger
@@ -84,7 +85,7 @@ class Maintainer:
         store: SampleStore | None = None,
         collect: Callable[[], object] | None = None,
     ) -> None:
-        """``collect``: called every ``gc.hours``, last in a run."""
+        """``collect``: called every ``gc.hours``."""
         self.settings = settings
         self.ledger = ledger or Ledger.open(settings.ledger)
         self.store = store or SampleStore(settings.lake)
@@ -107,9 +108,12 @@ class Maintainer:
                 return Run(waiting=True)
             with renewing(self.ledger, LEASE, epoch, LEASE_SECONDS):
                 run = self._run()
-        except Exception:
+        except Exception as error:
             metrics.maintain.ran("failed", time.monotonic() - started)
+            if isinstance(error, RatchetError):
+                noted(error)
             raise
+        answered(["ledger", "store"])
         metrics.maintain.ran("done", time.monotonic() - started)
         return run
 
@@ -150,12 +154,14 @@ class Maintainer:
             self.ledger.deletions_rewritten([each.id for each in pending], self.store.version())
             pending = self._deletions("removed")
         compaction.index(self.store)
-        freed = self._clean(pending)
-        self._finish(pending)
-        self._prune_events()
         metrics.maintain.written(written)
-        self._count_deletions()
+        self._prune_events()
         self._collect()
+        try:  # last: a store that lets nothing be deleted ends a run here
+            freed = self._clean(pending)
+            self._finish(pending)
+        finally:
+            self._count_deletions()
         return Run(written, removed, freed)
 
     def _deletions(self, *states: DeletionState) -> list[DeletionRow]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ops import metrics
-from ops.errors import BrokerError, Fenced, RecordTooLarge, StoreError
+from ops.dependencies import answered, noted
+from ops.errors import BrokerError, Fenced, RatchetError, RecordTooLarge, StoreError
 from ops.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from streams.assignment import Reading
@@ -117,6 +118,8 @@ class RefusalPublisher:
                 job = self._jobs[0]
             try:
                 self._publish_or_change(job)
+                if failures:
+                    answered(["broker"])
                 failures = 0
                 metrics.ingest.quarantine_failing(False)
             except Exception as error:
@@ -144,6 +147,8 @@ class RefusalPublisher:
     def _later(self, job: _Job, error: Exception, failures: int) -> None:
         """Say why nothing is published, and wait: longer after more failures."""
         metrics.ingest.quarantine_failing(True)
+        if isinstance(error, RatchetError):
+            noted(error)
         key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
         log.warning("refusals of %s are published later: %s", key, error, exc_info=None if known else error)
         deadline = time.monotonic() + BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]

@@ -19,6 +19,7 @@ import pyarrow as pa
 from lance.file import LanceFileSession
 from lance.fragment import write_fragments
 
+from ops.dependencies import storage_state
 from ops.errors import StoreError, StoreFull, StoreUnavailable
 from streams.rows import POSITION_COLUMNS, SCHEMA, Position
 
@@ -55,7 +56,8 @@ class SampleTable:
         try:
             dataset = lance.dataset(self.url, version=version, session=self._session)
         except (ValueError, OSError) as error:
-            if "not found" not in str(error).lower():
+            text = str(error).lower()
+            if "not found" not in text or "nosuchbucket" in text or "bucket does not exist" in text:
                 raise outage(self.url, "read", error) from error
             if version is None:
                 return None
@@ -172,10 +174,9 @@ def reading(url: str) -> Iterator[None]:
 
 
 def outage(url: str, doing: str, error: Exception) -> StoreError:
-    """A message that helps, for an error of Lance: a full disk is told from a store that is away."""
-    text = str(error)
-    if "no space left" in text.lower() or "disk full" in text.lower() or "quota" in text.lower():
-        return StoreFull(f"the disk of the sample store {url} is full: {text[:200]}.", "Free space; nothing is lost.")
-    return StoreUnavailable(
-        f"the sample store {url} cannot be {doing}: {text[:300]}.", "Check `lake_url`, its credentials and permissions."
-    )
+    """A message that helps, for an error of Lance: a full disk is told from a store that is away, or refuses."""
+    state, cause = storage_state(error)
+    if state == "full":
+        return StoreFull(f"the disk of the sample store {url} is full: {cause}.", "Free space; nothing is lost.")
+    fix = "Check `lake_url`, its credentials and permissions."
+    return StoreUnavailable(f"the sample store {url} cannot be {doing}: {cause}.", fix, state)

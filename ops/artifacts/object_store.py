@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import fsspec
 
+from ops.dependencies import storage_state
 from ops.errors import ArtifactsUnavailable
 
 CALL_SECONDS: Final = 10.0
@@ -43,8 +44,8 @@ def local_folder(filesystem: Any, root: str) -> Path | None:
 class ObjectStore:
     """Reads and writes objects by path.
 
-    Every method raises ArtifactsUnavailable when the store does not answer in time, or refuses; and FileNotFoundError
-    when there is no such object.
+    Every method raises ArtifactsUnavailable when the store does not answer in time, refuses, or lacks the bucket; and
+    FileNotFoundError when there is no such object.
     """
 
     def __init__(self, filesystem: Any, seconds: float = CALL_SECONDS) -> None:
@@ -95,11 +96,12 @@ class ObjectStore:
             options["timeout"] = self.seconds + size / LEAST_BYTES_PER_SECOND
         try:
             return method(*arguments, **options)
-        except FileNotFoundError:
-            raise
         except Exception as error:  # every store has a tree of errors of its own
-            words = str(error).strip() or "it does not answer"
+            if isinstance(error, FileNotFoundError) and "bucket does not exist" not in str(error):
+                raise
+            state, cause = storage_state(error)
             raise ArtifactsUnavailable(
-                f"the artifacts' object store cannot be used now ({type(error).__name__}): {words}.",
+                f"the artifacts' object store cannot be used now: {cause}.",
                 "What is in service goes on. Check artifacts_url, the credentials and the store.",
+                state,
             ) from error

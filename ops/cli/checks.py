@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ops.addresses import listens
+from ops.dependency_checks import look
 from ops.errors import ConfigError, GateError, RatchetError
-from ops.ledger import Ledger
 from ops.settings import Settings
 
 NEEDED_DISK_BYTES = 5 * 1024**3  # packages, rendered data, the base and its adapters of the demo
@@ -39,7 +39,7 @@ def examine(settings: Settings) -> list[Finding]:
             findings.append(check(settings))
         except RatchetError as error:
             findings.append(Finding("fail", check.__name__.strip("_").replace("_", " "), error.message, error.fix))
-    return findings
+    return findings + _dependencies(settings)
 
 
 def _python(_: Settings) -> Finding:
@@ -100,13 +100,6 @@ def _crc32c(_: Settings) -> Finding:
     if importlib.util.find_spec("crc32c") is None:
         return Finding("fail", "crc32c", "missing: Kafka would do 54 records/s", "pip install 'kafka-python[crc32c]'")
     return Finding("ok", "crc32c", "the C implementation is installed")
-
-
-def _ledger(settings: Settings) -> Finding:
-    ledger = Ledger.open(settings.ledger)
-    live = ledger.live()
-    ledger.close()
-    return Finding("ok", "ledger", f"live release: {live.number if live else 'none yet'}")
 
 
 def _base(settings: Settings) -> Finding:
@@ -172,11 +165,15 @@ def _vlm_engine(settings: Settings) -> Finding:
     return Finding("ok", "VLM engine", f"vLLM {output}")
 
 
-def _kafka(settings: Settings) -> Finding:
-    address = settings.kafka.bootstrap.split(",")[0]
-    if listens(address):
-        return Finding("ok", "broker", f"{address} answers")
-    return Finding("warn", "broker", f"{address} does not answer", "ratchet broker, or set kafka.bootstrap")
+def _dependencies(settings: Settings) -> list[Finding]:
+    """A broker that is away stops nothing: `ratchet up` starts one."""
+    return [
+        Finding(
+            "ok" if found.state == "ok" else "warn" if (name, found.state) == ("broker", "away") else "fail",
+            name, found.detail if found.state == "ok" else f"{found.state}: {found.detail}", found.fix,
+        )
+        for name, found in look(settings, write=True).items()
+    ]  # fmt: skip
 
 
 def _http(settings: Settings) -> Finding:
@@ -200,6 +197,6 @@ print(vllm.__version__)
 """
 
 _CHECKS: tuple[Callable[[Settings], Finding], ...] = (
-    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _vlm_base,
-    _suites, _vlm_engine, _kafka, _http,
+    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _base, _vlm_base,
+    _suites, _vlm_engine, _http,
 )  # fmt: skip

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,14 +21,20 @@ from rich.text import Text
 from ops.cli import context as ctx
 from ops.cli.model_server import ServerOption, operator_client
 from ops.cli.releases import adapters
+from ops.dependencies import Dependency, DependencyState, dependency_of
+from ops.dependency_checks import look
 from ops.errors import RatchetError
 from ops.ledger import Ledger, UpdateRow, VerdictRow, answers
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
+from serving.releases.bounded_call import BoundedCall
 
 if TYPE_CHECKING:
     from ops.cli.supervisor import Supervisor
 
+FACTS_SECONDS = 20.0
+LOOKED_SECONDS = 10.0
+_looked: list[tuple[Settings, float, dict[Dependency, DependencyState]]] = []
 COLOURS = {"passed": "green", "rejected": "red", "inconclusive": "yellow", "failed": "red"}
 
 
@@ -57,32 +66,64 @@ def status(
 
 
 def collect(settings: Settings) -> dict[str, Any]:
-    """The facts behind the screen, from the ledger, the sample store and the server's health."""
+    """The facts behind the screen, from the ledger, the sample store and the server's health.
+
+    ``dependencies`` are always there; what needs a dependency that is not well is left out, and takes no longer than
+    :data:`FACTS_SECONDS`.
+    """
+    dependencies = _dependencies(settings)
+    facts: dict[str, Any] = {
+        "dependencies": {name: asdict(found) for name, found in dependencies.items()},
+        "budget_capacity": settings.budget.gflops_per_day,
+        "health": _health(settings),
+        **_controller(settings),
+    }
+    parts: tuple[tuple[Sequence[Dependency], Callable[[Settings], dict[str, Any]]], ...] = (
+        (["ledger"], _ledger_facts), (["ledger", "store"], _stream_facts),
+    )  # fmt: skip
+    for needed, make in parts:
+        if all(dependencies[name].state == "ok" for name in needed):
+            try:
+                facts |= BoundedCall(partial(make, settings), FACTS_SECONDS)()
+            except TimeoutError as error:
+                facts["dependencies"][needed[-1]] = asdict(DependencyState("slow", f"{error}."))
+            except RatchetError as error:
+                facts["dependencies"][dependency_of(error) or needed[-1]] = asdict(DependencyState.of(error))
+    return facts
+
+
+def _ledger_facts(settings: Settings) -> dict[str, Any]:
+    capacity = settings.budget.gflops_per_day
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        return {
+            "live": ledger.live(),
+            "releases": ledger.releases(5),
+            "held": ledger.held(),
+            "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
+            "visits": {each.id: visits(each) for each in ledger.updates(5)},
+            "proposals": ledger.pending_proposals(),
+            "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
+            "stable": ledger.stable(),
+            "approved_upgrade": ledger.approved_upgrade(),
+        }
+
+
+def _stream_facts(settings: Settings) -> dict[str, Any]:
     from streams.store import SampleStore
     from updater.scheduling.learning_state import learning_states
 
-    ledger, store = Ledger.open(settings.ledger), SampleStore(settings.lake)
-    capacity = settings.budget.gflops_per_day
-    stream = stream_state(settings, store, ledger)
-    facts: dict[str, Any] = {
-        "live": ledger.live(),
-        "releases": ledger.releases(5),
-        "held": ledger.held(),
-        "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
-        "visits": {each.id: visits(each) for each in ledger.updates(5)},
-        "learning": {family: state.to_json() for family, state in learning_states(settings, ledger, store).items()},
-        "proposals": ledger.pending_proposals(),
-        "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
-        "budget_capacity": capacity,
-        **asdict(stream),
-        "stream": stream,
-        "health": _health(settings),
-        "stable": ledger.stable(),
-        "approved_upgrade": ledger.approved_upgrade(),
-        **_controller(settings),
-    }
-    ledger.close()
-    return facts
+    store = SampleStore(settings.lake)
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        stream = stream_state(settings, store, ledger)
+        learning = {family: state.to_json() for family, state in learning_states(settings, ledger, store).items()}
+        return {**asdict(stream), "stream": stream, "learning": learning}
+
+
+def _dependencies(settings: Settings) -> dict[Dependency, DependencyState]:
+    """At most :data:`LOOKED_SECONDS` old: the screen is drawn every second."""
+    if not _looked or _looked[0][0] is not settings or time.monotonic() - _looked[0][1] > LOOKED_SECONDS:
+        _looked[:] = [(settings, time.monotonic(), look(settings))]
+    return dict(_looked[0][2])
 
 
 def visits(update: UpdateRow) -> dict[str, int | None]:
@@ -93,11 +134,25 @@ def visits(update: UpdateRow) -> dict[str, int | None]:
 def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableType:
     """The screen, from fresh facts."""
     facts = collect(settings)
-    top = [_serving(facts), _stream(facts), _learning(facts)]
+    top = [_serving(facts), *(panel(facts) for panel in (_stream, _learning) if "stream" in facts)]
     if parts is not None:
         top.append(_parts(parts))
     title = Text.assemble(("Ratchet ", "bold"), (f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", "dim"))
-    return Group(title, Columns(top, equal=True, expand=True), _updates(facts), _releases(facts))
+    tables = [_updates(facts), _releases(facts)] if "live" in facts else []
+    return Group(title, dependency_lines(facts["dependencies"]), Columns(top, equal=True, expand=True), *tables)
+
+
+def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
+    """What is well in one line, and a line for each that is not."""
+    lines = Text()
+    well = [name for name, found in dependencies.items() if found["state"] == "ok"]
+    lines.append(f"{', '.join(well)}: ok" if well else "", "dim")
+    for name, found in dependencies.items():
+        if found["state"] != "ok":
+            lines.append("\n" if lines else "")
+            lines.append(f"{name}: {found['state']}. ", "bold red")
+            lines.append(f"{found['detail']} {found['fix']}")
+    return lines
 
 
 def _health(settings: Settings) -> dict[str, Any]:
@@ -192,12 +247,12 @@ def _vlm_line(vlm: dict[str, Any]) -> str:
 
 
 def _serving(facts: dict[str, Any]) -> Panel:
-    live, ready = facts["live"], facts["health"]["ready"]
+    live, ready = facts.get("live"), facts["health"]["ready"]
     lines = Text()
     lines.append("ready\n" if ready else "not ready\n", "bold green" if ready else "bold red")
     if live:
         lines.append(f"release {live.number}: clip {live.clip or 'base'}, vlm {live.vlm or 'base'}\n")
-    else:
+    elif "live" in facts:
         lines.append("no release yet\n")
     if live and not live.plain and facts["stable"]:
         stable = facts["stable"]
@@ -208,9 +263,10 @@ def _serving(facts: dict[str, Any]) -> Panel:
     lines.append(replica_lines(facts["replicas"]), "yellow")
     lines.append(f"{facts['trouble']}\n" if facts["trouble"] else "", "yellow")
     lines.append(catalog_lines(facts["catalog"]))
-    if facts["held"]:
-        lines.append(f"on hold by {facts['held'].actor}: {facts['held'].reason}\n", "yellow")
-    lines.append(f"{len(facts['proposals'])} proposals waiting")
+    if held := facts.get("held"):
+        lines.append(f"on hold by {held.actor}: {held.reason}\n", "yellow")
+    if "proposals" in facts:
+        lines.append(f"{len(facts['proposals'])} proposals waiting")
     return Panel(lines, title="serving", border_style="green" if ready else "red")
 
 
@@ -227,7 +283,7 @@ def _stream(facts: dict[str, Any]) -> Panel:
     if stream.waiting_for is None:
         lines.append("ingest: no metrics here\n", "dim")
     elif stream.waiting_for:
-        lines.append(f"ingest waits for the {stream.waiting_for}\n", "yellow")
+        lines.append(f"ingest waits for the {stream.waiting_for}: {stream.waiting_state}\n", "yellow")
     if stream.quarantine_failing:
         lines.append("refused records cannot be published; the log of ingest says why\n", "yellow")
     lines.append(*maintenance_line(stream))

@@ -38,7 +38,8 @@ from ops.console.security import SecurityMiddleware
 from ops.console.sessions import Session, Sessions
 from ops.console.shared_pages import SharedPages
 from ops.console.template_filters import TEMPLATES
-from ops.errors import LedgerUnavailable, RatchetError
+from ops.dependencies import dependency_of
+from ops.errors import Outage, RatchetError
 from ops.settings import Settings
 from serving.http.request_ids import RequestIds
 from updater.gate.report import styles
@@ -148,12 +149,11 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(RatchetError)
     async def on_known(request: Request, error: RatchetError) -> Response:
         log.warning("%s: %s", type(error).__name__, error)
-        return _trouble(request, 503, "Some of the data cannot be read", error.message, error.fix)
-
-    @app.exception_handler(LedgerUnavailable)
-    async def on_ledger(request: Request, error: LedgerUnavailable) -> Response:
-        log.warning("ledger: %s", error)
-        return _trouble(request, 503, "The ledger is away", error.message, error.fix)
+        name = dependency_of(error)
+        title = "Some of the data cannot be read"
+        if name is not None and isinstance(error, Outage):
+            title = f"{name.capitalize()}: {error.state}"
+        return _trouble(request, 503, title, error.message, error.fix)
 
     @app.exception_handler(Exception)
     async def on_unknown(request: Request, error: Exception) -> Response:

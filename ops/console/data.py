@@ -14,13 +14,14 @@ import pyarrow as pa
 
 from ops.access import Access
 from ops.artifacts import Artifacts
-from ops.errors import RatchetError, RecordError
+from ops.errors import RatchetError, RecordError, StoreUnavailable
 from ops.ledger import Family, Ledger, ReleaseRow
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from ratchet_client import Client, ServerError
 from ratchet_client.images import decode_image
 from serving.engines.registered import names_by_digest
+from serving.releases.bounded_call import BoundedCall
 from streams.store import SampleStore
 from updater.scheduling.learning_state import LearningState, learning_states
 
@@ -30,7 +31,7 @@ STATUS_SECONDS = 2.0
 STREAM_SECONDS = 5.0
 """The same for the stream, where gaps are looked for in the whole store, and for the items that the gate could ask."""
 PATIENCE_SECONDS = 5.0
-"""How long a page waits for the server before it shows what it can without."""
+"""How long a page waits for the server, before it shows what it can without, and for the store."""
 ACTION_SECONDS = 900.0
 """A release of a new adapter waits for its catalog."""
 KEPT_PICTURES = 600
@@ -45,6 +46,7 @@ class ConsoleData:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = SampleStore(settings.lake)
+        self._stream = BoundedCall(lambda: stream_state(settings, self.store, self.ledger), PATIENCE_SECONDS)
         self._thumbnails = lru_cache(KEPT_PICTURES)(self._thumbnail)
         self._cache: dict[str, tuple[float, Any]] = {}
         self._lock = threading.Lock()
@@ -169,8 +171,13 @@ class ConsoleData:
         return found
 
     def stream(self) -> StreamState:
-        """How the stream stands."""
-        return self.cached("stream", lambda: stream_state(self.settings, self.store, self.ledger), STREAM_SECONDS)
+        """How the stream stands. Raises StoreUnavailable, also when the store does not answer in time."""
+        try:
+            return self.cached("stream", self._stream, STREAM_SECONDS)
+        except TimeoutError as error:
+            raise StoreUnavailable(
+                f"the sample store {self.store.url} does not answer: {error}.", state="slow"
+            ) from None
 
     def learning(self) -> dict[Family, LearningState]:
         """Fresh items and alpha of each model."""

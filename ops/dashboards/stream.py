@@ -18,8 +18,9 @@ def dashboard() -> make.Dashboard:
         board,
         "At a glance",
         number(
-            "Broker", "Whether ingest reaches the broker. Away: ingest waits, and reads on where it was.", "none",
-            ("max(ratchet_ingest_broker_up)", ""), words={"1": ("up", GREEN), "0": ("away", RED)}, trend=False, width=3,
+            "Broker", "Whether every part finds the broker well. Else ingest waits, and reads on where it was.", "none",
+            ('min(ratchet_dependency_state{dependency="broker", state="ok"})', ""),
+            words={"1": ("ok", GREEN), "0": ("see below", RED)}, trend=False, width=3,
         ),
         number(
             "Ingest", "Whether ingest reads, or waits for something (see below). It reads on by itself.", "none",
@@ -91,9 +92,15 @@ def dashboard() -> make.Dashboard:
             words={"0": ("published", GREEN), "1": ("fails", RED)}, width=8,
         ),
         states(
-            "What ingest waits for", "Broker, store, disk or schema registry. Records stay in the topic meanwhile.",
+            "What ingest waits for", "Broker, store or schema registry. Records stay in the topic meanwhile.",
             "none", ("max by (for) (ratchet_ingest_waiting)", "{{for}}"),
             words={"0": ("no", GREEN), "1": ("waits", RED)}, width=8,
+        ),
+        states(
+            "Dependencies", "What some part finds away, slow, full, or refusing; `ratchet doctor` says why.",
+            "none",
+            ('max by (dependency, state) (ratchet_dependency_state{state!="ok"}) == 1', "{{dependency}} {{state}}"),
+            words={"1": ("yes", RED)}, width=8,
         ),
         lines(
             "Time of a commit", "One atomic commit of samples, decisions and offsets. It grows with fragments and with "

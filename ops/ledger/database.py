@@ -21,6 +21,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from ops.dependencies import outage_state
 from ops.errors import CommitUnknown, LedgerError, LedgerUnavailable
 from ops.ledger.sqlite import prepare_sqlite
 from ops.ledger.time_limits import CALL_SECONDS, CHECKOUT_SECONDS, MIGRATION_SECONDS, time_limit
@@ -105,7 +106,8 @@ def _outages() -> Iterator[None]:
     try:
         yield
     except OUTAGES as error:
-        raise LedgerUnavailable(f"the ledger cannot be used now: {_cause(error)}.", FIX) from error
+        cause = _cause(error)
+        raise LedgerUnavailable(f"the ledger cannot be used now: {cause}.", FIX, outage_state(cause)) from error
 
 
 def _cause(error: Exception) -> str:
@@ -143,11 +145,13 @@ def open_database(url: str, migrate: bool, check: bool = True) -> Database:
         with database.read() as session:
             session.execute(text("select 1 from releases limit 1"))
     except (*OUTAGES, LedgerUnavailable, ProgrammingError) as error:
-        kind = LedgerError if isinstance(error, ProgrammingError) else LedgerUnavailable
         cause = error.__cause__ if isinstance(error, LedgerUnavailable) else error
         shown = parsed.render_as_string(hide_password=True)
         words = _cause(cause) if isinstance(cause, Exception) else str(error)
-        raise kind(f"ledger {shown} cannot be used: {words}.", "Is the database up, and migrated?") from None
+        message, fix = f"ledger {shown} cannot be used: {words}.", "Is the database up, and migrated?"
+        if isinstance(error, ProgrammingError):
+            raise LedgerError(message, fix) from None
+        raise LedgerUnavailable(message, fix, outage_state(words)) from None
     return database
 
 

@@ -11,9 +11,9 @@ from ops.metrics.learning import gate, update
 from ops.metrics.models import catalog, drift, encoder, vlm
 from ops.metrics.rollout import rollout
 from ops.metrics.serving import build, http, operator, release
-from ops.metrics.stream import events, ingest, maintain
+from ops.metrics.stream import dependency, events, ingest, maintain
 
 __all__ = [
-    "NAME_PREFIXES", "Process", "build", "catalog", "drift", "encoder", "events", "exposition", "gate", "http",
-    "ingest", "listen", "maintain", "names", "operator", "release", "rollout", "update", "vlm",
+    "NAME_PREFIXES", "Process", "build", "catalog", "dependency", "drift", "encoder", "events", "exposition", "gate",
+    "http", "ingest", "listen", "maintain", "names", "operator", "release", "rollout", "update", "vlm",
 ]  # fmt: skip

@@ -28,9 +28,10 @@ LABELS = {
     "age": "live, incumbent (the one before it), older: a release, seen from the live one",
     "caller": "names of keys, which only operators make, and anonymous",
     "decision": "rolled_back, promoted",
+    "dependency": "ledger, artifacts, store, broker, registry",
     "direction": "prompt, completion",
     "family": "clip, vlm",
-    "for": "broker, store, disk, registry: what ingest can wait for",
+    "for": "broker, store, registry: what ingest can wait for",
     "guardrail": "bounds that the guard watches, and `none` for a promotion",
     "kind": "of a duplicate: exact, perceptual; of a batch: image, text; of an answer: reply, stream, score; of a "
     "proposal: initial, update, rollback, release; of garbage: adapter, carry-over, report, work folder, score cache, "
@@ -52,7 +53,8 @@ LABELS = {
     "source": "ledger, file (in the home of the node), artifacts",
     "space": "image: the only tower whose vectors are kept",
     "split": "train, fresh_eval",
-    "state": "of the trainer: waiting, training, judging, proposing; of an update: done, failed, abandoned",
+    "state": "of a dependency: ok, away, slow, refused, full; "
+    "of the trainer: waiting, training, judging, proposing; of an update: done, failed, abandoned",
     "status": "HTTP status codes that the application uses",
     "suite": "suites of the last verdict: YAML files, and at most six domains of fresh samples",
     "term": "terms of the recipe's objective, and `loss`, their weighted sum",
@@ -61,6 +63,12 @@ LABELS = {
     "version": "one at a time",
 }
 """Which values each label takes; every one of these sets is bounded."""
+
+# -- every part -----------------------------------------------------------------------------------------------------
+DEPENDENCY_STATE = Gauge(
+    "ratchet_dependency_state", "How this part finds what it depends on: 1 for one state, else 0.",
+    ["dependency", "state"], multiprocess_mode=_LATEST,
+)  # fmt: skip
 
 # -- stream ---------------------------------------------------------------------------------------------------------
 INGEST_RECORDS = Counter("ratchet_ingest_records_total", "Records read from the topic and decided about.")
@@ -79,7 +87,6 @@ INGEST_REWRITTEN = Counter(
     "Offsets that were cut off the log after their records were stored (unclean leader elections).",
 )
 INGEST_WAITING = Gauge("ratchet_ingest_waiting", "Whether ingest waits for a dependency (1) or not (0).", ["for"])
-INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1) or not (0).")
 INGEST_QUARANTINE_FAILING = Gauge(
     "ratchet_ingest_quarantine_failing", "Whether refused records cannot be published to the quarantine topic (1)."
 )
@@ -311,7 +318,7 @@ for _split in ("train", "fresh_eval"):
 for _kind in ("exact", "perceptual", "older"):
     INGEST_DUPLICATES.labels(_kind)
 INGEST_LOST.labels("retention")
-for _dependency in ("broker", "store", "disk", "registry"):
+for _dependency in ("broker", "store", "registry"):
     INGEST_WAITING.labels(_dependency)
 for _outcome in ("done", "failed"):
     MAINTAIN_RUNS.labels(_outcome)

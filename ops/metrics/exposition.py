@@ -26,7 +26,9 @@ NAME_PREFIXES: dict[Process, tuple[str, ...]] = {
     "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_"),
     "update": ("ratchet_update", "ratchet_budget_", "ratchet_gate_"),
 }
-"""Beginnings of the names that one part alone exports; serving exports all others. Build information is everybody's."""
+"""Beginnings of the names that one part alone exports; serving exports all others."""
+SHARED: tuple[str, ...] = ("ratchet_build_info", "ratchet_dependency_state")
+"""What every part exports: how it was built, and how it finds its dependencies."""
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -47,7 +49,7 @@ def belongs(name: str, part: Process) -> bool:
     Ray's own processes write into the same folder; their metrics are scraped from Ray. vLLM has no port of its own, so
     its metrics come with those of the replica that it runs in.
     """
-    if name == "ratchet_build_info":
+    if name in SHARED:
         return True
     if name.startswith("ratchet_"):
         return _owner(name) == part

@@ -8,7 +8,18 @@ from typing import Literal
 
 from ops.metrics import declared as d
 
-DEPENDENCIES = ("broker", "store", "disk", "registry")
+STATES = ("ok", "away", "slow", "refused", "full")
+WAITED_FOR = ("broker", "store", "registry")
+
+
+class dependency:
+    """Verbs of what all parts depend on."""
+
+    @staticmethod
+    def state(name: str, state: str) -> None:
+        """A dependency is in one of :data:`STATES`."""
+        for each in STATES:
+            d.DEPENDENCY_STATE.labels(name, each).set(int(each == state))
 
 
 class ingest:
@@ -63,8 +74,8 @@ class ingest:
 
     @staticmethod
     def waiting(dependency: str) -> None:
-        """What ingest waits for: one of :data:`DEPENDENCIES`, or nothing."""
-        for each in DEPENDENCIES:
+        """What ingest waits for: one of :data:`WAITED_FOR`, or nothing."""
+        for each in WAITED_FOR:
             d.INGEST_WAITING.labels(each).set(int(each == dependency))
 
     @staticmethod
@@ -76,11 +87,6 @@ class ingest:
     def committed(seconds: float) -> None:
         """One atomic commit took this long."""
         d.INGEST_COMMIT.observe(seconds)
-
-    @staticmethod
-    def broker(up: bool) -> None:
-        """Whether the broker answers."""
-        d.INGEST_BROKER.set(int(up))
 
     @staticmethod
     def quarantine_failing(failing: bool) -> None:

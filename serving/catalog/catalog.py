@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ops.dependencies import current
 from ops.errors import StoreError, StoreUnavailable
 from ops.settings.serving import Catalog as CatalogSettings
 from serving.catalog.bounded_reads import BoundedReads
@@ -204,6 +205,7 @@ class Catalog:
             "searchable_seconds": self.reconciler.searchable_seconds,
             "chunks_at_once": self.reconciler.embedder.pace.width,
             "trouble": self.reconciler.last_error,
+            "dependencies": {name: found.state for name, found in current().items()},
         }
 
     async def run(self) -> None:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from ops import metrics
+from ops.dependencies import answered, noted
 from ops.errors import RatchetError
 from serving.catalog.corpus import Corpus
 from serving.catalog.corpus_ids import CorpusIds
@@ -180,7 +181,10 @@ class Reconciler:
         while True:
             try:
                 worked = await self.step()
+                answered(["store"])
             except (RatchetError, OSError, RuntimeError) as error:
+                if isinstance(error, RatchetError):
+                    noted(error)
                 log.warning("reconcile: %s", error)
                 worked = False
             except Exception:

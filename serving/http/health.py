@@ -47,7 +47,8 @@ async def ready(
     request: Request, model: Annotated[Component, Query(description="Which model; by default CLIP.")] = "clip"
 ) -> JSONResponse:
     """200 when a release is live and a text went through an encoder. The VLM and the catalog do not count: while one of
-    them restarts, the others answer. A full queue is no outage. A server that is ending is not ready.
+    them restarts, the others answer. A full queue is no outage, and what is in service needs no dependency. A server
+    that is ending is not ready.
     """
     return await _ready(request, model)
 
@@ -70,14 +71,16 @@ async def ready_model(request: Request, model: Component) -> JSONResponse:
     responses={**REFUSED, 503: {"model": DegradedState, "description": "A part is not ready."}},
 )
 async def whole(request: Request) -> JSONResponse:
-    """For alerts, not for routing: 200 when every part is ready, 503 when one is not."""
-    states = await _probes(request).all()
+    """For alerts, not for routing: 200 when every part is ready, 503 when one is not. Dependencies do not count."""
+    probes = _probes(request)
+    states = await probes.all()
     parts = {name: {"ready": state.ready, "detail": state.detail} for name, state in states.items()}
+    details = {"parts": parts, "dependencies": probes.dependencies()}
     away = [name for name, state in states.items() if not state.ready]
     if not away:
-        return JSONResponse({"status": "ok", "parts": parts})
+        return JSONResponse({"status": "ok", **details})
     error = errors.body(503, f"not ready: {', '.join(away)}.", code="not_ready")
-    return JSONResponse({"status": "degraded", "parts": parts, **error}, 503)
+    return JSONResponse({"status": "degraded", **details, **error}, 503)
 
 
 async def _ready(request: Request, model: Component) -> JSONResponse:
@@ -90,7 +93,7 @@ async def _ready(request: Request, model: Component) -> JSONResponse:
     if not state.ready:
         seconds = VlmStarting.retry_after if state.starting else errors.RETRY_AFTER_SECONDS
         return answer(503, state.detail, code=state.code, retry_after=seconds)
-    return _ok(request, {"status": "ready", "release": state.release})
+    return _ok(request, {"status": "ready", "release": state.release, "dependencies": probes.dependencies()})
 
 
 def _ok(request: Request, body: dict[str, Any]) -> JSONResponse:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from ops.dependencies import Dependency, State
 from ops.ledger.rows import ProposalKind, ResubmissionState, Scope
 from serving.http.errors import ErrorDetail
 from serving.http.response_schemas import ResponseBody
@@ -240,6 +241,8 @@ class Ready(ResponseBody):
 
     status: Literal["ready"]
     release: int
+    dependencies: dict[Dependency, State]
+    """The state of those that serving has used, as it found them last."""
 
 
 class PartHealth(ResponseBody):
@@ -254,6 +257,7 @@ class HealthState(ResponseBody):
 
     status: Literal["ok"]
     parts: dict[Literal["clip", "vlm", "catalog"], PartHealth]
+    dependencies: dict[Dependency, State]
 
 
 class DegradedState(ResponseBody):
@@ -261,4 +265,5 @@ class DegradedState(ResponseBody):
 
     status: Literal["degraded"]
     parts: dict[Literal["clip", "vlm", "catalog"], PartHealth]
+    dependencies: dict[Dependency, State]
     error: ErrorDetail

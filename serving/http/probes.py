@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ops import metrics
+from ops.dependencies import State, current
 from serving.errors import QueueFull, VlmStarting
 from serving.http.errors import described
 from serving.http.recent import Recent
@@ -51,6 +52,7 @@ class Probes:
         self._probe: dict[Component, Callable[[], Awaitable[ComponentState]]] = {
             "clip": self._clip, "vlm": self._vlm, "catalog": self._catalog,
         }  # fmt: skip
+        self._of_catalog: dict[str, State] = {}
         self._recent = {name: Recent(probe) for name, probe in self._probe.items()}
 
     def parts(self) -> tuple[Component, ...]:
@@ -65,6 +67,10 @@ class Probes:
         """State of every part that is served."""
         names = self.parts()
         return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
+
+    def dependencies(self) -> dict[str, State]:
+        """What this process and the catalog noted last of each dependency that they have used."""
+        return {**self._of_catalog, **{name: found.state for name, found in current().items()}}
 
     async def watch(self) -> None:
         """Export for ever what answers. What is asked here is not what callers are told: theirs is no older for it."""
@@ -99,7 +105,10 @@ class Probes:
 
     async def _catalog(self) -> ComponentState:
         live = self._state.admission.live
-        return await _observed(self._state.index.status(), live.release if live else 0)
+        return await _observed(self._ask_catalog(), live.release if live else 0)
+
+    async def _ask_catalog(self) -> None:
+        self._of_catalog = (await self._state.index.status()).get("dependencies", {})
 
 
 async def _observed(work: Awaitable[object], release: int) -> ComponentState:

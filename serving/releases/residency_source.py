@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from ops import metrics
 from ops.artifacts import Artifacts
+from ops.dependencies import answered, noted
 from ops.errors import LedgerUnavailable, RatchetError
 from ops.files import replace_file
 from ops.ledger import Ledger
@@ -88,7 +89,13 @@ class ResidencySource:
         try:
             rows = self._read_ledger()
         except TimeoutError as error:
-            raise LedgerUnavailable(f"the ledger does not answer: {error}.") from None
+            away = LedgerUnavailable(f"the ledger does not answer: {error}.", state="slow")
+            noted(away)
+            raise away from None
+        except LedgerUnavailable as error:
+            noted(error)
+            raise
+        answered(["ledger"])
         self._use(rows, "ledger")
         return rows
 
@@ -133,7 +140,10 @@ class ResidencySource:
         self._pending = data
         try:
             self._write_artifacts()
+            answered(["artifacts"])
         except Exception as error:
+            if isinstance(error, RatchetError):
+                noted(error)
             log.warning("the artifacts cannot keep a copy of the residency: %s: %s", type(error).__name__, error)
 
     def _use(self, rows: ResidencyRows, source: Source) -> None:

@@ -134,7 +134,7 @@ class RegistryClient:
         except (ValueError, RecursionError):
             answer = None
         if status in (401, 403):
-            raise self._unavailable(f"refuses us (status {status})", "Check `kafka.schema_registry_auth`.")
+            raise self._unavailable(f"refuses us (status {status})", "Check `kafka.schema_registry_auth`.", "refused")
         if not isinstance(answer, dict):
             raise self._failing(path, f"answers with status {status} and no JSON object")
         if status == 404 and str(answer.get("error_code")) in _NOT_FOUND:
@@ -150,8 +150,10 @@ class RegistryClient:
             )
         return self._failing(path, f"answers with status {status} and more than {MAX_RESPONSE_BYTES} bytes")
 
-    def _unavailable(self, what: str, fix: str = "Check `kafka.schema_registry`.") -> RegistryUnavailable:
-        return RegistryUnavailable(f"the schema registry {self.url} {what}.", fix)
+    def _unavailable(
+        self, what: str, fix: str = "Check `kafka.schema_registry`.", state: Literal["away", "refused"] = "away"
+    ) -> RegistryUnavailable:
+        return RegistryUnavailable(f"the schema registry {self.url} {what}.", fix, state)
 
     def _failing(self, path: str, what: str) -> SchemaUnavailable:
         shown = path.partition("?")[0]

@@ -22,6 +22,7 @@ from typing import Any
 
 from ops import metrics
 from ops.artifacts import Artifacts
+from ops.dependencies import answered, noted
 from ops.digests import digest12, digest_json
 from ops.errors import (
     BaseModelError,
@@ -202,9 +203,11 @@ class UpdaterService:
                 self._ledger_metrics.export(self.turns)
                 self._throttle.watch()
                 outcome = self.step()
+                answered(["ledger", "store", "artifacts"])
                 reason = outcome.reason
                 wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
             except RatchetError as error:
+                noted(error)
                 reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
             if wait:
                 waiting_log.say(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -71,19 +72,23 @@ def explain(error: Exception, connection: Connection, doing: str) -> BrokerError
     address = connection.bootstrap
     if problem := getattr(connection.options.get("sasl_oauth_token_provider"), "last_error", None):
         # kafka-python tries on until its own timeout, and tells of that alone
-        return BrokerError(f"there is no token for the broker {address}: {problem}.", "Check where tokens come from.")
+        words = f"there is no token for the broker {address}: {problem}."
+        return BrokerError(words, "Check where tokens come from.", "refused")
     if isinstance(error, (SaslAuthenticationFailedError, AuthorizationError)):
-        return BrokerError(f"the broker {address} refused {what}.", "Check user, password and ACLs.")
+        return BrokerError(f"the broker {address} refused {what}.", "Check user, password and ACLs.", "refused")
     if isinstance(error, KafkaTimeoutError) and "bootstrap" in str(error) and (problem := _tls_problem(connection)):
         return problem
     if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in connection.options:
         # kafka-python reports a wrong password as a timeout of the bootstrap
         return BrokerError(
-            f"the broker {address} did not let us in ({what}).", "Is it running, and are user and password right?"
+            f"the broker {address} did not let us in ({what}).",
+            "Is it running, and are user and password right?",
+            "refused" if _listens(address) else "away",
         )
     return BrokerError(
         f"the broker {address} cannot be reached ({what}).",
         "Is one running there (`ratchet broker` starts one), and is the address (host:port) right?",
+        "slow" if isinstance(error, KafkaTimeoutError) and _listens(address) else "away",
     )
 
 
@@ -103,12 +108,23 @@ def _tls_problem(connection: Connection) -> BrokerError | None:
         return BrokerError(
             f"the certificate of the broker {address} was refused ({error}).",
             "Set `ssl_cafile` to the certificate of the authority that issued it, and connect by a name that is in it.",
+            "refused",
         )
     except ssl.SSLError as error:
         return BrokerError(
             f"there is no TLS connection to the broker {address} ({error}).",
             "Does this port speak TLS (`security_protocol`)?",
+            "refused",
         )
     except (OSError, ValueError):  # it cannot be reached at all, or a file of the options cannot be read
         return None
     return None
+
+
+def _listens(bootstrap: str) -> bool:
+    """Whether any of the servers accepts a connection."""
+    for each in bootstrap.split(","):
+        host, _, port = each.strip().rpartition(":")
+        with suppress(OSError, ValueError, OverflowError), socket.create_connection((host, int(port)), timeout=1.0):
+            return True
+    return False

@@ -3,7 +3,8 @@
     RatchetError
     ├── ConfigError        an option is wrong or missing
     ├── RecordError        a sample (or its image) is not acceptable; ``reason`` is its code
-    ├── BrokerError        Kafka cannot be reached or refuses
+    ├── Outage             something that is needed cannot be used now; ``state`` says how
+    │   └── BrokerError        Kafka cannot be reached or refuses
     └── ServerError        the server refused or failed; ``status`` and ``code`` say how
         ├── Unreachable        no connection, or it broke off: status 0
         │   └── TimedOut       no answer in time
@@ -15,6 +16,10 @@ Every error says what happened, what it was about, and (``fix``) what to do. A s
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+OutageState = Literal["away", "slow", "refused", "full"]
 
 
 class RatchetError(Exception):
@@ -49,7 +54,21 @@ class RecordError(RatchetError):
         self.reason = reason
 
 
-class BrokerError(RatchetError):
+class Outage(RatchetError):
+    """Something that is needed cannot be used now.
+
+    ``state``: it is ``away`` or ``slow``, it answers and has ``refused``, or it is ``full``.
+    """
+
+    state: OutageState = "away"
+
+    def __init__(self, message: str, fix: str = "", state: OutageState | None = None) -> None:
+        super().__init__(message, fix)
+        if state is not None:
+            self.state = state
+
+
+class BrokerError(Outage):
     """Kafka cannot be reached or refuses."""
 
 

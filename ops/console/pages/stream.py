@@ -22,9 +22,10 @@ DELETIONS = 5
 def stream(context: Reader) -> Response:
     """Counts, sources, gaps and deletions."""
     data = context.data
+    state = data.stream()  # which does not wait for ever
     counts = data.cached("rows", lambda: row_counts(data.store))
     return context.page(
-        "stream.html", "Stream", stream=data.stream(), counts=counts, most=COUNTED_SAMPLES, columns=ORIGINS,
+        "stream.html", "Stream", stream=state, counts=counts, most=COUNTED_SAMPLES, columns=ORIGINS,
         origins=data.cached("origins", lambda: origins(data.store), seconds=COUNT_SECONDS),
         gaps=data.cached("gaps", lambda: data.store.gaps(GAPS), seconds=GAP_SECONDS), gap_limit=GAPS,
         deletions=data.ledger.deletions(DELETIONS), deletion_counts=deletion_counts(data.ledger), reasons=WORDS,

@@ -102,7 +102,7 @@ def test_records_bytes_refusals_and_the_store_are_in_the_metrics(running: Runnin
     assert refusals() - refused == Counter(row["reason"] for row in rows if row["kind"] == "quarantine")
     wait_for(lambda: exported("store_samples", split="train") == running.store.count(split="train"), "its size")
     assert exported("store_bytes") > 0 and exported("store_fragments") > 0
-    assert exported("ingest_broker_up") == 1
+    assert exported("dependency_state", dependency="broker", state="ok") == 1
 
 
 def test_a_published_folder_is_in_the_store_with_all_its_fields(running: Running, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_topic_that_was_deleted_and_made_anew_is_read_as_a_new_generation(brok
     admin = Admin(settings.kafka)
     with reading(settings) as ingest:
         wait_for(lambda: ingest.status.samples == 5, "5 samples")
-        admin._ask("deleting", lambda client: client.delete_topics([topic]))
+        admin.ask("deleting", lambda client: client.delete_topics([topic]))
         wait_for(lambda: f"topic {topic} is gone" in ingest.status.problem, "the loss was told")
         assert admin.topic_id(topic) is None, "a topic that was read is not made again with defaults"
         make_topics(settings)

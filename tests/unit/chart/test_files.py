@@ -54,7 +54,7 @@ tests:
     input_series:
       - {series: 'ratchet_release_live{part="encoder", namespace="ml"}', values: '7x30'}
       - {series: 'ratchet_release_live{part="encoder", namespace="other"}', values: '3x30'}
-      - {series: 'ratchet_ingest_broker_up{namespace="other"}', values: '1x30'}
+      - {series: 'ratchet_ingest_bytes_total{namespace="other"}', values: '1x30'}
       - {series: 'ratchet_ingest_lag_records{partition="0", namespace="ml"}', values: '60x30'}
       - {series: 'ratchet_ingest_records_total{namespace="ml"}', values: '0+60x30'}
       - {series: 'ratchet_ingest_samples_total{namespace="ml"}', values: '0+30x30'}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
+from ops.console import data as data_module
+from ops.console.app import build_console
 from ops.console.data import ConsoleData, short_texts
 from ops.console.pages.overview import backfills, problems
 from ops.console.template_filters import ago, duration, number, pairs, percent, points
+from ops.errors import StoreUnavailable
+from streams.table import SampleTable
 from tests.unit.console.test_pages import settings
 
 
@@ -35,6 +41,29 @@ def test_a_question_that_fails_is_asked_again(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         data.cached("x", lambda: 1 // 0)
     assert data.cached("x", lambda: 7) == 7
+
+
+def test_a_store_that_hangs_is_a_page_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "PATIENCE_SECONDS", 0.5)
+    answers = threading.Event()
+    monkeypatch.setattr(SampleTable, "open", lambda *_: answers.wait(60))
+    try:
+        with TestClient(build_console(settings(tmp_path)), base_url="http://127.0.0.1:8001") as visitor:
+            for path in ("/", "/stream"):
+                page = visitor.get(path)
+                assert page.status_code == 503 and "Store: slow" in page.text
+    finally:
+        answers.set()
+
+
+def test_a_store_that_refuses_is_told_from_one_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreUnavailable("the bucket does not exist.", "Make it.", "refused")
+
+    monkeypatch.setattr(SampleTable, "open", refuse)
+    with TestClient(build_console(settings(tmp_path)), base_url="http://127.0.0.1:8001") as visitor:
+        page = visitor.get("/stream").text
+    assert "Store: refused" in page and "the bucket does not exist." in page
 
 
 def test_what_is_not_well_is_said_in_words() -> None:

@@ -117,12 +117,13 @@ def test_verbs_record_under_the_names_that_prometheus_scrapes() -> None:
 
 def test_a_part_exports_what_is_its_own() -> None:
     metrics.build.started("ingest")
-    ours = {"ingest": "ratchet_ingest_broker_up", "maintain": "ratchet_events_waiting",
+    metrics.dependency.state("ledger", "ok")
+    ours = {"ingest": "ratchet_ingest_records_total", "maintain": "ratchet_events_waiting",
             "update": "ratchet_budget_level_flops", "serve": "ratchet_http_in_flight_requests"}  # fmt: skip
     for part in (*metrics.NAME_PREFIXES, "serve"):
         names = {name.split(" ")[0] for name in exported(part)}
         assert {other for other in ours.values() if other in names} == {ours[part]}
-        assert "ratchet_build_info" in names
+        assert {"ratchet_build_info", "ratchet_dependency_state"} <= names
 
 
 def test_a_run_of_maintenance_says_when_it_ended_and_how() -> None:

@@ -90,12 +90,13 @@ def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Set
     store = SampleStore(settings.lake)
     metrics.ingest.waiting("")
     assert stream_state(settings, store, ledger) == StreamState(waiting_for="", maintenance_known=True)
-    metrics.ingest.waiting("disk")
+    metrics.ingest.waiting("store")
+    metrics.dependency.state("store", "full")
     metrics.maintain.ran("done", 1.0)
     state = stream_state(settings, store, ledger)
-    assert state.waiting_for == "disk"
+    assert (state.waiting_for, state.waiting_state) == ("store", "full")
     assert state.maintained is not None and datetime.now(UTC) - state.maintained < timedelta(minutes=1)
-    assert state.problems() == ["Ingest waits for the disk."]
+    assert state.problems() == ["Ingest waits for the store: full."]
     metrics.maintain.ran("failed", 1.0)
     assert "The last run of maintenance failed." in stream_state(settings, store, ledger).problems()
 
@@ -157,6 +158,7 @@ def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Setting
 @pytest.mark.usefixtures("store")
 def test_status_and_the_console_tell_the_same(settings: Settings, ledger: Ledger) -> None:
     metrics.ingest.waiting("store")
+    metrics.dependency.state("store", "refused")
     metrics.maintain.ran("done", 1.0)
     request(ledger, "d1", timedelta(hours=2))
     flags = [
@@ -167,13 +169,18 @@ def test_status_and_the_console_tell_the_same(settings: Settings, ledger: Ledger
     done = CliRunner().invoke(app, [*words, "status"], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.exception
     shown = " ".join(done.output.split())
-    for told in ("512 offsets lost, last: t:0 100..611 (retention)", "ingest waits for the store", "maintained",
-                 "deletions waiting: 1, the oldest for 2.0 h"):  # fmt: skip
+    for told in ("512 offsets lost, last: t:0 100..611 (retention)", "ingest waits for the store: refused",
+                 "maintained", "deletions waiting: 1, the oldest for 2.0 h"):  # fmt: skip
         assert told in shown
     facts = json.loads(CliRunner().invoke(app, [*words, "status", "--json"]).output)
     assert (facts["lost"], facts["waiting_for"], facts["gaps"][0]["first"]) == (512, "store", 100)
     with TestClient(build_console(settings), base_url="http://127.0.0.1:8001") as visitor:
         page = visitor.get("/").text
-    for told in ("t:0 100..611 (retention)", "Ingest waits for the store", "1 deletion is", "512 offsets were lost"):
+    for told in (
+        "t:0 100..611 (retention)",
+        "Ingest waits for the store: refused",
+        "1 deletion is",
+        "512 offsets were",
+    ):
         assert told in page
     assert Counter(page.split())["Maintenance"] == 0, "it runs"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import httpx
 import pytest
 
+from ops import dependencies
 from ops.errors import LedgerUnavailable
 from ops.metrics import declared
 from serving.errors import QueueFull, Unavailable
@@ -29,6 +30,7 @@ class Models:
     clip: Exception | None = None
     catalog: Exception | None = None
     passes: int = 0
+    dependencies: dict[str, str] = field(default_factory=dict)
 
     async def encode(self, *_: Any) -> None:
         self.passes += 1
@@ -41,7 +43,7 @@ class Models:
     async def status(self) -> dict[str, Any]:
         if self.catalog is not None:
             raise self.catalog
-        return {}
+        return {"dependencies": self.dependencies}
 
 
 def state_of(models: Models, vlms: ScriptedVlms | None = None) -> AppState:
@@ -74,6 +76,18 @@ async def test_a_catalog_that_is_away_is_seen_in_the_whole_state_only() -> None:
     assert [name for name, status in got.items() if status != 200] == ["state"]
     async with client(state_of(Models(catalog=DEAD), ScriptedVlms())) as http:
         assert refusal(await http.get("/health/state"), 503, "not_ready") == "not ready: catalog."
+
+
+async def test_health_names_the_state_of_each_dependency_and_stays_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dependencies, "_current", {})
+    dependencies.noted(LedgerUnavailable("the ledger does not answer.", state="slow"))
+    models = Models(dependencies={"store": "refused"})
+    async with client(state_of(models)) as http:
+        assert (await http.get("/health/ready")).json()["dependencies"] == {"ledger": "slow"}
+        state = await http.get("/health/state")
+        assert (state.status_code, state.json()["dependencies"]) == (200, {"ledger": "slow", "store": "refused"})
+        ready = await http.get("/health/ready")
+        assert (ready.status_code, ready.json()["dependencies"]) == (200, {"ledger": "slow", "store": "refused"})
 
 
 async def test_a_server_that_drains_is_not_ready_and_is_alive() -> None:

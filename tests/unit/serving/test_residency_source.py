@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ops.artifacts import Artifacts
+from ops.dependencies import current
 from ops.errors import LedgerUnavailable, ReleaseError
 from ops.ledger import Ledger
 from serving.releases import residency_source as module
@@ -51,6 +52,14 @@ def test_a_copy_is_read_as_it_was_written(node: Node) -> None:
     copy = ResidencyCopy(read_residency(node.ledger, 2), {"clip-a": "a" * 64})
     assert decode_copy(encode_copy(copy)) == copy
     assert copy.number == 2
+
+
+def test_the_state_of_the_ledger_is_noted(node: Node) -> None:
+    with pytest.raises(LedgerUnavailable):
+        node.source().read()
+    assert current()["ledger"].state == "away"
+    node.source(node.ledger).read()
+    assert current()["ledger"].state == "ok"
 
 
 @pytest.mark.parametrize(

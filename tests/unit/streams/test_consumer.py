@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from ops.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
 from ops.settings import Settings
 from streams import consumer as module
-from streams import tolerant_fetch, validation_threads
+from streams import ingest_report, tolerant_fetch, validation_threads
 from streams.assignment import Reading
 from streams.consumer import Consumer
 from streams.crash_guard import DEATHS
@@ -69,6 +69,13 @@ def rows(store: SampleStore) -> list[tuple[str, int, str]]:
 
 def metric(name: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(f"ratchet_ingest_{name}", labels)
+
+
+def dependency_state(name: str) -> str | None:
+    """The word for a dependency in this process's metrics."""
+    states = {each: REGISTRY.get_sample_value("ratchet_dependency_state", {"dependency": name, "state": each})
+              for each in ("ok", "away", "slow", "refused", "full")}  # fmt: skip
+    return next((state for state, value in states.items() if value), None)
 
 
 def seen(store: SampleStore, count: int) -> None:
@@ -487,13 +494,17 @@ def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(
 
 
 @pytest.mark.parametrize(
-    ("error", "dependency"),
-    [(StoreFull("the disk is full"), "disk"), (StoreUnavailable("away"), "store"), (OSError("broken pipe"), "broker")],
+    ("error", "dependency", "state"),
+    [
+        (StoreFull("the disk is full"), "store", "full"),
+        (StoreUnavailable("no such bucket", state="refused"), "store", "refused"),
+        (OSError("broken pipe"), "broker", "away"),
+    ],
 )
 @pytest.mark.parametrize("step", ["commit", "claim"])
 def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
     settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch,
-    error: Exception, dependency: str, step: str,
+    error: Exception, dependency: str, state: str, step: str,
 ) -> None:  # fmt: skip
     away = threading.Event()
     away.set()
@@ -510,16 +521,71 @@ def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
         wait_for(lambda: consumer.status.waiting_for == dependency, dependency, 20)
         assert consumer.status.state == "waiting" and str(error) in consumer.status.problem
         assert metric("waiting", **{"for": dependency}) == 1
+        assert dependency_state(dependency) == state
         away.clear()
         kafka.send(good(3))
         seen(store, 4)
         wait_for(lambda: consumer.status.state == "reading", "reading again", 20)
         assert (consumer.status.waiting_for, consumer.status.problem) == ("", "")
         assert metric("waiting", **{"for": dependency}) == 0
+        assert dependency_state(dependency) == "ok"
     assert [(offset, kind) for _, offset, kind in rows(store)] == list(
         enumerate(["sample", "quarantine", "sample", "sample"])
     )
     assert kafka.names() == ["t:0:1"]
+
+
+def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
+    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lance tries for minutes again, and the thread that reads the topic waits for it."""
+    monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
+    hangs, answers = threading.Event(), threading.Event()
+    real = SampleTable.open
+
+    def silent(self: SampleTable, version: int | None = None) -> Any:
+        if hangs.is_set():
+            answers.wait(60)
+        return real(self, version)
+
+    monkeypatch.setattr(SampleTable, "open", silent)
+    kafka.send(good(1))
+    with run(settings, 1) as consumer:
+        hangs.set()
+        kafka.send(good(2))
+        wait_for(lambda: metric("waiting", **{"for": "store"}) == 1, "the outage", 20)
+        assert (consumer.status.waiting_for, dependency_state("store")) == ("store", "slow")
+        assert "does not answer" in consumer.status.problem
+        hangs.clear()
+        answers.set()
+        seen(store, 2)
+        wait_for(lambda: consumer.status.state == "reading" and dependency_state("store") == "ok", "the end", 20)
+        assert metric("waiting", **{"for": "store"}) == 0
+
+
+def test_an_idle_ingest_tells_that_the_store_is_away(
+    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
+    real = SampleStore.version
+    away = threading.Event()
+
+    def unsteady(self: SampleStore) -> int:
+        if away.is_set():
+            raise StoreUnavailable("no route to the store.")
+        return real(self)
+
+    monkeypatch.setattr(SampleStore, "version", unsteady)
+    kafka.send(good(1))
+    with run(settings, 1) as consumer:
+        away.set()
+        wait_for(lambda: consumer.status.waiting_for == "store", "the outage", 20)
+        assert (dependency_state("store"), dependency_state("broker")) == ("away", "ok")
+        polls = kafka.polls
+        wait_for(lambda: kafka.polls > polls + 20, "it asks the broker on and on", 20)
+        assert consumer.status.state == "waiting", "what the broker answers says nothing of the store"
+        away.clear()
+        wait_for(lambda: consumer.status.state == "reading", "the end of the outage", 20)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
@@ -537,7 +603,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: Path, kafka: Fa
             free = os.statvfs(mounted).f_bavail * os.statvfs(mounted).f_frsize
             filler.write_bytes(bytes(free - 200_000))
             kafka.send(POISON, *((b"x" * 30_000, []) for _ in range(20)), good(1))
-            wait_for(lambda: consumer.status.waiting_for == "disk", "the full disk", 20)
+            wait_for(lambda: consumer.status.waiting_for == "store", "the full disk", 20)
             filler.unlink()
             seen(store, 23)
         assert [offset for _, offset, _ in rows(store)] == list(range(23))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, update
 
+from ops.dependencies import current
 from ops.errors import LedgerUnavailable, StoreUnavailable
 from ops.ledger import DeletionRow, Ledger
 from ops.ledger import tables as t
@@ -248,11 +249,13 @@ def test_a_store_that_is_away_is_said_once_and_tried_again(
     name = delete(ledger)
     away, stopping = 3, threading.Event()
     original = deletion.take_tombstones
-    calls = 0
+    calls, told = 0, []
 
     def flaky(*given: Any) -> int:
         nonlocal calls
         calls += 1
+        if calls > 1:
+            told.append(current()["store"].state)
         if calls <= away:
             raise StoreUnavailable("the store is away.", "Wait.")
         return original(*given)
@@ -270,6 +273,7 @@ def test_a_store_that_is_away_is_said_once_and_tried_again(
     thread.start()
     thread.join(30)
     assert not thread.is_alive() and calls == away + 1
+    assert (told, current()["store"].state) == (["away"] * away, "ok")
     assert row_of(ledger, name).state == "removed"
     assert capsys.readouterr().err.count("the store is away") == 1
 

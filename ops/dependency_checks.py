@@ -1,0 +1,132 @@
+"""Asks what Ratchet depends on how it is, for ``ratchet status``, ``ratchet doctor`` and the console.
+
+Each is asked on a thread of its own and for a bounded time: what hangs is told as ``slow``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+from ops.artifacts.object_store import local_folder, open_filesystem
+from ops.dependencies import Dependency, DependencyState, storage_state
+from ops.errors import ArtifactsUnavailable, RatchetError, RecordError, StoreUnavailable
+from ops.ledger import Ledger
+from ops.redaction import redact_url
+from ops.settings import Settings
+from serving.releases.bounded_call import BoundedCall
+from streams.clients import Admin
+from streams.registry.client import RegistryClient
+from streams.rights import check_rights, event_rights, ingest_rights
+from streams.store import SampleStore
+
+LOOK_SECONDS: Final = 8.0
+CALL_SECONDS: Final = 4.0
+"""Of one call of an object store, and of a connection to the broker."""
+
+
+def look(settings: Settings, write: bool = False) -> dict[Dependency, DependencyState]:
+    """The state of each dependency of these settings, within :data:`LOOK_SECONDS`.
+
+    Args:
+        write: also write an object to artifacts and lake, and delete it.
+    """
+    checks: dict[Dependency, Callable[[], str]] = {
+        "ledger": partial(_ledger, settings),
+        "artifacts": partial(_artifacts, settings, write),
+        "store": partial(_store, settings, write),
+        "broker": partial(_broker, settings),
+    }
+    if settings.kafka.schema_registry:
+        checks["registry"] = partial(_registry, settings)
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # a page of lines for what one state tells
+    with ThreadPoolExecutor(len(checks)) as threads:
+        return dict(zip(checks, threads.map(_state, checks.values()), strict=True))
+
+
+def _state(check: Callable[[], str]) -> DependencyState:
+    try:
+        return DependencyState("ok", BoundedCall(check, LOOK_SECONDS)())
+    except TimeoutError as error:
+        return DependencyState("slow", f"{error}.", "Is it there, and does a firewall drop what is sent to it?")
+    except RatchetError as error:
+        return DependencyState.of(error)
+
+
+def _ledger(settings: Settings) -> str:
+    ledger = Ledger.open(settings.ledger)
+    live = ledger.live()
+    ledger.close()
+    return f"live release: {live.number if live else 'none yet'}"
+
+
+def _artifacts(settings: Settings, write: bool) -> str:
+    check_storage(settings.artifacts, "artifacts_url", ArtifactsUnavailable, write)
+    return redact_url(settings.artifacts)
+
+
+def _store(settings: Settings, write: bool) -> str:
+    check_storage(settings.lake, "lake_url", StoreUnavailable, write)
+    version = SampleStore(settings.lake).version()
+    return f"{redact_url(settings.lake)}, " + (f"version {version}" if version else "which is empty")
+
+
+def _broker(settings: Settings) -> str:
+    admin = Admin(settings.kafka, CALL_SECONDS)
+    try:
+        check_rights(admin, [*ingest_rights(settings.kafka), *event_rights(settings.kafka)])
+    finally:
+        admin.close()
+    return f"{settings.kafka.bootstrap} answers"
+
+
+def _registry(settings: Settings) -> str:
+    auth = settings.kafka.schema_registry_auth
+    client = RegistryClient(settings.kafka.schema_registry, None if auth is None else auth.get_secret_value())
+    try:
+        with suppress(RecordError):  # it answers, and has no such schema
+            client.by_id(1)
+    finally:
+        client.close()
+    return f"{settings.kafka.schema_registry} answers"
+
+
+def check_storage(url: str, setting: str, kind: type[StoreUnavailable | ArtifactsUnavailable], write: bool) -> None:
+    """Make sure that a folder or a bucket can be read; with ``write`` that objects can be written and deleted there.
+
+    Raises:
+        kind: it is away, slow, or refuses.
+    """
+    shown = redact_url(url)
+    try:
+        filesystem, root = open_filesystem(url)
+    except ImportError as error:
+        raise kind(f"{shown} cannot be used: {error}.", f"Install that package, or change `{setting}`.") from error
+    folder = local_folder(filesystem, root)
+    if folder is not None:
+        while not folder.exists():
+            folder = folder.parent
+        if not os.access(folder, os.R_OK | os.W_OK):
+            raise kind(
+                f"{folder} cannot be written by this user.", f"Check `{setting}` and its permissions.", "refused"
+            )
+        return
+    bound = {"timeout": CALL_SECONDS} if filesystem.async_impl else {}
+    key = f"{root}/.ratchet-check"
+    steps: list[tuple[str, Callable[[], object]]] = [("read", partial(filesystem.cat_file, key, **bound))]
+    if write:
+        steps.append(("written", partial(filesystem.pipe_file, key, b"ratchet doctor", **bound)))
+        steps.append(("deleted from", partial(filesystem.rm_file, key, **bound)))
+    for doing, step in steps:
+        try:
+            step()
+        except Exception as error:  # every store has a tree of errors of its own
+            state, cause = storage_state(error)
+            if not isinstance(error, FileNotFoundError) or state == "refused":  # that bucket, or only this object
+                fix = f"Check `{setting}`, its credentials and permissions."
+                raise kind(f"{shown} cannot be {doing}: {cause}.", fix, state) from error

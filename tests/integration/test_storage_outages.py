@@ -1,0 +1,179 @@
+"""What operators are told of an object store that is away, hangs, refuses or has no such bucket, soon and in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from s3fs import S3FileSystem
+from typer.testing import CliRunner
+from werkzeug.serving import make_server
+
+from ops import dependency_checks
+from ops.artifacts import Artifacts
+from ops.cli import checks
+from ops.cli.main import app
+from ops.dependencies import Dependency
+from ops.dependency_checks import look
+from ops.errors import ArtifactsUnavailable, StoreUnavailable
+from ops.settings import Settings
+from streams.compaction import clean
+from streams.rows import Position
+from streams.store import SampleStore
+from streams.writer import StoreWriter
+
+pytestmark = pytest.mark.integration
+MUCH_SECONDS = 100.0
+"""For two looks; without a bound Lance alone takes 180 s for each."""
+DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+
+class Bucket:
+    """An S3 server that refuses what is in :attr:`denied`: GET (with HEAD), PUT, DELETE."""
+
+    def __init__(self) -> None:
+        self.denied: set[str] = set()
+        self._moto: Any = DomainDispatcherApplication(create_backend_app)
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        method = "GET" if environ["REQUEST_METHOD"] == "HEAD" else environ["REQUEST_METHOD"]
+        if method == "POST" and "delete" in environ["QUERY_STRING"]:
+            method = "DELETE"
+        if method not in self.denied:
+            return self._moto(environ, start)  # type: ignore[no-any-return]
+        start("403 Forbidden", [("content-type", "application/xml"), ("content-length", str(len(DENIED)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [DENIED]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Bucket]:
+    bucket = Bucket()
+    running = make_server("127.0.0.1", 0, bucket, threaded=True)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{running.port}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hush",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="models")
+        yield bucket
+    running.shutdown()
+
+
+@pytest.fixture
+def bucket(server: Bucket) -> Iterator[Bucket]:
+    S3FileSystem.clear_instance_cache()
+    yield server
+    server.denied.clear()
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine answers late, which is not looked at here; nor is the broker."""
+    monkeypatch.setattr(dependency_checks, "CALL_SECONDS", 120.0)
+    monkeypatch.setattr(dependency_checks, "LOOK_SECONDS", 240.0)
+    monkeypatch.setattr(dependency_checks, "_broker", lambda settings: "answers")
+
+
+def on(tmp_path: Path, name: str) -> Settings:
+    stores = {"lake_url": f"s3://{name}/lake", "artifacts_url": f"s3://{name}/artifacts"}
+    return Settings.model_validate({"home": tmp_path, **stores, "kafka": {"bootstrap": "127.0.0.1:1"}})
+
+
+@pytest.mark.parametrize(
+    ("denied", "told"),
+    [
+        ("GET", "cannot be read: "), ("PUT", "cannot be written: Access Denied"),
+        ("DELETE", "cannot be deleted from: Access Denied"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("patient")
+def test_a_right_that_is_missing_is_named(tmp_path: Path, bucket: Bucket, denied: str, told: str) -> None:
+    bucket.denied.add(denied)
+    found = look(on(tmp_path, "models"), write=True)
+    names: tuple[Dependency, ...] = ("store", "artifacts")
+    for name in names:
+        assert found[name].state == "refused"
+        assert told in found[name].detail
+    bucket.denied.clear()
+    S3FileSystem.clear_instance_cache()
+    found = look(on(tmp_path, "models"), write=True)
+    assert (found["store"].state, found["artifacts"].state) == ("ok", "ok")
+    listed = boto3.client("s3").list_objects_v2(Bucket="models").get("Contents", [])
+    assert [each["Key"] for each in listed] == [], "nothing is left behind"
+
+
+@pytest.mark.usefixtures("bucket", "patient")
+def test_a_bucket_that_is_missing_is_no_empty_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="NoSuchBucket: The specified bucket does not exist") as caught:
+        SampleStore("s3://none/lake").tally()
+    assert caught.value.state == "refused" and "<" not in str(caught.value)
+    assert SampleStore("s3://models/other").tally() == {}
+    found = look(on(tmp_path, "none"))
+    assert {found["store"].state, found["artifacts"].state} == {"refused"}
+    assert "bucket does not exist" in found["store"].detail
+    artifacts = Artifacts("s3://none/artifacts", cache=tmp_path)
+    for call in (lambda: artifacts.write_bytes("x", b"1"), lambda: artifacts.read_bytes("x")):
+        with pytest.raises(ArtifactsUnavailable, match="bucket does not exist"):
+            call()
+
+
+def test_versions_that_cannot_be_deleted_are_an_error(bucket: Bucket) -> None:
+    store = SampleStore("s3://models/undeletable")
+    for _ in range(3):
+        StoreWriter(store.table).claim([Position("t", 0, 0)])
+    bucket.denied.add("DELETE")
+    with pytest.raises(StoreUnavailable, match="were not deleted") as caught:
+        clean(store, timedelta(0))
+    assert caught.value.state == "refused"
+    bucket.denied.clear()
+    assert clean(store, timedelta(0)) > 0
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize(("silent", "state"), [(True, "slow"), (False, "away")])
+def test_status_and_doctor_end_soon_and_name_a_store_that_hangs_or_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool, state: str
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if silent:
+            listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        flags = [
+            f"home={tmp_path}", "serve.port=1", "base.vlm=", "lake_url=s3://models/lake",
+            "artifacts_url=s3://models/artifacts", f"kafka.bootstrap={address}",
+        ]  # fmt: skip
+        words = [word for flag in flags for word in ("--set", flag)]
+        monkeypatch.setattr(checks, "_CHECKS", ())
+        began = time.monotonic()
+        shown = CliRunner().invoke(app, [*words, "status"], env={"COLUMNS": "300"})
+        facts = json.loads(CliRunner().invoke(app, [*words, "status", "--json"]).output)
+        assert time.monotonic() - began < MUCH_SECONDS
+        assert shown.exit_code == 0, shown.output
+        for name in ("store", "artifacts", "broker"):
+            assert facts["dependencies"][name]["state"] == state
+            assert [line.split(". ")[0] for line in shown.output.splitlines() if line.startswith(name)] == [
+                f"{name}: {state}"
+            ]
+        assert "ledger: ok" in shown.output and "no release yet" in shown.output, "what can be known is told"
+        told = CliRunner().invoke(app, [*words, "doctor"], env={"COLUMNS": "300"})
+        assert told.exit_code == 1
+        for name in ("store", "artifacts"):
+            assert [line for line in told.output.splitlines() if f" {name} " in line and f" {state}: " in line]
+    assert "hush" not in shown.output + told.output
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hush"
