@@ -109,6 +109,7 @@ def test_doctor_tune_measures_this_machine_and_writes_the_settings(
     config.write_text(yaml.safe_dump({"home": str(tmp_path), "base": {"clip": base.name}, "serve": {"port": 9000}}))
     assert not is_tuned(load_settings(config, environ={}))
     monkeypatch.setattr(tuning, "MEASURE_SECONDS", 0.05)
+    monkeypatch.setattr(tuning, "layouts_of", lambda cores: [tuning.Layout(1, cores)])  # each process imports for 8 s
     result = CliRunner().invoke(app, ["--config", str(config), "doctor", "--tune"], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     settings = load_settings(config, environ={})

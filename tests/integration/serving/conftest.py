@@ -7,6 +7,7 @@ Where Ray plays no part, the same application in this process does (:mod:`tests.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -36,12 +37,11 @@ def collector() -> Iterator[OtlpCollector]:
         yield listening
 
 
-@pytest.fixture(scope="session", params=["vllm", "transformers"])
-def shared_vlm_server(
-    request: pytest.FixtureRequest, collector: OtlpCollector, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerFixture]:
-    """A server with a VLM for each engine, one after the other; not started yet."""
-    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, encoder_replicas=1)
+@pytest.fixture(scope="session")
+def shared_vlm_server(collector: OtlpCollector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
+    """A server with a VLM, by vLLM where it is installed; not started yet. The console's server has transformers."""
+    engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=engine, encoder_replicas=1)
     server.configure(traces={"endpoint": collector.url, "share": 0})
     server.add_samples(8)
     try:

@@ -13,11 +13,7 @@ import pytest
 from tests.integration.serving.server_fixture import TEXTS, ServerFixture
 from tests.support.clients import CHECKS, CLIENTS, LibraryClient, install_node, install_python, start
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.timeout(400),
-    pytest.mark.parametrize("shared_vlm_server", ["transformers"], indirect=True, scope="session"),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 QUESTION = "what is this?"
 MAX_TOKENS = 6
 WRONG_KEY = "rk_00000000_" + "x" * 32
