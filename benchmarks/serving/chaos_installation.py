@@ -112,7 +112,7 @@ class ChaosInstallation:
     def wait_for_ledger(self) -> float:
         """Wait until the ledger answers a query; when that was, by :func:`time.monotonic`."""
         url = self.postgres.url.replace("postgresql:", "postgresql+psycopg:")
-        engine = create_engine(url, connect_args={"connect_timeout": 2})
+        engine = create_engine(url, connect_args={"connect_timeout": 2, "client_encoding": "utf8"})
         end = time.monotonic() + AWAY_SECONDS
         while True:
             try:

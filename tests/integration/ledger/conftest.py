@@ -21,7 +21,10 @@ def server() -> Iterator[PostgresServer]:
 @pytest.fixture
 def url(server: PostgresServer) -> str:
     """An empty database of its own."""
-    engine = create_engine(server.url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    engine = create_engine(
+        server.url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT",
+        connect_args={"client_encoding": "utf8"},  # else texts are bytes where the locale is C
+    )  # fmt: skip
     with engine.connect() as connection:
         connection.execute(text("drop database if exists ledger with (force)"))
         connection.execute(text("create database ledger"))
