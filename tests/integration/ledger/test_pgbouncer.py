@@ -72,7 +72,7 @@ def test_bounds_hold_in_each_transaction_and_leave_nothing_in_shared_connections
     ledger.close()
     import psycopg
 
-    with psycopg.connect(pooled) as bare:
+    with psycopg.connect(pooled, client_encoding="utf8") as bare:
         found = bare.execute("show statement_timeout").fetchone()
     assert found == ("0",)
 
