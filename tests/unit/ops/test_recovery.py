@@ -13,7 +13,7 @@ import lance
 import pyarrow as pa
 import pytest
 from alembic import command
-from sqlalchemy import create_engine, text, update
+from sqlalchemy import text, update
 from typer.testing import CliRunner
 
 from ops.artifacts import Artifacts, directory_digest
@@ -32,6 +32,7 @@ from streams.maintenance import Maintainer
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
+from tests.unit.ops.conftest import create_database
 
 WHEN = datetime(2026, 5, 1, 12, 30, 15, 123456, tzinfo=UTC)
 WEIGHTS = bytes(range(256)) * 40_000
@@ -44,12 +45,7 @@ def databases(url: str) -> Callable[[str], str]:
     def make(name: str) -> str:
         if url.startswith("sqlite"):
             return url.replace("ledger.db", f"{name}.db")
-        database = f"{url.rsplit('/', 1)[1]}_{name}"
-        engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"create database {database}"))
-        engine.dispose()
-        return f"{url.rsplit('/', 1)[0]}/{database}"
+        return create_database(url, f"{url.rsplit('/', 1)[1]}_{name}")
 
     return make
 
