@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,9 @@ except Stopped as stopped:
     print(stopped, file=sys.stderr)
 print("what is said now is lost, and breaks nothing", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=_attend
+    )
     assert (done.returncode, done.stderr) == (0, "asked to end by SIGHUP\n")
 
 
@@ -117,6 +120,9 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 
 def _ignore() -> None:
-    import signal
-
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _attend() -> None:
+    """These tests may be run by nohup themselves."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
