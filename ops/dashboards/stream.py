@@ -7,8 +7,10 @@ from grafana_foundation_sdk.builders import dashboard as make
 from ops.dashboards import panels
 from ops.dashboards.panels import GREEN, ORANGE, RED, lines, number, row, states
 from ops.dashboards.queries import LAG, QUARANTINED_SHARE, mean, quantile
+from ops.metrics.stream import STATES
 
 RATE = "[$__rate_interval]"
+_STATE_NUMBERS = " or ".join(f'{n} * ratchet_dependency_state{{state="{state}"}}' for n, state in enumerate(STATES))
 
 
 def dashboard() -> make.Dashboard:
@@ -99,8 +101,9 @@ def dashboard() -> make.Dashboard:
         states(
             "Dependencies", "What some part finds away, slow, full, or refusing; `ratchet doctor` says why.",
             "none",
-            ('max by (dependency, state) (ratchet_dependency_state{state!="ok"}) == 1', "{{dependency}} {{state}}"),
-            words={"1": ("yes", RED)}, width=8,
+            (f"max by (dependency) ({_STATE_NUMBERS})", "{{dependency}}"),
+            words={str(n): (state, RED if n else GREEN) for n, state in enumerate(STATES)},
+            width=8,
         ),
         lines(
             "Time of a commit", "One atomic commit of samples, decisions and offsets. It grows with fragments and with "
