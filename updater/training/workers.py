@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -176,12 +178,16 @@ class Workers:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        # Ray gives these processes to a shell, and quotes all but the path of Python, where a folder may have a space.
+        python = {} if self.address else {"py_executable": shlex.quote(sys.executable)}
         resources: dict[str, float] = {"CPU": self.threads, "GPU": int(self.gpus)}
         return TorchTrainer(
             _work,
             train_loop_config={"steps": steps, "work_dir": work_dir.resolve(), "cwd": Path.cwd()},
             scaling_config=ScalingConfig(num_workers=self.count, use_gpu=self.gpus, resources_per_worker=resources),
-            run_config=RunConfig(name="train", storage_path=str((work_dir / "ray").resolve())),
+            run_config=RunConfig(
+                name="train", storage_path=str((work_dir / "ray").resolve()), worker_runtime_env=python
+            ),
             torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo"),
         )
 
