@@ -152,7 +152,11 @@ class Workers:
 
         begins = not ray.is_initialized()
         if begins:
-            local: dict[str, Any] = {"num_cpus": self.threads * self.count, "include_dashboard": False}
+            # Ray has a shell start the processes, and quotes all but the path of Python, which may have a space.
+            python = {"py_executable": shlex.quote(sys.executable)}
+            local: dict[str, Any] = {
+                "num_cpus": self.threads * self.count, "include_dashboard": False, "runtime_env": python
+            }  # fmt: skip
             options = {"address": self.address} if self.address else {"address": "local", **local}
             ray.init(log_to_driver=False, configure_logging=False, **options)
         try:
@@ -178,16 +182,12 @@ class Workers:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        # Ray gives these processes to a shell, and quotes all but the path of Python, where a folder may have a space.
-        python = {} if self.address else {"py_executable": shlex.quote(sys.executable)}
         resources: dict[str, float] = {"CPU": self.threads, "GPU": int(self.gpus)}
         return TorchTrainer(
             _work,
             train_loop_config={"steps": steps, "work_dir": work_dir.resolve(), "cwd": Path.cwd()},
             scaling_config=ScalingConfig(num_workers=self.count, use_gpu=self.gpus, resources_per_worker=resources),
-            run_config=RunConfig(
-                name="train", storage_path=str((work_dir / "ray").resolve()), worker_runtime_env=python
-            ),
+            run_config=RunConfig(name="train", storage_path=str((work_dir / "ray").resolve())),
             torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo"),
         )
 
