@@ -27,7 +27,7 @@ from ops.errors import (
 )
 
 Dependency = Literal["ledger", "artifacts", "store", "broker", "registry"]
-State = Literal["ok", "away", "slow", "refused", "full"]
+State = Literal["ok", OutageState]
 """``away``: no connection, or it fails. ``slow``: no answer in time. ``refused``: it answers, and does not let us;
 the detail names what is missing. ``full``: it takes no more data."""
 _KINDS: Final[tuple[tuple[type[RatchetError], Dependency], ...]] = (
@@ -55,15 +55,15 @@ class DependencyState:
 _current: dict[Dependency, DependencyState] = {}
 
 
-def dependency_of(error: RatchetError) -> Dependency | None:
+def dependency_of(error: Exception) -> Dependency | None:
     """The dependency that an error is about; None where it is about none."""
     if isinstance(error, (Fenced, RecordTooLarge)):  # of one sender, or one record
         return None
     return next((name for kind, name in _KINDS if isinstance(error, kind)), None)
 
 
-def noted(error: RatchetError) -> Dependency | None:
-    """Remember, and export, what an outage tells of a dependency. Returns which one an error is about."""
+def noted(error: Exception) -> Dependency | None:
+    """Remember, and export, what an outage tells of a dependency. Returns which one an error is about, if any."""
     name = dependency_of(error)
     if name is not None and isinstance(error, Outage):
         _set(name, DependencyState.of(error))

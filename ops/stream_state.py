@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ops.addresses import local_url
 from ops.metrics import NAME_PREFIXES
+from ops.metrics.exposition import SHARED
 from ops.settings import Settings
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def scrape(settings: Settings, part: Literal["ingest", "maintain"]) -> dict[str,
     return {
         " ".join([sample.name, *(value for _, value in sorted(sample.labels.items()))]): sample.value
         for sample in samples
-        if sample.name.startswith((*NAME_PREFIXES[part], "ratchet_dependency_state"))
+        if sample.name.startswith((*NAME_PREFIXES[part], *SHARED))
     }
 
 

@@ -143,7 +143,7 @@ class Consumer:
 
     def _gives_up(self) -> bool:
         """Whether it was asked to stop while the store takes nothing: another try may take longer than it is given."""
-        return self._stopping.is_set() and self.status.waiting_for in ("store", "disk")
+        return self._stopping.is_set() and self.status.waiting_for == "store"
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 

@@ -155,8 +155,7 @@ class EventPublisher:
         try:
             self.publish_pending()
         except (RatchetError, SQLAlchemyError) as error:
-            if isinstance(error, RatchetError):
-                noted(error)
+            noted(error)
             return str(error)
         return ""
 

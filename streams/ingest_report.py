@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ops import metrics
-from ops.dependencies import Dependency, answered, dependency_of, noted
+from ops.dependencies import Dependency, answered, noted
 from ops.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
 from ops.progress import say
 from streams.batch import CommitResult
@@ -159,8 +159,7 @@ class IngestReport:
 
     def _wait_for(self, error: RatchetError) -> Dependency:
         with self._lock:
-            noted(error)
-            dependency = dependency_of(error) or "broker"
+            dependency = noted(error) or "broker"
             metrics.ingest.waiting(dependency)
             self._change(state="waiting", waiting_for=dependency, problem=str(error))
             return dependency

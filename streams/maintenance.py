@@ -110,8 +110,7 @@ class Maintainer:
                 run = self._run()
         except Exception as error:
             metrics.maintain.ran("failed", time.monotonic() - started)
-            if isinstance(error, RatchetError):
-                noted(error)
+            noted(error)
             raise
         answered(["ledger", "store"])
         metrics.maintain.ran("done", time.monotonic() - started)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ops import metrics
 from ops.dependencies import answered, noted
-from ops.errors import BrokerError, Fenced, RatchetError, RecordTooLarge, StoreError
+from ops.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from ops.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from streams.assignment import Reading
@@ -147,8 +147,7 @@ class RefusalPublisher:
     def _later(self, job: _Job, error: Exception, failures: int) -> None:
         """Say why nothing is published, and wait: longer after more failures."""
         metrics.ingest.quarantine_failing(True)
-        if isinstance(error, RatchetError):
-            noted(error)
+        noted(error)
         key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
         log.warning("refusals of %s are published later: %s", key, error, exc_info=None if known else error)
         deadline = time.monotonic() + BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, get_args
 
 from ops.metrics import declared as d
+from ratchet_client.errors import OutageState
 
-STATES = ("ok", "away", "slow", "refused", "full")
+STATES = ("ok", *get_args(OutageState))
 WAITED_FOR = ("broker", "store", "registry")
 
 

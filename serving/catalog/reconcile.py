@@ -183,8 +183,7 @@ class Reconciler:
                 worked = await self.step()
                 answered(["store"])
             except (RatchetError, OSError, RuntimeError) as error:
-                if isinstance(error, RatchetError):
-                    noted(error)
+                noted(error)
                 log.warning("reconcile: %s", error)
                 worked = False
             except Exception:

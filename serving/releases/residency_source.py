@@ -142,8 +142,7 @@ class ResidencySource:
             self._write_artifacts()
             answered(["artifacts"])
         except Exception as error:
-            if isinstance(error, RatchetError):
-                noted(error)
+            noted(error)
             log.warning("the artifacts cannot keep a copy of the residency: %s: %s", type(error).__name__, error)
 
     def _use(self, rows: ResidencyRows, source: Source) -> None:

@@ -159,8 +159,9 @@ class FairBatches:
         for waiting, _ in batch:
             waiting.began, waiting.together = waiting.began or began, len(batch)
         try:
-            results = await self._run([part for _, part in batch])
-            self._adapt([part for _, part in batch], time.monotonic() - began)
+            parts = [part for _, part in batch]
+            results = await self._run(parts)
+            self._adapt(parts, time.monotonic() - began)
             for (waiting, _), result in zip(batch, results, strict=True):
                 waiting.parts.append(result)
             for waiting, _ in batch:  # of a request it may hold two parts
@@ -175,7 +176,7 @@ class FairBatches:
     def _adapt(self, batch: Sequence[EncodeRequest], took: float) -> None:
         """Give each caller less after a batch that took too long, and more after one in which it had all that it may
         have."""
-        if len(self._asked) < 2 or not batch:
+        if len(self._asked) < 2:
             return
         costs: Counter[str] = Counter()
         for part in batch:

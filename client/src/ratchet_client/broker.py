@@ -116,8 +116,8 @@ def _tls_problem(connection: Connection) -> BrokerError | None:
             "Does this port speak TLS (`security_protocol`)?",
             "refused",
         )
-    except (OSError, ValueError):  # it cannot be reached at all, or a file of the options cannot be read
-        return None
+    except (OSError, ValueError):
+        pass  # it cannot be reached at all, or a file of the options cannot be read
     return None
 
 
