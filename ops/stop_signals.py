@@ -59,6 +59,11 @@ def stop_on_signals() -> None:
     for number in heard:
         signal.signal(number, _ask)
     sys.unraisablehook = _raise_again
+    arrivals, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_pass_on, args=(arrivals,), name="signals", daemon=True).start()
     terminals = [descriptor for descriptor in OUTPUTS if _is_terminal(descriptor)]
     if terminals and signal.SIGHUP in heard:
         threading.Thread(target=_watch, args=(terminals,), name="terminal", daemon=True).start()
@@ -82,6 +87,20 @@ def _ask(number: int, _frame: FrameType | None) -> None:
         _state.number = number
         threading.Thread(target=_end_at_last, name="end-at-last", daemon=True).start()
     _raise_if_due()
+
+
+def _pass_on(arrivals: int) -> None:
+    """Repeat to the main thread, which alone runs handlers, what it may not have noticed.
+
+    Python notes a signal, and looks at its notes when it waits for nothing: one that another thread got, because the
+    main one took none while it started a process, or that came just before the main one began to wait, is heard only
+    when that wait is over.
+    """
+    while True:
+        for number in os.read(arrivals, 1):
+            while not _state.number and signal.getsignal(number) is _ask:
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+                time.sleep(AGAIN_SECONDS)
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:

@@ -46,6 +46,42 @@ except Stopped as stopped:
     assert said == "stopped in order\nasked to end by SIGTERM\n"
 
 
+def test_one_that_the_kernel_gives_to_another_thread_is_heard_while_the_main_one_waits() -> None:
+    """As while the main thread starts a process, and takes no signals: Python does not tell it of what others got."""
+    said = run("""
+import ctypes, threading
+keeping_the_lock, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+for _ in range(2):  # the second one waits for the first one, as threads of libraries wait for work
+    threading.Thread(target=ctypes.CDLL(None).pthread_mutex_lock, args=(mutex,), daemon=True).start()
+try:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    keeping_the_lock.kill(os.getpid(), signal.SIGTERM)
+    keeping_the_lock.usleep(200_000)
+    keeping_the_lock.pthread_sigmask(signal.SIG_SETMASK, (ctypes.c_ulong * 16)(), None)
+    time.sleep(600)
+except Stopped:
+    print("stopped")
+""")
+    assert said == "stopped\n"
+
+
+def test_a_process_that_was_forked_keeps_its_signals_to_itself() -> None:
+    said = run("""
+signal.signal(signal.SIGUSR1, lambda *_: None)
+child = os.fork()
+if not child:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    os.kill(os.getpid(), signal.SIGTERM)
+try:
+    os.waitpid(child, 0)
+    time.sleep(0.5)
+    print("goes on")
+except Stopped:
+    print("stopped")
+""")
+    assert said == "goes on\n"
+
+
 def test_what_must_not_be_half_done_is_done_first() -> None:
     said = run("""
 try:
