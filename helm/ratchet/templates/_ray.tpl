@@ -18,6 +18,8 @@
   value: "1000000"
 - name: RAY_task_events_report_interval_ms # the head would keep an event of each of 100,000 calls
   value: "0"
+- name: GOMP_SPINCOUNT # as in serving.ray.ray_session
+  value: "5000"
 - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
   value: "1"
 - name: RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH # 4 MiB is a picture of 1.4 megapixels
