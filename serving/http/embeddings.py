@@ -15,6 +15,7 @@ from serving.http.app_state import CLIP, VLM, AppState, app_state, release_heade
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.clip_vectors import Vectors
 from serving.http.errors import ApiError
+from serving.http.gathered import gathered
 from serving.http.image_bodies import FormField, body_schemas, fields_of, read_parts
 from serving.http.image_loader import ImageSource
 from serving.http.json_bodies import checked, json_body, json_response
@@ -107,20 +108,19 @@ async def embed(
     texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
     images = {index: each for index, each in enumerate(inputs) if not isinstance(each, str)}
     state.check_texts(list(texts.values()), "input", places=list(texts))
-    vectors = np.zeros((len(inputs), state.dim), np.float32)
-    scale, tokens = 1.0, 0
-    cut: tuple[int, ...] = ()
+    whole = () if truncate else [f"input.{place}" for place in texts]
+    kinds = []
     if images:
-        answer = await state.vectors.of_images(list(images.values()), snapshot, deadline, caller)
-        vectors[list(images)] = answer.rows
-        scale = answer.logit_scale
+        kinds.append((list(images), state.vectors.of_images(list(images.values()), snapshot, deadline, caller)))
     if texts:
-        places = list(texts)
-        whole = () if truncate else [f"input.{place}" for place in places]
-        answer = await state.vectors.of_texts(list(texts.values()), snapshot, deadline, caller, whole)
+        kinds.append((list(texts), state.vectors.of_texts(list(texts.values()), snapshot, deadline, caller, whole)))
+    answers = await gathered(answer for _, answer in kinds)
+    vectors = np.zeros((len(inputs), state.dim), np.float32)
+    for (places, _), answer in zip(kinds, answers, strict=True):
         vectors[places] = answer.rows
-        scale, tokens, cut = answer.logit_scale, answer.tokens, tuple(places[each] for each in answer.cut)
-    return Vectors(vectors, scale, tokens, cut)
+    last = answers[-1]  # the texts', where there are any
+    cut = tuple(list(texts)[each] for each in last.cut)
+    return Vectors(vectors, last.logit_scale, last.tokens, cut)
 
 
 def encoded(row: npt.NDArray[np.float32], how: str) -> Any:

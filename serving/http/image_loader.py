@@ -7,16 +7,15 @@ then each is decoded, when it is its caller's turn (:mod:`serving.http.decode_qu
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import hashlib
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +29,7 @@ from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
+from serving.http.gathered import gathered
 from streams.fetching import ByteBudget, Fetcher, Rules
 
 Result = TypeVar("Result")
@@ -158,11 +158,11 @@ class ImageLoader:
                 self.queue.run(caller, sum(image.pixels for image in job), partial(_decode, job, decode))
                 for job in jobs_of(images)
             ]
-            return [result for results in await _gathered(jobs) for result in results]
+            return [result for results in await gathered(jobs) for result in results]
 
     async def _fetched(self, images: Sequence[ImageSource]) -> list[ImageSource]:
         budget = ByteBudget(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
-        return await _gathered(self._one_fetched(place, image, budget) for place, image in images)
+        return await gathered(self._one_fetched(place, image, budget) for place, image in images)
 
     async def _one_fetched(self, place: str, image: str | bytes, budget: ByteBudget) -> ImageSource:
         if not isinstance(image, str) or not image[:8].lower().startswith(("http:", "https:")):
@@ -213,16 +213,6 @@ def _decode(images: Sequence[InspectedImage], decode: Callable[[OpenedImage], Re
         except RecordError as error:
             raise from_record(error, image.place) from None
     return results
-
-
-async def _gathered(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """All results; the first failure, or a cancellation, ends the rest."""
-    tasks = [asyncio.create_task(each) for each in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def decoding_pixels(opened: OpenedImage, data: bytes) -> int:

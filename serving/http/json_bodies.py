@@ -46,16 +46,24 @@ def check_marks(data: bytes) -> None:
 
     What is no JSON may pass: the parser stops at the first byte that is wrong.
     """
-    if _marks(data) <= MAX_MARKS:
+    if not _has_too_many(data):
         return
     strings = 2 * MAX_MARKS + 1  # one after each mark and one after its colon: valid JSON with more has more marks
-    parts = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', 2 * strings)
-    if len(parts) > 2 * strings or _marks(b"".join(parts[::2])) > MAX_MARKS:
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    parts = data.split(b'"', 2 * strings)
+    if len(parts) > 2 * strings or _has_too_many(b"".join(parts[::2])):
         raise ApiError(400, f"the body has more than {MAX_MARKS} values.", code="too_many_values")
 
 
-def _marks(data: bytes) -> int:
-    return sum(data.count(mark) for mark in MARKS)
+def _has_too_many(data: bytes) -> bool:
+    """Stops where there are more: to count eight million takes a tenth of a second, in which nobody else is served."""
+    found = 0
+    for start in range(0, len(data), MAX_MARKS):
+        found += sum(data.count(mark, start, start + MAX_MARKS) for mark in MARKS)
+        if found > MAX_MARKS:
+            return True
+    return False
 
 
 def checked(model: type[Model], fields: Any) -> Model:

@@ -6,7 +6,7 @@ adapter) has a queue of its own; the groups take turns, a batch each, so that a 
 other group at most, and a group alone has the whole engine. Within a group a batch is filled with one request of each
 caller in turn; those of one caller run in the order of arrival.
 
-While several callers ask, each has in a batch what takes a twentieth of a second at most, and larger requests are
+While several callers ask, each has in a batch what takes 30 ms at most, and larger requests are
 encoded in parts: 16 images take 140 ms on a processor, for which a caller with one image would wait, once behind
 another's batch and once more in a batch with it.
 """
@@ -25,7 +25,7 @@ from ops.tracing import record
 from serving.messages import EncodeRequest, EncodeResult, Modality, joined
 
 Group = tuple[Modality, str | None]
-TURN_SECONDS = 0.05
+TURN_SECONDS = 0.03
 """Of a batch, while several callers ask."""
 ASKS_SECONDS = 2.0
 """A caller asks no more when this long ago its last request came, and was encoded in part or whole."""
