@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,9 @@ from serving.replicas.vlm_calls import VlmCalls
 from serving.replicas.vlm_start import VlmStart
 
 log = logging.getLogger("ratchet.ingress")
+SWITCH_SECONDS = 0.001
+"""After so long a thread that computes in Python lets another one on (0.005 by default). Those that decode have a low
+priority: beside busy encoders 5 ms of theirs take 50, for which the event loop would wait several times a request."""
 FOLLOW_SECONDS = 1.0
 KEYS_SECONDS = 10.0
 """How often keys are read though nobody calls, so that the copies of them are not older than this."""
@@ -75,6 +79,7 @@ class Ingress:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        sys.setswitchinterval(SWITCH_SECONDS)
         configure_replica_logging(settings, "ingress")
         metrics.build.started("ingress")
         self.settings = settings

@@ -23,8 +23,9 @@ from ratchet_client.limits import DEFAULT_LIMITS
 
 MAX_BYTES = DEFAULT_LIMITS.max_image_bytes
 MAX_PIXELS = DEFAULT_LIMITS.max_pixels
-BAND_PIXELS = 500_000
-"""Pixels whose transparency is resolved at once: a few milliseconds."""
+BAND_PIXELS = 50_000
+"""Pixels whose transparency is resolved at once: half a millisecond. They stay in the processor's cache: ten times as
+many took twice as long for the same image."""
 
 #: Content type by format, as :func:`sniff` names formats.
 CONTENT_TYPES = {
