@@ -183,7 +183,8 @@ def _turn(attackers: Executor, name: str, attack: Attack, target: Target, second
 def _attack(attack: Attack, target: Target, seconds: float) -> dict[str, int]:
     async def go() -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(attack(target), seconds)
+            async with asyncio.timeout(seconds):
+                await attack(target)
 
     asyncio.run(go())
     return dict(target.counts)

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from PIL import Image
@@ -138,3 +139,25 @@ async def test_an_attacker_counts_answers_and_closed_connections() -> None:
             await target.attempt(talk)
     await target.attempt(talk)
     assert target.counts == {"408": 1, "closed": 1, "refused": 1}
+
+
+@pytest.mark.parametrize("ticks", range(4))
+def test_an_attack_ends_when_it_is_over_also_where_an_answer_comes_at_that_moment(ticks: int) -> None:
+    async def go() -> None:
+        reading = asyncio.StreamReader()
+
+        class Fake(Target):
+            async def attempt(self, talk: Any) -> None:
+                await talk(reading, AsyncMock(write=Mock()))
+
+        attack = asyncio.create_task(attacks.cancelled_requests(Fake("", 0), 1, vlm=True))
+        while reading._waiter is None:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        reading.feed_data(b"a token")
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        attack.cancel()
+        done, _ = await asyncio.wait([attack], timeout=5)
+        assert done
+
+    asyncio.run(go())
