@@ -118,8 +118,8 @@ async def embed(
     vectors = np.zeros((len(inputs), state.dim), np.float32)
     for (places, _), answer in zip(kinds, answers, strict=True):
         vectors[places] = answer.rows
-    last = answers[-1]  # the texts', where there are any
-    cut = tuple(list(texts)[each] for each in last.cut)
+    last, places = answers[-1], kinds[-1][0]  # the texts', where there are any
+    cut = tuple(places[each] for each in last.cut)
     return Vectors(vectors, last.logit_scale, last.tokens, cut)
 
 
