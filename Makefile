@@ -8,7 +8,7 @@ FOR_TESTS := $(VENV)/.installed-dev
 # uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test outside packages check chart docs lock release clean
+.PHONY: demo test long outside packages check chart docs lock release clean
 
 demo: $(or $(wildcard $(FOR_TESTS)),$(FOR_DEMO))
 	@$(BIN)/ratchet demo
@@ -17,13 +17,18 @@ test:
 	@$(MAKE) --no-print-directory -j 2 $(FOR_TESTS) packages
 	@bash tests/run.sh $(BIN)
 
+# Whole benches, hundreds of draws, every recipe, and what restarts everything: one after the other, half an hour.
+long: $(FOR_TESTS)
+	@bash tests/packages.sh
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m long tests
+
 # Against what users have beside Ratchet. What this machine cannot run is skipped, and named at the end.
 outside: $(FOR_TESTS)
 	@RATCHET_TEST_KAFKA=apache $(BIN)/pytest tests/outside tests/integration/streams
 
 check: $(FOR_TESTS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	@$(BIN)/pytest tests/unit
+	@$(BIN)/pytest -m "not long" tests/unit
 
 chart: $(FOR_TESTS)
 	@PYTHONPATH=. $(BIN)/python helm/generate.py

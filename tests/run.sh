@@ -1,34 +1,33 @@
 #!/usr/bin/env bash
-# All checks and tests. What mostly waits for servers to start has the terminal; beside it run the other jobs, four at a
-# time and first those that take or wait longest, in a session of low priority (Linux shares processors out by session,
-# see sched(7)). What these say is shown when all are done, and what failed anywhere is named once more at the end. Of
-# low priority, they have longer limits: beside other work on the same cores, what takes 10 s alone took more than 120.
+# All checks and tests but the long ones. What mostly waits for servers to start has the terminal; beside it run the
+# other jobs, three at a time and first those that take or wait longest, in a session of low priority (Linux shares
+# processors out by session, see sched(7)). What these say is shown when all are done, and what failed anywhere is named
+# once more at the end. Of low priority, they have longer limits: beside other work on the same cores, what takes 10 s
+# alone took more than 120.
 #
 # Each process computes on one thread: models are tiny, and threads of several processes that wait for each other on two
 # cores spin.
 set -uo pipefail
 export OMP_NUM_THREADS=1
 bin="$1"
-slowest=(--durations 15 --durations-min 5)
+chosen=(-m "not long" --durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
 alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
-own=(tests/unit/serving tests/unit/updater)
-named=("${servers[@]}" tests/integration/{streams,updater})
-jobs=("tests/unit ${own[*]/#/--ignore=}" tests/unit/updater "tests/integration/streams tests/outside/kafka"
-  "tests/integration ${named[*]/#/--ignore=} ${alone[*]}" tests/integration/updater types tests/unit/serving)
+jobs=("tests/unit --ignore=tests/unit/updater" "tests/integration tests/outside/kafka ${servers[*]/#/--ignore=}"
+  "tests/unit/updater ${alone[*]}" types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then
     "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy" && "$bin/lint-imports"
   else
     read -ra words <<<"$4"
-    "$bin/pytest" --timeout 600 "${slowest[@]}" "${words[@]}"
+    "$bin/pytest" --timeout 600 "${chosen[@]}" "${words[@]}"
   fi
   exit
 fi
 if [ "${2:-}" = beside ]; then
   { echo 10 >/proc/self/autogroup; } 2>/dev/null
-  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 4 bash "$0" "$bin" job "$3"
+  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 3 bash "$0" "$bin" job "$3"
   exit
 fi
 said="$(mktemp -d)"
@@ -36,7 +35,7 @@ trap 'rm -rf "$said"' EXIT
 setsid bash "$0" "$bin" beside "$said" &
 beside=$!
 trap 'kill -- "-$beside" 2>/dev/null; exit 130' INT TERM
-"$bin/pytest" "${slowest[@]}" "${servers[@]}" "${alone[@]/#/--ignore=}" 2>&1 | tee "$said/servers"
+"$bin/pytest" "${chosen[@]}" "${servers[@]}" "${alone[@]/#/--ignore=}" 2>&1 | tee "$said/servers"
 first=${PIPESTATUS[0]}
 wait "$beside"
 others=$?

@@ -213,6 +213,7 @@ def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: In
     wait(lambda: sum(installation.store.offsets().values()) == 540 + installation.refused)
 
 
+@pytest.mark.long
 def test_after_a_crash_of_everything_it_goes_on_where_it_was(installation: Installation) -> None:
     live, stored, offsets = installation.client.live(), installation.store.count(), installation.store.offsets()
     assert live == 4

@@ -24,7 +24,7 @@ from tests.support.own_model import PATTERNS, own_model
 from tests.support.pages import ROOT, Page
 from tests.support.shapes import shapes
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.long]
 
 PAGE = Page(ROOT / "docs" / "quickstart.md")
 MARK = "### "

@@ -78,6 +78,7 @@ def test_a_tree_with_changes_is_refused(clone: Path) -> None:
     assert "ops/new.py" in release(clone, "7.8.9").stderr
 
 
+@pytest.mark.long
 def test_a_release_that_cannot_be_built_is_taken_back(clone: Path) -> None:
     (clone / "README.md").unlink()  # the long description of the package
     git(clone, "commit", "--quiet", "--all", "--message", "No page")

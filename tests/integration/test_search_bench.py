@@ -10,6 +10,7 @@ from benchmarks.search.run_search import main
 from ops.settings import Settings
 
 
+@pytest.mark.long
 def test_a_small_run_compares_with_faiss(capsys: pytest.CaptureFixture[str]) -> None:
     main(Settings(), ["--rows", "3000", "--seconds", "0.2", "--index-rows", "1000"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])

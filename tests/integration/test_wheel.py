@@ -85,6 +85,7 @@ def test_the_source_distribution_builds_the_same_wheel(built: list[Path]) -> Non
         assert "LICENSE" in names
 
 
+@pytest.mark.long
 def test_no_command_and_no_module_needs_a_clone_and_the_first_steps_work_in_an_empty_folder(
     commands: Path, empty: Path
 ) -> None:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -76,6 +75,8 @@ class LoraModel(AdapterModel):
         device: str = "cpu",
     ) -> None:
         """``trained``: names of layers of the base. ``start``: factors to begin with; others begin at ΔW = 0."""
+        from peft import LoraConfig, inject_adapter_in_model  # for four seconds, which few that import this train for
+
         self.frozen = base
         self.rank = rank
         self.alpha = alpha

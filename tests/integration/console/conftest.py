@@ -1,9 +1,10 @@
-"""One server, one broker with ingest, one console and one browser for all tests of the console."""
+"""A broker with ingest, a console and a browser for all tests of the console, beside the server that has a VLM."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -28,6 +29,8 @@ class Place:
 
     server: ServerFixture
     settings: Settings
+    config: Path
+    """Of the console: the server's settings, and where the broker is."""
     url: str
     story: Story
     ingest: Consumer
@@ -44,31 +47,29 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[Place]:
-    home = tmp_path_factory.mktemp("console")
-    server = ServerFixture.make(home, vlm_engine="transformers", encoder_replicas=1)
+def place(
+    shared_vlm_server: ServerFixture, tmp_path_factory: pytest.TempPathFactory, broker: Broker
+) -> Iterator[Place]:
+    """The server with a VLM of the tests before, and what else is needed."""
+    server, home = shared_vlm_server, tmp_path_factory.mktemp("console")
+    server.ensure_running()
     kafka = broker.settings(home).kafka.model_dump(
         include={"bootstrap", "topic", "quarantine_topic", "group", "batch_seconds"}
     )
-    port = free_port()
-    server.config.write_text(
-        yaml.safe_dump({**yaml.safe_load(server.config.read_text()), "console": {"port": port}, "kafka": kafka})
-    )
-    server.settings = settings = load_settings(server.config, environ={})
+    port, config = free_port(), home / "ratchet.yaml"
+    own = {"console": {"port": port}, "kafka": kafka}
+    config.write_text(yaml.safe_dump(yaml.safe_load(server.config.read_text()) | own))
+    settings = load_settings(config, environ={})
     server.add_samples(24, domain="cats", source="zoo", year=2023)
     story = tell(settings, home / "made-up", server.adapter())
     make_topics(settings)
     _, operator = server.ledger.create_key("ana", ["infer", "search", "operate"], actor="test")
     _, reader = server.ledger.create_key("guest", ["infer", "search"], actor="test")
-    try:
-        server.start()
-        with (
-            reading(settings) as ingest,
-            console(server.config, f"http://127.0.0.1:{port}", home / "console.log") as url,
-        ):
-            yield Place(server, settings, url, story, ingest, operator, reader)
-    finally:
-        server.stop()
+    with (
+        reading(settings) as ingest,
+        console(config, f"http://127.0.0.1:{port}", home / "console.log") as url,
+    ):
+        yield Place(server, settings, config, url, story, ingest, operator, reader)
 
 
 @pytest.fixture(scope="module")

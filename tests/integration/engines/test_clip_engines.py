@@ -99,6 +99,7 @@ def test_openvinos_plugin_is_registered_once_where_it_knows_no_processor() -> No
     assert registered == [PLUGIN]
 
 
+@pytest.mark.long
 def test_doctor_tune_measures_this_machine_and_writes_the_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

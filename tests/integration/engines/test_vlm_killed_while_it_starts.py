@@ -22,7 +22,7 @@ from ops.testing.tiny_vlm import tiny_vlm_base
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.vlm_starts import start_in_group
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200), pytest.mark.long]
 import_ahead("vllm.v1.engine.async_llm", "tests.support.vlm_starts")
 ROUNDS, AT_ONCE, ANSWERS_AFTER = int(os.environ.get("RATCHET_TEST_KILLS", "2")) // 2, 2, 5
 """Starts are killed two at once. All share their caches, so each has to come as far as it is let go in what the ones

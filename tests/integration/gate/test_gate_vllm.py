@@ -15,6 +15,7 @@ from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 

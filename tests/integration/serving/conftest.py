@@ -1,22 +1,26 @@
 """One server for all serving tests: starting Ray takes 20 s. Tests leave it running, whatever is live.
 
-One server runs at a time (:meth:`ServerFixture.start`), so modules that use the same one follow each other by name.
+One server runs at a time (:meth:`ServerFixture.start`), so modules that use the same one follow each other by name; the
+one start that tests cannot do without (``test_termination``) gives it the guard that ``test_trials`` needs.
 Where Ray plays no part, the same application in this process does (:mod:`tests.support.in_process_app`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
 from fastapi import FastAPI
 
-from benchmarks.otlp_collector import OtlpCollector
 from ops.settings.serving import Serve
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp, open_in_process_app
+
+ROLLOUT = {
+    "mode": "canary", "share": 0.1, "observe_seconds": 1, "min_comparisons": 30, "guard_seconds": 60,
+    "compare_share": 1.0, "hold_after_rollback": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -24,26 +28,6 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFi
     server = ServerFixture.make_with_movable_ledger(tmp_path_factory.mktemp("server"))
     server.add_samples(24, domain="cats", source="zoo", year=2023)
     server.add_samples(16, domain="maps", source="atlas", year=2024)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="session")
-def collector() -> Iterator[OtlpCollector]:
-    """What servers with a VLM send the spans of sampled requests to."""
-    with OtlpCollector() as listening:
-        yield listening
-
-
-@pytest.fixture(scope="session")
-def shared_vlm_server(collector: OtlpCollector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
-    """A server with a VLM, by vLLM where it is installed; not started yet. The console's server has transformers."""
-    engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
-    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=engine, encoder_replicas=1)
-    server.configure(traces={"endpoint": collector.url, "share": 0})
-    server.add_samples(8)
     try:
         yield server
     finally:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.serving import chaos
 from ops.loading import load_settings
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900), pytest.mark.long]
 STATES = ("ledger-killed", "objects-away", "encoder-killed", "controller-killed")
 
 

@@ -10,6 +10,7 @@ from tests.integration.serving.server_fixture import ServerFixture
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.long
 def test_a_good_client_is_answered_beside_hostile_ones(server: ServerFixture) -> None:
     figures = measure(server.settings, plan(vlm=False, scale=0.2), seconds=2.0, rate=5.0)
     assert figures["good_failed"] == 0, figures
@@ -20,6 +21,7 @@ def test_a_good_client_is_answered_beside_hostile_ones(server: ServerFixture) ->
     assert 0 < figures["rss_max_gib"] < 16
 
 
+@pytest.mark.long
 def test_a_silent_crowd_of_one_address_is_cut_off_at_its_bound(server: ServerFixture) -> None:
     silent = plan(vlm=False, scale=0.3)["silent"]  # 1,260 connections within 5 s, of which 512 may stay
     figures = measure(server.settings, {"silent": silent}, seconds=4.0, rate=5.0)

@@ -14,7 +14,7 @@ from benchmarks.line_worker import LineWorker
 from benchmarks.swap import Swaps
 from tests.integration.serving.server_fixture import ServerFixture
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 
 def test_embeddings_are_measured_beside_the_model_alone(server: ServerFixture) -> None:

@@ -36,6 +36,7 @@ def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(server: ServerFixtu
             server.until(lambda: made[-1]["number"] in traffic.releases())
         held = {row["clip"] for row in client.releases()["data"] if row["resident"]}
         back = client.rollback(reason="back")
+        server.until(lambda: back["number"] in traffic.releases())
         traffic.wait_for(200)
     report = traffic.report()
     assert report.failed == 0, report.problems
@@ -208,6 +209,7 @@ serve.run(build(load_settings(Path(sys.argv[1]))), name=APP, route_prefix="/")
 """What ``kubectl apply`` of a RayService with new code does: each deployment is replaced, replica by replica."""
 
 
+@pytest.mark.long
 def test_new_code_of_every_deployment_is_rolled_out_and_fails_no_request(server: ServerFixture) -> None:
     deployments = ("Encoder", "Ingress", "Catalog", "Controller")
     old = {name: set(server.pids(f"ServeReplica:ratchet:{name}")) for name in deployments}

@@ -221,6 +221,7 @@ def test_a_killed_engine_shows_and_comes_back_with_what_is_live(server: ServerFi
     server.until(lambda: len(server.engines()) <= 1)
 
 
+@pytest.mark.long
 def test_no_engine_outlives_its_replica_or_the_next_start_of_its_server(server: ServerFixture) -> None:
     """The last test of the server: it is killed, and what its next start does first is done here."""
     if server.settings.serve.vlm_engine != "vllm":

@@ -21,6 +21,7 @@ def test_all_records_of_a_kind_differ(kind: str) -> None:
     assert drawn == [sample.id for sample in samples(kind, 20)], "and are the same in each run"
 
 
+@pytest.mark.long
 def test_nothing_that_differs_is_lost_and_each_kind_is_learned_from(capsys: pytest.CaptureFixture[str]) -> None:
     figures = run_variety.run(load_settings(environ={}), ["invoices", "one colour"], 40, ["CLIP", "InternVL"])
     run_variety.show(figures)

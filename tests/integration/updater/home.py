@@ -40,6 +40,7 @@ def make_home(home: Path, **overrides: Any) -> Settings:
         overrides={
             "home": home,
             "base.clip": "tiny",
+            "serve.vlm_engine": "transformers",
             "updater.recipe": str(home / "default.yaml"),
             "updater.reference": [home / "data" / "things"],
             "updater.min_new_samples": 10,

@@ -15,6 +15,7 @@ TOLERANCE = 0.011
 """Float sums differ between processors: of 270 items, a few near ties may fall the other way."""
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_the_committed_scores_can_be_reproduced(tmp_path: Path) -> None:
     base = build_base(tmp_path)

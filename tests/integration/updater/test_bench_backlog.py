@@ -27,6 +27,7 @@ def test_pairs_are_unlike_each_other_and_divided_as_ingest_does() -> None:
     assert tally["train/text"] == table["split"].to_pylist().count("train")
 
 
+@pytest.mark.long
 def test_every_pending_pair_is_visited_or_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = make_home(tmp_path / "home")
     train = pair_rows(settings.ingest.fresh_eval_share)("bench", 0, 300)[1]["train"]

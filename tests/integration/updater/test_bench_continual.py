@@ -78,6 +78,7 @@ def test_what_a_suite_asks_for_is_in_no_update_and_in_no_reference_pair(settings
     }
 
 
+@pytest.mark.long
 def test_a_killed_worker_fails_its_unit_alone_and_goes_on_when_asked_again(settings: Settings, tmp_path: Path) -> None:
     victim, other = Unit("default"), Unit("naive")
 
@@ -103,6 +104,7 @@ def test_a_run_whose_time_is_over_stops_cleanly(settings: Settings, tmp_path: Pa
     assert failure(tmp_path, Unit("default")) == ""
 
 
+@pytest.mark.long
 def test_a_method_that_the_budget_does_not_pay_for_is_reported(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:

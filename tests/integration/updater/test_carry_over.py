@@ -103,6 +103,7 @@ def test_a_recipe_that_remembers_nothing_leaves_nothing(
     assert not Artifacts(settings.artifacts).exists("memories")
 
 
+@pytest.mark.long
 def test_a_trainer_killed_before_its_memory_is_stored_stores_it_the_next_time(tmp_path: Path) -> None:
     undisturbed = remembering(tmp_path / "undisturbed")
     UpdaterService(undisturbed).step()

@@ -139,6 +139,7 @@ def test_a_recipe_or_a_family_limits_the_updater_to_one_model(settings: Settings
     assert by_family.ledger.unfinished_update("clip") is None
 
 
+@pytest.mark.long
 def test_a_killed_trainer_of_a_vlm_ends_in_the_same_adapter_and_is_charged_once(tmp_path: Path) -> None:
     """Killed in the middle of training: what the teacher says is computed again, and is the same."""
     adapters = []

@@ -32,6 +32,7 @@ def tiny_home(home: Path) -> Settings:
     return load_settings(overrides=overrides, environ={})
 
 
+@pytest.mark.long
 def test_a_step_is_measured_beside_open_clips_and_told_as_one_line_of_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_there_are_no_questions_to_tune_by(tmp_path: Path) -> None:
         run(Settings(home=tmp_path), Wanted(family="vlm", tune=True))
 
 
+@pytest.mark.long
 def test_recipes_of_a_vlm_learn_in_turn_and_are_asked_in_words(results: Path) -> None:
     reference = read_reference(results)
     assert (set(reference.adaptation), reference.held_out) == ({"car", "boat"}, ("house",))

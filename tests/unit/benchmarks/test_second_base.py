@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from benchmarks.continual.second_base import NAME, PREPROCESS, Distillation, distilled
 from ops.testing.tiny import tiny_base
@@ -14,6 +15,7 @@ from streams.folders import FolderItem
 from tests.unit.updater.builders import COLOURS, picture
 
 
+@pytest.mark.long
 def test_a_second_base_follows_its_teacher(tmp_path: Path) -> None:
     teacher = tiny_base(tmp_path)
     items = [FolderItem(Path(f"{n}.png"), f"a {COLOURS[n % 6]} thing", inline=picture(n % 6)) for n in range(12)]

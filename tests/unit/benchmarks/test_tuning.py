@@ -53,6 +53,7 @@ def test_the_default_runs_as_its_recipe_is_written() -> None:
     assert recipe_of("default") == load_recipe("default"), "what the tables show is what an installation learns with"
 
 
+@pytest.mark.long
 def test_the_trials_of_each_method_are_written_down(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,8 @@ def test_a_child_process_gets_the_same_settings(tmp_path: Path) -> None:
 
 
 def test_doctor_tells_what_is_missing_and_fails_only_for_what_stops_ratchet(tmp_path: Path) -> None:
-    result = runner.invoke(app, ["--set", f"home={tmp_path}", "doctor"], env={"COLUMNS": "200"})
+    flags = ["--set", f"home={tmp_path}", "--set", "serve.vlm_engine=transformers"]
+    result = runner.invoke(app, [*flags, "doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert "is not registered" in result.output
     assert "ratchet base build" in result.output

@@ -103,6 +103,7 @@ def test_recolouring_keeps_shapes_and_shading_keeps_colours() -> None:
     assert bool((shaded[:, 0, 60, 60] > shaded[:, 1, 60, 60] + 0.5).all())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)  # Muon multiplies in bfloat16: eight times slower on processors without AVX-512
 def test_it_learns_colours_in_a_few_steps(parts: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = parts

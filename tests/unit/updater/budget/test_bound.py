@@ -231,6 +231,7 @@ def draw(
     return "stopped" if result.budget_spent else "whole"
 
 
+@pytest.mark.long
 def test_over_random_draws_no_real_update_spends_more_than_its_budget(
     vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +263,7 @@ def test_passes_after_the_last_step_are_within_the_budget(
     assert outcomes["whole"] > 2, outcomes
 
 
+@pytest.mark.long
 def test_what_a_model_answers_itself_is_within_the_budget(
     vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,7 @@ def test_distilling_itself_in_micro_batches_has_the_same_gradient(base: VlmBase)
         assert torch.allclose(parameter.grad, cast(torch.Tensor, parts.parameters[name].grad), atol=1e-5)
 
 
+@pytest.mark.long
 def test_by_distilling_itself_a_model_comes_to_answer_as_after_an_example(base: VlmBase) -> None:
     """The teacher stands still here: what is left between the two falls."""
     terms = [{"name": "self_distillation", "over": ["new"], "options": {"keep": 1.0}}]

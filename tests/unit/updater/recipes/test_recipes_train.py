@@ -24,7 +24,13 @@ from updater.training.workers import Stopped
 
 RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
 """Stopped and resumed, too: one for each kind of state that a checkpoint holds."""
-CLIP = [name for name in recipe_names() if load_recipe(name).family == "clip"]
+OFTEN = RESUMED | {"ema-merge", "locked-image", "naive", "replay", "wise-ft", "zscl"}
+"""What users are led to; the other recipes take as long again, and are left to `make long`."""
+CLIP = [
+    pytest.param(name, marks=() if name in OFTEN else pytest.mark.long)
+    for name in recipe_names()
+    if load_recipe(name).family == "clip"
+]
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,12 @@ def test_a_recipe_of_the_other_family_is_refused(base: VlmBase, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("vlm-logit-swap", "text"), ("vlm-orthogonal", "text"), ("vlm-sdft", "text"), ("vlm-connector", "connector")],
+    [
+        ("vlm-logit-swap", "text"),
+        ("vlm-orthogonal", "text"),
+        pytest.param("vlm-sdft", "text", marks=pytest.mark.long),
+        ("vlm-connector", "connector"),
+    ],
 )
 def test_each_other_recipe_trains_two_updates_of_its_part(base: VlmBase, tmp_path: Path, name: str, part: str) -> None:
     first = vlm_run(base, tmp_path / "first", name, recipe=recipe(name, max_steps=3))

@@ -144,6 +144,7 @@ def test_when_one_is_killed_and_all_start_again_they_end_in_the_same_adapter(
     assert result.losses == undisturbed.losses
 
 
+@pytest.mark.long
 def test_when_one_is_killed_ray_train_starts_all_again(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()

@@ -12,6 +12,7 @@ import pytest
 
 from serving.releases.offline import roll_back_offline
 from serving.releases.residency_source import residency_path
+from tests.integration.serving.conftest import ROLLOUT
 from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration
@@ -36,6 +37,7 @@ def test_an_orderly_end_answers_what_is_in_flight_and_a_start_without_stores_ser
     artifacts = Path(server.settings.artifacts)
     artifacts.rename(artifacts.with_suffix(".away"))
     server.move_ledger("down")
+    server.configure(rollout=ROLLOUT)  # which tests after this one need
     server.start()
     answer = ask(server)
     assert (answer.status_code, answer.headers["x-ratchet-adapter"]) == (200, second)
@@ -73,6 +75,7 @@ def refuses(server: ServerFixture) -> bool:
         return True
 
 
+@pytest.mark.long
 def test_a_live_adapter_that_is_gone_is_taken_back_by_itself(server: ServerFixture) -> None:
     before = server.ledger.live()
     gone = server.adapter()
