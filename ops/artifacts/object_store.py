@@ -54,7 +54,10 @@ class ObjectStore:
 
     def has(self, path: str) -> bool:
         """Whether there is an object of this name."""
-        return bool(self._call(self.filesystem.isfile, path))
+        try:
+            return bool(self._call(self.filesystem.info, path)["type"] == "file")  # isfile says no to any error
+        except FileNotFoundError:
+            return False
 
     def has_below(self, path: str) -> bool:
         """Whether there is any object below this name."""
