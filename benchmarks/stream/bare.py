@@ -1,7 +1,7 @@
-"""A consumer that does the least: kafka-python, and each image decoded. What ingest is compared with.
+"""A consumer that does the least: kafka-python, and each image decoded or not even that. What ingest is compared with.
 
-``python -m benchmarks.stream.bare BOOTSTRAP TOPIC COUNT`` connects, prints ``ready``, waits for a line, reads so many
-records of the topic from its beginning, and prints what it took as JSON.
+``python -m benchmarks.stream.bare BOOTSTRAP TOPIC COUNT [decode]`` connects, prints ``ready``, waits for a line, reads
+so many records of the topic from its beginning, and prints what it took as JSON.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ FETCH_BYTES = 16 << 20
 """As ingest has by default."""
 
 
-def run_bare(bootstrap: str, topic: str, count: int) -> dict[str, float]:
+def run_bare(bootstrap: str, topic: str, count: int, decode: bool) -> dict[str, float]:
     """Read ``count`` records in a process of its own: ``seconds``, ``cpu_seconds`` and ``memory`` (peak, bytes).
 
     Raises:
         RatchetError: it failed.
     """
     command = [sys.executable, "-m", "benchmarks.stream.bare", bootstrap, topic, str(count)]
+    command += ["decode"] if decode else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             if process.stdout is None or process.stdout.readline() != "ready\n":
@@ -44,18 +45,18 @@ def run_bare(bootstrap: str, topic: str, count: int) -> dict[str, float]:
     return figures
 
 
-def _read(consumer: Any, count: int) -> None:
+def _read(consumer: Any, count: int, decode: bool) -> None:
     read = 0
     while read < count:
         for records in consumer.poll(timeout_ms=250).values():
-            for record in records:
+            for record in records if decode else ():
                 Image.open(io.BytesIO(record.value)).convert("RGB")
             read += len(records)
 
 
 def main() -> None:
     """The process."""
-    bootstrap, topic, count = sys.argv[1:]
+    bootstrap, topic, count, *decode = sys.argv[1:]
     consumer = KafkaConsumer(
         bootstrap_servers=bootstrap,
         group_id=None,
@@ -76,7 +77,7 @@ def main() -> None:
     sys.stdin.readline()
     began, used = time.perf_counter(), time.process_time()
     consumer.resume(*partitions)
-    _read(consumer, int(count))
+    _read(consumer, int(count), bool(decode))
     figures = {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - used,

@@ -1,11 +1,12 @@
 """``ratchet bench ingest``: how fast the stream is stored, and whether that changes as the store grows.
 
 1. Records a second of one and of two ``ratchet ingest`` processes, beside a bare kafka-python consumer that decodes
-   the images, for images of three sizes (:mod:`benchmarks.stream.throughput`).
+   the images and one that only fetches them, for images of three sizes (:mod:`benchmarks.stream.throughput`).
 2. Time of a commit, memory and time of a start, at stores of three sizes (:mod:`benchmarks.stream.growth`).
 3. Bytes that maintenance writes for each byte ingested (:mod:`benchmarks.stream.amplification`).
 
-All against the embedded broker, which takes its share of the same cores.
+All against the embedded broker, which takes its share of the same cores; with ``--kafka`` the first alone, against the
+broker that it names.
 """
 
 from __future__ import annotations
@@ -62,15 +63,20 @@ FAST = Sizes(
 )
 
 
-def run(settings: Settings, sizes: Sizes = FULL) -> dict[str, Any]:
+def run(settings: Settings, sizes: Sizes = FULL, bootstrap: str = "") -> dict[str, Any]:
     """Measure in homes of their own. Returns the figures.
+
+    Args:
+        bootstrap: of a broker that runs. The throughput alone is measured, against it.
 
     Raises:
         RatchetError: something stands still.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as temporary:
         home = Path(temporary)
-        rates = throughput.measure(settings, home / "rates", sizes.images, sizes.rounds)
+        rates = throughput.measure(settings, home / "rates", sizes.images, sizes.rounds, bootstrap)
+        if bootstrap:
+            return throughput_of(rates) | {"kafka": bootstrap, "machine": machine()}
         growths = growth.measure(settings, home / "growth", sizes.stores, sizes.commits)
         writes = []
         for number, (rows, commit_rows, commits, size) in enumerate(sizes.writes):
@@ -83,18 +89,15 @@ def figures_of(
     rates: Sequence[Throughput], growths: Sequence[Growth], writes: Sequence[Amplification]
 ) -> dict[str, Any]:
     """The figures that a run comes to; what is demanded first."""
-    sizes = [each.figures() for each in rates]
     small, large = growths[0], growths[-1]
     return {
-        "ratio_to_bare": min(each["ratio_to_bare"] for each in sizes),
-        "ratio_to_bare_two": min(each["ratio_to_bare_two"] for each in sizes),
+        **throughput_of(rates),
         "commit_growth": round(large.commit_seconds / small.commit_seconds, 3),
         "memory_growth": round(large.memory / small.memory, 3),
         "write_amplification": round(max(each.ratio for each in writes), 3),
         "start_seconds_at_1m": round(large.start_seconds, 2),
         "start_seconds_at_1m_warm": round(large.start_seconds_warm, 2),
         "stored": large.stored,
-        "throughput": sizes,
         "growth": [
             {
                 "stored": each.stored,
@@ -122,12 +125,20 @@ def figures_of(
     }
 
 
+def throughput_of(rates: Sequence[Throughput]) -> dict[str, Any]:
+    """The figures of the throughput."""
+    sizes = [each.figures() for each in rates]
+    ratios = ("ratio_to_bare", "ratio_to_fetch", "ratio_to_bare_two")
+    return {name: min(each[name] for each in sizes) for name in ratios} | {"throughput": sizes}
+
+
 def show(figures: dict[str, Any]) -> None:
     """Tables for people, one JSON line for machines (last)."""
     console = Console()
     console.print(_throughput_table(figures["throughput"]))
-    console.print(_table("As the store grows", figures["growth"]))
-    console.print(_table("What maintenance writes", figures["writes"]))
+    for part, title in (("growth", "As the store grows"), ("writes", "What maintenance writes")):
+        if part in figures:
+            console.print(_table(title, figures[part]))
     summary = Table(show_header=False, title="Ingest")
     for name, value in figures.items():
         if not isinstance(value, (list, dict)):
@@ -137,14 +148,15 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def _throughput_table(sizes: Sequence[dict[str, Any]]) -> Table:
-    table = Table("image", "reader", "records/s", "MB/s", "CPU s", "memory MiB", "to bare", title="Throughput")
+    table = Table("image", "reader", "records/s", "MB/s", "CPU s", "memory MiB", "to decoding", title="Throughput")
+    readers = {"fetch": "fetching alone", "bare": "decoding", "one": "one worker", "two": "two workers"}
     for size in sizes:
-        ratios = {"bare": "1", "one": size["ratio_to_bare"], "two": size["ratio_to_bare_two"]}
-        for who, ratio in ratios.items():
+        for who, reader in readers.items():
             its = size[who]
-            image = f"{size['image_bytes'] / 1000:.0f} KB" if who == "bare" else ""
+            image = f"{size['image_bytes'] / 1000:.0f} KB" if who == "fetch" else ""
+            ratio = round(its["records_per_second"] / size["bare"]["records_per_second"], 3)
             values = (its["records_per_second"], its["mb_per_second"], its["cpu_seconds"], its["memory_mib"], ratio)
-            table.add_row(image, {"one": "one worker", "two": "two workers"}.get(who, who), *map(str, values))
+            table.add_row(image, reader, *map(str, values))
     return table
 
 
@@ -162,8 +174,9 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--fast", action="store_true", help="little of everything, in a minute")
     parser.add_argument("--rounds", type=int, default=None, help="of the throughput; the median counts (2)")
+    parser.add_argument("--kafka", default="", metavar="HOST:PORT", help="the throughput alone, against this broker")
     options = parser.parse_args(arguments)
     sizes = FAST if options.fast else FULL
     if options.rounds is not None:
         sizes = replace(sizes, rounds=options.rounds)
-    show(run(settings, sizes))
+    show(run(settings, sizes, options.kafka))

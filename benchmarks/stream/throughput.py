@@ -1,8 +1,8 @@
-"""Records a second: real workers and a bare consumer on the same records, in turns.
+"""Records a second: real workers and bare consumers on the same records, in turns.
 
 The workers join an empty topic, are stopped (SIGSTOP) while its records are made, and go on; the time runs from there
-to the commit of the last record. So neither start-up nor joining nor the producer counts. The bare consumer then reads
-the records that one worker had.
+to the commit of the last record. So neither start-up nor joining nor the producer counts. The bare consumers, one that
+decodes each image and one that does nothing with it, then read the records that one worker had.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import signal
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from streams.broker import EmbeddedBroker
 
 MIB = 1 << 20
 SECONDS = 300.0
+WHO = ("fetch", "bare", "one", "two")
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Throughput:
     size: int
     """Bytes of an image, on the average."""
     records: int
+    fetch: list[dict[str, float]] = field(default_factory=list)
     bare: list[dict[str, float]] = field(default_factory=list)
     """``seconds``, ``cpu_seconds``, ``memory`` (peak bytes; of two workers the sum)."""
     one: list[dict[str, float]] = field(default_factory=list)
@@ -47,7 +50,7 @@ class Throughput:
     def figures(self) -> dict[str, Any]:
         """For people and machines."""
         result: dict[str, Any] = {"image_bytes": self.size, "records": self.records}
-        for who in ("bare", "one", "two"):
+        for who in WHO:
             runs = getattr(self, who)
             result[who] = {
                 "records_per_second": round(self.rate(who), 1),
@@ -57,29 +60,41 @@ class Throughput:
             }
         ratios = [mine["seconds"] for mine in self.one], [its["seconds"] for its in self.bare]
         result["ratio_to_bare"] = round(self.rate("one") / self.rate("bare"), 3)
+        result["ratio_to_fetch"] = round(self.rate("one") / self.rate("fetch"), 3)
         result["ratio_to_bare_two"] = round(self.rate("two") / self.rate("bare"), 3)
         result["ratio_by_round"] = [round(its / mine, 3) for mine, its in zip(*ratios, strict=True)]
         return result
 
 
-def measure(settings: Settings, home: Path, sizes: Sequence[tuple[int, int]], rounds: int) -> list[Throughput]:
-    """For each size in bytes so many records, ``rounds`` times. Raises RatchetError when something stands still."""
+def measure(
+    settings: Settings, home: Path, sizes: Sequence[tuple[int, int]], rounds: int, bootstrap: str = ""
+) -> list[Throughput]:
+    """For each size in bytes so many records, ``rounds`` times.
+
+    Args:
+        bootstrap: of a broker that runs; without it each round has an embedded one.
+
+    Raises:
+        RatchetError: something stands still.
+    """
     results = []
     for size, records in sizes:
         with step(f"{records} images of {size // 1000} KB"):
             images = list(jpegs(canvas(size), records))
         result = Throughput(sum(map(len, images)) // records, records)
         for number in range(rounds):
-            with EmbeddedBroker() as broker:  # which keeps all that it was given
+            with ExitStack() as stack:
+                address = bootstrap or stack.enter_context(EmbeddedBroker()).address  # which keeps all it was given
                 folder = home / f"{size}-{number}"
-                one = _measure_workers(Installation(settings, folder / "one", broker.address, _held()), 1, images)
+                one = _measure_workers(Installation(settings, folder / "one", address, _held()), 1, images)
                 topic = one.pop("topic")
                 result.one.append(one)
-                result.bare.append(run_bare(broker.address, topic, records))
-                two = _measure_workers(Installation(settings, folder / "two", broker.address, _held()), 2, images)
+                result.fetch.append(run_bare(address, topic, records, decode=False))
+                result.bare.append(run_bare(address, topic, records, decode=True))
+                two = _measure_workers(Installation(settings, folder / "two", address, _held()), 2, images)
                 result.two.append(two)
-                rates = (records / each[-1]["seconds"] for each in (result.bare, result.one, result.two))
-                say("records/s: bare {:.0f}, one worker {:.0f}, two {:.0f}".format(*rates))
+                rates = (records / getattr(result, who)[-1]["seconds"] for who in WHO)
+                say("records/s: fetched {:.0f}, decoded {:.0f}, one worker {:.0f}, two {:.0f}".format(*rates))
         results.append(result)
     return results
 

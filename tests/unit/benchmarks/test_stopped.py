@@ -40,7 +40,7 @@ def test_the_bare_consumer_ends_with_its_benchmark(
 ) -> None:
     monkeypatch.setattr(POPEN, "communicate", asked_to_end)
     with pytest.raises(Stopped):
-        bare.run_bare("127.0.0.1:1", "topic", 1)
+        bare.run_bare("127.0.0.1:1", "topic", 1, decode=True)
     assert [process.wait(60) for process in started] == [-signal.SIGKILL]
 
 

@@ -138,8 +138,8 @@ def test_the_demanded_figures_are_the_worst_of_what_was_measured() -> None:
         return {"seconds": seconds, "cpu_seconds": 1.0, "memory": 2**20}
 
     rates = [
-        Throughput(20_000, 100, [run(1), run(3)], [run(2), run(2)], [run(1), run(1)]),
-        Throughput(100_000, 100, [run(1)], [run(2)], [run(1)]),
+        Throughput(20_000, 100, [run(0.5), run(0.5)], [run(1), run(3)], [run(2), run(2)], [run(1), run(1)]),
+        Throughput(100_000, 100, [run(0.4)], [run(1)], [run(2)], [run(1)]),
     ]
     growths = [Growth(10, 0.1, 0.2, 100, 1, 1), Growth(1000, 0.12, 0.3, 110, 9, 5)]
     writes = [
@@ -147,6 +147,6 @@ def test_the_demanded_figures_are_the_worst_of_what_was_measured() -> None:
         amplification.Amplification(10, 1, 1, 100, 90, 5, 1),
     ]
     figures = figures_of(rates, growths, writes)
-    assert (figures["ratio_to_bare"], figures["ratio_to_bare_two"]) == (0.5, 1.0)
+    assert (figures["ratio_to_bare"], figures["ratio_to_bare_two"], figures["ratio_to_fetch"]) == (0.5, 1.0, 0.2)
     assert (figures["commit_growth"], figures["memory_growth"]) == (1.2, 1.1)
     assert (figures["write_amplification"], figures["start_seconds_at_1m"]) == (0.95, 9)

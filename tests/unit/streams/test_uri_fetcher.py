@@ -107,7 +107,7 @@ def test_as_many_as_the_setting_says_are_in_flight_from_one_thread_each(web: Web
         return send
 
     web.pages |= {"/few": together(few), "/many": together(many)}
-    fetcher = make(web)
+    fetcher = make(web, uri_seconds=4 * LONG)  # a second try of one would be one too many at a barrier
     uris = [url(web, "/few")] * 32 + [url(web, "/many")] * 64
     with ThreadPoolExecutor(64) as workers:
         assert list(workers.map(fetcher.fetch, uris)) == [PICTURE] * 96
