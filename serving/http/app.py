@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -69,7 +70,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 def build_app(state: AppState) -> FastAPI:
     """Routes, error shapes and bounds."""
-    app = _with_routes()
+    made = _with_routes()
+    app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # the routes of the schema are among them
+    app.openapi_schema = made.openapi_schema
     app.state.ratchet = state
     errors.install(app)
     app.add_middleware(RequestBodies, settings=state.settings)  # the innermost: what is added last comes first
@@ -86,7 +89,9 @@ def openapi() -> dict[str, Any]:
     return _with_routes().openapi()
 
 
+@cache
 def _with_routes() -> FastAPI:
+    """Made once: half a second passes before FastAPI knows all models."""
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
     for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
         # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.

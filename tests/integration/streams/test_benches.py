@@ -23,7 +23,9 @@ def test_ingest_is_measured_beside_a_bare_consumer_and_told_as_one_line_of_json(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     [size] = figures["throughput"]
     assert figures["ratio_to_bare"] == size["ratio_to_bare"] > 0
-    assert all(size[who]["records_per_second"] > 0 < size[who]["cpu_seconds"] for who in ("fetch", "bare", "one", "two"))
+    assert all(
+        size[who]["records_per_second"] > 0 < size[who]["cpu_seconds"] for who in ("fetch", "bare", "one", "two")
+    )
     assert [each["stored"] for each in figures["growth"]] == [200]
     assert all(each["commit_seconds"] > 0 and each["start_seconds"] > 0 for each in figures["growth"])
     assert figures["memory_growth"] > 0

@@ -136,6 +136,7 @@ def test_micro_batches_of_two_processes_come_to_the_same(
     assert result.losses["loss"] == pytest.approx(undisturbed.losses["loss"], abs=1e-5)
 
 
+@pytest.mark.long
 def test_when_one_is_killed_and_all_start_again_they_end_in_the_same_adapter(
     base: ClipBase, tmp_path: Path, undisturbed: TrainResult
 ) -> None:
@@ -154,6 +155,7 @@ def test_when_one_is_killed_ray_train_starts_all_again(tmp_path: Path) -> None:
     assert Control(work).reported() == f"in {Path.cwd()}"
 
 
+@pytest.mark.long
 def test_asked_to_stop_they_leave_a_checkpoint_and_go_on_from_it(
     base: ClipBase, tmp_path: Path, undisturbed: TrainResult
 ) -> None:
