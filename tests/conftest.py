@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ops.testing.postgres import postgres
-from tests.support.apache_kafka import ApacheKafka, NotHere
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.maven import NotHere
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@
 2. Ray sets no time limit for the headers of a request, and lets an idle connection stay for an hour. Here both are
    bounded, each address has a bound of open connections and of health probes, and the first 16 KB of a body must be
    there before a request goes on to the application.
-3. Ray passes ``X-Forwarded-For`` on as the client sent it. Here it names the peer, unless that is a trusted proxy.
+3. Ray passes ``X-Forwarded-For`` on as the client sent it. Here it names the peer, unless that is a trusted proxy. That
+   there was one is kept (``Forwarded: for=unknown``): what a proxy on this machine forwards did not come from here.
 4. Ray has bodies spliced. HAProxy 2.8 then does not notice that a client has closed its connection, where the body is
    larger than a buffer (16 KB) and the connection to the application is one that it uses again: what the client had
    asked for was computed for nobody. Here bodies are copied.
@@ -127,6 +128,7 @@ def frontend_rules(limits: dict[str, object]) -> str:
     http-request sc-inc-gpc0(0) if is_probe
     http-request return status 429 content-type application/json string '{often}' hdr Retry-After 1 \
 if is_probe {{ sc0_gpc0_rate gt {limits["probes_per_second"]} }}{others}
+    http-request set-header Forwarded for=unknown if {{ req.hdr(X-Forwarded-For) -m found }}{others}
     http-request del-header X-Forwarded-For{from_others}
     option forwardfor
     http-request disable-l7-retry unless METH_GET or {{ path {REPEATABLE} }}

@@ -6,8 +6,6 @@ seconds.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +18,7 @@ from types import TracebackType
 from typing import Final
 
 from ops.addresses import free_port
+from tests.support.maven import from_maven
 
 VERSION: Final = "4.4.0"
 START_SECONDS: Final = 120.0
@@ -48,10 +47,6 @@ log.cleaner.backoff.ms=200
 """What one node needs; fewer internal partitions and no delays, which cost a test seconds."""
 JAVA: Final = ("java", "-Xms128m", "-Xmx768m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-cp")
 """Tests last for less time than the better compiler needs."""
-
-
-class NotHere(Exception):
-    """Apache Kafka cannot be run on this machine; the message names what is missing."""
 
 
 class ApacheKafka:
@@ -123,27 +118,5 @@ def jars() -> Path:
     Raises:
         NotHere
     """
-    if missing := [name for name, program in (("Java", "java"), ("Maven", "mvn")) if shutil.which(program) is None]:
-        raise NotHere(f"no {' and no '.join(missing)} (apt-get install default-jre-headless maven)")
-    version = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
-    if (major := re.search(r'version "(\d+)', version)) is None or int(major[1]) < 17:
-        raise NotHere(f"Apache Kafka {VERSION} needs Java 17, and here is {version.splitlines()[0]}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests"
-    folder = cache / f"kafka-{VERSION}"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as made:
-            (Path(made) / "pom.xml").write_text(POM.format(version=VERSION))
-            command = [
-                "mvn",
-                "-q",
-                "-B",
-                "dependency:copy-dependencies",
-                "-DoutputDirectory=libs",
-                "-DincludeScope=runtime",
-            ]
-            done = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=600)
-            if done.returncode != 0:
-                raise NotHere(f"Maven could not download Apache Kafka {VERSION}: {done.stdout[-500:]}")
-            (Path(made) / "libs").rename(folder)
-    return folder
+    goal = ("dependency:copy-dependencies", "-DoutputDirectory=libs", "-DincludeScope=runtime")
+    return from_maven(f"kafka-{VERSION}", "libs", *goal, pom=POM.format(version=VERSION))

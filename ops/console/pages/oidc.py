@@ -31,8 +31,9 @@ SECONDS: Final = 10.0
 """Longest that one call of the provider may take."""
 HINT: Final = "id_token"
 """What a session that the provider signed in keeps: its token, by which the provider knows whose session is to end."""
-MAX_HINT: Final = 2400
-"""Characters: a cookie has room for as many. Without it the provider asks who signs out."""
+MAX_HINT: Final = 2100
+"""Characters. A cookie has room for a few more, but nginx and others have 4 KB for all headers of an answer, else they
+answer 502. Without the token the provider asks who signs out."""
 REFUSES_CONSOLE: Final = (
     "invalid_client", "unauthorized_client", "invalid_scope", "unsupported_response_type", "unsupported_grant_type",
 )  # fmt: skip
@@ -102,10 +103,11 @@ async def arrive(context: Anyone) -> Response:
         key = await asyncio.to_thread(issue_key, context.data.ledger, claims, console.oidc, console.session_hours)
     except AccessError as error:
         raise Refused(403, "You may not sign in", error.message, error.fix) from error
+    answer = RedirectResponse(next_page, 303)
     hint = str(token.get("id_token", ""))
-    kept = {HINT: hint if len(hint) <= MAX_HINT else ""}
-    context.request.state.keep = replace(Session.new(key), provider=kept)
-    return RedirectResponse(next_page, 303)
+    room = MAX_HINT - 3 * len(answer.headers["location"]) // 4  # four characters of a cookie hold three
+    context.request.state.keep = replace(Session.new(key), provider={HINT: hint if len(hint) <= room else ""})
+    return answer
 
 
 async def end_session_url(context: RequestContext) -> str | None:

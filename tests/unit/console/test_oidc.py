@@ -132,6 +132,24 @@ def test_signing_out_does_what_it_can(tmp_path: Path, issuer: str, wrong: str, m
         assert "id_token_hint" not in answer.headers["refresh"] and "client_id=ratchet" in answer.headers["refresh"]
 
 
+@pytest.mark.parametrize("characters", [1, 500, 900, 1300])
+@pytest.mark.parametrize("next_page", ["/", "/releases?a=" + "x" * 980])
+def test_a_proxy_with_room_for_4_kb_of_headers_passes_each_answer_of_a_sign_in_on(
+    tmp_path: Path, issuer: str, characters: int, next_page: str
+) -> None:
+    """nginx's default; else it answers 502."""
+    someone(issuer, "ann", groups=["team"], note="x" * characters)
+    client = console(tmp_path, issuer)
+    away = client.get("/sign-in/oidc", params={"next": next_page})
+    arrived = client.get(way_back(client, issuer, "ann", next_page))
+    assert arrived.status_code == 303 and arrived.headers["location"] == next_page
+    for answer in (away, arrived):
+        assert sum(len(name) + len(value) + 4 for name, value in answer.headers.raw) < 4000
+    if characters == 1:
+        left = client.post("/sign-out", data={"csrf": csrf(client, "/releases")})
+        assert "id_token_hint" in left.headers["refresh"]
+
+
 def test_signing_out_forgets_the_key_while_the_ledger_is_away(
     tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

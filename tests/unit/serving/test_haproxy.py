@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from starlette.types import Scope
 
 from ops.settings.serving import Serve
+from serving.http.client_address import came_from_here
 from serving.http.request_ids import ALPHABET, MAX_CHARS
 from serving.ray import ray_session
 from serving.ray.haproxy import REQUEST_ID, add_limits, close_binds
@@ -233,8 +235,25 @@ async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
 ) -> None:
     async with front(tmp_path, trusted_proxies=trusted) as server:
         await server.send(get("/", "X-Forwarded-For: 192.0.2.1"), "127.0.0.2")
-        lines = [line.split(": ")[1] for line in server.requests[0].split("\r\n") if "forwarded" in line.lower()]
+        sent = [line.lower().split(": ") for line in server.requests[0].split("\r\n")]
+        lines = [value for name, *values in sent if name == "x-forwarded-for" for value in values]
     assert lines == forwarded
+
+
+async def test_what_another_proxy_forwards_is_known_as_such_behind_it(tmp_path: Path) -> None:
+    """nginx on this machine, as documented and as installed; its address is that of a caller on this machine."""
+    old = b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
+    async with front(tmp_path) as server:
+        for data in (get("/"), get("/", "X-Forwarded-For: 198.51.100.7"), old):
+            await server.send(data)
+    assert [came_from_here(scope_of(each)) for each in server.requests] == [True, False, False]
+
+
+def scope_of(request: str) -> Scope:
+    """As an application gets it."""
+    first, *lines = request.strip().split("\r\n")
+    headers = [tuple(part.strip().encode() for part in line.lower().split(":", 1)) for line in lines]
+    return {"type": "http", "http_version": first[-3:], "headers": headers, "client": ("127.0.0.1", 1)}
 
 
 def request_ids(text: str) -> list[str]:

@@ -1,0 +1,110 @@
+"""Keycloak on this machine, from Maven Central; its data are in memory.
+
+Java 17 and Maven are needed. The distribution (159 MB) is unpacked and built once, in ``~/.cache/ratchet-tests``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import httpx
+
+from ops.addresses import free_port
+from ops.child_process import reaped, stop_reaped
+from ops.waiting import wait_until
+from tests.support.maven import NotHere, from_maven
+
+VERSION: Final = "26.4.7"
+UNPACK: Final = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:unpack"
+"""Older versions, which Maven 3.8 takes by itself, cut long names of files."""
+BUILD_SECONDS: Final = 600.0
+START_SECONDS: Final = 300.0
+CALL_SECONDS: Final = 60.0
+ADMIN: Final = "admin"
+JAVA: Final = {"JAVA_OPTS": "-Xms128m -Xmx768m -XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}
+"""Tests last for less time than the better compiler needs."""
+
+
+class Keycloak:
+    """An identity provider of its own. A context manager.
+
+    It is called ``localhost``: to a browser that is another site than a console at 127.0.0.1.
+
+    Raises:
+        NotHere: on construction, when Java or Maven is missing, or Maven cannot download it.
+    """
+
+    def __init__(self) -> None:
+        made = from_maven(
+            f"keycloak-{VERSION}", f"unpacked/keycloak-{VERSION}", UNPACK,
+            f"-Dartifact=org.keycloak:keycloak-quarkus-dist:{VERSION}:tar.gz", "-DoutputDirectory=unpacked",
+            prepare=_build,
+        )  # fmt: skip
+        self.port = free_port()
+        self.url = f"http://localhost:{self.port}"
+        self.root = Path(tempfile.mkdtemp(prefix="ratchet-keycloak-"))
+        self.log = self.root / "server.log"
+        self._home = self.root / "home"
+        shutil.copytree(made, self._home, ignore=shutil.ignore_patterns("lib"))
+        (self._home / "lib").symlink_to(made / "lib")  # read only, and nearly all of it
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Keycloak:
+        """Start it, and wait until it answers. Ends with this process, however that ends."""
+        command = [
+            "bash", str(self._home / "bin" / "kc.sh"), "start", "--optimized", "--http-enabled=true",
+            "--http-host=127.0.0.1", f"--http-port={self.port}", "--hostname-strict=false", "--cache=local",
+        ]  # fmt: skip
+        environ = {**os.environ, **JAVA, "KC_BOOTSTRAP_ADMIN_USERNAME": ADMIN, "KC_BOOTSTRAP_ADMIN_PASSWORD": ADMIN}
+        with self.log.open("wb") as log:
+            process = self._process = subprocess.Popen(
+                reaped(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ
+            )
+        if not wait_until(self._answers, START_SECONDS, alive=lambda: process.poll() is None):
+            said = self.log.read_text()[-2000:]
+            self.__exit__(None, None, None)
+            raise RuntimeError(f"Keycloak did not start: ... {said}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            stop_reaped(self._process)
+        shutil.rmtree(self.root)
+
+    def issuer(self, realm: str) -> str:
+        """URL of a realm, as it names itself."""
+        return f"{self.url}/realms/{realm}"
+
+    def admin(self, method: str, path: str, body: Any = None) -> Any:
+        """Call the admin REST API below ``/admin/realms``; a call that fails raises ``HTTPStatusError``."""
+        grant = {"grant_type": "password", "client_id": "admin-cli", "username": ADMIN, "password": ADMIN}
+        with httpx.Client(trust_env=False, timeout=CALL_SECONDS) as http:
+            given = http.post(f"{self.issuer('master')}/protocol/openid-connect/token", data=grant).raise_for_status()
+            bearer = {"authorization": f"Bearer {given.json()['access_token']}"}
+            answer = http.request(method, f"{self.url}/admin/realms{path}", json=body, headers=bearer)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
+
+    def _answers(self) -> bool:
+        with suppress(httpx.TransportError):
+            page = f"{self.issuer('master')}/.well-known/openid-configuration"
+            return httpx.get(page, trust_env=False, timeout=CALL_SECONDS).is_success
+        return False
+
+
+def _build(home: Path) -> None:
+    """What ``start-dev`` does at each start (half a minute or more), once."""
+    command = ["bash", str(home / "bin" / "kc.sh"), "build", "--db=dev-mem"]
+    environ = {**os.environ, **JAVA}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, env=environ)
+    if done.returncode != 0:
+        raise NotHere(f"Keycloak {VERSION} could not be built: {done.stdout[-1000:]}{done.stderr[-1000:]}")

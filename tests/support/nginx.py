@@ -1,0 +1,65 @@
+"""A real nginx on loopback."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from ops.addresses import free_port
+from ops.waiting import wait_until
+
+BINARY: Final = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+OPERATOR: Final = Path(__file__).parents[2] / "docs" / "operator.md"
+START_SECONDS: Final = 20.0
+
+
+@contextmanager
+def nginx(folder: Path, server: str, *, port: int = 0, tls: bool = False) -> Iterator[str]:
+    """Its URL. It is ended after the block.
+
+    Args:
+        server: directives of its one server, such as its locations.
+        port: that it listens on; 0: a free one.
+        tls: whether it speaks TLS, with a certificate that no one has signed.
+    """
+    assert BINARY
+    port, key, certificate = port or free_port(), folder / "key.pem", folder / "certificate.pem"
+    if tls:
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost",
+             "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True,
+        )  # fmt: skip
+        server = f"ssl_certificate {certificate}; ssl_certificate_key {key};\n{server}"
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/nginx.log;\nevents {{}}\nhttp {{\n"
+        f"access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;\n"
+        f"server {{ listen 127.0.0.1:{port}{' ssl' if tls else ''};\n{server}\n}}\n}}\n"
+    )
+    process = subprocess.Popen([BINARY, "-c", str(config)], stderr=subprocess.DEVNULL)
+    url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+    try:
+        assert wait_until(lambda: _answers(url), START_SECONDS, alive=lambda: process.poll() is None)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def documented(port: str, real: int) -> str:
+    """The example of docs/operator.md whose upstream is at ``port`` (as in ``:8001``), with the real port."""
+    (found,) = (each for each in re.findall(r"```nginx\n(.*?)```", OPERATOR.read_text(), re.DOTALL) if port in each)
+    return str(found).replace(f"127.0.0.1{port}", f"127.0.0.1:{real}")
+
+
+def _answers(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return bool(httpx.get(url, verify=False, trust_env=False).status_code)
+    return False
