@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 STEPS, EVERY = 4, 2
 ROOT = Path(__file__).parents[4]
 SCRIPT = """
 import json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from ops.testing.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, recipe, run
@@ -63,6 +67,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.long
 def test_training_that_is_killed_anywhere_goes_on_and_ends_in_the_same_adapter(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), str(STEPS), str(EVERY)],
