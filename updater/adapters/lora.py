@@ -75,7 +75,7 @@ class LoraModel(AdapterModel):
         device: str = "cpu",
     ) -> None:
         """``trained``: names of layers of the base. ``start``: factors to begin with; others begin at ΔW = 0."""
-        from peft import LoraConfig, inject_adapter_in_model  # for four seconds, which few that import this train for
+        from peft import LoraConfig, inject_adapter_in_model  # takes four seconds, and most importers train nothing
 
         self.frozen = base
         self.rank = rank
