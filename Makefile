@@ -17,7 +17,7 @@ test:
 	@$(MAKE) --no-print-directory -j 2 $(FOR_TESTS) packages
 	@bash tests/run.sh $(BIN)
 
-# Whole benches, hundreds of draws, every recipe, and what restarts everything: one after the other, half an hour.
+# Whole benches, hundreds of draws, every recipe, and what restarts everything, one after the other.
 long: $(FOR_TESTS)
 	@bash tests/packages.sh
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m long tests

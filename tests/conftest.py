@@ -10,7 +10,7 @@ import pytest
 
 from ops.testing.postgres import postgres
 from tests.support.apache_kafka import ApacheKafka
-from tests.support.maven import NotHere
+from tests.support.maven import started
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +23,7 @@ def postgres_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def apache_kafka() -> Iterator[ApacheKafka]:
     """Apache Kafka, started once; skips where this machine cannot run it."""
-    try:
-        kafka = ApacheKafka()
-    except NotHere as error:
-        pytest.skip(f"Apache Kafka was left out: {error}")
-    with kafka:
+    with started("Apache Kafka", ApacheKafka) as kafka:
         yield kafka
 
 

@@ -7,15 +7,30 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
+
+import pytest
 
 DOWNLOAD_SECONDS: Final = 600.0
+Started = TypeVar("Started", bound=AbstractContextManager[Any])
 
 
 class NotHere(Exception):
     """Something cannot be run on this machine; the message names what is missing."""
+
+
+@contextmanager
+def started(name: str, make: Callable[[], Started]) -> Iterator[Started]:
+    """What ``make`` makes, running until the end of the block; skips the test where this machine cannot run it."""
+    try:
+        found = make()
+    except NotHere as error:
+        pytest.skip(f"{name} was left out: {error}")
+    with found:
+        yield found
 
 
 def from_maven(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -102,15 +103,16 @@ def test_the_tour_of_a_first_visit_goes_by_keyboard_and_is_not_shown_again(visit
     expect(visitor.get_by_role("dialog")).to_have_count(0)
 
 
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_a_public_screen_shows_what_comes_and_has_nothing_to_press_but_pause(
-    visitor: Page, place: Place, tmp_path: Path
+    visitor: Page, place: Place, tmp_path: Path, scheme: Literal["light", "dark"]
 ) -> None:
     port = free_port()
     config = tmp_path / "public.yaml"
     own = {**yaml.safe_load(place.config.read_text()), "console": {"port": port, "public": True}}
     config.write_text(yaml.safe_dump(own))
     with console(config, f"http://127.0.0.1:{port}", tmp_path / "public.log") as url:
-        visitor.emulate_media(reduced_motion="reduce")
+        visitor.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         for path in ("/", "/releases", "/models", "/gate", "/stream", "/budget"):
             visitor.goto(f"{url}{path}")
             assert visitor.get_by_role("button").all_inner_texts() == ["Pause updates"], path

@@ -15,7 +15,7 @@ import pytest
 from ops.addresses import free_port
 from ops.settings import Settings
 from tests.support.keycloak import Keycloak
-from tests.support.maven import NotHere
+from tests.support.maven import started
 
 PASSWORD: Final = "pass-word"
 """Of every user."""
@@ -29,11 +29,7 @@ SECONDS: Final = 60.0
 
 @pytest.fixture(scope="session")
 def keycloak() -> Iterator[Keycloak]:
-    try:
-        found = Keycloak()
-    except NotHere as error:
-        pytest.skip(f"Keycloak was left out: {error}")
-    with found:
+    with started("Keycloak", Keycloak) as found:
         yield found
 
 
