@@ -22,9 +22,9 @@ long: $(FOR_TESTS)
 	@bash tests/packages.sh
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m long tests
 
-# Against what users have beside Ratchet. What this machine cannot run is skipped, and named at the end.
+# Against what users have beside Ratchet, hours with Kubernetes. What this machine cannot run is skipped, and named at the end.
 outside: $(FOR_TESTS)
-	@RATCHET_TEST_KAFKA=apache $(BIN)/pytest tests/outside tests/integration/streams
+	@$(BIN)/python -m tests.outside --write-table
 
 check: $(FOR_TESTS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

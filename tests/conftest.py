@@ -10,7 +10,7 @@ import pytest
 
 from ops.testing.postgres import postgres
 from tests.support.apache_kafka import ApacheKafka
-from tests.support.maven import started
+from tests.support.downloads import started
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from tests.unit.console.test_behind_a_proxy import Links
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.proxy,
     pytest.mark.skipif(BINARY is None, reason="needs nginx: apt-get install nginx-light"),
 ]
 

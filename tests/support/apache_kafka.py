@@ -13,12 +13,13 @@ import tempfile
 import time
 import uuid
 from base64 import urlsafe_b64encode
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from ops.addresses import free_port
-from tests.support.maven import from_maven
+from tests.support.downloads import from_maven
 
 VERSION: Final = "4.4.0"
 START_SECONDS: Final = 120.0
@@ -45,6 +46,16 @@ group.initial.rebalance.delay.ms=0
 log.cleaner.backoff.ms=200
 """
 """What one node needs; fewer internal partitions and no delays, which cost a test seconds."""
+ACLS: Final = """
+listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://{sasl},CONTROLLER://127.0.0.1:{controller}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
+sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_plaintext.plain.sasl.jaas.config=\
+org.apache.kafka.common.security.plain.PlainLoginModule required {users};
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS
+"""
+"""Of two lines for one property Kafka takes the last."""
 JAVA: Final = ("java", "-Xms128m", "-Xmx768m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-cp")
 """Tests last for less time than the better compiler needs."""
 
@@ -55,20 +66,29 @@ class ApacheKafka:
     >>> with ApacheKafka() as kafka:  # doctest: +SKIP
     ...     KafkaProducer(bootstrap_servers=kafka.address)
 
+    Args:
+        users: names and passwords of those who sign in at :attr:`sasl_address` with SASL/PLAIN, and may do what ACLs
+            allow. Whoever comes to :attr:`address` may do everything.
+
     Raises:
         NotHere: on construction, when Java or Maven is missing or Maven cannot download the jars.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, users: Mapping[str, str] | None = None) -> None:
         self._jars = jars()
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
+        self.sasl_address = f"127.0.0.1:{free_port()}"
         self.root = Path(tempfile.mkdtemp(prefix="ratchet-kafka-"))
         self.data = self.root / "data"
         self.log = self.root / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._properties = self.root / "server.properties"
-        settings = PROPERTIES.format(port=self.port, controller=free_port(), data=self.data)
+        controller = free_port()
+        settings = PROPERTIES.format(port=self.port, controller=controller, data=self.data)
+        if users is not None:
+            names = " ".join(f'user_{name}="{password}"' for name, password in users.items())
+            settings += ACLS.format(port=self.port, controller=controller, sasl=self.sasl_address, users=names)
         self._properties.write_text(settings)
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "a")
         self._run("kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(self._properties))

@@ -19,7 +19,7 @@ import httpx
 from ops.addresses import free_port
 from ops.child_process import reaped, stop_reaped
 from ops.waiting import wait_until
-from tests.support.maven import NotHere, from_maven
+from tests.support.downloads import NotHere, from_maven
 
 VERSION: Final = "26.4.7"
 UNPACK: Final = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:unpack"

@@ -1,28 +1,56 @@
-"""An S3 server on a free port, for tests."""
+"""The S3 server that tests talk to: moto's, or what RATCHET_TEST_S3 names (``minio``)."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
+import boto3
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
+
+from tests.support.downloads import started
+from tests.support.environment import of_s3, variables
+from tests.support.minio import MinIO
+
+
+class Server(Protocol):
+    """An S3 server whose address and keys are in this process's environment."""
+
+    def without(self, *actions: str) -> AbstractContextManager[None]:
+        """Inside, this process may do everything in its buckets but these actions."""
+
+
+class _Moto:
+    """Knows the policies of buckets, and none of users."""
+
+    @contextmanager
+    def without(self, *actions: str) -> Iterator[None]:
+        client = boto3.client("s3")
+        names = [each["Name"] for each in client.list_buckets()["Buckets"]]
+        for name in names:
+            rule: dict[str, Any] = {"Effect": "Deny", "Principal": "*", "Action": list(actions)}
+            rule["Resource"] = [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"]
+            client.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [rule]}))
+        yield
+        for name in names:
+            client.delete_bucket_policy(Bucket=name)
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Start one, and set what the chart puts into a pod's environment. Yields its URL."""
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    url = f"http://{host}:{port}"
-    environment = {
-        "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    yield url
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    running.stop()
+def s3_server() -> Iterator[Server]:
+    """Start one."""
+    if os.environ.get("RATCHET_TEST_S3") == "minio":
+        with started("MinIO", MinIO) as minio:
+            yield minio
+    else:
+        running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        running.start()
+        host, port = running.get_host_and_port()
+        with variables(of_s3(f"http://{host}:{port}", "key", "secret")):
+            yield _Moto()
+        running.stop()
+    S3FileSystem.clear_instance_cache()

@@ -14,8 +14,8 @@ import pytest
 
 from ops.addresses import free_port
 from ops.settings import Settings
+from tests.support.downloads import started
 from tests.support.keycloak import Keycloak
-from tests.support.maven import started
 
 PASSWORD: Final = "pass-word"
 """Of every user."""

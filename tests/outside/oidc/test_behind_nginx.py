@@ -17,6 +17,7 @@ from tests.support.nginx import BINARY, documented, nginx
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.oidc,
+    pytest.mark.proxy,
     pytest.mark.skipif(BINARY is None, reason="needs nginx: apt-get install nginx-light"),
 ]
 

@@ -1,4 +1,4 @@
-"""What tests take from Maven Central: downloaded once, and kept in ``~/.cache/ratchet-tests``."""
+"""What tests take from Maven Central or from Go's module proxy: made once, and kept in ``~/.cache/ratchet-tests``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import pytest
 
 DOWNLOAD_SECONDS: Final = 600.0
+BUILD_SECONDS: Final = 1800.0
 Started = TypeVar("Started", bound=AbstractContextManager[Any])
 
 
@@ -52,18 +53,55 @@ def from_maven(
     version = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
     if (major := re.search(r'version "(\d+)', version)) is None or int(major[1]) < 17:
         raise NotHere(f"{name} needs Java 17, and here is {version.splitlines()[0]}")
+
+    def make(made: Path) -> None:
+        if pom:
+            (made / "pom.xml").write_text(pom)
+        _run("Maven could not download", name, made, DOWNLOAD_SECONDS, "mvn", "-q", "-B", *words)
+        if prepare is not None:
+            prepare(made / folder)
+
+    return _kept(name, folder, make)
+
+
+def from_go(name: str, module: str, version: str, main: str) -> Path:
+    """The program ``name`` of the cache; Go builds it at first, which takes minutes.
+
+    Args:
+        module: that ``main``, a program in Go, imports, at this ``version``.
+
+    Raises:
+        NotHere: Go is missing, or cannot build it.
+    """
+    if shutil.which("go") is None:
+        raise NotHere("no Go (https://go.dev/dl)")
+
+    def make(made: Path) -> None:
+        (made / "main.go").write_text(main)
+        (made / "go.mod").write_text("module local.test/build\n\ngo 1.24.0\n")
+        words = [["get", f"{module}@{version}"], ["build", "-ldflags", "-s -w", "-o", name, "."]]
+        for each in words:
+            _run("Go could not build", name, made, BUILD_SECONDS, "go", *each)
+
+    return _kept(name, name, make)
+
+
+def _kept(name: str, path: str, make: Callable[[Path], None]) -> Path:
+    """What is called ``name`` in the cache: ``path`` of the folder in which ``make`` made it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests"
     kept = cache / name
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as made:
-            if pom:
-                (Path(made) / "pom.xml").write_text(pom)
-            command = ["mvn", "-q", "-B", *words]
-            done = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
-            if done.returncode != 0:
-                raise NotHere(f"Maven could not download {name}: {done.stdout[-500:]}")
-            if prepare is not None:
-                prepare(Path(made) / folder)
-            (Path(made) / folder).rename(kept)
+            make(Path(made))
+            (Path(made) / path).rename(kept)
     return kept
+
+
+def _run(problem: str, name: str, folder: Path, seconds: float, *command: str) -> None:
+    go = {"GOTOOLCHAIN": "local", "GOFLAGS": "-buildvcs=false -mod=mod", "CGO_ENABLED": "0"}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=seconds, env={**os.environ, **go}
+    )
+    if done.returncode != 0:
+        raise NotHere(f"{problem} {name}: {(done.stdout + done.stderr)[-500:]}")

@@ -1,0 +1,129 @@
+"""MinIO on this machine, from Go's module proxy: built once (252 MB to download), with its data in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import boto3
+from s3fs import S3FileSystem
+
+from ops.addresses import free_port, listens
+from ops.child_process import reaped, stop_reaped
+from ops.waiting import wait_until
+from tests.support.downloads import from_go
+from tests.support.environment import of_s3, variables
+
+RELEASE: Final = "v0.0.0-20260212201848-7aac2a2c5b7c"
+"""The last commit that MinIO has published; its releases are no versions of the module."""
+MAIN: Final = """package main
+
+import (
+	"os"
+
+	minio "github.com/minio/minio/cmd"
+)
+
+func main() { minio.Main(os.Args) }
+"""
+START_SECONDS: Final = 60.0
+KEY: Final = "minio"
+SECRET: Final = "minio-secret"
+
+
+class MinIO:
+    """A server of its own, which may be killed, stopped and started again. A context manager.
+
+    Inside, the environment of this process has its address and the keys of its root user.
+
+    Args:
+        disk: folder for its data; a temporary one, unless given.
+
+    Raises:
+        NotHere: on construction, when Go is missing or cannot build it.
+    """
+
+    def __init__(self, disk: Path | None = None) -> None:
+        self._program = from_go(f"minio-{RELEASE}", "github.com/minio/minio", RELEASE, MAIN)
+        self._root = Path(tempfile.mkdtemp(prefix="ratchet-minio-"))
+        self._disk = disk or self._root / "data"
+        self._address = f"127.0.0.1:{free_port()}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stack = ExitStack()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        command = [str(self._program), "server", "--quiet", "--address", self._address, str(self._disk)]
+        keys = {"MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET}
+        environ = {**os.environ, **keys, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off", "HOME": str(self._root)}
+        log = self._root / "server.log"
+        with log.open("ab") as out:
+            process = self._process = subprocess.Popen(
+                reaped(command), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environ
+            )
+        if not wait_until(lambda: listens(self._address), START_SECONDS, alive=lambda: process.poll() is None):
+            raise RuntimeError(f"MinIO did not start: ... {log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """End it; what it has acknowledged is on its disk."""
+        process, self._process = self._process, None
+        if process is not None:
+            stop_reaped(process)
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """SIGSTOP: connections stay open, and nothing is answered."""
+        pid = self._server()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self._server(), signal.SIGKILL)
+        self.stop()
+
+    @contextmanager
+    def without(self, *actions: str) -> Iterator[None]:
+        """Inside, this process's keys are those of a user who may do everything but these actions of S3."""
+        rules: list[dict[str, Any]] = [
+            {"Effect": "Allow", "Action": ["s3:*"], "Resource": ["arn:aws:s3:::*"]},
+            {"Effect": "Deny", "Action": list(actions), "Resource": ["arn:aws:s3:::*"]},
+        ]
+        policy = json.dumps({"Version": "2012-10-17", "Statement": rules})
+        answer = boto3.client("sts").assume_role(RoleArn="arn:x:ignored:by:minio", RoleSessionName="test", Policy=policy)
+        keys = answer["Credentials"]
+        names = {"AWS_ACCESS_KEY_ID": "AccessKeyId", "AWS_SECRET_ACCESS_KEY": "SecretAccessKey",
+                 "AWS_SESSION_TOKEN": "SessionToken"}  # fmt: skip
+        S3FileSystem.clear_instance_cache()
+        with variables({name: keys[key] for name, key in names.items()}):
+            yield
+        S3FileSystem.clear_instance_cache()
+
+    def __enter__(self) -> MinIO:
+        self._stack.enter_context(variables(of_s3(f"http://{self._address}", KEY, SECRET)))
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._stack.close()
+        shutil.rmtree(self._root)
+
+    def _server(self) -> int:
+        assert self._process is not None
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        return int(children[0]) if children else self._process.pid
