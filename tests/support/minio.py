@@ -102,8 +102,8 @@ class MinIO:
             {"Effect": "Deny", "Action": list(actions), "Resource": ["arn:aws:s3:::*"]},
         ]
         policy = json.dumps({"Version": "2012-10-17", "Statement": rules})
-        answer = boto3.client("sts").assume_role(RoleArn="arn:x:ignored:by:minio", RoleSessionName="test", Policy=policy)
-        keys = answer["Credentials"]
+        role = {"RoleArn": "arn:x:ignored:by:minio", "RoleSessionName": "test"}
+        keys = boto3.client("sts").assume_role(**role, Policy=policy)["Credentials"]
         names = {"AWS_ACCESS_KEY_ID": "AccessKeyId", "AWS_SECRET_ACCESS_KEY": "SecretAccessKey",
                  "AWS_SESSION_TOKEN": "SessionToken"}  # fmt: skip
         S3FileSystem.clear_instance_cache()

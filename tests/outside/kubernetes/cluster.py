@@ -85,11 +85,20 @@ class Cluster:
 
     def reaches(self, host: str, port: int) -> bool:
         """Whether the pod of a client gets a connection."""
-        program = f"import socket; socket.create_connection(('{host}', {port}), 5)"
-        words = ["kubectl", "--namespace", NAMESPACE, "exec", CLIENT, "--", "python3", "-c", program]
-        done = run(*words, seconds=60, check=False)
+        done = self._in_client(f"import socket; socket.create_connection(('{host}', {port}), 5)")
         assert not done.returncode or "TimeoutError" in done.stderr or "refused" in done.stderr, done.stderr
         return done.returncode == 0
+
+    def keys_in_redis(self) -> int:
+        """Of all Ray clusters whose head would come back."""
+        (address,) = re.findall(r'redisAddress: "?([^"}]+)', self.values.read_text())
+        connect = f"import socket; s = socket.create_connection({tuple(address.split(':'))})"
+        done = self._in_client(f"{connect}; s.sendall(b'DBSIZE\\r\\n'); print(s.recv(99).decode())")
+        return int(done.stdout.strip().removeprefix(":"))
+
+    def _in_client(self, program: str) -> subprocess.CompletedProcess[str]:
+        words = ["kubectl", "--namespace", NAMESPACE, "exec", CLIENT, "--", "python3", "-c", program]
+        return run(*words, seconds=60, check=False)
 
     @contextmanager
     def load(self) -> Iterator[dict[str, Any]]:

@@ -89,10 +89,11 @@ def test_an_upgrade_stops_at_once_where_a_secret_is_not_there(cluster: Cluster) 
     assert done.returncode and f"namespace {NAMESPACE} has no Secret nothing" in done.stderr
 
 
-def test_an_install_waits_for_what_is_being_deleted_and_then_serves(cluster: Cluster) -> None:
+def test_an_install_waits_until_what_is_being_deleted_is_gone_from_redis_too_and_then_serves(cluster: Cluster) -> None:
     cluster.helm("uninstall")
     done = cluster.helm("install", check=False)
     assert done.returncode and f"RayService {RELEASE} of an earlier installation is still being deleted" in done.stderr
     cluster.kubectl("wait", "--for=delete", f"rayservice/{RELEASE}", "--timeout=10m", seconds=UPGRADE_SECONDS)
+    assert cluster.keys_in_redis() == 0
     cluster.helm("install")
     cluster.helm("test", "--timeout", "15m")
