@@ -6,6 +6,7 @@ ARG PYTHON=3.11-slim-bookworm
 FROM scratch AS source
 COPY pyproject.toml README.md LICENSE NOTICE /src/
 COPY client /src/client
+COPY core /src/core
 COPY ops /src/ops
 COPY streams /src/streams
 COPY serving /src/serving

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from ops.errors import ConfigError
-from ops.settings import Settings
+from core.errors import ConfigError
+from core.settings import Settings
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",

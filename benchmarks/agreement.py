@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from ops.artifacts import Artifacts
-from ops.errors import RatchetError
-from ops.progress import step
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.errors import RatchetError
+from core.progress import step
+from core.settings import Settings
 from ops.testing.inputs import random_adapter
 from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine

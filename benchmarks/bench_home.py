@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_base import random_base
-from ops.settings import Settings
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase, list_bases, load_base
 
 

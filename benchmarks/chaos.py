@@ -6,7 +6,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from ops.settings import Settings
+from core.settings import Settings
 
 PARTS = {"stream": "benchmarks.stream.chaos", "serving": "benchmarks.serving.chaos"}
 

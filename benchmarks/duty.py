@@ -25,10 +25,10 @@ from rich.table import Table
 from benchmarks.machine import machine
 from benchmarks.swap import CAPACITY_CONCURRENCY, throughput
 from benchmarks.trainer import BusyTrainer, prepare_data
-from ops.errors import RatchetError
+from core.errors import RatchetError
+from core.progress import step, track
+from core.settings import Settings
 from ops.load.traffic import Report, Sample, Traffic, percentile
-from ops.progress import step, track
-from ops.settings import Settings
 from ops.testing.inputs import TEXTS, pictures
 from serving.app import start
 

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.machine import machine
-from ops.errors import ConfigError, RatchetError
-from ops.progress import step
-from ops.settings import Settings
-from ops.settings.serving import Serve
-from ops.settings.updates import Gate
+from core.errors import ConfigError, RatchetError
+from core.progress import step
+from core.settings import Settings
+from core.settings.serving import Serve
+from core.settings.updates import Gate
 from ops.testing.colour_squares import colour_of, encoded_square, square
 from ops.testing.vlm_families import FAMILIES, write_family
 from serving.engines.vlm.generation import GenerationRequest, question

@@ -28,8 +28,8 @@ from benchmarks.continual.plan import draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream, Suite, load_stream, prepare
 from benchmarks.machine import machine
-from ops.progress import say
-from ops.settings import Settings
+from core.progress import say
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import Head
 from updater.data.pools import Pair

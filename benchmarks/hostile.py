@@ -37,10 +37,10 @@ from benchmarks.hostile_attacks import Target
 from benchmarks.machine import machine
 from benchmarks.server_memory import ServerMemory
 from benchmarks.swap import make_adapters
+from core.priority import nice_process
+from core.progress import step
+from core.settings import Settings
 from ops.load.traffic import Report, Traffic, percentile
-from ops.priority import nice_process
-from ops.progress import step
-from ops.settings import Settings
 from ops.testing.inputs import TEXTS, pictures
 from ratchet_client import Client
 from ratchet_client.errors import RatchetError

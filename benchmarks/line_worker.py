@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ops.errors import RatchetError
+from core.errors import RatchetError
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_SECONDS = 20.0

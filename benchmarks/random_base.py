@@ -9,8 +9,8 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from ops.errors import ConfigError
-from ops.progress import step
+from core.errors import ConfigError
+from core.progress import step
 from serving.engines.clip_base import ClipBase, construct, list_bases, load_base
 from updater.base import add_base
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from benchmarks.stream.ratchet_process import wait_for
-from ops.settings import Settings
+from core.settings import Settings
 from ratchet_client import Client, ServerError
 from ratchet_client.records import Sample
 from streams.rows import Position

@@ -30,14 +30,14 @@ from benchmarks.encode.sides import HttpSide, ratchet_side
 from benchmarks.figures_table import show_figures
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
-from ops.addresses import free_port
-from ops.errors import ConfigError, RatchetError
-from ops.ledger import Ledger
+from core.addresses import free_port
+from core.errors import ConfigError, RatchetError
+from core.ledger import Ledger
+from core.progress import say, step
+from core.settings import Settings
+from core.waiting import wait_until
 from ops.planning.service_times import ServiceTimes
 from ops.planning.simulation import closed_loop
-from ops.progress import say, step
-from ops.settings import Settings
-from ops.waiting import wait_until
 from ratchet_client import Client
 from serving.app import application
 from serving.engines.clip import ClipEngine

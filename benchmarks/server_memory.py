@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from ops.settings import Settings
+from core.settings import Settings
 from serving.ray.ray_session import session_directory
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

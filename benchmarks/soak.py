@@ -26,9 +26,9 @@ from benchmarks.process_memory import ProcessMemory, child_processes
 from benchmarks.samples import fill_store, wait_until_searchable
 from benchmarks.serving.session_processes import session_pids
 from benchmarks.swap import CAPACITY_CONCURRENCY, Swaps, make_adapters, make_vlm_adapters, throughput
+from core.progress import say, step, track
+from core.settings import Settings
 from ops.load.traffic import Report, Traffic, percentile
-from ops.progress import say, step, track
-from ops.settings import Settings
 from ops.testing.inputs import QUESTIONS, TEXTS, pictures
 from ratchet_client import Client
 from serving.app import serves_vlm, start

@@ -31,9 +31,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.machine import machine
-from ops.errors import RatchetError
-from ops.progress import track
-from ops.settings import Settings
+from core.errors import RatchetError
+from core.progress import track
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from streams.folders import read_folder
 from updater.base import reference_folders

@@ -28,12 +28,12 @@ from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.figures_table import show_figures
 from benchmarks.machine import machine
 from benchmarks.process_memory import child_processes, memory_growth
-from ops.artifacts import Artifacts
-from ops.errors import RatchetError
-from ops.ledger import Ledger
+from core.artifacts import Artifacts
+from core.errors import RatchetError
+from core.ledger import Ledger
+from core.progress import step, track
+from core.settings import Settings
 from ops.load.traffic import Report, Sample, Traffic, percentile
-from ops.progress import step, track
-from ops.settings import Settings
 from ops.testing.inputs import TEXTS, pictures, random_adapter
 from ratchet_client import Client, ServerError
 from serving.app import serves_vlm, start

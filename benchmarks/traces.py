@@ -26,12 +26,12 @@ from benchmarks.figures_table import show_figures
 from benchmarks.machine import machine
 from benchmarks.otlp_collector import CollectedSpan, OtlpCollector
 from benchmarks.samples import fill_store, wait_until_searchable
-from ops.addresses import free_port
-from ops.errors import RatchetError
-from ops.progress import step
-from ops.settings import Settings
+from core.addresses import free_port
+from core.errors import RatchetError
+from core.progress import step
+from core.settings import Settings
+from core.waiting import wait_until
 from ops.testing.inputs import pictures
-from ops.waiting import wait_until
 from ratchet_client import Client
 from serving.app import serves_vlm, start
 

@@ -18,13 +18,13 @@ from typing import Any
 import httpx
 import yaml
 
-from ops.addresses import free_port
-from ops.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
-from ops.digests import digest_bytes
-from ops.errors import RatchetError
-from ops.settings import Settings
+from core.addresses import free_port
+from core.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
+from core.digests import digest_bytes
+from core.errors import RatchetError
+from core.settings import Settings
+from core.waiting import wait_until
 from ops.testing.inputs import pictures
-from ops.waiting import wait_until
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore

@@ -17,10 +17,10 @@ from typing import Any
 
 import httpx
 
-from ops.addresses import free_port
-from ops.errors import RatchetError
-from ops.settings.serving import Serve
-from ops.waiting import wait_until
+from core.addresses import free_port
+from core.errors import RatchetError
+from core.settings.serving import Serve
+from core.waiting import wait_until
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm
 from serving.engines.vlm.vlm_base import VlmBase
 

@@ -23,11 +23,11 @@ from rich.table import Table
 from benchmarks.chat import Run, closed_loop
 from benchmarks.machine import machine
 from benchmarks.vllm_server import vllm_server
-from ops.artifacts import Artifacts
-from ops.errors import RatchetError
-from ops.ledger import Ledger
-from ops.progress import step, track
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.errors import RatchetError
+from core.ledger import Ledger
+from core.progress import step, track
+from core.settings import Settings
 from ops.testing.inputs import pictures, random_adapter
 from ratchet_client import Client, data_uri
 from ratchet_client.images import decode_image

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ops.settings import Settings
+from core.settings import Settings
 
 HERE = Path(__file__).parent
 CHART = HERE / "ratchet"

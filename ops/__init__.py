@@ -1,1 +1,1 @@
-"""Operations: settings, ledger, artifacts, metrics and the command line. Knows nothing of models or streams."""
+"""What operators use: the command line, the console, dashboards, alerts and recovery."""

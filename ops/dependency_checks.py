@@ -13,12 +13,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from ops.artifacts.object_store import local_folder, open_filesystem
-from ops.dependencies import Dependency, DependencyState, storage_state
-from ops.errors import ArtifactsUnavailable, RatchetError, RecordError, StoreUnavailable
-from ops.ledger import Ledger
-from ops.redaction import redact_url
-from ops.settings import Settings
+from core.artifacts.object_store import local_folder, open_filesystem
+from core.dependencies import Dependency, DependencyState, storage_state
+from core.errors import ArtifactsUnavailable, RatchetError, RecordError, StoreUnavailable
+from core.ledger import Ledger
+from core.redaction import redact_url
+from core.settings import Settings
 from serving.releases.bounded_call import BoundedCall
 from streams.clients import Admin
 from streams.registry.client import RegistryClient

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from ops.addresses import local_url
-from ops.metrics import NAME_PREFIXES
-from ops.metrics.exposition import SHARED
-from ops.settings import Settings
+from core.addresses import local_url
+from core.metrics import NAME_PREFIXES
+from core.metrics.exposition import SHARED
+from core.settings import Settings
 
 if TYPE_CHECKING:
-    from ops.ledger import Ledger
+    from core.ledger import Ledger
     from streams.store import SampleStore
 
 SCRAPE_SECONDS: Final = 1.0
@@ -69,7 +69,7 @@ class StreamState:
     quarantine_failing: bool = False
     """Whether refused records cannot be published now."""
     waiting_state: str = ""
-    """How ingest finds what it waits for: a word of :data:`ops.dependencies.State`."""
+    """How ingest finds what it waits for: a word of :data:`core.dependencies.State`."""
     maintained: datetime | None = None
     """When a run of maintenance last came to its end; None: not known, or none yet."""
     maintenance_failing: bool = False

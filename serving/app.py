@@ -26,17 +26,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops.access import Access
-from ops.child_process import processor_seconds
-from ops.errors import ConfigError, LedgerUnavailable
-from ops.ledger import Ledger
-from ops.ledger.rows import Family
-from ops.loading import load_settings
-from ops.logs import configure_logging, log_format
-from ops.progress import say, step
-from ops.settings import Settings
-from ops.settings.serving import Serve
-from ops.settings.watching import Logs
+from core.access import Access
+from core.child_process import processor_seconds
+from core.errors import ConfigError, LedgerUnavailable
+from core.ledger import Ledger
+from core.ledger.rows import Family
+from core.loading import load_settings
+from core.logs import configure_logging, log_format
+from core.progress import say, step
+from core.settings import Settings
+from core.settings.serving import Serve
+from core.settings.watching import Logs
 from ratchet_client import Client
 from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
 from serving.ray import ray_session

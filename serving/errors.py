@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ops.errors import RatchetError
+from core.errors import RatchetError
 
 
 class ServingError(RatchetError):

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
-from ops.errors import ConfigError
-from ops.ledger.rows import Family
-from ops.progress import say
-from ops.waiting import StoodStill, wait_for_progress
+from core.errors import ConfigError
+from core.ledger.rows import Family
+from core.progress import say
+from core.waiting import StoodStill, wait_for_progress
 from ratchet_client import Client, ServerError
 from serving.ray.deployment_status import DeploymentStatus
 
@@ -67,7 +67,7 @@ class StartProgress:
         """Return when a model answers.
 
         Args:
-            work: a sign that the server does something, see :func:`ops.waiting.wait_for_progress`.
+            work: a sign that the server does something, see :func:`core.waiting.wait_for_progress`.
             check: called before each look; ends the wait by what it raises.
 
         Raises:

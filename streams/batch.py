@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from ops import metrics
-from ops.errors import StoreError, StoreUnavailable
-from ops.settings.streams import Kafka
+from core import metrics
+from core.errors import StoreError, StoreUnavailable
+from core.settings.streams import Kafka
 from streams.assignment import Reading
 from streams.corrections import Corrections, is_newer
 from streams.quality.duplicates import Duplicate, DuplicateIndex, Sample

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from ops.addresses import free_port, listens
-from ops.errors import BrokerError
-from ops.progress import say
-from ops.settings import Settings
-from ops.settings.streams import Kafka
-from ops.waiting import wait_until
+from core.addresses import free_port, listens
+from core.errors import BrokerError
+from core.progress import say
+from core.settings import Settings
+from core.settings.streams import Kafka
+from core.waiting import wait_until
 from streams.clients import ensure_topics
 
 START_SECONDS = 20.0

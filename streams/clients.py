@@ -20,7 +20,7 @@ from kafka.errors import (
     for_code,
 )
 
-from ops.settings.streams import Ingest, Kafka
+from core.settings.streams import Ingest, Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
 from ratchet_client.limits import Limits
 from ratchet_client.producer import Producer

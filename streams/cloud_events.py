@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from ratchet_client.encoding import NO_SOURCE
 from ratchet_client.records import check_schema
 

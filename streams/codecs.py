@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from ratchet_client.encoding import EVENT_TYPE, PREFIX
 from ratchet_client.images import MAX_BYTES, sniff
 from ratchet_client.records import METADATA, SCHEMA, Sample, check_schema, make_sample

@@ -18,7 +18,7 @@ from typing import Final
 
 from lance.commit import CommitConflictError
 
-from ops.errors import StoreUnavailable
+from core.errors import StoreUnavailable
 from streams.store import SampleStore
 from streams.table import fences, outage
 from streams.writer import StoreWriter

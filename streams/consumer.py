@@ -21,9 +21,9 @@ from typing import Any, Final
 from kafka import OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
-from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
-from ops.progress import say
-from ops.settings import Settings
+from core.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
+from core.progress import say
+from core.settings import Settings
 from ratchet_client.broker import explain
 from streams import tolerant_fetch
 from streams.assignment import Reading, start_position

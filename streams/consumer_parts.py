@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from kafka import KafkaConsumer
 
-from ops.errors import BrokerError
-from ops.settings import Settings
-from ops.settings.streams import Kafka
+from core.errors import BrokerError
+from core.settings import Settings
+from core.settings.streams import Kafka
 from ratchet_client.broker import MAX_RECORD_BYTES, client_options
 from streams import tolerant_fetch
 from streams.assignment import Assignment

@@ -20,8 +20,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from ops.errors import StoreFull, StoreUnavailable
-from ops.files import replace_file
+from core.errors import StoreFull, StoreUnavailable
+from core.files import replace_file
 from streams.rows import RecordPosition, name_of
 
 DEATHS: Final = 3

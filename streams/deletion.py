@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from ops.digests import digest12, digest_json
-from ops.errors import SelectorError
-from ops.ledger import DeletionRow, Ledger
+from core.digests import digest12, digest_json
+from core.errors import SelectorError
+from core.ledger import DeletionRow, Ledger
 from streams.conditions import at_offset, hexadecimal, moment, quoted
 from streams.rows import RecordPosition, name_of, parse_position, position_of, record_key
 from streams.store import IDS_PER_QUERY, SampleStore

@@ -18,12 +18,12 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from ops import metrics
-from ops.dependencies import answered, noted
-from ops.errors import Fenced, LeaseLost, RatchetError
-from ops.ledger import EventRow, Ledger
-from ops.settings import Settings
-from ops.settings.streams import Kafka
+from core import metrics
+from core.dependencies import answered, noted
+from core.errors import Fenced, LeaseLost, RatchetError
+from core.ledger import EventRow, Ledger
+from core.settings import Settings
+from core.settings.streams import Kafka
 from ratchet_client.encoding import EVENT_TYPE, Encoded
 from streams.clients import ensure_topics
 from streams.fenced_sender import FencedSender

@@ -16,8 +16,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ops.errors import ConfigError
-from ops.files import replacing
+from core.errors import ConfigError
+from core.files import replacing
 from ratchet_client.images import sniff
 from streams.folders import FolderItem, write_folder
 from streams.rows import SAMPLE_SCHEMA

@@ -35,8 +35,8 @@ from kafka.errors import (
     UnsupportedVersionError,
 )
 
-from ops.errors import BrokerError, Fenced, RecordTooLarge
-from ops.settings.streams import Kafka
+from core.errors import BrokerError, Fenced, RecordTooLarge
+from core.settings.streams import Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import BATCH_BYTES, Delivery

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.fetch_retries import TransientFetchError
 
 PROBE_SECONDS = 5.0

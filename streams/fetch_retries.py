@@ -6,7 +6,7 @@ import random
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from ops.errors import RecordError
+from core.errors import RecordError
 
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 """Answers that another try may change (RFC 9110, RFC 6585, RFC 8470)."""

@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ops.errors import RecordError
-from ops.files import replacing
+from core.errors import RecordError
+from core.files import replacing
 from streams.row_fields import TAG_SEPARATOR, decode_base64, inside, iso_time, list_field, text_field
 from streams.tables import MAX_IMAGE_BYTES, Where, csv_rows, dataset_error, jsonl_rows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from ops.errors import RecordError
+from core.errors import RecordError
 
 _FORMS = {"sha256": re.compile("[0-9a-f]{64}"), "sha512": re.compile("[0-9a-f]{128}")}
 

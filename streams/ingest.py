@@ -8,9 +8,9 @@ import sys
 import time
 from typing import Final
 
-from ops import metrics
-from ops.progress import say
-from ops.settings import Settings
+from core import metrics
+from core.progress import say
+from core.settings import Settings
 from streams.consumer import Consumer
 from streams.ingest_status import IngestStatus
 

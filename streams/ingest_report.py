@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from ops import metrics
-from ops.dependencies import Dependency, answered, noted
-from ops.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
-from ops.progress import say
+from core import metrics
+from core.dependencies import Dependency, answered, noted
+from core.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
+from core.progress import say
 from streams.batch import CommitResult
 from streams.ingest_status import IngestStatus
 from streams.quality.validate import StoreRow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ops.dependencies import Dependency
+from core.dependencies import Dependency
 
 State = Literal["starting", "joining", "reading", "waiting", "stopped"]
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from ops.errors import Superseded
+from core.errors import Superseded
 from streams.assignment import Reading, new_generation
 from streams.consumer_parts import Connection, ConsumerParts
 from streams.ingest_report import IngestReport

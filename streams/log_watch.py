@@ -10,8 +10,8 @@ from typing import Any, Final
 from kafka import TopicPartition
 from kafka.errors import IllegalStateError
 
-from ops import metrics
-from ops.errors import BrokerError
+from core import metrics
+from core.errors import BrokerError
 from streams.assignment import Reading
 from streams.clients import Admin
 from streams.quality.validate import StoreRow

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from ops import metrics
-from ops.dependencies import answered, noted
-from ops.digests import digest12
-from ops.errors import ConfigError, LedgerUnavailable, RatchetError
-from ops.ledger import DeletionRow, DeletionState, Ledger
-from ops.ledger.collection import COLLECT_LEASE
-from ops.ledger.renewal import renewing
-from ops.progress import say
-from ops.settings import Settings
+from core import metrics
+from core.dependencies import answered, noted
+from core.digests import digest12
+from core.errors import ConfigError, LedgerUnavailable, RatchetError
+from core.ledger import DeletionRow, DeletionState, Ledger
+from core.ledger.collection import COLLECT_LEASE
+from core.ledger.renewal import renewing
+from core.progress import say
+from core.settings import Settings
 from streams import compaction, deletion, retention
 from streams.events import EventPublisher
 from streams.object_versions import OldVersions

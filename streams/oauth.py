@@ -22,9 +22,9 @@ import httpx
 from kafka.errors import KafkaConnectionError, KafkaError, SaslAuthenticationFailedError
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
-from ops.errors import ConfigError
-from ops.settings.identity import OAuth
-from ops.settings.streams import Kafka
+from core.errors import ConfigError
+from core.settings.identity import OAuth
+from core.settings.streams import Kafka
 
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS: Final = 5.0

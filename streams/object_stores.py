@@ -13,8 +13,8 @@ from typing import Any
 
 import fsspec
 
-from ops.allow_rules import ObjectRule
-from ops.errors import RecordError
+from core.allow_rules import ObjectRule
+from core.errors import RecordError
 from streams.fetch_retries import TransientFetchError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from ops.artifacts.object_store import open_filesystem
+from core.artifacts.object_store import open_filesystem
 from streams.table import outage
 
 AT_ONCE: Final = 1000

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from ops.settings.streams import Kafka
+from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import Delivery
 from streams.fenced_sender import FencedSender

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ops.errors import BrokerError, ConfigError, RatchetError, RecordError
-from ops.progress import meter, say
-from ops.settings import Settings
+from core.errors import BrokerError, ConfigError, RatchetError, RecordError
+from core.progress import meter, say
+from core.settings import Settings
 from ratchet_client.encoding import Encoding
 from ratchet_client.producer import Delivery, check_sample
 from ratchet_client.records import Sample, make_sample

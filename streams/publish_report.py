@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TextIO
 
-from ops.errors import ConfigError, RecordError
+from core.errors import ConfigError, RecordError
 from streams.folders import DatasetRow, FolderItem
 
 DELIVERED: Final = 0

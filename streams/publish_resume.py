@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from ops.errors import BrokerError, ConfigError
-from ops.files import replace_file
+from core.errors import BrokerError, ConfigError
+from core.files import replace_file
 
 MAX_ROWS: Final = 256
 """Rows in flight. With `SAVE_ROWS` no more than the sender itself lets wait for acknowledgements (512)."""

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-from ops.errors import StoreUnavailable
-from ops.progress import meter
-from ops.settings import Settings
+from core.errors import StoreUnavailable
+from core.progress import meter
+from core.settings import Settings
 from streams.clients import Admin
 from streams.rows import newest_of_topic
 from streams.store import SampleStore

@@ -10,8 +10,8 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
-from ops.errors import BrokerError
-from ops.settings.streams import Kafka
+from core.errors import BrokerError
+from core.settings.streams import Kafka
 from ratchet_client.broker import CONNECT_SECONDS, client_options, explain
 from streams.clients import connection
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.conditions import at_offset, in_gap, quoted
 from streams.rows import Position, parse_stream
 from streams.store import SampleStore

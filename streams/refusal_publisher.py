@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ops import metrics
-from ops.dependencies import answered, noted
-from ops.errors import BrokerError, Fenced, RecordTooLarge, StoreError
-from ops.settings.streams import Kafka
+from core import metrics
+from core.dependencies import answered, noted
+from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
+from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from streams.assignment import Reading
 from streams.fenced_sender import FencedSender

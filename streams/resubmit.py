@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from ops.errors import RatchetError, RecordError, UnknownRecord
-from ops.ledger import Ledger, ResubmissionRow
-from ops.settings import Settings
+from core.errors import RatchetError, RecordError, UnknownRecord
+from core.ledger import Ledger, ResubmissionRow
+from core.settings import Settings
 from ratchet_client.broker import CONNECT_SECONDS
 from ratchet_client.encoding import Encoded, Headers
 from ratchet_client.producer import Delivery, RecordSender

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from ops.errors import AlreadyResubmitted, BrokerError, ConfigError
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.errors import AlreadyResubmitted, BrokerError, ConfigError
+from core.ledger import Ledger
+from core.settings import Settings
 from ratchet_client.broker import CONNECT_SECONDS
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import RecordSender

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ops.settings.streams import Retention
+from core.settings.streams import Retention
 from streams.conditions import moment, quoted
 from streams.store import SampleStore
 from streams.writer import CONTENT, StoreWriter

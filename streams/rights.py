@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 from kafka import KafkaAdminClient
 from kafka.errors import AuthorizationError, BrokerResponseError
 
-from ops.errors import BrokerError
-from ops.settings.streams import Kafka
+from core.errors import BrokerError
+from core.settings.streams import Kafka
 from streams.clients import Admin, describe_topic
 
 

@@ -15,10 +15,10 @@ from typing import Any, Final
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
-from ops.errors import RatchetError, RecordError, SkipRefused, Superseded
-from ops.ledger import Ledger
-from ops.settings import Settings
-from ops.settings.streams import Kafka
+from core.errors import RatchetError, RecordError, SkipRefused, Superseded
+from core.ledger import Ledger
+from core.settings import Settings
+from core.settings.streams import Kafka
 from ratchet_client.broker import CONNECT_SECONDS, client_options, explain
 from streams.assignment import start_position
 from streams.clients import Admin, connection

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ops.errors import StoreError
+from core.errors import StoreError
 from streams.conditions import at_offset, moment, quoted, refused
 from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally
 from streams.table import ROOT, SampleTable, fences, outage, positions, reading

@@ -19,8 +19,8 @@ import pyarrow as pa
 from lance.file import LanceFileSession
 from lance.fragment import write_fragments
 
-from ops.dependencies import storage_state
-from ops.errors import StoreError, StoreFull, StoreUnavailable
+from core.dependencies import storage_state
+from core.errors import StoreError, StoreFull, StoreUnavailable
 from streams.rows import POSITION_COLUMNS, SCHEMA, Position
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from ops.errors import RecordError
+from core.errors import RecordError
 
 MAX_IMAGE_BYTES: Final = 64 * 2**20
 """A single image file above this is refused before it is read; ingest has its own, lower bound."""

@@ -45,7 +45,7 @@ from kafka.errors import LogTruncationError
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.legacy_records import LegacyRecordBatch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from streams.fetched_batches import FetchedBatches, Suspects
 from streams.record_batches import Corrupt
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, Final
 
-from ops.ledger import DeletionRow, Ledger
+from core.ledger import DeletionRow, Ledger
 from streams.conditions import hexadecimal, quoted
 from streams.deletion import TOMBSTONES, record_receipts
 from streams.rows import RecordPosition, parse_position, position_of, record_key

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ops.errors import RecordError
+from core.errors import RecordError
 
 
 def read_file(uri: str, folders: Sequence[str], max_bytes: int) -> bytes:

@@ -1,7 +1,7 @@
 """Images that a record names instead of carrying: only from places that the operator listed.
 
 An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows the files under it, also after symbolic
-links are followed), a place on the network or a prefix in an object store, both as in :mod:`ops.allow_rules`
+links are followed), a place on the network or a prefix in an object store, both as in :mod:`core.allow_rules`
 (``https://cdn.example.org/images/`` allows what lies under that path on that host and port, ``s3://bucket/images/`` the
 objects under that prefix). With an empty list nothing is fetched.
 """
@@ -14,9 +14,9 @@ from concurrent.futures import CancelledError, Future
 from itertools import count
 from typing import TYPE_CHECKING
 
-from ops.allow_rules import ObjectRule, is_object
-from ops.errors import RecordError
-from ops.settings.streams import Ingest
+from core.allow_rules import ObjectRule, is_object
+from core.errors import RecordError
+from core.settings.streams import Ingest
 from streams.fetch_limits import FetchLimits
 from streams.fetch_retries import TransientFetchError, pause_before
 from streams.image_digests import check_digest, parse_digest

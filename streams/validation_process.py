@@ -17,9 +17,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ops.child_process import end_with_parent, kill_workers
-from ops.logs import LogConfig, inherit, inherited
-from ops.settings.streams import Ingest, Kafka
+from core.child_process import end_with_parent, kill_workers
+from core.logs import LogConfig, inherit, inherited
+from core.settings.streams import Ingest, Kafka
 from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, Rules, StoreRow, refuse, validate
 from streams.registry import SchemaRegistry

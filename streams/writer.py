@@ -24,7 +24,7 @@ import pyarrow as pa
 from lance.commit import CommitConflictError
 from lance.fragment import write_fragments
 
-from ops.errors import StoreUnavailable, Superseded
+from core.errors import StoreUnavailable, Superseded
 from streams.conditions import quoted
 from streams.rows import (
     CLAIM,

@@ -13,8 +13,8 @@ bin="$1"
 chosen=(-m "not long" --durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
 alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
-named=(tests/unit/{updater,ops,serving} "${servers[@]}" tests/integration/{streams,updater})
-jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/ops tests/unit/serving"
+named=(tests/unit/{updater,core,ops,serving} "${servers[@]}" tests/integration/{streams,updater})
+jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops tests/unit/serving"
   "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${named[*]/#/--ignore=}" types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1

@@ -11,7 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks.stream.filling import RowMaker
-from ops.digests import digest_bytes
+from core.digests import digest_bytes
 from streams.rows import SCHEMA, Tally, words_hash
 
 SIDE = 32

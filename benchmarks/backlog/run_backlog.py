@@ -24,10 +24,10 @@ from benchmarks.backlog.trainer import Watched, watch
 from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.machine import machine
 from benchmarks.stream.filling import fill
-from ops.addresses import free_port
-from ops.ledger import Ledger, UpdateRow
-from ops.progress import step
-from ops.settings import Settings
+from core.addresses import free_port
+from core.ledger import Ledger, UpdateRow
+from core.progress import step
+from core.settings import Settings
 from ops.testing.inputs import pictures
 from streams.folders import FolderItem, write_folder
 from updater.base import reference_folders

@@ -12,11 +12,11 @@ import httpx
 import yaml
 
 from benchmarks.process_memory import child_processes
-from ops.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
-from ops.errors import RatchetError
-from ops.ledger import Ledger, UpdateRow
-from ops.ledger.learning import FINISHED
-from ops.settings import Settings
+from core.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
+from core.errors import RatchetError
+from core.ledger import Ledger, UpdateRow
+from core.ledger.learning import FINISHED
+from core.settings import Settings
 
 POLL_SECONDS = 0.25
 _STEPS = re.compile(r'^ratchet_update_steps_total\{family="clip"\} (\S+)', re.MULTILINE)

@@ -13,8 +13,8 @@ from typing import Final
 import psutil
 
 from benchmarks.cluster.image import USER, Image
-from ops.errors import RatchetError
-from ops.waiting import wait_until
+from core.errors import RatchetError
+from core.waiting import wait_until
 
 WORK_FOLDER: Final = "/var/lib/ratchet"
 RIGHTS: Final = (

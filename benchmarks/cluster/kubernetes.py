@@ -16,10 +16,10 @@ from benchmarks.cluster.network import Network
 from benchmarks.cluster.pod import Pod
 from benchmarks.cluster.ray_service import RayService
 from benchmarks.cluster.volumes import ConfigObjects, mount_points
-from ops.errors import RatchetError
-from ops.progress import say, step
+from core.errors import RatchetError
+from core.progress import say, step
+from core.waiting import wait_until
 from ops.testing.chart import Object, of_kind, pods
-from ops.waiting import wait_until
 
 NAMES_SECONDS: Final = 0.5
 START_SECONDS: Final = 300.0

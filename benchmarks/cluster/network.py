@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Final
 
-from ops.errors import RatchetError
+from core.errors import RatchetError
 
 BRIDGE: Final = "ratchet0"
 NETWORK: Final = IPv4Network("10.77.0.0/16")

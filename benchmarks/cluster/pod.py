@@ -19,8 +19,8 @@ from benchmarks.cluster.container import Container, Mount, start_sandbox
 from benchmarks.cluster.image import USER, Image
 from benchmarks.cluster.network import Network
 from benchmarks.cluster.volumes import ConfigObjects, Volumes
-from ops.errors import RatchetError
-from ops.progress import say
+from core.errors import RatchetError
+from core.progress import say
 
 SECURITY: Final = {
     "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "privileged": False,

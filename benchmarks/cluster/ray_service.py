@@ -22,9 +22,9 @@ import httpx
 import yaml
 
 from benchmarks.cluster.pod import Pod
-from ops.errors import RatchetError
-from ops.progress import say
-from ops.waiting import wait_until
+from core.errors import RatchetError
+from core.progress import say
+from core.waiting import wait_until
 
 GCS_PORT: Final = 6379
 DASHBOARD_PORT: Final = 8265

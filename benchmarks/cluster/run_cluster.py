@@ -29,9 +29,9 @@ from benchmarks.cluster.scenario import SAMPLES, Scenario
 from benchmarks.cluster.stores import POSTGRES_HOST, S3_HOST, start_stores
 from benchmarks.figures_table import show_figures
 from benchmarks.machine import machine
-from ops.errors import ConfigError
-from ops.progress import say, step
-from ops.settings import Settings
+from core.errors import ConfigError
+from core.progress import say, step
+from core.settings import Settings
 from ops.testing.chart import merged, of_kind, profile, render_chart
 
 UPGRADES: Final = {

@@ -10,14 +10,14 @@ from typing import Any, Final
 from benchmarks.cluster.kubernetes import Kubernetes
 from benchmarks.samples import wait_until_searchable
 from benchmarks.swap import make_adapters, make_vlm_adapters
-from ops.errors import RatchetError
-from ops.ledger import Ledger
+from core.errors import RatchetError
+from core.ledger import Ledger
+from core.progress import say, step
+from core.settings import Settings
+from core.waiting import wait_until
 from ops.load.traffic import Report, Traffic
-from ops.progress import say, step
-from ops.settings import Settings
 from ops.testing.chart import Object
 from ops.testing.inputs import QUESTIONS, TEXTS, pictures
-from ops.waiting import wait_until
 from ratchet_client import Client
 from streams.clients import connect_producer
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from benchmarks.cluster.network import HOST, NETWORK
 from benchmarks.serving.object_store import BUCKET, URL, ObjectStore
-from ops.addresses import free_port
-from ops.settings import Settings
+from core.addresses import free_port
+from core.settings import Settings
 from ops.testing.postgres import postgres_server
 from streams.broker import EmbeddedBroker
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.cluster.container import Mount
 from benchmarks.cluster.image import USER
-from ops.errors import RatchetError
+from core.errors import RatchetError
 
 Manifest = Mapping[str, Any]
 

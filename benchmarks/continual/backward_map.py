@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.linalg import orthogonal_procrustes
 
-from ops.errors import TrainingError
+from core.errors import TrainingError
 from updater.gate.ranking import rank_of_best
 
 Rows = NDArray[np.floating]

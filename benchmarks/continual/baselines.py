@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ops.errors import TrainingError
+from core.errors import TrainingError
 
 
 class NearestMean:

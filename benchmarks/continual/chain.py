@@ -19,8 +19,8 @@ from benchmarks.continual.plan import Lessons, Plan, draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import provenance
 from benchmarks.continual.tuning import recipe_of
-from ops.digests import digest_json
-from ops.progress import say
+from core.digests import digest_json
+from core.progress import say
 from updater.data.pools import mixed_seed
 from updater.recipes import Recipe
 from updater.step.learner import Base

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.continual.stream import RECALL_AT, Suite, names_of
-from ops.files import replacing
+from core.files import replacing
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
 from serving.engines.spaces import tower_of

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ops.digests import digest12, digest_json
-from ops.progress import track
+from core.digests import digest12, digest_json
+from core.progress import track
 from streams.quality.look import COLOUR_TOLERANCE, LOOK_BYTES, look_of
 from updater.data.pools import Pair
 from updater.training.checkpoint import read_json, write_json

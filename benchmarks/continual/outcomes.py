@@ -14,7 +14,7 @@ from benchmarks.continual.chain import Unit, updates_done
 from benchmarks.continual.exam import ZERO_SHOT
 from benchmarks.continual.metrics import Floats, Trajectory, trajectory
 from benchmarks.continual.nearest import NAME as NEAREST
-from ops.errors import RatchetError
+from core.errors import RatchetError
 from updater.training.checkpoint import read_json
 
 Hits = dict[str, Floats]

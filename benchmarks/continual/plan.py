@@ -9,7 +9,7 @@ from typing import Any
 from typing import Protocol as Interface
 
 from benchmarks.continual.protocol import Protocol
-from ops.digests import digest12, digest_json
+from core.digests import digest12, digest_json
 from updater.budget.cost import Cost
 from updater.data.mixture import plan_batches
 from updater.data.pools import Example, Pools

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
-from ops.digests import digest_json
+from core.digests import digest_json
 
 VERSION = 2
 """Raise it when the same sizes come to mean something else."""

@@ -12,8 +12,8 @@ from benchmarks.continual.exam import ZERO_SHOT, packed
 from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.orders import Means, order_of
 from benchmarks.continual.questions import QuestionStream
-from ops.errors import ConfigError
-from ops.settings.serving import Serve
+from core.errors import ConfigError
+from core.settings.serving import Serve
 from ratchet_client.images import decode_image
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_engine import TransformersEngine

@@ -17,8 +17,8 @@ from typing import Final
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Role, by_hash
-from ops.digests import digest_json, share_of
-from ops.progress import step
+from core.digests import digest_json, share_of
+from core.progress import step
 from streams.demo import prepare_domain, prepare_questions
 from streams.demo.questions_fashion import ASK_GARMENT, SYNONYMS
 from streams.demo.questions_pictures import basic_name

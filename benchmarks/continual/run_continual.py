@@ -35,10 +35,10 @@ from benchmarks.continual.second_base import NAME as SECOND
 from benchmarks.continual.second_base import second_base
 from benchmarks.continual.stream import UPDATES, Stream, load_stream, prepare
 from benchmarks.continual.table import markdown
-from ops.digests import digest12, digest_json
-from ops.errors import ConfigError
-from ops.progress import say
-from ops.settings import Settings
+from core.digests import digest12, digest_json
+from core.errors import ConfigError
+from core.progress import say
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from updater.recipes import Family, load_recipe, recipe_names

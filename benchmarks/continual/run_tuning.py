@@ -15,8 +15,8 @@ from benchmarks.continual.intervals import resampled
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.runner import Runner
 from benchmarks.continual.tuning import FILE, ORDER, UPDATES, Trial, choose, trials
-from ops.errors import RatchetError
-from ops.progress import say
+from core.errors import RatchetError
+from core.progress import say
 from updater.recipes import load_recipe
 
 NAIVE = "naive"

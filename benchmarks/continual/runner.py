@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.continual.chain import Unit, updates_done
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.worker import FAILED
-from ops.progress import say
+from core.progress import say
 from updater.loop.process import ENVIRONMENT
 from updater.training.checkpoint import read_json, write_json
 

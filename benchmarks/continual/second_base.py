@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops.progress import say, track
+from core.progress import say, track
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, construct, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess

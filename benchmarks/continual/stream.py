@@ -21,8 +21,8 @@ from typing import Protocol as Interface
 
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
-from ops.digests import digest_json, share_of
-from ops.progress import step
+from core.digests import digest_json, share_of
+from core.progress import step
 from streams.demo import DOMAINS, prepare_domain
 from streams.folders import FolderItem, read_folder
 from updater.data.pools import Pair

@@ -19,7 +19,7 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.question_exam import QuestionExam, asking
 from benchmarks.continual.questions import QuestionStream, load_questions
 from benchmarks.continual.stream import Stream, load_stream
-from ops.errors import RatchetError
+from core.errors import RatchetError
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base

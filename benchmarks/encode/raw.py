@@ -18,9 +18,9 @@ import numpy as np
 
 from benchmarks.encode.payloads import jpegs, text
 from benchmarks.line_worker import answer, questions
-from ops.loading import load_settings
-from ops.settings import Settings
-from ops.settings.serving import Serve
+from core.loading import load_settings
+from core.settings import Settings
+from core.settings.serving import Serve
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
 from serving.messages import Modality

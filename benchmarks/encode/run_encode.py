@@ -27,11 +27,11 @@ from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.serving.session_processes import kill, session_pids
 from benchmarks.stream.ratchet_process import RatchetProcess, write_settings
-from ops.addresses import free_port
-from ops.errors import BaseModelError, ConfigError
-from ops.progress import say, step, track
-from ops.settings import Settings
-from ops.settings.section import MIB
+from core.addresses import free_port
+from core.errors import BaseModelError, ConfigError
+from core.progress import say, step, track
+from core.settings import Settings
+from core.settings.section import MIB
 from ratchet_client import Client
 from serving.engines.clip_base import ClipBase
 

@@ -18,9 +18,9 @@ from benchmarks.encode.grid import Cell
 from benchmarks.encode.payloads import BodyTemplate, JpegInput, jpegs, text
 from benchmarks.line_worker import LineWorker
 from benchmarks.serving.session_processes import session_pids
-from ops.errors import RatchetError
+from core.errors import RatchetError
+from core.settings import Settings
 from ops.load.traffic import percentile
-from ops.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.messages import Modality

@@ -24,9 +24,9 @@ from benchmarks.gate.power import power
 from benchmarks.gate.redrawn import figures_of, redraw
 from benchmarks.gate.trial import Trial, Workshop, run_all
 from benchmarks.machine import machine
-from ops.errors import ConfigError
-from ops.progress import say, track
-from ops.settings import Settings
+from core.errors import ConfigError
+from core.progress import say, track
+from core.settings import Settings
 from updater.training.checkpoint import write_json
 
 Figures = dict[str, Any]

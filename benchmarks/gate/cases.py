@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ops.ledger.rows import GateOutcome
-from ops.settings.updates import Gate
+from core.ledger.rows import GateOutcome
+from core.settings.updates import Gate
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import candidate_alpha
 from updater.gate.suites import Suite

@@ -11,7 +11,7 @@ from scipy import stats
 from benchmarks.gate.cases import Case, Judged, Rule, Truth, judge
 from benchmarks.gate.plans import DRIFT
 from benchmarks.gate.resample import Drawn
-from ops.ledger.rows import GateOutcome
+from core.ledger.rows import GateOutcome
 
 Share = dict[str, float | int | None]
 TALLIED = ("passed", "rejected", "inconclusive", "gain_shown", "all_kept")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops.errors import AdapterError, ConfigError
+from core.errors import AdapterError, ConfigError
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels

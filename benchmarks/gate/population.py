@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gate.training_data import reserved
-from ops.digests import digest_json
+from core.digests import digest_json
 from streams.folders import read_folder
 from updater.gate.score import Scorer
 from updater.gate.suite_items import Item, in_order_of_draw

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.gate.cases import Case, Rule, hits_of
 from benchmarks.gate.resample import swapped
-from ops.progress import track
+from core.progress import track
 from updater.gate.statistics import Comparison, compare_accuracy, compare_clusters
 from updater.gate.suites import Suite, Task
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gate.cases import Case, Rule, judge
 from benchmarks.gate.counting import share
-from ops.ledger.rows import GateOutcome
+from core.ledger.rows import GateOutcome
 
 GAIN3 = 0.03
 BESIDE = 0.02

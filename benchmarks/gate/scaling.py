@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip_base import ClipBase
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.gate.plans import KNOWN, Plan
-from ops.digests import digest_json
+from core.digests import digest_json
 from streams.folders import FolderItem, read_folder
 from updater.base.shipped import REFERENCE
 from updater.data.pools import Pair, Pools

@@ -18,10 +18,10 @@ from benchmarks.gate.plans import GALLERY, KNOWN, NEW, Plan
 from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
 from benchmarks.gate.training_data import pools
-from ops.digests import digest_json
-from ops.errors import RatchetError, TrainingError
-from ops.progress import step
-from ops.settings import Settings
+from core.digests import digest_json
+from core.errors import RatchetError, TrainingError
+from core.progress import step
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from streams.demo import DOMAINS, prepare_domain
 from updater.gate.score import Scorer

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from benchmarks.gate.cases import Answers, item_scores_of
 from benchmarks.lifetime.world import Model, World
-from ops.settings.updates import Gate
+from core.settings.updates import Gate
 from updater.gate.decision import Findings, Scores, decide
 from updater.gate.interim_analyses import Look
 from updater.gate.memory_suites import choose_memory, memory_suites

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gate.plans import BAD, CHAIN, GOOD, NEW, plans
 from benchmarks.gate.trial import fresh_name
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater.gate.suites import Suite, load_suites
 
 ARCHIVE = Path(__file__).parents[2] / "docs" / "benchmarks" / "gate" / "outcomes.tar.xz"

@@ -23,11 +23,11 @@ from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
 from benchmarks.lifetime.world import FORGOTTEN, make_world
 from benchmarks.machine import machine
-from ops.child_process import end_with_parent, kill_workers
-from ops.errors import ConfigError
-from ops.progress import say, track
-from ops.settings import Settings
-from ops.settings.updates import Gate
+from core.child_process import end_with_parent, kill_workers
+from core.errors import ConfigError
+from core.progress import say, track
+from core.settings import Settings
+from core.settings.updates import Gate
 from updater.training.checkpoint import write_json
 
 UPDATES = 40

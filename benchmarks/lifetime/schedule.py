@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ops.ledger import VerdictRow
-from ops.settings.updates import Gate
+from core.ledger import VerdictRow
+from core.settings.updates import Gate
 from updater.gate.interim_analyses import Look, Plan, candidate_alpha, needed_items
 from updater.scheduling.kept_candidates import spread
 

@@ -10,8 +10,8 @@ from benchmarks.lifetime.evaluation import RankedSuite, Sample, findings_of, fre
 from benchmarks.lifetime.moves import Generator
 from benchmarks.lifetime.schedule import Schedule
 from benchmarks.lifetime.world import FORGOTTEN, ITEMS, Model, World
-from ops.ledger import VerdictRow
-from ops.settings.updates import Gate
+from core.ledger import VerdictRow
+from core.settings.updates import Gate
 from updater.gate.best_releases import best_by_suite
 from updater.gate.decision import conclude
 from updater.gate.interim_analyses import Look

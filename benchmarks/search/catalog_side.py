@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from benchmarks.search.mixture import NEIGHBOURS, Vectors, map_rows
 from benchmarks.search.worker import private_gib, serve
-from ops.errors import StoreError
-from ops.settings.serving import Catalog as CatalogSettings
+from core.errors import StoreError
+from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters, Hit, as_filters
 from serving.catalog.tables import Tables

@@ -25,9 +25,9 @@ from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
 from benchmarks.search.worker import call
-from ops.progress import step
-from ops.settings import Settings
-from ops.settings.serving import Catalog as CatalogSettings
+from core.progress import step
+from core.settings import Settings
+from core.settings.serving import Catalog as CatalogSettings
 
 ROWS: Final = 1_000_000
 GROWTH: Final = (100, 10, 1)
@@ -48,7 +48,7 @@ def run(
         seconds: of each of the measurements, of which there are some twenty.
         folder: for some gigabytes; a temporary one by default.
         peer: measure faiss beside it.
-        index_rows: see :attr:`ops.settings.Catalog.index_rows`.
+        index_rows: see :attr:`core.settings.Catalog.index_rows`.
 
     Raises:
         RatchetError: a side has ended.

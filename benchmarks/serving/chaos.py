@@ -27,10 +27,10 @@ from benchmarks.serving.chaos_installation import ChaosInstallation
 from benchmarks.serving.chaos_plan import STATES, State, plan, states_of
 from benchmarks.serving.chaos_states import Chaos
 from benchmarks.serving.operator import Operator
-from ops.errors import ConfigError
+from core.errors import ConfigError
+from core.progress import say, step
+from core.settings import Settings
 from ops.load.traffic import Traffic
-from ops.progress import say, step
-from ops.settings import Settings
 from ops.testing.inputs import QUESTIONS
 
 TEXTS: Final = ("a photo of a cat", "a red circle", "an old map", "two birds")

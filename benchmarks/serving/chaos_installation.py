@@ -17,11 +17,11 @@ from benchmarks.serving.object_store import URL, ObjectStore
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
 from benchmarks.swap import make_adapters
-from ops.addresses import free_port
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger
-from ops.settings import Settings
-from ops.settings.serving import BaseModels, Rollout
+from core.addresses import free_port
+from core.artifacts import Artifacts
+from core.ledger import Ledger
+from core.settings import Settings
+from core.settings.serving import BaseModels, Rollout
 from ops.testing.commit_relay import CommitRelay
 from ops.testing.inputs import pictures, random_adapter
 from ops.testing.postgres import PostgresServer

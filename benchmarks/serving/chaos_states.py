@@ -19,9 +19,9 @@ from benchmarks.serving.chaos_plan import Phase, State
 from benchmarks.serving.operator import Operator
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
-from ops.errors import RatchetError
+from core.errors import RatchetError
+from core.progress import say
 from ops.load.traffic import Traffic
-from ops.progress import say
 from ops.testing.commit_relay import Loss
 
 STEPS: Final = ("pending", "preparing", "committed", "announced")

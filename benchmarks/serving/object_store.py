@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from benchmarks.stream.ratchet_process import wait_for
-from ops.addresses import free_port, listens
+from core.addresses import free_port, listens
 from ops.testing.tcp_relay import TcpRelay
 
 BUCKET = "bench"

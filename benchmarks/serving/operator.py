@@ -9,7 +9,7 @@ from typing import Final
 
 from benchmarks.serving.chaos_audit import Refusal, Rollback, StateReport
 from benchmarks.serving.whole_server import WholeServer
-from ops.progress import say
+from core.progress import say
 from ratchet_client import ServerError
 
 RELEASE_SECONDS: Final = 60.0

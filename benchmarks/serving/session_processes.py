@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ops.settings import Settings
+from core.settings import Settings
 from serving.ray.ray_session import is_engine, session_directory
 
 

@@ -15,8 +15,8 @@ from benchmarks.serving.chaos_audit import Kill, Process
 from benchmarks.serving.session_processes import engine_pids, is_alive, kill, session_pids
 from benchmarks.stream.ratchet_process import RatchetProcess, wait_for, write_settings
 from benchmarks.stream.small_disk import SmallDisk
-from ops.errors import RatchetError
-from ops.settings import Settings
+from core.errors import RatchetError
+from core.settings import Settings
 from ratchet_client import Client
 from serving.ray.ray_session import end_leftovers, session_directory
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.stream.filling import sample_rows
-from ops.progress import track
-from ops.settings import Settings
-from ops.settings.streams import Kafka
+from core.progress import track
+from core.settings import Settings
+from core.settings.streams import Kafka
 from streams.maintenance import Maintainer
 from streams.rows import Position
 from streams.writer import StoreWriter

@@ -17,7 +17,7 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 from PIL import Image
 
-from ops.errors import RatchetError
+from core.errors import RatchetError
 
 FETCH_BYTES = 16 << 20
 """As ingest has by default."""

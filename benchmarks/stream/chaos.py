@@ -27,12 +27,12 @@ from benchmarks.stream.chaos_records import SteadyProducer
 from benchmarks.stream.installation import Installation
 from benchmarks.stream.ratchet_process import RatchetProcess
 from benchmarks.stream.small_disk import SmallDisk
-from ops.addresses import free_port
-from ops.progress import say, step
-from ops.settings import Settings
-from ops.settings.streams import Maintain
+from core.addresses import free_port
+from core.progress import say, step
+from core.settings import Settings
+from core.settings.streams import Maintain
+from core.waiting import wait_until
 from ops.testing.tcp_relay import TcpRelay
-from ops.waiting import wait_until
 from streams.broker import EmbeddedBroker
 from streams.store import SampleStore
 

@@ -11,8 +11,8 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 
 from benchmarks.stream.chaos_records import Made
-from ops.errors import StoreError
-from ops.settings.streams import Kafka
+from core.errors import StoreError
+from core.settings.streams import Kafka
 from streams.quarantine import refused_position
 from streams.rows import Position, RecordPosition
 from streams.store import SampleStore

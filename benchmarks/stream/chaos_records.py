@@ -15,8 +15,8 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 from PIL import Image
 
-from ops.errors import RatchetError
-from ops.settings.streams import Kafka
+from core.errors import RatchetError
+from core.settings.streams import Kafka
 from ratchet_client.producer import BATCH_BYTES
 from ratchet_client.records import Sample
 

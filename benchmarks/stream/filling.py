@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from ops.progress import track
-from ops.settings import Settings
+from core.progress import track
+from core.settings import Settings
 from streams.maintenance import Maintainer
 from streams.rows import SCHEMA, Position, Tally, words_hash
 from streams.table import SampleTable

@@ -18,8 +18,8 @@ from benchmarks.stream.filling import fill, settle
 from benchmarks.stream.installation import Installation, produce
 from benchmarks.stream.jpegs import canvas, jpegs
 from benchmarks.stream.ratchet_process import RatchetProcess
-from ops.progress import step
-from ops.settings import Settings
+from core.progress import step
+from core.settings import Settings
 from streams.broker import EmbeddedBroker
 
 IMAGE_BYTES = 2_000

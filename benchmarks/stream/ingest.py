@@ -27,8 +27,8 @@ from benchmarks.stream import amplification, growth, throughput
 from benchmarks.stream.amplification import Amplification
 from benchmarks.stream.growth import Growth
 from benchmarks.stream.throughput import MIB, Throughput
-from ops.progress import step
-from ops.settings import Settings
+from core.progress import step
+from core.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 from kafka import KafkaProducer
 
 from benchmarks.stream.ratchet_process import RatchetProcess, wait_for, write_settings
-from ops.settings import Settings
+from core.settings import Settings
 from ratchet_client.broker import MAX_RECORD_BYTES
 from streams.clients import ensure_topics
 from streams.store import SampleStore

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from ops.addresses import free_port
-from ops.errors import RatchetError
-from ops.settings import Settings
-from ops.waiting import wait_until
+from core.addresses import free_port
+from core.errors import RatchetError
+from core.settings import Settings
+from core.waiting import wait_until
 
 _SECRETS: Final[Any] = {"origins": True, "access": True, "kafka": {"oauth", "schema_registry_auth"}}
 _LINE = re.compile(r"^(\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)

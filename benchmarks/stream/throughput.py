@@ -20,8 +20,8 @@ from benchmarks.stream.bare import run_bare
 from benchmarks.stream.installation import HELD_SESSION_SECONDS, Installation, produce
 from benchmarks.stream.jpegs import canvas, jpegs
 from benchmarks.stream.ratchet_process import wait_for
-from ops.progress import say, step
-from ops.settings import Settings
+from core.progress import say, step
+from core.settings import Settings
 from streams.broker import EmbeddedBroker
 
 MIB = 1 << 20

@@ -25,9 +25,9 @@ from rich.table import Table
 from benchmarks.machine import machine
 from benchmarks.variety.kinds import KINDS, samples
 from benchmarks.variety.updates import MODELS
-from ops.errors import ConfigError, StoreUnavailable
-from ops.progress import say, step
-from ops.settings import Settings
+from core.errors import ConfigError, StoreUnavailable
+from core.progress import say, step
+from core.settings import Settings
 from ratchet_client import Limits, Producer
 from ratchet_client.producer import Delivery
 from streams.broker import EmbeddedBroker

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ops.errors import RatchetError
+from core.errors import RatchetError
 from ops.testing.tiny import tiny_base
 from ops.testing.vlm_families import FAMILIES, write_family
 from serving.engines.clip_base import ClipBase

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import TypeVar
 
-import ops.errors
+import core.errors
 import serving.errors
-from ops.errors import RatchetError
+from core.errors import RatchetError
 from ratchet_client.records import REASONS
 from serving.errors import ServingError
 from serving.http.errors import KNOWN, TYPES
@@ -61,7 +61,7 @@ def _parts() -> Iterator[str]:
     yield OTHERS
     yield from (f"| {status} | `{code}` | {_meaning(kind)} |" for kind, (status, code) in KNOWN.items())
     yield CLASSES
-    yield from (f"| {kind.__name__} | {_meaning(kind)} |" for kind in _classes(ops.errors.__dict__, RatchetError))
+    yield from (f"| {kind.__name__} | {_meaning(kind)} |" for kind in _classes(core.errors.__dict__, RatchetError))
     yield REFUSALS + ", ".join(f"`{reason}`" for reason in sorted(REASONS))
     yield STATUSES
     yield from (f"| {status} | `{name}` |" for status, name in TYPES.items())

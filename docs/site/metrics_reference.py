@@ -1,10 +1,10 @@
-"""The page of the metrics: every one with its type, labels and meaning, from :mod:`ops.metrics.declared`."""
+"""The page of the metrics: every one with its type, labels and meaning, from :mod:`core.metrics.declared`."""
 
 from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from ops.metrics import declared
+from core.metrics import declared
 
 HEAD = """# Metrics
 

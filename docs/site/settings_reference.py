@@ -11,8 +11,8 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ops.settings import Settings
-from ops.settings.section import Section
+from core.settings import Settings
+from core.settings.section import Section
 
 HEAD = """# Settings
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from core.ledger import Ledger
 from ops.cli import context as ctx
-from ops.ledger import Ledger
 
 
 def audit(

@@ -8,12 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from core.errors import ConfigError
+from core.ledger.learning import FINISHED
 from ops.cli import context as ctx
-from ops.errors import ConfigError
-from ops.ledger.learning import FINISHED
 
 if TYPE_CHECKING:
-    from ops.settings import Settings
+    from core.settings import Settings
 
 _NAME = Annotated[str, typer.Argument(help="Name of a registered CLIP base (`ratchet base list`).")]
 

@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from core.errors import ConfigError
+from core.ledger.rows import Family
 from ops.cli import base_upgrade
 from ops.cli import context as ctx
-from ops.errors import ConfigError
-from ops.ledger.rows import Family
 
 if TYPE_CHECKING:
     from serving.engines.clip_base import ClipBase
@@ -105,7 +105,7 @@ def push(context: typer.Context, names: _NAMES) -> None:
 
     Example:  ratchet --set artifacts_url=s3://models/ratchet base push b16
     """
-    from ops.artifacts import Artifacts
+    from core.artifacts import Artifacts
     from updater.base import push_base
 
     settings = ctx.of(context).settings

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from core.stop_signals import stop_on_signals
 from ops.cli import context as ctx
-from ops.stop_signals import stop_on_signals
 
 
 def bench(

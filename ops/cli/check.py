@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from core.errors import RatchetError
 from ops.cli import context as ctx
 from ops.cli.model_server import ServerOption, operator_client
-from ops.errors import RatchetError
 
 if TYPE_CHECKING:
     import numpy as np

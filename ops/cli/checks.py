@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ops.addresses import listens
+from core.addresses import listens
+from core.errors import ConfigError, GateError, RatchetError
+from core.settings import Settings
 from ops.dependency_checks import look
-from ops.errors import ConfigError, GateError, RatchetError
-from ops.settings import Settings
 
 NEEDED_DISK_BYTES = 5 * 1024**3  # packages, rendered data, the base and its adapters of the demo
 NEEDED_MEMORY_BYTES = 6 * 1024**3  # Ray, two encoders, a trainer
@@ -185,7 +185,7 @@ def _http(settings: Settings) -> Finding:
 
 _IMPORT = """
 import sys
-from ops.errors import RatchetError
+from core.errors import RatchetError
 from serving.engines.vlm.vllm_start import import_vllm
 try:
     import_vllm()

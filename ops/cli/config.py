@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from core.loading import describe
 from ops.cli import context as ctx
 from ops.cli.checks import examine
-from ops.loading import describe
 
 app = typer.Typer(help="Show the settings and where each comes from.", no_args_is_help=True)
 

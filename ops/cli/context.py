@@ -10,12 +10,12 @@ from typing import Any
 
 import typer
 
-from ops.access import OPERATOR
-from ops.child_process import ratchet_command
-from ops.errors import AccessError, ConfigError
-from ops.loading import load_settings, parse_value
-from ops.logs import configure_logging
-from ops.settings import Settings
+from core.access import OPERATOR
+from core.child_process import ratchet_command
+from core.errors import AccessError, ConfigError
+from core.loading import load_settings, parse_value
+from core.logs import configure_logging
+from core.settings import Settings
 
 SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "update", "console"})
 """Commands that run until they are stopped."""

@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from core.errors import LedgerError
+from core.ledger import DeletionRow, Ledger
+from core.progress import meter, say
 from ops.cli import context as ctx
 from ops.cli.cells import add_texts
 from ops.cli.times import SINCE_HELP, parse_since
-from ops.errors import LedgerError
-from ops.ledger import DeletionRow, Ledger
-from ops.progress import meter, say
 
 POLL_SECONDS: Final = 1.0
 STATES: Final = {

@@ -13,12 +13,12 @@ from rich.filesize import decimal
 from rich.table import Column, Table
 from rich.text import Text
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
+from core.errors import RatchetError
+from core.ledger import Ledger
+from core.progress import say
+from core.settings import Settings
 from ops.cli import context as ctx
-from ops.errors import RatchetError
-from ops.ledger import Ledger
-from ops.progress import say
-from ops.settings import Settings
 
 if TYPE_CHECKING:
     from ops.collection import Collector, Item

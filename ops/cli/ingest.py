@@ -36,7 +36,7 @@ def skip(
 
     Example:  ratchet ingest skip ratchet.samples:0 --to 4711 --reason "a burst of test records"
     """
-    from ops.ledger import Ledger
+    from core.ledger import Ledger
     from streams.skip import skip as skip_offsets
 
     settings = ctx.of(context).settings

@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from core.errors import ConfigError
+from core.files import replace_file
+from core.loading import FILE
+from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.first_steps.answers import EMBEDDED, Answers, ask, settings_of
 from ops.cli.first_steps.settings_yaml import settings_yaml
-from ops.errors import ConfigError
-from ops.files import replace_file
-from ops.loading import FILE
-from ops.settings import Settings
 
 REFERENCE_PICTURES = 2000
 """Copied for the reference pool; the recipe `default` takes 1,500 of them."""

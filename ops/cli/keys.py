@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from core.ledger import KeyRow, Ledger
 from ops.cli import context as ctx
-from ops.ledger import KeyRow, Ledger
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 from sqlalchemy import make_url
 
+from core.ledger import Ledger
 from ops.cli import context as ctx
-from ops.ledger import Ledger
 
 app = typer.Typer(help="The ledger's database.", no_args_is_help=True)
 

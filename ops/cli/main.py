@@ -10,6 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from core.errors import RatchetError
+from core.log_format import writes_json
+from core.logs import configure_logging
+from core.stop_signals import Stopped
 from ops.cli import (
     adapters,
     audit,
@@ -35,10 +39,6 @@ from ops.cli import (
     update,
 )
 from ops.cli.context import Context
-from ops.errors import RatchetError
-from ops.log_format import writes_json
-from ops.logs import configure_logging
-from ops.stop_signals import Stopped
 
 log = logging.getLogger("ratchet.cli")
 app = typer.Typer(

@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
-from ops import metrics
+from core import metrics
+from core.errors import ConfigError
+from core.progress import say
+from core.settings import Settings
 from ops.alerts import Target, as_yaml, prometheus_config, rule_groups
 from ops.cli import context as ctx
-from ops.errors import ConfigError
-from ops.progress import say
-from ops.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Where Prometheus finds the metrics, and the alerts on them.")
 

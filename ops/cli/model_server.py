@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from core.errors import ConfigError
+from core.settings import Settings
 from ops.cli import context as ctx
-from ops.errors import ConfigError
-from ops.settings import Settings
 
 if TYPE_CHECKING:
     from ratchet_client import Client

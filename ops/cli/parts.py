@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from core.errors import RatchetError
+from core.progress import say, step
+from core.stop_signals import Stopped, stop_on_signals
 from ops.cli import context as ctx
-from ops.errors import RatchetError
-from ops.progress import say, step
-from ops.stop_signals import Stopped, stop_on_signals
 
 
 def up(

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.planning.capacity import Load, Plan, make_plan
 from ops.planning.measured import built_in, machine_of
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
+from core.progress import say
 from ops.cli import context as ctx
-from ops.progress import say
 
 Url = Annotated[str, typer.Argument(help="A folder, or a URL such as s3://backups/ratchet/2026-11-28.", metavar="URL")]
 

@@ -10,14 +10,14 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from core.errors import ReleaseError
+from core.ledger import Family, Ledger, ProposalRow, answers
+from core.progress import say
+from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.audit import lines
 from ops.cli.cells import printable
 from ops.cli.model_server import ServerOption, operator_client
-from ops.errors import ReleaseError
-from ops.ledger import Family, Ledger, ProposalRow, answers
-from ops.progress import say
-from ops.settings import Settings
 
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from core.progress import meter
 from ops.cli import context as ctx
 from ops.cli.times import SINCE_HELP, parse_since
-from ops.progress import meter
 
 
 def resubmit(
@@ -31,7 +31,7 @@ def resubmit(
     Examples:  ratchet resubmit --reason uri_unreachable --since 1d --why "the image server is back"    |
     ratchet resubmit --source crawler-7 --dry-run --why "raised ingest.max_pixels"
     """
-    from ops.ledger import Ledger
+    from core.ledger import Ledger
     from streams.resubmit_many import RefusalFilter, resubmit_many
 
     if (reason, source, since) == (None, None, None) and not everything:

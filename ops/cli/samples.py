@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from core.errors import ConfigError, RecordError, UnknownRecord
+from core.progress import track
 from ops.cli import context as ctx
 from ops.cli import deletions
 from ops.cli.cells import add_texts
 from ops.cli.times import SINCE_HELP, parse_since
-from ops.errors import ConfigError, RecordError, UnknownRecord
-from ops.progress import track
 
 if TYPE_CHECKING:
     from streams.sample_queries import SampleFilter

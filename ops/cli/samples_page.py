@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from jinja2 import Environment
 
-from ops.errors import ConfigError, RecordError
-from ops.settings.streams import Ingest
+from core.errors import ConfigError, RecordError
+from core.settings.streams import Ingest
 from ratchet_client.images import decode_image
 
 MAX_CARDS: Final = 500

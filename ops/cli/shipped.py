@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ops.errors import RatchetError
-from ops.progress import step
-from ops.settings import Settings
+from core.errors import RatchetError
+from core.progress import step
+from core.settings import Settings
 
 if TYPE_CHECKING:
     from streams.demo import DemoData

@@ -18,14 +18,14 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from core.dependencies import Dependency, DependencyState, dependency_of
+from core.errors import RatchetError
+from core.ledger import Ledger, UpdateRow, VerdictRow, answers
+from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.model_server import ServerOption, operator_client
 from ops.cli.releases import adapters
-from ops.dependencies import Dependency, DependencyState, dependency_of
 from ops.dependency_checks import look
-from ops.errors import RatchetError
-from ops.ledger import Ledger, UpdateRow, VerdictRow, answers
-from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from serving.releases.bounded_call import BoundedCall
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ops.addresses import listens
-from ops.child_process import STOP_SECONDS, ChildProcess, processor_seconds, tail
+from core.addresses import listens
+from core.child_process import STOP_SECONDS, ChildProcess, processor_seconds, tail
+from core.errors import RatchetError
+from core.ledger.rows import Family
+from core.stop_signals import undisturbed
 from ops.cli.context import Context
-from ops.errors import RatchetError
-from ops.ledger.rows import Family
-from ops.stop_signals import undisturbed
 
 if TYPE_CHECKING:
     from serving.start_progress import StartProgress

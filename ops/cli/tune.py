@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from core.errors import RatchetError
+from core.loading import FILE, FILE_VARIABLE
+from core.progress import say, step
+from core.settings import Settings
+from core.settings_file import update_section
 from ops.cli.context import Context
-from ops.errors import RatchetError
-from ops.loading import FILE, FILE_VARIABLE
-from ops.progress import say, step
-from ops.settings import Settings
-from ops.settings_file import update_section
 
 if TYPE_CHECKING:
     from serving.engines.backends import EngineChoice

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from core.errors import ConfigError
 from ops.cli import context as ctx
-from ops.errors import ConfigError
 
 app = typer.Typer()
 UpdateId = Annotated[str, typer.Argument(metavar="ID", help="Of the update, as `ratchet status` shows it.")]
@@ -56,7 +56,7 @@ def abandon(
 
     Example:  ratchet update abandon update-0123456789ab --reason "a crawler sent broken pictures"
     """
-    from ops.ledger import Ledger
+    from core.ledger import Ledger
 
     settings = ctx.of(context).settings
     ledger = Ledger.open(settings.ledger)
@@ -75,7 +75,7 @@ def retry(context: typer.Context, update_id: UpdateId) -> None:
 
     Example:  ratchet update retry update-0123456789ab
     """
-    from ops.ledger import Ledger
+    from core.ledger import Ledger
 
     row = Ledger.open(ctx.of(context).settings.ledger).retry_update(update_id, actor=ctx.person())
     typer.echo(f"{row.id} is {row.state}; the updater takes it up")

@@ -9,16 +9,16 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeVar
 
-from ops import metrics
-from ops.artifacts import Artifacts
+from core import metrics
+from core.artifacts import Artifacts
+from core.errors import LeaseLost, ReleaseConflict
+from core.ledger import Ledger
+from core.ledger.collection import COLLECT_LEASE
+from core.ledger.renewal import renewing
+from core.progress import say
+from core.settings import Settings
 from ops.collection.home import home_items
 from ops.collection.plan import Item, Plan, make_plan
-from ops.errors import LeaseLost, ReleaseConflict
-from ops.ledger import Ledger
-from ops.ledger.collection import COLLECT_LEASE
-from ops.ledger.renewal import renewing
-from ops.progress import say
-from ops.settings import Settings
 
 T = TypeVar("T")
 LEASE_SECONDS: Final = 120.0

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ops.artifacts.folder import file_size
+from core.artifacts.folder import file_size
+from core.ledger import Ledger
 from ops.collection.plan import Item
-from ops.ledger import Ledger
 from serving.engines.registered import names_by_digest
 from updater.loop.work_folders import work_folders
 

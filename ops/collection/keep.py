@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ops.ledger import Family, Ledger, VerdictRow
-from ops.settings import Settings
+from core.ledger import Family, Ledger, VerdictRow
+from core.settings import Settings
 from serving.releases.residency import read_residency
 from updater.gate.best_releases import best_by_suite
 from updater.gate.memory_suites import PREFIX as MEMORY

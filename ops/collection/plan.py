@@ -13,12 +13,12 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, Final, Literal
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
+from core.errors import LedgerError
+from core.ledger import Ledger
+from core.ledger.collection import AdapterUse, JudgedUpdate
+from core.settings import Settings
 from ops.collection.keep import best_adapters, needed_adapters
-from ops.errors import LedgerError
-from ops.ledger import Ledger
-from ops.ledger.collection import AdapterUse, JudgedUpdate
-from ops.settings import Settings
 
 Kind = Literal["adapter", "carry-over", "report", "work folder", "score cache", "engine cache"]
 FOLDERS: Final[dict[Kind, str]] = {"adapter": "adapters", "carry-over": "memories", "report": "reports"}

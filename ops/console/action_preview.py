@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlencode
 
+from core.errors import RatchetError
+from core.ledger import Family, Ledger, ReleaseRow, answers
 from ops.console.rollout import on_trial
 from ops.console.template_filters import adapter
 from ops.console.timeline import FAMILIES, NAMES, trained
-from ops.errors import RatchetError
-from ops.ledger import Family, Ledger, ReleaseRow, answers
 from serving.releases.rollback import rollback_target
 
 BASE = "base"

@@ -12,6 +12,9 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from core.dependencies import dependency_of
+from core.errors import Outage, RatchetError
+from core.settings import Settings
 from ops.console.data import ConsoleData
 from ops.console.pages import (
     audit,
@@ -38,9 +41,6 @@ from ops.console.security import SecurityMiddleware
 from ops.console.sessions import Session, Sessions
 from ops.console.shared_pages import SharedPages
 from ops.console.template_filters import TEMPLATES
-from ops.dependencies import dependency_of
-from ops.errors import Outage, RatchetError
-from ops.settings import Settings
 from serving.http.request_ids import RequestIds
 from updater.gate.report import styles
 

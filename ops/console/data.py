@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from ops.access import Access
-from ops.artifacts import Artifacts
-from ops.errors import RatchetError, RecordError, StoreUnavailable
-from ops.ledger import Family, Ledger, ReleaseRow
-from ops.settings import Settings
+from core.access import Access
+from core.artifacts import Artifacts
+from core.errors import RatchetError, RecordError, StoreUnavailable
+from core.ledger import Family, Ledger, ReleaseRow
+from core.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from ratchet_client import Client, ServerError
 from ratchet_client.images import decode_image

@@ -11,10 +11,10 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ops.errors import AccessError
-from ops.ledger import Ledger
-from ops.ledger.rows import KeyScope
-from ops.settings.identity import Oidc
+from core.errors import AccessError
+from core.ledger import Ledger
+from core.ledger.rows import KeyScope
+from core.settings.identity import Oidc
 
 READ: Final[tuple[KeyScope, ...]] = ("infer", "search")
 ACT: Final[tuple[KeyScope, ...]] = (*READ, "publish", "operate")

@@ -10,12 +10,12 @@ from urllib.parse import urlencode, urlsplit
 from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
 
-from ops.access import Principal
+from core.access import Principal
+from core.ledger.rows import KeyScope
 from ops.console import public
 from ops.console.data import ConsoleData
 from ops.console.sessions import Session
 from ops.console.template_filters import TEMPLATES
-from ops.ledger.rows import KeyScope
 from ratchet_client import Client
 from serving.http.client_address import came_from_here
 

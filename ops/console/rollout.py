@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ops.ledger import Ledger, ReleaseRow
+from core.ledger import Ledger, ReleaseRow
 from serving.releases.rollout_controller import ACTOR
 
 ROWS_OF_AN_ACT = 4

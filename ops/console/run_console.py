@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import uvicorn
 
+from core.progress import say
+from core.settings import Settings
 from ops.console.app import build_console
-from ops.progress import say
-from ops.settings import Settings
 
 STOP_SECONDS = 5
 

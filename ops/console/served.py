@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.digests import digest12
+from core.ledger import Family, ReleaseRow
+from core.settings import Settings
 from ops.console.timeline import FAMILIES, NAMES
-from ops.digests import digest12
-from ops.ledger import Family, ReleaseRow
-from ops.settings import Settings
 
 DEPLOYMENTS: Mapping[Family, str] = {"clip": "Encoder", "vlm": "Vlm"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ops.ledger import DeletionState, Ledger
+from core.ledger import DeletionState, Ledger
 from streams.sample_queries import count_values, refusal_counts
 from streams.store import SampleStore
 

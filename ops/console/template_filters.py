@@ -9,11 +9,11 @@ from typing import Any
 
 import jinja2
 
+from core.ledger import answers
+from core.ledger.rows import SYSTEM_ACTORS
 from ops.console import tour
 from ops.console.public import REFRESH_SECONDS, SPEAKERS
 from ops.console.timeline import ranges, records
-from ops.ledger import answers
-from ops.ledger.rows import SYSTEM_ACTORS
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

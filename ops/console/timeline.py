@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from core.ledger import Family, Ledger, ProposalRow, ReleaseRow, UpdateRow, VerdictRow
 from ops.console.rollout import TakenBack, taken_back
-from ops.ledger import Family, Ledger, ProposalRow, ReleaseRow, UpdateRow, VerdictRow
 
 FAMILIES: Final[tuple[Family, Family]] = ("clip", "vlm")
 NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "VLM"}

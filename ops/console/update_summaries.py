@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from ops.ledger import Ledger, UpdateRow, VerdictRow
-from ops.settings import Settings
+from core.ledger import Ledger, UpdateRow, VerdictRow
+from core.settings import Settings
 
 RUNNING = ("training", "trained", "gated")
 DAY_SECONDS = 86_400

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard as make
 
+from core.metrics.stream import STATES
 from ops.dashboards import panels
 from ops.dashboards.panels import GREEN, ORANGE, RED, lines, number, row, states
 from ops.dashboards.queries import LAG, QUARANTINED_SHARE, mean, quantile
-from ops.metrics.stream import STATES
 
 RATE = "[$__rate_interval]"
 _STATE_NUMBERS = " or ".join(f'{n} * ratchet_dependency_state{{state="{state}"}}' for n, state in enumerate(STATES))

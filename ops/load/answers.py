@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ops.ledger import Ledger
-from ops.ledger.rows import Family
+from core.ledger import Ledger
+from core.ledger.rows import Family
+from core.settings import Settings
 from ops.load.expected import ExpectedAnswers, ExpectedVectors, Question
 from ops.load.probes import Probe
-from ops.settings import Settings
 from serving.http.classify import probabilities
 from serving.releases.release_snapshot import BASE
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ops.artifacts import Artifacts
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.settings import Settings
 from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.generation import question

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from ops.ledger.rows import Family
+from core.ledger.rows import Family
 from ops.load.expected import ANSWER_TOKENS, Question
 from ratchet_client import data_uri
 

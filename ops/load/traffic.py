@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from ops.errors import RatchetError
-from ops.ledger.rows import Family
+from core.errors import RatchetError
+from core.ledger.rows import Family
+from core.settings import Settings
+from core.waiting import StoodStill, wait_for_progress
 from ops.load.answers import AnswerCheck
 from ops.load.expected import Question
 from ops.load.probes import (
@@ -36,8 +38,6 @@ from ops.load.probes import (
     interleaved,
     search_probes,
 )
-from ops.settings import Settings
-from ops.waiting import StoodStill, wait_for_progress
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.planning.measured import Kind, Machine, Measured
 from ops.planning.service_times import ServiceTimes, fit
 from ops.planning.simulation import Outcome, fewest, open_loop

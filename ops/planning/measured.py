@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 
 BUILT_IN = Path(__file__).with_name("measured.yaml")
 MAX_BYTES = 64 << 20

@@ -16,17 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from ops.artifacts.manifest import MARKER
-from ops.digests import digest_bytes
-from ops.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
-from ops.ledger import Ledger
-from ops.ledger.collection import COLLECT_LEASE
-from ops.ledger.renewal import renewing
-from ops.progress import say, track
+from core.artifacts.manifest import MARKER
+from core.digests import digest_bytes
+from core.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
+from core.ledger import Ledger
+from core.ledger.collection import COLLECT_LEASE
+from core.ledger.renewal import renewing
+from core.progress import say, track
+from core.settings import Settings
 from ops.recovery.lake_files import datasets, version_files
 from ops.recovery.ledger_rows import write_ledger
 from ops.recovery.place import Place, copy, file_digest
-from ops.settings import Settings
 from streams.store import BACKUP_PIN, SampleStore
 
 FORMAT: Final = 1

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import lance
 
-from ops.errors import StoreUnavailable
+from core.errors import StoreUnavailable
 from ops.recovery.place import Place
 
 DATASET: Final = ".lance"

@@ -20,9 +20,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, Table, create_engine, func, insert, make_url, select, text
 
-from ops.errors import LedgerError
-from ops.ledger.database import MIGRATION_LOCK, alembic_config, open_database
-from ops.ledger.time_limits import MIGRATION_SECONDS
+from core.errors import LedgerError
+from core.ledger.database import MIGRATION_LOCK, alembic_config, open_database
+from core.ledger.time_limits import MIGRATION_SECONDS
 
 SQLITE: Final = "ledger.db"
 LINES: Final = "ledger.jsonl.gz"

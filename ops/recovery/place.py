@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from ops.artifacts.folder import STAGING, file_size
-from ops.artifacts.object_store import ObjectStore, local_folder, open_filesystem
-from ops.errors import StoreError
-from ops.files import replace_file, replacing
+from core.artifacts.folder import STAGING, file_size
+from core.artifacts.object_store import ObjectStore, local_folder, open_filesystem
+from core.errors import StoreError
+from core.files import replace_file, replacing
 
 CHUNK: Final = 8 << 20
 CALL_SECONDS: Final = 60.0

@@ -14,15 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
-from ops.artifacts import Artifacts
-from ops.digests import digest_bytes
-from ops.errors import ConfigError
-from ops.ledger import Ledger
-from ops.progress import say, track
+from core.artifacts import Artifacts
+from core.digests import digest_bytes
+from core.errors import ConfigError
+from core.ledger import Ledger
+from core.progress import say, track
+from core.settings import Settings
 from ops.recovery.backup import AT_ONCE, DIRECTORIES, FILES, SUMMARY, File, Report
 from ops.recovery.ledger_rows import is_empty, load_ledger
 from ops.recovery.place import Place, check, copy, file_digest
-from ops.settings import Settings
 
 T = TypeVar("T")
 BEGUN: Final = "restore-begun.json"

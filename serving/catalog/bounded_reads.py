@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ops.errors import StoreUnavailable
+from core.errors import StoreUnavailable
 
 Result = TypeVar("Result")
 

@@ -19,9 +19,9 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ops.dependencies import current
-from ops.errors import StoreError, StoreUnavailable
-from ops.settings.serving import Catalog as CatalogSettings
+from core.dependencies import current
+from core.errors import StoreError, StoreUnavailable
+from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog.bounded_reads import BoundedReads
 from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.corpus import Corpus

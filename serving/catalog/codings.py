@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from ops.errors import StoreError
+from core.errors import StoreError
 from serving.catalog.row_columns import ROW_BYTES
 
 ID_BYTES: Final = 8

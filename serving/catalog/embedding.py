@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ops.errors import RecordError
-from ops.priority import nice_thread
+from core.errors import RecordError
+from core.priority import nice_thread
 from serving.catalog.corpus import COLUMNS, Corpus, with_text
 
 log = logging.getLogger("ratchet.catalog")

@@ -21,7 +21,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from ops.files import flush
+from core.files import flush
 from serving.catalog.index_training import COLUMNS
 from serving.catalog.memory_index import MemoryIndex, coding_named
 from serving.catalog.row_columns import RowColumns

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from ops import metrics
-from ops.errors import RatchetError
-from ops.priority import nice_thread
-from ops.settings.serving import Catalog as CatalogSettings
+from core import metrics
+from core.errors import RatchetError
+from core.priority import nice_thread
+from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog.codings import IndexTooLarge
 from serving.catalog.index_recall import EXACT, NEIGHBOURS, RecallQuestion, RecentQueries, recall_of
 from serving.catalog.memory_index import LEVELS, Effort, Level, MemoryIndex

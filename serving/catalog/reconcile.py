@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from ops import metrics
-from ops.dependencies import answered, noted
-from ops.errors import RatchetError
+from core import metrics
+from core.dependencies import answered, noted
+from core.errors import RatchetError
 from serving.catalog.corpus import Corpus
 from serving.catalog.corpus_ids import CorpusIds
 from serving.catalog.deletions import DeletionFollower

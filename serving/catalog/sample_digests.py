@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ops.errors import StoreError
+from core.errors import StoreError
 
 Digests = npt.NDArray[np.uint8]
 """uint8 [n, 32]."""

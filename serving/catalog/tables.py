@@ -25,8 +25,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from lance.fragment import write_fragments
 
-from ops.digests import digest12
-from ops.errors import StoreError, StoreUnavailable
+from core.digests import digest12
+from core.errors import StoreError, StoreUnavailable
 from serving.catalog.index_files import IndexFiles
 from serving.catalog.memory_index import Effort, MemoryIndex
 from serving.catalog.queries import Filters, Hit

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from ops import metrics
-from ops.errors import RatchetError
-from ops.settings.watching import Watch
+from core import metrics
+from core.errors import RatchetError
+from core.settings.watching import Watch
 from serving.catalog.catalog import Catalog
 from serving.catalog.drift import Moments, frechet_distance, mean_shift
 

@@ -9,7 +9,7 @@ An adapter directory holds these files and is never rewritten:
     heads.safetensors           where it has some: classifiers over its image space, see serving.engines.heads
 
 The name is ``clip-`` or ``vlm-`` and 12 hex digits of SHA-256 over tensors, configuration, the base's digest, heads.
-Everything here distrusts the directory: whatever is wrong raises :class:`ops.errors.AdapterError`.
+Everything here distrusts the directory: whatever is wrong raises :class:`core.errors.AdapterError`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
-from ops.errors import AdapterError
+from core.digests import digest12, digest_bytes, digest_json, digest_tensors
+from core.errors import AdapterError
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import Head, heads_digest, read_heads, write_heads
 from serving.engines.vlm.vlm_base import VlmBase

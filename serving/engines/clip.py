@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ops.errors import AdapterError
-from ops.priority import breathe
-from ops.settings import Settings
+from core.errors import AdapterError
+from core.priority import breathe
+from core.settings import Settings
 from serving.engines.adapters import AdapterFiles, check_dim, read_adapter
 from serving.engines.backends import FLOAT32, EngineChoice, Towers
 from serving.engines.clip_base import ClipBase, load_base

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safetensors import SafetensorError
 
-from ops.digests import digest12, digest_json
-from ops.errors import BaseModelError
+from core.digests import digest12, digest_json
+from core.errors import BaseModelError
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import Spaces, make_spaces, tensor_digests, tower_of
 from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest

@@ -23,9 +23,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from ops.digests import digest12, digest_json
-from ops.files import replace_file
-from ops.settings.serving import Serve
+from core.digests import digest12, digest_json
+from core.files import replace_file
+from core.settings.serving import Serve
 from serving.engines.backends import FLOAT32, Backend, EngineChoice, EngineName, Precision, Towers
 from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import ROWS

@@ -24,9 +24,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ops.digests import digest_bytes, digest_json
-from ops.errors import AdapterError
-from ops.settings.heads import HEAD_NAME, MAX_HEADS
+from core.digests import digest_bytes, digest_json
+from core.errors import AdapterError
+from core.settings.heads import HEAD_NAME, MAX_HEADS
 
 HEADS = "heads.safetensors"
 LEVEL = "/"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ops.priority import breathe
+from core.priority import breathe
 
 
 def has_plain_last_block(transformer: Any) -> bool:

@@ -1,6 +1,6 @@
 """What an adapter changes of a model: low rank added to weights, and weights that it replaces as a whole.
 
-Names and shapes come from a file of somebody else's: whatever does not fit raises :class:`ops.errors.AdapterError`.
+Names and shapes come from a file of somebody else's: whatever does not fit raises :class:`core.errors.AdapterError`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ops.digests import digest_json, digest_tensor
-from ops.errors import AdapterError
-from ops.priority import breathe
+from core.digests import digest_json, digest_tensor
+from core.errors import AdapterError
+from core.priority import breathe
 from serving.engines.adapters import AGAIN, MAX_RANK, PREFIX, AdapterFiles, is_finite, read_adapter
 from serving.engines.clip_base import can_carry_lora
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from serving.engines.backends import Precision
 from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import ROWS

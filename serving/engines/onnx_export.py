@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ops.errors import ConfigError
-from ops.files import replacing
+from core.errors import ConfigError
+from core.files import replacing
 from serving.engines.clip_base import ClipBase, construct
 from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import attend, is_self_attention

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from ops.errors import BaseModelError
+from core.errors import BaseModelError
 from ratchet_client.images import OpenedImage, open_accepted
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Preprocess:
 
         The gate, the trainer, the catalog and the server all give encoded images, so that they see the same pixels.
 
-        Raises :class:`ops.errors.RecordError` when it is no acceptable image.
+        Raises :class:`core.errors.RecordError` when it is no acceptable image.
         """
         if isinstance(image, bytes):
             image = open_accepted(image)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ops.digests import digest12
-from ops.errors import BaseModelError
+from core.digests import digest12
+from core.errors import BaseModelError
 from serving.engines.clip_base import DESCRIPTION, ClipBase, list_bases, load_base
 
 

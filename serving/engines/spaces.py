@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ops.digests import digest12, digest_json, digest_tensor
+from core.digests import digest12, digest_json, digest_tensor
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ops.digests import digest_bytes, digest_json
+from core.digests import digest_bytes, digest_json
 from serving.engines.text_cleaning import CLEAN
 
 if TYPE_CHECKING:

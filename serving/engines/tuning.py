@@ -18,9 +18,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from ops.child_process import end_with_parent
-from ops.errors import ConfigError
-from ops.waiting import wait_until
+from core.child_process import end_with_parent
+from core.errors import ConfigError
+from core.waiting import wait_until
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base

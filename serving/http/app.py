@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from ops.access import MAX_ACTOR_CHARS
+from core.access import MAX_ACTOR_CHARS
 from serving.http import (
     chat,
     classify,

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import Request
 
-from ops import metrics
-from ops.access import Access
-from ops.ledger import Ledger
-from ops.ledger.rows import DeletionState, Family
-from ops.settings.serving import Serve
+from core import metrics
+from core.access import Access
+from core.ledger import Ledger
+from core.ledger.rows import DeletionState, Family
+from core.settings.serving import Serve
 from serving.catalog.queries import Filters, Hit
 from serving.engines.tokens import Tokenizer
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk

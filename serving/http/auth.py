@@ -15,12 +15,12 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ops import metrics
-from ops.access import READ_SECONDS, Access, Principal
-from ops.errors import AccessError
-from ops.ledger.keys import SCOPES
-from ops.ledger.rows import KeyScope
-from ops.request_context import detached
+from core import metrics
+from core.access import READ_SECONDS, Access, Principal
+from core.errors import AccessError
+from core.ledger.keys import SCOPES
+from core.ledger.rows import KeyScope
+from core.request_context import detached
 from serving.http import errors
 from serving.http.client_address import came_from_here
 from serving.http.errors import ApiError

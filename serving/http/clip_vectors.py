@@ -21,8 +21,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ops import metrics
-from ops.settings.serving import Serve
+from core import metrics
+from core.settings.serving import Serve
 from serving.engines.heads import Head
 from serving.engines.tokens import Tokenizer
 from serving.errors import DeadlineExceeded, WrongSpace

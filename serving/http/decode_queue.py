@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from ops.priority import nice_thread
+from core.priority import nice_thread
 from serving.fair_room import FairRoom
 from serving.http.errors import ApiError
 from serving.http.shared_budget import SharedBudget

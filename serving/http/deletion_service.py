@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from ops import metrics
-from ops.errors import StoreUnavailable
-from ops.ledger import DeletionState, Ledger
-from ops.settings import Settings
+from core import metrics
+from core.errors import StoreUnavailable
+from core.ledger import DeletionState, Ledger
+from core.settings import Settings
 from serving.own_threads import OwnThreads
 
 SECONDS: Final = 60.0

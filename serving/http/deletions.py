@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
 
-from ops.errors import SelectorError
-from ops.ledger import DeletionState
+from core.errors import SelectorError
+from core.ledger import DeletionState
 from serving.http.app_state import app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, missing

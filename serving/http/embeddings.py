@@ -10,7 +10,7 @@ import pybase64
 from fastapi import APIRouter, Request, Response
 from fastapi import Path as PathParameter
 
-from ops.ledger.rows import Family
+from core.ledger.rows import Family
 from serving.http.app_state import CLIP, VLM, AppState, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.clip_vectors import Vectors

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from ops import metrics
-from ops.errors import (
+from core import metrics
+from core.errors import (
     AlreadyResubmitted,
     BrokerError,
     LedgerError,
@@ -28,7 +28,7 @@ from ops.errors import (
     StoreError,
     UnknownRecord,
 )
-from ops.request_context import current
+from core.request_context import current
 from serving.errors import AdapterUnservable, ServingError
 
 log = logging.getLogger("ratchet.http")

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import pybase64
 from PIL import Image
 
-from ops.errors import RecordError
-from ops.settings.serving import Serve
-from ops.tracing import span
+from core.errors import RecordError
+from core.settings.serving import Serve
+from core.tracing import span
 from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue

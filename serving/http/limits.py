@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ops import metrics
-from ops.settings.serving import Serve
+from core import metrics
+from core.settings.serving import Serve
 from serving.http import errors
 from serving.http.client_address import TrustedProxies, names_this_server, set_client
 from serving.http.errors import ApiError

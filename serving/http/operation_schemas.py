@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from ops.dependencies import Dependency, State
-from ops.ledger.rows import ProposalKind, ResubmissionState, Scope
+from core.dependencies import Dependency, State
+from core.ledger.rows import ProposalKind, ResubmissionState, Scope
 from serving.http.errors import ErrorDetail
 from serving.http.response_schemas import ResponseBody
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from ops.ledger.rows import ReleaseRow
+from core.ledger.rows import ReleaseRow
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, ErrorBody

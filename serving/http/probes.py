@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ops import metrics
-from ops.dependencies import State, current
+from core import metrics
+from core.dependencies import State, current
 from serving.errors import QueueFull, VlmStarting
 from serving.http.errors import described
 from serving.http.recent import Recent

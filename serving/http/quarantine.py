@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from ratchet_client.records import REASONS
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator

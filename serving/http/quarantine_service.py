@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
-from ops import metrics
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core import metrics
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.own_threads import OwnThreads
 
 if TYPE_CHECKING:

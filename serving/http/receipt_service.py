@@ -6,8 +6,8 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from ops.errors import StoreUnavailable
-from ops.settings import Settings
+from core.errors import StoreUnavailable
+from core.settings import Settings
 
 SECONDS: Final = 10.0
 """Longest that a caller waits, for a thread and for the store."""

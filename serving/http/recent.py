@@ -7,8 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from ops.ledger.rows import ReleaseRow
-from ops.request_context import detached
+from core.ledger.rows import ReleaseRow
+from core.request_context import detached
 from serving.own_threads import OwnThreads
 
 Value = TypeVar("Value")

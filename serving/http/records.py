@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from serving.http.app_state import app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record, missing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 
 SHARED = ("queue", "operator_queue", "decode_pixels", "image_fetches", "vlm_queue", "cache_bytes")
 

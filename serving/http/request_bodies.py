@@ -13,8 +13,8 @@ import time
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ops.settings.serving import Serve
-from ops.tracing import span
+from core.settings.serving import Serve
+from core.tracing import span
 from serving.http import errors
 from serving.http.cancel_on_disconnect import ClientGone
 from serving.http.errors import ApiError

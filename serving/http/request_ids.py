@@ -14,7 +14,7 @@ from typing import Final
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ops import request_context
+from core import request_context
 
 HEADER: Final = "x-request-id"
 MAX_CHARS: Final = 128

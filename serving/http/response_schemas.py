@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ops.ledger.rows import Family
+from core.ledger.rows import Family
 
 
 class ResponseBody(BaseModel):

@@ -6,7 +6,7 @@ import uuid
 
 from fastapi import Request
 
-from ops.access import Principal
+from core.access import Principal
 
 KEY_HEADER = "x-ratchet-key"
 

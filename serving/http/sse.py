@@ -15,7 +15,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ops import metrics
+from core import metrics
 from serving.errors import DeadlineExceeded
 from serving.http import errors
 from serving.http.cancel_on_disconnect import ClientGone, cancel_on_disconnect

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import sys
 
-from ops.errors import ConfigError
-from ops.loading import load_settings
+from core.errors import ConfigError
+from core.loading import load_settings
 from serving.ray import haproxy
 from serving.ray.ray_session import front_limits, haproxy_binary
 

@@ -22,13 +22,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ops.digests import digest12
-from ops.errors import ConfigError
-from ops.settings import Settings
-from ops.settings.serving import Serve
-from ops.settings.watching import Traces
-from ops.tracing import EXPORTER
-from ops.waiting import wait_until
+from core.digests import digest12
+from core.errors import ConfigError
+from core.settings import Settings
+from core.settings.serving import Serve
+from core.settings.watching import Traces
+from core.tracing import EXPORTER
+from core.waiting import wait_until
 from serving.ray import loopback
 
 OBJECT_STORE_BYTES = 160 * 1024 * 1024

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.ray import loopback
 from serving.ray.ray_session import OBJECT_STORE_BYTES
 from serving.ray.replica_logs import take_over_rays_loggers

@@ -12,7 +12,7 @@ from typing import Any, Final
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from ops.errors import ReleaseError
+from core.errors import ReleaseError
 from serving.errors import DeadlineExceeded, QueueFull, Unavailable
 
 FIRST_PAUSE_SECONDS: Final = 0.02

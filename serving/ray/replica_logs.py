@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 
-from ops.logs import configure_logging
-from ops.settings import Settings
+from core.logs import configure_logging
+from core.settings import Settings
 
 
 def configure_replica_logging(settings: Settings, role: str) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ops import metrics
-from ops.ledger.rows import Family
-from ops.metrics.serving import Age
-from ops.request_context import note
+from core import metrics
+from core.ledger.rows import Family
+from core.metrics.serving import Age
+from core.request_context import note
 from serving.errors import NotReady, Unavailable, UnknownModel
 from serving.releases.canary_bucket import canary_bucket
 from serving.releases.observations import RequestCounts

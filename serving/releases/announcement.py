@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Final
 
-from ops.errors import ReleaseError
+from core.errors import ReleaseError
 from serving.releases.types import Broadcast, Residency
 
 log = logging.getLogger("ratchet.announce")

@@ -10,7 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from ops.errors import ReleaseError
+from core.errors import ReleaseError
 from serving.ray.deployment_status import read_statuses
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.announcement import Unacknowledged

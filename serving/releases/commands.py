@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ops.ledger.rows import Family
+from core.ledger.rows import Family
 from serving.releases.types import Adapters
 
 
@@ -32,7 +32,7 @@ class ReleaseCommand(_LiveCommand):
     action = "release"
     adapters: Adapters
     share: float = 1.0
-    """See :attr:`ops.ledger.rows.ReleaseRow.share`."""
+    """See :attr:`core.ledger.rows.ReleaseRow.share`."""
     force: bool = False
     """Also adapters that no gate passed and that were never live."""
 

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from ray.serve.handle import DeploymentHandle
 
-from ops import metrics
-from ops.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
-from ops.ledger import Family, Ledger
-from ops.settings import Settings
+from core import metrics
+from core.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
+from core.ledger import Family, Ledger
+from core.settings import Settings
 from serving.ray.loopback import close_replica_port
 from serving.ray.replica_logs import configure_replica_logging
 from serving.ray.settled import settle

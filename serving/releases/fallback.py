@@ -8,10 +8,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
-from ops import metrics
-from ops.errors import RatchetError, ReleaseError
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family, ReleaseRow
+from core import metrics
+from core.errors import RatchetError, ReleaseError
+from core.ledger.ledger import Ledger
+from core.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
 from serving.releases.types import Prepared, ReleaseResult
 

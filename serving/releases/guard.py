@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ops.ledger.rows import Family
-from ops.settings.serving import Rollout
+from core.ledger.rows import Family
+from core.settings.serving import Rollout
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 
 FALSE_ALARM = 0.01

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family, ProposalKind, ReleaseRow
-from ops.settings.serving import Rollout
+from core.ledger.ledger import Ledger
+from core.ledger.rows import Family, ProposalKind, ReleaseRow
+from core.settings.serving import Rollout
 
 UNWATCHED: tuple[ProposalKind, ...] = ("initial", "rollback")
 """A first release has no incumbent; a rollback is what the guard itself does, and is never taken back by it."""

@@ -9,9 +9,9 @@ import secrets
 import socket
 from typing import Final
 
-from ops.errors import LedgerError
-from ops.ledger.leases import CONTROLLER_LEASE
-from ops.ledger.ledger import Ledger
+from core.errors import LedgerError
+from core.ledger.leases import CONTROLLER_LEASE
+from core.ledger.ledger import Ledger
 
 log = logging.getLogger("ratchet.controller")
 LEASE_SECONDS: Final = 6.0

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.digests import digest12
-from ops.errors import ReleaseError
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import ReleaseRow
-from ops.settings import Settings
+from core.digests import digest12
+from core.errors import ReleaseError
+from core.ledger.ledger import Ledger
+from core.ledger.rows import ReleaseRow
+from core.settings import Settings
 from serving.engines.registered import base_of, digest_of, shown
 
 

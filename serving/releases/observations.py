@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
-from ops.ledger.rows import Family
+from core.ledger.rows import Family
 
 
 @dataclass(slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ops.errors import ReleaseConflict
-from ops.ledger import Family, Ledger, ReleaseRow
+from core.errors import ReleaseConflict
+from core.ledger import Family, Ledger, ReleaseRow
 from serving.releases.rollback import rollback_target
 from serving.releases.types import scope_of
 
@@ -25,7 +25,7 @@ def roll_back_offline(
     Args:
         families: that are served, or the one that is meant.
         to: number of the release to go back to; None: the newest one that had another adapter.
-        hold_after_rollback: see :attr:`ops.settings.Rollout.hold_after_rollback`.
+        hold_after_rollback: see :attr:`core.settings.Rollout.hold_after_rollback`.
 
     Raises:
         ReleaseError: there is nothing to go back to.

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Collection, Coroutine, Mapping
 from typing import Any
 
-from ops.errors import ReleaseError
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family, ReleaseRow
+from core.errors import ReleaseError
+from core.ledger.ledger import Ledger
+from core.ledger.rows import Family, ReleaseRow
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.residency import ResidencyRows, read_residency, resolve_residency
 from serving.releases.types import Broadcast, Prepared, Residency

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from ops.errors import Held, LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseConflict, ReleaseError
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import ProposalKind, ProposalRow
+from core.errors import Held, LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseConflict, ReleaseError
+from core.ledger.ledger import Ledger
+from core.ledger.rows import ProposalKind, ProposalRow
 from serving.releases.preparation import Preparation
 from serving.releases.rollback import check_live, goal_of
 from serving.releases.types import NO_VLM, ReleaseResult, proposed_adapters

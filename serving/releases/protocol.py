@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar
 
-from ops import metrics
-from ops.errors import LeaseLost, RatchetError, ReleaseError
-from ops.ledger.leases import CONTROLLER_LEASE
-from ops.ledger.ledger import Ledger
-from ops.ledger.proposals import ENDED
-from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ReleaseRow
+from core import metrics
+from core.errors import LeaseLost, RatchetError, ReleaseError
+from core.ledger.leases import CONTROLLER_LEASE
+from core.ledger.ledger import Ledger
+from core.ledger.proposals import ENDED
+from core.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ReleaseRow
 from serving.releases.announcement import RELEASE_SECONDS, ROLLBACK_SECONDS, Announcer
 from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.lineage import Lineage
@@ -61,7 +61,7 @@ class ReleaseProtocol:
     ) -> None:
         """Args:
         update_share: of the requests, for updates that passed the gate; see :attr:`ReleaseRow.share`.
-        hold_after_rollback: see :attr:`ops.settings.Rollout.hold_after_rollback`.
+        hold_after_rollback: see :attr:`core.settings.Rollout.hold_after_rollback`.
         lease: without it this process only proposes, and another one carries out; except rollbacks, whose commit checks
             that the live release is the expected one. None: there is no other process.
         lineage: the base that this server has. None: there is only one.

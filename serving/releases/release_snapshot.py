@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ops.ledger.rows import Family
+from core.ledger.rows import Family
 
 BASE = "base"
 """How clients name a base without an adapter."""
@@ -24,7 +24,7 @@ class ReleaseSnapshot:
     text_space: str
     vlm: str | None = None
     share: float = 1.0
-    """Of the requests, that it answers; see :attr:`ops.ledger.rows.ReleaseRow.share`."""
+    """Of the requests, that it answers; see :attr:`core.ledger.rows.ReleaseRow.share`."""
 
     @property
     def adapter(self) -> str:

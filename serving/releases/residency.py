@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ops import metrics
-from ops.errors import RatchetError, ReleaseError
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family, ReleaseRow
+from core import metrics
+from core.errors import RatchetError, ReleaseError
+from core.ledger.ledger import Ledger
+from core.ledger.rows import Family, ReleaseRow
 from serving.own_threads import OwnThreads
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Prepared, Residency

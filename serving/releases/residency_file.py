@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from ops.digests import digest_json
-from ops.errors import ReleaseError
+from core.digests import digest_json
+from core.errors import ReleaseError
 from serving.releases.residency import ResidencyRows
 
 FORMAT: Final = 1
@@ -32,7 +32,7 @@ class ResidencyCopy:
 
     rows: ResidencyRows
     adapters: Mapping[str, str] = field(default_factory=dict)
-    """64 hex digits by the adapter's name; see :func:`ops.artifacts.directory_digest`."""
+    """64 hex digits by the adapter's name; see :func:`core.artifacts.directory_digest`."""
 
     @property
     def number(self) -> int:

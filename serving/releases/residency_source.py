@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from ops import metrics
-from ops.artifacts import Artifacts
-from ops.dependencies import answered, noted
-from ops.errors import LedgerUnavailable, RatchetError
-from ops.files import replace_file
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core import metrics
+from core.artifacts import Artifacts
+from core.dependencies import answered, noted
+from core.errors import LedgerUnavailable, RatchetError
+from core.files import replace_file
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.releases.bounded_call import BoundedCall
 from serving.releases.lineage import Lineage
 from serving.releases.residency import ResidencyRows, read_residency

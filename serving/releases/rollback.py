@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from ops.digests import digest12
-from ops.errors import LedgerError, LedgerUnavailable, ReleaseConflict, ReleaseError
-from ops.ledger.collection import collected_error
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family, ReleaseRow
+from core.digests import digest12
+from core.errors import LedgerError, LedgerUnavailable, ReleaseConflict, ReleaseError
+from core.ledger.collection import collected_error
+from core.ledger.ledger import Ledger
+from core.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
 from serving.releases.lineage import Lineage
 from serving.releases.residency import ResidencyRows, read_residency

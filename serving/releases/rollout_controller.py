@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ops import metrics
-from ops.errors import ReleaseConflict
-from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family
-from ops.settings.serving import Rollout
+from core import metrics
+from core.errors import ReleaseConflict
+from core.ledger.ledger import Ledger
+from core.ledger.rows import Family
+from core.settings.serving import Rollout
 from serving.releases.commands import PromoteCommand, RollbackCommand
 from serving.releases.guard import Evidence, broken, look, look_number
 from serving.releases.guard_target import GuardTarget, find_guard_target

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ops import metrics
-from ops.errors import RatchetError
-from ops.ledger.rows import Family, ReleaseRow
-from ops.settings.serving import Rollout
+from core import metrics
+from core.errors import RatchetError
+from core.ledger.rows import Family, ReleaseRow
+from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
 from serving.messages import EncodeResult, Modality

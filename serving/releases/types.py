@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ops.errors import AdapterError, LedgerUnavailable, StoreError
-from ops.ledger.rows import Family, ProposalKind, ProposalRow, Scope
+from core.errors import AdapterError, LedgerUnavailable, StoreError
+from core.ledger.rows import Family, ProposalKind, ProposalRow, Scope
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 

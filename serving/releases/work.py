@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ops.errors import ReleaseConflict
-from ops.ledger.rows import Family, ProposalRow, Scope
+from core.errors import ReleaseConflict
+from core.ledger.rows import Family, ProposalRow, Scope
 from serving.releases.commands import RollbackCommand
 
 Goal = Mapping[Family, str | None]

@@ -12,10 +12,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
-from ops.artifacts import Artifacts, directory_digest
-from ops.artifacts.folder import remove_abandoned
-from ops.errors import AdapterError, LedgerUnavailable, RatchetError, StoreUnavailable
-from ops.ledger import Ledger
+from core.artifacts import Artifacts, directory_digest
+from core.artifacts.folder import remove_abandoned
+from core.errors import AdapterError, LedgerUnavailable, RatchetError, StoreUnavailable
+from core.ledger import Ledger
 from serving.releases.bounded_call import BoundedCall
 
 log = logging.getLogger("ratchet.adapters")
@@ -33,7 +33,7 @@ def adapters_path(home: Path) -> Path:
 
 
 class AdapterFolders(Protocol):
-    """See :meth:`AdapterCache.fetch`; :class:`ops.artifacts.Artifacts` is another one."""
+    """See :meth:`AdapterCache.fetch`; :class:`core.artifacts.Artifacts` is another one."""
 
     def fetch(self, key: str) -> Path:
         """A local directory with the content of a key."""

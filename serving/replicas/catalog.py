@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from ray.serve.handle import DeploymentHandle
 
-from ops import metrics
-from ops.errors import LedgerError, RatchetError, StoreError
-from ops.ledger import Ledger
-from ops.ledger.leases import CONTROLLER_LEASE
-from ops.settings import Settings
-from ops.tracing import span
+from core import metrics
+from core.errors import LedgerError, RatchetError, StoreError
+from core.ledger import Ledger
+from core.ledger.leases import CONTROLLER_LEASE
+from core.settings import Settings
+from core.tracing import span
 from serving.catalog.cross_version import usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult

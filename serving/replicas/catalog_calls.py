@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from ray.serve.handle import DeploymentHandle
 
-from ops.errors import StoreError
+from core.errors import StoreError
 from serving.catalog.queries import Filters, Hit
 from serving.ray.replica_calls import Attempts, call_replica
 

@@ -10,8 +10,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from ops import metrics
-from ops.errors import RatchetError, ReleaseConflict
+from core import metrics
+from core.errors import RatchetError, ReleaseConflict
 from serving.errors import DeadlineExceeded, Unavailable
 from serving.ray.replica_calls import Attempts, call_replica, queue_full
 from serving.releases.commands import HoldingCommand, LiveCommand, RollbackCommand

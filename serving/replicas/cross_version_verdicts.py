@@ -7,8 +7,8 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from ops.errors import LedgerError
-from ops.ledger import Ledger
+from core.errors import LedgerError
+from core.ledger import Ledger
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.catalog")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from ops import metrics
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger
-from ops.priority import nice_process
-from ops.request_context import note
-from ops.settings import Settings
+from core import metrics
+from core.artifacts import Artifacts
+from core.ledger import Ledger
+from core.priority import nice_process
+from core.request_context import note
+from core.settings import Settings
 from serving.engines.kernel_caches import bound_kernel_caches
 from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, HeadsResult, Modality
 from serving.ray.loopback import close_replica_port

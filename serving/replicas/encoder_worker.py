@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ops import metrics
-from ops.errors import AdapterError, RatchetError
-from ops.free_memory import return_free_memory
-from ops.priority import idle_thread, nice_thread, pace_thread
+from core import metrics
+from core.errors import AdapterError, RatchetError
+from core.free_memory import return_free_memory
+from core.priority import idle_thread, nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality, joined

@@ -20,8 +20,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ops.request_context import detached
-from ops.tracing import record
+from core.request_context import detached
+from core.tracing import record
 from serving.messages import EncodeRequest, EncodeResult, Modality, joined
 
 Group = tuple[Modality, str | None]

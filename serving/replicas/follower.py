@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal
 
-from ops import metrics
+from core import metrics
 from serving.own_threads import OwnThreads
 from serving.releases.residency import ResidencyRows
 from serving.releases.types import Prepared

@@ -13,10 +13,10 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from ops import metrics
-from ops.access import Access
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core import metrics
+from core.access import Access
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.engines.clip_base import base_directory, load_base
 from serving.engines.vlm.vlm_base import MODEL
 from serving.http.app import build_app

@@ -18,10 +18,10 @@ from typing import Any, Final
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
-from ops.artifacts import Artifacts
-from ops.files import replace_file
-from ops.ledger.rows import KeyRow
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.files import replace_file
+from core.ledger.rows import KeyRow
+from core.settings import Settings
 from serving.errors import Unavailable
 from serving.releases.bounded_call import BoundedCall
 

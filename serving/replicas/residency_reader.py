@@ -7,8 +7,8 @@ from typing import Final
 
 from ray.serve.handle import DeploymentHandle
 
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.residency import ResidencyReader
 from serving.releases.residency_source import ResidencySource

@@ -10,13 +10,13 @@ from typing import Any
 
 from ray import serve
 
-from ops import metrics
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger
-from ops.priority import nice_process
-from ops.request_context import note
-from ops.settings import Settings
-from ops.tracing import record, span
+from core import metrics
+from core.artifacts import Artifacts
+from core.ledger import Ledger
+from core.priority import nice_process
+from core.request_context import note
+from core.settings import Settings
+from core.tracing import record, span
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import VLM_NICE, Refusal
 from serving.ray.loopback import close_replica_port

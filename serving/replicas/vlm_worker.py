@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
-from ops import metrics
-from ops.errors import AdapterError, RatchetError
-from ops.request_context import detached
+from core import metrics
+from core.errors import AdapterError, RatchetError
+from core.request_context import detached
 from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk, VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.json_files import ImageFinder, files_of_shape
 from streams.datasets.json_stream import DiskIndex, elements
 from streams.datasets.source import Format, Source, split_of

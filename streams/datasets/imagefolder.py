@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.mapping import ImageRef, has_words, items_of
 from streams.datasets.source import IMAGE_SUFFIXES, Format, Source, split_of
 from streams.folders import DatasetRow, FolderItem

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.json_stream import TOP, elements
 from streams.row_fields import inside
 from streams.tables import Where

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.json_files import ImageFinder, files_of_shape
 from streams.datasets.json_stream import TOP, elements
 from streams.datasets.mapping import ImageRef, items_of

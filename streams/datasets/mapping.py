@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.folders import FolderItem
 from streams.row_fields import iso_time, list_field
 from streams.tables import Where

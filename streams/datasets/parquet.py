@@ -20,7 +20,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.mapping import COLUMNS, ImageRef, has_words, items_of
 from streams.datasets.source import Format, Source, files_under, split_of
 from streams.folders import DatasetRow

@@ -23,7 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.mapping import ImageRef, items_of
 from streams.datasets.source import IMAGE_SUFFIXES, MAX_TEXT_BYTES, Format, Source, files_under, split_of
 from streams.folders import DatasetRow

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.imagefolder import images_under
 from streams.datasets.mapping import ImageRef, items_of
 from streams.datasets.shards import values_of

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets.json_files import ImageFinder, files_of_shape, shape_of
 from streams.datasets.json_stream import DiskIndex, elements
 from streams.datasets.mapping import ImageRef, items_of

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import Final
 
-from ops.digests import share_of
+from core.digests import share_of
 
 TEST_SHARE: Final = 0.15
 _ARTICLE: Final = re.compile(r"^(an?|the|some) ")

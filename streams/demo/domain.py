@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from ops.progress import say, track
+from core.progress import say, track
 from streams.demo.concepts import split_of
 from streams.demo.packages import Package, lock
 from streams.demo.render import Unfit, encode, on_canvas

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from streams.demo import clipart, digits, emoji, fashion, flags, pixel, stamps
 from streams.demo.domain import DomainInfo, build
 from streams.demo.packages import Package

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Literal, cast
 
-from ops.child_process import reaped
-from ops.errors import RatchetError
-from ops.progress import say
+from core.child_process import reaped
+from core.errors import RatchetError
+from core.progress import say
 
 MAX_MEMBER_BYTES: Final = 64 * 2**20
 """The largest wanted file is Fashion-MNIST's training images, 26 MB."""

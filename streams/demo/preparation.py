@@ -13,10 +13,10 @@ from threading import Thread
 from types import TracebackType
 from typing import Final
 
-from ops import progress
-from ops.child_process import end_with_parent, kill_workers
-from ops.errors import ConfigError
-from ops.priority import nice_process, nice_session
+from core import progress
+from core.child_process import end_with_parent, kill_workers
+from core.errors import ConfigError
+from core.priority import nice_process, nice_session
 from streams.demo.domain import current
 from streams.demo.domains import DOMAINS, prepare_domain
 from streams.demo.questions import QUESTIONS, prepare_questions

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ops.errors import ConfigError
-from ops.progress import say, track
+from core.errors import ConfigError
+from core.progress import say, track
 from streams.demo.domain import RECEIPT, current
 from streams.demo.domains import DOMAINS, prepare_domain
 from streams.demo.packages import lock

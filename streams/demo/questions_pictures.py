@@ -12,7 +12,7 @@ from typing import Final
 
 from PIL import Image
 
-from ops.progress import track
+from core.progress import track
 from streams.demo import questions_words as words
 from streams.demo.domain import THREADS
 from streams.demo.domains import DOMAINS

@@ -22,8 +22,8 @@ from typing import Any, Final, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ops.errors import StoreFull, StoreUnavailable
-from ops.progress import track
+from core.errors import StoreFull, StoreUnavailable
+from core.progress import track
 from streams.conditions import quoted
 from streams.quality.bands import bands_of, masks
 from streams.quality.look import Look, similar

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from ops.errors import BrokerError, RecordError, StoreError
-from ops.settings.streams import Ingest as Limits
+from core.errors import BrokerError, RecordError, StoreError
+from core.settings.streams import Ingest as Limits
 from ratchet_client.images import decode_image
 from ratchet_client.records import Sample, check_text
 from streams.codecs import Fetch, decode

@@ -16,7 +16,7 @@ the client is ours, on httpx, and the formats are left to the two best-kept libr
 what a sample must be is checked by :mod:`ratchet_client.records`, whatever the producer promised.
 
 **Outage or refusal.** A registry that does not answer, or answers with an error of its own, is an outage
-(:class:`~ops.errors.RegistryUnavailable`): nothing is known about the record, so ingest waits. An id that the registry
+(:class:`~core.errors.RegistryUnavailable`): nothing is known about the record, so ingest waits. An id that the registry
 does not have, a schema that cannot be used, and a value that does not fit it are refusals (reason ``schema``). A schema
 at which the registry fails while it answers is waited for, too, but not for ever: after
 ``kafka.schema_deadline_seconds``, or a tenth of that where another schema can be read meanwhile, its records are

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import fastavro
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.registry.client import RegistryClient, Schema
 
 MAX_NODES: Final = 2_000

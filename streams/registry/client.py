@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
-from ops.errors import RecordError, RegistryUnavailable, SchemaUnavailable
+from core.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 
 SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
 

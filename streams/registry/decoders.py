@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ops.errors import ConfigError, RecordError, RegistryUnavailable
-from ops.settings.streams import Kafka
+from core.errors import ConfigError, RecordError, RegistryUnavailable
+from core.settings.streams import Kafka
 from streams.registry.client import TIMEOUT_SECONDS, RegistryClient, Schema
 from streams.registry.failing import FailingSchemas
 

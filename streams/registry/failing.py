@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ops.errors import RecordError, RegistryUnavailable, SchemaUnavailable
+from core.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 
 FEWEST_TRIES: Final = 3
 PROVEN_SHARE: Final = 0.1

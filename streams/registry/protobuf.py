@@ -28,7 +28,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message_factory import GetMessageClass
 
-from ops.errors import RecordError, RegistryUnavailable
+from core.errors import RecordError, RegistryUnavailable
 from streams.registry.client import RegistryClient, Schema
 
 MAX_REFERENCES: Final = 64

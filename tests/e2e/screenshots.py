@@ -19,10 +19,10 @@ import yaml
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from ops.addresses import free_port
-from ops.ledger import Ledger
-from ops.loading import load_settings
-from ops.waiting import wait_until
+from core.addresses import free_port
+from core.ledger import Ledger
+from core.loading import load_settings
+from core.waiting import wait_until
 from tests.support.browser import PHONE, chromium, console
 
 PATIENCE_SECONDS = 1800.0

@@ -16,18 +16,18 @@ import httpx
 import pytest
 import yaml
 
-from ops.addresses import free_port
+from core.addresses import free_port
+from core.child_process import processor_seconds
+from core.ledger import Ledger
+from core.waiting import StoodStill, wait_for_progress
 from ops.alerts import as_yaml, prometheus_config
-from ops.child_process import processor_seconds
 from ops.cli.context import Context
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
 from ops.dashboards import expressions
-from ops.ledger import Ledger
 from ops.load.traffic import Traffic
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
-from ops.waiting import StoodStill, wait_for_progress
 from ratchet_client import Client, data_uri
 from streams.folders import read_folder
 from streams.store import SampleStore

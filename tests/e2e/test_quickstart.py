@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ops.addresses import free_port
-from ops.ledger import Ledger
-from ops.loading import load_settings
+from core.addresses import free_port
+from core.ledger import Ledger
+from core.loading import load_settings
 from serving.engines.clip_base import list_bases
 from tests.support.own_model import PATTERNS, own_model
 from tests.support.pages import ROOT, Page

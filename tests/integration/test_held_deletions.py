@@ -10,9 +10,9 @@ from typing import Any
 import boto3
 import pytest
 
-from ops.ledger import DeletionRow, Ledger
-from ops.settings import Settings
-from ops.waiting import wait_until
+from core.ledger import DeletionRow, Ledger
+from core.settings import Settings
+from core.waiting import wait_until
 from streams import deletion, maintenance
 from streams.deletion import as_json
 from streams.maintenance import Maintainer

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ops.addresses import free_port
-from ops.settings import Settings
+from core.addresses import free_port
+from core.settings import Settings
 from tests.support.console_server import console_server
 from tests.support.nginx import BINARY, documented, nginx
 from tests.unit.console.test_behind_a_proxy import Links

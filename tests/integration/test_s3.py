@@ -13,10 +13,10 @@ import boto3
 import pytest
 from s3fs import S3FileSystem
 
-from ops.artifacts import Artifacts
-from ops.artifacts.object_store import CALL_SECONDS
-from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
-from ops.settings.streams import Ingest
+from core.artifacts import Artifacts
+from core.artifacts.object_store import CALL_SECONDS
+from core.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
+from core.settings.streams import Ingest
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import load_base
 from streams.rows import Position, tally_of

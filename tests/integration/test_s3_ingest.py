@@ -9,7 +9,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams import ingest_report
 from tests.support.fake_kafka import FakeKafka, install
 from tests.support.kafka import good, reading, wait_for

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.search.run_search import main
-from ops.settings import Settings
+from core.settings import Settings
 
 
 @pytest.mark.long

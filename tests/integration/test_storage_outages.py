@@ -19,14 +19,14 @@ from s3fs import S3FileSystem
 from typer.testing import CliRunner
 from werkzeug.serving import make_server
 
+from core.artifacts import Artifacts
+from core.dependencies import Dependency
+from core.errors import ArtifactsUnavailable, StoreUnavailable
+from core.settings import Settings
 from ops import dependency_checks
-from ops.artifacts import Artifacts
 from ops.cli import checks
 from ops.cli.main import app
-from ops.dependencies import Dependency
 from ops.dependency_checks import look
-from ops.errors import ArtifactsUnavailable, StoreUnavailable
-from ops.settings import Settings
 from streams.compaction import clean
 from streams.rows import Position
 from streams.store import SampleStore

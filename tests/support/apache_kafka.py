@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from ops.addresses import free_port
+from core.addresses import free_port
 from tests.support.downloads import from_maven
 
 VERSION: Final = "4.4.0"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams.broker import EmbeddedBroker
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from ops.waiting import wait_until
+from core.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from core.settings import Settings
+from core.waiting import wait_until
 from ops.console.app import build_console
-from ops.settings import Settings
-from ops.waiting import wait_until
 
 START_SECONDS = 60.0
 

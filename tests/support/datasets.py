@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets import read_dataset
 from streams.folders import FolderItem
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import psutil
 
-from ops.addresses import free_port
-from ops.waiting import wait_until
+from core.addresses import free_port
+from core.waiting import wait_until
 from tests.support.leftovers import left_running, mark, take_terminal
 
 SECONDS = 240.0

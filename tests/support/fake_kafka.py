@@ -18,7 +18,7 @@ import pytest
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import LogTruncationError, OffsetOutOfRangeError
 
-from ops.errors import BrokerError, Fenced, RecordTooLarge
+from core.errors import BrokerError, Fenced, RecordTooLarge
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import Delivery
 from streams.clients import Topic

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from ops.logs import configure_logging
+from core.logs import configure_logging
 from tests.support.kafka import wait_for
 
 _context = multiprocessing.get_context("forkserver")

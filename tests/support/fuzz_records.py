@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal
 
-from ops.settings.streams import Kafka
+from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoding, encode
 from ratchet_client.records import Sample
 from tests.support.kafka import picture

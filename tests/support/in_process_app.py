@@ -15,10 +15,10 @@ import httpx
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from ops.access import Access
-from ops.ledger import Ledger
-from ops.settings import Settings
-from ops.settings.serving import Serve
+from core.access import Access
+from core.ledger import Ledger
+from core.settings import Settings
+from core.settings.serving import Serve
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_base
 from ratchet_client.records import Sample

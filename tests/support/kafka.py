@@ -14,10 +14,10 @@ import numpy as np
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from PIL import Image
 
-from ops.child_process import processor_seconds
-from ops.settings import Settings
-from ops.settings.streams import Kafka
-from ops.waiting import StoodStill, wait_for_progress
+from core.child_process import processor_seconds
+from core.settings import Settings
+from core.settings.streams import Kafka
+from core.waiting import StoodStill, wait_for_progress
 from streams.clients import ensure_topics
 from streams.consumer import Consumer
 from streams.ingest_status import IngestStatus

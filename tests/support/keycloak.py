@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import httpx
 
-from ops.addresses import free_port
-from ops.child_process import reaped, stop_reaped
-from ops.waiting import wait_until
+from core.addresses import free_port
+from core.child_process import reaped, stop_reaped
+from core.waiting import wait_until
 from tests.support.downloads import NotHere, from_maven
 
 VERSION: Final = "26.4.7"

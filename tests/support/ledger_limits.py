@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from ops.ledger import commits, database, time_limits
+from core.ledger import commits, database, time_limits
 
 SECONDS = 60.0
 """A machine on which a call takes longer than this is broken, not busy."""

@@ -17,9 +17,9 @@ from typing import Any, Final
 import boto3
 from s3fs import S3FileSystem
 
-from ops.addresses import free_port, listens
-from ops.child_process import reaped, stop_reaped
-from ops.waiting import wait_until
+from core.addresses import free_port, listens
+from core.child_process import reaped, stop_reaped
+from core.waiting import wait_until
 from tests.support.downloads import from_go
 from tests.support.environment import of_s3, variables
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams.consumer import Consumer
 from streams.fenced_sender import FencedSender
 from streams.ingest import run_ingest

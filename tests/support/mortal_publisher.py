@@ -13,9 +13,9 @@ from typing import Any
 
 from kafka import KafkaProducer
 
-from ops.errors import BrokerError
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.errors import BrokerError
+from core.ledger import Ledger
+from core.settings import Settings
 from streams.events import EventPublisher
 
 #: Where it ends or sleeps, right before the call.

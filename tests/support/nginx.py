@@ -12,8 +12,8 @@ from typing import Final
 
 import httpx
 
-from ops.addresses import free_port
-from ops.waiting import wait_until
+from core.addresses import free_port
+from core.waiting import wait_until
 
 BINARY: Final = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 OPERATOR: Final = Path(__file__).parents[2] / "docs" / "operator.md"

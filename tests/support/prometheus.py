@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import yaml
 
-from ops.addresses import free_port
+from core.addresses import free_port
+from core.waiting import wait_until
 from ops.alerts import as_yaml, rule_groups
-from ops.waiting import wait_until
 
 START_SECONDS = 60.0
 GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}

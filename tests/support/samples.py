@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ops.digests import digest_bytes
+from core.digests import digest_bytes
 from streams.rows import Position
 from streams.store import SampleStore
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams.fenced_sender import FencedSender
 from streams.ingest import run_ingest
 from streams.refusal_publisher import RefusalPublisher

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger
-from ops.settings import Settings
-from ops.settings.serving import Rollout
+from core.artifacts import Artifacts
+from core.ledger import Ledger
+from core.settings import Settings
+from core.settings.serving import Rollout
 from serving.releases.guard import look
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from tests.unit.gate.builders import changed, scores

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.vlm.golden import golden_requests
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm

@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ops.ledger import Ledger
-from ops.settings import Settings
-from ops.settings.streams import Ingest, Kafka
+from core.ledger import Ledger
+from core.settings import Settings
+from core.settings.streams import Ingest, Kafka
 from streams import deletion
 from streams.assignment import Reading, start_position
 from streams.batch import Batch

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.adapters import PREFIX, AdapterFiles, read_adapter
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import whole_weights

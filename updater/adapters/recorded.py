@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger
-from ops.ledger.collection import collected_error
+from core.artifacts import Artifacts
+from core.ledger import Ledger
+from core.ledger.collection import collected_error
 
 
 def fetch_recorded(artifacts: Artifacts, ledger: Ledger, adapter: str) -> Path:

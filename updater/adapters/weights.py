@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta

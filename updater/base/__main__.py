@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from ops.progress import say
+from core.progress import say
 from updater.base.scores import SCORES, score_base
 from updater.base.shipped import ASSETS, build_base, export_projections
 

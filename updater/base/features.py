@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ops.progress import track
+from core.progress import track
 from serving.engines.preprocess import Preprocess
 from serving.engines.tokens import Tokenizer
 from streams.folders import FolderItem

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ops.progress import track
+from core.progress import track
 
 
 @dataclass(frozen=True, kw_only=True)

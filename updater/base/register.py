@@ -24,8 +24,8 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ops.errors import BaseModelError
-from ops.progress import say, step
+from core.errors import BaseModelError
+from core.progress import say, step
 from serving.engines.clip_base import TEXT_FILES, ClipBase, construct, save_base
 from serving.engines.preprocess import Preprocess
 

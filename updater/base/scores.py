@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ops.progress import say
+from core.progress import say
 from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
@@ -44,7 +44,7 @@ def score_base(
     Args:
         choice: the engine and precision that answer.
 
-    Raises :class:`ops.errors.BaseModelError` when the base is not registered.
+    Raises :class:`core.errors.BaseModelError` when the base is not registered.
     """
     base = load_base(home, name)
     engine = ClipEngine(base, choice=choice)

@@ -10,9 +10,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ops.artifacts import Artifacts, directory_digest
-from ops.errors import BaseModelError
-from ops.progress import step
+from core.artifacts import Artifacts, directory_digest
+from core.errors import BaseModelError
+from core.progress import step
 from serving.engines.clip_base import base_directory, list_bases
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from torch import nn
 
-from ops.errors import BaseModelError
-from ops.progress import say, step
-from ops.settings import Settings
+from core.errors import BaseModelError
+from core.progress import say, step
+from core.settings import Settings
 from serving.engines.clip_base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
 from serving.engines.tokens import make_tokenizer
 from streams.demo import prepare_domain

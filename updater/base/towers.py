@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ops.digests import digest_tensors
-from ops.errors import BaseModelError
+from core.digests import digest_tensors
+from core.errors import BaseModelError
 from serving.engines.clip_base import TEXT_FILES, construct
 from serving.engines.preprocess import Preprocess
 

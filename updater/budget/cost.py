@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ops.errors import BudgetError
+from core.errors import BudgetError
 from updater.data.mixture import BatchPlan
 from updater.recipes import Part
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from ops.progress import say
+from core.progress import say
 from ratchet_client import Client, ServerError
 
 POLL_SECONDS = 5.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from contextlib import suppress
 
-from ops.errors import TrainingError
-from ops.ledger import Ledger, UpdateRow, VerdictRow
-from ops.progress import say
-from ops.settings import Settings
+from core.errors import TrainingError
+from core.ledger import Ledger, UpdateRow, VerdictRow
+from core.progress import say
+from core.settings import Settings
 from streams.store import SampleStore
 from updater.loop.process import StopSignal, only_one
 from updater.loop.service import UpdaterService

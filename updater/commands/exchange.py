@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ops.errors import TrainingError
-from ops.ledger import Ledger, UpdateRow, VerdictRow
-from ops.settings import Settings
+from core.errors import TrainingError
+from core.ledger import Ledger, UpdateRow, VerdictRow
+from core.settings import Settings
 from updater.exchange.importing import Import
 from updater.loop.process import only_one
 from updater.loop.service import UpdaterService

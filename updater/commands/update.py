@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ops import metrics
-from ops.errors import TrainingError
-from ops.progress import say
-from ops.settings import Settings
+from core import metrics
+from core.errors import TrainingError
+from core.progress import say
+from core.settings import Settings
 from updater.loop.process import StopSignal, only_one
 from updater.loop.service import StepResult, UpdaterService
 from updater.recipes import Family, load_recipe

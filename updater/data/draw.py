@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ops.settings.updates import Draw
+from core.settings.updates import Draw
 from streams.store import ADDRESS, Having, SampleStore
 from updater.data.replay import draw_key, reservoir_order
 from updater.recipes import Family, Recipe

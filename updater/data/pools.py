@@ -18,10 +18,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from ops.digests import digest12, digest_bytes
-from ops.errors import ConfigError
-from ops.progress import say
-from ops.settings.updates import Draw
+from core.digests import digest12, digest_bytes
+from core.errors import ConfigError
+from core.progress import say
+from core.settings.updates import Draw
 from streams.folders import FolderItem, read_folder
 from streams.store import SampleStore
 from updater.data.draw import draw_rows

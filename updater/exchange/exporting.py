@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from ops.artifacts import Artifacts
-from ops.errors import AdapterError
-from ops.ledger import AdapterRow, Ledger
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.errors import AdapterError
+from core.ledger import AdapterRow, Ledger
+from core.settings import Settings
 from serving.engines.adapters import read_adapter
 from serving.engines.lora import whole_weights
 from updater.adapters.recorded import fetch_recorded

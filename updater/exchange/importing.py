@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypedDict
 
-from ops.artifacts import Artifacts, directory_digest
-from ops.errors import AdapterError
-from ops.ledger import Ledger, UpdateRow
-from ops.settings import Settings
+from core.artifacts import Artifacts, directory_digest
+from core.errors import AdapterError
+from core.ledger import Ledger, UpdateRow
+from core.settings import Settings
 from serving.engines.adapters import MAX_RANK, adapter_name
 from streams.store import SampleStore
 from updater.exchange.peft_files import convert, named

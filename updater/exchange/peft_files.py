@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.adapters import (
     ABOUT,
     CONFIG,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from ops.errors import ConfigError
-from ops.settings import Settings
+from core.errors import ConfigError
+from core.settings import Settings
 from serving.engines.adapters import read_adapter
 from serving.engines.clip_base import ClipBase, list_bases, load_base
 from serving.engines.lora import merge

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater.recipes import Recipe, Tower
 
 BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")

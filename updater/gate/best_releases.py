@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ops.ledger import Ledger, VerdictRow
+from core.ledger import Ledger, VerdictRow
 from updater.gate.memory_suites import PREFIX
 
 MOST = 2

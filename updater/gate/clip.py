@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ops.errors import GateError
+from core.errors import GateError
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from updater.adapters import trainer_encoder

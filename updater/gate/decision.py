@@ -26,7 +26,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ops.ledger.rows import GateOutcome
+from core.ledger.rows import GateOutcome
 from updater.gate.interim_analyses import LEAST_LEVEL
 from updater.gate.resampling import Floats
 from updater.gate.statistics import (

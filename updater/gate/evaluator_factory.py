@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ops.errors import GateError
-from ops.settings import Settings
+from core.errors import GateError
+from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ops.artifacts import Artifacts
-from ops.errors import AdapterError, GateError
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.errors import AdapterError, GateError
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.engines.adapters import ABOUT, adapter_name, read_adapter
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import read_heads

@@ -6,8 +6,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from ops.errors import AdapterError
-from ops.settings import Settings
+from core.errors import AdapterError
+from core.settings import Settings
 from serving.engines.heads import Head
 from streams.store import SampleStore
 from updater.gate.held_out import HeldOut

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from ops.errors import GateError, StoreError
+from core.errors import GateError, StoreError
 from streams.rows import SAMPLE_SCHEMA
 from streams.store import ADDRESS, Having, SampleStore
 

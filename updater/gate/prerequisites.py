@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ops.errors import ConfigError, GateError
-from ops.settings import Settings
+from core.errors import ConfigError, GateError
+from core.settings import Settings
 from updater.gate.suites import load_suites
 from updater.recipes import Family
 

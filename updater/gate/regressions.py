@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ops.errors import GateError
+from core.errors import GateError
 from updater.gate.score import Outcomes, Scorer
 from updater.gate.suite_items import Item, open_picture
 from updater.gate.suites import Suite

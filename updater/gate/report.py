@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from ops.files import replace_file
+from core.files import replace_file
 from updater.gate.diagnostics.results import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Diagnostics
 from updater.gate.plots import bars, forest
 from updater.gate.verdict import Verdict, jsonable

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ops.errors import AdapterError, GateError
-from ops.progress import say
-from ops.settings.updates import Gate as GateSettings
+from core.errors import AdapterError, GateError
+from core.progress import say
+from core.settings.updates import Gate as GateSettings
 from updater.gate.decision import Findings, Scores, conclude, decide
 from updater.gate.diagnostics.concept_counts import ConceptCounts
 from updater.gate.diagnostics.diagnose import diagnose

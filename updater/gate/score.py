@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ops.digests import digest12, digest_json
-from ops.progress import track
+from core.digests import digest12, digest_json
+from core.progress import track
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import heads_digest
 from updater.gate.ranking import rank_of_best

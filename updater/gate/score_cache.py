@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ops.files import replacing
+from core.files import replacing
 
 KEEP_FILES = 400
 """Score files kept in a folder; the oldest go first (each about 10 KB)."""

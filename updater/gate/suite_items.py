@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ops.digests import digest12, digest_json
-from ops.errors import GateError, RecordError
+from core.digests import digest12, digest_json
+from core.errors import GateError, RecordError
 from ratchet_client.images import OpenedImage, open_accepted
 from streams.folders import FolderItem
 

@@ -18,8 +18,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from ops.digests import digest_bytes, digest_json
-from ops.errors import GateError, RecordError
+from core.digests import digest_bytes, digest_json
+from core.errors import GateError, RecordError
 from streams.folders import INDEX, FolderItem, read_folder
 from updater.gate.answers import polarity
 from updater.gate.suite_items import (

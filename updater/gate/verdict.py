@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ops.ledger.rows import GateOutcome
+from core.ledger.rows import GateOutcome
 from updater.gate.diagnostics.results import Diagnostics, without_pictures
 from updater.gate.interim_analyses import Look, alpha_left
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ops.digests import digest12, digest_json
-from ops.errors import AdapterError, GateError
-from ops.settings.serving import Serve
+from core.digests import digest12, digest_json
+from core.errors import AdapterError, GateError
+from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine, question
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest

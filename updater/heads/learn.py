@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ops.progress import say, track
-from ops.settings.heads import LearnedHead
+from core.progress import say, track
+from core.settings.heads import LearnedHead
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import Head

@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ops import metrics
-from ops.artifacts import Artifacts
-from ops.errors import AdapterError
-from ops.ledger import Ledger, UpdateRow
-from ops.settings import Settings
+from core import metrics
+from core.artifacts import Artifacts
+from core.errors import AdapterError
+from core.ledger import Ledger, UpdateRow
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase

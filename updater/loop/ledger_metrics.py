@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from ops import metrics
-from ops.ledger import Ledger, VerdictRow
-from ops.metrics.learning import Score
-from ops.settings import Settings
+from core import metrics
+from core.ledger import Ledger, VerdictRow
+from core.metrics.learning import Score
+from core.settings import Settings
 from updater.recipes import Family
 from updater.scheduling import triggers
 

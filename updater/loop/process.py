@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ops.errors import TrainingError
-from ops.priority import idle_thread, nice_process, nice_session
-from ops.progress import say
+from core.errors import TrainingError
+from core.priority import idle_thread, nice_process, nice_session
+from core.progress import say
 
 QUIET_SECONDS = 60.0
 """How often the reason for waiting is repeated when it stays the same."""
@@ -47,7 +47,7 @@ def be_nice(nice: int, idle: bool = False) -> None:
     """Lower this process's priority to at least ``nice``, so that serving comes first. It never goes back up.
 
     Parts run in sessions of their own, so the session gets the same niceness. ``idle``: see
-    :func:`ops.priority.idle_thread`.
+    :func:`core.priority.idle_thread`.
     """
     nice_process(nice)
     if idle:

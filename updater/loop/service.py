@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ops import metrics
-from ops.artifacts import Artifacts
-from ops.dependencies import answered, noted
-from ops.digests import digest12, digest_json
-from ops.errors import (
+from core import metrics
+from core.artifacts import Artifacts
+from core.dependencies import answered, noted
+from core.digests import digest12, digest_json
+from core.errors import (
     BaseModelError,
     ConfigError,
     DiskFull,
@@ -34,10 +34,10 @@ from ops.errors import (
     StoreError,
     TrainingError,
 )
-from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
-from ops.ledger.learning import BEGAN, FINISHED
-from ops.progress import say
-from ops.settings import Settings
+from core.ledger import BaseUpgradeRow, Ledger, UpdateRow
+from core.ledger.learning import BEGAN, FINISHED
+from core.progress import say
+from core.settings import Settings
 from ratchet_client import Client
 from streams.store import SampleStore
 from updater.budget.cost import StepUnaffordable

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ops import metrics
-from ops.artifacts import Artifacts, directory_digest
-from ops.errors import BudgetError
-from ops.ledger import Ledger, UpdateRow
-from ops.progress import say
-from ops.settings import Settings
+from core import metrics
+from core.artifacts import Artifacts, directory_digest
+from core.errors import BudgetError
+from core.ledger import Ledger, UpdateRow
+from core.progress import say
+from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import read_heads

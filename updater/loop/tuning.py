@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ops.ledger import UpdateRow
-from ops.settings import Settings
+from core.ledger import UpdateRow
+from core.settings import Settings
 from serving.engines.adapters import adapter_name
 from streams.store import SampleStore
 from updater.data.draw import HAVING

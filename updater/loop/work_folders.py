@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 
 
 def work_folders(home: Path) -> list[Path]:

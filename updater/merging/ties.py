@@ -6,7 +6,7 @@ import torch
 from peft.utils.merge_utils import prune
 from torch import Tensor
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater.adapters import Dense, LowRank, WeightDelta, combine
 from updater.merging.shared.rule import Memory, RememberingRule
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater.objectives.objective import Answers, Batch, Features, Objective, OwnAnswers, Sides, Teacher, Texts
 from updater.recipes import Family, Term
 from updater.recipes.plugin_registry import find, method_names, options_of

@@ -4,7 +4,7 @@
 0.34
 """
 
-from ops.ledger.rows import Family
+from core.ledger.rows import Family
 from updater.recipes.recipe import (
     PLACE,
     Adapter,

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 
 log = logging.getLogger("ratchet.recipes")
 

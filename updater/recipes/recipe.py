@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from ops.digests import digest_json
-from ops.errors import ConfigError
-from ops.ledger.rows import Family
+from core.digests import digest_json
+from core.errors import ConfigError
+from core.ledger.rows import Family
 from updater.recipes.plugin_registry import recipe_files
 
 SHIPPED = Path(__file__).parent

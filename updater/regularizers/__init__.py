@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater.recipes import Recipe, Term
 from updater.recipes.plugin_registry import find, method_names, options_of
 from updater.regularizers.regularizer import Parameters, Regularizer

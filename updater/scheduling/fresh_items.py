@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ops.ledger import Ledger, UpdateRow
-from ops.settings.updates import Gate as GateSettings
+from core.ledger import Ledger, UpdateRow
+from core.settings.updates import Gate as GateSettings
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut

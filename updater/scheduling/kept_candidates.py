@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ops.ledger import Ledger, UpdateRow, VerdictRow
-from ops.settings.updates import Gate as GateSettings
+from core.ledger import Ledger, UpdateRow, VerdictRow
+from core.settings.updates import Gate as GateSettings
 from updater.gate.interim_analyses import RANK_EFFICIENCY, Plan, candidate_alpha, needed_items
 
 RECENT = 10

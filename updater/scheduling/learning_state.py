@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ops.errors import ConfigError, GateError, RatchetError
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.errors import ConfigError, GateError, RatchetError
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.engines.clip_base import list_bases
 from streams.store import SampleStore
 from updater.gate.interim_analyses import Plan, alpha_left

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from ops import metrics
-from ops.digests import digest_json
-from ops.ledger import Ledger, UpdateRow
-from ops.ledger.learning import FINISHED
-from ops.settings import Settings
+from core import metrics
+from core.digests import digest_json
+from core.ledger import Ledger, UpdateRow
+from core.ledger.learning import FINISHED
+from core.settings import Settings
 from streams.store import Having, SampleStore
 from updater.data.draw import HAVING
 from updater.recipes import Family, Recipe

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ops.errors import ConfigError, TrainingError
+from core.errors import ConfigError, TrainingError
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from updater import objectives, optimizers, regularizers

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ops.digests import digest_bytes
-from ops.errors import ConfigError, DiskFull
-from ops.files import replacing
+from core.digests import digest_bytes
+from core.errors import ConfigError, DiskFull
+from core.files import replacing
 from updater.budget.bound import Costs, Size
 from updater.budget.flops import counted
 from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team

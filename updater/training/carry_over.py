@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ops.digests import digest_tensors
-from ops.errors import TrainingError
-from ops.files import replacing
+from core.digests import digest_tensors
+from core.errors import TrainingError
+from core.files import replacing
 from updater.adapters import Dense, LowRank, WeightDelta
 
 NAME = "memory.safetensors"

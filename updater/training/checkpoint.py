@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ops.errors import DiskFull
-from ops.files import replace_file, replacing
-from ops.progress import say
+from core.errors import DiskFull
+from core.files import replace_file, replacing
+from core.progress import say
 
 NAME = "checkpoint.safetensors"
 

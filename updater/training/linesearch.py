@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ops.errors import ConfigError
-from ops.progress import say
+from core.errors import ConfigError
+from core.progress import say
 from updater.recipes import Merge, Recipe
 
 

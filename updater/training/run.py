@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ops import metrics
-from ops.digests import digest_json
-from ops.errors import ConfigError, TrainingError
-from ops.progress import say, track
+from core import metrics
+from core.digests import digest_json
+from core.errors import ConfigError, TrainingError
+from core.progress import say, track
 from updater.adapters import LoraModel, WeightDelta, read_delta
 from updater.adapters.weight_deltas import kept_share
 from updater.budget.bound import BudgetSpent

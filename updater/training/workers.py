@@ -21,10 +21,10 @@ from typing import Any, Final
 
 import torch
 
-from ops.errors import RatchetError, TrainingError
-from ops.files import replacing
-from ops.progress import say
-from ops.settings import Settings
+from core.errors import RatchetError, TrainingError
+from core.files import replacing
+from core.progress import say
+from core.settings import Settings
 from updater.step.team import Team, TorchTeam
 from updater.training.checkpoint import read_json, write_json
 

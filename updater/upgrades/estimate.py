@@ -7,8 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.digests import digest12
-from ops.settings import Settings
+from core.digests import digest12
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase
 from streams.store import SampleStore
 from updater.training.result import Estimate, Limits

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ops.digests import digest12
-from ops.ledger import Ledger
+from core.digests import digest12
+from core.ledger import Ledger
 from serving.engines.clip_base import ClipBase
 from serving.engines.registered import shown
 from updater.step.learner import Base

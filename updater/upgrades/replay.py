@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ops.digests import digest12, digest_json
-from ops.errors import BaseModelError, ConfigError, TrainingError
-from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
-from ops.settings import Settings
+from core.digests import digest12, digest_json
+from core.errors import BaseModelError, ConfigError, TrainingError
+from core.ledger import BaseUpgradeRow, Ledger, UpdateRow
+from core.settings import Settings
 from serving.engines.clip_base import ClipBase, list_bases, load_base
 from serving.engines.registered import need_base
 from streams.store import SampleStore

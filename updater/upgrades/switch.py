@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ops.artifacts import Artifacts
-from ops.digests import digest12
-from ops.errors import BaseModelError, ReleaseError
-from ops.ledger import Ledger, ReleaseRow
-from ops.progress import step
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.digests import digest12
+from core.errors import BaseModelError, ReleaseError
+from core.ledger import Ledger, ReleaseRow
+from core.progress import step
+from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.registered import digest_of

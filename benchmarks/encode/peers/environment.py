@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from ops.digests import digest_json
-from ops.errors import RatchetError
-from ops.progress import step
+from core.digests import digest_json
+from core.errors import RatchetError
+from core.progress import step
 
 INSTALL_SECONDS: Final = 3600.0
 DONE: Final = "installed"

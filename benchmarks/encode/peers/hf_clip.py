@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizerFast
 
-from ops.errors import BaseModelError
+from core.errors import BaseModelError
 from serving.engines.clip_base import ClipBase
 
 START: Final = 49406

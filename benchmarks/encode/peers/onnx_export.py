@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.encode.peers.hf_clip import write_tokenizer
-from ops.errors import BaseModelError
-from ops.progress import say
+from core.errors import BaseModelError
+from core.progress import say
 from serving.engines.clip_base import ClipBase
 
 OPSET: Final = 17

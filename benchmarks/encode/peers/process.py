@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from ops.errors import RatchetError
-from ops.waiting import wait_until
+from core.errors import RatchetError
+from core.waiting import wait_until
 
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0

@@ -14,7 +14,7 @@ from benchmarks.encode.peers.environment import Environment, same_torch
 from benchmarks.encode.peers.hf_clip import write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
 from benchmarks.encode.peers.process import PeerProcess
-from ops.addresses import free_port
+from core.addresses import free_port
 from serving.engines.clip_base import ClipBase
 from serving.messages import Modality
 

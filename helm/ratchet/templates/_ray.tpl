@@ -36,7 +36,7 @@
   value: warning
 {{- with dig "traces" "endpoint" "" .Values.settings }}
 - name: RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH # as in serving.ray.ray_session.tracing_environment
-  value: ops.tracing:span_processors
+  value: core.tracing:span_processors
 - name: RAY_SERVE_TRACING_SAMPLING_RATIO
   value: {{ dig "traces" "share" 0.01 $.Values.settings | quote }}
 - name: OTEL_EXPORTER_OTLP_TRACES_ENDPOINT

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from rich.markup import escape
 
+from core.progress import say, step, track
 from ops.cli.demo.picture import Change, choose, draw, search
 from ops.cli.demo.stage import SOME_ANSWERS_SECONDS, Stage
 from ops.cli.demo.summary import Lesson
-from ops.progress import say, step, track
 from streams.clients import connect_producer
 from streams.folders import read_folder
 

@@ -14,6 +14,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from core.files import replace_file
+from core.ledger import ReleaseRow
 from ops.cli.demo.captions import Comparison
 from ops.cli.demo.chapters import Chapter
 from ops.cli.demo.latency_chart import Mark, latency_chart
@@ -21,8 +23,6 @@ from ops.cli.demo.picture import DEPTH, Hit, Search
 from ops.cli.demo.questions import AnswerComparison
 from ops.cli.demo.screen import clock
 from ops.cli.demo.summary import Facts, Lesson
-from ops.files import replace_file
-from ops.ledger import ReleaseRow
 from ops.load.traffic import Sample
 from updater.gate.report import TEMPLATES as PALETTE
 

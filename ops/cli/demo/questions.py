@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from core.progress import say, track
+from core.settings import Settings
 from ops.cli.demo.stage import Stage
 from ops.cli.demo.summary import Lesson
-from ops.progress import say, track
-from ops.settings import Settings
 from streams.folders import FolderItem, read_folder
 
 DOMAIN = "vqa_fashion"

@@ -20,10 +20,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ops import progress
-from ops.child_process import reaped, stop_reaped
+from core import progress
+from core.child_process import reaped, stop_reaped
+from core.errors import RatchetError
 from ops.cli.demo.chapters import Chapter, StoryProgress
-from ops.errors import RatchetError
 
 LINES = 10
 """Of what is happening now: the last so many."""

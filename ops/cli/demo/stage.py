@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.errors import RatchetError
+from core.ledger import Ledger, ProposalRow, VerdictRow
+from core.ledger.rows import Family
+from core.progress import say, step
+from core.settings import Settings
+from core.waiting import StoodStill, wait_for_progress
 from ops.cli.context import Context
 from ops.cli.demo.screen import Screen
 from ops.cli.demo.summary import Lesson
 from ops.cli.supervisor import Supervisor
-from ops.errors import RatchetError
-from ops.ledger import Ledger, ProposalRow, VerdictRow
-from ops.ledger.rows import Family
-from ops.progress import say, step
-from ops.settings import Settings
-from ops.waiting import StoodStill, wait_for_progress
 from ratchet_client import Client, ServerError
 from streams.publish import publish
 from streams.store import SampleStore

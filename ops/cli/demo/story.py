@@ -11,7 +11,12 @@ from pathlib import Path
 import yaml
 from rich.markup import escape
 
-from ops.addresses import listens
+from core.addresses import listens
+from core.errors import RatchetError
+from core.ledger import Ledger
+from core.progress import say, step
+from core.settings import Settings
+from core.stop_signals import Stopped, undisturbed
 from ops.cli.context import Context
 from ops.cli.demo import captions, questions
 from ops.cli.demo.chapters import StoryProgress, plan_chapters
@@ -21,13 +26,8 @@ from ops.cli.demo.stage import Stage
 from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
 from ops.cli.shipped import VLM, make_base_ready, needed_data
 from ops.cli.supervisor import Supervisor
-from ops.errors import RatchetError
-from ops.ledger import Ledger
 from ops.load.expected import Question
 from ops.load.traffic import Report, Traffic
-from ops.progress import say, step
-from ops.settings import Settings
-from ops.stop_signals import Stopped, undisturbed
 from ratchet_client import Client
 from serving.engines.vlm import vllm_start
 from streams.demo import QUESTIONS, DemoData, Preparation

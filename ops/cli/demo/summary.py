@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ops.ledger import VerdictRow
+from core.ledger import VerdictRow
 
 ROLLBACK_SECONDS = 1.0  # what operators are promised
 LOG_COLUMNS = 130  # a log has no width of its own, and 80 columns would cut the tables

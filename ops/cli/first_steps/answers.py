@@ -10,11 +10,11 @@ from typing import Any
 
 import typer
 
+from core.errors import ConfigError
+from core.loading import describe, load_settings
+from core.redaction import STARS
+from core.settings import Settings
 from ops.cli.context import Context
-from ops.errors import ConfigError
-from ops.loading import describe, load_settings
-from ops.redaction import STARS
-from ops.settings import Settings
 
 EMBEDDED = "embedded"
 """Stands for the broker that `ratchet up` starts."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.errors import BaseModelError, BrokerError, ConfigError
-from ops.settings import Settings
+from core.errors import BaseModelError, BrokerError, ConfigError
+from core.settings import Settings
 
 BROKER_SECONDS = 5.0
 SHIPPED = "shipped"

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ops.digests import digest_bytes
-from ops.errors import ConfigError, RecordError
-from ops.progress import track
-from ops.settings.streams import Ingest
+from core.digests import digest_bytes
+from core.errors import ConfigError, RecordError
+from core.progress import track
+from core.settings.streams import Ingest
 from ratchet_client.images import OpenedImage, open_image
 from streams.datasets import imagefolder
 from streams.datasets.source import Source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ops.settings.updates import Gate
+from core.settings.updates import Gate
 from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items
 from updater.gate.statistics import items_needed, smallest_difference
 from updater.gate.suites import Suite

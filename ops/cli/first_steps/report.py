@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from core.settings import Settings
 from ops.cli.cells import printable
 from ops.cli.first_steps.labelled import LabelledSample
 from ops.cli.first_steps.power import SuitePower, fresh_needed
 from ops.cli.first_steps.suite_files import Division
-from ops.settings import Settings
 
 EXAMPLES = 3
 """Rows that cannot be used of which the reason is shown."""

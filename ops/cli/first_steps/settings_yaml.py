@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ops.loading import describe
-from ops.settings import Settings
-from ops.settings.section import Section
+from core.loading import describe
+from core.settings import Settings
+from core.settings.section import Section
 
 HEAD = """\
 # Settings of Ratchet, made by `ratchet init`. A line that begins with # and no space is a default: take the # away (and

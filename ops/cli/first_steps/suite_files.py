@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import ConfigError
+from core.files import replace_file
 from ops.cli.first_steps.labelled import LabelledSample, Picture
-from ops.errors import ConfigError
-from ops.files import replace_file
 from ratchet_client.images import sniff
 from streams.folders import FolderItem, write_folder
 from updater.gate.suites import Suite, load_suites

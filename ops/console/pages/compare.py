@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form
 from fastapi.responses import Response
 
+from core.errors import RatchetError
 from ops.console.pages.pictures import Chosen, inline
 from ops.console.pages.playground import ASK_SECONDS, LABELS, Text, away, listed
 from ops.console.request_context import Reader, Refused
-from ops.errors import RatchetError
 from ratchet_client import Client
 
 router = APIRouter()

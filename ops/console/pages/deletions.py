@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
+from core.ledger import DeletionRow, DeletionState
 from ops.console.request_context import Reader, Refused, RequestContext
-from ops.ledger import DeletionRow, DeletionState
 from streams.deletion import as_json
 
 router = APIRouter()

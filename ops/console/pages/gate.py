@@ -9,11 +9,11 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, Response
 from markupsafe import Markup
 
+from core.errors import LedgerError, RatchetError
 from ops.console.pages.pictures import SAMPLE
 from ops.console.public import without_samples
 from ops.console.request_context import Reader, Refused, RequestContext
 from ops.console.update_summaries import update_summaries
-from ops.errors import LedgerError, RatchetError
 from updater.gate.report import HTML_NAME, JSON_NAME, render_body
 from updater.gate.report_samples import samples_of, with_samples
 

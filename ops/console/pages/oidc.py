@@ -15,12 +15,12 @@ from fastapi import APIRouter
 from fastapi.responses import RedirectResponse, Response
 from joserfc.errors import JoseError
 
+from core.errors import AccessError
+from core.settings.identity import Oidc
+from core.settings.serving import Console
 from ops.console.identities import issue_key
 from ops.console.request_context import Anyone, Refused, RequestContext, local_path
 from ops.console.sessions import Session
-from ops.errors import AccessError
-from ops.settings.identity import Oidc
-from ops.settings.serving import Console
 
 log = logging.getLogger("ratchet.console")
 router = APIRouter()

@@ -8,9 +8,9 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Form, Query
 from fastapi.responses import Response
 
+from core.errors import AlreadyResubmitted, RatchetError, UnknownRecord
 from ops.console.pages.pictures import drawn
 from ops.console.request_context import Operator, Reader, Refused, RequestContext
-from ops.errors import AlreadyResubmitted, RatchetError, UnknownRecord
 from ratchet_client.encoding import Encoded
 from ratchet_client.records import Reason
 from streams.codecs import glimpse

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
+from core.errors import LedgerUnavailable
 from ops.console.identities import end_key
 from ops.console.pages import oidc
 from ops.console.request_context import LOOK, Anyone, RequestContext, local_path
 from ops.console.sessions import MAX_KEY_CHARS, Session
-from ops.errors import LedgerUnavailable
 from serving.http.client_address import came_by_tls
 
 router = APIRouter()

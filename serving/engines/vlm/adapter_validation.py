@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.adapters import AdapterFiles, read_adapter
 from serving.engines.lora import lora_layers, whole_weights
 from serving.engines.vlm.vlm_base import VlmBase

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ops.digests import digest12, digest_json
-from ops.errors import AdapterError
+from core.digests import digest12, digest_json
+from core.errors import AdapterError
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from ops.errors import AdapterError, RatchetError
+from core.errors import AdapterError, RatchetError
 from serving.engines.vlm.generation import Finish, GenerationRequest
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.errors import InvalidRequest

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ops.errors import RatchetError
-from ops.settings.serving import Serve
+from core.errors import RatchetError
+from core.settings.serving import Serve
 from serving.engines.lora import effective_weights
 from serving.engines.shared_weights import shell_of
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_validated_adapter

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ops.errors import ConfigError
-from ops.settings.serving import Serve
+from core.errors import ConfigError
+from core.settings.serving import Serve
 from serving.engines.vlm.generation import VlmEngine
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vllm_engine import VllmEngine

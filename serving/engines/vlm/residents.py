@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ops.progress import track
+from core.progress import track
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine
 
 T = TypeVar("T")

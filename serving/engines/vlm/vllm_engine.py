@@ -22,8 +22,8 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ops.errors import AdapterError, ConfigError, RatchetError
-from ops.settings.serving import Serve
+from core.errors import AdapterError, ConfigError, RatchetError
+from core.settings.serving import Serve
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk

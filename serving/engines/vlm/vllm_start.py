@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ops.errors import ConfigError
-from ops.settings.serving import Serve
+from core.errors import ConfigError
+from core.settings.serving import Serve
 from serving.engines.vlm.generation import MAX_IMAGES
 from serving.engines.vlm.vlm_base import VlmBase
 

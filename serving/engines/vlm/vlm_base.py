@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ops.digests import digest_bytes, digest_json
-from ops.errors import BaseModelError
+from core.digests import digest_bytes, digest_json
+from core.errors import BaseModelError
 from serving.engines.clip_base import DESCRIPTION, base_directory, move_into_place
 
 if TYPE_CHECKING:

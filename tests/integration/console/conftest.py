@@ -10,9 +10,9 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page
 
-from ops.addresses import free_port
-from ops.loading import load_settings
-from ops.settings import Settings
+from core.addresses import free_port
+from core.loading import load_settings
+from core.settings import Settings
 from streams.consumer import Consumer
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.broker import Broker, broker

@@ -11,7 +11,7 @@ import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
-from ops.addresses import free_port
+from core.addresses import free_port
 from tests.integration.console.conftest import Place, sign_in
 from tests.support.browser import PHONE, console, serious
 from tests.support.kafka import picture, produce, records_seen, wait_for

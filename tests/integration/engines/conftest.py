@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, VlmEngine
 from serving.engines.vlm.open import open_engine

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from core.loading import load_settings
 from ops.cli.main import app
 from ops.cli.tune import is_tuned
-from ops.loading import load_settings
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
 from tests.integration.engines.conftest import VlmCases

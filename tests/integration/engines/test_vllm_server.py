@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.vllm_server import flags
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.vlm.vllm_start import import_vllm
 from tests.integration.engines.conftest import VlmCases
 

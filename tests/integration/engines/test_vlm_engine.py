@@ -20,8 +20,8 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
 
-from ops import metrics
-from ops.errors import AdapterError
+from core import metrics
+from core.errors import AdapterError
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.generation import (
     GenerationRequest,

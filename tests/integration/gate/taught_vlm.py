@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from ops.loading import load_settings
-from ops.settings import Settings
+from core.loading import load_settings
+from core.settings import Settings
 from ops.testing.colour_squares import COLOURS, encoded_square, square
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.adapters import WEIGHTS, read_adapter, write_adapter

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
+from core.errors import AdapterError, GateError
+from core.ledger import Ledger
+from core.loading import load_settings
+from core.settings import Settings
 from ops.cli.main import app
-from ops.errors import AdapterError, GateError
-from ops.ledger import Ledger
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.tiny import tiny_adapter, tiny_base
 from streams.rows import Position
 from streams.store import SampleStore

@@ -19,8 +19,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from ops.errors import AdapterError, GateError
-from ops.settings.updates import Gate
+from core.errors import AdapterError, GateError
+from core.settings.updates import Gate
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.digests import digest_bytes
-from ops.errors import GateError
-from ops.ledger import Ledger, UpdateRow
-from ops.loading import load_settings
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.digests import digest_bytes
+from core.errors import GateError
+from core.ledger import Ledger, UpdateRow
+from core.loading import load_settings
+from core.settings import Settings
 from ops.testing.colour_squares import encoded_square
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import read_adapter, write_adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import GateError
+from core.errors import GateError
 from ops.testing.tiny_vlm import tiny_vlm_adapter
 from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
 

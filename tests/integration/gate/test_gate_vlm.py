@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import GateError
+from core.errors import GateError
 from ops.testing.tiny_vlm import tiny_vlm_adapter
 from serving.engines.adapters import read_adapter, write_adapter
 from tests.integration.gate.taught_vlm import question_table, unknown

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ops.settings import Settings
+from core.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_adapter
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.integration.gate.taught_vlm import known, make_settings, question_table, taught_adapter, taught_base, unknown

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import create_engine, text
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 from ops.testing.postgres import PostgresServer, postgres_server
 from tests.support.ledger_limits import patient, patient_limits, production_limits
 

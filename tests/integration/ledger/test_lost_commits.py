@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import pytest
 from sqlalchemy import text
 
-from ops.errors import CommitUnknown, LedgerUnavailable
-from ops.ledger import Ledger
-from ops.ledger.commits import LOOKUP_SECONDS
-from ops.ledger.time_limits import CALL_SECONDS
+from core.errors import CommitUnknown, LedgerUnavailable
+from core.ledger import Ledger
+from core.ledger.commits import LOOKUP_SECONDS
+from core.ledger.time_limits import CALL_SECONDS
 from ops.testing.commit_relay import CommitRelay, Loss
 from ops.testing.postgres import PostgresServer
 from tests.support.ledger_limits import patient, production_limits

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from ops.addresses import free_port
-from ops.errors import LedgerError, LedgerUnavailable
-from ops.ledger import Ledger
-from ops.ledger.time_limits import CALL_SECONDS, time_limit
+from core.addresses import free_port
+from core.errors import LedgerError, LedgerUnavailable
+from core.ledger import Ledger
+from core.ledger.time_limits import CALL_SECONDS, time_limit
 from ops.testing.postgres import PostgresServer
 from tests.support.ledger_limits import production_limits
 

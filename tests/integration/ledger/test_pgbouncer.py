@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from ops.addresses import free_port
-from ops.errors import LedgerUnavailable
-from ops.ledger import Ledger
+from core.addresses import free_port
+from core.errors import LedgerUnavailable
+from core.ledger import Ledger
 from ops.testing.postgres import PostgresServer, other_user
 from tests.support.ledger_limits import production_limits
 

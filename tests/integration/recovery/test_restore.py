@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from ops.artifacts import Artifacts
-from ops.loading import load_settings
+from core.artifacts import Artifacts
+from core.loading import load_settings
 from ops.recovery import back_up, restore
 from ratchet_client.encoding import encode
 from ratchet_client.records import Sample

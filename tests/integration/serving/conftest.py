@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp, open_in_process_app
 

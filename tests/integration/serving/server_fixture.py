@@ -19,18 +19,18 @@ import numpy as np
 import yaml
 
 from benchmarks.serving.session_processes import engine_pids, session_pids
-from ops.addresses import free_port
-from ops.artifacts import Artifacts
-from ops.child_process import processor_seconds
-from ops.ledger import Family, Ledger
+from core.addresses import free_port
+from core.artifacts import Artifacts
+from core.child_process import processor_seconds
+from core.ledger import Family, Ledger
+from core.loading import load_settings
+from core.settings import Settings
+from core.waiting import StoodStill, wait_for_progress
 from ops.load.expected import ExpectedVectors
 from ops.load.traffic import Traffic
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from ops.waiting import StoodStill, wait_for_progress
 from ratchet_client import Client
 from ratchet_client.records import Sample
 from serving.engines.clip import ClipEngine

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import chaos
-from ops.loading import load_settings
+from core.loading import load_settings
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900), pytest.mark.long]
 STATES = ("ledger-killed", "objects-away", "encoder-killed", "controller-killed")

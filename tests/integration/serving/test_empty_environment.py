@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.settings.streams import Kafka
+from core.settings.streams import Kafka
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.broker import Broker, broker
 from tests.support.kafka import make_topics, picture, reading
@@ -81,7 +81,7 @@ def test_it_is_small_and_brings_nothing_of_the_server(python: Path) -> None:
     size = sum(file.stat().st_size for file in packages.rglob("*") if file.is_file() and file.suffix != ".pyc")
     assert size < MAX_BYTES
     assert (packages / "ratchet_client" / "py.typed").is_file()
-    assert not {"ops", "streams", "serving", "updater", "torch", "ray", "numpy", "pydantic"} & {
+    assert not {"core", "ops", "streams", "serving", "updater", "torch", "ray", "numpy", "pydantic"} & {
         path.name for path in packages.iterdir()
     }
 

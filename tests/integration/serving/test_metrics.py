@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ops.errors import RatchetError
+from core.errors import RatchetError
 from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
 from ratchet_client import Conflict, ServerError
 from serving.engines.adapters import write_adapter
 from serving.ray.ray_session import session_directory
@@ -198,7 +198,7 @@ ROLL = """
 import sys
 from pathlib import Path
 import ray
-from ops.loading import load_settings
+from core.loading import load_settings
 from serving.app import build
 from serving.ray.loopback import NODE
 from serving.releases.broadcast import APP

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from scipy.stats import binom
 
-from ops.ledger import AuditRow
+from core.ledger import AuditRow
 from ops.load.traffic import Traffic
 from ops.testing.inputs import pictures
 from ratchet_client import ServerError

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from benchmarks import traces
 from benchmarks.otlp_collector import OtlpCollector
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ratchet_client import ServerError, data_uri
 from serving.engines.adapters import write_adapter

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.ledger import Ledger
+from core.settings import Settings
 from tests.support.broker import broker
 from tests.support.forked import import_ahead
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.stream import chaos, ingest
 from benchmarks.stream.ingest import Sizes
-from ops.loading import load_settings
+from core.loading import load_settings
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 SMALL = Sizes(images=((20_000, 30),), rounds=1, stores=(200,), commits=2, writes=((2_000, 50, 10, 500),))

@@ -12,7 +12,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import OffsetOutOfRangeError
 
-from ops.settings.streams import Kafka
+from core.settings.streams import Kafka
 from ratchet_client.broker import MAX_RECORD_BYTES
 from streams.clients import TOPIC_RECORD_BYTES, ensure_topics
 from tests.support.broker import Broker

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
-from ops.addresses import free_port
+from core.addresses import free_port
 from streams.broker import EmbeddedBroker
 from streams.tolerant_fetch import Corrupt, install
 from tests.support.broker import Broker

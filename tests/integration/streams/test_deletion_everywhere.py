@@ -17,8 +17,8 @@ from kafka import KafkaProducer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ops.ledger import DeletionRow, Ledger
-from ops.settings import Settings
+from core.ledger import DeletionRow, Ledger
+from core.settings import Settings
 from ratchet_client.encoding import encode
 from ratchet_client.records import Sample
 from serving.catalog.catalog import Catalog

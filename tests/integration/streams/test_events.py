@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from ops.errors import BrokerError
-from ops.ledger import Ledger
-from ops.metrics import declared
-from ops.settings import Settings
+from core.errors import BrokerError
+from core.ledger import Ledger
+from core.metrics import declared
+from core.settings import Settings
 from streams.events import EventPublisher
 from streams.read_back import read_back
 from tests.support import mortal_publisher

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, produce, reading, records_seen, wait_for

@@ -12,8 +12,8 @@ import pytest
 from kafka import KafkaProducer
 from kafka.errors import MessageSizeTooLargeError, UnsupportedVersionError
 
-from ops.errors import BrokerError, Fenced, RecordTooLarge
-from ops.settings.streams import Kafka
+from core.errors import BrokerError, Fenced, RecordTooLarge
+from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from streams.clients import ensure_topics
 from streams.fenced_sender import FencedSender

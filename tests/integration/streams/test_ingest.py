@@ -15,8 +15,8 @@ import pytest
 from kafka import KafkaConsumer
 from prometheus_client import REGISTRY
 
-from ops.addresses import free_port
-from ops.settings import Settings
+from core.addresses import free_port
+from core.settings import Settings
 from ops.testing.tcp_relay import TcpRelay
 from ratchet_client import Sample
 from ratchet_client.encoding import encode

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams.rows import RecordPosition
 from streams.store import SampleStore
 from tests.support import mortal_ingest

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 from webdataset import ShardWriter
 
+from core.errors import ConfigError, RecordError, StoreUnavailable
+from core.settings import Settings
 from ops.cli.main import app
-from ops.errors import ConfigError, RecordError, StoreUnavailable
-from ops.settings import Settings
 from streams.publish import publish
 from streams.publish_resume import MAX_ROWS, SAVE_ROWS
 from streams.publish_wait import wait_until_stored

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ops.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
+from core.ledger import Ledger
+from core.settings import Settings
 from streams import resubmit as module
 from streams.codecs import glimpse
 from streams.consumer import Consumer

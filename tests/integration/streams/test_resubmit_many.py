@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import BrokerError, ConfigError
+from core.ledger import Ledger
+from core.settings import Settings
 from ops.cli.main import app
-from ops.errors import BrokerError, ConfigError
-from ops.ledger import Ledger
-from ops.settings import Settings
 from streams import resubmit_many as module
 from streams.resubmit import HEADER
 from streams.resubmit_many import RefusalFilter, ResubmitReport, resubmit_many

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from kafka import KafkaProducer
 
-from ops.errors import RatchetError, RecordError, SkipRefused
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.errors import RatchetError, RecordError, SkipRefused
+from core.ledger import Ledger
+from core.settings import Settings
 from streams.receipts import RecordQuery, trace
 from streams.skip import skip
 from streams.store import SampleStore

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams.store import SampleStore
 from tests.support import stopping_ingest
 from tests.support.broker import Broker

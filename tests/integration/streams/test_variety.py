@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.variety import run_variety
 from benchmarks.variety.kinds import KINDS, samples
-from ops.loading import load_settings
+from core.loading import load_settings
 
 pytestmark = pytest.mark.integration
 

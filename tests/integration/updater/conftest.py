@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.settings import Settings
+from core.settings import Settings
 from tests.integration.updater.home import make_home
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ops.digests import digest_bytes
-from ops.ledger import Ledger
-from ops.loading import load_settings
-from ops.settings import Settings
+from core.digests import digest_bytes
+from core.ledger import Ledger
+from core.loading import load_settings
+from core.settings import Settings
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem, write_folder

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger
+from core.artifacts import Artifacts
+from core.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.sudden_death import die

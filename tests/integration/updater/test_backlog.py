@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import REGISTRY
 from rich.console import Console
 
+from core.settings import Settings
 from ops.cli.status import collect, screen
-from ops.settings import Settings
 from tests.integration.updater.home import add_samples
 from updater.loop.service import UpdaterService
 

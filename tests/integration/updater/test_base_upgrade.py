@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
+from core.ledger import Ledger, UpdateRow
+from core.settings import Settings
 from ops.cli.main import app
-from ops.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
-from ops.ledger import Ledger, UpdateRow
-from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from tests.integration.updater.home import add_samples, make_home
 from updater.commands.base_upgrade import begin_command, cancel_command, finish_command, plan_command

@@ -18,8 +18,8 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.run_continual import Wanted, main, run
 from benchmarks.continual.runner import Runner, failure
 from benchmarks.continual.stream import ALL, HELD_OUT, REFERENCE, load_stream
-from ops.settings import Settings
-from ops.settings.serving import BaseModels
+from core.settings import Settings
+from core.settings.serving import BaseModels
 from ops.testing.tiny import tiny_base
 from streams.demo.domain import RECEIPT, VERSION
 from streams.folders import FolderItem, read_folder, write_folder

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts, directory_digest
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.artifacts import Artifacts, directory_digest
+from core.ledger import Ledger
+from core.settings import Settings
 from ops.testing.tiny import tiny_adapter
 from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, make_home

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger, UpdateRow
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.ledger import Ledger, UpdateRow
+from core.settings import Settings
 from serving.engines.clip_base import load_base
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_home

@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 from typer.testing import CliRunner
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
+from core.errors import AdapterCollected, AdapterError, RatchetError, TrainingError
+from core.ledger import Ledger
+from core.ledger.collection import COLLECT_LEASE
+from core.settings import Settings
 from ops.cli.main import app
-from ops.errors import AdapterCollected, AdapterError, RatchetError, TrainingError
-from ops.ledger import Ledger
-from ops.ledger.collection import COLLECT_LEASE
-from ops.settings import Settings
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, judged_as, make_vlm_home

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 from tests.support.written_state import DATA, described_home, small_home, unpack
 from updater.loop.service import UpdaterService
 

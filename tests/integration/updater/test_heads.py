@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.errors import AdapterError
-from ops.settings import Settings
-from ops.settings.heads import LearnedHead
+from core.artifacts import Artifacts
+from core.errors import AdapterError
+from core.settings import Settings
+from core.settings.heads import LearnedHead
 from serving.engines.adapters import read_adapter
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, judged_as

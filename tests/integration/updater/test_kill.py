@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.ledger import Ledger, UpdateRow
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.ledger import Ledger, UpdateRow
+from core.settings import Settings
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_home
 from tests.support.kafka import wait_for

@@ -11,11 +11,11 @@ from unittest.mock import Mock
 import pytest
 from prometheus_client import REGISTRY
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
+from core.errors import DiskFull, GateError, LedgerError, TrainingError
+from core.ledger.learning import BEGAN
+from core.settings import Settings
 from ops.cli.checks import examine
-from ops.errors import DiskFull, GateError, LedgerError, TrainingError
-from ops.ledger.learning import BEGAN
-from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
 from tests.unit.gate.builders import folder_dataset

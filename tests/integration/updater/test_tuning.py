@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.ledger import UpdateRow
-from ops.settings import Settings
+from core.artifacts import Artifacts
+from core.ledger import UpdateRow
+from core.settings import Settings
 from serving.engines.clip_base import load_base
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, make_home

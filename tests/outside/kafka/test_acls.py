@@ -22,9 +22,9 @@ from kafka.admin import (
     ResourceType,
 )
 
-from ops.dependencies import current
-from ops.errors import BrokerError
-from ops.settings import Settings
+from core.dependencies import current
+from core.errors import BrokerError
+from core.settings import Settings
 from streams.clients import Admin
 from streams.rights import check_rights, event_rights, ingest_rights
 from streams.store import SampleStore

@@ -14,7 +14,7 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from kafka import KafkaProducer
 
-from ops.settings import Settings
+from core.settings import Settings
 from streams.consumer import Consumer
 from streams.ingest_status import IngestStatus
 from streams.store import SampleStore

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from ops.progress import say
+from core.progress import say
 from ops.testing.chart import CHART
 from tests.support.downloads import NotHere
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops.waiting import wait_until
+from core.waiting import wait_until
 from tests.outside.kubernetes.cluster import NAMESPACE, RELEASE, UPGRADE_SECONDS, WORKERS, Cluster
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(4 * 3600)]

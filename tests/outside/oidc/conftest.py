@@ -12,8 +12,8 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from ops.addresses import free_port
-from ops.settings import Settings
+from core.addresses import free_port
+from core.settings import Settings
 from tests.support.downloads import started
 from tests.support.keycloak import Keycloak
 

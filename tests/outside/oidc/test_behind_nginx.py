@@ -8,7 +8,7 @@ from typing import Final
 import httpx
 import pytest
 
-from ops.addresses import free_port
+from core.addresses import free_port
 from ops.console.request_context import MAX_NEXT
 from tests.outside.oidc.conftest import MakeRealm, csrf, groups, let_in_as, sign_in
 from tests.support.console_server import console_server

@@ -10,7 +10,7 @@ from typing import Final
 import httpx
 import pytest
 
-from ops.addresses import free_port
+from core.addresses import free_port
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.console_server import console_server
 from tests.support.nginx import BINARY, documented, nginx

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import httpx
 import pytest
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 from tests.outside.oidc.conftest import PASSWORD, SECRET, MakeRealm, groups, let_in_as, mapper, sign_in
 from tests.support.console_server import console_server
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from playwright.sync_api import expect
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 from tests.outside.oidc.conftest import PASSWORD, SECRET, MakeRealm, csrf, groups, let_in_as, sign_in
 from tests.support.browser import chromium, console
 from tests.support.console_server import console_server

@@ -11,10 +11,10 @@ import pytest
 from s3fs import S3FileSystem
 
 from benchmarks.stream.small_disk import SmallDisk
+from core.dependencies import Dependency, DependencyState, current
+from core.settings import Settings
 from ops import dependency_checks
-from ops.dependencies import Dependency, DependencyState, current
 from ops.dependency_checks import look
-from ops.settings import Settings
 from streams.store import SampleStore
 from tests.support.downloads import started
 from tests.support.environment import variables

@@ -17,7 +17,7 @@ from benchmarks.continual.backward_map import (
     recall,
     recall_while_backfilling,
 )
-from ops.errors import TrainingError
+from core.errors import TrainingError
 
 DIM = 8
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.continual.baselines import NearestMean
-from ops.errors import TrainingError
+from core.errors import TrainingError
 
 CLASSES = ("ant", "bee", "cat")
 

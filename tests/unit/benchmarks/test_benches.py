@@ -11,10 +11,10 @@ import torch
 from benchmarks import BENCHMARKS, duty, step
 from benchmarks.duty import Phase
 from benchmarks.trainer import SAMPLES, prepare_data
-from ops.errors import RatchetError
+from core.errors import RatchetError
+from core.loading import load_settings
+from core.settings import Settings
 from ops.load.traffic import Report, Sample
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from streams.folders import read_folder
 from streams.store import SampleStore

@@ -15,8 +15,8 @@ from benchmarks.cluster.network import HOST, HOSTS_BYTES, Network
 from benchmarks.cluster.pod import SECURITY
 from benchmarks.cluster.ray_service import RayCluster, quantity
 from benchmarks.cluster.volumes import ConfigObjects, Volumes, mount_points
-from ops.errors import RatchetError
-from ops.waiting import wait_until
+from core.errors import RatchetError
+from core.waiting import wait_until
 from tests.support.chart import of_kind, pods, profile, render
 
 

@@ -27,7 +27,7 @@ from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
 from benchmarks.continual.tuning import Trial, plain_trials
 from benchmarks.continual.worker import clip_chain
-from ops.settings import Settings
+from core.settings import Settings
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase

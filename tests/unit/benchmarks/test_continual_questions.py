@@ -16,8 +16,8 @@ from benchmarks.continual.report import figures, read_chains
 from benchmarks.continual.run_continual import Wanted, run
 from benchmarks.continual.table import markdown
 from benchmarks.continual.worker import question_chain
-from ops.errors import ConfigError
-from ops.settings import Settings
+from core.errors import ConfigError
+from core.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem
 from tests.unit.updater.builders import questions

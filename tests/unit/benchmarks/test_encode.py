@@ -23,7 +23,7 @@ from benchmarks.encode.peers.environment import DONE, Environment
 from benchmarks.encode.peers.servers import openai_template
 from benchmarks.encode.run_encode import chosen_peers
 from benchmarks.encode.sides import Turn, ratchet_template
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
 from serving.http.schemas import EmbeddingsRequest

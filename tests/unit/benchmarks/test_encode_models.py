@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 
 from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
-from ops.errors import BaseModelError
+from core.errors import BaseModelError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine, golden_pixels
 from serving.engines.clip_base import ClipBase

@@ -14,8 +14,8 @@ from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, plans
 from benchmarks.gate.power import power
 from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, pick, share_to_lose, swapped
-from ops.ledger.rows import GateOutcome
-from ops.settings.updates import Gate
+from core.ledger.rows import GateOutcome
+from core.settings.updates import Gate
 from tests.unit.gate.builders import suite_over
 from updater.gate.suites import Suite
 

@@ -18,8 +18,8 @@ from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
 from benchmarks.gate.training_data import NOTHING, pairs, pools, reserved
 from benchmarks.gate.trial import Workshop, fresh, run_all
-from ops.errors import AdapterError, RatchetError, TrainingError
-from ops.settings.updates import Gate
+from core.errors import AdapterError, RatchetError, TrainingError
+from core.settings.updates import Gate
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase

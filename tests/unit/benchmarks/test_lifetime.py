@@ -23,11 +23,11 @@ from benchmarks.lifetime.run_lifetime import Task, run
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import FORGOTTEN, FORGOTTEN_SPREAD, World, make_world
-from ops.errors import ConfigError
-from ops.ledger import VerdictRow
-from ops.ledger.rows import GateOutcome
-from ops.settings import Settings
-from ops.settings.updates import Gate
+from core.errors import ConfigError
+from core.ledger import VerdictRow
+from core.ledger.rows import GateOutcome
+from core.settings import Settings
+from core.settings.updates import Gate
 from updater.gate.statistics import reciprocal_log_rank
 from updater.gate.suites import load_suites
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import scale
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from tests.unit.benchmarks.test_benches import tiny_home
 
 

@@ -14,7 +14,7 @@ from benchmarks.serving.chaos import violations
 from benchmarks.serving.chaos_audit import Kill, Refusal, Rollback, StateReport, audit, totals
 from benchmarks.serving.chaos_plan import STATES, plan, states_of
 from benchmarks.serving.chaos_states import faketime_library
-from ops.addresses import free_port
+from core.addresses import free_port
 from ops.load.probes import RequestKind
 from ops.load.traffic import Sample
 from ops.testing.tcp_relay import TcpRelay

@@ -12,10 +12,10 @@ from benchmarks import soak
 from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.process_memory import ProcessMemory
 from benchmarks.soak import MemoryLog, violations
-from ops.errors import ConfigError
+from core.errors import ConfigError
+from core.loading import load_settings
+from core.settings import Settings
 from ops.load.probes import batch_probes
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_base
 

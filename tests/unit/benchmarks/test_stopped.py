@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.serving import object_store
 from benchmarks.stream import bare
-from ops.stop_signals import Stopped
+from core.stop_signals import Stopped
 
 POPEN = subprocess.Popen
 

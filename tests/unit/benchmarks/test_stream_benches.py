@@ -19,9 +19,9 @@ from benchmarks.stream.ingest import figures_of
 from benchmarks.stream.jpegs import canvas, jpegs
 from benchmarks.stream.ratchet_process import write_settings
 from benchmarks.stream.throughput import Throughput
-from ops.loading import load_settings
-from ops.settings import Settings
-from ops.settings.streams import Ingest, Kafka
+from core.loading import load_settings
+from core.settings import Settings
+from core.settings.streams import Ingest, Kafka
 from ratchet_client.images import decode_image
 from streams.quality.validate import Accepted, Received, Rules, validate
 from streams.rows import Position

@@ -16,10 +16,10 @@ from ray._private import ray_constants
 from ray.dashboard.modules.reporter import healthz_agent
 from ray.scripts import scripts
 
+from core.loading import load_settings
+from core.settings import Settings
 from ops.cli.context import Context
 from ops.console.app import build_console
-from ops.loading import load_settings
-from ops.settings import Settings
 from serving.http.app import openapi
 from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, pods, profile, render
 from tests.support.pages import resolve
@@ -35,7 +35,7 @@ SECRETS = {
 }
 """What the Secrets hold; others are any text."""
 METRICS = {"/metrics"}
-"""What the exporters of ingest, maintenance, the updater and replicas have: :func:`ops.metrics.listen`."""
+"""What the exporters of ingest, maintenance, the updater and replicas have: :func:`core.metrics.listen`."""
 
 
 @pytest.fixture(scope="module", params=CASES, ids=IDS)

@@ -14,9 +14,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from core.loading import load_settings
+from core.settings import Settings
 from ops.cli.metrics import targets_of
-from ops.loading import load_settings
-from ops.settings import Settings
 from tests.support.chart import ROOT, render
 
 BIN = Path(sys.executable).parent

@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator
 from ray.serve._private import constants
 
 from benchmarks.cluster.ray_service import compared_by_kuberay
-from ops.settings import Settings
+from core.settings import Settings
 from serving.ray import ray_session
 from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, profile, render
 

@@ -314,8 +314,8 @@ def test_what_is_published_is_neither_metrics_nor_the_operators_calls(objects: l
 
 
 def test_job_and_processes_have_the_names_that_they_have_on_one_machine(objects: list[dict[str, Any]]) -> None:
+    from core.loading import load_settings
     from ops.cli.metrics import targets_of
-    from ops.loading import load_settings
 
     made = {
         tuple(rule["replacement"] for rule in each["spec"]["podMetricsEndpoints"][0]["relabelings"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray._private import ray_constants
 
-from ops.settings.watching import Traces
+from core.settings.watching import Traces
 from serving.ray.ray_session import tracing_environment
 from tests.support.chart import EVERYTHING, PROFILES, merged, of_kind, pods, profile, render
 

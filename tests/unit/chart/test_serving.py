@@ -15,9 +15,9 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.cluster.ray_service import quantity
+from core.loading import load_settings
+from core.settings import Settings
 from ops.cli import metrics
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.app import build, drain_seconds

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.addresses import free_port
+from core.addresses import free_port
 from ratchet_client import Conflict, Denied, Overloaded, RatchetError, ServerError, TimedOut, Unreachable
 from ratchet_client import calls as calls_module
 from ratchet_client.calls import Call

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from ratchet_client.images import decode_image, sniff
 from tests.support.hostile_images import png_chunk
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import pytest
 from kafka.errors import KafkaTimeoutError
 
-from ops.addresses import free_port
-from ops.settings.streams import Kafka
+from core.addresses import free_port
+from core.settings.streams import Kafka
 from ratchet_client import AsyncProducer, BrokerError, ConfigError, Delivery, Limits, Producer, RecordError
 from ratchet_client.broker import Connection
 from ratchet_client.records import TOPIC

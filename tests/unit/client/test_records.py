@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops.settings.streams import Ingest, Kafka
+from core.settings.streams import Ingest, Kafka
 from ratchet_client import Limits, RecordError, Sample
 from ratchet_client.records import TOPIC, make_sample
 from streams.clients import producer_limits

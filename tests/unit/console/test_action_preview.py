@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from core.ledger import Ledger
+from core.ledger.collection import COLLECT_LEASE
 from ops.console.action_preview import ActionPreview, Choice, preview
 from ops.console.timeline import timeline
-from ops.ledger import Ledger
-from ops.ledger.collection import COLLECT_LEASE
 from tests.support.story import Story, tell
 from tests.unit.console.test_pages import settings
 

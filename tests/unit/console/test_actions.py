@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from core.ledger import Ledger
 from ops.console.app import build_console
-from ops.ledger import Ledger
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.console.test_pages import settings

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ops.settings import Settings
+from core.settings import Settings
 from tests.unit.console.test_security import FAR, LOCAL, csrf, from_afar, signed_in, visitor
 
 TLS = {"x-forwarded-proto": "https"}

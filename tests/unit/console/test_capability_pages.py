@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.served import loaded_releases, served_models
 from ops.console.stream import origins, row_counts
 from ops.console.update_summaries import UpdateSummary, costs, update_summaries
-from ops.ledger import Ledger
 from serving.releases.lineage import clip_bases
 from streams.deletion import request_deletion
 from streams.rows import Position

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from core.errors import StoreUnavailable
 from ops.console import data as data_module
 from ops.console.app import build_console
 from ops.console.data import ConsoleData, short_texts
 from ops.console.pages.overview import backfills, problems
 from ops.console.template_filters import ago, duration, number, pairs, percent, points
-from ops.errors import StoreUnavailable
 from streams.table import SampleTable
 from tests.unit.console.test_pages import settings
 

@@ -9,8 +9,8 @@ from urllib.parse import quote
 import pytest
 from fastapi.testclient import TestClient
 
+from core.ledger import Ledger
 from ops.console.app import build_console
-from ops.ledger import Ledger
 from streams.deletion import request_deletion
 from tests.support.story import EVIL
 from tests.unit.console.test_pages import settings

@@ -16,12 +16,12 @@ from authlib.integrations.starlette_client import StarletteOAuth2App
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
+from core.errors import AccessError, LedgerUnavailable
+from core.ledger import Ledger
+from core.settings import Settings
+from core.settings.identity import Oidc
 from ops.console.identities import READ, scopes_of
 from ops.console.sessions import COOKIE
-from ops.errors import AccessError, LedgerUnavailable
-from ops.ledger import Ledger
-from ops.settings import Settings
-from ops.settings.identity import Oidc
 from tests.unit.console.test_security import FAR, csrf, visitor
 
 RULES = {
@@ -40,8 +40,8 @@ def issuer() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ops.access.KEYS_SECONDS", 0.0)
-    monkeypatch.setattr("ops.access.NEW_KEY_SECONDS", 0.0)
+    monkeypatch.setattr("core.access.KEYS_SECONDS", 0.0)
+    monkeypatch.setattr("core.access.NEW_KEY_SECONDS", 0.0)
 
 
 def console(home: Path, issuer: str, **rules: Any) -> TestClient:

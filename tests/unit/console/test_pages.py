@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from core.ledger import Ledger
+from core.settings import Settings
 from ops.console.app import build_console
-from ops.ledger import Ledger
-from ops.settings import Settings
 from tests.support.story import EVIL, Story, tell
 from tests.unit.console.test_security import csrf
 

@@ -13,11 +13,11 @@ import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
+from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.pages.overview import problems
 from ops.console.public import without_samples
-from ops.ledger import Ledger
 from streams.deletion import request_deletion
 from streams.rows import Position
 from streams.store import SampleStore
@@ -176,7 +176,7 @@ def test_an_address_that_asks_too_often_is_told_when_to_come_back(home: Path, st
 
 def test_messages_of_errors_are_not_shown(home: Path, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(_: ConsoleData) -> None:
-        from ops.errors import LedgerError
+        from core.errors import LedgerError
 
         raise LedgerError("postgres://db is away.", "Start /srv/db.")
 

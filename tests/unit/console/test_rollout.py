@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from core.ledger import Ledger
 from ops.console.action_preview import NO_SHARE, Choice, preview
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.rollout import watching
-from ops.ledger import Ledger
 from ratchet_client import Client
 from ratchet_client.calls import Call
 from tests.support.story import seen, withdraw

@@ -10,13 +10,13 @@ from cryptography.fernet import Fernet
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
+from core.errors import LedgerError
+from core.ledger import KeyRow, Ledger
+from core.settings import Settings
 from ops.console import security
 from ops.console.app import build_console
 from ops.console.request_context import local_path
 from ops.console.sessions import COOKIE, Session, Sessions
-from ops.errors import LedgerError
-from ops.ledger import KeyRow, Ledger
-from ops.settings import Settings
 from serving.http.client_address import came_from_here
 
 LOCAL = "http://127.0.0.1:8001"
@@ -101,7 +101,7 @@ def test_a_new_key_is_not_called_wrong_while_the_ledger_is_away(
     def away(_ledger: Ledger) -> list[KeyRow]:
         raise LedgerError("the ledger is away.")
 
-    monkeypatch.setattr("ops.access.NEW_KEY_SECONDS", 0.0)
+    monkeypatch.setattr("core.access.NEW_KEY_SECONDS", 0.0)
     client = from_afar(tmp_path)
     new = Ledger.open(Settings(home=tmp_path).ledger).create_key("ann", ["operate"], actor="t")[1]
     with monkeypatch.context() as patch:
@@ -118,8 +118,8 @@ def test_a_wrong_key_is_told_apart_from_none(tmp_path: Path) -> None:
 
 
 def test_a_revoked_key_ends_its_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ops.access.KEYS_SECONDS", 0.0)
-    monkeypatch.setattr("ops.access.NEW_KEY_SECONDS", 0.0)
+    monkeypatch.setattr("core.access.KEYS_SECONDS", 0.0)
+    monkeypatch.setattr("core.access.NEW_KEY_SECONDS", 0.0)
     client = from_afar(tmp_path)
     ledger = Ledger.open(Settings(home=tmp_path).ledger)
     _, token = ledger.create_key("ana", ["operate"], actor="test")

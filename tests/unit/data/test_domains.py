@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 from PIL import Image
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from streams.demo import DOMAINS, domain, prepare_domain
 from streams.demo.concepts import concept_of, flag_concept, split_of
 from streams.demo.domain import DomainInfo, Draft, build

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets import read_dataset
 from streams.folders import INDEX, FolderItem, read_folder, write_folder
 from tests.unit.data.pictures import png

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import ConfigError
+from core.loading import load_settings
 from ops.cli.shipped import needed_data
-from ops.errors import ConfigError
-from ops.loading import load_settings
 from streams.demo import QUESTIONS, DemoData, PackageError, Preparation
 from streams.demo.domain import RECEIPT, VERSION
 from streams.demo.preparation import merged

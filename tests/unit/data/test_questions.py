@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from streams.demo import QUESTIONS, prepare_questions
 from streams.demo.questions_make import Picture, Question, held_out_drawings, make_questions
 from streams.demo.questions_pictures import basic_name

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from ops.testing.tiny import tiny_adapter
 from serving.engines.adapters import adapter_name, content_name, read_adapter, write_adapter
 from serving.engines.clip import ClipEngine

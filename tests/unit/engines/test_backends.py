@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_adapter
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine

@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import nn
 
-from ops.errors import BaseModelError
+from core.errors import BaseModelError
 from ops.testing.tiny import CONFIG, tiny_base
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess

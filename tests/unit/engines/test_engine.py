@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines import lora
 from serving.engines.adapters import read_adapter

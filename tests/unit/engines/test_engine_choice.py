@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.settings import Settings
-from ops.settings.serving import BaseModels, Serve
+from core.settings import Settings
+from core.settings.serving import BaseModels, Serve
 from serving.engines import engine_choice
 from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.clip import ClipEngine

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from serving.engines.clip import ClipEngine

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from ops.testing.tiny import CONFIG
 from serving.engines.adapters import AdapterFiles, canonical_config, write_adapter
 from serving.engines.clip import ClipEngine

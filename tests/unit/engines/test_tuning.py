@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.engine_choice import Measurement
 from serving.engines.tuning import Layout, Tuning, accepted, layouts_of, run_layout

@@ -8,8 +8,8 @@ pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform
 
-from ops.errors import ConfigError
-from ops.settings.serving import Serve
+from core.errors import ConfigError
+from core.settings.serving import Serve
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.vllm_start import engine_arguments
 from serving.engines.vlm.vlm_base import VlmBase

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.vlm import hf_engine, hf_worker
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_engine import TransformersEngine

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.errors import BaseModelError
+from core.errors import BaseModelError
 from ops.testing.tiny_vlm import tiny_vlm_adapter
 from ops.testing.vlm_families import FAMILIES, write_family
 from serving.engines.vlm.generation import question

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.vlm.residents import Residents
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.vlm.generation import GenerationRequest, Message
 from serving.engines.vlm.hf_batch import BatchRow, _Choice
 from serving.engines.vlm.sampling_parameters import SMALLEST

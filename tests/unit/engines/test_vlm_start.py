@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import AdapterError, ConfigError
-from ops.settings.serving import Serve
+from core.errors import AdapterError, ConfigError
+from core.settings.serving import Serve
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm import vllm_start
 from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_validated_adapter

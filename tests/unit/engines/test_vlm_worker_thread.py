@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, Message
 from serving.engines.vlm.hf_batch import BatchRow, Scoring

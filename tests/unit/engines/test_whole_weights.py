@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from ops import metrics
+from core import metrics
+from core.loading import load_settings
+from core.settings import Settings
 from ops.alerts import Target
 from ops.cli.metrics import targets_of
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from serving.engines.lora import effective_weights
 from tests.support.pages import ROOT, Page

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.errors import AdapterError
-from ops.settings.updates import Gate
+from core.errors import AdapterError
+from core.settings.updates import Gate
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from tests.unit.gate.builders import sample_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 from updater.gate.best_releases import MOST, best_releases
 
 BASE = "b" * 64

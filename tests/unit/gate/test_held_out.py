@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from ops.errors import GateError
-from ops.ledger import UpdateRow
-from ops.settings import Settings
+from core.errors import GateError
+from core.ledger import UpdateRow
+from core.settings import Settings
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import picture

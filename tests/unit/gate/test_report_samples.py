@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
+from core.ledger import Ledger
+from core.settings import Settings
 from ops.console.app import build_console
-from ops.ledger import Ledger
-from ops.settings import Settings
 from streams import maintenance
 from streams.deletion import request_deletion
 from streams.maintenance import Maintainer

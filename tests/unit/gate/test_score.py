@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops.errors import GateError
+from core.errors import GateError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from tests.unit.gate.builders import folder_dataset, sample_rows

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ops.errors import GateError
-from ops.settings.updates import Gate
+from core.errors import GateError
+from core.settings.updates import Gate
 from tests.unit.gate.builders import folder_dataset, picture, question_rows, sample_rows
 from updater.gate.sample_suites import fresh_suite, fresh_suites
 from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites

@@ -12,10 +12,10 @@ from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
-from ops import metrics
+from core import metrics
+from core.metrics import declared
 from ops.alerts import rule_groups
 from ops.cli.main import app
-from ops.metrics import declared
 
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "runbooks"
 RULES: list[dict[str, Any]] = [rule for group in rule_groups() for rule in group["rules"]]

@@ -14,11 +14,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from core.errors import ReleaseError
+from core.ledger import Ledger
 from ops.cli.context import Context
 from ops.cli.main import app
 from ops.cli.status import rollout_line
-from ops.errors import ReleaseError
-from ops.ledger import Ledger
 
 runner = CliRunner()
 BESIDE = {"warnings": [], "tail": None, "pairs": {}, "yes": {},

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import RatchetError
+from core.loading import load_settings
 from ops.cli.main import app
 from ops.cli.shipped import make_base_ready
-from ops.errors import RatchetError
-from ops.loading import load_settings
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.clip_base import list_bases

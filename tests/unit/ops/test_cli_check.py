@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 from typer.testing import CliRunner, Result
 
+from core.errors import RatchetError
 from ops.cli.check import fault_of
 from ops.cli.main import app
-from ops.errors import RatchetError
 from tests.support.web_server import reply, web_server
 
 GOOD = np.array([[1, 0], [1, 0], [0.6, 0.8]], np.float32)

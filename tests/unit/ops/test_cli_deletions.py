@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from core.errors import LedgerError, SelectorError
+from core.ledger import DeletionRow, Ledger
+from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli import deletions
 from ops.cli.main import app
-from ops.errors import LedgerError, SelectorError
-from ops.ledger import DeletionRow, Ledger
-from ops.settings import Settings
 from streams import maintenance
 from streams.maintenance import Maintainer
 from streams.rows import Position

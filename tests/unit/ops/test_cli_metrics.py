@@ -13,9 +13,9 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from ops.addresses import free_port
+from core.addresses import free_port
+from core.errors import ConfigError
 from ops.cli.main import app
-from ops.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,7 +49,7 @@ def test_who_exports_the_metrics_of_replicas_does_not_write_among_them(
 
 def test_it_exports_what_replicas_wrote_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    wrote = "from ops import metrics; metrics.http.refused('overloaded')"
+    wrote = "from core import metrics; metrics.http.refused('overloaded')"
     writing = {**environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", wrote], env=writing, check=True)
     written = sorted(tmp_path.iterdir())

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import ConfigError
+from core.loading import load_settings
+from core.settings import Settings
 from ops.cli.main import app
-from ops.errors import ConfigError
-from ops.loading import load_settings
-from ops.settings import Settings
 from tests.support.web_server import WebServer, reply, web_server
 
 ROOT = Path(__file__).parents[3]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import RatchetError, RecordError, UnknownRecord
 from ops.cli.main import app
-from ops.errors import RatchetError, RecordError, UnknownRecord
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.kafka import picture

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from core.ledger import Ledger
+from core.loading import load_settings
 from ops.cli.main import app
-from ops.ledger import Ledger
-from ops.loading import load_settings
 
 runner = CliRunner()
 GIVEN: dict[str, Any] = {

@@ -15,17 +15,17 @@ from prometheus_client import REGISTRY
 from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
+from core.errors import AdapterCollected, LeaseLost, LedgerError, LedgerUnavailable, ReleaseConflict
+from core.ledger import Ledger
+from core.ledger import tables as t
+from core.ledger.collection import COLLECT_LEASE
+from core.metrics import declared
+from core.settings import Settings
 from ops.cli.gc import collect_garbage
 from ops.cli.main import app
 from ops.collection import Collector, Plan, collector
 from ops.collection.plan import Kind
-from ops.errors import AdapterCollected, LeaseLost, LedgerError, LedgerUnavailable, ReleaseConflict
-from ops.ledger import Ledger
-from ops.ledger import tables as t
-from ops.ledger.collection import COLLECT_LEASE
-from ops.metrics import declared
-from ops.settings import Settings
 from serving.releases.rollback import rollback_target
 from streams.maintenance import Maintainer
 from updater.adapters.recorded import fetch_recorded

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ops import dashboards, metrics
+from core import metrics
+from ops import dashboards
 
 EXPRESSIONS = dashboards.expressions()
 ALL = [(name, panel) for name in dashboards.MAKERS for panel in dashboards.panels(name)]

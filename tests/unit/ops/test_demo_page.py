@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from core.ledger import GateOutcome, ReleaseRow, VerdictRow
 from ops.cli.demo import page
 from ops.cli.demo.captions import Comparison
 from ops.cli.demo.chapters import StoryProgress, plan_chapters
@@ -17,7 +18,6 @@ from ops.cli.demo.page import Story, marks, render
 from ops.cli.demo.picture import Change, Hit, Search
 from ops.cli.demo.questions import AnswerComparison, Answered
 from ops.cli.demo.summary import Facts, Lesson
-from ops.ledger import GateOutcome, ReleaseRow, VerdictRow
 from ops.load.traffic import Sample
 from streams.folders import FolderItem
 from tests.unit.data.pictures import png

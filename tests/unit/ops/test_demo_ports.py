@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from core.settings import Settings
 from ops.cli.demo.story import _free_ports, _settle
-from ops.settings import Settings
 
 
 def test_a_taken_port_is_replaced_by_a_free_one_and_none_is_given_out_twice() -> None:

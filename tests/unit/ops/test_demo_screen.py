@@ -8,10 +8,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from ops import progress
+from core import progress
+from core.errors import RatchetError
 from ops.cli.demo.chapters import StoryProgress, plan_chapters
 from ops.cli.demo.screen import Screen, clock
-from ops.errors import RatchetError
 
 LINKS = {"console": "http://127.0.0.1:8001"}
 

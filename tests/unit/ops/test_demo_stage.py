@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
+from core.errors import RatchetError
+from core.waiting import BUSY_SECONDS, STILL_SECONDS
 from ops.cli.context import Context
 from ops.cli.demo.stage import Stage
-from ops.errors import RatchetError
-from ops.waiting import BUSY_SECONDS, STILL_SECONDS
 from ratchet_client import ServerError
 from tests.support.clock import Clock
 
@@ -21,7 +21,7 @@ from tests.support.clock import Clock
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time passes where it is waited for."""
     made = Clock()
-    monkeypatch.setattr("ops.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
+    monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
     return made
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from core.ledger import GateOutcome, VerdictRow
 from ops.cli.demo.summary import Facts, Lesson, as_json, broken_promises, show
-from ops.ledger import GateOutcome, VerdictRow
 
 
 def _verdict(outcome: GateOutcome, retention: str, gain: str = "passed") -> VerdictRow:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ops.loading import describe, load_settings
-from ops.settings import Settings
+from core.loading import describe, load_settings
+from core.settings import Settings
 from tests.support.pages import PAGES, ROOT, Page, resolve
 
 ALL = [Page(path) for path in PAGES]
@@ -23,7 +23,7 @@ SECTIONS = {name.split(".")[0] for name in DEFAULTS if "." in name}
 VALUES: dict[str, Any] = yaml.safe_load((ROOT / "helm" / "ratchet" / "values.yaml").read_text())
 SOURCE = "\n".join(
     path.read_text()
-    for folder in ("client/src", "ops", "serving", "streams", "updater", "benchmarks")
+    for folder in ("client/src", "core", "ops", "serving", "streams", "updater", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".yaml", ".html")
 )

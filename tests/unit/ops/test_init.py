@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
+from core.errors import ConfigError
+from core.loading import describe, load_settings
+from core.settings import Settings
+from core.settings.updates import Gate
 from ops.cli.first_steps import checks
 from ops.cli.first_steps.power import fresh_needed, suite_power
 from ops.cli.first_steps.settings_yaml import settings_yaml
 from ops.cli.main import app
-from ops.errors import ConfigError
-from ops.loading import describe, load_settings
-from ops.settings import Settings
-from ops.settings.updates import Gate
 from ops.testing.tiny import CONFIG, tiny_base
 from serving.engines.clip_base import list_bases
 from streams.folders import read_folder

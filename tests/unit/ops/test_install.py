@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from ops.addresses import free_port
+from core.addresses import free_port
 
 ROOT = Path(__file__).parents[3]
 UV = str(Path(sysconfig.get_path("scripts")) / "uv")

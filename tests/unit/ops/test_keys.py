@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import AlreadyResubmitted, LedgerError
+from core.ledger import Ledger
+from core.ledger.keys import RESERVED, parse_token
 from ops.cli import context
 from ops.cli.main import app
-from ops.errors import AlreadyResubmitted, LedgerError
-from ops.ledger import Ledger
-from ops.ledger.keys import RESERVED, parse_token
 
 PLACE = "samples@1:0:7"
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from benchmarks.swap import make_adapters
-from ops.ledger import Ledger
+from core.ledger import Ledger
+from core.loading import load_settings
+from core.settings import Settings
 from ops.load.answers import AnswerCheck
 from ops.load.expected import ExpectedVectors
 from ops.load.generator import content
 from ops.load.probes import Probe, classify_probes, embedding_probes, search_probes
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_base
 from serving.engines.backends import EngineChoice, Precision

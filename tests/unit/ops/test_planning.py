@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import ConfigError
 from ops.cli.main import app
-from ops.errors import ConfigError
 from ops.planning.capacity import MAX_BATCH, Load, Plan, encoders_for, make_plan
 from ops.planning.measured import Cell, Machine, built_in, machine_of
 from ops.planning.service_times import ServiceTimes, fit

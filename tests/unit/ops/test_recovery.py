@@ -16,23 +16,23 @@ from alembic import command
 from sqlalchemy import text, update
 from typer.testing import CliRunner
 
-from ops.artifacts import Artifacts, directory_digest
+from core.artifacts import Artifacts, directory_digest
+from core.errors import ConfigError, LedgerError, StoreError
+from core.ledger import Ledger
+from core.ledger import tables as t
+from core.ledger.collection import COLLECT_LEASE
+from core.ledger.database import alembic_config, open_database
+from core.settings import Settings
 from ops.cli.main import app
 from ops.collection import Collector
-from ops.errors import ConfigError, LedgerError, StoreError
-from ops.ledger import Ledger
-from ops.ledger import tables as t
-from ops.ledger.collection import COLLECT_LEASE
-from ops.ledger.database import alembic_config, open_database
 from ops.recovery import back_up, backup, lake_files, restore
 from ops.recovery.ledger_rows import load_ledger
 from ops.recovery.place import Place
-from ops.settings import Settings
 from streams.maintenance import Maintainer
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
-from tests.unit.ops.conftest import create_database
+from tests.unit.conftest import create_database
 
 WHEN = datetime(2026, 5, 1, 12, 30, 15, 123456, tzinfo=UTC)
 WEIGHTS = bytes(range(256)) * 40_000

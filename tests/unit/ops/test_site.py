@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import typer
 
+from core.loading import describe
+from core.metrics import declared
+from core.settings import Settings
 from docs.site import __main__ as site_builder
 from docs.site import cli_reference
 from docs.site.__main__ import SiteError, build, collect
 from ops.cli.main import app
-from ops.loading import describe
-from ops.metrics import declared
-from ops.settings import Settings
 from ratchet_client.records import REASONS
 from serving.errors import ServingError
 from serving.http.app import openapi

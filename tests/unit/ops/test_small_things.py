@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 
-from ops import progress
-from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
-from ops.errors import RecordError
+from core import progress
+from core.digests import digest12, digest_bytes, digest_json, digest_tensors
+from core.errors import RecordError
 
 
 def test_the_borders_of_digested_parts_count() -> None:

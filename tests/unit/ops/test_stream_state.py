@@ -12,15 +12,15 @@ import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from ops import metrics
-from ops.addresses import free_port
+from core import metrics
+from core.addresses import free_port
+from core.ledger import Ledger
+from core.ledger import tables as t
+from core.metrics import declared
+from core.settings import Settings
 from ops.cli.main import app
 from ops.cli.status import maintenance_line
 from ops.console.app import build_console
-from ops.ledger import Ledger
-from ops.ledger import tables as t
-from ops.metrics import declared
-from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from streams.rows import Position
 from streams.store import SampleStore

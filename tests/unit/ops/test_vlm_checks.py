@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from core.loading import load_settings
+from core.settings import Settings
 from ops.cli.checks import Finding, examine
 from ops.cli.status import collect
-from ops.loading import load_settings
-from ops.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_base
 
 

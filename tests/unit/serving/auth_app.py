@@ -12,9 +12,9 @@ from typing import Any, cast
 import httpx
 from fastapi import FastAPI
 
-from ops.access import Access
-from ops.ledger import KeyRow, Ledger
-from ops.settings import Settings
+from core.access import Access
+from core.ledger import KeyRow, Ledger
+from core.settings import Settings
 from serving.http.app_state import AppState
 from serving.releases.commands import HoldingCommand
 from tests.support.clock import Clock

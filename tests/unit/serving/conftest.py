@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 from streams.store import SampleStore
 from tests.unit.serving.auth_app import AuthApp, Keys
 

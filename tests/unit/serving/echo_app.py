@@ -10,7 +10,7 @@ import httpx
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.http.limits import RequestLimits
 from serving.http.request_bodies import RequestBodies
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import EngineDead, InvalidRequest
 

@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import SecretStr
 
-from ops.access import Access
-from ops.settings import Settings
-from ops.settings.serving import Serve
+from core.access import Access
+from core.settings import Settings
+from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest, GenerationResult, TokenChunk
 from serving.http.app import build_app

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts, directory_digest
-from ops.errors import AdapterError, StoreUnavailable
-from ops.ledger import Ledger
+from core.artifacts import Artifacts, directory_digest
+from core.errors import AdapterError, StoreUnavailable
+from core.ledger import Ledger
 from serving.replicas import adapter_cache as module
 from serving.replicas.adapter_cache import AdapterCache
 

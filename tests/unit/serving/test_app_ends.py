@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from ray import serve
 
-from ops.errors import LedgerUnavailable
-from ops.files import replace_file
-from ops.ledger import Ledger
-from ops.settings import Settings
+from core.errors import LedgerUnavailable
+from core.files import replace_file
+from core.ledger import Ledger
+from core.settings import Settings
 from serving import app as module
 from serving.app import build, drain, drain_seconds
 from serving.releases.residency import read_residency

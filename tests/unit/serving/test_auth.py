@@ -12,10 +12,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from ops.access import KEYS_SECONDS, NEW_KEY_SECONDS
-from ops.errors import AlreadyResubmitted, BrokerError, LedgerError, RecordError, UnknownRecord
-from ops.ledger import KeyRow, Ledger
-from ops.settings import Settings
+from core.access import KEYS_SECONDS, NEW_KEY_SECONDS
+from core.errors import AlreadyResubmitted, BrokerError, LedgerError, RecordError, UnknownRecord
+from core.ledger import KeyRow, Ledger
+from core.settings import Settings
 from serving import app as start
 from serving.http.auth import needs
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.errors import StoreError
+from core.errors import StoreError
 from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import Catalog
 from serving.catalog.corpus_ids import CorpusIds

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ops.errors import RecordError, StoreError
+from core.errors import RecordError, StoreError
 from serving.catalog.catalog import Catalog
 from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters, as_filters

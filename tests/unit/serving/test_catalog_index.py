@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from prometheus_client import REGISTRY
 
-from ops.errors import StoreError
-from ops.settings.serving import Catalog as CatalogSettings
+from core.errors import StoreError
+from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog import index_maintainer, space_indexes
 from serving.catalog.codings import CODINGS, IndexTooLarge, choose_coding, estimated_bytes
 from serving.catalog.index_maintainer import IndexMaintainer

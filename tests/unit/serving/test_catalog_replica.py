@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ops.settings import Settings
-from ops.settings.serving import Serve
+from core.settings import Settings
+from core.settings.serving import Serve
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables

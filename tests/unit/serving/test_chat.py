@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.vlm.generation import Message
 from serving.errors import DeadlineExceeded, EngineDead, InvalidRequest, QueueFull, Unavailable
 from tests.unit.serving.scripted_vlms import (

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.generation import MAX_IMAGES
 from serving.http.errors import ApiError

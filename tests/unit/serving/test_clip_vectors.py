@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.errors import DeadlineExceeded
 from serving.http.clip_vectors import BATCHES_IN_WORK, ClipVectors, room_for

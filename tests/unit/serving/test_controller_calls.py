@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from ops.errors import ReleaseConflict
+from core.errors import ReleaseConflict
 from serving.errors import Unavailable
 from serving.releases.commands import HoldCommand, ReleaseCommand, RollbackCommand
 from serving.releases.types import ReleaseResult

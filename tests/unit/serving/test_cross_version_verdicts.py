@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from ops.errors import LedgerUnavailable
+from core.errors import LedgerUnavailable
 from serving.catalog.cross_version import usable
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.cross_version_verdicts import CrossVersionVerdicts

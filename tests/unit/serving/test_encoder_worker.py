@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from ops import priority
-from ops.artifacts import Artifacts
-from ops.errors import ArtifactsUnavailable
+from core import priority
+from core.artifacts import Artifacts
+from core.errors import ArtifactsUnavailable
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine

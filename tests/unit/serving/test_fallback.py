@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import LedgerUnavailable, ReleaseError
-from ops.ledger import Ledger
+from core.errors import LedgerUnavailable, ReleaseError
+from core.ledger import Ledger
 from serving.releases.fallback import Fallback
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.residency import ResidencyReader, read_residency

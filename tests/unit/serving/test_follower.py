@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.ledger import Ledger
+from core.ledger import Ledger
 from serving.releases.residency import ResidencyRows, read_residency
 from serving.releases.types import Cause, Prepared
 from serving.replicas import follower as module

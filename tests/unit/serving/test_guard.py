@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ops.settings.serving import Rollout
+from core.settings.serving import Rollout
 from serving.releases.guard import FALSE_ALARM, Evidence, broken, look, look_number
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts, together
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from starlette.types import Scope
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.http.client_address import came_from_here
 from serving.http.request_ids import ALPHABET, MAX_CHARS
 from serving.ray import ray_session

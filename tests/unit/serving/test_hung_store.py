@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.errors import StoreUnavailable
+from core.errors import StoreUnavailable
 from serving.catalog import catalog as catalogs
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters, Hit

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from ratchet_client.images import OpenedImage, decode_image, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.app_state import AppState
 from serving.http.image_loader import ImageLoader, fetcher_of

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from ops.access import Access
-from ops.artifacts import Artifacts
-from ops.errors import LedgerUnavailable
-from ops.ledger import KeyRow, Ledger
-from ops.settings import Settings
+from core.access import Access
+from core.artifacts import Artifacts
+from core.errors import LedgerUnavailable
+from core.ledger import KeyRow, Ledger
+from core.settings import Settings
 from serving.replicas.key_copy import KEY, KeyCopy
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from ops.ledger import Family, Ledger
+from core.ledger import Family, Ledger
 from serving.releases.controller import tell_of_live
 
 FAMILIES: tuple[Family, ...] = ("clip", "vlm")

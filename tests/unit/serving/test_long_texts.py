@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from ops.testing.inputs import pictures
 from tests.support.in_process_app import AppClient, open_in_process_app
 from tests.unit.serving.auth_app import refusal

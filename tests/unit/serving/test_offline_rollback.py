@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from core.errors import ReleaseConflict, ReleaseError
+from core.ledger import Ledger
 from ops.cli.main import app
-from ops.errors import ReleaseConflict, ReleaseError
-from ops.ledger import Ledger
 from serving.releases.offline import roll_back_offline
 
 

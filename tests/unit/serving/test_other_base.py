@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.errors import ConfigError, LedgerUnavailable, ReleaseError
-from ops.ledger import Ledger, ReleaseRow
-from ops.settings import Settings
-from ops.settings.serving import BaseModels, Rollout
+from core.artifacts import Artifacts
+from core.errors import ConfigError, LedgerUnavailable, ReleaseError
+from core.ledger import Ledger, ReleaseRow
+from core.settings import Settings
+from core.settings.serving import BaseModels, Rollout
 from ops.testing.tiny import tiny_base
 from serving.app import _check_base
 from serving.engines.clip_base import ClipBase

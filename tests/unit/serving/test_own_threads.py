@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from ops.settings import Settings
+from core.settings import Settings
 from serving.http.deletion_service import DeletionService
 from serving.http.quarantine_service import QuarantineService
 from serving.http.release_heads import ReleaseHeads

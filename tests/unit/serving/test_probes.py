@@ -10,9 +10,9 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from ops import dependencies
-from ops.errors import LedgerUnavailable
-from ops.metrics import declared
+from core import dependencies
+from core.errors import LedgerUnavailable
+from core.metrics import declared
 from serving.errors import QueueFull, Unavailable
 from serving.http import probes
 from serving.http.app_state import AppState

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import ReleaseConflict, ReleaseError
-from ops.ledger import Ledger
+from core.errors import ReleaseConflict, ReleaseError
+from core.ledger import Ledger
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import ReleaseConflict, ReleaseError
-from ops.ledger import Family, Ledger
+from core.errors import ReleaseConflict, ReleaseError
+from core.ledger import Family, Ledger
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.types import ReleaseResult

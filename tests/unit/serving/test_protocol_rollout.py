@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import ReleaseConflict, ReleaseError
-from ops.ledger import Family, Ledger
-from ops.ledger import tables as t
-from ops.ledger.rows import ReleaseRow
-from ops.settings.serving import Rollout
+from core.errors import ReleaseConflict, ReleaseError
+from core.ledger import Family, Ledger
+from core.ledger import tables as t
+from core.ledger.rows import ReleaseRow
+from core.settings.serving import Rollout
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.loading import load_settings
+from core.loading import load_settings
 from serving.ray import loopback, ray_session
 from serving.ray.ray_session import end_leftovers
 

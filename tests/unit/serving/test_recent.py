@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ops.errors import LedgerUnavailable
+from core.errors import LedgerUnavailable
 from serving.http import recent
 from serving.http.recent import LastReleases
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from ops.errors import ReleaseError
+from core.errors import ReleaseError
 from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable, WrongSpace
 from serving.messages import EncodeResult
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ops.settings.section import MIB
-from ops.settings.serving import Serve
+from core.settings.section import MIB
+from core.settings.serving import Serve
 from serving.app import encoder_calls, encoder_scale, ingress_scale, vlm_scale
 from serving.http.rate_limit import RateLimiter
 from serving.http.replica_share import SHARED, share_of

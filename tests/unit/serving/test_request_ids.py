@@ -11,8 +11,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from ops.log_format import JsonFormatter
-from ops.request_context import current
+from core.log_format import JsonFormatter
+from core.request_context import current
 from serving.http.request_ids import ALPHABET, RequestIds, middlewares
 from tests.unit.serving.auth_app import AuthApp
 from tests.unit.serving.scripted_vlms import ScriptedVlms, app_of, app_state

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts
-from ops.dependencies import current
-from ops.errors import LedgerUnavailable, ReleaseError
-from ops.ledger import Ledger
+from core.artifacts import Artifacts
+from core.dependencies import current
+from core.errors import LedgerUnavailable, ReleaseError
+from core.ledger import Ledger
 from serving.releases import residency_source as module
 from serving.releases.residency import read_residency
 from serving.releases.residency_file import MAX_BYTES, ResidencyCopy, decode_copy, encode_copy

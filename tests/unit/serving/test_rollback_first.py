@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import LedgerUnavailable, ReleaseConflict, ReleaseError
-from ops.ledger import Ledger
-from ops.ledger.rows import Family
+from core.errors import LedgerUnavailable, ReleaseConflict, ReleaseError
+from core.ledger import Ledger
+from core.ledger.rows import Family
 from serving.releases import rollback
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol

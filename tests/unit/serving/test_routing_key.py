@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from ops.access import OPERATOR, Principal
+from core.access import OPERATOR, Principal
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.http.errors import ApiError, is_fault
 from serving.http.routing_key import routing_key

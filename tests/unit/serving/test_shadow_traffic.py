@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.ledger import ReleaseRow
-from ops.settings.serving import Rollout
+from core.ledger import ReleaseRow
+from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
 from serving.messages import EncodeResult, Modality

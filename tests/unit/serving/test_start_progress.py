@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from ops.errors import ConfigError
-from ops.ledger import Family
+from core.errors import ConfigError
+from core.ledger import Family
 from ratchet_client import ServerError
 from serving import start_progress
 from serving.ray.deployment_status import DeploymentStatus
@@ -47,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time passes where it is waited for."""
     made = Clock()
-    monkeypatch.setattr("ops.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
+    monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
     monkeypatch.setattr(start_progress, "LOOK_SECONDS", 1.0)
     return made
 

@@ -17,11 +17,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ops import request_context, tracing
-from ops.errors import ConfigError
-from ops.settings import Settings
-from ops.settings.serving import Serve
-from ops.settings.watching import Traces
+from core import request_context, tracing
+from core.errors import ConfigError
+from core.settings import Settings
+from core.settings.serving import Serve
+from core.settings.watching import Traces
 from serving.engines.preprocess import Preprocess
 from serving.http.image_loader import ImageLoader
 from serving.messages import EncodeRequest, EncodeResult
@@ -115,7 +115,7 @@ async def test_a_request_that_is_not_sampled_has_no_spans_and_none_begins_a_trac
 
 def test_where_it_is_off_nothing_of_opentelemetry_is_imported() -> None:
     program = (
-        "import sys; from ops.tracing import span, record\n"
+        "import sys; from core.tracing import span, record\n"
         "with span('a', b=1): record('c', 0, 1)\n"
         "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ops.errors import StoreError
+from core.errors import StoreError
 from serving.catalog.catalog import Catalog
 from serving.catalog.claims import CLAIM_SECONDS, SpaceClaims
 from serving.catalog.embedding import CHUNK_ROWS

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from ops.errors import LeaseLost, ReleaseConflict, ReleaseError
-from ops.ledger import Ledger
-from ops.ledger.leases import CONTROLLER_LEASE
-from ops.settings import Settings
+from core.errors import LeaseLost, ReleaseConflict, ReleaseError
+from core.ledger import Ledger
+from core.ledger.leases import CONTROLLER_LEASE
+from core.settings import Settings
 from serving.releases import controller as controllers
 from serving.releases import protocol as protocols
 from serving.releases.commands import ReleaseCommand, RollbackCommand

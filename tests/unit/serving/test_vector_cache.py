@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.settings.serving import Serve
+from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.errors import WrongSpace
 from serving.fair_room import FairRoom

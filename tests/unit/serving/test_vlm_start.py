@@ -22,7 +22,7 @@ TRACEBACK = """A replica failed to start with exception. Retrying 999998 more ti
 Traceback (most recent call last):
   File "/app/serving/replicas/vlm.py", line 60, in _start
     engine = open_engine(base)
-ops.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing. Fix: build it again.
+core.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing. Fix: build it again.
 """
 STARTING = "the VLM is starting."
 
@@ -103,7 +103,7 @@ async def test_serve_that_does_not_answer_holds_up_nothing(monkeypatch: pytest.M
 
 
 def test_the_cause_of_a_start_that_failed_is_its_last_exception() -> None:
-    assert cause_of(TRACEBACK).startswith("ops.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing")
+    assert cause_of(TRACEBACK).startswith("core.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing")
     assert cause_of("") == cause_of("Upscaling from 0 to 1 replicas.") == ""
     assert cause_of("It failed. Error:\nThe actor died unexpectedly before finishing this task.\n\n") == (
         "The actor died unexpectedly before finishing this task."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts
+from core.artifacts import Artifacts
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import EngineDead
 from serving.messages import Refusal

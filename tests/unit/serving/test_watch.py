@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from ops.settings.watching import Watch
+from core.settings.watching import Watch
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
 from serving.catalog.watch import Watcher

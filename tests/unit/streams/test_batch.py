@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ops.errors import StoreFull, StoreUnavailable, Superseded
-from ops.settings.streams import Ingest, Kafka
+from core.errors import StoreFull, StoreUnavailable, Superseded
+from core.settings.streams import Ingest, Kafka
 from streams.assignment import Reading, start_position
 from streams.batch import Batch, CommitResult
 from streams.quality.duplicates import DuplicateIndex

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ops.errors import StoreFull, StoreUnavailable
-from ops.settings.streams import Ingest, Kafka
+from core.errors import StoreFull, StoreUnavailable
+from core.settings.streams import Ingest, Kafka
 from streams.assignment import Reading
 from streams.batch import Batch
 from streams.quality.duplicates import DuplicateIndex

@@ -25,11 +25,11 @@ from kafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from ops.addresses import free_port
-from ops.errors import BrokerError, ConfigError, RecordError
-from ops.loading import load_settings
-from ops.settings import Settings
-from ops.settings.streams import OWNED_OPTIONS, Kafka
+from core.addresses import free_port
+from core.errors import BrokerError, ConfigError, RecordError
+from core.loading import load_settings
+from core.settings import Settings
+from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
 from streams.broker import EmbeddedBroker
 from streams.clients import Admin, connect_producer, connection

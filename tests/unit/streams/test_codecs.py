@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from ratchet_client.encoding import encode
 from ratchet_client.records import METADATA, REASONS, SCHEMA, Sample, check_text, make_sample
 from streams.codecs import decode

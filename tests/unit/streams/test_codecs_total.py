@@ -14,7 +14,7 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from ratchet_client.encoding import encode
 from ratchet_client.images import sniff
 from ratchet_client.records import METADATA, REASONS, SCHEMA, Sample

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from ops.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
-from ops.settings import Settings
+from core.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
+from core.settings import Settings
 from streams import consumer as module
 from streams import ingest_report, tolerant_fetch, validation_threads
 from streams.assignment import Reading

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ops.ledger import Ledger
-from ops.settings.streams import Ingest, Kafka
+from core.ledger import Ledger
+from core.settings.streams import Ingest, Kafka
 from streams import compaction, deletion
 from streams.assignment import Reading
 from streams.batch import Batch, CommitResult

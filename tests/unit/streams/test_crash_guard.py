@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import StoreFull, StoreUnavailable
+from core.errors import StoreFull, StoreUnavailable
 from streams.crash_guard import DEATHS, CrashGuard
 
 POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from torchvision.datasets import ImageFolder
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets import FORMATS, detect
 from streams.folders import FolderItem, write_folder
 from tests.support.datasets import error_of, items_and_errors, items_of

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pycocotools.coco import COCO
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets import detect
 from streams.datasets.json_stream import DiskIndex, elements
 from tests.support.datasets import error_of, items_and_errors, items_of

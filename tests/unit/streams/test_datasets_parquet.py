@@ -13,7 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pillow
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets import detect, read_dataset
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.unit.data.pictures import png

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from webdataset import ShardWriter, TarWriter
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.datasets import detect, read_dataset
 from streams.datasets.shards import MAX_HEADER_BYTES, expand
 from tests.support.datasets import error_of, items_and_errors, items_of

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ops.errors import ConfigError
-from ops.ledger import DeletionRow, Ledger
-from ops.settings.streams import Ingest
+from core.errors import ConfigError
+from core.ledger import DeletionRow, Ledger
+from core.settings.streams import Ingest
 from streams.deletion import Selected, condition, count_selected, remove, request_deletion, take_tombstones
 from streams.quality.validate import Received, Rules, validate
 from streams.rows import Position, record_key

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops.settings.streams import Ingest, Kafka
+from core.settings.streams import Ingest, Kafka
 from streams import compaction
 from streams.assignment import Reading
 from streams.batch import Batch

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from ops.errors import StoreFull, StoreUnavailable
+from core.errors import StoreFull, StoreUnavailable
 from streams.quality import duplicates as module
 from streams.quality.duplicates import OFF, Duplicate, DuplicateIndex, Sample
 from streams.quality.look import look_of

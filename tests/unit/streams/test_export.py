@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ops.errors import ConfigError
-from ops.settings import Settings
+from core.errors import ConfigError
+from core.settings import Settings
 from ratchet_client.records import Sample
 from streams.datasets import read_dataset
 from streams.export import export

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from ratchet_client.encoding import encode
 from ratchet_client.extra import MAX_BYTES, MAX_DEPTH, MAX_FIELDS, check_extra, dump_extra
 from ratchet_client.records import FIELDS, SCHEMA, Sample

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams import fetch_limits
 from streams.fetch_limits import MAX_HOSTS, PROBE_SECONDS, FetchLimits
 from streams.fetch_retries import TransientFetchError, parse_retry_after, pause_before

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trustme
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules
 from tests.support.web_server import WebServer, redirect, reply, web_server
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ops.errors import StoreError
-from ops.settings.streams import Ingest, Kafka
+from core.errors import StoreError
+from core.settings.streams import Ingest, Kafka
 from streams import compaction
 from streams.assignment import Reading, start_position
 from streams.batch import Batch, CommitResult

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ops.errors import RecordError
-from ops.settings.streams import Ingest
+from core.errors import RecordError
+from core.settings.streams import Ingest
 from ratchet_client.images import decode_image
 from serving.engines.preprocess import Preprocess, ResizeMode
 from streams.quality.validate import Accepted, Received, Rules, validate

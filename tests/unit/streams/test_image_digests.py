@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ops.errors import RecordError
+from core.errors import RecordError
 from streams.codecs import decode
 from streams.image_digests import check_digest
 from tests.support.kafka import picture

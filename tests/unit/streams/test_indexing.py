@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ops.errors import StoreUnavailable
-from ops.settings import Settings
+from core.errors import StoreUnavailable
+from core.settings import Settings
 from streams import consumer as consumer_module
 from streams.indexing import Indexing
 from streams.quality import duplicates as module

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from sqlalchemy import event, update
 
-from ops.dependencies import current
-from ops.errors import LedgerUnavailable, StoreUnavailable
-from ops.ledger import DeletionRow, Ledger
-from ops.ledger import tables as t
-from ops.settings import Settings
+from core.dependencies import current
+from core.errors import LedgerUnavailable, StoreUnavailable
+from core.ledger import DeletionRow, Ledger
+from core.ledger import tables as t
+from core.settings import Settings
 from streams import deletion, maintenance
 from streams.maintenance import LEASE, Maintainer, wait_for_ledger
 from streams.rows import Position

@@ -16,11 +16,11 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import KafkaConnectionError, KafkaTimeoutError, SaslAuthenticationFailedError
 from kafka.net.sasl.oauth import SaslMechanismOAuth
 
-from ops.addresses import free_port
-from ops.errors import ConfigError
-from ops.loading import describe, load_settings
-from ops.settings.identity import OAuth
-from ops.settings.streams import Kafka
+from core.addresses import free_port
+from core.errors import ConfigError
+from core.loading import describe, load_settings
+from core.settings.identity import OAuth
+from core.settings.streams import Kafka
 from ratchet_client.broker import client_options, explain
 from streams import oauth as module
 from streams.clients import connection

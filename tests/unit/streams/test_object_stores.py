@@ -10,9 +10,9 @@ import pytest
 from fsspec.asyn import AsyncFileSystem
 from fsspec.registry import _registry
 
-from ops.allow_rules import ObjectRule
-from ops.errors import RecordError
-from ops.settings.streams import Ingest
+from core.allow_rules import ObjectRule
+from core.errors import RecordError
+from core.settings.streams import Ingest
 from streams import fetch_retries
 from streams.uris import UriFetcher
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ops.addresses import free_port
+from core.addresses import free_port
+from core.errors import BrokerError, ConfigError, RecordError
+from core.progress import say
+from core.settings import Settings
 from ops.cli.main import app
-from ops.errors import BrokerError, ConfigError, RecordError
-from ops.progress import say
-from ops.settings import Settings
 from streams.clients import connect_producer
 from streams.datasets import FORMATS
 from streams.folders import FolderItem

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ops.errors import RecordError, StoreUnavailable
+from core.errors import RecordError, StoreUnavailable
 from streams.receipts import MAX_RECEIPTS, RecordQuery, trace
 from streams.rows import Position
 from streams.store import SampleStore

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ops.settings.streams import Kafka
+from core.settings.streams import Kafka
 from streams import refusal_publisher
 from streams.assignment import Reading
 from streams.refusal_publisher import RefusalPublisher

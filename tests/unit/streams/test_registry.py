@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ops.errors import BrokerError, RecordError, RegistryUnavailable
-from ops.settings.streams import Kafka
+from core.errors import BrokerError, RecordError, RegistryUnavailable
+from core.settings.streams import Kafka
 from streams.codecs import decode
 from streams.registry import SchemaRegistry, client, decoders
 from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf

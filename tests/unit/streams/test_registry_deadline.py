@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ops.errors import RecordError, RegistryUnavailable, SchemaUnavailable
+from core.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 from streams.codecs import decode
 from streams.registry import SchemaRegistry, client, decoders, failing
 from tests.support.clock import Clock

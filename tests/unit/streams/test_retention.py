@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ops.settings.streams import Retention
+from core.settings.streams import Retention
 from streams import retention
 from streams.retention import expire
 from streams.rows import Position

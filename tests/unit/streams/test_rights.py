@@ -16,8 +16,8 @@ from kafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from ops.errors import BrokerError
-from ops.settings.streams import Kafka
+from core.errors import BrokerError
+from core.settings.streams import Kafka
 from streams.clients import Admin
 from streams.rights import check_rights, event_rights, ingest_rights
 

@@ -8,7 +8,7 @@ from typing import Any
 import lance
 import pytest
 
-from ops.errors import StoreError, StoreUnavailable
+from core.errors import StoreError, StoreUnavailable
 from streams.rows import SAMPLE_COLUMNS, Position, newest_of_topic, parse_stream, stream_name
 from streams.store import SampleStore
 from streams.table import FORMAT

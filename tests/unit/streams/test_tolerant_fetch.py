@@ -14,7 +14,7 @@ from kafka.consumer.fetcher import Fetcher
 from kafka.protocol.consumer import FetchResponse
 from kafka.record import MemoryRecordsBuilder
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from streams import tolerant_fetch
 from streams.fetched_batches import MAX_FETCHES
 from streams.record_batches import MAX_HEADERS, MAX_RAW_BYTES, Corrupt

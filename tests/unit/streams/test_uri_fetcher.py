@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ops.errors import RecordError
-from ops.settings.streams import Ingest
+from core.errors import RecordError
+from core.settings.streams import Ingest
 from streams import fetch_retries
 from streams.uris import UriFetcher
 from tests.support.web_server import Answer, WebServer, reply, web_server

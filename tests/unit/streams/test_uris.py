@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import RecordError
-from ops.settings.streams import Ingest
+from core.errors import RecordError
+from core.settings.streams import Ingest
 from streams.uris import UriFetcher
 
 LOOPBACK = ["127.0.0.1/32"]

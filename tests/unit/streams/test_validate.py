@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.errors import RegistryUnavailable
-from ops.settings.streams import Ingest
+from core.errors import RegistryUnavailable
+from core.settings.streams import Ingest
 from ratchet_client.records import REASONS
 from streams.quality import validate as module
 from streams.quality.validate import Accepted, Received, Rules, record_time, refuse, validate

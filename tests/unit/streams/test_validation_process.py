@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ops.settings.streams import Ingest, Kafka
+from core.settings.streams import Ingest, Kafka
 from streams import validation_process
 from streams.assignment import Reading
 from streams.crash_guard import CrashGuard, Notes
@@ -156,7 +156,7 @@ def test_processes_end_when_their_consumer_is_killed(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from ops.settings.streams import Ingest, Kafka
+from core.settings.streams import Ingest, Kafka
 from streams.crash_guard import CrashGuard
 from streams.validation_process import ProcessValidators, Work
 if __name__ == "__main__":

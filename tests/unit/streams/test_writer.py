@@ -13,7 +13,7 @@ import lance
 import pytest
 from lance.commit import CommitConflictError
 
-from ops.errors import StoreError, StoreFull, StoreUnavailable, Superseded
+from core.errors import StoreError, StoreFull, StoreUnavailable, Superseded
 from streams import writer as writer_module
 from streams.rows import POSITION_COLUMNS, Position, tally_of
 from streams.store import SampleStore

@@ -7,7 +7,7 @@ A new one is one file here that defines ``PARAMETRIZATION``, a subclass of
 
 from __future__ import annotations
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater.adapters.parametrizations.parametrization import Parametrization
 from updater.recipes import plugin_registry
 

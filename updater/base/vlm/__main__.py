@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ops.progress import say
+from core.progress import say
 from updater.base.vlm.scores import SCORES, score_vlm
 from updater.base.vlm.shipped import ASSETS, MODEL, build_vlm
 

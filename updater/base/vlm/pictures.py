@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ops.progress import track
+from core.progress import track
 from ratchet_client.images import decode_image
 from updater.base.vlm.model import SIDE
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ops.progress import say, track
+from core.progress import say, track
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from streams.folders import FolderItem

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ops.errors import BaseModelError
-from ops.progress import step
+from core.errors import BaseModelError
+from core.progress import step
 from serving.engines.vlm.vlm_base import VlmBase, save_vlm_base
 
 HUB = "hf-hub:"

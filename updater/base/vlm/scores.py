@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ops.progress import say, track
+from core.progress import say, track
 from ratchet_client.images import open_accepted
 from serving.engines.vlm.generation import Image, question
 from serving.engines.vlm.prompts import inputs

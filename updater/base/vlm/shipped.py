@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ops.errors import BaseModelError
-from ops.progress import say, step
+from core.errors import BaseModelError
+from core.progress import say, step
 from serving.engines.clip_base import DESCRIPTION, base_directory
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
 from streams.demo import prepare_questions

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ops.progress import say, track
+from core.progress import say, track
 from streams.demo import prepare_domain
 from streams.folders import FolderItem, read_folder
 from updater.base import towers

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ops.digests import digest12
+from core.digests import digest12
 from ratchet_client.images import open_accepted
 from serving.engines.preprocess import Preprocess
 from updater.data.pools import Pair
@@ -25,7 +25,7 @@ def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) 
     Another view is a part of the image in its own proportions, at least ``views.area`` of it, at a random place, and
     mirrored half of the time if ``views.flip`` says so.
 
-    Raises :class:`ops.errors.RecordError` when it is no acceptable image.
+    Raises :class:`core.errors.RecordError` when it is no acceptable image.
     """
     if pair.view == 0:
         return preprocess.pixels(image)

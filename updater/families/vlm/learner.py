@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops.digests import digest_json
+from core.digests import digest_json
 from ratchet_client.images import open_accepted
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase

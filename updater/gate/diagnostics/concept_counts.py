@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ops.digests import digest12, digest_json
+from core.digests import digest12, digest_json
 from streams.store import Having, SampleStore
 from updater.gate.score_cache import load_arrays, store_arrays
 

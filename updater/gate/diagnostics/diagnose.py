@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ops.errors import RatchetError
+from core.errors import RatchetError
 from updater.gate.decision import Scores
 from updater.gate.diagnostics.concept_counts import ConceptCounts
 from updater.gate.diagnostics.results import YES_BOUND, Diagnostics

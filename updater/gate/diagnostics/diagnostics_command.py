@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-from ops.errors import GateError
-from ops.settings import Settings
+from core.errors import GateError
+from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
 from streams.store import SampleStore

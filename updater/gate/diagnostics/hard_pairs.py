@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ops.digests import digest12, digest_json
+from core.digests import digest12, digest_json
 from updater.gate.diagnostics.concept_counts import content_words
 from updater.gate.score import Scorer, Vectors
 from updater.gate.score_cache import load_arrays, store_arrays

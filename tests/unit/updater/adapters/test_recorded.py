@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.artifacts import Artifacts, directory_digest
-from ops.errors import AdapterError
-from ops.ledger import Ledger
+from core.artifacts import Artifacts, directory_digest
+from core.errors import AdapterError
+from core.ledger import Ledger
 from updater.adapters.recorded import fetch_recorded
 
 

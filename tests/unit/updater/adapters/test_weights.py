@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ops.errors import AdapterError, ConfigError
+from core.errors import AdapterError, ConfigError
 from ops.testing.tiny import RANK, tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter
 from serving.engines.clip import ClipEngine

@@ -16,7 +16,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
-from ops.errors import BaseModelError
+from core.errors import BaseModelError
 from ops.testing.tiny import CONFIG, tiny_adapter
 from serving.engines.clip import ClipEngine
 from updater.base import add_base

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ops.errors import BaseModelError
+from core.errors import BaseModelError
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.vlm_base import load_vlm_base
 from updater.base.vlm import add_vlm

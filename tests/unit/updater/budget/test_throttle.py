@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ops import metrics
-from ops.addresses import free_port
+from core import metrics
+from core.addresses import free_port
 from ops.testing.tiny import tiny_base
 from ratchet_client import Client
 from tests.unit.updater.builders import run

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ops.digests import digest_bytes
-from ops.errors import StoreError
-from ops.settings.updates import Draw
+from core.digests import digest_bytes
+from core.errors import StoreError
+from core.settings.updates import Draw
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.updater.builders import recipe

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from serving.engines.preprocess import Preprocess

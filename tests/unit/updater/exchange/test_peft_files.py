@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ops.errors import AdapterError
+from core.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name, read_adapter, write_adapter

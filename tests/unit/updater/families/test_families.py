@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from ops.errors import ConfigError
-from ops.loading import load_settings
-from ops.settings import Settings
+from core.errors import ConfigError
+from core.loading import load_settings
+from core.settings import Settings
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem, write_folder

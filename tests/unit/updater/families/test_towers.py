@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from tests.unit.updater.builders import recipe
 from updater.families.clip.prepare import stack_boundaries

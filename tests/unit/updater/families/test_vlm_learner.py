@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ratchet_client.images import decode_image
 from serving.engines.vlm.generation import question

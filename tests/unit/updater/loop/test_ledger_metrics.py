@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from ops.ledger import Ledger
-from ops.ledger.rows import GateOutcome
+from core.ledger import Ledger
+from core.ledger.rows import GateOutcome
 from updater.loop.ledger_metrics import LedgerMetrics
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from tests.unit.updater.builders import answers, batch, total
 from updater import objectives
 from updater.objectives import OwnAnswers

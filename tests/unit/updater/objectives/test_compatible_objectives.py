@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import batch, pools, recipe

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.builders import answers, batch, learner_of, pools, question_pools, recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater import merging, objectives, optimizers, regularizers

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater.recipes import Mixture, Recipe, load_recipe
 
 

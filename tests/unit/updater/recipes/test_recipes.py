@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater import objectives
 from updater.recipes import Recipe, load_recipe, recipe_names
 

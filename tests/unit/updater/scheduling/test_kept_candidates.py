@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ops.ledger import Ledger
-from ops.ledger.rows import GateOutcome
-from ops.loading import load_settings
-from ops.settings import Settings
+from core.ledger import Ledger
+from core.ledger.rows import GateOutcome
+from core.loading import load_settings
+from core.settings import Settings
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples
 from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items

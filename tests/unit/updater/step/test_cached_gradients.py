@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.clip_base import ClipBase

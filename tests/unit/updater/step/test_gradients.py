@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import batch, recipe

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ops.errors import ConfigError, TrainingError
+from core.errors import ConfigError, TrainingError
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.clip_base import ClipBase

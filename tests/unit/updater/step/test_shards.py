@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.errors import DiskFull
+from core.errors import DiskFull
 from updater.step.shards import Fetched, Shards, Values, spans
 
 GROUPS = ["new"] * 7 + ["reference"] * 5

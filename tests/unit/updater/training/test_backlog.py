@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import LIMITS, pairs, recipe, run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.errors import TrainingError
+from core.errors import TrainingError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run

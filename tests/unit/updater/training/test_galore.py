@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from updater import optimizers
 from updater.recipes import Optimizer
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ops.errors import TrainingError
+from core.errors import TrainingError
 from ops.testing.tiny import tiny_base
 from ops.testing.vlm_families import write_family
 from serving.engines.clip_base import ClipBase

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from serving.engines.adapters import adapter_name
 from serving.engines.clip_base import ClipBase

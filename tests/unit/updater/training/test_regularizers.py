@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ops.errors import ConfigError
+from core.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run

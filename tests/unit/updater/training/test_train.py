@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from ops.errors import BudgetError, DiskFull, TrainingError
+from core.errors import BudgetError, DiskFull, TrainingError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase

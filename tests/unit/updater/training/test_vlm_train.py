@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.errors import BudgetError, ConfigError, TrainingError
+from core.errors import BudgetError, ConfigError, TrainingError
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.lora import effective_weights

@@ -19,8 +19,8 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 from torch import distributed
 
-from ops.addresses import free_port
-from ops.errors import ConfigError, TrainingError
+from core.addresses import free_port
+from core.errors import ConfigError, TrainingError
 from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from streams.store import SampleStore

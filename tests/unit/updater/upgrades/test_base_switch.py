@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ops.errors import AdapterError, BaseModelError, ReleaseError
-from ops.ledger import Ledger
-from ops.settings import Settings
-from ops.settings.serving import BaseModels
+from core.errors import AdapterError, BaseModelError, ReleaseError
+from core.ledger import Ledger
+from core.settings import Settings
+from core.settings.serving import BaseModels
 from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter
 from updater.adapters import read_delta

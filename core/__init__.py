@@ -1,0 +1,1 @@
+"""What every part stands on: settings, errors, ledger, artifacts, metrics, access, logs, processes and addresses."""

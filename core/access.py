@@ -1,0 +1,239 @@
+"""Who calls, and what they may do. Plain Python: the HTTP server and the console both ask it.
+
+>>> access = Access(ledger, settings)
+>>> access.identify("rk_0123abcd_...")
+Principal(name='ci-bot', scopes=frozenset({'infer'}), kind='key', key_id='0123abcd', requests_per_minute=600)
+
+Three kinds of callers:
+
+    key          made with `ratchet keys create`; has the scopes it was given
+    operator     the bootstrap key, ``settings.operator_key()``: every scope, so that the first key can be made
+    anonymous    no key; may infer and search where the server is open (``access.require_keys``), is nobody elsewhere
+
+Keys are read from the ledger again every :data:`KEYS_SECONDS`, so a revoked key stops within that time. While the
+ledger is away, the keys that were read last stay good until they expire; a process that starts then takes those of a
+copy: an outage of the ledger is none of serving.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal, Protocol
+
+from core.errors import AccessError, RatchetError
+from core.ledger.keys import PREFIX, RESERVED, SCOPES, digest_of, parse_token
+from core.ledger.rows import KeyRow, KeyScope
+from core.settings import Settings
+
+log = logging.getLogger("ratchet.access")
+KEYS_SECONDS = 2.0
+NEW_KEY_SECONDS = 0.2
+"""An unknown key is looked for in the ledger before it is refused, so that a new one works at once; readings that such
+keys cause begin this far apart, and the key waits for its own."""
+READ_SECONDS = 1.0
+"""Longest that a caller waits for the keys to be read; then those that were read last count."""
+TOUCH = timedelta(minutes=1)
+MAX_ACTOR_CHARS = 100
+NEVER = float("-inf")
+ANONYMOUS: frozenset[KeyScope] = frozenset({"infer", "search"})
+_NOBODY = digest_of("")
+
+
+class Keys(Protocol):
+    """What is needed of the ledger."""
+
+    def api_keys(self) -> list[KeyRow]:
+        """Keys that are valid."""
+
+    def touch_keys(self, used: Mapping[str, datetime]) -> None:
+        """Note when keys were last used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Somebody who calls."""
+
+    name: str
+    scopes: frozenset[KeyScope]
+    kind: Literal["key", "operator", "anonymous"] = "key"
+    key_id: str | None = None
+    """Of a key in the ledger."""
+    requests_per_minute: int = 0
+    """0: no limit."""
+
+    def may(self, *scopes: KeyScope) -> bool:
+        """Whether one of the scopes was given."""
+        return not self.scopes.isdisjoint(scopes)
+
+    def actor(self, claimed: str | None = None) -> str:
+        """The name for the audit log.
+
+        A key is ``key:<name>``, whatever the caller says; what he says of himself follows after a slash. Only the
+        holder of the bootstrap key is who he says he is. No claimed name has a colon, so none can pass for a key's.
+
+        Raises:
+            AccessError: ``claimed`` is too long, not printable, has a colon, or is the name of a part of Ratchet.
+        """
+        claimed = claimed and _checked(claimed)
+        if self.kind == "operator":
+            return claimed or self.name
+        own = f"key:{self.name}" if self.kind == "key" else self.name
+        return f"{own}/{claimed}" if claimed else own
+
+
+OPERATOR = Principal("operator", frozenset(SCOPES), "operator")
+
+
+class Access:
+    """Tells who holds a token. Safe to use from several threads."""
+
+    def __init__(
+        self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic,
+        recall: Callable[[], Sequence[KeyRow]] = tuple, pause: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
+        """``recall``: keys of a copy, for a start while the ledger is away."""
+        rules, local = settings.access, settings.serve.on_loopback
+        self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
+        """Whether callers without a key may infer and search."""
+        self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and self.open and local)
+        self.to_this_machine = rules.require_keys != "never" and local
+        """Whether :attr:`open` means callers on this machine alone, and not what a proxy forwards."""
+        self.anonymous: Principal | None = None
+        if self.open:
+            limit = 0 if local else rules.anonymous_per_minute
+            self.anonymous = Principal("anonymous", ANONYMOUS, "anonymous", requests_per_minute=limit)
+        self._limit = rules.requests_per_minute
+        self._operator = settings.operator_key()
+        self._ledger = ledger
+        self._recall = recall
+        self._pause = pause
+        self.clock = clock
+        self._keys: dict[str, KeyRow] = {}
+        self._read_at = NEVER
+        self._current = False
+        self._used: dict[str, datetime] = {}
+        self._reading = threading.Lock()
+
+    def identify(self, token: str | None) -> Principal | None:
+        """Who holds a token; without one, whoever may come without. None: nobody. May read the ledger."""
+        came = self.clock()
+        while (delay := self.due(token, came)) is not None and self.clock() - came < READ_SECONDS:
+            self._pause(delay)
+            self.refresh(0.0 if self.knows(token) else READ_SECONDS)
+            if self.knows(token):
+                break
+        return self.known(token)
+
+    def known(self, token: str | None) -> Principal | None:
+        """Like :meth:`identify`, by the keys that were read last."""
+        if not token:
+            return self.anonymous
+        if same(token, self._operator.get_secret_value()):
+            return OPERATOR
+        parsed = parse_token(token)
+        if parsed is None:
+            # OpenAI's clients send any text where no key is needed; a key of ours that is cut short is a mistake.
+            return None if token.startswith(PREFIX) else self.anonymous
+        row = self._keys.get(parsed[0])
+        right = same(digest_of(parsed[1]), row.digest if row is not None else _NOBODY)
+        if row is None or not right or row.expired():
+            return None
+        self._used[row.id] = datetime.now(UTC)
+        limit = self._limit if row.requests_per_minute is None else row.requests_per_minute
+        return Principal(row.name, frozenset(row.scopes), "key", row.id, limit)
+
+    def due(self, token: str | None, came: float) -> float | None:
+        """In how many seconds the ledger is to be read before it is clear whose this token is; None: it is.
+
+        Args:
+            came: when the caller came, by :attr:`clock`. What was read before that does not have a newer key.
+        """
+        if parse_token(token or "") is None or self._read_at >= came:
+            return None
+        age = self.clock() - self._read_at
+        if self.knows(token):
+            return 0.0 if age >= KEYS_SECONDS else None
+        return max(0.0, NEW_KEY_SECONDS - age)
+
+    def ages(self, token: str | None) -> bool:
+        """Whether the keys are to be read soon, though a known token need not wait for it."""
+        return self.knows(token) and self.clock() - self._read_at >= KEYS_SECONDS / 2
+
+    @property
+    def silent(self) -> bool:
+        """Whether the last reading of the ledger failed."""
+        return not self._current
+
+    def unread(self, token: str | None, came: float) -> bool:
+        """Whether this token may be of a new key: no key that was read is meant, and no reading that began after the
+        caller came has succeeded."""
+        unclear = self._read_at < came or not self._current
+        return parse_token(token or "") is not None and not self.knows(token) and unclear
+
+    def knows(self, token: str | None) -> bool:
+        """Whether a key that was read last is meant; not whether it is the right one."""
+        parsed = parse_token(token or "")
+        return parsed is not None and parsed[0] in self._keys
+
+    def current(self) -> list[KeyRow] | None:
+        """The keys, where the last reading of the ledger succeeded."""
+        return list(self._keys.values()) if self._current else None
+
+    def refresh(self, patience: float = 0.0) -> None:
+        """Read the keys. While another thread does, or the ledger is away, those that were read last stay.
+
+        Args:
+            patience: seconds to wait for another thread; the first reading of all is waited for in any case.
+        """
+        first = self._read_at == NEVER
+        if not self._reading.acquire(timeout=-1.0 if first else patience):
+            return
+        try:
+            self._read()
+        except RatchetError as error:
+            if first:
+                self._keys = {row.id: row for row in self._recall()}
+            log.warning("the ledger is away, the keys read last stay good: %s", type(error).__name__)
+        finally:
+            self._reading.release()
+
+    def _read(self) -> None:
+        began = self.clock()
+        if began - self._read_at < NEW_KEY_SECONDS:
+            return  # another thread just did
+        current = False
+        try:
+            self._keys = {row.id: row for row in self._ledger.api_keys()}
+            current = True
+        finally:
+            self._current, self._read_at = current, began
+        used, self._used = self._used, {}
+        last = {key_id: row.last_used_at for key_id, row in self._keys.items()}
+        due = {
+            key_id: when
+            for key_id, when in used.items()
+            if key_id in last and (last[key_id] is None or when - last[key_id] >= TOUCH)  # type: ignore[operator]
+        }
+        if due:
+            self._ledger.touch_keys(due)
+
+
+def same(given: str, right: str) -> bool:
+    """Whether two secrets are equal, in a time that does not tell how much of them is."""
+    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), right.encode("utf-8", "surrogatepass"))
+
+
+def _checked(claimed: str) -> str:
+    name = unicodedata.normalize("NFKC", claimed).strip()
+    if not name or len(name) > MAX_ACTOR_CHARS or not name.isprintable() or ":" in name:
+        raise AccessError(f"an actor is a name of 1 to {MAX_ACTOR_CHARS} printable characters without a colon.")
+    if name.casefold() in RESERVED - {"operator"}:
+        raise AccessError(f"{name!r} is a part of Ratchet, not a person.", "Say who you are.")
+    return name

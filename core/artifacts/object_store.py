@@ -1,0 +1,110 @@
+"""Single objects through fsspec, each call with a bound on its time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+
+from core.dependencies import storage_state
+from core.errors import ArtifactsUnavailable
+
+CALL_SECONDS: Final = 10.0
+"""Longest time of a call that moves no data to speak of, retries included."""
+LEAST_BYTES_PER_SECOND: Final = 1 << 20
+"""A transfer may take so much longer as its size needs at this rate."""
+LISTING_BYTES: Final = 300 << 20
+"""A listing of all objects counts as a transfer of so much: a page of 1,000 names takes 0.1 s, and there may be more
+than a thousand pages."""
+_S3: Final[dict[str, Any]] = {
+    "connect_timeout": 3, "read_timeout": 8, "retries": {"max_attempts": 2, "mode": "standard"},
+}  # fmt: skip
+"""Of botocore: seconds to connect, and without a byte."""
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Listings are not cached: others write, too."""
+    protocol = fsspec.core.split_protocol(url)[0]
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        options = {"config_kwargs": _S3, "use_listings_cache": False}
+    filesystem, root = fsspec.core.url_to_fs(url, **options)
+    return filesystem, str(root)
+
+
+def local_folder(filesystem: Any, root: str) -> Path | None:
+    """The folder that a file system's path is on this machine; None for an object store."""
+    protocol = filesystem.protocol
+    return Path(root) if "file" in ((protocol,) if isinstance(protocol, str) else protocol) else None
+
+
+class ObjectStore:
+    """Reads and writes objects by path.
+
+    Every method raises ArtifactsUnavailable when the store does not answer in time, refuses, or lacks the bucket; and
+    FileNotFoundError when there is no such object.
+    """
+
+    def __init__(self, filesystem: Any, seconds: float = CALL_SECONDS) -> None:
+        self.filesystem = filesystem
+        self.seconds = seconds
+
+    def has(self, path: str) -> bool:
+        """Whether there is an object of this name."""
+        try:
+            return bool(self._call(self.filesystem.info, path)["type"] == "file")  # isfile says no to any error
+        except FileNotFoundError:
+            return False
+
+    def has_below(self, path: str) -> bool:
+        """Whether there is any object below this name."""
+        return bool(self.sizes(path))
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """Objects below a name, by their names from there on, with their sizes in bytes."""
+        prefix = self.filesystem._strip_protocol(path)
+        try:
+            listed = self._call(self.filesystem.find, path, size=LISTING_BYTES, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name[len(prefix) :].lstrip("/"): int(each.get("size") or 0) for name, each in listed.items()}
+
+    def read(self, path: str) -> bytes:
+        """All bytes of an object."""
+        return bytes(self._call(self.filesystem.cat_file, path))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write an object whole."""
+        self._call(self.filesystem.pipe_file, path, data, size=len(data))
+
+    def upload(self, source: Path, path: str) -> None:
+        """Write a file as an object."""
+        self._call(self.filesystem.put_file, str(source), path, size=source.stat().st_size)
+
+    def download(self, path: str, target: Path, size: int) -> None:
+        """Write an object of ``size`` bytes into a file."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._call(self.filesystem.get_file, path, str(target), size=size)
+
+    def delete(self, path: str) -> None:
+        """Delete an object; no error where there is none."""
+        with suppress(FileNotFoundError):
+            self._call(self.filesystem.rm_file, path)
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, size: int = 0, **options: Any) -> Any:
+        if self.filesystem.async_impl:  # others are in memory, or have no way to be interrupted
+            options["timeout"] = self.seconds + size / LEAST_BYTES_PER_SECOND
+        try:
+            return method(*arguments, **options)
+        except Exception as error:  # every store has a tree of errors of its own
+            if isinstance(error, FileNotFoundError) and "bucket does not exist" not in str(error):
+                raise
+            state, cause = storage_state(error)
+            raise ArtifactsUnavailable(
+                f"the artifacts' object store cannot be used now: {cause}.",
+                "What is in service goes on. Check artifacts_url, the credentials and the store.",
+                state,
+            ) from error

@@ -1,0 +1,165 @@
+"""Child processes that end with this one, are restarted when they end by themselves, and stopped in bounded time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from core.log_format import readable
+from core.progress import say
+from core.reaper import descendants
+
+STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
+KILL_SECONDS = 20.0
+"""How long killing is waited for; the reaper itself gives up before."""
+BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+def reaped(command: Sequence[str]) -> list[str]:
+    """The command line that runs a command below a reaper, see :mod:`core.reaper`: all processes of the command end
+    with it, and with this process, however that ends.
+    """
+    reaper = str(Path(__file__).with_name("reaper.py"))
+    return [sys.executable, "-S", "-E", reaper, str(os.getpid()), str(STOP_SECONDS), *command]
+
+
+def stop_reaped(process: subprocess.Popen[bytes] | subprocess.Popen[str], seconds: float = STOP_SECONDS) -> bool:
+    """Ask what :func:`reaped` runs to end, and kill it after ``seconds``. Returns whether it ended as asked."""
+    process.terminate()
+    try:
+        process.wait(max(0.1, seconds))
+        return True
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGQUIT)
+    try:
+        process.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return False
+
+
+def end_with_parent() -> None:
+    """In a process of multiprocessing: end it as soon as its parent is gone, which may have been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+def processor_seconds(root: int) -> float:
+    """What a process and its descendants have computed, without those that have ended. 0 where there is no /proc."""
+    ticks = 0
+    for pid in [root, *descendants(root)] if sys.platform == "linux" else ():
+        with suppress(OSError):  # it has ended
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def kill_workers(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool in the middle of what they do. Left to itself, the pool would do all of its work."""
+    processes = list((pool._processes or {}).values())
+    for process in processes:
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.join()
+
+
+@dataclass
+class ChildProcess:
+    """One child process, restarted when it ends by itself."""
+
+    name: str
+    command: list[str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
+    retry_at: float = 0.0
+    _file: IO[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process in a session of its own, so that a Ctrl-C reaches the supervisor alone."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        if self._file is None:
+            self._file = self.log.open("ab")
+        self.process = subprocess.Popen(
+            reaped(self.command), stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is alive."""
+        return self.process is not None and self.process.poll() is None
+
+    def tend(self, now: float) -> None:
+        """Start it again if it ended, later each time."""
+        if self.running or now < self.retry_at:
+            return
+        if self.process is not None and self.retry_at <= 0:
+            wait = BACKOFF_SECONDS[min(self.restarts, len(BACKOFF_SECONDS) - 1)]
+            self.retry_at = now + wait
+            say(
+                f"[yellow]{self.name} ended with status {self.process.returncode}[/yellow]; "
+                f"again in {wait:.0f} s ({self.log})"
+            )
+            return
+        self.restarts += 1
+        self.retry_at = 0.0
+        self.start()
+
+    def ask(self) -> None:
+        """Ask it to end."""
+        if self.process is not None and self.running:
+            self.process.terminate()
+
+    def stop(self, deadline: float) -> None:
+        """Ask it to end, wait until ``deadline`` (monotonic seconds), then kill all of its processes."""
+        if self.process is None:
+            return
+        if stop_reaped(self.process, deadline - time.monotonic()):
+            say(f"{self.name} stopped")
+        else:
+            say(f"[yellow]{self.name} did not stop in time and is killed[/yellow]")
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def ratchet_command(*words: str, file: Path | None = None, flags: Sequence[str] = ()) -> list[str]:
+    """The command line that runs ``ratchet`` with ``words`` in a child process.
+
+    Args:
+        file: settings file, as ``--config``.
+        flags: settings, ``NAME=VALUE`` each, as ``--set``.
+    """
+    head = [sys.executable, "-m", "ops.cli.main"]
+    if file is not None:
+        head += ["--config", str(file)]
+    for flag in flags:
+        head += ["--set", flag]
+    return [*head, *words]
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, as text."""
+    if not path.exists():
+        return "(no log)"
+    return "\n".join(map(readable, path.read_text(errors="replace").splitlines()[-lines:]))

@@ -1,0 +1,84 @@
+"""Queries of the compute budget: a token bucket that survives restarts and clocks that jump. MAF-GFLOPs."""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from core.errors import LedgerError
+from core.ledger import tables as t
+from core.ledger.database import Database
+
+
+class BudgetQueries:
+    """``rate`` is the refill in MAF-GFLOPs a second, ``capacity`` the most that can be saved up."""
+
+    database: Database
+
+    def bucket_level(self, now: float, rate: float, capacity: float) -> float:
+        """What can be spent at ``now`` (seconds since 1970).
+
+        A clock that goes back never refills, and time counts anew after a full refill's worth of it at the latest.
+        """
+        with self.database.write() as session:
+            return _refill(session, now, rate, capacity).level
+
+    def charge(self, key: str, amount: float, *, now: float, rate: float, capacity: float) -> bool:
+        """Take ``amount`` for ``key`` if the bucket holds it. A key is charged once: again is True and free."""
+        with self.database.write() as session:
+            bucket = _refill(session, now, rate, capacity)
+            if session.get(t.Charge, key) is not None:
+                return True
+            if amount > bucket.level:
+                return False
+            bucket.level -= amount
+            session.add(t.Charge(key=key, amount=amount))
+            return True
+
+    def settle(self, key: str, actual: float, *, capacity: float) -> None:
+        """Replace what was charged by what was spent, once; the difference goes back or is taken (debt is allowed)."""
+        with self.database.write() as session:
+            bucket = _locked(session)
+            charge = session.get(t.Charge, key)
+            if charge is None:
+                raise LedgerError(f"nothing was charged for {key!r}.", "Charge before you settle.")
+            if charge.settled:
+                return
+            if bucket is not None:
+                bucket.level = min(capacity, bucket.level + charge.amount - actual)
+            charge.amount, charge.settled = actual, True
+
+    def spent(self, key: str | None = None) -> float:
+        """What was charged for one key (0 when nothing was), or in all."""
+        query = select(func.sum(t.Charge.amount))
+        if key is not None:
+            query = query.where(t.Charge.key == key)
+        with self.database.read() as session:
+            return session.scalar(query) or 0.0
+
+
+def _refill(session: Session, now: float, rate: float, capacity: float) -> t.Bucket:
+    bucket = _locked(session) or _create(session, now, capacity)
+    elapsed = now - bucket.refilled_at
+    if elapsed > 0:
+        bucket.level = min(capacity, bucket.level + elapsed * rate)
+        bucket.refilled_at = now
+    # A clock that was far ahead gave a full bucket and no more: that much is waited for, not until the far day.
+    if rate > 0:
+        bucket.refilled_at = min(bucket.refilled_at, now + capacity / rate)
+    return bucket
+
+
+def _locked(session: Session) -> t.Bucket | None:
+    """The bucket, and nobody else's until this transaction ends (SQLite locks the whole file anyway)."""
+    return session.get(t.Bucket, 1, with_for_update=True)
+
+
+def _create(session: Session, now: float, capacity: float) -> t.Bucket:
+    try:
+        with session.begin_nested():
+            session.add(t.Bucket(id=1, level=capacity, refilled_at=now))
+    except IntegrityError:  # another process was first
+        session.expire_all()
+    return session.get_one(t.Bucket, 1, with_for_update=True)

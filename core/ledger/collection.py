@@ -1,0 +1,237 @@
+"""Queries of garbage collection: what the ledger knows of adapters' files, and which of them are gone.
+
+Files go in three steps, so that no release can name what is being deleted: the adapter is marked, in a transaction that
+refuses where anything needs it by now; its files are deleted; the mark is completed with the bytes that were freed.
+What marks and what releases lock the adapter's row. A marked adapter whose files are not known to be gone belongs to
+the collector; after that whoever makes or imports it again may store it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from core.errors import AdapterCollected, LedgerError, ReleaseConflict
+from core.ledger import tables as t
+from core.ledger.audit import note
+from core.ledger.database import Database
+from core.ledger.leases import check_lease, database_time
+
+COLLECT_LEASE: Final = "collect"
+"""The right to delete files of the artifacts. A backup holds it as well: nothing goes while it copies."""
+NAMES_PER_QUERY: Final = 500
+OPEN_UPDATES: Final = ("training", "trained", "gated")
+OPEN_PROPOSALS: Final = ("pending", "preparing")
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """What the age of an adapter's files is counted from."""
+
+    name: str
+    family: str
+    base: str
+    last_used: datetime
+    """The latest of: it was recorded, an update of it moved on, a release with it was replaced."""
+    released: bool
+    """Whether any release has had it."""
+    collected_at: datetime | None
+    collected_bytes: int | None
+    """None as long as its files are not known to be gone."""
+
+
+@dataclass(frozen=True)
+class JudgedUpdate:
+    """An update with a verdict, which has a report."""
+
+    id: str
+    adapter: str
+    judged_at: datetime
+
+
+class CollectionQueries:
+    """What the collector reads and writes."""
+
+    database: Database
+
+    def clock(self) -> datetime:
+        """The database server's time; SQLite has this machine's."""
+        with self.database.read() as session:
+            return database_time(session)
+
+    def newest_entry(self) -> datetime | None:
+        """Time of the newest release, update or adapter; None in an empty ledger."""
+        columns = (t.Release.created_at, t.Update.updated_at, t.Adapter.created_at)
+        with self.database.read() as session:
+            times = [session.scalar(select(func.max(column, type_=t.UtcTime))) for column in columns]
+        return max((time for time in times if time is not None), default=None)
+
+    def adapter_uses(self) -> list[AdapterUse]:
+        """All adapters, by name."""
+        a = t.Adapter
+        with self.database.read() as session:
+            rows = session.execute(
+                select(a.name, a.family, a.base, a.created_at, a.collected_at, a.collected_bytes).order_by(a.name)
+            ).all()
+            used = {row.name: row.created_at for row in rows}
+            last = func.max(t.Update.updated_at, type_=t.UtcTime)
+            updates = select(t.Update.adapter, last).where(t.Update.adapter.is_not(None)).group_by(t.Update.adapter)
+            for name, time in session.execute(updates):
+                used[name] = max(used.get(name, time), time)
+            releases = session.execute(
+                select(t.Release.clip, t.Release.vlm, t.Release.created_at).order_by(t.Release.number)
+            ).all()
+        for row, following in zip(releases, [*releases[1:], *releases[-1:]], strict=False):
+            for name in filter(None, (row.clip, row.vlm)):
+                used[name] = max(used.get(name, following.created_at), following.created_at)
+        released = {name for row in releases for name in (row.clip, row.vlm)}
+        return [
+            AdapterUse(
+                row.name, row.family, row.base, used[row.name], row.name in released, row.collected_at,
+                row.collected_bytes,
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def released_bases(self) -> list[str | None]:
+        """Bases (digests) of all releases; None for those that name none."""
+        with self.database.read() as session:
+            return list(session.scalars(select(t.Release.clip_base).distinct()))
+
+    def upgrade_bases(self) -> list[str]:
+        """Bases (digests) that upgrades went to."""
+        with self.database.read() as session:
+            return list(session.scalars(select(t.BaseUpgrade.new_base).distinct()))
+
+    def adapters_in_use(self) -> dict[str, str]:
+        """Adapters of open proposals and unfinished updates, with what needs each."""
+        with self.database.read() as session:
+            return _in_use(session)
+
+    def judged_updates(self) -> list[JudgedUpdate]:
+        """All updates that have a verdict."""
+        query = select(t.Verdict.update_id, t.Verdict.adapter, t.Verdict.created_at)
+        with self.database.read() as session:
+            return [JudgedUpdate(*row) for row in session.execute(query)]
+
+    def collected(self, names: Sequence[str | None]) -> dict[str, datetime]:
+        """Those of some adapters whose files were collected, with the time."""
+        wanted = {name for name in names if name is not None}
+        with self.database.read() as session:
+            return _collected(session, wanted)
+
+    def begin_collection(self, reasons: Mapping[str, str], *, live: int, epoch: int, actor: str) -> list[str]:
+        """Mark adapters whose files are to be deleted; from then on no proposal and no release names them.
+
+        Args:
+            reasons: by adapter why it may go, for the audit.
+            live: number of the release that was live when that was decided; 0: none.
+            epoch: of the collector's lease.
+
+        Returns:
+            Those that were marked now or before, and whose files are to be deleted. What an open proposal or an
+            unfinished update needs by now is left out.
+
+        Raises:
+            ReleaseConflict: something was released since.
+            LeaseLost: another collector, or a backup, took over.
+        """
+        marked = []
+        with self.database.write() as session:
+            check_lease(session, COLLECT_LEASE, epoch)
+            rows = _locked(session, reasons)
+            number = session.scalar(select(func.max(t.Release.number))) or 0
+            if number != live:
+                raise ReleaseConflict(f"release {number} is live by now, not {live}.", "Decide again what may go.")
+            needed = _in_use(session)
+            now = database_time(session)
+            for row in rows:
+                if row.name in needed or row.collected_bytes is not None:
+                    continue
+                if row.collected_at is None:
+                    row.collected_at = now
+                    note(session, actor, "collect", f"adapter {row.name}", {"reason": reasons[row.name]})
+                marked.append(row.name)
+        return marked
+
+    def finish_collection(self, freed: Mapping[str, int]) -> None:
+        """The files of marked adapters are gone. ``freed``: bytes by adapter."""
+        with self.database.write() as session:
+            for row in _locked(session, freed):
+                if row.collected_at is not None and row.collected_bytes is None:
+                    row.collected_bytes = freed[row.name]
+
+
+def restore_mark(row: t.Adapter) -> None:
+    """Take the mark from an adapter whose files are stored anew.
+
+    Raises:
+        LedgerError: its old files are being deleted.
+    """
+    if row.collected_at is not None and row.collected_bytes is None:
+        raise LedgerError(
+            f"the files of adapter {row.name!r} are being collected.", "Try again when `ratchet gc` has ended."
+        )
+    row.collected_at = row.collected_bytes = None
+
+
+def check_files(session: Session, names: Iterable[str | None]) -> None:
+    """Lock adapters in this transaction, and refuse those whose files were collected.
+
+    Raises:
+        AdapterCollected: the files of one of them are deleted, or will be.
+    """
+    for row in _locked(session, {name for name in names if name is not None}):
+        if row.collected_at is not None:
+            raise collected_error(row.name, row.collected_at)
+
+
+def collected_error(name: str, time: datetime) -> AdapterCollected:
+    """What is said of an adapter that was asked for."""
+    return AdapterCollected(
+        f"the files of {name} were collected on {time.astimezone(UTC):%Y-%m-%d}: it was older than gc.keep_days and "
+        "outside of gc.keep_releases.",
+        f"Take another release, or bring its files back: `ratchet adapters import DIR` with what `ratchet adapters "
+        f"export {name} DIR` wrote earlier, or the folder adapters/{name} of a backup.",
+    )
+
+
+def _locked(session: Session, names: Iterable[str]) -> list[t.Adapter]:
+    """Rows of adapters, locked in the order of their names until the transaction ends."""
+    rows: list[t.Adapter] = []
+    for some in _parts(names):
+        query = select(t.Adapter).where(t.Adapter.name.in_(some)).order_by(t.Adapter.name).with_for_update()
+        rows += session.scalars(query.execution_options(populate_existing=True))
+    return rows
+
+
+def _parts(names: Iterable[str]) -> Iterator[list[str]]:
+    ordered = sorted(names)
+    for start in range(0, len(ordered), NAMES_PER_QUERY):
+        yield ordered[start : start + NAMES_PER_QUERY]
+
+
+def _collected(session: Session, names: Iterable[str]) -> dict[str, datetime]:
+    times: dict[str, datetime] = {}
+    for some in _parts(names):
+        query = select(t.Adapter).where(t.Adapter.name.in_(some), t.Adapter.collected_at.is_not(None))
+        times |= {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
+    return times
+
+
+def _in_use(session: Session) -> dict[str, str]:
+    needed: dict[str, str] = {}
+    updates = select(t.Update.id, t.Update.adapter, t.Update.incumbent).where(t.Update.state.in_(OPEN_UPDATES))
+    for number, adapter, incumbent in session.execute(updates):
+        needed |= {name: f"{number} is not finished" for name in (adapter, incumbent) if name}
+    proposals = select(t.Proposal).where(
+        t.Proposal.state.in_(OPEN_PROPOSALS), or_(t.Proposal.clip.is_not(None), t.Proposal.vlm.is_not(None))
+    )
+    for proposal in session.scalars(proposals):
+        needed |= {name: f"proposal {proposal.id} is open" for name in (proposal.clip, proposal.vlm) if name}
+    return needed

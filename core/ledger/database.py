@@ -1,0 +1,210 @@
+"""Transactions and migrations. Connections are made by :mod:`core.ledger.postgres` and :mod:`core.ledger.sqlite`."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from core.dependencies import outage_state
+from core.errors import CommitUnknown, LedgerError, LedgerUnavailable
+from core.ledger.sqlite import prepare_sqlite
+from core.ledger.time_limits import CALL_SECONDS, CHECKOUT_SECONDS, MIGRATION_SECONDS, time_limit
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+# Any fixed number: processes that start together take turns at migrating.
+MIGRATION_LOCK = 7241957312
+OUTAGES: Final = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+"""What SQLAlchemy raises when the database is away, silent, full, read-only or too busy."""
+FIX: Final = "What is in service goes on. Bring the database back; nothing else needs to be done."
+
+Result = TypeVar("Result")
+
+
+class _SharedSession(threading.local):
+    value: Session | None = None
+
+
+class Database:
+    """An engine with two kinds of transactions: ``read`` and ``write``. Both raise LedgerUnavailable when the database
+    does not do its part within :data:`core.ledger.time_limits.CALL_SECONDS`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._writing = engine.execution_options(ratchet_write=True)
+        self._shared = _SharedSession()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A consistent view. Inside of :meth:`reading` it is that transaction's."""
+        shared = self._shared.value
+        with _outages(), time_limit(CALL_SECONDS):
+            if shared is not None:
+                yield shared
+                return
+            with Session(self.engine) as session:
+                _check_out(session)
+                yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let all reads of this thread inside the block share one transaction: a connection is got and probed once, and
+        each read takes one round trip instead of four. Do not write inside.
+        """
+        with self.read() as session:
+            before, self._shared.value = self._shared.value, session
+            try:
+                yield
+            finally:
+                self._shared.value = before
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """All or nothing.
+
+        Raises:
+            CommitUnknown: the answer to COMMIT was lost, so it may have been either.
+        """
+        with _outages(), time_limit(CALL_SECONDS), Session(self._writing) as session:
+            _check_out(session)
+            yield session
+            session.flush()
+            try:
+                session.commit()
+            except OUTAGES as error:
+                raise CommitUnknown(
+                    f"the answer to COMMIT was lost ({_cause(error)}): whether it was carried out is not known.",
+                    "Look it up in the ledger, or repeat the call, when the database is back.",
+                ) from error
+
+    def close(self) -> None:
+        """Close pooled connections."""
+        self.engine.dispose()
+
+
+@contextmanager
+def _outages() -> Iterator[None]:
+    try:
+        yield
+    except OUTAGES as error:
+        cause = _cause(error)
+        raise LedgerUnavailable(f"the ledger cannot be used now: {cause}.", FIX, outage_state(cause)) from error
+
+
+def _cause(error: Exception) -> str:
+    """The driver's words, without the statement and its parameters."""
+    words = str(getattr(error, "orig", None) or error).strip()
+    return words.splitlines()[0].rstrip(".") if words else type(error).__name__
+
+
+def _check_out(session: Session) -> None:
+    with time_limit(CHECKOUT_SECONDS):
+        session.connection()
+
+
+def open_database(url: str, migrate: bool, check: bool = True) -> Database:
+    """Connect to SQLite (WAL) or PostgreSQL and migrate; without ``check`` neither is done before the first call.
+
+    Raises:
+        LedgerUnavailable: the database does not answer.
+        LedgerError: the URL is wrong, or the database is not migrated.
+    """
+    try:
+        parsed = make_url(url)
+        engine = _make_engine(parsed)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise LedgerError(
+            f"ledger_url cannot be used: {error}",
+            "Use sqlite:///PATH or postgresql://USER@HOST/DATABASE (pip install 'ratchet-server[postgres]').",
+        ) from None
+    database = Database(engine)
+    if not check:
+        return database
+    try:
+        if migrate:
+            _migrate(database)
+        with database.read() as session:
+            session.execute(text("select 1 from releases limit 1"))
+    except (*OUTAGES, LedgerUnavailable, ProgrammingError) as error:
+        cause = error.__cause__ if isinstance(error, LedgerUnavailable) else error
+        shown = parsed.render_as_string(hide_password=True)
+        words = _cause(cause) if isinstance(cause, Exception) else str(error)
+        message, fix = f"ledger {shown} cannot be used: {words}.", "Is the database up, and migrated?"
+        if isinstance(error, ProgrammingError):
+            raise LedgerError(message, fix) from None
+        raise LedgerUnavailable(message, fix, outage_state(words)) from None
+    return database
+
+
+def _make_engine(url: URL) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        if url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, pool_timeout=CHECKOUT_SECONDS) if url.database else create_engine(url)
+        prepare_sqlite(engine)
+        return engine
+    if url.drivername not in ("postgresql", "postgresql+psycopg"):
+        return create_engine(url, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
+    from core.ledger import postgres  # an extra
+
+    bounded = postgres.bounded_url(url.set(drivername="postgresql+psycopg"))
+    engine = create_engine(bounded, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
+    postgres.prepare_postgres(engine)
+    return engine
+
+
+def alembic_config(connection: Connection | None = None) -> Config:
+    """Alembic's settings for the migrations in this package."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _migrate(database: Database) -> None:
+    """Bring the schema up to date. One that a newer Ratchet has made is left alone: migrations only add, so that the
+    software can be rolled back.
+    """
+    from alembic import command  # here, because replicas do not migrate, and start without it
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory.from_config(alembic_config())
+    with time_limit(CALL_SECONDS), database.engine.connect() as connection:
+        revision = MigrationContext.configure(connection).get_current_revision()
+    known = {each.revision for each in script.walk_revisions()}
+    if revision == script.get_current_head() or (revision is not None and revision not in known):
+        return
+    with time_limit(MIGRATION_SECONDS), database._writing.connect() as connection, connection.begin():
+        if connection.dialect.name == "postgresql":
+            for bound in ("statement_timeout", "lock_timeout"):
+                connection.execute(text(f"set local {bound} = '{MIGRATION_SECONDS:.0f}s'"))
+            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        command.upgrade(alembic_config(connection), "head")
+
+
+def as_row(kind: type[Result], source: Any) -> Result:
+    """Copy the columns of a mapped object into a frozen row."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return kind(**{field.name: getattr(source, field.name) for field in fields})

@@ -1,0 +1,149 @@
+"""Queries of deletions: what is to be gone, how far that is, and which adapters have learned from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, or_, select, update
+
+from core.digests import digest12
+from core.ledger import tables as t
+from core.ledger.audit import note
+from core.ledger.database import Database, as_row
+from core.ledger.events import add_event
+from core.ledger.rows import DeletionRow, DeletionState
+
+
+class DeletionQueries:
+    """A deletion is requested once, removed from the store, and done when no file holds it any more."""
+
+    database: Database
+
+    def request_deletion(
+        self, deletion_id: str, selector: Mapping[str, Any], *, actor: str, reason: str
+    ) -> DeletionRow:
+        """Record a wish; the same id again returns what is there."""
+        with self.database.write() as session:
+            row = session.get(t.Deletion, deletion_id)
+            if row is None:
+                row = t.Deletion(id=deletion_id, selector=dict(selector), actor=actor, reason=reason)
+                session.add(row)
+                note(session, actor, "delete", _subject(deletion_id), {"reason": reason, "selector": dict(selector)})
+                session.flush()
+            return as_row(DeletionRow, row)
+
+    def deletion_removed(
+        self, deletion_id: str, *, samples: int, refusals: int, adapters: Mapping[str, Any], store_version: int
+    ) -> None:
+        """From this version of the store on no reader finds it. Again, when more was found: with the new totals."""
+        with self.database.write() as session:
+            row = session.get(t.Deletion, deletion_id, with_for_update=True)
+            if row is None or row.state == "done":
+                return
+            row.state, row.samples, row.refusals, row.adapters = "removed", samples, refusals, dict(adapters)
+            row.removed_version, row.version, row.removed_at = store_version, None, row.removed_at or t.utc_now()
+
+    def deletion_reopened(self, deletion_id: str) -> None:
+        """More of it is about to be removed: what was written anew before that does not count."""
+        with self.database.write() as session:
+            mine = update(t.Deletion).where(t.Deletion.id == deletion_id, t.Deletion.state == "removed")
+            session.execute(mine.values(version=None))
+
+    def deletions_rewritten(self, ids: Sequence[str], version: int) -> None:
+        """From this version of the store on, no data file has them: when older versions are gone, they are done."""
+        with self.database.write() as session:
+            mine = update(t.Deletion).where(t.Deletion.id.in_(ids), t.Deletion.state == "removed")
+            session.execute(mine.where(t.Deletion.version.is_(None)).values(version=version))
+
+    def deletion_held(self, deletion_id: str, remains: str, until: datetime | None) -> None:
+        """No file of the store has it; the bucket still does. Again, with what is left later."""
+        with self.database.write() as session:
+            row = session.get(t.Deletion, deletion_id, with_for_update=True)
+            if row is None or row.state == "done":
+                return
+            row.state, row.held_at = "held", row.held_at or t.utc_now()
+            row.remains, row.remains_until = remains, until
+
+    def deletion_done(self, deletion_id: str, remains: str | None = None) -> None:
+        """Its bytes are gone, too: that is told to others, and an audit row is the receipt.
+
+        Args:
+            remains: why it is not known whether the object store keeps some of it, where it is not.
+        """
+        with self.database.write() as session:
+            row = session.get(t.Deletion, deletion_id, with_for_update=True)
+            if row is None or row.state == "done":
+                return
+            row.state, row.done_at, row.remains, row.remains_until = "done", t.utc_now(), remains, None
+            detail = {
+                "selector": row.selector, "samples": row.samples, "refusals": row.refusals, "adapters": row.adapters,
+                "actor": row.actor, "reason": row.reason, "remains": remains,
+            }  # fmt: skip
+            note(session, "maintain", "deleted", _subject(deletion_id), detail)
+            add_event(session, "ratchet.deletion.v1", _event_id(deletion_id), _subject(deletion_id), detail)
+
+    def list_deletions_in(self, update_id: str, store_version: int) -> list[DeletionRow]:
+        """The deletions that an update, pinned to a version of the store, is the first to be trained without.
+
+        Each is listed with one update. Those that were carried out after the version are left for the next one.
+        """
+        with self.database.write() as session:
+            mine = update(t.Deletion).where(t.Deletion.update_id.is_(None), t.Deletion.state != "requested")
+            session.execute(mine.where(t.Deletion.removed_version <= store_version).values(update_id=update_id))
+            query = select(t.Deletion).where(t.Deletion.update_id == update_id).order_by(t.Deletion.requested_at)
+            return [as_row(DeletionRow, row) for row in session.scalars(query)]
+
+    def deletion(self, deletion_id: str) -> DeletionRow | None:
+        """One deletion, or None."""
+        with self.database.read() as session:
+            row = session.get(t.Deletion, deletion_id)
+            return None if row is None else as_row(DeletionRow, row)
+
+    def deletions(
+        self, limit: int = 100, states: Sequence[DeletionState] = (), *, oldest_first: bool = False
+    ) -> list[DeletionRow]:
+        """The newest deletions, newest first (or the oldest, oldest first); only those in some states."""
+        time = t.Deletion.requested_at
+        query = select(t.Deletion).order_by(time if oldest_first else time.desc(), t.Deletion.id).limit(limit)
+        if states:
+            query = query.where(t.Deletion.state.in_(states))
+        with self.database.read() as session:
+            return [as_row(DeletionRow, row) for row in session.scalars(query)]
+
+    def deletion_ids(self, prefix: str) -> set[str]:
+        """Ids of all deletions that begin so."""
+        with self.database.read() as session:
+            return set(session.scalars(select(t.Deletion.id).where(t.Deletion.id.startswith(prefix, autoescape=True))))
+
+    def count_deletions(self, prefix: str = "", states: Sequence[DeletionState] = ()) -> int:
+        """How many there are; only those whose id begins so, and only those in some states."""
+        query = select(func.count()).select_from(t.Deletion)
+        if prefix:
+            query = query.where(t.Deletion.id.startswith(prefix, autoescape=True))
+        if states:
+            query = query.where(t.Deletion.state.in_(states))
+        with self.database.read() as session:
+            return int(session.scalar(query) or 0)
+
+    def oldest_deletion(self) -> DeletionRow | None:
+        """The one that has waited longest of those that are not done, or None. One that is locked in the bucket until
+        a time that is known waits for nothing that somebody could do.
+        """
+        until = t.Deletion.remains_until
+        waiting = select(t.Deletion).where(t.Deletion.state != "done", or_(until.is_(None), until <= t.utc_now()))
+        query = waiting.order_by(t.Deletion.requested_at).limit(1)
+        with self.database.read() as session:
+            row = session.scalars(query).first()
+            return None if row is None else as_row(DeletionRow, row)
+
+
+def _subject(deletion_id: str) -> str:
+    return f"deletion {deletion_id}"[:200]
+
+
+def _event_id(deletion_id: str) -> str:
+    """That of a tombstone in a topic with a long name is cut off, and stays one of its own."""
+    name = f"deletion-{deletion_id}"
+    return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"

@@ -1,0 +1,135 @@
+"""Queries of events: what others are told of, written in the transaction of the fact, published later and once.
+
+The id of an event follows from the fact (``release-12``), so that a fact is told once whatever is repeated. Who
+publishes holds a lease, and marks with its epoch; see :mod:`streams.events`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final, cast
+
+from sqlalchemy import CursorResult, delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from core.errors import LedgerError
+from core.ledger import tables as t
+from core.ledger.database import Database, as_row
+from core.ledger.leases import check_lease
+from core.ledger.rows import EventRow, EventType
+
+#: Type of the CloudEvent by what happened.
+EVENT_TYPES: Final[Mapping[str, EventType]] = {
+    "candidate": "ratchet.candidate.v1",
+    "verdict": "ratchet.verdict.v1",
+    "proposal": "ratchet.proposal.v1",
+    "release": "ratchet.release.v1",
+    "rollback": "ratchet.rollback.v1",
+    "deletion": "ratchet.deletion.v1",
+    "gap": "ratchet.gap.v1",
+}
+#: Brokers take 1 MB by default, and an event has some 500 bytes beside its data.
+MAX_DATA_BYTES = 512 * 1024
+MAX_TEXT_CHARS = 4000
+
+
+class EventQueries:
+    """What writes events and what publishes them."""
+
+    database: Database
+
+    def record_event(self, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
+        """Record an event of its own. Returns False, and does nothing, when there is one with this id.
+
+        Args:
+            type: one of :data:`EVENT_TYPES`' values.
+            event_id: follows from the fact; at most 200 characters.
+            subject: what it is about, the key of its Kafka record; at most 300 characters.
+            data: JSON, at most :data:`MAX_DATA_BYTES`.
+
+        Raises:
+            LedgerError: one of them is not so.
+        """
+        with self.database.write() as session:
+            return add_event(session, type, event_id, subject, data)
+
+    def waiting_events(self, limit: int = 100) -> list[EventRow]:
+        """Events that are not published yet, oldest first."""
+        query = select(t.Event).where(t.Event.published.is_(False)).order_by(t.Event.id).limit(limit)
+        with self.database.read() as session:
+            return [as_row(EventRow, row) for row in session.scalars(query)]
+
+    def count_waiting_events(self) -> int:
+        """Number of events that are not published yet."""
+        query = select(func.count()).select_from(t.Event).where(t.Event.published.is_(False))
+        with self.database.read() as session:
+            return session.scalar(query) or 0
+
+    def events(self, limit: int = 100) -> list[EventRow]:
+        """The newest events, newest first."""
+        with self.database.read() as session:
+            rows = session.scalars(select(t.Event).order_by(t.Event.id.desc()).limit(limit))
+            return [as_row(EventRow, row) for row in rows]
+
+    def mark_published(self, places: Mapping[int, tuple[int, int]], *, lease: str, epoch: int) -> None:
+        """Mark events as published.
+
+        Args:
+            places: partition and offset in the topic, by the events' ``id``.
+            lease: name of the lease that the publisher holds, with its ``epoch``.
+
+        Raises:
+            LeaseLost: it does not hold it any more; nothing is marked.
+        """
+        with self.database.write() as session:
+            check_lease(session, lease, epoch)
+            for row_id, (partition, offset) in sorted(places.items()):
+                session.execute(
+                    update(t.Event)
+                    .where(t.Event.id == row_id, t.Event.published.is_(False))
+                    .values(published=True, partition=partition, offset=offset)
+                )
+
+    def prune_events(self, before: datetime) -> int:
+        """Remove events that were published and are from before a time. Returns their number.
+
+        Those of gaps stay: each is recorded from its row in the sample store, and would be told a second time.
+        """
+        old = delete(t.Event).where(t.Event.published.is_(True), t.Event.time < before)
+        with self.database.write() as session:
+            result = session.execute(old.where(t.Event.type != EVENT_TYPES["gap"]))
+            return int(cast(CursorResult[Any], result).rowcount)
+
+
+def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
+    """Add an event in the transaction of its fact; see :meth:`EventQueries.record_event`."""
+    _check(type, event_id, subject, data)
+    values = {"event_id": event_id, "type": type, "subject": subject, "data": dict(data), "published": False}
+    dialect = session.get_bind().dialect.name
+    statement = (postgresql if dialect == "postgresql" else sqlite).insert(t.Event).values(**values)
+    statement = statement.on_conflict_do_nothing(index_elements=[t.Event.event_id]).returning(t.Event.id)
+    return session.scalars(statement).first() is not None
+
+
+def clipped(text: str | None) -> str | None:
+    """A text from outside, short enough for an event."""
+    return None if text is None else text[:MAX_TEXT_CHARS]
+
+
+def _check(type: str, event_id: str, subject: str, data: Mapping[str, Any]) -> None:
+    if type not in EVENT_TYPES.values():
+        raise LedgerError(f"there is no event type {type!r}.", f"Types are: {', '.join(EVENT_TYPES.values())}.")
+    for name, text, most in (("id", event_id, 200), ("subject", subject, 300)):
+        if not 0 < len(text) <= most:
+            raise LedgerError(f"the {name} of an event has {len(text)} characters.", f"1 to {most} are possible.")
+    try:
+        size = len(json.dumps(data, allow_nan=False).encode())
+    except (TypeError, ValueError) as error:
+        raise LedgerError(f"the data of event {event_id} is not JSON: {error}.", "Give plain values.") from None
+    if size > MAX_DATA_BYTES:
+        raise LedgerError(
+            f"the data of event {event_id} has {size} bytes.", f"At most {MAX_DATA_BYTES} fit; tell where the rest is."
+        )

@@ -1,0 +1,143 @@
+"""Queries of API keys. A key's secret is 256 random bits, so a plain SHA-256 of it is safe to keep.
+
+A token reads ``rk_<id>_<secret>``: the id (8 characters) is no secret and finds the row, the secret is 64 hex digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Final, cast, get_args
+
+from sqlalchemy import or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from core.errors import LedgerError
+from core.ledger import tables as t
+from core.ledger.audit import note
+from core.ledger.database import Database
+from core.ledger.rows import SYSTEM_ACTORS, KeyRow, KeyScope
+
+SCOPES: Final[tuple[KeyScope, ...]] = get_args(KeyScope)
+PREFIX: Final = "rk_"
+TOKEN: Final = re.compile(rf"{PREFIX}([a-z0-9]{{8}})_([0-9a-f]{{64}})")
+KEY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")
+MAX_DAYS: Final = 3660
+#: Names that the audit log has for Ratchet's own parts and for the bootstrap key.
+RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous"}
+
+
+class KeyQueries:
+    """What operators do about keys, and what the server asks of them."""
+
+    database: Database
+
+    def create_key(
+        self, name: str, scopes: Sequence[str], *, actor: str, requests_per_minute: int | None = None,
+        days: float | None = None,
+    ) -> tuple[KeyRow, str]:  # fmt: skip
+        """Make a key. Returns its row and its token, which is kept nowhere and cannot be shown again.
+
+        Args:
+            name: lower-case letters, digits and ``. _ @ -``; never used before, also not by a revoked key.
+            scopes: one or more of ``infer``, ``search``, ``publish`` and ``operate``; none includes another.
+            requests_per_minute: None takes ``access.requests_per_minute``, 0 is no limit.
+            days: until it expires; None: it is good until it is revoked.
+
+        Raises:
+            LedgerError: the name is taken or not a name, or a scope, the limit or the days are wrong.
+        """
+        chosen = _checked(name, scopes, requests_per_minute)
+        expires = None if days is None else _after(days)
+        key_id, secret = secrets.token_hex(4), secrets.token_hex(32)
+        row = t.ApiKey(
+            id=key_id, name=name, scopes=list(chosen), digest=digest_of(secret), actor=actor,
+            requests_per_minute=requests_per_minute, expires_at=expires,
+        )  # fmt: skip
+        try:
+            with self.database.write() as session:
+                session.add(row)
+                detail = {
+                    "id": key_id, "scopes": list(chosen), "requests_per_minute": requests_per_minute,
+                    "expires_at": expires and expires.isoformat(timespec="seconds"),
+                }  # fmt: skip
+                note(session, actor, "create key", f"key {name}", detail)
+                session.flush()
+                return _row(row), f"{PREFIX}{key_id}_{secret}"
+        except IntegrityError:
+            raise LedgerError(
+                f"there is or was a key named {name!r}.",
+                "Names are not used twice, so that the audit log stays clear. Choose another, e.g. with a number.",
+            ) from None
+
+    def revoke_key(self, key: str, *, actor: str, reason: str) -> KeyRow:
+        """End a key, by its id or its name. Raises LedgerError when there is no such key, or it was revoked before."""
+        with self.database.write() as session:
+            row = session.scalars(select(t.ApiKey).where(or_(t.ApiKey.id == key, t.ApiKey.name == key))).first()
+            if row is None:
+                raise LedgerError(f"there is no key {key!r}.", "See `ratchet keys list`.")
+            if row.revoked_at is not None:
+                raise LedgerError(f"key {row.name!r} was revoked at {row.revoked_at:%Y-%m-%d %H:%M:%S} UTC already.")
+            row.revoked_at = t.utc_now()
+            note(session, actor, "revoke key", f"key {row.name}", {"id": row.id, "reason": reason})
+            session.flush()
+            return _row(row)
+
+    def api_keys(self, ended: bool = False) -> list[KeyRow]:
+        """Keys that are valid, newest first; with ``ended`` also those that were revoked or have expired."""
+        query = select(t.ApiKey).order_by(t.ApiKey.created_at.desc(), t.ApiKey.id)
+        if not ended:
+            query = query.where(
+                t.ApiKey.revoked_at.is_(None), or_(t.ApiKey.expires_at.is_(None), t.ApiKey.expires_at > t.utc_now())
+            )
+        with self.database.read() as session:
+            return [_row(row) for row in session.scalars(query)]
+
+    def touch_keys(self, used: Mapping[str, datetime]) -> None:
+        """Note when keys were last used, by id."""
+        with self.database.write() as session:
+            for key_id, when in used.items():
+                session.execute(update(t.ApiKey).where(t.ApiKey.id == key_id).values(last_used_at=when))
+
+
+def parse_token(token: str) -> tuple[str, str] | None:
+    """Id and secret of a token, or None where it is none of ours."""
+    match = TOKEN.fullmatch(token)
+    return None if match is None else (match[1], match[2])
+
+
+def digest_of(secret: str) -> str:
+    """What the ledger keeps of a secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _checked(name: str, scopes: Sequence[str], requests_per_minute: int | None) -> tuple[KeyScope, ...]:
+    if not KEY_NAME.fullmatch(name) or name in RESERVED:
+        raise LedgerError(
+            f"{name[:80]!r} cannot be the name of a key.",
+            f"Use 1 to 64 lower-case letters, digits and . _ @ -, and none of {', '.join(sorted(RESERVED))}.",
+        )
+    wrong = [scope for scope in scopes if scope not in SCOPES]
+    if wrong or not scopes:
+        what = f"scope {wrong[0]!r} is not known." if wrong else f"key {name!r} has no scope."
+        raise LedgerError(what, f"Scopes are {', '.join(SCOPES)}.")
+    if requests_per_minute is not None and requests_per_minute < 0:
+        raise LedgerError(f"{requests_per_minute} requests per minute is no limit.", "Give 1 or more, or 0 for none.")
+    return tuple(scope for scope in SCOPES if scope in scopes)
+
+
+def _after(days: float) -> datetime:
+    if not 0 < days <= MAX_DAYS:
+        raise LedgerError(f"a key cannot be valid for {days:g} days.", f"Give more than 0, at most {MAX_DAYS}.")
+    return t.utc_now() + timedelta(days=days)
+
+
+def _row(row: t.ApiKey) -> KeyRow:
+    scopes = cast(tuple[KeyScope, ...], tuple(row.scopes))
+    return KeyRow(
+        row.id, row.name, scopes, row.digest, row.requests_per_minute, row.actor, row.created_at, row.revoked_at,
+        row.last_used_at, row.expires_at,
+    )  # fmt: skip

@@ -1,0 +1,329 @@
+"""Queries of the trainer and the gate: adapters, updates, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, select, true
+from sqlalchemy.orm import Session
+
+from core.errors import LedgerError
+from core.ledger import tables as t
+from core.ledger.audit import note
+from core.ledger.collection import restore_mark
+from core.ledger.database import Database, as_row
+from core.ledger.events import add_event, clipped
+from core.ledger.rows import AdapterRow, GateOutcome, UpdateRow, UpdateState, VerdictRow
+
+RELEASED_VERDICTS = 500
+"""That are looked through for the best release."""
+FINISHED = ("done", "failed", "abandoned")
+BEGAN = "began"
+"""In the cost of an update: that a process works on it, at which place, and how many have died there before."""
+
+
+class LearningQueries:
+    """What the updater writes."""
+
+    database: Database
+
+    def register_adapter(
+        self,
+        name: str,
+        family: str,
+        base: str,
+        image_space: str,
+        text_space: str,
+        meta: dict[str, Any],
+        *,
+        digest: str | None = None,
+    ) -> AdapterRow:
+        """Record an adapter; the same name again is the same adapter, so that a restart may repeat this. Files that
+        were collected count as there again, and have to be stored after this call.
+
+        Args:
+            digest: :func:`core.artifacts.directory_digest` of its directory. A name has 48 bits of a digest; this has
+                all of them, and is what is checked when the adapter is loaded.
+
+        Raises:
+            LedgerError: it is recorded with other spaces or another digest, or its files are being collected.
+        """
+        with self.database.write() as session:
+            row = session.get(t.Adapter, name, with_for_update=True)
+            if row is None:
+                row = t.Adapter(
+                    name=name,
+                    family=family,
+                    base=base,
+                    image_space=image_space,
+                    text_space=text_space,
+                    meta=meta,
+                    digest=digest,
+                )
+                session.add(row)
+                session.flush()
+            elif (row.base, row.image_space, row.text_space) != (base, image_space, text_space):
+                raise LedgerError(f"adapter {name!r} is recorded with other spaces.", "A name is never reused.")
+            elif digest is not None and row.digest not in (None, digest):
+                raise LedgerError(f"adapter {name!r} is recorded with another digest.", "A name is never reused.")
+            row.digest = row.digest or digest
+            restore_mark(row)
+            return as_row(AdapterRow, row)
+
+    def adapter(self, name: str) -> AdapterRow:
+        """One adapter. Raises LedgerError when it was never recorded."""
+        with self.database.read() as session:
+            row = session.get(t.Adapter, name)
+            if row is None:
+                raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
+            return as_row(AdapterRow, row)
+
+    def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
+        """SHA-256 of the directories of some adapters, as far as it is recorded."""
+        wanted = [name for name in names if name is not None]
+        query = select(t.Adapter).where(t.Adapter.name.in_(wanted), t.Adapter.digest.is_not(None))
+        with self.database.read() as session:
+            return {row.name: row.digest or "" for row in session.scalars(query)}
+
+    def begin_update(
+        self,
+        update_id: str,
+        *,
+        family: str,
+        recipe: dict[str, Any],
+        seed: int,
+        store_version: int,
+        data_from: dict[str, int],
+        data_to: dict[str, int],
+        incumbent: str | None,
+        adapter: str | None = None,
+        cost: dict[str, Any] | None = None,
+    ) -> UpdateRow:
+        """Record that an update started; the same id again returns what is there.
+
+        Args:
+            adapter: one that is in the ledger already, from elsewhere or from an earlier update: there is nothing to
+                train, only to judge.
+            cost: what was spent on it before.
+        """
+        with self.database.write() as session:
+            row = session.get(t.Update, update_id)
+            if row is None:
+                row = t.Update(
+                    id=update_id, family=family, state="trained" if adapter else "training", recipe=recipe, seed=seed,
+                    store_version=store_version, data_from=data_from, data_to=data_to, incumbent=incumbent,
+                    adapter=adapter, cost=cost or {},
+                )  # fmt: skip
+                session.add(row)
+                session.flush()
+                if adapter is not None:
+                    _tell_candidate(session, row)
+            return as_row(UpdateRow, row)
+
+    def advance_update(
+        self,
+        update_id: str,
+        state: UpdateState | None = None,
+        *,
+        adapter: str | None = None,
+        cost: dict[str, Any] | None = None,
+        error: str | None = None,
+    ) -> UpdateRow:
+        """Move an update on; what is not given stays. Raises LedgerError where it has ended, as an operator may do; an
+        upgrade that is done can be abandoned until it is live.
+        """
+        with self.database.write() as session:
+            row = _update(session, update_id)
+            dropped = (row.state, state) == ("done", "abandoned")
+            if row.state in FINISHED and state not in (None, row.state) and not dropped:
+                raise LedgerError(f"{update_id} has ended ({row.state}): {row.error or 'no error'}.", "Begin another.")
+            row.state = state or row.state
+            row.adapter = adapter or row.adapter
+            row.error = error or row.error
+            if cost is not None:
+                row.cost = {**row.cost, **cost}
+            session.flush()
+            if adapter is not None:
+                _tell_candidate(session, row)
+            return as_row(UpdateRow, row)
+
+    def abandon_update(self, update_id: str, *, actor: str, reason: str) -> UpdateRow:
+        """End an update as failed. Raises LedgerError where it has ended."""
+        with self.database.write() as session:
+            row = _update(session, update_id)
+            if row.state in FINISHED:
+                raise LedgerError(f"{update_id} has ended already: it is {row.state}.", "See `ratchet status`.")
+            note(session, actor, "update.abandon", f"update {update_id}", {"reason": reason, "state": row.state})
+            row.state, row.error = "failed", f"abandoned by {actor}: {reason}"
+            session.flush()
+            return as_row(UpdateRow, row)
+
+    def retry_update(self, update_id: str, *, actor: str) -> UpdateRow:
+        """Let the updater take an update again as if it had not been tried: one that is not finished, or the newest of
+        its family where that failed or was abandoned before there was a verdict.
+
+        Raises LedgerError for another one.
+        """
+        with self.database.write() as session:
+            row = _update(session, update_id)
+            if row.state in FINISHED:
+                newest = select(t.Update.id).where(t.Update.family == row.family).order_by(t.Update.created_at.desc())
+                judged = session.scalars(select(t.Verdict.id).where(t.Verdict.update_id == update_id)).first()
+                if row.state == "done" or judged is not None or session.scalars(newest).first() != update_id:
+                    raise LedgerError(
+                        f"{update_id} is {row.state}, and it was judged or is not the newest one of its family.",
+                        "Begin another on the same data: `ratchet update --once --retry`.",
+                    )
+            note(session, actor, "update.retry", f"update {update_id}", {"state": row.state, "error": row.error})
+            if row.state in FINISHED:
+                row.state = "trained" if row.adapter else "training"
+            row.error = None
+            row.cost = {**row.cost, "attempts": 0, BEGAN: None}
+            session.flush()
+            return as_row(UpdateRow, row)
+
+    def compare_update(
+        self, update_id: str, *, store_version: int, data_from: dict[str, int], incumbent: str | None
+    ) -> UpdateRow:
+        """Set what a trained update is compared with, as long as there is no verdict on it; else nothing changes."""
+        with self.database.write() as session:
+            row = _update(session, update_id)
+            judged = session.scalars(select(t.Verdict.id).where(t.Verdict.update_id == update_id)).first()
+            if row.state == "trained" and judged is None:
+                row.store_version, row.data_from, row.incumbent = store_version, data_from, incumbent
+                session.flush()
+            return as_row(UpdateRow, row)
+
+    def update_of(self, adapter: str) -> UpdateRow | None:
+        """The newest update that made or imported an adapter."""
+        query = select(t.Update).where(t.Update.adapter == adapter).order_by(t.Update.created_at.desc()).limit(1)
+        with self.database.read() as session:
+            row = session.scalars(query).first()
+            return None if row is None else as_row(UpdateRow, row)
+
+    def update(self, update_id: str) -> UpdateRow:
+        """One update. Raises LedgerError."""
+        with self.database.read() as session:
+            return as_row(UpdateRow, _update(session, update_id))
+
+    def updates(self, limit: int = 50, family: str | None = None) -> list[UpdateRow]:
+        """The newest updates, newest first."""
+        query = select(t.Update).order_by(t.Update.created_at.desc(), t.Update.id).limit(limit)
+        if family is not None:
+            query = query.where(t.Update.family == family)
+        with self.database.read() as session:
+            return [as_row(UpdateRow, row) for row in session.scalars(query)]
+
+    def is_finished(self, update_id: str) -> bool:
+        """Whether there was such an update, and nothing more will be done about it."""
+        with self.database.read() as session:
+            row = session.get(t.Update, update_id)
+            return row is not None and row.state in FINISHED
+
+    def unfinished_update(self, family: str) -> UpdateRow | None:
+        """The oldest update that was not taken to its end: a killed trainer left it, or it was imported."""
+        query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))
+        with self.database.read() as session:
+            row = session.scalars(query.order_by(t.Update.created_at)).first()
+            return None if row is None else as_row(UpdateRow, row)
+
+    def record_verdict(
+        self, update_id: str, adapter: str, outcome: GateOutcome, report_key: str, summary: dict[str, Any]
+    ) -> VerdictRow:
+        """Record the gate's verdict; an update has one, and a second call returns the first."""
+        with self.database.write() as session:
+            row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
+            if row is None:
+                row = t.Verdict(
+                    update_id=update_id,
+                    adapter=adapter,
+                    outcome=outcome,
+                    report_key=report_key,
+                    summary=summary,
+                )
+                session.add(row)
+                session.flush()
+                _tell_verdict(session, row)
+            return as_row(VerdictRow, row)
+
+    def verdicts(self, limit: int = 50) -> list[VerdictRow]:
+        """The newest verdicts, newest first."""
+        with self.database.read() as session:
+            rows = session.scalars(select(t.Verdict).order_by(t.Verdict.id.desc()).limit(limit))
+            return [as_row(VerdictRow, row) for row in rows]
+
+    def verdict_of(self, update_id: str) -> VerdictRow | None:
+        """The verdict of one update, if there is one."""
+        with self.database.read() as session:
+            row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
+            return None if row is None else as_row(VerdictRow, row)
+
+    def verdicts_of(self, family: str, limit: int = 50) -> list[VerdictRow]:
+        """The newest verdicts of a family, newest first."""
+        query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id).where(t.Update.family == family)
+        with self.database.read() as session:
+            rows = session.scalars(query.order_by(t.Verdict.id.desc()).limit(limit))
+            return [as_row(VerdictRow, row) for row in rows]
+
+    def verdict_on(self, adapter: str) -> VerdictRow | None:
+        """The newest verdict on an adapter, if anybody judged it."""
+        query = select(t.Verdict).where(t.Verdict.adapter == adapter).order_by(t.Verdict.id.desc()).limit(1)
+        with self.database.read() as session:
+            row = session.scalars(query).first()
+            return None if row is None else as_row(VerdictRow, row)
+
+    def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
+        """Verdicts on adapters of a base (its digest) that answered everybody once, newest first; none on those that
+        were withdrawn or collected.
+        """
+        column = t.Release.clip if family == "clip" else t.Release.vlm
+        released = select(column).where(column.is_not(None), t.Release.share >= 1)
+        query = (
+            select(t.Verdict)
+            .join(t.Adapter, t.Adapter.name == t.Verdict.adapter)
+            .where(t.Verdict.adapter.in_(released), t.Adapter.base == base, t.Adapter.withdrawn.is_(None))
+            .where(t.Adapter.collected_at.is_(None))
+            .order_by(t.Verdict.id.desc())
+            .limit(RELEASED_VERDICTS)
+        )
+        with self.database.read() as session:
+            return [as_row(VerdictRow, row) for row in session.scalars(query)]
+
+    def looks_since_release(self, family: str) -> list[VerdictRow]:
+        """Verdicts of a family since the last released update that spent alpha, oldest first. Those of earlier versions
+        of Ratchet do not say whether they did, and count.
+        """
+        last = (
+            select(func.max(t.Verdict.id))
+            .join(t.Proposal, t.Proposal.update_id == t.Verdict.update_id)
+            .join(t.Update, t.Update.id == t.Verdict.update_id)
+            .where(t.Proposal.state == "committed", t.Update.family == family)
+        )
+        spent = func.coalesce(t.Verdict.summary["spent"].as_boolean(), true())
+        with self.database.read() as session:
+            since = session.scalar(last) or 0
+            query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
+            query = query.where(t.Verdict.id > since, t.Update.family == family, spent).order_by(t.Verdict.id)
+            return [as_row(VerdictRow, row) for row in session.scalars(query)]
+
+
+def _update(session: Session, update_id: str) -> t.Update:
+    row = session.get(t.Update, update_id)
+    if row is None:
+        raise LedgerError(f"update {update_id!r} is not in the ledger.", "See `ratchet status`.")
+    return row
+
+
+def _tell_candidate(session: Session, row: t.Update) -> None:
+    data = {
+        "update": row.id, "adapter": row.adapter, "family": row.family, "data_from": row.data_from,
+        "data_to": row.data_to,
+    }  # fmt: skip
+    add_event(session, "ratchet.candidate.v1", f"candidate-{row.id}", f"updates/{row.id}", data)
+
+
+def _tell_verdict(session: Session, row: t.Verdict) -> None:
+    reasons = [clipped(str(reason)) for reason in row.summary.get("reasons", [])][:20]
+    data = {"update": row.update_id, "adapter": row.adapter, "outcome": row.outcome, "reasons": reasons}
+    add_event(session, "ratchet.verdict.v1", f"verdict-{row.update_id}", f"updates/{row.update_id}", data)

@@ -1,0 +1,8 @@
+"""Alembic's entry: migrates over the connection that the caller holds, in its transaction."""
+
+from alembic import context
+
+from core.ledger.tables import Base
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
+context.run_migrations()

@@ -1,0 +1,175 @@
+"""Queries of proposals: wishes to release, and how far each of them is."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Final
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.errors import LedgerError, ReleaseConflict
+from core.ledger import tables as t
+from core.ledger.audit import note
+from core.ledger.collection import check_files
+from core.ledger.commits import write_once
+from core.ledger.database import Database, as_row
+from core.ledger.leases import CONTROLLER_LEASE, check_lease
+from core.ledger.release_events import tell_proposal
+from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, Scope
+
+ENDED: Final = ("committed", "failed")
+"""States that a proposal does not leave."""
+
+
+class ProposalQueries:
+    """What the updater, operators and the release controller write before a release."""
+
+    database: Database
+
+    def propose(
+        self,
+        kind: ProposalKind,
+        *,
+        family: Scope = "clip",
+        clip: str | None = None,
+        vlm: str | None = None,
+        actor: str,
+        reason: str,
+        update_id: str | None = None,
+        expected_live: int | None = None,
+        share: float = 1.0,
+        forced: bool = False,
+        epoch: int | None = None,
+    ) -> ProposalRow:
+        """Record a wish to release. An update proposes once: a second call returns the first proposal.
+
+        Args:
+            family: which of ``clip`` and ``vlm`` is meant; the other stays what is live when this is committed.
+            share: of the requests, 0 to 1; see :attr:`ReleaseRow.share`.
+            forced: an operator insists, though no gate passed it.
+            epoch: of the controller's lease, where it is the controller that proposes.
+
+        Raises:
+            ReleaseConflict: ``expected_live`` is not the live release any more.
+            LeaseLost: another controller took over.
+            LedgerError: the share is not one.
+            AdapterCollected: the files of an adapter are gone.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise LedgerError(f"a share of {share} is not between 0 and 1.", "0.1 is a tenth of the requests.")
+        attempt = secrets.token_hex(16)
+
+        def write(session: Session, _repeated: bool) -> ProposalRow:
+            same = t.Proposal.attempt == attempt if update_id is None else t.Proposal.update_id == update_id
+            row = session.scalars(select(t.Proposal).where(same)).first()
+            if row is not None:
+                return as_row(ProposalRow, row)
+            _check_epoch(session, epoch)
+            _check_live(session, expected_live)
+            check_files(session, (clip, vlm))
+            row = t.Proposal(
+                kind=kind, family=family, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending",
+                update_id=update_id, expected_live=expected_live, share=share, forced=forced, attempt=attempt,
+            )  # fmt: skip
+            session.add(row)
+            session.flush()
+            detail = {"family": family, "clip": clip, "vlm": vlm, "reason": reason, **rollout_detail(share, forced)}
+            note(session, actor, f"propose {kind}", f"proposal {row.id}", detail)
+            tell_proposal(session, row)
+            return as_row(ProposalRow, row)
+
+        return write_once(self.database, write, "the proposal")
+
+    def proposal(self, proposal_id: int) -> ProposalRow:
+        """One proposal. Raises LedgerError."""
+        with self.database.read() as session:
+            return as_row(ProposalRow, find_proposal(session, proposal_id))
+
+    def proposals(self, limit: int = 50) -> list[ProposalRow]:
+        """The newest proposals, newest first."""
+        with self.database.read() as session:
+            rows = session.scalars(select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
+            return [as_row(ProposalRow, row) for row in rows]
+
+    def pending_proposals(self) -> list[ProposalRow]:
+        """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
+        query = select(t.Proposal).where(t.Proposal.state.not_in(ENDED)).order_by(t.Proposal.id)
+        with self.database.read() as session:
+            return [as_row(ProposalRow, row) for row in session.scalars(query)]
+
+    def advance_proposal(
+        self,
+        proposal_id: int,
+        state: ProposalState,
+        error: str | None = None,
+        *,
+        epoch: int | None = None,
+        expected: ProposalState | None = None,
+    ) -> ProposalRow:
+        """Move a proposal on. ``committed`` is set by :meth:`ReleaseQueries.commit_release` alone, and an end is final:
+        to fail what has failed before changes nothing.
+
+        Args:
+            error: why it failed.
+            epoch: of the controller's lease.
+            expected: the state that it has to be in.
+
+        Raises:
+            LeaseLost: another controller took over.
+            ReleaseConflict: it has ended, or is in another state than ``expected``.
+        """
+        if state == "committed":
+            raise LedgerError("a proposal is committed with its release.", "Use commit_release.")
+
+        def write(session: Session, repeated: bool) -> ProposalRow:
+            _check_epoch(session, epoch)
+            row = find_proposal(session, proposal_id, lock=True)
+            if row.state == state and (repeated or state == "failed"):
+                return as_row(ProposalRow, row)
+            check_open(row, expected)
+            row.state, row.error = state, error
+            if state == "failed":
+                note(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
+            session.flush()
+            tell_proposal(session, row)
+            return as_row(ProposalRow, row)
+
+        return write_once(self.database, write, f"that proposal {proposal_id} is {state}")
+
+
+def find_proposal(session: Session, proposal_id: int, lock: bool = False) -> t.Proposal:
+    """One proposal, locked until the transaction ends if it is to be changed. Raises LedgerError."""
+    row = session.get(t.Proposal, proposal_id, with_for_update=lock or None)
+    if row is None:
+        raise LedgerError(f"proposal {proposal_id} does not exist.", "See `ratchet releases list`.")
+    return row
+
+
+def check_open(row: t.Proposal, expected: ProposalState | None = None) -> None:
+    """Refuse to change a proposal that has ended, or is not in the expected state. Raises ReleaseConflict."""
+    if row.state in ENDED or expected not in (None, row.state):
+        end = f" as release {row.release}" if row.state == "committed" else f" ({row.error})" if row.error else ""
+        raise ReleaseConflict(
+            f"proposal {row.id} is {row.state}{end}: another process has gone on with it.",
+            "Look at `ratchet releases list` and decide again.",
+        )
+
+
+def rollout_detail(share: float, forced: bool) -> dict[str, Any]:
+    """What the audit says beyond a plain release."""
+    return ({} if share >= 1 else {"share": share}) | ({"forced": True} if forced else {})
+
+
+def _check_epoch(session: Session, epoch: int | None) -> None:
+    if epoch is not None:
+        check_lease(session, CONTROLLER_LEASE, epoch)
+
+
+def _check_live(session: Session, expected: int | None) -> None:
+    live = session.scalars(select(t.Release.number).order_by(t.Release.number.desc()).limit(1)).first() or 0
+    if expected is not None and expected != live:
+        raise ReleaseConflict(
+            f"release {live} is live, not {expected}: somebody released first.",
+            "Look at `ratchet releases list` and decide again.",
+        )

@@ -1,0 +1,200 @@
+"""Reads the settings, checks them, and remembers where each came from.
+
+Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults.
+Load once at start with :func:`load_settings`; nothing else in Ratchet reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from core.errors import ConfigError
+from core.redaction import STARS, redact_url
+from core.settings import Settings
+from core.settings.section import Section
+
+PREFIX = "RATCHET_"
+FILE = "ratchet.yaml"
+FILE_VARIABLE = "RATCHET_CONFIG"
+MASKED = ("kafka.client",)
+"""Mappings whose values are not shown, for some are secrets."""
+
+
+def load_settings(
+    path: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the settings, check them, and remember where each came from.
+
+    Args:
+        path: a YAML file; by default the one that ``RATCHET_CONFIG`` names, or ``ratchet.yaml`` in the working
+            directory, if there is one.
+        overrides: values from flags, by dotted name (``{"serve.port": 9000}``).
+        environ: instead of ``os.environ``.
+
+    Raises:
+        ConfigError: names the key or value that is wrong, its origin and the fix.
+    """
+    origins: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    environ = os.environ if environ is None else environ
+    named = environ.get(FILE_VARIABLE)
+    for name, value in _file_values(path or (Path(named) if named else None)):
+        _put(values, origins, name, value[0], value[1])
+    for key, text in environ.items():
+        if key.startswith(PREFIX) and key != FILE_VARIABLE and not key.startswith(f"{PREFIX}TEST_"):
+            name = key[len(PREFIX) :].lower().replace("__", ".")
+            if _field(name) is None:
+                raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
+            _put(values, origins, name, parse_value(name, text), f"environment {key}")
+    for name, value in (overrides or {}).items():
+        _put(values, origins, name, value, "flag")
+    try:
+        return Settings(**values, origins=origins)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        origin = next((o for n, o in origins.items() if name.startswith(n) or n.startswith(name)), "defaults")
+        shown = f" = {first['input']!r}" if _is_public(name) else ""
+        raise ConfigError(
+            f"setting {name}{shown} (from {origin}) is not valid: {first['msg']}.",
+            "See `ratchet config show` for every setting and its meaning.",
+        ) from None
+
+
+def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
+    """Every setting as (dotted name, value, origin, meaning); secrets are masked."""
+    rows = []
+    for name, field in _leaves(Settings):
+        value: Any = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        if name in MASKED and value:
+            value = dict.fromkeys(value, STARS)
+        rows.append((name, _masked(value), settings.origins.get(name, "default"), field.description or ""))
+    return rows
+
+
+def _masked(value: Any) -> Any:
+    """A value to be shown: of a URL with a password, everything but that; other values as they are."""
+    if isinstance(value, list):
+        return [_masked(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return redact_url(value)
+
+
+def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
+    file = path or Path(FILE)
+    if not file.exists():
+        if path is not None:
+            raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")
+        return []
+    try:
+        loaded = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}", "Fix the line it names.") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{file} must hold a mapping of settings.", "See docs/operator.md for an example.")
+    values: list[tuple[str, tuple[Any, str]]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        name = prefix
+        if isinstance(value, dict) and (name == "" or _is_section(name)):
+            for key, child in value.items():
+                walk(f"{name}.{key}" if name else str(key), child)
+            return
+        if _field(name) is None:
+            raise ConfigError(f"{file}: unknown setting {name!r}.", _nearest(name))
+        values.append((name, (value, str(file))))
+
+    walk("", loaded)
+    return values
+
+
+def _put(values: dict[str, Any], origins: dict[str, str], name: str, value: Any, origin: str) -> None:
+    if _field(name) is None:
+        raise ConfigError(f"unknown setting {name!r} (from {origin}).", _nearest(name))
+    *sections, leaf = name.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[leaf] = value
+    origins[name] = origin
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value that a flag or an environment variable gives to a setting: a YAML scalar or flow list, ``[a, b]``.
+
+    Numbers stay text until they are checked against the setting, whose name may be one (``base.clip=123``). Empty text
+    unsets a setting that can be unset, and is itself for others (``base.vlm=``). What is no YAML is text.
+    """
+    if not text.strip():
+        field = _field(name)
+        return None if field is not None and type(None) in get_args(field.annotation) else ""
+    if _is_secret(name):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if value is None or isinstance(value, str | list | dict) else text.strip()
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
+    rows: list[tuple[str, FieldInfo]] = []
+    for name, field in model.model_fields.items():
+        if name == "origins":
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            rows += _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", field))
+    return rows
+
+
+def _field(name: str) -> FieldInfo | None:
+    """The setting of this name, or the mapping that it is one key of (``kafka.client.ssl_cafile``)."""
+    fields = dict(_leaves(Settings))
+    mapping = fields.get(name.rpartition(".")[0])
+    return fields.get(name) or (mapping if mapping is not None and get_origin(mapping.annotation) is dict else None)
+
+
+def _is_secret(name: str) -> bool:
+    field = _field(name)
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
+def _is_public(name: str) -> bool:
+    """Whether a wrong value may be shown: no secret, no group that may hold one, no URL that may."""
+    parents = (
+        name[:end] for end, char in enumerate(f"{name}.") if char == "."
+    )  # an item's name is below its setting's
+    leaf = next((each for each in parents if _field(each) is not None), None)
+    return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and not re.search("url|registry", leaf)
+
+
+def _is_section(name: str) -> bool:
+    model: type[BaseModel] = Settings
+    for part in name.split("."):
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return False
+        model = field.annotation
+    return True
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, [leaf for leaf, _ in _leaves(Settings)], n=1, cutoff=0.4)
+    return f"Did you mean {close[0]!r}? " if close else "See `ratchet config show` for the names."

@@ -1,0 +1,116 @@
+"""How a log record is written: as one JSON object a line, or as a line of text for people.
+
+>>> {"time": "2026-11-28T00:54:24.123Z", "level": "WARNING", "logger": "ratchet.catalog", "message": "...",
+...  "role": "catalog", "pid": 71, "request_id": "5e0c...", "release": 12, "adapter": "clip-0123456789ab"}
+
+Secrets are taken out of every line, whoever wrote it (:mod:`core.redaction`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from core.redaction import Redactor
+from core.request_context import current
+
+MAX_MESSAGE_CHARS: Final = 4000
+MAX_TRACEBACK_CHARS: Final = 8000
+"""Container runtimes cut lines at 16 KiB, and a JSON object that was cut is none. Of a traceback the end is kept."""
+_encoder: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+class RecordFormatter(logging.Formatter):
+    """What both formats have in common.
+
+    Args:
+        labels: of the process, on every line: ``role``, and of a replica ``replica``.
+        redactor: takes secrets out.
+        request_id: the id of the request that this thread works for, where :mod:`core.request_context` has none.
+    """
+
+    def __init__(
+        self, labels: Mapping[str, str], redactor: Redactor | None = None, request_id: Callable[[], str] = str
+    ) -> None:
+        super().__init__()
+        self.labels = dict(labels)
+        self.redactor = redactor or Redactor()
+        self.request_id = request_id
+
+    def message(self, record: logging.LogRecord) -> str:
+        """The message without secrets, bounded."""
+        text = self.redactor.redact(record.getMessage())
+        return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]} [...]"
+
+    def traceback(self, record: logging.LogRecord) -> str:
+        """The traceback without secrets, or nothing; the end of one that is too long."""
+        parts = [self.formatException(record.exc_info)] if record.exc_info else []
+        parts += [self.formatStack(record.stack_info)] if record.stack_info else []
+        text = self.redactor.redact("\n".join(parts))
+        return text if len(text) <= MAX_TRACEBACK_CHARS else f"[...] {text[-MAX_TRACEBACK_CHARS:]}"
+
+    def request(self) -> dict[str, Any]:
+        """Of the request that the record belongs to: its id, the release and the adapter, as far as they are known."""
+        request = current()
+        fields: dict[str, Any] = {"request_id": (request and request.request_id) or self.request_id()}
+        if request is not None:
+            fields |= {"release": request.release, "adapter": request.adapter}
+        return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+class JsonFormatter(RecordFormatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line, without its end."""
+        fields: dict[str, Any] = {
+            "time": timestamp(record.created), "level": record.levelname, "logger": record.name,
+            "message": self.message(record), **self.labels, "pid": record.process, **self.request(),
+        }  # fmt: skip
+        if traceback := self.traceback(record):
+            fields["traceback"] = traceback
+        return _encoder.encode(fields)
+
+
+class TextFormatter(RecordFormatter):
+    """A line for people; a traceback follows on lines of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line, without its end."""
+        labels = {name: value for name, value in self.labels.items() if name != "role"} | self.request()
+        about = "".join(f" {name}={value}" for name, value in labels.items())
+        line = f"{timestamp(record.created)} {record.levelname} {record.name}: {self.message(record)}"
+        line += f" [{about.strip()}]" if about else ""
+        traceback = self.traceback(record)
+        return f"{line}\n{traceback}" if traceback else line
+
+
+def timestamp(seconds: float) -> str:
+    """ISO 8601 in UTC, with milliseconds.
+
+    >>> timestamp(0.5)
+    '1970-01-01T00:00:00.500Z'
+    """
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def readable(line: str) -> str:
+    """A line of a log as text; one that is no JSON object of ours stays as it is.
+
+    >>> readable('{"time": "1970-01-01T00:00:00.500Z", "level": "ERROR", "message": "the port is taken"}')
+    '1970-01-01T00:00:00.500Z ERROR the port is taken'
+    """
+    try:
+        fields = json.loads(line)
+        shown = f"{fields['time']} {fields['level']} {fields['message']}"
+    except (ValueError, KeyError, TypeError):
+        return line
+    return f"{shown}\n{fields['traceback']}" if "traceback" in fields else shown
+
+
+def writes_json() -> bool:
+    """Whether the log of this process is JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)

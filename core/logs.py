@@ -1,0 +1,130 @@
+"""The log of a process, on standard error: who writes what is the same for every part, on a laptop and on a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, SecretStr
+
+from core.log_format import JsonFormatter, RecordFormatter, TextFormatter
+from core.redaction import Redactor
+from core.settings import Settings
+from core.settings.watching import Logs
+
+OURS = ("ratchet", "streams")
+"""Loggers that ``logs.level`` is for. Libraries log warnings and worse."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """How a process logs."""
+
+    format: Literal["json", "text"]
+    level: int
+    labels: Mapping[str, str]
+    secrets: Sequence[str] = field(repr=False)
+
+
+_config: LogConfig | None = None
+_SECRET = re.compile(r"(?i)password|passphrase|secret|token|credential")
+
+
+class _OnceAMinute(logging.Filter):
+    """Lets each line of kafka-python's source log once a minute: while a broker is away it logs every attempt."""
+
+    SECONDS = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged_at: dict[tuple[str, int], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("kafka."):
+            return True
+        place = record.name, record.lineno
+        if record.created - self._logged_at.get(place, -self.SECONDS) < self.SECONDS:
+            return False
+        self._logged_at[place] = record.created
+        return True
+
+
+def configure_logging(
+    settings: Settings | None = None, role: str = "ratchet", *, service: bool = True, replica: str = "",
+    request_id: Callable[[], str] = str,
+) -> None:  # fmt: skip
+    """Log to standard error as the settings say. Call it at the start of a process; the last call counts.
+
+    A root logger with handlers of others, as in a program that uses Ratchet as a library, is left as it is.
+
+    Args:
+        settings: None: before they are read.
+        role: what this process is: ``serve``, ``ingest``, ``encoder``, ...
+        service: it runs for long, and its log is collected; else it is a command that somebody waits for.
+        replica: which one of several, on every line.
+        request_id: see :class:`core.log_format.RecordFormatter`.
+    """
+    logs = settings.logs if settings is not None else Logs()
+    labels = {"role": role} | ({"replica": replica} if replica else {})
+    level = logging.getLevelNamesMapping()[logs.level.upper()]
+    inherit(LogConfig(log_format(logs.format, service), level, labels, tuple(secrets_of(settings))), request_id)
+
+
+def inherited() -> LogConfig | None:
+    """How this process logs, for :func:`inherit` in one that it spawns; None: :func:`configure_logging` did nothing."""
+    return _config
+
+
+def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> None:
+    """Log as the process does that spawned this one."""
+    global _config
+    root = logging.getLogger()
+    own = [handler for handler in root.handlers if isinstance(handler.formatter, RecordFormatter)]
+    if config is None or len(own) < len(root.handlers):
+        return
+    _config = config
+    formatter = JsonFormatter if config.format == "json" else TextFormatter
+    handler = logging.StreamHandler()
+    handler.addFilter(_OnceAMinute())
+    handler.setFormatter(formatter(config.labels, Redactor(config.secrets), request_id))
+    for each in own:
+        root.removeHandler(each)
+    root.addHandler(handler)
+    root.setLevel(max(config.level, logging.WARNING))
+    for name in OURS:
+        logging.getLogger(name).setLevel(config.level)
+    logging.captureWarnings(True)
+
+
+def log_format(format: Literal["auto", "json", "text"], service: bool = True) -> Literal["json", "text"]:
+    """What ``auto`` is for this process: JSON for a service without a terminal, text elsewhere."""
+    if format != "auto":
+        return format
+    return "json" if service and not sys.stderr.isatty() else "text"
+
+
+def secrets_of(settings: Settings | None, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Every secret that this process was given, by its settings or its environment."""
+    secrets = [value for name, value in environ.items() if _SECRET.search(name)]
+    if settings is None:
+        return secrets
+    secrets += _secrets_in(settings)
+    secrets += [value for name, value in settings.kafka.client.items() if _SECRET.search(name)]
+    key = settings.home / "operator.key"
+    if settings.serve.operator_key is None and key.is_file():
+        secrets.append(key.read_text().strip())
+    return secrets
+
+
+def _secrets_in(section: BaseModel) -> Iterator[str]:
+    for name in type(section).model_fields:
+        value: Any = getattr(section, name)
+        if isinstance(value, SecretStr):
+            yield value.get_secret_value()
+        elif isinstance(value, BaseModel):
+            yield from _secrets_in(value)

@@ -1,0 +1,128 @@
+"""Verbs of the updater. Compute is given in memory-adjusted GFLOPs, as in the ledger, and exported in FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from core.metrics import declared as d
+
+GIGA = 1e9
+State = Literal["waiting", "training", "judging", "proposing"]
+STATES: tuple[State, ...] = ("waiting", "training", "judging", "proposing")
+
+
+class update:
+    """Verbs of the trainer."""
+
+    @staticmethod
+    def now(family: str, state: State) -> None:
+        """What the trainer does for a model from now on."""
+        for each in STATES:
+            d.UPDATE_STATE.labels(family, each).set(int(each == state))
+
+    @staticmethod
+    def new_samples(family: str, count: int) -> None:
+        """So many train samples were neither learned nor tried."""
+        d.UPDATE_WAITING.labels(family).set(count)
+
+    @staticmethod
+    def fresh_items(family: str, items: int, needed: int) -> None:
+        """So many independent fresh items could be asked, of those that the gate needs."""
+        d.UPDATE_FRESH.labels(family).set(items)
+        d.UPDATE_FRESH_NEEDED.labels(family).set(needed)
+
+    @staticmethod
+    def stepped(family: str, losses: Mapping[str, float]) -> None:
+        """One training step was done."""
+        d.UPDATE_STEPS.labels(family).inc()
+        for term, loss in losses.items():
+            d.UPDATE_LOSS.labels(family, term).set(loss)
+
+    @staticmethod
+    def trained(family: str, seconds: float, spent: float) -> None:
+        """An update's training came to its end."""
+        d.UPDATE_SECONDS.labels(family).observe(seconds)
+        d.BUDGET_SPENT.labels("train").inc(spent * GIGA)
+
+    @staticmethod
+    def visited(family: str, visited: int, passed_over: int) -> None:
+        """Of the new samples of an update so many were in a batch, and so many were not."""
+        d.UPDATE_VISITED.labels(family).inc(visited)
+        d.UPDATE_PASSED_OVER.labels(family).inc(passed_over)
+
+    @staticmethod
+    def unjudged(family: str, missing: bool) -> None:
+        """Whether no update can be judged, since suites or the reference pool are missing."""
+        d.UPDATE_UNJUDGED.labels(family).set(missing)
+
+    @staticmethod
+    def left_out(family: str, samples: int) -> None:
+        """So many samples that an update came to could not be prepared."""
+        d.UPDATE_LEFT_OUT.labels(family).inc(samples)
+
+    @staticmethod
+    def cost(family: str, planned: float, spent: float) -> None:
+        """Compute of the last update: planned, and spent."""
+        d.UPDATE_PLANNED.labels(family).set(planned * GIGA)
+        d.UPDATE_SPENT.labels(family).set(spent * GIGA)
+
+    @staticmethod
+    def finished(family: str, state: str) -> None:
+        """An update is ``done``, ``failed`` or ``abandoned``."""
+        d.UPDATES.labels(family, state).inc()
+
+    @staticmethod
+    def budget(level: float, size: float, per_update: float) -> None:
+        """What is left in the token bucket, what it holds, and what one update takes out before it trains."""
+        d.BUDGET_LEVEL.set(level * GIGA)
+        d.BUDGET_SIZE.set(size * GIGA)
+        d.BUDGET_UPDATE.set(per_update * GIGA)
+
+
+class Score(NamedTuple):
+    """What a suite came to, as shares. ``margin_left`` is None where there is no margin."""
+
+    suite: str
+    role: str
+    base: float
+    incumbent: float
+    candidate: float
+    margin_left: float | None
+
+
+class gate:
+    """Verbs of the gate."""
+
+    @staticmethod
+    def decided(family: str, outcome: str, seconds: float, spent: float) -> None:
+        """A verdict fell; what its forward passes cost. ``kept``: it was inconclusive, and the candidate is asked
+        again."""
+        d.GATE_VERDICTS.labels(family, outcome).inc()
+        d.GATE_SECONDS.labels(family).observe(seconds)
+        d.BUDGET_SPENT.labels("gate").inc(spent * GIGA)
+
+    @staticmethod
+    def last(family: str, outcome: str, timestamp: float) -> None:
+        """When a verdict with this outcome fell last; seconds since 1970."""
+        d.GATE_LAST.labels(family, outcome).set(timestamp)
+
+    @staticmethod
+    def scored(family: str, scores: Sequence[Score]) -> None:
+        """All suites of a verdict. Those of the verdict before go: domains of fresh samples come and go."""
+        d.GATE_SCORE.remove_by_labels({"family": family})
+        d.GATE_MARGIN.remove_by_labels({"family": family})
+        for each in scores:
+            for model in ("base", "incumbent", "candidate"):
+                d.GATE_SCORE.labels(family, each.suite, each.role, model).set(getattr(each, model))
+            if each.margin_left is not None:
+                d.GATE_MARGIN.labels(family, each.suite).set(each.margin_left)
+
+    @staticmethod
+    def shifted(family: str, shifts: Mapping[str, tuple[float, float]]) -> None:
+        """By tower how far the features of the last candidate are from the incumbent's and from the base's. Those of
+        the verdict before go."""
+        d.GATE_SHIFT.remove_by_labels({"family": family})
+        for tower, (incumbent, base) in shifts.items():
+            d.GATE_SHIFT.labels(family, tower, "incumbent").set(incumbent)
+            d.GATE_SHIFT.labels(family, tower, "base").set(base)

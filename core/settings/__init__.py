@@ -1,0 +1,87 @@
+"""All settings, typed and in one place. :mod:`core.loading` reads them, and knows where each value came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from core.settings.operator_key import kept_key
+from core.settings.section import Section
+from core.settings.serving import AccessRules, BaseModels, Catalog, Console, Rollout, Serve
+from core.settings.streams import Collection, Ingest, Kafka, Maintain, Retention
+from core.settings.updates import Budget, Gate, Updater
+from core.settings.watching import Logs, Traces, Watch
+
+
+class Settings(Section):
+    """Everything. ``origins`` maps each dotted name to the place its value came from."""
+
+    home: Path = Field(Path(".ratchet"), description="Folder of the embedded defaults.")
+    ledger_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in home when unset.")
+    artifacts_url: str | None = Field(
+        None, description="fsspec URL of adapters and reports; a folder in home when unset."
+    )
+    lake_url: str | None = Field(None, description="Folder or object store URL of the Lance datasets.")
+    server_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+",
+        description="URL at which console, updater and command line call the model server; by default its own.",
+    )  # fmt: skip
+    metrics_host: str = Field(
+        "127.0.0.1", description="Address of the metrics ports of ingest, maintenance and the updater."
+    )
+    base: BaseModels = Field(default_factory=BaseModels)
+    kafka: Kafka = Field(default_factory=Kafka)
+    ingest: Ingest = Field(default_factory=Ingest)
+    maintain: Maintain = Field(default_factory=Maintain)
+    retention: Retention = Field(default_factory=Retention)
+    gc: Collection = Field(default_factory=Collection)
+    serve: Serve = Field(default_factory=Serve)
+    access: AccessRules = Field(default_factory=AccessRules)
+    updater: Updater = Field(default_factory=Updater)
+    budget: Budget = Field(default_factory=Budget)
+    gate: Gate = Field(default_factory=Gate)
+    catalog: Catalog = Field(default_factory=Catalog)
+    watch: Watch = Field(default_factory=Watch)
+    console: Console = Field(default_factory=Console)
+    rollout: Rollout = Field(default_factory=Rollout)
+    logs: Logs = Field(default_factory=Logs)
+    traces: Traces = Field(default_factory=Traces)
+    origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
+
+    @property
+    def server(self) -> str:
+        """URL under which other processes than serving's own call the model server."""
+        return self.server_url or self.serve.url
+
+    @property
+    def ledger(self) -> str:
+        """SQLAlchemy URL of the ledger."""
+        return self.ledger_url or f"sqlite:///{(self.home / 'ledger.db').resolve()}"
+
+    @property
+    def artifacts(self) -> str:
+        """fsspec URL of the artifacts."""
+        return self.artifacts_url or str((self.home / "artifacts").resolve())
+
+    @property
+    def lake(self) -> str:
+        """URL under which the Lance datasets lie."""
+        return self.lake_url or str((self.home / "lake").resolve())
+
+    @property
+    def update_folders(self) -> Path:
+        """Work folders of updates that are not over: checkpoints, and what is computed once per sample."""
+        return self.home / "updates"
+
+    @property
+    def has_operator_key(self) -> bool:
+        """Whether there is a key of operators already, in the settings or in the home."""
+        return self.serve.operator_key is not None or (self.home / "operator.key").exists()
+
+    def operator_key(self) -> SecretStr:
+        """The operators' key; on first use one is made and kept, owner-readable, in ``home/operator.key``."""
+        if self.serve.operator_key is not None:
+            return self.serve.operator_key
+        return SecretStr(kept_key(self.home / "operator.key"))

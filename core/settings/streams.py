@@ -1,0 +1,156 @@
+"""Settings of what comes in and of what is kept: broker, ingest, maintenance, retention, garbage collection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from pydantic import Field, SecretStr, field_validator
+
+from core.allow_rules import NetworkRule, UriRule
+from core.settings.identity import OAuth
+from core.settings.section import MIB, Section, http_url
+from ratchet_client.limits import DEFAULT_LIMITS
+from ratchet_client.records import TOPIC
+
+OWNED_OPTIONS: Final[Mapping[str, str]] = {
+    "acks": "a record counts as sent when all replicas have it",
+    "allow_auto_create_topics": "a topic that is lost must not come back empty, with other settings",
+    "auto_offset_reset": "the sample store knows where to go on",
+    "bootstrap_servers": "set `kafka.bootstrap`",
+    "check_crcs": "damaged records go to quarantine",
+    "enable_auto_commit": "offsets are committed after what they stand for is stored",
+    "enable_idempotence": "a retry must not send a record twice",
+    "fetch_max_bytes": "set `kafka.batch_bytes`",
+    "group_id": "set `kafka.group`",
+    "isolation_level": "set `kafka.isolation_level`",
+    "key_deserializer": "records are decoded by ingest",
+    "key_serializer": "records are encoded by Ratchet",
+    "max_partition_fetch_bytes": "set `kafka.batch_bytes`",
+    "transaction_timeout_ms": "older senders are fenced off in a known time",
+    "transactional_id": "each partition has its own, which fences older senders",
+    "value_deserializer": "records are decoded by ingest",
+    "value_serializer": "records are encoded by Ratchet",
+}
+"""Options of kafka-python that `kafka.client` cannot set, because exactly-once delivery rests on them or because they
+have a setting of their own; each with its reason."""
+
+
+class Kafka(Section):
+    """The broker and the topics."""
+
+    bootstrap: str = Field("127.0.0.1:19092", description="host:port of one or more brokers, comma separated.")
+    topic: str = Field(TOPIC, description="Topic that producers write to.")
+    quarantine_topic: str = Field("ratchet.quarantine", description="Topic for records that were refused.")
+    events_topic: str = Field("ratchet.events", description="Topic that tells of releases and more; empty is off.")
+    events_source: str = Field(
+        "urn:ratchet", min_length=1, max_length=200, description="CloudEvents `source`: names this installation."
+    )
+    group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
+    partitions: int = Field(2, ge=1, le=1024, description="Partitions when Ratchet creates the topic.")
+    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
+        "read_committed", description="Whether records of transactions that were aborted are left out."
+    )
+    batch_bytes: int = Field(16 * MIB, ge=1024, description="Most bytes of records in one commit.")
+    batch_records: int = Field(512, ge=1, le=100_000, description="Most records in one commit.")
+    batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
+    client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
+    oauth: OAuth = Field(default_factory=OAuth)
+    schema_registry: str = Field("", description="URL of a Confluent-compatible schema registry; empty: none.")
+    schema_deadline_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="A record whose schema the registry fails at for so long is refused; 0: it is waited for.",
+    )
+    schema_registry_auth: SecretStr | None = Field(None, description="user:password for the schema registry.")
+
+    _url = field_validator("schema_registry")(http_url)
+
+    @field_validator("client")
+    @classmethod
+    def _only_free_options(cls, value: dict[str, str]) -> dict[str, str]:
+        if owned := sorted(value.keys() & OWNED_OPTIONS.keys()):
+            reasons = "; ".join(f"{name}: {OWNED_OPTIONS[name]}" for name in owned)
+            raise ValueError(f"Ratchet owns some of these options ({reasons})")
+        return value
+
+    @field_validator("schema_registry_auth")
+    @classmethod
+    def _user_and_password(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and ":" not in value.get_secret_value():
+            raise ValueError("give user:password")
+        return value
+
+
+class Ingest(Section):
+    """What a record must be to get into the sample store."""
+
+    max_image_bytes: int = Field(DEFAULT_LIMITS.max_image_bytes, ge=1024, description="Largest encoded image.")
+    max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="Largest decoded image, in pixels.")
+    min_side: int = Field(DEFAULT_LIMITS.min_side, ge=1, description="Shortest side of an image, in pixels.")
+    max_text_chars: int = Field(DEFAULT_LIMITS.max_text_chars, ge=1, description="Longest text, question or answer.")
+    fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
+    near_duplicate_distance: int = Field(
+        -1,
+        ge=-1,
+        le=16,
+        description="Perceptual hash bits in which near duplicates may differ; -1: none are looked for.",
+    )
+    split_key: SecretStr | None = Field(
+        None, description="Key of the split into train and fresh_eval; made with the store if unset."
+    )
+    processes: int = Field(0, ge=0, le=256, description="Processes that validate records; 0: one for each core.")
+    allowed_uris: list[UriRule] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
+    allowed_networks: list[NetworkRule] = Field(
+        default_factory=list, description="Networks that URIs may lead to although they are not public."
+    )
+    uri_concurrency: int = Field(32, ge=1, le=1024, description="Images fetched at once by image_uri; more wait.")
+    uri_seconds: float = Field(30.0, gt=0, le=3600, description="Longest time to fetch one image, all tries included.")
+    uri_retries: int = Field(3, ge=0, le=10, description="Further tries after failures that may pass.")
+    metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
+
+
+class Maintain(Section):
+    """What keeps the sample store compact, deletes what is to be deleted, and publishes events: `ratchet maintain`."""
+
+    seconds: float = Field(30.0, gt=0, le=86_400, description="How often maintenance looks for something to do.")
+    metrics_port: int = Field(9466, ge=0, le=65535, description="Prometheus port of maintenance; 0 is off.")
+    keep_seconds: float = Field(
+        3600.0, ge=0, description="How long versions of the sample store are kept that no update is pinned to."
+    )
+    keep_events_days: float = Field(
+        7.0, ge=0, description="How long the ledger keeps events that were published; 0: no limit."
+    )
+
+
+class Retention(Section):
+    """How long samples and refused records are kept. Without limits they are kept until somebody deletes them."""
+
+    max_age_days: float = Field(
+        0, ge=0, description="Samples and refused records older than this are removed; 0: no limit."
+    )
+    max_bytes: int = Field(
+        0, ge=0, description="The oldest samples and refused records over this many bytes go; 0: no limit."
+    )
+    keep_samples: int = Field(
+        50_000, ge=0, description="Of the samples over a limit so many stay, balanced over concepts, to be replayed."
+    )
+
+
+class Collection(Section):
+    """What is deleted of adapters, their carry-over, gate reports and caches: `ratchet gc`, and maintenance."""
+
+    hours: float = Field(24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet gc` does.")
+    keep_releases: int = Field(
+        20, ge=2, le=10_000, description="Newest releases of each base whose adapters stay, whatever their age."
+    )
+    keep_days: float = Field(
+        90.0,
+        ge=1,
+        description="Adapters stay for so long after their last use; caches on this machine too. Counted back from the "
+        "newest entry of the ledger.",
+    )
+    keep_report_days: float = Field(
+        365.0, ge=0, description="Gate reports of candidates that were never released stay for so long; 0: no limit."
+    )
+    keep_adapters: list[str] = Field(default_factory=list, description="Names of adapters that always stay.")

@@ -1,0 +1,104 @@
+"""Settings of learning: when updates are trained, what they may spend, what they have to prove."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from core.settings.heads import MAX_HEADS, LearnedHead
+from core.settings.section import Section
+
+Draw = Literal["uniform", "newest"]
+"""How an update draws from what is pending."""
+
+
+class Updater(Section):
+    """When and how updates are trained."""
+
+    recipe: str = Field("default", description="Recipe of CLIP updates: a name or a YAML path.")
+    vlm_recipe: str = Field("vlm-default", description="Recipe of VLM updates: a name or a YAML path.")
+    min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
+    max_wait_seconds: float = Field(
+        3600.0, gt=0, description="Trigger with fewer samples or fresh items after this long."
+    )
+    wait_for_items: bool = Field(
+        True,
+        description="Wait for the fresh items that show gate.detect; off: an update is judged once, by what there is.",
+    )
+    draw: Draw = Field(
+        "uniform",
+        description="Which pending samples an update visits where it cannot visit all: drawn by chance, or the newest.",
+    )
+    work_gib: float = Field(
+        16.0, gt=0, description="Disk that one update may take in home/updates for what it computes once per sample."
+    )
+    poll_seconds: float = Field(5.0, gt=0, description="How often the triggers are checked.")
+    reference: list[Path] = Field(
+        default_factory=list, description="Folder datasets of the reference pool; unset: the shipped base's own."
+    )
+    seed: int = Field(0, ge=0, description="Seed of training.")
+    threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer, of each of its workers.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that take the steps of an update together, by Ray Train. 1: the updater itself.",
+    )
+    workers_on_gpus: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether each of them has a GPU; auto: where the updater itself sees one."
+    )
+    ray_address: str = Field(
+        "",
+        description="Ray cluster for more workers than one, which sees home as this machine does, e.g. ray://head:10001;"
+        " empty: this machine.",
+    )
+    nice: int = Field(
+        19, ge=0, le=19, description="Niceness of the trainer process; serving's models have 4, the rest of serving 0."
+    )
+    idle: bool = Field(False, description="Linux: the trainer runs only where no other process wants to (SCHED_IDLE).")
+    duty_cycle: float = Field(1.0, gt=0, le=1, description="Share of time the trainer may compute.")
+    max_latency_ratio: float = Field(
+        1.25, ge=1, description="The trainer gives way while a route takes this multiple of what it did before."
+    )
+    least_duty_cycle: float = Field(0.25, gt=0, le=1, description="Share of time it keeps when it gives way.")
+    checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
+    heads: list[LearnedHead] = Field(
+        default_factory=list,
+        max_length=MAX_HEADS,
+        description="Classifiers that each update of the CLIP learns from labelled samples; see docs/heads.md.",
+    )
+    metrics_port: int = Field(9465, ge=0, le=65535, description="Prometheus port of the updater; 0 is off.")
+
+
+class Budget(Section):
+    """Compute for learning, in memory-adjusted GFLOPs (FLOPs per step x peak memory / that of full fine-tuning)."""
+
+    gflops_per_day: float = Field(200_000.0, gt=0, description="Refill of the token bucket a day, and its size.")
+    gflops_per_update: float = Field(6_000.0, gt=0, description="Most that one update may spend.")
+    seconds_per_update: float = Field(900.0, gt=0, description="Wall-clock bound of one update's training.")
+
+
+class Gate(Section):
+    """What a candidate has to prove."""
+
+    suites: list[Path] = Field(default_factory=list, description="Suite YAML files or folders of them.")
+    alpha: float = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="Chance of a false accept: of each candidate that loses a margin, and of any without a gain before "
+        "the next release.",
+    )
+    detect: float = Field(
+        0.03, gt=0, lt=1, description="Gain that the gate is to see: updates wait for the fresh items that show it."
+    )
+    power: float = Field(0.8, ge=0.5, lt=1, description="Chance with which the gate sees a true gain of gate.detect.")
+    margin: float = Field(0.05, gt=0, lt=1, description="Loss that a retention suite must exclude (0.05 = 5 points).")
+    min_items: int = Field(
+        50, ge=2, description="Fewer independent items (captions, images) than this are inconclusive."
+    )
+    max_items: int = Field(
+        2000, ge=50, le=50_000, description="Most items of a suite that names no limit, of a fresh domain as well."
+    )

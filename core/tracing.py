@@ -1,0 +1,93 @@
+"""Spans of requests for OpenTelemetry: off unless Ray Serve was told to trace (``traces.endpoint``).
+
+Ray Serve takes a client's W3C ``traceparent``, carries the trace through its handles, and makes a span of each call of
+a replica. Inside of those are ours:
+
+    intake    the body is read                         (ingress)
+    inspect   images are fetched and checked           (ingress)
+    decode    images are decoded                       (ingress)
+    queue     a request waits for its batch            (encoder)
+    forward   its batch is computed                    (encoder)
+    search    the nearest samples                      (catalog)
+    engine    the answer is generated                  (VLM)
+
+Nothing of OpenTelemetry is imported while it is off; the package's extra ``traces`` has it.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Final
+
+from core.request_context import current
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
+    from opentelemetry.trace import Tracer, TracerProvider
+
+EXPORTER: Final = "core.tracing:span_processors"
+"""What Ray Serve is told to call in each of its processes."""
+_NOTHING: Final[AbstractContextManager[Any]] = nullcontext()
+_tracer: Tracer | None = None
+
+
+def span_processors() -> list[SpanProcessor]:
+    """Switch spans on in this process. Returns what sends them by OTLP over HTTP, as OTEL_* variables say."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    switch_on()
+    return [BatchSpanProcessor(OTLPSpanExporter())]
+
+
+def switch_on(provider: TracerProvider | None = None) -> None:
+    """Make spans. ``provider``: in place of the process's own."""
+    global _tracer
+    from opentelemetry import trace
+
+    _tracer = trace.get_tracer("ratchet", tracer_provider=provider)
+
+
+def switch_off() -> None:
+    """Make none."""
+    global _tracer
+    _tracer = None
+
+
+def span(name: str, **attributes: Any) -> AbstractContextManager[Any]:
+    """A span around a block, where the trace is on and sampled; release, adapter and id of the request are on it.
+
+    >>> with span("search", k=10): ...
+    """
+    if _tracer is None or not _sampled():
+        return _NOTHING
+    return _tracer.start_as_current_span(name, attributes=attributes | _of_request())
+
+
+def record(name: str, began: float, ended: float, **attributes: Any) -> None:
+    """A span that is over; times are on the monotonic clock."""
+    if _tracer is None or not _sampled():
+        return
+    offset = time.time() - time.monotonic()
+    one = _tracer.start_span(name, start_time=_nanoseconds(began + offset), attributes=attributes | _of_request())
+    one.end(_nanoseconds(ended + offset))
+
+
+def _sampled() -> bool:
+    """Whether somebody above wants this trace: without a parent a span would begin a trace of its own."""
+    from opentelemetry import trace
+
+    return bool(trace.get_current_span().get_span_context().trace_flags.sampled)
+
+
+def _of_request() -> dict[str, Any]:
+    request = current()
+    if request is None:
+        return {}
+    fields = {"request_id": request.request_id, "release": request.release, "adapter": request.adapter}
+    return {f"ratchet.{name}": value for name, value in fields.items() if value not in (None, "")}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

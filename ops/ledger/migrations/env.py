@@ -1,8 +1,0 @@
-"""Alembic's entry: migrates over the connection that the caller holds, in its transaction."""
-
-from alembic import context
-
-from ops.ledger.tables import Base
-
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
-context.run_migrations()

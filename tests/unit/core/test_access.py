@@ -1,0 +1,270 @@
+"""Who holds a token, what he may do, and what the audit log calls him."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import access as module
+from core.access import KEYS_SECONDS, NEW_KEY_SECONDS, OPERATOR, Access, Principal
+from core.errors import AccessError, LedgerUnavailable
+from core.ledger import KeyRow, Ledger
+from core.settings import Settings
+from core.settings.serving import Serve
+from tests.support.clock import Clock
+
+
+class NoKeys:
+    """A ledger without keys."""
+
+    def api_keys(self) -> list[KeyRow]:
+        return []
+
+    def touch_keys(self, used: Mapping[str, datetime]) -> None:
+        assert not used
+
+
+class AccessSetup:
+    """A ledger that can be away, and an access that reads it."""
+
+    def __init__(self, home: Path, **settings: Any) -> None:
+        self.settings = Settings(home=home, **{"serve": {"operator_key": "bootstrap"}, **settings})
+        self.ledger = Ledger.open(self.settings.ledger)
+        self.away = False
+        self.reads = 0
+        self.clock = Clock()
+        self.access = Access(self, self.settings, self.clock, pause=self.clock.sleep)
+
+    def api_keys(self) -> list[KeyRow]:
+        self.reads += 1
+        if self.away:
+            raise LedgerUnavailable("no route to host")
+        return self.ledger.api_keys()
+
+    def touch_keys(self, used: Mapping[str, datetime]) -> None:
+        self.ledger.touch_keys(used)
+
+    def key(self, name: str, *scopes: str, limit: int | None = None) -> str:
+        return self.ledger.create_key(name, scopes or ["infer"], actor="t", requests_per_minute=limit)[1]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Iterator[AccessSetup]:
+    made = AccessSetup(tmp_path)
+    yield made
+    made.ledger.close()
+
+
+def test_a_key_is_its_holder_with_its_scopes_and_its_limit(tmp_path: Path) -> None:
+    setup = AccessSetup(tmp_path, access={"requests_per_minute": 30})
+    own, common, free = setup.key("own", "infer", "operate", limit=60), setup.key("common"), setup.key("free", limit=0)
+    found = setup.access.identify(own)
+    assert found is not None
+    assert (found.name, found.scopes, found.kind) == ("own", {"infer", "operate"}, "key")
+    assert found.key_id == own.split("_")[1]
+    limits = [who.requests_per_minute for who in map(setup.access.identify, (own, common, free)) if who]
+    assert limits == [60, 30, 0]
+
+
+def test_a_token_that_differs_anywhere_is_nobodys(setup: AccessSetup) -> None:
+    token, other = setup.key("ann"), setup.key("bob")
+    assert setup.access.identify(token) is not None
+    last = "0" if token[-1] != "0" else "1"
+    swapped = "_".join([*token.split("_")[:2], other.split("_")[2]])
+    for wrong in (token[:-1], token[:-1] + last, token + "0", swapped, "rk_", f"rk_00000000_{'0' * 64}"):
+        assert setup.access.identify(wrong) is None
+
+
+def test_secrets_are_compared_in_constant_time(setup: AccessSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = setup.key("ann")
+    compared: list[tuple[bytes, bytes]] = []
+    real = module.hmac.compare_digest
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return real(a, b)
+
+    monkeypatch.setattr(module.hmac, "compare_digest", compare)
+    setup.access.identify(token)
+    setup.access.identify(f"rk_ffffffff_{'0' * 64}")
+    assert [len(right) for _, right in compared] == [9, 64, 9, 64]  # an unknown id is compared, too
+
+
+def test_the_bootstrap_key_has_every_scope_and_no_ledger_is_asked(setup: AccessSetup) -> None:
+    setup.away = True
+    assert setup.access.identify("bootstrap") is OPERATOR
+    assert OPERATOR.may("operate") and OPERATOR.may("infer") and OPERATOR.may("publish")
+    assert setup.reads == 0
+
+
+def test_a_key_expires_also_while_the_ledger_is_away(setup: AccessSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, token = setup.ledger.create_key("ann", ["search"], actor="t", days=1)
+    assert setup.access.identify(token) is not None
+    setup.away = True
+    setup.clock.now += KEYS_SECONDS
+    assert setup.access.identify(token) is not None
+    monkeypatch.setattr(KeyRow, "expired", lambda row: row.expires_at < datetime.now(UTC) + timedelta(days=2))
+    assert setup.access.identify(token) is None
+
+
+def test_a_revoked_key_stops_within_seconds(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    assert setup.access.identify(token) is not None
+    setup.ledger.revoke_key("ann", actor="t", reason="r")
+    setup.clock.now += KEYS_SECONDS
+    assert setup.access.identify(token) is None
+
+
+def test_keys_are_not_read_again_for_every_request(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    for _ in range(100):
+        setup.access.identify(token)
+    assert setup.reads == 1
+
+
+def test_a_new_key_works_at_once_and_made_up_ones_do_not_flood_the_ledger(setup: AccessSetup) -> None:
+    setup.access.identify(setup.key("ann"))
+    setup.clock.now += NEW_KEY_SECONDS / 4
+    assert setup.access.identify(setup.key("bob")) is not None, "though the keys have just been read"
+    reads, began = setup.reads, setup.clock.now
+    for number in range(100):
+        assert setup.access.identify(f"rk_{number:08x}_{'0' * 64}") is None
+        setup.clock.now += NEW_KEY_SECONDS / 10
+    assert setup.reads - reads <= (setup.clock.now - began) / NEW_KEY_SECONDS
+
+
+def test_a_key_that_is_made_while_the_keys_are_read_is_known_to_the_next_reading(setup: AccessSetup) -> None:
+    setup.access.refresh()
+    setup.clock.now += KEYS_SECONDS
+    fresh: list[str] = []
+
+    def read() -> list[KeyRow]:
+        rows = setup.ledger.api_keys()
+        if not fresh:  # it is made after the rows have been read and before the reading ends
+            setup.clock.now += NEW_KEY_SECONDS / 4
+            fresh.append(setup.key("bob"))
+        return rows
+
+    setup.api_keys = read  # type: ignore[method-assign]
+    setup.access.refresh()
+    assert setup.access.identify(fresh[0]) is not None
+
+
+def test_a_copy_counts_only_until_the_ledger_was_read(setup: AccessSetup) -> None:
+    token, recalled = setup.key("ann"), setup.ledger.api_keys()
+    setup.ledger.revoke_key("ann", actor="t", reason="left")
+    setup.away = True
+    access = Access(setup, setup.settings, setup.clock, recall=lambda: recalled)
+    assert access.identify(token) is not None and access.current() is None
+    setup.away = False
+    setup.clock.now += KEYS_SECONDS
+    assert access.identify(token) is None and access.current() == []
+
+
+def test_keys_stay_good_while_the_ledger_is_away(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    setup.access.refresh()
+    setup.away = True
+    for _ in range(3):
+        setup.clock.now += KEYS_SECONDS
+        assert setup.access.identify(token) is not None
+    setup.away = False
+    setup.ledger.revoke_key("ann", actor="t", reason="r")
+    setup.clock.now += KEYS_SECONDS
+    assert setup.access.identify(token) is None
+
+
+def test_nobody_waits_for_a_reading_that_hangs(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    setup.access.refresh()
+    let_go, entered = threading.Event(), threading.Event()
+
+    def hang() -> list[KeyRow]:
+        entered.set()
+        let_go.wait(30)
+        return []
+
+    setup.clock.now += KEYS_SECONDS
+    setup.api_keys = hang  # type: ignore[method-assign]
+    thread = threading.Thread(target=setup.access.refresh)
+    thread.start()
+    entered.wait(30)
+    assert setup.access.identify(token) is not None  # this would hang as well if it read
+    let_go.set()
+    thread.join()
+    assert setup.access.known(token) is None
+
+
+def test_use_is_noted_at_most_once_a_minute(setup: AccessSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = setup.key("ann")
+    touched: list[Mapping[str, datetime]] = []
+    monkeypatch.setattr(setup, "touch_keys", lambda used: touched.append(used) or setup.ledger.touch_keys(used))
+    for _ in range(5):
+        setup.access.identify(token)
+        setup.clock.now += KEYS_SECONDS
+    setup.access.refresh()
+    assert len(touched) == 1
+    used = setup.ledger.api_keys()[0].last_used_at
+    assert used is not None and datetime.now(UTC) - used < timedelta(minutes=1)
+    setup.ledger.touch_keys({token.split("_")[1]: used - timedelta(minutes=2)})
+    setup.access.identify(token)
+    for _ in range(2):
+        setup.clock.now += KEYS_SECONDS
+        setup.access.identify(token)
+    assert len(touched) == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "require", "is_open"),
+    [
+        ("127.0.0.1", "auto", True), ("localhost", "auto", True), ("::1", "auto", True), ("127.0.0.5", "auto", True),
+        ("0.0.0.0", "auto", False), ("::", "auto", False), ("", "auto", False), ("10.0.0.7", "auto", False),
+        ("server.example", "auto", False), ("127.0.0.1.example", "auto", False),
+        ("127.0.0.1", "always", False), ("0.0.0.0", "never", True),
+    ],
+)  # fmt: skip
+def test_a_server_is_open_only_on_loopback_unless_told(tmp_path: Path, host: str, require: str, is_open: bool) -> None:
+    settings = Settings(home=tmp_path, serve=Serve(host=host), access={"require_keys": require})
+    access = Access(NoKeys(), settings)
+    assert access.open == is_open
+    for token in (None, "", "none", "sk-anything"):
+        found = access.identify(token)
+        assert (found is not None) == is_open
+        assert found is None or found.scopes == {"infer", "search"}
+
+
+def test_only_strangers_from_elsewhere_are_limited(tmp_path: Path) -> None:
+    def limit(host: str) -> int:
+        rules = {"require_keys": "never", "anonymous_per_minute": 7}
+        anonymous = Access(NoKeys(), Settings(home=tmp_path, serve=Serve(host=host), access=rules)).anonymous
+        assert anonymous is not None
+        return anonymous.requests_per_minute
+
+    assert (limit("127.0.0.1"), limit("0.0.0.0")) == (0, 7)
+
+
+KEY = Principal("ci", frozenset({"operate"}))
+
+
+def test_the_audit_names_the_key_whatever_is_said() -> None:
+    assert KEY.actor() == KEY.actor("") == "key:ci"
+    assert KEY.actor("ann") == "key:ci/ann"
+    assert OPERATOR.actor() == "operator"
+    assert OPERATOR.actor(" ann ") == "ann"
+
+
+KEYLIKE = ["key:ci", "KEY:ci", " key:ci", "\uff4bey\uff1aci"]
+PARTS = ["controller", "Updater", "guard", "anonymous"]
+
+
+@pytest.mark.parametrize("said", [*KEYLIKE, *PARTS, "a\x07", "\n", "x" * 101, "\u202eann"])
+def test_nobody_can_say_that_he_is_a_key_or_a_part_of_ratchet(said: str) -> None:
+    for who in (OPERATOR, KEY, replace(KEY, kind="anonymous")):
+        with pytest.raises(AccessError):
+            who.actor(said)

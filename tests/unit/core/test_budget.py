@@ -1,0 +1,176 @@
+"""The token bucket when clocks jump, when the updater starts again, and when two processes charge at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete
+
+from core.ledger import Ledger
+from core.ledger.tables import Bucket, Charge
+
+RATE, CAPACITY = 2.0, 100.0
+FULL = CAPACITY / RATE
+"""Seconds after which an empty bucket is full."""
+ROOT = Path(__file__).parents[3]
+
+
+class Spender:
+    """Takes everything that there is, by a clock that may be wrong; knows how much time really passed."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.time = 0.0
+        self.clock = 1e6
+        self.taken = 0.0
+        self.charges = 0
+
+    def wait(self, seconds: float) -> None:
+        self.time += seconds
+        self.clock += seconds
+
+    def level(self) -> float:
+        return self.ledger.bucket_level(self.clock, RATE, CAPACITY)
+
+    def take_all(self) -> None:
+        amount = self.level()
+        assert amount <= CAPACITY
+        self.charges += 1
+        assert self.ledger.charge(f"charge {self.charges}", amount, now=self.clock, rate=RATE, capacity=CAPACITY)
+        self.taken += amount
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
+    """One ledger for many examples."""
+    opened = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('budget') / 'ledger.db'}")
+    yield opened
+    opened.close()
+
+
+def emptied(ledger: Ledger) -> Spender:
+    with ledger.database.write() as session:
+        session.execute(delete(Charge))
+        session.execute(delete(Bucket))
+    spender = Spender(ledger)
+    spender.take_all()
+    assert spender.taken == CAPACITY
+    return spender
+
+
+SECONDS = st.floats(0, 3 * FULL)
+STEPS = st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=6)
+LOOK = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@LOOK
+@given(STEPS)
+def test_a_clock_that_goes_back_mints_nothing_and_blocks_no_longer_than_a_full_refill(
+    kept: Ledger, steps: list[tuple[float, float]]
+) -> None:
+    spender = emptied(kept)
+    for waited, back in steps:
+        spender.wait(waited)
+        spender.clock -= back
+        spender.take_all()
+        assert spender.taken <= CAPACITY + RATE * spender.time + 1e-6
+    spender.wait(2 * FULL)
+    assert spender.level() == pytest.approx(CAPACITY)
+
+
+@LOOK
+@given(STEPS, st.floats(0, 1e9))
+def test_a_clock_that_jumps_ahead_fills_the_bucket_at_most_and_blocks_nothing_when_it_is_set_right(
+    kept: Ledger, steps: list[tuple[float, float]], ahead: float
+) -> None:
+    spender = emptied(kept)
+    spender.clock += ahead
+    spender.take_all()
+    assert spender.taken == pytest.approx(CAPACITY + min(CAPACITY, RATE * ahead))
+    spender.clock -= ahead
+    paid = spender.taken
+    for waited, _ in steps:
+        spender.wait(waited)
+        spender.take_all()
+        assert spender.taken <= paid + RATE * spender.time + 1e-6
+    spender.wait(2 * FULL)
+    assert spender.level() == pytest.approx(CAPACITY)
+
+
+def test_another_ledger_on_the_same_database_goes_on_where_the_last_one_stood(url: str) -> None:
+    first = Ledger.open(url)
+    assert first.charge("u1", 80, now=1000, rate=RATE, capacity=CAPACITY)
+    first.close()
+    second = Ledger.open(url)
+    assert second.bucket_level(1005, RATE, CAPACITY) == 30
+    assert second.charge("u1", 80, now=1005, rate=RATE, capacity=CAPACITY), "it was charged before the restart"
+    second.settle("u1", 50, capacity=CAPACITY)
+    second.close()
+    third = Ledger.open(url)
+    third.settle("u1", 0, capacity=CAPACITY)
+    assert third.bucket_level(1005, RATE, CAPACITY) == 60
+    assert third.spent() == 50
+    third.close()
+
+
+def test_an_update_that_spent_more_than_it_was_charged_leaves_a_debt_that_time_pays(ledger: Ledger) -> None:
+    assert ledger.charge("u1", CAPACITY, now=0, rate=RATE, capacity=CAPACITY)
+    ledger.settle("u1", CAPACITY + 40, capacity=CAPACITY)
+    assert ledger.bucket_level(10, RATE, CAPACITY) == -20
+    assert not ledger.charge("u2", 1, now=10, rate=RATE, capacity=CAPACITY)
+    assert ledger.charge("u2", 1, now=21, rate=RATE, capacity=CAPACITY)
+
+
+CHARGER = """
+import sys
+from core.errors import LedgerUnavailable
+from core.ledger import Ledger
+ledger = Ledger.open(sys.argv[1])
+
+def charge(key, amount):
+    while True:
+        try:
+            return ledger.charge(key, amount, now=0, rate=1e-9, capacity=50)
+        except LedgerUnavailable:  # the other one was stopped while it held the lock: a repetition is free
+            continue
+
+print("ready", flush=True)
+sys.stdin.readline()
+own = sum(charge(f"{sys.argv[2]} {n}", 1) for n in range(40))
+shared = [charge(f"shared {n}", 0) for n in range(20)]
+print(own, all(shared), flush=True)
+"""
+
+
+def test_of_two_processes_that_charge_at_once_none_spends_what_the_other_has_taken(url: str) -> None:
+    """Eighty charges of one from a bucket of fifty; twenty more have the same key in both."""
+    ledger = Ledger.open(url)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHARGER, url, name], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for name in ("one", "other")
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    done = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], [errors for _, errors in done]
+    taken = [output.split() for output, _ in done]
+    assert sum(int(own) for own, _ in taken) == 50
+    assert {shared for _, shared in taken} == {"True"}
+    assert ledger.bucket_level(0, 1e-9, 50) == 0
+    assert ledger.spent() == 50
+    ledger.close()

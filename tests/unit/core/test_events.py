@@ -1,0 +1,248 @@
+"""An event is in the ledger exactly when its fact is, and once; leases let one process at a time write."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from core.errors import LeaseLost, LedgerError, ReleaseConflict
+from core.ledger import Ledger
+from core.ledger import tables as t
+from core.ledger.events import EVENT_TYPES, MAX_DATA_BYTES
+from core.ledger.leases import check_lease
+from tests.support.pages import ROOT, Page
+
+
+def events(ledger: Ledger) -> dict[str, dict[str, Any]]:
+    """Data of all events by id, oldest first."""
+    return {row.event_id: row.data for row in reversed(ledger.events())}
+
+
+def begin(ledger: Ledger) -> None:
+    ledger.begin_update(
+        "u1", family="clip", recipe={}, seed=0, store_version=3, data_from={"t:0": 0}, data_to={"t:0": 10},
+        incumbent=None,
+    )  # fmt: skip
+
+
+def release(ledger: Ledger, number: int, clip: str | None, proposal_id: int | None = None) -> None:
+    ledger.commit_release(number, clip=clip, vlm=None, actor="ann", reason="because", proposal_id=proposal_id)
+
+
+def test_the_way_of_an_update_into_service_is_told_step_by_step(ledger: Ledger) -> None:
+    ledger.register_adapter("clip-a", "clip", "base", "space-i", "space-t", {})
+    begin(ledger)
+    ledger.advance_update("u1", "trained", adapter="clip-a")
+    ledger.advance_update("u1", "gated")
+    ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {"reasons": ["all suites pass"]})
+    row = ledger.propose("update", clip="clip-a", actor="updater", reason="passed", update_id="u1")
+    ledger.advance_proposal(row.id, "preparing")
+    release(ledger, 1, "clip-a", row.id)
+    found = events(ledger)
+    assert list(found) == [
+        "candidate-u1", "verdict-u1", "proposal-1-pending", "proposal-1-preparing", "release-1",
+        "proposal-1-committed",
+    ]  # fmt: skip
+    assert found["candidate-u1"] == {
+        "update": "u1", "adapter": "clip-a", "family": "clip", "data_from": {"t:0": 0}, "data_to": {"t:0": 10},
+    }  # fmt: skip
+    assert found["verdict-u1"] == {
+        "update": "u1", "adapter": "clip-a", "outcome": "passed", "reasons": ["all suites pass"],
+    }  # fmt: skip
+    assert found["release-1"] == {
+        "number": 1, "clip": "clip-a", "vlm": None, "previous": None, "image_space": "space-i", "actor": "ann",
+        "reason": "because", "share": 1.0,
+    }  # fmt: skip
+    assert (found["proposal-1-committed"]["release"], found["proposal-1-committed"]["state"]) == (1, "committed")
+
+
+def test_a_rollback_is_told_as_a_release_and_as_a_rollback_to_the_release_that_had_these_adapters(
+    ledger: Ledger,
+) -> None:
+    for number, clip in ((1, None), (2, "clip-a"), (3, "clip-b")):
+        release(ledger, number, clip)
+    row = ledger.propose("rollback", family="both", clip="clip-a", actor="bob", reason="bad")
+    release(ledger, 4, "clip-a", row.id)
+    found = events(ledger)
+    assert found["rollback-4"] == {"number": 4, "to": 2, "actor": "ann", "reason": "because"}
+    assert (found["release-4"]["clip"], found["release-4"]["previous"]) == ("clip-a", 3)
+
+
+def test_what_is_repeated_after_a_crash_is_told_once(ledger: Ledger) -> None:
+    begin(ledger)
+    for _ in range(2):
+        ledger.advance_update("u1", "trained", adapter="clip-a")
+        ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {})
+        row = ledger.propose("update", clip="clip-a", actor="updater", reason="passed", update_id="u1")
+        ledger.advance_proposal(row.id, "preparing")
+    assert len(ledger.events()) == 4
+
+
+def test_a_release_that_fails_tells_nothing(ledger: Ledger) -> None:
+    release(ledger, 1, None)
+    row = ledger.propose("release", clip="clip-a", actor="ann", reason="r")
+    with pytest.raises(ReleaseConflict):
+        release(ledger, 3, "clip-a", row.id)
+    assert list(events(ledger)) == ["release-1", f"proposal-{row.id}-pending"]
+
+
+def test_a_fact_whose_event_cannot_be_written_is_not_written(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the disk is full")
+
+    begin(ledger)
+    row = ledger.propose("release", clip="clip-a", actor="ann", reason="r")
+    for module in ("learning", "release_events"):
+        monkeypatch.setattr(f"core.ledger.{module}.add_event", broken)
+    attempts: list[Callable[[], object]] = [
+        lambda: release(ledger, 1, None, row.id),
+        lambda: ledger.propose("release", clip="clip-b", actor="ann", reason="r"),
+        lambda: ledger.advance_proposal(row.id, "failed", "no"),
+        lambda: ledger.advance_update("u1", "trained", adapter="clip-a"),
+        lambda: ledger.record_verdict("u1", "clip-a", "passed", "key", {}),
+    ]
+    for attempt in attempts:
+        with pytest.raises(RuntimeError):
+            attempt()
+    assert ledger.live() is None and ledger.update("u1").adapter is None and ledger.verdict_of("u1") is None
+    assert [each.state for each in ledger.proposals()] == ["pending"]
+    assert list(events(ledger)) == [f"proposal-{row.id}-pending"]
+
+
+def test_an_event_with_a_known_id_is_recorded_once_also_by_many_at_once(ledger: Ledger) -> None:
+    written: list[bool] = []
+
+    def record(number: int) -> None:
+        data = {"writer": number}
+        written.append(ledger.record_event("ratchet.gap.v1", "gap-t-0-5", "t:0", data))
+
+    threads = [threading.Thread(target=record, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(written) == [False] * 5 + [True]
+    assert len(ledger.events()) == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "names"),
+    [
+        (("ratchet.other.v1", "x", "s", {}), "type"),
+        (("ratchet.gap.v1", "", "s", {}), "id"),
+        (("ratchet.gap.v1", "x", "s" * 301, {}), "subject"),
+        (("ratchet.gap.v1", "x", "s", {"a": object()}), "not JSON"),
+        (("ratchet.gap.v1", "x", "s", {"a": float("nan")}), "not JSON"),
+        (("ratchet.gap.v1", "x", "s", {"a": "b" * MAX_DATA_BYTES}), "bytes"),
+    ],
+)
+def test_an_event_that_could_not_be_published_is_refused(ledger: Ledger, event: Any, names: str) -> None:
+    with pytest.raises(LedgerError, match=names):
+        ledger.record_event(*event)
+    assert ledger.events() == []
+
+
+def test_marked_events_wait_no_more_and_know_where_they_are(ledger: Ledger) -> None:
+    for number in range(3):
+        ledger.record_event("ratchet.gap.v1", f"gap-{number}", "t:0", {})
+    epoch = ledger.acquire_lease("events", "a", 60)
+    assert epoch is not None
+    first, second, third = ledger.waiting_events()
+    ledger.mark_published({first.id: (0, 2**40), second.id: (1, 7)}, lease="events", epoch=epoch)
+    assert [row.id for row in ledger.waiting_events()] == [third.id]
+    assert ledger.count_waiting_events() == 1
+    assert [(row.partition, row.offset) for row in reversed(ledger.events())] == [(0, 2**40), (1, 7), (None, None)]
+
+
+def test_a_publisher_that_lost_its_lease_marks_nothing(ledger: Ledger) -> None:
+    ledger.record_event("ratchet.gap.v1", "gap-0", "t:0", {})
+    slept = ledger.acquire_lease("events", "a", seconds=0)
+    assert slept is not None and ledger.acquire_lease("events", "b", 60) == slept + 1
+    with pytest.raises(LeaseLost, match="b"):
+        ledger.mark_published({ledger.waiting_events()[0].id: (0, 0)}, lease="events", epoch=slept)
+    assert ledger.count_waiting_events() == 1
+
+
+def test_a_lease_has_one_holder_until_it_runs_out_or_is_given_back(ledger: Ledger) -> None:
+    first = ledger.acquire_lease("job", "a", 60)
+    assert first == 1 and ledger.acquire_lease("job", "a", 60) == 1
+    assert ledger.acquire_lease("job", "b", 60) is None
+    assert ledger.acquire_lease("another job", "b", 60) == 1
+    assert ledger.renew_lease("job", first, seconds=0)
+    second = ledger.acquire_lease("job", "b", 60)
+    assert second == 2
+    assert not ledger.renew_lease("job", first, 60)
+    ledger.release_lease("job", first)
+    assert (row := ledger.lease("job")) is not None and row.holder == "b"
+    ledger.release_lease("job", second)
+    assert ledger.acquire_lease("job", "b", 60) == 3
+
+
+def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> None:
+    ledger.record_event("ratchet.gap.v1", "gap-0", "t:0", {})
+    epoch = ledger.acquire_lease("events", "a", seconds=0)
+    assert epoch is not None
+    taken: list[int | None] = []
+    taker = threading.Thread(target=lambda: taken.append(ledger.acquire_lease("events", "b", 60)))
+    with ledger.database.write() as session:
+        check_lease(session, "events", epoch)
+        taker.start()
+        session.get_one(t.Event, 1).published = True
+        taker.join(0.3)
+        assert taken == []
+    taker.join(30)
+    assert taken == [epoch + 1] and ledger.count_waiting_events() == 0
+
+
+def test_of_many_that_want_a_lease_at_once_one_gets_it(ledger: Ledger) -> None:
+    results: list[int | None] = []
+    barrier = threading.Barrier(5)
+
+    def take(number: int) -> None:
+        barrier.wait(30)
+        results.append(ledger.acquire_lease("job", f"holder {number}", 60))
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [each for each in results if each is not None] == [1] and len(results) == 5
+
+
+def test_the_page_lists_each_type_with_the_fields_that_its_events_have(ledger: Ledger) -> None:
+    test_the_way_of_an_update_into_service_is_told_step_by_step(ledger)
+    row = ledger.propose("rollback", family="both", clip=None, actor="bob", reason="bad")
+    release(ledger, 2, None, row.id)
+    prose = Page(ROOT / "docs" / "events.md").prose
+    lines = {line.split("`")[1]: line for line in prose.splitlines() if line.startswith("| `ratchet.")}
+    assert set(lines) == set(EVENT_TYPES.values())
+    seen = {event.type: event for event in ledger.events()}
+    assert len(seen) == 5
+    for kind, event in seen.items():
+        assert all(f"`{name}`" in lines[kind] for name in event.data), kind
+        assert event.event_id.split("-")[0] == kind.split(".")[1] and f"`{event.event_id.split('-')[0]}-" in lines[kind]
+
+
+def test_events_that_were_published_long_ago_are_removed_and_those_of_gaps_and_those_that_wait_stay(
+    ledger: Ledger,
+) -> None:
+    for name, kind in (("old", "release"), ("waits", "release"), ("new", "release"), ("lost", "gap")):
+        ledger.record_event(EVENT_TYPES[kind], name, name, {})
+    epoch = ledger.acquire_lease("events", "me", 60)
+    assert epoch is not None
+    ids = {row.event_id: row.id for row in ledger.events()}
+    ledger.mark_published({ids[name]: (0, 1) for name in ("old", "new", "lost")}, lease="events", epoch=epoch)
+    now = datetime.now(UTC)
+    with ledger.database.write() as session:
+        aged = update(t.Event).where(t.Event.event_id.in_(["old", "waits", "lost"]))
+        session.execute(aged.values(time=now - timedelta(days=8)))
+    assert ledger.prune_events(now - timedelta(days=7)) == 1
+    assert set(events(ledger)) == {"waits", "new", "lost"}
+    assert not ledger.record_event(EVENT_TYPES["gap"], "lost", "lost", {}), "a gap is told once"
+    assert ledger.prune_events(now - timedelta(days=7)) == 0

@@ -1,0 +1,230 @@
+"""The metrics: how they are named, that each is recorded somewhere, and what each part exports."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.parser import text_string_to_metric_families
+
+from core import metrics
+from core.errors import ReleaseError
+from core.ledger.rows import VerdictRow
+from core.metrics import declared
+from core.metrics.learning import Score
+
+ROOT = Path(__file__).resolve().parents[3]
+DECLARED: dict[str, MetricWrapperBase] = {
+    name: each for name, each in vars(declared).items() if isinstance(each, MetricWrapperBase)
+}
+UNITS = ("_seconds", "_bytes", "_flops", "_ratio", "_info")
+COUNTS = (
+    "_records", "_samples", "_requests", "_rows", "_fragments", "_size", "_up", "_state", "_loss", "_live", "_held",
+    "_proposals", "_distance", "_shift", "_release", "_waiting", "_versions",
+    "_source", "_unservable", "_unjudged", "_failing", "_used", "_per_second", "_items",
+)  # fmt: skip
+"""Endings of gauges and histograms that have no unit: numbers of things, and numbers without a dimension."""
+
+
+def name_of(metric: MetricWrapperBase) -> str:
+    """As it is exported: the client takes `_total` off the name of a counter, and puts it on again."""
+    return str(metric._name) + ("_total" if isinstance(metric, Counter) else "")
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from (ROOT / folder).rglob("*.py")
+
+
+def verbs() -> list[str]:
+    """`ingest.stored` and so on."""
+    groups = [name for name in metrics.__all__ if inspect.isclass(getattr(metrics, name))]
+    return [f"{group}.{verb}" for group in groups for verb in vars(getattr(metrics, group)) if verb[0] != "_"]
+
+
+@pytest.mark.parametrize("metric", DECLARED.values(), ids=DECLARED.keys())
+def test_a_metric_is_named_and_labelled_by_the_conventions(metric: MetricWrapperBase) -> None:
+    name = name_of(metric)
+    assert name.startswith("ratchet_")
+    assert name.endswith("_total") == isinstance(metric, Counter)
+    if not isinstance(metric, Counter):
+        assert name.endswith(UNITS + COUNTS)
+    assert "milli" not in name and "gflops" not in name and "percent" not in name
+    assert len(metric._documentation) > 10 and metric._documentation.endswith(".")
+    assert set(metric._labelnames) <= set(declared.LABELS)
+
+
+def test_gauges_of_the_serving_processes_forget_the_dead() -> None:
+    for metric in DECLARED.values():
+        if isinstance(metric, Gauge) and not any(name_of(metric).startswith(b) for b in metrics.NAME_PREFIXES.values()):
+            assert metric._multiprocess_mode.startswith("live"), name_of(metric)
+
+
+def test_every_label_that_is_explained_is_used() -> None:
+    assert set(declared.LABELS) == {label for metric in DECLARED.values() for label in metric._labelnames}
+
+
+def test_every_declared_metric_has_a_verb() -> None:
+    used = {
+        node.attr
+        for path in sources("core/metrics")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "d"
+    }
+    assert set(DECLARED) == used
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_every_verb_is_called_outside_of_tests(verb: str) -> None:
+    called = [
+        path
+        for path in sources("core", "ops", "streams", "serving", "updater")
+        if f"metrics.{verb}(" in path.read_text()
+    ]
+    assert [path for path in called if path.parent != ROOT / "core/metrics"], f"nobody calls metrics.{verb}"
+
+
+def exported(part: metrics.Process) -> dict[str, float]:
+    """Samples by name and labels."""
+    return {
+        sample.name + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(metrics.exposition(part).decode())
+        for sample in family.samples
+    }
+
+
+def test_verbs_record_under_the_names_that_prometheus_scrapes() -> None:
+    stored = "ratchet_ingest_samples_total split=train"
+    passed = "ratchet_gate_verdicts_total family=clip outcome=passed"
+    before = {**exported("ingest"), **exported("update")}
+    metrics.ingest.stored(2, "train")
+    metrics.ingest.lag(0, 7)
+    metrics.gate.decided("clip", "passed", 1.5, 2.0)
+    metrics.update.budget(3.0, 5.0, 1.0)
+    assert exported("ingest")[stored] == before.get(stored, 0) + 2
+    assert exported("ingest")["ratchet_ingest_lag_records partition=0"] == 7
+    assert exported("update")[passed] == before.get(passed, 0) + 1
+    assert exported("update")["ratchet_budget_level_flops"] == 3e9
+
+
+def test_a_part_exports_what_is_its_own() -> None:
+    metrics.build.started("ingest")
+    metrics.dependency.state("ledger", "ok")
+    ours = {"ingest": "ratchet_ingest_records_total", "maintain": "ratchet_events_waiting",
+            "update": "ratchet_budget_level_flops", "serve": "ratchet_http_in_flight_requests"}  # fmt: skip
+    for part in (*metrics.NAME_PREFIXES, "serve"):
+        names = {name.split(" ")[0] for name in exported(part)}
+        assert {other for other in ours.values() if other in names} == {ours[part]}
+        assert {"ratchet_build_info", "ratchet_dependency_state"} <= names
+
+
+def test_a_run_of_maintenance_says_when_it_ended_and_how() -> None:
+    begun = time.time()
+    done = exported("maintain")["ratchet_maintain_runs_total outcome=done"]
+    metrics.maintain.ran("done", 1.5)
+    assert exported("maintain")["ratchet_maintain_runs_total outcome=done"] == done + 1
+    assert begun <= exported("maintain")["ratchet_maintain_last_run_timestamp_seconds outcome=done"] <= time.time()
+    metrics.maintain.deletions(2, 60.0)
+    assert exported("maintain")["ratchet_deletion_oldest_seconds"] == 60.0
+
+
+def test_suites_of_an_older_verdict_are_gone_after_the_next() -> None:
+    old = Score("fresh.pixel", "gain", 0.2, 0.2, 0.4, None)
+    new = Score("emoji", "retention", 0.5, 0.5, 0.49, 0.03)
+    metrics.gate.scored("clip", [old])
+    metrics.gate.scored("vlm", [old])
+    metrics.gate.scored("clip", [new])
+    found = exported("update")
+    score = "ratchet_gate_suite_score_ratio family={} model=candidate role={} suite={}"
+    assert score.format("clip", "gain", "fresh.pixel") not in found
+    assert found[score.format("clip", "retention", "emoji")] == 0.49
+    assert found["ratchet_gate_margin_left_ratio family=clip suite=emoji"] == 0.03
+    assert found[score.format("vlm", "gain", "fresh.pixel")] == 0.4  # the other model's stay
+
+
+def test_the_shift_of_features_is_that_of_the_last_verdict() -> None:
+    shift = "ratchet_gate_feature_shift_ratio family=clip model={} tower={}"
+    metrics.gate.shifted("clip", {"image": (0.01, 0.04), "text": (0.0, 0.0)})
+    assert exported("update")[shift.format("base", "image")] == 0.04
+    metrics.gate.shifted("clip", {"text": (0.02, 0.03)})
+    assert exported("update")[shift.format("incumbent", "text")] == 0.02
+    assert shift.format("base", "image") not in exported("update")
+
+
+def test_an_operators_action_counts_as_done_or_refused() -> None:
+    def counted(outcome: str) -> float:
+        return exported("serve").get(f"ratchet_operator_actions_total action=rollback outcome={outcome}", 0)
+
+    done, refused = counted("done"), counted("refused")
+    with metrics.operator.action("rollback"):
+        pass
+    with pytest.raises(ReleaseError), metrics.operator.action("rollback"):
+        raise ReleaseError("no")
+    assert (counted("done"), counted("refused")) == (done + 1, refused + 1)
+
+
+def test_gain_and_forgetting_are_mean_differences_to_the_base() -> None:
+    def verdict(suites: dict[str, tuple[str, float, float]]) -> VerdictRow:
+        rows = {name: {"role": role, "base": base, "after": after} for name, (role, base, after) in suites.items()}
+        return VerdictRow(1, "u", "clip-a", "passed", "", {"suites": rows}, None)  # type: ignore[arg-type]
+
+    found = verdict({"a": ("gain", 0.2, 0.5), "b": ("retention", 0.6, 0.5), "c": ("retention", 0.4, 0.42)})
+    assert found.gain == pytest.approx(0.3)
+    assert found.forgetting == pytest.approx(0.04)
+    assert math.isnan(verdict({}).gain) and math.isnan(verdict({}).forgetting)
+
+
+PROCESS = """
+import os, signal
+from core import metrics
+metrics.http.in_flight(3)
+metrics.release.live("encoder", 7)
+metrics.http.request("/v1/x", 200, 0.1)
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_processes_add_up_and_a_killed_one_leaves_no_gauges(tmp_path: Path) -> None:
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    show = [sys.executable, "-c", "from core import metrics; print(metrics.exposition('serve').decode())"]
+
+    def page() -> str:
+        return subprocess.run(show, env=environ, capture_output=True, text=True, check=True).stdout
+
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS], env=environ, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        both = page()
+        processes[0].kill()
+        processes[0].wait()
+        one = page()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "ratchet_http_in_flight_requests 6.0" in both
+    assert "ratchet_http_in_flight_requests 3.0" in one
+    assert f'ratchet_release_live{{part="encoder",pid="{processes[0].pid}"}} 7.0' in both
+    assert f'pid="{processes[0].pid}"' not in one
+    assert 'ratchet_http_requests_total{route="/v1/x",status="200"} 2.0' in one  # what was counted stays counted
+    assert "ratchet_ingest_" not in both and "ratchet_gate_" not in both
+
+
+def test_histograms_have_a_bucket_at_the_latency_objective() -> None:
+    assert isinstance(declared.HTTP_SECONDS, Histogram)
+    assert {0.25, 0.5, 1.0} <= set(declared.HTTP_SECONDS._upper_bounds)

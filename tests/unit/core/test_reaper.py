@@ -1,0 +1,227 @@
+"""Whatever ends a command or the process that started it, none of its processes goes on."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from core import child_process
+from core.child_process import reaped, stop_reaped
+from core.waiting import wait_until
+from tests.support.leftovers import VARIABLE, left_running, mark, take_terminal
+
+SECONDS = 60.0
+ROOT = Path(__file__).resolve().parents[3]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what leaves its process group is not found")
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sleep = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"]
+subprocess.Popen(sleep, start_new_session=True)
+print("runs", flush=True)
+time.sleep(600)
+"""
+"""Ignores what it is asked, and so does its child, in a session of its own."""
+LEAVES_A_CHILD = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+sys.exit(3)
+"""
+OBEYS = """
+import signal, sys, time
+from pathlib import Path
+def end(*_):
+    time.sleep(0.5)
+    Path(sys.argv[1]).write_text("in order")
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+time.sleep(600)
+"""
+PARENT = """
+import time
+from core.child_process import end_with_parent
+
+def main():
+    import sys
+    from pathlib import Path
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from core import child_process
+    from core.child_process import ChildProcess, kill_workers
+    from ops.cli import supervisor
+    from core.stop_signals import Stopped, stop_on_signals, undisturbed
+
+    child_process.STOP_SECONDS = supervisor.STOP_SECONDS = 2.0
+    folder = Path(sys.argv[1])
+
+    class Parts(supervisor.Supervisor):
+        def __init__(self, scripts):
+            self.parts = [
+                ChildProcess(name, [sys.executable, "-c", script, str(folder / name)], folder / f"{name}.log")
+                for name, script in scripts.items()
+            ]
+
+    stop_on_signals()
+    print("begins", flush=True)
+    try:
+        pool = ProcessPoolExecutor(2, get_context("spawn"), end_with_parent)
+        try:
+            with undisturbed():
+                work = [pool.submit(time.sleep, 600) for _ in range(6)]
+            with Parts(eval(sys.argv[2])):
+                time.sleep(600)
+        finally:
+            kill_workers(pool)
+    except Stopped:
+        pass
+
+if __name__ == "__main__":
+    main()
+"""
+"""As a command: it has parts, a pool that works, and a terminal."""
+
+
+@pytest.fixture
+def marked() -> Iterator[dict[str, str]]:
+    """An environment that tells what was started below; nothing of it runs on."""
+    variable = mark()
+    yield {**os.environ, **variable, "PYTHONPATH": str(ROOT)}
+    for process in left_running(variable):
+        process.kill()
+
+
+def left(environ: dict[str, str]) -> list[str]:
+    """Command lines of what still runs."""
+    found = []
+    for process in left_running({VARIABLE: environ[VARIABLE]}):
+        with suppress(Exception):
+            found.append(" ".join(process.cmdline())[:200])
+    return found
+
+
+def nothing_left(environ: dict[str, str]) -> None:
+    assert wait_until(lambda: not left(environ), SECONDS), left(environ)
+
+
+@linux
+def test_what_a_command_leaves_behind_ends_with_it_and_its_status_is_passed_on(marked: dict[str, str]) -> None:
+    process = subprocess.Popen(reaped([sys.executable, "-c", LEAVES_A_CHILD]), env=marked)
+    assert process.wait(SECONDS) == 3
+    assert not left(marked)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGINT])
+def test_a_command_that_a_signal_ended_is_seen_as_that(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", f"import os, signal; signal.signal({number}, signal.SIG_DFL) if {number} not in "
+               f"(9, 19) else None; os.kill(os.getpid(), {number})"]  # fmt: skip
+    assert subprocess.Popen(reaped(command)).wait(SECONDS) == -number
+
+
+def test_a_command_that_cannot_be_started_says_so() -> None:
+    done = subprocess.run(reaped(["/nowhere/at-all"]), capture_output=True, text=True)
+    assert done.returncode == 127 and "/nowhere/at-all: No such file" in done.stderr
+
+
+@linux
+def test_one_that_does_not_end_when_asked_is_killed_with_all_it_started(marked: dict[str, str]) -> None:
+    process = subprocess.Popen(reaped([sys.executable, "-c", STUBBORN]), env=marked, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"runs\n"
+    assert len(left(marked)) == 3
+    assert not stop_reaped(process, 0.2)
+    assert not left(marked)
+
+
+@linux
+def test_a_command_ends_in_order_when_the_process_that_started_it_is_killed(
+    marked: dict[str, str], tmp_path: Path
+) -> None:
+    ended, script = tmp_path / "ended", tmp_path / "parent.py"
+    script.write_text(
+        "import subprocess, sys, time\nfrom core.child_process import reaped\n"
+        f"subprocess.Popen(reaped([sys.executable, '-c', {OBEYS!r}, {str(ended)!r}]))\n"
+        "print('started', flush=True)\ntime.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], env=marked, stdout=subprocess.PIPE)
+    assert parent.stdout is not None and parent.stdout.readline() == b"started\n"
+    assert wait_until(lambda: any("in order" in each and "reaper.py" not in each for each in left(marked)), SECONDS)
+    time.sleep(0.3)  # its handler is set right after it starts
+    parent.kill()
+    parent.wait()
+    nothing_left(marked)
+    assert ended.read_text() == "in order"
+
+
+def to_the_group(parent: int) -> None:
+    """As `timeout` does."""
+    os.killpg(parent, signal.SIGTERM)
+
+
+def twice(parent: int) -> None:
+    """As `make` does, which passes on what its child got as well."""
+    os.killpg(parent, signal.SIGTERM)
+    os.kill(parent, signal.SIGTERM)
+
+
+def while_it_stops(parent: int) -> None:
+    """A second and a third one, and an impatient Ctrl-C."""
+    os.kill(parent, signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        time.sleep(random.uniform(0, 0.4))
+        with suppress(ProcessLookupError):
+            os.killpg(parent, number)
+
+
+def killed(parent: int) -> None:
+    """It cannot do anything about it."""
+    os.kill(parent, signal.SIGKILL)
+
+
+def closed_terminal(parent: int) -> None:
+    """The terminal is closed by the test itself."""
+
+
+WAYS: list[Callable[[int], None]] = [to_the_group, twice, while_it_stops, killed, closed_terminal]
+
+
+@linux
+@pytest.mark.parametrize("moment", [0.2, 2.0], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_parts_and_workers_end_with_what_started_them(
+    way: Callable[[int], None], moment: float, marked: dict[str, str], tmp_path: Path
+) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parts = {"stubborn": STUBBORN, "obeys": OBEYS, "leaves": LEAVES_A_CHILD, "other": OBEYS}
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(script), str(tmp_path), repr(parts)]
+    if way is closed_terminal:  # below one that keeps to itself what the kernel tells it, as `make` does
+        command = ["bash", "-c", f"trap : HUP; {shlex.join(command)}; true"]
+    parent = subprocess.Popen(
+        command, env=marked, stdin=theirs, stdout=theirs,
+        stderr=theirs, start_new_session=True, preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(theirs)
+    assert b"begins" in os.read(ours, 100)
+    time.sleep(random.uniform(0, moment))  # wherever it is then: before, between and after the starts
+    way(parent.pid)
+    os.close(ours)
+    assert parent.wait(SECONDS) is not None
+    nothing_left(marked)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_process, "STOP_SECONDS", 2.0)

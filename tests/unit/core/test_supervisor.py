@@ -1,0 +1,89 @@
+"""The supervisor restarts what dies, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core import child_process
+from core.child_process import ChildProcess, tail
+from core.waiting import wait_until
+from ops.cli.context import Context
+from ops.cli.supervisor import Supervisor
+
+
+def _wait(condition: Callable[[], object]) -> None:
+    assert wait_until(condition, 10.0, pause=0.02), "nothing happened"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+def test_a_part_that_dies_is_started_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_process, "BACKOFF_SECONDS", (0.2,))
+    part = ChildProcess(
+        "part", [sys.executable, "-c", "print('hello', flush=True); raise SystemExit(3)"], tmp_path / "log"
+    )
+    part.start()
+    _wait(lambda: not part.running)
+    part.tend(time.monotonic())
+    assert part.restarts == 0
+    _wait(lambda: part.tend(time.monotonic()) or part.restarts == 1)
+    part.stop(time.monotonic() + 5)
+    assert tail(part.log).count("hello") >= 1
+
+
+def test_stopping_asks_first_and_then_kills_the_whole_group(tmp_path: Path) -> None:
+    stubborn = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+        "print('child', child.pid, flush=True)\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    part = ChildProcess("part", [sys.executable, "-c", stubborn], tmp_path / "log")
+    part.start()
+    _wait(lambda: "child" in tail(part.log))
+    child = int(tail(part.log).split()[1])
+    part.stop(time.monotonic() + 0.5)
+    assert "asked" in tail(part.log)
+    assert not part.running
+    _wait(lambda: not _alive(child))
+
+
+def test_a_part_that_ended_as_asked_is_said_to_have_stopped_though_a_child_had_to_be_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaves_a_child = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+        "print('child', child.pid, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    part = ChildProcess("part", [sys.executable, "-c", leaves_a_child], tmp_path / "log")
+    part.start()
+    _wait(lambda: "child" in tail(part.log))
+    child = int(tail(part.log).split()[1])
+    part.stop(time.monotonic() + 10)
+    _wait(lambda: not _alive(child))
+    said = capsys.readouterr()
+    assert "part stopped" in said.out + said.err
+
+
+def test_up_starts_the_console_last_and_can_leave_it_out(tmp_path: Path) -> None:
+    context = Context(None, [f"home={tmp_path}", "kafka.bootstrap=127.0.0.1:1"])
+    names = list(Supervisor.ORDER)
+    assert [part.name for part in Supervisor(context, names).parts][-1] == "console"
+    assert Supervisor(context, names).part("console").command[-1] == "console"
+    assert Supervisor(context, names).part("maintain").command[-1] == "maintain"
+    assert "console" not in [part.name for part in Supervisor(context, names[:-1]).parts]

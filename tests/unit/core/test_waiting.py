@@ -1,0 +1,76 @@
+"""Waiting ends with the condition, with the time, or with what is waited for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from core.waiting import BUSY_SECONDS, STILL_SECONDS, StoodStill, wait_for_progress, wait_until
+from tests.support.clock import Clock
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time passes where it is waited for."""
+    made = Clock()
+    monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
+    return made
+
+
+def test_a_condition_is_asked_until_it_is_true() -> None:
+    answers = iter([False, False, True])
+    assert wait_until(lambda: next(answers), 60, pause=0)
+    assert not list(answers)
+
+
+def test_a_condition_is_asked_at_least_once() -> None:
+    assert wait_until(lambda: True, 0, alive=lambda: False)
+
+
+def test_a_process_that_ended_is_not_waited_for() -> None:
+    assert not wait_until(lambda: False, 60, alive=lambda: False)
+
+
+def test_waiting_ends_with_the_time() -> None:
+    assert not wait_until(lambda: False, 0)
+
+
+def test_what_moves_slowly_is_waited_for_however_long_it_takes(clock: Clock) -> None:
+    began, said = clock.now, list[str]()
+
+    def rows() -> int:
+        return int((clock.now - began) / (STILL_SECONDS * 0.9))  # one, long after the other
+
+    wait_for_progress(lambda: rows() >= 50, lambda: f"{rows()} of 50 rows", tell=said.append)
+    assert clock.now - began > 10 * BUSY_SECONDS / 2
+    assert said[0].startswith("1 of 50 rows after") and said[-1].startswith("49 of 50 rows after")
+
+
+def test_what_stands_still_is_given_up_and_named(clock: Clock) -> None:
+    began = clock.now
+    with pytest.raises(StoodStill, match=r"nothing has moved for 12\d s; last: 7 of 50 rows"):
+        wait_for_progress(lambda: False, lambda: "7 of 50 rows")
+    assert clock.now - began < 2 * STILL_SECONDS
+
+
+def test_what_computes_without_a_word_has_longer_and_not_for_ever(clock: Clock) -> None:
+    began = clock.now
+    wait_for_progress(lambda: clock.now - began > 5 * STILL_SECONDS, lambda: "loading", work=lambda: clock.now)
+    with pytest.raises(StoodStill, match=r"nothing has come of what is computed for 90\d s; last: loading"):
+        wait_for_progress(lambda: False, lambda: "loading", work=lambda: clock.now)
+
+
+def test_the_clock_starts_again_with_each_thing_that_moves(clock: Clock) -> None:
+    began = clock.now
+    with pytest.raises(StoodStill, match="last: 3 of 50 rows"):
+        wait_for_progress(
+            lambda: False, lambda: f"{min(3, int((clock.now - began) / 100))} of 50 rows", work=lambda: "idle"
+        )
+    assert clock.now - began > 300 + STILL_SECONDS
+
+
+def test_a_progress_that_is_quick_is_not_told_each_time(clock: Clock) -> None:
+    began, said = clock.now, list[str]()
+    wait_for_progress(lambda: clock.now - began > 100, lambda: clock.now, tell=said.append)
+    assert 4 <= len(said) <= 7
