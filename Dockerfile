@@ -11,7 +11,6 @@ COPY ops /src/ops
 COPY streams /src/streams
 COPY serving /src/serving
 COPY updater /src/updater
-COPY benchmarks /src/benchmarks
 
 FROM python:${PYTHON} AS build
 WORKDIR /src

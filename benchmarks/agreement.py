@@ -24,7 +24,6 @@ from core.artifacts import Artifacts
 from core.errors import RatchetError
 from core.progress import step
 from core.settings import Settings
-from ops.testing.inputs import random_adapter
 from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
@@ -34,6 +33,7 @@ from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.messages import Modality
 from serving.releases.agreement import TEXTS, Neighbours, same_answer
 from streams.folders import FolderItem, read_folder
+from tests.support.inputs import random_adapter
 
 KINDS: tuple[tuple[int, Modality], ...] = ((0, "image"), (1, "text"))
 SIZES = (0.02, 0.05, 0.1, 0.2, 0.3, 1.0, 10.0)

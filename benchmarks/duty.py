@@ -29,8 +29,8 @@ from core.errors import RatchetError
 from core.progress import step, track
 from core.settings import Settings
 from ops.load.traffic import Report, Sample, Traffic, percentile
-from ops.testing.inputs import TEXTS, pictures
 from serving.app import start
+from tests.support.inputs import TEXTS, pictures
 
 REST_SECONDS = 3.0
 """Between two phases, so that none answers what waited in the other."""

@@ -27,13 +27,13 @@ from core.progress import step
 from core.settings import Settings
 from core.settings.serving import Serve
 from core.settings.updates import Gate
-from ops.testing.colour_squares import colour_of, encoded_square, square
-from ops.testing.vlm_families import FAMILIES, write_family
 from serving.engines.vlm.generation import GenerationRequest, question
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.colour_squares import colour_of, encoded_square, square
+from tests.support.vlm_families import FAMILIES, write_family
 from updater.base.vlm import add_vlm
 from updater.data.pools import Pools, Question
 from updater.gate import fresh_suites, run_gate

@@ -41,11 +41,11 @@ from core.priority import nice_process
 from core.progress import step
 from core.settings import Settings
 from ops.load.traffic import Report, Traffic, percentile
-from ops.testing.inputs import TEXTS, pictures
 from ratchet_client import Client
 from ratchet_client.errors import RatchetError
 from serving.app import serves_vlm, start
 from serving.engines.clip_base import load_base
+from tests.support.inputs import TEXTS, pictures
 
 ATTACKER = "127.0.0.2"
 ATTACKER_NICE = 10

@@ -29,9 +29,9 @@ from benchmarks.swap import CAPACITY_CONCURRENCY, Swaps, make_adapters, make_vlm
 from core.progress import say, step, track
 from core.settings import Settings
 from ops.load.traffic import Report, Traffic, percentile
-from ops.testing.inputs import QUESTIONS, TEXTS, pictures
 from ratchet_client import Client
 from serving.app import serves_vlm, start
+from tests.support.inputs import QUESTIONS, TEXTS, pictures
 
 ADAPTERS: Final = 4
 IMAGES: Final = 6

@@ -34,12 +34,12 @@ from core.ledger import Ledger
 from core.progress import step, track
 from core.settings import Settings
 from ops.load.traffic import Report, Sample, Traffic, percentile
-from ops.testing.inputs import TEXTS, pictures, random_adapter
 from ratchet_client import Client, ServerError
 from serving.app import serves_vlm, start
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
 from serving.engines.vlm.vlm_base import load_vlm_base
+from tests.support.inputs import TEXTS, pictures, random_adapter
 
 ADAPTERS = 4
 ROLLBACK_EVERY = 4

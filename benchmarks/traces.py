@@ -31,9 +31,9 @@ from core.errors import RatchetError
 from core.progress import step
 from core.settings import Settings
 from core.waiting import wait_until
-from ops.testing.inputs import pictures
 from ratchet_client import Client
 from serving.app import serves_vlm, start
+from tests.support.inputs import pictures
 
 SAMPLES = 64
 COLOURS: Final = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2")

@@ -24,10 +24,10 @@ from core.digests import digest_bytes
 from core.errors import RatchetError
 from core.settings import Settings
 from core.waiting import wait_until
-from ops.testing.inputs import pictures
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore
+from tests.support.inputs import pictures
 from updater.recipes import Recipe, load_recipe
 
 SAMPLES = 96

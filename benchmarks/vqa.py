@@ -28,12 +28,12 @@ from core.errors import RatchetError
 from core.ledger import Ledger
 from core.progress import step, track
 from core.settings import Settings
-from ops.testing.inputs import pictures, random_adapter
 from ratchet_client import Client, data_uri
 from ratchet_client.images import decode_image
 from serving.app import start
 from serving.engines.vlm.generation import GenerationRequest, question
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
+from tests.support.inputs import pictures, random_adapter
 
 LEVELS = (1, 8, 32)
 QUESTIONS = ("what is this?", "which colour is it?", "is there a dog?", "which category is this?")

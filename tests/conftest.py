@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ops.testing.postgres import postgres
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.downloads import started
+from tests.support.postgres import postgres
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,8 @@ from core.addresses import free_port
 from core.ledger import Ledger, UpdateRow
 from core.progress import step
 from core.settings import Settings
-from ops.testing.inputs import pictures
 from streams.folders import FolderItem, write_folder
+from tests.support.inputs import pictures
 from updater.base import reference_folders
 from updater.scheduling.triggers import planned_gflops
 

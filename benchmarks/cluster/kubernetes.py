@@ -19,7 +19,7 @@ from benchmarks.cluster.volumes import ConfigObjects, mount_points
 from core.errors import RatchetError
 from core.progress import say, step
 from core.waiting import wait_until
-from ops.testing.chart import Object, of_kind, pods
+from tests.support.chart import Object, of_kind, pods
 
 NAMES_SECONDS: Final = 0.5
 START_SECONDS: Final = 300.0

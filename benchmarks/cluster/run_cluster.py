@@ -32,7 +32,7 @@ from benchmarks.machine import machine
 from core.errors import ConfigError
 from core.progress import say, step
 from core.settings import Settings
-from ops.testing.chart import merged, of_kind, profile, render_chart
+from tests.support.chart import merged, of_kind, profile, render_chart
 
 UPGRADES: Final = {
     "application": {"serving": {"actors": {"encoder": {"cpus": 0.4}, "vlm": {"cpus": 1.2}}}},

@@ -16,10 +16,10 @@ from core.progress import say, step
 from core.settings import Settings
 from core.waiting import wait_until
 from ops.load.traffic import Report, Traffic
-from ops.testing.chart import Object
-from ops.testing.inputs import QUESTIONS, TEXTS, pictures
 from ratchet_client import Client
 from streams.clients import connect_producer
+from tests.support.chart import Object
+from tests.support.inputs import QUESTIONS, TEXTS, pictures
 
 SAMPLES: Final = 24
 BETWEEN_SECONDS: Final = 10.0

@@ -13,8 +13,8 @@ from benchmarks.cluster.network import HOST, NETWORK
 from benchmarks.serving.object_store import BUCKET, URL, ObjectStore
 from core.addresses import free_port
 from core.settings import Settings
-from ops.testing.postgres import postgres_server
 from streams.broker import EmbeddedBroker
+from tests.support.postgres import postgres_server
 
 S3_HOST: Final = "object-store"
 POSTGRES_HOST: Final = "postgres"

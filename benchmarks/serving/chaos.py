@@ -31,7 +31,7 @@ from core.errors import ConfigError
 from core.progress import say, step
 from core.settings import Settings
 from ops.load.traffic import Traffic
-from ops.testing.inputs import QUESTIONS
+from tests.support.inputs import QUESTIONS
 
 TEXTS: Final = ("a photo of a cat", "a red circle", "an old map", "two birds")
 NEW_ADAPTERS: Final = 4

@@ -22,12 +22,12 @@ from core.artifacts import Artifacts
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import BaseModels, Rollout
-from ops.testing.commit_relay import CommitRelay
-from ops.testing.inputs import pictures, random_adapter
-from ops.testing.postgres import PostgresServer
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.vlm_base import load_vlm_base
+from tests.support.commit_relay import CommitRelay
+from tests.support.inputs import pictures, random_adapter
+from tests.support.postgres import PostgresServer
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 
 HOME_BYTES: Final = 256 << 20
 IMAGES: Final = 6

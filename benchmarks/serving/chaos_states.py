@@ -22,7 +22,7 @@ from benchmarks.stream.small_disk import SmallDisk
 from core.errors import RatchetError
 from core.progress import say
 from ops.load.traffic import Traffic
-from ops.testing.commit_relay import Loss
+from tests.support.commit_relay import Loss
 
 STEPS: Final = ("pending", "preparing", "committed", "announced")
 """Of a release, between which processes are killed: proposed, being prepared, committed, told to the operator."""

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from benchmarks.stream.ratchet_process import wait_for
 from core.addresses import free_port, listens
-from ops.testing.tcp_relay import TcpRelay
+from tests.support.tcp_relay import TcpRelay
 
 BUCKET = "bench"
 URL = f"s3://{BUCKET}/ratchet"

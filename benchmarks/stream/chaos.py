@@ -32,9 +32,9 @@ from core.progress import say, step
 from core.settings import Settings
 from core.settings.streams import Maintain
 from core.waiting import wait_until
-from ops.testing.tcp_relay import TcpRelay
 from streams.broker import EmbeddedBroker
 from streams.store import SampleStore
+from tests.support.tcp_relay import TcpRelay
 
 WORKERS = 2
 PRODUCE_SHARE = 0.9

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from core.errors import RatchetError
-from ops.testing.tiny import tiny_base
-from ops.testing.vlm_families import FAMILIES, write_family
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from streams.conditions import quoted
 from streams.store import SampleStore
+from tests.support.tiny import tiny_base
+from tests.support.vlm_families import FAMILIES, write_family
 from updater.base.vlm import add_vlm
 from updater.data.pools import Pair, Pools, Question
 from updater.recipes import load_recipe

@@ -26,8 +26,6 @@ from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
 from ops.dashboards import expressions
 from ops.load.traffic import Traffic
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from ratchet_client import Client, data_uri
 from streams.folders import read_folder
 from streams.store import SampleStore
@@ -35,6 +33,8 @@ from tests.support.kafka import produce
 from tests.support.pages import ROOT
 from tests.support.prometheus import Alertmanager, Prometheus, alertmanager, impatient_rules, prometheus
 from tests.support.shapes import shapes
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

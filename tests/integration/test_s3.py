@@ -17,7 +17,6 @@ from core.artifacts import Artifacts
 from core.artifacts.object_store import CALL_SECONDS
 from core.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from core.settings.streams import Ingest
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import load_base
 from streams.rows import Position, tally_of
 from streams.store import SampleStore
@@ -26,6 +25,7 @@ from streams.uris import UriFetcher
 from streams.writer import StoreWriter
 from tests.support.s3 import s3_server
 from tests.support.samples import TOPIC, put, sample
+from tests.support.tiny import tiny_base
 from updater.base import pull_base, push_base
 
 pytestmark = pytest.mark.integration

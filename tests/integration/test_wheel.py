@@ -13,7 +13,7 @@ from tests.support import wheels
 from tests.support.own_uv import ROOT, environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-PACKAGES = ("benchmarks", "core", "ops", "serving", "streams", "updater")
+PACKAGES = ("core", "ops", "serving", "streams", "updater")
 
 # `--help` of each command, then each module, then the first steps; in one process: torch and Ray import for seconds.
 # What only extras or tests bring may be missing, anything of a clone may not.
@@ -94,7 +94,7 @@ def test_no_command_and_no_module_needs_a_clone_and_the_first_steps_work_in_an_e
     helped = {rest[0] for kind, *rest in lines if kind == "command" and rest}
     assert {"demo", "up", "serve", "base add", "ingest"} <= helped
     missing = dict(rest[0].split() for kind, *rest in lines if kind == "missing")
-    ours = {"tests", "docs", "helm", "examples", "install", "release", "None", *PACKAGES}
+    ours = {"tests", "docs", "helm", "examples", "install", "release", "benchmarks", "None", *PACKAGES}
     assert not {module: name for module, name in missing.items() if name.split(".")[0] in ours}
     assert not {module: name for module, name in missing.items() if module.startswith(("ops.cli", "ops.console"))}
     assert [rest[0] for kind, *rest in lines if kind == "step"] == ["init --yes", "doctor", "base build"]

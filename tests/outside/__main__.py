@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from ops.testing.postgres import binary
 from tests.outside.kubernetes import cluster
 from tests.support import apache_kafka, keycloak, minio, nginx
+from tests.support.postgres import binary
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "support.md"
 

@@ -6,7 +6,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from ops.testing.tcp_relay import TcpRelay
+from tests.support.tcp_relay import TcpRelay
 
 
 class DamagingProxy(TcpRelay):

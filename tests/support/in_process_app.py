@@ -19,8 +19,6 @@ from core.access import Access
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import Serve
-from ops.testing.inputs import pictures
-from ops.testing.tiny import tiny_base
 from ratchet_client.records import Sample
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
@@ -42,6 +40,8 @@ from streams.receipts import Receipt
 from streams.resubmit_many import ResubmitReport
 from streams.rows import Position
 from streams.store import SampleStore
+from tests.support.inputs import pictures
+from tests.support.tiny import tiny_base
 from tests.unit.serving.scripted_vlms import ScriptedVlms
 
 KEY = "operator-key"

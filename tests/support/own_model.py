@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from ops.testing.tiny import CONFIG
 from serving.engines.preprocess import OPENAI_MEAN, OPENAI_STD
+from tests.support.tiny import CONFIG
 
 PATTERNS = ("plain", "upright stripes", "level stripes", "slanted stripes", "checks", "dots", "a frame", "a cross")
 SIDE = 32

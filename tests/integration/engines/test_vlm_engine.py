@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from core import metrics
 from core.errors import AdapterError
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.generation import (
     GenerationRequest,
     GenerationResult,
@@ -33,6 +32,7 @@ from serving.engines.vlm.generation import (
 )
 from serving.errors import EngineDead, InvalidRequest
 from tests.integration.engines.conftest import VlmCases
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import picture
 from tests.support.waiting import until
 

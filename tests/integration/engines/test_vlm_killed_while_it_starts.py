@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ops.testing.tiny_vlm import tiny_vlm_base
 from tests.support.forked import ForkedProcess, import_ahead
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.support.vlm_starts import start_in_group
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200), pytest.mark.long]

@@ -17,12 +17,12 @@ from torch import nn
 
 from core.loading import load_settings
 from core.settings import Settings
-from ops.testing.colour_squares import COLOURS, encoded_square, square
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.adapters import WEIGHTS, read_adapter, write_adapter
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
+from tests.support.colour_squares import COLOURS, encoded_square, square
+from tests.support.tiny_vlm import tiny_vlm_base
 
 NAME = "taught-vlm"
 RANK = 8

@@ -15,10 +15,10 @@ from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
 from ops.cli.main import app
-from ops.testing.tiny import tiny_adapter, tiny_base
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
+from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset
 from updater.gate.diagnostics.diagnostics_command import pairs_command
 from updater.gate.gate_command import gate_command, report_command

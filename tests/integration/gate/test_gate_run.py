@@ -21,10 +21,10 @@ from torch import nn
 
 from core.errors import AdapterError, GateError
 from core.settings.updates import Gate
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.packed_linear import PackedLinear
+from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import picture
 from updater.gate import ClipEvaluator, Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
 from updater.gate.interim_analyses import Plan, candidate_alpha

@@ -16,8 +16,6 @@ from core.errors import GateError
 from core.ledger import Ledger, UpdateRow
 from core.loading import load_settings
 from core.settings import Settings
-from ops.testing.colour_squares import encoded_square
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vlm_base import load_vlm_base
@@ -25,6 +23,8 @@ from serving.errors import EngineDead
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.integration.gate.taught_vlm import known, unknown, write_questions
+from tests.support.colour_squares import encoded_square
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.gate_command import gate_command
 from updater.loop.gate_update import gate_update
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from core.errors import GateError
-from ops.testing.tiny_vlm import tiny_vlm_adapter
 from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
+from tests.support.tiny_vlm import tiny_vlm_adapter
 
 pytestmark = [
     pytest.mark.integration,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from core.errors import GateError
-from ops.testing.tiny_vlm import tiny_vlm_adapter
 from serving.engines.adapters import read_adapter, write_adapter
 from tests.integration.gate.taught_vlm import question_table, unknown
 from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
+from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, fresh_suites, write_report
 from updater.gate.evaluator_factory import open_evaluator

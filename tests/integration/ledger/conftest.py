@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from core.ledger import Ledger
-from ops.testing.postgres import PostgresServer, postgres_server
 from tests.support.ledger_limits import patient, patient_limits, production_limits
+from tests.support.postgres import PostgresServer, postgres_server
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from core.errors import CommitUnknown, LedgerUnavailable
 from core.ledger import Ledger
 from core.ledger.commits import LOOKUP_SECONDS
 from core.ledger.time_limits import CALL_SECONDS
-from ops.testing.commit_relay import CommitRelay, Loss
-from ops.testing.postgres import PostgresServer
+from tests.support.commit_relay import CommitRelay, Loss
 from tests.support.ledger_limits import patient, production_limits
+from tests.support.postgres import PostgresServer
 
 pytestmark = pytest.mark.integration
 

@@ -17,8 +17,8 @@ from core.addresses import free_port
 from core.errors import LedgerError, LedgerUnavailable
 from core.ledger import Ledger
 from core.ledger.time_limits import CALL_SECONDS, time_limit
-from ops.testing.postgres import PostgresServer
 from tests.support.ledger_limits import production_limits
+from tests.support.postgres import PostgresServer
 
 pytestmark = pytest.mark.integration
 

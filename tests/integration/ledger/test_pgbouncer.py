@@ -16,8 +16,8 @@ from sqlalchemy import text
 from core.addresses import free_port
 from core.errors import LedgerUnavailable
 from core.ledger import Ledger
-from ops.testing.postgres import PostgresServer, other_user
 from tests.support.ledger_limits import production_limits
+from tests.support.postgres import PostgresServer, other_user
 
 BINARY = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 pytestmark = [

@@ -28,9 +28,6 @@ from core.settings import Settings
 from core.waiting import StoodStill, wait_for_progress
 from ops.load.expected import ExpectedVectors
 from ops.load.traffic import Traffic
-from ops.testing.inputs import pictures
-from ops.testing.tiny import tiny_adapter, tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ratchet_client import Client
 from ratchet_client.records import Sample
 from serving.engines.clip import ClipEngine
@@ -39,6 +36,9 @@ from serving.engines.heads import Head, read_heads
 from serving.engines.vlm.vlm_base import VlmBase
 from streams.rows import Position
 from streams.store import SampleStore
+from tests.support.inputs import pictures
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.heads.fit import fit_head
 from updater.heads.learn import with_heads
 

@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from ops.testing.inputs import pictures
 from ratchet_client import data_uri
 from tests.integration.serving.server_fixture import ServerFixture
+from tests.support.inputs import pictures
 
 pytestmark = pytest.mark.integration
 

@@ -11,9 +11,9 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from ops.testing.inputs import pictures
 from ratchet_client import data_uri
 from tests.support.in_process_app import AppClient, InProcessApp
+from tests.support.inputs import pictures
 
 pytestmark = pytest.mark.integration
 PNG = pictures(1)[0]

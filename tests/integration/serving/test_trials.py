@@ -14,10 +14,10 @@ from scipy.stats import binom
 
 from core.ledger import AuditRow
 from ops.load.traffic import Traffic
-from ops.testing.inputs import pictures
 from ratchet_client import ServerError
 from tests.integration.serving.conftest import ROLLOUT
 from tests.integration.serving.server_fixture import ServerFixture
+from tests.support.inputs import pictures
 
 pytestmark = pytest.mark.integration
 GENTLE, BROKEN = 0.02, 8.0

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from benchmarks import traces
 from benchmarks.otlp_collector import OtlpCollector
 from core.artifacts import Artifacts
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ratchet_client import ServerError, data_uri
 from serving.engines.adapters import write_adapter
 from serving.ray.ray_session import end_leftovers, session_directory
 from tests.integration.serving.server_fixture import ServerFixture
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 SWAPS = 10

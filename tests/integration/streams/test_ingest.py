@@ -17,7 +17,6 @@ from prometheus_client import REGISTRY
 
 from core.addresses import free_port
 from core.settings import Settings
-from ops.testing.tcp_relay import TcpRelay
 from ratchet_client import Sample
 from ratchet_client.encoding import encode
 from streams.broker import EmbeddedBroker
@@ -40,6 +39,7 @@ from tests.support.kafka import (
     wait_for,
 )
 from tests.support.kcat import kcat_folder
+from tests.support.tcp_relay import TcpRelay
 
 pytestmark = pytest.mark.integration
 

@@ -14,11 +14,11 @@ from core.digests import digest_bytes
 from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
 from updater.gate import Verdict, run_gate

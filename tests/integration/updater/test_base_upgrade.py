@@ -13,8 +13,8 @@ from core.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from ops.cli.main import app
-from ops.testing.tiny import tiny_base
 from tests.integration.updater.home import add_samples, make_home
+from tests.support.tiny import tiny_base
 from updater.commands.base_upgrade import begin_command, cancel_command, finish_command, plan_command
 from updater.gate import Verdict
 from updater.loop import gate_update

@@ -11,9 +11,9 @@ import pytest
 from core.artifacts import Artifacts, directory_digest
 from core.ledger import Ledger
 from core.settings import Settings
-from ops.testing.tiny import tiny_adapter
 from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, make_home
+from tests.support.tiny import tiny_adapter
 from updater.families import spaces_of
 from updater.loop.service import UpdaterService
 

@@ -19,11 +19,11 @@ from core.ledger import Ledger
 from core.ledger.collection import COLLECT_LEASE
 from core.settings import Settings
 from ops.cli.main import app
-from ops.testing.tiny import tiny_adapter, tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
 from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home, release
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.commands.exchange import gate_import
 from updater.exchange.exporting import export_adapter
 from updater.exchange.importing import import_adapter

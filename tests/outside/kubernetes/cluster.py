@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from core.progress import say
-from ops.testing.chart import CHART
+from tests.support.chart import CHART
 from tests.support.downloads import NotHere
 
 NAMESPACE, RELEASE, CLIENT = "ml", "ratchet", "client"

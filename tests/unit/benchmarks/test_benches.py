@@ -15,9 +15,9 @@ from core.errors import RatchetError
 from core.loading import load_settings
 from core.settings import Settings
 from ops.load.traffic import Report, Sample
-from ops.testing.tiny import tiny_base
 from streams.folders import read_folder
 from streams.store import SampleStore
+from tests.support.tiny import tiny_base
 from tests.unit.gate.builders import folder_dataset
 from updater.families.clip.learner import ClipLearner, adapted_model
 from updater.recipes import load_recipe

@@ -28,10 +28,10 @@ from benchmarks.continual.table import markdown
 from benchmarks.continual.tuning import Trial, plain_trials
 from benchmarks.continual.worker import clip_chain
 from core.settings import Settings
-from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.preprocess import Preprocess
+from tests.support.tiny import tiny_base
 from tests.unit.benchmarks.builders import PROTOCOL, labelled, stream
 from tests.unit.updater.builders import pairs
 from updater.families.clip.towers import SplitTower

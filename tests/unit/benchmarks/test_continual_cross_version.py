@@ -12,7 +12,7 @@ from benchmarks.continual.cross_version import cross_version_recall
 from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
 from benchmarks.continual.nearest import nearest_means
 from benchmarks.continual.stream import Stream, Suite
-from ops.testing.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from tests.unit.benchmarks.builders import stream
 from tests.unit.updater.builders import pairs
 

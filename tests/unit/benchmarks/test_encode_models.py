@@ -12,9 +12,9 @@ from transformers import CLIPModel, CLIPTokenizerFast
 from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
 from core.errors import BaseModelError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine, golden_pixels
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 
 TEXTS = ["a photo of a cat", "two red birds, at night", "x" * 200]
 

@@ -20,10 +20,10 @@ from benchmarks.gate.training_data import NOTHING, pairs, pools, reserved
 from benchmarks.gate.trial import Workshop, fresh, run_all
 from core.errors import AdapterError, RatchetError, TrainingError
 from core.settings.updates import Gate
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from streams.folders import read_folder
+from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import read_delta

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.continual.second_base import NAME, PREPROCESS, Distillation, distilled
-from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import list_bases
 from streams.folders import FolderItem
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import COLOURS, picture
 
 

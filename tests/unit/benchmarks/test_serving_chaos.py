@@ -17,7 +17,7 @@ from benchmarks.serving.chaos_states import faketime_library
 from core.addresses import free_port
 from ops.load.probes import RequestKind
 from ops.load.traffic import Sample
-from ops.testing.tcp_relay import TcpRelay
+from tests.support.tcp_relay import TcpRelay
 
 
 def sample(began: float, problem: str = "", kind: RequestKind = "embeddings", seconds: float = 1.0) -> Sample:

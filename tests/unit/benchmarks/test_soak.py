@@ -16,8 +16,8 @@ from core.errors import ConfigError
 from core.loading import load_settings
 from core.settings import Settings
 from ops.load.probes import batch_probes
-from ops.testing.inputs import pictures
-from ops.testing.tiny import tiny_base
+from tests.support.inputs import pictures
+from tests.support.tiny import tiny_base
 
 
 def log_of(sizes: dict[int, list[int]]) -> MemoryLog:

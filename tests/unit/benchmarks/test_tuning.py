@@ -14,7 +14,7 @@ from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner
 from benchmarks.continual.tuning import ORDER, UPDATES, Trial, chosen_trial, recipe_of, scaled, trials, tried
 from benchmarks.continual.worker import clip_chain
-from ops.testing.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from tests.unit.benchmarks.builders import PROTOCOL, stream
 from updater.recipes import load_recipe
 

@@ -18,10 +18,10 @@ from benchmarks.cluster.ray_service import quantity
 from core.loading import load_settings
 from core.settings import Settings
 from ops.cli import metrics
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.app import build, drain_seconds
 from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 
 
 def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 
 
 @pytest.fixture(scope="session")

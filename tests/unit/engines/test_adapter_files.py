@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import AdapterError
-from ops.testing.tiny import tiny_adapter
 from serving.engines.adapters import adapter_name, content_name, read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import delta_weights
+from tests.support.tiny import tiny_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_adapter
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.cuda_graphs import GraphedTower
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.torch_backend import ConvertedWeights, TorchBackend
+from tests.support.tiny import tiny_adapter
 
 HALF = [EngineChoice("torch", "bfloat16"), EngineChoice("torch", "float16")]
 TEXTS = ["a cat", "seven words of a middling long text", "red"]

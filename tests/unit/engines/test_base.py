@@ -19,11 +19,11 @@ from PIL import Image
 from torch import nn
 
 from core.errors import BaseModelError
-from ops.testing.tiny import CONFIG, tiny_base
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import make_spaces
 from serving.engines.undrawn import Undrawn
+from tests.support.tiny import CONFIG, tiny_base
 
 
 def test_a_base_survives_a_move_of_its_directory(base: ClipBase, tmp_path: Path) -> None:

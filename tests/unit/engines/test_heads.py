@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from core.errors import AdapterError
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import HEADS, backed_off, heads_digest, read_heads, write_heads
 from tests.support.heads import random_head
+from tests.support.tiny import tiny_adapter, tiny_base
 
 DIM = 6
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from ops.testing.tiny import CONFIG
 from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, pack
 from serving.engines.text_tower import encode_text
+from tests.support.tiny import CONFIG
 
 Changes = dict[str, Any]
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

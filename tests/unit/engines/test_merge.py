@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from core.errors import AdapterError
-from ops.testing.tiny import CONFIG
 from serving.engines.adapters import AdapterFiles, canonical_config, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
@@ -22,6 +21,7 @@ from serving.engines.golden_inputs import golden_pixels
 from serving.engines.lora import delta_weights, effective_weights
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import shell_of
+from tests.support.tiny import CONFIG
 
 TEXTS = ["a cat", "two dogs on the beach at night"]
 RESNET: dict[str, Any] = CONFIG | {

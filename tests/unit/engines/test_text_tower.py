@@ -9,12 +9,12 @@ import open_clip.model
 import pytest
 import torch
 
-from ops.testing.tiny import CONFIG, tiny_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.text_tower import TextWidths
 from serving.engines.tokens import pad_rows
+from tests.support.tiny import CONFIG, tiny_adapter
 
 TEXTS = ["a", "a photo of a cat", "seven words of a middling long text", "word " * 60]
 

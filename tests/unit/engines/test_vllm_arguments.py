@@ -10,9 +10,9 @@ from vllm.platforms import current_platform
 
 from core.errors import ConfigError
 from core.settings.serving import Serve
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.vllm_start import engine_arguments
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.tiny_vlm import tiny_vlm_base
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import TokenChunk
+from tests.support.tiny_vlm import tiny_vlm_base
 
 
 @pytest.fixture(scope="module")

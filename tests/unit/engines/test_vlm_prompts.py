@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, Message, question
 from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
 from serving.errors import InvalidRequest
+from tests.support.tiny_vlm import tiny_vlm_base
 
 PICTURE = np.full((40, 24, 3), 90, np.uint8)
 

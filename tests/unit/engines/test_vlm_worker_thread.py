@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from core.errors import AdapterError
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, Message
 from serving.engines.vlm.hf_batch import BatchRow, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
+from tests.support.tiny_vlm import tiny_vlm_base
 
 TOKENS = 6
 PROMPTS = ["red?", "what is this?", "is there a red car?", "which colour?"]

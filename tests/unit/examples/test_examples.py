@@ -13,9 +13,9 @@ from core.loading import load_settings
 from core.settings import Settings
 from ops.alerts import Target
 from ops.cli.metrics import targets_of
-from ops.testing.tiny import tiny_base
 from serving.engines.lora import effective_weights
 from tests.support.pages import ROOT, Page
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, run
 from updater.gate import load_suites
 from updater.recipes import load_recipe

@@ -9,8 +9,8 @@ import pytest
 
 from core.errors import AdapterError
 from core.settings.updates import Gate
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, run_gate
 from updater.gate.across_bases import AcrossBasesEvaluator, base_alone

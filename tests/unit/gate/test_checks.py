@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_adapter, tiny_base
 from updater.gate.checks import (
     check_collapse,
     check_drift,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.testing.tiny import tiny_base
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_base
 from tests.unit.gate.builders import folder_dataset
 from updater.gate.engine_scores import EngineScore, engine_scores
 from updater.gate.suites import Suite, load_suites

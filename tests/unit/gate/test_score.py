@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from core.errors import GateError
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset, sample_rows
 from updater.gate.ranking import rank_of_best
 from updater.gate.sample_suites import fresh_suite

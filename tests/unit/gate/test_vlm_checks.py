@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_batch import score
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.verdict import Check
 from updater.gate.vlm_checks import (
     check_collapse,

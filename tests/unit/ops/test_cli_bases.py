@@ -11,9 +11,9 @@ from core.errors import RatchetError
 from core.loading import load_settings
 from ops.cli.main import app
 from ops.cli.shipped import make_base_ready
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.clip_base import list_bases
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 
 runner = CliRunner()
 

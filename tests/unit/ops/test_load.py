@@ -16,10 +16,10 @@ from ops.load.answers import AnswerCheck
 from ops.load.expected import ExpectedVectors
 from ops.load.generator import content
 from ops.load.probes import Probe, classify_probes, embedding_probes, search_probes
-from ops.testing.inputs import pictures
-from ops.testing.tiny import tiny_base
 from serving.engines.backends import EngineChoice, Precision
 from serving.http.classify import probabilities
+from tests.support.inputs import pictures
+from tests.support.tiny import tiny_base
 
 IMAGES, TEXTS, IDS = pictures(3), ("a cat", "a map"), ("a", "b", "c")
 CLASSIFY, SEARCH = classify_probes(IMAGES, TEXTS)[1], search_probes(IMAGES, TEXTS)[1]

@@ -12,7 +12,7 @@ from core.loading import load_settings
 from core.settings import Settings
 from ops.cli.checks import Finding, examine
 from ops.cli.status import collect
-from ops.testing.tiny_vlm import tiny_vlm_base
+from tests.support.tiny_vlm import tiny_vlm_base
 
 
 def settings(home: Path, **flags: Any) -> Settings:

@@ -17,7 +17,6 @@ import torch
 from core import priority
 from core.artifacts import Artifacts
 from core.errors import ArtifactsUnavailable
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -26,6 +25,7 @@ from serving.engines.tokens import vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
 from serving.replicas import encoder_worker
 from serving.replicas.encoder_worker import EncoderWorker
+from tests.support.tiny import tiny_adapter, tiny_base
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from core.settings.serving import Serve
-from ops.testing.inputs import pictures
 from tests.support.in_process_app import AppClient, open_in_process_app
+from tests.support.inputs import pictures
 from tests.unit.serving.auth_app import refusal
 from tests.unit.serving.scripted_vlms import uri
 

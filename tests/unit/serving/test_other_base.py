@@ -11,7 +11,6 @@ from core.errors import ConfigError, LedgerUnavailable, ReleaseError
 from core.ledger import Ledger, ReleaseRow
 from core.settings import Settings
 from core.settings.serving import BaseModels, Rollout
-from ops.testing.tiny import tiny_base
 from serving.app import _check_base
 from serving.engines.clip_base import ClipBase
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
@@ -22,6 +21,7 @@ from serving.releases.protocol import ReleaseProtocol
 from serving.releases.residency import read_residency
 from serving.releases.residency_file import ResidencyCopy, encode_copy
 from serving.releases.residency_source import ResidencySource, residency_path
+from tests.support.tiny import tiny_base
 from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainBroadcast
 from tests.unit.serving.test_two_controllers import Controllers

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import AdapterError, ConfigError
-from ops.testing.tiny import RANK, tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.lora import effective_weights
 from serving.engines.shared_weights import shell_of
+from tests.support.tiny import RANK, tiny_adapter, tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, WeightModel, merge, read_delta
 from updater.adapters.model import dense_delta

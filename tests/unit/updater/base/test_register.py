@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from core.errors import BaseModelError
-from ops.testing.tiny import CONFIG, tiny_adapter
 from serving.engines.clip import ClipEngine
+from tests.support.tiny import CONFIG, tiny_adapter
 from updater.base import add_base
 
 NAME = "ViT-tiny-test"

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import BaseModelError
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.vlm_base import load_vlm_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from updater.base.vlm import add_vlm
 
 

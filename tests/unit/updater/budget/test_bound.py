@@ -13,10 +13,10 @@ from typing import cast
 
 import pytest
 
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import LIMITS, picture, pools, recipe, run
 from updater.budget.bound import MARGIN, BudgetSpent, Costs, Size
 from updater.budget.cost import Cost, StepUnaffordable

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater.budget.cost import Cost, StepUnaffordable
 from updater.budget.flops import counted

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.budget.flops import counted
 from updater.data.pools import Pools, Question

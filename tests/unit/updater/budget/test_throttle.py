@@ -8,8 +8,8 @@ import pytest
 
 from core import metrics
 from core.addresses import free_port
-from ops.testing.tiny import tiny_base
 from ratchet_client import Client
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import run
 from updater.budget.throttle import GROWTH, POLL_SECONDS, WINDOW_SECONDS, Latencies, Throttle, Took, latencies
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from serving.engines.preprocess import Preprocess
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pairs, picture, pools, question_pools, recipe, run
 from updater.data.mixture import BatchPlan
 from updater.data.pools import Pair, Pools

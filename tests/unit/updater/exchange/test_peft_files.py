@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import AdapterError
-from ops.testing.tiny import tiny_adapter, tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name, read_adapter, write_adapter
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import write_heads
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.heads import random_head
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.adapters import read_delta
 from updater.exchange.peft_files import convert
 

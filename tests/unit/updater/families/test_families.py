@@ -11,10 +11,10 @@ import pytest
 from core.errors import ConfigError
 from core.loading import load_settings
 from core.settings import Settings
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem, write_folder
 from streams.store import SampleStore
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, recipe
 from updater.data.pools import Pair, Question, draw_pools
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ops.testing.tiny import tiny_base
 from serving.engines.lora import effective_weights
 from serving.engines.spaces import tower_of
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe
 from updater.families.clip.prepare import stack_boundaries
 from updater.families.clip.towers import SplitTower, find_blocks, first_touched, trained_modules

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ratchet_client.images import decode_image
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import inputs
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.builders import learner_of, picture, question_pools, questions, recipe
 from updater.adapters import read_delta
 from updater.budget.flops import counted

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots
 from updater import objectives

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, pairs, recipe
 from tests.unit.updater.plain_rows import softmax
 from updater.families.clip.learner import ClipLearner

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_adapter, tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.builders import answers, batch, learner_of, pools, question_pools, recipe
 from updater import objectives
 from updater.adapters import WeightDelta, read_delta

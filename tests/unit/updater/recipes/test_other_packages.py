@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater import merging, objectives, optimizers, regularizers
 from updater.adapters import parametrizations

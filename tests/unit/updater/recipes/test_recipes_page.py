@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from tests.support.pages import Page
 from tests.support.recipe_table import PAGE, missing, told
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import picture, pools, run
 from updater.adapters import trainer_encoder
 from updater.recipes import Recipe, load_recipe, recipe_names

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.adapters import trainer_encoder
 from updater.budget.cost import Cost

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
 from updater.families.clip.learner import ClipLearner
 from updater.step.cached_gradients import CachedPasses

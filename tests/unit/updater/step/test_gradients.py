@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, recipe
 from updater.data.pools import Pair
 from updater.families.clip.learner import ClipLearner

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, pairs, recipe, run
 from updater.adapters import read_delta
 from updater.data.pools import Pair, Pools

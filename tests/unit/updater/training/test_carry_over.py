@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from core.errors import TrainingError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater.adapters import Dense, LowRank
 from updater.training import run as run_module

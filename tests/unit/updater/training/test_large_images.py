@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from ratchet_client.limits import DEFAULT_LIMITS
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import pairs, picture, questions, recipe, run
 from updater.data.pools import Pair, Pools, Question
 from updater.gate.suite_items import Item, open_picture

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from core.errors import TrainingError
-from ops.testing.tiny import tiny_base
-from ops.testing.vlm_families import write_family
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.tiny import tiny_base
+from tests.support.vlm_families import write_family
 from tests.unit.updater.builders import pairs, questions, recipe, run
 from updater.base.vlm import add_vlm
 from updater.data.pools import Pools

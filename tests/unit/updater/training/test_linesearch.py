@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
 from serving.engines.adapters import adapter_name
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.recipes import Merge, Recipe, load_recipe
 from updater.training.linesearch import search

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
 from updater.merging import merged, names, remembered

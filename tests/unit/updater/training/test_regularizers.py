@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from core.errors import ConfigError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater import regularizers
 from updater.adapters import Dense, combine, read_delta

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from core.errors import BudgetError, DiskFull, TrainingError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, pairs, picture, pools, recipe, run
 from updater.adapters import read_delta, trainer_encoder
 from updater.adapters.weight_deltas import kept_share

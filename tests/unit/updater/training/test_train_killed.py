@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.testing.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, recipe, run
 from updater.training import checkpoint
 from updater.step.learner import Learner

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from core.errors import BudgetError, ConfigError, TrainingError
-from ops.testing.tiny import tiny_base
-from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import LIMITS, pools, question_pools, recipe, run
 from updater.data.pools import Pools, Question
 from updater.training.result import TrainResult

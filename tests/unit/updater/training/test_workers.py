@@ -21,11 +21,11 @@ from torch import distributed
 
 from core.addresses import free_port
 from core.errors import ConfigError, TrainingError
-from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from streams.store import SampleStore
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.ray_steps import killed_once
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, recipe, run
 from updater.adapters import read_delta
 from updater.data.pools import StoredExamples

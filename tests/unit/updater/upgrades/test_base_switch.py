@@ -10,8 +10,8 @@ from core.errors import AdapterError, BaseModelError, ReleaseError
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import BaseModels
-from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter
+from tests.support.tiny import tiny_adapter, tiny_base
 from updater.adapters import read_delta
 from updater.upgrades.lineage import waits_for_base
 from updater.upgrades.switch import plan_switch

@@ -234,7 +234,7 @@ FAMILIES: Final[dict[str, Callable[[Path], Any]]] = {
     "SmolVLM": smolvlm, "Qwen2-VL": qwen2_vl, "Qwen2.5-VL": qwen2_5_vl, "Qwen3-VL": qwen3_vl, "LLaVA": llava,
     "Pixtral": pixtral, "InternVL": internvl, "Gemma 3": gemma3,
 }  # fmt: skip
-"""How each is made; Idefics3 is :mod:`ops.testing.tiny_vlm`."""
+"""How each is made; Idefics3 is :mod:`tests.support.tiny_vlm`."""
 
 
 def write_family(name: str, folder: Path, seed: int = 0) -> None:

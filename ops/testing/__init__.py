@@ -1,1 +1,0 @@
-"""Small models, drawn pictures and real stores that benchmarks and tests make or start for themselves."""
