@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from core.errors import ConfigError
 from core.settings import Settings
@@ -36,8 +36,9 @@ WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search",
 """These need no base."""
 
 
-def run(name: str, settings: Settings, arguments: Sequence[str]) -> None:
-    """Run a benchmark with its own flags. Raises ConfigError when there is none of that name."""
+def main_of(name: str) -> Callable[[Settings, list[str]], None]:
+    """What runs a benchmark with its own flags. Raises ConfigError when there is none of that name."""
     if name not in BENCHMARKS:
         raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")
-    importlib.import_module(BENCHMARKS[name]).main(settings, list(arguments))
+    found: Callable[[Settings, list[str]], None] = importlib.import_module(BENCHMARKS[name]).main
+    return found

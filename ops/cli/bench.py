@@ -34,7 +34,8 @@ def bench(
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of the processes that benchmarks start
     benchmarks = importlib.import_module("benchmarks")
+    main = benchmarks.main_of(name)
     stop_on_signals()  # a benchmark ends what it started, as on Ctrl-C
     if name not in benchmarks.WITHOUT_MODELS:
         make_base_ready(ctx.of(context).settings)
-    benchmarks.run(name, ctx.of(context).settings, context.args)
+    main(ctx.of(context).settings, context.args)
