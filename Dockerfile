@@ -7,6 +7,7 @@ FROM scratch AS source
 COPY pyproject.toml README.md LICENSE NOTICE /src/
 COPY client /src/client
 COPY core /src/core
+COPY demo /src/demo
 COPY ops /src/ops
 COPY streams /src/streams
 COPY serving /src/serving

@@ -17,7 +17,7 @@ SOURCE: Final = "/opt/ratchet"
 """Where a container has the checkout, wherever it lies outside."""
 ENVIRONMENT: Final = "/opt/venv"
 """The same of its Python environment."""
-PACKAGES: Final = ("client/src/ratchet_client", "core", "ops", "streams", "serving", "updater")
+PACKAGES: Final = ("client/src/ratchet_client", "core", "demo", "ops", "streams", "serving", "updater")
 LOGIN_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 COMPILERS: Final = ("cc", "gcc", "g++", "c++", "clang", "clang++")
 """What this machine may have and the image has not."""

@@ -19,12 +19,12 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Role, by_hash
 from core.digests import digest_json, share_of
 from core.progress import step
-from streams.demo import prepare_domain, prepare_questions
-from streams.demo.questions_fashion import ASK_GARMENT, SYNONYMS
-from streams.demo.questions_pictures import basic_name
-from streams.demo.questions_words import ASK_CATEGORY, ASK_NAME, with_article
+from demo.data import prepare_domain, prepare_questions
+from demo.data.questions_fashion import ASK_GARMENT, SYNONYMS
+from demo.data.questions_pictures import basic_name
+from demo.data.questions_words import ASK_CATEGORY, ASK_NAME, with_article
+from demo.vlm.shipped import TRAINED_ON
 from streams.folders import FolderItem, read_folder
-from updater.base.vlm.shipped import TRAINED_ON
 from updater.data.pools import Pair, Question
 
 PROTOCOL: Final = Protocol(gflops=480.0, batch_size=48, new=480, reference=480, replay=480, items=240)

@@ -23,7 +23,7 @@ from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
 from core.digests import digest_json, share_of
 from core.progress import step
-from streams.demo import DOMAINS, prepare_domain
+from demo.data import DOMAINS, prepare_domain
 from streams.folders import FolderItem, read_folder
 from updater.data.pools import Pair
 

@@ -22,8 +22,8 @@ from core.digests import digest_json
 from core.errors import RatchetError, TrainingError
 from core.progress import step
 from core.settings import Settings
+from demo.data import DOMAINS, prepare_domain
 from serving.engines.clip_base import ClipBase, load_base
-from streams.demo import DOMAINS, prepare_domain
 from updater.gate.score import Scorer
 from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suites import Suite, load_suites

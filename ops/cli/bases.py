@@ -37,8 +37,8 @@ def build(
 
     Examples:  ratchet base build    |    ratchet base build --family vlm --retrain
     """
-    from updater.base import build_base
-    from updater.base.vlm import build_vlm
+    from demo.clip import build_base
+    from demo.vlm import build_vlm
 
     home = ctx.of(context).settings.home
     if family in (None, "clip"):
@@ -63,8 +63,7 @@ def add(
     ratchet base add l14 --model hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K    |
     ratchet base add smol --family vlm --model hf-hub:HuggingFaceTB/SmolVLM-256M-Instruct
     """
-    from updater.base import add_base
-    from updater.base.vlm import add_vlm
+    from updater.base import add_base, add_vlm
 
     home = ctx.of(context).settings.home
     if family == "clip":
@@ -152,10 +151,11 @@ def score(
 
     Examples:  ratchet base score --family vlm    |    ratchet base score --family clip --precision bfloat16
     """
+    from demo.clip import score_base
+    from demo.vlm import score_vlm
     from serving.engines.backends import DTYPES, EngineChoice
     from serving.engines.vlm.vlm_base import load_vlm_base
-    from updater.base import score_base
-    from updater.base.vlm import VLM_NAME, score_vlm
+    from updater.base.reference import SHIPPED_VLM
 
     home = ctx.of(context).settings.home
     if family in (None, "clip"):
@@ -167,7 +167,7 @@ def score(
             other = score_base(home, choice=choices[precision])
             _scores(f"Zero-shot scores in {precision}", "domain", other)
     if family in (None, "vlm"):
-        _scores("Answers", "kind of question", score_vlm(load_vlm_base(home, VLM_NAME)))
+        _scores("Answers", "kind of question", score_vlm(load_vlm_base(home, SHIPPED_VLM)))
 
 
 def _show(base: ClipBase | VlmBase) -> None:

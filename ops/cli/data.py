@@ -81,7 +81,7 @@ def publish(
 @app.command("list")
 def list_domains() -> None:
     """The domains and question sets that can be prepared, their licences and attributions."""
-    from streams.demo import DOMAINS, QUESTIONS
+    from demo.data import DOMAINS, QUESTIONS
 
     table = Table("domain", "package", "licence", "attribution", title="Domains")
     for name, info in DOMAINS.items():
@@ -100,7 +100,7 @@ def prepare(
 
     Examples:  ratchet data prepare fluent3d flags    |    ratchet data prepare vqa_fashion
     """
-    from streams.demo import QUESTIONS, prepare_domain, prepare_questions
+    from demo.data import QUESTIONS, prepare_domain, prepare_questions
 
     for name in names:
         prepare = prepare_questions if name in QUESTIONS else prepare_domain

@@ -9,7 +9,7 @@ from core.progress import step
 from core.settings import Settings
 
 if TYPE_CHECKING:
-    from streams.demo import DemoData
+    from demo.data import DemoData
 
 CLIP, VLM = "shipped", "shipped-vlm"
 
@@ -23,7 +23,7 @@ def make_ready(settings: Settings) -> None:
     Raises:
         RatchetError: a base is not registered.
     """
-    from streams.demo import Preparation
+    from demo.data import Preparation
 
     make_base_ready(settings)
     with Preparation(needed_data(settings), settings.home) as data:
@@ -32,9 +32,8 @@ def make_ready(settings: Settings) -> None:
 
 def needed_data(settings: Settings) -> list[DemoData]:
     """What gate and trainer use of the demo data: of a domain that only suites ask about, their split."""
-    from streams.demo import QUESTIONS, DemoData
-    from updater.base import REFERENCE
-    from updater.base.vlm import VLM_REFERENCE
+    from demo.data import QUESTIONS, DemoData
+    from updater.base.reference import REFERENCE, VLM_REFERENCE
 
     suites = suite_data(settings)
     needed = []
@@ -53,13 +52,13 @@ def make_base_ready(settings: Settings) -> None:
 
     if settings.base.clip not in list_bases(settings.home, "clip"):
         _only_shipped(settings.base.clip, CLIP, "--model ...")
-        from updater.base import build_base
+        from demo.clip import build_base
 
         with step("building the shipped base"):
             build_base(settings.home)
     if settings.base.vlm and settings.base.vlm not in list_bases(settings.home, "vlm"):
         _only_shipped(settings.base.vlm, VLM, "--family vlm --model ...")
-        from updater.base.vlm import build_vlm
+        from demo.vlm import build_vlm
 
         build_vlm(settings.home)
 
@@ -74,7 +73,7 @@ def _only_shipped(name: str, shipped: str, options: str) -> None:
 
 def suite_data(settings: Settings) -> list[DemoData]:
     """The demo data that the built-in suites ask about; none when the operator named suites."""
-    from streams.demo import DemoData
+    from demo.data import DemoData
     from updater.gate import load_suites
 
     if settings.gate.suites:

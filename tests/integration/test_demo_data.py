@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from streams.demo import prepare_domain
-from streams.demo.concepts import split_of
+from demo.data import prepare_domain
+from demo.data.concepts import split_of
 from streams.folders import read_folder
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ from tests.support import wheels
 from tests.support.own_uv import ROOT, environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-PACKAGES = ("core", "ops", "serving", "streams", "updater")
+PACKAGES = ("core", "demo", "ops", "serving", "streams", "updater")
 
 # `--help` of each command, then each module, then the first steps; in one process: torch and Ray import for seconds.
 # What only extras or tests bring may be missing, anything of a clone may not.

@@ -16,11 +16,11 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from streams.demo import DOMAINS, prepare_questions
-from streams.demo.domain import RECEIPT
+from demo.data import DOMAINS, prepare_questions
+from demo.data.domain import RECEIPT
+from demo.vlm.scores import usual_answers
+from demo.vlm.shipped import TRAINED_ON
 from streams.folders import FolderItem, read_folder, write_folder
-from updater.base.vlm.scores import usual_answers
-from updater.base.vlm.shipped import TRAINED_ON
 
 EACH = 60
 """Questions of each kind."""

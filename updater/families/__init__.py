@@ -17,6 +17,7 @@ from serving.engines.lora import merge
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.folders import read_folder
 from updater.adapters import WeightDelta
+from updater.base.reference import SHIPPED_VLM, VLM_REFERENCE, reference_folders, shipped_folders
 from updater.families.clip.learner import ClipLearner
 from updater.families.vlm.learner import VlmLearner
 from updater.recipes import Family, Recipe, load_recipe
@@ -82,18 +83,11 @@ def reference_of(settings: Settings, family: Family) -> list[Path]:
     For a VLM only folders with questions count.
     """
     if family == "clip":
-        from updater.base import reference_folders
-
         return reference_folders(settings)
     asking = [folder for folder in settings.updater.reference if _asks(folder)]
     if asking:
         return asking
-    from updater.base.vlm import VLM_NAME, VLM_REFERENCE
-
-    if settings.base.vlm != VLM_NAME:
-        return []
-    folders = [settings.home / "data" / name for name in VLM_REFERENCE]
-    return [folder for folder in folders if folder.is_dir()]
+    return shipped_folders(settings, settings.base.vlm == SHIPPED_VLM, VLM_REFERENCE)
 
 
 def _asks(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from core.ledger import Ledger
 from core.progress import say, step
 from core.settings import Settings
 from core.stop_signals import Stopped, undisturbed
+from demo.data import QUESTIONS, DemoData, Preparation
 from ops.cli.context import Context
 from ops.cli.demo import captions, questions
 from ops.cli.demo.chapters import StoryProgress, plan_chapters
@@ -30,7 +31,6 @@ from ops.load.expected import Question
 from ops.load.traffic import Report, Traffic
 from ratchet_client import Client
 from serving.engines.vlm import vllm_start
-from streams.demo import QUESTIONS, DemoData, Preparation
 from streams.folders import FolderItem, read_folder
 from streams.store import SampleStore
 from updater.gate import load_suites

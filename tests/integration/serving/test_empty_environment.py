@@ -81,7 +81,7 @@ def test_it_is_small_and_brings_nothing_of_the_server(python: Path) -> None:
     size = sum(file.stat().st_size for file in packages.rglob("*") if file.is_file() and file.suffix != ".pyc")
     assert size < MAX_BYTES
     assert (packages / "ratchet_client" / "py.typed").is_file()
-    assert not {"core", "ops", "streams", "serving", "updater", "torch", "ray", "numpy", "pydantic"} & {
+    assert not {"core", "demo", "ops", "streams", "serving", "updater", "torch", "ray", "numpy", "pydantic"} & {
         path.name for path in packages.iterdir()
     }
 

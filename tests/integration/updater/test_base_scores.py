@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from updater.base import build_base, score_base
-from updater.base.scores import committed_scores
+from demo.clip import build_base, score_base
+from demo.clip.scores import committed_scores
 
 CHECKED = ("fluent3d", "flags")
 """Domains whose packages are small (21 MB together)."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from demo.vlm import build_vlm, score_vlm
+from demo.vlm.scores import SCORES, committed_scores
+from demo.vlm.shipped import ASSETS, MODEL
 from tests.support.question_sample import EACH
-from updater.base.vlm import build_vlm, score_vlm
-from updater.base.vlm.scores import SCORES, committed_scores
-from updater.base.vlm.shipped import ASSETS, MODEL
 
 SAMPLE = Path(__file__).with_name("vqa_base")
 """Made by tests/support/question_sample.py."""

@@ -15,7 +15,7 @@ import ratchet_client
 from core import errors as server_errors
 from ratchet_client import AsyncClient, AsyncProducer, Client, Producer, errors
 
-FORBIDDEN = {"torch", "ray", "numpy", "pydantic", "core", "ops", "streams", "serving", "updater"}
+FORBIDDEN = {"torch", "ray", "numpy", "pydantic", "core", "demo", "ops", "streams", "serving", "updater"}
 LOADED = "import json, sys; before = set(sys.modules); {}; print(json.dumps(sorted(set(sys.modules) - before)))"
 
 

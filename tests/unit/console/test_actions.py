@@ -14,9 +14,9 @@ from core.ledger import Ledger
 from ops.console.app import build_console
 from streams.rows import Position
 from streams.store import SampleStore
+from tests.support.pictures import png
 from tests.unit.console.test_pages import settings
 from tests.unit.console.test_security import LOCAL, signed_in
-from tests.unit.data.pictures import png
 
 PARTIAL = {"hx-request": "true", "hx-target": "dialog"}
 

@@ -20,7 +20,7 @@ from ops.cli.demo.questions import AnswerComparison, Answered
 from ops.cli.demo.summary import Facts, Lesson
 from ops.load.traffic import Sample
 from streams.folders import FolderItem
-from tests.unit.data.pictures import png
+from tests.support.pictures import png
 
 EVIL = "<script>alert(1)</script> & “more”"
 BEGAN = datetime(2026, 1, 1, 12, tzinfo=UTC)

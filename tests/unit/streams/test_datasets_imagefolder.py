@@ -13,7 +13,7 @@ from core.errors import RecordError
 from streams.datasets import FORMATS, detect
 from streams.folders import FolderItem, write_folder
 from tests.support.datasets import error_of, items_and_errors, items_of
-from tests.unit.data.pictures import png
+from tests.support.pictures import png
 
 
 def images(root: Path, *names: str) -> Path:

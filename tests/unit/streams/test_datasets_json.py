@@ -14,7 +14,7 @@ from core.errors import RecordError
 from streams.datasets import detect
 from streams.datasets.json_stream import DiskIndex, elements
 from tests.support.datasets import error_of, items_and_errors, items_of
-from tests.unit.data.pictures import png
+from tests.support.pictures import png
 
 
 def document(path: Path, content: Any) -> Path:

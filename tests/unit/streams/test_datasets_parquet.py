@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from core.errors import RecordError
 from streams.datasets import detect, read_dataset
 from tests.support.datasets import error_of, items_and_errors, items_of
-from tests.unit.data.pictures import png
+from tests.support.pictures import png
 
 IMG2DATASET = Path(__file__).parent / "img2dataset"
 datasets.disable_progress_bars()

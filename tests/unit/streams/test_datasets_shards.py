@@ -17,7 +17,7 @@ from core.errors import RecordError
 from streams.datasets import detect, read_dataset
 from streams.datasets.shards import MAX_HEADER_BYTES, expand
 from tests.support.datasets import error_of, items_and_errors, items_of
-from tests.unit.data.pictures import png
+from tests.support.pictures import png
 
 IMG2DATASET = Path(__file__).parent / "img2dataset"
 

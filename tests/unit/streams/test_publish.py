@@ -25,7 +25,7 @@ from streams.datasets import FORMATS
 from streams.folders import FolderItem
 from streams.publish import _checked, publish
 from streams.publish_resume import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
-from tests.unit.data.pictures import png
+from tests.support.pictures import png
 
 PICTURE = base64.b64encode(png()).decode()
 

@@ -1,0 +1,1 @@
+"""Data of the demo, and the models that are shipped: made from packages of registries."""

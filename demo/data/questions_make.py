@@ -1,0 +1,176 @@
+"""From pictures that are known by name, category and colours to questions with answers.
+
+A picture is in one split with all its questions. `test` holds two kinds of pictures: those of concepts that no
+training picture shows (a siamese cat, where there were other cats), and drawings that training does not have, of
+concepts that it has in another hand. Names are asked of both, colours and categories of the first alone.
+
+Yes/no questions come in pairs: the same words about a picture where the answer is yes and about one where it is no,
+so that the words alone tell nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from demo.data import questions_words as words
+from demo.data.questions_colours import main_colour
+
+HELD_OUT: Final = 0.6
+"""Share of concepts drawn by several hands of which one drawing is kept for the test."""
+SOME: Final = 0.2
+"""A colour that covers so much is there; one below `HARDLY` is not; between, nobody is asked."""
+HARDLY: Final = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """Most questions for each answer (or each thing asked for), so that no answer is the safe guess."""
+
+    answers: int
+    things: int
+    kinds: int
+
+
+CAPS: Final = {"train": Caps(answers=400, things=30, kinds=120), "test": Caps(answers=30, things=3, kinds=6)}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What is known about one picture. Strings are empty where it has none, or it is not clear."""
+
+    path: Path
+    hand: str
+    """Who drew it: the domain."""
+    concept: str
+    split: str
+    """Of the concept, in its domain."""
+    title: str = ""
+    """What it is called exactly, by all hands alike."""
+    name: str = ""
+    """What a person would call it at first sight."""
+    category: str = ""
+    colours: dict[str, float] = field(default_factory=dict)
+    related: frozenset[str] = frozenset()
+    """Words that may be in it besides its name: not asked about as absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row to be."""
+
+    picture: Picture
+    split: str
+    kind: str
+    """`name`, `colour`, `presence` or `category`."""
+    question: str
+    answers: tuple[str, ...]
+
+
+def make_questions(pictures: Sequence[Picture]) -> list[Question]:
+    """All questions, in an order where the first few hundred of a split and kind are as mixed as all of them."""
+    held_out = held_out_drawings(pictures)
+    trained = [p for p in pictures if p.split == "train" and p.path not in held_out]
+    rows: list[Question] = []
+    for split in ("train", "test"):
+        concepts = trained if split == "train" else [p for p in pictures if p.split == "test"]
+        drawings = trained if split == "train" else [*concepts, *(p for p in pictures if p.path in held_out)]
+        caps, dice = CAPS[split], random.Random(f"questions:{split}")  # noqa: S311
+        rows += _open(drawings, split, "name", lambda p: p.name, _names, words.ASK_NAME, caps.answers, dice)
+        rows += _open(
+            concepts, split, "category", lambda p: p.category, words.CATEGORIES.__getitem__, words.ASK_CATEGORY,
+            caps.answers, dice,
+        )  # fmt: skip
+        rows += _open(
+            concepts, split, "colour", lambda p: main_colour(p.colours), words.COLOURS.__getitem__, words.ASK_COLOUR,
+            caps.answers, dice,
+        )  # fmt: skip
+        rows += _presence(drawings, concepts, split, caps, dice)
+    random.Random("questions:order").shuffle(rows)  # noqa: S311
+    return rows
+
+
+def held_out_drawings(pictures: Iterable[Picture]) -> frozenset[Path]:
+    """One drawing each of a share of the trained concepts that several hands drew; by hash, so it never moves."""
+    hands: dict[str, list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        if picture.title and picture.split == "train":
+            hands[picture.concept].append(picture)
+    chosen = set()
+    for concept, drawings in hands.items():
+        number = int.from_bytes(hashlib.sha256(f"drawing:{concept}".encode()).digest()[:8])
+        if len({p.hand for p in drawings}) == len(drawings) > 1 and number / 2**64 < HELD_OUT:
+            chosen.add(sorted(drawings, key=lambda p: p.path)[number % len(drawings)].path)
+    return frozenset(chosen)
+
+
+def _names(name: str) -> tuple[str, ...]:
+    other = words.SYNONYMS.get(name)
+    return (name, other) if other else (name,)
+
+
+def _open(
+    pictures: Sequence[Picture],
+    split: str,
+    kind: str,
+    about: Callable[[Picture], str],
+    answers: Callable[[str], tuple[str, ...]],
+    asks: Sequence[str],
+    cap: int,
+    dice: random.Random,
+) -> Iterator[Question]:
+    """One question about each picture that has an answer, at most `cap` for each answer."""
+    seen: Counter[str] = Counter()
+    for picture in dice.sample(pictures, len(pictures)):
+        answer = about(picture)
+        if answer and seen[answer] < cap:
+            seen[answer] += 1
+            yield Question(picture, split, kind, dice.choice(asks), answers(answer))
+
+
+def _presence(
+    drawings: Sequence[Picture], concepts: Sequence[Picture], split: str, caps: Caps, dice: random.Random
+) -> Iterator[Question]:
+    for name in sorted({p.name for p in drawings} - {""}):
+        there = [p for p in drawings if p.name == name]
+        absent = [p for p in drawings if p.name not in ("", name) and name not in p.related and name != p.category]
+        yield from _pairs(there, absent, words.with_article(name), words.ASK_THING, caps.things, split, dice)
+    for kind in words.CATEGORIES:
+        there = [p for p in concepts if p.category == kind]
+        absent = [p for p in concepts if p.category and p.category not in _near(kind)]
+        yield from _pairs(there, absent, words.with_article(kind), words.ASK_KIND, caps.kinds, split, dice)
+    for colour in words.COLOURS:
+        there = [p for p in concepts if p.colours.get(colour, 0) >= SOME]
+        absent = [p for p in concepts if p.colours and p.colours.get(colour, 0) < HARDLY]
+        yield from _pairs(there, absent, colour, words.ASK_SHADE, 2 * caps.kinds, split, dice)
+
+
+def _near(kind: str) -> frozenset[str]:
+    """Categories that may be said of the same picture."""
+    groups = (
+        ("animal", "bird", "insect", "creature"), ("creature", "person", "face"), ("vehicle", "vehicle part"),
+        ("symbol", "arrow", "clock", "flag", "heart"), ("food", "drink", "plant"), ("tool", "gun"),
+        ("hand", "person"), ("terrain", "furniture", "plant", "building"),
+    )  # fmt: skip
+    return frozenset((kind, *(other for group in groups if kind in group for other in group)))
+
+
+def _pairs(
+    there: Sequence[Picture],
+    absent: Sequence[Picture],
+    thing: str,
+    asks: Sequence[str],
+    most: int,
+    split: str,
+    dice: random.Random,
+) -> Iterator[Question]:
+    count = min(most, len(there), len(absent))
+    for yes, no in zip(dice.sample(there, count), dice.sample(absent, count), strict=True):
+        text = dice.choice(asks).format(thing)
+        yield Question(yes, split, "presence", text, ("yes",))
+        yield Question(no, split, "presence", text, ("no",))

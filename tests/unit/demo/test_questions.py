@@ -1,0 +1,136 @@
+"""Questions about the demo's pictures: nothing of a test is seen in training, and the words alone tell nothing."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError
+from demo.data import QUESTIONS, prepare_questions
+from demo.data.questions_make import Picture, Question, held_out_drawings, make_questions
+from demo.data.questions_pictures import basic_name
+from demo.data.questions_words import CATEGORIES, COLOURS, NOUNS, SUBGROUPS, SYNONYMS, with_article
+
+THINGS = {"animal": "cat dog cow pig", "food": "pear plum bread", "vehicle": "car bus tram boat", "tool": "axe saw"}
+SORTS = "big small old new round flat tall wild tame clean odd plain"
+SHADES = ("red", "green", "blue", "black")
+
+
+def world() -> list[Picture]:
+    """Three hands draw things of four kinds, twelve sorts of each; every seventh concept is held out."""
+    pictures = []
+    number = 0
+    for kind, names in THINGS.items():
+        for thing in names.split():
+            for sort in SORTS.split():
+                number += 1
+                title, colour = f"{sort} {thing}", SHADES[number % 4]
+                split = "test" if number % 7 == 0 else "train"
+                for hand in ("ink", "oil", "chalk"):
+                    path, shares = Path(hand) / f"{title}.png", {colour: 0.9, "yellow": 0.05}
+                    pictures.append(Picture(path, hand, title, split, title, thing, kind, shares))
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Question]:
+    return make_questions(world())
+
+
+def of(rows: list[Question], split: str, *kinds: str) -> list[Question]:
+    return [row for row in rows if row.split == split and row.kind in kinds]
+
+
+def test_every_kind_is_asked_in_both_splits(rows: list[Question]) -> None:
+    asked = Counter((row.split, row.kind) for row in rows)
+    for split in ("train", "test"):
+        assert all(asked[split, kind] > 20 for kind in ("name", "colour", "presence", "category")), asked
+
+
+def test_a_picture_is_in_one_split_with_all_its_questions(rows: list[Question]) -> None:
+    splits = defaultdict(set)
+    for row in rows:
+        splits[row.picture.path].add(row.split)
+    assert {len(found) for found in splits.values()} == {1}
+
+
+def test_colour_and_category_are_tested_on_concepts_that_were_never_trained(rows: list[Question]) -> None:
+    trained = {row.picture.concept for row in rows if row.split == "train"}
+    tested = {row.picture.concept for row in of(rows, "test", "colour", "category")}
+    assert tested and not tested & trained
+
+
+def test_names_are_tested_on_new_drawings_of_things_that_were_trained(rows: list[Question]) -> None:
+    trained = of(rows, "train", "name")
+    tested = of(rows, "test", "name")
+    assert {row.answers for row in tested} <= {row.answers for row in trained}
+    assert not {row.picture.path for row in tested} & {row.picture.path for row in rows if row.split == "train"}
+    concepts = {row.picture.concept for row in trained}
+    assert {row.picture.concept in concepts for row in tested} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("text", "category", "name"),
+    [("a pair of army boots, worn", "clothing", "shoe"), ("cat with tears of joy", "animal", "cat"),
+     ("dog face", "animal", "dog"), ("grinning face", "face", "face"), ("assault rifle (modified)", "gun", "gun"),
+     ("woman: red hat", "person", ""), ("something else", "", ""), ("", "", "")],
+)  # fmt: skip
+def test_a_thing_is_named_as_at_first_sight(text: str, category: str, name: str) -> None:
+    assert basic_name(text, category) == name
+
+
+def test_held_out_drawings_do_not_depend_on_the_other_pictures() -> None:
+    pictures = world()
+    chosen = held_out_drawings(pictures)
+    assert 0.4 < len(chosen) / len({p.concept for p in pictures if p.split == "train"}) < 0.8
+    some = [p for p in pictures if p.category == "food"]
+    assert held_out_drawings(some) == {path for path in chosen if path in {p.path for p in some}}
+
+
+def test_yes_and_no_are_asked_in_the_same_words_as_often(rows: list[Question]) -> None:
+    for split in ("train", "test"):
+        said: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in of(rows, split, "presence"):
+            said[row.question][row.answers[0]] += 1
+        assert said and all(counts["yes"] == counts["no"] for counts in said.values())
+
+
+def test_yes_and_no_are_true(rows: list[Question]) -> None:
+    for row in (row for row in rows if row.kind == "presence"):
+        picture, words = row.picture, row.question.rstrip("?").split()
+        named = any(with_article(word) in row.question for word in (picture.name, picture.category))
+        shaded = any(share > 0.2 for colour, share in picture.colours.items() if colour in words)
+        assert (named or shaded) == (row.answers[0] == "yes"), row
+
+
+def test_answers_are_never_empty_and_at_most_two(rows: list[Question]) -> None:
+    assert all(1 <= len(row.answers) <= 2 and all(row.answers) for row in rows)
+
+
+def test_no_answer_is_a_safe_guess_for_the_colour(rows: list[Question]) -> None:
+    counts = Counter(row.answers[0] for row in of(rows, "test", "colour"))
+    assert max(counts.values()) <= 40
+    assert counts.keys() <= COLOURS.keys()
+
+
+def test_making_them_again_gives_the_same(rows: list[Question]) -> None:
+    assert make_questions(world()) == rows
+
+
+def test_the_words_fit_together() -> None:
+    assert set(SUBGROUPS.values()) <= CATEGORIES.keys()
+    assert all(kind == names[0] and len(names) <= 2 for kind, names in {**CATEGORIES, **COLOURS}.items())
+    assert SYNONYMS.keys() <= set(NOUNS.values())
+    assert all(name != other for name, other in SYNONYMS.items())
+    assert [with_article(w) for w in ("apple", "bus", "clothing", "skis", "cross")] == [
+        "an apple", "a bus", "clothing", "skis", "a cross",
+    ]  # fmt: skip
+
+
+def test_an_unknown_set_of_questions_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no demo questions 'vqa'") as caught:
+        prepare_questions("vqa", tmp_path)
+    assert all(name in caught.value.fix for name in QUESTIONS)
+    assert list(tmp_path.iterdir()) == []

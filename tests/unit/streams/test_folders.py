@@ -1,0 +1,261 @@
+"""The folder dataset: what is read back is what was written, and what is wrong is named."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from core.errors import RecordError
+from streams.datasets import read_dataset
+from streams.folders import INDEX, FolderItem, read_folder, write_folder
+from tests.support.pictures import png
+
+
+def read_items(path: Path) -> list[FolderItem]:
+    """All rows of a data set; raises what is wrong with the first one that is."""
+    items = []
+    for row in read_dataset(path):
+        if isinstance(row.content, RecordError):
+            raise row.content
+        items.append(row.content)
+    return items
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "birds"
+    (root / "photos").mkdir(parents=True)
+    (root / "photos" / "a.png").write_bytes(png())
+    (root / "photos" / "b.png").write_bytes(png("blue"))
+    return root
+
+
+def index(root: Path, *lines: str) -> Path:
+    (root / INDEX).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def test_two_columns_are_enough(folder: Path) -> None:
+    (item,) = read_folder(index(folder, "file,text", 'photos/a.png,"a crane, crowned"'))
+    assert item == FolderItem(path=folder / "photos/a.png", text="a crane, crowned", domain="birds")
+    assert item.bytes() == png()
+
+
+def test_every_column_is_read_in_any_order(folder: Path) -> None:
+    header = "text,file,tags,time,source,domain,split,concept,label,answer,question,colour"
+    row = "a crane,photos/a.png,red; tall ;,2026-01-31T13:00:00+01:00,zoo,zoos,test,crane,bird,two,how many legs,x"
+    (item,) = read_folder(index(folder, header, row))
+    assert (item.label, item.concept, item.split, item.domain, item.source) == ("bird", "crane", "test", "zoos", "zoo")
+    assert (item.question, item.answer) == ("how many legs", "two")
+    assert item.tags == ("red", "tall")
+    assert item.time == "2026-01-31T12:00:00+00:00"
+
+
+def test_a_time_without_zone_is_utc(folder: Path) -> None:
+    (item,) = read_folder(index(folder, "file,text,time", "photos/a.png,x,2026-01-31T12:00:00"))
+    assert item.time == "2026-01-31T12:00:00+00:00"
+
+
+def test_a_row_without_split_belongs_to_every_split(folder: Path) -> None:
+    index(folder, "file,text,split", "photos/a.png,one,test", "photos/b.png,two,")
+    assert [item.text for item in read_folder(folder, "test")] == ["one", "two"]
+    assert [item.text for item in read_folder(folder, "train")] == ["two"]
+
+
+def test_an_unknown_split_lists_those_there_are(folder: Path) -> None:
+    index(folder, "file,text,split", "photos/a.png,one,test", "photos/b.png,two,train")
+    with pytest.raises(RecordError, match=r"nothing in split 'dev'; it has: test, train"):
+        read_folder(folder, "dev")
+
+
+def test_what_is_written_reads_back_and_is_the_same_bytes_again(tmp_path: Path) -> None:
+    items = [
+        FolderItem(
+            path=Path("in/a.png"),
+            text='a "red"\nsquare, é',
+            label="square",
+            concept="square",
+            split="train",
+            domain="shapes",
+            source="test",
+            time="2026-01-31T12:00:00+00:00",
+            tags=("red", "flat"),
+            question="which colour?",
+            answer="red",
+            inline=png(),
+        )
+    ]
+    first = write_folder(tmp_path / "one", items)
+    second = write_folder(tmp_path / "two", items)
+    (item,) = read_folder(first)
+    assert item.bytes() == png()
+    for name in ("text", "label", "concept", "split", "domain", "source", "time", "tags", "question", "answer"):
+        assert getattr(item, name) == getattr(items[0], name), name
+    assert (first / INDEX).read_bytes() == (second / INDEX).read_bytes()
+    assert sorted(path.name for path in first.iterdir()) == [INDEX, "in"]
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_survives(tmp_path: Path, text: str) -> None:
+    write_folder(tmp_path, [FolderItem(path=Path("a.png"), text=f"x{text}x", inline=png())])
+    assert read_folder(tmp_path)[0].text == f"x{text}x"
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "said"),
+    [
+        ("photos/none.png,x,", "file", "does not exist"),
+        ("photos,x,", "file", "does not exist"),
+        ("../outside.png,x,", "file", "leads out"),
+        ("photos/../../outside.png,x,", "file", "leads out"),
+        ("/etc/hostname,x,", "file", "leads out"),
+        ("photos\\a.png,x,", "file", "leads out"),
+        ("link.png,x,", "file", "link out of the folder"),
+        (",x,", "file", "is empty"),
+        ("photos/a.png,,", "text", "is empty"),
+        ("photos/a.png,x,yesterday", "time", "ISO 8601"),
+        ("photos/a.png,one, two,", "time", "more values than columns"),
+    ],
+)
+def test_an_error_names_file_line_field_and_fix(folder: Path, row: str, field: str, said: str) -> None:
+    (folder.parent / "outside.png").write_bytes(png())
+    (folder / "link.png").symlink_to(folder.parent / "outside.png")
+    index(folder, "file,text,time", "photos/a.png,fine,", row)
+    with pytest.raises(RecordError) as caught:
+        read_folder(folder)
+    assert f"{folder / INDEX}, line 3, field '{field}'" in caught.value.message
+    assert said in caught.value.message
+    assert caught.value.fix
+    assert caught.value.reason == "dataset"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"file;text\nphotos/a.png;x\n", "separate the columns by commas"),
+        (b"path,caption\na,b\n", "no such column"),
+        (b"", "no such column"),
+        (b"file,text\nphotos/a.png,caf\xe9\n", "not UTF-8"),
+        (b'file,text\nphotos/a.png,"never closed\n', "after line 1"),
+    ],
+)
+def test_a_file_that_is_no_such_table_is_refused(folder: Path, content: bytes, said: str) -> None:
+    (folder / INDEX).write_bytes(content)
+    with pytest.raises(RecordError, match=f"(?i){said}"):
+        read_folder(folder)
+
+
+def test_question_and_answer_come_together(folder: Path) -> None:
+    with pytest.raises(RecordError, match="field 'answer'"):
+        read_folder(index(folder, "file,text,question", "photos/a.png,,what is it?"))
+    (item,) = read_folder(index(folder, "file,text,question,answer", "photos/a.png,,what is it?,a crane"))
+    assert item.text == ""
+
+
+def test_a_question_may_have_several_answers(folder: Path) -> None:
+    header, row = "file,text,question,answer,answers", "photos/a.png,,what colour?,grey,grey; gray;"
+    (item,) = read_folder(index(folder, header, row))
+    assert (item.answer, item.answers) == ("grey", ("grey", "gray"))
+    (again,) = read_folder(write_folder(folder, [item]))
+    assert again == item
+
+
+def test_answers_without_the_answer_are_refused(folder: Path) -> None:
+    with pytest.raises(RecordError, match="field 'answer': is empty, but there are answers"):
+        read_folder(index(folder, "file,text,question,answer,answers", "photos/a.png,a crane,,,grey;gray"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(folder: Path) -> None:
+    (folder / INDEX).write_bytes(b"\xef\xbb\xbffile,text\r\nphotos/a.png,x\r\n")
+    assert read_folder(folder)[0].text == "x"
+
+
+def test_jsonl_holds_paths_and_images(folder: Path) -> None:
+    encoded = base64.b64encode(png("blue")).decode()
+    rows = [
+        {"file": "photos/a.png", "text": "by path", "tags": ["red", "flat"], "label": None},
+        {"image": encoded, "text": "in the row"},
+        {"image": f"data:image/png;base64,{encoded}", "text": "as a URI"},
+    ]
+    file = folder / "more.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    items = read_items(file)
+    assert [item.bytes() for item in items] == [png(), png("blue"), png("blue")]
+    assert items[0].tags == ("red", "flat")
+    assert {item.domain for item in items} == {"more"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"image": "%%%", "text": "x"}', "field 'image': not base64"),
+        ('{"image": "data:image/png,xx", "text": "x"}', "field 'image': is a data: URI, not in base64"),
+        ('{"image": "AAAA", "file": "photos/a.png", "text": "x"}', "both file and image"),
+        ('{"file": "photos/a.png", "text": 3}', "field 'text': is a int"),
+        ('{"file": "photos/a.png", "text": "x", "tags": [1]}', "field 'tags'"),
+        ('{"text": "x"}', "field 'file': is empty"),
+        ("[1, 2]", "holds a list"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_wrong_jsonl_row_is_named(folder: Path, row: str, said: str) -> None:
+    file = folder / "more.jsonl"
+    file.write_text('{"file": "photos/a.png", "text": "fine"}\n' + row)
+    with pytest.raises(RecordError) as caught:
+        read_items(file)
+    assert "line 2" in caught.value.message
+    assert said in caught.value.message
+
+
+def test_a_csv_cell_may_hold_an_image_beyond_pythons_own_limit(tmp_path: Path) -> None:
+    noise = bytes(range(256)) * 1024
+    file = tmp_path / "inline.csv"
+    file.write_text(f"image,text\n{base64.b64encode(noise).decode()},noise\n")
+    (item,) = read_items(file)
+    assert item.bytes() == noise
+
+
+def test_an_image_over_the_limit_is_not_read(folder: Path) -> None:
+    (item,) = read_folder(index(folder, "file,text", "photos/a.png,x"))
+    with pytest.raises(RecordError, match="the limit is 10"):
+        item.bytes(max_bytes=10)
+
+
+def test_an_image_that_went_away_is_named(folder: Path) -> None:
+    (item,) = read_folder(index(folder, "file,text", "photos/a.png,x"))
+    item.path.unlink()
+    with pytest.raises(RecordError, match=r"photos/a\.png cannot be read"):
+        item.bytes()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "notes.txt"])
+def test_what_is_no_dataset_is_refused_with_a_fix(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(RecordError) as caught:
+        read_items(tmp_path / name)
+    assert name in caught.value.message
+    assert caught.value.fix
+
+
+def test_writing_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="leads out"):
+        write_folder(tmp_path / "in", [FolderItem(path=Path("../a.png"), text="x", inline=png())])
+    assert not (tmp_path / "a.png").exists()
+    assert not (tmp_path / "in" / INDEX).exists()
+
+
+@pytest.mark.parametrize("name", ["more.csv", "more.jsonl"])
+def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.tables.MAX_ROW_CHARS", 1000)
+    rows = {"more.csv": 'image,text\nAAAA,"', "more.jsonl": '{"image": "'}
+    (tmp_path / name).write_text(rows[name] + "x" * 5000)
+    with pytest.raises(RecordError, match="1000"):
+        read_items(tmp_path / name)
