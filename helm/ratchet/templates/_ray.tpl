@@ -79,6 +79,31 @@ volumeMounts:
 resources: {{- toYaml $top.Values.serving.autoscaler.resources | nindent 2 }}
 {{- end -}}
 
+{{/* CPUs that KubeRay tells Ray a container has: its limit, else its request, rounded up. */}}
+{{- define "ratchet.rayCpus" -}}
+{{- $cpu := dig "limits" "cpu" "" . | default (dig "requests" "cpu" "0" .) | toString -}}
+{{- hasSuffix "m" $cpu | ternary (divf (trimSuffix "m" $cpu) 1000) (float64 $cpu) | ceil -}}
+{{- end -}}
+
+{{/* Stops where the workers have fewer CPUs of Ray than the replicas reserve: the application would be deployed for ever, and
+an upgrade to it would leave the cluster before as it is, while Helm says that all is well. */}}
+{{- define "ratchet.roomForReplicas" -}}
+{{- $serve := default (dict) .Values.settings.serve -}}
+{{- $reserved := dict "encoder" 0.2 "ingress" 0.2 "controller" 0.1 "vlm" 0.2 -}}{{/* serving/app.py, where serving.actors names none */}}
+{{- $total := 0.1 -}}{{/* the catalog */}}
+{{- range $key, $cpus := $reserved -}}
+{{- if or (ne $key "vlm") (dig "base" "vlm" "shipped-vlm" $.Values.settings) -}}
+{{- $each := dig $key "cpus" $cpus $.Values.serving.actors -}}
+{{- $total = addf $total (mulf (dig (printf "%s_replicas" $key) 1 $serve) $each) -}}
+{{- end -}}
+{{- end -}}
+{{- $workers := max (.Values.serving.workers.replicas | int) (.Values.serving.workers.maxReplicas | int) -}}
+{{- $each := include "ratchet.rayCpus" .Values.serving.workers.resources -}}
+{{- if gt (round $total 3) (mulf $workers $each) -}}
+{{- fail (printf "serving.workers has no room: the replicas reserve %v CPUs of Ray (serving.actors, settings.serve.*_replicas), and %d worker(s) have %s each (resources.limits.cpu, else requests.cpu, rounded up)." (round $total 3) (int $workers) $each) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Names a Ray cluster by what it is started with, in a label of its pods. KubeRay compares neither numbers of workers nor
 tolerations, and Serve reads its HTTP options only when it starts: by this label a change of them makes another cluster,
 too. Left out is what changes in the running one. */}}

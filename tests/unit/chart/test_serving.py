@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from core.loading import load_settings
 from core.settings import Settings
 from ops.cli import metrics
 from serving.app import build, drain_seconds
-from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
+from tests.support.chart import CHART, EVERYTHING, PROFILES, merged, of_kind, pods, profile, render
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 
@@ -94,6 +95,12 @@ def test_ray_serve_builds_the_application_and_finds_its_deployments(
     assert (module, function) == (build.__module__, build.__name__)
     graph = deployments(call_user_app_builder_with_args_if_necessary(build, application.args))
     assert {"Encoder", "Vlm", "Ingress"} <= graph.keys()
+    counted = re.findall(
+        r'"?(\w+)"? (?::= )?(0\.\d)\b', (CHART / "templates" / "_ray.tpl").read_text().split("roomForReplicas")[1]
+    )
+    assert {name.capitalize().replace("Total", "Catalog"): float(cpus) for name, cpus in counted} == {
+        name: deployment.ray_actor_options["num_cpus"] for name, deployment in graph.items()
+    }
     for name in PROFILES:
         config = serve_config(render(profile(name)))
         assert config.proxy_location == ProxyLocation.EveryNode
@@ -116,7 +123,7 @@ def test_no_worker_has_more_replicas_than_its_share_and_new_code_finds_room(
 ) -> None:
     """Serve would fill the worker that is there first. Where all have their share, new code may want no further one."""
     values = {
-        "serving": {"workers": {"replicas": workers}},
+        "serving": {"workers": {"replicas": workers, "resources": {"limits": {"cpu": 4}}}},
         "settings": {"serve": {"encoder_replicas": replicas, "ingress_replicas": 1, "ingress_max_replicas": replicas}},
     }
     config = serve_config(render(values)).applications[0]
@@ -331,3 +338,19 @@ def test_a_node_that_ends_has_time_to_start_successors_and_to_finish_what_is_in_
         assert drain >= in_flight + 60  # Serve stops replicas that long before the end of the drain
         assert pod["spec"]["terminationGracePeriodSeconds"] > drain
     assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")  # Ray reads the variable of this name
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [
+        {"replicas": 2},
+        {"replicas": 1, "maxReplicas": 2},
+        {"replicas": 1, "resources": {"limits": {"cpu": "1100m"}}},
+        {"replicas": 1, "resources": {"requests": {"cpu": 2}}},
+    ],
+)
+def test_workers_have_room_by_their_number_or_their_cpus(workers: dict[str, Any]) -> None:
+    small = {"replicas": 1, "resources": {"requests": {"cpu": "200m"}}}
+    scale = {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2, "controller_replicas": 2}}
+    values = {"settings": scale, "serving": {"workers": merged(small, workers)}}
+    assert of_kind(render(values), "RayService")

@@ -31,6 +31,14 @@ WRONG: list[tuple[str, Any, list[str]]] = [
         ["/serving/actors/vlm/maxPerNode"],
     ),
     ("no worker", {"serving": {"workers": {"replicas": 0}}}, ["/serving/workers/replicas", "minimum"]),
+    (
+        "a worker without room for the replicas",
+        {
+            "settings": {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2, "controller_replicas": 2}},
+            "serving": {"workers": {"replicas": 1, "resources": {"requests": {"cpu": "200m"}}}},
+        },
+        ["serving.workers has no room", "1.2 CPUs", "1 worker(s) have 1 each"],
+    ),
     ("text for a number", {"ingest": {"replicas": "two"}}, ["/ingest/replicas", "integer"]),
     ("an image that is not built", {"image": {"flavour": "rocm"}}, ["/image/flavour", "cpu", "gpu"]),
     ("a container without a bound", {"console": {"resources": {"limits": None}}}, ["/console/resources", "limits"]),
