@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,8 +105,8 @@ class Cluster:
     def load(self) -> Iterator[dict[str, Any]]:
         """Requests meanwhile; after the block, the mapping has what :mod:`tests.outside.kubernetes.load` found."""
         console = f"deploy/{RELEASE}-console"
-        key = self.kubectl("exec", console, "--", "env", "USER=outside", "ratchet", "keys", "create", "load",
-                           "--scope", "infer").strip()  # fmt: skip
+        key = self.kubectl("exec", console, "--", "env", "USER=outside", "ratchet", "keys", "create",
+                           f"load-{time.time_ns()}", "--scope", "infer").strip()  # fmt: skip
         end = f"/tmp/end-{os.getpid()}"
         words = ["kubectl", "--namespace", NAMESPACE, "exec", "--stdin", CLIENT, "--", "python", "-"]
         found: dict[str, Any] = {}
