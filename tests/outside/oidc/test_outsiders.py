@@ -38,8 +38,8 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     server = ServerFixture.make(tmp_path_factory.mktemp("server"), encoder_replicas=1)
     server.configure(console={"port": free_port()})
-    server.start()
     try:
+        server.start()
         with console_server(server.settings) as console:
             yield Place(server, console)
     finally:
