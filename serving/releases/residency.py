@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
 
-from core import metrics
-from core.errors import RatchetError, ReleaseError
+from core.errors import RatchetError
 from core.ledger.ledger import Ledger
 from core.ledger.rows import Family, ReleaseRow
-from serving.own_threads import OwnThreads
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Prepared, Residency
+from serving.releases.types import Residency
 
-log = logging.getLogger("ratchet.residency")
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
 """Image and text space of a CLIP adapter; None when its files are gone or damaged. Raises RatchetError when no replica
 can tell now."""
-UNSERVABLE_SECONDS: Final = 5.0
-"""How often an adapter whose files were gone or damaged is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,60 +102,3 @@ async def _spaces_or_none(row: ReleaseRow, spaces: Spaces, needed: bool) -> tupl
         if needed:
             raise
         return None
-
-
-class ResidencyReader:
-    """Reads the newest releases; asks an encoder for the spaces of each adapter, once while it is resident
-    (adapters never change)."""
-
-    def __init__(
-        self,
-        read: Callable[[], ResidencyRows],
-        prepare: Callable[[str | None], Awaitable[Prepared]],
-        prepare_all: Callable[[str | None], Awaitable[Sequence[Prepared]]],
-    ) -> None:
-        """Args:
-        read: what is resident; called in a thread. See :meth:`.residency_source.ResidencySource.newest`.
-        prepare: asks any encoder to hold a CLIP adapter.
-        prepare_all: asks all of them.
-        """
-        self._read = read
-        self._threads = OwnThreads("residency")
-        self._prepare = prepare
-        self._prepare_all = prepare_all
-        self._spaces: dict[str | None, tuple[str, str]] = {}
-        self._gone: dict[str | None, float] = {}
-
-    async def read(self, newer_than: int = 0) -> Residency | None:
-        """What is resident; None when nothing newer can be served.
-
-        Raises:
-            RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.
-        """
-        rows = await self._threads.run(self._read)
-        if not rows.window or rows.window[0].number <= newer_than:
-            return None
-        residency = await resolve_residency(rows, self._spaces_of)
-        for clip in set(self._spaces).difference(rows.clips):
-            del self._spaces[clip]
-        newest = residency.window[0].release if residency.window else 0
-        metrics.release.unservable("clip", newest < rows.window[0].number)
-        return residency if newest > newer_than else None
-
-    async def _spaces_of(self, clip: str | None) -> tuple[str, str] | None:
-        if clip not in self._spaces:
-            if time.monotonic() < self._gone.get(clip, 0.0):
-                return None
-            prepared = await self._prepare(clip)
-            if prepared.unservable:  # there: another node may have a copy that is whole
-                answers = await self._prepare_all(clip)
-                prepared = next((answer for answer in answers if not answer.unservable), prepared)
-            if prepared.unservable:
-                log.error("%s cannot be served: %s", clip or "the base", prepared.error)
-                self._gone[clip] = time.monotonic() + UNSERVABLE_SECONDS
-                return None
-            if prepared.error:
-                raise ReleaseError(f"the spaces of {clip or 'the base'} are not known: {prepared.error}")
-            self._gone.pop(clip, None)
-            self._spaces[clip] = (prepared.image_space, prepared.text_space)
-        return self._spaces[clip]

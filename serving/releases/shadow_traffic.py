@@ -26,7 +26,7 @@ from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
 from serving.messages import EncodeResult, Modality
 from serving.releases.agreement import Neighbours, same_answer
-from serving.releases.guard_target import GuardTarget
+from serving.releases.guard import GuardTarget
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from serving.releases.release_snapshot import ReleaseSnapshot
 

@@ -27,8 +27,7 @@ from serving.ray.settled import settle
 from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
-from serving.replicas.residency_reader import residency_reader
-from serving.replicas.start_order import wait_for_clip
+from serving.replicas.follower import residency_reader, wait_for_clip
 
 if TYPE_CHECKING:
     from serving.catalog.catalog import Catalog

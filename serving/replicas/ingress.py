@@ -37,16 +37,16 @@ from serving.ray.settled import settle
 from serving.releases.admission import Admission
 from serving.releases.agreement import TEXTS
 from serving.releases.broadcast import APP, VLM
-from serving.releases.guard_target import find_guard_target
+from serving.releases.guard import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.catalog_calls import CatalogCalls
 from serving.replicas.controller_calls import ControllerCalls
 from serving.replicas.encoder_calls import EncoderCalls
+from serving.replicas.follower import residency_reader
 from serving.replicas.key_copy import KeyCopy
 from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
-from serving.replicas.residency_reader import residency_reader
 from serving.replicas.vlm_calls import VlmCalls
 from serving.replicas.vlm_start import VlmStart
 

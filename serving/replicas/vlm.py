@@ -27,8 +27,7 @@ from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
-from serving.replicas.follower import ResidencyFollower, check_start
-from serving.replicas.start_order import wait_for_clip
+from serving.replicas.follower import ResidencyFollower, check_start, wait_for_clip
 
 log = logging.getLogger("ratchet.vlm")
 INCOMING, LATE = 1, 1

@@ -16,8 +16,7 @@ from core.settings import Settings
 from serving import app as module
 from serving.app import build, drain, drain_seconds
 from serving.releases.residency import read_residency
-from serving.releases.residency_file import ResidencyCopy, encode_copy
-from serving.releases.residency_source import residency_path
+from serving.releases.residency_source import ResidencyCopy, encode_copy, residency_path
 
 
 class Ingress:

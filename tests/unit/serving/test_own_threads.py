@@ -17,8 +17,8 @@ from serving.http.deletion_service import DeletionService
 from serving.http.quarantine_service import QuarantineService
 from serving.http.release_heads import ReleaseHeads
 from serving.own_threads import OwnThreads
-from serving.releases.residency import ResidencyReader, ResidencyRows
-from serving.replicas.follower import ResidencyFollower
+from serving.releases.residency import ResidencyRows
+from serving.replicas.follower import ResidencyFollower, ResidencyReader
 
 ROWS = ResidencyRows((), None, ())
 
