@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Fiel
 
 from serving.engines.vlm.sampling_parameters import SMALLEST, is_denormal
 from serving.http.errors import ApiError
-from serving.http.openai_body import OpenAIBody, is_empty
+from serving.http.json_bodies import OpenAIBody, is_empty
 from serving.http.schemas import VLM_MODEL, ImageUrl
 
 MAX_MESSAGES = 256

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.http import receipt_service as module
-from serving.http.receipt_service import ReceiptService
+from serving.http import store_services as module
+from serving.http.store_services import ReceiptService
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
