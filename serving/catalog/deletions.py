@@ -11,8 +11,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from serving.catalog.corpus import Corpus
-from serving.catalog.corpus_ids import CorpusIds
-from serving.catalog.coverage import SpaceCoverage
+from serving.catalog.coverage import CorpusIds, SpaceCoverage
 from serving.catalog.tables import Tables
 
 log = logging.getLogger("ratchet.catalog")

@@ -18,7 +18,7 @@ from core import metrics
 from core.dependencies import answered, noted
 from core.errors import RatchetError
 from serving.catalog.corpus import Corpus
-from serving.catalog.corpus_ids import CorpusIds
+from serving.catalog.coverage import CorpusIds
 from serving.catalog.deletions import DeletionFollower
 from serving.catalog.embedding import Embedder, Encode, Pixels
 from serving.catalog.space_fill import SpaceFill

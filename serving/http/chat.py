@@ -9,8 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.engines.vlm.generation import MAX_IMAGES, GenerationRequest, Message, TokenChunk
-from serving.engines.vlm.sampling_parameters import SEEDS
+from serving.engines.vlm.generation import MAX_IMAGES, SEEDS, GenerationRequest, Message, TokenChunk
 from serving.errors import Unavailable
 from serving.http.app_state import VLM, AppState, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect

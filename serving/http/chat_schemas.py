@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
-from serving.engines.vlm.sampling_parameters import SMALLEST, is_denormal
+from serving.engines.vlm.generation import SMALLEST, is_denormal
 from serving.http.errors import ApiError
 from serving.http.json_bodies import OpenAIBody, is_empty
 from serving.http.schemas import VLM_MODEL, ImageUrl

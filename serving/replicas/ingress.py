@@ -34,10 +34,8 @@ from serving.http.vlm_calls import MirroredVlms, VlmCalls, VlmStart
 from serving.messages import EncodeResult, Modality
 from serving.own_threads import OwnThreads
 from serving.ray.deployment_status import DeploymentStatus, read_statuses
-from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
-from serving.ray.replica_logs import configure_replica_logging
-from serving.ray.settled import settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.admission import Admission
 from serving.releases.agreement import TEXTS
 from serving.releases.broadcast import APP, VLM
