@@ -26,9 +26,9 @@ from core import metrics
 from core.settings.serving import Serve
 from serving.engines.tokens import Tokenizer
 from serving.errors import DeadlineExceeded, WrongSpace
-from serving.fair_room import FairRoom
 from serving.http.encoder_calls import EncoderCalls
 from serving.http.errors import ApiError
+from serving.http.fair_room import FairRoom
 from serving.http.image_loader import ImageLoader, ImageSource
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot

@@ -18,8 +18,8 @@ from core.tracing import span
 from serving.http import errors
 from serving.http.cancel_on_disconnect import ClientGone
 from serving.http.errors import ApiError
+from serving.http.fair_room import SharedBudget
 from serving.http.rate_limit import address
-from serving.http.shared_budget import SharedBudget
 
 log = logging.getLogger("ratchet.http")
 SEND_SECONDS = 30.0

@@ -86,7 +86,7 @@ async def test_a_store_that_is_away_or_hangs_is_503(auth_app: AuthApp, monkeypat
         if file.is_file():
             file.unlink()
     refusal(await auth_app.get("/v1/records/t/0/0", OPERATOR), 503, "store")
-    monkeypatch.setattr(module, "SECONDS", 0.0)
+    monkeypatch.setattr(module, "TRACE_SECONDS", 0.0)
     refused = await auth_app.get("/v1/records/t/0/0", OPERATOR)
     assert "did not answer" in refusal(refused, 503, "store")
     assert refused.headers["retry-after"]
