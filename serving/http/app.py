@@ -25,9 +25,8 @@ from serving.http import (
 )
 from serving.http.app_state import AppState
 from serving.http.auth import AuthMiddleware
-from serving.http.limits import RequestLimits
 from serving.http.rate_limit import RateLimiter
-from serving.http.request_bodies import RequestBodies
+from serving.http.request_bodies import RequestBodies, RequestLimits
 from serving.http.request_ids import ALPHABET, HEADER, MAX_CHARS, RequestIds
 
 DESCRIPTION = """
