@@ -23,9 +23,8 @@ from core.dependencies import current
 from core.errors import StoreError, StoreUnavailable
 from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
-from serving.catalog.corpus import Corpus
 from serving.catalog.cross_version import search_across, usable
-from serving.catalog.embedding import Encode, Pixels
+from serving.catalog.embedding import Corpus, Encode, Pixels
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from serving.catalog.corpus import Corpus
 from serving.catalog.coverage import CorpusIds, SpaceCoverage
+from serving.catalog.embedding import Corpus
 from serving.catalog.tables import Tables
 
 log = logging.getLogger("ratchet.catalog")

@@ -14,9 +14,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from core.errors import ReleaseError
+from serving.own_threads import BoundedCall
 from serving.ray.deployment_status import read_statuses
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
-from serving.releases.bounded_call import BoundedCall
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import NO_VLM, Broadcast, Prepared, Residency

@@ -28,7 +28,7 @@ from core.errors import LedgerUnavailable, RatchetError, ReleaseError
 from core.files import replace_file
 from core.ledger import Ledger
 from core.settings import Settings
-from serving.releases.bounded_call import BoundedCall
+from serving.own_threads import BoundedCall
 from serving.releases.lineage import Lineage
 from serving.releases.residency import ResidencyRows, read_residency
 
