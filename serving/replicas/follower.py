@@ -18,8 +18,7 @@ from core.settings import Settings
 from serving.own_threads import OwnThreads
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.broadcast import APP, INGRESS
-from serving.releases.residency import ResidencyRows, resolve_residency
-from serving.releases.residency_source import ResidencySource
+from serving.releases.residency import ResidencyRows, ResidencySource, resolve_residency
 from serving.releases.types import Prepared, Residency
 
 log = logging.getLogger("ratchet.follower")

@@ -17,8 +17,7 @@ from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCo
 from serving.releases.guard import find_guard_target
 from serving.releases.lineage import Lineage, spaces_of_bases
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.residency import read_residency
-from serving.releases.residency_source import ResidencyCopy, ResidencySource, encode_copy, residency_path
+from serving.releases.residency import ResidencyCopy, ResidencySource, encode_copy, read_residency, residency_path
 from serving.releases.rollback import roll_back_offline
 from tests.support.tiny import tiny_base
 from tests.support.waiting import until
