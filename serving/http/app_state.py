@@ -36,7 +36,6 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 OPERATOR_THREADS = 4
 CLIP: Family = "clip"
 VLM: Family = "vlm"
-
 _KEY_HEADER = "x-ratchet-key"
 
 

@@ -39,7 +39,6 @@ release can be answered with the vectors of another one."""
 ENTRY_BYTES: Final = 640
 """What an entry takes beside its numbers: the array (112), the digest (65), key and entry (150), its place in two dicts
 and a linked list (300)."""
-
 BATCHES_IN_WORK = 6
 """For each encoder, from when images are opened and texts tokenized until their vectors are there."""
 TOKENIZER_THREADS = 2

@@ -1,7 +1,8 @@
 """Calls to encoder replicas that survive the death of one.
 
 Encoding is idempotent, so a call whose replica died is made again on another one. Replicas answer expected failures as
-values (:class:`EncodeResult`); whatever is *raised* is the transport or a dead replica.
+values (:class:`EncodeResult`); whatever is *raised* is the transport or a dead replica. Heads of an adapter are fetched
+once and kept.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from serving.releases.shadow_traffic import ShadowTraffic
 
 OTHER_TRIES: Final = 2
 """After a replica that cannot load the adapter, or whose forward pass failed: another one may do better."""
-
 _ADAPTERS = 8
 """Whose heads are kept: those of the resident releases, a few more than one."""
 _THREADS = 2

@@ -55,13 +55,12 @@ KEYS_SECONDS = 10.0
 """How often keys are read though nobody calls, so that the copies of them are not older than this."""
 FIRST_SECONDS = 20.0
 """How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
-
 SHARED = ("queue", "operator_queue", "decode_pixels", "image_fetches", "vlm_queue", "cache_bytes")
-
-FILE = "tokenizer.json"
-WORD_START = "\u2581"
+"""Bounds that all ingress processes divide among them."""
+_TOKENIZER_FILE = "tokenizer.json"
+_WORD_START = "\u2581"
 """SentencePiece's mark of a space before a word, which decoding a token on its own drops."""
-KEPT = 65_536
+_KEPT_TEXTS = 65_536
 
 
 def read_vlm_status() -> DeploymentStatus | None:
@@ -224,22 +223,22 @@ def share_of(settings: Serve) -> Serve:
 
 
 def token_texts(model: Path | None) -> Callable[[int], str]:
-    """A function from token to text. Half of a character reads as U+FFFD.
+    """A function from a token of a VLM to its text, for log-probabilities. Half of a character reads as U+FFFD.
 
     Args:
         model: a Hugging Face folder; without a ``tokenizer.json`` (or without a folder) a token is ``token_id:7``.
     """
-    path = model / FILE if model is not None else None
+    path = model / _TOKENIZER_FILE if model is not None else None
     if path is None or not path.is_file():
         return "token_id:{}".format
     tokenizer = Tokenizer.from_file(str(path))
 
-    @lru_cache(KEPT)
+    @lru_cache(_KEPT_TEXTS)
     def text_of(token: int) -> str:
         raw: str | None = tokenizer.id_to_token(token)
         if raw is None:
             return f"token_id:{token}"
         text: str = tokenizer.decode([token], skip_special_tokens=False)
-        return f" {text}" if raw.startswith(WORD_START) and not text.startswith(" ") else text
+        return f" {text}" if raw.startswith(_WORD_START) and not text.startswith(" ") else text
 
     return text_of
