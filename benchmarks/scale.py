@@ -42,7 +42,7 @@ from ratchet_client import Client
 from serving.app import application
 from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST
-from serving.ray import loopback, ray_session
+from serving.ray import ray_session, replica_process
 from serving.ray.deployment_status import read_statuses
 from serving.ray.ray_session import OBJECT_STORE_BYTES
 from serving.ray.ray_start import deploy, start_ray
@@ -147,7 +147,8 @@ def _node(address: str, log: Path) -> Iterator[None]:
     """A node for one encoder, beside the head at its address, with ports of its own."""
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--block", f"--address={address}",
-        f"--node-ip-address={loopback.NODE}", "--num-cpus=0", "--num-gpus=0", f"--resources={json.dumps(A_NODE)}",
+        f"--node-ip-address={replica_process.NODE}", "--num-cpus=0", "--num-gpus=0",
+        f"--resources={json.dumps(A_NODE)}",
         f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats",
     ]  # fmt: skip
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL) as node:

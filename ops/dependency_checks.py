@@ -19,7 +19,7 @@ from core.errors import ArtifactsUnavailable, RatchetError, RecordError, StoreUn
 from core.ledger import Ledger
 from core.redaction import redact_url
 from core.settings import Settings
-from serving.releases.bounded_call import BoundedCall
+from serving.own_threads import BoundedCall
 from streams.clients import Admin
 from streams.registry.client import RegistryClient
 from streams.rights import check_rights, event_rights, ingest_rights

@@ -286,7 +286,7 @@ def _migrate(settings: Settings) -> None:
         finally:
             ledger.close()
     except LedgerUnavailable as error:
-        from serving.releases.residency_source import ResidencySource
+        from serving.releases.residency import ResidencySource
 
         source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "server")
         number = source.newest().window[0].number

@@ -40,7 +40,7 @@ BACK: Final = pow(MIX, -1, SPAN)
 
 
 class NumberCorpus:
-    """Implements :class:`serving.catalog.corpus.Corpus` over the numbers from 0."""
+    """Implements :class:`serving.catalog.embedding.Corpus` over the numbers from 0."""
 
     def __init__(self) -> None:
         self.rows = 0

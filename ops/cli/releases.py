@@ -218,7 +218,7 @@ def _roll_back_offline(
     settings: Settings, reason: str, to: int | None, family: Family | None, expected_live: int | None
 ) -> None:
     from serving.app import serves_vlm
-    from serving.releases.offline import roll_back_offline
+    from serving.releases.rollback import roll_back_offline
 
     served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
     families: list[Family] = served if family is None else [family]

@@ -27,7 +27,7 @@ from ops.cli.model_server import ServerOption, operator_client
 from ops.cli.releases import adapters
 from ops.dependency_checks import look
 from ops.stream_state import StreamState, stream_state
-from serving.releases.bounded_call import BoundedCall
+from serving.own_threads import BoundedCall
 
 if TYPE_CHECKING:
     from ops.cli.supervisor import Supervisor

@@ -21,7 +21,7 @@ from ops.stream_state import StreamState, stream_state
 from ratchet_client import Client, ServerError
 from ratchet_client.images import decode_image
 from serving.engines.registered import names_by_digest
-from serving.releases.bounded_call import BoundedCall
+from serving.own_threads import BoundedCall
 from streams.store import SampleStore
 from updater.scheduling.learning_state import LearningState, learning_states
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.ledger import Ledger, ReleaseRow
-from serving.releases.rollout_controller import ACTOR
+from serving.releases.guard import ACTOR
 
 ROWS_OF_AN_ACT = 4
 """Audit rows that the guard leaves with each release it makes, at most."""

@@ -22,11 +22,9 @@ import numpy.typing as npt
 from core.dependencies import current
 from core.errors import StoreError, StoreUnavailable
 from core.settings.serving import Catalog as CatalogSettings
-from serving.catalog.bounded_reads import BoundedReads
 from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
-from serving.catalog.corpus import Corpus
 from serving.catalog.cross_version import search_across, usable
-from serving.catalog.embedding import Encode, Pixels
+from serving.catalog.embedding import Corpus, Encode, Pixels
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
@@ -65,7 +63,7 @@ class Catalog:
         among those that a controller retires others for."""
         self.cross_version: dict[str, str] = {}
         """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
-        self._reads = BoundedReads(SEARCH_THREADS, READ_SECONDS, RETRY_SECONDS)
+        self._reads = _BoundedReads(SEARCH_THREADS, READ_SECONDS, RETRY_SECONDS)
         self._in_memory = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._live = 0
         self._claimed = asyncio.Event()
@@ -173,7 +171,7 @@ class Catalog:
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
     async def read(self, function: Callable[..., Result], *args: Any) -> Result:
-        """See :meth:`BoundedReads.call`."""
+        """See :meth:`_BoundedReads.call`."""
         return await self._reads.call(function, *args)
 
     def searchable(self) -> tuple[str, int]:
@@ -256,3 +254,48 @@ class Catalog:
         self._claimed.set()
         self.reconciler.wake()
         self.maintainer.wake()
+
+
+class _BoundedReads:
+    """Calls functions that read in threads, with a bound on each call, and a breaker. Use from one event loop.
+
+    Nothing ends a read of a store that hangs but Lance's own retries, minutes later: its thread is taken until then.
+    So when one took too long, the others fail at once, and now and then one tries whether the store answers again.
+    """
+
+    def __init__(self, threads: int, seconds: float, retry_seconds: float) -> None:
+        """Args:
+        seconds: longest time of a call.
+        retry_seconds: after a call that took longer, one call in this time is made, and others fail.
+        """
+        self.seconds = seconds
+        self.retry_seconds = retry_seconds
+        self._threads = ThreadPoolExecutor(threads, "read")
+        self._hangs = False
+        self._try_at = 0.0
+
+    async def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """What the function returns.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        if self._hangs:
+            if time.monotonic() < self._try_at:
+                raise self._unavailable()
+            self._try_at = time.monotonic() + self.retry_seconds
+        try:
+            async with asyncio.timeout(self.seconds) as limit:
+                result = await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self._hangs, self._try_at = True, time.monotonic() + self.retry_seconds
+            raise self._unavailable() from None
+        self._hangs = False
+        return result
+
+    def _unavailable(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"the catalog's store does not answer within {self.seconds:g} s.", "Send the request again later."
+        )

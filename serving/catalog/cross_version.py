@@ -7,6 +7,8 @@ its old vector. So scores by old vectors are shifted by the mean difference over
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -14,15 +16,22 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from core.errors import LedgerError
+from core.ledger import Ledger
 from serving.catalog.queries import Filters, Hit
+from serving.releases.release_snapshot import ReleaseSnapshot
 
-if TYPE_CHECKING:  # LanceDB takes two seconds to import, and whoever deploys the catalog imports this module
+if TYPE_CHECKING:
     from serving.catalog.tables import Tables
+
 
 CANDIDATES: Final = 4
 """So many times the asked number of rows are found by old vectors, and ranked again."""
 LEAST_PAIRS: Final = 3
 """Rows with both vectors from which on their mean difference is used."""
+
+log = logging.getLogger("ratchet.catalog")
+_MOST_SPACES: Final = 64
 
 
 def search_across(
@@ -55,3 +64,39 @@ def usable(cross_version: Mapping[str, str], space: str, complete: Collection[st
     """The space by whose vectors a space is searched; None: by its own."""
     old = cross_version.get(space)
     return old if old in complete and space not in complete else None
+
+
+class CrossVersionVerdicts:
+    """Reads what the gate measured, and remembers the image spaces of releases, by which their incumbents are known."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._spaces: dict[str | None, str] = {}
+
+    def remember(self, window: Sequence[ReleaseSnapshot]) -> None:
+        """Releases that are resident."""
+        self._spaces.update({snapshot.clip: snapshot.image_space for snapshot in window})
+        for clip in list(self._spaces)[:-_MOST_SPACES]:
+            del self._spaces[clip]
+
+    async def read(self, snapshots: Sequence[ReleaseSnapshot], complete: Collection[str]) -> dict[str, str]:
+        """By image space of those that are not complete: the space by whose vectors it may be searched until then."""
+        cross_version: dict[str, str] = {}
+        for snapshot in snapshots:
+            if snapshot.clip is None or snapshot.image_space in complete:
+                continue
+            try:
+                old = await asyncio.to_thread(self._space_before, snapshot.clip)
+            except LedgerError as error:
+                log.warning("the verdict on %s cannot be read: %s", snapshot.clip, error)
+                continue
+            if old is not None:
+                cross_version[snapshot.image_space] = old
+        return cross_version
+
+    def _space_before(self, clip: str) -> str | None:
+        verdict = self._ledger.verdict_on(clip)
+        measured = None if verdict is None else verdict.summary.get("cross_version")
+        if not measured or not measured["allowed"]:
+            return None
+        return self._spaces.get(measured["incumbent"])

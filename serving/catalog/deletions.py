@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
-from serving.catalog.corpus import Corpus
-from serving.catalog.corpus_ids import CorpusIds
-from serving.catalog.coverage import SpaceCoverage
+from serving.catalog.coverage import CorpusIds, SpaceCoverage
+from serving.catalog.embedding import Corpus
 from serving.catalog.tables import Tables
 
 log = logging.getLogger("ratchet.catalog")
@@ -21,13 +20,8 @@ EXPUNGE_SECONDS: Final = 120.0
 again: far longer than a search takes."""
 OVERLAP: Final = timedelta(minutes=10)
 """Deletions are looked for from this long before the last one: clocks of those who delete differ."""
-
-
-class InThread(Protocol):
-    """Calls something in the one thread that writes tables."""
-
-    async def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What ``function(*args)`` returns."""
+InThread = Callable[..., Awaitable[Any]]
+"""Calls a function with its arguments in the one thread that writes tables."""
 
 
 class DeletionFollower:

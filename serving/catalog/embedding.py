@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from datetime import datetime
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,9 @@ import pyarrow as pa
 
 from core.errors import RecordError
 from core.priority import nice_thread
-from serving.catalog.corpus import COLUMNS, Corpus, with_text
+from streams.store import Having
 
+_COLUMNS: Final = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
 log = logging.getLogger("ratchet.catalog")
 CHUNK_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
@@ -34,6 +36,44 @@ Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
 """Encoded image to uint8 [S, S, 3]. Raises RecordError for one that can never be embedded."""
 Encode = Callable[[npt.NDArray[np.uint8], str | None], Awaitable[npt.NDArray[np.float32]]]
 """uint8 [n, S, S, 3] and an adapter to float32 [n, dim]."""
+
+
+class Corpus(Protocol):
+    """The part of the sample store that the catalog reads."""
+
+    def version(self) -> int:
+        """Version of the newest commit."""
+
+    def offsets(self, version: int | None = None) -> dict[str, int]:
+        """Next offset of each partition at a version."""
+
+    def tally(self, version: int | None = None) -> Mapping[str, int]:
+        """Numbers of rows by kind: ``deleted`` among them."""
+
+    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
+        """Ids of the samples that were deleted, and when."""
+
+    def scan(
+        self,
+        version: int | None = None,
+        *,
+        after: Mapping[str, int] | None = None,
+        columns: Sequence[str] | None = None,
+        ids: Sequence[str] | None = None,
+        having: Having | None = None,
+    ) -> pa.Table:
+        """Rows of a version, or of the newest; at or after the given offsets."""
+
+
+def _with_text(rows: pa.Table) -> pa.Table:
+    """Rows whose ``text`` falls back to question and answer."""
+    texts = [
+        text or " ".join(part for part in (question, answer) if part)
+        for text, question, answer in zip(
+            rows["text"].to_pylist(), rows["question"].to_pylist(), rows["answer"].to_pylist(), strict=True
+        )
+    ]
+    return rows.set_column(rows.schema.get_field_index("text"), "text", pa.array(texts, pa.string()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +147,7 @@ class Embedder:
         return Embedded(rows, vectors, unreadable)
 
     def _read(self, samples: list[str]) -> tuple[pa.Table, list[npt.NDArray[np.uint8]], tuple[str, ...]]:
-        rows = self._corpus.scan(columns=COLUMNS, ids=samples)
+        rows = self._corpus.scan(columns=_COLUMNS, ids=samples)
         good: list[int] = []
         pixels: list[npt.NDArray[np.uint8]] = []
         seen: set[str] = set()
@@ -121,5 +161,5 @@ class Embedder:
                 continue
             seen.add(sample)
             good.append(index)
-        taken = with_text(rows.take(pa.array(good, pa.int64())).drop_columns(["image"]))
+        taken = _with_text(rows.take(pa.array(good, pa.int64())).drop_columns(["image"]))
         return taken, pixels, tuple(sample for sample in samples if sample not in seen)

@@ -6,9 +6,11 @@ candidates are ranked by a finer code (:mod:`codings`). Positions are faiss's id
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,7 +21,6 @@ import pyarrow as pa
 
 from serving.catalog.codings import CODINGS, Coding
 from serving.catalog.queries import Filters, Hit
-from serving.catalog.read_write_lock import ReadWriteLock
 from serving.catalog.row_columns import Positions, RowColumns
 from serving.catalog.sample_digests import Keys, digests_of, keys_of
 from serving.catalog.table_files import Vectors, unit_rows, vectors_of
@@ -76,7 +77,7 @@ class MemoryIndex:
         self.columns = columns
         self.dimension = int(partitions.d)
         self._engine = partitions if finer is None else _refined(partitions, finer)
-        self._lock = ReadWriteLock()
+        self._lock = _ReadWriteLock()
         self._masks: OrderedDict[Filters, tuple[Any, int]] = OrderedDict()
         self._masks_lock = threading.Lock()
         self._parameters: dict[tuple[int, int, int], Any] = {}
@@ -242,3 +243,42 @@ def _take_out(partitions: Any, positions: Positions) -> None:
         codes = faiss.rev_swig_ptr(lists.get_codes(number), blocks * lists.block_size).reshape(blocks, -1)
         for slot in range(rows, blocks * lists.n_per_block):
             lists.packer.pack_1(nothing, slot, codes)
+
+
+class _ReadWriteLock:
+    """A lock that readers share and a writer has alone. A writer that waits goes before readers that come later."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._readers = 0
+        self._writers = 0
+        self._writing = False
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Beside other readers."""
+        with self._free:
+            self._free.wait_for(lambda: not self._writers)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._readers -= 1
+                if not self._readers and self._writers:
+                    self._free.notify_all()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Alone."""
+        with self._free:
+            self._writers += 1
+            self._free.wait_for(lambda: not self._readers and not self._writing)
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._free:
+                self._writers -= 1
+                self._writing = False
+                self._free.notify_all()

@@ -17,10 +17,9 @@ from typing import Any, Final
 from core import metrics
 from core.dependencies import answered, noted
 from core.errors import RatchetError
-from serving.catalog.corpus import Corpus
-from serving.catalog.corpus_ids import CorpusIds
+from serving.catalog.coverage import CorpusIds
 from serving.catalog.deletions import DeletionFollower
-from serving.catalog.embedding import Embedder, Encode, Pixels
+from serving.catalog.embedding import Corpus, Embedder, Encode, Pixels
 from serving.catalog.space_fill import SpaceFill
 from serving.catalog.tables import Tables
 from serving.catalog.waking import wait_for_wake

@@ -11,8 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from serving.catalog.corpus_ids import CorpusIds, Numbers
-from serving.catalog.coverage import BackfillRate, SpaceCoverage
+from serving.catalog.coverage import BackfillRate, CorpusIds, Numbers, SpaceCoverage
 from serving.catalog.deletions import InThread
 from serving.catalog.embedding import CHUNK_ROWS, Embedded, Embedder
 from serving.catalog.tables import Tables

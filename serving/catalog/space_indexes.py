@@ -16,8 +16,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from serving.catalog.index_files import IndexFiles
-from serving.catalog.index_training import COLUMNS, build_index
+from serving.catalog.index_files import COLUMNS, IndexFiles, build_index
 from serving.catalog.memory_index import Effort, MemoryIndex
 from serving.catalog.sample_digests import Keys, digests_of, keys_of, keys_of_ids
 

@@ -31,8 +31,16 @@ from serving.catalog.index_files import IndexFiles
 from serving.catalog.memory_index import Effort, MemoryIndex
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.space_indexes import SpaceIndexes
-from serving.catalog.table_files import Neighbours, merge_files, nearest_rows, write_out_deletions
-from serving.catalog.table_rows import has_key, quoted, table_of, with_key
+from serving.catalog.table_files import (
+    Neighbours,
+    has_key,
+    merge_files,
+    nearest_rows,
+    quoted,
+    table_of,
+    with_key,
+    write_out_deletions,
+)
 
 log = logging.getLogger("ratchet.catalog")
 COMPACT_EVERY = 32

@@ -2,20 +2,66 @@
 
 Everything is read from the table of the live image space. So after a release both windows of the drift are in the new
 space, and after a restart they are the same samples as before.
+
+Both statistics of drift compare means and variances of each dimension. They need some hundred vectors and no labels,
+and they tell of another domain, another camera, a broken producer; not of new words for the same pictures.
+
+- Fréchet distance between two normal distributions with diagonal covariance, squared: |μ₁-μ₂|² + Σ (σ₁-σ₂)². Dowson
+  and Landau, "The Fréchet distance between multivariate normal distributions", 1982; on embeddings: Heusel et al.,
+  "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", 2017. In units of the embedding,
+  so it can be compared over time and between windows of the same sizes.
+- Mean shift: the difference of the means in its standard errors (Welch, "The generalization of 'Student's' problem",
+  1947), root mean square over dimensions. Without drift its square is 1 on average, whatever the embedding.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from core import metrics
 from core.errors import RatchetError
 from core.settings.watching import Watch
 from serving.catalog.catalog import Catalog
-from serving.catalog.drift import Moments, frechet_distance, mean_shift
 
 log = logging.getLogger("ratchet.catalog")
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of a window of vectors: how many, and mean and variance of each dimension."""
+
+    count: int
+    mean: npt.NDArray[np.float64]
+    variance: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, vectors: npt.NDArray[np.float32]) -> Moments:
+        """Of vectors [n, dim], two at least."""
+        wide = vectors.astype(np.float64)
+        return cls(len(wide), wide.mean(axis=0), wide.var(axis=0, ddof=1))
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """Squared Fréchet distance under diagonal covariance; 0 for equal moments."""
+    spread = np.sqrt(one.variance) - np.sqrt(other.variance)
+    return float(np.sum((one.mean - other.mean) ** 2) + np.sum(spread**2))
+
+
+def mean_shift(one: Moments, other: Moments) -> float:
+    """Root mean square over dimensions of the means' difference in standard errors; about 1 without drift.
+
+    Dimensions that never vary say nothing, and are left out; 0 when no dimension varies.
+    """
+    error = one.variance / one.count + other.variance / other.count
+    varies = error > 0
+    if not varies.any():
+        return 0.0
+    return float(np.sqrt(np.mean((one.mean - other.mean)[varies] ** 2 / error[varies])))
 
 
 class Watcher:

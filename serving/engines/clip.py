@@ -36,8 +36,8 @@ from serving.engines.lora import effective_weights, merge
 from serving.engines.processor import usable_cores
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
-from serving.engines.text_tower import GPU_BUCKET, TextWidths
 from serving.engines.tokens import pad_rows
+from serving.engines.towers import GPU_BUCKET, TextWidths
 
 WARM_LENGTHS = (8, 16, 24)
 """Tokens of the texts that most requests have."""

@@ -32,8 +32,8 @@ from serving.engines.conv_layout import ROWS
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.processor import processor
 from serving.engines.spaces import Tower
-from serving.engines.text_tower import TextWidths
 from serving.engines.tokens import pad_rows
+from serving.engines.towers import TextWidths
 
 log = logging.getLogger("ratchet.engine")
 

@@ -20,10 +20,9 @@ from torch.nn import functional
 from core.errors import ConfigError
 from core.files import replacing
 from serving.engines.clip_base import ClipBase, construct
-from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import attend, is_self_attention
 from serving.engines.spaces import Tower, tower_of
-from serving.engines.text_tower import encode_text
+from serving.engines.towers import encode_image, encode_text
 from serving.engines.undrawn import Undrawn
 
 OPSET: Final = 17

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import regex
 
-from serving.engines.text_cleaning import CLEAN
-from serving.engines.tokens import pad_rows
+from serving.engines.tokens import CLEAN, pad_rows
 
 if TYPE_CHECKING:
     import torch

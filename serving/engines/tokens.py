@@ -5,23 +5,52 @@ A tokenizer of a base is described by a small dict in ``base.json``:
     {"kind": "simple", "kwargs": {}}                     open_clip's BPE of CLIP, part of the open_clip package
     {"kind": "hf", "directory": "text", "trim": true, "mode": null, "kwargs": {}}
                                                          Hugging Face files inside the base directory
+
+Texts are cleaned first, by open_clip's functions (:data:`CLEAN`), without importing open_clip.
 """
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
+import string
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import ftfy
 
 from core.digests import digest_bytes, digest_json
-from serving.engines.text_cleaning import CLEAN
 
 if TYPE_CHECKING:
     import torch
+
+_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
+
+
+def whitespace(text: str) -> str:
+    """Broken Unicode repaired, HTML entities replaced (also those that were escaped twice), white space joined."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def lower(text: str) -> str:
+    """The same in lower case."""
+    return whitespace(text).lower()
+
+
+def canonicalize(text: str) -> str:
+    """The same in lower case and without punctuation, as SigLIP's texts."""
+    repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(repaired.replace("_", " ").translate(_PUNCTUATION).lower().split())
+
+
+CLEAN: Final[Mapping[str, Callable[[str], str]]] = {
+    "whitespace": whitespace, "lower": lower, "canonicalize": canonicalize,
+}  # fmt: skip
+"""By open_clip's names."""
 
 
 class Tokenizer(Protocol):

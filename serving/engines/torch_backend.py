@@ -20,11 +20,10 @@ from torch import nn
 from serving.engines.backends import DTYPES, Precision
 from serving.engines.conv_layout import images_per_pass, is_convolutional, set_conv_layout
 from serving.engines.cuda_graphs import GraphedTower
-from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, is_self_attention, pack
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import private_bytes, shell_of
-from serving.engines.text_tower import encode_text
+from serving.engines.towers import encode_image, encode_text
 
 Form = Literal["same", "plain", "packed"]
 """As it is; in another precision; in oneDNN's layout, too."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.access import MAX_ACTOR_CHARS
 from serving.http import (
@@ -24,10 +25,8 @@ from serving.http import (
 )
 from serving.http.app_state import AppState
 from serving.http.auth import AuthMiddleware
-from serving.http.head_requests import HeadRequests
-from serving.http.limits import RequestLimits
 from serving.http.rate_limit import RateLimiter
-from serving.http.request_bodies import RequestBodies
+from serving.http.request_bodies import RequestBodies, RequestLimits
 from serving.http.request_ids import ALPHABET, HEADER, MAX_CHARS, RequestIds
 
 DESCRIPTION = """
@@ -80,7 +79,7 @@ def build_app(state: AppState) -> FastAPI:
     app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
     # Around Starlette's own handler of unexpected errors, which is around all that is added.
-    app.middleware_stack = RequestIds(HeadRequests(app.build_middleware_stack()))
+    app.middleware_stack = RequestIds(_HeadRequests(app.build_middleware_stack()))
     return app
 
 
@@ -113,3 +112,25 @@ def _describe(app: FastAPI) -> None:
             call["parameters"] = [*call.get("parameters", ()), *actor, own]
             for answer in call["responses"].values():
                 answer["headers"] = {HEADER: {"$ref": f"#/components/headers/{HEADER}"}}
+
+
+class _HeadRequests:
+    """Answers HEAD as GET without the body, as load balancers and monitors ask. Headers, ``Content-Length`` too, are
+    those of GET. Starlette has it for routes of its own alone, not for FastAPI's.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, without_body)
+        else:
+            await self.app(scope, receive, send)

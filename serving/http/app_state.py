@@ -4,141 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import Request
 
 from core import metrics
-from core.access import Access
+from core.access import Access, Principal
 from core.ledger import Ledger
-from core.ledger.rows import DeletionState, Family
+from core.ledger.rows import Family
 from core.settings.serving import Serve
-from serving.catalog.queries import Filters, Hit
 from serving.engines.tokens import Tokenizer
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import VlmStarting
-from serving.http.clip_vectors import ClipVectors, Encoders, room_for
+from serving.http.catalog_calls import CatalogCalls
+from serving.http.clip_vectors import ClipVectors, VectorCache, room_for
+from serving.http.controller_calls import ControllerCalls
+from serving.http.encoder_calls import EncoderCalls, ReleaseHeads
 from serving.http.errors import ApiError, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.probes import Probes
 from serving.http.recent import LastReleases, Recent
-from serving.http.release_heads import ReleaseHeads
-from serving.http.routing_key import routing_key
-from serving.http.vector_cache import VectorCache
+from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
+from serving.http.vlm_calls import MirroredVlms
 from serving.releases.admission import Admission
-from serving.releases.commands import HoldingCommand, LiveCommand
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import ReleaseResult
-
-if TYPE_CHECKING:
-    from streams.resubmit_many import RefusalFilter
 
 OPERATOR_THREADS = 4
 CLIP: Family = "clip"
 VLM: Family = "vlm"
-
-
-class Vlms(Protocol):
-    """See :class:`serving.replicas.mirrored_calls.MirroredVlms`. Every method answers by the snapshot's VLM adapter.
-
-    Deadlines are on the monotonic clock of this process. All raise QueueFull, DeadlineExceeded, Unavailable and
-    InvalidRequest.
-    """
-
-    @property
-    def start_problem(self) -> str:
-        """Why no replica can answer yet; empty once one has."""
-
-    async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        """The whole answer. Cancelling aborts the request."""
-
-    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
-        """Have a token made. QueueFull: the VLM is busy, and makes progress."""
-
-    def stream(
-        self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
-    ) -> AsyncIterator[TokenChunk]:
-        """The answer chunk by chunk. Closing the iterator aborts the request."""
-
-    async def score(
-        self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
-    ) -> list[float]:
-        """Log-probability of each choice as the whole answer."""
-
-
-class Index(Protocol):
-    """See :class:`serving.releases.broadcast.CatalogCalls`."""
-
-    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
-        """The nearest samples."""
-
-    async def image(self, sample_id: str) -> bytes | None:
-        """An encoded image."""
-
-    async def status(self) -> dict[str, Any]:
-        """Rows and coverage."""
-
-
-class Operations(Protocol):
-    """See :class:`serving.releases.controller.ReleaseController`."""
-
-    async def change(self, command: LiveCommand) -> ReleaseResult:
-        """Carry out a release, promotion or rollback. Raises ReleaseError, ReleaseConflict, LedgerError."""
-
-    async def hold(self, command: HoldingCommand) -> None:
-        """Let updates wait, or let them through again."""
-
-    async def status(self) -> dict[str, Any]:
-        """What the controller does."""
-
-
-class Quarantine(Protocol):
-    """See :class:`serving.http.quarantine_service.QuarantineService`."""
-
-    async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
-        """Refused records, newest first."""
-
-    async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
-        """Refused records by ``reason`` and by ``source``."""
-
-    async def resubmit(self, param: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
-        """Send one again; where the topic has it now."""
-
-    async def resubmit_many(self, which: RefusalFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
-        """Send many again; counts of what became of them."""
-
-
-class Receipts(Protocol):
-    """See :class:`serving.http.receipt_service.ReceiptService`. Both raise StoreUnavailable."""
-
-    async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
-        """What became of a record; at least one receipt."""
-
-    async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
-        """What became of the records of a sample. Raises RecordError for what is no id."""
-
-
-class Deletions(Protocol):
-    """See :class:`serving.http.deletion_service.DeletionService`."""
-
-    async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
-        """How many ``samples`` and ``refusals`` are selected. Raises SelectorError, StoreUnavailable."""
-
-    async def request(self, selector: Mapping[str, str], *, actor: str, reason: str) -> dict[str, Any]:
-        """Ask for a deletion; its receipt. Raises SelectorError."""
-
-    async def newest(self, limit: int, state: DeletionState | None) -> list[dict[str, Any]]:
-        """Receipts, newest first."""
-
-    async def one(self, deletion_id: str) -> dict[str, Any] | None:
-        """One receipt, or None."""
+_KEY_HEADER = "x-ratchet-key"
 
 
 @dataclass(frozen=True)
@@ -149,17 +47,17 @@ class AppState:
     dim: int
     tokenizer: Tokenizer
     admission: Admission
-    encoders: Encoders
-    index: Index
-    operations: Operations
+    encoders: EncoderCalls
+    index: CatalogCalls
+    operations: ControllerCalls
     image_loader: ImageLoader
     access: Access
     ledger: Ledger
     refresh: Callable[[], Awaitable[None]]
-    quarantine: Quarantine
-    receipts: Receipts
-    deletions: Deletions
-    vlms: Vlms | None = None
+    quarantine: QuarantineService
+    receipts: ReceiptService
+    deletions: DeletionService
+    vlms: MirroredVlms | None = None
     """None: no VLM is served."""
     token_text: Callable[[int], str] = "token_id:{}".format
     """What a token of the VLM reads as, for log-probabilities."""
@@ -202,7 +100,7 @@ class AppState:
         """For what operator calls read: no other call can keep them waiting."""
         return ThreadPoolExecutor(OPERATOR_THREADS, "operator")
 
-    def need_vlms(self) -> Vlms:
+    def need_vlms(self) -> MirroredVlms:
         """The VLM's replicas. Raises ApiError where there are none, VlmStarting until one has started."""
         if self.vlms is None:
             raise ApiError(
@@ -262,3 +160,15 @@ def app_state(request: Request) -> AppState:
 def release_headers(snapshot: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
     """Which release answered, by which adapter."""
     return {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
+
+
+def routing_key(request: Request, user: str | None = None) -> str:
+    """A text that is the same for all requests of one caller: its API key, else what it says of itself in
+    ``x-ratchet-key`` or in the body's ``user``, else the request alone. It is hashed at once and kept nowhere.
+
+    A key counts where it is one of ours: OpenAI's clients send any text where none is needed, all of them the same.
+    """
+    caller: Principal | None = getattr(request.state, "principal", None)
+    key = caller.key_id if caller is not None else None
+    headers = request.headers
+    return key or headers.get(_KEY_HEADER) or user or headers.get("x-request-id") or uuid.uuid4().hex

@@ -9,18 +9,17 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.engines.vlm.generation import MAX_IMAGES, GenerationRequest, Message, TokenChunk
-from serving.engines.vlm.sampling_parameters import SEEDS
+from serving.engines.vlm.generation import MAX_IMAGES, SEEDS, GenerationRequest, Message, TokenChunk
 from serving.errors import Unavailable
-from serving.http.app_state import VLM, AppState, Vlms, app_state, release_headers
+from serving.http.app_state import VLM, AppState, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
-from serving.http.chunks import ChatCompletion
+from serving.http.chunks import ChatCompletion, EventStream
 from serving.http.errors import ApiError
 from serving.http.json_bodies import inline, json_body, json_schema
 from serving.http.request_bodies import caller_of
 from serving.http.response_schemas import ChatCompletionBody, ChatCompletionChunk
-from serving.http.sse import EventStream
+from serving.http.vlm_calls import MirroredVlms
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
@@ -86,7 +85,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 def opened(
-    vlms: Vlms,
+    vlms: MirroredVlms,
     generation: GenerationRequest,
     snapshot: ReleaseSnapshot,
     deadline: float,

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
-from serving.engines.vlm.sampling_parameters import SMALLEST, is_denormal
+from serving.engines.vlm.generation import SMALLEST, is_denormal
 from serving.http.errors import ApiError
-from serving.http.openai_body import OpenAIBody, is_empty
+from serving.http.json_bodies import OpenAIBody, is_empty
 from serving.http.schemas import VLM_MODEL, ImageUrl
 
 MAX_MESSAGES = 256

@@ -12,27 +12,33 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from core import metrics
 from core.settings.serving import Serve
-from serving.engines.heads import Head
 from serving.engines.tokens import Tokenizer
 from serving.errors import DeadlineExceeded, WrongSpace
-from serving.fair_room import FairRoom
+from serving.http.encoder_calls import EncoderCalls
 from serving.http.errors import ApiError
+from serving.http.fair_room import FairRoom
 from serving.http.image_loader import ImageLoader, ImageSource
-from serving.http.vector_cache import CachedVector, VectorCache
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 
+_CacheKey = tuple[Modality, str, bytes]
+"""Image or text; the embedding space of that tower; SHA-256 of the content. An entry is of its space for ever, so no
+release can be answered with the vectors of another one."""
+ENTRY_BYTES: Final = 640
+"""What an entry takes beside its numbers: the array (112), the digest (65), key and entry (150), its place in two dicts
+and a linked list (300)."""
 BATCHES_IN_WORK = 6
 """For each encoder, from when images are opened and texts tokenized until their vectors are there."""
 TOKENIZER_THREADS = 2
@@ -44,17 +50,49 @@ Encoded = tuple[EncodeResult, list[int], list[bool]]
 """An encoder's answer, and of each item its tokens, and whether it was cut."""
 
 
-class Encoders(Protocol):
-    """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class CachedVector:
+    """One item's vector, float32 [dim] of unit length."""
 
-    async def encode(
-        self, kind: Modality, payload: object, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
-    ) -> EncodeResult:
-        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter, when it is the
-        caller's turn."""
+    vector: npt.NDArray[np.float32]
+    logit_scale: float
+    tokens: int
+    """Of a text; 0 for an image."""
+    cut: bool = False
+    """Whether the text was longer than the model reads."""
 
-    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
-        """The heads of the snapshot's adapter, by name."""
+
+class VectorCache:
+    """Forgets what was not asked for the longest. Used from one event loop only, so it needs no lock.
+
+    Args:
+        max_bytes: of all entries; 0: nothing is kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._entries: OrderedDict[_CacheKey, CachedVector] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: _CacheKey) -> CachedVector | None:
+        """What is kept for a key."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: _CacheKey, entry: CachedVector) -> None:
+        """Keep an entry, and forget the oldest ones over the bound."""
+        if key in self._entries or entry.vector.nbytes + ENTRY_BYTES > self.max_bytes:
+            return
+        self._entries[key] = entry
+        self.bytes += entry.vector.nbytes + ENTRY_BYTES
+        while self.bytes > self.max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self.bytes -= oldest.vector.nbytes + ENTRY_BYTES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +121,7 @@ class ClipVectors:
     """
 
     def __init__(
-        self, encoders: Encoders, images: ImageLoader, tokenizer: Tokenizer, cache: VectorCache, room: FairRoom
+        self, encoders: EncoderCalls, images: ImageLoader, tokenizer: Tokenizer, cache: VectorCache, room: FairRoom
     ) -> None:
         self.encoders = encoders
         self.images = images

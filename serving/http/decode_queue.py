@@ -19,9 +19,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from core.priority import nice_thread
-from serving.fair_room import FairRoom
 from serving.http.errors import ApiError
-from serving.http.shared_budget import SharedBudget
+from serving.http.fair_room import FairRoom, SharedBudget
 from serving.messages import MODEL_NICE
 
 Result = TypeVar("Result")

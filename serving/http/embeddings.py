@@ -15,9 +15,8 @@ from serving.http.app_state import CLIP, VLM, AppState, app_state, release_heade
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.clip_vectors import Vectors
 from serving.http.errors import ApiError
-from serving.http.gathered import gathered
 from serving.http.image_bodies import FormField, body_schemas, fields_of, read_parts
-from serving.http.image_loader import ImageSource
+from serving.http.image_loader import ImageSource, gathered
 from serving.http.json_bodies import checked, json_body, json_response
 from serving.http.request_bodies import caller_of
 from serving.http.response_schemas import EmbeddingList, ModelBody, ModelList

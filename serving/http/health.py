@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from core.dependencies import Dependency, State
 from serving.errors import VlmStarting
 from serving.http import errors
 from serving.http.app_state import app_state, release_headers
-from serving.http.errors import ErrorBody, answer
-from serving.http.operation_schemas import Alive, DegradedState, HealthState, Ready
+from serving.http.errors import ErrorBody, ErrorDetail, answer
 from serving.http.probes import Component, ComponentState, Probes
+from serving.http.response_schemas import ResponseBody
 
 router = APIRouter(tags=["Health"])
 TEXT = {"type": "string"}
@@ -25,6 +26,48 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such model is served here."},
     503: {"model": ErrorBody, "description": "It does not answer; the message says why."},
 }
+
+
+class Alive(ResponseBody):
+    """A forward pass of each model went through."""
+
+    status: Literal["ok"]
+    release: int
+    seconds: float
+    """Of the slowest."""
+
+
+class Ready(ResponseBody):
+    """The model answers."""
+
+    status: Literal["ready"]
+    release: int
+    dependencies: dict[Dependency, State]
+    """The state of those that serving has used, as it found them last."""
+
+
+class PartHealth(ResponseBody):
+    """Whether a part answers."""
+
+    ready: bool
+    detail: str
+
+
+class HealthState(ResponseBody):
+    """Every part is ready."""
+
+    status: Literal["ok"]
+    parts: dict[Literal["clip", "vlm", "catalog"], PartHealth]
+    dependencies: dict[Dependency, State]
+
+
+class DegradedState(ResponseBody):
+    """A part is not ready."""
+
+    status: Literal["degraded"]
+    parts: dict[Literal["clip", "vlm", "catalog"], PartHealth]
+    dependencies: dict[Dependency, State]
+    error: ErrorDetail
 
 
 @router.get("/health/live", summary="Runs a forward pass of every model", response_model=Alive, responses=NOT_READY)

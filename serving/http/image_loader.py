@@ -7,15 +7,16 @@ then each is decoded, when it is its caller's turn (:mod:`serving.http.decode_qu
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 import hashlib
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,6 @@ from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
-from serving.http.gathered import gathered
 from streams.fetching import ByteBudget, Fetcher, Rules
 
 Result = TypeVar("Result")
@@ -277,3 +277,13 @@ def from_data_uri(uri: str, place: str, max_bytes: int) -> bytes:
         return pybase64.b64decode(payload, validate=True)  # ten times as fast as the standard library's
     except (binascii.Error, ValueError):
         raise ApiError(400, f"{place}: the data URI is not valid base64.", param=place, code="image_format") from None
+
+
+async def gathered(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results; the first failure, or a cancellation, ends the rest."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
+from datetime import datetime
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import ConfigDict
 
-from core.ledger.rows import ReleaseRow
+from core.ledger.rows import ProposalKind, ReleaseRow, Scope
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, ErrorBody
 from serving.http.json_bodies import json_body, json_response, json_schema
-from serving.http.operation_schemas import HoldState, ReleaseList, ReleaseOutcome, StatusBody
 from serving.http.recent import MAX_RELEASES
+from serving.http.response_schemas import ResponseBody
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
 from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -28,6 +30,150 @@ CHANGES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
     422: {"model": ErrorBody, "description": "`release_failed`: a replica could not prepare it; what is live stays."},
 }
+
+
+class ReleaseBody(ResponseBody):
+    """A row of the ledger's list of releases."""
+
+    number: int
+    clip: str | None
+    """CLIP adapter; null: the base alone."""
+    vlm: str | None
+    """VLM adapter; null: the base alone."""
+    actor: str
+    reason: str
+    proposal_id: int | None
+    created_at: datetime
+    share: float
+    """Of the requests that it answers while it is live: 1 all, 0 none (a shadow), between them a canary."""
+    clip_base: str | None
+    """Digest of the base of `clip`; null as long as no other base was ever live."""
+    live: bool
+    resident: bool
+    """Whether requests may name it (`clip@number`, `vlm@number`)."""
+    image_space: str | None
+    """Digest of its image embedding space; null where it is not resident."""
+    text_space: str | None
+    """Digest of its text embedding space; null where it is not resident."""
+
+
+class ReleaseList(ResponseBody):
+    """Releases, newest first."""
+
+    object: Literal["list"]
+    live: int | None
+    """Null before the first release."""
+    stable: int | None
+    """The newest release that answers all requests, or those that a canary does not."""
+    data: list[ReleaseBody]
+
+
+class ReleaseOutcome(ResponseBody):
+    """A release that is live now, and what it took."""
+
+    object: Literal["release"]
+    number: int
+    clip: str | None
+    """CLIP adapter; null: the base alone."""
+    vlm: str | None
+    """VLM adapter; null: the base alone."""
+    kind: ProposalKind
+    family: Scope
+    """Which adapters changed."""
+    proposal: int | None
+    prepare_seconds: float
+    """Until every replica had loaded and checked it."""
+    commit_seconds: float
+    """From the ledger's commit until the replicas had been told."""
+    acknowledged: int
+    """Replicas that confirmed."""
+    share: float
+    """Of the requests that it answers."""
+
+
+class HoldState(ResponseBody):
+    """Whether proposals of the updater wait."""
+
+    held: bool
+
+
+class Hold(ResponseBody):
+    """Who holds updates back, and why."""
+
+    actor: str
+    reason: str
+
+
+class ResidentRelease(ResponseBody):
+    """A release that requests may name."""
+
+    release: int
+    adapter: str
+    """CLIP adapter; `base`: the base alone."""
+    image_space: str
+    text_space: str
+    vlm: str
+    """VLM adapter; `base`: the base alone."""
+    share: float
+
+
+class ControllerStatus(ResponseBody):
+    """The release controller, at this moment."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+    started: bool
+    """Whether the live release has been prepared on every replica since this controller started."""
+    epoch: int | None
+    """Of its lease; null: another controller leads."""
+    held: Hold | None
+    resident: list[ResidentRelease]
+    """Newest first."""
+    rollout: dict[str, Any]
+    """What the guard of canaries and shadows saw at its last look; `state` is always there."""
+    replicas: dict[str, dict[str, int]]
+    """Replicas by deployment and by the state that Ray Serve gives them."""
+    vlm: list[dict[str, Any]]
+    """Each VLM replica: engine, base, resident adapters, running and waiting requests."""
+    in_flight: dict[str, int]
+    """Requests being answered by number of the release."""
+
+
+class SpaceStatus(ResponseBody):
+    """One image embedding space of the catalog."""
+
+    rows: int
+    """Samples embedded in it."""
+    coverage: float
+    """From 0 to 1."""
+    missing: int
+    rows_per_second: float
+    """Of the backfill; 0 when it is complete."""
+    seconds_left: float | None
+    """Of the backfill; null: not known yet."""
+    index: dict[str, Any]
+    """Its index: `rows`, `coding`, `bytes`, `recall` (from 0 to 1), whether it is `used`."""
+
+
+class CatalogStatus(ResponseBody):
+    """The search catalog, at this moment."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+    corpus_rows: int
+    coverage: float
+    """The lowest of all spaces, from 0 to 1."""
+    spaces: dict[str, SpaceStatus]
+    """By digest."""
+    searchable_seconds: float | None
+    """From ingest until a sample could be found, of the last ones."""
+
+
+class StatusBody(ResponseBody):
+    """Release controller and catalog."""
+
+    controller: ControllerStatus
+    catalog: CatalogStatus
+    vlm_problem: str
+    """Why no VLM engine has started yet; empty: one has, or none is configured."""
 
 
 @router.get("/v1/releases", summary="What was live, and is", response_model=ReleaseList)

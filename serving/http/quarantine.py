@@ -2,22 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from core.errors import RecordError
+from core.ledger.rows import ResubmissionState
 from ratchet_client.records import REASONS
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
 from serving.http.json_bodies import json_body, json_schema
-from serving.http.operation_schemas import QuarantineList, Resubmission, ResubmissionReport
+from serving.http.response_schemas import ResponseBody
 from serving.http.schemas import RefusedSelection, ResubmitRequest
 
 router = APIRouter(tags=["Quarantine"])
 MAX_ROWS = 500
+
+
+class ResubmissionBody(ResponseBody):
+    """The last time that a refused record was sent again."""
+
+    place: str
+    state: ResubmissionState
+    times: int
+    actor: str
+    reason: str
+    updated_at: datetime
+
+
+class RefusedRecordBody(ResponseBody):
+    """A refused record, without its bytes."""
+
+    place: str
+    """`topic:partition:offset`"""
+    reason: str
+    """A code; see the guide for producers."""
+    detail: str
+    source: str
+    """Who sent it, as its headers say; empty: they do not."""
+    refused_at: datetime
+    resubmission: ResubmissionBody | None
+
+
+class QuarantineCounts(ResponseBody):
+    """Refused records, the most frequent first."""
+
+    reason: dict[str, int]
+    source: dict[str, int]
+
+
+class QuarantineList(ResponseBody):
+    """Refused records, newest first."""
+
+    object: Literal["list"]
+    data: list[RefusedRecordBody]
+    counts: QuarantineCounts | None = None
+    """Only with `counts=true`."""
+
+
+class Resubmission(ResponseBody):
+    """Where the topic has the record now."""
+
+    object: Literal["resubmission"]
+    place: str
+    """Of the refused record."""
+    topic: str
+    partition: int
+    offset: int
+
+
+class ResubmissionReport(ResponseBody):
+    """What became of the records that a filter chose."""
+
+    object: Literal["resubmission.report"]
+    dry_run: bool
+    chosen: int
+    """They pass the filter, and were not sent again before."""
+    sent: int
+    before: int
+    """They pass the filter, and were sent again before."""
+    empty: int
+    """They have no value: there is nothing to send."""
+    failed: int
+    """The broker did not take them; they may be tried again."""
+    errors: list[str]
+    """The first few reasons of these."""
 
 
 @router.get("/admin/v1/quarantine", summary="Refused records, newest first", response_model=QuarantineList)

@@ -1,7 +1,9 @@
-"""Reads the body of each request, within a time and a budget, before the request takes one of the slots.
+"""What a request may bring: who may connect, and how large its body is and how fast it comes.
 
-Pure ASGI, inside of authentication. A client that is slow, or silent, holds no slot; what its body has so far counts
-against the bytes of all bodies, and is given back when the request ends.
+Pure ASGI. :class:`RequestLimits` is the outermost part: a request that it refuses costs nothing further.
+:class:`RequestBodies`, inside of authentication, reads the body of each request, within a time and a budget, before the
+request takes one of the slots. A client that is slow, or silent, holds no slot; what its body has so far counts against
+the bytes of all bodies, and is given back when the request ends.
 """
 
 from __future__ import annotations
@@ -9,17 +11,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from core import metrics
 from core.settings.serving import Serve
 from core.tracing import span
 from serving.http import errors
 from serving.http.cancel_on_disconnect import ClientGone
+from serving.http.client_address import TrustedProxies, names_this_server, set_client
 from serving.http.errors import ApiError
+from serving.http.fair_room import SharedBudget
 from serving.http.rate_limit import address
-from serving.http.shared_budget import SharedBudget
 
 log = logging.getLogger("ratchet.http")
 SEND_SECONDS = 30.0
@@ -36,6 +42,7 @@ others.
 SEARCH_ROUTES = ("/v1/search", "/v1/samples/")
 """Have slots of their own: they wait for the catalog's store, and what needs no store goes on while it hangs."""
 CLOSE = {"Connection": "close"}
+LOOPBACK = ("127.", "::1", "::ffff:127.")
 
 
 class RequestBodies:
@@ -186,3 +193,67 @@ def _replayed(data: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": data, "more_body": False}
 
     return replayed
+
+
+class RequestLimits:
+    """Refuses what declares a body over ``max_body_bytes`` (413) and, where the server is for its own machine, peers of
+    other machines and names that are not this machine's (403). Ray's tuned ingress binds every address, also when the
+    settings say 127.0.0.1.
+
+    Args:
+        proxies: networks whose ``X-Forwarded-For`` counts.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Serve, proxies: Sequence[str] = ()) -> None:
+        self.app = app
+        self.settings = settings
+        self.proxies = TrustedProxies(proxies)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status = 500
+
+        async def record_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        metrics.http.in_flight(1)
+        try:
+            self._check(scope)
+            await self.app(scope, receive, record_status)
+        except ApiError as error:
+            await errors.answer(error.status_code, error.detail, code=error.code, headers=dict(error.headers or {}))(
+                scope, receive, record_status
+            )
+        finally:
+            metrics.http.in_flight(-1)
+            route = getattr(scope.get("route"), "path", "unmatched")
+            metrics.http.request(route, status, time.perf_counter() - began)
+
+    def _check(self, scope: Scope) -> None:
+        client = scope.get("client")
+        local = self.settings.on_loopback
+        if local and client and not client[0].startswith(LOOPBACK):
+            raise ApiError(403, "this server listens for its own machine only.", code="not_local")
+        set_client(scope, self.proxies)
+        headers, allowed = Headers(scope=scope), self.settings.allowed_hosts
+        if (local or allowed) and not names_this_server(headers.get("host"), allowed):
+            raise ApiError(
+                403, "the Host header names another server; an operator lists further names in serve.allowed_hosts.",
+                code="host_not_allowed",
+            )  # fmt: skip
+        encoding = headers.get("content-encoding", "").strip().lower() or "identity"
+        if encoding != "identity":
+            raise ApiError(
+                415, f"content encoding {encoding[:80]!r} is not taken here; send the body as it is.",
+                code="content_encoding", headers={"Accept-Encoding": "identity"},
+            )  # fmt: skip
+        declared = headers.get("content-length", "0")
+        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self.settings.max_body_bytes:
+            raise too_large(self.settings.max_body_bytes)

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from core.ledger.rows import Family
-from serving.http.openai_body import OpenAIBody
+from serving.http.json_bodies import OpenAIBody
 from serving.releases.release_snapshot import BASE
 from serving.releases.types import Adapters
 

@@ -29,14 +29,14 @@ from core.settings.serving import Serve
 from core.settings.watching import Traces
 from core.tracing import EXPORTER
 from core.waiting import wait_until
-from serving.ray import loopback
+from serving.ray import replica_process
 
 OBJECT_STORE_BYTES = 160 * 1024 * 1024
 """Requests carry pixels by value (a 224 px image is 147 KB); this holds a thousand images on their way."""
 MAX_TEMPORARY_CHARS = 12
 PROXIED = "SERVE_BEHIND_HAPROXY"
 """Set where HAProxy of this machine is in front of the ingress. Not with the prefix of Ratchet's settings, see
-:data:`serving.ray.loopback.SWITCH`."""
+:data:`serving.ray.replica_process.SWITCH`."""
 START_ATTEMPTS = 1_000_000
 """How often Serve starts a replica of the VLM before it gives up: a VLM that cannot start is an outage of the VLM
 alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
@@ -119,7 +119,7 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + 62),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + 31),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + 63),
-            loopback.SWITCH: "1",
+            replica_process.SWITCH: "1",
             "PROMETHEUS_MULTIPROC_DIR": str(metrics),
             "OMP_NUM_THREADS": "1",  # encoders set their own number
             "GOMP_SPINCOUNT": SPIN_COUNT,

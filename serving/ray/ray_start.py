@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.settings.serving import Serve
-from serving.ray import loopback
+from serving.ray import replica_process
 from serving.ray.ray_session import OBJECT_STORE_BYTES
-from serving.ray.replica_logs import take_over_rays_loggers
+from serving.ray.replica_process import take_over_rays_loggers
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -30,7 +30,7 @@ def start_ray(folder: Path, server: Serve) -> None:
     take_over_rays_loggers()
     ray.init(
         address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
-        _temp_dir=str(folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=True,
+        _temp_dir=str(folder / "ray"), _node_ip_address=replica_process.NODE, log_to_driver=True,
         _metrics_export_port=server.ray_metrics_port or None,
         object_store_memory=OBJECT_STORE_BYTES, configure_logging=False,
     )  # fmt: skip

@@ -5,6 +5,7 @@ One :class:`Admission` lives in each ingress replica. It is used from one event 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +14,6 @@ from core.ledger.rows import Family
 from core.metrics.serving import Age
 from core.request_context import note
 from serving.errors import NotReady, Unavailable, UnknownModel
-from serving.releases.canary_bucket import canary_bucket
 from serving.releases.observations import RequestCounts
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -156,3 +156,14 @@ class Admission:
     def _side(self, live: ReleaseSnapshot, key: str) -> ReleaseSnapshot:
         chosen = bool(key) and canary_bucket(live.clip, live.vlm, key) < live.share
         return live if chosen else self._stable or live
+
+
+def canary_bucket(clip: str | None, vlm: str | None, key: str) -> float:
+    """Where a caller stands between 0 and 1 (not included): a canary with a share above it answers.
+
+    It is the SHA-256 of the caller's key and of the canary's adapters. So a caller sees one side for as long as these
+    adapters are tried, every ingress agrees without asking, and a larger share only adds callers: whoever was on the
+    canary's side at a tenth is still there at a half. Other adapters draw other callers first.
+    """
+    digest = hashlib.sha256(f"{clip}\n{vlm}\n{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6]) / (1 << 48)

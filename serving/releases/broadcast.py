@@ -1,23 +1,25 @@
-"""The replicas behind Ray handles: broadcasts that reach every one, and calls to the catalog."""
+"""The replicas behind Ray handles: broadcasts that reach every one, and calls to the catalog.
+
+After a commit :class:`Announcer` tells whoever answers in a short time, then whoever did not.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from core.errors import ReleaseError
+from serving.own_threads import BoundedCall
 from serving.ray.deployment_status import read_statuses
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
-from serving.releases.announcement import Unacknowledged
-from serving.releases.bounded_call import BoundedCall
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import NO_VLM, Prepared, Residency
+from serving.releases.types import NO_VLM, Broadcast, Prepared, Residency
 
 log = logging.getLogger("ratchet.broadcast")
 APP = "ratchet"
@@ -34,6 +36,14 @@ RESIDENT_SECONDS = 0.2
 STATUS_SECONDS = 2.0
 VLM_RETIRE_SECONDS = 2.0
 """A VLM takes a minute to start, and starts with nothing to unload: releases of CLIP do not wait for it."""
+ROLLBACK_SECONDS: Final = 0.3
+"""For a rollback. Replicas that answer take some 10 ms; those that do not may be starting, stuck or dead. The message
+is on its way to them all the same, they look at the ledger by themselves every second or two, and they are told again.
+"""
+RELEASE_SECONDS: Final = 10.0
+"""For other releases: the operator's call returns when every replica serves the release."""
+HEAL_ATTEMPTS: Final = 6
+HEAL_PAUSE_SECONDS: Final = 2.0
 
 
 class RayBroadcast:
@@ -96,7 +106,7 @@ class RayBroadcast:
         VLM replicas are told when their adapters change: one that starts makes no release of CLIP wait.
 
         Raises:
-            Unacknowledged: not every replica answered within ``seconds``.
+            _Unacknowledged: not every replica answered within ``seconds``.
         """
         messages: list[tuple[DeploymentHandle, list[Any]]] = [
             (self.ingress, list(residency.window)),
@@ -111,7 +121,7 @@ class RayBroadcast:
         )
         acknowledged = sum(len(answer) for answer in answers if isinstance(answer, list))
         if errors := [answer for answer in answers if isinstance(answer, BaseException)]:
-            raise Unacknowledged("; ".join(str(error) for error in errors), acknowledged)
+            raise _Unacknowledged("; ".join(str(error) for error in errors), acknowledged)
         self._announced_vlms = residency.vlms
         return acknowledged
 
@@ -177,3 +187,44 @@ class RayBroadcast:
         if self.vlm is None:
             raise ReleaseError("no vision-language model is served here.", NO_VLM)
         return self.vlm
+
+
+class _Unacknowledged(ReleaseError):
+    """Not every replica acknowledged in time; ``acknowledged`` did."""
+
+    def __init__(self, message: str, acknowledged: int) -> None:
+        super().__init__(message, "Nothing needs to be done: a replica that was not reached follows the ledger.")
+        self.acknowledged = acknowledged
+
+
+class Announcer:
+    """Announces releases that are committed; never fails. Use from one event loop."""
+
+    def __init__(self, broadcast: Broadcast) -> None:
+        self._broadcast = broadcast
+        self._healing: asyncio.Task[None] | None = None
+
+    async def announce(self, residency: Residency, seconds: float) -> int:
+        """Tell every replica. Those that do not answer within ``seconds`` are told again in the background, until
+        something else is announced. Returns how many acknowledged.
+        """
+        if self._healing is not None:
+            self._healing.cancel()
+            self._healing = None
+        try:
+            async with asyncio.timeout(2 * seconds):  # the broadcast keeps its time limit itself
+                return await self._broadcast.announce(residency, seconds)
+        except Exception as error:
+            log.info("not every replica was reached: %s: %s", type(error).__name__, error)
+            self._healing = asyncio.get_running_loop().create_task(self._heal(residency))
+            return error.acknowledged if isinstance(error, _Unacknowledged) else 0
+
+    async def _heal(self, residency: Residency) -> None:
+        for _ in range(HEAL_ATTEMPTS):
+            try:
+                async with asyncio.timeout(2 * RELEASE_SECONDS):
+                    await self._broadcast.announce(residency, RELEASE_SECONDS)
+                return
+            except Exception as error:
+                log.info("a replica is told again: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(HEAL_PAUSE_SECONDS)

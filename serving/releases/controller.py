@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -19,9 +19,7 @@ from core import metrics
 from core.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
 from core.ledger import Family, Ledger
 from core.settings import Settings
-from serving.ray.loopback import close_replica_port
-from serving.ray.replica_logs import configure_replica_logging
-from serving.ray.settled import settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.broadcast import RayBroadcast
 from serving.releases.commands import (
     HoldCommand,
@@ -265,31 +263,27 @@ class ReleaseController:
         return "" if live is None or self.lineage.has(live) else self.lineage.why_not(live)
 
     async def _guard(self) -> None:
-        await self._started.wait()
-        while True:
-            try:
-                outcome = await self.rollout.step() if await self._leads() else None
-                if outcome is not None:
-                    self._recorded(outcome)
-            except RatchetError as error:
-                log.warning("guard: %s", error)
-                self._step_down_if(error)
-                await asyncio.sleep(GUARD_PAUSE_SECONDS)
-            except Exception:
-                log.exception("guard")
-            await asyncio.sleep(POLL_SECONDS)
+        await self._watch("guard", self.rollout.step, GUARD_PAUSE_SECONDS)
 
     async def _fall_back(self) -> None:
+        await self._watch("fallback", self.fallback.step)
+
+    async def _watch(
+        self, name: str, step: Callable[[], Awaitable[ReleaseResult | None]], pause_seconds: float = 0.0
+    ) -> None:
+        """Take steps for as long as this controller leads. ``pause_seconds``: more of a pause after one that failed."""
         await self._started.wait()
         while True:
             try:
-                outcome = await self.fallback.step() if await self._leads() else None
+                outcome = await step() if await self._leads() else None
                 if outcome is not None:
                     self._recorded(outcome)
             except RatchetError as error:
-                log.warning("fallback: %s", error)
+                log.warning("%s: %s", name, error)
+                self._step_down_if(error)
+                await asyncio.sleep(pause_seconds)
             except Exception:
-                log.exception("fallback")
+                log.exception(name)
             await asyncio.sleep(POLL_SECONDS)
 
     async def _run(self) -> None:

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from core import metrics
 from core.errors import RatchetError, ReleaseError
 from core.ledger.ledger import Ledger
 from core.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
+from serving.releases.protocol import ReleaseProtocol
 from serving.releases.types import Prepared, ReleaseResult
 
 log = logging.getLogger("ratchet.fallback")
@@ -22,15 +23,6 @@ ANSWER_SECONDS: Final = 30.0
 again."""
 MAX_RELEASES: Final = 50
 """How far back an adapter that can be loaded is looked for."""
-
-
-class Rollback(Protocol):
-    """See :class:`serving.releases.protocol.ReleaseProtocol`."""
-
-    async def rollback(self, command: RollbackCommand) -> ReleaseResult:
-        """A new release with the adapters of an older one."""
-
-
 Prepare = Callable[[str | None], Awaitable[Sequence[Prepared]]]
 
 
@@ -40,7 +32,9 @@ class Fallback:
     ingress answers with that same release, and the alert RatchetAdapterUnservable is on.
     """
 
-    def __init__(self, ledger: Ledger, protocol: Rollback, prepare: Prepare, prepare_vlm: Prepare | None) -> None:
+    def __init__(
+        self, ledger: Ledger, protocol: ReleaseProtocol, prepare: Prepare, prepare_vlm: Prepare | None
+    ) -> None:
         """``prepare``, ``prepare_vlm``: ask every replica of a family; None where no VLM is served."""
         self._ledger = ledger
         self._protocol = protocol

@@ -9,18 +9,25 @@ Each guardrail counts bad events, and says how likely one may be for a release t
 It is broken when so many bad events would be too unlikely (binomial). The guard looks again and again, so each look
 spends a part of :data:`FALSE_ALARM`: look k gets 1/(k(k+1)) of it, which adds up to all of it and no more. There is one
 look in each :data:`LOOK_SECONDS`, and its number follows from the time, so that nothing has to be remembered.
+
+Which release is watched, against which and until when, follows from the ledger alone, so every process agrees.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from core.ledger.rows import Family
+from core.ledger.ledger import Ledger
+from core.ledger.rows import Family, ProposalKind, ReleaseRow
 from core.settings.serving import Rollout
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 
+ACTOR = "guard"
+_UNWATCHED: tuple[ProposalKind, ...] = ("initial", "rollback")
+"""A first release has no incumbent; a rollback is what the guard itself does, and is never taken back by it."""
 FALSE_ALARM = 0.01
 """Most that a release which is just within all bounds is taken back by chance, over the whole time it is watched."""
 TESTS = 5
@@ -29,6 +36,41 @@ LOOK_SECONDS = 2.0
 FORGIVEN = RequestCounts(requests=100, failed=1)
 """Put to the incumbent's count: one that answered nothing yet, or never failed, is not held to be perfect."""
 Guardrail = Literal["errors", "latency", "agreement"]
+
+
+@dataclass(frozen=True, slots=True)
+class GuardTarget:
+    """A release under guard."""
+
+    release: ReleaseRow
+    incumbent: ReleaseRow
+    kind: ProposalKind
+    until: float
+    """Seconds since the epoch; infinite for a canary or a shadow, which is watched for as long as it is one."""
+
+    @property
+    def began(self) -> float:
+        """When it was committed; seconds since the epoch."""
+        return self.release.created_at.timestamp()
+
+    def differs(self, family: Family) -> bool:
+        """Whether it changes this model. What it leaves alone needs no comparing."""
+        return self.release.adapter(family) != self.incumbent.adapter(family)
+
+
+def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTarget | None:
+    """The live release, if it is watched at ``now`` (seconds since the epoch)."""
+    with ledger.reading():
+        live = ledger.live()
+        incumbent = None if live is None else ledger.incumbent(live.number, live.clip_base)
+        if live is None or incumbent is None:
+            return None
+        kind = "release" if live.proposal_id is None else ledger.proposal(live.proposal_id).kind
+    until = live.created_at.timestamp() + settings.guard_seconds if live.plain else math.inf
+    target = GuardTarget(live, incumbent, kind, until)
+    if kind in _UNWATCHED or now >= until or not (target.differs("clip") or target.differs("vlm")):
+        return None
+    return target
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ RENEW_SECONDS: Final = 1.5
 
 
 class ControllerLease:
-    """Implements :class:`serving.releases.proposal_runner.Lease`. Use from one event loop."""
+    """The right to prepare and commit proposals. Use from one event loop."""
 
     def __init__(self, ledger: Ledger, seconds: float = LEASE_SECONDS) -> None:
         self._ledger = ledger

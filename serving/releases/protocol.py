@@ -27,14 +27,13 @@ from core.ledger.leases import CONTROLLER_LEASE
 from core.ledger.ledger import Ledger
 from core.ledger.proposals import ENDED
 from core.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ReleaseRow
-from serving.releases.announcement import RELEASE_SECONDS, ROLLBACK_SECONDS, Announcer
+from serving.releases.broadcast import RELEASE_SECONDS, ROLLBACK_SECONDS, Announcer
 from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseCommand, RollbackCommand
+from serving.releases.lease import ControllerLease
 from serving.releases.lineage import Lineage
-from serving.releases.preparation import Preparation
-from serving.releases.proposal_runner import Lease, ProposalRunner
+from serving.releases.proposal_runner import Postponed, Preparation, ProposalRunner
 from serving.releases.rollback import RollbackPlan, ledger_answers, plan_rollback
-from serving.releases.types import Adapters, Broadcast, ReleaseResult, Residency, scope_of
-from serving.releases.work import Goal, Postponed
+from serving.releases.types import Adapters, Broadcast, Goal, ReleaseResult, Residency, scope_of
 
 Result = TypeVar("Result")
 FOLLOW_SECONDS: Final = 0.25
@@ -56,7 +55,7 @@ class ReleaseProtocol:
         window: int,
         update_share: float = 1.0,
         hold_after_rollback: bool = False,
-        lease: Lease | None = None,
+        lease: ControllerLease | None = None,
         lineage: Lineage | None = None,
     ) -> None:
         """Args:

@@ -1,27 +1,53 @@
-"""Which releases and adapters stay loaded: the rollback window, and what a rollback of one family alone brings back."""
+"""Which releases and adapters stay loaded: the rollback window, and what a rollback of one family alone brings back.
+
+A replica learns it from the ledger or, while that is away, from the newest copy. A copy is a small file:
+
+    {"format": 1, "sha256": "<of the rest>", "residency": {"window": [...], ...}, "adapters": {"clip-...": "<digest>"}}
+
+The digest is over the canonical JSON of residency and adapters, so that a file that is cut short or was changed is not
+used. Every node has one in its home, and the artifacts have a copy.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from core import metrics
-from core.errors import RatchetError, ReleaseError
+from core.artifacts import Artifacts
+from core.dependencies import answered, noted
+from core.digests import digest_json
+from core.errors import LedgerUnavailable, RatchetError, ReleaseError
+from core.files import replace_file
 from core.ledger.ledger import Ledger
 from core.ledger.rows import Family, ReleaseRow
-from serving.own_threads import OwnThreads
+from core.settings import Settings
+from serving.own_threads import BoundedCall
+from serving.releases.lineage import Lineage
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Prepared, Residency
+from serving.releases.types import Residency
 
 log = logging.getLogger("ratchet.residency")
+FORMAT: Final = 1
+MAX_BYTES: Final = 1 << 20
+"""Far above what a window of 16 releases with their reasons takes; more is not read."""
+Source = Literal["ledger", "file", "artifacts"]
+LEDGER_SECONDS: Final = 15.0
+"""The three transactions of a reading, each of which the ledger bounds to five seconds."""
+ARTIFACTS_SECONDS: Final = 5.0
+KEEP_SECONDS: Final = 60.0
+"""How often the copies are compared again: a copy that a slower process overwrote does not stay."""
+KEY: Final = "residency.json"
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
 """Image and text space of a CLIP adapter; None when its files are gone or damaged. Raises RatchetError when no replica
 can tell now."""
-UNSERVABLE_SECONDS: Final = 5.0
-"""How often an adapter whose files were gone or damaged is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,58 +138,203 @@ async def _spaces_or_none(row: ReleaseRow, spaces: Spaces, needed: bool) -> tupl
         return None
 
 
-class ResidencyReader:
-    """Reads the newest releases; asks an encoder for the spaces of each adapter, once while it is resident
-    (adapters never change)."""
+_ROWS: Final = TypeAdapter(ResidencyRows)
+_DIGESTS: Final = TypeAdapter(dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyCopy:
+    """A residency, and the full digests of its adapters' directories as far as this node knows them."""
+
+    rows: ResidencyRows
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """64 hex digits by the adapter's name; see :func:`core.artifacts.directory_digest`."""
+
+    @property
+    def number(self) -> int:
+        """Of the live release."""
+        return self.rows.window[0].number if self.rows.window else 0
+
+
+def encode_copy(copy: ResidencyCopy) -> bytes:
+    """The file's content."""
+    content = {"residency": _ROWS.dump_python(copy.rows, mode="json"), "adapters": dict(copy.adapters)}
+    return json.dumps({"format": FORMAT, "sha256": digest_json(content), **content}, indent=1).encode()
+
+
+def decode_copy(data: bytes) -> ResidencyCopy:
+    """What :func:`encode_copy` wrote.
+
+    Raises:
+        ReleaseError: the content is damaged, of another format, or without a release.
+    """
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        content: Any = json.loads(data)
+        version, expected = content.pop("format"), content.pop("sha256")
+        if version != FORMAT:
+            raise ValueError(f"format {version!r} is not {FORMAT}")
+        if digest_json(content) != expected:
+            raise ValueError("the digest is that of another content")
+        copy = ResidencyCopy(_ROWS.validate_python(content["residency"]), _DIGESTS.validate_python(content["adapters"]))
+        if not copy.rows.window:
+            raise ValueError("it names no release")
+        return copy
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        raise ReleaseError(f"the copy of the residency cannot be used: {str(error)[:200]}.") from None
+
+
+class ResidencySource:
+    """Reads what is resident, and keeps copies of it. Use from one thread at a time."""
 
     def __init__(
         self,
-        read: Callable[[], ResidencyRows],
-        prepare: Callable[[str | None], Awaitable[Prepared]],
-        prepare_all: Callable[[str | None], Awaitable[Sequence[Prepared]]],
+        ledger: Ledger,
+        size: int,
+        path: Path,
+        artifacts: Artifacts,
+        part: str,
+        digests: Callable[[], Mapping[str, str]] = dict,
+        lineage: Lineage | None = None,
     ) -> None:
         """Args:
-        read: what is resident; called in a thread. See :meth:`.residency_source.ResidencySource.newest`.
-        prepare: asks any encoder to hold a CLIP adapter.
-        prepare_all: asks all of them.
+        ledger: may be away.
+        size: releases of the rollback window.
+        path: this node's copy.
+        artifacts: have another copy; may be away.
+        part: for the metrics.
+        digests: the full digests of adapters that this node knows.
+        lineage: releases of another base are left out, and copies of them are not used.
         """
-        self._read = read
-        self._threads = OwnThreads("residency")
-        self._prepare = prepare
-        self._prepare_all = prepare_all
-        self._spaces: dict[str | None, tuple[str, str]] = {}
-        self._gone: dict[str | None, float] = {}
+        self._lineage = lineage
+        base = None if lineage is None else lineage.digest
+        self._path = path
+        self._artifacts = artifacts
+        self._part = part
+        self._digests = digests
+        self._read_ledger = BoundedCall(lambda: read_residency(ledger, size, base), LEDGER_SECONDS)
+        self._read_artifacts = BoundedCall(lambda: artifacts.read_bytes(KEY), ARTIFACTS_SECONDS)
+        self._pending = b""
+        self._write_artifacts = BoundedCall(self._copy_to_artifacts, ARTIFACTS_SECONDS)
+        self._newest: ResidencyRows | None = None
+        self._written = b""
+        self._keep_at = -float("inf")
+        self.source: Source | None = None
+        """Where :meth:`newest` has its rows from."""
+        self.adapters: Mapping[str, str] = {}
+        """Full digests by the adapter's name, from the copy that is used while the ledger is away."""
 
-    async def read(self, newer_than: int = 0) -> Residency | None:
-        """What is resident; None when nothing newer can be served.
+    @classmethod
+    def of(
+        cls, settings: Settings, ledger: Ledger, part: str, digests: Callable[[], Mapping[str, str]] = dict
+    ) -> ResidencySource:
+        """The source that the settings describe."""
+        return cls(
+            ledger, settings.serve.rollback_window, residency_path(settings.home), Artifacts(settings.artifacts), part,
+            digests, Lineage.of(settings),
+        )  # fmt: skip
+
+    def read(self) -> ResidencyRows:
+        """What the ledger says.
 
         Raises:
-            RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.
+            LedgerUnavailable: it is away, or does not answer within :data:`LEDGER_SECONDS`.
         """
-        rows = await self._threads.run(self._read)
-        if not rows.window or rows.window[0].number <= newer_than:
-            return None
-        residency = await resolve_residency(rows, self._spaces_of)
-        for clip in set(self._spaces).difference(rows.clips):
-            del self._spaces[clip]
-        newest = residency.window[0].release if residency.window else 0
-        metrics.release.unservable("clip", newest < rows.window[0].number)
-        return residency if newest > newer_than else None
+        try:
+            rows = self._read_ledger()
+        except TimeoutError as error:
+            away = LedgerUnavailable(f"the ledger does not answer: {error}.", state="slow")
+            noted(away)
+            raise away from None
+        except LedgerUnavailable as error:
+            noted(error)
+            raise
+        answered(["ledger"])
+        self._use(rows, "ledger")
+        return rows
 
-    async def _spaces_of(self, clip: str | None) -> tuple[str, str] | None:
-        if clip not in self._spaces:
-            if time.monotonic() < self._gone.get(clip, 0.0):
-                return None
-            prepared = await self._prepare(clip)
-            if prepared.unservable:  # there: another node may have a copy that is whole
-                answers = await self._prepare_all(clip)
-                prepared = next((answer for answer in answers if not answer.unservable), prepared)
-            if prepared.unservable:
-                log.error("%s cannot be served: %s", clip or "the base", prepared.error)
-                self._gone[clip] = time.monotonic() + UNSERVABLE_SECONDS
-                return None
-            if prepared.error:
-                raise ReleaseError(f"the spaces of {clip or 'the base'} are not known: {prepared.error}")
-            self._gone.pop(clip, None)
-            self._spaces[clip] = (prepared.image_space, prepared.text_space)
-        return self._spaces[clip]
+    def newest(self) -> ResidencyRows:
+        """What the ledger says; while it is away what was read last and, before the first reading, the newest copy.
+
+        Raises:
+            LedgerUnavailable: the ledger is away, and there is no copy.
+        """
+        try:
+            return self.read()
+        except RatchetError as error:
+            if self._newest is not None:
+                return self._newest
+            copies = list(self._copies())
+            if not copies:
+                raise LedgerUnavailable(
+                    f"{error.message} There is no copy of the residency either.", "Bring the ledger back."
+                ) from None
+            copy, source = max(copies, key=lambda each: each[0].number)
+            log.warning("the ledger is away (%s): starting with release %d of the %s", error, copy.number, source)
+            self.adapters = copy.adapters
+            self._use(copy.rows, source)
+            return copy.rows
+
+    def keep(self, rows: ResidencyRows) -> None:
+        """Bring the copies up to date with the ledger. A copy that cannot be written is tried again later."""
+        if not rows.window:
+            return
+        known = self._digests()
+        names = {name for name in (*rows.clips, *rows.vlms) if name is not None}
+        data = encode_copy(ResidencyCopy(rows, {name: known[name] for name in sorted(names & known.keys())}))
+        if data == self._written and time.monotonic() < self._keep_at:
+            return
+        self._keep_at = time.monotonic() + KEEP_SECONDS
+        self._written = data
+        try:
+            if self._read_file() != data:
+                replace_file(self._path, data)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, error)
+        self._pending = data
+        try:
+            self._write_artifacts()
+            answered(["artifacts"])
+        except Exception as error:
+            noted(error)
+            log.warning("the artifacts cannot keep a copy of the residency: %s: %s", type(error).__name__, error)
+
+    def _use(self, rows: ResidencyRows, source: Source) -> None:
+        if self.source not in (None, source):
+            log.warning("what is resident comes from the %s again", source)
+        self._newest, self.source = rows, source
+        metrics.release.residency_source(self._part, source)
+
+    def _copies(self) -> list[tuple[ResidencyCopy, Source]]:
+        copies: list[tuple[ResidencyCopy, Source]] = []
+        readers: tuple[tuple[Source, Callable[[], bytes]], ...] = (
+            ("file", self._read_file), ("artifacts", self._read_artifacts),
+        )  # fmt: skip
+        for source, read in readers:
+            try:
+                if data := read():
+                    copy = decode_copy(data)
+                    if self._lineage is not None:
+                        self._lineage.check(copy.rows.window[0])
+                    copies.append((copy, source))
+            except Exception as error:
+                log.warning("no residency from the %s: %s: %s", source, type(error).__name__, error)
+        return copies
+
+    def _read_file(self) -> bytes:
+        try:
+            with self._path.open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            return b""
+
+    def _copy_to_artifacts(self) -> None:
+        data = self._pending
+        if not self._artifacts.exists(KEY) or self._artifacts.read_bytes(KEY) != data:
+            self._artifacts.write_bytes(KEY, data)
+
+
+def residency_path(home: Path) -> Path:
+    """This node's copy of the residency."""
+    return home / "serving" / "residency.json"

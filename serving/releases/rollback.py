@@ -1,4 +1,4 @@
-"""What a rollback goes back to, and whether it is resident."""
+"""What a rollback goes back to, whether it is resident, and a rollback while no server answers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from core.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
 from serving.releases.lineage import Lineage
 from serving.releases.residency import ResidencyRows, read_residency
-from serving.releases.types import Adapters
-from serving.releases.work import Goal
+from serving.releases.types import Adapters, Goal, scope_of
 
 NAMES: Mapping[Family, str] = {"clip": "CLIP", "vlm": "VLM"}
 ANSWER_SECONDS: Final = 0.7
@@ -164,3 +163,47 @@ def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family], base: s
             f"no release before {live.number} has {kind} adapter.", "Name one with `to`, or release an adapter."
         )
     return release
+
+
+def roll_back_offline(
+    ledger: Ledger,
+    families: Sequence[Family],
+    *,
+    to: int | None,
+    actor: str,
+    reason: str,
+    expected_live: int | None = None,
+    hold_after_rollback: bool = False,
+) -> ReleaseRow:
+    """Release the adapters of an older release in the ledger alone, without asking a replica whether it can load them.
+    Servers that run adopt it as they follow the ledger.
+
+    Args:
+        families: that are served, or the one that is meant.
+        to: number of the release to go back to; None: the newest one that had another adapter.
+        hold_after_rollback: see :attr:`core.settings.Rollout.hold_after_rollback`.
+
+    Raises:
+        ReleaseError: there is nothing to go back to.
+        ReleaseConflict: something else is live by now.
+    """
+    live = ledger.live()
+    if expected_live is not None:
+        check_live(live, expected_live)
+    adapters = rollback_target(ledger, families, to, base=live.clip_base if live else None)
+    assert live is not None  # else there was no target
+    goal = goal_of(adapters, ledger.stable() or live)
+    proposal = ledger.propose(
+        "rollback", family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"), actor=actor,
+        reason=reason, expected_live=live.number,
+    )  # fmt: skip
+    try:
+        row = ledger.commit_release(
+            live.number + 1, clip=goal["clip"], vlm=goal["vlm"], actor=actor, reason=reason, proposal_id=proposal.id,
+            hold_after_rollback=hold_after_rollback,
+        )  # fmt: skip
+    except ReleaseConflict as conflict:
+        ledger.advance_proposal(proposal.id, "failed", str(conflict))
+        raise
+    ledger.audit(actor, "rolled back offline", f"release {row.number}", {"to": to, "families": list(families)})
+    return row

@@ -19,14 +19,12 @@ from core.ledger.ledger import Ledger
 from core.ledger.rows import Family
 from core.settings.serving import Rollout
 from serving.releases.commands import PromoteCommand, RollbackCommand
-from serving.releases.guard import Evidence, broken, look, look_number
-from serving.releases.guard_target import GuardTarget, find_guard_target
+from serving.releases.guard import ACTOR, Evidence, GuardTarget, broken, find_guard_target, look, look_number
 from serving.releases.observations import ComparisonCounts, Observations, together
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.types import ReleaseResult
 
 log = logging.getLogger("ratchet.guard")
-ACTOR = "guard"
 FAMILIES: tuple[Family, ...] = ("clip", "vlm")
 
 

@@ -26,7 +26,7 @@ from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
 from serving.messages import EncodeResult, Modality
 from serving.releases.agreement import Neighbours, same_answer
-from serving.releases.guard_target import GuardTarget
+from serving.releases.guard import GuardTarget
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -44,7 +44,7 @@ Encode = Callable[[Modality, Any, str | None], Awaitable[EncodeResult]]
 
 
 class Vlms(Protocol):
-    """The part of :class:`serving.replicas.vlm_calls.VlmCalls` that is needed here."""
+    """The part of :class:`serving.http.vlm_calls.VlmCalls` that is needed here."""
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer."""

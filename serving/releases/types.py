@@ -13,6 +13,8 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 
 Adapters = Mapping[Family, str | None]
 """Adapters by family, None for the base alone. A family that is not there keeps what is live."""
+Goal = Mapping[Family, str | None]
+"""Adapters of both families that a release is to have."""
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
 
 

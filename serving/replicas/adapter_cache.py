@@ -16,7 +16,7 @@ from core.artifacts import Artifacts, directory_digest
 from core.artifacts.folder import remove_abandoned
 from core.errors import AdapterError, LedgerUnavailable, RatchetError, StoreUnavailable
 from core.ledger import Ledger
-from serving.releases.bounded_call import BoundedCall
+from serving.own_threads import BoundedCall
 
 log = logging.getLogger("ratchet.adapters")
 FETCH_SECONDS: Final = 20.0

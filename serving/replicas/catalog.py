@@ -18,17 +18,13 @@ from core.ledger import Ledger
 from core.ledger.leases import CONTROLLER_LEASE
 from core.settings import Settings
 from core.tracing import span
-from serving.catalog.cross_version import usable
+from serving.catalog.cross_version import CrossVersionVerdicts, usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
-from serving.ray.loopback import close_replica_port
-from serving.ray.replica_logs import configure_replica_logging
-from serving.ray.settled import settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
-from serving.replicas.residency_reader import residency_reader
-from serving.replicas.start_order import wait_for_clip
+from serving.replicas.follower import residency_reader, wait_for_clip
 
 if TYPE_CHECKING:
     from serving.catalog.catalog import Catalog

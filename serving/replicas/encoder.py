@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,23 +17,24 @@ from core.ledger import Ledger
 from core.priority import nice_process
 from core.request_context import note
 from core.settings import Settings
-from serving.engines.kernel_caches import bound_kernel_caches
 from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, HeadsResult, Modality
-from serving.ray.loopback import close_replica_port
-from serving.ray.replica_logs import configure_replica_logging
-from serving.ray.settled import settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.release_snapshot import BASE
-from serving.releases.residency import ResidencyRows
-from serving.releases.residency_source import ResidencySource
+from serving.releases.residency import ResidencyRows, ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start
 
-if TYPE_CHECKING:  # whoever deploys this class imports this module
+if TYPE_CHECKING:
     from serving.engines.clip import ClipEngine
 
 log = logging.getLogger("ratchet.encoder")
+SHAPES = 64
+"""Those of some 16 kinds of batches: a tower has four kinds of layers that multiply. Batches of ever new shapes took as
+long with 64, 256 and 1,024; an encoder of 256 had 50 MB more, and grew for a quarter of an hour."""
+VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""oneDNN's own, and that of ideep, through which torch calls it. Read once, when the first kernel is made."""
 
 
 class Encoder:
@@ -140,3 +142,15 @@ class Encoder:
     async def _load(self, rows: ResidencyRows) -> list[Prepared]:
         self._adapters.protect([*rows.clips, *rows.vlms])
         return [await self.worker.prepare(clip) for clip in rows.needed("clip")]
+
+
+def bound_kernel_caches() -> None:
+    """Bound how many shapes oneDNN keeps kernels for. Call it before this process computes; a value in the environment
+    stays.
+
+    It makes a kernel for each shape of inputs, and keeps the last 1,024 of them and as many descriptions, up to 0.7 MB
+    a pair. Batches of texts have more shapes than that: an encoder of 445 MB grew for a long time, to more than a
+    gigabyte.
+    """
+    for name in VARIABLES:
+        os.environ.setdefault(name, str(SHAPES))

@@ -1,4 +1,4 @@
-"""Keeps a replica in step with the ledger: covers for a broadcast that did not reach it."""
+"""How a replica starts, and stays in step with the ledger: covers for a broadcast that did not reach it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal
 
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
 from core import metrics
+from core.errors import ReleaseError
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.own_threads import OwnThreads
-from serving.releases.residency import ResidencyRows
-from serving.releases.types import Prepared
+from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
+from serving.releases.broadcast import APP, INGRESS
+from serving.releases.residency import ResidencyRows, ResidencySource, resolve_residency
+from serving.releases.types import Prepared, Residency
 
 log = logging.getLogger("ratchet.follower")
 FOLLOW_SECONDS: Final = 2.0
 LAG_SECONDS: Final = 60.0
 """A replica that could not load the live release for this long says so to Serve, which replaces it."""
+PREPARE_SECONDS: Final = 30.0
+UNSERVABLE_SECONDS: Final = 5.0
+"""How often an adapter whose files were gone or damaged is tried again."""
+CLIP_SECONDS: Final = 30.0
+"""The longest wait. CLIP takes some ten seconds to load, a VLM a minute of every core."""
+LOOK_SECONDS: Final = 0.2
 
 
 def check_start(prepared: Sequence[Prepared], needed: Sequence[str | None]) -> None:
@@ -120,3 +134,89 @@ class ResidencyFollower:
         while True:
             await self.step()
             await asyncio.sleep(FOLLOW_SECONDS)
+
+
+class ResidencyReader:
+    """Reads the newest releases; asks an encoder for the spaces of each adapter, once while it is resident
+    (adapters never change)."""
+
+    def __init__(
+        self,
+        read: Callable[[], ResidencyRows],
+        prepare: Callable[[str | None], Awaitable[Prepared]],
+        prepare_all: Callable[[str | None], Awaitable[Sequence[Prepared]]],
+    ) -> None:
+        """Args:
+        read: what is resident; called in a thread. See :meth:`ResidencySource.newest`.
+        prepare: asks any encoder to hold a CLIP adapter.
+        prepare_all: asks all of them.
+        """
+        self._read = read
+        self._threads = OwnThreads("residency")
+        self._prepare = prepare
+        self._prepare_all = prepare_all
+        self._spaces: dict[str | None, tuple[str, str]] = {}
+        self._gone: dict[str | None, float] = {}
+
+    async def read(self, newer_than: int = 0) -> Residency | None:
+        """What is resident; None when nothing newer can be served.
+
+        Raises:
+            RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.
+        """
+        rows = await self._threads.run(self._read)
+        if not rows.window or rows.window[0].number <= newer_than:
+            return None
+        residency = await resolve_residency(rows, self._spaces_of)
+        for clip in set(self._spaces).difference(rows.clips):
+            del self._spaces[clip]
+        newest = residency.window[0].release if residency.window else 0
+        metrics.release.unservable("clip", newest < rows.window[0].number)
+        return residency if newest > newer_than else None
+
+    async def _spaces_of(self, clip: str | None) -> tuple[str, str] | None:
+        if clip not in self._spaces:
+            if time.monotonic() < self._gone.get(clip, 0.0):
+                return None
+            prepared = await self._prepare(clip)
+            if prepared.unservable:  # there: another node may have a copy that is whole
+                answers = await self._prepare_all(clip)
+                prepared = next((answer for answer in answers if not answer.unservable), prepared)
+            if prepared.unservable:
+                log.error("%s cannot be served: %s", clip or "the base", prepared.error)
+                self._gone[clip] = time.monotonic() + UNSERVABLE_SECONDS
+                return None
+            if prepared.error:
+                raise ReleaseError(f"the spaces of {clip or 'the base'} are not known: {prepared.error}")
+            self._gone.pop(clip, None)
+            self._spaces[clip] = (prepared.image_space, prepared.text_space)
+        return self._spaces[clip]
+
+
+def residency_reader(settings: Settings, ledger: Ledger, encoder: DeploymentHandle, part: str) -> ResidencyReader:
+    """A reader for one process. ``part``: for the metrics."""
+
+    async def prepare(clip: str | None) -> Prepared:
+        attempts = Attempts(PREPARE_SECONDS, "encoder")
+        answer: Prepared = await call_replica(lambda: encoder.prepare.remote(clip), attempts, retry_full=True)
+        return answer
+
+    async def prepare_all(clip: str | None) -> Sequence[Prepared]:
+        return await call_every_replica(encoder, "prepare", clip, seconds=PREPARE_SECONDS)
+
+    return ResidencyReader(ResidencySource.of(settings, ledger, part).newest, prepare, prepare_all)
+
+
+async def wait_for_clip() -> None:
+    """Return when an ingress of this server has a release that it answers by, or after :data:`CLIP_SECONDS`.
+
+    Imports alone take seconds of a core in each process: done all at once on a few cores, they would make everything
+    late by the time that all of them take. Where CLIP answers already, as when a replica is replaced, this is a call.
+    """
+    try:
+        async with asyncio.timeout(CLIP_SECONDS):
+            ingress = serve.get_deployment_handle(INGRESS, APP)
+            while not await ingress.resident.remote():
+                await asyncio.sleep(LOOK_SECONDS)
+    except Exception as error:  # the order only spares CLIP some seconds
+        log.warning("started without waiting for CLIP: %s: %s", type(error).__name__, error)

@@ -6,49 +6,45 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from tokenizers import Tokenizer
 
 from core import metrics
 from core.access import Access
 from core.ledger import Ledger
 from core.settings import Settings
+from core.settings.serving import Serve
 from serving.engines.clip_base import base_directory, load_base
 from serving.engines.vlm.vlm_base import MODEL
 from serving.http.app import build_app
 from serving.http.app_state import AppState
-from serving.http.deletion_service import DeletionService
+from serving.http.catalog_calls import CatalogCalls
+from serving.http.controller_calls import ControllerCalls
+from serving.http.encoder_calls import EncoderCalls
 from serving.http.image_loader import ImageLoader
-from serving.http.quarantine_service import QuarantineService
-from serving.http.receipt_service import ReceiptService
-from serving.http.replica_share import share_of
-from serving.http.token_texts import token_texts
+from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
+from serving.http.vlm_calls import MirroredVlms, VlmCalls, VlmStart
 from serving.messages import EncodeResult, Modality
 from serving.own_threads import OwnThreads
 from serving.ray.deployment_status import DeploymentStatus, read_statuses
-from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
-from serving.ray.replica_logs import configure_replica_logging
-from serving.ray.settled import settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.admission import Admission
 from serving.releases.agreement import TEXTS
 from serving.releases.broadcast import APP, VLM
-from serving.releases.guard_target import find_guard_target
+from serving.releases.guard import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
-from serving.replicas.catalog_calls import CatalogCalls
-from serving.replicas.controller_calls import ControllerCalls
-from serving.replicas.encoder_calls import EncoderCalls
+from serving.replicas.follower import residency_reader
 from serving.replicas.key_copy import KeyCopy
-from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
-from serving.replicas.residency_reader import residency_reader
-from serving.replicas.vlm_calls import VlmCalls
-from serving.replicas.vlm_start import VlmStart
 
 log = logging.getLogger("ratchet.ingress")
 SWITCH_SECONDS = 0.001
@@ -59,6 +55,12 @@ KEYS_SECONDS = 10.0
 """How often keys are read though nobody calls, so that the copies of them are not older than this."""
 FIRST_SECONDS = 20.0
 """How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
+SHARED = ("queue", "operator_queue", "decode_pixels", "image_fetches", "vlm_queue", "cache_bytes")
+"""Bounds that all ingress processes divide among them."""
+_TOKENIZER_FILE = "tokenizer.json"
+_WORD_START = "\u2581"
+"""SentencePiece's mark of a space before a word, which decoding a token on its own drops."""
+_KEPT_TEXTS = 65_536
 
 
 def read_vlm_status() -> DeploymentStatus | None:
@@ -92,7 +94,6 @@ class Ingress:
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._keys, self._watching = OwnThreads("keys"), OwnThreads("guard-target")
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        encoders = EncoderCalls(encoder, settings.serve.max_batch)
         share = share_of(settings.serve)
         vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue)
         self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, read_vlm_status)
@@ -110,7 +111,7 @@ class Ingress:
             dim=base.dim,
             tokenizer=tokenizer,
             admission=self.admission,
-            encoders=MirroredEncoders(encoders, self.shadow_traffic),
+            encoders=EncoderCalls(encoder, settings.serve.max_batch, self.shadow_traffic),
             index=CatalogCalls(catalog, settings.serve.deadline_seconds),
             operations=ControllerCalls(controller),
             image_loader=ImageLoader(base.preprocess, share),
@@ -205,3 +206,39 @@ class Ingress:
             if (keys := self.access.current()) is not None:
                 await self._keys.run(self.key_copy.keep, keys)
             await asyncio.sleep(KEYS_SECONDS)
+
+
+def share_of(settings: Serve) -> Serve:
+    """The bounds of one ingress process: what all requests share, divided by ``ingress_replicas``; those of one request
+    as they are. Processes beyond that number, started by load, bring a share of their own.
+
+    >>> share_of(Serve(ingress_replicas=2, queue=256)).queue
+    128
+    """
+    replicas = settings.ingress_replicas
+    shares = {name: -(-getattr(settings, name) // replicas) for name in SHARED}
+    # What is alone must always find room.
+    bodies = max(settings.max_body_bytes, settings.body_budget_bytes // replicas)
+    return settings.model_copy(update={**shares, "body_budget_bytes": bodies})
+
+
+def token_texts(model: Path | None) -> Callable[[int], str]:
+    """A function from a token of a VLM to its text, for log-probabilities. Half of a character reads as U+FFFD.
+
+    Args:
+        model: a Hugging Face folder; without a ``tokenizer.json`` (or without a folder) a token is ``token_id:7``.
+    """
+    path = model / _TOKENIZER_FILE if model is not None else None
+    if path is None or not path.is_file():
+        return "token_id:{}".format
+    tokenizer = Tokenizer.from_file(str(path))
+
+    @lru_cache(_KEPT_TEXTS)
+    def text_of(token: int) -> str:
+        raw: str | None = tokenizer.id_to_token(token)
+        if raw is None:
+            return f"token_id:{token}"
+        text: str = tokenizer.decode([token], skip_special_tokens=False)
+        return f" {text}" if raw.startswith(_WORD_START) and not text.startswith(" ") else text
+
+    return text_of

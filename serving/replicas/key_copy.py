@@ -23,7 +23,7 @@ from core.files import replace_file
 from core.ledger.rows import KeyRow
 from core.settings import Settings
 from serving.errors import Unavailable
-from serving.releases.bounded_call import BoundedCall
+from serving.own_threads import BoundedCall
 
 log = logging.getLogger("ratchet.access")
 FORMAT: Final = 1

@@ -19,16 +19,12 @@ from core.settings import Settings
 from core.tracing import record, span
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import VLM_NICE, Refusal
-from serving.ray.loopback import close_replica_port
-from serving.ray.replica_logs import configure_replica_logging
-from serving.ray.settled import settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.release_snapshot import BASE
-from serving.releases.residency import ResidencyRows
-from serving.releases.residency_source import ResidencySource
+from serving.releases.residency import ResidencyRows, ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
-from serving.replicas.follower import ResidencyFollower, check_start
-from serving.replicas.start_order import wait_for_clip
+from serving.replicas.follower import ResidencyFollower, check_start, wait_for_clip
 
 log = logging.getLogger("ratchet.vlm")
 INCOMING, LATE = 1, 1

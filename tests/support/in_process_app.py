@@ -27,8 +27,8 @@ from serving.engines.heads import Head
 from serving.engines.vlm.generation import GenerationRequest
 from serving.http.app import build_app
 from serving.http.app_state import AppState
-from serving.http.deletion_service import DeletionService
 from serving.http.image_loader import ImageLoader
+from serving.http.store_services import DeletionService
 from serving.messages import EncodeResult, Modality
 from serving.releases.admission import Admission
 from serving.releases.commands import HoldCommand, HoldingCommand, LiveCommand, ReleaseCommand, RollbackCommand
@@ -184,13 +184,18 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
     await in_process.protocol.start()
     keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})
     access = Access(in_process.ledger, Settings(serve=keyed))
+    stand_in: Any = in_process
+    index: Any = CatalogIndex(catalog)
+    quarantine: Any = ScriptedQuarantine()
+    receipts: Any = ScriptedReceipts()
+    vlms: Any = FairVlms()
     app_state = AppState(
         settings=settings, dim=base.dim, tokenizer=engine.tokenizer, admission=in_process.admission,
-        encoders=in_process, access=access,
-        index=CatalogIndex(catalog), operations=in_process, image_loader=ImageLoader(base.preprocess, settings),
-        quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(),
+        encoders=stand_in, access=access,
+        index=index, operations=stand_in, image_loader=ImageLoader(base.preprocess, settings),
+        quarantine=quarantine, receipts=receipts,
         deletions=DeletionService(Settings(home=home), in_process.ledger), ledger=in_process.ledger,
-        refresh=_nothing, vlms=FairVlms(),
+        refresh=_nothing, vlms=vlms,
     )  # fmt: skip
     return in_process, build_app(app_state)
 

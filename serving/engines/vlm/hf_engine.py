@@ -23,9 +23,9 @@ from serving.engines.shared_weights import shell_of
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_validated_adapter
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
-from serving.engines.vlm.golden import fingerprint, golden_requests
 from serving.engines.vlm.hf_batch import BatchRow, Scoring
 from serving.engines.vlm.hf_worker import Worker
+from serving.engines.vlm.probes import fingerprint, golden_requests
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
 from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vlm_base import VlmBase

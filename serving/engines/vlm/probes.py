@@ -1,18 +1,26 @@
-"""Adapters that an engine loads into itself to learn what it does with them. They are no Ratchet adapters."""
+"""What an engine tries before it serves: fixed questions under every adapter, and adapters of its own, which are not
+Ratchet adapters, to learn what it does with them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from core.digests import digest12, digest_json
+from core.errors import AdapterError
 from serving.engines.adapters import CONFIG, WEIGHTS
+from serving.engines.golden_inputs import golden_pixels
 from serving.engines.vlm.adapter_validation import Shapes
-from serving.engines.vlm.generation import GenerationResult
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 
+SIDE = 64
+QUESTIONS = ("what is this?", "is there something red? answer yes or no.")
 PROBED = ("image", "connector")
 """Parts of a model whose adapters some engines ignore without a word."""
 ZERO_ID = 1
@@ -22,6 +30,27 @@ PROBE_SIZE = 0.1
 SAME = 0.01
 """Log-probabilities that differ by less are equal, to bfloat16 on a GPU."""
 RANK = 1
+
+
+def golden_requests() -> list[GenerationRequest]:
+    """Two pictures made by integer arithmetic, one question each, eight tokens."""
+    pictures = golden_pixels(SIDE)
+    return [question(pictures[i], text, max_tokens=8) for i, text in enumerate(QUESTIONS)]
+
+
+def fingerprint(adapter: str | None, replies: Sequence[GenerationResult]) -> str:
+    """Twelve hex digits of the answers' tokens, and their mean log-probability.
+
+    Raises :class:`AdapterError` when one is not finite.
+    """
+    logprobs = [value for reply in replies for value in reply.logprobs]
+    if not logprobs or not all(map(math.isfinite, logprobs)):
+        raise AdapterError(
+            f"{adapter or 'The base'} answers golden questions with log-probabilities that are not finite.",
+            "Do not release it; look at the training run.",
+        )
+    tokens = digest12(digest_json([list(reply.tokens) for reply in replies]))
+    return f"{tokens}:{sum(logprobs) / len(logprobs):.2f}"
 
 
 def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> Path:

@@ -27,11 +27,9 @@ from core.settings.serving import Serve
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
-from serving.engines.vlm.golden import fingerprint, golden_requests
-from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, write_probe
+from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, fingerprint, golden_requests, write_probe
 from serving.engines.vlm.residents import Residents
-from serving.engines.vlm.vllm_prompts import Prompts
-from serving.engines.vlm.vllm_sampling import finish_of, logprobs_of, sampling, scoring
+from serving.engines.vlm.vllm_requests import Prompts, finish_of, logprobs_of, sampling, scoring
 from serving.engines.vlm.vllm_start import cache_folder, child_environment, engine_arguments, import_vllm, slots_of
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest

@@ -200,7 +200,7 @@ from pathlib import Path
 import ray
 from core.loading import load_settings
 from serving.app import build
-from serving.ray.loopback import NODE
+from serving.ray.replica_process import NODE
 from serving.releases.broadcast import APP
 ray.init(address=sys.argv[3], _temp_dir=sys.argv[2], _node_ip_address=NODE, log_to_driver=False)
 from ray import serve

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.releases.offline import roll_back_offline
-from serving.releases.residency_source import residency_path
+from serving.releases.residency import residency_path
+from serving.releases.rollback import roll_back_offline
 from tests.integration.serving.conftest import ROLLOUT
 from tests.integration.serving.server_fixture import ServerFixture
 

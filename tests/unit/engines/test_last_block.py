@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, pack
-from serving.engines.text_tower import encode_text
+from serving.engines.towers import encode_image, encode_text
 from tests.support.tiny import CONFIG
 
 Changes = dict[str, Any]

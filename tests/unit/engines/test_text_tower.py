@@ -12,8 +12,8 @@ import torch
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.preprocess import Preprocess
-from serving.engines.text_tower import TextWidths
 from serving.engines.tokens import pad_rows
+from serving.engines.towers import TextWidths
 from tests.support.tiny import CONFIG, tiny_adapter
 
 TEXTS = ["a", "a photo of a cat", "seven words of a middling long text", "word " * 60]

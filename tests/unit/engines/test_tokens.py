@@ -13,8 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
 from serving.engines import simple_tokenizer
 from serving.engines.simple_tokenizer import BoundedTokenizer, merge
-from serving.engines.text_cleaning import CLEAN
-from serving.engines.tokens import make_tokenizer, pad_rows, vocabulary
+from serving.engines.tokens import CLEAN, make_tokenizer, pad_rows, vocabulary
 
 CONTEXT = 24
 REFERENCE = SimpleTokenizer(context_length=CONTEXT)

@@ -13,9 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from core.errors import AdapterError
-from serving.engines.vlm.generation import GenerationRequest, Message
+from serving.engines.vlm.generation import SMALLEST, GenerationRequest, Message
 from serving.engines.vlm.hf_batch import BatchRow, _Choice
-from serving.engines.vlm.sampling_parameters import SMALLEST
 from serving.errors import InvalidRequest
 from serving.http.chat_schemas import ChatRequest
 
@@ -112,7 +111,7 @@ def test_a_low_temperature_is_raised_and_without_one_the_choice_is_greedy(
 
 def test_vllm_clamps_alike() -> None:
     pytest.importorskip("vllm")
-    from serving.engines.vlm.vllm_sampling import sampling
+    from serving.engines.vlm.vllm_requests import sampling
 
     for parameters in fuzzed(300, 3):
         try:

@@ -11,8 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.settings.serving import Serve
-from serving.http.limits import RequestLimits
-from serving.http.request_bodies import RequestBodies
+from serving.http.request_bodies import RequestBodies, RequestLimits
 
 
 class EchoApp:

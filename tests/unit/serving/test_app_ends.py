@@ -15,9 +15,7 @@ from core.ledger import Ledger
 from core.settings import Settings
 from serving import app as module
 from serving.app import build, drain, drain_seconds
-from serving.releases.residency import read_residency
-from serving.releases.residency_file import ResidencyCopy, encode_copy
-from serving.releases.residency_source import residency_path
+from serving.releases.residency import ResidencyCopy, encode_copy, read_residency, residency_path
 
 
 class Ingress:

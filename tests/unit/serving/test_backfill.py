@@ -11,8 +11,7 @@ import pytest
 from core.errors import StoreError
 from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import Catalog
-from serving.catalog.corpus_ids import CorpusIds
-from serving.catalog.coverage import BackfillRate, SpaceCoverage
+from serving.catalog.coverage import BackfillRate, CorpusIds, SpaceCoverage
 from serving.catalog.cross_version import rank_across
 from serving.catalog.embedding import CHUNK_ROWS, Pace
 from serving.catalog.queries import Filters, Hit

@@ -7,8 +7,7 @@ import hashlib
 import pytest
 from scipy.stats import binom
 
-from serving.releases.admission import Admission
-from serving.releases.canary_bucket import canary_bucket
+from serving.releases.admission import Admission, canary_bucket
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 KEYS = [f"key-{number}" for number in range(10_000)]

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from serving.engines.vlm.generation import Finish, TokenChunk
 from serving.errors import Unavailable
 from serving.http.chat import chunk_events
-from serving.http.chunks import ChatCompletion
+from serving.http.chunks import ChatCompletion, dumps, event, failure
 from serving.http.errors import ApiError
-from serving.http.sse import dumps, event, failure
 from serving.releases.release_snapshot import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
@@ -154,7 +153,7 @@ async def test_a_connection_that_breaks_aborts_the_request_before_its_release_ma
 
 
 async def test_a_client_that_reads_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.http.sse.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("serving.http.chunks.GRACE_SECONDS", 0.0)
     vlms = ScriptedVlms()
     at = app_state(vlms, SETTINGS.model_copy(update={"deadline_seconds": 3600}))
     visitor = Visitor(app_of(at), URL, json.dumps(body()).encode())

@@ -13,9 +13,8 @@ import pytest
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.errors import DeadlineExceeded
-from serving.http.clip_vectors import BATCHES_IN_WORK, ClipVectors, room_for
+from serving.http.clip_vectors import BATCHES_IN_WORK, ClipVectors, VectorCache, room_for
 from serving.http.image_loader import ImageLoader, ImageSource, InspectedImage
-from serving.http.vector_cache import VectorCache
 from serving.messages import EncodeResult
 from serving.releases.release_snapshot import ReleaseSnapshot
 from tests.support.waiting import until

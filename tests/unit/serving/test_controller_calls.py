@@ -11,10 +11,10 @@ from ray.exceptions import RayActorError
 
 from core.errors import ReleaseConflict
 from serving.errors import Unavailable
+from serving.http import controller_calls
+from serving.http.controller_calls import ControllerCalls
 from serving.releases.commands import HoldCommand, ReleaseCommand, RollbackCommand
 from serving.releases.types import ReleaseResult
-from serving.replicas import controller_calls
-from serving.replicas.controller_calls import ControllerCalls
 
 ROLLBACK = RollbackCommand(actor="ann", reason="r", expected_live=2)
 RELEASE = ReleaseCommand(adapters={"clip": "a"}, actor="ann", reason="r", expected_live=2)

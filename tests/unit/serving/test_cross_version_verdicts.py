@@ -6,9 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from core.errors import LedgerUnavailable
-from serving.catalog.cross_version import usable
+from serving.catalog.cross_version import CrossVersionVerdicts, usable
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
 
 BASE = ReleaseSnapshot(1, None, "aaaa", "t")
 NEW = ReleaseSnapshot(2, "clip-new", "bbbb", "t")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.http.deletion_service import DeletionService
+from serving.http.store_services import DeletionService
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample

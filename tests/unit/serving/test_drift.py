@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.catalog.drift import Moments, frechet_distance, mean_shift
+from serving.catalog.watch import Moments, frechet_distance, mean_shift
 
 DIM = 64
 

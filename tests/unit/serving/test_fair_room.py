@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from serving.fair_room import FairRoom
+from serving.http.fair_room import FairRoom
 
 
 async def entered(room: FairRoom, caller: str, amount: int) -> asyncio.Task[int]:

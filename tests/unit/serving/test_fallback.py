@@ -12,8 +12,9 @@ from core.errors import LedgerUnavailable, ReleaseError
 from core.ledger import Ledger
 from serving.releases.fallback import Fallback
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.residency import ResidencyReader, read_residency
+from serving.releases.residency import read_residency
 from serving.releases.types import Prepared
+from serving.replicas.follower import ResidencyReader
 from tests.unit.serving.test_protocol import PlainBroadcast
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from core.errors import ReleaseConflict, ReleaseError
 from core.ledger import Ledger
 from ops.cli.main import app
-from serving.releases.offline import roll_back_offline
+from serving.releases.rollback import roll_back_offline
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.errors import ApiError
-from serving.http.openai_body import is_empty
+from serving.http.json_bodies import is_empty
 from serving.http.schemas import EmbeddingsRequest
 
 IMAGE = "data:image/png;base64,AAAA"

@@ -14,13 +14,11 @@ from core.settings.serving import BaseModels, Rollout
 from serving.app import _check_base
 from serving.engines.clip_base import ClipBase
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
-from serving.releases.guard_target import find_guard_target
+from serving.releases.guard import find_guard_target
 from serving.releases.lineage import Lineage, spaces_of_bases
-from serving.releases.offline import roll_back_offline
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.residency import read_residency
-from serving.releases.residency_file import ResidencyCopy, encode_copy
-from serving.releases.residency_source import ResidencySource, residency_path
+from serving.releases.residency import ResidencyCopy, ResidencySource, encode_copy, read_residency, residency_path
+from serving.releases.rollback import roll_back_offline
 from tests.support.tiny import tiny_base
 from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainBroadcast

@@ -13,12 +13,11 @@ from typing import Any, cast
 import pytest
 
 from core.settings import Settings
-from serving.http.deletion_service import DeletionService
-from serving.http.quarantine_service import QuarantineService
-from serving.http.release_heads import ReleaseHeads
+from serving.http.encoder_calls import ReleaseHeads
+from serving.http.store_services import DeletionService, QuarantineService
 from serving.own_threads import OwnThreads
-from serving.releases.residency import ResidencyReader, ResidencyRows
-from serving.replicas.follower import ResidencyFollower
+from serving.releases.residency import ResidencyRows
+from serving.replicas.follower import ResidencyFollower, ResidencyReader
 
 ROWS = ResidencyRows((), None, ())
 

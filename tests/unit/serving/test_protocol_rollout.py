@@ -15,7 +15,7 @@ from core.ledger import tables as t
 from core.ledger.rows import ReleaseRow
 from core.settings.serving import Rollout
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
-from serving.releases.guard_target import find_guard_target
+from serving.releases.guard import find_guard_target
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.residency import read_residency

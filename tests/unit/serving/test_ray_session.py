@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from core.loading import load_settings
-from serving.ray import loopback, ray_session
+from serving.ray import ray_session, replica_process
 from serving.ray.ray_session import end_leftovers
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
@@ -73,5 +73,5 @@ def test_a_command_that_inherits_the_servers_environment_reads_its_settings(
     environ = {"TMPDIR": str(tmp_path)}
     monkeypatch.setattr(os, "environ", environ)
     ray_session.prepare_environment(load_settings(overrides={"home": tmp_path}, environ={}))
-    assert environ[loopback.SWITCH] == "1"
+    assert environ[replica_process.SWITCH] == "1"
     load_settings(overrides={"home": tmp_path}, environ=environ)

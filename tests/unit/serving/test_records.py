@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.http import receipt_service as module
-from serving.http.receipt_service import ReceiptService
+from serving.http import store_services as module
+from serving.http.store_services import ReceiptService
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
@@ -86,7 +86,7 @@ async def test_a_store_that_is_away_or_hangs_is_503(auth_app: AuthApp, monkeypat
         if file.is_file():
             file.unlink()
     refusal(await auth_app.get("/v1/records/t/0/0", OPERATOR), 503, "store")
-    monkeypatch.setattr(module, "SECONDS", 0.0)
+    monkeypatch.setattr(module, "TRACE_SECONDS", 0.0)
     refused = await auth_app.get("/v1/records/t/0/0", OPERATOR)
     assert "did not answer" in refusal(refused, 503, "store")
     assert refused.headers["retry-after"]

@@ -11,11 +11,11 @@ from ray.serve.exceptions import BackPressureError
 
 from core.errors import ReleaseError
 from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable, WrongSpace
+from serving.http.catalog_calls import CatalogCalls
+from serving.http.encoder_calls import EncoderCalls
 from serving.messages import EncodeResult
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.catalog_calls import CatalogCalls
-from serving.replicas.encoder_calls import EncoderCalls
 from tests.unit.serving.scripted_vlms import app_state
 from tests.unit.serving.test_vlm_calls import Handle, never
 

@@ -12,10 +12,16 @@ from core.artifacts import Artifacts
 from core.dependencies import current
 from core.errors import LedgerUnavailable, ReleaseError
 from core.ledger import Ledger
-from serving.releases import residency_source as module
-from serving.releases.residency import read_residency
-from serving.releases.residency_file import MAX_BYTES, ResidencyCopy, decode_copy, encode_copy
-from serving.releases.residency_source import KEY, ResidencySource
+from serving.releases import residency as module
+from serving.releases.residency import (
+    KEY,
+    MAX_BYTES,
+    ResidencyCopy,
+    ResidencySource,
+    decode_copy,
+    encode_copy,
+    read_residency,
+)
 
 
 class Node:

@@ -176,7 +176,7 @@ async def test_a_retirement_that_never_ends_holds_up_neither_a_rollback_nor_a_re
 async def test_replicas_that_did_not_answer_are_told_again(
     protocol: ReleaseProtocol, broadcast: StuckBroadcast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.releases.announcement.HEAL_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("serving.releases.broadcast.HEAL_PAUSE_SECONDS", 0.01)
     broadcast.deaf = True
     assert (await back(protocol)).acknowledged == 0
     broadcast.deaf = False

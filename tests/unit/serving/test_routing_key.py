@@ -9,8 +9,8 @@ from fastapi import Request
 
 from core.access import OPERATOR, Principal
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
+from serving.http.app_state import routing_key
 from serving.http.errors import ApiError, is_fault
-from serving.http.routing_key import routing_key
 from serving.releases.release_snapshot import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_state, client
 

@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 
 import serving
-from serving.ray.settled import settle
+from serving.ray.replica_process import settle
 
 FIRST, LAST = "configure_replica_logging(", "settle()"
 """What a replica's constructor calls first and last."""

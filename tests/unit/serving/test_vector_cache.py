@@ -11,11 +11,10 @@ import pytest
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.errors import WrongSpace
-from serving.fair_room import FairRoom
-from serving.http.clip_vectors import ClipVectors
+from serving.http.clip_vectors import ENTRY_BYTES, CachedVector, ClipVectors, VectorCache
 from serving.http.errors import ApiError
+from serving.http.fair_room import FairRoom
 from serving.http.image_loader import ImageLoader
-from serving.http.vector_cache import ENTRY_BYTES, CachedVector, VectorCache
 from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import png

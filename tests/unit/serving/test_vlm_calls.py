@@ -13,9 +13,9 @@ from ray.serve.exceptions import BackPressureError
 
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
+from serving.http.vlm_calls import VlmCalls
 from serving.messages import Refusal
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.vlm_calls import VlmCalls
 from tests.support.waiting import until
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
+from serving.http import vlm_calls
 from serving.http.app_state import AppState
+from serving.http.vlm_calls import VlmStart
 from serving.ray.deployment_status import DeploymentStatus, cause_of
-from serving.replicas import vlm_start
-from serving.replicas.vlm_start import VlmStart
 from tests.support.waiting import until
 from tests.unit.serving.auth_app import refusal
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client
@@ -48,7 +48,7 @@ class Replica:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm_start, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(vlm_calls, "LOOK_SECONDS", 0.001)
 
 
 async def test_it_has_started_once_a_replica_answers() -> None:
@@ -94,7 +94,7 @@ async def test_a_process_that_takes_the_place_of_another_knows_at_once_that_the_
 
 
 async def test_serve_that_does_not_answer_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm_start, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(vlm_calls, "FIRST_LOOK_SECONDS", 0.01)
     hangs = threading.Event()
     start = VlmStart(Replica().ask, lambda: hangs.wait() and None)
     await start.look()

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from serving.engines.kernel_caches import SHAPES, VARIABLES, bound_kernel_caches
 from serving.engines.packed_linear import can_pack
+from serving.replicas.encoder import SHAPES, VARIABLES, bound_kernel_caches
 
 PROGRAM = f"""
 from pathlib import Path
 import torch
-from serving.engines.kernel_caches import bound_kernel_caches
+from serving.replicas.encoder import bound_kernel_caches
 from serving.engines.packed_linear import PackedLinear, pack
 
 bound_kernel_caches()

@@ -15,7 +15,7 @@ from serving.ray.replica_calls import Attempts, call_replica
 
 
 class CatalogCalls:
-    """Implements :class:`serving.http.app_state.Index`: reads are made again when the replica is replaced."""
+    """Reads of the catalog, which are made again when its replica is replaced."""
 
     def __init__(self, handle: DeploymentHandle, timeout_seconds: float) -> None:
         self.handle = handle

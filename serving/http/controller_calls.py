@@ -24,7 +24,7 @@ LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
 
 
 class ControllerCalls:
-    """Implements :class:`serving.http.app_state.Operations`. Expected errors come as values, and are raised here."""
+    """Calls to the release controller. Expected errors come as values, and are raised here."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self.handle = handle
