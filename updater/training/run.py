@@ -32,11 +32,10 @@ from updater.recipes import Merge, Part, Recipe
 from updater.step.learner import AnyLearner, Base, Work
 from updater.step.precision import training_precision
 from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
-from updater.training.carry_over import CarryOver
 from updater.training.checkpoint import Progress, load_checkpoint, read_json, run_precision, save_checkpoint, write_json
 from updater.training.linesearch import Scored, search
 from updater.training.measure import measure
-from updater.training.result import Estimate, Limits, TrainResult
+from updater.training.result import CarryOver, Estimate, Limits, TrainResult
 from updater.training.schedules import learning_rate
 from updater.training.spending import Spending
 from updater.training.workers import Stopped

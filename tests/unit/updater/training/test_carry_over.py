@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater.adapters import Dense, LowRank
 from updater.training import run as run_module
-from updater.training.carry_over import NAME, CarryOver
+from updater.training.result import NAME, CarryOver
 
 
 @pytest.fixture(scope="module")
