@@ -32,8 +32,7 @@ from updater.data.pools import Pair, Question
 from updater.objectives import Batch, Features, Objective
 from updater.recipes import Part, Recipe, Term
 from updater.step.averaging import Average
-from updater.step.cached_gradients import CachedPasses
-from updater.step.gradients import harmonized_backward, without_conflicts
+from updater.step.gradients import CachedPasses, harmonized_backward, without_conflicts
 from updater.step.momentum import Momentum
 from updater.step.precision import computing, training_precision
 from updater.step.shards import Fetched, Shards, Values, spans
