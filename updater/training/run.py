@@ -24,8 +24,7 @@ from updater.budget.bound import BudgetSpent
 from updater.budget.cost import Cost
 from updater.budget.flops import counted
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
-from updater.data.pools import Example, Pools
-from updater.data.visits import run_starts, visits
+from updater.data.pools import Example, Pools, run_starts, visits
 from updater.families import make_learner
 from updater.merging import merged, remembered
 from updater.recipes import Merge, Part, Recipe
