@@ -22,7 +22,7 @@ from updater.adapters.recorded import fetch_recorded
 from updater.budget.throttle import Throttle
 from updater.data.pools import draw_pools
 from updater.families import reference_of, spaces_of
-from updater.heads.learn import learn_heads, with_heads
+from updater.heads import learn_heads, with_heads
 from updater.loop.ledger_metrics import export_budget
 from updater.loop.process import StopSignal
 from updater.loop.tuning import TuningScores
