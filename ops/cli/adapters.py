@@ -31,7 +31,7 @@ def import_(
 
     Examples:  ratchet adapters import my-adapter/ --base shipped    |    ratchet adapters import exported/ --judge
     """
-    from updater.commands.exchange import gate_import
+    from updater.commands import gate_import
     from updater.exchange.importing import import_adapter
 
     settings = ctx.of(context).settings
