@@ -16,8 +16,7 @@ from updater.loop.process import StopSignal, only_one
 from updater.loop.service import StepResult, UpdaterService
 from updater.recipes import Family, load_recipe
 from updater.training.workers import Stopped
-from updater.upgrades.estimate import Plan, plan_of
-from updater.upgrades.replay import begin, cancel, plan_replay, unfinished
+from updater.upgrades.replay import Plan, begin, cancel, plan_of, plan_replay, unfinished
 
 
 def plan_command(settings: Settings, name: str, gflops: float | None = None) -> Plan:

@@ -58,8 +58,7 @@ from updater.step.learner import Base
 from updater.training.checkpoint import NAME as CHECKPOINT
 from updater.training.run import PREPARED
 from updater.training.workers import Stopped
-from updater.upgrades.lineage import waits_for_base
-from updater.upgrades.replay import new_base, old_base
+from updater.upgrades.replay import new_base, old_base, waits_for_base
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
