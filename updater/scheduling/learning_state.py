@@ -14,7 +14,7 @@ from updater.gate.interim_analyses import Plan, alpha_left
 from updater.gate.prerequisites import check_reference, check_suites
 from updater.recipes import Family, load_recipe
 from updater.scheduling import kept_candidates, triggers
-from updater.scheduling.fresh_items import FreshItems
+from updater.scheduling.triggers import FreshItems
 
 
 @dataclass(frozen=True)
