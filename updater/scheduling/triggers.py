@@ -288,7 +288,7 @@ def fresh_items(
 
     Args:
         updates: of the family, newest first.
-        halved: a search looks at half of them, see :func:`updater.loop.tuning.tuned_on`.
+        halved: a search looks at half of them, see :func:`updater.loop.gate_update.tuned_on`.
     """
     candidate = kept_candidates.kept_candidate(ledger, updates, incumbent)
     if candidate is not None:
