@@ -20,8 +20,15 @@ from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
 from updater.adapters.parametrizations import LORA, find
 from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
-from updater.families.clip.prepare import TowerPass, stack_boundaries
-from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
+from updater.families.clip.towers import (
+    SplitTower,
+    TowerPass,
+    Which,
+    first_touched,
+    stack_boundaries,
+    trained_modules,
+    trained_parameters,
+)
 from updater.families.clip.views import phrased, view_pixels
 from updater.objectives import Features, Objective, Sides, Texts
 from updater.recipes import Part, Recipe

@@ -10,8 +10,7 @@ import torch
 from core.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe
-from updater.families.clip.prepare import stack_boundaries
-from updater.families.clip.towers import SplitTower, find_blocks, first_touched, trained_modules
+from updater.families.clip.towers import SplitTower, find_blocks, first_touched, stack_boundaries, trained_modules
 
 
 @pytest.mark.parametrize("which", ["image", "text"])
