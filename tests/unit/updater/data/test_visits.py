@@ -20,8 +20,7 @@ from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pairs, picture, pools, question_pools, recipe, run
 from updater.data.mixture import BatchPlan
 from updater.data.pools import Pair, Pools, grouped, run_starts, visits
-from updater.families.clip.learner import ClipLearner
-from updater.families.clip.views import phrased, view_pixels
+from updater.families.clip.learner import ClipLearner, phrased, view_pixels
 from updater.recipes import Batches, Views
 from updater.training.workers import Stopped
 
