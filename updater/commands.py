@@ -11,7 +11,7 @@ from core.ledger import Ledger, UpdateRow, VerdictRow
 from core.progress import say
 from core.settings import Settings
 from streams.store import SampleStore
-from updater.exchange.importing import Import
+from updater.exchange.adapters import Import
 from updater.loop.process import StopSignal, only_one
 from updater.loop.service import StepResult, UpdaterService
 from updater.recipes import Family, load_recipe

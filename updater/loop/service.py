@@ -43,7 +43,7 @@ from streams.store import SampleStore
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import mixed_seed
-from updater.exchange.importing import compare, is_import
+from updater.exchange.adapters import compare, is_import
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
 from updater.gate.prerequisites import check_reference, check_suites
 from updater.loop.gate_update import gate_update

@@ -25,8 +25,7 @@ from tests.integration.updater.home import add_samples, judged_as, make_home, ma
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.commands import gate_import
-from updater.exchange.exporting import export_adapter
-from updater.exchange.importing import import_adapter
+from updater.exchange.adapters import export_adapter, import_adapter
 from updater.loop.process import only_one
 from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
