@@ -5,8 +5,6 @@
 """
 
 from updater.base.reference import reference_folders
-from updater.base.register import add_base
-from updater.base.register_vlm import add_vlm
-from updater.base.shared import pull_base, push_base
+from updater.base.register import add_base, add_vlm, pull_base, push_base
 
 __all__ = ["add_base", "add_vlm", "pull_base", "push_base", "reference_folders"]
