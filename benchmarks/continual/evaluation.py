@@ -23,8 +23,7 @@ from serving.engines.lora import effective_weights
 from serving.engines.spaces import tower_of
 from updater.data.pools import Pair
 from updater.families.clip.towers import SplitTower, Which, first_touched, stack_boundaries
-from updater.gate.ranking import rank_of_best
-from updater.gate.score import IMAGE_BATCH, TEXT_BATCH
+from updater.gate.score import IMAGE_BATCH, TEXT_BATCH, rank_of_best
 
 Vectors = NDArray[np.float32]
 Bools = NDArray[np.bool_]

@@ -13,8 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from updater.gate.ranking import rank_of_best
-from updater.gate.score import Scorer
+from updater.gate.score import Scorer, rank_of_best
 from updater.gate.statistics import compare_accuracy
 from updater.gate.suite_items import spread
 from updater.gate.suites import Suite

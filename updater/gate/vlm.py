@@ -32,7 +32,7 @@ from updater.gate.diagnostics.results import Diagnostics
 from updater.gate.diagnostics.yes_share import yes_share
 from updater.gate.evaluator import probe
 from updater.gate.regressions import worst_answers
-from updater.gate.score_cache import load_arrays, store_arrays
+from updater.gate.score import load_arrays, store_arrays
 from updater.gate.suite_items import Item, open_picture, spread
 from updater.gate.suites import Family, Suite
 from updater.gate.verdict import Check, Regression

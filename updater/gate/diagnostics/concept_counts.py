@@ -18,7 +18,7 @@ import numpy as np
 
 from core.digests import digest12, digest_json
 from streams.store import Having, SampleStore
-from updater.gate.score_cache import load_arrays, store_arrays
+from updater.gate.score import load_arrays, store_arrays
 
 MAX_ROWS = 1_000_000
 """Samples whose words are looked at, some 10 s; of more, every n-th, and counts are multiplied by n."""

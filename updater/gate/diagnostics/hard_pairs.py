@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from core.digests import digest12, digest_json
 from updater.gate.diagnostics.concept_counts import content_words
-from updater.gate.score import Scorer, Vectors
-from updater.gate.score_cache import load_arrays, store_arrays
+from updater.gate.score import Scorer, Vectors, load_arrays, store_arrays
 from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Suite
 

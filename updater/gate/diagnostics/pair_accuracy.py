@@ -13,8 +13,7 @@ from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs, pair_file,
 from updater.gate.diagnostics.results import PairAccuracy, PairImage, ShownPair
 from updater.gate.diagnostics.tail import interval
 from updater.gate.regressions import MOST_CHARS, thumbnail
-from updater.gate.score import Scorer
-from updater.gate.score_cache import load_arrays, store_arrays
+from updater.gate.score import Scorer, load_arrays, store_arrays
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
 
