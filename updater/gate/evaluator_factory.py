@@ -12,8 +12,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead
-from updater.gate.across_bases import AcrossBasesEvaluator
-from updater.gate.clip import ClipEvaluator
+from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator
 from updater.gate.evaluator import Evaluator
 from updater.gate.vlm import VlmEvaluator
 

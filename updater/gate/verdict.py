@@ -167,7 +167,7 @@ class SuiteResult:
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
     """Recall at `k` of texts in images, over retrieval suites, by the versions of both; see
-    :mod:`updater.gate.cross_version`. Shares from 0 to 1.
+    :mod:`updater.gate.clip`. Shares from 0 to 1.
     """
 
     n: int

@@ -22,8 +22,8 @@ from streams.store import Having, SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate, write_report
-from updater.gate.across_bases import base_alone
 from updater.gate.best_releases import best_releases
+from updater.gate.clip import base_alone
 from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.evaluator_factory import open_across_bases, open_evaluator
 from updater.gate.head_suites import head_suites

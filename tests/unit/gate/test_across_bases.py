@@ -13,8 +13,7 @@ from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, run_gate
-from updater.gate.across_bases import AcrossBasesEvaluator, base_alone
-from updater.gate.clip import ClipEvaluator
+from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.interim_analyses import Plan
 from updater.gate.memory_suites import choose_memory, memory_suites
 
