@@ -19,12 +19,11 @@ from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.diagnostics.concept_counts import StoreCounts
-from updater.gate.evaluator_factory import open_evaluator
 from updater.gate.head_suites import head_suites
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
-from updater.gate.run import run_gate
+from updater.gate.run import open_evaluator, run_gate
 from updater.gate.sample_suites import fresh_suites
 from updater.gate.suites import Family, load_suites
 from updater.gate.verdict import Verdict

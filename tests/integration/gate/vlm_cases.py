@@ -13,8 +13,8 @@ from serving.engines.vlm.vlm_base import VlmBase
 from tests.integration.gate.taught_vlm import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate
-from updater.gate.evaluator_factory import open_evaluator
 from updater.gate.interim_analyses import Plan
+from updater.gate.run import open_evaluator
 from updater.gate.vlm import VlmEvaluator
 
 TAUGHT = range(160)
