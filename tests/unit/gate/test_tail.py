@@ -17,7 +17,7 @@ from updater.gate import Suite, fresh_suite
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import concept_counts
 from updater.gate.diagnostics.concept_counts import Counts, StoreCounts, content_words, count_terms
-from updater.gate.diagnostics.tail import concept_of, interval, measure_tail
+from updater.gate.diagnostics.diagnose import concept_of, interval, measure_tail
 from updater.gate.suite_items import Item
 
 CAPTIONS = ["A red fox.", "the fox, red and asleep", "a red car", "An OWL", "foxes"]

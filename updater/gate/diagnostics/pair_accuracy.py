@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from updater.gate.diagnostics.diagnose import interval
 from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs, pair_file, told_apart
 from updater.gate.diagnostics.results import PairAccuracy, PairImage, ShownPair
-from updater.gate.diagnostics.tail import interval
 from updater.gate.regressions import MOST_CHARS, thumbnail
 from updater.gate.score import Scorer, load_arrays, store_arrays
 from updater.gate.suite_items import Item
