@@ -17,8 +17,8 @@ from updater.gate.diagnostics.diagnose import diagnose
 from updater.gate.diagnostics.hard_pairs import hard_pairs, mine_pairs, told_apart
 from updater.gate.diagnostics.pair_accuracy import pair_accuracy
 from updater.gate.diagnostics.results import Diagnostics, YesShare
-from updater.gate.diagnostics.yes_share import yes_share
 from updater.gate.suite_items import Item
+from updater.gate.vlm import yes_share
 
 N, DIM, TWINS = 80, 64, 12
 """Items; the first TWINS of them look like the next TWINS."""
