@@ -25,7 +25,7 @@ from updater.gate.checks import (
     effective_rank,
 )
 from updater.gate.decision import Scores
-from updater.gate.diagnostics.pair_accuracy import pair_accuracy
+from updater.gate.diagnostics.hard_pairs import pair_accuracy
 from updater.gate.diagnostics.results import Diagnostics, FeatureShift, TowerShift
 from updater.gate.evaluator import PROBE, probe
 from updater.gate.regressions import worst_items

@@ -14,8 +14,7 @@ from tests.unit.gate.builders import picture, question_rows, sample_rows
 from updater.gate import Suite, fresh_suite
 from updater.gate.clip import feature_shift, mean_shift, modality_gap
 from updater.gate.diagnostics.diagnose import diagnose
-from updater.gate.diagnostics.hard_pairs import hard_pairs, mine_pairs, told_apart
-from updater.gate.diagnostics.pair_accuracy import pair_accuracy
+from updater.gate.diagnostics.hard_pairs import hard_pairs, mine_pairs, pair_accuracy, told_apart
 from updater.gate.diagnostics.results import Diagnostics, YesShare
 from updater.gate.suite_items import Item
 from updater.gate.vlm import yes_share
