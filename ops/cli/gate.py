@@ -54,7 +54,7 @@ def pairs(
 
     Example:  ratchet gate pairs emoji_retrieval
     """
-    from updater.gate.diagnostics.diagnostics_command import pairs_command
+    from updater.gate.gate_command import pairs_command
 
     listed = pairs_command(ctx.of(context).settings, suite)
     table = Table(
