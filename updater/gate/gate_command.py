@@ -24,12 +24,11 @@ from updater.data.draw import HAVING
 from updater.gate.clip import ClipEvaluator
 from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs
-from updater.gate.head_suites import head_suites
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import open_evaluator, run_gate
-from updater.gate.sample_suites import fresh_suites
+from updater.gate.sample_suites import fresh_suites, head_suites
 from updater.gate.suite_items import Item
 from updater.gate.suites import Family, Suite, load_suites
 from updater.gate.verdict import Verdict

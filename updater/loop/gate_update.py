@@ -25,10 +25,9 @@ from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate, wr
 from updater.gate.best_releases import best_releases
 from updater.gate.clip import base_alone
 from updater.gate.diagnostics.concept_counts import StoreCounts
-from updater.gate.head_suites import head_suites
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
-from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
 from updater.gate.run import open_across_bases, open_evaluator
+from updater.gate.sample_suites import choose_memory, head_suites, learned_before, memory_suites
 from updater.recipes import Family
 from updater.scheduling import kept_candidates
 from updater.step.learner import Base
