@@ -28,8 +28,7 @@ from updater.gate import Suite, fresh_suite, load_suites
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import Plan
 from updater.gate.regressions import thumbnail, worst_answers, worst_items
-from updater.gate.report import write_report
-from updater.gate.report_samples import samples_of, with_samples
+from updater.gate.report import samples_of, with_samples, write_report
 from updater.gate.score import Outcomes
 from updater.gate.verdict import Regression, Verdict
 
