@@ -19,7 +19,7 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel
 from updater.adapters.parametrizations.parametrization import Selects
-from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some
+from updater.families.trained_layers import BLOCK_LISTS, block_number, late_layers, some
 from updater.recipes import Recipe, Tower, TrainPrecision
 from updater.step.precision import computing
 from updater.step.shards import Values

@@ -23,7 +23,7 @@ from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import LoraModel, WeightDelta
 from updater.budget.bound import Size
 from updater.data.pools import Question
-from updater.families.modules import sees, trained_modules
+from updater.families.trained_layers import sees, trained_modules
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
 from updater.objectives import Answers, OwnAnswers, Teacher
 from updater.objectives.token_distillation import summarise

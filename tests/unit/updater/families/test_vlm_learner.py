@@ -19,7 +19,7 @@ from tests.unit.updater.builders import learner_of, picture, question_pools, que
 from updater.adapters import read_delta
 from updater.budget.flops import counted
 from updater.data.pools import Pools, Question
-from updater.families.modules import trained_modules
+from updater.families.trained_layers import trained_modules
 from updater.families.vlm.reader import shown
 from updater.objectives.token_distillation import summarise
 from updater.training.measure import measure
