@@ -1,4 +1,6 @@
-"""`ratchet base upgrade`, as functions that a Python prompt can call too."""
+"""`ratchet update`, `ratchet base upgrade` and `ratchet adapters import --judge`, as functions that a Python prompt can
+call too.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,45 @@ from updater.loop.service import StepResult, UpdaterService
 from updater.recipes import Family, load_recipe
 from updater.training.workers import Stopped
 from updater.upgrades.replay import Plan, begin, cancel, plan_of, plan_replay, unfinished
+
+
+def run_update(
+    settings: Settings,
+    *,
+    once: bool = False,
+    recipe: str | None = None,
+    family: Family | None = None,
+    retry: bool = False,
+) -> StepResult | None:
+    """The updater, until SIGTERM; with ``once``, one update.
+
+    Args:
+        recipe: train with this one, and only its family.
+        family: train only this family, with the recipe of the settings.
+
+    Raises:
+        ConfigError: ``recipe`` is of another family than ``family``.
+        TrainingError: with ``once``, when there is nothing to train, or the update failed.
+    """
+    stop = StopSignal()
+    stop.install()
+    with only_one(settings.home):
+        service = UpdaterService(settings, load_recipe(recipe) if recipe else None, family=family, stop=stop)
+        try:
+            if not once:
+                metrics.build.started("update")
+                metrics.listen("update", settings.updater.metrics_port, settings.metrics_host)
+                service.run_forever()
+                return None
+            outcome = service.step(now=True, retry=retry)
+        except Stopped:
+            say("updater stops; the update goes on from its checkpoint next time")
+            return None
+    if outcome.update is None:
+        raise TrainingError(f"no update was trained: {outcome.reason}.", "Publish new samples, or use --retry.")
+    if outcome.update.state != "done":
+        raise TrainingError(f"{outcome.update.id} {outcome.update.state}: {outcome.update.error}")
+    return outcome
 
 
 def plan_command(settings: Settings, name: str, gflops: float | None = None) -> Plan:
@@ -108,42 +149,3 @@ def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, Verdic
         return ledger.update(update.id), ledger.verdict_of(update.id)
     finally:
         ledger.close()
-
-
-def run_update(
-    settings: Settings,
-    *,
-    once: bool = False,
-    recipe: str | None = None,
-    family: Family | None = None,
-    retry: bool = False,
-) -> StepResult | None:
-    """The updater, until SIGTERM; with ``once``, one update.
-
-    Args:
-        recipe: train with this one, and only its family.
-        family: train only this family, with the recipe of the settings.
-
-    Raises:
-        ConfigError: ``recipe`` is of another family than ``family``.
-        TrainingError: with ``once``, when there is nothing to train, or the update failed.
-    """
-    stop = StopSignal()
-    stop.install()
-    with only_one(settings.home):
-        service = UpdaterService(settings, load_recipe(recipe) if recipe else None, family=family, stop=stop)
-        try:
-            if not once:
-                metrics.build.started("update")
-                metrics.listen("update", settings.updater.metrics_port, settings.metrics_host)
-                service.run_forever()
-                return None
-            outcome = service.step(now=True, retry=retry)
-        except Stopped:
-            say("updater stops; the update goes on from its checkpoint next time")
-            return None
-    if outcome.update is None:
-        raise TrainingError(f"no update was trained: {outcome.reason}.", "Publish new samples, or use --retry.")
-    if outcome.update.state != "done":
-        raise TrainingError(f"{outcome.update.id} {outcome.update.state}: {outcome.update.error}")
-    return outcome

@@ -1,10 +1,14 @@
-"""Registering any open_clip model as a base: a built-in architecture with a weights file, a hub name, or a folder.
+"""Bases: any open_clip model and any Hugging Face VLM is registered, and kept in the artifacts for other machines.
 
     add_base(home, "b16", "ViT-B-16", Path("b16.safetensors"))
     add_base(home, "l14", "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K")
     add_base(home, "mine", "local-dir:/models/mine")       open_clip_config.json + a .safetensors file
+    add_vlm(home, "smol", "hf-hub:HuggingFaceTB/SmolVLM-256M-Instruct")
+    push_base(home, "b16", Artifacts(settings.artifacts))
+    pull_base(home, "b16", settings.artifacts)                 in each pod, before it starts
 
-Only safetensors are read. What comes from a hub is fetched once, here; a registered base needs no network.
+Only safetensors are read, and no code that comes with a model is run. What comes from a hub is fetched once, here; a
+registered base needs no network.
 """
 
 from __future__ import annotations
@@ -36,9 +40,9 @@ HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 _TEXT_KEPT = ("*.json", "*.txt", "*.model")
 """Vocabulary and configuration files of a text tower, as Hugging Face names them."""
-KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+_VLM_KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """What is fetched of a hub repository; no pickled weights, no code."""
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def add_base(
@@ -244,13 +248,13 @@ def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
     are not finite, or another base under this name.
     """
     text = str(source)
-    folder = _fetch(text.removeprefix(HUB)) if text.startswith(HUB) else Path(text)
+    folder = _fetch_vlm(text.removeprefix(HUB)) if text.startswith(HUB) else Path(text)
     if not folder.is_dir():
         raise BaseModelError(
             f"There is no folder {folder}.", f"Give a folder with config.json, or {HUB}NAME for a model of the hub."
         )
     if not any(folder.glob("*.safetensors")):
-        pickled = next((path.name for pattern in PICKLED for path in sorted(folder.glob(pattern))), None)
+        pickled = next((path.name for pattern in _PICKLED for path in sorted(folder.glob(pattern))), None)
         if pickled is not None:
             raise BaseModelError(
                 f"{folder} has only pickled weights ({pickled}). Pickle files can run code and are not read.",
@@ -260,12 +264,12 @@ def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
         return save_vlm_base(home, name, folder, about={"model": text})
 
 
-def _fetch(repository: str) -> Path:
+def _fetch_vlm(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         with step(f"fetching {repository}"):
-            return Path(snapshot_download(repository, allow_patterns=list(KEPT)))
+            return Path(snapshot_download(repository, allow_patterns=list(_VLM_KEPT)))
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"{repository} cannot be fetched from the hub: {type(error).__name__}: {error}",

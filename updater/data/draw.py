@@ -149,7 +149,7 @@ def _concepts(rows: pa.RecordBatch, family: Family) -> Iterator[str]:
 
 
 class Candidate(NamedTuple):
-    """A row that may be replayed."""
+    """An earlier row that may be replayed."""
 
     id: str
     concept: str
@@ -168,6 +168,11 @@ def reservoir_order(
     keys: np.ndarray, concepts: Sequence[Hashable], capacity: int, half_life: float, balanced: bool = True
 ) -> np.ndarray:
     """Numbers of at most ``capacity`` rows in the order of the draw: the first m of them are a reservoir of m.
+
+    Weighted sampling without replacement (Efraimidis and Spirakis, A-Res): each row gets the key u^(1/w) and the
+    largest keys stay. u is a hash of seed and id, so that the draw is a pure function of the rows and the seed; w = 1 /
+    decayed count of the row's concept (MetaCLIP's balancing for a stream: a row counts half after ``half_life`` further
+    rows).
 
     Args:
         keys: of each row :func:`draw_key`, uint64 [n], oldest row first.

@@ -1,7 +1,8 @@
 """What an update is trained on: three pools of examples, pinned by the store's version and a seed.
 
 Each pool is in the order of its draw, so that its first m examples are a draw of m: an update visits as many of them as
-its budget pays for.
+its budget pays for. The order of visits (views of images, runs of one domain) is a function of what was drawn, of the
+recipe and of a seed, so that a resumed update visits the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""An adapter from elsewhere becomes an update that is trained already: the updater judges and proposes it as its own.
+"""Adapters from elsewhere and for elsewhere, as PEFT directories.
 
-The update has learned no data of this store: ``data_to`` is empty, so that once it is live the next update begins with
-all of it. What it is compared with is set when it is judged (:func:`compare`): another release may come before.
+An imported adapter becomes an update that is trained already: the updater judges and proposes it as its own. The update
+has learned no data of this store: ``data_to`` is empty, so that once it is live the next update begins with all of it.
+What it is compared with is set when it is judged (:func:`compare`): another release may come before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a CLIP is gated: through `ClipEngine`, by classification and retrieval."""
+"""How a CLIP is gated: through `ClipEngine`, by classification and retrieval; within one base, or across two."""
 
 from __future__ import annotations
 
@@ -142,7 +142,13 @@ def _few(suites: Sequence[Suite]) -> list[Item]:
 def measure_cross_version(
     scorer: Scorer, suites: Sequence[Suite], incumbent: str | None, candidate: str, *, margin: float, level: float
 ) -> CrossVersion | None:
-    """Ask the retrieval suites. None where there is nothing to measure: both have one image space, or no suite is of
+    """Recall across versions: texts of a candidate among images that the incumbent embedded.
+
+    A release that changes the image tower needs every image of the catalog embedded anew, which takes hours for a
+    million. Where the candidate's texts find the incumbent's images as well as the incumbent's own texts do, searches
+    need not wait for that: they may begin with the vectors that are there.
+
+    Asks the retrieval suites. None where there is nothing to measure: both have one image space, or no suite is of
     retrieval.
 
     Args:
@@ -181,7 +187,11 @@ def _hits(
 def feature_shift(
     scorer: Scorer, suites: Sequence[Suite], incumbent: str | None, candidate: str
 ) -> FeatureShift | None:
-    """On a few items of every retention suite, with the texts that it asks. None where there are fewer than two.
+    """How far an update moved the features of each tower, and whether they still spread; on a few items of every
+    retention suite, with the texts that it asks. None where there are fewer than two.
+
+    One tower that moves without the other is what RESTORE calls feature shift (Yang et al., Towards Feature Shift for
+    Vision-Language Prompt Learning, 2024): image and text drift apart, and what the base could do goes.
 
     Raises ValueError for features that are not finite.
     """
@@ -211,7 +221,10 @@ def mean_shift(before: Vectors, after: Vectors) -> float:
 
 
 def modality_gap(images: Vectors, texts: Vectors) -> float:
-    """Distance between the means of two sets of L2-normalised features, from 0 to 2."""
+    """Distance between the means of two sets of L2-normalised features, from 0 to 2.
+
+    Liang et al., Mind the Gap, NeurIPS 2022.
+    """
     return float(np.linalg.norm(images.mean(axis=0, dtype=np.float64) - texts.mean(axis=0, dtype=np.float64)))
 
 
@@ -226,7 +239,9 @@ def base_alone(base: ClipBase) -> str:
 
 
 class AcrossBasesEvaluator(ClipEvaluator):
-    """Asks a candidate on a new base and everything else on an old one. See :class:`ClipEvaluator`."""
+    """Asks a candidate on a new base and everything else (the incumbent, the best release) on an old one, each through
+    an engine of its own base. Items are the same for all, so every comparison is paired as it is within one base.
+    """
 
     def __init__(self, old: ClipEngine, new: ClipEngine, candidate: str, *, cache: Path | None = None) -> None:
         super().__init__(new, cache=cache)

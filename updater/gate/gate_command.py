@@ -1,4 +1,4 @@
-"""`ratchet gate run` and `ratchet gate report`, as functions that a Python prompt can call too."""
+"""`ratchet gate run`, `gate report` and `gate pairs`, as functions that a Python prompt can call too."""
 
 from __future__ import annotations
 

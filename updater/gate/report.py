@@ -1,4 +1,8 @@
-"""A verdict as `report.json` and one self-contained `report.html`: no script, no font and no image from outside."""
+"""A verdict as `report.json` and one self-contained `report.html`: no script, no font and no image from outside.
+
+A report holds the ids of samples, and who shows it reads them from the store. A sample that was deleted is then in no
+report, and those that show it say so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One gate run: candidate, incumbent and base answer the same suites through the serving engine -> Verdict."""
+"""One gate run: candidate, incumbent and base answer the same suites through the serving engine -> Verdict.
+
+The engine is opened for one run, and closed after it whatever happens.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Gain suites from `fresh_eval` rows of the sample store: where an update may show that it learned something."""
+"""Suites from held-out (`fresh_eval`) rows of the sample store.
+
+Gain suites are of the newest rows: where an update may show that it learned something. Once the update is released they
+become memory: retention suites of what earlier updates learned, a bounded reservoir for each domain, drawn by a hash of
+the sample's id, so that the same rows of the store make the same suite, a further row displaces at most one, and a
+deleted one is gone. A candidate's heads have retention suites of labelled rows.
+"""
 
 from __future__ import annotations
 
@@ -191,8 +197,10 @@ def learned_before(rows: pa.Table, fresh: pa.Table) -> pa.Table:
 
 
 def head_suites(settings: Settings, store: SampleStore, version: int, heads: Mapping[str, Head]) -> list[Suite]:
-    """One for each head of the candidate. Raises AdapterError where one cannot be judged: the settings do not name it,
-    or no held-out sample has its labels."""
+    """A retention suite for each head of the candidate, asked by head, and by prompts where an incumbent or the base
+    has none: so a head must not be worse than the one before it, nor than zero-shot classification. Raises AdapterError
+    where one cannot be judged: the settings do not name it, or no held-out sample has its labels.
+    """
     wanted = {head.name: head for head in settings.updater.heads}
     if not heads:
         return []

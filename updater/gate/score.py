@@ -2,7 +2,8 @@
 
 Answers are ranks: of the true class among the classes, of the best matching text for an image, of the best matching
 image for a text. Rank 0 is right. Ties and non-finite scores count against the model: a collapsed model, for which
-everything is equally similar, must not look perfect.
+everything is equally similar, must not look perfect. What one model answered to one suite is kept on disk, in one small
+file.
 """
 
 from __future__ import annotations

@@ -281,8 +281,12 @@ def _text(reply: GenerationResult) -> str:
 
 
 def yes_share(suite: Suite, base: Sequence[str], before: Sequence[str], after: Sequence[str]) -> YesShare | None:
-    """Of the suite's questions whose reference is yes or no; None where there are few. Answers are aligned with its
-    items; one that is neither yes nor no is not yes.
+    """How often a VLM says yes to the suite's yes/no questions: a model that drifts to one word keeps half of the
+    points. None where there are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
+
+    POPE tells the share beside accuracy (Li et al., Evaluating Object Hallucination in Large Vision-Language Models,
+    EMNLP 2023), and a language prior that takes over shows in it (M3ID: Favero et al., Multi-Modal Hallucination
+    Control by Visual Information Grounding, CVPR 2024).
     """
     references = [item.answers[0] if item.answers else "" for item in suite.items()]
     closed = [bool(polarity(reference)) for reference in references]

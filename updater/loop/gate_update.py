@@ -1,4 +1,4 @@
-"""From a trained candidate to a stored verdict: the gate, its report, and the ledger's row."""
+"""From a trained candidate to a stored verdict: its suites, the gate, its report, and the ledger's row."""
 
 from __future__ import annotations
 
@@ -194,7 +194,11 @@ def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
 
 
 class TuningScores:
-    """Scores adapters of one update, through the engine that serves: an :class:`updater.training.linesearch.Scored`."""
+    """Scores merged adapters of one update on the tuning half of its suites, through the engine that serves: an
+    :class:`updater.training.linesearch.Scored`. The verdict then falls on the hidden half.
+
+    PAINT's measure: the mean of what must not be lost (retention suites) and of what is to be learned (gain suites).
+    """
 
     def __init__(self, settings: Settings, base: Base, suites: Sequence[Suite]) -> None:
         """``suites``: those of :func:`tuned_on`; without any there is no search, and the recipe's weight is taken."""

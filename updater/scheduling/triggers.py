@@ -1,4 +1,4 @@
-"""When an update begins, and on which data; and when a candidate is asked again."""
+"""When an update begins, and on which data; and when a candidate is asked again, by the fresh items that there are."""
 
 from __future__ import annotations
 

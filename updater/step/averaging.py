@@ -1,4 +1,6 @@
-"""Weight averaging along an update: the mean of where the parameters passed is flatter, and nearer to the start."""
+"""Slow copies of the parameters along an update: their mean, which is flatter and nearer to the start, and a momentum
+model, which teaches the student.
+"""
 
 from __future__ import annotations
 

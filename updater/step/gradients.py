@@ -1,4 +1,4 @@
-"""Gradient harmonization: no term of the loss pulls against another one, and no noisy row against all others."""
+"""Gradients of a batch: of one that is larger than memory, and of terms or rows that pull against each other."""
 
 from __future__ import annotations
 
@@ -88,7 +88,17 @@ class _Pass:
 
 
 class CachedPasses:
-    """Runs a model over rows in micro-batches of ``size``; with 0, over all of a process's at once."""
+    """Runs a model over rows in micro-batches of ``size``, with the same gradient as of the whole batch at once; with
+    0, over all of a process's at once.
+
+    GradCache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): a
+    contrastive loss compares every row with every other, so it cannot be summed over micro-batches. But it sees of a
+    row only the model's output. Outputs of all rows are computed without a graph; the loss gives the gradient of each
+    output; then each micro-batch runs again with its graph, and its outputs pass their gradients on. One forward pass
+    more, and the memory of one micro-batch.
+
+    Several processes (:mod:`team`) divide a batch the same way: each runs its own rows, and has the outputs of all.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size

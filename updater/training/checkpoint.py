@@ -1,6 +1,7 @@
-"""Checkpoints of an update: one safetensors file, replaced atomically. No pickle, and no state of random generators.
+"""Files of an update in its work folder: its checkpoint, and what was settled when it began.
 
-Batches are a pure function of seed and step, so that parameters, moments and the number of the step are all there is.
+A checkpoint is one safetensors file, replaced atomically: no pickle, and no state of random generators. Batches are a
+pure function of seed and step, so that parameters, moments and the number of the step are all there is.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The updater trains, judges and stores it as its own; what it passes is not proposed, because the encoders that run have
 the old base: `ratchet base switch` releases it. Its adapter starts at zero on the new base. Nothing is distilled from
-the old model.
+the old model. What it would cost is measured before it begins, on one batch.
 """
 
 from __future__ import annotations

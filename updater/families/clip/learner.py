@@ -25,15 +25,8 @@ from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
 from updater.adapters.parametrizations import LORA, find
 from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
-from updater.families.clip.towers import (
-    SplitTower,
-    TowerPass,
-    Which,
-    first_touched,
-    stack_boundaries,
-    trained_modules,
-    trained_parameters,
-)
+from updater.families.clip.towers import SplitTower, TowerPass, stack_boundaries
+from updater.families.trained_layers import Which, clip_layers, clip_parameters, first_touched
 from updater.objectives import Features, Objective, Sides, Texts
 from updater.recipes import PLACE, Part, Recipe, Views
 from updater.step.learner import CHUNK, Learner
@@ -309,9 +302,9 @@ def adapted_model(
     """Names of what learns, and the model in which it does."""
     kind = recipe.adapter.kind
     if kind == LORA:
-        layers = trained_modules(base, plain, recipe)
+        layers = clip_layers(base, plain, recipe)
         return layers, LoraModel(base, layers, recipe.rank, recipe.alpha, start, seed, device)
-    weights = trained_parameters(base, plain, recipe, find(kind).selects)
+    weights = clip_parameters(base, plain, recipe, find(kind).selects)
     options = recipe.adapter.options
     return weights, WeightModel(base, weights, kind, options, recipe.rank, recipe.alpha, start, seed, device)
 

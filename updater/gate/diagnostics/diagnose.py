@@ -67,7 +67,10 @@ def _moved_away(diagnostics: Diagnostics) -> list[str]:
 
 
 def measure_tail(scores: Sequence[Scores], counts: ConceptCounts) -> Tail | None:
-    """Split the results of suites. None where the store has no training sample. Raises StoreError."""
+    """Split the results of suites by how often their concepts were seen in training, after Let It Wag (Udandarao et
+    al., No "Zero-Shot" Without Exponential Data, NeurIPS 2024): what is rare in the data is what a mean hides. None
+    where the store has no training sample. Raises StoreError.
+    """
     concepts = [[concept_of(s.suite, item) for item in s.suite.items()] for s in scores]
     seen = counts(concept for each in concepts for concept in each)
     if not seen.rows:

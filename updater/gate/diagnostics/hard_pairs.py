@@ -1,4 +1,5 @@
-"""Pairs of images that a CLIP cannot tell apart, though their captions say that they differ.
+"""Pairs of images that a CLIP cannot tell apart, though their captions say that they differ; and how many of them a
+model tells apart: a pair counts only where both of its images are right (MMVP).
 
 Tong et al. (Eyes Wide Shut? Exploring the Visual Shortcomings of Multimodal LLMs, CVPR 2024, the source of MMVP) take
 pairs of images whose cosine is above 0.95 by CLIP and below 0.6 by DINOv2. Here no second vision encoder exists: what

@@ -1,4 +1,6 @@
-"""What a verdict tells beside its decision, as plain data. Shares and cosines are from 0 to 1 (0.05 = 5 points)."""
+"""What a verdict tells beside its decision, as plain data and as lines of text. Shares and cosines are from 0 to 1
+(0.05 = 5 points).
+"""
 
 from __future__ import annotations
 
