@@ -46,120 +46,48 @@ MEASURED = 100
 
 
 class Run:
-    """The course of one call of :func:`train`."""
+    """The course of one call of :func:`train`, in a ``with`` statement: it ends what the learner reads in advance."""
 
     def __init__(
-        self, base: Base, recipe: Recipe, pools: Pools, served: WeightDelta, received: CarryOver, seed: int,
-        limits: Limits, out_dir: Path, work_dir: Path, stop: Callable[[], bool], duty_cycle: Callable[[], float],
-        device: str, run: str, team: Team = ALONE,
+        self, base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, *, seed: int, limits: Limits,
+        work_dir: Path, out_dir: Path | None = None, carry_over: Path | None = None,
+        stop: Callable[[], bool] = lambda: False, duty_cycle: Callable[[], float] = lambda: 1.0,
+        device: str | None = None, team: Team = ALONE, report: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
-        self.team = team
-        self.report: Callable[[str], None] = lambda line: None
-        """Called after each step."""
-        self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
-        self.out_dir, self.work_dir, self.stop, self.duty_cycle = out_dir, work_dir, stop, duty_cycle
+        """Arguments as of :func:`train`; ``report`` is called after each step."""
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        served: WeightDelta = read_delta(incumbent, base) if incumbent else {}
+        received = CarryOver.read(carry_over) if carry_over else CarryOver()
+        name = incumbent.name if incumbent else None
+        run = digest_json([base.digest, recipe.digest, pools.digest, seed, name, received.digest])
+        precision = run_precision(work_dir, run, training_precision(recipe, base, torch.device(place)))
+        self.run = digest_json([run, precision])
+        """Names everything that decides what the run computes."""
+        self.recipe = recipe.model_copy(update={"precision": precision})
+        self.served, self.source, self.seed, self.limits = served, pools, seed, limits
+        self.out_dir, self.work_dir = out_dir or work_dir, work_dir
+        self.stop, self.duty_cycle, self.team, self.report = stop, duty_cycle, team, report
         starts = {"served": served, "trained": received.start or served, "base": {}}
         self.start: WeightDelta = starts[recipe.merge.start]
-        self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
+        self.learner: AnyLearner = make_learner(base, self.recipe, self.start, seed, place)
         self.kept = kept_share(served, recipe.rank) if isinstance(self.learner.model, LoraModel) else 1.0
         """Of what the incumbent learned, the share that the recipe's rank holds."""
         self.learner.remember(received.terms)
         self.updates, self.merge_memory = received.updates, received.merge
-        self.source = pools
-        self.seed = seed
         self.progress: Progress | None = None
         self.began = time.monotonic()
         self.slept = self.began
 
-    @classmethod
-    def of(
-        cls, base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, *, seed: int, limits: Limits,
-        work_dir: Path, out_dir: Path | None = None, carry_over: Path | None = None,
-        stop: Callable[[], bool] = lambda: False, duty_cycle: Callable[[], float] = lambda: 1.0,
-        device: str | None = None, team: Team = ALONE,
-    ) -> Run:  # fmt: skip
-        """From the arguments of :func:`train`."""
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        start = read_delta(incumbent, base) if incumbent else {}
-        received = CarryOver.read(carry_over) if carry_over else CarryOver()
-        settled, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
-        return cls(
-            base, settled, pools, start, received, seed, limits, out_dir or work_dir, work_dir, stop, duty_cycle, place,
-            run, team,
-        )  # fmt: skip
+    def __enter__(self) -> Run:
+        return self
 
-    def go(self, scored: Scored | None) -> TrainResult:
+    def __exit__(self, *error: object) -> None:
+        self.learner.close()
+
+    def train(self, scored: Scored | None) -> TrainResult:
         """Measure, plan the steps and the rows that they visit, step, and write the adapter."""
-        try:
-            return self._go(scored)
-        finally:
-            self.learner.close()
-
-    def measure(self) -> None:
-        """Only measure what a step costs; it is kept in the work folder."""
-        try:
-            self._planned()
-        finally:
-            self.learner.close()
-
-    def steps_only(self) -> None:
-        """All but what follows the last step."""
-        try:
-            self._all_steps()
-        finally:
-            self.learner.close()
-
-    def estimate(self) -> Estimate:
-        """Measure, plan the steps, and take one of them, whose rows no other has."""
-        try:
-            cost, steps = self._planned()
-            plan = self._whole_plan()
-            self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
-            rows = self._rows(1)
-            began = time.monotonic()
-            self.learner.ready(rows)
-            prepared = time.monotonic()
-            self.learner.backward(rows)
-            stepped = time.monotonic()
-            visited = sum(plan.visited(part, steps) for part in PARTS)
-            return Estimate(
-                steps=steps,
-                gflops=cost.planned(steps, plan),
-                seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
-                visited=plan.visited("new", steps),
-                sample_gflops=cost.sample_gflops,
-            )
-        finally:
-            self.learner.close()
-
-    def _planned(self) -> tuple[Cost, int]:
-        """What a step costs, and how many the budget pays for."""
-        cost = self._cost()
-        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
-
-    def _all_steps(self) -> tuple[Cost, int, Progress]:
-        """Measure, plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
-        cost, steps = self._planned()
-        self.learner.join(self.team)
-        self.pools, self.plan = self._drawn(steps)
-        self.run = digest_json([self.run, self.pools.digest])
-        # Processes make different shards: none of them may stop by itself.
-        between = self._between if self.team.size == 1 else lambda: None
-        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, between)
-        checkpoint = self.team.agree(load_checkpoint(self.work_dir, self.run))
-        progress = Progress(self.run, 0, steps, 0.0)
-        if checkpoint is not None and checkpoint[1].steps == steps:
-            self.learner.load_state(checkpoint[0])
-            progress = checkpoint[1]
-            say(f"training goes on at step {progress.step} of {steps}")
-            unknown = progress.step - len(progress.gflops)  # those of an older version
-            progress = replace(progress, gflops=[cost.step_gflops] * unknown + progress.gflops)
-        self.learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
-        return cost, steps, self._steps(progress, cost)
-
-    def _go(self, scored: Scored | None) -> TrainResult:
         learner = self.learner
-        cost, steps, progress = self._all_steps()
+        cost, steps, progress = self.take_steps()
         if not progress.losses:
             raise self._nothing_usable(self._left_out(progress.step))
         learner.settle()
@@ -214,6 +142,51 @@ class Run:
             visited=self._seen(progress.step),
             left_out=self._left_out(progress.step),
             carry_over=carry_over.write(self.out_dir / f"{name}.memory"),
+        )
+
+    def take_steps(self) -> tuple[Cost, int, Progress]:
+        """Measure, plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
+        cost, steps = self.plan_steps()
+        self.learner.join(self.team)
+        self.pools, self.plan = self._drawn(steps)
+        self.run = digest_json([self.run, self.pools.digest])
+        # Processes make different shards: none of them may stop by itself.
+        between = self._between if self.team.size == 1 else lambda: None
+        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, between)
+        checkpoint = self.team.agree(load_checkpoint(self.work_dir, self.run))
+        progress = Progress(self.run, 0, steps, 0.0)
+        if checkpoint is not None and checkpoint[1].steps == steps:
+            self.learner.load_state(checkpoint[0])
+            progress = checkpoint[1]
+            say(f"training goes on at step {progress.step} of {steps}")
+            unknown = progress.step - len(progress.gflops)  # those of an older version
+            progress = replace(progress, gflops=[cost.step_gflops] * unknown + progress.gflops)
+        self.learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
+        return cost, steps, self._steps(progress, cost)
+
+    def plan_steps(self) -> tuple[Cost, int]:
+        """What a step costs, and how many the budget pays for."""
+        cost = self._cost()
+        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
+
+    def estimate(self) -> Estimate:
+        """Measure, plan the steps, and take one of them, whose rows no other has."""
+        cost, steps = self.plan_steps()
+        plan = self._whole_plan()
+        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
+        rows = self._rows(1)
+        began = time.monotonic()
+        self.learner.ready(rows)
+        prepared = time.monotonic()
+        self.learner.backward(rows)
+        stepped = time.monotonic()
+        visited = sum(plan.visited(part, steps) for part in PARTS)
+        return Estimate(
+            steps=steps,
+            gflops=cost.planned(steps, plan),
+            seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
+            visited=plan.visited("new", steps),
+            sample_gflops=cost.sample_gflops,
         )
 
     def _rows(self, step: int) -> list[int]:
@@ -412,18 +385,6 @@ class Run:
     def _save(self, progress: Progress) -> None:
         if self.team.rank == 0:
             save_checkpoint(self.work_dir, self.learner.state(), progress)
-
-
-def _settled(
-    base: Base, recipe: Recipe, pools: Pools, seed: int, incumbent: Path | None, received: CarryOver, work_dir: Path,
-    device: str,
-) -> tuple[Recipe, str]:  # fmt: skip
-    """The recipe in the precision of this run, and what names the run: everything that decides what it computes."""
-    run = digest_json(
-        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, received.digest]
-    )
-    precision = run_precision(work_dir, run, training_precision(recipe, base, torch.device(device)))
-    return recipe.model_copy(update={"precision": precision}), digest_json([run, precision])
 
 
 def _refuse_non_finite(delta: WeightDelta, step: int) -> None:
