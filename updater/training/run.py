@@ -164,147 +164,6 @@ class Run:
         self.learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
         return cost, steps, self._steps(progress, cost)
 
-    def plan_steps(self) -> tuple[Cost, int]:
-        """What a step costs, and how many the budget pays for."""
-        cost = self._cost()
-        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
-
-    def estimate(self) -> Estimate:
-        """Measure, plan the steps, and take one of them, whose rows no other has."""
-        cost, steps = self.plan_steps()
-        plan = self._whole_plan()
-        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
-        rows = self._rows(1)
-        began = time.monotonic()
-        self.learner.ready(rows)
-        prepared = time.monotonic()
-        self.learner.backward(rows)
-        stepped = time.monotonic()
-        visited = sum(plan.visited(part, steps) for part in PARTS)
-        return Estimate(
-            steps=steps,
-            gflops=cost.planned(steps, plan),
-            seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
-            visited=plan.visited("new", steps),
-            sample_gflops=cost.sample_gflops,
-        )
-
-    def _rows(self, step: int) -> list[int]:
-        return self.pools.rows(self.plan.batch(step))
-
-    def _visited(self, steps: int) -> list[int]:
-        """The rows that so many steps see."""
-        return self.pools.rows([(p, row) for p in self.plan.counts for row in range(self.plan.visited(p, steps))])
-
-    def _seen(self, steps: int) -> int:
-        """New samples that so many steps see, in whatever view."""
-        seen = self.pools.new[: self.plan.visited("new", steps)]
-        return len(seen) if self.recipe.views.count == 1 else len({each.id for each in seen})
-
-    def _left_out(self, steps: int) -> dict[str, str]:
-        """Reasons by id, of the examples that so many steps came to and could not use."""
-        left_out = self.learner.shards.left_out
-        return {self.pools.examples[row].id: left_out[row] for row in self._visited(steps) if row in left_out}
-
-    def _nothing_usable(self, left_out: Mapping[str, str]) -> TrainingError:
-        name, why = next(iter(left_out.items()))
-        return TrainingError(
-            f"of {len(left_out)} samples none can be prepared; {name}: {why}.",
-            "Look at what is published on the stream, and whether the base's processor takes such pictures.",
-        )
-
-    def _gradients(self, step: int) -> None:
-        if rows := self.learner.usable(self._rows(step)):
-            self.learner.backward(rows, regularized=False)
-
-    def _drawn(self, steps: int) -> tuple[Pools, BatchPlan]:
-        """What so many steps visit of each pool, of what the model can learn from, and the batches of these steps.
-
-        Raises TrainingError when nothing new is left.
-        """
-        takes, mixture, size = self.learner.takes, self.recipe.mixture, self.recipe.batch_size
-        some = {part: int(any(map(takes, self.source.of(part)))) for part in PARTS}
-        if not some["new"]:
-            raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
-        counts = plan_batches(mixture, size, some, self.seed).counts
-        most = {part: counts.get(part, 0) * steps for part in PARTS}
-        batches = self.recipe.batches
-
-        def drawn(part: Part) -> tuple[Example, ...]:
-            rows = tuple(islice(filter(takes, self.source.of(part)), most[part]))
-            return visits(rows, most[part], self.recipe.views, batches, f"{self.seed} {part}")
-
-        pools = Pools(*map(drawn, PARTS))
-        runs: dict[Part, tuple[int, ...]] = {}
-        if batches.domains == "grouped":
-            runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
-        return pools, BatchPlan(counts, pools.sizes, self.seed, runs)
-
-    def _whole_plan(self) -> BatchPlan:
-        """The batches as if the model could learn from all of what was drawn, in every view."""
-        views = self.recipe.views.count
-        return BatchPlan(self.plan.counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
-
-    def _most_steps(self, cost: Cost) -> int:
-        """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""
-        plan, rows = self._whole_plan(), int(self.limits.work_bytes / max(cost.row_bytes, 1.0))
-
-        def visited(steps: int) -> int:
-            return sum(plan.visited(part, steps) for part in PARTS)
-
-        if visited(1) > rows:
-            raise ConfigError(
-                f"updater.work_gib does not hold what one step computes once: {visited(1)} samples of"
-                f" {cost.row_bytes / 1e6:,.2f} MB.",
-                "Raise it, or use a recipe with a smaller batch.",
-            )
-        return bisect_right(range(1, self.recipe.max_steps + 1), rows, key=visited)
-
-    def _cost(self) -> Cost:
-        """Measured once: a resumed update must plan the same number of steps."""
-        self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
-        self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
-        self.work = Work(
-            folder=self.work_dir / PREPARED,
-            key=self.run,
-            rows={str(part): count for part, count in self.plan.counts.items()},
-            room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
-            threads=self.limits.threads,
-        )
-        path = self.work_dir / "cost.json"
-        saved = read_json(path)
-        if isinstance(saved, dict) and saved.get("run") == self.run:
-            with suppress(TypeError, KeyError):  # an older version kept other fields
-                return Cost(**{"known": saved["cost"]["known"], **saved["cost"]})
-        if self.team.size > 1:
-            raise ConfigError(
-                f"{path} has not what a step costs, which the updater has measured.",
-                ONE_FILE_SYSTEM,
-            )
-        examples = self.pools.examples
-        self.learner.prepare(examples, self.pools.parts, self.work, self._between)
-        batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
-        rows = self._usable(batches)
-        cost = measure(self.learner, [examples[row] for row in rows], [rows, *batches[1:]])
-        write_json(path, {"run": self.run, "cost": cost.to_json()})
-        if self.kept < 1:
-            say(
-                f"the incumbent's rank is above the {self.recipe.rank} of recipe {self.recipe.name!r}, which holds"
-                f" {100 * self.kept:.1f}% of what it learned (of the squared norm of its ΔW)"
-            )
-        say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
-        return cost
-
-    def _usable(self, batches: Sequence[list[int]]) -> list[int]:
-        """What can be prepared of the first batch of which something new can. Raises TrainingError."""
-        for batch in batches:
-            self.learner.ready(batch)
-            if rows := self.learner.usable(batch):
-                return rows
-        examples, left_out = self.pools.examples, self.learner.shards.left_out
-        new = sorted(row for row in left_out if self.learner.parts[row] == "new")
-        raise self._nothing_usable({examples[row].id: left_out[row] for row in new})
-
     def _steps(self, progress: Progress, cost: Cost) -> Progress:
         if progress.truncated or progress.budget_spent:  # that had ended it before it was killed
             return progress
@@ -385,6 +244,147 @@ class Run:
     def _save(self, progress: Progress) -> None:
         if self.team.rank == 0:
             save_checkpoint(self.work_dir, self.learner.state(), progress)
+
+    def plan_steps(self) -> tuple[Cost, int]:
+        """What a step costs, and how many the budget pays for."""
+        cost = self._cost()
+        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
+
+    def _cost(self) -> Cost:
+        """Measured once: a resumed update must plan the same number of steps."""
+        self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
+        self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
+        self.work = Work(
+            folder=self.work_dir / PREPARED,
+            key=self.run,
+            rows={str(part): count for part, count in self.plan.counts.items()},
+            room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
+            threads=self.limits.threads,
+        )
+        path = self.work_dir / "cost.json"
+        saved = read_json(path)
+        if isinstance(saved, dict) and saved.get("run") == self.run:
+            with suppress(TypeError, KeyError):  # an older version kept other fields
+                return Cost(**{"known": saved["cost"]["known"], **saved["cost"]})
+        if self.team.size > 1:
+            raise ConfigError(
+                f"{path} has not what a step costs, which the updater has measured.",
+                ONE_FILE_SYSTEM,
+            )
+        examples = self.pools.examples
+        self.learner.prepare(examples, self.pools.parts, self.work, self._between)
+        batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
+        rows = self._usable(batches)
+        cost = measure(self.learner, [examples[row] for row in rows], [rows, *batches[1:]])
+        write_json(path, {"run": self.run, "cost": cost.to_json()})
+        if self.kept < 1:
+            say(
+                f"the incumbent's rank is above the {self.recipe.rank} of recipe {self.recipe.name!r}, which holds"
+                f" {100 * self.kept:.1f}% of what it learned (of the squared norm of its ΔW)"
+            )
+        say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
+        return cost
+
+    def _usable(self, batches: Sequence[list[int]]) -> list[int]:
+        """What can be prepared of the first batch of which something new can. Raises TrainingError."""
+        for batch in batches:
+            self.learner.ready(batch)
+            if rows := self.learner.usable(batch):
+                return rows
+        examples, left_out = self.pools.examples, self.learner.shards.left_out
+        new = sorted(row for row in left_out if self.learner.parts[row] == "new")
+        raise self._nothing_usable({examples[row].id: left_out[row] for row in new})
+
+    def _drawn(self, steps: int) -> tuple[Pools, BatchPlan]:
+        """What so many steps visit of each pool, of what the model can learn from, and the batches of these steps.
+
+        Raises TrainingError when nothing new is left.
+        """
+        takes, mixture, size = self.learner.takes, self.recipe.mixture, self.recipe.batch_size
+        some = {part: int(any(map(takes, self.source.of(part)))) for part in PARTS}
+        if not some["new"]:
+            raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
+        counts = plan_batches(mixture, size, some, self.seed).counts
+        most = {part: counts.get(part, 0) * steps for part in PARTS}
+        batches = self.recipe.batches
+
+        def drawn(part: Part) -> tuple[Example, ...]:
+            rows = tuple(islice(filter(takes, self.source.of(part)), most[part]))
+            return visits(rows, most[part], self.recipe.views, batches, f"{self.seed} {part}")
+
+        pools = Pools(*map(drawn, PARTS))
+        runs: dict[Part, tuple[int, ...]] = {}
+        if batches.domains == "grouped":
+            runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
+        return pools, BatchPlan(counts, pools.sizes, self.seed, runs)
+
+    def _whole_plan(self) -> BatchPlan:
+        """The batches as if the model could learn from all of what was drawn, in every view."""
+        views = self.recipe.views.count
+        return BatchPlan(self.plan.counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
+
+    def _most_steps(self, cost: Cost) -> int:
+        """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""
+        plan, rows = self._whole_plan(), int(self.limits.work_bytes / max(cost.row_bytes, 1.0))
+
+        def visited(steps: int) -> int:
+            return sum(plan.visited(part, steps) for part in PARTS)
+
+        if visited(1) > rows:
+            raise ConfigError(
+                f"updater.work_gib does not hold what one step computes once: {visited(1)} samples of"
+                f" {cost.row_bytes / 1e6:,.2f} MB.",
+                "Raise it, or use a recipe with a smaller batch.",
+            )
+        return bisect_right(range(1, self.recipe.max_steps + 1), rows, key=visited)
+
+    def estimate(self) -> Estimate:
+        """Measure, plan the steps, and take one of them, whose rows no other has."""
+        cost, steps = self.plan_steps()
+        plan = self._whole_plan()
+        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
+        rows = self._rows(1)
+        began = time.monotonic()
+        self.learner.ready(rows)
+        prepared = time.monotonic()
+        self.learner.backward(rows)
+        stepped = time.monotonic()
+        visited = sum(plan.visited(part, steps) for part in PARTS)
+        return Estimate(
+            steps=steps,
+            gflops=cost.planned(steps, plan),
+            seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
+            visited=plan.visited("new", steps),
+            sample_gflops=cost.sample_gflops,
+        )
+
+    def _rows(self, step: int) -> list[int]:
+        return self.pools.rows(self.plan.batch(step))
+
+    def _visited(self, steps: int) -> list[int]:
+        """The rows that so many steps see."""
+        return self.pools.rows([(p, row) for p in self.plan.counts for row in range(self.plan.visited(p, steps))])
+
+    def _seen(self, steps: int) -> int:
+        """New samples that so many steps see, in whatever view."""
+        seen = self.pools.new[: self.plan.visited("new", steps)]
+        return len(seen) if self.recipe.views.count == 1 else len({each.id for each in seen})
+
+    def _left_out(self, steps: int) -> dict[str, str]:
+        """Reasons by id, of the examples that so many steps came to and could not use."""
+        left_out = self.learner.shards.left_out
+        return {self.pools.examples[row].id: left_out[row] for row in self._visited(steps) if row in left_out}
+
+    def _nothing_usable(self, left_out: Mapping[str, str]) -> TrainingError:
+        name, why = next(iter(left_out.items()))
+        return TrainingError(
+            f"of {len(left_out)} samples none can be prepared; {name}: {why}.",
+            "Look at what is published on the stream, and whether the base's processor takes such pictures.",
+        )
+
+    def _gradients(self, step: int) -> None:
+        if rows := self.learner.usable(self._rows(step)):
+            self.learner.backward(rows, regularized=False)
 
 
 def _refuse_non_finite(delta: WeightDelta, step: int) -> None:
