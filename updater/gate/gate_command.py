@@ -22,7 +22,7 @@ from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.clip import ClipEvaluator
-from updater.gate.diagnostics.concept_counts import StoreCounts
+from updater.gate.diagnostics.diagnose import StoreCounts
 from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.interim_analyses import Plan

@@ -21,8 +21,7 @@ from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator
 from updater.gate.decision import Findings, Scores, conclude, decide
-from updater.gate.diagnostics.concept_counts import ConceptCounts
-from updater.gate.diagnostics.diagnose import diagnose
+from updater.gate.diagnostics.diagnose import ConceptCounts, diagnose
 from updater.gate.evaluator import Evaluator, M
 from updater.gate.interim_analyses import Look, Plan
 from updater.gate.suites import Suite

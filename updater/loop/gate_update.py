@@ -24,7 +24,7 @@ from updater.data.draw import HAVING
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate, write_report
 from updater.gate.best_releases import best_releases
 from updater.gate.clip import base_alone
-from updater.gate.diagnostics.concept_counts import StoreCounts
+from updater.gate.diagnostics.diagnose import StoreCounts
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.run import open_across_bases, open_evaluator
 from updater.gate.sample_suites import choose_memory, head_suites, learned_before, memory_suites

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.digests import digest12, digest_json
-from updater.gate.diagnostics.concept_counts import content_words
-from updater.gate.diagnostics.diagnose import interval
+from updater.gate.diagnostics.diagnose import content_words, interval
 from updater.gate.diagnostics.results import PairAccuracy, PairImage, ShownPair
 from updater.gate.regressions import MOST_CHARS, thumbnail
 from updater.gate.score import Scorer, Vectors, load_arrays, store_arrays
