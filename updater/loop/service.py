@@ -45,13 +45,13 @@ from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import mixed_seed
 from updater.exchange.adapters import compare, is_import
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
-from updater.gate.prerequisites import check_reference, check_suites
 from updater.loop.gate_update import gate_update
 from updater.loop.ledger_metrics import LedgerMetrics, export_budget
 from updater.loop.process import StopSignal, ThrottledLog, work_folders
 from updater.loop.train_update import BucketEmpty, train_update
 from updater.recipes import Family, Recipe
 from updater.scheduling import kept_candidates, triggers
+from updater.scheduling.learning_state import check_reference, check_suites
 from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
 from updater.training.checkpoint import NAME as CHECKPOINT
