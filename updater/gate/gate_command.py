@@ -1,20 +1,24 @@
-"""`ratchet gate run`, `gate report` and `gate pairs`, as functions that a Python prompt can call too."""
+"""What the command line asks of the gate, as functions that a Python prompt can call too: `ratchet gate run`, `gate
+report` and `gate pairs`, and the scores by which `ratchet tune` judges half precision.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from core.artifacts import Artifacts
 from core.errors import AdapterError, GateError
 from core.ledger import Ledger
 from core.settings import Settings
 from serving.engines.adapters import ABOUT, adapter_name, read_adapter
+from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import read_heads
@@ -29,9 +33,13 @@ from updater.gate.interim_analyses import Plan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import open_evaluator, run_gate
 from updater.gate.sample_suites import fresh_suites, head_suites
+from updater.gate.score import Scorer
 from updater.gate.suite_items import Item
 from updater.gate.suites import Family, Suite, load_suites
 from updater.gate.verdict import Verdict
+
+ITEMS: Final = 300
+"""Of a suite, at most: a minute or two for a ViT-B-32 on two cores."""
 
 
 def gate_command(
@@ -206,3 +214,38 @@ def _fresh(settings: Settings) -> list[Suite]:
     held_out = HeldOut(store, store.version(), HAVING["clip"])
     gate = settings.gate
     return fresh_suites(held_out.rows(TEXT_COLUMNS), min_items=gate.min_items, limit=gate.max_items, images=held_out)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineScore:
+    """What the base alone scores on one suite, in [0, 1]."""
+
+    suite: str
+    items: int
+    float32: float
+    served: float
+    noise: float
+    """Standard error of float32's score, by the items that were drawn; at least one item's worth."""
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether both scores are equal but for what other items would have changed as well."""
+        return abs(self.served - self.float32) <= self.noise
+
+
+def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
+    """The base's scores by an engine beside those by torch in float32: what is gated is what is served.
+
+    Raises:
+        GateError: an image of a suite cannot be read.
+    """
+    limited = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
+    scores: list[list[tuple[int, float]]] = []
+    for each in (FLOAT32, choice):
+        scorer = Scorer(ClipEngine(base, threads=threads, choice=each))
+        outcomes = [scorer.score(suite, None, label=str(each)) for suite in limited]
+        scores.append([(len(outcome.ids), float(outcome.hits.mean())) for outcome in outcomes])
+    return [
+        EngineScore(suite.name, items, plain, served, max(math.sqrt(plain * (1 - plain) / items), 1 / items))
+        for suite, (items, plain), (_, served) in zip(limited, *scores, strict=True)
+    ]

@@ -1,5 +1,5 @@
-"""How learning stands, for the command line and the console: fresh items and alpha of each model, and what is missing to
-judge an update or to hold it in place.
+"""How learning stands, for the command line and the console: fresh items and alpha of each model, and what is missing
+to judge an update or to hold it in place.
 """
 
 from __future__ import annotations
