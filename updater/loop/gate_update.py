@@ -21,13 +21,15 @@ from serving.engines.vlm.vlm_base import VlmBase
 from streams.store import Having, SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING
-from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate, write_report
 from updater.gate.best_releases import best_releases
 from updater.gate.clip import base_alone
 from updater.gate.diagnostics.diagnose import StoreCounts
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
-from updater.gate.run import open_across_bases, open_evaluator
-from updater.gate.sample_suites import choose_memory, head_suites, learned_before, memory_suites
+from updater.gate.report import write_report
+from updater.gate.run import open_across_bases, open_evaluator, run_gate
+from updater.gate.sample_suites import choose_memory, fresh_suites, head_suites, learned_before, memory_suites
+from updater.gate.suites import Suite, load_suites
+from updater.gate.verdict import Verdict
 from updater.recipes import Family
 from updater.scheduling import kept_candidates
 from updater.step.learner import Base

@@ -13,7 +13,6 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.gate.builders import outcomes, question_rows, sample_rows
-from updater.gate import Suite, fresh_suite
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import diagnose
 from updater.gate.diagnostics.diagnose import (
@@ -25,7 +24,9 @@ from updater.gate.diagnostics.diagnose import (
     interval,
     measure_tail,
 )
+from updater.gate.sample_suites import fresh_suite
 from updater.gate.suite_items import Item
+from updater.gate.suites import Suite
 
 CAPTIONS = ["A red fox.", "the fox, red and asleep", "a red car", "An OWL", "foxes"]
 
