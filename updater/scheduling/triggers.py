@@ -96,17 +96,10 @@ def decide(
     data_from = learned(updates, incumbent)
     seen = data_from if retry else _later(data_from, _tried(updates, recipe))
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
-    fresh = fresh_items(
-        settings.gate,
-        ledger,
-        store,
-        updates,
-        family=family,
-        version=version,
-        data_from=data_from,
-        incumbent=incumbent,
-        halved=bool(recipe.merge.search),
-    )
+    fresh = _fresh_items(
+        settings.gate, ledger, store, updates, family=family, version=version, data_from=data_from,
+        incumbent=incumbent, halved=bool(recipe.merge.search),
+    )  # fmt: skip
     metrics.update.new_samples(family, count)
     metrics.update.fresh_items(family, fresh.items, fresh.needed)
     waits = settings.updater.wait_for_items and not (now or retry)
@@ -152,17 +145,10 @@ def fresh_of(settings: Settings, ledger: Ledger, store: SampleStore, family: Fam
     """
     updates = ledger.updates(HISTORY, family)
     incumbent = incumbent_of(ledger, family)
-    return fresh_items(
-        settings.gate,
-        ledger,
-        store,
-        updates,
-        family=family,
-        version=store.version(),
-        data_from=learned(updates, incumbent),
-        incumbent=incumbent,
-        halved=halved,
-    )
+    return _fresh_items(
+        settings.gate, ledger, store, updates, family=family, version=store.version(),
+        data_from=learned(updates, incumbent), incumbent=incumbent, halved=halved,
+    )  # fmt: skip
 
 
 def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
@@ -272,19 +258,11 @@ class FreshItems:
         return f"{count}: {adapter} was inconclusive, and is asked again with {due:,}"
 
 
-def fresh_items(
-    settings: GateSettings,
-    ledger: Ledger,
-    store: SampleStore,
-    updates: list[UpdateRow],
-    *,
-    family: Family,
-    version: int,
-    data_from: Mapping[str, int],
-    incumbent: str | None,
-    halved: bool,
-) -> FreshItems:
-    """What the gate could ask at a version of the store. Arguments as in :class:`updater.scheduling.triggers.Ready`.
+def _fresh_items(
+    settings: GateSettings, ledger: Ledger, store: SampleStore, updates: list[UpdateRow], *, family: Family,
+    version: int, data_from: Mapping[str, int], incumbent: str | None, halved: bool,
+) -> FreshItems:  # fmt: skip
+    """What the gate could ask at a version of the store. Arguments as in :class:`Ready`.
 
     Args:
         updates: of the family, newest first.
