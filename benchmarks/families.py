@@ -34,10 +34,11 @@ from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.colour_squares import colour_of, encoded_square, square
 from tests.support.vlm_families import FAMILIES, write_family
-from updater.base import add_vlm
+from updater.base.register import add_vlm
 from updater.data.pools import Pools, Question
-from updater.gate import fresh_suites, run_gate
 from updater.gate.interim_analyses import Plan
+from updater.gate.run import run_gate
+from updater.gate.sample_suites import fresh_suites
 from updater.gate.vlm import VlmEvaluator
 from updater.recipes import load_recipe
 from updater.training.result import Limits

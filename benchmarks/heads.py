@@ -33,7 +33,7 @@ from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import Head
 from updater.data.pools import Pair
-from updater.heads.fit import LEAST, fit_head
+from updater.heads import LEAST, fit_head
 from updater.recipes import load_recipe
 from updater.training.result import Limits
 from updater.training.train import train

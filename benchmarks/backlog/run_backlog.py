@@ -30,7 +30,7 @@ from core.progress import step
 from core.settings import Settings
 from streams.folders import FolderItem, write_folder
 from tests.support.inputs import pictures
-from updater.base import reference_folders
+from updater.base.reference import reference_folders
 from updater.scheduling.triggers import planned_gflops
 
 SUITE_ITEMS = 120

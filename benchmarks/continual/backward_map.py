@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.linalg import orthogonal_procrustes
 
 from core.errors import TrainingError
-from updater.gate.ranking import rank_of_best
+from updater.gate.score import rank_of_best
 
 Rows = NDArray[np.floating]
 Method = Literal["ridge", "procrustes"]

@@ -11,9 +11,9 @@ from typing import Protocol as Interface
 from benchmarks.continual.protocol import Protocol
 from core.digests import digest12, digest_json
 from updater.budget.cost import Cost
+from updater.data.draw import Candidate, reservoir
 from updater.data.mixture import plan_batches
 from updater.data.pools import Example, Pools
-from updater.data.replay import Candidate, reservoir
 from updater.families import make_learner
 from updater.recipes import Recipe, Schedule, Term
 from updater.step.learner import Base

@@ -21,8 +21,8 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
-from updater.families.clip.prepare import stack_boundaries
-from updater.families.clip.towers import SplitTower, Which, find_blocks
+from updater.families.clip.towers import SplitTower, stack_boundaries
+from updater.families.trained_layers import Which, tower_blocks
 
 TOLERANCE = 1e-4
 """Largest difference of a component of a unit vector from that of the whole tower; rounding makes about 1e-6."""
@@ -36,7 +36,7 @@ class LateEngine(ClipEngine):
         """Raises ConfigError when nothing would be left below the last ``blocks`` of a tower."""
         super().__init__(base)
         plain = base.build_model()
-        self._cuts: dict[Which, int] = {which: find_blocks(plain, which)[1] - blocks for which in ("image", "text")}
+        self._cuts: dict[Which, int] = {which: tower_blocks(plain, which)[1] - blocks for which in ("image", "text")}
         if min(self._cuts.values()) < 1:
             raise ConfigError(
                 f"base {base.name!r} has no more than {blocks} blocks in a tower, or none that are known.",

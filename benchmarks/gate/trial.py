@@ -24,8 +24,7 @@ from core.progress import step
 from core.settings import Settings
 from demo.data import DOMAINS, prepare_domain
 from serving.engines.clip_base import ClipBase, load_base
-from updater.gate.score import Scorer
-from updater.gate.score_cache import load_arrays, store_arrays
+from updater.gate.score import Scorer, load_arrays, store_arrays
 from updater.gate.suites import Suite, load_suites
 from updater.training.result import Limits
 from updater.training.train import train

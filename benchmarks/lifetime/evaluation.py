@@ -13,8 +13,7 @@ from benchmarks.lifetime.world import Model, World
 from core.settings.updates import Gate
 from updater.gate.decision import Findings, Scores, decide
 from updater.gate.interim_analyses import Look
-from updater.gate.memory_suites import choose_memory, memory_suites
-from updater.gate.sample_suites import fresh_suites
+from updater.gate.sample_suites import choose_memory, fresh_suites, memory_suites
 from updater.gate.suites import Suite
 
 Sample = tuple[str, int]

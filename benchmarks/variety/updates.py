@@ -20,7 +20,7 @@ from streams.conditions import quoted
 from streams.store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.vlm_families import FAMILIES, write_family
-from updater.base import add_vlm
+from updater.base.register import add_vlm
 from updater.data.pools import Pair, Pools, Question
 from updater.recipes import load_recipe
 from updater.training.result import Limits

@@ -39,7 +39,7 @@ def upgrade(
     Examples:  ratchet base upgrade b16 --dry-run    |    ratchet base upgrade b16 --budget 400000    |
     ratchet base upgrade b16 --cancel
     """
-    from updater.commands.base_upgrade import begin_command, begun, cancel_command, plan_command
+    from updater.commands import begin_command, begun, cancel_command, plan_command
 
     settings = ctx.of(context).settings
     if family != "clip":
@@ -84,7 +84,7 @@ def switch(
 
 
 def _finish(settings: Settings, name: str, update_id: str) -> None:
-    from updater.commands.base_upgrade import finish_command
+    from updater.commands import finish_command
     from updater.loop.process import UpdaterBusy
 
     try:

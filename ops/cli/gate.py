@@ -31,7 +31,7 @@ def run(
 
     Examples:  ratchet gate run clip-0123456789ab    |    ratchet gate run my-adapter/ --incumbent base --out report/
     """
-    from updater.gate.diagnostics.lines import diagnostics_lines
+    from updater.gate.diagnostics.results import diagnostics_lines
     from updater.gate.gate_command import gate_command
 
     verdict, page = gate_command(
@@ -54,7 +54,7 @@ def pairs(
 
     Example:  ratchet gate pairs emoji_retrieval
     """
-    from updater.gate.diagnostics.diagnostics_command import pairs_command
+    from updater.gate.gate_command import pairs_command
 
     listed = pairs_command(ctx.of(context).settings, suite)
     table = Table(

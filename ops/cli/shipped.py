@@ -74,7 +74,7 @@ def _only_shipped(name: str, shipped: str, options: str) -> None:
 def suite_data(settings: Settings) -> list[DemoData]:
     """The demo data that the built-in suites ask about; none when the operator named suites."""
     from demo.data import DemoData
-    from updater.gate import load_suites
+    from updater.gate.suites import load_suites
 
     if settings.gate.suites:
         return []

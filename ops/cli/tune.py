@@ -67,7 +67,7 @@ def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
     suite; empty when nothing is against it.
     """
     from serving.engines.processor import usable_cores
-    from updater.gate.engine_scores import engine_scores
+    from updater.gate.gate_command import engine_scores
     from updater.gate.suites import load_suites
 
     try:

@@ -26,7 +26,7 @@ from streams.writer import StoreWriter
 from tests.support.s3 import s3_server
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
-from updater.base import pull_base, push_base
+from updater.base.register import pull_base, push_base
 
 pytestmark = pytest.mark.integration
 BUCKET = "models"

@@ -1,10 +1,14 @@
-"""Registering any open_clip model as a base: a built-in architecture with a weights file, a hub name, or a folder.
+"""Bases: any open_clip model and any Hugging Face VLM is registered, and kept in the artifacts for other machines.
 
     add_base(home, "b16", "ViT-B-16", Path("b16.safetensors"))
     add_base(home, "l14", "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K")
     add_base(home, "mine", "local-dir:/models/mine")       open_clip_config.json + a .safetensors file
+    add_vlm(home, "smol", "hf-hub:HuggingFaceTB/SmolVLM-256M-Instruct")
+    push_base(home, "b16", Artifacts(settings.artifacts))
+    pull_base(home, "b16", settings.artifacts)                 in each pod, before it starts
 
-Only safetensors are read. What comes from a hub is fetched once, here; a registered base needs no network.
+Only safetensors are read, and no code that comes with a model is run. What comes from a hub is fetched once, here; a
+registered base needs no network.
 """
 
 from __future__ import annotations
@@ -24,16 +28,21 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from core.artifacts import Artifacts, directory_digest
 from core.errors import BaseModelError
 from core.progress import say, step
-from serving.engines.clip_base import TEXT_FILES, ClipBase, construct, save_base
+from serving.engines.clip_base import TEXT_FILES, ClipBase, base_directory, construct, list_bases, save_base
 from serving.engines.preprocess import Preprocess
+from serving.engines.vlm.vlm_base import VlmBase, save_vlm_base
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 _TEXT_KEPT = ("*.json", "*.txt", "*.model")
 """Vocabulary and configuration files of a text tower, as Hugging Face names them."""
+_VLM_KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""What is fetched of a hub repository; no pickled weights, no code."""
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def add_base(
@@ -230,3 +239,80 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
             f"{path} does not hold the weights of {name}: {str(error)[:500]}",
             "Use the model name these weights were trained as (mind -quickgelu for OpenAI's).",
         ) from error
+
+
+def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
+    """Register a Hugging Face VLM as base ``name`` and return it; registering the same content again is fine.
+
+    Raises :class:`BaseModelError`: no such folder or repository, pickled weights only, code of its own, weights that
+    are not finite, or another base under this name.
+    """
+    text = str(source)
+    folder = _fetch_vlm(text.removeprefix(HUB)) if text.startswith(HUB) else Path(text)
+    if not folder.is_dir():
+        raise BaseModelError(
+            f"There is no folder {folder}.", f"Give a folder with config.json, or {HUB}NAME for a model of the hub."
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = next((path.name for pattern in _PICKLED for path in sorted(folder.glob(pattern))), None)
+        if pickled is not None:
+            raise BaseModelError(
+                f"{folder} has only pickled weights ({pickled}). Pickle files can run code and are not read.",
+                "Convert them where you trust them: load the model and save_pretrained(folder).",
+            )
+    with step(f"writing base {name}"):
+        return save_vlm_base(home, name, folder, about={"model": text})
+
+
+def _fetch_vlm(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        with step(f"fetching {repository}"):
+            return Path(snapshot_download(repository, allow_patterns=list(_VLM_KEPT)))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{repository} cannot be fetched from the hub: {type(error).__name__}: {error}",
+            "Check the name and the network, or download the repository and give its folder.",
+        ) from error
+
+
+def push_base(home: Path, name: str, artifacts: Artifacts) -> None:
+    """Store a registered base under ``bases/<name>``. The same content again is fine.
+
+    Raises:
+        BaseModelError: there is no such base.
+        AdapterError: the name is taken by another base; adapters of one do not fit the other.
+    """
+    if name not in list_bases(home):
+        raise BaseModelError(
+            f"there is no base {name!r} in {home}.", "`ratchet base add` or `ratchet base build` first."
+        )
+    with step(f"storing base {name}"):
+        artifacts.put_directory(base_directory(home, name), f"bases/{name}")
+
+
+def pull_base(home: Path, name: str, url: str) -> Path:
+    """Bring a base from the artifacts into ``home``; readers of ``home`` see all of it or nothing.
+
+    Raises:
+        BaseModelError: nobody pushed it, or ``home`` has another base of that name.
+    """
+    target = base_directory(home, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as temporary:
+        artifacts = Artifacts(url, cache=Path(temporary))
+        if not artifacts.exists(f"bases/{name}"):
+            raise BaseModelError(f"there is no base {name!r} in {artifacts.root}.", f"Run `ratchet base push {name}`.")
+        with step(f"fetching base {name}"):
+            fetched = artifacts.fetch(f"bases/{name}")
+        if target.exists():
+            if directory_digest(target) != directory_digest(fetched):
+                raise BaseModelError(
+                    f"{target} is another base than the one in {artifacts.root}.", "Rename one of them."
+                )
+            return target
+        if artifacts.local is not None:
+            fetched = Path(shutil.copytree(fetched, Path(temporary) / "copy"))
+        fetched.rename(target)
+    return target

@@ -1,17 +1,18 @@
 """What an update is trained on: three pools of examples, pinned by the store's version and a seed.
 
 Each pool is in the order of its draw, so that its first m examples are a draw of m: an update visits as many of them as
-its budget pays for.
+its budget pays for. The order of visits (views of images, runs of one domain) is a function of what was drawn, of the
+recipe and of a seed, so that a resumed update visits the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from threading import Lock
 from typing import Any, overload
@@ -25,8 +26,8 @@ from core.settings.updates import Draw
 from streams.folders import FolderItem, read_folder
 from streams.store import SampleStore
 from updater.data.draw import draw_rows
-from updater.data.mixture import PARTS
-from updater.recipes import Family, Part, Recipe
+from updater.data.mixture import PARTS, shuffled
+from updater.recipes import Batches, Family, Part, Recipe, Views
 
 WORDS_ROWS = 1024
 """Rows whose words are read from the store at once, and kept until others are asked for."""
@@ -270,3 +271,42 @@ def caption_number(caption: str) -> int:
 def mixed_seed(seed: int, version: int) -> int:
     """A seed for one update: another store version draws other reference pairs and another order."""
     return int(digest12(f"{seed} {version}".encode()), 16) % 2**31
+
+
+def visits(rows: Sequence[Example], most: int, views: Views, batches: Batches, seed: str) -> tuple[Example, ...]:
+    """At most ``most`` visits of a pool: its rows in their order, and after them, in another one, each further view."""
+    examples = list(islice(_with_views(rows, views, seed), most))
+    if batches.domains == "mixed":
+        return tuple(examples)
+    return tuple(examples[place] for place in grouped([each.domain for each in examples], batches.group))
+
+
+def _with_views(rows: Sequence[Example], views: Views, seed: str) -> Iterator[Example]:
+    yield from rows
+    for view in range(1, views.count):
+        for place in shuffled(len(rows), f"{seed} view {view}"):
+            row = rows[place]
+            yield replace(row, view=view) if isinstance(row, Pair) else row
+
+
+def grouped(domains: Sequence[str], size: int) -> list[int]:
+    """An order of rows in which runs of at most ``size`` are of one domain.
+
+    The rows of a domain keep their order, and its last run may be shorter. A run stands where its rows stood on
+    average, so that in the first rows of the new order each domain has about its share of the old one.
+    """
+    own: dict[str, list[int]] = defaultdict(list)
+    for place, domain in enumerate(domains):
+        own[domain].append(place)
+    runs = [places[start : start + size] for places in own.values() for start in range(0, len(places), size)]
+    runs.sort(key=lambda run: (sum(run) / len(run), run[0]))
+    return [place for run in runs for place in run]
+
+
+def run_starts(domains: Sequence[str], size: int) -> tuple[int, ...]:
+    """Where runs of one domain, of at most ``size`` rows, begin in an order of rows."""
+    starts: list[int] = []
+    for place, domain in enumerate(domains):
+        if not starts or domain != domains[place - 1] or place - starts[-1] == size:
+            starts.append(place)
+    return tuple(starts)

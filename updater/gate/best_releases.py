@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.ledger import Ledger, VerdictRow
-from updater.gate.memory_suites import PREFIX
+from updater.gate.sample_suites import PREFIX
 
 MOST = 2
 """Different adapters: each is resident in the gate's engine beside incumbent and candidate."""

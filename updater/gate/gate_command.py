@@ -1,33 +1,45 @@
-"""`ratchet gate run` and `ratchet gate report`, as functions that a Python prompt can call too."""
+"""What the command line asks of the gate, as functions that a Python prompt can call too: `ratchet gate run`, `gate
+report` and `gate pairs`, and the scores by which `ratchet tune` judges half precision.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from core.artifacts import Artifacts
 from core.errors import AdapterError, GateError
 from core.ledger import Ledger
 from core.settings import Settings
 from serving.engines.adapters import ABOUT, adapter_name, read_adapter
+from serving.engines.backends import FLOAT32, EngineChoice
+from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING
-from updater.gate.diagnostics.concept_counts import StoreCounts
-from updater.gate.evaluator_factory import open_evaluator
-from updater.gate.head_suites import head_suites
+from updater.gate.clip import ClipEvaluator
+from updater.gate.diagnostics.diagnose import StoreCounts
+from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
-from updater.gate.run import run_gate
-from updater.gate.sample_suites import fresh_suites
-from updater.gate.suites import Family, load_suites
+from updater.gate.run import open_evaluator, run_gate
+from updater.gate.sample_suites import fresh_suites, head_suites
+from updater.gate.score import Scorer
+from updater.gate.suite_items import Item
+from updater.gate.suites import Family, Suite, load_suites
 from updater.gate.verdict import Verdict
+
+ITEMS: Final = 300
+"""Of a suite, at most: a minute or two for a ViT-B-32 on two cores."""
 
 
 def gate_command(
@@ -157,3 +169,83 @@ def _about(directory: Path) -> dict[str, Any]:
     files = read_adapter(directory)
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return {"rank": int(files.config.get("r") or 0), "bytes": size}
+
+
+@dataclass(frozen=True, slots=True)
+class ListedPair:
+    """A pair with its items."""
+
+    pair: HardPair
+    first: Item
+    second: Item
+
+
+def pairs_command(settings: Settings, name: str) -> list[ListedPair]:
+    """Pairs of a retrieval suite that the CLIP base cannot tell apart, the most similar first.
+
+    Args:
+        name: of a suite of `gate.suites`, or `fresh.<domain>` over all held-out samples of the store.
+
+    Raises:
+        GateError: there is no such suite, or it cannot be read. BaseModelError: the base is not there.
+    """
+    suite = _suite(settings, name)
+    evaluator = ClipEvaluator(
+        ClipEngine.of(settings, load_base(settings.home, settings.base.clip), threads=settings.updater.threads)
+    )
+    items = suite.items()
+    return [ListedPair(pair, items[pair.first], items[pair.second]) for pair in hard_pairs(evaluator.scorer, suite)]
+
+
+def _suite(settings: Settings, name: str) -> Suite:
+    suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
+    known = [suite for suite in suites if suite.task == "retrieval"]
+    for suite in chain(known, _fresh(settings) if name not in {suite.name for suite in known} else ()):
+        if suite.name == name:
+            return suite
+    raise GateError(
+        f"there is no retrieval suite {name[:64]!r}.",
+        f"Name one of {', '.join(suite.name for suite in known) or 'gate.suites'}, or fresh.DOMAIN.",
+    )
+
+
+def _fresh(settings: Settings) -> list[Suite]:
+    store = SampleStore(settings.lake)
+    held_out = HeldOut(store, store.version(), HAVING["clip"])
+    gate = settings.gate
+    return fresh_suites(held_out.rows(TEXT_COLUMNS), min_items=gate.min_items, limit=gate.max_items, images=held_out)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineScore:
+    """What the base alone scores on one suite, in [0, 1]."""
+
+    suite: str
+    items: int
+    float32: float
+    served: float
+    noise: float
+    """Standard error of float32's score, by the items that were drawn; at least one item's worth."""
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether both scores are equal but for what other items would have changed as well."""
+        return abs(self.served - self.float32) <= self.noise
+
+
+def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
+    """The base's scores by an engine beside those by torch in float32: what is gated is what is served.
+
+    Raises:
+        GateError: an image of a suite cannot be read.
+    """
+    limited = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
+    scores: list[list[tuple[int, float]]] = []
+    for each in (FLOAT32, choice):
+        scorer = Scorer(ClipEngine(base, threads=threads, choice=each))
+        outcomes = [scorer.score(suite, None, label=str(each)) for suite in limited]
+        scores.append([(len(outcome.ids), float(outcome.hits.mean())) for outcome in outcomes])
+    return [
+        EngineScore(suite.name, items, plain, served, max(math.sqrt(plain * (1 - plain) / items), 1 / items))
+        for suite, (items, plain), (_, served) in zip(limited, *scores, strict=True)
+    ]

@@ -2,30 +2,32 @@
 
 Answers are ranks: of the true class among the classes, of the best matching text for an image, of the best matching
 image for a text. Rank 0 is right. Ties and non-finite scores count against the model: a collapsed model, for which
-everything is equally similar, must not look perfect.
+everything is equally similar, must not look perfect. What one model answered to one suite is kept on disk, in one small
+file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from core.digests import digest12, digest_json
+from core.files import replacing
 from core.progress import track
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import heads_digest
-from updater.gate.ranking import rank_of_best
-from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suite_items import Item, read_picture
 from updater.gate.suites import Suite
 
@@ -38,6 +40,8 @@ TEXT_BATCH = 16
 GPU_BATCH = 64
 KEEP_PIXELS = 256 * 1024 * 1024
 """Bytes of decoded pixels kept between the models that answer the same suite."""
+KEEP_FILES = 400
+"""Score files kept in a folder; the oldest go first (each about 10 KB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,3 +263,41 @@ def _load(path: Path, suite: Suite) -> Outcomes | None:
     if ids.tolist() != expected or ranks.shape != shape or answers.shape != shape:
         return None
     return Outcomes(ids=ids, ranks=ranks, answers=answers, k=suite.k)
+
+
+def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How many wrong answers do not score below the best right one. Both arrays have shape [n, choices].
+
+    "Not below" and not "above": a tie or a NaN on either side counts against the model.
+    """
+    best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
+    ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
+    return ranks
+
+
+def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """Write arrays atomically; then drop the oldest files beyond the bound."""
+    with replacing(path, durable=False) as staging:
+        np.savez_compressed(staging, **cast(dict[str, Any], arrays))
+    by_age = sorted(path.parent.glob("*.npz"), key=_age, reverse=True)
+    for old in by_age[KEEP_FILES:]:
+        old.unlink(missing_ok=True)
+
+
+def load_arrays(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
+    """The arrays of these names, or None if there is no file or it is damaged (it is then written anew)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = [file[name] for name in names]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        return None
+    with contextlib.suppress(OSError):
+        path.touch()  # the oldest unused go first
+    return arrays
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process dropped it
+        return 0.0

@@ -29,7 +29,7 @@ class Regression:
     """An item that was right before and is wrong now.
 
     Of a sample of the store only ids are kept, and its texts and its thumbnail are empty: who shows the report reads
-    them from the store (:mod:`updater.gate.report_samples`), so that a sample that is deleted is in no report.
+    them from the store (:mod:`updater.gate.report`), so that a sample that is deleted is in no report.
     """
 
     id: str
@@ -167,7 +167,7 @@ class SuiteResult:
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
     """Recall at `k` of texts in images, over retrieval suites, by the versions of both; see
-    :mod:`updater.gate.cross_version`. Shares from 0 to 1.
+    :mod:`updater.gate.clip`. Shares from 0 to 1.
     """
 
     n: int

@@ -28,11 +28,10 @@ from updater.gate import vlm_checks as c
 from updater.gate.answers import grade, majority, polarity
 from updater.gate.checks import check_loads, check_size
 from updater.gate.decision import Scores
-from updater.gate.diagnostics.results import Diagnostics
-from updater.gate.diagnostics.yes_share import yes_share
+from updater.gate.diagnostics.results import Diagnostics, YesShare
 from updater.gate.evaluator import probe
 from updater.gate.regressions import worst_answers
-from updater.gate.score_cache import load_arrays, store_arrays
+from updater.gate.score import load_arrays, store_arrays
 from updater.gate.suite_items import Item, open_picture, spread
 from updater.gate.suites import Family, Suite
 from updater.gate.verdict import Check, Regression
@@ -47,6 +46,8 @@ KEEP_PIXELS = 256 * 1024 * 1024
 GOLDEN = 6
 """Answers whose log-probabilities are compared with the trainer's model."""
 LATENCY_BATCH = 8
+FEWEST = 20
+"""Yes/no questions from which a share says anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,3 +278,23 @@ def _is_finite(reply: GenerationResult) -> bool:
 
 def _text(reply: GenerationResult) -> str:
     return reply.text.strip() if _is_finite(reply) else ""
+
+
+def yes_share(suite: Suite, base: Sequence[str], before: Sequence[str], after: Sequence[str]) -> YesShare | None:
+    """How often a VLM says yes to the suite's yes/no questions: a model that drifts to one word keeps half of the
+    points. None where there are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
+
+    POPE tells the share beside accuracy (Li et al., Evaluating Object Hallucination in Large Vision-Language Models,
+    EMNLP 2023), and a language prior that takes over shows in it (M3ID: Favero et al., Multi-Modal Hallucination
+    Control by Visual Information Grounding, CVPR 2024).
+    """
+    references = [item.answers[0] if item.answers else "" for item in suite.items()]
+    closed = [bool(polarity(reference)) for reference in references]
+    if sum(closed) < FEWEST:
+        return None
+    shares = [_share(list(compress(texts, closed))) for texts in (references, base, before, after)]
+    return YesShare(sum(closed), *shares)
+
+
+def _share(answers: Sequence[str]) -> float:
+    return sum(polarity(answer) == "yes" for answer in answers) / len(answers)

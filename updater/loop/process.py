@@ -1,4 +1,4 @@
-"""The trainer as a process: settings of the C libraries, priority, signals, and one trainer at a time."""
+"""The trainer as a process: settings of the C libraries, priority, signals, one trainer at a time, and its folders."""
 
 from __future__ import annotations
 
@@ -75,6 +75,14 @@ def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
             say(f"another updater works in {home}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def work_folders(home: Path) -> list[Path]:
+    """Work folders of this machine, by the ids of their updates: checkpoints, measured costs, prepared shards.
+
+    A process that was killed may leave one.
+    """
+    return sorted(path for path in (home / "updates").glob("*") if path.is_dir())
 
 
 class StopSignal:

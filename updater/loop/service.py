@@ -43,23 +43,21 @@ from streams.store import SampleStore
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import mixed_seed
-from updater.exchange.importing import compare, is_import
+from updater.exchange.adapters import compare, is_import
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
-from updater.gate.prerequisites import check_reference, check_suites
 from updater.loop.gate_update import gate_update
 from updater.loop.ledger_metrics import LedgerMetrics, export_budget
-from updater.loop.process import StopSignal, ThrottledLog
+from updater.loop.process import StopSignal, ThrottledLog, work_folders
 from updater.loop.train_update import BucketEmpty, train_update
-from updater.loop.work_folders import remove_finished
 from updater.recipes import Family, Recipe
 from updater.scheduling import kept_candidates, triggers
+from updater.scheduling.learning_state import check_reference, check_suites
 from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
 from updater.training.checkpoint import NAME as CHECKPOINT
 from updater.training.run import PREPARED
 from updater.training.workers import Stopped
-from updater.upgrades.lineage import waits_for_base
-from updater.upgrades.replay import new_base, old_base
+from updater.upgrades.replay import new_base, old_base, waits_for_base
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
@@ -198,7 +196,7 @@ class UpdaterService:
         waiting_log = ThrottledLog()
         while not self.stop():
             try:
-                remove_finished(self.settings.home, self.ledger)
+                self._remove_finished()
                 export_budget(self.settings, self.ledger)
                 self._ledger_metrics.export(self.turns)
                 self._throttle.watch()
@@ -362,6 +360,12 @@ class UpdaterService:
         shutil.rmtree(self.work_dir(update), ignore_errors=True)
         self.store.unpin(update.id)
         return self.ledger.advance_update(update.id, "abandoned", error=error)
+
+    def _remove_finished(self) -> None:
+        """Delete the work folders of updates that are over. Raises LedgerUnavailable."""
+        for path in work_folders(self.settings.home):
+            if self.ledger.is_finished(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def work_dir(self, update: UpdateRow) -> Path:
         """Checkpoints and measured costs of an unfinished update."""

@@ -22,10 +22,10 @@ from updater.adapters.recorded import fetch_recorded
 from updater.budget.throttle import Throttle
 from updater.data.pools import draw_pools
 from updater.families import reference_of, spaces_of
-from updater.heads.learn import learn_heads, with_heads
+from updater.heads import learn_heads, with_heads
+from updater.loop.gate_update import TuningScores
 from updater.loop.ledger_metrics import export_budget
 from updater.loop.process import StopSignal
-from updater.loop.tuning import TuningScores
 from updater.recipes import Recipe
 from updater.scheduling import triggers
 from updater.step.learner import Base

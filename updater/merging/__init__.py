@@ -2,23 +2,40 @@
 
 A new rule is one file here that defines ``RULE``: a function ``(served, trained, start, weight, **options) -> delta``
 over :class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them.
-One that looks at the updates before is a class, a :class:`updater.merging.shared.rule.RememberingRule`.
+One that looks at the updates before is a class, a :class:`RememberingRule`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from updater.adapters import WeightDelta
-from updater.merging.shared.rule import Memory, RememberingRule
 from updater.recipes import Merge
 from updater.recipes.plugin_registry import find, method_names, options_of
 
-__all__ = ["NONE", "merged", "names", "remembered"]
+__all__ = ["NONE", "Memory", "RememberingRule", "merged", "names", "remembered"]
 
 NONE = "none"
+Memory = Mapping[str, Tensor]
+"""What a rule keeps of the updates so far, in their carry-over; empty before the first one."""
+
+
+class RememberingRule(ABC):
+    """A rule that looks at all updates so far. Keyword arguments of ``__init__`` are the recipe's ``merge.options``."""
+
+    @abstractmethod
+    def remember(
+        self, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory
+    ) -> dict[str, Tensor]:
+        """The memory with this update, from the one without it."""
+
+    @abstractmethod
+    def __call__(self, served: WeightDelta, trained: WeightDelta, weight: float, memory: Memory) -> WeightDelta:
+        """What is served next. ``memory``: with this update."""
 
 
 def names() -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from updater.adapters import Dense, LowRank, WeightDelta, combine
-from updater.merging.shared.rule import Memory, RememberingRule
+from updater.merging import Memory, RememberingRule
 
 SIDES = ("up", "down")
 

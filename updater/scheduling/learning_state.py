@@ -1,8 +1,12 @@
-"""How learning stands, for the command line and the console: fresh items and alpha of each model."""
+"""How learning stands, for the command line and the console: fresh items and alpha of each model, and what is missing
+to judge an update or to hold it in place.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, GateError, RatchetError
@@ -11,10 +15,10 @@ from core.settings import Settings
 from serving.engines.clip_base import list_bases
 from streams.store import SampleStore
 from updater.gate.interim_analyses import Plan, alpha_left
-from updater.gate.prerequisites import check_reference, check_suites
+from updater.gate.suites import load_suites
 from updater.recipes import Family, load_recipe
 from updater.scheduling import kept_candidates, triggers
-from updater.scheduling.fresh_items import FreshItems
+from updater.scheduling.triggers import FreshItems
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,36 @@ def _searches(recipe: str) -> bool:
         return bool(load_recipe(recipe).merge.search)
     except RatchetError:  # the updater says so
         return False
+
+
+def check_suites(settings: Settings, family: Family, *, learned: bool = False, read: bool = True) -> int:
+    """The number of suites that ask models of a family.
+
+    Args:
+        learned: whether something was learned before, of which the gate makes suites itself.
+        read: read all items, and do not only look for their folders.
+
+    Raises:
+        GateError: one cannot be read, or there is none that holds what the model can do.
+    """
+    suites = load_suites(settings.gate.suites, settings.home, family, settings.gate.max_items)
+    for suite in suites:
+        if read:
+            suite.items()
+        else:
+            suite.check_folder()
+    if not learned and not any(suite.role == "retention" for suite in suites):
+        raise GateError(
+            f"no retention suite asks a {family.upper()}: no update of it could pass the gate.",
+            "Name one in gate.suites (`ratchet init` makes one of your pictures).",
+        )
+    return len(suites)
+
+
+def check_reference(folders: Sequence[Path]) -> None:
+    """Raises ConfigError where a folder of the reference pool is not there."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
+            )

@@ -1,4 +1,4 @@
-"""When an update begins, and on which data; and when a candidate is asked again."""
+"""When an update begins, and on which data; and when a candidate is asked again, by the fresh items that there are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from core import metrics
@@ -13,10 +14,13 @@ from core.digests import digest_json
 from core.ledger import Ledger, UpdateRow
 from core.ledger.learning import FINISHED
 from core.settings import Settings
+from core.settings.updates import Gate as GateSettings
 from streams.store import Having, SampleStore
 from updater.data.draw import HAVING
+from updater.gate.held_out import TEXT_COLUMNS, HeldOut
+from updater.gate.sample_suites import fresh_suites
 from updater.recipes import Family, Recipe
-from updater.scheduling.fresh_items import FreshItems, fresh_items
+from updater.scheduling import kept_candidates
 from updater.scheduling.kept_candidates import KeptCandidate
 
 HISTORY = 10_000
@@ -25,6 +29,9 @@ HISTORY = 10_000
 
 NEEDED = "gflops_needed"
 """In the cost of an update that failed because its budget did not pay for one step: what would have."""
+PLENTY = 20
+"""So many times the items that an update needs are not read to be counted. Where their captions are that few, the gate
+says so."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +96,10 @@ def decide(
     data_from = learned(updates, incumbent)
     seen = data_from if retry else _later(data_from, _tried(updates, recipe))
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
-    fresh = fresh_items(
-        settings.gate,
-        ledger,
-        store,
-        updates,
-        family=family,
-        version=version,
-        data_from=data_from,
-        incumbent=incumbent,
-        halved=bool(recipe.merge.search),
-    )
+    fresh = _fresh_items(
+        settings.gate, ledger, store, updates, family=family, version=version, data_from=data_from,
+        incumbent=incumbent, halved=bool(recipe.merge.search),
+    )  # fmt: skip
     metrics.update.new_samples(family, count)
     metrics.update.fresh_items(family, fresh.items, fresh.needed)
     waits = settings.updater.wait_for_items and not (now or retry)
@@ -145,17 +145,10 @@ def fresh_of(settings: Settings, ledger: Ledger, store: SampleStore, family: Fam
     """
     updates = ledger.updates(HISTORY, family)
     incumbent = incumbent_of(ledger, family)
-    return fresh_items(
-        settings.gate,
-        ledger,
-        store,
-        updates,
-        family=family,
-        version=store.version(),
-        data_from=learned(updates, incumbent),
-        incumbent=incumbent,
-        halved=halved,
-    )
+    return _fresh_items(
+        settings.gate, ledger, store, updates, family=family, version=store.version(),
+        data_from=learned(updates, incumbent), incumbent=incumbent, halved=halved,
+    )  # fmt: skip
 
 
 def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
@@ -241,3 +234,66 @@ def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int], hav
     rows = store.scan(version=version, split="train", after=after, columns=["ingested_at"], having=having)
     oldest = min((moment for moment in rows["ingested_at"].to_pylist() if moment is not None), default=None)
     return 0.0 if oldest is None else (datetime.now(UTC) - oldest.astimezone(UTC)).total_seconds()
+
+
+@dataclass(frozen=True)
+class FreshItems:
+    """Independent fresh items since the live adapter's data."""
+
+    items: int
+    needed: int
+    candidate: KeptCandidate | None
+    """The candidate that waits for them; None: the next update does."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether the wait is over."""
+        return self.items >= (self.needed if self.candidate is None else self.candidate.next_items)
+
+    def __str__(self) -> str:
+        count = f"{self.items:,} of {self.needed:,} fresh items"
+        if self.candidate is None:
+            return count
+        adapter, due = self.candidate.update.adapter, self.candidate.next_items
+        return f"{count}: {adapter} was inconclusive, and is asked again with {due:,}"
+
+
+def _fresh_items(
+    settings: GateSettings, ledger: Ledger, store: SampleStore, updates: list[UpdateRow], *, family: Family,
+    version: int, data_from: Mapping[str, int], incumbent: str | None, halved: bool,
+) -> FreshItems:  # fmt: skip
+    """What the gate could ask at a version of the store. Arguments as in :class:`Ready`.
+
+    Args:
+        updates: of the family, newest first.
+        halved: a search looks at half of them, see :func:`updater.loop.gate_update.tuned_on`.
+    """
+    candidate = kept_candidates.kept_candidate(ledger, updates, incumbent)
+    if candidate is not None:
+        needed = candidate.needed
+    else:
+        needed = kept_candidates.plan(settings, ledger, family, None, halved=halved).needed
+    rows = store.count(version=version, split="fresh_eval", after=dict(data_from), having=HAVING[family])
+    if rows == 0 or (candidate is None and rows > PLENTY * needed):
+        return FreshItems(rows, needed, candidate)
+    places = tuple(sorted(data_from.items()))
+    items = _units(store, family, version, places, settings.min_items, settings.max_items, halved)
+    return FreshItems(items, needed, candidate)
+
+
+@lru_cache(maxsize=8)  # asked every few seconds, also where no version is new
+def _units(
+    store: SampleStore,
+    family: Family,
+    version: int,
+    data_from: tuple[tuple[str, int], ...],
+    min_items: int,
+    max_items: int,
+    halved: bool,
+) -> int:
+    """Independent items of the fresh suites that the gate would make."""
+    held_out = HeldOut(store, version, HAVING[family])
+    rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
+    suites = fresh_suites(rows, family=family, min_items=min_items, limit=max_items, images=held_out)
+    gated = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]
+    return sum(suite.units() for suite in gated)

@@ -1,4 +1,6 @@
-"""Weight averaging along an update: the mean of where the parameters passed is flatter, and nearer to the start."""
+"""Slow copies of the parameters along an update: their mean, which is flatter and nearer to the start, and a momentum
+model, which teaches the student.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +46,19 @@ class Average:
         """Take back what :meth:`state` gave."""
         self.steps = int(tensors["steps"])
         self.values = {name: tensors[f"value.{name}"].to(value.device) for name, value in self.values.items()}
+
+
+class Momentum:
+    """theta_m <- keep theta_m + new theta + start theta_start (CTP, Zhu et al. 2023: 0.9, 0.05, 0.05)."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], keep: float, new: float, start: float) -> None:
+        self.shares = keep, new, start
+        self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.values = {name: value.clone() for name, value in self.start.items()}
+
+    @torch.no_grad()
+    def stepped(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Follow the student after a step."""
+        keep, new, start = self.shares
+        for name, value in self.values.items():
+            value.mul_(keep).add_(parameters[name], alpha=new).add_(self.start[name], alpha=start)

@@ -31,10 +31,8 @@ from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
 from updater.objectives import Batch, Features, Objective
 from updater.recipes import Part, Recipe, Term
-from updater.step.averaging import Average
-from updater.step.cached_gradients import CachedPasses
-from updater.step.gradients import harmonized_backward, without_conflicts
-from updater.step.momentum import Momentum
+from updater.step.averaging import Average, Momentum
+from updater.step.gradients import CachedPasses, harmonized_backward, without_conflicts
 from updater.step.precision import computing, training_precision
 from updater.step.shards import Fetched, Shards, Values, spans
 from updater.step.team import ALONE, Team

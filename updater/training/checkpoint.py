@@ -1,6 +1,7 @@
-"""Checkpoints of an update: one safetensors file, replaced atomically. No pickle, and no state of random generators.
+"""Files of an update in its work folder: its checkpoint, and what was settled when it began.
 
-Batches are a pure function of seed and step, so that parameters, moments and the number of the step are all there is.
+A checkpoint is one safetensors file, replaced atomically: no pickle, and no state of random generators. Batches are a
+pure function of seed and step, so that parameters, moments and the number of the step are all there is.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,8 +18,10 @@ from torch import Tensor
 from core.errors import DiskFull
 from core.files import replace_file, replacing
 from core.progress import say
+from updater.recipes import TrainPrecision
 
 NAME = "checkpoint.safetensors"
+PRECISION = "precision.json"
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def run_precision(work_dir: Path, run: str, precision: TrainPrecision) -> TrainPrecision:
+    """The precision with which this run began in ``work_dir``; ``precision``, and it is kept, where it begins now.
+
+    An update that is resumed on another machine ends in what it would have ended in on the first, up to rounding.
+    """
+    path = work_dir / PRECISION
+    known = read_json(path)
+    if isinstance(known, dict) and known.get("run") == run and known.get("precision") in get_args(TrainPrecision):
+        return known["precision"]  # type: ignore[no-any-return]
+    write_json(path, {"run": run, "precision": precision})
+    return precision

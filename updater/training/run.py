@@ -24,20 +24,17 @@ from updater.budget.bound import BudgetSpent
 from updater.budget.cost import Cost
 from updater.budget.flops import counted
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
-from updater.data.pools import Example, Pools
-from updater.data.visits import run_starts, visits
+from updater.data.pools import Example, Pools, run_starts, visits
 from updater.families import make_learner
 from updater.merging import merged, remembered
 from updater.recipes import Merge, Part, Recipe
 from updater.step.learner import AnyLearner, Base, Work
 from updater.step.precision import training_precision
 from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
-from updater.training.carry_over import CarryOver
-from updater.training.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
+from updater.training.checkpoint import Progress, load_checkpoint, read_json, run_precision, save_checkpoint, write_json
 from updater.training.linesearch import Scored, search
 from updater.training.measure import measure
-from updater.training.result import Estimate, Limits, TrainResult
-from updater.training.run_precision import run_precision
+from updater.training.result import CarryOver, Estimate, Limits, TrainResult
 from updater.training.schedules import learning_rate
 from updater.training.spending import Spending
 from updater.training.workers import Stopped
@@ -49,120 +46,48 @@ MEASURED = 100
 
 
 class Run:
-    """The course of one call of :func:`train`."""
+    """The course of one call of :func:`train`, in a ``with`` statement: it ends what the learner reads in advance."""
 
     def __init__(
-        self, base: Base, recipe: Recipe, pools: Pools, served: WeightDelta, received: CarryOver, seed: int,
-        limits: Limits, out_dir: Path, work_dir: Path, stop: Callable[[], bool], duty_cycle: Callable[[], float],
-        device: str, run: str, team: Team = ALONE,
+        self, base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, *, seed: int, limits: Limits,
+        work_dir: Path, out_dir: Path | None = None, carry_over: Path | None = None,
+        stop: Callable[[], bool] = lambda: False, duty_cycle: Callable[[], float] = lambda: 1.0,
+        device: str | None = None, team: Team = ALONE, report: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
-        self.team = team
-        self.report: Callable[[str], None] = lambda line: None
-        """Called after each step."""
-        self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
-        self.out_dir, self.work_dir, self.stop, self.duty_cycle = out_dir, work_dir, stop, duty_cycle
+        """Arguments as of :func:`train`; ``report`` is called after each step."""
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        served: WeightDelta = read_delta(incumbent, base) if incumbent else {}
+        received = CarryOver.read(carry_over) if carry_over else CarryOver()
+        name = incumbent.name if incumbent else None
+        run = digest_json([base.digest, recipe.digest, pools.digest, seed, name, received.digest])
+        precision = run_precision(work_dir, run, training_precision(recipe, base, torch.device(place)))
+        self.run = digest_json([run, precision])
+        """Names everything that decides what the run computes."""
+        self.recipe = recipe.model_copy(update={"precision": precision})
+        self.served, self.source, self.seed, self.limits = served, pools, seed, limits
+        self.out_dir, self.work_dir = out_dir or work_dir, work_dir
+        self.stop, self.duty_cycle, self.team, self.report = stop, duty_cycle, team, report
         starts = {"served": served, "trained": received.start or served, "base": {}}
         self.start: WeightDelta = starts[recipe.merge.start]
-        self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
+        self.learner: AnyLearner = make_learner(base, self.recipe, self.start, seed, place)
         self.kept = kept_share(served, recipe.rank) if isinstance(self.learner.model, LoraModel) else 1.0
         """Of what the incumbent learned, the share that the recipe's rank holds."""
         self.learner.remember(received.terms)
         self.updates, self.merge_memory = received.updates, received.merge
-        self.source = pools
-        self.seed = seed
         self.progress: Progress | None = None
         self.began = time.monotonic()
         self.slept = self.began
 
-    @classmethod
-    def of(
-        cls, base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, *, seed: int, limits: Limits,
-        work_dir: Path, out_dir: Path | None = None, carry_over: Path | None = None,
-        stop: Callable[[], bool] = lambda: False, duty_cycle: Callable[[], float] = lambda: 1.0,
-        device: str | None = None, team: Team = ALONE,
-    ) -> Run:  # fmt: skip
-        """From the arguments of :func:`train`."""
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        start = read_delta(incumbent, base) if incumbent else {}
-        received = CarryOver.read(carry_over) if carry_over else CarryOver()
-        settled, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
-        return cls(
-            base, settled, pools, start, received, seed, limits, out_dir or work_dir, work_dir, stop, duty_cycle, place,
-            run, team,
-        )  # fmt: skip
+    def __enter__(self) -> Run:
+        return self
 
-    def go(self, scored: Scored | None) -> TrainResult:
+    def __exit__(self, *error: object) -> None:
+        self.learner.close()
+
+    def train(self, scored: Scored | None) -> TrainResult:
         """Measure, plan the steps and the rows that they visit, step, and write the adapter."""
-        try:
-            return self._go(scored)
-        finally:
-            self.learner.close()
-
-    def measure(self) -> None:
-        """Only measure what a step costs; it is kept in the work folder."""
-        try:
-            self._planned()
-        finally:
-            self.learner.close()
-
-    def steps_only(self) -> None:
-        """All but what follows the last step."""
-        try:
-            self._all_steps()
-        finally:
-            self.learner.close()
-
-    def estimate(self) -> Estimate:
-        """Measure, plan the steps, and take one of them, whose rows no other has."""
-        try:
-            cost, steps = self._planned()
-            plan = self._whole_plan()
-            self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
-            rows = self._rows(1)
-            began = time.monotonic()
-            self.learner.ready(rows)
-            prepared = time.monotonic()
-            self.learner.backward(rows)
-            stepped = time.monotonic()
-            visited = sum(plan.visited(part, steps) for part in PARTS)
-            return Estimate(
-                steps=steps,
-                gflops=cost.planned(steps, plan),
-                seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
-                visited=plan.visited("new", steps),
-                sample_gflops=cost.sample_gflops,
-            )
-        finally:
-            self.learner.close()
-
-    def _planned(self) -> tuple[Cost, int]:
-        """What a step costs, and how many the budget pays for."""
-        cost = self._cost()
-        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
-
-    def _all_steps(self) -> tuple[Cost, int, Progress]:
-        """Measure, plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
-        cost, steps = self._planned()
-        self.learner.join(self.team)
-        self.pools, self.plan = self._drawn(steps)
-        self.run = digest_json([self.run, self.pools.digest])
-        # Processes make different shards: none of them may stop by itself.
-        between = self._between if self.team.size == 1 else lambda: None
-        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, between)
-        checkpoint = self.team.agree(load_checkpoint(self.work_dir, self.run))
-        progress = Progress(self.run, 0, steps, 0.0)
-        if checkpoint is not None and checkpoint[1].steps == steps:
-            self.learner.load_state(checkpoint[0])
-            progress = checkpoint[1]
-            say(f"training goes on at step {progress.step} of {steps}")
-            unknown = progress.step - len(progress.gflops)  # those of an older version
-            progress = replace(progress, gflops=[cost.step_gflops] * unknown + progress.gflops)
-        self.learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
-        return cost, steps, self._steps(progress, cost)
-
-    def _go(self, scored: Scored | None) -> TrainResult:
         learner = self.learner
-        cost, steps, progress = self._all_steps()
+        cost, steps, progress = self.take_steps()
         if not progress.losses:
             raise self._nothing_usable(self._left_out(progress.step))
         learner.settle()
@@ -219,121 +144,25 @@ class Run:
             carry_over=carry_over.write(self.out_dir / f"{name}.memory"),
         )
 
-    def _rows(self, step: int) -> list[int]:
-        return self.pools.rows(self.plan.batch(step))
-
-    def _visited(self, steps: int) -> list[int]:
-        """The rows that so many steps see."""
-        return self.pools.rows([(p, row) for p in self.plan.counts for row in range(self.plan.visited(p, steps))])
-
-    def _seen(self, steps: int) -> int:
-        """New samples that so many steps see, in whatever view."""
-        seen = self.pools.new[: self.plan.visited("new", steps)]
-        return len(seen) if self.recipe.views.count == 1 else len({each.id for each in seen})
-
-    def _left_out(self, steps: int) -> dict[str, str]:
-        """Reasons by id, of the examples that so many steps came to and could not use."""
-        left_out = self.learner.shards.left_out
-        return {self.pools.examples[row].id: left_out[row] for row in self._visited(steps) if row in left_out}
-
-    def _nothing_usable(self, left_out: Mapping[str, str]) -> TrainingError:
-        name, why = next(iter(left_out.items()))
-        return TrainingError(
-            f"of {len(left_out)} samples none can be prepared; {name}: {why}.",
-            "Look at what is published on the stream, and whether the base's processor takes such pictures.",
-        )
-
-    def _gradients(self, step: int) -> None:
-        if rows := self.learner.usable(self._rows(step)):
-            self.learner.backward(rows, regularized=False)
-
-    def _drawn(self, steps: int) -> tuple[Pools, BatchPlan]:
-        """What so many steps visit of each pool, of what the model can learn from, and the batches of these steps.
-
-        Raises TrainingError when nothing new is left.
-        """
-        takes, mixture, size = self.learner.takes, self.recipe.mixture, self.recipe.batch_size
-        some = {part: int(any(map(takes, self.source.of(part)))) for part in PARTS}
-        if not some["new"]:
-            raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
-        counts = plan_batches(mixture, size, some, self.seed).counts
-        most = {part: counts.get(part, 0) * steps for part in PARTS}
-        batches = self.recipe.batches
-
-        def drawn(part: Part) -> tuple[Example, ...]:
-            rows = tuple(islice(filter(takes, self.source.of(part)), most[part]))
-            return visits(rows, most[part], self.recipe.views, batches, f"{self.seed} {part}")
-
-        pools = Pools(*map(drawn, PARTS))
-        runs: dict[Part, tuple[int, ...]] = {}
-        if batches.domains == "grouped":
-            runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
-        return pools, BatchPlan(counts, pools.sizes, self.seed, runs)
-
-    def _whole_plan(self) -> BatchPlan:
-        """The batches as if the model could learn from all of what was drawn, in every view."""
-        views = self.recipe.views.count
-        return BatchPlan(self.plan.counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
-
-    def _most_steps(self, cost: Cost) -> int:
-        """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""
-        plan, rows = self._whole_plan(), int(self.limits.work_bytes / max(cost.row_bytes, 1.0))
-
-        def visited(steps: int) -> int:
-            return sum(plan.visited(part, steps) for part in PARTS)
-
-        if visited(1) > rows:
-            raise ConfigError(
-                f"updater.work_gib does not hold what one step computes once: {visited(1)} samples of"
-                f" {cost.row_bytes / 1e6:,.2f} MB.",
-                "Raise it, or use a recipe with a smaller batch.",
-            )
-        return bisect_right(range(1, self.recipe.max_steps + 1), rows, key=visited)
-
-    def _cost(self) -> Cost:
-        """Measured once: a resumed update must plan the same number of steps."""
-        self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
-        self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
-        self.work = Work(
-            folder=self.work_dir / PREPARED,
-            key=self.run,
-            rows={str(part): count for part, count in self.plan.counts.items()},
-            room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
-            threads=self.limits.threads,
-        )
-        path = self.work_dir / "cost.json"
-        saved = read_json(path)
-        if isinstance(saved, dict) and saved.get("run") == self.run:
-            with suppress(TypeError, KeyError):  # an older version kept other fields
-                return Cost(**{"known": saved["cost"]["known"], **saved["cost"]})
-        if self.team.size > 1:
-            raise ConfigError(
-                f"{path} has not what a step costs, which the updater has measured.",
-                ONE_FILE_SYSTEM,
-            )
-        examples = self.pools.examples
-        self.learner.prepare(examples, self.pools.parts, self.work, self._between)
-        batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
-        rows = self._usable(batches)
-        cost = measure(self.learner, [examples[row] for row in rows], [rows, *batches[1:]])
-        write_json(path, {"run": self.run, "cost": cost.to_json()})
-        if self.kept < 1:
-            say(
-                f"the incumbent's rank is above the {self.recipe.rank} of recipe {self.recipe.name!r}, which holds"
-                f" {100 * self.kept:.1f}% of what it learned (of the squared norm of its ΔW)"
-            )
-        say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
-        return cost
-
-    def _usable(self, batches: Sequence[list[int]]) -> list[int]:
-        """What can be prepared of the first batch of which something new can. Raises TrainingError."""
-        for batch in batches:
-            self.learner.ready(batch)
-            if rows := self.learner.usable(batch):
-                return rows
-        examples, left_out = self.pools.examples, self.learner.shards.left_out
-        new = sorted(row for row in left_out if self.learner.parts[row] == "new")
-        raise self._nothing_usable({examples[row].id: left_out[row] for row in new})
+    def take_steps(self) -> tuple[Cost, int, Progress]:
+        """Measure, plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
+        cost, steps = self.plan_steps()
+        self.learner.join(self.team)
+        self.pools, self.plan = self._drawn(steps)
+        self.run = digest_json([self.run, self.pools.digest])
+        # Processes make different shards: none of them may stop by itself.
+        between = self._between if self.team.size == 1 else lambda: None
+        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, between)
+        checkpoint = self.team.agree(load_checkpoint(self.work_dir, self.run))
+        progress = Progress(self.run, 0, steps, 0.0)
+        if checkpoint is not None and checkpoint[1].steps == steps:
+            self.learner.load_state(checkpoint[0])
+            progress = checkpoint[1]
+            say(f"training goes on at step {progress.step} of {steps}")
+            unknown = progress.step - len(progress.gflops)  # those of an older version
+            progress = replace(progress, gflops=[cost.step_gflops] * unknown + progress.gflops)
+        self.learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
+        return cost, steps, self._steps(progress, cost)
 
     def _steps(self, progress: Progress, cost: Cost) -> Progress:
         if progress.truncated or progress.budget_spent:  # that had ended it before it was killed
@@ -416,17 +245,146 @@ class Run:
         if self.team.rank == 0:
             save_checkpoint(self.work_dir, self.learner.state(), progress)
 
+    def plan_steps(self) -> tuple[Cost, int]:
+        """What a step costs, and how many the budget pays for."""
+        cost = self._cost()
+        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
 
-def _settled(
-    base: Base, recipe: Recipe, pools: Pools, seed: int, incumbent: Path | None, received: CarryOver, work_dir: Path,
-    device: str,
-) -> tuple[Recipe, str]:  # fmt: skip
-    """The recipe in the precision of this run, and what names the run: everything that decides what it computes."""
-    run = digest_json(
-        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, received.digest]
-    )
-    precision = run_precision(work_dir, run, training_precision(recipe, base, torch.device(device)))
-    return recipe.model_copy(update={"precision": precision}), digest_json([run, precision])
+    def _cost(self) -> Cost:
+        """Measured once: a resumed update must plan the same number of steps."""
+        self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
+        self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
+        self.work = Work(
+            folder=self.work_dir / PREPARED,
+            key=self.run,
+            rows={str(part): count for part, count in self.plan.counts.items()},
+            room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
+            threads=self.limits.threads,
+        )
+        path = self.work_dir / "cost.json"
+        saved = read_json(path)
+        if isinstance(saved, dict) and saved.get("run") == self.run:
+            with suppress(TypeError, KeyError):  # an older version kept other fields
+                return Cost(**{"known": saved["cost"]["known"], **saved["cost"]})
+        if self.team.size > 1:
+            raise ConfigError(
+                f"{path} has not what a step costs, which the updater has measured.",
+                ONE_FILE_SYSTEM,
+            )
+        examples = self.pools.examples
+        self.learner.prepare(examples, self.pools.parts, self.work, self._between)
+        batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
+        rows = self._usable(batches)
+        cost = measure(self.learner, [examples[row] for row in rows], [rows, *batches[1:]])
+        write_json(path, {"run": self.run, "cost": cost.to_json()})
+        if self.kept < 1:
+            say(
+                f"the incumbent's rank is above the {self.recipe.rank} of recipe {self.recipe.name!r}, which holds"
+                f" {100 * self.kept:.1f}% of what it learned (of the squared norm of its ΔW)"
+            )
+        say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
+        return cost
+
+    def _usable(self, batches: Sequence[list[int]]) -> list[int]:
+        """What can be prepared of the first batch of which something new can. Raises TrainingError."""
+        for batch in batches:
+            self.learner.ready(batch)
+            if rows := self.learner.usable(batch):
+                return rows
+        examples, left_out = self.pools.examples, self.learner.shards.left_out
+        new = sorted(row for row in left_out if self.learner.parts[row] == "new")
+        raise self._nothing_usable({examples[row].id: left_out[row] for row in new})
+
+    def _drawn(self, steps: int) -> tuple[Pools, BatchPlan]:
+        """What so many steps visit of each pool, of what the model can learn from, and the batches of these steps.
+
+        Raises TrainingError when nothing new is left.
+        """
+        takes, mixture, size = self.learner.takes, self.recipe.mixture, self.recipe.batch_size
+        some = {part: int(any(map(takes, self.source.of(part)))) for part in PARTS}
+        if not some["new"]:
+            raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
+        counts = plan_batches(mixture, size, some, self.seed).counts
+        most = {part: counts.get(part, 0) * steps for part in PARTS}
+        batches = self.recipe.batches
+
+        def drawn(part: Part) -> tuple[Example, ...]:
+            rows = tuple(islice(filter(takes, self.source.of(part)), most[part]))
+            return visits(rows, most[part], self.recipe.views, batches, f"{self.seed} {part}")
+
+        pools = Pools(*map(drawn, PARTS))
+        runs: dict[Part, tuple[int, ...]] = {}
+        if batches.domains == "grouped":
+            runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
+        return pools, BatchPlan(counts, pools.sizes, self.seed, runs)
+
+    def _whole_plan(self) -> BatchPlan:
+        """The batches as if the model could learn from all of what was drawn, in every view."""
+        views = self.recipe.views.count
+        return BatchPlan(self.plan.counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
+
+    def _most_steps(self, cost: Cost) -> int:
+        """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""
+        plan, rows = self._whole_plan(), int(self.limits.work_bytes / max(cost.row_bytes, 1.0))
+
+        def visited(steps: int) -> int:
+            return sum(plan.visited(part, steps) for part in PARTS)
+
+        if visited(1) > rows:
+            raise ConfigError(
+                f"updater.work_gib does not hold what one step computes once: {visited(1)} samples of"
+                f" {cost.row_bytes / 1e6:,.2f} MB.",
+                "Raise it, or use a recipe with a smaller batch.",
+            )
+        return bisect_right(range(1, self.recipe.max_steps + 1), rows, key=visited)
+
+    def estimate(self) -> Estimate:
+        """Measure, plan the steps, and take one of them, whose rows no other has."""
+        cost, steps = self.plan_steps()
+        plan = self._whole_plan()
+        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
+        rows = self._rows(1)
+        began = time.monotonic()
+        self.learner.ready(rows)
+        prepared = time.monotonic()
+        self.learner.backward(rows)
+        stepped = time.monotonic()
+        visited = sum(plan.visited(part, steps) for part in PARTS)
+        return Estimate(
+            steps=steps,
+            gflops=cost.planned(steps, plan),
+            seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
+            visited=plan.visited("new", steps),
+            sample_gflops=cost.sample_gflops,
+        )
+
+    def _rows(self, step: int) -> list[int]:
+        return self.pools.rows(self.plan.batch(step))
+
+    def _visited(self, steps: int) -> list[int]:
+        """The rows that so many steps see."""
+        return self.pools.rows([(p, row) for p in self.plan.counts for row in range(self.plan.visited(p, steps))])
+
+    def _seen(self, steps: int) -> int:
+        """New samples that so many steps see, in whatever view."""
+        seen = self.pools.new[: self.plan.visited("new", steps)]
+        return len(seen) if self.recipe.views.count == 1 else len({each.id for each in seen})
+
+    def _left_out(self, steps: int) -> dict[str, str]:
+        """Reasons by id, of the examples that so many steps came to and could not use."""
+        left_out = self.learner.shards.left_out
+        return {self.pools.examples[row].id: left_out[row] for row in self._visited(steps) if row in left_out}
+
+    def _nothing_usable(self, left_out: Mapping[str, str]) -> TrainingError:
+        name, why = next(iter(left_out.items()))
+        return TrainingError(
+            f"of {len(left_out)} samples none can be prepared; {name}: {why}.",
+            "Look at what is published on the stream, and whether the base's processor takes such pictures.",
+        )
+
+    def _gradients(self, step: int) -> None:
+        if rows := self.learner.usable(self._rows(step)):
+            self.learner.backward(rows, regularized=False)
 
 
 def _refuse_non_finite(delta: WeightDelta, step: int) -> None:

@@ -69,15 +69,17 @@ def train(
     """
     check_searchable(recipe, scored)
     given: dict[str, Any] = {"seed": seed, "limits": limits, "work_dir": work_dir, "carry_over": carry_over}
-    course = partial(
-        Run.of, base, recipe, pools, incumbent, **given, out_dir=out_dir, stop=stop, duty_cycle=duty_cycle,
-        device=device,
-    )  # fmt: skip
+    begun = partial(
+        Run, base, recipe, pools, incumbent, **given, out_dir=out_dir, stop=stop, duty_cycle=duty_cycle, device=device
+    )
     with _reproducible(limits.threads):
         if workers is not None:
-            course().measure()
+            with begun() as run:
+                run.plan_steps()  # measures a step, which is kept in the work folder
+            del run  # its model must not stay in memory while the workers have theirs
             workers.run(partial(take_steps, base, recipe, pools, incumbent, **given), work_dir, stop, duty_cycle)
-        return course().go(scored)
+        with begun() as run:
+            return run.train(scored)
 
 
 def take_steps(
@@ -89,13 +91,11 @@ def take_steps(
 
     Raises: what :func:`train` does.
     """
-    with _reproducible(limits.threads):
-        course = Run.of(
-            base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir, carry_over=carry_over,
-            stop=control.stop, duty_cycle=control.duty_cycle, team=team,
-        )  # fmt: skip
-        course.report = control.report
-        course.steps_only()
+    with _reproducible(limits.threads), Run(
+        base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir, carry_over=carry_over,
+        stop=control.stop, duty_cycle=control.duty_cycle, team=team, report=control.report,
+    ) as run:  # fmt: skip
+        run.take_steps()
 
 
 def estimate(
@@ -107,8 +107,11 @@ def estimate(
 
     Raises: what :func:`train` does before its first step.
     """
-    with _reproducible(limits.threads):
-        return Run.of(base, recipe, pools, None, seed=seed, limits=limits, work_dir=work_dir, device=device).estimate()
+    with (
+        _reproducible(limits.threads),
+        Run(base, recipe, pools, None, seed=seed, limits=limits, work_dir=work_dir, device=device) as run,
+    ):
+        return run.estimate()
 
 
 @contextmanager

@@ -2,21 +2,23 @@
 
 The updater trains, judges and stores it as its own; what it passes is not proposed, because the encoders that run have
 the old base: `ratchet base switch` releases it. Its adapter starts at zero on the new base. Nothing is distilled from
-the old model.
+the old model. What it would cost is measured before it begins, on one batch.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.digests import digest12, digest_json
 from core.errors import BaseModelError, ConfigError, TrainingError
 from core.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from core.settings import Settings
 from serving.engines.clip_base import ClipBase, list_bases, load_base
-from serving.engines.registered import need_base
+from serving.engines.registered import need_base, shown
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.data.mixture import plan_batches
@@ -24,7 +26,9 @@ from updater.data.pools import Pools, draw_pools, mixed_seed
 from updater.families import family_recipe, reference_of
 from updater.recipes import Recipe
 from updater.scheduling import triggers
-from updater.upgrades.lineage import waits_for_base
+from updater.step.learner import Base
+from updater.training.result import Estimate, Limits
+from updater.training.train import estimate
 
 SUFFIX = ".upgrade"
 """Of the recipe's name: what an ordinary update of the recipe has tried does not depend on it."""
@@ -177,3 +181,83 @@ def _registered(settings: Settings, name: str) -> ClipBase:
             f"Register it first: `ratchet base add {name} --model ...`.",
         )
     return load_base(settings.home, name)
+
+
+def waits_for_base(ledger: Ledger, home: Path, base: Base) -> str | None:
+    """Why nothing is trained on a base now: the live release has another one, or an upgrade waits to be released."""
+    if not isinstance(base, ClipBase):
+        return None
+    stable = ledger.stable()
+    if stable is not None and stable.clip_base not in (None, base.digest):
+        return (
+            f"release {stable.number} has the base {shown(home, str(stable.clip_base))}, and this updater has "
+            f"{base.name!r} ({digest12(base.digest)}): set base.clip to the live one and start again"
+        )
+    approved = ledger.approved_upgrade()
+    if approved is not None and approved.old_base == base.digest:
+        return (
+            f"{approved.update_id} to the base {approved.new_name!r} passed the gate: `ratchet base switch "
+            f"{approved.new_name}` releases it, `ratchet base upgrade {approved.new_name} --cancel` drops it"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A replay with what it would cost."""
+
+    replay: Replay
+    training: Estimate
+    embedded: int
+    """Samples of the store that the catalog embeds again in the new image space."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people: what, and how much."""
+        replay, training = self.replay, self.training
+        return [
+            *differences(replay.old, replay.new),
+            ("incumbent", replay.incumbent or f"{replay.old.name} alone"),
+            ("recipe", replay.recipe.name),
+            ("to learn anew", f"{replay.samples:,} samples"),
+            (
+                "visited within the budget",
+                f"{min(training.visited, replay.samples):,} samples, {training.steps:,} steps",
+            ),
+            ("budget", f"{training.gflops:,.0f} of {replay.gflops:,.0f} MAF-GFLOPs"),
+            ("time of training", f"about {training.seconds / 60:,.0f} minutes here, at full duty"),
+            ("to embed after the switch", f"{self.embedded:,} samples, {self._catalog_gflops:,.0f} GFLOPs"),
+        ]
+
+    @property
+    def _catalog_gflops(self) -> float:
+        return self.embedded * self.training.sample_gflops
+
+
+def plan_of(settings: Settings, store: SampleStore, replay: Replay) -> Plan:
+    """Measure one batch on the new base; takes about as long as one step. Nothing is kept.
+
+    Raises:
+        BudgetError: the budget does not pay for one step.
+        ConfigError, BaseModelError, StoreError.
+    """
+    limits = Limits(
+        gflops=replay.gflops, seconds=math.inf, threads=settings.updater.threads,
+        work_bytes=settings.updater.work_gib * 2**30,
+    )  # fmt: skip
+    pools = replay.pools(settings, store)
+    with tempfile.TemporaryDirectory(prefix="ratchet-plan-") as folder:
+        training = estimate(replay.new, replay.recipe, pools, seed=replay.seed, limits=limits, work_dir=Path(folder))
+    return Plan(replay, training, store.count(version=replay.store_version))
+
+
+def differences(old: ClipBase, new: ClipBase) -> list[tuple[str, str]]:
+    """What distinguishes two bases, as rows for people; what is the same is left out."""
+    facts = {
+        "base": (f"{old.name} ({digest12(old.digest)})", f"{new.name} ({digest12(new.digest)})"),
+        "dimension": (old.dim, new.dim),
+        "image size": (f"{old.preprocess.size} px", f"{new.preprocess.size} px"),
+        "text length": (f"{old.context_length} tokens", f"{new.context_length} tokens"),
+        "tokenizer": (digest12(old.tokenizer_digest), digest12(new.tokenizer_digest)),
+        "weights": (f"{old.weights_bytes / 1e6:,.1f} MB", f"{new.weights_bytes / 1e6:,.1f} MB"),
+    }
+    return [(what, f"{before} -> {after}") for what, (before, after) in facts.items() if before != after]

@@ -33,7 +33,7 @@ from ratchet_client import Client
 from serving.engines.vlm import vllm_start
 from streams.folders import FolderItem, read_folder
 from streams.store import SampleStore
-from updater.gate import load_suites
+from updater.gate.suites import load_suites
 
 REQUESTS_PER_SECOND = 4.0  # steady, and most of two cores is left to learning
 PROBES = 12  # images, as many texts, and as many questions that the load asks about

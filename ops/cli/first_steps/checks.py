@@ -69,7 +69,7 @@ def register_model(home: Path, choice: ModelChoice) -> str:
             base = load_base(home, choice.name)
             base.build_model()
         else:
-            from updater.base import add_base
+            from updater.base.register import add_base
 
             base = add_base(home, choice.name, choice.model, choice.weights)
     except BaseModelError as error:

@@ -14,8 +14,7 @@ from ops.console.pages.pictures import SAMPLE
 from ops.console.public import without_samples
 from ops.console.request_context import Reader, Refused, RequestContext
 from ops.console.update_summaries import update_summaries
-from updater.gate.report import HTML_NAME, JSON_NAME, render_body
-from updater.gate.report_samples import samples_of, with_samples
+from updater.gate.report import HTML_NAME, JSON_NAME, render_body, samples_of, with_samples
 
 router = APIRouter()
 NO_REPORT = "It may be written in a moment; those of what was never released go after gc.keep_report_days."

@@ -20,8 +20,7 @@ from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset
-from updater.gate.diagnostics.diagnostics_command import pairs_command
-from updater.gate.gate_command import gate_command, report_command
+from updater.gate.gate_command import gate_command, pairs_command, report_command
 
 pytestmark = pytest.mark.integration
 

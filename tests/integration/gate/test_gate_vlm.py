@@ -15,8 +15,9 @@ from tests.integration.gate.taught_vlm import question_table, unknown
 from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.gate.builders import sample_rows
-from updater.gate import fresh_suite, fresh_suites, write_report
-from updater.gate.evaluator_factory import open_evaluator
+from updater.gate.report import write_report
+from updater.gate.run import open_evaluator
+from updater.gate.sample_suites import fresh_suite, fresh_suites
 from updater.gate.vlm import VlmEvaluator
 
 pytestmark = pytest.mark.integration

@@ -20,7 +20,7 @@ from streams.store import SampleStore
 from tests.integration.serving.server_fixture import TEXTS, ServerFixture
 from tests.support.broker import Broker, broker
 from tests.support.kafka import Message, make_topics, picture, produce, reading, wait_for
-from updater.base import pull_base, push_base
+from updater.base.register import pull_base, push_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.long]
 __all__ = ["broker"]

@@ -39,8 +39,7 @@ from streams.store import SampleStore
 from tests.support.inputs import pictures
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from updater.heads.fit import fit_head
-from updater.heads.learn import with_heads
+from updater.heads import fit_head, with_heads
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ("a photo of a cat", "a red circle", "an old map", "two birds")

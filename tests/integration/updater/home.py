@@ -21,7 +21,8 @@ from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
-from updater.gate import Verdict, run_gate
+from updater.gate.run import run_gate
+from updater.gate.verdict import Verdict
 from updater.loop import gate_update
 
 TOPIC = "samples"

@@ -12,7 +12,7 @@ from core.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.sudden_death import die
-from updater.commands.update import run_update
+from updater.commands import run_update
 from updater.loop import gate_update
 from updater.loop.service import UpdaterService
 from updater.step.learner import Learner

@@ -15,8 +15,8 @@ from core.settings import Settings
 from ops.cli.main import app
 from tests.integration.updater.home import add_samples, make_home
 from tests.support.tiny import tiny_base
-from updater.commands.base_upgrade import begin_command, cancel_command, finish_command, plan_command
-from updater.gate import Verdict
+from updater.commands import begin_command, cancel_command, finish_command, plan_command
+from updater.gate.verdict import Verdict
 from updater.loop import gate_update
 from updater.loop.process import only_one
 from updater.loop.service import UpdaterService

@@ -21,7 +21,7 @@ from tests.unit.updater.builders import recipe
 from updater.adapters import read_delta
 from updater.loop import train_update
 from updater.loop.service import UpdaterService
-from updater.training.carry_over import CarryOver
+from updater.training.result import CarryOver
 
 __all__ = ["verdict"]
 

@@ -15,7 +15,7 @@ from serving.engines.adapters import read_adapter
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, judged_as
 from tests.unit.updater.builders import COLOURS
-from updater.gate.head_suites import head_suites
+from updater.gate.sample_suites import head_suites
 from updater.loop.service import UpdaterService
 
 pytestmark = pytest.mark.integration

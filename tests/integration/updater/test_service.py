@@ -19,7 +19,7 @@ from ops.cli.checks import examine
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
 from tests.unit.gate.builders import folder_dataset
-from updater.commands.update import run_update
+from updater.commands import run_update
 from updater.families.clip.learner import ClipLearner
 from updater.loop import service as service_module
 from updater.loop.service import UpdaterService

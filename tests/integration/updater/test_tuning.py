@@ -16,10 +16,10 @@ from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, make_home
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
-from updater.gate import load_suites
-from updater.gate.evaluator_factory import open_evaluator
+from updater.gate.run import open_evaluator
+from updater.gate.suites import load_suites
+from updater.loop.gate_update import TuningScores, tuned_on, update_suites
 from updater.loop.service import UpdaterService
-from updater.loop.tuning import TuningScores, tuned_on, update_suites
 
 pytestmark = pytest.mark.integration
 

@@ -17,7 +17,7 @@ from serving.engines.lora import effective_weights
 from tests.support.pages import ROOT, Page
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, run
-from updater.gate import load_suites
+from updater.gate.suites import load_suites
 from updater.recipes import load_recipe
 
 EXAMPLES = ROOT / "examples"

@@ -12,11 +12,10 @@ from core.settings.updates import Gate
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import sample_rows
-from updater.gate import fresh_suite, run_gate
-from updater.gate.across_bases import AcrossBasesEvaluator, base_alone
-from updater.gate.clip import ClipEvaluator
+from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.interim_analyses import Plan
-from updater.gate.memory_suites import choose_memory, memory_suites
+from updater.gate.run import run_gate
+from updater.gate.sample_suites import choose_memory, fresh_suite, memory_suites
 
 
 def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from updater.gate.cross_version import measure_cross_version
+from updater.gate.clip import measure_cross_version
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
 

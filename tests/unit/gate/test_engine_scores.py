@@ -10,7 +10,7 @@ from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_base
 from tests.unit.gate.builders import folder_dataset
-from updater.gate.engine_scores import EngineScore, engine_scores
+from updater.gate.gate_command import EngineScore, engine_scores
 from updater.gate.suites import Suite, load_suites
 
 

@@ -19,7 +19,7 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import picture
 from updater.gate.held_out import PAGE, TEXT_COLUMNS, HeldOut
-from updater.loop.tuning import update_suites
+from updater.loop.gate_update import update_suites
 
 LEARNED, FRESH, LIMIT = 420, 300, 50
 VERSION_TIME = datetime(2026, 1, 1, tzinfo=UTC)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from tests.unit.gate.builders import question_rows, sample_rows
-from updater.gate.memory_suites import CAPACITY, MOST_DOMAINS, choose_memory, learned_before, memory_suites, reservoir
+from updater.gate.sample_suites import CAPACITY, MOST_DOMAINS, choose_memory, learned_before, memory_suites, reservoir
 
 TABLE = ("id", "domain")
 

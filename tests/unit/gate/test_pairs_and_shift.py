@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from tests.unit.gate.builders import picture, question_rows, sample_rows
-from updater.gate import Suite, fresh_suite
+from updater.gate.clip import feature_shift, mean_shift, modality_gap
 from updater.gate.diagnostics.diagnose import diagnose
-from updater.gate.diagnostics.feature_shift import feature_shift, mean_shift, modality_gap
-from updater.gate.diagnostics.hard_pairs import hard_pairs, mine_pairs, told_apart
-from updater.gate.diagnostics.pair_accuracy import pair_accuracy
+from updater.gate.diagnostics.hard_pairs import hard_pairs, mine_pairs, pair_accuracy, told_apart
 from updater.gate.diagnostics.results import Diagnostics, YesShare
-from updater.gate.diagnostics.yes_share import yes_share
+from updater.gate.sample_suites import fresh_suite
 from updater.gate.suite_items import Item
+from updater.gate.suites import Suite
+from updater.gate.vlm import yes_share
 
 N, DIM, TWINS = 80, 64, 12
 """Items; the first TWINS of them look like the next TWINS."""

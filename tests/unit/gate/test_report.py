@@ -12,7 +12,6 @@ import pytest
 
 from tests.unit.gate.builders import changed, outcomes, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.diagnostics.lines import diagnostics_lines
 from updater.gate.diagnostics.results import (
     Diagnostics,
     FeatureShift,
@@ -24,6 +23,7 @@ from updater.gate.diagnostics.results import (
     TailBin,
     TowerShift,
     YesShare,
+    diagnostics_lines,
 )
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import render, render_body, write_report

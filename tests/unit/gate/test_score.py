@@ -12,9 +12,8 @@ from core.errors import GateError
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset, sample_rows
-from updater.gate.ranking import rank_of_best
 from updater.gate.sample_suites import fresh_suite
-from updater.gate.score import Scorer
+from updater.gate.score import Scorer, rank_of_best
 from updater.gate.suites import Suite, load_suites
 
 

@@ -13,12 +13,20 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.gate.builders import outcomes, question_rows, sample_rows
-from updater.gate import Suite, fresh_suite
 from updater.gate.decision import Scores
-from updater.gate.diagnostics import concept_counts
-from updater.gate.diagnostics.concept_counts import Counts, StoreCounts, content_words, count_terms
-from updater.gate.diagnostics.tail import concept_of, interval, measure_tail
+from updater.gate.diagnostics import diagnose
+from updater.gate.diagnostics.diagnose import (
+    Counts,
+    StoreCounts,
+    concept_of,
+    content_words,
+    count_terms,
+    interval,
+    measure_tail,
+)
+from updater.gate.sample_suites import fresh_suite
 from updater.gate.suite_items import Item
+from updater.gate.suites import Suite
 
 CAPTIONS = ["A red fox.", "the fox, red and asleep", "a red car", "An OWL", "foxes"]
 
@@ -55,7 +63,7 @@ def test_of_more_samples_than_the_bound_every_nth_is_looked_at_and_counts_are_sc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, version = store_of(tmp_path, ["a fox"] * 100)
-    monkeypatch.setattr(concept_counts, "MAX_ROWS", 30)
+    monkeypatch.setattr(diagnose, "MAX_ROWS", 30)
     monkeypatch.setattr("streams.store.BATCH_ROWS", 7)
     seen = StoreCounts(store, version, "text")(["fox"])
     assert (seen["fox"], seen.rows, seen.counted) == (100, 100, 25)

@@ -30,8 +30,8 @@ from serving.engines.clip_base import list_bases
 from streams.folders import read_folder
 from tests.support.pages import ROOT
 from tests.support.tiny import CONFIG, tiny_base
-from updater.gate import load_suites
 from updater.gate.statistics import items_needed, smallest_difference
+from updater.gate.suites import load_suites
 
 Run = Callable[..., Result]
 COLOURS = {"red_thing": (200, 20, 20), "green_thing": (20, 200, 20), "blue_thing": (20, 20, 200)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,25 +11,30 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.digests import digest12
+from ratchet_client.images import open_accepted
 from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import images_per_pass, set_conv_layout
+from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
 from updater.adapters.parametrizations import LORA, find
 from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
-from updater.families.clip.prepare import TowerPass, stack_boundaries
-from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
-from updater.families.clip.views import phrased, view_pixels
+from updater.families.clip.towers import SplitTower, TowerPass, stack_boundaries
+from updater.families.trained_layers import Which, clip_layers, clip_parameters, first_touched
 from updater.objectives import Features, Objective, Sides, Texts
-from updater.recipes import Part, Recipe
+from updater.recipes import PLACE, Part, Recipe, Views
 from updater.step.learner import CHUNK, Learner
 from updater.step.shards import Fetched, Shards, Values, spans
 
 WHICH: tuple[Which, Which] = ("image", "text")
+SHORT_WORDS = 3
+"""A caption of at most so many words is the name of a thing, and no description."""
 
 
 @dataclass
@@ -296,8 +302,48 @@ def adapted_model(
     """Names of what learns, and the model in which it does."""
     kind = recipe.adapter.kind
     if kind == LORA:
-        layers = trained_modules(base, plain, recipe)
+        layers = clip_layers(base, plain, recipe)
         return layers, LoraModel(base, layers, recipe.rank, recipe.alpha, start, seed, device)
-    weights = trained_parameters(base, plain, recipe, find(kind).selects)
+    weights = clip_parameters(base, plain, recipe, find(kind).selects)
     options = recipe.adapter.options
     return weights, WeightModel(base, weights, kind, options, recipe.rank, recipe.alpha, start, seed, device)
+
+
+def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) -> np.ndarray:
+    """``uint8 [size, size, 3]`` of the image as a pair's view shows it; view 0 is what serving sees of it.
+
+    Another view is a part of the image in its own proportions, at least ``views.area`` of it, at a random place, and
+    mirrored half of the time if ``views.flip`` says so.
+
+    Raises :class:`core.errors.RecordError` when it is no acceptable image.
+    """
+    if pair.view == 0:
+        return preprocess.pixels(image)
+    chance = random.Random(int(digest12(f"{pair.id} {pair.view}".encode()), 16))  # noqa: S311 - nothing is kept secret
+    shrinks = math.sqrt(views.area)  # of a side, at most: so much more must be decoded
+
+    def needed(size: tuple[int, int]) -> tuple[int, int]:
+        width, height = preprocess.needed(size)
+        return math.ceil(width / shrinks), math.ceil(height / shrinks)
+
+    picture = open_accepted(image).decode(needed)
+    side = math.sqrt(chance.uniform(views.area, 1.0))
+    width, height = max(1, round(picture.width * side)), max(1, round(picture.height * side))
+    left, top = chance.randint(0, picture.width - width), chance.randint(0, picture.height - height)
+    part = picture.crop((left, top, left + width, top + height))
+    if views.flip and chance.random() < 0.5:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return preprocess.pixels(part)
+
+
+def phrased(pair: Pair, templates: Sequence[str]) -> str:
+    """The caption; one that is the pair's label, or has a few words, in one of the templates: each view in the next.
+
+    >>> phrased(Pair("7", "red kite", read=bytes), ["a photo of a {}"])
+    'a photo of a red kite'
+    """
+    text = pair.text.strip()
+    if not templates or not text or (text != pair.label and len(text.split()) > SHORT_WORDS):
+        return pair.text
+    first = int(digest12(pair.id.encode()), 16)
+    return templates[(first + pair.view) % len(templates)].replace(PLACE, text)

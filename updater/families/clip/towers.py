@@ -1,99 +1,25 @@
 """The two towers of a CLIP as *prefix* and *suffix*: what no adapter touches is computed once per sample.
 
 With adapters in the last blocks only, everything below them is the same at every step. Its output (the *boundary*) is
-kept per sample; a step starts there, and autograd never goes below it.
+kept per sample; a step starts there, and autograd never goes below it. A sample's numbers depend on the samples that go
+through the model with it: those of its shard, in fixed passes.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.engines.clip_base import ClipBase
-from serving.engines.spaces import tower_of
-from updater.adapters.parametrizations.parametrization import Selects
-from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some
-from updater.recipes import Recipe, Tower, TrainPrecision
+from updater.adapters import AdapterModel
+from updater.families.trained_layers import Which, tower_blocks
+from updater.recipes import TrainPrecision
 from updater.step.precision import computing
-
-Which = Literal["image", "text"]
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-
-
-def find_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
-    """Name of the tower's list of blocks, and how many there are; ("", 0) when it has none that is known."""
-    for name, module in model.named_modules():
-        known = name.rsplit(".", 1)[-1] in BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential)
-        if known and tower_of(name) == which and len(module) > 1:
-            return name, len(module)
-    return "", 0
-
-
-def trained_modules(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[str]:
-    """Names of the layers that learn under a recipe. Raises ConfigError when that is none."""
-    chosen: list[str] = []
-    wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
-    for which, tower in wanted.items():
-        pattern = re.compile(base.lora_targets[which])
-        names = [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
-        chosen += late_layers(names, which, tower, *find_blocks(model, which), recipe)
-    return some(chosen, recipe, base.name)
-
-
-def trained_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects: Selects) -> list[str]:
-    """Names of the parameters that learn under a recipe whose adapter kind works on whole weights.
-
-    Where a tower's last blocks learn, what comes before its blocks (stems, embeddings) does not.
-    Raises ConfigError when that is none.
-    """
-    if selects == "layers":
-        modules = dict(model.named_modules())
-        return [name for layer in trained_modules(base, model, recipe) for name in _weights(layer, modules[layer])]
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    norms = {name for name, module in model.named_modules() if isinstance(module, NORMS)}
-    wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
-    chosen: list[str] = []
-    for which, tower in wanted.items():
-        blocks, count = find_blocks(model, which)
-        names = [
-            name
-            for name, _ in model.named_parameters()
-            if tower_of(name) == which
-            and (selects == "all" or (name.endswith("bias") if selects == "biases" else _layer(name) in norms))
-            and (tower.blocks is None or order[_layer(name)] > order.get(blocks, 0))
-        ]
-        chosen += late_layers(names, which, tower, blocks, count, recipe)
-    return some(chosen, recipe, base.name)
-
-
-def _weights(layer: str, module: nn.Module) -> list[str]:
-    """The parameters of a layer that LoRA would change."""
-    if isinstance(module, nn.MultiheadAttention):
-        return [f"{layer}.in_proj_weight", f"{layer}.out_proj.weight"]
-    return [f"{layer}.weight"]
-
-
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
-def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
-    """The first block that any of ``names`` is in: blocks below it form the prefix.
-
-    Layers of the tower outside the blocks come after them, but for stems, which make it 0.
-    """
-    blocks, count = find_blocks(model, which)
-    own = [name for name in names if tower_of(name) == which]
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    start = order.get(blocks, 0)
-    numbers = [block_number(name, blocks) for name in own]
-    stems = [name for name, number in zip(own, numbers, strict=True) if number is None and order[name] < start]
-    return 0 if stems or not blocks else min((n for n in numbers if n is not None), default=count)
+from updater.step.shards import Values
 
 
 class SplitTower:
@@ -106,7 +32,7 @@ class SplitTower:
         self.cut = cut
         self._prefix: list[_Skippable] = []
         if cut:
-            blocks = cast(Any, model.get_submodule(find_blocks(model, which)[0]))
+            blocks = cast(Any, model.get_submodule(tower_blocks(model, which)[0]))
             for number in range(cut):
                 blocks[number] = _Skippable(blocks[number], last=number == cut - 1)
                 self._prefix.append(blocks[number])
@@ -162,3 +88,69 @@ class _Skippable(nn.Module):
     def get_weight_dtype(self) -> torch.dtype:
         """open_clip asks the first block of a text tower for its type."""
         return cast(torch.dtype, cast(Any, self.inner).get_weight_dtype())
+
+
+@dataclass
+class TowerPass:
+    """One tower, run once over each sample.
+
+    Its values by name: features [dim] of each teacher under the teacher's name; ``fixed``, features of a tower in which
+    nothing learns; ``boundary`` where it is kept.
+    """
+
+    model: AdapterModel
+    tower: SplitTower
+    learns: bool
+    keep: bool = False
+    """Whether boundaries are kept: for a tower that learns and has a prefix, where there is room for them."""
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, teachers: Sequence[str]) -> Values:
+        """Values of some normalised pixels or token ids, with the model at its start, for those teachers."""
+        values: dict[str, Sequence[Tensor]] = {}
+        boundary: Tensor | None = None
+        if self.keep or "base" in teachers:
+            with self.model.base():
+                features, boundary = self.tower.record(inputs) if self.keep else (self.tower.whole(inputs), None)
+            if boundary is not None:
+                values["boundary"] = list(boundary.cpu())
+            if "base" in teachers:
+                values["base"] = list(features.cpu())
+        if not self.learns or "incumbent" in teachers:
+            # What the incumbent changed in a locked tower stays in force; below the boundary it changed nothing.
+            features = (self.tower.whole(inputs) if boundary is None else self._resumed(boundary, inputs)).cpu()
+            if not self.learns:
+                values["fixed"] = list(features)
+            if "incumbent" in teachers:
+                values["incumbent"] = list(features)
+        self.model.restore()
+        return values
+
+    def boundary_bytes(self, inputs: Tensor, length: int) -> int:
+        """Bytes of the boundary of one sample; of a text with ``length`` tokens."""
+        if not self.learns or not self.tower.cut:
+            return 0
+        with torch.no_grad(), self.model.base():
+            _, boundary = self.tower.record(inputs)
+        self.model.restore()
+        row = boundary[0]
+        grown = length / len(row) if self.tower.which == "text" else 1.0
+        return int(row.numel() * row.element_size() * grown)
+
+    def _resumed(self, boundary: Tensor, inputs: Tensor) -> Tensor:
+        return self.tower.resume(boundary, inputs[:1] if self.tower.which == "image" else inputs)
+
+
+def stack_boundaries(rows: Sequence[Tensor], length: int | None, device: torch.device) -> Tensor:
+    """Boundaries of a batch, [n, ...]; with ``length`` (texts) each cut or zero-padded to that many tokens.
+
+    Positions beyond a text's own tokens are masked in every tower that can be trimmed, so that what they hold is
+    nobody's business.
+    """
+    if length is None:
+        return torch.stack(list(rows)).to(device)
+    out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+    for number, row in enumerate(rows):
+        used = min(length, len(row))
+        out[number, :used] = row[:used]
+    return out.to(device)

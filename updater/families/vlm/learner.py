@@ -23,7 +23,7 @@ from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import LoraModel, WeightDelta
 from updater.budget.bound import Size
 from updater.data.pools import Question
-from updater.families.vlm.parts import sees, trained_modules
+from updater.families.trained_layers import sees, vlm_layers
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
 from updater.objectives import Answers, OwnAnswers, Teacher
 from updater.objectives.token_distillation import summarise
@@ -65,7 +65,7 @@ class VlmLearner(Learner[Question]):
 
     def __init__(self, base: VlmBase, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
-        trained = trained_modules(base, plain, recipe)
+        trained = vlm_layers(base, plain, recipe)
         super().__init__(base, recipe, LoraModel(base, trained, recipe.rank, recipe.alpha, start, seed, device))
         self.reader = Reader(base)
         self.adapted_eyes = sees(base, self.model.base_names)

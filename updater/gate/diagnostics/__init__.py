@@ -1,13 +1,9 @@
 """What a verdict tells beside its decision. Nothing here decides: it shows where a result comes from.
 
-results              all of it, as plain data
-concept_counts       how often the sample store's training split names a concept
-tail                 a suite's result by that number
-hard_pairs           pairs of images that the base cannot tell apart, though their captions differ
-pair_accuracy        how many of them a model tells apart
-feature_shift        how far the features of each tower moved
-yes_share            how often a VLM says yes, beside how often it should
-diagnose             all of it for one gate run
-lines                the same as text, for a terminal
-diagnostics_command  `ratchet gate pairs`
+results              all of it, as plain data, and as text for a terminal
+hard_pairs           pairs of images that the base cannot tell apart, and how many of them a model tells apart
+diagnose             all of it for one gate run; a suite's result by how often its concepts were seen
+
+How far the features of each tower moved is in `updater/gate/clip.py`, how often a VLM says yes in
+`updater/gate/vlm.py`.
 """

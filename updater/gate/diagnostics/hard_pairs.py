@@ -1,4 +1,5 @@
-"""Pairs of images that a CLIP cannot tell apart, though their captions say that they differ.
+"""Pairs of images that a CLIP cannot tell apart, though their captions say that they differ; and how many of them a
+model tells apart: a pair counts only where both of its images are right (MMVP).
 
 Tong et al. (Eyes Wide Shut? Exploring the Visual Shortcomings of Multimodal LLMs, CVPR 2024, the source of MMVP) take
 pairs of images whose cosine is above 0.95 by CLIP and below 0.6 by DINOv2. Here no second vision encoder exists: what
@@ -10,6 +11,7 @@ Pairs are mined by the base, from features that it has: they stay the same whate
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.digests import digest12, digest_json
-from updater.gate.diagnostics.concept_counts import content_words
-from updater.gate.score import Scorer, Vectors
-from updater.gate.score_cache import load_arrays, store_arrays
+from updater.gate.diagnostics.diagnose import content_words, interval
+from updater.gate.diagnostics.results import PairAccuracy, PairImage, ShownPair
+from updater.gate.regressions import MOST_CHARS, thumbnail
+from updater.gate.score import Scorer, Vectors, load_arrays, store_arrays
 from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Suite
 
@@ -39,6 +42,9 @@ SAME_IMAGE: Final = 0.9999
 """Cosine from which two images are one image: no model can tell copies apart."""
 POOL: Final = 20 * MOST_PAIRS
 """Pairs whose words are looked at, the most similar first."""
+FEWEST: Final = 5
+"""Pairs from which a share says anything."""
+SHOWN: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +135,49 @@ def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) 
 
     both: NDArray[np.bool_] = (cosine(one, own) > cosine(one, others)) & (cosine(other, others) > cosine(other, own))
     return both
+
+
+def pair_accuracy(scorer: Scorer, suite: Suite, incumbent: str | None, candidate: str) -> PairAccuracy | None:
+    """Of a retrieval suite; None where it has few such pairs."""
+    pairs = hard_pairs(scorer, suite)
+    if len(pairs) < FEWEST:
+        return None
+    base, before, after = (right_pairs(scorer, suite, pairs, name) for name in (None, incumbent, candidate))
+    wrong = sorted(np.flatnonzero(~after).tolist(), key=lambda place: (not before[place], place))
+    first, second = before.astype(np.float64), after.astype(np.float64)
+    return PairAccuracy(
+        n=len(pairs),
+        base=float(base.mean()),
+        score=interval(first, second, None, zlib.crc32(f"pairs of {suite.name}".encode())),
+        improved=int((after & ~before).sum()),
+        worsened=int((before & ~after).sum()),
+        shown=tuple(_shown(suite, pairs[place], bool(before[place])) for place in wrong[:SHOWN]),
+    )
+
+
+def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter: str | None) -> NDArray[np.bool_]:
+    """Whether one model tells each pair apart: bool [pairs]; kept beside the suite's scores."""
+    path = pair_file(scorer, suite, adapter, "right pairs", [[pair.first, pair.second] for pair in pairs])
+    known = load_arrays(path, ("right",)) if path else None
+    if known is not None and known[0].shape == (len(pairs),):
+        return known[0].astype(bool)
+    items = suite.items()
+    sides = [[items[pair.first] for pair in pairs], [items[pair.second] for pair in pairs]]
+    label = f"{suite.name}, pairs"
+    images = tuple(scorer.images(side, adapter, label) for side in sides)
+    texts = tuple(scorer.texts([item.text for item in side], adapter, label) for side in sides)
+    right = told_apart((images[0], images[1]), (texts[0], texts[1]))
+    if path:
+        store_arrays(path, right=right)
+    return right
+
+
+def _shown(suite: Suite, pair: HardPair, right_before: bool) -> ShownPair:
+    first, second = (_image(suite.items()[place]) for place in (pair.first, pair.second))
+    return ShownPair(first, second, pair.image_similarity, right_before)
+
+
+def _image(item: Item) -> PairImage:
+    if item.sample_id:
+        return PairImage("", "", item.sample_id)
+    return PairImage(item.text[:MOST_CHARS], thumbnail(item))

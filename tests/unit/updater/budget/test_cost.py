@@ -15,12 +15,11 @@ from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater.budget.cost import Cost, StepUnaffordable
 from updater.budget.flops import counted
-from updater.budget.peak_memory import peak_saved_bytes
 from updater.data.mixture import BatchPlan
 from updater.data.pools import Pools
 from updater.families.clip.learner import ClipLearner
 from updater.recipes import Part
-from updater.training.measure import measure
+from updater.training.measure import measure, peak_saved_bytes
 from updater.training.result import Limits
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from updater.data.replay import Candidate, decayed_counts, reservoir
+from updater.data.draw import Candidate, decayed_counts, reservoir
 from updater.recipes import load_recipe
 
 

@@ -19,10 +19,8 @@ from serving.engines.preprocess import Preprocess
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pairs, picture, pools, question_pools, recipe, run
 from updater.data.mixture import BatchPlan
-from updater.data.pools import Pair, Pools
-from updater.data.visits import grouped, run_starts, visits
-from updater.families.clip.learner import ClipLearner
-from updater.families.clip.views import phrased, view_pixels
+from updater.data.pools import Pair, Pools, grouped, run_starts, visits
+from updater.families.clip.learner import ClipLearner, phrased, view_pixels
 from updater.recipes import Batches, Views
 from updater.training.workers import Stopped
 

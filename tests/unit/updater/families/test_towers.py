@@ -10,8 +10,8 @@ import torch
 from core.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe
-from updater.families.clip.prepare import stack_boundaries
-from updater.families.clip.towers import SplitTower, find_blocks, first_touched, trained_modules
+from updater.families.clip.towers import SplitTower, stack_boundaries
+from updater.families.trained_layers import clip_layers, first_touched, tower_blocks
 
 
 @pytest.mark.parametrize("which", ["image", "text"])
@@ -32,20 +32,20 @@ def test_the_boundary_gives_the_same_features(tmp_path: Path, which: str, cut: i
 def test_only_the_last_blocks_and_what_follows_learn(tmp_path: Path) -> None:
     base = tiny_base(tmp_path)
     model = base.build_model()
-    assert find_blocks(model, "image") == ("visual.transformer.resblocks", 2)
-    assert find_blocks(model, "text") == ("transformer.resblocks", 2)
-    names = trained_modules(base, model, recipe(image={"blocks": 1}, text={"locked": True}))
+    assert tower_blocks(model, "image") == ("visual.transformer.resblocks", 2)
+    assert tower_blocks(model, "text") == ("transformer.resblocks", 2)
+    names = clip_layers(base, model, recipe(image={"blocks": 1}, text={"locked": True}))
     assert names and all(name.startswith("visual.transformer.resblocks.1.") for name in names)
     assert first_touched(names, model, "image") == 1
     assert first_touched(names, model, "text") == 2  # nothing learns there: all of it is prefix
-    everything = trained_modules(base, model, recipe(image={}, text={}))
+    everything = clip_layers(base, model, recipe(image={}, text={}))
     assert first_touched(everything, model, "image") == first_touched(everything, model, "text") == 0
 
 
 def test_a_recipe_under_which_nothing_learns_is_refused(tmp_path: Path) -> None:
     base = tiny_base(tmp_path)
     with pytest.raises(ConfigError, match="no layer"):
-        trained_modules(base, base.build_model(), recipe(image={"blocks": 0}, text={"locked": True}))
+        clip_layers(base, base.build_model(), recipe(image={"blocks": 0}, text={"locked": True}))
 
 
 def test_boundaries_of_texts_are_cut_or_padded_to_the_batch() -> None:

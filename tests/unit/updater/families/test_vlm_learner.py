@@ -19,7 +19,7 @@ from tests.unit.updater.builders import learner_of, picture, question_pools, que
 from updater.adapters import read_delta
 from updater.budget.flops import counted
 from updater.data.pools import Pools, Question
-from updater.families.vlm.parts import trained_modules
+from updater.families.trained_layers import vlm_layers
 from updater.families.vlm.reader import shown
 from updater.objectives.token_distillation import summarise
 from updater.training.measure import measure
@@ -88,15 +88,15 @@ def test_the_base_teaches_without_the_adapter_and_the_incumbent_with_it(base: Vl
 
 def test_only_the_last_blocks_of_the_chosen_parts_learn(base: VlmBase) -> None:
     model = base.build_model()
-    text = trained_modules(base, model, recipe("vlm-default", text={"blocks": 1}))
+    text = vlm_layers(base, model, recipe("vlm-default", text={"blocks": 1}))
     assert text and all(name.startswith("model.text_model.layers.1.") for name in text)
     parts = {"image": {"locked": False}, "connector": {"locked": False}, "text": {"locked": True}}
-    eyes = trained_modules(base, model, recipe("vlm-default", **parts))
+    eyes = vlm_layers(base, model, recipe("vlm-default", **parts))
     assert {base.part_of(name) for name in eyes} == {"image", "connector"}
     with pytest.raises(ConfigError, match="no layer"):
-        trained_modules(base, model, recipe("vlm-default", text={"blocks": 0}))
+        vlm_layers(base, model, recipe("vlm-default", text={"blocks": 0}))
     with pytest.raises(ConfigError, match="no list of blocks"):
-        trained_modules(base, model, recipe("vlm-default", connector={"blocks": 1}))
+        vlm_layers(base, model, recipe("vlm-default", connector={"blocks": 1}))
 
 
 def test_what_cannot_be_asked_or_is_too_long_is_not_taken(base: VlmBase) -> None:

@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
 from updater.families.clip.learner import ClipLearner
-from updater.step.cached_gradients import CachedPasses
+from updater.step.gradients import CachedPasses
 from updater.step.learner import Learner
 from updater.training.measure import measure
 

@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater.adapters import Dense, LowRank
 from updater.training import run as run_module
-from updater.training.carry_over import NAME, CarryOver
+from updater.training.result import CARRY_OVER, CarryOver
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_memory_survives_its_file(tmp_path: Path) -> None:
 def test_nothing_to_remember_is_no_file_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     assert CarryOver().write(tmp_path / "none") is None
     assert not (tmp_path / "none").exists()
-    (tmp_path / NAME).write_bytes(b"damaged")
+    (tmp_path / CARRY_OVER).write_bytes(b"damaged")
     with pytest.raises(TrainingError, match="cannot be read"):
         CarryOver.read(tmp_path)
 

@@ -14,7 +14,7 @@ from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
 from updater.merging import merged, names, remembered
 from updater.recipes import Merge
-from updater.training.carry_over import CarryOver
+from updater.training.result import CarryOver
 
 OUT, INNER = 6, 5
 

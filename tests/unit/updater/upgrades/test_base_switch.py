@@ -13,7 +13,7 @@ from core.settings.serving import BaseModels
 from serving.engines.adapters import read_adapter
 from tests.support.tiny import tiny_adapter, tiny_base
 from updater.adapters import read_delta
-from updater.upgrades.lineage import waits_for_base
+from updater.upgrades.replay import waits_for_base
 from updater.upgrades.switch import plan_switch
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from updater.heads.fit import KNOWN, fit_head
-from updater.heads.learn import Labelled
+from updater.heads import KNOWN, Labelled, fit_head
 
 CLASSES, DIM = 4, 24
 

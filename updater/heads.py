@@ -1,9 +1,12 @@
-"""The heads of a candidate: learned from the labelled samples of the store, in the candidate's own image space."""
+"""Heads of a candidate: learned from the labelled samples of the store, in the candidate's own image space.
+
+A head has class means and the covariance that all classes share, calibrated on what it has not seen.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +18,20 @@ from core.progress import say, track
 from core.settings.heads import LearnedHead
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
-from serving.engines.heads import Head
+from serving.engines.heads import Floats, Head
 from streams.rows import Split
 from streams.store import ADDRESS, SampleStore
-from updater.heads.fit import fit_head
 
+FOLDS = 10
+"""With two, the means and the covariance that it is calibrated on were so much worse that probabilities came out half
+as sure as they were right: an ECE of 11 to 22 points on three of four domains, and of 5 to 13 with ten."""
+LEAST = 2
+"""Images of a class: one of them is in no fold that it is judged by."""
+JUDGED = 5000
+"""Images, about, that it is calibrated by where there are more."""
+SCALES = np.geomspace(0.01, 4.0, 60)
+KNOWN = 0.95
+"""Share of images of known classes that the threshold is to let through."""
 PAGE = 32
 """Images that are read and encoded at once."""
 
@@ -101,3 +113,81 @@ def _features(
         for page in pages
     )
     return np.concatenate(list(track(encoded, f"head {head}: images", total=len(pages))))
+
+
+def fit_head(features: npt.ArrayLike, labels: Sequence[str]) -> Head:
+    """From unit features [n, dim] and a label each; every class needs two images at least.
+
+    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004). The scale of probabilities is
+    the one of the least cross entropy, and the threshold for "none of these" a quantile of distances, both on folds
+    that the means and the covariance were not made of.
+
+    Raises ValueError with fewer than two classes, or a class of one image.
+    """
+    x = np.asarray(features, np.float64)
+    names = sorted(set(labels))
+    if len(names) < 2:
+        raise ValueError("a head tells two classes apart at least")
+    if alone := [name for name, count in Counter(labels).items() if count < LEAST]:
+        raise ValueError(f"class {alone[0]!r} has one image, and a head needs {LEAST} of each")
+    place = {name: number for number, name in enumerate(names)}
+    y = np.array([place[label] for label in labels])
+    fold = _folds(y)
+    judged = np.zeros(len(x), bool)
+    judged[:: max(1, len(x) // JUDGED)] = True
+    scores, distances, right = [], [], []
+    for number in range(fold.max() + 1):
+        outside, rows = fold != number, (fold == number) & judged
+        answers = _fitted(names, x[outside], y[outside], 1.0, 1.0).classify(x[rows])
+        scores.append(np.log(answers.probabilities.clip(1e-300)))
+        distances.append(answers.distance)
+        right.append(y[rows])
+    logits, own = np.concatenate(scores), np.concatenate(right)
+    scale = min(SCALES, key=lambda each: _cross_entropy(each * logits, own))
+    threshold = max(float(np.quantile(np.concatenate(distances), KNOWN)), 1e-6)
+    return _fitted(names, x, y, float(scale), threshold)
+
+
+def _fitted(names: Sequence[str], x: Floats, y: npt.NDArray[np.int_], scale: float, threshold: float) -> Head:
+    counts = np.bincount(y, minlength=len(names))
+    means = np.stack([x[y == number].mean(axis=0) for number in range(len(names))])
+    precision = np.linalg.inv(_shrunk(x - means[y], len(names)))
+    return Head(
+        labels=tuple(names),
+        means=means.astype(np.float32),
+        precision=((precision + precision.T) / 2).astype(np.float32),
+        center=x.mean(axis=0).astype(np.float32),
+        scale=scale,
+        threshold=threshold,
+        counts=tuple(int(count) for count in counts),
+    )
+
+
+def _shrunk(residuals: Floats, classes: int) -> Floats:
+    """The covariance [dim, dim] of residuals, shrunk as far as its own noise says (Ledoit and Wolf 2004)."""
+    count, dim = residuals.shape
+    sample = residuals.T @ residuals / count
+    level = float(np.trace(sample)) / dim
+    identity = np.eye(dim)
+    away = float(((sample - level * identity) ** 2).sum()) / dim
+    squares = (residuals**2).sum(axis=1)
+    noise = float((squares**2).mean() - (sample**2).sum()) / count / dim
+    share = 1.0 if away <= 0 else min(1.0, max(noise, 0.0) / away)
+    unbiased = count / max(count - classes, 1)  # the means took as many degrees of freedom
+    shrunk: Floats = unbiased * ((1 - share) * sample + share * level * identity) + 1e-8 * identity
+    return shrunk
+
+
+def _folds(y: npt.NDArray[np.int_]) -> npt.NDArray[np.int_]:
+    """Each class's images in turns, so that every fold has some of each."""
+    fold = np.zeros(len(y), dtype=int)
+    for number in np.unique(y):
+        rows = np.flatnonzero(y == number)
+        fold[rows] = np.arange(len(rows)) % FOLDS
+    return fold
+
+
+def _cross_entropy(logits: Floats, y: npt.NDArray[np.int_]) -> float:
+    top = logits.max(axis=1, keepdims=True)
+    total = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
+    return float((total - logits[np.arange(len(y)), y]).mean())

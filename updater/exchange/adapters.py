@@ -1,11 +1,13 @@
-"""An adapter from elsewhere becomes an update that is trained already: the updater judges and proposes it as its own.
+"""Adapters from elsewhere and for elsewhere, as PEFT directories.
 
-The update has learned no data of this store: ``data_to`` is empty, so that once it is live the next update begins with
-all of it. What it is compared with is set when it is judged (:func:`compare`): another release may come before.
+An imported adapter becomes an update that is trained already: the updater judges and proposes it as its own. The update
+has learned no data of this store: ``data_to`` is empty, so that once it is live the next update begins with all of it.
+What it is compared with is set when it is judged (:func:`compare`): another release may come before.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Final, TypedDict
 
 from core.artifacts import Artifacts, directory_digest
 from core.errors import AdapterError
-from core.ledger import Ledger, UpdateRow
+from core.ledger import AdapterRow, Ledger, UpdateRow
 from core.settings import Settings
-from serving.engines.adapters import MAX_RANK, adapter_name
+from serving.engines.adapters import MAX_RANK, adapter_name, read_adapter
+from serving.engines.lora import whole_weights
 from streams.store import SampleStore
+from updater.adapters.recorded import fetch_recorded
 from updater.exchange.peft_files import convert, named
 from updater.families import FAMILIES, family_base, spaces_of
 from updater.recipes import Family
@@ -26,6 +30,9 @@ from updater.step.learner import Base
 
 IMPORTED: Final = "imported"
 """Name in the place of a recipe's."""
+CARD: Final = "README.md"
+RELEASES: Final = 1000
+"""Releases that are looked through for the adapter."""
 
 
 class _Comparison(TypedDict):
@@ -153,3 +160,61 @@ def _check_name(directory: Path, name: str) -> None:
             f"{directory}: its name is {claimed[:40]!r}, and its files are {name}; they are damaged or were changed.",
             "Export it again; if it was changed on purpose, remove ratchet.json and give --base.",
         )
+
+
+def export_adapter(settings: Settings, name: str, target: Path) -> Path:
+    """Write an adapter of the ledger to the new directory ``target``; `ratchet adapters import` takes it back as the
+    same adapter.
+
+    Raises:
+        LedgerError: there is no such adapter.
+        AdapterError: its files are away or damaged, or ``target`` exists.
+    """
+    if target.exists():
+        raise AdapterError(f"{target} exists already.", "Name a new directory.")
+    ledger = Ledger.open(settings.ledger)
+    try:
+        row = ledger.adapter(name)
+        source = fetch_recorded(Artifacts(settings.artifacts), ledger, name)
+        card = model_card(ledger, row, source)
+    finally:
+        ledger.close()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
+    try:
+        shutil.copytree(source, work, dirs_exist_ok=True)
+        (work / CARD).write_text(card)
+        work.chmod(0o755)
+        work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def model_card(ledger: Ledger, row: AdapterRow, directory: Path) -> str:
+    """A card in the form of the Hugging Face hub: what the adapter is of, where it came from, how it was judged."""
+    files = read_adapter(directory)
+    update, verdict = ledger.update_of(row.name), ledger.verdict_on(row.name)
+    releases = [str(r.number) for r in ledger.releases(RELEASES) if row.name in (r.clip, r.vlm)]
+    facts = {
+        "family": row.family,
+        "base digest (SHA-256)": row.base,
+        "rank": files.config["r"],
+        "parameters replaced as a whole": len(whole_weights(files)),
+        "update": update.id if update else "none",
+        "recipe": update.recipe.get("name", "") if update else "none",
+        "verdict of the gate": verdict.outcome if verdict else "none",
+        "releases": ", ".join(reversed(releases)) or "none",
+        "withdrawn": "yes" if row.withdrawn else "no",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    note = (
+        "PEFT reads the low-rank part alone; the parameters that are replaced as a whole are in the file under "
+        "their own names.\n\n"
+        if whole_weights(files)
+        else ""
+    )
+    return (
+        f"---\nlibrary_name: peft\ntags:\n- lora\n- ratchet\n---\n\n# {row.name}\n\n| | |\n|---|---|\n{table}\n\n{note}"
+        "`ratchet adapters import` takes this directory back, where the same base is served.\n"
+    )

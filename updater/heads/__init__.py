@@ -1,1 +1,0 @@
-"""Heads: classes of labelled samples, learned in the image space of a candidate."""

@@ -1,1 +1,0 @@
-"""What merge rules share."""
