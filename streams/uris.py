@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from core.allow_rules import ObjectRule, is_object
 from core.errors import RecordError
 from core.settings.streams import Ingest
+from streams.codecs import check_digest, parse_digest
 from streams.fetch_limits import FetchLimits
 from streams.fetch_retries import TransientFetchError, pause_before
-from streams.image_digests import check_digest, parse_digest
 from streams.loop_thread import LoopThread
 from streams.object_stores import ObjectReader
 from streams.uri_files import not_allowed, read_file
