@@ -23,7 +23,7 @@ from streams.indexing import Indexing
 from streams.log_watch import LogWatch
 from streams.quality.duplicates import DuplicateIndex
 from streams.quality.sides import SplitRule
-from streams.refusal_publisher import RefusalPublisher
+from streams.quarantine import RefusalPublisher
 from streams.rows import parse_stream
 from streams.store import SampleStore
 from streams.validation_pool import ValidationPool, Validators

@@ -282,5 +282,5 @@ def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("streams.consumer_parts.KafkaConsumer", Client)
     patch.setattr("streams.consumer.Admin", lambda kafka, seconds: FakeAdmin(broker))
     patch.setattr("streams.consumer_parts.tolerant_fetch.install", lambda consumer, limit: None)
-    patch.setattr("streams.refusal_publisher.FencedSender", lambda *args: FakeSender(broker, *args))
+    patch.setattr("streams.quarantine.FencedSender", lambda *args: FakeSender(broker, *args))
     patch.setattr("streams.outbox.read_back", read_back)

@@ -10,7 +10,7 @@ from typing import Any
 from core.settings import Settings
 from streams.fenced_sender import FencedSender
 from streams.ingest import run_ingest
-from streams.refusal_publisher import RefusalPublisher
+from streams.quarantine import RefusalPublisher
 from streams.writer import StoreWriter
 
 

@@ -20,7 +20,7 @@ from streams.assignment import Reading
 from streams.consumer import Consumer
 from streams.crash_guard import DEATHS
 from streams.quality.validate import Received, validate
-from streams.refusal_publisher import RefusalPublisher
+from streams.quarantine import RefusalPublisher
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.table import SampleTable
@@ -49,7 +49,7 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
     broker = FakeKafka("t")
     install(broker, monkeypatch)
     monkeypatch.setattr(module, "BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.refusal_publisher.BACKOFF_SECONDS", (0.02,))
+    monkeypatch.setattr("streams.quarantine.BACKOFF_SECONDS", (0.02,))
     monkeypatch.setattr("streams.log_watch.LogWatch.SECONDS", 0.0)
     return broker
 

@@ -11,7 +11,7 @@ import pytest
 from core.settings.streams import Kafka
 from streams import refusal_publisher
 from streams.assignment import Reading
-from streams.refusal_publisher import RefusalPublisher
+from streams.quarantine import RefusalPublisher
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
