@@ -38,7 +38,7 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import ReleaseResult
 
 if TYPE_CHECKING:
-    from streams.resubmit_many import RefusalFilter
+    from streams.resubmit import RefusalFilter
 
 OPERATOR_THREADS = 4
 CLIP: Family = "clip"

@@ -15,8 +15,7 @@ from core.ledger import Ledger
 from core.settings import Settings
 from ops.cli.main import app
 from streams import resubmit_many as module
-from streams.resubmit import HEADER
-from streams.resubmit_many import RefusalFilter, ResubmitReport, resubmit_many
+from streams.resubmit import HEADER, RefusalFilter, ResubmitReport, resubmit_many
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.broker import Broker
