@@ -21,7 +21,7 @@ from core.ledger import Ledger
 from core.metrics import declared
 from core.settings import Settings
 from streams.events import EventPublisher
-from streams.read_back import read_back
+from streams.outbox import read_back
 from tests.support import mortal_publisher
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess
