@@ -37,8 +37,17 @@ from typing import Any, Final
 from core.digests import digest12, digest_json
 from core.errors import SelectorError
 from core.ledger import DeletionRow, Ledger
-from streams.conditions import at_offset, hexadecimal, moment, quoted
-from streams.rows import RecordPosition, name_of, parse_position, position_of, record_key
+from streams.rows import (
+    RecordPosition,
+    at_offset,
+    hexadecimal,
+    moment,
+    name_of,
+    parse_position,
+    position_of,
+    quoted,
+    record_key,
+)
 from streams.store import IDS_PER_QUERY, SampleStore
 from streams.writer import DELETION, SENT, StoreWriter
 

@@ -28,9 +28,8 @@ from ratchet_client.encoding import Encoded, Headers
 from ratchet_client.producer import Delivery, RecordSender
 from ratchet_client.records import REASONS
 from streams.clients import connection
-from streams.conditions import refused
 from streams.quarantine import original
-from streams.rows import SCHEMA, position_of
+from streams.rows import SCHEMA, position_of, refused
 from streams.store import SampleStore
 
 PUBLISH_SECONDS: Final = 20.0

@@ -24,12 +24,11 @@ import pyarrow.compute as pc
 
 from core.errors import StoreFull, StoreUnavailable
 from core.progress import track
-from streams.conditions import quoted
 from streams.quality.bands import bands_of, masks
 from streams.quality.look import Look, similar
 from streams.quality.sides import TABLES, SplitRule
 from streams.quality.staging import Staging
-from streams.rows import RecordPosition, Split, name_of, parse_position, position_of
+from streams.rows import RecordPosition, Split, name_of, parse_position, position_of, quoted
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 
