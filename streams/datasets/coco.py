@@ -17,7 +17,7 @@ from streams.datasets.json_files import ImageFinder, files_of_shape
 from streams.datasets.json_stream import DiskIndex, elements
 from streams.datasets.source import Format, Source, split_of
 from streams.folders import DatasetRow, FolderItem
-from streams.tables import Where, dataset_error
+from streams.row_files import Where, dataset_error
 
 
 def matches(path: Path) -> bool:

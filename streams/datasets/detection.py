@@ -10,7 +10,7 @@ from ratchet_client.images import MAX_BYTES
 from streams.datasets import coco, imagefolder, index_files, llava, parquet, shards, sidecars, vqa
 from streams.datasets.source import Format, Source
 from streams.folders import DatasetRow, select_split
-from streams.tables import dataset_error
+from streams.row_files import dataset_error
 
 _ORDERED: Final = (
     index_files.FOLDER,

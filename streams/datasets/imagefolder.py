@@ -20,8 +20,7 @@ from core.errors import RecordError
 from streams.datasets.mapping import ImageRef, has_words, items_of
 from streams.datasets.source import IMAGE_SUFFIXES, Format, Source, split_of
 from streams.folders import DatasetRow, FolderItem
-from streams.row_fields import inside
-from streams.tables import Where, csv_rows, dataset_error, jsonl_rows
+from streams.row_files import Where, csv_rows, dataset_error, inside, jsonl_rows
 
 METADATA: Final = ("metadata.csv", "metadata.jsonl")
 FILE: Final = ("file_name", "file", "image")

@@ -9,7 +9,7 @@ from typing import Final
 
 from streams.datasets.source import Format, Source
 from streams.folders import INDEX, DatasetRow, read_index
-from streams.tables import dataset_error
+from streams.row_files import dataset_error
 
 
 def read(source: Source) -> Iterator[DatasetRow]:

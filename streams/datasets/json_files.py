@@ -9,8 +9,7 @@ from typing import Any, Final, Literal
 
 from core.errors import RecordError
 from streams.datasets.json_stream import TOP, elements
-from streams.row_fields import inside
-from streams.tables import Where
+from streams.row_files import Where, inside
 
 Shape = Literal["coco", "questions", "answers", "conversations", ""]
 MAX_FILES: Final = 64

@@ -20,7 +20,7 @@ from streams.datasets.json_stream import TOP, elements
 from streams.datasets.mapping import ImageRef, items_of
 from streams.datasets.source import Format, Source, split_of
 from streams.folders import DatasetRow
-from streams.tables import Where, dataset_error, jsonl_rows
+from streams.row_files import Where, dataset_error, jsonl_rows
 
 LINES: Final = (".jsonl", ".ndjson")
 

@@ -16,8 +16,7 @@ from streams.datasets.mapping import ImageRef, items_of
 from streams.datasets.shards import values_of
 from streams.datasets.source import MAX_TEXT_BYTES, Format, Source, split_of
 from streams.folders import DatasetRow
-from streams.row_fields import inside
-from streams.tables import Where
+from streams.row_files import Where, inside
 
 LOOKED_AT: Final = 16
 """Images whose texts are looked for, to tell what a folder is."""

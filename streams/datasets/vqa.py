@@ -22,7 +22,7 @@ from streams.datasets.json_stream import DiskIndex, elements
 from streams.datasets.mapping import ImageRef, items_of
 from streams.datasets.source import Format, Source, split_of
 from streams.folders import DatasetRow
-from streams.tables import Where, dataset_error
+from streams.row_files import Where, dataset_error
 
 _NOISE = re.compile(r"openended|multiplechoice|questions?|annotations?|answers?|[^a-z0-9]")
 
