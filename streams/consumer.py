@@ -38,7 +38,7 @@ from streams.quality.validate import Received, refuse
 from streams.rights import check_rights, ingest_rights
 from streams.rows import RecordPosition, position_of
 from streams.store import SampleStore
-from streams.validation_process import crashed
+from streams.validators import crashed
 
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.25

@@ -27,8 +27,7 @@ from streams.quarantine import RefusalPublisher
 from streams.rows import parse_stream
 from streams.store import SampleStore
 from streams.validation_pool import ValidationPool, Validators
-from streams.validation_process import ProcessValidators, Work
-from streams.validation_threads import ThreadValidators
+from streams.validators import ProcessValidators, ThreadValidators, Work
 from streams.writer import StoreWriter
 
 POLL_RECORDS: Final = 256
