@@ -25,7 +25,7 @@ from streams.clients import connect_producer, producer_limits
 from streams.datasets import read_dataset
 from streams.datasets.detection import choose
 from streams.folders import DatasetRow, FolderItem
-from streams.publish_resume import InFlight, ProgressFile
+from streams.publish_progress import InFlight, ProgressFile
 
 
 def publish(
