@@ -28,14 +28,13 @@ from ratchet_client.broker import explain
 from streams import tolerant_fetch
 from streams.assignment import Reading, start_position
 from streams.batch import CommitResult
-from streams.clients import Admin, connection
+from streams.clients import Admin, check_rights, connection, ingest_rights
 from streams.consumer_parts import CONNECT_SECONDS, Connection, ConsumerParts
 from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
 from streams.log_changes import LogChanges
 from streams.log_watch import LogLost
 from streams.quality.validate import Received, refuse
-from streams.rights import check_rights, ingest_rights
 from streams.rows import RecordPosition, position_of
 from streams.store import SampleStore
 from streams.validators import crashed
