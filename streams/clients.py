@@ -1,4 +1,4 @@
-"""Kafka clients from the settings: what the client package wants to know, and questions about topics."""
+"""Kafka clients from the settings: what the client package wants to know, and questions about topics and rights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ What is selected are records. A sample that several records sent, with keys of t
 is not selected: it passes to that one, with what it says of the sample.
 
 A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) is a deletion, too, of
-what came before it.
+what came before it. Many tombstones are carried out together: two scans of the store and a commit for all of them. A
+selector of a tombstone is a key or an ID, with the bounds that ingest gave it; so one scan finds the rows of a
+thousand, and which of them a row belongs to is found in memory.
 
 Old versions of objects, which a bucket with versioning keeps, are deleted where the bucket allows it; else the deletion
 is ``held``, and the receipt says what is left and until when.
@@ -300,7 +302,7 @@ def is_tombstone(deletion: DeletionRow) -> bool:
 
 
 def remove_together(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
-    """Like :func:`streams.deletion.remove` for each of them. Returns the number of rows.
+    """Like :func:`remove` for each of them. Returns the number of rows.
 
     Args:
         store: where they are removed.
@@ -335,7 +337,7 @@ def _rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tupl
     ids = ", ".join(quoted(name) for name in by_name if isinstance(name, str))
     keys = ", ".join(hexadecimal(name) for name in by_name if isinstance(name, bytes))
     clauses = [f"id IN ({ids})"] if ids else []
-    if keys:  # see streams.deletion for refused records of earlier versions
+    if keys:  # see `_clause` for refused records of earlier versions
         older = f"(original_key IN ({keys}) OR sha256(original_key) IN ({keys}))"
         clauses += [f"key IN ({keys})", f"(kind = 'quarantine' AND key IS NULL AND {older})"]
     for batch in store.batches(f"{SENT} AND ({' OR '.join(clauses)})", _COLUMNS):

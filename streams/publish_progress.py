@@ -1,4 +1,4 @@
-"""Which rows of a data set the broker has: a window of rows in flight, and a small file from which a run goes on.
+"""How far a publication has come: rows in flight, a small file from which a run goes on, and what ingest has stored.
 
 Rows are numbered from 1 in the order of reading. All up to some number are done (acknowledged, or refused), and that
 number is in the file; at most `MAX_ROWS` behind it are in flight. The file is written whenever `SAVE_ROWS` more are

@@ -1,6 +1,6 @@
 """The quarantine topic: every refused record, as it came, with the reason and where it was.
 
-A message has the original key, value and headers, and besides
+A message has the original key, value and headers, and also
 
     ratchet_reason      one of ratchet_client.records.REASONS
     ratchet_detail      the reason in words
@@ -13,6 +13,11 @@ so that a corrected record can be sent again as it is. What the topic does not t
 same without the original's key, value and headers, which stay in the sample store, with
 
     ratchet_claim_check   where its bytes are: the position for `ratchet samples show` and `GET /admin/v1/quarantine`
+
+Refused records are published next to the consumer's loop, so that the topic never holds up reading. Each is published
+once, whatever is killed or stopped when: its row was stored in the commit of its batch, and what the store has but the
+topic does not is found by :mod:`streams.outbox`, which also keeps a process out that has lost the partition. The rows
+wait in memory up to a bound; beyond it they are read from the store again when their turn comes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Record batches of a Kafka log, read so that no bytes end in an exception: kafka-python's batches, made total.
 
-A batch is read in two steps. ``fetched_batches`` finds the batches in the bytes of a fetch and decides which of them
-can be trusted; the classes here read the records of one batch. What cannot be read comes out as a record, too: one that
-carries a ``Corrupt`` where kafka-python has the checksum, so that it passes through kafka-python's own code like any
-other.
-"""
+A batch is read in two steps. :mod:`streams.tolerant_fetch` finds the batches in the bytes of a fetch and decides which
+of them can be trusted; the classes here read the records of one batch. What cannot be read comes out as a record, too:
+one that carries a ``Corrupt`` where kafka-python has the checksum, so that it passes through kafka-python's own code
+like any other.
+
+kafka-python expands a compressed batch whole, whatever it expands to: 64 KiB of gzip can be 64 MiB of zeros. The
+decoders here use the incremental interface of the same libraries, and stop as soon as the output is larger than a
+limit, before memory is filled."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Refused records: looking at them, and sending one again as it came, once what refused it has been mended.
+"""Refused records: looking at them, and sending them again as they came, once what refused them has been mended.
 
 A record is named by its *place*, ``topic:partition:offset`` of where it was refused. It is read from the sample store,
 which has every refused record with its bytes, and sent to the topic again with a header that tells where it was.
 
 The place is claimed in the ledger before and settled after: a second call is refused. A process that dies in between
 leaves the claim, and only ``force`` sends again. Whatever is sent twice all the same is found by ingest: equal samples
-are stored once.
+are stored once. Many records, chosen by reason, source and time, are each claimed like a single one. Records refused
+again return to quarantine, as other records.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def resubmit(
         raise RecordError("empty", f"record {place} has no value.", "There is nothing to send again.")
     ledger.begin_resubmission(place, actor=actor, reason=reason, force=force)
     try:
-        delivery = _send(settings, Encoded(record.key, record.value, headers_of(record, place)))
+        delivery = _send_one(settings, Encoded(record.key, record.value, _headers_of(record, place)))
     except RatchetError as error:
         ledger.end_resubmission(place, str(error))
         raise
@@ -103,12 +104,12 @@ def resubmit(
     return delivery
 
 
-def headers_of(record: Encoded, place: str) -> Headers:
+def _headers_of(record: Encoded, place: str) -> Headers:
     """The headers under which a refused record is sent again: its own, and where it was refused."""
     return [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
 
 
-def _send(settings: Settings, record: Encoded) -> Delivery:
+def _send_one(settings: Settings, record: Encoded) -> Delivery:
     sender = RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
     try:
         sent = sender.send(settings.kafka.topic, record)
@@ -305,7 +306,7 @@ def _send(
         report.before += 1
         return
     try:
-        sent = sender.send(topic, Encoded(record.key, record.value, headers_of(record, name)))
+        sent = sender.send(topic, Encoded(record.key, record.value, _headers_of(record, name)))
         sent.result(timeout=PUBLISH_SECONDS + 5)
     except (BrokerError, TimeoutError) as error:
         ledger.end_resubmission(name, str(error) or "the broker did not answer in time.")

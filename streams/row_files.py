@@ -2,6 +2,9 @@
 
 A row that cannot be read is yielded as the `RecordError` that says why, and reading goes on behind it. A file that
 holds no table at all, or a row beyond `MAX_ROW_CHARS`, raises: what follows cannot be told apart.
+
+Values of a row's fields (strings, lists, times, base64 images, files of the data set's folder) are checked here, too:
+each check raises a `RecordError` that names the row, the field, what is wrong and what to do.
 """
 
 from __future__ import annotations

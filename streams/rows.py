@@ -15,7 +15,8 @@ Every record of the topic becomes one row, so that each can be accounted for:
                                                                                  duplicate_of (where the id stays)
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
-Readers of the store see samples only.
+Readers of the store see samples only. Conditions on rows are Lance's SQL; what comes from outside is written as a
+literal.
 """
 
 from __future__ import annotations

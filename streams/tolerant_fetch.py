@@ -10,8 +10,20 @@ each such offset comes out of ``poll`` as a ``Corrupt`` in the place of its reco
 
 Where it hooks in: a fetcher makes ``self.PartitionRecords(...)`` in ``_parse_fetched_data``. Both are replaced on the
 one fetcher. Transactions, control batches, positions and metrics stay kafka-python's own code: it is given batches
-(``fetched_batches``, ``record_batches``) that never raise, and whose unreadable records carry their ``Corrupt`` in the
+(:mod:`streams.record_batches`) that never raise, and whose unreadable records carry their ``Corrupt`` in the
 field of the checksum.
+
+Finding the batches of a fetch
+------------------------------
+What the fields in front of a batch say is not covered by its checksum where it matters most (its offset and its
+length), so they are believed only where they agree with the fetch: with the position that was asked for, the batch that
+follows, the end of the log. A batch that does not is read a second time before it counts as damaged: the log may be
+sound, and the bytes have been damaged on their way. Where what follows a damaged batch does not begin with its next
+offset, nothing else of the fetch is read, and the next one starts behind it, at a boundary that the broker knows.
+
+The offsets of a damaged batch are those that its header names, where the header contradicts nothing. Otherwise there
+are fewer of them, at least one, and the next fetch finds the rest: too few cost a fetch more, too many would cost
+records.
 
 Truncation (KIP-320), as kafka-python 3.0.12 does it
 ----------------------------------------------------

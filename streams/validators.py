@@ -1,4 +1,4 @@
-"""What runs in a process that validates records for a consumer.
+"""What validates records for a consumer: processes, or threads of the consumer's own.
 
 Several threads of one process decode images at once, but wait for each other to run Python; processes do not. A record
 that kills the process that validates it does not kill the consumer, either; its deaths are counted all the same, by

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from core.settings.streams import Ingest, Kafka
-from streams import validation_process
+from streams import validators
 from streams.assignment import Reading
 from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, StoreRow, validate
@@ -46,7 +46,7 @@ class MortalProcesses(ProcessValidators):
 def die(records: Sequence[Received]) -> list[Accepted | StoreRow]:
     """In the process: end as a crash of a decoder would."""
     [deadly] = [received for received in records if received.key == DEADLY]
-    with validation_process._notes.validating(deadly.record_position):
+    with validators._notes.validating(deadly.record_position):
         os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a killed process went on")
 
