@@ -50,7 +50,7 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
     install(broker, monkeypatch)
     monkeypatch.setattr(module, "BACKOFF_SECONDS", (0.02,))
     monkeypatch.setattr("streams.quarantine.BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.log_watch.LogWatch.SECONDS", 0.0)
+    monkeypatch.setattr("streams.membership.LogWatch.SECONDS", 0.0)
     return broker
 
 
@@ -466,7 +466,7 @@ def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(
 ) -> None:
     broker = FakeKafka("t", 2)
     install(broker, monkeypatch)
-    monkeypatch.setattr("streams.log_watch.LogWatch.SECONDS", 0.0)
+    monkeypatch.setattr("streams.membership.LogWatch.SECONDS", 0.0)
     broker.assign()
     lags: list[tuple[str, int | None]] = []
     for number in range(2):
