@@ -30,8 +30,7 @@ from streams.assignment import Reading, new_generation, start_position
 from streams.batch import CommitResult
 from streams.clients import Admin, check_rights, connection, ingest_rights
 from streams.consumer_parts import ConsumerParts
-from streams.ingest_report import IngestReport
-from streams.ingest_status import IngestStatus
+from streams.ingest_report import IngestReport, IngestStatus
 from streams.membership import CONNECT_SECONDS, POLL_SECONDS, LogLost, Membership, gap
 from streams.quality.validate import Received, refuse
 from streams.rows import RecordPosition, position_of
