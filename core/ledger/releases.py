@@ -12,8 +12,7 @@ from core.errors import LedgerError, ReleaseConflict
 from core.ledger import tables as t
 from core.ledger.audit import note
 from core.ledger.collection import check_files
-from core.ledger.commits import write_once
-from core.ledger.database import Database, as_row
+from core.ledger.database import Database, as_row, write_once
 from core.ledger.holds import add_hold, check_hold, open_hold
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.proposals import check_open, find_proposal, rollout_detail
@@ -41,7 +40,7 @@ class ReleaseQueries:
         attempt: str | None = None,
     ) -> ReleaseRow:
         """Append a release, and mark its proposal committed, in one transaction. When the answer to COMMIT is lost, the
-        release is looked up; see :mod:`core.ledger.commits`.
+        release is looked up; see :mod:`core.ledger.database`.
 
         Args:
             epoch: of the controller's lease.
