@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from core.errors import ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.database import Database, as_row, write_once
+from core.ledger.events import note
 from core.ledger.releases import append_release, check_number
 from core.ledger.rollout import PLAIN
 from core.ledger.rows import BaseUpgradeRow, ReleaseRow, UpdateRow

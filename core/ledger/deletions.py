@@ -10,9 +10,8 @@ from sqlalchemy import func, or_, select, update
 
 from core.digests import digest12
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.database import Database, as_row
-from core.ledger.events import add_event
+from core.ledger.events import add_event, note
 from core.ledger.rows import DeletionRow, DeletionState
 
 

@@ -7,8 +7,8 @@ from sqlalchemy.orm import Session
 
 from core.errors import Held, LedgerError
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.database import Database, as_row, write_once
+from core.ledger.events import note
 from core.ledger.rows import SYSTEM_ACTORS, HoldRow
 
 

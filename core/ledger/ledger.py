@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from core.ledger.audit import AuditQueries
 from core.ledger.bases import BaseQueries
 from core.ledger.budget import BudgetQueries
 from core.ledger.collection import CollectionQueries
 from core.ledger.database import Database, open_database
 from core.ledger.deletions import DeletionQueries
-from core.ledger.events import EventQueries
+from core.ledger.events import AuditQueries, EventQueries
 from core.ledger.holds import HoldQueries
 from core.ledger.keys import KeyQueries
 from core.ledger.learning import LearningQueries

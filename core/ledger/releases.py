@@ -10,13 +10,12 @@ from sqlalchemy.orm import Session
 
 from core.errors import LedgerError, ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.collection import check_files
 from core.ledger.database import Database, as_row, write_once
+from core.ledger.events import note, tell_release
 from core.ledger.holds import add_hold, check_hold, open_hold
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.proposals import check_open, find_proposal, rollout_detail
-from core.ledger.release_events import tell_release
 from core.ledger.rows import SYSTEM_ACTORS, Family, ReleaseRow
 
 

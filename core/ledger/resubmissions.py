@@ -9,8 +9,8 @@ from sqlalchemy.exc import IntegrityError
 
 from core.errors import AlreadyResubmitted, LedgerError
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.database import Database, as_row
+from core.ledger.events import note
 from core.ledger.rows import ResubmissionRow
 
 
