@@ -29,7 +29,7 @@ from core.digests import digest12
 from core.errors import ConfigError, LedgerUnavailable, RatchetError
 from core.ledger import DeletionRow, DeletionState, Ledger
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.renewal import renewing
+from core.ledger.leases import renewing
 from core.progress import say
 from core.settings import Settings
 from streams import compaction, deletion, retention

@@ -12,8 +12,7 @@ from core.errors import ReleaseConflict
 from core.ledger import tables as t
 from core.ledger.database import Database, as_row, write_once
 from core.ledger.events import note
-from core.ledger.releases import append_release, check_number
-from core.ledger.rollout import PLAIN
+from core.ledger.releases import PLAIN, append_release, check_number
 from core.ledger.rows import BaseUpgradeRow, ReleaseRow, UpdateRow
 
 

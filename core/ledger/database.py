@@ -1,4 +1,11 @@
-"""Transactions and migrations. Connections are made by :mod:`core.ledger.postgres` and :mod:`core.ledger.database`."""
+"""Transactions, migrations, and connections to SQLite; those to PostgreSQL are in :mod:`core.ledger.postgres`.
+
+A connection that is lost during COMMIT leaves it open whether the server has carried it out. Each write that goes
+through :func:`write_once` takes :func:`lock_releases` first. A second attempt gets that lock only when the first one
+has ended on the server, one way or the other; so what the second attempt then reads is final.
+
+SQLite's transactions say at their beginning whether they write; its files are in WAL mode, and durable.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +36,6 @@ from core.ledger.time_limits import CALL_SECONDS, CHECKOUT_SECONDS, MIGRATION_SE
 
 if TYPE_CHECKING:
     from alembic.config import Config
-
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Any fixed number: processes that start together take turns at migrating.
@@ -162,7 +168,7 @@ def _make_engine(url: URL) -> Engine:
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, pool_timeout=CHECKOUT_SECONDS) if url.database else create_engine(url)
-        prepare_sqlite(engine)
+        _prepare_sqlite(engine)
         return engine
     if url.drivername not in ("postgresql", "postgresql+psycopg"):
         return create_engine(url, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
@@ -214,17 +220,15 @@ def as_row(kind: type[Result], source: Any) -> Result:
 
 LOOKUP_SECONDS: Final = 5.0
 """How long the outcome of a COMMIT is looked for; a server that was restarted is back in one or two."""
-RELEASE_LOCK: Final = 7241957313
+_RELEASE_LOCK: Final = 7241957313
 """Any fixed number: releases, proposals and holds are written one after the other, whoever writes them."""
-PAUSE_SECONDS: Final = 0.1
-
-Result = TypeVar("Result")
+_PAUSE_SECONDS: Final = 0.1
 
 
 def lock_releases(session: Session) -> None:
     """Let nobody else write releases, proposals or holds until this transaction ends. SQLite has one writer anyway."""
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(text("select pg_advisory_xact_lock(:key)"), {"key": RELEASE_LOCK})
+        session.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _RELEASE_LOCK})
 
 
 def write_once(database: Database, transaction: Callable[[Session, bool], Result], subject: str) -> Result:
@@ -255,41 +259,41 @@ def write_once(database: Database, transaction: Callable[[Session, bool], Result
                     f"whether {subject} was written is unknown: {error.message}",
                     "Look it up when the ledger is back (`ratchet releases list`), before you decide again.",
                 ) from error
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(_PAUSE_SECONDS)
 
 
-WRITE_SECONDS: Final = 15
+_SQLITE_WRITE_SECONDS: Final = 15
 """Longest wait for another process's write. A write takes milliseconds, but its process may run at a low priority."""
-CACHE_KIB: Final = 256
+_SQLITE_CACHE_KIB: Final = 256
 """Of each connection. SQLite's 2 MB fill up as the ledger grows, in every thread of every process; the kernel caches
 its pages once for all."""
-READ_SECONDS: Final = 2
+_SQLITE_READ_SECONDS: Final = 2
 """Longest wait of a read: in WAL mode it waits for no writer, only for the recovery of the file after a crash."""
 
 
-def prepare_sqlite(engine: Engine) -> None:
+def _prepare_sqlite(engine: Engine) -> None:
     """Set up every connection of an engine. Writers (``ratchet_write``) lock at once: SQLite upgrades a read to a
     write late, and then fails."""
 
     @event.listens_for(engine, "connect")
     def pragmas(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are begun below, not by the driver
-        connection.execute(f"PRAGMA busy_timeout={WRITE_SECONDS * 1000}")
+        connection.execute(f"PRAGMA busy_timeout={_SQLITE_WRITE_SECONDS * 1000}")
         _use_wal(connection)
-        for pragma in ("synchronous=FULL", "foreign_keys=ON", f"cache_size=-{CACHE_KIB}"):
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", f"cache_size=-{_SQLITE_CACHE_KIB}"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         writing = connection.get_execution_options().get("ratchet_write", False)
-        seconds = WRITE_SECONDS if writing else READ_SECONDS
+        seconds = _SQLITE_WRITE_SECONDS if writing else _SQLITE_READ_SECONDS
         connection.exec_driver_sql(f"PRAGMA busy_timeout={seconds * 1000}")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
 
 def _use_wal(connection: Any) -> None:
     """SQLite does not wait when two connections turn a new file to WAL: one is told "locked", and asks again."""
-    end = time.monotonic() + WRITE_SECONDS
+    end = time.monotonic() + _SQLITE_WRITE_SECONDS
     while True:
         try:
             connection.execute("PRAGMA journal_mode=WAL")

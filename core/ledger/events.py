@@ -2,6 +2,8 @@
 
 The id of an event follows from the fact (``release-12``), so that a fact is told once whatever is repeated. Who
 publishes holds a lease, and marks with its epoch; see :mod:`streams.events`.
+
+The audit log says who did what to which, when; operators ask it afterwards. Its rows are only added.
 """
 
 from __future__ import annotations
@@ -103,6 +105,28 @@ class EventQueries:
             result = session.execute(old.where(t.Event.type != EVENT_TYPES["gap"]))
             return int(cast(CursorResult[Any], result).rowcount)
 
+    def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
+        """Record what somebody did that changes no other table."""
+        with self.database.write() as session:
+            note(session, actor, action, subject, detail)
+
+    def audit_rows(self, limit: int = 100, subject: str | None = None, actor: str | None = None) -> list[AuditRow]:
+        """The newest rows, newest first.
+
+        Args:
+            subject: only rows about it: ``release 12``, or ``release`` for all releases.
+            actor: only rows of one actor.
+        """
+        query = select(t.Audit).order_by(t.Audit.id.desc()).limit(limit)
+        if subject is not None:
+            about = t.Audit.subject
+            query = query.where(or_(about == subject, about.startswith(f"{subject} ", autoescape=True)))
+        if actor is not None:
+            query = query.where(t.Audit.actor == actor)
+        with self.database.read() as session:
+            rows = session.scalars(query)
+            return [AuditRow(r.id, r.actor, r.action, r.subject, r.detail, r.created_at) for r in rows]
+
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
     """Add an event in the transaction of its fact; see :meth:`EventQueries.record_event`."""
@@ -178,34 +202,6 @@ def _same_before(session: Session, row: t.Release) -> int | None:
         .limit(1)
     )
     return session.scalars(query).first()
-
-
-class AuditQueries:
-    """What operators ask afterwards."""
-
-    database: Database
-
-    def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-        """Record what somebody did that changes no other table."""
-        with self.database.write() as session:
-            note(session, actor, action, subject, detail)
-
-    def audit_rows(self, limit: int = 100, subject: str | None = None, actor: str | None = None) -> list[AuditRow]:
-        """The newest rows, newest first.
-
-        Args:
-            subject: only rows about it: ``release 12``, or ``release`` for all releases.
-            actor: only rows of one actor.
-        """
-        query = select(t.Audit).order_by(t.Audit.id.desc()).limit(limit)
-        if subject is not None:
-            about = t.Audit.subject
-            query = query.where(or_(about == subject, about.startswith(f"{subject} ", autoescape=True)))
-        if actor is not None:
-            query = query.where(t.Audit.actor == actor)
-        with self.database.read() as session:
-            rows = session.scalars(query)
-            return [AuditRow(r.id, r.actor, r.action, r.subject, r.detail, r.created_at) for r in rows]
 
 
 def note(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from core.digests import digest_bytes
 from core.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
 from core.ledger import Ledger
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.renewal import renewing
+from core.ledger.leases import renewing
 from core.progress import say, track
 from core.settings import Settings
 from ops.recovery.lake_files import datasets, version_files
