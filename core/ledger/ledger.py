@@ -18,8 +18,8 @@ from core.ledger.releases import ReleaseQueries
 
 
 class Ledger(
-    LearningQueries, ProposalQueries, ReleaseQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries, RecordQueries,
-    BaseQueries, CollectionQueries,
+    LearningQueries, ProposalQueries, ReleaseQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
+    RecordQueries, BaseQueries, CollectionQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""
 
