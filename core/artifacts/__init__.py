@@ -7,6 +7,6 @@ PosixPath('/tmp/ratchet-artifacts-1000/.../adapters/clip-0123456789ab')
 """
 
 from core.artifacts.artifacts import Artifacts
-from core.artifacts.manifest import directory_digest
+from core.artifacts.folder import directory_digest
 
 __all__ = ["Artifacts", "directory_digest"]

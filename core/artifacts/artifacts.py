@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 
 from core.artifacts import folder
-from core.artifacts.bucket import Bucket
 from core.artifacts.cache import CACHE_BYTES, Cache
-from core.artifacts.manifest import directory_digest
-from core.artifacts.object_store import CALL_SECONDS, ObjectStore, local_folder, open_filesystem
+from core.artifacts.folder import directory_digest
+from core.artifacts.object_store import CALL_SECONDS, Bucket, ObjectStore, local_folder, open_filesystem
 from core.digests import digest12
 from core.errors import AdapterError
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from core.artifacts.manifest import MARKER
+from core.artifacts.folder import MARKER
 from core.digests import digest_bytes
 from core.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
 from core.ledger import Ledger
