@@ -22,8 +22,7 @@ from ratchet_client.encoding import Encoding
 from ratchet_client.producer import Delivery, check_sample
 from ratchet_client.records import Sample, make_sample
 from streams.clients import connect_producer, producer_limits
-from streams.datasets import read_dataset
-from streams.datasets.detection import choose
+from streams.datasets import choose, read_dataset
 from streams.folders import DatasetRow, FolderItem
 from streams.publish_progress import InFlight, ProgressFile
 
