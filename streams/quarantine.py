@@ -39,8 +39,7 @@ from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded, Headers
 from streams.assignment import Reading
-from streams.fenced_sender import FencedSender
-from streams.outbox import Outbox, OutboxEntry
+from streams.outbox import FencedSender, Outbox, OutboxEntry
 from streams.rows import Position, RecordPosition, name_of, position_of
 from streams.store import SampleStore
 

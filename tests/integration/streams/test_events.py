@@ -175,7 +175,7 @@ def test_an_event_waits_until_the_broker_takes_it(
 ) -> None:
     record(ledger, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("streams.fenced_sender.FencedSender.open", _unreachable)
+        patch.setattr("streams.outbox.FencedSender.open", _unreachable)
         with pytest.raises(BrokerError):
             publisher.publish_pending()
     assert declared.EVENTS_WAITING._value.get() == 1, "what waits while the broker is away has to be seen"
