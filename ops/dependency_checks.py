@@ -20,9 +20,8 @@ from core.ledger import Ledger
 from core.redaction import redact_url
 from core.settings import Settings
 from serving.own_threads import BoundedCall
-from streams.clients import Admin
+from streams.clients import Admin, check_rights, event_rights, ingest_rights
 from streams.registry.client import RegistryClient
-from streams.rights import check_rights, event_rights, ingest_rights
 from streams.store import SampleStore
 
 LOOK_SECONDS: Final = 8.0

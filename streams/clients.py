@@ -1,17 +1,18 @@
-"""Kafka clients from the settings: what the client package wants to know, and questions about topics."""
+"""Kafka clients from the settings: what the client package wants to know, and questions about topics and rights."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
 from kafka.errors import (
     AuthorizationError,
+    BrokerResponseError,
     KafkaError,
     LeaderNotAvailableError,
     NoError,
@@ -20,6 +21,7 @@ from kafka.errors import (
     for_code,
 )
 
+from core.errors import BrokerError
 from core.settings.streams import Ingest, Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
 from ratchet_client.limits import Limits
@@ -207,3 +209,87 @@ def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> N
         admin.ensure_topics(topics, partitions)
     finally:
         admin.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """Operations that ACLs of Kafka allow on one resource."""
+
+    operations: Sequence[str]
+    kind: Literal["topic", "group", "transactional id"]
+    name: str
+    """Of a transactional id: the prefix of those that are used."""
+
+    def __str__(self) -> str:
+        return f"{'/'.join(self.operations)} on {self.kind} {self.name}{'*' if self.kind == 'transactional id' else ''}"
+
+
+def ingest_rights(kafka: Kafka) -> list[Right]:
+    """Those of `ratchet ingest`."""
+    return [
+        Right(["Describe", "Read"], "topic", kafka.topic),
+        Right(["Read"], "group", kafka.group),
+        Right(["Describe", "Read", "Write"], "topic", kafka.quarantine_topic),
+        Right(["Describe", "Write"], "transactional id", "ratchet-quarantine"),
+    ]
+
+
+def event_rights(kafka: Kafka) -> list[Right]:
+    """Those of `ratchet maintain`, which publishes events."""
+    if not kafka.events_topic:
+        return []
+    return [
+        Right(["Describe", "Read", "Write"], "topic", kafka.events_topic),
+        Right(["Describe", "Write"], "transactional id", "ratchet-events"),
+    ]
+
+
+def check_rights(admin: Admin, needed: Collection[Right]) -> None:
+    """Make sure that the user in ``kafka.client`` has some rights. What a broker does not tell counts as allowed.
+
+    Raises:
+        BrokerError: some are missing, which it names; or the broker does not answer.
+    """
+    missing = admin.ask("asking for its rights", lambda client: list(_missing(client, needed)))
+    if missing:
+        raise BrokerError(
+            f"the broker {admin.kafka.bootstrap} does not allow {', '.join(map(str, missing))}.",
+            "Add these ACLs for the user in `kafka.client` (docs/deployer.md, Kafka).",
+            "refused",
+        )
+
+
+def _missing(client: KafkaAdminClient, needed: Collection[Right]) -> Iterator[Right]:
+    for right in needed:
+        try:
+            allowed = _ALLOWED[right.kind](client, right.name)
+        except AuthorizationError:
+            yield right
+        except (BrokerResponseError, ValueError):
+            continue  # no such group or id, a broker that cannot be asked, operations that kafka-python does not know
+        else:
+            lacking = [each for each in right.operations if allowed is not None and each.upper() not in allowed]
+            if lacking:
+                yield replace(right, operations=lacking)
+
+
+def _topic(client: KafkaAdminClient, name: str) -> Collection[str] | None:
+    return _operations(describe_topic(client, name) or {})
+
+
+def _group(client: KafkaAdminClient, name: str) -> Collection[str] | None:
+    return _operations(client.describe_groups([name])[name])
+
+
+def _transactional_id(client: KafkaAdminClient, name: str) -> None:
+    client.describe_transactions([f"{name}:"])  # which writing includes
+
+
+def _operations(found: Mapping[str, Any]) -> Collection[str] | None:
+    return found.get("authorized_operations") or None
+
+
+_ALLOWED: Final = {"topic": _topic, "group": _group, "transactional id": _transactional_id}
+"""Operations that are allowed on each kind of resource; None where that cannot be told.
+
+Raises AuthorizationError where it may not even be described."""

@@ -1,4 +1,4 @@
-"""Reading records as Kafka carries them.
+"""Reads records as Kafka carries them.
 
 Encodings are told apart by the record itself, so that a topic may mix them. Four are those that
 :mod:`ratchet_client.encoding` writes. A structured CloudEvent may also hold the image in `data_base64` and fields in
@@ -12,26 +12,32 @@ Two more are read:
 Where a field comes twice, a ``ratchet_`` header counts more than the record, and the record more than the attributes of
 its event; of headers with one name, the last counts. A null is a field that is not there. Fields that are not known go
 into ``extra``.
+
+CloudEvents 1.0 (https://github.com/cloudevents/spec, Kafka protocol binding 1.0) are not read with the official SDK
+(``cloudevents`` 2): on input from outside it raises AttributeError, TypeError, KeyError or UnicodeDecodeError next to
+its own errors, takes headers as a dictionary, sets an ``id`` and a ``time`` where an event has none, and decodes the
+whole value as text first, which here is an image.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from core.errors import RecordError
-from ratchet_client.encoding import EVENT_TYPE, PREFIX
+from ratchet_client.encoding import EVENT_TYPE, NO_SOURCE, PREFIX
 from ratchet_client.images import MAX_BYTES, sniff
 from ratchet_client.records import METADATA, SCHEMA, Sample, check_schema, make_sample
-from streams import cloud_events
-from streams.image_digests import check_digest, parse_digest
 
 if TYPE_CHECKING:
     from streams.registry import SchemaRegistry
+
 
 Fetch = Callable[[str], bytes]
 
@@ -68,7 +74,7 @@ def decode(
     if not value:
         raise RecordError("empty", "the record has no value.", "Send an image or a JSON object.")
     content_type, event, ours = _read_headers(headers)
-    attributes = cloud_events.read_attributes(event) if event else {}
+    attributes = _read_attributes(event) if event else {}
     if sniff(value) or content_type.startswith("image/"):
         return _make(_merge(attributes, ours, {"image": value}), max_image_bytes, fetch)
     if len(value) > _base64_chars(max_image_bytes) + FIELDS_BYTES:
@@ -80,7 +86,7 @@ def decode(
     record = _read_confluent(value, registry) if value[0] == 0 else _parse(value)
     record = _open_connect(record)
     if content_type.startswith(EVENT_TYPE) or "specversion" in record:
-        attributes, record = cloud_events.open_structured(record)
+        attributes, record = _open_structured(record)
     return _make(_merge(attributes, record, ours), max_image_bytes, fetch)
 
 
@@ -243,3 +249,81 @@ def _from_base64(text: Any, max_bytes: int) -> bytes:
         raise RecordError(
             "image_undecodable", f"`image` is not base64: {error}.", "Encode the file as base64."
         ) from None
+
+
+_REQUIRED_ATTRIBUTES: Final = ("specversion", "type", "source", "id")
+#: Attributes of the envelope that say nothing about the sample. ``source``, ``time`` and ``subject`` do.
+_ENVELOPE: Final = frozenset({"specversion", "type", "id", "datacontenttype", "dataschema", "data", "data_base64"})
+
+
+def _read_attributes(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields from the attributes of an event: ``source``, ``time``, ``subject`` and every extension, known or not.
+
+    Raises:
+        RecordError: ``schema``: a required attribute is missing, or the event is of another type.
+    """
+    for name in _REQUIRED_ATTRIBUTES:
+        if not event.get(name):
+            raise RecordError("schema", f"the CloudEvent has no `{name}`.", "It is required by CloudEvents.")
+    if event["specversion"] != "1.0":
+        got = f"specversion {str(event['specversion'])[:20]!r}"
+        raise RecordError("schema", f"the CloudEvent has {got}.", "Expected is specversion '1.0'.")
+    check_schema(event["type"])
+    fields = {name: value for name, value in event.items() if name not in _ENVELOPE}
+    if fields["source"] == NO_SOURCE:
+        del fields["source"]
+    return fields
+
+
+def _open_structured(event: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields from the attributes, and the record in ``data`` (or the image in ``data_base64``) of a structured event.
+
+    Raises:
+        RecordError: ``schema``.
+    """
+    fields = _read_attributes(event)
+    if "data_base64" in event:
+        return fields, {"image": event["data_base64"]}
+    data = event.get("data")
+    if not isinstance(data, dict):
+        raise RecordError(
+            "schema", "`data` of the CloudEvent is no JSON object.", "Put the record there, or use data_base64."
+        )
+    return fields, data
+
+
+#: Digests of images, as OCI descriptors write them: ``sha256:<hex>``.
+_DIGEST_FORMS: Final = {"sha256": re.compile("[0-9a-f]{64}"), "sha512": re.compile("[0-9a-f]{128}")}
+
+
+def parse_digest(text: object) -> tuple[str, str]:
+    """Algorithm and lower-case hex digits of a digest.
+
+    Raises:
+        RecordError: ``schema``, it is none that is known.
+    """
+    algorithm, _, digits = text.lower().partition(":") if isinstance(text, str) else ("", "", "")
+    form = _DIGEST_FORMS.get(algorithm)
+    if form is None or not form.fullmatch(digits):
+        raise RecordError(
+            "schema",
+            f"`image_digest` {str(text)[:80]!r} is no digest that is known.",
+            "Give sha256:<64 hex digits> or sha512:<128 hex digits> of the encoded image.",
+        )
+    return algorithm, digits
+
+
+def check_digest(image: bytes, text: str) -> None:
+    """Compare an image with its stated digest.
+
+    Raises:
+        RecordError: ``uri_digest``, the bytes are others; ``schema``, the digest is none that is known.
+    """
+    algorithm, stated = parse_digest(text)
+    actual = hashlib.new(algorithm, image).hexdigest()
+    if actual != stated:
+        raise RecordError(
+            "uri_digest",
+            f"the image has the digest {algorithm}:{actual[:12]}..., the record states {algorithm}:{stated[:12]}....",
+            "State the digest of the encoded image as it is sent or stored, or send the record again.",
+        )

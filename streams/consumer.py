@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from kafka import OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
 from core.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
@@ -26,24 +26,18 @@ from core.progress import say
 from core.settings import Settings
 from ratchet_client.broker import explain
 from streams import tolerant_fetch
-from streams.assignment import Reading, start_position
+from streams.assignment import Reading, new_generation, start_position
 from streams.batch import CommitResult
-from streams.clients import Admin, connection
-from streams.consumer_parts import CONNECT_SECONDS, Connection, ConsumerParts
-from streams.ingest_report import IngestReport
-from streams.ingest_status import IngestStatus
-from streams.log_changes import LogChanges
-from streams.log_watch import LogLost
+from streams.clients import Admin, check_rights, connection, ingest_rights
+from streams.consumer_parts import ConsumerParts
+from streams.ingest_report import IngestReport, IngestStatus
+from streams.membership import CONNECT_SECONDS, POLL_SECONDS, LogLost, Membership, gap
 from streams.quality.validate import Received, refuse
-from streams.rights import check_rights, ingest_rights
 from streams.rows import RecordPosition, position_of
 from streams.store import SampleStore
-from streams.validation_process import crashed
+from streams.validators import crashed
 
 log = logging.getLogger(__name__)
-POLL_SECONDS: Final = 0.25
-#: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
-JOIN_SECONDS: Final = 6.0
 #: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
 PUBLISH_SECONDS: Final = 5.0
 BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -78,7 +72,8 @@ class Consumer:
         self._report = IngestReport(self.store, self.kafka.group, on_change)
         self._stopping = threading.Event()
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
-        self._consumer: Any = None
+        self._group: Membership
+        self._connected = False
         self._parts: ConsumerParts | None = None
         self._processes = processes
         self._idle_since: float | None = None
@@ -129,7 +124,7 @@ class Consumer:
         self._poll()
         self._collect()
         if self._batch.due:
-            self.commit()
+            self._commit()
         self._mark_published()
 
     def _finish(self) -> None:
@@ -137,7 +132,7 @@ class Consumer:
         if self._gives_up():
             return
         self._collect()
-        self.commit()
+        self._commit()
         self._publisher.wait_until_published(PUBLISH_SECONDS)
         self._mark_published()
 
@@ -154,9 +149,9 @@ class Consumer:
             self._guard, self._writer, self._batch = parts.guard, parts.writer, parts.batch
             self._pool, self._publisher, self._indexing = parts.pool, parts.publisher, parts.indexing
         self._indexing.start()
-        connection = Connection.join(self.kafka, self._admin, self.store)
-        self._consumer, self._assignment, self._log = connection.consumer, connection.assignment, connection.log
-        self._changes = LogChanges(self._parts, connection, self.store, self._report, self)
+        self._group = Membership.join(self.kafka, self._admin, self.store)
+        self._consumer, self._assignment, self._log = self._group.consumer, self._group.assignment, self._group.log
+        self._connected = True
 
     def _close(self) -> None:
         if self._parts is not None:
@@ -164,24 +159,13 @@ class Consumer:
         self._admin.close()
 
     def _disconnect(self) -> None:
-        """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever."""
-        consumer = self._consumer
-        if consumer is None:
+        if not self._connected:
             return
         if not self._stopping.is_set():
             self._pool.finish()
         self._salvage()
-        deadline = time.monotonic() + JOIN_SECONDS
-        try:
-            while not self._assignment.joined and self.status.state != "waiting" and time.monotonic() < deadline:
-                consumer.poll(timeout_ms=int(POLL_SECONDS * 1000))  # nothing is fetched of what is not claimed
-        except KafkaError as error:
-            log.info("the group was left before it was joined: %s", error)
-        self._consumer = None
-        try:
-            consumer.close(autocommit=False, timeout_ms=2000)
-        except (KafkaError, OSError) as error:
-            log.info("the group was not left in order: %s", error)
+        self._connected = False
+        self._group.leave(lambda: self.status.state != "waiting")
         self._drop(lambda reading: False)
         self._log.forget_lag()
 
@@ -192,7 +176,7 @@ class Consumer:
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
         if partitions and self._indexing.done():
-            self.patiently(partial(self._claim_all, partitions))
+            self._patiently(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
         topic, known = self.kafka.topic, list(self.store.positions().values())
@@ -204,7 +188,7 @@ class Consumer:
             self._publisher.recover(reading)
             if self._assignment.begin(reading):
                 log.info("reading %s from %d", claim.key, reading.next)
-                self._changes.skip_to(reading, firsts[position.partition])
+                self._skip_to(reading, firsts[position.partition])
 
     def _drop(self, holds: Callable[[Reading], bool]) -> None:
         """Forget what was read of partitions that are not ours any more: their next owner reads it again."""
@@ -224,12 +208,12 @@ class Consumer:
         try:
             polled = self._consumer.poll(timeout_ms=int(seconds * 1000))
         except OffsetOutOfRangeError:
-            self.patiently(self._changes.find_range)
+            self._patiently(self._find_range)
             return
         except LogTruncationError as error:
-            self.patiently(partial(self._changes.follow_truncation, tolerant_fetch.truncations(error)))
+            self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
             return
-        if (polled or self._log.due) and not self.patiently(self._look):
+        if (polled or self._log.due) and not self._patiently(self._look):
             return  # asked to stop while the broker was away: what was polled stays in the log
         for partition, records in polled.items():
             reading = readings.get(partition.partition)
@@ -238,18 +222,11 @@ class Consumer:
                     self._take(reading, record)
             elif (current := self._assignment.reading(partition.partition)) is not None:
                 self._assignment.begin(current)  # claimed while polling: whose records these are is not certain
-        self._follow_position()
+        self._group.follow_positions()
         self._idle_since = None if polled else self._idle_since or time.monotonic()
         self._pool.flush()
         if busy and not polled:
             self._pool.wait(0.02)
-
-    def _follow_position(self) -> None:
-        """Step over offsets of which no reader gets a record. All that was polled is taken."""
-        for reading in self._assignment.all():
-            position = tolerant_fetch.position(self._consumer, TopicPartition(self.kafka.topic, reading.partition))
-            if position is not None and position.offset > reading.next and self._assignment.holds(reading):
-                reading.next, reading.next_epoch = position.offset, max(position.leader_epoch, reading.next_epoch)
 
     def _take(self, reading: Reading, record: Any) -> None:
         if record.offset < reading.next:
@@ -277,7 +254,7 @@ class Consumer:
         try:
             while self._take_results():
                 if self._batch.due:
-                    self.commit()
+                    self._commit()
         except RegistryUnavailable as error:
             self._wait(error, 1)
 
@@ -292,9 +269,9 @@ class Consumer:
 
     # -- storing ----------------------------------------------------------------------------------------------------
 
-    def commit(self) -> bool:
+    def _commit(self) -> bool:
         """Store the batch, publish its refusals, tell Kafka: in this order. False when asked to stop before."""
-        return self.patiently(self._store) if len(self._batch) else True
+        return self._patiently(self._store) if len(self._batch) else True
 
     def _store(self) -> None:
         self._batch.drop(self._assignment.holds)
@@ -307,7 +284,7 @@ class Consumer:
         if outcome.readings:
             seconds = time.monotonic() - started
             self._publish(outcome)
-            self._tell_kafka(outcome.readings)
+            self._group.tell_kafka(outcome.readings)
             self._report.committed(outcome, self._log.lag(self._assignment.all()), seconds)
 
     def _give_up(self, error: Superseded) -> None:
@@ -345,19 +322,11 @@ class Consumer:
             try:
                 self._writer.commit((), moves)
                 if ahead:
-                    self._tell_kafka(ahead)
+                    self._group.tell_kafka(ahead)
             except Superseded as error:
                 self._give_up(error)
             except StoreError as error:  # with the next batch, or by the next owner
                 log.info("what was published is remembered later: %s", error)
-
-    def _tell_kafka(self, readings: Sequence[Reading]) -> None:
-        topic = self.kafka.topic
-        offsets = {TopicPartition(topic, each.partition): OffsetAndMetadata(each.stored, "", -1) for each in readings}
-        try:
-            self._consumer.commit(offsets, timeout_ms=5000)
-        except KafkaError as error:  # a rebalance, or a broker that is away: the store is what counts
-            log.info("offsets were stored, and could not be told to Kafka: %s", error)
 
     # -- the log ----------------------------------------------------------------------------------------------------
 
@@ -366,7 +335,7 @@ class Consumer:
         joined = self._assignment.joined
         self._report.connected(joined, self._log.lag(self._assignment.all()) if joined else None)
 
-    def collect_all(self) -> bool:
+    def _collect_all(self) -> bool:
         """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
         while len(self._pool):
             self._pool.finish()
@@ -375,9 +344,57 @@ class Consumer:
                 return False
         return True
 
+    def _find_range(self) -> None:
+        """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
+        for reading in self._assignment.all():
+            first, end = self._log.range(reading.partition)
+            if reading.next > end:
+                self._cut_off(reading, None, end)
+            else:
+                self._skip_to(reading, first)
+
+    def _follow_truncation(self, divergences: dict[int, int | None]) -> None:
+        """Records that were read are gone, and others stand in their place (KIP-320)."""
+        for reading in self._assignment.all():
+            if reading.partition in divergences:
+                self._cut_off(reading, divergences[reading.partition], self._log.range(reading.partition)[1])
+
+    def _skip_to(self, reading: Reading, first: int) -> None:
+        """Go on at ``first``; what lies before it was deleted unread, and is lost: a gap, which is a row."""
+        if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
+            return
+        self._batch.add(reading, first, gap(reading, reading.next, first), 0)
+        reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
+        self._assignment.begin(reading)
+
+    def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
+        """Read on as a new generation of the topic from where the log diverges, or from its beginning where that is not
+        known. What was read before is stored already."""
+        first = self._log.range(reading.partition)[0]  # before anything is stored, which must not be repeated
+        if not self._collect_all() or not self._assignment.holds(reading):
+            return
+        start = min(end if divergence is None else divergence, reading.next)
+        if self._commit() and self._assignment.holds(reading):
+            again = first if divergence is None else divergence
+            self._patiently(partial(self._begin_generation, reading, reading.next - start, again))
+
+    def _begin_generation(self, reading: Reading, rewritten: int, start: int) -> None:
+        """Count the offsets that were rewritten, and store the new generation, in one commit."""
+        position = reading.claim.position
+        generation = new_generation(self.store.positions().values(), position, start)
+        end = replace(position, tally=position.tally + Counter(rewritten_offsets=rewritten))
+        try:
+            [claim] = self._writer.claim([generation], (), [(reading.claim, end)])
+        except Superseded as error:
+            log.warning("%s", error)
+            self._assignment.give_up(reading)
+            return
+        self._report.rewritten(claim, rewritten)
+        self._assignment.begin(Reading.of(claim))
+
     # -- waiting and telling ----------------------------------------------------------------------------------------
 
-    def patiently(self, act: Callable[[], None]) -> bool:
+    def _patiently(self, act: Callable[[], None]) -> bool:
         """Do what needs something that may be away; False when asked to stop before it was there. Raises LogLost."""
         failures = 0
         while True:
@@ -399,11 +416,11 @@ class Consumer:
             known = self._missing_rights() or known
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
-        if dependency == "broker" and self._consumer is not None:
+        if dependency == "broker" and self._connected:
             self._salvage()
         self._stopping.wait(seconds)
-        if dependency != "broker" and self._consumer is not None:
-            self._stay_in_group()
+        if dependency != "broker" and self._connected:
+            self._group.stay()
 
     def _missing_rights(self) -> BrokerError | None:
         """The error that names the rights that the broker does not give; None where none is known to be missing."""
@@ -426,15 +443,3 @@ class Consumer:
             self._store()
         except AWAY as error:
             log.warning("what was read is stored later: %s", error)
-
-    def _stay_in_group(self) -> None:
-        """Poll without taking anything: a member that does not poll for minutes is put out of the group."""
-        readings = self._assignment.all()
-        try:
-            self._consumer.pause(*(TopicPartition(self.kafka.topic, each.partition) for each in readings))
-            self._consumer.poll(timeout_ms=0)
-        except KafkaError as error:
-            log.info("the group could not be asked while waiting: %s", error)
-        for reading in readings:
-            if self._assignment.holds(reading):
-                self._assignment.begin(reading)

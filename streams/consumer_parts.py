@@ -1,41 +1,25 @@
-"""What a consumer is made of: the parts that outlive a connection to the broker, and the connection itself."""
+"""What a consumer is made of that outlives a connection to the broker."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
 
-from kafka import KafkaConsumer
-
-from core.errors import BrokerError
 from core.settings import Settings
-from core.settings.streams import Kafka
-from ratchet_client.broker import MAX_RECORD_BYTES, client_options
-from streams import tolerant_fetch
-from streams.assignment import Assignment
 from streams.batch import Batch
-from streams.clients import Admin, connection
 from streams.crash_guard import CrashGuard
-from streams.indexing import Indexing
-from streams.log_watch import LogWatch
+from streams.membership import POLL_RECORDS
 from streams.quality.duplicates import DuplicateIndex
 from streams.quality.sides import SplitRule
-from streams.refusal_publisher import RefusalPublisher
-from streams.rows import parse_stream
+from streams.quarantine import RefusalPublisher
 from streams.store import SampleStore
+from streams.table import SampleTable
 from streams.validation_pool import ValidationPool, Validators
-from streams.validation_process import ProcessValidators, Work
-from streams.validation_threads import ThreadValidators
+from streams.validators import ProcessValidators, ThreadValidators, Work
 from streams.writer import StoreWriter
-
-POLL_RECORDS: Final = 256
-"""Records of one poll: they wait in memory while those before them are validated and committed."""
-CONNECT_SECONDS: Final = 3.0
-SESSION_SECONDS: Final = 6.0
-"""A process that was killed is noticed after this long, and its partitions go to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,46 +63,6 @@ class ConsumerParts:
         self.guard.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """A membership in the consumer group."""
-
-    consumer: Any
-    """The :class:`kafka.KafkaConsumer`."""
-    assignment: Assignment
-    log: LogWatch
-
-    @classmethod
-    def join(cls, kafka: Kafka, admin: Admin, store: SampleStore) -> Connection:
-        """Connect, and begin to join the group. Raises BrokerError, StoreUnavailable."""
-        topic_id = _ensure_topics(kafka, admin, store)
-        bounds = {
-            "group_id": kafka.group,
-            "enable_auto_commit": False,
-            "auto_offset_reset": "none",  # the store knows where to go on; Kafka must not guess
-            "isolation_level": kafka.isolation_level,
-            "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-            "session_timeout_ms": int(SESSION_SECONDS * 1000),
-            "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
-            "reconnect_backoff_max_ms": 1000,
-            "max_poll_records": POLL_RECORDS,
-            "fetch_max_bytes": kafka.batch_bytes,
-            "max_partition_fetch_bytes": max(1, kafka.batch_bytes // 2),
-            "receive_message_max_bytes": MAX_RECORD_BYTES + kafka.batch_bytes,
-        }
-        consumer = KafkaConsumer(**{**bounds, **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)})
-        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)  # which checks that it is the kafka-python that we know
-        # Asking for a topic that is lost would make it again, with the broker's number of partitions. kafka-python 3.0
-        # takes this option of a consumer and does not hand it on.
-        consumer._client.cluster.config["allow_auto_create_topics"] = False
-        assignment = Assignment(consumer, kafka.topic)
-        log = LogWatch(admin, consumer, kafka.topic, topic_id)
-        consumer.subscribe([kafka.topic], listener=assignment)
-        # A member that joins before it knows the topic is assigned nothing, and joins a second time.
-        consumer.partitions_for_topic(kafka.topic)
-        return cls(consumer, assignment, log)
-
-
 def _validators(work: Work, processes: int, folder: Path) -> tuple[CrashGuard, Validators]:
     if processes:
         guard = CrashGuard(folder, processes * work.threads)
@@ -128,18 +72,38 @@ def _validators(work: Work, processes: int, folder: Path) -> tuple[CrashGuard, V
     return guard, ThreadValidators(work, threads, guard)
 
 
-def _ensure_topics(kafka: Kafka, admin: Admin, store: SampleStore) -> str:
-    """Make the topics, but not one again that was read before: with other settings, perhaps. Returns its id."""
-    topic = kafka.topic
-    if not any(parse_stream(position.stream)[0] == topic for position in store.positions().values()):
-        admin.ensure_topics([topic], kafka.partitions)
-    admin.ensure_topics([kafka.quarantine_topic])
-    topic_id = admin.topic_id(topic)
-    if topic_id is None:
-        raise BrokerError(
-            f"topic {topic} is gone, which had been read before.",
-            "Make it again, with the partitions and settings that it had; its new log is read from the beginning.",
-        )
-    admin.warn_of_defaults(topic, kafka.partitions)
-    admin.warn_of_defaults(kafka.quarantine_topic, 1)
-    return topic_id
+class Indexing:
+    """Reads into the index what the store holds, on a thread of its own: some 10 s for each million samples where there
+    is no index yet. The loop polls meanwhile, without claiming anything, so that the group keeps this member."""
+
+    def __init__(self, index: DuplicateIndex, table: SampleTable) -> None:
+        self._index = index
+        self._table = table
+        self._executor = ThreadPoolExecutor(1, "duplicate-index")
+        self._run: Future[None] | None = None
+        self._stopping = False
+
+    def start(self) -> None:
+        """Begin, unless it runs already. Nobody else may use the index until it is :meth:`done`."""
+        if self._run is None or self._run.done():
+            self._run = self._executor.submit(self._follow)
+
+    def done(self) -> bool:
+        """Whether the index is up to date.
+
+        Raises:
+            StoreUnavailable: the store cannot be read, or the index not be written; :meth:`start` tries again.
+        """
+        if self._run is None or not self._run.done():
+            return False
+        self._run.result()
+        return True
+
+    def stop(self) -> None:
+        """End it soon; what it has read in vain is read again by the next process."""
+        self._index.interrupt()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _follow(self) -> None:
+        with self._index.deciding():
+            self._index.follow(self._table)

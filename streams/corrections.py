@@ -17,10 +17,9 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Final
 
-from streams.conditions import hexadecimal, quoted
 from streams.quality.duplicates import CORRECTED, DuplicateIndex
 from streams.quality.validate import BY_KEY, Accepted, StoreRow
-from streams.rows import CLAIM, RecordPosition, deletion_row, name_of, position_of
+from streams.rows import CLAIM, RecordPosition, deletion_row, hexadecimal, name_of, position_of, quoted
 from streams.table import SampleTable, reading
 
 METADATA: Final = ("source", "domain", "concept", "label", "tags", "extra")

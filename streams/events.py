@@ -26,12 +26,11 @@ from core.settings import Settings
 from core.settings.streams import Kafka
 from ratchet_client.encoding import EVENT_TYPE, Encoded
 from streams.clients import ensure_topics
-from streams.fenced_sender import FencedSender
-from streams.outbox import Outbox, OutboxEntry
+from streams.outbox import FencedSender, Outbox, OutboxEntry
 
 log = logging.getLogger(__name__)
 LEASE = "events"
-#: Longer than one sending may take (``fenced_sender.SEND_SECONDS`` twice: records, then the commit), so that a lease
+#: Longer than one sending may take (``outbox.SEND_SECONDS`` twice: records, then the commit), so that a lease
 #: that was renewed just before does not run out in the middle.
 LEASE_SECONDS = 60.0
 BATCH = 100

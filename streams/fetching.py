@@ -2,7 +2,7 @@
 
 Every hop, redirects included, goes through the same checks: the address is in the operator's list
 (:mod:`core.allow_rules`); its name is looked up once; every address that it has is public or in a named network
-(:mod:`streams.addresses`); and the connection goes to those very addresses, so that a second look-up cannot lead
+(:mod:`streams.pinned_transport`); and the connection goes to those very addresses, so that a second look-up cannot lead
 elsewhere. ``Host``, SNI and the certificate stay with the name. Proxies and credentials from the environment play no
 part.
 
@@ -28,9 +28,8 @@ import httpx
 
 from core.allow_rules import PORTS, AllowRule
 from core.errors import RecordError
-from streams.addresses import is_allowed, networks_of
-from streams.fetch_retries import RETRIED_STATUSES, TransientFetchError, parse_retry_after
-from streams.pinned_transport import PinnedBackend
+from streams.fetch_limits import RETRIED_STATUSES, TransientFetchError, parse_retry_after
+from streams.pinned_transport import PinnedBackend, is_allowed, networks_of
 
 log = logging.getLogger(__name__)
 MAX_URL_CHARS = 2048

@@ -31,8 +31,19 @@ from typing import Any, Final
 
 from core.errors import RecordError
 from core.files import replacing
-from streams.row_fields import TAG_SEPARATOR, decode_base64, inside, iso_time, list_field, text_field
-from streams.tables import MAX_IMAGE_BYTES, Where, csv_rows, dataset_error, jsonl_rows
+from streams.row_files import (
+    MAX_IMAGE_BYTES,
+    TAG_SEPARATOR,
+    Where,
+    csv_rows,
+    dataset_error,
+    decode_base64,
+    inside,
+    iso_time,
+    jsonl_rows,
+    list_field,
+    text_field,
+)
 
 INDEX: Final = "data.csv"
 COLUMNS: Final = (

@@ -12,7 +12,7 @@ from core import metrics
 from core.progress import say
 from core.settings import Settings
 from streams.consumer import Consumer
-from streams.ingest_status import IngestStatus
+from streams.ingest_report import IngestStatus
 
 SWITCH_SECONDS: Final = 0.0005
 """How long a thread may keep the GIL that another one waits for: reading, committing and publishing take turns."""

@@ -5,18 +5,45 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
 
 from core import metrics
 from core.dependencies import Dependency, answered, noted
 from core.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
 from core.progress import say
 from streams.batch import CommitResult
-from streams.ingest_status import IngestStatus
 from streams.quality.validate import StoreRow
 from streams.store import SampleStore
 from streams.writer import Claim
+
+State = Literal["starting", "joining", "reading", "waiting", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class IngestStatus:
+    """Where ingest stands."""
+
+    state: State = "starting"
+    """``joining`` is of the consumer group; ``waiting`` is for :attr:`waiting_for`."""
+    waiting_for: Dependency | Literal[""] = ""
+    samples: int = 0
+    duplicates: int = 0
+    corrected: int = 0
+    """Samples that were replaced by corrections of them."""
+    quarantined: int = 0
+    tombstones: int = 0
+    gap_offsets: int = 0
+    """Offsets that were lost before they were read."""
+    rewritten_offsets: int = 0
+    """Offsets that were cut off the log after their records were stored; other records stand there now."""
+    commits: int = 0
+    version: int = 0
+    lag: int | None = None
+    """Records between the store and the end of the log; None until it is known."""
+    offsets: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+
 
 #: kafka-python can lose what the group assigned it, and waits for ever then; a busy group takes seconds.
 GROUP_PATIENCE_SECONDS: Final = 30.0

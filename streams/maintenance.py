@@ -29,15 +29,15 @@ from core.digests import digest12
 from core.errors import ConfigError, LedgerUnavailable, RatchetError
 from core.ledger import DeletionRow, DeletionState, Ledger
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.renewal import renewing
+from core.ledger.leases import renewing
 from core.progress import say
 from core.settings import Settings
 from streams import compaction, deletion, retention
+from streams.deletion import is_tombstone, remove_together
 from streams.events import EventPublisher
 from streams.object_versions import OldVersions
 from streams.rows import name_of, position_of
 from streams.store import BACKUP_PIN, SampleStore
-from streams.tombstones import is_tombstone, remove_together
 
 log = logging.getLogger(__name__)
 LEASE: Final = "maintain"

@@ -13,8 +13,7 @@ from datetime import datetime
 from typing import Any, Final, Literal
 
 from core.errors import RecordError
-from streams.conditions import at_offset, in_gap, quoted
-from streams.rows import Position, parse_stream
+from streams.rows import Position, at_offset, in_gap, parse_stream, quoted
 from streams.store import SampleStore
 
 RecordOutcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from core.settings.streams import Retention
-from streams.conditions import moment, quoted
+from streams.rows import moment, quoted
 from streams.store import SampleStore
 from streams.writer import CONTENT, StoreWriter
 

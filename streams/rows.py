@@ -15,7 +15,8 @@ Every record of the topic becomes one row, so that each can be accounted for:
                                                                                  duplicate_of (where the id stays)
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
-Readers of the store see samples only.
+Readers of the store see samples only. Conditions on rows are Lance's SQL; what comes from outside is written as a
+literal.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Final, Literal
 
@@ -257,3 +258,42 @@ def deletion_row(
         "detail": detail,
         "ingested_at": when,
     }
+
+
+def quoted(text: str) -> str:
+    """A string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def moment(time: datetime) -> str:
+    """A time as a literal."""
+    # Not strftime: it writes the year 1 as "1", which Lance cannot read.
+    return f"timestamp '{time.astimezone(UTC).replace(tzinfo=None).isoformat(' ', 'microseconds')}'"
+
+
+def hexadecimal(data: bytes) -> str:
+    """A binary literal."""
+    return f"X'{data.hex()}'"
+
+
+def at_offset(stream: str, partition: int, offset: int) -> str:
+    """The rows of one record."""
+    return f"topic = {quoted(stream)} AND partition = {int(partition)} AND offset = {int(offset)}"
+
+
+def in_gap(stream: str, partition: int, offset: int) -> str:
+    """The gaps that an offset lies in."""
+    place = f"topic = {quoted(stream)} AND partition = {int(partition)}"
+    return f"kind = 'gap' AND {place} AND offset <= {int(offset)} AND until > {int(offset)}"
+
+
+def refused(reason: str | None = None, source: str | None = None, since: datetime | None = None) -> str:
+    """Refused records: for a reason, of a source (empty: of none that is known), refused at or after a time."""
+    clauses = ["kind = 'quarantine'"]
+    if reason is not None:
+        clauses.append(f"reason = {quoted(reason)}")
+    if source is not None:
+        clauses.append(f"source = {quoted(source)}" if source else "(source = '' OR source IS NULL)")
+    if since is not None:
+        clauses.append(f"ingested_at >= {moment(since)}")
+    return " AND ".join(clauses)

@@ -17,10 +17,9 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from streams.conditions import moment, quoted, refused
 from streams.quality.duplicates import DuplicateIndex, Sample
 from streams.receipts import id_condition
-from streams.rows import SAMPLE_COLUMNS, Split, Tally
+from streams.rows import SAMPLE_COLUMNS, Split, Tally, moment, quoted, refused
 from streams.store import SampleStore
 
 LIST_COLUMNS: Final = (

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import StoreError
-from streams.conditions import at_offset, moment, quoted, refused
-from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally
+from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally, at_offset, moment, quoted, refused
 from streams.table import ROOT, SampleTable, fences, outage, positions, reading
 from streams.writer import Rows, StoreWriter
 
@@ -221,7 +220,7 @@ class SampleStore:
     def select(
         self, where: str, columns: Sequence[str], limit: int | None = None, version: int | None = None
     ) -> list[dict[str, Any]]:
-        """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.conditions` helps to build."""
+        """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.rows` helps to build."""
         dataset = self.table.open(version)
         if dataset is None:
             return []

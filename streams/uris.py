@@ -4,28 +4,38 @@ An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows 
 links are followed), a place on the network or a prefix in an object store, both as in :mod:`core.allow_rules`
 (``https://cdn.example.org/images/`` allows what lies under that path on that host and port, ``s3://bucket/images/`` the
 objects under that prefix). With an empty list nothing is fetched.
+
+Objects are read through fsspec: ``s3://`` with s3fs, ``gs://`` with gcsfs, where these are installed. Endpoint and
+credentials are those of the process (the environment, a profile, the machine's role), so a record can read whatever
+they can within ``ingest.allowed_uris``: list prefixes, not buckets with other things in them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import errno
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, Future
 from itertools import count
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import fsspec
 
 from core.allow_rules import ObjectRule, is_object
 from core.errors import RecordError
 from core.settings.streams import Ingest
-from streams.fetch_limits import FetchLimits
-from streams.fetch_retries import TransientFetchError, pause_before
-from streams.image_digests import check_digest, parse_digest
-from streams.loop_thread import LoopThread
-from streams.object_stores import ObjectReader
-from streams.uri_files import not_allowed, read_file
+from streams.codecs import check_digest, parse_digest
+from streams.fetch_limits import FetchLimits, TransientFetchError, pause_before
 
 if TYPE_CHECKING:
     from streams.fetching import Fetcher
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class UriFetcher:
@@ -48,9 +58,9 @@ class UriFetcher:
         self._hosts = [text for text in limits.allowed_uris if not text.startswith("file:") and not is_object(text)]
         self._stall_seconds = limits.uri_seconds / 4  # so that a try that hangs leaves time for another
         self._seats = FetchLimits(limits.uri_concurrency, limits.uri_seconds)
-        self._reader = ObjectReader(limits.max_image_bytes, self._stall_seconds, limits.uri_concurrency)
+        self._reader = _ObjectReader(limits.max_image_bytes, self._stall_seconds, limits.uri_concurrency)
         self._fetcher = self._http_fetcher() if self._hosts else None
-        self._loop = LoopThread("uris", self._reader.close)
+        self._loop = _LoopThread("uris", self._reader.close)
 
     def fetch(self, uri: str, digest: str | None = None) -> bytes:
         """The bytes behind ``uri``. Waits for them.
@@ -79,14 +89,14 @@ class UriFetcher:
         done: Future[bytes] = Future()
         try:
             if uri[:5].lower() == "file:":
-                done.set_result(read_file(uri, self._folders, self.limits.max_image_bytes))
+                done.set_result(_read_file(uri, self._folders, self.limits.max_image_bytes))
                 return done
             if is_object(uri):
                 place = self._object(uri)
                 origin = f"{place.scheme}://{place.bucket}"
                 return self._loop.submit(self._patiently(origin, lambda: self._reader.read(place)))
             if self._fetcher is None:
-                raise not_allowed(uri)
+                raise _not_allowed(uri)
             fetcher = self._fetcher
             return self._loop.submit(self._patiently(fetcher.origin(uri), lambda: fetcher.fetch(uri)))
         except RecordError as error:
@@ -123,9 +133,9 @@ class UriFetcher:
         try:
             place = ObjectRule.parse(uri)
         except ValueError:
-            raise not_allowed(uri) from None
+            raise _not_allowed(uri) from None
         if not place.key or not any(rule.covers(place) for rule in self._objects):
-            raise not_allowed(uri)
+            raise _not_allowed(uri)
         return place
 
     def _http_fetcher(self) -> Fetcher:
@@ -139,3 +149,203 @@ class UriFetcher:
                 rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
             )
         )  # fmt: skip
+
+
+def _read_file(uri: str, folders: Sequence[str], max_bytes: int) -> bytes:
+    """The bytes of a regular file that lies under one of ``folders``, also after symbolic links are followed.
+
+    Args:
+        uri: ``file:///data/photos/a.png``.
+        folders: entries like ``file:///data/photos``.
+        max_bytes: the largest file.
+
+    Raises:
+        RecordError: ``uri_not_allowed``, ``uri_unreachable`` or ``image_too_large``.
+    """
+    try:
+        if not any(_is_under(uri, folder) for folder in folders):
+            raise _not_allowed(uri)
+        return _read(_path(uri), max_bytes)
+    except ValueError:  # a malformed host or path
+        raise _not_allowed(uri) from None
+
+
+def _not_allowed(uri: str) -> RecordError:
+    """The refusal of a URI that no entry of the list covers."""
+    return RecordError(
+        "uri_not_allowed",
+        f"image_uri {uri[:200]!r} is under no allowed prefix.",
+        "Send the image in the record, or add its prefix to `ingest.allowed_uris`.",
+    )
+
+
+def _path(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path)).resolve()
+
+
+def _is_under(uri: str, folder: str) -> bool:
+    return urlsplit(uri).netloc in ("", "localhost") and _path(uri).is_relative_to(_path(folder))
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        if not path.is_file():  # a device or a pipe would never end
+            raise FileNotFoundError(path)
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise RecordError(
+            "uri_unreachable", f"{path} cannot be read: {error.strerror or 'no such file'}.", "Put the file in place."
+        ) from error
+    if len(data) > max_bytes:
+        raise RecordError("image_too_large", f"the image has more than {max_bytes} bytes.", "Scale it down.")
+    return data
+
+
+_PACKAGES = {"s3": 'pip install "ratchet-server[s3]"', "gs": "pip install gcsfs"}
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
+_PERMANENT_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
+_PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+"""Of botocore, which must not be imported for other stores."""
+
+
+class _ObjectReader:
+    """Reads whole objects of at most ``max_bytes``. For one event loop.
+
+    Args:
+        max_bytes: a larger object is refused by its size, and never read beyond this.
+        stall_seconds: longest time for a connection, or without a byte.
+        connections: most at once.
+    """
+
+    def __init__(self, max_bytes: int, stall_seconds: float, connections: int) -> None:
+        self.max_bytes = max_bytes
+        self.stall_seconds = stall_seconds
+        self.connections = connections
+        self._stores: dict[str, Any] = {}
+        self._sessions: list[Any] = []
+        self._opening = asyncio.Lock()
+
+    async def read(self, place: ObjectRule) -> bytes:
+        """The bytes of an object.
+
+        Raises:
+            RecordError: ``uri_not_allowed`` (the scheme's package is not installed), ``uri_unreachable`` (a
+                TransientFetchError where another try may help) or ``image_too_large``.
+        """
+        uri = f"{place.scheme}://{place.bucket}/{place.key}"
+        try:
+            store = await self._store(place.scheme)
+            path = f"{place.bucket}/{place.key}"
+            size = (await store._info(path)).get("size") or 0
+            if size > self.max_bytes:
+                raise self._too_large(uri)
+            # The range holds where the object has been replaced by a larger one since its size was read.
+            data: bytes = await store._cat_file(path, start=0, end=self.max_bytes + 1) if size else b""
+        except (RecordError, TimeoutError):
+            raise
+        except Exception as error:  # botocore and aiohttp have trees of their own
+            raise self._unreachable(uri, error) from error
+        if len(data) > self.max_bytes:
+            raise self._too_large(uri)
+        return data
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for session in self._sessions:
+            await session.close()
+
+    async def _store(self, scheme: str) -> Any:
+        async with self._opening:
+            if scheme not in self._stores:
+                self._stores[scheme] = await self._open(scheme)
+        return self._stores[scheme]
+
+    async def _open(self, scheme: str) -> Any:
+        options: dict[str, Any] = {"asynchronous": True, "skip_instance_cache": True, "use_listings_cache": False}
+        if scheme == "s3":  # repeated by the caller, within its deadline
+            options["config_kwargs"] = {
+                "connect_timeout": self.stall_seconds,
+                "read_timeout": self.stall_seconds,
+                "retries": {"max_attempts": 0},
+                "max_pool_connections": self.connections,
+            }
+        try:
+            store = fsspec.filesystem(scheme, **options)
+        except ImportError:
+            raise RecordError(
+                "uri_not_allowed",
+                f"{scheme}:// is not read here: its package is not installed.",
+                f"An operator can install it: {_PACKAGES[scheme]}",
+            ) from None
+        if scheme == "s3":
+            store.retries = 1
+        if hasattr(store, "set_session"):
+            self._sessions.append(await store.set_session())
+        return store
+
+    def _too_large(self, uri: str) -> RecordError:
+        return RecordError("image_too_large", f"{uri[:200]!r} has more than {self.max_bytes} bytes.", "Scale it down.")
+
+    def _unreachable(self, uri: str, error: Exception) -> RecordError:
+        # What the store said may name inner addresses and keys: it is for the log, not for who sent the record.
+        log.info("%s could not be read: %s: %s", uri, type(error).__name__, error)
+        if isinstance(error, FileNotFoundError):
+            return _refusal(f"{uri[:200]!r} is not there.")
+        if isinstance(error, PermissionError):
+            return _refusal(f"{uri[:200]!r} may not be read by this process.")
+        permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
+        if permanent or (isinstance(error, OSError) and error.errno in _PERMANENT_ERRNOS):
+            return _refusal(f"{uri[:200]!r} cannot be read.")
+        return TransientFetchError(f"{uri[:200]!r} cannot be read now.")
+
+
+def _refusal(message: str) -> RecordError:
+    return RecordError("uri_unreachable", message, "Check the address and the rights of ingest, or send the image.")
+
+
+class _LoopThread:
+    """Runs coroutines of all threads on one event loop. Thread safe; the thread starts with the first coroutine.
+
+    Args:
+        name: of the thread.
+        at_end: awaited on the loop by :meth:`close`, after everything that was running is cancelled.
+    """
+
+    def __init__(self, name: str, at_end: Callable[[], Awaitable[None]]) -> None:
+        self._at_end = at_end
+        self._lock = threading.Lock()
+        self._started = threading.Event()
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop
+        self._stop: asyncio.Event
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=name, daemon=True)
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``work``. Its future is cancelled when the loop is closed first. Raises RuntimeError after that."""
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise RuntimeError(f"{self._thread.name} is closed")
+            if not self._started.is_set():
+                self._thread.start()
+                self._started.wait()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Cancel what is running and end the thread. Calling it again does nothing."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+        if first and self._started.is_set():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._started.set()
+        await self._stop.wait()
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self._at_end()

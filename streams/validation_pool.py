@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from streams.assignment import Reading
 from streams.quality.validate import Accepted, Received, StoreRow
-from streams.validation_process import restore
+from streams.validators import restore
 
 CHUNK_RECORDS: Final = 8
 CHUNK_BYTES: Final = 256 << 10
@@ -46,7 +46,7 @@ class _Chunk:
 
 
 class Validators(Protocol):
-    """What validates: :mod:`streams.validation_threads` or :mod:`streams.validation_process`."""
+    """What validates: :mod:`streams.validators` or :mod:`streams.validators`."""
 
     def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
         """Validate some records, in the background."""

@@ -25,7 +25,6 @@ from lance.commit import CommitConflictError
 from lance.fragment import write_fragments
 
 from core.errors import StoreUnavailable, Superseded
-from streams.conditions import quoted
 from streams.rows import (
     CLAIM,
     POSITION_SCHEMA,
@@ -35,6 +34,7 @@ from streams.rows import (
     deletion_row,
     duplicate_row,
     position_of,
+    quoted,
     tally_of,
 )
 from streams.table import ROOT, SampleTable, outage, positions

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.progress import say, track
-from core.settings.heads import LearnedHead
+from core.settings.updates import LearnedHead
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import Floats, Head

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from core.artifacts.folder import STAGING, file_size, remove_abandoned
-from core.artifacts.manifest import MARKER
+from core.artifacts.folder import MARKER, STAGING, file_size, remove_abandoned
 from core.files import replace_file
 
 CACHE_BYTES: Final = 4 << 30

@@ -10,11 +10,9 @@ from sqlalchemy.orm import Session
 
 from core.errors import ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.audit import note
-from core.ledger.commits import write_once
-from core.ledger.database import Database, as_row
-from core.ledger.releases import append_release, check_number
-from core.ledger.rollout import PLAIN
+from core.ledger.database import Database, as_row, write_once
+from core.ledger.events import note
+from core.ledger.releases import PLAIN, append_release, check_number
 from core.ledger.rows import BaseUpgradeRow, ReleaseRow, UpdateRow
 
 

@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 
 from core.errors import AdapterCollected, LedgerError, ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.database import Database
+from core.ledger.events import note
 from core.ledger.leases import check_lease, database_time
 
 COLLECT_LEASE: Final = "collect"

@@ -1,15 +1,24 @@
-"""Transactions and migrations. Connections are made by :mod:`core.ledger.postgres` and :mod:`core.ledger.sqlite`."""
+"""Transactions, migrations, and connections to SQLite; those to PostgreSQL are in :mod:`core.ledger.postgres`.
+
+A connection that is lost during COMMIT leaves it open whether the server has carried it out. Each write that goes
+through :func:`write_once` takes :func:`lock_releases` first. A second attempt gets that lock only when the first one
+has ended on the server, one way or the other; so what the second attempt then reads is final.
+
+SQLite's transactions say at their beginning whether they write; its files are in WAL mode, and durable.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -23,7 +32,6 @@ from sqlalchemy.orm import Session
 
 from core.dependencies import outage_state
 from core.errors import CommitUnknown, LedgerError, LedgerUnavailable
-from core.ledger.sqlite import prepare_sqlite
 from core.ledger.time_limits import CALL_SECONDS, CHECKOUT_SECONDS, MIGRATION_SECONDS, time_limit
 
 if TYPE_CHECKING:
@@ -160,7 +168,7 @@ def _make_engine(url: URL) -> Engine:
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, pool_timeout=CHECKOUT_SECONDS) if url.database else create_engine(url)
-        prepare_sqlite(engine)
+        _prepare_sqlite(engine)
         return engine
     if url.drivername not in ("postgresql", "postgresql+psycopg"):
         return create_engine(url, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
@@ -208,3 +216,89 @@ def as_row(kind: type[Result], source: Any) -> Result:
     """Copy the columns of a mapped object into a frozen row."""
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     return kind(**{field.name: getattr(source, field.name) for field in fields})
+
+
+LOOKUP_SECONDS: Final = 5.0
+"""How long the outcome of a COMMIT is looked for; a server that was restarted is back in one or two."""
+_RELEASE_LOCK: Final = 7241957313
+"""Any fixed number: releases, proposals and holds are written one after the other, whoever writes them."""
+_PAUSE_SECONDS: Final = 0.1
+
+
+def lock_releases(session: Session) -> None:
+    """Let nobody else write releases, proposals or holds until this transaction ends. SQLite has one writer anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _RELEASE_LOCK})
+
+
+def write_once(database: Database, transaction: Callable[[Session, bool], Result], subject: str) -> Result:
+    """Carry out a transaction exactly once, though the answer to its COMMIT may be lost.
+
+    Args:
+        transaction: gets the session, under :func:`lock_releases`, and whether an earlier attempt may have been
+            carried out. If so it returns what that attempt has written, where it finds it.
+        subject: what is written, for the message of an error.
+
+    Raises:
+        CommitUnknown: the database did not come back within :data:`LOOKUP_SECONDS`.
+        LedgerUnavailable: the database is away, and nothing was written.
+    """
+    deadline, repeated = 0.0, False
+    while True:
+        try:
+            with database.write() as session:
+                lock_releases(session)
+                return transaction(session, repeated)
+        except LedgerUnavailable as error:
+            if not repeated:
+                if not isinstance(error, CommitUnknown):
+                    raise
+                deadline, repeated = time.monotonic() + LOOKUP_SECONDS, True
+            if time.monotonic() >= deadline:
+                raise CommitUnknown(
+                    f"whether {subject} was written is unknown: {error.message}",
+                    "Look it up when the ledger is back (`ratchet releases list`), before you decide again.",
+                ) from error
+        time.sleep(_PAUSE_SECONDS)
+
+
+_SQLITE_WRITE_SECONDS: Final = 15
+"""Longest wait for another process's write. A write takes milliseconds, but its process may run at a low priority."""
+_SQLITE_CACHE_KIB: Final = 256
+"""Of each connection. SQLite's 2 MB fill up as the ledger grows, in every thread of every process; the kernel caches
+its pages once for all."""
+_SQLITE_READ_SECONDS: Final = 2
+"""Longest wait of a read: in WAL mode it waits for no writer, only for the recovery of the file after a crash."""
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    """Set up every connection of an engine. Writers (``ratchet_write``) lock at once: SQLite upgrades a read to a
+    write late, and then fails."""
+
+    @event.listens_for(engine, "connect")
+    def pragmas(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below, not by the driver
+        connection.execute(f"PRAGMA busy_timeout={_SQLITE_WRITE_SECONDS * 1000}")
+        _use_wal(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", f"cache_size=-{_SQLITE_CACHE_KIB}"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writing = connection.get_execution_options().get("ratchet_write", False)
+        seconds = _SQLITE_WRITE_SECONDS if writing else _SQLITE_READ_SECONDS
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={seconds * 1000}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+def _use_wal(connection: Any) -> None:
+    """SQLite does not wait when two connections turn a new file to WAL: one is told "locked", and asks again."""
+    end = time.monotonic() + _SQLITE_WRITE_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)

@@ -2,6 +2,8 @@
 
 The id of an event follows from the fact (``release-12``), so that a fact is told once whatever is repeated. Who
 publishes holds a lease, and marks with its epoch; see :mod:`streams.events`.
+
+The audit log says who did what to which, when; operators ask it afterwards. Its rows are only added.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final, cast
 
-from sqlalchemy import CursorResult, delete, func, select, update
+from sqlalchemy import CursorResult, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -19,7 +21,7 @@ from core.errors import LedgerError
 from core.ledger import tables as t
 from core.ledger.database import Database, as_row
 from core.ledger.leases import check_lease
-from core.ledger.rows import EventRow, EventType
+from core.ledger.rows import AuditRow, EventRow, EventType
 
 #: Type of the CloudEvent by what happened.
 EVENT_TYPES: Final[Mapping[str, EventType]] = {
@@ -103,6 +105,28 @@ class EventQueries:
             result = session.execute(old.where(t.Event.type != EVENT_TYPES["gap"]))
             return int(cast(CursorResult[Any], result).rowcount)
 
+    def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
+        """Record what somebody did that changes no other table."""
+        with self.database.write() as session:
+            note(session, actor, action, subject, detail)
+
+    def audit_rows(self, limit: int = 100, subject: str | None = None, actor: str | None = None) -> list[AuditRow]:
+        """The newest rows, newest first.
+
+        Args:
+            subject: only rows about it: ``release 12``, or ``release`` for all releases.
+            actor: only rows of one actor.
+        """
+        query = select(t.Audit).order_by(t.Audit.id.desc()).limit(limit)
+        if subject is not None:
+            about = t.Audit.subject
+            query = query.where(or_(about == subject, about.startswith(f"{subject} ", autoescape=True)))
+        if actor is not None:
+            query = query.where(t.Audit.actor == actor)
+        with self.database.read() as session:
+            rows = session.scalars(query)
+            return [AuditRow(r.id, r.actor, r.action, r.subject, r.detail, r.created_at) for r in rows]
+
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
     """Add an event in the transaction of its fact; see :meth:`EventQueries.record_event`."""
@@ -133,3 +157,53 @@ def _check(type: str, event_id: str, subject: str, data: Mapping[str, Any]) -> N
         raise LedgerError(
             f"the data of event {event_id} has {size} bytes.", f"At most {MAX_DATA_BYTES} fit; tell where the rest is."
         )
+
+
+def tell_proposal(session: Session, row: t.Proposal) -> None:
+    """A proposal was made, or came to a state; each state is told once."""
+    data = {
+        "proposal": row.id, "kind": row.kind, "state": row.state, "family": row.family, "clip": row.clip,
+        "vlm": row.vlm, "actor": row.actor, "reason": clipped(row.reason), "update": row.update_id,
+        "release": row.release, "share": row.share, "error": clipped(row.error),
+    }  # fmt: skip
+    add_event(session, "ratchet.proposal.v1", f"proposal-{row.id}-{row.state}", f"proposals/{row.id}", data)
+
+
+def tell_release(session: Session, row: t.Release, proposal: t.Proposal | None, previous: int | None) -> None:
+    """A release is live; a rollback is told as both."""
+    subject = f"releases/{row.number}"
+    data = {
+        "number": row.number, "clip": row.clip, "vlm": row.vlm, "previous": previous,
+        "image_space": _image_space(session, row.clip), "actor": row.actor, "reason": clipped(row.reason),
+        "share": row.share,
+    }  # fmt: skip
+    add_event(session, "ratchet.release.v1", f"release-{row.number}", subject, data)
+    if proposal is None:
+        return
+    tell_proposal(session, proposal)
+    if proposal.kind == "rollback":
+        back = {"number": row.number, "to": _same_before(session, row), "actor": row.actor, "reason": data["reason"]}
+        add_event(session, "ratchet.rollback.v1", f"rollback-{row.number}", subject, back)
+
+
+def _image_space(session: Session, clip: str | None) -> str | None:
+    """The image space of an adapter in the ledger; None for the base, whose space the ledger does not know."""
+    adapter = None if clip is None else session.get(t.Adapter, clip)
+    return None if adapter is None else adapter.image_space
+
+
+def _same_before(session: Session, row: t.Release) -> int | None:
+    """The newest earlier plain release with the same adapters."""
+    query = (
+        select(t.Release.number)
+        .where(t.Release.number < row.number, t.Release.share >= 1)
+        .where(t.Release.clip.is_not_distinct_from(row.clip), t.Release.vlm.is_not_distinct_from(row.vlm))
+        .order_by(t.Release.number.desc())
+        .limit(1)
+    )
+    return session.scalars(query).first()
+
+
+def note(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
+    """Add a row in the transaction of the change that it tells of."""
+    session.add(t.Audit(actor=actor, action=action, subject=subject, detail=detail))

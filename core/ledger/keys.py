@@ -17,8 +17,8 @@ from sqlalchemy.exc import IntegrityError
 
 from core.errors import LedgerError
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.database import Database
+from core.ledger.events import note
 from core.ledger.rows import SYSTEM_ACTORS, KeyRow, KeyScope
 
 SCOPES: Final[tuple[KeyScope, ...]] = get_args(KeyScope)

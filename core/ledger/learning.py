@@ -10,10 +10,9 @@ from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.collection import restore_mark
 from core.ledger.database import Database, as_row
-from core.ledger.events import add_event, clipped
+from core.ledger.events import add_event, clipped, note
 from core.ledger.rows import AdapterRow, GateOutcome, UpdateRow, UpdateState, VerdictRow
 
 RELEASED_VERDICTS = 500

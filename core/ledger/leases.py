@@ -6,6 +6,10 @@ it has it; so each write of the job carries the epoch, and :func:`check_lease` r
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -18,6 +22,7 @@ from core.ledger import tables as t
 from core.ledger.database import Database, as_row
 from core.ledger.rows import LeaseRow
 
+log = logging.getLogger(__name__)
 CONTROLLER_LEASE: Final = "controller"
 """The right to change what is live: to advance proposals and to commit releases."""
 
@@ -99,3 +104,24 @@ def database_time(session: Session) -> datetime:
         return t.utc_now()
     now: datetime = session.execute(text("select clock_timestamp()")).scalar_one()
     return now
+
+
+@contextmanager
+def renewing(ledger: LeaseQueries, name: str, epoch: int, seconds: float) -> Iterator[None]:
+    """Renew a lease in a thread for as long as the block takes."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(seconds / 4):
+            try:
+                ledger.renew_lease(name, epoch, seconds)
+            except Exception as error:  # the ledger is away: the lease may run out, and another process takes it
+                log.warning("the lease %s is not renewed: %s", name, error)
+
+    thread = threading.Thread(target=renew, name=f"{name}-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

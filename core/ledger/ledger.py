@@ -1,30 +1,25 @@
-"""One class with every query of the ledger; the queries are beside, a file per subject."""
+"""One class with every query of the ledger; the queries stand next to it, a file per subject."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from core.ledger.audit import AuditQueries
 from core.ledger.bases import BaseQueries
 from core.ledger.budget import BudgetQueries
 from core.ledger.collection import CollectionQueries
 from core.ledger.database import Database, open_database
-from core.ledger.deletions import DeletionQueries
 from core.ledger.events import EventQueries
-from core.ledger.holds import HoldQueries
 from core.ledger.keys import KeyQueries
 from core.ledger.learning import LearningQueries
 from core.ledger.leases import LeaseQueries
 from core.ledger.proposals import ProposalQueries
+from core.ledger.records import RecordQueries
 from core.ledger.releases import ReleaseQueries
-from core.ledger.resubmissions import ResubmissionQueries
-from core.ledger.rollout import RolloutQueries
 
 
 class Ledger(
-    LearningQueries, ProposalQueries, ReleaseQueries, HoldQueries, RolloutQueries, BudgetQueries, KeyQueries,
-    ResubmissionQueries, EventQueries, LeaseQueries, DeletionQueries, AuditQueries,
-    BaseQueries, CollectionQueries,
+    LearningQueries, ProposalQueries, ReleaseQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
+    RecordQueries, BaseQueries, CollectionQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""
 

@@ -10,12 +10,10 @@ from sqlalchemy.orm import Session
 
 from core.errors import LedgerError, ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.collection import check_files
-from core.ledger.commits import write_once
-from core.ledger.database import Database, as_row
+from core.ledger.database import Database, as_row, write_once
+from core.ledger.events import note, tell_proposal
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
-from core.ledger.release_events import tell_proposal
 from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, Scope
 
 ENDED: Final = ("committed", "failed")

@@ -1,28 +1,32 @@
-"""Queries of releases: what is live, and what was. Every change leaves an audit row in the same transaction."""
+"""Queries of releases: what is live and what was, what answers next to a canary, and holds, under which no update goes
+live.
+
+Every change leaves an audit row in the same transaction.
+"""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import ColumnElement, or_, select, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from core.errors import LedgerError, ReleaseConflict
+from core.errors import Held, LedgerError, ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.collection import check_files
-from core.ledger.commits import write_once
-from core.ledger.database import Database, as_row
-from core.ledger.holds import add_hold, check_hold, open_hold
+from core.ledger.database import Database, as_row, write_once
+from core.ledger.events import note, tell_release
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.proposals import check_open, find_proposal, rollout_detail
-from core.ledger.release_events import tell_release
-from core.ledger.rows import SYSTEM_ACTORS, Family, ReleaseRow
+from core.ledger.rows import SYSTEM_ACTORS, Family, HoldRow, ReleaseRow
 
 
 class ReleaseQueries:
-    """What the release controller writes, and everybody reads."""
+    """What the release controller and the guard write, and everybody reads. All that canaries, shadows and the guard
+    need follows from rows that are never changed."""
 
     database: Database
 
@@ -41,7 +45,7 @@ class ReleaseQueries:
         attempt: str | None = None,
     ) -> ReleaseRow:
         """Append a release, and mark its proposal committed, in one transaction. When the answer to COMMIT is lost, the
-        release is looked up; see :mod:`core.ledger.commits`.
+        release is looked up; see :mod:`core.ledger.database`.
 
         Args:
             epoch: of the controller's lease.
@@ -68,7 +72,7 @@ class ReleaseQueries:
             proposal = None if proposal_id is None else find_proposal(session, proposal_id, lock=True)
             if proposal is not None:
                 check_open(proposal)
-                check_hold(session, proposal, actor)
+                _check_hold(session, proposal, actor)
             check_number(session, number)
             row = t.Release(
                 number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id, share=share,
@@ -124,6 +128,86 @@ class ReleaseQueries:
             row = session.scalars(query).first()
             return None if row is None else as_row(ReleaseRow, row)
 
+    def stable(self) -> ReleaseRow | None:
+        """The newest plain release: what answers the requests that a canary does not. None before the first start."""
+        with self.database.read() as session:
+            return _newest_plain(session)
+
+    def incumbent(self, number: int, base: str | None = None) -> ReleaseRow | None:
+        """The newest plain release before ``number``: what it is compared with, and what the guard goes back to; with
+        ``base`` of those whose CLIP has this base.
+        """
+        with self.database.read() as session:
+            return _newest_plain(session, number, base)
+
+    def was_stable(self, family: Family, adapter: str | None) -> bool:
+        """Whether an adapter (None: the base alone) was in a plain release, and so answered all requests."""
+        column = t.Release.clip if family == "clip" else t.Release.vlm
+        query = select(t.Release.number).where(t.Release.share >= PLAIN, column.is_not_distinct_from(adapter))
+        with self.database.read() as session:
+            return session.scalars(query.limit(1)).first() is not None
+
+    def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
+        """Those of some adapters that the guard took back, with the reason."""
+        wanted = [name for name in names if name is not None]
+        query = select(t.Adapter).where(t.Adapter.name.in_(wanted), t.Adapter.withdrawn.is_not(None))
+        with self.database.read() as session:
+            return {row.name: row.withdrawn or "" for row in session.scalars(query)}
+
+    def withdraw(
+        self, names: Sequence[str | None], *, actor: str, subject: str, reason: str, evidence: dict[str, Any]
+    ) -> None:
+        """Mark adapters, so that they are not released again by themselves, and write down why. The first reason
+        stays."""
+        with self.database.write() as session:
+            for name in names:
+                row = None if name is None else session.get(t.Adapter, name)
+                if row is not None:
+                    row.withdrawn = row.withdrawn or reason
+            detail = {"reason": reason, "adapters": [name for name in names if name is not None], **evidence}
+            session.add(t.Audit(actor=actor, action="withdraw", subject=subject, detail=detail))
+
+    def unproven(self, name: str) -> str:
+        """Why an adapter needs force to be released; empty when it passed the gate, or was live before."""
+        with self.database.read() as session:
+            adapter = session.get(t.Adapter, name)
+            if adapter is not None and adapter.withdrawn:
+                return f"{name} was withdrawn: {adapter.withdrawn}"
+            served = select(t.Release.number).where(
+                or_(t.Release.clip == name, t.Release.vlm == name), t.Release.share >= PLAIN
+            )
+            passed = select(t.Verdict.id).where(t.Verdict.adapter == name, t.Verdict.outcome == "passed")
+            if session.scalars(served.limit(1)).first() or session.scalars(passed.limit(1)).first():
+                return ""
+            return f"{name} has no passed verdict in the ledger and was never live"
+
+    def hold(self, actor: str, reason: str) -> HoldRow:
+        """Let update proposals wait until :meth:`resume`. A second hold keeps the first."""
+
+        def write(session: Session, _repeated: bool) -> HoldRow:
+            return as_row(HoldRow, _open_hold(session) or _add_hold(session, actor, reason))
+
+        return write_once(self.database, write, "the hold")
+
+    def resume(self, actor: str, reason: str) -> None:
+        """End a hold. Raises LedgerError when nothing is held."""
+
+        def write(session: Session, repeated: bool) -> None:
+            row = _open_hold(session)
+            if row is None and not repeated:
+                raise LedgerError("updates are not on hold.", "There is nothing to resume.")
+            if row is not None:
+                row.resumed_at = t.utc_now()
+                note(session, actor, "resume", "updates", {"reason": reason})
+
+        write_once(self.database, write, "the end of the hold")
+
+    def held(self) -> HoldRow | None:
+        """The open hold, if there is one."""
+        with self.database.read() as session:
+            row = _open_hold(session)
+            return None if row is None else as_row(HoldRow, row)
+
 
 def of_base(base: str | None) -> ColumnElement[bool]:
     """The condition that a release's CLIP has a base; without one it holds always. Releases that name no base are of
@@ -170,5 +254,45 @@ def append_release(session: Session, row: t.Release, proposal: t.Proposal | None
 
 
 def _hold_after_rollback(session: Session, row: t.Release) -> None:
-    if row.actor not in SYSTEM_ACTORS and open_hold(session) is None:
-        add_hold(session, row.actor, f"after the rollback of release {row.number - 1}: {row.reason}")
+    if row.actor not in SYSTEM_ACTORS and _open_hold(session) is None:
+        _add_hold(session, row.actor, f"after the rollback of release {row.number - 1}: {row.reason}")
+
+
+PLAIN = 1.0
+
+
+def _newest_plain(session: Session, before: int | None = None, base: str | None = None) -> ReleaseRow | None:
+    query = select(t.Release).where(t.Release.share >= PLAIN, of_base(base)).order_by(t.Release.number.desc()).limit(1)
+    if before is not None:
+        query = query.where(t.Release.number < before)
+    row = session.scalars(query).first()
+    return None if row is None else as_row(ReleaseRow, row)
+
+
+def _open_hold(session: Session) -> t.Hold | None:
+    """The hold that nobody has ended."""
+    return session.scalars(select(t.Hold).where(t.Hold.resumed_at.is_(None)).order_by(t.Hold.id)).first()
+
+
+def _add_hold(session: Session, actor: str, reason: str) -> t.Hold:
+    """Open a hold, with its audit row."""
+    row = t.Hold(actor=actor, reason=reason)
+    session.add(row)
+    note(session, actor, "hold", "updates", {"reason": reason})
+    session.flush()
+    return row
+
+
+def _check_hold(session: Session, proposal: t.Proposal, actor: str) -> None:
+    """Refuse what would go live by itself while a hold is open: updates, and promotions that no operator asked for.
+
+    Raises:
+        Held: it has to wait.
+    """
+    by_itself = proposal.kind == "update" or (proposal.kind == "promotion" and actor in SYSTEM_ACTORS)
+    held = _open_hold(session) if by_itself else None
+    if held is not None:
+        raise Held(
+            f"proposal {proposal.id} waits: {held.actor} holds updates ({held.reason}).",
+            "`ratchet releases resume` lets it go on.",
+        )

@@ -9,8 +9,7 @@ from core.metrics.declared import names
 from core.metrics.exposition import NAME_PREFIXES, Process, exposition, listen
 from core.metrics.learning import gate, update
 from core.metrics.models import catalog, drift, encoder, vlm
-from core.metrics.rollout import rollout
-from core.metrics.serving import build, http, operator, release
+from core.metrics.serving import build, http, operator, release, rollout
 from core.metrics.stream import dependency, events, ingest, maintain
 
 __all__ = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import Field, SecretStr
 
-from core.settings.operator_key import kept_key
 from core.settings.section import Section
 from core.settings.serving import AccessRules, BaseModels, Catalog, Console, Rollout, Serve
 from core.settings.streams import Collection, Ingest, Kafka, Maintain, Retention
@@ -84,4 +86,20 @@ class Settings(Section):
         """The operators' key; on first use one is made and kept, owner-readable, in ``home/operator.key``."""
         if self.serve.operator_key is not None:
             return self.serve.operator_key
-        return SecretStr(kept_key(self.home / "operator.key"))
+        return SecretStr(_kept_key(self.home / "operator.key"))
+
+
+def _kept_key(path: Path) -> str:
+    """The key in a file; where there is none, one is made, owner-readable."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".operator.{os.getpid()}.{secrets.token_hex(4)}")
+        descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        try:
+            with suppress(FileExistsError):
+                os.link(staging, path)  # the first of two processes wins; both then read the same key
+        finally:
+            staging.unlink()
+    return path.read_text().strip()

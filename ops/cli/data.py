@@ -72,7 +72,7 @@ def publish(
     )
     Console().print(str(report), highlight=False, markup=False)
     if wait is not None and report.last:
-        from streams.publish_wait import wait_until_stored
+        from streams.publish_progress import wait_until_stored
 
         wait_until_stored(settings, report.last, wait)
     raise typer.Exit(report.exit_status)

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from core.errors import RatchetError
-from core.loading import FILE, FILE_VARIABLE
+from core.loading import FILE, FILE_VARIABLE, update_section
 from core.progress import say, step
 from core.settings import Settings
-from core.settings_file import update_section
 from ops.cli.context import Context
 
 if TYPE_CHECKING:

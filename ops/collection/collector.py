@@ -14,7 +14,7 @@ from core.artifacts import Artifacts
 from core.errors import LeaseLost, ReleaseConflict
 from core.ledger import Ledger
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.renewal import renewing
+from core.ledger.leases import renewing
 from core.progress import say
 from core.settings import Settings
 from ops.collection.home import home_items

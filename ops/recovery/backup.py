@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from core.artifacts.manifest import MARKER
+from core.artifacts.folder import MARKER
 from core.digests import digest_bytes
 from core.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
 from core.ledger import Ledger
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.renewal import renewing
+from core.ledger.leases import renewing
 from core.progress import say, track
 from core.settings import Settings
 from ops.recovery.lake_files import datasets, version_files

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from core.digests import digest_bytes, digest_json
 from core.errors import AdapterError
-from core.settings.heads import HEAD_NAME, MAX_HEADS
+from core.settings.updates import HEAD_NAME, MAX_HEADS
 
 HEADS = "heads.safetensors"
 LEVEL = "/"

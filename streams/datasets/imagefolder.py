@@ -1,10 +1,13 @@
-"""Folders of images: with a ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face's imagefolder), or a folder for each
-class.
+"""Folders of images: with a ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face's imagefolder), a folder for each
+class, or a text file next to each image.
 
 Metadata files lie in the folder itself or in its split folders (``train/metadata.csv``). Each row names its image in
 ``file_name``, relative to the metadata file; the other columns are found by name (:mod:`streams.datasets.mapping`).
 Without metadata the class is the first folder (below ``train``, ``test``, ... if the folders are splits), as
 torchvision's ``ImageFolder`` has it, and its name is the text as well.
+
+Texts of the same name next to images (``0001.jpg``, ``0001.txt``, ``0001.json``) are what img2dataset writes with
+``output_format=files``, and what many captioning tools leave.
 
 Memory: the names in one folder.
 """
@@ -13,15 +16,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from core.errors import RecordError
 from streams.datasets.mapping import ImageRef, has_words, items_of
-from streams.datasets.source import IMAGE_SUFFIXES, Format, Source, split_of
+from streams.datasets.shards import values_of
+from streams.datasets.source import IMAGE_SUFFIXES, MAX_TEXT_BYTES, Format, Source, split_of
 from streams.folders import DatasetRow, FolderItem
-from streams.row_fields import inside
-from streams.tables import Where, csv_rows, dataset_error, jsonl_rows
+from streams.row_files import Where, csv_rows, dataset_error, inside, jsonl_rows
 
 METADATA: Final = ("metadata.csv", "metadata.jsonl")
 FILE: Final = ("file_name", "file", "image")
@@ -121,3 +125,48 @@ def _classes(source: Source) -> Iterator[DatasetRow]:
 
 
 FORMAT: Final = Format("imagefolder", "image files with metadata.csv or .jsonl, or a folder a class", matches, read)
+
+
+_LOOKED_AT: Final = 16
+"""Images whose texts are looked for, to tell what a folder is."""
+
+
+def _is_sidecars(path: Path) -> bool:
+    """Whether one of the first images of a folder has a text beside it."""
+    return path.is_dir() and any(
+        image.with_suffix(".txt").is_file() for image in islice(images_under(path), _LOOKED_AT)
+    )
+
+
+def _read_sidecars(source: Source) -> Iterator[DatasetRow]:
+    """Each image with the words beside it."""
+    for image in images_under(source.path):
+        where = Where(image, "the file")
+        try:
+            inside(source.path, image.relative_to(source.path).as_posix(), where)
+            parts = {suffix: text for suffix in ("txt", "json") if (text := _beside(image, suffix, where)) is not None}
+            split = split_of(image.parent.name)
+            row = values_of(parts, where)
+            items = list(items_of(row, ImageRef(image), where, domain=source.domain, split=split))
+        except RecordError as error:
+            yield DatasetRow(str(image), error)
+            continue
+        for item in items:
+            yield DatasetRow(str(image), item)
+
+
+def _beside(image: Path, suffix: str, where: Where) -> bytes | None:
+    path = image.with_suffix(f".{suffix}")
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_TEXT_BYTES + 1)
+    except OSError:
+        return None
+    if len(content) > MAX_TEXT_BYTES:
+        raise where.error(suffix, f"more than {MAX_TEXT_BYTES} bytes", "shorten it")
+    return content
+
+
+SIDECARS: Final = Format(
+    "sidecars", "image files with a .txt beside each (img2dataset files)", _is_sidecars, _read_sidecars
+)

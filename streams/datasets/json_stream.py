@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import ijson
 
-from streams.tables import dataset_error
+from streams.row_files import dataset_error
 
 MAX_ELEMENT_BYTES: Final = 16 * 2**20
 """Longest element of an array, and longest text in what is passed over."""

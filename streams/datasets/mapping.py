@@ -20,8 +20,7 @@ from typing import Any, Final
 
 from core.errors import RecordError
 from streams.folders import FolderItem
-from streams.row_fields import iso_time, list_field
-from streams.tables import Where
+from streams.row_files import Where, iso_time, list_field
 
 TEXT: Final = ("text", "caption", "captions", "sentence", "sentences", "description", "alt_text", "alt")
 QUESTION: Final = ("question", "query")

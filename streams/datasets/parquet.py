@@ -24,8 +24,7 @@ from core.errors import RecordError
 from streams.datasets.mapping import COLUMNS, ImageRef, has_words, items_of
 from streams.datasets.source import Format, Source, files_under, split_of
 from streams.folders import DatasetRow
-from streams.row_fields import inside
-from streams.tables import Where, dataset_error
+from streams.row_files import Where, dataset_error, inside
 
 IMAGE: Final = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 STATUS: Final = ("status", "error_message")

@@ -27,7 +27,7 @@ from core.errors import RecordError
 from streams.datasets.mapping import ImageRef, items_of
 from streams.datasets.source import IMAGE_SUFFIXES, MAX_TEXT_BYTES, Format, Source, files_under, split_of
 from streams.folders import DatasetRow
-from streams.tables import Where, dataset_error
+from streams.row_files import Where, dataset_error
 
 SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
 MAX_HEADER_BYTES: Final = 2**20

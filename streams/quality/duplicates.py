@@ -4,7 +4,7 @@ The index is a SQLite file beside the worker, which it fills from the store and 
 disk a sample. It is no truth: a file that is lost, damaged or of another store is made anew from the store.
 
 A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
-(:mod:`streams.quality.bands` finds those without comparing with all). :mod:`streams.quality.sides` has the split.
+(:mod:`streams.quality.staging` finds those without comparing with all). :mod:`streams.quality.sides` has the split.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ import pyarrow.compute as pc
 
 from core.errors import StoreFull, StoreUnavailable
 from core.progress import track
-from streams.conditions import quoted
-from streams.quality.bands import bands_of, masks
 from streams.quality.look import Look, similar
 from streams.quality.sides import TABLES, SplitRule
-from streams.quality.staging import Staging
-from streams.rows import RecordPosition, Split, name_of, parse_position, position_of
+from streams.quality.staging import Staging, bands_of, masks
+from streams.rows import RecordPosition, Split, name_of, parse_position, position_of, quoted
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 

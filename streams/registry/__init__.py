@@ -3,8 +3,8 @@
 https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format
 
     client     asks the registry over HTTP, with bounds, timeouts and retries
-    decoders   makes, for one schema, the function from bytes to fields, and keeps it
-    failing    when a schema is given up that the registry fails at
+    decoders   makes, for one schema, the function from bytes to fields, and keeps it; gives a schema up that the
+               registry fails at for too long
     avro       Avro by fastavro
     protobuf   Protobuf by Google's runtime, from the descriptors that the registry has (no protoc)
 

@@ -279,8 +279,8 @@ def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
         for number, record in enumerate(list(broker.quarantine)):
             yield SimpleNamespace(topic=topic, partition=0, offset=number, headers=record.headers)
 
-    patch.setattr("streams.consumer_parts.KafkaConsumer", Client)
+    patch.setattr("streams.membership.KafkaConsumer", Client)
     patch.setattr("streams.consumer.Admin", lambda kafka, seconds: FakeAdmin(broker))
-    patch.setattr("streams.consumer_parts.tolerant_fetch.install", lambda consumer, limit: None)
-    patch.setattr("streams.refusal_publisher.FencedSender", lambda *args: FakeSender(broker, *args))
+    patch.setattr("streams.membership.tolerant_fetch.install", lambda consumer, limit: None)
+    patch.setattr("streams.quarantine.FencedSender", lambda *args: FakeSender(broker, *args))
     patch.setattr("streams.outbox.read_back", read_back)

@@ -37,7 +37,7 @@ from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Prepared, ReleaseResult, Residency
 from streams.receipts import Receipt
-from streams.resubmit_many import ResubmitReport
+from streams.resubmit import ResubmitReport
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.inputs import pictures

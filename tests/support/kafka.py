@@ -20,7 +20,7 @@ from core.settings.streams import Kafka
 from core.waiting import StoodStill, wait_for_progress
 from streams.clients import ensure_topics
 from streams.consumer import Consumer
-from streams.ingest_status import IngestStatus
+from streams.ingest_report import IngestStatus
 from streams.rows import RecordPosition
 
 Message = tuple[bytes | None, list[tuple[str, bytes]]]  # value, headers

@@ -7,9 +7,8 @@ from typing import Any
 
 from core.settings import Settings
 from streams.consumer import Consumer
-from streams.fenced_sender import FencedSender
 from streams.ingest import run_ingest
-from streams.outbox import Outbox
+from streams.outbox import FencedSender, Outbox
 from streams.quality.duplicates import DuplicateIndex
 from streams.writer import StoreWriter
 from tests.support.sudden_death import die

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from core.settings import Settings
-from streams.fenced_sender import FencedSender
 from streams.ingest import run_ingest
-from streams.refusal_publisher import RefusalPublisher
+from streams.outbox import FencedSender
+from streams.quarantine import RefusalPublisher
 from streams.writer import StoreWriter
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from core.errors import CommitUnknown, LedgerUnavailable
 from core.ledger import Ledger
-from core.ledger.commits import LOOKUP_SECONDS
+from core.ledger.database import LOOKUP_SECONDS
 from core.ledger.time_limits import CALL_SECONDS
 from tests.support.commit_relay import CommitRelay, Loss
 from tests.support.ledger_limits import patient, production_limits

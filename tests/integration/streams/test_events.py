@@ -21,7 +21,7 @@ from core.ledger import Ledger
 from core.metrics import declared
 from core.settings import Settings
 from streams.events import EventPublisher
-from streams.read_back import read_back
+from streams.outbox import read_back
 from tests.support import mortal_publisher
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess
@@ -175,7 +175,7 @@ def test_an_event_waits_until_the_broker_takes_it(
 ) -> None:
     record(ledger, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("streams.fenced_sender.FencedSender.open", _unreachable)
+        patch.setattr("streams.outbox.FencedSender.open", _unreachable)
         with pytest.raises(BrokerError):
             publisher.publish_pending()
     assert declared.EVENTS_WAITING._value.get() == 1, "what waits while the broker is away has to be seen"

@@ -16,9 +16,7 @@ from core.errors import BrokerError, Fenced, RecordTooLarge
 from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from streams.clients import ensure_topics
-from streams.fenced_sender import FencedSender
-from streams.outbox import Outbox, OutboxEntry
-from streams.read_back import read_back
+from streams.outbox import FencedSender, Outbox, OutboxEntry, read_back
 from tests.support.broker import Broker
 
 pytestmark = pytest.mark.integration

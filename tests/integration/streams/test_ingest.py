@@ -325,7 +325,7 @@ def test_one_that_is_stopped_while_it_joins_the_group_leaves_it_to_the_next(brok
 
 def test_a_group_that_lets_nobody_in_is_joined_again_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streams.ingest_report.GROUP_PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr("streams.consumer.JOIN_SECONDS", 1.0)
+    monkeypatch.setattr("streams.membership.JOIN_SECONDS", 1.0)
     with EmbeddedBroker() as embedded:
         settings = Broker(embedded.address, embedded=True).settings(tmp_path)
         make_topics(settings)

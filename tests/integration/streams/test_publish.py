@@ -18,8 +18,7 @@ from core.errors import ConfigError, RecordError, StoreUnavailable
 from core.settings import Settings
 from ops.cli.main import app
 from streams.publish import publish
-from streams.publish_resume import MAX_ROWS, SAVE_ROWS
-from streams.publish_wait import wait_until_stored
+from streams.publish_progress import MAX_ROWS, SAVE_ROWS, wait_until_stored
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, read_topic, reading, wait_for

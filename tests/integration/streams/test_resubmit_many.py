@@ -14,9 +14,8 @@ from core.errors import BrokerError, ConfigError
 from core.ledger import Ledger
 from core.settings import Settings
 from ops.cli.main import app
-from streams import resubmit_many as module
-from streams.resubmit import HEADER
-from streams.resubmit_many import RefusalFilter, ResubmitReport, resubmit_many
+from streams import resubmit as module
+from streams.resubmit import HEADER, RefusalFilter, ResubmitReport, resubmit_many
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.broker import Broker

@@ -10,7 +10,7 @@ import pytest
 from core.artifacts import Artifacts
 from core.errors import AdapterError
 from core.settings import Settings
-from core.settings.heads import LearnedHead
+from core.settings.updates import LearnedHead
 from serving.engines.adapters import read_adapter
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, judged_as

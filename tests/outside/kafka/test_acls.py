@@ -25,8 +25,7 @@ from kafka.admin import (
 from core.dependencies import current
 from core.errors import BrokerError
 from core.settings import Settings
-from streams.clients import Admin
-from streams.rights import check_rights, event_rights, ingest_rights
+from streams.clients import Admin, check_rights, event_rights, ingest_rights
 from streams.store import SampleStore
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.downloads import started

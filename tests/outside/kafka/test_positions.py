@@ -16,7 +16,7 @@ from kafka import KafkaProducer
 
 from core.settings import Settings
 from streams.consumer import Consumer
-from streams.ingest_status import IngestStatus
+from streams.ingest_report import IngestStatus
 from streams.store import SampleStore
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.broker import Broker

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from core.artifacts import Artifacts, directory_digest, folder
-from core.artifacts.manifest import Manifest
+from core.artifacts.folder import Manifest
 from core.artifacts.object_store import ObjectStore
 from core.errors import AdapterError
 

@@ -97,7 +97,7 @@ def test_a_fact_whose_event_cannot_be_written_is_not_written(ledger: Ledger, mon
 
     begin(ledger)
     row = ledger.propose("release", clip="clip-a", actor="ann", reason="r")
-    for module in ("learning", "release_events"):
+    for module in ("learning", "events"):
         monkeypatch.setattr(f"core.ledger.{module}.add_event", broken)
     attempts: list[Callable[[], object]] = [
         lambda: release(ledger, 1, None, row.id),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from core.errors import ConfigError
-from core.settings_file import update_section
+from core.loading import update_section
 
 WRITTEN = """\
 # of the shop

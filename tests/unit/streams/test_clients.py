@@ -33,7 +33,7 @@ from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
 from streams.broker import EmbeddedBroker
 from streams.clients import Admin, connect_producer, connection
-from streams.log_watch import LogLost, LogWatch
+from streams.membership import LogLost, LogWatch
 from streams.publish import publish
 from streams.quality.validate import Received, Rules, validate
 from streams.quarantine import message

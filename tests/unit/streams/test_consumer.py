@@ -15,12 +15,12 @@ from prometheus_client import REGISTRY
 from core.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
 from core.settings import Settings
 from streams import consumer as module
-from streams import ingest_report, tolerant_fetch, validation_threads
+from streams import ingest_report, tolerant_fetch, validators
 from streams.assignment import Reading
 from streams.consumer import Consumer
 from streams.crash_guard import DEATHS
 from streams.quality.validate import Received, validate
-from streams.refusal_publisher import RefusalPublisher
+from streams.quarantine import RefusalPublisher
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.table import SampleTable
@@ -49,8 +49,8 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
     broker = FakeKafka("t")
     install(broker, monkeypatch)
     monkeypatch.setattr(module, "BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.refusal_publisher.BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.log_watch.LogWatch.SECONDS", 0.0)
+    monkeypatch.setattr("streams.quarantine.BACKOFF_SECONDS", (0.02,))
+    monkeypatch.setattr("streams.membership.LogWatch.SECONDS", 0.0)
     return broker
 
 
@@ -195,7 +195,7 @@ def test_records_stay_in_order_though_they_are_validated_at_once(
             later.set()
         return real(received, rules)
 
-    monkeypatch.setattr(validation_threads, "validate", slow)
+    monkeypatch.setattr(validators, "validate", slow)
     monkeypatch.setattr("streams.validation_pool.CHUNK_RECORDS", 1)
     kafka.send(*(good(n) for n in range(12)))
     with run(settings, 12):
@@ -466,7 +466,7 @@ def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(
 ) -> None:
     broker = FakeKafka("t", 2)
     install(broker, monkeypatch)
-    monkeypatch.setattr("streams.log_watch.LogWatch.SECONDS", 0.0)
+    monkeypatch.setattr("streams.membership.LogWatch.SECONDS", 0.0)
     broker.assign()
     lags: list[tuple[str, int | None]] = []
     for number in range(2):
@@ -663,7 +663,7 @@ def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
             raise RegistryUnavailable("the registry is away.")
         return real(received, rules)
 
-    monkeypatch.setattr(validation_threads, "validate", needs_registry)
+    monkeypatch.setattr(validators, "validate", needs_registry)
     kafka.send(good(0), good(1), good(2))
     with run(settings) as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the registry's outage", 20)
@@ -689,7 +689,7 @@ def test_a_gap_waits_for_the_records_before_it(
             raise RegistryUnavailable("the registry is away.")
         return real(received, rules)
 
-    monkeypatch.setattr(validation_threads, "validate", needs_registry)
+    monkeypatch.setattr(validators, "validate", needs_registry)
     kafka.send(good(0), good(1))
     with run(settings) as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the outage", 20)
@@ -759,7 +759,7 @@ def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neigh
         inside.discard(received.offset)
         return result
 
-    monkeypatch.setattr(validation_threads, "validate", watch)
+    monkeypatch.setattr(validators, "validate", watch)
     kafka.send(*(good(n) for n in range(8)))
     with run(settings, 8):
         pass

@@ -13,13 +13,13 @@ from core.settings.streams import Ingest, Kafka
 from streams import compaction, deletion
 from streams.assignment import Reading
 from streams.batch import Batch, CommitResult
+from streams.deletion import remove_together
 from streams.quality.duplicates import DuplicateIndex
 from streams.quality.sides import SplitRule
 from streams.quality.validate import Accepted, Received, Rules, validate
 from streams.receipts import RecordQuery, trace
 from streams.rows import Position
 from streams.store import SampleStore
-from streams.tombstones import remove_together
 from streams.writer import StoreWriter
 from tests.support.kafka import picture
 

@@ -12,11 +12,19 @@ import pytest
 from core.errors import ConfigError
 from core.ledger import DeletionRow, Ledger
 from core.settings.streams import Ingest
-from streams.deletion import Selected, condition, count_selected, remove, request_deletion, take_tombstones
+from streams.deletion import (
+    Selected,
+    condition,
+    count_selected,
+    is_tombstone,
+    remove,
+    remove_together,
+    request_deletion,
+    take_tombstones,
+)
 from streams.quality.validate import Received, Rules, validate
 from streams.rows import Position, record_key
 from streams.store import SampleStore
-from streams.tombstones import is_tombstone, remove_together
 from streams.writer import StoreWriter
 from tests.support.samples import TOPIC, put, refusal, sample
 

@@ -9,8 +9,14 @@ import pytest
 
 from core.errors import RecordError
 from streams import fetch_limits
-from streams.fetch_limits import MAX_HOSTS, PROBE_SECONDS, FetchLimits
-from streams.fetch_retries import TransientFetchError, parse_retry_after, pause_before
+from streams.fetch_limits import (
+    MAX_HOSTS,
+    PROBE_SECONDS,
+    FetchLimits,
+    TransientFetchError,
+    parse_retry_after,
+    pause_before,
+)
 
 HOST = "cdn.test:80"
 

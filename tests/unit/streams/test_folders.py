@@ -254,7 +254,7 @@ def test_writing_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["more.csv", "more.jsonl"])
 def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.tables.MAX_ROW_CHARS", 1000)
+    monkeypatch.setattr("streams.row_files.MAX_ROW_CHARS", 1000)
     rows = {"more.csv": 'image,text\nAAAA,"', "more.jsonl": '{"image": "'}
     (tmp_path / name).write_text(rows[name] + "x" * 5000)
     with pytest.raises(RecordError, match="1000"):

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from core.errors import RecordError
-from streams.codecs import decode
-from streams.image_digests import check_digest
+from streams.codecs import check_digest, decode
 from tests.support.kafka import picture
 
 IMAGE = picture(1)

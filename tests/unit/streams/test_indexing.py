@@ -11,7 +11,7 @@ import pytest
 from core.errors import StoreUnavailable
 from core.settings import Settings
 from streams import consumer as consumer_module
-from streams.indexing import Indexing
+from streams.consumer_parts import Indexing
 from streams.quality import duplicates as module
 from streams.quality.duplicates import DuplicateIndex
 from streams.rows import Position

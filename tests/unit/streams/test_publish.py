@@ -24,7 +24,7 @@ from streams.clients import connect_producer
 from streams.datasets import FORMATS
 from streams.folders import FolderItem
 from streams.publish import _checked, publish
-from streams.publish_resume import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
+from streams.publish_progress import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
 from tests.support.pictures import png
 
 PICTURE = base64.b64encode(png()).decode()

@@ -10,7 +10,7 @@ import pytest
 
 from core.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 from streams.codecs import decode
-from streams.registry import SchemaRegistry, client, decoders, failing
+from streams.registry import SchemaRegistry, client, decoders
 from tests.support.clock import Clock
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running
@@ -121,7 +121,7 @@ def test_failures_that_lie_far_apart_do_not_add_up(registry: SchemaRegistry, clo
     for _ in range(5):
         with pytest.raises(SchemaUnavailable):
             read(registry)
-        clock.now += failing.FORGET_SECONDS + DEADLINE
+        clock.now += decoders.FORGET_SECONDS + DEADLINE
 
 
 def test_what_succeeds_in_between_begins_the_deadline_anew(
@@ -133,7 +133,7 @@ def test_what_succeeds_in_between_begins_the_deadline_anew(
 
 
 def test_failures_of_many_schemas_are_forgotten_beyond_a_bound() -> None:
-    failures = failing.FailingSchemas(DEADLINE)
-    for number in range(failing.MAX_FAILING + 10):
+    failures = decoders.FailingSchemas(DEADLINE)
+    for number in range(decoders.MAX_FAILING + 10):
         failures.failed(number, SchemaUnavailable("away."), lambda: False)
-    assert len(failures._failures) == failing.MAX_FAILING
+    assert len(failures._failures) == decoders.MAX_FAILING

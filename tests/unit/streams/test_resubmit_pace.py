@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streams import resubmit_many
+from streams import resubmit
 
 
 class Clock:
@@ -21,8 +21,8 @@ class Clock:
 
 def test_a_rate_is_kept_and_a_pause_is_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(resubmit_many, "time", clock)
-    pace = resubmit_many._Pace(4)
+    monkeypatch.setattr(resubmit, "time", clock)
+    pace = resubmit._Pace(4)
     times = []
     for _ in range(3):
         pace.wait()

@@ -16,9 +16,8 @@ from kafka.record import MemoryRecordsBuilder
 
 from core.errors import ConfigError
 from streams import tolerant_fetch
-from streams.fetched_batches import MAX_FETCHES
 from streams.record_batches import MAX_HEADERS, MAX_RAW_BYTES, Corrupt
-from streams.tolerant_fetch import check_library, install
+from streams.tolerant_fetch import MAX_FETCHES, check_library, install
 from tests.support.raw_batches import CODECS, RawBatch, RawMessage, encode_record, seal
 from tests.support.record_log import LogReader, RecordLog
 

@@ -14,7 +14,7 @@ import pytest
 
 from core.errors import RecordError
 from core.settings.streams import Ingest
-from streams import fetch_retries
+from streams import fetch_limits
 from streams.uris import UriFetcher
 from tests.support.web_server import Answer, WebServer, reply, web_server
 
@@ -26,7 +26,7 @@ Make = Callable[..., UriFetcher]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_retries, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(fetch_limits, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import pytest
 
 from core.settings.streams import Kafka
-from streams import refusal_publisher
+from streams import quarantine
 from streams.assignment import Reading
-from streams.refusal_publisher import RefusalPublisher
+from streams.quarantine import RefusalPublisher
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
@@ -44,7 +44,7 @@ class CountingSender:
 
 @pytest.fixture
 def publisher(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefusalPublisher]:
-    monkeypatch.setattr(refusal_publisher, "FencedSender", CountingSender)
+    monkeypatch.setattr(quarantine, "FencedSender", CountingSender)
     monkeypatch.setattr("streams.outbox.read_back", lambda *_: [])
     monkeypatch.setattr(CountingSender, "open_ones", set())
     monkeypatch.setattr(CountingSender, "sent", 0)

@@ -1,4 +1,4 @@
-"""Which rows of a data set the broker has: a window of rows in flight, and a small file from which a run goes on.
+"""How far a publication has come: rows in flight, a small file from which a run goes on, and what ingest has stored.
 
 Rows are numbered from 1 in the order of reading. All up to some number are done (acknowledged, or refused), and that
 number is in the file; at most `MAX_ROWS` behind it are in flight. The file is written whenever `SAVE_ROWS` more are
@@ -10,13 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from core.errors import BrokerError, ConfigError
+from core.errors import BrokerError, ConfigError, StoreUnavailable
 from core.files import replace_file
+from core.progress import meter
+from core.settings import Settings
+from streams.clients import Admin
+from streams.rows import newest_of_topic
+from streams.store import SampleStore
 
 MAX_ROWS: Final = 256
 """Rows in flight. With `SAVE_ROWS` no more than the sender itself lets wait for acknowledgements (512)."""
@@ -149,3 +156,41 @@ class ProgressFile:
         except OSError as error:
             problem = f"{self.file} cannot be written: {error.strerror or error}."
             raise ConfigError(problem, "Make room, or set `home` to a folder that can be written.") from error
+
+
+PAUSE_SECONDS = 0.5
+
+
+def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: float) -> None:
+    """Return when ingest has stored, or refused, everything up to these offsets.
+
+    Args:
+        last: by partition of ``kafka.topic``.
+
+    Raises:
+        StoreUnavailable: it has not within so many seconds.
+        BrokerError, StoreError: the topic or the store cannot be read.
+    """
+    kafka = settings.kafka
+    admin = Admin(kafka)
+    try:
+        topic_id = admin.topic_id(kafka.topic)
+    finally:
+        admin.close()
+    store, deadline = SampleStore(settings.lake), time.monotonic() + seconds
+    with meter("waiting for ingest") as show:
+        while behind := _behind(store, kafka.topic, topic_id, last):
+            if time.monotonic() >= deadline:
+                raise StoreUnavailable(
+                    f"ingest has not stored everything after {seconds:g} s: {behind:,} records are left.",
+                    "All was delivered, and waits in the topic. Is `ratchet ingest` running?",
+                )
+            show(partial("{:,} records are left".format, behind))
+            time.sleep(PAUSE_SECONDS)
+
+
+def _behind(store: SampleStore, topic: str, topic_id: str | None, last: Mapping[int, int]) -> int:
+    """Records up to the offsets that were not read yet, counted from the beginning where nothing was."""
+    newest = newest_of_topic(store.positions().values(), topic)
+    read = {number: each.next for number, each in newest.items() if each.topic_id == topic_id}
+    return sum(max(0, offset + 1 - read.get(number, 0)) for number, offset in last.items())

@@ -1,4 +1,7 @@
-"""Queries of deletions: what is to be gone, how far that is, and which adapters have learned from it."""
+"""Queries of records: deletions, and refused records that are sent again.
+
+A deletion says what is to be gone, how far that is, and which adapters have learned from it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, or_, select, update
+from sqlalchemy.exc import IntegrityError
 
 from core.digests import digest12
+from core.errors import AlreadyResubmitted, LedgerError
 from core.ledger import tables as t
-from core.ledger.audit import note
 from core.ledger.database import Database, as_row
-from core.ledger.events import add_event
-from core.ledger.rows import DeletionRow, DeletionState
+from core.ledger.events import add_event, note
+from core.ledger.rows import DeletionRow, DeletionState, ResubmissionRow
 
 
-class DeletionQueries:
-    """A deletion is requested once, removed from the store, and done when no file holds it any more."""
+class RecordQueries:
+    """A deletion is requested once, removed from the store, and done when no file holds it any more. A refused record
+    is claimed before it is sent again and ended after it: two operators cannot both send it."""
 
     database: Database
 
@@ -138,6 +143,48 @@ class DeletionQueries:
             row = session.scalars(query).first()
             return None if row is None else as_row(DeletionRow, row)
 
+    def begin_resubmission(self, place: str, *, actor: str, reason: str, force: bool = False) -> ResubmissionRow:
+        """Claim the right to send a refused record again.
+
+        Args:
+            place: ``topic:partition:offset`` where the record was refused.
+            force: also when it was sent before, or when a process died between the claim and the sending.
+
+        Raises:
+            AlreadyResubmitted: it was, and ``force`` is not set.
+        """
+        try:
+            with self.database.write() as session:
+                row = session.get(t.Resubmission, place, with_for_update=True)
+                if row is None:
+                    row = t.Resubmission(place=place, times=0)
+                    session.add(row)
+                elif row.state != "failed" and not force:
+                    raise _already(as_row(ResubmissionRow, row))
+                row.state, row.actor, row.reason = "sending", actor, reason
+                row.times, row.updated_at = row.times + 1, t.utc_now()
+                note(session, actor, "resubmit", _record(place), {"reason": reason, "times": row.times})
+                session.flush()
+                return as_row(ResubmissionRow, row)
+        except IntegrityError:  # two claimed at once where there was no row to lock: the other one won
+            raise _already(self.resubmissions([place])[place]) from None
+
+    def end_resubmission(self, place: str, error: str | None = None) -> None:
+        """The record was sent, or (``error``) was not and may be tried again. Raises LedgerError without a claim."""
+        with self.database.write() as session:
+            row = session.get(t.Resubmission, place, with_for_update=True)
+            if row is None:
+                raise LedgerError(f"record {place} was never claimed.", "Begin the re-submission first.")
+            row.state, row.updated_at = "sent" if error is None else "failed", t.utc_now()
+            if error is not None:
+                note(session, row.actor, "resubmit failed", _record(place), {"error": error[:1000]})
+
+    def resubmissions(self, places: Sequence[str]) -> dict[str, ResubmissionRow]:
+        """Those of the records that were sent again, by place."""
+        query = select(t.Resubmission).where(t.Resubmission.place.in_(places))
+        with self.database.read() as session:
+            return {row.place: as_row(ResubmissionRow, row) for row in session.scalars(query)}
+
 
 def _subject(deletion_id: str) -> str:
     return f"deletion {deletion_id}"[:200]
@@ -147,3 +194,15 @@ def _event_id(deletion_id: str) -> str:
     """That of a tombstone in a topic with a long name is cut off, and stays one of its own."""
     name = f"deletion-{deletion_id}"
     return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"
+
+
+def _record(place: str) -> str:
+    return f"record {place}"[:200]
+
+
+def _already(row: ResubmissionRow) -> AlreadyResubmitted:
+    how = "is being sent" if row.state == "sending" else "was sent"
+    return AlreadyResubmitted(
+        f"record {row.place} {how} again by {row.actor} (at {row.updated_at:%Y-%m-%d %H:%M:%S} UTC: {row.reason}).",
+        "Send it once more with `force` if you are sure.",
+    )

@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 
 from core.settings.streams import Ingest, Kafka
-from streams import validation_process
+from streams import validators
 from streams.assignment import Reading
 from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, StoreRow, validate
 from streams.rows import Position
 from streams.validation_pool import ValidationPool
-from streams.validation_process import ProcessValidators, Work, restore
-from streams.validation_threads import ThreadValidators
+from streams.validators import ProcessValidators, ThreadValidators, Work, restore
 from streams.writer import Claim
 from tests.support.kafka import good, picture, wait_for
 
@@ -47,7 +46,7 @@ class MortalProcesses(ProcessValidators):
 def die(records: Sequence[Received]) -> list[Accepted | StoreRow]:
     """In the process: end as a crash of a decoder would."""
     [deadly] = [received for received in records if received.key == DEADLY]
-    with validation_process._notes.validating(deadly.record_position):
+    with validators._notes.validating(deadly.record_position):
         os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a killed process went on")
 
@@ -158,7 +157,7 @@ import sys, time
 from pathlib import Path
 from core.settings.streams import Ingest, Kafka
 from streams.crash_guard import CrashGuard
-from streams.validation_process import ProcessValidators, Work
+from streams.validators import ProcessValidators, Work
 if __name__ == "__main__":
     guard = CrashGuard(Path(__file__).parent, 2)
     validators = ProcessValidators(Work(Ingest(), Kafka()), 2, guard)
