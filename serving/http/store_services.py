@@ -18,7 +18,7 @@ from core.settings import Settings
 from serving.own_threads import OwnThreads
 
 if TYPE_CHECKING:
-    from streams.resubmit_many import RefusalFilter
+    from streams.resubmit import RefusalFilter
 
 
 SHOWN: Final = 50
@@ -82,7 +82,7 @@ class QuarantineService:
 
     async def resubmit_many(self, which: RefusalFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
         """Send many again; an operator who hangs up does not stop it half way."""
-        from streams.resubmit_many import resubmit_many
+        from streams.resubmit import resubmit_many
 
         async def send() -> dict[str, Any]:
             async with self._bulk:

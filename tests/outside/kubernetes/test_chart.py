@@ -62,9 +62,9 @@ def test_another_number_of_workers_is_there_after_an_upgrade_and_no_request_fail
 def test_another_image_and_another_request_timeout_and_back_fail_no_request(cluster: Cluster, told: Told) -> None:
     before = cluster.active()
     with cluster.load() as found:
-        cluster.upgrade("serving.requestTimeoutSeconds=61", "image.tag=2")
+        cluster.upgrade("serving.requestTimeoutSeconds=61", "image.tag=next")
         images = {each["image"] for pod in cluster.pods(WORKERS) for each in pod["spec"]["containers"]}
-        assert images == {"local/ratchet:2"} and cluster.active() != before
+        assert images == {"local/ratchet:next"} and cluster.active() != before
         cluster.helm("rollback")
         cluster.replaced()
         images = {each["image"] for pod in cluster.pods(WORKERS) for each in pod["spec"]["containers"]}

@@ -54,7 +54,7 @@ Y
 start containerd containerd --config "$run/containerd.toml"
 await inside ctr version
 for image in pause kuberay ratchet; do inside ctr --namespace k8s.io images import "$img/$image.tar"; done
-inside ctr --namespace k8s.io images tag docker.io/local/ratchet:1 docker.io/local/ratchet:2 # to upgrade to
+inside ctr --namespace k8s.io images tag docker.io/local/ratchet:1 docker.io/local/ratchet:next # to upgrade to
 start kubelet kubelet --config "$run/kubelet.yaml" --kubeconfig "$run/node.conf" --node-ip $address
 start kube-proxy kube-proxy --config "$run/proxy.yaml"
 await kubectl get node node
