@@ -104,7 +104,7 @@ def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState
         settings=settings, dim=8, tokenizer=cast(Any, Words()), admission=admission, encoders=unused,
         index=unused, operations=unused,
         image_loader=ImageLoader(Preprocess(size=16), settings), access=access,
-        quarantine=unused, receipts=unused, deletions=unused, ledger=unused, refresh=unused, vlms=vlms,
+        quarantine=unused, receipts=unused, deletions=unused, ledger=unused, refresh=unused, vlms=cast(Any, vlms),
         token_text=lambda token: f"<{token}>",
     )  # fmt: skip
 
