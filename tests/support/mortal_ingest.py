@@ -8,6 +8,7 @@ from typing import Any
 from core.settings import Settings
 from streams.consumer import Consumer
 from streams.ingest import run_ingest
+from streams.membership import Membership
 from streams.outbox import FencedSender, Outbox
 from streams.quality.duplicates import DuplicateIndex
 from streams.writer import StoreWriter
@@ -45,6 +46,7 @@ def one_then_die(self: FencedSender, topic: str, records: Any) -> Any:
 
 replace = StoreWriter._replace
 send = FencedSender._send
+assert all(map(callable, (Consumer._publish, Consumer._mark_published, Membership.tell_kafka)))  # what dies is there
 #: Where it dies: name -> what arranges it.
 POINTS: dict[str, Callable[[], None]] = {
     "claimed_but_nothing_else": lambda: setattr(StoreWriter, "claim", after(StoreWriter.claim, 1)),
@@ -53,7 +55,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "index_committed_but_refusals_not_published": lambda: setattr(Consumer, "_publish", die),
     "some_refusals_of_a_batch_published": lambda: setattr(FencedSender, "_send", one_then_die),
     "published_but_not_marked": lambda: setattr(Outbox, "publish", after(Outbox.publish, 1)),
-    "published_but_kafka_not_told": lambda: setattr(Consumer, "_tell_kafka", die),
+    "published_but_kafka_not_told": lambda: setattr(Membership, "tell_kafka", die),
     "marking_published": lambda: setattr(Consumer, "_mark_published", die),
     "index_followed_but_not_committed": lambda: setattr(DuplicateIndex, "follow", after(DuplicateIndex.follow, 2)),
 }
