@@ -1,4 +1,4 @@
 """The HTTP surface: routes, schemas, authentication, limits, image loading.
 
-No Ray here but in the calls it is given.
+Ray is in the modules of calls alone (``encoder_calls``, ``vlm_calls``, ``catalog_calls``, ``controller_calls``).
 """

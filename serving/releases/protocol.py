@@ -1,4 +1,4 @@
-"""The release protocol: propose, prepare, commit, announce, retire. No Ray here.
+"""The release protocol: propose, prepare, commit, announce, retire.
 
 A release names a CLIP adapter and a VLM adapter. A proposal sets one of them or both; what it does not set stays what
 is live at the moment of the commit, and is neither prepared nor touched. Beside a canary or a shadow that is what the
