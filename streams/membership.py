@@ -66,6 +66,7 @@ class Membership:
         }
         consumer = KafkaConsumer(**{**bounds, **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)})
         tolerant_fetch.install(consumer, MAX_RECORD_BYTES)  # which checks that it is the kafka-python that we know
+        tolerant_fetch.complete_joins(consumer)
         # Asking for a topic that is lost would make it again, with the broker's number of partitions. kafka-python 3.0
         # takes this option of a consumer and does not hand it on.
         consumer._client.cluster.config["allow_auto_create_topics"] = False

@@ -95,6 +95,22 @@ def install(consumer: KafkaConsumer, max_batch_bytes: int = MAX_BATCH_BYTES) -> 
     fetcher._parse_fetched_data = _Parser(fetcher, max_batch_bytes).parse
 
 
+def complete_joins(consumer: KafkaConsumer) -> None:
+    """Make a consumer complete each join that it has begun.
+
+    kafka-python 3.0.12 forgets one that ``poll`` leaves between JoinGroup and SyncGroup: it no longer thinks that it
+    needs to join, and its member has no partitions for ever (tests/outside/kafka/kafka_python_report.md).
+
+    Raises:
+        ConfigError: the installed kafka-python is built differently.
+    """
+    coordinator = consumer._coordinator
+    if not hasattr(coordinator, "_join_task"):
+        _reject(f"{type(coordinator).__qualname__}._join_task")
+    needed = coordinator.need_rejoin
+    coordinator.need_rejoin = lambda: coordinator._join_task is not None or needed()
+
+
 class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
     """The records of one partition in one fetch response."""
 

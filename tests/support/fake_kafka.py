@@ -282,5 +282,6 @@ def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("streams.membership.KafkaConsumer", Client)
     patch.setattr("streams.consumer.Admin", lambda kafka, seconds: FakeAdmin(broker))
     patch.setattr("streams.membership.tolerant_fetch.install", lambda consumer, limit: None)
+    patch.setattr("streams.membership.tolerant_fetch.complete_joins", lambda consumer: None)
     patch.setattr("streams.quarantine.FencedSender", lambda *args: FakeSender(broker, *args))
     patch.setattr("streams.outbox.read_back", read_back)

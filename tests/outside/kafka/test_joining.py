@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.outside.kafka.lost_assignment import assigned
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, reading
 
@@ -35,3 +36,10 @@ def test_every_start_is_let_into_the_group(broker: Broker, tmp_path: Path, start
     stuck = sum(seconds >= WITHIN_SECONDS for seconds in took)
     print(f"{stuck} of {starts} starts not let in within {WITHIN_SECONDS:.0f} s; the slowest took {max(took):.1f} s")
     assert stuck == 0
+
+
+def test_a_join_that_polls_leave_half_done_is_completed(broker: Broker, tmp_path: Path) -> None:
+    """kafka-python alone forgets nine of ten; see ``kafka_python_report.md``."""
+    settings = broker.settings(tmp_path)
+    make_topics(settings)
+    assert all(assigned(broker.address, settings.kafka.topic, poll_ms=1, fixed=True) for _ in range(10))
