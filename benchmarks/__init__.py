@@ -37,7 +37,7 @@ WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search",
 
 
 def main_of(name: str) -> Callable[[Settings, list[str]], None]:
-    """What runs a benchmark with its own flags. Raises ConfigError when there is none of that name."""
+    """The function that runs a benchmark with its own flags. Raises ConfigError when none has that name."""
     if name not in BENCHMARKS:
         raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")
     found: Callable[[Settings, list[str]], None] = importlib.import_module(BENCHMARKS[name]).main

@@ -1,1 +1,1 @@
-"""What every part stands on: settings, errors, ledger, artifacts, metrics, access, logs, processes and addresses."""
+"""The base of all parts: settings, errors, ledger, artifacts, metrics, access, logs, processes and addresses."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.progress import say, track
+from core.settings.serving import SHIPPED
 from demo.clip.features import load_pixels
 from demo.clip.shipped import DOMAINS
 from demo.data import prepare_domain
@@ -28,7 +29,6 @@ from serving.engines.clip_base import ClipBase, construct, list_bases, load_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.tokens import make_tokenizer
 from streams.folders import FolderItem, read_folder
-from updater.base.reference import SHIPPED
 from updater.data.pools import caption_number
 from updater.recipes import Schedule
 from updater.training.schedules import learning_rate

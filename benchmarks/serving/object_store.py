@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from benchmarks.stream.ratchet_process import wait_for
 from core.addresses import free_port, listens
+from tests.support.environment import of_s3, variables
 from tests.support.tcp_relay import TcpRelay
 
 BUCKET = "bench"
@@ -29,15 +29,12 @@ class ObjectStore:
         self.port = free_port()
         self.relay = TcpRelay(free_port(), f"{address}:{self.port}")
         self._process: subprocess.Popen[bytes] | None = None
-        self._before: dict[str, str | None] = {}
+        self._stack = ExitStack()
 
     def environment(self, relayed: bool = True) -> dict[str, str]:
         """Variables with which a process finds it: through the relay, or directly."""
         url = f"http://127.0.0.1:{self.relay.port}" if relayed else f"http://{self.address}:{self.port}"
-        return {
-            "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        }  # fmt: skip
+        return of_s3(url, "key", "secret")
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -81,8 +78,8 @@ class ObjectStore:
             process.kill()
             process.wait()
             raise
-        self._before = {name: os.environ.get(name) for name in self.environment()}
-        os.environ.update(self.environment(relayed=False))  # for this process, which looks from outside
+        # for this process, which looks from outside
+        self._stack.enter_context(variables(self.environment(relayed=False)))
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         self.relay.open()
         return self
@@ -91,8 +88,7 @@ class ObjectStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.relay.cut()
-        for name, value in self._before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        self._stack.close()
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, SecretStr
 
@@ -11,12 +11,16 @@ from core.allow_rules import HostRule, NetworkRule
 from core.settings.identity import Oidc
 from core.settings.section import MIB, Section
 
+SHIPPED: Final = "shipped"
+SHIPPED_VLM: Final = "shipped-vlm"
+"""The bases that Ratchet makes by itself."""
+
 
 class BaseModels(Section):
     """Which frozen checkpoints are served."""
 
-    clip: str = Field("shipped", description="Name of a registered CLIP base (`ratchet base list`).")
-    vlm: str = Field("shipped-vlm", description="Name of a registered VLM base; empty: no VLM is served.")
+    clip: str = Field(SHIPPED, description="Name of a registered CLIP base (`ratchet base list`).")
+    vlm: str = Field(SHIPPED_VLM, description="Name of a registered VLM base; empty: no VLM is served.")
 
 
 class Listener(Section):

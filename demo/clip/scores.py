@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from core.progress import say
+from core.settings.serving import SHIPPED
 from demo.clip.shipped import ASSETS, DOMAINS
 from demo.data import prepare_domain
 from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
-from updater.base.reference import SHIPPED
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
 

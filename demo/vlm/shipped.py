@@ -14,6 +14,7 @@ import torch
 
 from core.errors import BaseModelError
 from core.progress import say, step
+from core.settings.serving import SHIPPED_VLM
 from demo.data import prepare_questions
 from demo.vlm.model import make_model, make_processor, make_tokenizer, write_model
 from demo.vlm.questions import learn
@@ -22,7 +23,6 @@ from demo.vlm.tower import tower_items, warm_up
 from serving.engines.clip_base import DESCRIPTION, base_directory
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
 from streams.folders import FolderItem, read_folder
-from updater.base.reference import SHIPPED_VLM
 
 TRAINED_ON = "vqa_base"
 ASSETS = Path(__file__).parent / "assets"

@@ -151,11 +151,11 @@ def score(
 
     Examples:  ratchet base score --family vlm    |    ratchet base score --family clip --precision bfloat16
     """
+    from core.settings.serving import SHIPPED_VLM
     from demo.clip import score_base
     from demo.vlm import score_vlm
     from serving.engines.backends import DTYPES, EngineChoice
     from serving.engines.vlm.vlm_base import load_vlm_base
-    from updater.base.reference import SHIPPED_VLM
 
     home = ctx.of(context).settings.home
     if family in (None, "clip"):

@@ -14,6 +14,7 @@ from core.errors import ConfigError
 from core.files import replace_file
 from core.loading import FILE
 from core.settings import Settings
+from core.settings.serving import SHIPPED
 from ops.cli import context as ctx
 from ops.cli.first_steps.answers import EMBEDDED, Answers, ask, settings_of
 from ops.cli.first_steps.settings_yaml import settings_yaml
@@ -81,7 +82,7 @@ def init(
 
     choice = checks.choose_model(settings.home, answers.model, answers.weights, name)
     chosen["base.clip"] = choice.name
-    if choice.name != checks.SHIPPED:
+    if choice.name != SHIPPED:
         chosen.setdefault("base.vlm", "")  # the shipped VLM takes minutes to make ready, and is asked for with --set
     broker_line, console, suites_line = _broker(settings, answers, offline), Console(), ""
     if answers.data or answers.labels:
@@ -97,7 +98,7 @@ def init(
         report.tell_sample(console, sample, plan.division)
         report.tell_suites(console, settings, [suite_power(suite, settings.gate) for suite in written])
         suites_line = f", suites in {suites}"
-    elif choice.name == checks.SHIPPED:
+    elif choice.name == SHIPPED:
         model_line = checks.register_model(settings.home, choice)
     else:
         raise ConfigError(

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from core.errors import RatchetError
 from core.progress import step
 from core.settings import Settings
+from core.settings.serving import SHIPPED, SHIPPED_VLM
 
 if TYPE_CHECKING:
     from demo.data import DemoData
-
-CLIP, VLM = "shipped", "shipped-vlm"
 
 
 def make_ready(settings: Settings) -> None:
@@ -37,10 +36,10 @@ def needed_data(settings: Settings) -> list[DemoData]:
 
     suites = suite_data(settings)
     needed = []
-    if settings.base.clip == CLIP:
+    if settings.base.clip == SHIPPED:
         needed += [DemoData(name) for name in ([] if settings.updater.reference else REFERENCE)]
         needed += [each for each in suites if each.name not in QUESTIONS]
-    if settings.base.vlm == VLM:
+    if settings.base.vlm == SHIPPED_VLM:
         needed += [DemoData(name) for name in VLM_REFERENCE]
         needed += [each for each in suites if each.name in QUESTIONS]
     return needed
@@ -51,13 +50,13 @@ def make_base_ready(settings: Settings) -> None:
     from serving.engines.clip_base import list_bases
 
     if settings.base.clip not in list_bases(settings.home, "clip"):
-        _only_shipped(settings.base.clip, CLIP, "--model ...")
+        _only_shipped(settings.base.clip, SHIPPED, "--model ...")
         from demo.clip import build_base
 
         with step("building the shipped base"):
             build_base(settings.home)
     if settings.base.vlm and settings.base.vlm not in list_bases(settings.home, "vlm"):
-        _only_shipped(settings.base.vlm, VLM, "--family vlm --model ...")
+        _only_shipped(settings.base.vlm, SHIPPED_VLM, "--family vlm --model ...")
         from demo.vlm import build_vlm
 
         build_vlm(settings.home)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,10 @@ from serving.errors import AdapterUnservable, Unavailable, WrongSpace
 from serving.http.errors import ApiError
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality, joined
 from serving.own_threads import OwnThreads
-from serving.ray.replica_calls import Attempts, call_replica
+from serving.ray.replica_calls import Attempts, call_another
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
 
-OTHER_TRIES: Final = 2
-"""After a replica that cannot load the adapter, or whose forward pass failed: another one may do better."""
 _ADAPTERS = 8
 """Whose heads are kept: those of the resident releases, a few more than one."""
 _THREADS = 2
@@ -67,7 +65,7 @@ class EncoderCalls:
         """The heads of the snapshot's adapter, by name. Raises QueueFull, DeadlineExceeded, Unavailable."""
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Try again later.")
         call = lambda: self.handle.heads.remote(snapshot.clip)  # noqa: E731
-        result: HeadsResult = await _tried(call, attempts, lambda result: bool(result.error))
+        result: HeadsResult = await call_another(call, attempts, lambda result: result.error or None)
         if result.error:
             raise _unservable(snapshot, result.error)
         return result.heads
@@ -93,9 +91,11 @@ class EncoderCalls:
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
         call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, caller, attempts.left)  # noqa: E731
         space = snapshot.image_space if kind == "image" else snapshot.text_space
-        result: EncodeResult = await _tried(
-            call, attempts, lambda result: result.code in ("adapter", "failed") or _strays(result, kind, space)
-        )
+
+        def refusal(result: EncodeResult) -> str | None:
+            return result.error if result.code in ("adapter", "failed") or _strays(result, kind, space) else None
+
+        result: EncodeResult = await call_another(call, attempts, refusal)
         if result.code == "late":
             raise attempts.over()
         if result.code == "failed":
@@ -105,17 +105,6 @@ class EncoderCalls:
         if _strays(result, kind, space):
             raise WrongSpace(result.space(kind), space)
         return result
-
-
-async def _tried(call: Callable[[], Any], attempts: Attempts, refused: Callable[[Any], bool]) -> Any:
-    """What a replica answers; a few others are asked where one refuses."""
-    result = await call_replica(call, attempts)
-    for _ in range(OTHER_TRIES):
-        if not refused(result):
-            break
-        await attempts.failed(result.error)
-        result = await call_replica(call, attempts)
-    return result
 
 
 def _strays(result: EncodeResult, kind: Modality, space: str) -> bool:

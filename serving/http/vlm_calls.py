@@ -20,12 +20,9 @@ from serving.engines.vlm.generation import GenerationRequest, GenerationResult, 
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, Unavailable
 from serving.messages import Refusal
 from serving.ray.deployment_status import DeploymentStatus
-from serving.ray.replica_calls import Attempts, call_replica, queue_full
+from serving.ray.replica_calls import Attempts, call_another, queue_full
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
-
-OTHER_TRIES: Final = 2
-"""After a replica that cannot load the adapter: another one may have its files."""
 
 log = logging.getLogger("ratchet.ingress")
 LOOK_SECONDS: Final = 1.0
@@ -127,13 +124,10 @@ def _attempts(deadline: float) -> Attempts:
 
 
 async def _ask(call: Callable[[], Any], attempts: Attempts, snapshot: ReleaseSnapshot) -> Any:
-    answer = await call_replica(call, attempts)
-    for _ in range(OTHER_TRIES):
-        if not (isinstance(answer, Refusal) and answer.code == "adapter"):
-            break
-        await attempts.failed(answer.message)
-        answer = await call_replica(call, attempts)
-    return _value(answer, snapshot)
+    def refusal(answer: Any) -> str | None:
+        return answer.message if isinstance(answer, Refusal) and answer.code == "adapter" else None
+
+    return _value(await call_another(call, attempts, refusal), snapshot)
 
 
 def _value(answer: Any, snapshot: ReleaseSnapshot) -> Any:

@@ -17,6 +17,8 @@ from serving.errors import DeadlineExceeded, QueueFull, Unavailable
 
 FIRST_PAUSE_SECONDS: Final = 0.02
 LONGEST_PAUSE_SECONDS: Final = 0.5
+OTHER_TRIES: Final = 2
+"""After a replica that cannot load the adapter, or whose forward pass failed: another one may do better."""
 
 
 class Attempts:
@@ -79,6 +81,25 @@ async def call_replica(call: Callable[[], Any], attempts: Attempts, retry_full: 
                 raise queue_full() from None
             await attempts.failed(error)
     raise attempts.over()
+
+
+async def call_another(call: Callable[[], Any], attempts: Attempts, refusal: Callable[[Any], str | None]) -> Any:
+    """What one replica returns; a few others are asked where one refuses, which may do better.
+
+    Args:
+        refusal: the error of an answer that another replica may not give; None for any other answer.
+
+    Raises:
+        As :func:`call_replica`.
+    """
+    answer = await call_replica(call, attempts)
+    for _ in range(OTHER_TRIES):
+        why = refusal(answer)
+        if why is None:
+            break
+        await attempts.failed(why)
+        answer = await call_replica(call, attempts)
+    return answer
 
 
 async def call_every_replica(handle: DeploymentHandle, method: str, *args: Any, seconds: float) -> list[Any]:

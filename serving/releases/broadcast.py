@@ -106,7 +106,7 @@ class RayBroadcast:
         VLM replicas are told when their adapters change: one that starts makes no release of CLIP wait.
 
         Raises:
-            _Unacknowledged: not every replica answered within ``seconds``.
+            ReleaseError: not every replica answered within ``seconds``.
         """
         messages: list[tuple[DeploymentHandle, list[Any]]] = [
             (self.ingress, list(residency.window)),

@@ -31,6 +31,7 @@ from streams.compaction import clean
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
+from tests.support.environment import of_s3, variables
 
 pytestmark = pytest.mark.integration
 MUCH_SECONDS = 100.0
@@ -60,13 +61,7 @@ def server() -> Iterator[Bucket]:
     bucket = Bucket()
     running = make_server("127.0.0.1", 0, bucket, threaded=True)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{running.port}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hush",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with variables(of_s3(f"http://127.0.0.1:{running.port}", "key", "hush")):
         boto3.client("s3").create_bucket(Bucket="models")
         yield bucket
     running.shutdown()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 
 from tests.outside.kubernetes import cluster
 from tests.support import apache_kafka, keycloak, minio, nginx
+from tests.support.downloads import installed
 from tests.support.postgres import binary
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "support.md"
@@ -44,10 +44,6 @@ def _says(program: str | None, *words: str) -> str:
     return found[0] if found else "-"
 
 
-def _sbin(name: str) -> str | None:
-    return shutil.which(name, path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
-
-
 PEERS: Final = (
     Peer("Apache Kafka", lambda: f"{apache_kafka.VERSION}, one KRaft node",
          ("tests/outside/kafka", "tests/integration/streams")),
@@ -56,7 +52,7 @@ PEERS: Final = (
     Peer("Kubernetes", lambda: cluster.VERSIONS, ("tests/outside/kubernetes",)),
     Peer("Keycloak", lambda: f"{keycloak.VERSION}, nginx {_says(nginx.BINARY, '-v')}", ("tests/outside/oidc",)),
     Peer("nginx", lambda: _says(nginx.BINARY, "-v"), ("tests/integration/test_nginx.py",)),
-    Peer("PgBouncer", lambda: f"{_says(_sbin('pgbouncer'), '--version')}, by transaction, PostgreSQL "
+    Peer("PgBouncer", lambda: f"{_says(installed('pgbouncer'), '--version')}, by transaction, PostgreSQL "
          f"{_says(binary('postgres'), '--version')}",
          ("tests/integration/ledger/test_pgbouncer.py",)),
     Peer("PostgreSQL", lambda: _says(binary("postgres"), "--version"),

@@ -1,4 +1,7 @@
-"""What tests take from Maven Central or from Go's module proxy: made once, and kept in ``~/.cache/ratchet-tests``."""
+"""Programs that tests start: of the distribution, or from Maven Central or Go's module proxy.
+
+The latter are made once, and kept in ``~/.cache/ratchet-tests``.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,19 @@ import pytest
 
 DOWNLOAD_SECONDS: Final = 600.0
 BUILD_SECONDS: Final = 1800.0
+CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests"
+SYSTEM_PATH: Final = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"
+"""Where distributions have servers; the folders of administrators are in no user's PATH."""
 Started = TypeVar("Started", bound=AbstractContextManager[Any])
 
 
 class NotHere(Exception):
     """Something cannot be run on this machine; the message names what is missing."""
+
+
+def installed(name: str) -> str | None:
+    """Path of a program of the distribution, if it has it."""
+    return shutil.which(name, path=SYSTEM_PATH)
 
 
 @contextmanager
@@ -88,11 +99,10 @@ def from_go(name: str, module: str, version: str, main: str) -> Path:
 
 def _kept(name: str, path: str, make: Callable[[Path], None]) -> Path:
     """What is called ``name`` in the cache: ``path`` of the folder in which ``make`` made it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests"
-    kept = cache / name
+    kept = CACHE / name
     if not kept.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as made:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as made:
             make(Path(made))
             (Path(made) / path).rename(kept)
     return kept

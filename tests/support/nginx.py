@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +13,9 @@ import httpx
 
 from core.addresses import free_port
 from core.waiting import wait_until
+from tests.support.downloads import installed
 
-BINARY: Final = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+BINARY: Final = installed("nginx")
 OPERATOR: Final = Path(__file__).parents[2] / "docs" / "operator.md"
 START_SECONDS: Final = 20.0
 

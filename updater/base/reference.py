@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Final
 
 from core.settings import Settings
+from core.settings.serving import SHIPPED
 
-SHIPPED: Final = "shipped"
 REFERENCE: Final = ("noto", "pixel_ultica")
 """Of the domains that the shipped CLIP was trained on, the two with the best texts."""
-SHIPPED_VLM: Final = "shipped-vlm"
 VLM_REFERENCE: Final = ("vqa_base",)
 """The questions that the shipped VLM was trained on."""
 

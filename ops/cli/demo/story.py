@@ -16,6 +16,7 @@ from core.errors import RatchetError
 from core.ledger import Ledger
 from core.progress import say, step
 from core.settings import Settings
+from core.settings.serving import SHIPPED_VLM
 from core.stop_signals import Stopped, undisturbed
 from demo.data import QUESTIONS, DemoData, Preparation
 from ops.cli.context import Context
@@ -25,7 +26,7 @@ from ops.cli.demo.page import Story, write_page
 from ops.cli.demo.screen import Screen
 from ops.cli.demo.stage import Stage
 from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
-from ops.cli.shipped import VLM, make_base_ready, needed_data
+from ops.cli.shipped import make_base_ready, needed_data
 from ops.cli.supervisor import Supervisor
 from ops.load.expected import Question
 from ops.load.traffic import Report, Traffic
@@ -122,7 +123,7 @@ def _settle(folder: Path, with_vlm: bool) -> Context:
     )
     settings = {
         "home": str(home),
-        "base": {"vlm": VLM if with_vlm else ""},
+        "base": {"vlm": SHIPPED_VLM if with_vlm else ""},
         "budget": {"gflops_per_update": GFLOPS_PER_UPDATE},
         "serve": {"port": int(serve.rpartition(":")[2])},
         "console": {"port": int(console.rpartition(":")[2])},

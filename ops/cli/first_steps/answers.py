@@ -14,6 +14,7 @@ from core.errors import ConfigError
 from core.loading import describe, load_settings
 from core.redaction import STARS
 from core.settings import Settings
+from core.settings.serving import SHIPPED
 from ops.cli.context import Context
 
 EMBEDDED = "embedded"
@@ -73,7 +74,7 @@ def ask(shared: Context, home: Path | None, given: Answers, yes: bool) -> Answer
 def _is_registered(home: Path, model: str) -> bool:
     from serving.engines.clip_base import list_bases
 
-    return model == "shipped" or model in list_bases(home, "clip")
+    return model == SHIPPED or model in list_bases(home, "clip")
 
 
 def settings_of(shared: Context, answers: Answers, home: Path | None) -> tuple[Settings, dict[str, Any]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from core.errors import BaseModelError, BrokerError, ConfigError
 from core.settings import Settings
+from core.settings.serving import SHIPPED
 
 BROKER_SECONDS = 5.0
-SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from sqlalchemy import text
 from core.addresses import free_port
 from core.errors import LedgerUnavailable
 from core.ledger import Ledger
+from tests.support.downloads import installed
 from tests.support.ledger_limits import production_limits
 from tests.support.postgres import PostgresServer, other_user
 
-BINARY = shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+BINARY = installed("pgbouncer")
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(BINARY is None, reason="needs PgBouncer: apt-get install pgbouncer"),

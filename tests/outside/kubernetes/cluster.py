@@ -17,7 +17,7 @@ import pytest
 
 from core.progress import say
 from tests.support.chart import CHART
-from tests.support.downloads import NotHere
+from tests.support.downloads import CACHE, SYSTEM_PATH, NotHere
 
 NAMESPACE, RELEASE, CLIENT = "ml", "ratchet", "client"
 USER: Final = ("--kube-as-user", "ann", "--kube-as-group", "system:authenticated")
@@ -132,11 +132,11 @@ def new_cluster() -> Iterator[Cluster]:
     """
     if os.geteuid():
         raise NotHere("a node is made of namespaces, which takes root")
-    path = f"/usr/sbin:/sbin:{os.environ['PATH']}"
+    path = f"{SYSTEM_PATH}:{os.environ['PATH']}"
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program, path=path) is None]
     if missing:
         raise NotHere(f"needs {', '.join(missing)}")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests" / "kubernetes"
+    folder = CACHE / "kubernetes"
     environ = os.environ | {"PATH": f"{folder / 'bin'}:{path}", "KUBECONFIG": str(folder / "run" / "admin.conf")}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("PATH", "KUBECONFIG"):
