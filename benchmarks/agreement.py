@@ -32,7 +32,7 @@ from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.messages import Modality
 from serving.releases.agreement import TEXTS, Neighbours, same_answer
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 from tests.support.inputs import random_adapter
 
 KINDS: tuple[tuple[int, Modality], ...] = ((0, "image"), (1, "text"))

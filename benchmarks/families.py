@@ -34,7 +34,7 @@ from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.colour_squares import colour_of, encoded_square, square
 from tests.support.vlm_families import FAMILIES, write_family
-from updater.base.register import add_vlm
+from updater.bases.register import add_vlm
 from updater.data.pools import Pools, Question
 from updater.gate.interim_analyses import Plan
 from updater.gate.run import run_gate

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from core.errors import ConfigError
 from core.progress import step
 from serving.engines.clip_base import ClipBase, construct, list_bases, load_base
-from updater.base.register import add_base
+from updater.bases.register import add_base
 
 SEED = 0
 

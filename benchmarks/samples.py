@@ -10,8 +10,8 @@ from benchmarks.stream.ratchet_process import wait_for
 from core.settings import Settings
 from ratchet_client import Client, ServerError
 from ratchet_client.records import Sample
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 
 
 def fill_store(settings: Settings, images: Sequence[bytes]) -> list[str]:

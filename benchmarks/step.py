@@ -35,14 +35,14 @@ from core.errors import RatchetError
 from core.progress import track
 from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
-from streams.folders import read_folder
-from updater.base.reference import reference_folders
+from streams.publish.folders import read_folder
+from updater.bases.reference import reference_folders
 from updater.data.mixture import BatchPlan, plan_batches
 from updater.data.pools import Pair, Pools
 from updater.families import make_learner
 from updater.families.clip.learner import adapted_model
-from updater.loop.process import use_environment
 from updater.recipes import Part, Recipe, TrainPrecision, load_recipe
+from updater.service.process import use_environment
 from updater.step.learner import AnyLearner
 from updater.step.precision import training_precision
 from updater.training.measure import measure

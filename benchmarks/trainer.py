@@ -24,9 +24,9 @@ from core.digests import digest_bytes
 from core.errors import RatchetError
 from core.settings import Settings
 from core.waiting import wait_until
-from streams.folders import FolderItem, write_folder
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.publish.folders import FolderItem, write_folder
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.inputs import pictures
 from updater.recipes import Recipe, load_recipe
 

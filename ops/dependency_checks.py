@@ -20,9 +20,9 @@ from core.ledger import Ledger
 from core.redaction import redact_url
 from core.settings import Settings
 from serving.own_threads import BoundedCall
-from streams.clients import Admin, check_rights, event_rights, ingest_rights
-from streams.registry.client import RegistryClient
-from streams.store import SampleStore
+from streams.kafka.clients import Admin, check_rights, event_rights, ingest_rights
+from streams.records.registry.client import RegistryClient
+from streams.store.sample_store import SampleStore
 
 LOOK_SECONDS: Final = 8.0
 CALL_SECONDS: Final = 4.0

@@ -20,7 +20,7 @@ from core.settings import Settings
 
 if TYPE_CHECKING:
     from core.ledger import Ledger
-    from streams.store import SampleStore
+    from streams.store.sample_store import SampleStore
 
 SCRAPE_SECONDS: Final = 1.0
 MAX_METRICS_BYTES: Final = 4 << 20

@@ -19,8 +19,8 @@ from core.settings.updates import LearnedHead
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import Floats, Head
-from streams.rows import Split
-from streams.store import ADDRESS, SampleStore
+from streams.store.rows import Split
+from streams.store.sample_store import ADDRESS, SampleStore
 
 FOLDS = 10
 """With two, the means and the covariance that it is calibrated on were so much worse that probabilities came out half

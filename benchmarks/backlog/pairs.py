@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.stream.filling import RowMaker
 from core.digests import digest_bytes
-from streams.rows import SCHEMA, Tally, words_hash
+from streams.store.rows import SCHEMA, Tally, words_hash
 
 SIDE = 32
 CELLS = 4

@@ -28,10 +28,10 @@ from core.addresses import free_port
 from core.ledger import Ledger, UpdateRow
 from core.progress import step
 from core.settings import Settings
-from streams.folders import FolderItem, write_folder
+from streams.publish.folders import FolderItem, write_folder
 from tests.support.inputs import pictures
-from updater.base.reference import reference_folders
-from updater.scheduling.triggers import planned_gflops
+from updater.bases.reference import reference_folders
+from updater.service.triggers import planned_gflops
 
 SUITE_ITEMS = 120
 ARRIVALS = 0.02

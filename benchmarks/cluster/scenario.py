@@ -17,7 +17,7 @@ from core.settings import Settings
 from core.waiting import wait_until
 from ops.load.traffic import Report, Traffic
 from ratchet_client import Client
-from streams.clients import connect_producer
+from streams.kafka.clients import connect_producer
 from tests.support.chart import Object
 from tests.support.inputs import QUESTIONS, TEXTS, pictures
 

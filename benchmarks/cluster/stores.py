@@ -13,7 +13,7 @@ from benchmarks.cluster.network import HOST, NETWORK
 from benchmarks.serving.object_store import BUCKET, URL, ObjectStore
 from core.addresses import free_port
 from core.settings import Settings
-from streams.broker import EmbeddedBroker
+from streams.kafka.broker import EmbeddedBroker
 from tests.support.postgres import postgres_server
 
 S3_HOST: Final = "object-store"

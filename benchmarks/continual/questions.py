@@ -24,7 +24,7 @@ from demo.data.questions_fashion import ASK_GARMENT, SYNONYMS
 from demo.data.questions_pictures import basic_name
 from demo.data.questions_words import ASK_CATEGORY, ASK_NAME, with_article
 from demo.vlm.shipped import TRAINED_ON
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 from updater.data.pools import Pair, Question
 
 PROTOCOL: Final = Protocol(gflops=480.0, batch_size=48, new=480, reference=480, replay=480, items=240)

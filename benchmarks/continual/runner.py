@@ -16,7 +16,7 @@ from benchmarks.continual.chain import Unit, updates_done
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.worker import FAILED
 from core.progress import say
-from updater.loop.process import ENVIRONMENT
+from updater.service.process import ENVIRONMENT
 from updater.training.checkpoint import read_json, write_json
 
 POLL_SECONDS = 2.0

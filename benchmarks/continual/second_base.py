@@ -28,7 +28,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, construct, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.tokens import make_tokenizer
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 from updater.data.pools import caption_number
 from updater.recipes import Schedule
 from updater.training.schedules import learning_rate

@@ -5,8 +5,8 @@ are domains that nobody trains on: two of the reference pool's, and four that it
 
 What a suite of retrieval asks for (its concepts) occurs in no update and in no reference pair, in whatever style it is
 drawn there. Two suites of classes (`fashion`, `digits`) ask for classes that their updates train on, in other pictures.
-No picture of a suite looks like one that is trained on (:mod:`streams.quality.look`); which are left out for it is
-counted.
+No picture of a suite looks like one that is trained on (:mod:`streams.ingest.quality.look`); which are left out for it
+is counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.continual.protocol import Protocol
 from core.digests import digest_json, share_of
 from core.progress import step
 from demo.data import DOMAINS, prepare_domain
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 from updater.data.pools import Pair
 
 

@@ -23,7 +23,7 @@ from core.errors import RatchetError
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
-from updater.loop.process import StopSignal
+from updater.service.process import StopSignal
 from updater.training.checkpoint import write_json
 from updater.training.workers import Stopped
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gate.training_data import reserved
 from core.digests import digest_json
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 from updater.gate.score import Scorer
 from updater.gate.suite_items import Item, in_order_of_draw
 from updater.gate.suites import Suite

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from core.ledger import VerdictRow
 from core.settings.updates import Gate
 from updater.gate.interim_analyses import Look, Plan, candidate_alpha, needed_items
-from updater.scheduling.kept_candidates import spread
+from updater.service.kept_candidates import spread
 
 PATIENCE = 4
 """Triggers that a new sample waits, at most, for the items that a gain needs: as many as `updater.max_wait_seconds` has

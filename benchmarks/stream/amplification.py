@@ -9,9 +9,9 @@ from benchmarks.stream.filling import sample_rows
 from core.progress import track
 from core.settings import Settings
 from core.settings.streams import Kafka
-from streams.maintenance import Maintainer
-from streams.rows import Position
-from streams.writer import StoreWriter
+from streams.store.maintenance import Maintainer
+from streams.store.rows import Position
+from streams.store.writer import StoreWriter
 
 STREAM = "committed"
 WATCHED = ("data", "_indices", "_deletions")

@@ -32,8 +32,8 @@ from core.progress import say, step
 from core.settings import Settings
 from core.settings.streams import Maintain
 from core.waiting import wait_until
-from streams.broker import EmbeddedBroker
-from streams.store import SampleStore
+from streams.kafka.broker import EmbeddedBroker
+from streams.store.sample_store import SampleStore
 from tests.support.tcp_relay import TcpRelay
 
 WORKERS = 2

@@ -13,9 +13,9 @@ from kafka import KafkaConsumer, TopicPartition
 from benchmarks.stream.chaos_records import Made
 from core.errors import StoreError
 from core.settings.streams import Kafka
-from streams.quarantine import refused_position
-from streams.rows import Position, RecordPosition
-from streams.store import SampleStore
+from streams.ingest.quarantine import refused_position
+from streams.store.rows import Position, RecordPosition
+from streams.store.sample_store import SampleStore
 
 QUIET_POLLS = 4
 EVIDENCE = 20

@@ -16,10 +16,10 @@ from PIL import Image
 
 from core.progress import track
 from core.settings import Settings
-from streams.maintenance import Maintainer
-from streams.rows import SCHEMA, Position, Tally, words_hash
-from streams.table import SampleTable
-from streams.writer import StoreWriter
+from streams.store.maintenance import Maintainer
+from streams.store.rows import SCHEMA, Position, Tally, words_hash
+from streams.store.table import SampleTable
+from streams.store.writer import StoreWriter
 
 COMMIT_ROWS = 50_000
 STREAM = "filled"

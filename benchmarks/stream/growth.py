@@ -20,7 +20,7 @@ from benchmarks.stream.jpegs import canvas, jpegs
 from benchmarks.stream.ratchet_process import RatchetProcess
 from core.progress import step
 from core.settings import Settings
-from streams.broker import EmbeddedBroker
+from streams.kafka.broker import EmbeddedBroker
 
 IMAGE_BYTES = 2_000
 BATCH_RECORDS = 100

@@ -13,8 +13,8 @@ from kafka import KafkaProducer
 from benchmarks.stream.ratchet_process import RatchetProcess, wait_for, write_settings
 from core.settings import Settings
 from ratchet_client.broker import MAX_RECORD_BYTES
-from streams.clients import ensure_topics
-from streams.store import SampleStore
+from streams.kafka.clients import ensure_topics
+from streams.store.sample_store import SampleStore
 
 FLUSH_EVERY = 200
 HELD_SESSION_SECONDS = 20
@@ -93,7 +93,7 @@ class Installation:
 
 def produce(bootstrap: str, topic: str, images: Iterable[bytes], partitions: int, first: int = 0) -> int:
     """Send images with a text each, over the partitions in turn; how many. One record a batch: see the class
-    :class:`streams.broker.EmbeddedBroker`, whose end offsets count batches.
+    :class:`streams.kafka.broker.EmbeddedBroker`, whose end offsets count batches.
 
     Raises:
         kafka.errors.KafkaError

@@ -22,7 +22,7 @@ from benchmarks.stream.jpegs import canvas, jpegs
 from benchmarks.stream.ratchet_process import wait_for
 from core.progress import say, step
 from core.settings import Settings
-from streams.broker import EmbeddedBroker
+from streams.kafka.broker import EmbeddedBroker
 
 MIB = 1 << 20
 SECONDS = 300.0

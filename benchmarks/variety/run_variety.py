@@ -30,9 +30,9 @@ from core.progress import say, step
 from core.settings import Settings
 from ratchet_client import Limits, Producer
 from ratchet_client.producer import Delivery
-from streams.broker import EmbeddedBroker
-from streams.consumer import Consumer
-from streams.store import SampleStore
+from streams.ingest.consumer import Consumer
+from streams.kafka.broker import EmbeddedBroker
+from streams.store.sample_store import SampleStore
 
 RECORDS: Final = 300
 STORED_SECONDS: Final = 300.0

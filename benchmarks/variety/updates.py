@@ -16,11 +16,11 @@ from typing import Any, Final
 from core.errors import RatchetError
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from streams.rows import quoted
-from streams.store import SampleStore
+from streams.store.rows import quoted
+from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.vlm_families import FAMILIES, write_family
-from updater.base.register import add_vlm
+from updater.bases.register import add_vlm
 from updater.data.pools import Pair, Pools, Question
 from updater.recipes import load_recipe
 from updater.training.result import Limits

@@ -1,7 +1,7 @@
 """Queries of events: what others are told of, written in the transaction of the fact, published later and once.
 
 The id of an event follows from the fact (``release-12``), so that a fact is told once whatever is repeated. Who
-publishes holds a lease, and marks with its epoch; see :mod:`streams.events`.
+publishes holds a lease, and marks with its epoch; see :mod:`streams.kafka.events`.
 
 The audit log says who did what to which, when; operators ask it afterwards. Its rows are only added.
 """

@@ -257,7 +257,7 @@ class DeletionRow:
 
     id: str
     selector: dict[str, Any]
-    """What is to be deleted: see :mod:`streams.deletion`."""
+    """What is to be deleted: see :mod:`streams.store.deletion`."""
     state: DeletionState
     """``removed``: no reader finds it any more; ``held``: the bucket keeps old versions of the files that had it;
     ``done``: its bytes are gone from the disk, too."""

@@ -16,7 +16,7 @@ from torch import nn
 from core.progress import track
 from serving.engines.preprocess import Preprocess
 from serving.engines.tokens import Tokenizer
-from streams.folders import FolderItem
+from streams.publish.folders import FolderItem
 
 BATCH = 64
 

@@ -23,7 +23,7 @@ from demo.clip.projections import Classes, Pairs, ProjectionRecipe, train_projec
 from demo.data import prepare_domain
 from serving.engines.clip_base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
 from serving.engines.tokens import make_tokenizer
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 
 ASSETS = Path(__file__).parent / "assets"
 PROJECTIONS = "projections.safetensors"

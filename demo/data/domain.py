@@ -19,7 +19,7 @@ from core.progress import say, track
 from demo.data.concepts import split_of
 from demo.data.packages import Package, lock
 from demo.data.render import Unfit, encode, on_canvas
-from streams.folders import INDEX, FolderItem, write_folder
+from streams.publish.folders import INDEX, FolderItem, write_folder
 
 VERSION: Final = 1
 """Raise it when builders give other rows or pictures, so that folders made before are made again."""

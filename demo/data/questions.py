@@ -26,7 +26,7 @@ from demo.data.packages import lock
 from demo.data.questions_fashion import fashion_questions
 from demo.data.questions_make import Question, make_questions
 from demo.data.questions_pictures import read_pictures
-from streams.folders import FolderItem, write_folder
+from streams.publish.folders import FolderItem, write_folder
 
 VERSION: Final = 2
 """Raise it when other questions come out, so that folders made before are made again."""

@@ -10,7 +10,7 @@ from typing import Final
 
 from demo.data.questions_make import Picture, Question
 from demo.data.questions_words import with_article
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 
 ASK_GARMENT: Final = ("what kind of clothing is this?", "which garment is this?")
 SIZES: Final = {"train": (1000, 250), "test": (250, 75)}

@@ -20,7 +20,7 @@ from demo.data.emoji import emoji_codes
 from demo.data.packages import PackageError, read_members
 from demo.data.questions_colours import colour_shares
 from demo.data.questions_make import Picture
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 
 EMOJI: Final = ("noto", "twemoji", "openmoji")
 """Three hands that draw the same things."""

@@ -16,7 +16,7 @@ from demo.vlm.pictures import read_pictures, recolour, seen, shade, warp
 from demo.vlm.recipe import Optimizer, VlmRecipe, half_precision
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
-from streams.folders import FolderItem
+from streams.publish.folders import FolderItem
 
 SHAPE_SHARE = 0.5
 """Share of pictures that are shown in other colours, and asked about shape alone."""

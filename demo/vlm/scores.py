@@ -23,7 +23,7 @@ from ratchet_client.images import open_accepted
 from serving.engines.vlm.generation import Image, question
 from serving.engines.vlm.prompts import inputs
 from serving.engines.vlm.vlm_base import VlmBase
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 
 SCORES = "scores.json"
 BATCH = 48

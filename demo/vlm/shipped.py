@@ -22,7 +22,7 @@ from demo.vlm.recipe import VlmRecipe
 from demo.vlm.tower import tower_items, warm_up
 from serving.engines.clip_base import DESCRIPTION, base_directory
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 
 TRAINED_ON = "vqa_base"
 ASSETS = Path(__file__).parent / "assets"

@@ -25,7 +25,7 @@ from demo.data import prepare_domain
 from demo.vlm.model import JOINED, VISION
 from demo.vlm.pictures import read_pictures, recolour, seen, shade, warp
 from demo.vlm.recipe import Optimizer, VlmRecipe, half_precision
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 
 DOMAINS = ("game_icons", "pixel_mshock", "pixel_retro")
 """More pictures for the tower, without questions: their train splits."""

@@ -31,8 +31,8 @@ def import_(
 
     Examples:  ratchet adapters import my-adapter/ --base shipped    |    ratchet adapters import exported/ --judge
     """
-    from updater.commands import gate_import
-    from updater.exchange.adapters import import_adapter
+    from updater.service.commands import gate_import
+    from updater.service.exchange import import_adapter
 
     settings = ctx.of(context).settings
     imported = import_adapter(settings, directory, actor=ctx.person(), base=base)
@@ -59,6 +59,6 @@ def export(
 
     Example:  ratchet adapters export clip-0123456789ab colours/
     """
-    from updater.exchange.adapters import export_adapter
+    from updater.service.exchange import export_adapter
 
     typer.echo(export_adapter(ctx.of(context).settings, name, directory))

@@ -39,7 +39,7 @@ def upgrade(
     Examples:  ratchet base upgrade b16 --dry-run    |    ratchet base upgrade b16 --budget 400000    |
     ratchet base upgrade b16 --cancel
     """
-    from updater.commands import begin_command, begun, cancel_command, plan_command
+    from updater.service.commands import begin_command, begun, cancel_command, plan_command
 
     settings = ctx.of(context).settings
     if family != "clip":
@@ -75,7 +75,7 @@ def switch(
     Examples:  ratchet base switch b16 --reason "better on all domains"    |
     ratchet base switch shipped --reason "searches are worse"
     """
-    from updater.upgrades.switch import switch_base
+    from updater.service.base_switch import switch_base
 
     settings = ctx.of(context).settings
     row = switch_base(settings, name, actor=ctx.person(), reason=reason)
@@ -84,8 +84,8 @@ def switch(
 
 
 def _finish(settings: Settings, name: str, update_id: str) -> None:
-    from updater.commands import finish_command
-    from updater.loop.process import UpdaterBusy
+    from updater.service.commands import finish_command
+    from updater.service.process import UpdaterBusy
 
     try:
         update, verdict = finish_command(settings, update_id)

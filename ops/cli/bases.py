@@ -63,7 +63,7 @@ def add(
     ratchet base add l14 --model hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K    |
     ratchet base add smol --family vlm --model hf-hub:HuggingFaceTB/SmolVLM-256M-Instruct
     """
-    from updater.base.register import add_base, add_vlm
+    from updater.bases.register import add_base, add_vlm
 
     home = ctx.of(context).settings.home
     if family == "clip":
@@ -105,7 +105,7 @@ def push(context: typer.Context, names: _NAMES) -> None:
     Example:  ratchet --set artifacts_url=s3://models/ratchet base push b16
     """
     from core.artifacts import Artifacts
-    from updater.base.register import push_base
+    from updater.bases.register import push_base
 
     settings = ctx.of(context).settings
     for name in names:
@@ -118,7 +118,7 @@ def pull(context: typer.Context, names: _NAMES) -> None:
 
     Example:  ratchet --set artifacts_url=s3://models/ratchet base pull b16
     """
-    from updater.base.register import pull_base
+    from updater.bases.register import pull_base
 
     settings = ctx.of(context).settings
     for name in names:

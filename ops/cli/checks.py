@@ -113,7 +113,7 @@ def _base(settings: Settings) -> Finding:
 def _suites(settings: Settings) -> Finding:
     """Of each model that has a base. Without them no update begins."""
     from updater.families import families_with_a_base, family_recipe, reference_of
-    from updater.scheduling.learning_state import check_reference, check_suites
+    from updater.service.learning_state import check_reference, check_suites
 
     told = []
     for family in families_with_a_base(settings):

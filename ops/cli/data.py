@@ -55,7 +55,7 @@ def publish(
 
     ratchet publish coco/annotations/captions_train2017.json --dry-run    |    ratchet publish flickr30k/ --resume
     """
-    from streams.publish import publish as send
+    from streams.publish.publisher import publish as send
 
     settings = ctx.of(context).settings
     report = send(
@@ -72,7 +72,7 @@ def publish(
     )
     Console().print(str(report), highlight=False, markup=False)
     if wait is not None and report.last:
-        from streams.publish_progress import wait_until_stored
+        from streams.publish.publish_progress import wait_until_stored
 
         wait_until_stored(settings, report.last, wait)
     raise typer.Exit(report.exit_status)

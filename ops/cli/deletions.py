@@ -50,8 +50,8 @@ def delete(
     Examples:  ratchet samples delete --source crawler-7 --dry-run --reason "consent withdrawn"    |
     ratchet samples delete --key user-17 --before 30d --reason "account closed" --yes --wait
     """
-    from streams.deletion import count_selected, request_deletion
-    from streams.store import SampleStore
+    from streams.store.deletion import count_selected, request_deletion
+    from streams.store.sample_store import SampleStore
 
     if not 0 < len(reason.strip()) <= MAX_REASON:
         raise typer.BadParameter(f"--reason has 1 to {MAX_REASON} characters")
@@ -87,7 +87,7 @@ def list_deletions(
 
     Examples:  ratchet samples deletions    |    ratchet samples deletions deletion-0123456789ab --json
     """
-    from streams.deletion import as_json as receipt
+    from streams.store.deletion import as_json as receipt
 
     ledger = Ledger.open(ctx.of(context).settings.ledger)
     rows = ledger.deletions(limit) if deletion_id is None else [_one(ledger, deletion_id)]
@@ -137,7 +137,7 @@ def _follow(ledger: Ledger, deletion_id: str) -> DeletionRow:
 
 
 def _is_maintained(ledger: Ledger) -> bool:
-    from streams.maintenance import LEASE
+    from streams.store.maintenance import LEASE
 
     lease = ledger.lease(LEASE)
     return lease is not None and bool(lease.holder) and lease.expires_at > datetime.now(UTC)

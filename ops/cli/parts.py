@@ -84,7 +84,7 @@ def maintain(
 
     Examples:  ratchet maintain    |    ratchet maintain --once
     """
-    from streams.maintenance import run_maintain
+    from streams.store.maintenance import run_maintain
 
     settings = ctx.of(context).settings
 
@@ -111,7 +111,7 @@ def broker(context: typer.Context) -> None:
 
     Example:  ratchet --set kafka.bootstrap=127.0.0.1:9092 broker
     """
-    from streams.broker import run_broker
+    from streams.kafka.broker import run_broker
 
     run_broker(ctx.of(context).settings)
 

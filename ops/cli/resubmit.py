@@ -32,7 +32,7 @@ def resubmit(
     ratchet resubmit --source crawler-7 --dry-run --why "raised ingest.max_pixels"
     """
     from core.ledger import Ledger
-    from streams.resubmit import RefusalFilter, resubmit_many
+    from streams.ingest.resubmit import RefusalFilter, resubmit_many
 
     if (reason, source, since) == (None, None, None) and not everything:
         raise typer.BadParameter("name --reason, --source or --since, or say --all")

@@ -19,8 +19,8 @@ from ops.cli.cells import add_texts
 from ops.cli.times import SINCE_HELP, parse_since
 
 if TYPE_CHECKING:
-    from streams.sample_queries import SampleFilter
-    from streams.store import SampleStore
+    from streams.store.sample_queries import SampleFilter
+    from streams.store.sample_store import SampleStore
 
 app = typer.Typer(help="Look at samples, export or delete them; trace a record.", no_args_is_help=True)
 TOP: Final = 15
@@ -58,8 +58,8 @@ def trace(
 
     Examples:  ratchet samples trace ratchet.samples:0:42    |    ratchet samples trace --id 0123456789ab
     """
-    from streams.receipts import RecordQuery
-    from streams.receipts import trace as receipts_of
+    from streams.store.receipts import RecordQuery
+    from streams.store.receipts import trace as receipts_of
 
     if (record is None) == (sample_id is None):
         raise typer.BadParameter("give a position, or --id")
@@ -98,7 +98,7 @@ def list_samples(
     Examples:  ratchet samples list --domain streets --text bus    |    ratchet samples list --since 1h --html new.html
     """
     from ops.cli.samples_page import MAX_CARDS, write_page
-    from streams.sample_queries import newest_samples, with_images
+    from streams.store.sample_queries import newest_samples, with_images
 
     store, which = _store(context), _filter(split, domain, source, concept, text, since)
     rows = newest_samples(store, which, limit if html is None else min(limit, MAX_CARDS))
@@ -170,7 +170,8 @@ def stats(
 
     Examples:  ratchet samples stats --json    |    ratchet samples stats --near-duplicates 0
     """
-    from streams.sample_queries import near_duplicates, store_stats
+    from streams.ingest.quality.duplicates import near_duplicates
+    from streams.store.sample_queries import store_stats
 
     store = _store(context)
     stats = store_stats(store)
@@ -211,7 +212,7 @@ def refused(
     Examples:  ratchet samples refused --source crawler-7    |    ratchet samples refused --reason image_undecodable
     """
     from ratchet_client.records import REASONS
-    from streams.sample_queries import refusal_counts
+    from streams.store.sample_queries import refusal_counts
 
     if reason is not None and reason not in REASONS:
         raise typer.BadParameter(f"--reason is one of {', '.join(sorted(REASONS))}")
@@ -246,8 +247,8 @@ def export(
 
     Examples:  ratchet samples export all.parquet    |    ratchet samples export streets/ --domain streets
     """
-    from streams.export import export as write
-    from streams.sample_queries import count_samples
+    from streams.publish.export import export as write
+    from streams.store.sample_queries import count_samples
 
     store, which = _store(context), _filter(split, domain, source, concept, text, since)
     version = store.version()
@@ -257,7 +258,7 @@ def export(
 
 
 def _store(context: typer.Context) -> SampleStore:
-    from streams.store import SampleStore
+    from streams.store.sample_store import SampleStore
 
     return SampleStore(ctx.of(context).settings.lake)
 
@@ -266,13 +267,13 @@ def _filter(
     split: SplitName | None, domain: str | None, source: str | None, concept: str | None, text: str | None,
     since: str | None,
 ) -> SampleFilter:  # fmt: skip
-    from streams.sample_queries import SampleFilter
+    from streams.store.sample_queries import SampleFilter
 
     return SampleFilter(None if split is None else split.value, domain, source, concept, text, parse_since(since))
 
 
 def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:
-    from streams.sample_queries import find_samples
+    from streams.store.sample_queries import find_samples
 
     rows = find_samples(store, sample_id)
     if not rows:

@@ -109,8 +109,8 @@ def _ledger_facts(settings: Settings) -> dict[str, Any]:
 
 
 def _stream_facts(settings: Settings) -> dict[str, Any]:
-    from streams.store import SampleStore
-    from updater.scheduling.learning_state import learning_states
+    from streams.store.sample_store import SampleStore
+    from updater.service.learning_state import learning_states
 
     store = SampleStore(settings.lake)
     with closing(Ledger.open(settings.ledger)) as ledger:

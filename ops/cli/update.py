@@ -32,13 +32,13 @@ def update(
     """
     if context.invoked_subcommand is not None:
         return
-    from updater.loop.process import be_nice, use_environment
+    from updater.service.process import be_nice, use_environment
 
     settings = ctx.of(context).settings
     be_nice(settings.updater.nice, settings.updater.idle)  # before imports that take seconds, and start threads
     use_environment()
 
-    from updater.commands import run_update
+    from updater.service.commands import run_update
 
     run_update(settings, once=once, recipe=recipe, family=family, retry=retry)
 

@@ -10,7 +10,7 @@ from core.artifacts.folder import file_size
 from core.ledger import Ledger
 from ops.collection.plan import Item
 from serving.engines.registered import names_by_digest
-from updater.loop.process import work_folders
+from updater.service.process import work_folders
 
 DAY = 86_400.0
 

@@ -22,8 +22,8 @@ from ratchet_client import Client, ServerError
 from ratchet_client.images import decode_image
 from serving.engines.registered import names_by_digest
 from serving.own_threads import BoundedCall
-from streams.store import SampleStore
-from updater.scheduling.learning_state import LearningState, learning_states
+from streams.store.sample_store import SampleStore
+from updater.service.learning_state import LearningState, learning_states
 
 Result = TypeVar("Result")
 STATUS_SECONDS = 2.0

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from core.ledger import DeletionState, Ledger
-from streams.sample_queries import count_values, refusal_counts
-from streams.store import SampleStore
+from streams.store.sample_queries import count_values, refusal_counts
+from streams.store.sample_store import SampleStore
 
 COUNTED_SAMPLES = 2_000_000
 """In a larger store samples are not counted by topic, domain and source: that scans three columns of every row."""

@@ -27,7 +27,7 @@ from core.settings import Settings
 from ops.recovery.lake_files import datasets, version_files
 from ops.recovery.ledger_rows import write_ledger
 from ops.recovery.place import Place, copy, file_digest
-from streams.store import BACKUP_PIN, SampleStore
+from streams.store.sample_store import BACKUP_PIN, SampleStore
 
 FORMAT: Final = 1
 SUMMARY: Final = "backup.json"

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from core.errors import RecordError
 from core.priority import nice_thread
-from streams.store import Having
+from streams.store.sample_store import Having
 
 _COLUMNS: Final = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
 log = logging.getLogger("ratchet.catalog")

@@ -4,7 +4,7 @@
     model.safetensors   weights and persistent buffers, float32
     text/               Hugging Face tokenizer and config files, for towers that need them
 
-Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.base``.
+Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.bases``.
 """
 
 from __future__ import annotations

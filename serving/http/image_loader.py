@@ -30,7 +30,7 @@ from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
-from streams.fetching import ByteBudget, Fetcher, Rules
+from streams.records.fetching import ByteBudget, Fetcher, Rules
 
 Result = TypeVar("Result")
 ImageSource = tuple[str, str | bytes]

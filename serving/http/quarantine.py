@@ -134,7 +134,7 @@ async def resubmit(request: Request) -> JSONResponse:
 
 
 async def _resubmit_many(state: AppState, chosen: RefusedSelection, actor: str, body: ResubmitRequest) -> JSONResponse:
-    from streams.resubmit import RefusalFilter
+    from streams.ingest.resubmit import RefusalFilter
 
     _check_reason(chosen.reason, "filter.reason")
     which = RefusalFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)

@@ -360,7 +360,7 @@ class SampleSelector(Body):
     _in_range = field_validator("before")(in_range)
 
     def fields(self) -> dict[str, str]:
-        """Those that are given, as :mod:`streams.deletion` takes them."""
+        """Those that are given, as :mod:`streams.store.deletion` takes them."""
         given = self.model_dump(exclude_none=True)
         return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
 

@@ -18,7 +18,7 @@ from core.settings import Settings
 from serving.own_threads import OwnThreads
 
 if TYPE_CHECKING:
-    from streams.resubmit import RefusalFilter
+    from streams.ingest.resubmit import RefusalFilter
 
 
 SHOWN: Final = 50
@@ -46,7 +46,7 @@ class QuarantineService:
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
         """Refused records, newest first."""
-        from streams.resubmit import list_quarantine
+        from streams.ingest.resubmit import list_quarantine
 
         async with self._turn:
             rows = await self._threads.run(list_quarantine, self.settings, self.ledger, limit, reason, source)
@@ -59,8 +59,8 @@ class QuarantineService:
 
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
         """Refused records by ``reason`` and by ``source``; the most frequent of each."""
-        from streams.sample_queries import refusal_counts
-        from streams.store import SampleStore
+        from streams.store.sample_queries import refusal_counts
+        from streams.store.sample_store import SampleStore
 
         async with self._turn:
             tallies = await self._threads.run(refusal_counts, SampleStore(self.settings.lake), reason, source)
@@ -68,7 +68,7 @@ class QuarantineService:
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
         """Send one again; where the topic has it now. An operator who hangs up does not stop it half way."""
-        from streams.resubmit import resubmit
+        from streams.ingest.resubmit import resubmit
 
         async def send() -> dict[str, Any]:
             async with self._turn:
@@ -82,7 +82,7 @@ class QuarantineService:
 
     async def resubmit_many(self, which: RefusalFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
         """Send many again; an operator who hangs up does not stop it half way."""
-        from streams.resubmit import resubmit_many
+        from streams.ingest.resubmit import resubmit_many
 
         async def send() -> dict[str, Any]:
             async with self._bulk:
@@ -122,7 +122,7 @@ class DeletionService:
 
     async def request(self, selector: Mapping[str, str], *, actor: str, reason: str) -> dict[str, Any]:
         """Ask for a deletion. Returns its receipt. Raises SelectorError."""
-        from streams.deletion import as_json, request_deletion
+        from streams.store.deletion import as_json, request_deletion
 
         with metrics.operator.action("delete"):
             row = await self._ledger_threads.run(request_deletion, self.ledger, selector, actor=actor, reason=reason)
@@ -130,21 +130,21 @@ class DeletionService:
 
     async def newest(self, limit: int, state: DeletionState | None) -> list[dict[str, Any]]:
         """Receipts, newest first."""
-        from streams.deletion import as_json
+        from streams.store.deletion import as_json
 
         rows = await self._ledger_threads.run(self.ledger.deletions, limit, [state] if state else [])
         return [as_json(row) for row in rows]
 
     async def one(self, deletion_id: str) -> dict[str, Any] | None:
         """The receipt of one, or None."""
-        from streams.deletion import as_json
+        from streams.store.deletion import as_json
 
         row = await self._ledger_threads.run(self.ledger.deletion, deletion_id)
         return None if row is None else as_json(row)
 
     def _count(self, selector: Mapping[str, str]) -> dict[str, int]:
-        from streams.deletion import count_selected
-        from streams.store import SampleStore
+        from streams.store.deletion import count_selected
+        from streams.store.sample_store import SampleStore
 
         return asdict(count_selected(SampleStore(self.settings.lake), selector))
 
@@ -160,7 +160,7 @@ class ReceiptService:
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
         """What became of a record; at least one receipt."""
-        from streams.receipts import RecordQuery
+        from streams.store.receipts import RecordQuery
 
         return await self._trace(RecordQuery(topic, partition, offset))
 
@@ -179,8 +179,8 @@ class ReceiptService:
             ) from None
 
     def _read(self, query: Any) -> list[dict[str, Any]]:
-        from streams.receipts import trace
-        from streams.store import SampleStore
+        from streams.store.receipts import trace
+        from streams.store.sample_store import SampleStore
 
         if self._store is None:
             self._store = SampleStore(self.settings.lake)

@@ -47,7 +47,7 @@ class CatalogReplica:
         from serving.catalog.tables import Tables
         from serving.catalog.watch import Watcher
         from serving.engines.clip_base import load_base
-        from streams.store import SampleStore
+        from streams.store.sample_store import SampleStore
 
         preprocess = load_base(settings.home, settings.base.clip).preprocess
 

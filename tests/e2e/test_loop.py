@@ -27,8 +27,8 @@ from ops.cli.supervisor import Supervisor
 from ops.dashboards import expressions
 from ops.load.traffic import Traffic
 from ratchet_client import Client, data_uri
-from streams.folders import read_folder
-from streams.store import SampleStore
+from streams.publish.folders import read_folder
+from streams.store.sample_store import SampleStore
 from tests.support.kafka import produce
 from tests.support.pages import ROOT
 from tests.support.prometheus import Alertmanager, Prometheus, alertmanager, impatient_rules, prometheus

@@ -10,7 +10,7 @@ from PIL import Image
 
 from demo.data import prepare_domain
 from demo.data.concepts import split_of
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 
 pytestmark = pytest.mark.integration
 

@@ -13,12 +13,12 @@ import pytest
 from core.ledger import DeletionRow, Ledger
 from core.settings import Settings
 from core.waiting import wait_until
-from streams import deletion, maintenance
-from streams.deletion import as_json
-from streams.maintenance import Maintainer
-from streams.object_versions import OldVersions
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store import deletion, maintenance
+from streams.store.deletion import as_json
+from streams.store.maintenance import Maintainer
+from streams.store.object_versions import OldVersions
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.s3 import Server, s3_server
 from tests.support.samples import TOPIC, put, sample
 

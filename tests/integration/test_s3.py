@@ -18,15 +18,15 @@ from core.artifacts.object_store import CALL_SECONDS
 from core.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from core.settings.streams import Ingest
 from serving.engines.clip_base import load_base
-from streams.rows import Position, tally_of
-from streams.store import SampleStore
-from streams.table import SampleTable
-from streams.uris import UriFetcher
-from streams.writer import StoreWriter
+from streams.records.uris import UriFetcher
+from streams.store.rows import Position, tally_of
+from streams.store.sample_store import SampleStore
+from streams.store.table import SampleTable
+from streams.store.writer import StoreWriter
 from tests.support.s3 import s3_server
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
-from updater.base.register import pull_base, push_base
+from updater.bases.register import pull_base, push_base
 
 pytestmark = pytest.mark.integration
 BUCKET = "models"

@@ -10,7 +10,7 @@ import boto3
 import pytest
 
 from core.settings import Settings
-from streams import ingest_report
+from streams.ingest import ingest_report
 from tests.support.fake_kafka import FakeKafka, install
 from tests.support.kafka import good, reading, wait_for
 from tests.support.s3 import s3_server

@@ -27,10 +27,10 @@ from ops import dependency_checks
 from ops.cli import checks
 from ops.cli.main import app
 from ops.dependency_checks import look
-from streams.compaction import clean
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.store.compaction import clean
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.support.environment import of_s3, variables
 
 pytestmark = pytest.mark.integration

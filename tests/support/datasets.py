@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import RecordError
-from streams.datasets import read_dataset
-from streams.folders import FolderItem
+from streams.publish.datasets import read_dataset
+from streams.publish.folders import FolderItem
 
 
 def items_and_errors(path: Path | str, **options: Any) -> tuple[list[FolderItem], list[RecordError]]:

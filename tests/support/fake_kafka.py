@@ -21,7 +21,7 @@ from kafka.errors import LogTruncationError, OffsetOutOfRangeError
 from core.errors import BrokerError, Fenced, RecordTooLarge
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import Delivery
-from streams.clients import Topic
+from streams.kafka.clients import Topic
 
 
 @dataclass
@@ -279,9 +279,9 @@ def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
         for number, record in enumerate(list(broker.quarantine)):
             yield SimpleNamespace(topic=topic, partition=0, offset=number, headers=record.headers)
 
-    patch.setattr("streams.membership.KafkaConsumer", Client)
-    patch.setattr("streams.consumer.Admin", lambda kafka, seconds: FakeAdmin(broker))
-    patch.setattr("streams.membership.tolerant_fetch.install", lambda consumer, limit: None)
-    patch.setattr("streams.membership.tolerant_fetch.complete_joins", lambda consumer: None)
-    patch.setattr("streams.quarantine.FencedSender", lambda *args: FakeSender(broker, *args))
-    patch.setattr("streams.outbox.read_back", read_back)
+    patch.setattr("streams.ingest.membership.KafkaConsumer", Client)
+    patch.setattr("streams.ingest.consumer.Admin", lambda kafka, seconds: FakeAdmin(broker))
+    patch.setattr("streams.ingest.membership.tolerant_fetch.install", lambda consumer, limit: None)
+    patch.setattr("streams.ingest.membership.tolerant_fetch.complete_joins", lambda consumer: None)
+    patch.setattr("streams.ingest.quarantine.FencedSender", lambda *args: FakeSender(broker, *args))
+    patch.setattr("streams.kafka.outbox.read_back", read_back)

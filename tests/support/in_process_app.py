@@ -36,10 +36,10 @@ from serving.releases.observations import Observations
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Prepared, ReleaseResult, Residency
-from streams.receipts import Receipt
-from streams.resubmit import ResubmitReport
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.ingest.resubmit import ResubmitReport
+from streams.store.receipts import Receipt
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.inputs import pictures
 from tests.support.tiny import tiny_base
 from tests.unit.serving.scripted_vlms import ScriptedVlms

@@ -18,10 +18,10 @@ from core.child_process import processor_seconds
 from core.settings import Settings
 from core.settings.streams import Kafka
 from core.waiting import StoodStill, wait_for_progress
-from streams.clients import ensure_topics
-from streams.consumer import Consumer
-from streams.ingest_report import IngestStatus
-from streams.rows import RecordPosition
+from streams.ingest.consumer import Consumer
+from streams.ingest.ingest_report import IngestStatus
+from streams.kafka.clients import ensure_topics
+from streams.store.rows import RecordPosition
 
 Message = tuple[bytes | None, list[tuple[str, bytes]]]  # value, headers
 

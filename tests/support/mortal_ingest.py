@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from core.settings import Settings
-from streams.consumer import Consumer
-from streams.ingest import run_ingest
-from streams.membership import Membership
-from streams.outbox import FencedSender, Outbox
-from streams.quality.duplicates import DuplicateIndex
-from streams.writer import StoreWriter
+from streams.ingest.consumer import Consumer
+from streams.ingest.membership import Membership
+from streams.ingest.quality.duplicates import DuplicateIndex
+from streams.ingest.run import run_ingest
+from streams.kafka.outbox import FencedSender, Outbox
+from streams.store.writer import StoreWriter
 from tests.support.sudden_death import die
 
 

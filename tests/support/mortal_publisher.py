@@ -16,7 +16,7 @@ from kafka import KafkaProducer
 from core.errors import BrokerError
 from core.ledger import Ledger
 from core.settings import Settings
-from streams.events import EventPublisher
+from streams.kafka.events import EventPublisher
 
 #: Where it ends or sleeps, right before the call.
 POINTS: dict[str, tuple[type, str]] = {

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
-from streams.record_batches import MAX_HEADERS
-from streams.tolerant_fetch import MAX_BATCH_BYTES
+from streams.kafka.record_batches import MAX_HEADERS
+from streams.kafka.tolerant_fetch import MAX_BATCH_BYTES
 from tests.support.raw_batches import RawBatch, RawMessage, seal
 
 MILLIS = 1_700_000_000_000

@@ -20,7 +20,7 @@ from demo.data import DOMAINS, prepare_questions
 from demo.data.domain import RECEIPT
 from demo.vlm.scores import usual_answers
 from demo.vlm.shipped import TRAINED_ON
-from streams.folders import FolderItem, read_folder, write_folder
+from streams.publish.folders import FolderItem, read_folder, write_folder
 
 EACH = 60
 """Questions of each kind."""

@@ -10,7 +10,7 @@ from kafka.consumer.fetcher import CompletedFetch, Fetcher
 from kafka.consumer.subscription_state import SubscriptionState
 from kafka.protocol.consumer import FetchResponse
 
-from streams.tolerant_fetch import MAX_BATCH_BYTES, install
+from streams.kafka.tolerant_fetch import MAX_BATCH_BYTES, install
 
 PARTITION = TopicPartition("samples", 0)
 PartitionData = FetchResponse.FetchableTopicResponse.PartitionData

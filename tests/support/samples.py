@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from core.digests import digest_bytes
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 
 TOPIC = "samples"
 

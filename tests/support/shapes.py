@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from streams.folders import FolderItem, write_folder
+from streams.publish.folders import FolderItem, write_folder
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
 SHAPES = ("circle", "square", "bar")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from core.settings import Settings
-from streams.ingest import run_ingest
-from streams.outbox import FencedSender
-from streams.quarantine import RefusalPublisher
-from streams.writer import StoreWriter
+from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.run import run_ingest
+from streams.kafka.outbox import FencedSender
+from streams.store.writer import StoreWriter
 
 
 def asleep_before(owner: type, name: str) -> None:

@@ -28,19 +28,19 @@ from PIL import Image
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.streams import Ingest, Kafka
-from streams import deletion
-from streams.assignment import Reading, start_position
-from streams.batch import Batch
-from streams.quality.duplicates import DuplicateIndex
-from streams.quality.sides import SplitRule
-from streams.quality.validate import Received, Rules, validate
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.ingest.assignment import Reading, start_position
+from streams.ingest.batch import Batch
+from streams.ingest.quality.duplicates import DuplicateIndex
+from streams.ingest.quality.sides import SplitRule
+from streams.ingest.quality.validate import Received, Rules, validate
+from streams.store import deletion
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, judged_as, make_home, release
 from tests.support.kafka import picture
 from tests.unit.updater.builders import recipe
-from updater.loop.service import UpdaterService
+from updater.service.update_loop import UpdaterService
 
 DATA = Path(__file__).parents[1] / "data"
 TOPIC = "t"

@@ -7,7 +7,7 @@ and multiplicative decrease, as in TCP). Results never depend on it: it decides 
 
 It looks at the mean because that is what a share of time can move: a trainer that computes a quarter of the time slows
 a quarter of the requests, and the p99 is made of those. What a single request feels is a matter of priority, which is
-in ``updater/loop/process.py``.
+in ``updater/service/process.py``.
 """
 
 from __future__ import annotations

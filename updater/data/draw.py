@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from core.settings.updates import Draw
-from streams.store import ADDRESS, Having, SampleStore
+from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.recipes import Family, Recipe
 
 HAVING: Mapping[Family, Having] = {"clip": "text", "vlm": "question"}

@@ -23,8 +23,8 @@ from core.digests import digest12, digest_bytes
 from core.errors import ConfigError
 from core.progress import say
 from core.settings.updates import Draw
-from streams.folders import FolderItem, read_folder
-from streams.store import SampleStore
+from streams.publish.folders import FolderItem, read_folder
+from streams.store.sample_store import SampleStore
 from updater.data.draw import draw_rows
 from updater.data.mixture import PARTS, shuffled
 from updater.recipes import Batches, Family, Part, Recipe, Views

@@ -16,9 +16,9 @@ from serving.engines.adapters import read_adapter
 from serving.engines.clip_base import ClipBase, list_bases, load_base
 from serving.engines.lora import merge
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 from updater.adapters import WeightDelta
-from updater.base.reference import VLM_REFERENCE, reference_folders, shipped_folders
+from updater.bases.reference import VLM_REFERENCE, reference_folders, shipped_folders
 from updater.families.clip.learner import ClipLearner
 from updater.families.vlm.learner import VlmLearner
 from updater.recipes import Family, Recipe, load_recipe

@@ -23,7 +23,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.clip import ClipEvaluator
 from updater.gate.diagnostics.diagnose import StoreCounts

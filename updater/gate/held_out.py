@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from core.errors import GateError, StoreError
-from streams.rows import SAMPLE_SCHEMA
-from streams.store import ADDRESS, Having, SampleStore
+from streams.store.rows import SAMPLE_SCHEMA
+from streams.store.sample_store import ADDRESS, Having, SampleStore
 
 WORDS_ROWS = 1024
 """Rows whose words are read at once."""

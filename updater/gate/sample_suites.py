@@ -18,7 +18,7 @@ import pyarrow as pa
 from core.errors import AdapterError
 from core.settings import Settings
 from serving.engines.heads import Head
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut, Images, TableImages
 from updater.gate.suite_items import (
     Item,

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from core.digests import digest12, digest_json
 from core.errors import GateError, RecordError
 from ratchet_client.images import OpenedImage, open_accepted
-from streams.folders import FolderItem
+from streams.publish.folders import FolderItem
 
 Half = Literal["all", "tuning", "hidden"]
 Result = TypeVar("Result")

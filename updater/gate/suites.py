@@ -1,7 +1,7 @@
 """Suites: what a candidate is asked, and what it has to show.
 
-A suite is a YAML file over a folder dataset (`streams.folders`), or is made from `fresh_eval` rows of the sample
-store (`fresh`). `retention` suites must not lose, `gain` suites are where an update may show that it learned
+A suite is a YAML file over a folder dataset (`streams.publish.folders`), or is made from `fresh_eval` rows of the
+sample store (`fresh`). `retention` suites must not lose, `gain` suites are where an update may show that it learned
 something. The task decides which family of models is asked: a CLIP classifies and retrieves, a VLM answers questions.
 """
 
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from core.digests import digest_bytes, digest_json
 from core.errors import GateError, RecordError
-from streams.folders import INDEX, FolderItem, read_folder
+from streams.publish.folders import INDEX, FolderItem, read_folder
 from updater.gate.answers import polarity
 from updater.gate.suite_items import (
     Half,

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from core.errors import ConfigError, TrainingError
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
 from updater.budget.bound import Size
 from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
-from updater.objectives import Batch, Features, Objective
+from updater.methods import objectives, optimizers, regularizers
+from updater.methods.objectives import Batch, Features, Objective
 from updater.recipes import Part, Recipe, Term
 from updater.step.averaging import Average, Momentum
 from updater.step.gradients import CachedPasses, harmonized_backward, without_conflicts

@@ -1,6 +1,6 @@
 """A line search over the weight of a merge, as WiSE-FT and PAINT do it: every weight is scored, the best one kept.
 
-What scores is handed in: training knows nothing of the gate (``updater/loop/gate_update.py``).
+What scores is handed in: training knows nothing of the gate (``updater/service/gate_update.py``).
 """
 
 from __future__ import annotations

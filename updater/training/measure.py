@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from updater import optimizers
 from updater.adapters.parametrizations import Parametrization
 from updater.budget.bound import Costs
 from updater.budget.cost import Cost
 from updater.budget.flops import counted
 from updater.data.pools import Example
+from updater.methods import optimizers
 from updater.step.learner import AnyLearner
 
 SMALL, LARGE = 2, 4

@@ -26,7 +26,7 @@ from updater.budget.flops import counted
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
 from updater.data.pools import Example, Pools, run_starts, visits
 from updater.families import make_learner
-from updater.merging import merged, remembered
+from updater.methods.merging import merged, remembered
 from updater.recipes import Merge, Part, Recipe
 from updater.step.learner import AnyLearner, Base, Work
 from updater.step.precision import training_precision

@@ -2,7 +2,7 @@
 
 A record is a JSON object of the fields of :class:`Sample`, with the image as base64 (or a ``data:`` URI) in ``image``,
 or as the place to fetch it from in ``image_uri``; or it is the bytes of the image, with the other fields in Kafka
-headers. :mod:`ratchet_client.encoding` writes both, and the server's :mod:`streams.codecs` reads them.
+headers. :mod:`ratchet_client.encoding` writes both, and the server's :mod:`streams.records.codecs` reads them.
 
 A schema version ``ratchet.sample.v1.N`` only adds fields, so every one of them is read; what this version does not know
 of it goes into ``extra``. ``ratchet.sample.v2`` would change what a field means, and is refused.

@@ -12,8 +12,8 @@ from core.progress import say, step, track
 from ops.cli.demo.picture import Change, choose, draw, search
 from ops.cli.demo.stage import SOME_ANSWERS_SECONDS, Stage
 from ops.cli.demo.summary import Lesson
-from streams.clients import connect_producer
-from streams.folders import read_folder
+from streams.kafka.clients import connect_producer
+from streams.publish.folders import read_folder
 
 DOMAIN = "fluent3d"
 SEARCHES_AT_ONCE = 4

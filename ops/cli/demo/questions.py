@@ -13,7 +13,7 @@ from core.progress import say, track
 from core.settings import Settings
 from ops.cli.demo.stage import Stage
 from ops.cli.demo.summary import Lesson
-from streams.folders import FolderItem, read_folder
+from streams.publish.folders import FolderItem, read_folder
 
 DOMAIN = "vqa_fashion"
 ASKED = 120  # held-out questions that are asked before and after

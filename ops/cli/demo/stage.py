@@ -19,8 +19,8 @@ from ops.cli.demo.screen import Screen
 from ops.cli.demo.summary import Lesson
 from ops.cli.supervisor import Supervisor
 from ratchet_client import Client, ServerError
-from streams.publish import publish
-from streams.store import SampleStore
+from streams.publish.publisher import publish
+from streams.store.sample_store import SampleStore
 
 SOME_ANSWERS_SECONDS = 3.0
 """How long the load is answered under a release before the next one: a dozen requests."""

@@ -32,8 +32,8 @@ from ops.load.expected import Question
 from ops.load.traffic import Report, Traffic
 from ratchet_client import Client
 from serving.engines.vlm import vllm_start
-from streams.folders import FolderItem, read_folder
-from streams.store import SampleStore
+from streams.publish.folders import FolderItem, read_folder
+from streams.store.sample_store import SampleStore
 from updater.gate.suites import load_suites
 
 REQUESTS_PER_SECOND = 4.0  # steady, and most of two cores is left to learning

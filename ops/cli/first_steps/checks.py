@@ -69,7 +69,7 @@ def register_model(home: Path, choice: ModelChoice) -> str:
             base = load_base(home, choice.name)
             base.build_model()
         else:
-            from updater.base.register import add_base
+            from updater.bases.register import add_base
 
             base = add_base(home, choice.name, choice.model, choice.weights)
     except BaseModelError as error:
@@ -84,7 +84,7 @@ def check_broker(settings: Settings) -> str:
     Raises:
         ConfigError: the broker does not answer within :data:`BROKER_SECONDS`, or refuses.
     """
-    from streams.clients import Admin
+    from streams.kafka.clients import Admin
 
     kafka = settings.kafka
     admin = Admin(kafka, connect_seconds=BROKER_SECONDS)

@@ -12,9 +12,9 @@ from core.errors import ConfigError, RecordError
 from core.progress import track
 from core.settings.streams import Ingest
 from ratchet_client.images import OpenedImage, open_image
-from streams.datasets import imagefolder
-from streams.datasets.source import Source
-from streams.folders import INDEX, DatasetRow, FolderItem
+from streams.publish.datasets import imagefolder
+from streams.publish.datasets.source import Source
+from streams.publish.folders import INDEX, DatasetRow, FolderItem
 
 MAX_ROWS = 200_000
 """Rows that are listed: about 200 MB of names and texts."""

@@ -13,7 +13,7 @@ from core.errors import ConfigError
 from core.files import replace_file
 from ops.cli.first_steps.labelled import LabelledSample, Picture
 from ratchet_client.images import sniff
-from streams.folders import FolderItem, write_folder
+from streams.publish.folders import FolderItem, write_folder
 from updater.gate.suites import Suite, load_suites
 
 HELD_OUT, REST = "test", "train"

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from core.ledger import DeletionRow, DeletionState
 from ops.console.request_context import Reader, Refused, RequestContext
-from streams.deletion import as_json
+from streams.store.deletion import as_json
 
 router = APIRouter()
 STEP = 50

@@ -13,9 +13,9 @@ from ops.console.pages.pictures import drawn
 from ops.console.request_context import Operator, Reader, Refused, RequestContext
 from ratchet_client.encoding import Encoded
 from ratchet_client.records import Reason
-from streams.codecs import glimpse
-from streams.resubmit import list_quarantine, quarantined, resubmit
-from streams.sample_queries import OTHERS, refusal_counts
+from streams.ingest.resubmit import list_quarantine, quarantined, resubmit
+from streams.records.codecs import glimpse
+from streams.store.sample_queries import OTHERS, refusal_counts
 
 router = APIRouter()
 SHOWN = 48

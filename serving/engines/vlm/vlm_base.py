@@ -3,7 +3,7 @@
     base.json   family "vlm", digests of every file, which layers can carry LoRA
     model/      config, processor, tokenizer, chat template and safetensors weights, as ``save_pretrained`` writes them
 
-Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.base``.
+Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.bases``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page
 from core.addresses import free_port
 from core.loading import load_settings
 from core.settings import Settings
-from streams.consumer import Consumer
+from streams.ingest.consumer import Consumer
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.broker import Broker, broker
 from tests.support.browser import DESKTOP, Complaints, chromium, console

@@ -15,8 +15,8 @@ from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
 from ops.cli.main import app
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset

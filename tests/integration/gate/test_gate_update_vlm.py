@@ -20,13 +20,13 @@ from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.errors import EngineDead
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.integration.gate.taught_vlm import known, unknown, write_questions
 from tests.support.colour_squares import encoded_square
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.gate_command import gate_command
-from updater.loop.gate_update import gate_update
+from updater.service.gate_update import gate_update
 
 pytestmark = pytest.mark.integration
 STORED = 3

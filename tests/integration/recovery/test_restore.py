@@ -16,11 +16,11 @@ from core.loading import load_settings
 from ops.recovery import back_up, restore
 from ratchet_client.encoding import encode
 from ratchet_client.records import Sample
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.integration.serving.server_fixture import TEXTS, ServerFixture
 from tests.support.broker import Broker, broker
 from tests.support.kafka import Message, make_topics, picture, produce, reading, wait_for
-from updater.base.register import pull_base, push_base
+from updater.bases.register import pull_base, push_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.long]
 __all__ = ["broker"]

@@ -14,7 +14,7 @@ from kafka.errors import OffsetOutOfRangeError
 
 from core.settings.streams import Kafka
 from ratchet_client.broker import MAX_RECORD_BYTES
-from streams.clients import TOPIC_RECORD_BYTES, ensure_topics
+from streams.kafka.clients import TOPIC_RECORD_BYTES, ensure_topics
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics
 

@@ -11,8 +11,8 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from core.addresses import free_port
-from streams.broker import EmbeddedBroker
-from streams.tolerant_fetch import Corrupt, install
+from streams.kafka.broker import EmbeddedBroker
+from streams.kafka.tolerant_fetch import Corrupt, install
 from tests.support.broker import Broker
 from tests.support.damage import DamagingProxy
 from tests.support.fuzz_records import mutated, publish_mutated

@@ -25,11 +25,11 @@ from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
-from streams import maintenance
-from streams.consumer import Consumer
-from streams.deletion import request_deletion
-from streams.maintenance import Maintainer
-from streams.store import SampleStore
+from streams.ingest.consumer import Consumer
+from streams.store import maintenance
+from streams.store.deletion import request_deletion
+from streams.store.maintenance import Maintainer
+from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, reading, records_seen, wait_for
 from updater.data.pools import draw_pools

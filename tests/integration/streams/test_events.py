@@ -20,8 +20,8 @@ from core.errors import BrokerError
 from core.ledger import Ledger
 from core.metrics import declared
 from core.settings import Settings
-from streams.events import EventPublisher
-from streams.outbox import read_back
+from streams.kafka.events import EventPublisher
+from streams.kafka.outbox import read_back
 from tests.support import mortal_publisher
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess
@@ -102,7 +102,7 @@ def test_a_release_becomes_a_cloud_event(settings: Settings, ledger: Ledger, pub
 def test_more_events_than_one_transaction_takes_are_published_in_order(
     settings: Settings, ledger: Ledger, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streams.events.BATCH", 7)
+    monkeypatch.setattr("streams.kafka.events.BATCH", 7)
     record(ledger, *range(24))
     assert publisher.publish_pending() == 24
     check(settings, ledger, 24)
@@ -175,7 +175,7 @@ def test_an_event_waits_until_the_broker_takes_it(
 ) -> None:
     record(ledger, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("streams.outbox.FencedSender.open", _unreachable)
+        patch.setattr("streams.kafka.outbox.FencedSender.open", _unreachable)
         with pytest.raises(BrokerError):
             publisher.publish_pending()
     assert declared.EVENTS_WAITING._value.get() == 1, "what waits while the broker is away has to be seen"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from core.settings import Settings
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, produce, reading, records_seen, wait_for
 from tests.support.kcat import kcat_folder

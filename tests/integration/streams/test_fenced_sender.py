@@ -15,8 +15,8 @@ from kafka.errors import MessageSizeTooLargeError, UnsupportedVersionError
 from core.errors import BrokerError, Fenced, RecordTooLarge
 from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
-from streams.clients import ensure_topics
-from streams.outbox import FencedSender, Outbox, OutboxEntry, read_back
+from streams.kafka.clients import ensure_topics
+from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry, read_back
 from tests.support.broker import Broker
 
 pytestmark = pytest.mark.integration

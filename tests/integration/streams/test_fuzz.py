@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.fuzz_records import publish_mutated
 from tests.support.kafka import make_topics, quarantined_places, reading, wait_for

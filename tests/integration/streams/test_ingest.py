@@ -19,12 +19,12 @@ from core.addresses import free_port
 from core.settings import Settings
 from ratchet_client import Sample
 from ratchet_client.encoding import encode
-from streams.broker import EmbeddedBroker
-from streams.clients import Admin, connect_producer
-from streams.consumer import Consumer
-from streams.folders import FolderItem, write_folder
-from streams.publish import publish
-from streams.store import SampleStore
+from streams.ingest.consumer import Consumer
+from streams.kafka.broker import EmbeddedBroker
+from streams.kafka.clients import Admin, connect_producer
+from streams.publish.folders import FolderItem, write_folder
+from streams.publish.publisher import publish
+from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import (
     Message,
@@ -324,8 +324,8 @@ def test_one_that_is_stopped_while_it_joins_the_group_leaves_it_to_the_next(brok
 
 
 def test_a_group_that_lets_nobody_in_is_joined_again_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.ingest_report.GROUP_PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr("streams.membership.JOIN_SECONDS", 1.0)
+    monkeypatch.setattr("streams.ingest.ingest_report.GROUP_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("streams.ingest.membership.JOIN_SECONDS", 1.0)
     with EmbeddedBroker() as embedded:
         settings = Broker(embedded.address, embedded=True).settings(tmp_path)
         make_topics(settings)

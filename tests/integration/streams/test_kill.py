@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from core.settings import Settings
-from streams.rows import RecordPosition
-from streams.store import SampleStore
+from streams.store.rows import RecordPosition
+from streams.store.sample_store import SampleStore
 from tests.support import mortal_ingest
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess

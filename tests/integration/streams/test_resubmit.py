@@ -11,11 +11,11 @@ import pytest
 from core.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
 from core.ledger import Ledger
 from core.settings import Settings
-from streams import resubmit as module
-from streams.codecs import glimpse
-from streams.consumer import Consumer
-from streams.resubmit import HEADER, list_quarantine, quarantined, resubmit
-from streams.store import SampleStore
+from streams.ingest import resubmit as module
+from streams.ingest.consumer import Consumer
+from streams.ingest.resubmit import HEADER, list_quarantine, quarantined, resubmit
+from streams.records.codecs import glimpse
+from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import (
     Message,

@@ -14,10 +14,10 @@ from core.errors import BrokerError, ConfigError
 from core.ledger import Ledger
 from core.settings import Settings
 from ops.cli.main import app
-from streams import resubmit as module
-from streams.resubmit import HEADER, RefusalFilter, ResubmitReport, resubmit_many
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.ingest import resubmit as module
+from streams.ingest.resubmit import HEADER, RefusalFilter, ResubmitReport, resubmit_many
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, read_topic
 

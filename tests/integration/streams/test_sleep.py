@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.settings import Settings
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support import stopping_ingest
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess

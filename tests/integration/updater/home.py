@@ -14,16 +14,16 @@ from core.digests import digest_bytes
 from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
-from streams.folders import FolderItem, write_folder
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.publish.folders import FolderItem, write_folder
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
 from updater.gate.run import run_gate
 from updater.gate.verdict import Verdict
-from updater.loop import gate_update
+from updater.service import gate_update
 
 TOPIC = "samples"
 

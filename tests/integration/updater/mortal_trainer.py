@@ -12,9 +12,9 @@ from core.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.sudden_death import die
-from updater.commands import run_update
-from updater.loop import gate_update
-from updater.loop.service import UpdaterService
+from updater.service import gate_update
+from updater.service.commands import run_update
+from updater.service.update_loop import UpdaterService
 from updater.step.learner import Learner
 
 import_ahead(__name__)

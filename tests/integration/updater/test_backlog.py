@@ -12,7 +12,7 @@ from rich.console import Console
 from core.settings import Settings
 from ops.cli.status import collect, screen
 from tests.integration.updater.home import add_samples
-from updater.loop.service import UpdaterService
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 BACKLOG = 150

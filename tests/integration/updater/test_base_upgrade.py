@@ -15,12 +15,12 @@ from core.settings import Settings
 from ops.cli.main import app
 from tests.integration.updater.home import add_samples, make_home
 from tests.support.tiny import tiny_base
-from updater.commands import begin_command, cancel_command, finish_command, plan_command
 from updater.gate.verdict import Verdict
-from updater.loop import gate_update
-from updater.loop.process import only_one
-from updater.loop.service import UpdaterService
-from updater.upgrades.switch import switch_base
+from updater.service import gate_update
+from updater.service.base_switch import switch_base
+from updater.service.commands import begin_command, cancel_command, finish_command, plan_command
+from updater.service.process import only_one
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 

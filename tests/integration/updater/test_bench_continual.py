@@ -21,7 +21,7 @@ from benchmarks.continual.stream import ALL, HELD_OUT, REFERENCE, load_stream
 from core.settings import Settings
 from core.settings.serving import BaseModels
 from demo.data.domain import RECEIPT, VERSION
-from streams.folders import FolderItem, read_folder, write_folder
+from streams.publish.folders import FolderItem, read_folder, write_folder
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import COLOURS, picture
 

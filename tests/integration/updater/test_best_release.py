@@ -15,7 +15,7 @@ from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, make_home
 from tests.support.tiny import tiny_adapter
 from updater.families import spaces_of
-from updater.loop.service import UpdaterService
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 

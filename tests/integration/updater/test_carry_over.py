@@ -19,8 +19,8 @@ from tests.integration.updater.test_kill import SECONDS
 from tests.integration.updater.test_service import release, verdict
 from tests.unit.updater.builders import recipe
 from updater.adapters import read_delta
-from updater.loop import train_update
-from updater.loop.service import UpdaterService
+from updater.service import train_update
+from updater.service.update_loop import UpdaterService
 from updater.training.result import CarryOver
 
 __all__ = ["verdict"]

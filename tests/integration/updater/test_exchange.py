@@ -24,12 +24,12 @@ from serving.engines.clip import ClipEngine
 from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home, release
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from updater.commands import gate_import
-from updater.exchange.adapters import export_adapter, import_adapter
-from updater.loop.process import only_one
-from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
-from updater.scheduling import triggers
+from updater.service import triggers
+from updater.service.commands import gate_import
+from updater.service.exchange import export_adapter, import_adapter
+from updater.service.process import only_one
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 

@@ -17,9 +17,9 @@ from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, judged_as, make_vlm_home
 from tests.integration.updater.test_kill import SECONDS
 from updater.data.pools import Pair, Pools, Question
-from updater.loop import train_update
-from updater.loop.service import UpdaterService
 from updater.recipes import Family, load_recipe
+from updater.service import train_update
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 

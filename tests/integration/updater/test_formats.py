@@ -12,7 +12,7 @@ import pytest
 
 from core.ledger import Ledger
 from tests.support.written_state import DATA, described_home, small_home, unpack
-from updater.loop.service import UpdaterService
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 

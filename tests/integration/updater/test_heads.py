@@ -12,11 +12,11 @@ from core.errors import AdapterError
 from core.settings import Settings
 from core.settings.updates import LearnedHead
 from serving.engines.adapters import read_adapter
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples, judged_as
 from tests.unit.updater.builders import COLOURS
 from updater.gate.sample_suites import head_suites
-from updater.loop.service import UpdaterService
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 HEADS = [

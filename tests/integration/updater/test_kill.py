@@ -14,8 +14,8 @@ from core.settings import Settings
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_home
 from tests.support.kafka import wait_for
-from updater.loop.process import only_one
-from updater.loop.service import UpdaterService
+from updater.service.process import only_one
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 

@@ -19,13 +19,13 @@ from ops.cli.checks import examine
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
 from tests.unit.gate.builders import folder_dataset
-from updater.commands import run_update
 from updater.families.clip.learner import ClipLearner
-from updater.loop import service as service_module
-from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
-from updater.scheduling import triggers
-from updater.scheduling.learning_state import learning_states
+from updater.service import triggers
+from updater.service import update_loop as service_module
+from updater.service.commands import run_update
+from updater.service.learning_state import learning_states
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 
@@ -298,7 +298,7 @@ def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settin
 def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_kill(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from updater.loop import service as service_module
+    from updater.service import update_loop as service_module
 
     impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
     gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
@@ -311,7 +311,7 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     assert service.step().reason.startswith("8 of 16 fresh items")
     add_samples(settings, 8, split="fresh_eval")
 
-    monkeypatch.setattr("updater.loop.train_update.train", _killed)  # nothing is trained from here on
+    monkeypatch.setattr("updater.service.train_update.train", _killed)  # nothing is trained from here on
     real = service_module.gate_update
     monkeypatch.setattr(service_module, "gate_update", _killed)
     with pytest.raises(KeyboardInterrupt):
@@ -364,11 +364,11 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
 ) -> None:
     from datetime import timedelta
 
-    from streams import compaction
+    from streams.store import compaction
 
     add_samples(settings, 12)
     service = UpdaterService(settings)
-    monkeypatch.setattr("updater.loop.train_update.train", _killed)
+    monkeypatch.setattr("updater.service.train_update.train", _killed)
     with pytest.raises(KeyboardInterrupt):
         service.step()
     monkeypatch.undo()

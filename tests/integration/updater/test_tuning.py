@@ -12,14 +12,14 @@ from core.artifacts import Artifacts
 from core.ledger import UpdateRow
 from core.settings import Settings
 from serving.engines.clip_base import load_base
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples, make_home
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
 from updater.gate.run import open_evaluator
 from updater.gate.suites import load_suites
-from updater.loop.gate_update import TuningScores, tuned_on, update_suites
-from updater.loop.service import UpdaterService
+from updater.service.gate_update import TuningScores, tuned_on, update_suites
+from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 

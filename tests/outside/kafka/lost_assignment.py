@@ -15,7 +15,7 @@ from collections import Counter
 from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.admin import NewTopic
 
-from streams.tolerant_fetch import complete_joins
+from streams.kafka.tolerant_fetch import complete_joins
 from tests.support.apache_kafka import ApacheKafka
 
 WAIT_SECONDS = 12

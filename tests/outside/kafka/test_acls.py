@@ -25,8 +25,8 @@ from kafka.admin import (
 from core.dependencies import current
 from core.errors import BrokerError
 from core.settings import Settings
-from streams.clients import Admin, check_rights, event_rights, ingest_rights
-from streams.store import SampleStore
+from streams.kafka.clients import Admin, check_rights, event_rights, ingest_rights
+from streams.store.sample_store import SampleStore
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.downloads import started
 from tests.support.kafka import good, make_topics, produce, quarantined_places, reading, wait_for

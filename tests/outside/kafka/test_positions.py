@@ -15,9 +15,9 @@ from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from kafka import KafkaProducer
 
 from core.settings import Settings
-from streams.consumer import Consumer
-from streams.ingest_report import IngestStatus
-from streams.store import SampleStore
+from streams.ingest.consumer import Consumer
+from streams.ingest.ingest_report import IngestStatus
+from streams.store.sample_store import SampleStore
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.broker import Broker
 from tests.support.kafka import good, make_topics, produce, read_topic, reading, wait_for

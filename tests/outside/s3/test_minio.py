@@ -15,7 +15,7 @@ from core.dependencies import Dependency, DependencyState, current
 from core.settings import Settings
 from ops import dependency_checks
 from ops.dependency_checks import look
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support.downloads import started
 from tests.support.environment import variables
 from tests.support.fake_kafka import FakeKafka, install

@@ -15,8 +15,8 @@ from core.errors import RatchetError
 from core.loading import load_settings
 from core.settings import Settings
 from ops.load.traffic import Report, Sample
-from streams.folders import read_folder
-from streams.store import SampleStore
+from streams.publish.folders import read_folder
+from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.unit.gate.builders import folder_dataset
 from updater.families.clip.learner import ClipLearner, adapted_model

@@ -18,7 +18,7 @@ from benchmarks.continual.table import markdown
 from benchmarks.continual.worker import question_chain
 from core.errors import ConfigError
 from core.settings import Settings
-from streams.folders import FolderItem
+from streams.publish.folders import FolderItem
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import questions
 

@@ -22,7 +22,7 @@ from core.errors import AdapterError, RatchetError, TrainingError
 from core.settings.updates import Gate
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe, run

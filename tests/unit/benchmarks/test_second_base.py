@@ -10,7 +10,7 @@ import pytest
 from benchmarks.continual.second_base import NAME, PREPROCESS, Distillation, distilled
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import list_bases
-from streams.folders import FolderItem
+from streams.publish.folders import FolderItem
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import COLOURS, picture
 

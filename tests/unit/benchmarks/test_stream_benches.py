@@ -23,9 +23,9 @@ from core.loading import load_settings
 from core.settings import Settings
 from core.settings.streams import Ingest, Kafka
 from ratchet_client.images import decode_image
-from streams.quality.validate import Accepted, Received, Rules, validate
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.ingest.quality.validate import Accepted, Received, Rules, validate
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 
 TARGETS = ("worker 0", "worker 1", "maintain", "broker", "disk")
 

@@ -15,8 +15,8 @@ from core.settings.streams import Kafka
 from ratchet_client import AsyncProducer, BrokerError, ConfigError, Delivery, Limits, Producer, RecordError
 from ratchet_client.broker import Connection
 from ratchet_client.records import TOPIC
-from streams.broker import EmbeddedBroker
-from streams.codecs import decode
+from streams.kafka.broker import EmbeddedBroker
+from streams.records.codecs import decode
 from tests.support.kafka import picture, read_topic
 
 

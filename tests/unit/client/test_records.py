@@ -11,7 +11,7 @@ import pytest
 from core.settings.streams import Ingest, Kafka
 from ratchet_client import Limits, RecordError, Sample
 from ratchet_client.records import TOPIC, make_sample
-from streams.clients import producer_limits
+from streams.kafka.clients import producer_limits
 from tests.support.kafka import picture
 
 PNG = picture(1)

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
 from ops.console.app import build_console
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
 from tests.unit.console.test_pages import settings
 from tests.unit.console.test_security import LOCAL, signed_in
@@ -82,7 +82,7 @@ def test_refused_records_are_shown_with_what_can_be_seen_of_them(operator: TestC
 def test_a_record_that_cannot_be_sent_stays_where_it_is(
     operator: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streams.resubmit.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("streams.ingest.resubmit.CONNECT_SECONDS", 0.3)
     refuse(tmp_path, b"not json")
     form = {"reason": "try it", "csrf": operator.headers["x-csrf-token"]}
     answer = operator.post("/quarantine/samples:0:0/resubmit", data=form, headers=PARTIAL)

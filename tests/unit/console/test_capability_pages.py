@@ -19,9 +19,9 @@ from ops.console.served import loaded_releases, served_models
 from ops.console.stream import origins, row_counts
 from ops.console.update_summaries import UpdateSummary, costs, update_summaries
 from serving.releases.lineage import clip_bases
-from streams.deletion import request_deletion
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.deletion import request_deletion
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.story import tell
 from tests.unit.console.test_pages import settings
 from tests.unit.console.test_security import LOCAL

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
 from ops.console.app import build_console
-from streams.deletion import request_deletion
+from streams.store.deletion import request_deletion
 from tests.support.story import EVIL
 from tests.unit.console.test_pages import settings
 

@@ -18,9 +18,9 @@ from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.pages.overview import problems
 from ops.console.public import without_samples
-from streams.deletion import request_deletion
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.deletion import request_deletion
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.story import EVIL, Story, tell, withdraw
 from tests.unit.console.test_pages import PAGES, settings
 from tests.unit.console.test_security import LOCAL

@@ -32,7 +32,7 @@ configure_logging(settings, "catalog", replica="x1")
 configure_logging(settings, "catalog", replica="x1")
 logging.getLogger("ratchet.catalog").warning("the store is %s", "away")
 logging.getLogger("ratchet.catalog").info("a fine day")
-logging.getLogger("streams.consumer").debug("details")
+logging.getLogger("streams.ingest.consumer").debug("details")
 logging.getLogger("httpx").info("GET https://elsewhere")
 for port in range(50):
     logging.getLogger("kafka.net.manager").error("Connection failed: port %d", port)

@@ -17,7 +17,7 @@ from demo.data import DOMAINS, domain, prepare_domain
 from demo.data.concepts import concept_of, flag_concept, split_of
 from demo.data.domain import DomainInfo, Draft, build
 from demo.data.render import decode
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 from tests.support.pictures import png
 
 ROOT = Path(__file__).parents[3]

@@ -13,7 +13,7 @@ from demo.data import QUESTIONS, DemoData, PackageError, Preparation
 from demo.data.domain import RECEIPT, VERSION
 from demo.data.preparation import merged
 from ops.cli.shipped import needed_data
-from streams.folders import INDEX
+from streams.publish.folders import INDEX
 
 
 def there(home: Path, name: str, split: str = "") -> Path:

@@ -17,7 +17,7 @@ from demo.vlm.recipe import VlmRecipe
 from demo.vlm.scores import accuracy, answer
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
-from streams.folders import FolderItem
+from streams.publish.folders import FolderItem
 
 TEXTS = ["what colour is this?", "is there anything red here?", "red", "blue", "yes", "no", "an ankle boot"]
 

@@ -16,7 +16,7 @@ from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_batch import score
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.support.vlm_families import FAMILIES, write_family
-from updater.base.register import add_vlm
+from updater.bases.register import add_vlm
 from updater.gate.vlm_checks import check_parity
 
 

@@ -15,11 +15,11 @@ import pytest
 from core.errors import GateError
 from core.ledger import UpdateRow
 from core.settings import Settings
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.unit.gate.builders import picture
 from updater.gate.held_out import PAGE, TEXT_COLUMNS, HeldOut
-from updater.loop.gate_update import update_suites
+from updater.service.gate_update import update_suites
 
 LEARNED, FRESH, LIMIT = 420, 300, 50
 VERSION_TIME = datetime(2026, 1, 1, tzinfo=UTC)

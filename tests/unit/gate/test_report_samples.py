@@ -16,11 +16,11 @@ from core.artifacts import Artifacts
 from core.ledger import Ledger
 from core.settings import Settings
 from ops.console.app import build_console
-from streams import maintenance
-from streams.deletion import request_deletion
-from streams.maintenance import Maintainer
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store import maintenance
+from streams.store.deletion import request_deletion
+from streams.store.maintenance import Maintainer
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.console.test_pages import settings as console_settings
 from tests.unit.gate.builders import changed, outcomes, picture

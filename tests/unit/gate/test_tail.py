@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.gate.builders import outcomes, question_rows, sample_rows
 from updater.gate.decision import Scores
@@ -64,7 +64,7 @@ def test_of_more_samples_than_the_bound_every_nth_is_looked_at_and_counts_are_sc
 ) -> None:
     store, version = store_of(tmp_path, ["a fox"] * 100)
     monkeypatch.setattr(diagnose, "MAX_ROWS", 30)
-    monkeypatch.setattr("streams.store.BATCH_ROWS", 7)
+    monkeypatch.setattr("streams.store.sample_store.BATCH_ROWS", 7)
     seen = StoreCounts(store, version, "text")(["fox"])
     assert (seen["fox"], seen.rows, seen.counted) == (100, 100, 25)
 

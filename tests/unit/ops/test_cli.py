@@ -172,9 +172,9 @@ def test_maintain_runs_maintenance_under_the_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], once: bool
 ) -> None:
     ran: list[tuple[Path, bool]] = []
-    part = ModuleType("streams.maintenance")
+    part = ModuleType("streams.store.maintenance")
     part.run_maintain = lambda settings, *, once, collect: ran.append((settings.home, once))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "streams.maintenance", part)
+    monkeypatch.setitem(sys.modules, "streams.store.maintenance", part)
     assert runner.invoke(app, ["--set", f"home={tmp_path}", "maintain", *words]).exit_code == 0
     assert ran == [(tmp_path, once)]
 

@@ -19,10 +19,10 @@ from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli import deletions
 from ops.cli.main import app
-from streams import maintenance
-from streams.maintenance import Maintainer
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store import maintenance
+from streams.store.maintenance import Maintainer
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
 
 

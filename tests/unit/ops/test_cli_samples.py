@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from core.errors import RatchetError, RecordError, UnknownRecord
 from ops.cli.main import app
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.kafka import picture
 from tests.unit.streams.test_export import WHEN, sample_row
 

@@ -27,7 +27,7 @@ from ops.cli.main import app
 from ops.collection import Collector, Plan, collector
 from ops.collection.plan import Kind
 from serving.releases.rollback import rollback_target
-from streams.maintenance import Maintainer
+from streams.store.maintenance import Maintainer
 from updater.adapters.recorded import fetch_recorded
 
 BASE = "b" * 64

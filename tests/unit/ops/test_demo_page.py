@@ -19,7 +19,7 @@ from ops.cli.demo.picture import Change, Hit, Search
 from ops.cli.demo.questions import AnswerComparison, Answered
 from ops.cli.demo.summary import Facts, Lesson
 from ops.load.traffic import Sample
-from streams.folders import FolderItem
+from streams.publish.folders import FolderItem
 from tests.support.pictures import png
 
 EVIL = "<script>alert(1)</script> & “more”"

@@ -27,7 +27,7 @@ from ops.cli.first_steps.power import fresh_needed, suite_power
 from ops.cli.first_steps.settings_yaml import settings_yaml
 from ops.cli.main import app
 from serving.engines.clip_base import list_bases
-from streams.folders import read_folder
+from streams.publish.folders import read_folder
 from tests.support.pages import ROOT
 from tests.support.tiny import CONFIG, tiny_base
 from updater.gate.statistics import items_needed, smallest_difference

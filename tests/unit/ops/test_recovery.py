@@ -28,9 +28,9 @@ from ops.collection import Collector
 from ops.recovery import back_up, backup, lake_files, restore
 from ops.recovery.ledger_rows import load_ledger
 from ops.recovery.place import Place
-from streams.maintenance import Maintainer
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.maintenance import Maintainer
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
 from tests.unit.conftest import create_database
 

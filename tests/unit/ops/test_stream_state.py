@@ -22,8 +22,8 @@ from ops.cli.main import app
 from ops.cli.status import maintenance_line
 from ops.console.app import build_console
 from ops.stream_state import StreamState, stream_state
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 
 LOST = {
     "kind": "gap", "topic": "t", "partition": 0, "offset": 100, "until": 612, "reason": "retention",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.ledger import Ledger
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.unit.serving.auth_app import AuthApp, Keys
 
 

@@ -16,7 +16,7 @@ from serving.catalog.cross_version import rank_across
 from serving.catalog.embedding import CHUNK_ROWS, Pace
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support.waiting import until
 from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, stored, vector
 

@@ -18,9 +18,9 @@ from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.support.disk import holds
 from tests.support.waiting import until
 
@@ -250,7 +250,7 @@ async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
         def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) - timedelta(minutes=5)
 
-    monkeypatch.setattr("streams.writer.datetime", Behind)
+    monkeypatch.setattr("streams.store.writer.datetime", Behind)
     delete(store, "offset = 1")
     await settle(catalog)
     assert len(stored(catalog.tables, "aaaa")) == 2

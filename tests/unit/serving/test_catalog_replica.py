@@ -23,7 +23,7 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Residency
 from serving.replicas import catalog as catalog_replica
 from serving.replicas.catalog import CatalogReplica
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, vector
 
 

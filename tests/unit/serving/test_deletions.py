@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from serving.http.store_services import DeletionService
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys
 from tests.unit.serving.auth_app import refusal as refused

@@ -17,7 +17,7 @@ from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 
 HERE = ReleaseSnapshot(1, None, "aaaa", "t")
 QUERY = np.ones(8, np.float32)

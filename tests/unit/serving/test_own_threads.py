@@ -28,7 +28,7 @@ def deletions() -> Awaitable[Any]:
 
 
 def quarantine(monkeypatch: pytest.MonkeyPatch) -> Awaitable[Any]:
-    monkeypatch.setattr("streams.resubmit.list_quarantine", lambda *_: [])
+    monkeypatch.setattr("streams.ingest.resubmit.list_quarantine", lambda *_: [])
     return QuarantineService(Settings(), cast(Any, None)).newest(5, None, None)
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from serving.http import store_services as module
 from serving.http.store_services import ReceiptService
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
 from tests.unit.serving.scripted_vlms import app_of
 

@@ -17,7 +17,7 @@ from serving.catalog.claims import CLAIM_SECONDS, SpaceClaims
 from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support.waiting import until
 from tests.unit.serving.test_catalog import DIM, HERE, THERE, Encoder, pixels, put, rows, settle, vector
 

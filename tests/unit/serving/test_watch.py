@@ -13,7 +13,7 @@ from core.settings.watching import Watch
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
 from serving.catalog.watch import Watcher
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle
 
 SMALL = Watch(drift_window=16, drift_reference=40)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 
 
 @pytest.fixture

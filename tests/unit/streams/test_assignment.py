@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from kafka import TopicPartition
 
-from streams.assignment import Assignment, Reading, new_generation, start_position
-from streams.rows import Position
-from streams.writer import Claim
+from streams.ingest.assignment import Assignment, Reading, new_generation, start_position
+from streams.store.rows import Position
+from streams.store.writer import Claim
 
 
 def test_a_known_log_is_read_on_and_an_unknown_one_from_its_beginning() -> None:

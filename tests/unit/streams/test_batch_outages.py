@@ -10,13 +10,13 @@ import pytest
 
 from core.errors import StoreFull, StoreUnavailable
 from core.settings.streams import Ingest, Kafka
-from streams.assignment import Reading
-from streams.batch import Batch
-from streams.quality.duplicates import DuplicateIndex
-from streams.quality.validate import Received, Rules, validate
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.ingest.assignment import Reading
+from streams.ingest.batch import Batch
+from streams.ingest.quality.duplicates import DuplicateIndex
+from streams.ingest.quality.validate import Received, Rules, validate
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.support.kafka import good
 
 RULES = Rules(Ingest())

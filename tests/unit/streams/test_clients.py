@@ -31,13 +31,13 @@ from core.loading import load_settings
 from core.settings import Settings
 from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
-from streams.broker import EmbeddedBroker
-from streams.clients import Admin, connect_producer, connection
-from streams.membership import LogLost, LogWatch
-from streams.publish import publish
-from streams.quality.validate import Received, Rules, validate
-from streams.quarantine import message
-from streams.rows import position_of
+from streams.ingest.membership import LogLost, LogWatch
+from streams.ingest.quality.validate import Received, Rules, validate
+from streams.ingest.quarantine import message
+from streams.kafka.broker import EmbeddedBroker
+from streams.kafka.clients import Admin, connect_producer, connection
+from streams.publish.publisher import publish
+from streams.store.rows import position_of
 from tests.support.kafka import picture
 
 

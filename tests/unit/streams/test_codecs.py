@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from core.errors import RecordError
 from ratchet_client.encoding import encode
 from ratchet_client.records import METADATA, REASONS, SCHEMA, Sample, check_text, make_sample
-from streams.codecs import decode
+from streams.records.codecs import decode
 from tests.support.kafka import picture
 
 PNG = picture(1)

@@ -18,8 +18,8 @@ from core.errors import RecordError
 from ratchet_client.encoding import encode
 from ratchet_client.images import sniff
 from ratchet_client.records import METADATA, REASONS, SCHEMA, Sample
-from streams.codecs import decode, glimpse
-from streams.registry import SchemaRegistry
+from streams.records.codecs import decode, glimpse
+from streams.records.registry import SchemaRegistry
 from tests.support.confluent import message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from streams import compaction
-from streams import writer as writer_module
-from streams.compaction import Fragment, clean, compact, has_deleted_rows, index, plan
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.table import SampleTable
-from streams.writer import StoreWriter
+from streams.store import compaction
+from streams.store import writer as writer_module
+from streams.store.compaction import Fragment, clean, compact, has_deleted_rows, index, plan
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.table import SampleTable
+from streams.store.writer import StoreWriter
 from tests.support.disk import holds
 from tests.support.samples import TOPIC, put, refusal, sample
 
@@ -155,7 +155,7 @@ def test_a_merge_that_lost_a_conflict_leaves_no_file(store: SampleStore, monkeyp
         assert len(StoreWriter(store.table).remove("offset = 3", "deletion", "d")) == 1
         return new
 
-    monkeypatch.setattr("streams.writer.write_fragments", delete_meanwhile)
+    monkeypatch.setattr("streams.store.writer.write_fragments", delete_meanwhile)
     assert StoreWriter(store.table).merge(parts, 64) == 0
     assert {path.name for path in Path(store.url, "data").iterdir()} <= _referenced(store)
     assert store.count() == 39

@@ -14,17 +14,18 @@ from prometheus_client import REGISTRY
 
 from core.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
 from core.settings import Settings
-from streams import consumer as module
-from streams import ingest_report, tolerant_fetch, validators
-from streams.assignment import Reading
-from streams.consumer import Consumer
-from streams.crash_guard import DEATHS
-from streams.quality.validate import Received, validate
-from streams.quarantine import RefusalPublisher
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.table import SampleTable
-from streams.writer import StoreWriter
+from streams.ingest import consumer as module
+from streams.ingest import ingest_report, validators
+from streams.ingest.assignment import Reading
+from streams.ingest.consumer import Consumer
+from streams.ingest.crash_guard import DEATHS
+from streams.ingest.quality.validate import Received, validate
+from streams.ingest.quarantine import RefusalPublisher
+from streams.kafka import tolerant_fetch
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.table import SampleTable
+from streams.store.writer import StoreWriter
 from tests.support.fake_kafka import FakeConsumer, FakeKafka, FakeSender, install
 from tests.support.kafka import Message, good, reading, records_seen, wait_for
 from tests.support.samples import refusal
@@ -49,8 +50,8 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
     broker = FakeKafka("t")
     install(broker, monkeypatch)
     monkeypatch.setattr(module, "BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.quarantine.BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.membership.LogWatch.SECONDS", 0.0)
+    monkeypatch.setattr("streams.ingest.quarantine.BACKOFF_SECONDS", (0.02,))
+    monkeypatch.setattr("streams.ingest.membership.LogWatch.SECONDS", 0.0)
     return broker
 
 
@@ -196,7 +197,7 @@ def test_records_stay_in_order_though_they_are_validated_at_once(
         return real(received, rules)
 
     monkeypatch.setattr(validators, "validate", slow)
-    monkeypatch.setattr("streams.validation_pool.CHUNK_RECORDS", 1)
+    monkeypatch.setattr("streams.ingest.validation_pool.CHUNK_RECORDS", 1)
     kafka.send(*(good(n) for n in range(12)))
     with run(settings, 12):
         pass
@@ -466,7 +467,7 @@ def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(
 ) -> None:
     broker = FakeKafka("t", 2)
     install(broker, monkeypatch)
-    monkeypatch.setattr("streams.membership.LogWatch.SECONDS", 0.0)
+    monkeypatch.setattr("streams.ingest.membership.LogWatch.SECONDS", 0.0)
     broker.assign()
     lags: list[tuple[str, int | None]] = []
     for number in range(2):

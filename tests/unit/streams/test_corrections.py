@@ -10,17 +10,17 @@ import pytest
 
 from core.ledger import Ledger
 from core.settings.streams import Ingest, Kafka
-from streams import compaction, deletion
-from streams.assignment import Reading
-from streams.batch import Batch, CommitResult
-from streams.deletion import remove_together
-from streams.quality.duplicates import DuplicateIndex
-from streams.quality.sides import SplitRule
-from streams.quality.validate import Accepted, Received, Rules, validate
-from streams.receipts import RecordQuery, trace
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.ingest.assignment import Reading
+from streams.ingest.batch import Batch, CommitResult
+from streams.ingest.quality.duplicates import DuplicateIndex
+from streams.ingest.quality.sides import SplitRule
+from streams.ingest.quality.validate import Accepted, Received, Rules, validate
+from streams.store import compaction, deletion
+from streams.store.deletion import remove_together
+from streams.store.receipts import RecordQuery, trace
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.support.kafka import picture
 
 RULES = Rules(Ingest())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import StoreFull, StoreUnavailable
-from streams.crash_guard import DEATHS, CrashGuard
+from streams.ingest.crash_guard import DEATHS, CrashGuard
 
 POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)
 
@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("os.posix_fallocate", "streams.crash_guard._save"):
+    for name in ("os.posix_fallocate", "streams.ingest.crash_guard._save"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             for _ in range(3):

@@ -10,8 +10,8 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from core.errors import RecordError
-from streams.datasets import FORMATS, detect
-from streams.folders import FolderItem, write_folder
+from streams.publish.datasets import FORMATS, detect
+from streams.publish.folders import FolderItem, write_folder
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 

@@ -11,8 +11,8 @@ import pytest
 from pycocotools.coco import COCO
 
 from core.errors import RecordError
-from streams.datasets import detect
-from streams.datasets.json_stream import DiskIndex, elements
+from streams.publish.datasets import detect
+from streams.publish.datasets.json_stream import DiskIndex, elements
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 
@@ -201,7 +201,7 @@ def test_a_document_that_is_too_deep_is_refused(tmp_path: Path, content: str) ->
 def test_an_element_that_is_too_large_is_refused_before_it_is_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streams.datasets.json_stream.MAX_ELEMENT_BYTES", 2**20)
+    monkeypatch.setattr("streams.publish.datasets.json_stream.MAX_ELEMENT_BYTES", 2**20)
     with (tmp_path / "a.json").open("w") as stream:
         stream.write('[{"a": "')
         for _ in range(16):

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pillow
 
 from core.errors import RecordError
-from streams.datasets import detect, read_dataset
+from streams.publish.datasets import detect, read_dataset
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 

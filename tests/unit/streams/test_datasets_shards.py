@@ -14,8 +14,8 @@ import pytest
 from webdataset import ShardWriter, TarWriter
 
 from core.errors import RecordError
-from streams.datasets import detect, read_dataset
-from streams.datasets.shards import MAX_HEADER_BYTES, expand
+from streams.publish.datasets import detect, read_dataset
+from streams.publish.datasets.shards import MAX_HEADER_BYTES, expand
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 

@@ -12,7 +12,8 @@ import pytest
 from core.errors import ConfigError
 from core.ledger import DeletionRow, Ledger
 from core.settings.streams import Ingest
-from streams.deletion import (
+from streams.ingest.quality.validate import Received, Rules, validate
+from streams.store.deletion import (
     Selected,
     condition,
     count_selected,
@@ -22,10 +23,9 @@ from streams.deletion import (
     request_deletion,
     take_tombstones,
 )
-from streams.quality.validate import Received, Rules, validate
-from streams.rows import Position, record_key
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.store.rows import Position, record_key
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.support.samples import TOPIC, put, refusal, sample
 
 LONG_AGO = datetime(2026, 1, 2, tzinfo=UTC)

@@ -12,20 +12,19 @@ import pytest
 from core.errors import ConfigError
 from core.settings import Settings
 from ratchet_client.records import Sample
-from streams.datasets import read_dataset
-from streams.export import export
-from streams.folders import FolderItem
-from streams.quality.duplicates import OFF
-from streams.rows import Position
-from streams.sample_queries import (
+from streams.ingest.quality.duplicates import OFF, near_duplicates
+from streams.publish.datasets import read_dataset
+from streams.publish.export import export
+from streams.publish.folders import FolderItem
+from streams.store.rows import Position
+from streams.store.sample_queries import (
     SampleFilter,
     ValueCounts,
     count_samples,
-    near_duplicates,
     newest_samples,
     store_stats,
 )
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support.kafka import picture
 from tests.support.samples import TOPIC, put, sample
 
@@ -145,7 +144,7 @@ def test_by_default_only_equal_content_is_a_duplicate() -> None:
 
 
 def test_more_values_than_can_be_counted_leave_out_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.sample_queries.MAX_VALUES", 10)
+    monkeypatch.setattr("streams.store.sample_queries.MAX_VALUES", 10)
     counts = ValueCounts()
     for start in range(0, 100, 10):
         counts.add(pa.array(["often"] * 5 + [f"source {start + number}" for number in range(10)]))

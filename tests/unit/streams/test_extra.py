@@ -15,7 +15,7 @@ from core.errors import RecordError
 from ratchet_client.encoding import encode
 from ratchet_client.extra import MAX_BYTES, MAX_DEPTH, MAX_FIELDS, check_extra, dump_extra
 from ratchet_client.records import FIELDS, SCHEMA, Sample
-from streams.codecs import decode
+from streams.records.codecs import decode
 from tests.support.kafka import picture
 
 PNG = picture(1)

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from core.errors import RecordError
-from streams import fetch_limits
-from streams.fetch_limits import (
+from streams.records import fetch_limits
+from streams.records.fetch_limits import (
     MAX_HOSTS,
     PROBE_SECONDS,
     FetchLimits,

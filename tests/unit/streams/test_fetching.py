@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from core.errors import RecordError
-from streams.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules
+from streams.records.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules
 from tests.support.web_server import WebServer, redirect, reply, web_server
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4

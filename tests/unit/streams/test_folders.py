@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.errors import RecordError
-from streams.datasets import read_dataset
-from streams.folders import INDEX, FolderItem, read_folder, write_folder
+from streams.publish.datasets import read_dataset
+from streams.publish.folders import INDEX, FolderItem, read_folder, write_folder
 from tests.support.pictures import png
 
 
@@ -254,7 +254,7 @@ def test_writing_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["more.csv", "more.jsonl"])
 def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.row_files.MAX_ROW_CHARS", 1000)
+    monkeypatch.setattr("streams.publish.row_files.MAX_ROW_CHARS", 1000)
     rows = {"more.csv": 'image,text\nAAAA,"', "more.jsonl": '{"image": "'}
     (tmp_path / name).write_text(rows[name] + "x" * 5000)
     with pytest.raises(RecordError, match="1000"):

@@ -13,15 +13,15 @@ import pytest
 
 from core.errors import StoreError
 from core.settings.streams import Ingest, Kafka
-from streams import compaction
-from streams.assignment import Reading, start_position
-from streams.batch import Batch, CommitResult
-from streams.quality.duplicates import DuplicateIndex
-from streams.quality.sides import SplitRule
-from streams.quality.validate import Received, Rules, validate
-from streams.store import SampleStore
-from streams.table import FORMAT
-from streams.writer import StoreWriter
+from streams.ingest.assignment import Reading, start_position
+from streams.ingest.batch import Batch, CommitResult
+from streams.ingest.quality.duplicates import DuplicateIndex
+from streams.ingest.quality.sides import SplitRule
+from streams.ingest.quality.validate import Received, Rules, validate
+from streams.store import compaction
+from streams.store.sample_store import SampleStore
+from streams.store.table import FORMAT
+from streams.store.writer import StoreWriter
 from tests.support.kafka import picture
 from tests.support.written_state import DATA, TOPIC, contents, unpack
 

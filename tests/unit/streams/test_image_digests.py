@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.errors import RecordError
-from streams.codecs import check_digest, decode
+from streams.records.codecs import check_digest, decode
 from tests.support.kafka import picture
 
 IMAGE = picture(1)

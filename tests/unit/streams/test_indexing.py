@@ -10,12 +10,12 @@ import pytest
 
 from core.errors import StoreUnavailable
 from core.settings import Settings
-from streams import consumer as consumer_module
-from streams.consumer_parts import Indexing
-from streams.quality import duplicates as module
-from streams.quality.duplicates import DuplicateIndex
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.ingest import consumer as consumer_module
+from streams.ingest.consumer_parts import Indexing
+from streams.ingest.quality import duplicates as module
+from streams.ingest.quality.duplicates import DuplicateIndex
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.fake_kafka import FakeKafka, install
 from tests.support.kafka import good, reading, wait_for
 from tests.support.samples import TOPIC, put, sample

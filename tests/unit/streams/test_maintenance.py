@@ -16,11 +16,11 @@ from core.errors import LedgerUnavailable, StoreUnavailable
 from core.ledger import DeletionRow, Ledger
 from core.ledger import tables as t
 from core.settings import Settings
-from streams import deletion, maintenance
-from streams.maintenance import LEASE, Maintainer, wait_for_ledger
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.store import deletion, maintenance
+from streams.store.maintenance import LEASE, Maintainer, wait_for_ledger
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.support.disk import holds
 from tests.support.kafka import wait_for
 from tests.support.samples import TOPIC, put, sample
@@ -211,7 +211,7 @@ def test_the_lease_is_renewed_while_a_run_takes_long(
         assert second.run_once().waiting
         return 0
 
-    monkeypatch.setattr("streams.compaction.compact", slow)
+    monkeypatch.setattr("streams.store.compaction.compact", slow)
     assert not maintainer.run_once().waiting
     assert all(times)
 
@@ -379,8 +379,8 @@ def test_retention_looks_now_and_then_and_goes_on_at_once_where_there_is_more(
     maintainer: Maintainer, store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change(maintainer, "retention", max_age_days=1, keep_samples=0)
-    monkeypatch.setattr("streams.retention.IDS_AT_ONCE", 3)
-    monkeypatch.setattr("streams.retention.MOST_AT_ONCE", 3)
+    monkeypatch.setattr("streams.store.retention.IDS_AT_ONCE", 3)
+    monkeypatch.setattr("streams.store.retention.MOST_AT_ONCE", 3)
     assert [maintainer.run_once().removed for _ in range(2)] == [3, 1]
     put(store, [sample(0, 9)], Position(TOPIC, 0, 10))
     assert maintainer.run_once().removed == 0

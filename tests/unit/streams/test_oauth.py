@@ -22,9 +22,9 @@ from core.loading import describe, load_settings
 from core.settings.identity import OAuth
 from core.settings.streams import Kafka
 from ratchet_client.broker import client_options, explain
-from streams import oauth as module
-from streams.clients import connection
-from streams.oauth import TokenProvider, token_provider
+from streams.kafka import oauth as module
+from streams.kafka.clients import connection
+from streams.kafka.oauth import TokenProvider, token_provider
 
 
 class TokenServer:

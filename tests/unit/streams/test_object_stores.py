@@ -13,8 +13,8 @@ from fsspec.registry import _registry
 from core.allow_rules import ObjectRule
 from core.errors import RecordError
 from core.settings.streams import Ingest
-from streams import fetch_limits
-from streams.uris import UriFetcher
+from streams.records import fetch_limits
+from streams.records.uris import UriFetcher
 
 
 class Store(AsyncFileSystem):  # type: ignore[misc]

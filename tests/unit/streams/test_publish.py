@@ -20,11 +20,11 @@ from core.errors import BrokerError, ConfigError, RecordError
 from core.progress import say
 from core.settings import Settings
 from ops.cli.main import app
-from streams.clients import connect_producer
-from streams.datasets import FORMATS
-from streams.folders import FolderItem
-from streams.publish import _checked, publish
-from streams.publish_progress import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
+from streams.kafka.clients import connect_producer
+from streams.publish.datasets import FORMATS
+from streams.publish.folders import FolderItem
+from streams.publish.publish_progress import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
+from streams.publish.publisher import _checked, publish
 from tests.support.pictures import png
 
 PICTURE = base64.b64encode(png()).decode()
@@ -84,7 +84,7 @@ def test_the_exit_status_tells_what_was_refused(tmp_path: Path, bad: list[int], 
 
 
 def test_a_broker_that_is_away_leaves_the_file_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.publish.connect_producer", partial(connect_producer, connect_seconds=0.3))
+    monkeypatch.setattr("streams.publish.publisher.connect_producer", partial(connect_producer, connect_seconds=0.3))
     settings = Settings(home=tmp_path, kafka={"bootstrap": f"127.0.0.1:{free_port()}"})
     file = rows(tmp_path / "a.jsonl")
     progress = ProgressFile(tmp_path, str(file), "jsonl", settings.kafka.topic, "", settings.kafka.bootstrap)
@@ -111,7 +111,9 @@ def test_the_help_names_every_format_and_status() -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.publish.check_sample", lambda sample, limits: None)  # decodes for 15 s while traced
+    monkeypatch.setattr(
+        "streams.publish.publisher.check_sample", lambda sample, limits: None
+    )  # decodes for 15 s while traced
     say("what is printed first imports much")
     # One file for all rows: pathlib interns names, and the interpreter's table of these doubles now and then.
     (tmp_path / "a.png").write_bytes(png())

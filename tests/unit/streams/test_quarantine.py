@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import pytest
 
 from core.settings.streams import Kafka
-from streams import quarantine
-from streams.assignment import Reading
-from streams.quarantine import RefusalPublisher
-from streams.rows import Position
-from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.ingest import quarantine
+from streams.ingest.assignment import Reading
+from streams.ingest.quarantine import RefusalPublisher
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 from tests.support.samples import TOPIC, refusal
 
 
@@ -45,7 +45,7 @@ class CountingSender:
 @pytest.fixture
 def publisher(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefusalPublisher]:
     monkeypatch.setattr(quarantine, "FencedSender", CountingSender)
-    monkeypatch.setattr("streams.outbox.read_back", lambda *_: [])
+    monkeypatch.setattr("streams.kafka.outbox.read_back", lambda *_: [])
     monkeypatch.setattr(CountingSender, "open_ones", set())
     monkeypatch.setattr(CountingSender, "sent", 0)
     with closing(RefusalPublisher(Kafka(), store)) as opened:

@@ -14,8 +14,8 @@ import pytest
 
 from core.errors import BrokerError, RecordError, RegistryUnavailable
 from core.settings.streams import Kafka
-from streams.codecs import decode
-from streams.registry import SchemaRegistry, client, decoders
+from streams.records.codecs import decode
+from streams.records.registry import SchemaRegistry, client, decoders
 from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running

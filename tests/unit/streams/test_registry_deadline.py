@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from core.errors import RecordError, RegistryUnavailable, SchemaUnavailable
-from streams.codecs import decode
-from streams.registry import SchemaRegistry, client, decoders
+from streams.records.codecs import decode
+from streams.records.registry import SchemaRegistry, client, decoders
 from tests.support.clock import Clock
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running

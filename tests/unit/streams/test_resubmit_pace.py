@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streams import resubmit
+from streams.ingest import resubmit
 
 
 class Clock:

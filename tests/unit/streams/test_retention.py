@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from core.settings.streams import Retention
-from streams import retention
-from streams.retention import expire
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store import retention
+from streams.store.retention import expire
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)

@@ -18,7 +18,7 @@ from kafka.errors import (
 
 from core.errors import BrokerError
 from core.settings.streams import Kafka
-from streams.clients import Admin, check_rights, event_rights, ingest_rights
+from streams.kafka.clients import Admin, check_rights, event_rights, ingest_rights
 
 
 class Client:

@@ -15,9 +15,9 @@ from kafka.protocol.consumer import FetchResponse
 from kafka.record import MemoryRecordsBuilder
 
 from core.errors import ConfigError
-from streams import tolerant_fetch
-from streams.record_batches import MAX_HEADERS, MAX_RAW_BYTES, Corrupt
-from streams.tolerant_fetch import MAX_FETCHES, check_library, install
+from streams.kafka import tolerant_fetch
+from streams.kafka.record_batches import MAX_HEADERS, MAX_RAW_BYTES, Corrupt
+from streams.kafka.tolerant_fetch import MAX_FETCHES, check_library, install
 from tests.support.raw_batches import CODECS, RawBatch, RawMessage, encode_record, seal
 from tests.support.record_log import LogReader, RecordLog
 
@@ -173,7 +173,7 @@ def test_a_batch_that_expands_beyond_the_bound_is_corrupt_and_the_next_is_read(c
 def test_nothing_is_expanded_before_the_checksum_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     log = log_of(1)
     log.batches[0][CRC] ^= 1
-    monkeypatch.setattr("streams.record_batches.decompress", lambda *_: pytest.fail("expanded"))
+    monkeypatch.setattr("streams.kafka.record_batches.decompress", lambda *_: pytest.fail("expanded"))
     assert corrupt_offsets(read(log)) == list(range(FIRST, FIRST + COUNT))
 
 
@@ -332,7 +332,7 @@ def test_want_of_memory_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch)
     log = log_of(1)
     reader = LogReader(FIRST)
     with monkeypatch.context() as patch:
-        patch.setattr("streams.record_batches.decompress", exhausted)
+        patch.setattr("streams.kafka.record_batches.decompress", exhausted)
         for _ in range(2):  # the second poll would hang if the first had left its iterator
             with pytest.raises(MemoryError):
                 reader.poll(log.fetch(FIRST), log.end)

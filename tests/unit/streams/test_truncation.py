@@ -12,7 +12,7 @@ from kafka import KafkaConsumer, OffsetAndMetadata
 from kafka.errors import LogTruncationError
 from kafka.protocol.consumer import FetchResponse, OffsetForLeaderEpochResponse
 
-from streams.tolerant_fetch import seek, truncations
+from streams.kafka.tolerant_fetch import seek, truncations
 from tests.support.record_log import PARTITION, LogReader
 
 Topic = OffsetForLeaderEpochResponse.OffsetForLeaderTopicResult

@@ -14,8 +14,8 @@ import pytest
 
 from core.errors import RecordError
 from core.settings.streams import Ingest
-from streams import fetch_limits
-from streams.uris import UriFetcher
+from streams.records import fetch_limits
+from streams.records.uris import UriFetcher
 from tests.support.web_server import Answer, WebServer, reply, web_server
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256))

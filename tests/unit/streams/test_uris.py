@@ -11,7 +11,7 @@ import pytest
 
 from core.errors import RecordError
 from core.settings.streams import Ingest
-from streams.uris import UriFetcher
+from streams.records.uris import UriFetcher
 
 LOOPBACK = ["127.0.0.1/32"]
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from core.settings.streams import Ingest, Kafka
-from streams import validators
-from streams.assignment import Reading
-from streams.crash_guard import CrashGuard, Notes
-from streams.quality.validate import Accepted, Received, StoreRow, validate
-from streams.rows import Position
-from streams.validation_pool import ValidationPool
-from streams.validators import ProcessValidators, ThreadValidators, Work, restore
-from streams.writer import Claim
+from streams.ingest import validators
+from streams.ingest.assignment import Reading
+from streams.ingest.crash_guard import CrashGuard, Notes
+from streams.ingest.quality.validate import Accepted, Received, StoreRow, validate
+from streams.ingest.validation_pool import ValidationPool
+from streams.ingest.validators import ProcessValidators, ThreadValidators, Work, restore
+from streams.store.rows import Position
+from streams.store.writer import Claim
 from tests.support.kafka import good, picture, wait_for
 
 WORK = Work(Ingest(), Kafka())
@@ -156,8 +156,8 @@ def test_processes_end_when_their_consumer_is_killed(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from core.settings.streams import Ingest, Kafka
-from streams.crash_guard import CrashGuard
-from streams.validators import ProcessValidators, Work
+from streams.ingest.crash_guard import CrashGuard
+from streams.ingest.validators import ProcessValidators, Work
 if __name__ == "__main__":
     guard = CrashGuard(Path(__file__).parent, 2)
     validators = ProcessValidators(Work(Ingest(), Kafka()), 2, guard)

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from updater import objectives
 from updater.adapters import WeightDelta
 from updater.data.pools import Pair, Pools, Question
 from updater.families.vlm.learner import VlmLearner
-from updater.objectives import Answers, Batch, Features, Sides
-from updater.objectives.token_distillation import summarise
+from updater.methods import objectives
+from updater.methods.objectives import Answers, Batch, Features, Sides
+from updater.methods.objectives.token_distillation import summarise
 from updater.recipes import Family, Part, Recipe, Term, load_recipe
 from updater.training.result import Limits, TrainResult
 from updater.training.train import train

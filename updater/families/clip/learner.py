@@ -27,7 +27,7 @@ from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
 from updater.families.clip.towers import SplitTower, TowerPass, stack_boundaries
 from updater.families.trained_layers import Which, clip_layers, clip_parameters, first_touched
-from updater.objectives import Features, Objective, Sides, Texts
+from updater.methods.objectives import Features, Objective, Sides, Texts
 from updater.recipes import PLACE, Part, Recipe, Views
 from updater.step.learner import CHUNK, Learner
 from updater.step.shards import Fetched, Shards, Values, spans

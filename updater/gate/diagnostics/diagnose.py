@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from core.digests import digest12, digest_json
 from core.errors import RatchetError
-from streams.store import Having, SampleStore
+from streams.store.sample_store import Having, SampleStore
 from updater.gate.answers import polarity
 from updater.gate.decision import Scores
 from updater.gate.diagnostics.results import TAIL_BINS, YES_BOUND, Diagnostics, Interval, Tail, TailBin

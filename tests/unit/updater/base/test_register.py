@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from core.errors import BaseModelError
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import CONFIG, tiny_adapter
-from updater.base.register import add_base
+from updater.bases.register import add_base
 
 NAME = "ViT-tiny-test"
 

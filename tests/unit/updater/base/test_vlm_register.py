@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from core.errors import BaseModelError
 from serving.engines.vlm.vlm_base import load_vlm_base
 from tests.support.tiny_vlm import tiny_vlm_base
-from updater.base.register import add_vlm
+from updater.bases.register import add_vlm
 
 
 @pytest.fixture(scope="module")

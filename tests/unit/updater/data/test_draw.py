@@ -11,8 +11,8 @@ import pytest
 from core.digests import digest_bytes
 from core.errors import StoreError
 from core.settings.updates import Draw
-from streams.rows import Position
-from streams.store import SampleStore
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
 from tests.unit.updater.builders import recipe
 from updater.data import pools
 from updater.data.draw import draw_rows

@@ -24,7 +24,7 @@ from tests.support.heads import random_head
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.adapters import read_delta
-from updater.exchange.peft_files import convert
+from updater.service.peft_files import convert
 
 TARGETS = ["visual.transformer.resblocks.0.mlp.c_fc", "transformer.resblocks.1.mlp.c_proj"]
 

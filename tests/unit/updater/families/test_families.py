@@ -11,15 +11,15 @@ import pytest
 from core.errors import ConfigError
 from core.loading import load_settings
 from core.settings import Settings
-from streams.folders import FolderItem, write_folder
-from streams.store import SampleStore
+from streams.publish.folders import FolderItem, write_folder
+from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, recipe
 from updater.data.pools import Pair, Question, draw_pools
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
-from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
+from updater.service.update_loop import UpdaterService
 
 
 def settings(home: Path, **overrides: Any) -> Settings:
@@ -75,7 +75,7 @@ def test_the_reference_pool_of_a_vlm_is_what_asks_something(tmp_path: Path) -> N
 
 def test_without_one_the_shipped_vlm_brings_the_folders_that_it_was_trained_on(tmp_path: Path) -> None:
     from core.settings.serving import SHIPPED_VLM
-    from updater.base.reference import VLM_REFERENCE
+    from updater.bases.reference import VLM_REFERENCE
 
     shipped = settings(tmp_path, **{"base.vlm": SHIPPED_VLM})
     assert reference_of(shipped, "vlm") == []  # not there yet

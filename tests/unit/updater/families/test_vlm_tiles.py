@@ -15,7 +15,7 @@ from PIL import Image
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.vlm_families import write_family
 from tests.unit.updater.builders import learner_of, recipe, run
-from updater.base.register import add_vlm
+from updater.bases.register import add_vlm
 from updater.data.pools import Pools, Question
 
 TILED = {

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from updater.loop import process
-from updater.loop.process import ThrottledLog
+from updater.service import process
+from updater.service.process import ThrottledLog
 
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from updater.loop.process import be_nice
+from updater.service.process import be_nice
 be_nice(15, idle="idle" in sys.argv)
 be_nice(3)
 group = Path("/proc/self/autogroup")
@@ -48,7 +48,7 @@ def test_an_idle_trainer_runs_where_nobody_else_wants_to() -> None:
 
 EARLY = """
 import sys
-from updater.loop import process
+from updater.service import process
 process.be_nice = lambda *_: sys.exit("too late" if "torch" in sys.modules else 0)
 from ops.cli.main import main
 main()
@@ -63,7 +63,7 @@ def test_ratchet_update_gives_way_before_it_imports_what_takes_seconds(tmp_path:
 
 ENDS = """
 import atexit, os, signal
-from updater.loop.process import StopSignal
+from updater.service.process import StopSignal
 
 def asked_again() -> None:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -10,11 +10,11 @@ import torch
 
 from core.errors import ConfigError
 from tests.unit.updater.builders import answers, batch, total
-from updater import objectives
-from updater.objectives import OwnAnswers
-from updater.objectives.answer_likelihood import AnswerLikelihood
-from updater.objectives.self_distillation import SelfDistillation
-from updater.objectives.token_distillation import TokenDistillation, divergence, summarise
+from updater.methods import objectives
+from updater.methods.objectives import OwnAnswers
+from updater.methods.objectives.answer_likelihood import AnswerLikelihood
+from updater.methods.objectives.self_distillation import SelfDistillation
+from updater.methods.objectives.token_distillation import TokenDistillation, divergence, summarise
 from updater.recipes import Part, Term
 
 LENGTHS = [2, 1, 4]

@@ -15,11 +15,11 @@ from serving.engines.clip_base import ClipBase
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots
-from updater import objectives
 from updater.families.clip.learner import ClipLearner
-from updater.objectives import Features, Sides
-from updater.objectives.backward_compatible import BackwardCompatible
-from updater.objectives.compatible_momentum_contrast import CompatibleMomentumContrast
+from updater.methods import objectives
+from updater.methods.objectives import Features, Sides
+from updater.methods.objectives.backward_compatible import BackwardCompatible
+from updater.methods.objectives.compatible_momentum_contrast import CompatibleMomentumContrast
 from updater.recipes import Part, Term
 
 

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from tests.unit.updater.builders import batch
 from tests.unit.updater.plain_rows import columns, cross_entropy, dots, kl, mean_kl, without_diagonal
-from updater import objectives
-from updater.objectives import Features, Sides, Texts
-from updater.objectives.contrastive_distillation import NAME as CAPTIONS
-from updater.objectives.contrastive_distillation import ContrastiveDistillation
-from updater.objectives.off_diagonal_distillation import OffDiagonalDistillation
-from updater.objectives.random_text_distillation import NAME, RandomTextDistillation, random_texts
-from updater.objectives.shared.divergence import row_divergence
-from updater.objectives.topology_preservation import TopologyPreservation
+from updater.methods import objectives
+from updater.methods.objectives import Features, Sides, Texts
+from updater.methods.objectives.contrastive_distillation import NAME as CAPTIONS
+from updater.methods.objectives.contrastive_distillation import ContrastiveDistillation
+from updater.methods.objectives.off_diagonal_distillation import OffDiagonalDistillation
+from updater.methods.objectives.random_text_distillation import NAME, RandomTextDistillation, random_texts
+from updater.methods.objectives.shared.divergence import row_divergence
+from updater.methods.objectives.topology_preservation import TopologyPreservation
 from updater.recipes import Part, load_recipe
 
 Term = Callable[[Features], Tensor]

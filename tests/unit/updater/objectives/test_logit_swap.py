@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from tests.unit.updater.builders import batch
 from tests.unit.updater.plain_rows import columns, cross_entropy, dots, softmax
-from updater.objectives import Answers, Features, Sides
-from updater.objectives.supervised_contrast import SupervisedContrast
-from updater.objectives.swapped_distillation import SwappedDistillation
-from updater.objectives.swapped_token_distillation import SwappedTokenDistillation
-from updater.objectives.token_distillation import summarise
+from updater.methods.objectives import Answers, Features, Sides
+from updater.methods.objectives.supervised_contrast import SupervisedContrast
+from updater.methods.objectives.swapped_distillation import SwappedDistillation
+from updater.methods.objectives.swapped_token_distillation import SwappedTokenDistillation
+from updater.methods.objectives.token_distillation import summarise
 
 
 def taught(captions: list[int], seed: int = 0) -> Features:

@@ -14,10 +14,10 @@ from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, pairs, recipe
 from tests.unit.updater.plain_rows import softmax
 from updater.families.clip.learner import ClipLearner
-from updater.objectives import Features, Sides
-from updater.objectives.prototype_relation import PrototypeRelation
-from updater.objectives.shared.prototypes import Prototypes
-from updater.objectives.two_teacher_relations import TwoTeacherRelations, trust
+from updater.methods.objectives import Features, Sides
+from updater.methods.objectives.prototype_relation import PrototypeRelation
+from updater.methods.objectives.shared.prototypes import Prototypes
+from updater.methods.objectives.two_teacher_relations import TwoTeacherRelations, trust
 
 CAPTIONS = ["a red car", "A blue car ", "a tree", "a house"]
 Rows = list[list[float]]

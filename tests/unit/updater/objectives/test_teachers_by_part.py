@@ -13,12 +13,12 @@ from core.errors import ConfigError
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.builders import answers, batch, learner_of, pools, question_pools, recipe
-from updater import objectives
 from updater.adapters import WeightDelta, read_delta
 from updater.families.clip.learner import ClipLearner
-from updater.objectives import Sides
-from updater.objectives.feature_distillation import FeatureDistillation
-from updater.objectives.token_distillation import TokenDistillation, summarise
+from updater.methods import objectives
+from updater.methods.objectives import Sides
+from updater.methods.objectives.feature_distillation import FeatureDistillation
+from updater.methods.objectives.token_distillation import TokenDistillation, summarise
 from updater.recipes import Part, load_recipe
 from updater.step.learner import Learner
 

@@ -14,9 +14,9 @@ from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import COLOURS, batch, pairs, recipe
 from updater.data.pools import Pair, caption_number
 from updater.families.clip.learner import ClipLearner
-from updater.objectives import Features, Texts
-from updater.objectives.language_guided import LanguageGuided
-from updater.objectives.subcaptions import Subcaptions, split
+from updater.methods.objectives import Features, Texts
+from updater.methods.objectives.language_guided import LanguageGuided
+from updater.methods.objectives.subcaptions import Subcaptions, split
 
 LONG = "A red car on a wet road, seen from above. Two men wait; a dog (brown) runs past them!"
 

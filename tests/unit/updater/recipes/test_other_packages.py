@@ -13,12 +13,12 @@ import yaml
 from core.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
-from updater import merging, objectives, optimizers, regularizers
 from updater.adapters import parametrizations
+from updater.methods import merging, objectives, optimizers, regularizers
 from updater.recipes import load_recipe, plugin_registry, recipe_names
 
 TERM = """
-from updater.objectives.contrastive import Contrastive
+from updater.methods.objectives.contrastive import Contrastive
 
 class Half(Contrastive):
     def __call__(self, batch):
@@ -84,7 +84,7 @@ def test_what_ratchet_has_is_not_replaced(example: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, "ratchet.recipes"):
         assert load_recipe("default").name == "default"
         kind = objectives.build(load_recipe("naive").objectives, "clip")[0][1]
-    assert type(kind).__module__ == "updater.objectives.contrastive"
+    assert type(kind).__module__ == "updater.methods.objectives.contrastive"
     assert "contrastive of example-methods is left out" in caplog.text
     assert "recipe default of" in caplog.text
     assert "ratchet.recipes 'broken' of example-methods cannot be imported" in caplog.text

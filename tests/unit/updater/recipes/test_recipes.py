@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError
-from updater import objectives
+from updater.methods import objectives
 from updater.recipes import Recipe, load_recipe, recipe_names
 
 

@@ -12,13 +12,13 @@ from core.ledger import Ledger
 from core.ledger.rows import GateOutcome
 from core.loading import load_settings
 from core.settings import Settings
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples
 from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items
 from updater.recipes import Recipe, load_recipe
-from updater.scheduling import kept_candidates, triggers
-from updater.scheduling.learning_state import learning_states
-from updater.scheduling.triggers import Ready, Reevaluate, Waiting
+from updater.service import kept_candidates, triggers
+from updater.service.learning_state import learning_states
+from updater.service.triggers import Ready, Reevaluate, Waiting
 
 NEEDED = 16
 FIRST = candidate_alpha(0.05, 0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
-from updater import optimizers
+from updater.methods import optimizers
 from updater.recipes import Optimizer
 
 OPTIONS = {"rank": 2, "every": 3, "scale": 0.5, "beta1": 0.8, "beta2": 0.9}

@@ -16,7 +16,7 @@ from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.tiny import tiny_base
 from tests.support.vlm_families import write_family
 from tests.unit.updater.builders import pairs, questions, recipe, run
-from updater.base.register import add_vlm
+from updater.bases.register import add_vlm
 from updater.data.pools import Pools
 from updater.training.result import NAMED, cost_of
 from updater.training.workers import Stopped

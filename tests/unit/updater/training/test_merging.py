@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
-from updater.merging import merged, names, remembered
+from updater.methods.merging import merged, names, remembered
 from updater.recipes import Merge
 from updater.training.result import CarryOver
 

@@ -13,12 +13,12 @@ from core.errors import ConfigError
 from serving.engines.clip_base import ClipBase
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
-from updater import regularizers
 from updater.adapters import Dense, combine, read_delta
-from updater.regularizers.ewc import Ewc
-from updater.regularizers.orthogonal import Orthogonal
-from updater.regularizers.regularizer import Regularizer
-from updater.regularizers.si import Si
+from updater.methods import regularizers
+from updater.methods.regularizers.ewc import Ewc
+from updater.methods.regularizers.orthogonal import Orthogonal
+from updater.methods.regularizers.regularizer import Regularizer
+from updater.methods.regularizers.si import Si
 
 IMAGES = {"text": {"locked": True}, "max_steps": 3}
 

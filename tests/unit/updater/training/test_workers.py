@@ -22,7 +22,7 @@ from torch import distributed
 from core.addresses import free_port
 from core.errors import ConfigError, TrainingError
 from serving.engines.clip_base import ClipBase
-from streams.store import SampleStore
+from streams.store.sample_store import SampleStore
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.ray_steps import killed_once
 from tests.support.tiny import tiny_base

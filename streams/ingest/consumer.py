@@ -1,0 +1,445 @@
+"""The consumer: from the topic into the sample store.
+
+Read, validate, store samples and offsets in one commit, publish the refusals, and only then tell Kafka. What Kafka
+remembers is for others to look at (lag); where to go on is read from the store. Killed at any instant, every record is
+in the store or in the quarantine topic exactly once.
+
+The loop is total: whatever bytes come, a record ends as a sample, a duplicate, a tombstone or a refusal, and offsets
+that cannot be read any more as a gap. Only what is away is waited for: the broker, the store, the disk, the registry.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
+
+from core.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
+from core.progress import say
+from core.settings import Settings
+from ratchet_client.broker import explain
+from streams.ingest.assignment import Reading, new_generation, start_position
+from streams.ingest.batch import CommitResult
+from streams.ingest.consumer_parts import ConsumerParts
+from streams.ingest.ingest_report import IngestReport, IngestStatus
+from streams.ingest.membership import CONNECT_SECONDS, POLL_SECONDS, LogLost, Membership, gap
+from streams.ingest.quality.validate import Received, refuse
+from streams.ingest.validators import crashed
+from streams.kafka import tolerant_fetch
+from streams.kafka.clients import Admin, check_rights, connection, ingest_rights
+from streams.store.rows import RecordPosition, position_of
+from streams.store.sample_store import SampleStore
+
+log = logging.getLogger(__name__)
+#: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
+PUBLISH_SECONDS: Final = 5.0
+BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
+AWAY: Final = (BrokerError, StoreError, RegistryUnavailable, KafkaError, OSError)
+"""Errors of what may be away, and is waited for."""
+
+
+class Consumer:
+    """Reads the topic until :meth:`stop`.
+
+    >>> consumer = Consumer(settings)
+    >>> threading.Thread(target=consumer.run).start()
+    >>> consumer.status.samples
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: SampleStore | None = None,
+        on_change: Callable[[IngestStatus], None] | None = None,
+        processes: int = 0,
+    ) -> None:
+        """
+        Args:
+            on_change: is called with the status after every commit and change of state.
+            processes: that validate records; 0 does it on threads of this process, which start at once and share its
+                GIL: about half as fast.
+        """
+        self.settings = settings
+        self.kafka = settings.kafka
+        self.store = store or SampleStore(settings.lake)
+        self._report = IngestReport(self.store, self.kafka.group, on_change)
+        self._stopping = threading.Event()
+        self._admin = Admin(self.kafka, CONNECT_SECONDS)
+        self._group: Membership
+        self._connected = False
+        self._parts: ConsumerParts | None = None
+        self._processes = processes
+        self._idle_since: float | None = None
+        """The first of the polls in a row that brought nothing."""
+
+    @property
+    def status(self) -> IngestStatus:
+        """Where it stands."""
+        return self._report.status
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to store what it has read, and return. From any thread or a signal handler."""
+        self._stopping.set()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Read until :meth:`stop`; what is away is waited for.
+
+        Raises:
+            ConfigError: an option of the Kafka client is wrong.
+        """
+        failures = 0
+        self._report.watch_store()
+        try:
+            while not self._stopping.is_set():
+                commits = self.status.commits
+                try:
+                    self._connect()
+                    while not self._stopping.is_set():
+                        self._step()
+                    self._finish()
+                except LogLost as error:
+                    say(f"ingest: [yellow]{error}[/yellow]")
+                except AWAY as error:
+                    failures = 0 if self.status.commits > commits else failures
+                    self._wait(error, failures)
+                    failures += 1
+                finally:
+                    self._disconnect()
+        finally:
+            self._close()
+            self._report.stopped()
+
+    def _step(self) -> None:
+        """One turn of the loop."""
+        self._claim()
+        self._poll()
+        self._collect()
+        if self._batch.due:
+            self._commit()
+        self._mark_published()
+
+    def _finish(self) -> None:
+        """Asked to stop: store what is validated, and leave the rest to the next owner."""
+        if self._gives_up():
+            return
+        self._collect()
+        self._commit()
+        self._publisher.wait_until_published(PUBLISH_SECONDS)
+        self._mark_published()
+
+    def _gives_up(self) -> bool:
+        """Whether it was asked to stop while the store takes nothing: another try may take longer than it is given."""
+        return self._stopping.is_set() and self.status.waiting_for == "store"
+
+    # -- beginning and end ------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        """Join the group. Raises BrokerError, StoreUnavailable."""
+        if self._parts is None:
+            self._parts = parts = ConsumerParts.open(self.settings, self.store, self._processes)
+            self._guard, self._writer, self._batch = parts.guard, parts.writer, parts.batch
+            self._pool, self._publisher, self._indexing = parts.pool, parts.publisher, parts.indexing
+        self._indexing.start()
+        self._group = Membership.join(self.kafka, self._admin, self.store)
+        self._consumer, self._assignment, self._log = self._group.consumer, self._group.assignment, self._group.log
+        self._connected = True
+
+    def _close(self) -> None:
+        if self._parts is not None:
+            self._parts.close()
+        self._admin.close()
+
+    def _disconnect(self) -> None:
+        if not self._connected:
+            return
+        if not self._stopping.is_set():
+            self._pool.finish()
+        self._salvage()
+        self._connected = False
+        self._group.leave(lambda: self.status.state != "waiting")
+        self._drop(lambda reading: False)
+        self._log.forget_lag()
+
+    # -- claiming ---------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Take over the partitions that the group has given to this process."""
+        self._drop(self._assignment.holds)
+        partitions = self._assignment.unclaimed()
+        if partitions and self._indexing.done():
+            self._patiently(partial(self._claim_all, partitions))
+
+    def _claim_all(self, partitions: Sequence[int]) -> None:
+        topic, known = self.kafka.topic, list(self.store.positions().values())
+        firsts = {number: self._log.range(number)[0] for number in partitions}
+        starts = [start_position(known, topic, self._log.topic_id, number, firsts[number]) for number in partitions]
+        for claim in self._writer.claim(starts):
+            position = claim.position
+            reading = Reading.of(claim)
+            self._publisher.recover(reading)
+            if self._assignment.begin(reading):
+                log.info("reading %s from %d", claim.key, reading.next)
+                self._skip_to(reading, firsts[position.partition])
+
+    def _drop(self, holds: Callable[[Reading], bool]) -> None:
+        """Forget what was read of partitions that are not ours any more: their next owner reads it again."""
+        self._pool.drop(holds)
+        self._batch.drop(holds)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        """Take new records to the threads that validate them."""
+        if not self._pool.has_room:
+            self._pool.wait(POLL_SECONDS)
+            return
+        busy = len(self._pool) > 0
+        seconds = 0.0 if busy else max(0.0, min(POLL_SECONDS, self._batch.seconds_left))
+        readings = {each.partition: each for each in self._assignment.all()}
+        try:
+            polled = self._consumer.poll(timeout_ms=int(seconds * 1000))
+        except OffsetOutOfRangeError:
+            self._patiently(self._find_range)
+            return
+        except LogTruncationError as error:
+            self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
+            return
+        if (polled or self._log.due) and not self._patiently(self._look):
+            return  # asked to stop while the broker was away: what was polled stays in the log
+        for partition, records in polled.items():
+            reading = readings.get(partition.partition)
+            if reading is not None and self._assignment.holds(reading):
+                for record in records:
+                    self._take(reading, record)
+            elif (current := self._assignment.reading(partition.partition)) is not None:
+                self._assignment.begin(current)  # claimed while polling: whose records these are is not certain
+        self._group.follow_positions()
+        self._idle_since = None if polled else self._idle_since or time.monotonic()
+        self._pool.flush()
+        if busy and not polled:
+            self._pool.wait(0.02)
+
+    def _take(self, reading: Reading, record: Any) -> None:
+        if record.offset < reading.next:
+            return  # taken before
+        reading.next = reading.taken = record.offset + 1
+        reading.next_epoch = record.leader_epoch
+        position: RecordPosition = (reading.stream, reading.partition, record.offset)
+        if isinstance(record, tolerant_fetch.Corrupt):
+            received = Received(*position, record.raw)
+            self._pool.add(reading, received, record.leader_epoch, refuse(received, "corrupt", record.detail))
+            return
+        received = Received(*position, record.value, record.key, record.headers, record.timestamp)
+        if self._guard.is_poison(position):
+            self._pool.add(reading, received, record.leader_epoch, crashed(received, self._guard))
+            return
+        alone = self._guard.deaths(position) > 0  # if the process dies again, it was this one
+        if alone:
+            self._pool.finish()
+        self._pool.add(reading, received, record.leader_epoch)
+        if alone:
+            self._pool.finish()
+
+    def _collect(self) -> None:
+        """Move what is validated to the batch, in the order of each partition."""
+        try:
+            while self._take_results():
+                if self._batch.due:
+                    self._commit()
+        except RegistryUnavailable as error:
+            self._wait(error, 1)
+
+    def _take_results(self) -> bool:
+        """Move the next results to the batch. False where there are none. Raises RegistryUnavailable."""
+        results = self._pool.take()
+        for each in results:
+            if self._assignment.holds(each.reading):
+                each.reading.leader_epoch = each.leader_epoch
+                self._batch.add(each.reading, each.end, each.result, each.size)
+        return bool(results)
+
+    # -- storing ----------------------------------------------------------------------------------------------------
+
+    def _commit(self) -> bool:
+        """Store the batch, publish its refusals, tell Kafka: in this order. False when asked to stop before."""
+        return self._patiently(self._store) if len(self._batch) else True
+
+    def _store(self) -> None:
+        self._batch.drop(self._assignment.holds)
+        started = time.monotonic()
+        try:
+            outcome = self._batch.commit(self._publisher.unpublished)
+        except Superseded as error:
+            self._give_up(error)
+            return
+        if outcome.readings:
+            seconds = time.monotonic() - started
+            self._publish(outcome)
+            self._group.tell_kafka(outcome.readings)
+            self._report.committed(outcome, self._log.lag(self._assignment.all()), seconds)
+
+    def _give_up(self, error: Superseded) -> None:
+        """Others have claimed partitions of ours; if the group still says that they are ours, they are claimed anew."""
+        log.warning("%s", error)
+        for reading in self._assignment.all():
+            if reading.claim.key in error.keys:
+                self._assignment.give_up(reading)
+
+    def _publish(self, outcome: CommitResult) -> None:
+        refused = outcome.of_kind("quarantine")
+        for reading in outcome.readings:
+            mine = [row for row in refused if (row["topic"], row["partition"]) == (reading.stream, reading.partition)]
+            self._publisher.publish(reading, mine)
+        self._guard.forget(map(position_of, outcome.rows))
+
+    def _mark_published(self) -> None:
+        """Remember that refusals are in the topic, and that the log went on without records, where no batch is going to
+        say so soon."""
+        if len(self._batch) or len(self._pool):
+            return
+        idle = self._idle_since is not None and time.monotonic() - self._idle_since >= self.kafka.batch_seconds
+        moves, ahead = [], []
+        for reading in self._assignment.all():
+            position = before = reading.claim.position
+            if idle and reading.next > position.next:
+                ahead.append(reading)
+                end, epoch = reading.behind(position.next)
+                position = replace(position, next=end, leader_epoch=epoch)
+            waiting = self._publisher.unpublished(reading)
+            published = position.next if waiting is None else min(waiting, position.next)
+            if published > before.published or position.next > before.next:
+                moves.append((reading.claim, replace(position, published=max(published, before.published))))
+        if moves:
+            try:
+                self._writer.commit((), moves)
+                if ahead:
+                    self._group.tell_kafka(ahead)
+            except Superseded as error:
+                self._give_up(error)
+            except StoreError as error:  # with the next batch, or by the next owner
+                log.info("what was published is remembered later: %s", error)
+
+    # -- the log ----------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        self._log.look()
+        joined = self._assignment.joined
+        self._report.connected(joined, self._log.lag(self._assignment.all()) if joined else None)
+
+    def _collect_all(self) -> bool:
+        """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
+        while len(self._pool):
+            self._pool.finish()
+            self._collect()
+            if len(self._pool) and self._stopping.is_set():
+                return False
+        return True
+
+    def _find_range(self) -> None:
+        """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
+        for reading in self._assignment.all():
+            first, end = self._log.range(reading.partition)
+            if reading.next > end:
+                self._cut_off(reading, None, end)
+            else:
+                self._skip_to(reading, first)
+
+    def _follow_truncation(self, divergences: dict[int, int | None]) -> None:
+        """Records that were read are gone, and others stand in their place (KIP-320)."""
+        for reading in self._assignment.all():
+            if reading.partition in divergences:
+                self._cut_off(reading, divergences[reading.partition], self._log.range(reading.partition)[1])
+
+    def _skip_to(self, reading: Reading, first: int) -> None:
+        """Go on at ``first``; what lies before it was deleted unread, and is lost: a gap, which is a row."""
+        if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
+            return
+        self._batch.add(reading, first, gap(reading, reading.next, first), 0)
+        reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
+        self._assignment.begin(reading)
+
+    def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
+        """Read on as a new generation of the topic from where the log diverges, or from its beginning where that is not
+        known. What was read before is stored already."""
+        first = self._log.range(reading.partition)[0]  # before anything is stored, which must not be repeated
+        if not self._collect_all() or not self._assignment.holds(reading):
+            return
+        start = min(end if divergence is None else divergence, reading.next)
+        if self._commit() and self._assignment.holds(reading):
+            again = first if divergence is None else divergence
+            self._patiently(partial(self._begin_generation, reading, reading.next - start, again))
+
+    def _begin_generation(self, reading: Reading, rewritten: int, start: int) -> None:
+        """Count the offsets that were rewritten, and store the new generation, in one commit."""
+        position = reading.claim.position
+        generation = new_generation(self.store.positions().values(), position, start)
+        end = replace(position, tally=position.tally + Counter(rewritten_offsets=rewritten))
+        try:
+            [claim] = self._writer.claim([generation], (), [(reading.claim, end)])
+        except Superseded as error:
+            log.warning("%s", error)
+            self._assignment.give_up(reading)
+            return
+        self._report.rewritten(claim, rewritten)
+        self._assignment.begin(Reading.of(claim))
+
+    # -- waiting and telling ----------------------------------------------------------------------------------------
+
+    def _patiently(self, act: Callable[[], None]) -> bool:
+        """Do what needs something that may be away; False when asked to stop before it was there. Raises LogLost."""
+        failures = 0
+        while True:
+            try:
+                act()
+                return True
+            except LogLost:
+                raise
+            except AWAY as error:
+                self._wait(error, failures)
+                failures += 1
+            if self._stopping.is_set():
+                return False
+
+    def _wait(self, error: Exception, failures: int) -> None:
+        """Say what is away, store what can be stored, and wait: longer after more failures."""
+        known = error if isinstance(error, RatchetError) else explain(error, connection(self.kafka), "reading")
+        if isinstance(known, BrokerError) and known.state == "refused":
+            known = self._missing_rights() or known
+        seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
+        dependency = self._report.away(known, seconds)
+        if dependency == "broker" and self._connected:
+            self._salvage()
+        self._stopping.wait(seconds)
+        if dependency != "broker" and self._connected:
+            self._group.stay()
+
+    def _missing_rights(self) -> BrokerError | None:
+        """The error that names the rights that the broker does not give; None where none is known to be missing."""
+        try:
+            check_rights(self._admin, ingest_rights(self.kafka))
+        except BrokerError as error:
+            return error if error.state == "refused" else None
+        return None
+
+    def _salvage(self) -> None:
+        """Store what has been read though the broker is away; its refusals are published when it is back."""
+        if self._gives_up():
+            return
+        try:
+            while self._take_results():
+                pass
+        except RegistryUnavailable as error:
+            log.warning("what was read is validated later: %s", error)
+        try:
+            self._store()
+        except AWAY as error:
+            log.warning("what was read is stored later: %s", error)

@@ -1,0 +1,206 @@
+"""What ingest tells: its status, its metrics, and its lines on the screen."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
+
+from core import metrics
+from core.dependencies import Dependency, answered, noted
+from core.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
+from core.progress import say
+from streams.ingest.batch import CommitResult
+from streams.ingest.quality.validate import StoreRow
+from streams.store.sample_store import SampleStore
+from streams.store.writer import Claim
+
+State = Literal["starting", "joining", "reading", "waiting", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class IngestStatus:
+    """Where ingest stands."""
+
+    state: State = "starting"
+    """``joining`` is of the consumer group; ``waiting`` is for :attr:`waiting_for`."""
+    waiting_for: Dependency | Literal[""] = ""
+    samples: int = 0
+    duplicates: int = 0
+    corrected: int = 0
+    """Samples that were replaced by corrections of them."""
+    quarantined: int = 0
+    tombstones: int = 0
+    gap_offsets: int = 0
+    """Offsets that were lost before they were read."""
+    rewritten_offsets: int = 0
+    """Offsets that were cut off the log after their records were stored; other records stand there now."""
+    commits: int = 0
+    version: int = 0
+    lag: int | None = None
+    """Records between the store and the end of the log; None until it is known."""
+    offsets: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+
+
+#: kafka-python can lose what the group assigned it, and waits for ever then; a busy group takes seconds.
+GROUP_PATIENCE_SECONDS: Final = 30.0
+STORE_SECONDS: Final = 4.0
+"""From one look at the store to the next, and how long one may take before the store counts as slow."""
+
+
+class IngestReport:
+    """Keeps :attr:`status`, and tells who listens.
+
+    The store is watched by a thread of its own: Lance tries for minutes again what a store does not answer, and the
+    consumer's thread waits for that.
+    """
+
+    def __init__(self, store: SampleStore, group: str, on_change: Callable[[IngestStatus], None] | None) -> None:
+        self.status = IngestStatus()
+        self._store = store
+        self._group = group
+        self._on_change = on_change
+        self._outside_since = time.monotonic()
+        self._lock = threading.RLock()
+        self._ending = threading.Event()
+        self._store_problem = ""
+
+    def watch_store(self) -> None:
+        """Measure the store, and say when it does not answer, until :meth:`stopped`."""
+        threading.Thread(target=self._watch_store, name="store-watch", daemon=True).start()
+
+    def connected(self, joined: bool, lag: int | None) -> None:
+        """The broker answers: so this process reads, or joins the group.
+
+        Raises:
+            BrokerError: the group has not let it in for :data:`GROUP_PATIENCE_SECONDS`; to be joined again.
+        """
+        state = "reading" if joined else "joining"
+        with self._lock:
+            if self.status.state != state and not self._store_problem:
+                self._outside_since = time.monotonic()
+                waited_for = self.status.waiting_for
+                answered(["broker", waited_for] if waited_for else ["broker"])
+                metrics.ingest.waiting("")
+                self._change(state=state, waiting_for="", problem="")
+        outside = time.monotonic() - self._outside_since
+        if state == self.status.state == "joining" and outside > GROUP_PATIENCE_SECONDS:
+            raise BrokerError(
+                f"group {self._group} has not let this process in for {outside:.0f} s; it is joined again.",
+                "If that repeats, look at its members (Apache Kafka: kafka-consumer-groups.sh --describe --members);"
+                " restart an embedded broker.",
+            )
+        if lag != self.status.lag:
+            self._change(lag=lag)
+
+    def away(self, error: RatchetError, seconds: float) -> Dependency:
+        """Something is away, and is tried again in ``seconds``. Returns what it is."""
+        dependency = self._wait_for(error)
+        say(f"ingest: [yellow]{error}[/yellow] Trying again in {seconds:g} s.")
+        return dependency
+
+    def committed(self, outcome: CommitResult, lag: int | None, seconds: float) -> None:
+        """A batch was stored in this time."""
+        refused, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
+        metrics.ingest.committed(seconds)
+        metrics.ingest.received(outcome.records, outcome.size)
+        for split, count in outcome.samples.items():
+            metrics.ingest.stored(count, split)
+        for kind, count in outcome.duplicates.items():
+            metrics.ingest.duplicates(count, kind)
+        metrics.ingest.corrected(outcome.corrected)
+        for row in refused:
+            metrics.ingest.refused(row["reason"])
+        now = self.status
+        self._change(
+            samples=now.samples + outcome.samples.total(),
+            duplicates=now.duplicates + outcome.duplicates.total(),
+            corrected=now.corrected + outcome.corrected,
+            quarantined=now.quarantined + len(refused),
+            tombstones=now.tombstones + len(outcome.of_kind("tombstone")),
+            commits=now.commits + 1,
+            version=outcome.version,
+            offsets={**now.offsets, **{reading.claim.key: reading.stored for reading in outcome.readings}},
+            lag=lag,
+        )
+        for row in gaps:
+            self.lost(row)
+
+    def lost(self, row: StoreRow) -> None:
+        """A gap was stored."""
+        count = row["until"] - row["offset"]
+        metrics.ingest.lost(count, row["reason"])
+        self._change(gap_offsets=self.status.gap_offsets + count)
+        say(f"ingest: [red]{row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})[/red]")
+
+    def rewritten(self, claim: Claim, count: int) -> None:
+        """The log was cut off, and is read on under a new claim; ``count`` offsets of it were stored before."""
+        metrics.ingest.rewritten(count)
+        self._change(rewritten_offsets=self.status.rewritten_offsets + count)
+        say(
+            f"ingest: [yellow]the log was cut off, as after an unclean leader election: {count} offsets were rewritten"
+            f" after they were stored; reading on as {claim.key} from {claim.position.next}[/yellow]"
+        )
+
+    def stopped(self) -> None:
+        """The consumer has ended."""
+        self._ending.set()
+        self._change(state="stopped", waiting_for="", problem="")
+
+    def _watch_store(self) -> None:
+        measured = -1
+        while not self._ending.wait(STORE_SECONDS):
+            silent = threading.Timer(STORE_SECONDS, self._store_fails, [_silent(self._store)])
+            silent.daemon = True
+            silent.start()
+            try:
+                if (version := self._store.version()) != measured:
+                    tally, measured = self._store.tally(), version
+                    rows = {split: tally[split] for split in ("train", "fresh_eval")}
+                    metrics.ingest.store(rows, self._store.size(), self._store.fragments())
+            except StoreError as error:
+                silent.cancel()
+                self._store_fails(error)
+            else:
+                silent.cancel()
+                self._store_answers()
+
+    def _store_fails(self, error: StoreError) -> None:
+        with self._lock:
+            if not self._ending.is_set() and str(error) != self._store_problem:
+                self._store_problem = str(error)
+                self._wait_for(error)
+                say(f"ingest: [yellow]{error}[/yellow]")
+
+    def _store_answers(self) -> None:
+        with self._lock:
+            if self._store_problem:
+                self._store_problem = ""
+                say("ingest: the store answers again")
+            elif self.status.waiting_for == "store":
+                return  # it can be read, and not be written
+            answered(["store"])
+
+    def _wait_for(self, error: RatchetError) -> Dependency:
+        with self._lock:
+            dependency = noted(error) or "broker"
+            metrics.ingest.waiting(dependency)
+            self._change(state="waiting", waiting_for=dependency, problem=str(error))
+            return dependency
+
+    def _change(self, **changes: Any) -> None:
+        with self._lock:
+            self.status = replace(self.status, **changes)
+            if self._on_change is not None:
+                self._on_change(self.status)
+
+
+def _silent(store: SampleStore) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"the sample store {store.url} does not answer within {STORE_SECONDS:g} s.",
+        "Records wait in the topic until it does.",
+        "slow",
+    )

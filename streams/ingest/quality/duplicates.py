@@ -1,0 +1,431 @@
+"""Finding samples that are there already: the same content, or the same look with the same words; and the split.
+
+The index is a SQLite file beside the worker, which it fills from the store and never holds in memory: some 200 bytes of
+disk a sample. It is no truth: a file that is lost, damaged or of another store is made anew from the store.
+
+A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
+(:mod:`streams.ingest.quality.staging` finds those without comparing with all). :mod:`streams.ingest.quality.sides` has
+the split.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from core.errors import StoreFull, StoreUnavailable
+from core.progress import track
+from streams.ingest.quality.look import Look, similar
+from streams.ingest.quality.sides import TABLES, SplitRule
+from streams.ingest.quality.staging import Staging, bands_of, masks
+from streams.store.rows import RecordPosition, Split, name_of, parse_position, position_of, quoted
+from streams.store.sample_queries import ValueCounts
+from streams.store.sample_store import SampleStore
+from streams.store.table import SampleTable, fences, reading
+from streams.store.writer import MOVED
+
+DuplicateKind = Literal["exact", "perceptual", "older"]
+"""The same content; the same look with the same words; content that was corrected by a record that was sent later."""
+CORRECTED: Final = "corrected"
+"""Reason of the receipt of a sample that a later record has replaced."""
+OFF: Final = -1
+"""The distance at which looks are not compared."""
+CANDIDATES: Final = 64
+"""Looks compared with in one band. More share words and hash only in a stream of plain pictures, which may then keep
+near duplicates: nothing is lost by that."""
+RECENT_VERSIONS: Final = 256
+"""Versions whose transactions are read to leave out what compaction only moved."""
+CHUNK_ROWS: Final = 65_536
+IDS_PER_QUERY: Final = 500
+CACHE_KIB: Final = 32_768
+CHECKPOINT_PAGES: Final = 8000
+"""Of 4 KiB, between two checkpoints. A batch changes a page for each of its samples once there are many pages: with
+SQLite's 1,000 each fifth commit waits for the disk."""
+WAIT_SECONDS: Final = 60.0
+_FORMAT: Final = "2"
+_COLUMNS: Final = [
+    "kind", "id", "topic", "partition", "offset", "look", "words", "split", "domain", "question", "reason", "sent_at",
+]  # fmt: skip
+
+
+class Sample(NamedTuple):
+    """What the index is made of."""
+
+    id: bytes
+    """SHA-256, 32 bytes."""
+    position: str
+    """As by :func:`streams.store.rows.name_of`."""
+    look: bytes | None
+    """:attr:`streams.ingest.quality.look.Look.data`; None for one that is not compared by it."""
+    words: int
+    """Of :func:`words_hash`."""
+    domain: str = ""
+    asks: bool = False
+    """Whether it has a question."""
+    sent: datetime | None = None
+    """When its record was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Why a sample is a duplicate, and of which sample."""
+
+    kind: DuplicateKind
+    id: str
+
+
+class DuplicateIndex:
+    """Samples to compare with. Several processes may share a file; use each object from one thread."""
+
+    def __init__(self, path: Path | str, store: str, distance: int = 0, split: SplitRule | None = None) -> None:
+        """
+        Args:
+            path: the file; ``:memory:`` for none.
+            store: name of the store that it follows.
+            distance: bits in which the hashes of near duplicates may differ; 0 wants equal ones, :data:`OFF` none.
+            split: holds nothing out by default.
+
+        Raises:
+            StoreUnavailable: the file cannot be written.
+        """
+        self.path = path
+        self.distance = distance
+        self._masks = masks(distance)
+        self._doubles: list[tuple[str, RecordPosition]] = []
+        self._split = split or SplitRule()
+        self._identity = f"{_FORMAT} {store} {distance} {blake2b(self._split.key, digest_size=8).hexdigest()}"
+        self._damaged = True
+        self._interrupted = False
+        with self._in_use():
+            self._open()
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM ids").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def interrupt(self) -> None:
+        """Let :meth:`follow`, which another thread may run, end soon with StoreUnavailable, and take nothing in."""
+        self._interrupted = True
+        self._db.interrupt()
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """What is added inside is kept when the block ends well, and forgotten when it raises.
+
+        Other processes that share the file wait meanwhile.
+
+        Raises:
+            StoreUnavailable, StoreFull: the file cannot be written; nothing was added.
+        """
+        with self._in_use():
+            if self._damaged:
+                self._open()
+            self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            with self._in_use():
+                self._db.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):  # a full disk or damage has ended the transaction already
+                self._db.execute("ROLLBACK")
+            raise
+
+    def find(self, sample: Sample) -> Duplicate | None:
+        """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
+        with self._in_use():
+            if self._has(sample.id):
+                return Duplicate("exact", sample.id.hex())
+            if sample.sent is not None and self._corrected(sample.id) >= _micros(sample.sent):
+                return Duplicate("older", sample.id.hex())
+            if self.distance == OFF or sample.look is None:
+                return None
+            mine = Look.parse(sample.look)
+            for band in bands_of(mine.phash, sample.words, self._masks):
+                query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
+                for other, theirs in self._db.execute(query, (band, CANDIDATES)):
+                    if similar(mine, Look.parse(theirs), self.distance) and self._has(other):
+                        return Duplicate("perceptual", other.hex())
+        return None
+
+    def add(self, sample: Sample) -> Split:
+        """Remember a sample that :meth:`find` does not know. Returns its side of the split."""
+        with self._in_use():
+            self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", sample[:2])
+            columns = self._split.columns(sample.look, sample.domain, sample.asks)
+            side = self._split.assign(self._db, columns)
+            if self.distance != OFF and sample.look is not None:
+                bands = bands_of(Look.parse(sample.look).phash, sample.words, self._masks)
+                rows = [(band, sample.id, sample.look) for band in bands]
+                self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", rows)
+            return side
+
+    def has(self, sample_id: str) -> bool:
+        """Whether a sample is stored."""
+        with self._in_use():
+            return self._has(bytes.fromhex(sample_id))
+
+    def correct(self, sample_id: str, sent: datetime) -> None:
+        """Forget a sample that a record replaces which was sent then; :meth:`find` keeps away what is not newer."""
+        self._drop([sample_id])
+        self._note_corrections([(bytes.fromhex(sample_id), _micros(sent))])
+
+    def move(self, sample_id: str, position: str) -> None:
+        """A sample is stored at another position."""
+        with self._in_use():
+            self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
+
+    def stored(self, version: int, fragment: int) -> None:
+        """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
+
+        It need not be read from there, unless another process stored something in between.
+        """
+        with self._in_use():
+            if self._meta("version") == str(version - 1):
+                self._set_meta("fragment", fragment)
+                self._set_meta("version", version)
+
+    def settled(self) -> list[tuple[str, RecordPosition]]:
+        """Samples that :meth:`follow` met at two positions since the last call, with the position that is to go.
+
+        Workers that do not share an index can store the same content at the same moment, from two partitions. All of
+        them name the same position: the later one in the order of the positions.
+        """
+        doubles, self._doubles = self._doubles, []
+        return doubles
+
+    def follow(self, table: SampleTable) -> Any | None:
+        """Take in what the newest version of the store holds beyond what is known. Call inside :meth:`deciding`.
+        Returns that version as a Lance data set, None where there is no table yet.
+
+        Raises:
+            StoreUnavailable, StoreFull: the store cannot be read, or the file not be written.
+        """
+        dataset = table.open()
+        if dataset is None:
+            return None
+        last, version = (int(self._meta(name) or -1) for name in ("fragment", "version"))
+        if dataset.version == version:
+            return dataset
+        positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version, last)
+        fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
+        with self._in_use():
+            staging = Staging(self._db, self._masks, self._split)
+            for fragment in track(fresh, "building the duplicate index") if last < 0 else fresh:
+                if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
+                    self._take(dataset, fragment, staging, last < 0)
+            self._settle(dataset, staging.merge())
+            self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
+            self._set_meta("version", int(dataset.version))
+        return dataset
+
+    def _take(self, dataset: Any, fragment: Any, staging: Staging, anew: bool) -> None:
+        for batch in _batches(dataset, fragment):
+            if self._interrupted:
+                raise StoreUnavailable(
+                    f"the duplicate index {self.path} is left as it was: asked to stop.", "Start again."
+                )
+            table = pa.Table.from_batches([batch])
+            staging.add(table.filter(pc.field("kind") == "sample"))
+            if staging.full:
+                self._settle(dataset, staging.merge())
+            corrected = table.filter((pc.field("kind") == "deleted") & (pc.field("reason") == CORRECTED))
+            given = zip(corrected["id"].to_pylist(), corrected["sent_at"].to_pylist(), strict=True)
+            self._note_corrections([(bytes.fromhex(id_), _micros(sent)) for id_, sent in given if id_ and sent])
+            if not anew:  # else there is nothing to forget: what is read here is not deleted
+                self._forget(
+                    dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
+                )
+
+    def _settle(self, dataset: Any, doubles: Sequence[tuple[bytes, str, str]]) -> None:
+        """Note samples that are stored at two positions. All indexes keep the first in the order of positions.
+
+        One that was corrected is at its new position alone.
+        """
+        stored = self._places(dataset, [id_.hex() for id_, _, _ in doubles])
+        for id_, _, position in doubles:
+            [known] = self._db.execute("SELECT position FROM ids WHERE id = ?", (id_,)).fetchone()
+            if known not in stored[id_.hex()]:
+                self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, id_))
+                continue
+            if position not in stored[id_.hex()]:
+                continue
+            first, second = sorted((parse_position(known), parse_position(position)))
+            self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (name_of(first), id_))
+            self._doubles.append((id_.hex(), second))
+
+    def _forget(self, dataset: Any, deleted: Sequence[str]) -> None:
+        """Forget samples that were deleted, unless they were stored again since."""
+        self._drop([id_ for id_, places in self._places(dataset, deleted).items() if not places])
+
+    def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
+        """Where some samples are stored now, by id."""
+        places: dict[str, set[str]] = {each: set() for each in ids}
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+            columns = ["id", "topic", "partition", "offset"]
+            with reading(dataset.uri):
+                stored = dataset.to_table(columns=columns, filter=f"kind = 'sample' AND id IN ({names})")
+            for row in stored.to_pylist():
+                places[row["id"]].add(name_of(position_of(row)))
+        return places
+
+    def _drop(self, gone: Sequence[str]) -> None:
+        if not gone:
+            return
+        with self._in_use():
+            self._db.execute("CREATE TEMP TABLE IF NOT EXISTS gone (id BLOB PRIMARY KEY)")
+            self._db.executemany("INSERT INTO gone VALUES (?)", ((bytes.fromhex(each),) for each in gone))
+            for name in ("ids", "looks"):  # one pass over the looks, which have no index on the id
+                self._db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone)")  # noqa: S608
+            self._db.execute("DELETE FROM gone")
+
+    def _note_corrections(self, corrected: Sequence[tuple[bytes, int]]) -> None:
+        with self._in_use():
+            query = "INSERT INTO corrected VALUES (?, ?) ON CONFLICT DO UPDATE SET sent = max(sent, excluded.sent)"
+            self._db.executemany(query, corrected)
+
+    def _corrected(self, sample: bytes) -> int:
+        """When the record was sent that corrected a sample, in microseconds; -1 where there is none."""
+        row = self._db.execute("SELECT sent FROM corrected WHERE id = ?", (sample,)).fetchone()
+        return -1 if row is None else int(row[0])
+
+    def _has(self, sample: bytes) -> bool:
+        return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
+
+    def _open(self) -> None:
+        """Open the file; make it anew where it is missing, damaged or of another store."""
+        with _alone(self.path):
+            try:
+                self._db = self._connect()
+                if self._meta("identity") == self._identity:
+                    self._damaged = False
+                    return
+                self._db.close()
+            except sqlite3.DatabaseError as error:
+                if not (_is_damage(error) or "no such table" in str(error)):
+                    raise  # it is in use by another process, say: nothing to throw away
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            self._db = self._connect()
+            self._db.executescript(
+                "BEGIN IMMEDIATE;"
+                "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT);"
+                "CREATE TABLE ids (id BLOB PRIMARY KEY, position TEXT) WITHOUT ROWID;"
+                "CREATE TABLE corrected (id BLOB PRIMARY KEY, sent INTEGER) WITHOUT ROWID;"
+                "CREATE TABLE looks (band INTEGER, id BLOB, look BLOB, PRIMARY KEY (band, id)) WITHOUT ROWID;"
+                f"{TABLES}"
+                "COMMIT;"
+            )
+            self._set_meta("identity", self._identity)
+            self._damaged = False
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        return db
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Errors of the file become outages; after damage the next :meth:`deciding` makes it anew."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self._damaged = self._damaged or _is_damage(error)
+            raise _outage(self.path, error) from error
+
+    def _meta(self, name: str) -> str | None:
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def _set_meta(self, name: str, value: str | int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(value)))
+
+
+def _micros(time: datetime) -> int:
+    return int(time.timestamp() * 1_000_000)
+
+
+def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
+    with reading(dataset.uri):
+        rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
+        yield from rows.to_batches()
+
+
+def _moved(dataset: Any, since: int, last: int) -> set[str]:
+    """Data files of rows that were in fragments up to ``last`` at version ``since``, and were only moved from there."""
+    moved: set[str] = set()
+    if since < 0 or dataset.version - since > RECENT_VERSIONS:
+        return moved
+    for transaction in dataset.get_transactions(int(dataset.version - since)):
+        if transaction is None or not MOVED.items() <= (transaction.transaction_properties or {}).items():
+            continue
+        if max(transaction.operation.removed_fragment_ids, default=-1) <= last:  # else some of it is new here
+            moved.update(file.path for each in transaction.operation.new_fragments for file in each.files)
+    return moved
+
+
+@contextmanager
+def _alone(path: Path | str) -> Iterator[None]:
+    """Keep other processes from making the file at the same time: each would throw away the other's."""
+    if path == ":memory:":
+        yield
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_damage(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _outage(path: Path | str, error: Exception) -> StoreUnavailable:
+    if "full" in str(error) or "No space left" in str(error):
+        return StoreFull(f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost.")
+    return StoreUnavailable(
+        f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
+    )
+
+
+def near_duplicates(store: SampleStore, distance: int) -> dict[str, ValueCounts]:
+    """The stored samples that ``ingest.near_duplicate_distance`` would have dropped, by ``domain`` and ``source``.
+
+    Looks are compared in a temporary file, in the order in which they are stored. Raises StoreUnavailable.
+    """
+    groups = ("domain", "source")
+    counts = {name: ValueCounts() for name in groups}
+    name, _ = store.table.identity()
+    with TemporaryDirectory() as folder, closing(DuplicateIndex(Path(folder) / "looks.db", name, distance)) as index:
+        for batch in store.batches("kind = 'sample'", ["id", "look", "words", *groups]):
+            rows = batch.to_pylist()
+            dropped = []
+            with index.deciding():
+                for number, row in enumerate(rows):
+                    sample = Sample(bytes.fromhex(row["id"]), "", row["look"], row["words"] or 0)
+                    found = index.find(sample)
+                    if found is None:
+                        index.add(sample)
+                    elif found.kind == "perceptual":
+                        dropped.append(number)
+            for each, values in counts.items():
+                values.add(batch.column(each).take(pa.array(dropped, pa.int64())))
+    return counts

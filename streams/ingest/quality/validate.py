@@ -1,0 +1,209 @@
+"""One record from outside: is it a sample?
+
+Whatever its bytes are, a record ends as a sample, as a tombstone (a wish to delete), or as a refusal with its reason.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from core.errors import BrokerError, RecordError, StoreError
+from core.settings.streams import Ingest as Limits
+from ratchet_client.images import decode_image
+from ratchet_client.records import Sample, check_text
+from streams.ingest.quality.look import look_of
+from streams.records.codecs import Fetch, decode
+from streams.records.registry import SchemaRegistry
+from streams.store.rows import RecordPosition, record_key, words_hash
+
+log = logging.getLogger(__name__)
+DETAIL_CHARS: Final = 500
+ID_HEADER: Final = "ratchet_id"
+"""Header of a tombstone that names the sample to delete by its id instead of by the record's key."""
+REPLACES_HEADER: Final = "ratchet_replaces"
+"""Header of a sample that corrects others: the id of one, or :data:`BY_KEY`."""
+BY_KEY: Final = "key"
+"""All that came before with the record's key."""
+_ID: Final = re.compile("[0-9a-f]{64}")
+_LATEST_SECONDS: Final = 4_102_444_800  # 2100-01-01: no clock is that wrong; units are
+
+StoreRow = dict[str, Any]
+"""A row of the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A record as it came from Kafka. ``stream`` is the topic with its generation."""
+
+    stream: str
+    partition: int
+    offset: int
+    value: bytes | None
+    key: bytes | None = None
+    headers: Sequence[tuple[str, bytes | None]] = ()
+    timestamp: int = -1
+    """CreateTime as it came: milliseconds since 1970 where the producer kept to the protocol."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in a batch."""
+        return len(self.value or b"") + len(self.key or b"") + sum(len(n) + len(v or b"") for n, v in self.headers)
+
+    @property
+    def record_position(self) -> RecordPosition:
+        """Topic with generation, partition and offset."""
+        return self.stream, self.partition, self.offset
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """The columns that tell where it is from."""
+        return {"topic": self.stream, "partition": self.partition, "offset": self.offset}
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a record is held against."""
+
+    limits: Limits
+    fetch: Fetch | None = None
+    """Gets images that a record names; without it such records are refused."""
+    registry: SchemaRegistry | None = None
+    end: Callable[[], None] = lambda: None
+    """Lets go of the connections of these two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A valid sample: its row in the store, but for the side of the split."""
+
+    row: StoreRow
+    record: Received | None = None
+    """Its record, to be refused after all should its row not fit the table."""
+    replaces: str = ""
+    """What its header :data:`REPLACES_HEADER` says."""
+
+
+def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
+    """Decode and check one record. What it holds never makes it raise: the result says what is wrong with it.
+
+    Raises:
+        RegistryUnavailable: to be tried again.
+    """
+    now = datetime.now(UTC)
+    try:
+        if record.value is None and (record.key or _named_id(record)):
+            return _tombstone(record, now)
+        sample = decode(
+            record.value,
+            record.headers,
+            max_image_bytes=rules.limits.max_image_bytes,
+            fetch=rules.fetch,
+            registry=rules.registry,
+        )
+        return _accept(sample, record, rules, now)
+    except RecordError as error:
+        return refuse(record, error.reason, str(error), now)
+    except (BrokerError, StoreError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a fault of ours, or a panic of a library in Rust, which is no Exception, must not
+        # stop the stream: the record is kept, and can be sent again
+        log.exception("record %s:%d at %d could not be validated", record.stream, record.partition, record.offset)
+        return refuse(record, "internal", f"{type(error).__name__}: {error}", now)
+
+
+def refuse(record: Received, reason: str, detail: str, now: datetime | None = None) -> StoreRow:
+    """The row of a refused record, which is also the message to the quarantine topic."""
+    headers = [
+        [name.encode(errors="replace").decode(), None if value is None else base64.b64encode(value).decode()]
+        for name, value in record.headers
+    ]
+    return {
+        "kind": "quarantine",
+        **record.position,
+        "reason": reason,
+        "detail": detail.encode(errors="replace").decode()[:DETAIL_CHARS],
+        "source": _source(record),
+        "ingested_at": now or datetime.now(UTC),
+        "key": record_key(record.key),
+        "size": len(record.value or b""),
+        "original": record.value,
+        "original_key": record.key,
+        "original_headers": json.dumps(headers),
+    }
+
+
+def record_time(timestamp: int) -> datetime | None:
+    """A record's CreateTime; None where there is none. Microseconds and nanoseconds are sent by mistake, and known."""
+    seconds = timestamp / 1000
+    for _ in range(2):
+        if seconds > _LATEST_SECONDS:
+            seconds /= 1000
+    return datetime.fromtimestamp(seconds, UTC) if 0 < seconds <= _LATEST_SECONDS else None
+
+
+def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Accepted:
+    limits = rules.limits
+    check_text(sample, limits.max_text_chars)
+    replaces = _replaces(record)
+    sent = record_time(record.timestamp) or now
+    image = decode_image(sample.image, limits.max_pixels, limits.max_image_bytes, limits.min_side)
+    look = look_of(image)
+    row = {
+        "kind": "sample",
+        **sample.row(),
+        "id": sample.id,
+        "time": sample.time or sent,
+        "sent_at": sent,
+        "ingested_at": now,
+        "look": look.data,
+        "words": words_hash(sample.text, sample.question, sample.answer),
+        "size": len(sample.image),
+        "width": image.width,
+        "height": image.height,
+        "key": record_key(record.key),
+        **record.position,
+    }
+    return Accepted(row, record, replaces)
+
+
+def _tombstone(record: Received, now: datetime) -> StoreRow:
+    named = _named_id(record)
+    return {"kind": "tombstone", **record.position, "id": named, "key": record_key(record.key), "ingested_at": now}
+
+
+def _named_id(record: Received) -> str | None:
+    text = _header(record, ID_HEADER)
+    if text is None or _ID.fullmatch(text):
+        return text
+    raise RecordError("headers", f"header {ID_HEADER} is no sample id.", "It has 64 hex digits, in lower case.")
+
+
+def _replaces(record: Received) -> str:
+    text = _header(record, REPLACES_HEADER) or ""
+    if not text or _ID.fullmatch(text) or (text == BY_KEY and record.key):
+        return text
+    raise RecordError(
+        "headers",
+        f"header {REPLACES_HEADER} names no sample.",
+        f"It is a sample id (64 hex digits, in lower case), or {BY_KEY!r} where the record has a key.",
+    )
+
+
+def _header(record: Received, wanted: str) -> str | None:
+    values = (value for name, value in record.headers if name.lower() == wanted and value is not None)
+    return next((value.decode(errors="replace") for value in values), None)
+
+
+def _source(record: Received) -> str:
+    """Who sent it, as far as its headers say."""
+    for name, value in record.headers:
+        if name.lower() in ("ratchet_source", "ce_source") and value is not None:
+            return value.decode(errors="replace")[:256]
+    return ""

@@ -1,0 +1,289 @@
+"""The quarantine topic: every refused record, as it came, with the reason and where it was.
+
+A message has the original key, value and headers, and also
+
+    ratchet_reason      one of ratchet_client.records.REASONS
+    ratchet_detail      the reason in words
+    ratchet_topic, ratchet_partition, ratchet_offset      position of the original (topic@n: n-th log of that name)
+    ratchet_refused_at  UTC, ISO 8601
+    ratchet_null_headers    a JSON list of the names of its headers without a value; only where it had some. They are
+                            left out, as kafka-python writes no header without a value, and an empty one is another
+
+so that a corrected record can be sent again as it is. What the topic does not take for its size is a *claim check*: the
+same without the original's key, value and headers, which stay in the sample store, with
+
+    ratchet_claim_check   where its bytes are: the position for `ratchet samples show` and `GET /admin/v1/quarantine`
+
+Refused records are published next to the consumer's loop, so that the topic never holds up reading. Each is published
+once, whatever is killed or stopped when: its row was stored in the commit of its batch, and what the store has but the
+topic does not is found by :mod:`streams.kafka.outbox`, which also keeps a process out that has lost the partition. The
+rows wait in memory up to a bound; beyond it they are read from the store again when their turn comes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from core import metrics
+from core.dependencies import answered, noted
+from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
+from core.settings.streams import Kafka
+from ratchet_client.encoding import Encoded, Headers
+from streams.ingest.assignment import Reading
+from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry
+from streams.store.rows import Position, RecordPosition, name_of, position_of
+from streams.store.sample_store import SampleStore
+
+log = logging.getLogger(__name__)
+RefusalRow = Mapping[str, Any]
+
+
+def message(row: RefusalRow) -> Encoded:
+    """What is published for a refused record's row."""
+    record = original(row)
+    # Brokers take a record with neither key nor value; the client does not send one.
+    value = b"" if record.value is None and record.key is None else record.value
+    nulls = [name for name, value in json.loads(row["original_headers"]) if value is None]
+    named: Headers = [("ratchet_null_headers", json.dumps(nulls).encode())] if nulls else []
+    return Encoded(record.key, value, [*record.headers, *_headers(row), *named])
+
+
+def claim_check(row: RefusalRow) -> Encoded:
+    """What is published for a row whose record the topic does not take."""
+    size = len(row["original"] or b"")
+    text = json.dumps({"record": name_of(position_of(row)), "reason": row["reason"], "bytes": size})
+    check = ("ratchet_claim_check", name_of(position_of(row)).encode())
+    return Encoded(None, text.encode(), [*_headers(row), check])
+
+
+def original(row: RefusalRow) -> Encoded:
+    """The record of a refused record's row, as it came but for headers without a value, which ingest passes over."""
+    headers = [
+        (name, base64.b64decode(value)) for name, value in json.loads(row["original_headers"]) if value is not None
+    ]
+    return Encoded(row["original_key"], row["original"], headers)
+
+
+def refused_position(record: Any) -> RecordPosition | None:
+    """Where the original of a message in the topic was; None for a message that is none of ours."""
+    headers = dict(record.headers)
+    try:
+        stream = headers["ratchet_topic"].decode()
+        return stream, int(headers["ratchet_partition"]), int(headers["ratchet_offset"])
+    except (KeyError, ValueError, AttributeError):
+        return None
+
+
+def _headers(row: RefusalRow) -> Headers:
+    refused_at: datetime = row["ingested_at"]
+    ours = {
+        "reason": row["reason"],
+        "detail": row["detail"],
+        "topic": row["topic"],
+        "partition": str(row["partition"]),
+        "offset": str(row["offset"]),
+        "refused_at": refused_at.isoformat(),
+    }
+    return [(f"ratchet_{name}", text.encode()) for name, text in ours.items()]
+
+
+MEMORY_BYTES: Final = 32 << 20
+PAGE_ROWS: Final = 64
+BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass
+class _Job:
+    """Refusals of one partition between two offsets."""
+
+    reading: Reading
+    start: int
+    end: int
+    rows: list[RefusalRow] | None
+    """None: they are in the store alone."""
+    size: int = 0
+    page: int = PAGE_ROWS
+    oversized: int = -1
+    """Offset of a record that the topic does not take."""
+
+
+class RefusalPublisher:
+    """A thread with a queue. The consumer's loop calls everything but :meth:`_run`."""
+
+    def __init__(self, kafka: Kafka, store: SampleStore) -> None:
+        self.kafka = kafka
+        self.store = store
+        self._jobs: deque[_Job] = deque()
+        self._outboxes: dict[str, tuple[Reading, Outbox]] = {}
+        """One for each partition, by its key: that of the newest reading with refusals."""
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="refusals", daemon=True)
+        self._thread.start()
+
+    def recover(self, reading: Reading) -> None:
+        """Publish what an earlier owner of the partition stored as refused and may not have published."""
+        position = reading.claim.position
+        if position.published < position.next:
+            self._queue(_Job(reading, position.published, position.next, None))
+
+    def publish(self, reading: Reading, rows: Sequence[RefusalRow]) -> None:
+        """Publish rows of one partition that were just stored."""
+        if rows:
+            size = sum(len(row["original"] or b"") + 1024 for row in rows)
+            held = list(rows) if self._bytes + size <= MEMORY_BYTES else None
+            offsets = [int(row["offset"]) for row in rows]
+            self._queue(_Job(reading, min(offsets), max(offsets) + 1, held, size if held is not None else 0))
+
+    def unpublished(self, reading: Reading) -> int | None:
+        """The first offset of a partition that waits here, or None."""
+        with self._changed:
+            return next((job.start for job in self._jobs if job.reading is reading), None)
+
+    def wait_until_published(self, seconds: float) -> bool:
+        """Whether everything was published within this time."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while self._jobs and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return not self._jobs
+
+    def close(self) -> None:
+        """End the thread; what still waits is in the store, and is published by the next owner."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        self._thread.join(5.0)
+
+    def _queue(self, job: _Job) -> None:
+        with self._changed:
+            last = self._jobs[-1] if len(self._jobs) > 1 else None
+            if last is not None and last.rows is None and job.rows is None and last.reading is job.reading:
+                last.end = job.end
+            else:
+                self._jobs.append(job)
+            self._bytes += job.size
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            with self._changed:
+                while not self._jobs and not self._ending:
+                    self._changed.wait()
+                if self._ending:
+                    break
+                job = self._jobs[0]
+            try:
+                self._publish_or_change(job)
+                if failures:
+                    answered(["broker"])
+                failures = 0
+                metrics.ingest.quarantine_failing(False)
+            except Exception as error:
+                failures += 1
+                self._later(job, error, failures)
+        for _, outbox in self._outboxes.values():
+            outbox.close()
+
+    def _publish_or_change(self, job: _Job) -> None:
+        """Publish the first page of a job, or change the job so that the next try does."""
+        try:
+            self._publish(job)
+        except Fenced:
+            if not self._owns(job.reading):
+                self._forget(job.reading)
+            # else a former owner woke up and opened its sender: ours is opened anew, and fences it
+        except RecordTooLarge:
+            if job.page > 1:
+                job.page = 1  # which one it is shows when they are sent one by one
+            elif job.oversized != job.start:
+                job.oversized = job.start
+            else:
+                raise  # not even a claim check is small enough
+
+    def _later(self, job: _Job, error: Exception, failures: int) -> None:
+        """Say why nothing is published, and wait: longer after more failures."""
+        metrics.ingest.quarantine_failing(True)
+        noted(error)
+        key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
+        log.warning("refusals of %s are published later: %s", key, error, exc_info=None if known else error)
+        deadline = time.monotonic() + BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]
+        with self._changed:
+            while not self._ending and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+    def _publish(self, job: _Job) -> None:
+        """Publish the first page of a job, and shorten it by that; the last page ends it."""
+        rows = job.rows[: job.page] if job.rows is not None else self._from_store(job)
+        outbox = self._outbox(job.reading)
+        entries = [_entry(row, job.page == 1 and job.oversized in (job.start, row["offset"])) for row in rows]
+        try:
+            outbox.publish(entries)
+        except BaseException:
+            outbox.close()
+            raise
+        outbox.forget(entry.id for entry in entries)
+        end = int(rows[-1]["offset"]) + 1 if rows else job.end
+        with self._changed:
+            job.start = end
+            if job.rows is not None:
+                job.rows = job.rows[len(rows) :]
+            if end >= job.end or not rows:
+                self._bytes -= job.size
+                self._jobs.popleft()
+                self._changed.notify_all()
+
+    def _from_store(self, job: _Job) -> list[RefusalRow]:
+        position = job.reading.claim.position
+        part = Position(position.stream, position.partition, job.end, published=job.start)
+        return list(self.store.outbox(part, job.page))
+
+    def _outbox(self, reading: Reading) -> Outbox:
+        """The outbox of a reading. That of an earlier reading of the partition is closed: nothing needs it any more."""
+        known = self._outboxes.get(reading.claim.key)
+        if known is not None and known[0] is reading:
+            return known[1]
+        if known is not None:
+            known[1].close()
+        store, _ = self.store.table.identity()
+        name = f"ratchet-quarantine:{store}:{reading.claim.key}"
+        sender = FencedSender(self.kafka, name, lambda: self._owns(reading))
+        outbox = Outbox(self.kafka.quarantine_topic, sender, _id_of)
+        self._outboxes[reading.claim.key] = (reading, outbox)
+        return outbox
+
+    def _owns(self, reading: Reading) -> bool:
+        """Whether nobody has claimed the partition since."""
+        newest = self.store.positions().get(reading.claim.key)
+        return newest is not None and newest.epoch == reading.claim.position.epoch
+
+    def _forget(self, reading: Reading) -> None:
+        with self._changed:
+            self._bytes -= sum(job.size for job in self._jobs if job.reading is reading)
+            self._jobs = deque(job for job in self._jobs if job.reading is not reading)
+            self._changed.notify_all()
+        known = self._outboxes.get(reading.claim.key)
+        if known is not None and known[0] is reading:
+            del self._outboxes[reading.claim.key]
+            known[1].close()
+
+
+def _entry(row: RefusalRow, oversized: bool) -> OutboxEntry:
+    record: Encoded = claim_check(row) if oversized else message(row)
+    return OutboxEntry(name_of(position_of(row)), record, row["ingested_at"])
+
+
+def _id_of(record: Any) -> str | None:
+    position = refused_position(record)
+    return None if position is None else name_of(position)

@@ -1,0 +1,295 @@
+"""Kafka clients from the settings: what the client package wants to know, and questions about topics and rights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
+from kafka.errors import (
+    AuthorizationError,
+    BrokerResponseError,
+    KafkaError,
+    LeaderNotAvailableError,
+    NoError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
+
+from core.errors import BrokerError
+from core.settings.streams import Ingest, Kafka
+from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
+from ratchet_client.limits import Limits
+from ratchet_client.producer import Producer
+from streams.kafka.oauth import oauth_options
+
+log = logging.getLogger(__name__)
+REQUEST_SECONDS = 10.0
+#: ``max.message.bytes`` of topics that Ratchet makes: the largest record, and the headers that quarantine puts on it.
+TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
+#: How long a topic for refused records that Ratchet makes keeps them. The sample store has them as well, and deletions
+#: reach only that.
+REFUSALS_SECONDS = 7 * 24 * 3600
+
+Answer = TypeVar("Answer")
+
+
+def connection(kafka: Kafka) -> Connection:
+    """The client's connection that these settings stand for. Raises ConfigError where ``kafka.oauth`` is incomplete."""
+    return Connection(kafka.bootstrap, {**kafka.client, **oauth_options(kafka)})
+
+
+def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any) -> Producer:
+    """The client's producer of these settings; ``options`` are further ones of it. Raises as it does."""
+    to = connection(kafka)
+    if limits is not None:
+        options["limits"] = producer_limits(limits)
+    return Producer(to.bootstrap, kafka.topic, options=to.options, **options)
+
+
+def producer_limits(ingest: Ingest) -> Limits:
+    """What these settings demand of a sample."""
+    return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side, ingest.max_text_chars)
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic as the broker describes it."""
+
+    id: str
+    """Empty where the broker has no ids."""
+    partitions: int
+    replicas: int = 0
+    """The fewest of a partition."""
+
+
+class Admin:
+    """Questions about topics. One connection, made at first use and again after an error. Not thread safe."""
+
+    def __init__(self, kafka: Kafka, connect_seconds: float = CONNECT_SECONDS) -> None:
+        self.kafka = kafka
+        self.connect_seconds = connect_seconds
+        self._client: KafkaAdminClient | None = None
+        self._warned: set[str] = set()
+
+    def topic(self, topic: str) -> Topic | None:
+        """What the broker says of a topic; None when there is no such topic.
+
+        Raises:
+            BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
+        """
+        description = self.ask(f"describing topic {topic}", partial(describe_topic, topic=topic))
+        if description is None:
+            return None
+        partitions = description["partitions"]
+        replicas = min((len(each["replica_nodes"]) for each in partitions), default=0)
+        return Topic(str(description["topic_id"] or ""), len(partitions), replicas)
+
+    def topic_id(self, topic: str) -> str | None:
+        """The id of a topic; None when there is no such topic. Raises BrokerError, as :meth:`topic` does."""
+        found = self.topic(topic)
+        return None if found is None else found.id
+
+    def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
+        """Create the topics that are not there: for the largest records, with the broker's own replication factor.
+
+        That for refused records keeps them for :data:`REFUSALS_SECONDS`, that for events without a limit: it is the
+        record of what was released and deleted.
+        """
+        for topic in topics:
+            if self.topic_id(topic) is None:
+                configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
+                if topic == self.kafka.quarantine_topic:
+                    configs["retention.ms"] = str(REFUSALS_SECONDS * 1000)
+                elif topic == self.kafka.events_topic:
+                    configs["retention.ms"] = "-1"
+                self.ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
+
+    def warn_of_defaults(self, topic: str, partitions: int) -> None:
+        """Log, once, what of a topic was left at Kafka's defaults and will not do, as where a producer's first record
+        made it. Nothing where this user may not see its configuration.
+
+        Args:
+            partitions: that it should have at least.
+
+        Raises:
+            BrokerError: the broker does not answer.
+        """
+        if topic in self._warned or (found := self.topic(topic)) is None:
+            return
+        defaults = self.ask(f"describing the configuration of topic {topic}", partial(_defaults, topic=topic))
+        self._warned.add(topic)
+        size = defaults.get("max.message.bytes", TOPIC_RECORD_BYTES)
+        if size < TOPIC_RECORD_BYTES:
+            log.warning(
+                "topic %s takes records of at most %s bytes, Kafka's default: set its max.message.bytes to what"
+                " producers send (an image of 8 MiB is 11 MiB as base64)",
+                topic, f"{size:,}",
+            )  # fmt: skip
+        if found.replicas > 2 and defaults.get("min.insync.replicas", 2) < 2:
+            log.warning(
+                "topic %s has %d replicas and min.insync.replicas = 1, Kafka's default: records that one node alone has"
+                " count as sent; set it to 2",
+                topic, found.replicas,
+            )  # fmt: skip
+        if found.partitions < partitions:
+            log.warning(
+                "topic %s has %d partition(s), and `kafka.partitions` is %d: as many processes can share it at most",
+                topic, found.partitions, partitions,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Give up the connection."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def ask(self, doing: str, question: Callable[[KafkaAdminClient], Answer]) -> Answer:
+        """What a question to the client returns. ``doing`` names it in the error.
+
+        Raises:
+            BrokerError: the broker is away, or refuses.
+        """
+        try:
+            if self._client is None:
+                options = client_options(connection(self.kafka), KafkaAdminClient.DEFAULT_CONFIG)
+                bounds = {
+                    "request_timeout_ms": int(REQUEST_SECONDS * 1000),
+                    "bootstrap_timeout_ms": int(self.connect_seconds * 1000),
+                    "reconnect_backoff_max_ms": 1000,
+                }
+                self._client = KafkaAdminClient(**{**bounds, **options})
+            return question(self._client)
+        except (KafkaError, OSError) as error:
+            self.close()
+            raise explain(error, connection(self.kafka), doing) from error
+
+
+def describe_topic(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
+    """A topic's metadata; None when there is no such topic. kafka-python does not raise what the broker answers."""
+    [description] = client.describe_topics([topic])
+    match description["error_code"]:
+        case NoError.errno | LeaderNotAvailableError.errno:  # the latter while leaders are elected
+            return dict(description)
+        case UnknownTopicOrPartitionError.errno:
+            return None
+        case code:
+            raise for_code(code)(f"topic {topic}")
+
+
+def _defaults(client: KafkaAdminClient, topic: str) -> dict[str, int]:
+    """Numbers of a topic's configuration that nobody has set; empty where this user may not see them."""
+    resource = ConfigResource(ConfigResourceType.TOPIC, topic)
+    try:
+        configs = client.describe_configs([resource], config_filter="default")["topic"][topic]
+    except (KafkaError, KeyError):  # also of a broker that does not know the question: it is for a warning alone
+        return {}
+    names = ("max.message.bytes", "min.insync.replicas")
+    return {name: int(configs[name]["value"]) for name in names if name in configs}
+
+
+def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict[str, str]) -> None:
+    try:
+        client.create_topics([NewTopic(topic, partitions, -1, topic_configs=configs)])
+    except TopicAlreadyExistsError:
+        return  # another process was faster
+    except AuthorizationError as error:  # its own words are the whole request
+        raise type(error)(f"Create on topic {topic} is missing") from error
+
+
+def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:
+    """Create the topics that are not there. Raises BrokerError."""
+    admin = Admin(kafka)
+    try:
+        admin.ensure_topics(topics, partitions)
+    finally:
+        admin.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """Operations that ACLs of Kafka allow on one resource."""
+
+    operations: Sequence[str]
+    kind: Literal["topic", "group", "transactional id"]
+    name: str
+    """Of a transactional id: the prefix of those that are used."""
+
+    def __str__(self) -> str:
+        return f"{'/'.join(self.operations)} on {self.kind} {self.name}{'*' if self.kind == 'transactional id' else ''}"
+
+
+def ingest_rights(kafka: Kafka) -> list[Right]:
+    """Those of `ratchet ingest`."""
+    return [
+        Right(["Describe", "Read"], "topic", kafka.topic),
+        Right(["Read"], "group", kafka.group),
+        Right(["Describe", "Read", "Write"], "topic", kafka.quarantine_topic),
+        Right(["Describe", "Write"], "transactional id", "ratchet-quarantine"),
+    ]
+
+
+def event_rights(kafka: Kafka) -> list[Right]:
+    """Those of `ratchet maintain`, which publishes events."""
+    if not kafka.events_topic:
+        return []
+    return [
+        Right(["Describe", "Read", "Write"], "topic", kafka.events_topic),
+        Right(["Describe", "Write"], "transactional id", "ratchet-events"),
+    ]
+
+
+def check_rights(admin: Admin, needed: Collection[Right]) -> None:
+    """Make sure that the user in ``kafka.client`` has some rights. What a broker does not tell counts as allowed.
+
+    Raises:
+        BrokerError: some are missing, which it names; or the broker does not answer.
+    """
+    missing = admin.ask("asking for its rights", lambda client: list(_missing(client, needed)))
+    if missing:
+        raise BrokerError(
+            f"the broker {admin.kafka.bootstrap} does not allow {', '.join(map(str, missing))}.",
+            "Add these ACLs for the user in `kafka.client` (docs/deployer.md, Kafka).",
+            "refused",
+        )
+
+
+def _missing(client: KafkaAdminClient, needed: Collection[Right]) -> Iterator[Right]:
+    for right in needed:
+        try:
+            allowed = _ALLOWED[right.kind](client, right.name)
+        except AuthorizationError:
+            yield right
+        except (BrokerResponseError, ValueError):
+            continue  # no such group or id, a broker that cannot be asked, operations that kafka-python does not know
+        else:
+            lacking = [each for each in right.operations if allowed is not None and each.upper() not in allowed]
+            if lacking:
+                yield replace(right, operations=lacking)
+
+
+def _topic(client: KafkaAdminClient, name: str) -> Collection[str] | None:
+    return _operations(describe_topic(client, name) or {})
+
+
+def _group(client: KafkaAdminClient, name: str) -> Collection[str] | None:
+    return _operations(client.describe_groups([name])[name])
+
+
+def _transactional_id(client: KafkaAdminClient, name: str) -> None:
+    client.describe_transactions([f"{name}:"])  # which writing includes
+
+
+def _operations(found: Mapping[str, Any]) -> Collection[str] | None:
+    return found.get("authorized_operations") or None
+
+
+_ALLOWED: Final = {"topic": _topic, "group": _group, "transactional id": _transactional_id}
+"""Operations that are allowed on each kind of resource; None where that cannot be told.
+
+Raises AuthorizationError where it may not even be described."""

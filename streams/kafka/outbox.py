@@ -1,0 +1,351 @@
+"""Puts each entry of an outbox into its topic once, whatever is killed or stopped when.
+
+The entries, and which of them are published, are kept elsewhere (events in the ledger, refused records in the sample
+store). Here:
+
+1. open a :class:`FencedSender`: none that was there before can send any more;
+2. read the topic's tail back: what is there now is all that earlier senders have sent;
+3. send what is not there, in one transaction.
+
+After an error of any kind it begins again at 1. A lease is not needed for this to hold, only so that two processes do
+not fence one another all the time.
+
+Kafka's transactional producer fences: ``open`` registers a transactional id, and from then on the broker refuses
+whatever an earlier sender with this id still sends, also when that process was stopped (SIGSTOP) in the middle and goes
+on later. Two faults of the embedded broker (Tansu 0.6.0) matter here: records of an aborted transaction are visible to
+all consumers, and a commit with an outdated epoch is answered by closing the connection, which kafka-python retries for
+ever; so the commit has a time limit.
+
+A broker without transactions (older than 0.11, or an imitation of Kafka) gets an idempotent producer instead. Then
+only the check of ``still_owner`` just before sending keeps an older process out: one that is stopped between the check
+and the sending can send twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import (
+    InvalidProducerEpochError,
+    KafkaConfigurationError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    ProducerFencedError,
+    RecordListTooLargeError,
+    TransactionalIdAuthorizationFailedError,
+    UnsupportedVersionError,
+)
+
+from core.errors import BrokerError, Fenced, RecordTooLarge
+from core.settings.streams import Kafka
+from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
+from ratchet_client.encoding import Encoded
+from ratchet_client.producer import BATCH_BYTES, Delivery
+from streams.kafka.clients import connection
+
+log = logging.getLogger(__name__)
+SEND_SECONDS = 20.0
+#: The broker aborts a transaction that a dead sender left open after this; consumers wait for that long at most.
+TRANSACTION_SECONDS = 30.0
+READ_BACK_SECONDS = 120.0
+QUIET_POLLS = 2  # the embedded broker's end offsets can be too low, so the end is where nothing more comes
+POLL_MS = 500
+#: Records are searched by the time at which they were sent, by the clock of whoever sent them.
+CLOCK_SKEW_SECONDS = 3600
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEntry:
+    """What is to be in the topic once. ``id`` is made from the fact, never at random; it was not sent before ``time``
+    (UTC)."""
+
+    id: str
+    record: Encoded
+    time: datetime
+
+
+class Outbox:
+    """Publishes entries to one topic. Connects when it is needed. Not thread safe."""
+
+    def __init__(self, topic: str, sender: FencedSender, id_of: Callable[[Any], str | None]) -> None:
+        """``id_of`` gives the entry's id of a kafka-python record, None for a record that is not of this outbox."""
+        self.topic = topic
+        self.sender = sender
+        self._id_of = id_of
+        self._deliveries: dict[str, Delivery] = {}
+
+    @property
+    def kafka(self) -> Kafka:
+        """The broker's settings."""
+        return self.sender.kafka
+
+    def publish(self, entries: Sequence[OutboxEntry]) -> dict[str, Delivery]:
+        """Make sure that each entry is in the topic; where each one is, by id. Entries given before cost nothing.
+
+        Raises:
+            Fenced: another process publishes this outbox now.
+            BrokerError: some may not have been published; the next call finds out which.
+        """
+        if not entries:
+            return {}
+        if not self.sender.opened:
+            self._open(min(entry.time for entry in entries))
+        missing = [entry for entry in entries if entry.id not in self._deliveries]
+        deliveries = self.sender.send_all(self.topic, [entry.record for entry in missing])
+        self._deliveries |= {entry.id: place for entry, place in zip(missing, deliveries, strict=True)}
+        return {entry.id: self._deliveries[entry.id] for entry in entries}
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Drop what is known of entries that are marked as published, and so are not given again."""
+        for each in ids:
+            self._deliveries.pop(each, None)
+
+    def close(self) -> None:
+        """Let the connection go; the next :meth:`publish` begins anew."""
+        self.sender.close()
+        self._deliveries = {}
+
+    def _open(self, since: datetime) -> None:
+        self._deliveries = {}
+        self.sender.open()
+        try:
+            for record in read_back(self.kafka, self.topic, since):
+                entry_id = self._id_of(record)
+                if entry_id is not None:
+                    self._deliveries.setdefault(entry_id, Delivery(record.topic, record.partition, record.offset))
+        except BaseException:
+            self.sender.close()
+            raise
+
+
+class FencedSender:
+    """Sends groups of records, each in one transaction. Not thread safe.
+
+    >>> sender = FencedSender(settings.kafka, "ratchet-events")
+    >>> sender.open()
+    >>> sender.send_all("ratchet.events", records)
+    [Delivery(topic='ratchet.events', partition=0, offset=17, sample_id='')]
+
+    After any error the sender is closed. Whether the records of the failed call are in the topic is not known then;
+    after the next ``open`` that cannot change any more, so that reading the topic back tells (``read_committed``).
+    """
+
+    def __init__(
+        self,
+        kafka: Kafka,
+        transactional_id: str,
+        still_owner: Callable[[], bool] = lambda: True,
+        seconds: float = SEND_SECONDS,
+    ) -> None:
+        """``still_owner`` is asked before each sending; False raises Fenced. ``seconds``: time limit of one call."""
+        self.kafka = kafka
+        self.transactional_id = transactional_id
+        self.transactional = True
+        """Whether the broker fences; False once it turned out to know no transactions."""
+        self._still_owner = still_owner
+        self._seconds = seconds
+        self._client: Any = None
+
+    @property
+    def opened(self) -> bool:
+        """Whether :meth:`send_all` may be called."""
+        return self._client is not None
+
+    def open(self) -> None:
+        """Fence every earlier sender with the same transactional id; its open transaction is aborted.
+
+        Raises:
+            BrokerError: no broker answers, or it does not allow the transactional id.
+        """
+        self.close()
+        try:
+            self._client = self._connect(self.transactional)
+            if self.transactional:
+                self._client.init_transactions()
+        except (UnsupportedVersionError, KafkaConfigurationError) as error:
+            self.close()
+            if not self.transactional:
+                raise explain(error, connection(self.kafka), "connecting a producer") from error
+            log.warning("the broker knows no transactions (%s): only the lease keeps a second sender out", error)
+            self.transactional = False
+            self.open()
+        except (KafkaError, OSError) as error:
+            self.close()
+            raise self._explain_open(error) from error
+
+    def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
+        """Send records, all or none (where the broker has transactions); where each one is, in the order given.
+
+        Raises:
+            Fenced: another sender with the same id was opened later, or ``still_owner`` says no.
+            RecordTooLarge: the broker does not take one of them.
+            BrokerError: any other failure; the records may be in the topic or not.
+        """
+        if not records:
+            return []
+        if self._client is None:
+            raise BrokerError(f"the sender {self.transactional_id} is not open.", "Call `open` first.")
+        try:
+            if not self._still_owner():
+                raise self._fenced("its lease was lost")
+            return self._send(topic, records)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the connection go; an open transaction is aborted by the next :meth:`open`, or by the broker."""
+        client, self._client = self._client, None
+        if client is not None:
+            with suppress(KafkaError):
+                client.close(timeout=1.0)
+
+    def _connect(self, transactional: bool) -> Any:
+        bounds: dict[str, Any] = {
+            "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
+            "delivery_timeout_ms": int(self._seconds * 1000),
+            "request_timeout_ms": int(self._seconds * 500),
+            "max_block_ms": int(self._seconds * 1000),
+            "reconnect_backoff_max_ms": 1000,
+            "max_request_size": MAX_RECORD_BYTES,
+            "batch_size": BATCH_BYTES,
+            **client_options(connection(self.kafka), KafkaProducer.DEFAULT_CONFIG),
+            "acks": "all",
+            "enable_idempotence": True,
+        }
+        if transactional:
+            bounds["transactional_id"] = self.transactional_id
+            bounds["transaction_timeout_ms"] = int(TRANSACTION_SECONDS * 1000)
+        return KafkaProducer(**bounds)
+
+    def _send(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
+        index = 0
+        try:
+            if self.transactional:
+                self._client.begin_transaction()
+            queued = []
+            for index in range(len(records)):
+                record = records[index]
+                headers = list(record.headers)
+                queued.append(self._client.send(topic, record.value, key=record.key, headers=headers))
+            self._client.flush(self._seconds)
+            deliveries = []
+            for index in range(len(queued)):
+                metadata = queued[index].get(timeout=1)
+                deliveries.append(Delivery(metadata.topic, metadata.partition, metadata.offset))
+            if self.transactional:
+                _within(self._seconds, self._client.commit_transaction)
+            return deliveries
+        except (KafkaError, OSError) as error:
+            raise self._explain_send(error, topic, index) from error
+
+    def _explain_send(self, error: Exception, topic: str, index: int) -> BrokerError:
+        # Once a producer is in the fatal state, kafka-python wraps the reason in the text of a plain KafkaError.
+        if isinstance(error, (ProducerFencedError, InvalidProducerEpochError)) or "ProducerFenced" in str(error):
+            return self._fenced("the broker has a newer one")
+        if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
+            refusal = RecordTooLarge(
+                f"the broker does not take record {index + 1} of {topic} for its size ({error}).",
+                "Raise `max.message.bytes` of the topic.",
+            )
+            refusal.index = index
+            return refusal
+        return explain(error, connection(self.kafka), f"sending to topic {topic}")
+
+    def _explain_open(self, error: Exception) -> BrokerError:
+        if isinstance(error, TransactionalIdAuthorizationFailedError):
+            return BrokerError(
+                f"the broker {self.kafka.bootstrap} does not allow the transactional id {self.transactional_id!r}.",
+                "Allow Write and Describe on this TransactionalId for the user in `kafka.client`.",
+            )
+        if isinstance(error, KafkaTimeoutError) and "transactional" in str(error):
+            return BrokerError(
+                f"the broker {self.kafka.bootstrap} did not register the transactional id in {self._seconds:.0f} s.",
+                "Has it enough nodes for `transaction.state.log.replication.factor`?",
+            )
+        return explain(error, connection(self.kafka), "opening a transactional producer")
+
+    def _fenced(self, why: str) -> Fenced:
+        return Fenced(
+            f"the sender {self.transactional_id} may not send any more: {why}.",
+            "Nothing needs to be done: the process that took over sends what is missing.",
+        )
+
+
+def _within(seconds: float, call: Callable[[], Result]) -> Result:
+    """The result of a call that has no time limit of its own. Raises KafkaTimeoutError; the call is left behind."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="kafka-commit", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise KafkaTimeoutError(f"no answer to the commit of a transaction within {seconds:.0f} s") from None
+
+
+def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
+    """The kafka-python records of a topic that were sent after ``since`` (and some from before), to its end.
+
+    Only records of committed transactions and those outside of any, where the broker tells them apart: what is found
+    is what consumers with ``isolation.level=read_committed`` see. A topic that does not exist has none.
+
+    Raises:
+        BrokerError: the broker cannot be reached, or the end was not reached within :data:`READ_BACK_SECONDS`.
+    """
+    options = {
+        "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
+        **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG),
+        "enable_auto_commit": False,
+        "auto_offset_reset": "earliest",
+        "isolation_level": "read_committed",
+        "group_id": None,
+    }
+    consumer: Any = None
+    try:
+        consumer = KafkaConsumer(**options)
+        yield from _read(consumer, topic, since)
+    except (KafkaError, OSError) as error:
+        raise explain(error, connection(kafka), f"reading topic {topic} back") from error
+    finally:
+        if consumer is not None:
+            consumer.close(timeout_ms=2000)
+
+
+def _read(consumer: Any, topic: str, since: datetime) -> Iterator[Any]:
+    partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+    if not partitions:
+        return
+    consumer.assign(partitions)
+    ends = consumer.end_offsets(partitions)
+    since_ms = int((since.timestamp() - CLOCK_SKEW_SECONDS) * 1000)
+    for partition, start in consumer.offsets_for_times(dict.fromkeys(partitions, since_ms)).items():
+        consumer.seek(partition, start.offset if start else ends[partition])
+    quiet, deadline = 0, time.monotonic() + READ_BACK_SECONDS
+    while quiet < QUIET_POLLS or any(consumer.position(each) < ends[each] for each in partitions):
+        if time.monotonic() > deadline:
+            raise BrokerError(
+                f"topic {topic} could not be read back within {READ_BACK_SECONDS:.0f} s.",
+                "Is the broker overloaded? It is tried again.",
+            )
+        batches = consumer.poll(timeout_ms=POLL_MS)
+        quiet = 0 if batches else quiet + 1
+        for records in batches.values():
+            yield from records

@@ -1,0 +1,386 @@
+"""Record batches of a Kafka log, read so that no bytes end in an exception: kafka-python's batches, made total.
+
+A batch is read in two steps. :mod:`streams.kafka.tolerant_fetch` finds the batches in the bytes of a fetch and decides
+which of them can be trusted; the classes here read the records of one batch. What cannot be read comes out as a record,
+too: one that carries a ``Corrupt`` where kafka-python has the checksum, so that it passes through kafka-python's own
+code like any other.
+
+kafka-python expands a compressed batch whole, whatever it expands to: 64 KiB of gzip can be 64 MiB of zeros. The
+decoders here use the incremental interface of the same libraries, and stop as soon as the output is larger than a
+limit, before memory is filled."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import snappy
+import zstandard
+from kafka import TopicPartition
+from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
+from kafka.record.legacy_records import LegacyRecordBatch
+from kafka.record.util import decode_varint
+from lz4.frame import LZ4FrameDecompressor
+
+#: Most bytes of what could not be read that are kept with a ``Corrupt``.
+MAX_RAW_BYTES = 1 << 20
+#: Most headers of one record: a batch of 64 MiB has room for 33 million empty ones, which Python would need 4 GB for.
+MAX_HEADERS = 10_000
+#: The smallest record: length, attributes, time, offset, key, value and headers in one byte each.
+MIN_RECORD_BYTES = 7
+#: Deflate, the codec of the Java clients that expands most, makes at most 1,032 bytes of one.
+MAX_RATIO = 1032
+#: Offset, size, checksum, magic, attributes, key and value of a message of the oldest format (magic 0).
+MIN_LEGACY_BYTES = 26
+INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """An offset whose record cannot be read. Comes out of ``poll`` in the place of its record."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    """Milliseconds since 1970, as far as they are known; -1 otherwise."""
+    detail: str
+    raw: bytes | None
+    """At most 1 MiB of the record's bytes, or of its batch's where the record cannot be told apart. Of several offsets
+    in a row that share their bytes, the first one has them."""
+    leader_epoch: int = -1
+
+
+class RecordHead(NamedTuple):
+    """The fields in front of a record's key, and where the record ends."""
+
+    end: int
+    timestamp_delta: int
+    offset_delta: int
+    headers: int
+
+
+def record_head(buffer: bytearray, start: int) -> RecordHead:
+    """Read the lengths of the record at ``start``, and nothing else of it.
+
+    Raises:
+        ValueError, IndexError: there is no record there.
+    """
+    length, position = decode_varint(buffer, start)
+    end = position + length
+    if length < MIN_RECORD_BYTES - 1 or end > len(buffer):
+        raise ValueError(f"a record of {length} bytes where {len(buffer) - position} are left")
+    _, position = decode_varint(buffer, position)
+    timestamp_delta, position = decode_varint(buffer, position)
+    offset_delta, position = decode_varint(buffer, position)
+    for _ in ("key", "value"):
+        size, position = decode_varint(buffer, position)
+        position += max(0, size)
+    headers, _ = decode_varint(buffer, position)
+    return RecordHead(end, timestamp_delta, offset_delta, headers)
+
+
+def most_records(size: int, compressed: bool, limit: int) -> int:
+    """Most records that a batch of so many bytes can hold; at least one."""
+    return max(1, (min(size * MAX_RATIO, limit) if compressed else size) // MIN_RECORD_BYTES)
+
+
+class CorruptRecord(DefaultRecord):  # type: ignore[misc]
+    """Carries a ``Corrupt`` through kafka-python."""
+
+    __slots__ = ("checksum",)
+
+    def __init__(self, corrupt: Corrupt) -> None:
+        super().__init__(0, corrupt.offset, corrupt.timestamp, 0, None, None, [])
+        self.checksum = corrupt
+
+
+def corrupt_records(
+    partition: TopicPartition, offsets: range, detail: str, raw: Any, timestamp: int = -1
+) -> Iterator[CorruptRecord]:
+    """One record for each offset; the first carries the bytes."""
+    known = timestamp if -1 <= timestamp <= INT64_MAX else -1
+    for offset in offsets:
+        excerpt = bytes(raw[:MAX_RAW_BYTES]) if offset == offsets.start else None
+        yield CorruptRecord(Corrupt(partition.topic, partition.partition, offset, known, detail, excerpt))
+
+
+class DamagedBatch:
+    """Bytes whose checksum or framing is wrong: one corrupt record for each of ``offsets``."""
+
+    #: None of the formats: kafka-python then takes offset and position from the records alone.
+    magic = None
+
+    def __init__(self, partition: TopicPartition, offsets: range, detail: str, raw: memoryview) -> None:
+        self.base_offset = offsets.start
+        self._records = corrupt_records(partition, offsets, detail, raw)
+
+    def validate_crc(self) -> bool:
+        """Its records say what is wrong."""
+        return True
+
+    def __iter__(self) -> Iterator[CorruptRecord]:
+        return self._records
+
+
+class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
+    """A batch of the format of Kafka 0.11 and later (magic 2), whose checksum is right.
+
+    Its records come out until one cannot be read. A record whose header names are not UTF-8, or which has too many
+    headers, is corrupt alone; after any other fault nothing that follows can be told apart, and each offset up to the
+    batch's last is corrupt. There are no more of these than records that the bytes can hold: a producer could claim two
+    billion.
+    """
+
+    _buffer: bytearray
+    _pos: int
+    _decompressed: bool
+
+    def __init__(self, view: memoryview, partition: TopicPartition, start: int, limit: int) -> None:
+        """``start``: the first offset that is still wanted. ``limit``: most bytes that the records may expand to."""
+        super().__init__(view)
+        self._source = view
+        self._partition = partition
+        self._from = start
+        self._limit = limit
+
+    @property
+    def is_control_batch(self) -> bool:
+        """Whether it marks the end of a transaction; not if compaction removed the marker and left it empty."""
+        return bool(super().is_control_batch) and bool(self.records_count)
+
+    @property
+    def unreadable_control(self) -> bool:
+        """Whether it should mark the end of a transaction, and does not."""
+        if not self.is_control_batch:
+            return False
+        start = self._pos
+        try:
+            self._read_msg()
+        except Exception:
+            return True
+        finally:
+            self._pos = start
+        return False
+
+    def validate_crc(self) -> bool:
+        """Checked before anything else was read."""
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        expected: int = self.base_offset
+        last: int = self.last_offset
+        try:
+            self._maybe_uncompress()
+            while self._next_record_index < self._num_records:
+                record = self._next_record(expected)
+                yield record
+                expected = record.offset + 1
+                self._next_record_index += 1
+            if self._pos != len(self._buffer):
+                raise ValueError(f"{len(self._buffer) - self._pos} bytes after the last record")
+            if self._complete and expected <= last:
+                raise ValueError("records are missing")
+        except MemoryError:
+            raise  # of this process, not of the data
+        except Exception as error:  # also whatever a codec's library raises
+            yield from self._rest(expected, error)
+
+    def _next_record(self, expected: int) -> Any:
+        start = self._pos
+        head = record_head(self._buffer, start)
+        offset = self.base_offset + head.offset_delta
+        if not expected <= offset <= self.last_offset or (self._complete and offset != expected):
+            raise ValueError(f"a record of offset {offset} where {expected} is next, {self.last_offset} the last")
+        try:
+            if head.headers > MAX_HEADERS:
+                raise UnicodeError(f"{head.headers} headers, more than {MAX_HEADERS}")
+            return self._read_msg()
+        except UnicodeError as error:
+            self._pos = head.end
+            raw = memoryview(self._buffer)[start : head.end]
+            detail = f"a header cannot be read: {error}"
+            timestamp = self.first_timestamp + head.timestamp_delta
+            return next(corrupt_records(self._partition, range(offset, offset + 1), detail, raw, timestamp))
+
+    @property
+    def _complete(self) -> bool:
+        """Whether no record was removed by compaction, so that offsets follow each other."""
+        return bool(self.records_count == self.last_offset_delta + 1)
+
+    def _rest(self, expected: int, error: Exception) -> Iterator[CorruptRecord]:
+        first = max(expected, self._from)
+        most = most_records(len(self._source), bool(self.compression_type), self._limit)
+        offsets = range(first, min(self.last_offset + 1, first + most))
+        detail = f"the batch of offsets {self.base_offset} to {self.last_offset} cannot be read: {_message_of(error)}"
+        yield from corrupt_records(self._partition, offsets, detail, self._source, self.max_timestamp)
+
+    def _maybe_uncompress(self) -> None:
+        if not self._decompressed and self.compression_type:
+            body = memoryview(self._buffer)[self._pos :]
+            self._buffer = decompress(self.compression_type, body, self._limit)
+            self._pos = 0
+        self._decompressed = True
+
+
+class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
+    """A message (which may hold others) of the formats before Kafka 0.11, magic 0 and 1, whose checksum is right."""
+
+    def __init__(self, view: memoryview, magic: int, partition: TopicPartition, start: int, limit: int) -> None:
+        super().__init__(view, magic)
+        self._source = view
+        self._partition = partition
+        self._from = start
+        self._limit = limit
+
+    def validate_crc(self) -> bool:
+        """Checked before anything else was read."""
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        expected = 0
+        try:
+            for record in super().__iter__():
+                if not expected <= record.offset <= self.base_offset or not record.validate_crc():
+                    raise ValueError(f"the message of offset {record.offset} is damaged")
+                yield record
+                expected = record.offset + 1
+        except MemoryError:
+            raise
+        except Exception as error:
+            first = max(expected, self._from)
+            most = most_records(len(self._source), bool(self.compression_type), self._limit)
+            offsets = range(first, min(self.base_offset + 1, first + most))
+            detail = f"the message set up to offset {self.base_offset} cannot be read: {_message_of(error)}"
+            yield from corrupt_records(self._partition, offsets, detail, self._source)
+
+    def _decompress(self, key_offset: int) -> bytearray:
+        _, value = self._read_key_value(key_offset)
+        if value is None:
+            raise ValueError("a compressed message without a value")
+        messages = decompress(self.compression_type, memoryview(value), self._limit)
+        start = 0
+        while start < len(messages):  # kafka-python would follow a negative size backwards, for ever
+            _, size = struct.unpack_from(">qi", messages, start)
+            if size < MIN_LEGACY_BYTES - 12:
+                raise ValueError(f"a message of {size} bytes")
+            start += 12 + size
+        return messages
+
+
+def _message_of(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:200]
+
+
+GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
+CHUNK = 1 << 20
+#: Members of one gzip stream: Kafka's clients write one, and each further one copies what follows it.
+MAX_GZIP_MEMBERS = 64
+XERIAL_MAGIC = b"\x82SNAPPY\x00"
+XERIAL_HEADER_BYTES = 16
+
+
+class TooLarge(ValueError):
+    """The data expands to more than the limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"expands to more than {limit} bytes")
+
+
+def decompress(codec: int, data: memoryview, limit: int) -> bytearray:
+    """Expand ``data``, compressed with the codec of that number (the low three bits of a batch's attributes).
+
+    Raises:
+        TooLarge: it would be more than ``limit`` bytes; no more than ``limit`` + 1 MiB of it was held in memory.
+        Exception: whatever the codec's library raises for data that is damaged; ValueError for an unknown codec.
+    """
+    decoder = _DECODERS.get(codec)
+    if decoder is None:
+        raise ValueError(f"compression codec {codec} is not known")
+    return decoder(data, limit)
+
+
+def _gunzip(data: memoryview, limit: int) -> bytearray:
+    out = bytearray()
+    rest: bytes | memoryview = data
+    for _ in range(MAX_GZIP_MEMBERS):
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        out += member.decompress(rest, limit - len(out) + 1)
+        if len(out) > limit:
+            raise TooLarge(limit)
+        if not member.eof:
+            raise ValueError("the gzip stream ends early")
+        rest = member.unused_data.lstrip(b"\x00")
+        if not rest:
+            return out
+    raise ValueError(f"the gzip stream has more than {MAX_GZIP_MEMBERS} members")
+
+
+def _unsnappy(data: memoryview, limit: int) -> bytearray:
+    out = bytearray()
+    for block in _snappy_blocks(data):
+        if _snappy_length(block) > limit - len(out):
+            raise TooLarge(limit)
+        out += snappy.decompress(bytes(block))
+    return out
+
+
+def _snappy_blocks(data: memoryview) -> list[memoryview]:
+    """The blocks of a stream of the Java library xerial; other data is one block."""
+    if len(data) <= XERIAL_HEADER_BYTES or data[: len(XERIAL_MAGIC)] != XERIAL_MAGIC:
+        return [data]
+    blocks = []
+    start = XERIAL_HEADER_BYTES
+    while start < len(data):
+        (size,) = struct.unpack_from(">i", data, start)
+        start += 4
+        if not 0 < size <= len(data) - start:
+            raise ValueError(f"a snappy block of {size} bytes does not fit the stream")
+        blocks.append(data[start : start + size])
+        start += size
+    return blocks
+
+
+def _snappy_length(block: memoryview) -> int:
+    """Bytes that a block claims to expand to: a little-endian base-128 number in front of it."""
+    length = 0
+    for number, byte in enumerate(block[:5]):
+        length |= (byte & 0x7F) << (7 * number)
+        if byte < 0x80:
+            return length
+    raise ValueError("a snappy block has no length")
+
+
+def _unlz4(data: memoryview, limit: int) -> bytearray:
+    frame = LZ4FrameDecompressor()
+    out = bytearray(frame.decompress(bytes(data), max_length=CHUNK))
+    while not frame.eof and len(out) <= limit:
+        before = len(out)
+        out += frame.decompress(b"", max_length=CHUNK)
+        if len(out) == before and frame.needs_input:
+            raise ValueError("the lz4 frame ends early")
+    if len(out) > limit:
+        raise TooLarge(limit)
+    return out
+
+
+def _unzstd(data: memoryview, limit: int) -> bytearray:
+    out = bytearray()
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as reader:
+        while chunk := reader.read(CHUNK):
+            out += chunk
+            if len(out) > limit:
+                raise TooLarge(limit)
+    return out
+
+
+_DECODERS: dict[int, Callable[[memoryview, int], bytearray]] = {
+    GZIP: _gunzip,
+    SNAPPY: _unsnappy,
+    LZ4: _unlz4,
+    ZSTD: _unzstd,
+}

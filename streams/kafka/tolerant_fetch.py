@@ -1,0 +1,456 @@
+"""A KafkaConsumer whose ``poll`` steps over what kafka-python cannot read, and says so.
+
+By itself, kafka-python 3.0 raises out of ``poll`` when a batch has a wrong checksum, an unknown format or a broken
+payload, or one record of it a header name that is not UTF-8. The position stays, so the same happens for ever; a second
+``poll`` of the same consumer does not even return, because the exhausted iterator is never dropped. After ``install``,
+each such offset comes out of ``poll`` as a ``Corrupt`` in the place of its record, and the position moves past it.
+
+>>> consumer = KafkaConsumer(bootstrap_servers="127.0.0.1:19092", auto_offset_reset="none")  # doctest: +SKIP
+>>> install(consumer)  # doctest: +SKIP
+
+Where it hooks in: a fetcher makes ``self.PartitionRecords(...)`` in ``_parse_fetched_data``. Both are replaced on the
+one fetcher. Transactions, control batches, positions and metrics stay kafka-python's own code: it is given batches
+(:mod:`streams.kafka.record_batches`) that never raise, and whose unreadable records carry their ``Corrupt`` in the
+field of the checksum.
+
+Finding the batches of a fetch
+------------------------------
+What the fields in front of a batch say is not covered by its checksum where it matters most (its offset and its
+length), so they are believed only where they agree with the fetch: with the position that was asked for, the batch that
+follows, the end of the log. A batch that does not is read a second time before it counts as damaged: the log may be
+sound, and the bytes have been damaged on their way. Where what follows a damaged batch does not begin with its next
+offset, nothing else of the fetch is read, and the next one starts behind it, at a boundary that the broker knows.
+
+The offsets of a damaged batch are those that its header names, where the header contradicts nothing. Otherwise there
+are fewer of them, at least one, and the next fetch finds the rest: too few cost a fetch more, too many would cost
+records.
+
+Truncation (KIP-320), as kafka-python 3.0.12 does it
+----------------------------------------------------
+A position has the leader epoch of the record before it. When the cluster's epoch becomes newer, or a fetch (version 12)
+says that the logs diverge, the fetcher asks the leader (``OffsetForLeaderEpoch``) in the background. If the log ends
+before the position and there is no reset policy (``auto_offset_reset="none"``), a *later* ``poll`` raises
+``LogTruncationError``, before it returns any record. Its ``divergent_offsets`` has ``{TopicPartition:
+OffsetAndMetadata(end offset, "", end epoch) or None}``, of several partitions maybe; None: the leader does not know the
+epoch, so where the logs part is not known. (With a reset policy it seeks by itself, without a word.)
+
+It is raised once: the partition counts as validated and can be fetched again at the *old* position. A broker of fetch
+version 12 answers that with the divergence again, so the error comes back; an older one sends whatever replaced the
+lost records. So seek at once. ``KafkaConsumer.seek`` takes an int only, and a position without an epoch is not
+validated until a record has been read from there: ``seek`` of this module gives the epoch along, and is also what a
+stored position is to be restored with. (kafka-python forgets the epoch whenever a fetch was empty; ``install`` keeps
+it.)
+"""
+
+from __future__ import annotations
+
+import inspect
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import kafka
+from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka.consumer.fetcher import CompletedFetch, ConsumerRecord, Fetcher
+from kafka.consumer.subscription_state import SubscriptionState
+from kafka.errors import CorruptRecordError, LogTruncationError
+from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.legacy_records import LegacyRecordBatch
+from kafka.record.util import calc_crc32, calc_crc32c
+
+from core.errors import ConfigError
+from streams.kafka.record_batches import (
+    INT64_MAX,
+    MIN_LEGACY_BYTES,
+    Corrupt,
+    DamagedBatch,
+    TolerantBatch,
+    TolerantLegacyBatch,
+    most_records,
+)
+
+__all__ = ["MAX_BATCH_BYTES", "Corrupt", "install", "seek", "truncations"]
+
+#: Most bytes that a compressed batch may expand to: the largest record that Ratchet reads is as large.
+MAX_BATCH_BYTES = 64 * 1024 * 1024
+
+
+def install(consumer: KafkaConsumer, max_batch_bytes: int = MAX_BATCH_BYTES) -> None:
+    """Make ``poll`` of this consumer give a ``Corrupt`` for each offset that cannot be read.
+
+    ``max_batch_bytes``: a batch that expands to more is not read, and each of its offsets is corrupt.
+
+    Raises:
+        ConfigError: the installed kafka-python is built differently from what this relies on, or the consumer has
+            deserializers (which would be given None for what is corrupt).
+    """
+    check_library()
+    for name in ("key_deserializer", "value_deserializer"):
+        if consumer.config[name] is not None:
+            raise ConfigError(f"the consumer has a {name}.", "Decode what `poll` returns instead.")
+    fetcher = consumer._fetcher
+    fetcher.PartitionRecords = TolerantRecords
+    fetcher._parse_fetched_data = _Parser(fetcher, max_batch_bytes).parse
+
+
+def complete_joins(consumer: KafkaConsumer) -> None:
+    """Make a consumer complete each join that it has begun.
+
+    kafka-python 3.0.12 forgets one that ``poll`` leaves between JoinGroup and SyncGroup: it no longer thinks that it
+    needs to join, and its member has no partitions for ever (tests/outside/kafka/kafka_python_report.md).
+
+    Raises:
+        ConfigError: the installed kafka-python is built differently.
+    """
+    coordinator = consumer._coordinator
+    if not hasattr(coordinator, "_join_task"):
+        _reject(f"{type(coordinator).__qualname__}._join_task")
+    needed = coordinator.need_rejoin
+    coordinator.need_rejoin = lambda: coordinator._join_task is not None or needed()
+
+
+class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
+    """The records of one partition in one fetch response."""
+
+    #: Set before the first record is taken.
+    batches: FetchedBatches
+    #: The newest leader epoch that the cluster has told of, -1 if none. A batch's own is not covered by its checksum.
+    newest_epoch = -1
+    _leader_epoch = -1
+    next_fetch_offset: int
+
+    @property
+    def leader_epoch(self) -> int:
+        """Of the last batch, or of the position before it."""
+        return self._leader_epoch
+
+    @leader_epoch.setter
+    def leader_epoch(self, epoch: int) -> None:
+        if epoch >= 0 and (epoch <= self.newest_epoch or self.newest_epoch < 0):
+            self._leader_epoch = epoch
+
+    def _unpack_records(self, tp: TopicPartition, records: Any, *deserializers: Any) -> Iterator[Any]:
+        try:
+            for record in super()._unpack_records(tp, self.batches, *deserializers):
+                corrupt = record.checksum
+                yield replace(corrupt, leader_epoch=record.leader_epoch) if isinstance(corrupt, Corrupt) else record
+        except Exception:
+            self.drain()  # or the next poll would take from an iterator that has ended, for ever
+            raise
+        self.next_fetch_offset = max(self.next_fetch_offset, self.fetch_offset)
+
+
+class _Parser:
+    """Stands in for ``Fetcher._parse_fetched_data``."""
+
+    def __init__(self, fetcher: Fetcher, max_batch_bytes: int) -> None:
+        self._fetcher = fetcher
+        self._library: Callable[[CompletedFetch], TolerantRecords | None] = fetcher._parse_fetched_data
+        self._limit = max_batch_bytes
+        self._suspects = Suspects()
+
+    def parse(self, completed: CompletedFetch) -> TolerantRecords | None:
+        """Let kafka-python check the response, and give it batches that do not raise to read."""
+        response, partition = completed.partition_data, completed.topic_partition
+        data, response.records = response.records or b"", b""  # kafka-python would raise for a batch that is cut off
+        records = self._library(completed)
+        if records is not None:
+            state = self._fetcher._subscriptions.assignment[partition]
+            epoch = self._fetcher._manager.cluster.leader_epoch_for_partition(partition)
+            records.newest_epoch = -1 if epoch is None else epoch
+            records.leader_epoch = state.position.leader_epoch
+            records.batches = FetchedBatches(
+                data, partition, completed.fetched_offset, response.high_watermark, self._limit, self._suspects
+            )
+        return records
+
+
+def truncations(error: LogTruncationError) -> dict[int, int | None]:
+    """Partitions whose log was cut off behind what was read: the first offset that is lost, None if it is not known."""
+    divergences = error.divergent_offsets
+    return {
+        partition.partition: None if divergence is None else divergence.offset
+        for partition, divergence in divergences.items()
+    }
+
+
+def seek(consumer: KafkaConsumer, partition: TopicPartition, offset: int, leader_epoch: int = -1) -> None:
+    """Go on at ``offset``.
+
+    ``leader_epoch``: of the record before it, so that a truncation is noticed before the first fetch, too.
+
+    Raises:
+        ValueError: the partition is not assigned.
+    """
+    consumer.seek(partition, offset)
+    if leader_epoch >= 0:
+        consumer._subscription.seek(partition, OffsetAndMetadata(offset, "", leader_epoch))
+
+
+def position(consumer: KafkaConsumer, partition: TopicPartition) -> OffsetAndMetadata | None:
+    """The offset that the next fetch asks for, behind all that ``poll`` returned or left out, with the leader epoch of
+    what lies before it. None where there is none, or the partition is not assigned.
+    """
+    state = consumer._subscription.assignment.get(partition)
+    return None if state is None else state.position
+
+
+def check_library() -> None:
+    """Raises ConfigError if kafka-python is not built as this module relies on."""
+    expected: list[tuple[Any, str, list[str]]] = [
+        (Fetcher, "_parse_fetched_data", ["self", "completed_fetch"]),
+        (
+            Fetcher.PartitionRecords,
+            "_unpack_records",
+            ["self", "tp", "records", "key_deserializer", "value_deserializer"],
+        ),
+        (Fetcher.PartitionRecords, "drain", ["self"]),
+        (DefaultRecordBatch, "__init__", ["self", "buffer"]),
+        (DefaultRecordBatch, "_maybe_uncompress", ["self"]),
+        (DefaultRecordBatch, "_read_msg", ["self", "decode_varint"]),
+        (LegacyRecordBatch, "__init__", ["self", "buffer", "magic"]),
+        (LegacyRecordBatch, "_decompress", ["self", "key_offset"]),
+        (LegacyRecordBatch, "_read_key_value", ["self", "pos"]),
+        (SubscriptionState, "seek", ["self", "partition", "offset"]),
+    ]
+    for owner, name, parameters in expected:
+        function = getattr(owner, name, None)
+        if function is None or list(inspect.signature(function).parameters) != parameters:
+            _reject(f"{owner.__qualname__}.{name}({', '.join(parameters)})")
+    slots = {"_buffer", "_pos", "_num_records", "_next_record_index", "_decompressed"}
+    for owner, names, needed in (
+        (DefaultRecordBatch, DefaultRecordBatch.__slots__, slots),
+        (ConsumerRecord, ConsumerRecord._fields, {"checksum", "leader_epoch"}),
+        (CompletedFetch, CompletedFetch._fields, {"topic_partition", "fetched_offset", "partition_data"}),
+    ):
+        for missing in needed - set(names):
+            _reject(f"{owner.__qualname__}.{missing}")
+
+
+def _reject(what: str) -> None:
+    raise ConfigError(
+        f"kafka-python {kafka.__version__} has no {what}, which stepping over corrupt records relies on.",
+        "Install the version that Ratchet was tested with: pip install 'kafka-python==3.0.12'.",
+    )
+
+
+HEADER = DefaultRecordBatch.HEADER_STRUCT
+#: Base offset and length: what is in front of the bytes that the length counts.
+OVERHEAD = 12
+MAGIC_AT = 16
+ATTRIBUTES_AT = 21
+#: Of magic 0, 1 and 2.
+CRC_AT = (12, 12, 17)
+LAST_DELTA_AT, COUNT_AT = 23, 57
+#: Index of the field.
+PRODUCER = 9
+COMPRESSION = 0x07
+#: A position is fetched no more often than this before its bytes count as damaged in the log, if they differ each time.
+MAX_FETCHES = 3
+
+
+class Unreliable(Exception):
+    """A batch that cannot be trusted; the message says why."""
+
+
+class UnreadableMarker(Unreliable):
+    """A batch that should end a transaction. Its checksum is right, so it was written like this."""
+
+
+class Suspects:
+    """Damage that the last fetch of each partition showed, to be told from damage on the way by the next one."""
+
+    def __init__(self) -> None:
+        self._seen: dict[TopicPartition, tuple[int, int, set[int]]] = {}
+
+    def confirmed(self, partition: TopicPartition, position: int, view: memoryview) -> bool:
+        """Whether the fetch before this one brought the same bytes, or several fetches other damaged ones."""
+        last_position, fetches, digests = self._seen.get(partition, (-1, 0, set()))
+        return zlib.crc32(view) in digests or (last_position == position and fetches >= MAX_FETCHES - 1)
+
+    def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
+        """Remember the damaged batches of a fetch that is read no further than ``position``."""
+        last_position, fetches, _ = self._seen.get(partition, (-1, 0, set()))
+        self._seen[partition] = (
+            position,
+            fetches + 1 if last_position == position else 1,
+            {zlib.crc32(each) for each in views},
+        )
+
+
+class FetchedBatches:
+    """Iterates as ``kafka.record.MemoryRecords`` does, over batches that never raise."""
+
+    def __init__(
+        self, data: bytes, partition: TopicPartition, position: int, end: int, limit: int, suspects: Suspects
+    ) -> None:
+        """``data``: what the broker sent for ``partition`` at offset ``position``. ``end``: the high watermark, -1 if
+        unknown. ``limit``: most bytes that one batch may expand to."""
+        self.data = memoryview(data)
+        self.partition = partition
+        self.position = position
+        self.end = end if end >= 0 else INT64_MAX
+        self.limit = limit
+        self.suspects = suspects
+        self._at = 0
+        self._first = True
+        self._stopped = False
+
+    def next_batch(self) -> Any:
+        """The next batch, or None at the end of what was fetched.
+
+        Raises:
+            CorruptRecordError: the fetch is damaged, and the broker says that there is nothing at its position.
+        """
+        while not self._stopped and self._at < len(self.data):
+            view = self._frame(self._at)
+            if view is None and not self._first:
+                break  # cut off at the most bytes of a fetch: the next one brings it whole
+            try:
+                if view is None:
+                    raise Unreliable("its length does not fit what was fetched")
+                batch, last = self._open(view)
+            except Unreliable as problem:
+                return self._damaged(self.data[self._at :] if view is None else view, problem)
+            self._at += len(view)
+            if last < self.position:
+                continue  # a batch that ends before the position, as a broker may send in front of the right one
+            self.position = last + 1
+            self._first = False
+            return batch
+        self._stopped = True
+        return None
+
+    def _frame(self, start: int) -> memoryview | None:
+        """The bytes of the batch at ``start``, or None if they are not all there."""
+        if len(self.data) - start < OVERHEAD:
+            return None
+        (length,) = struct.unpack_from(">i", self.data, start + 8)
+        stop = start + OVERHEAD + length
+        return self.data[start:stop] if length >= 0 and stop <= len(self.data) else None
+
+    def _open(self, view: memoryview) -> tuple[Any, int]:
+        """The batch, and its last offset. Raises Unreliable."""
+        base, last = checked(view)
+        if last < self.position or (base < self.position and not self._first):
+            follows = self._following(len(view))
+            if self._first and follows is not None and follows[0] <= self.position:
+                return None, last
+            raise Unreliable(f"its offsets {base} to {last} were there before")
+        if base > self.position:
+            follows = self._following(len(view))
+            if last >= self.end or (follows is not None and follows[0] <= last):
+                raise Unreliable(f"its offsets {base} to {last} do not fit the log, which ends at {self.end}")
+        magic = view[MAGIC_AT]
+        if magic < 2:
+            return TolerantLegacyBatch(view, magic, self.partition, self.position, self.limit), last
+        batch = TolerantBatch(view, self.partition, self.position, self.limit)
+        if batch.unreadable_control:
+            raise UnreadableMarker("it should end a transaction, and has no record that says which way")
+        return batch, last
+
+    def _following(self, size: int) -> tuple[int, int] | None:
+        """First and last offset of the batch that follows one of so many bytes, if it is sound and of magic 2.
+
+        Of a message set (magic 0 and 1), the last offset alone is known.
+        """
+        view = self._frame(self._at + size)
+        if view is None or len(view) < HEADER.size or view[MAGIC_AT] != 2:
+            return None
+        try:
+            return checked(view)
+        except Unreliable:
+            return None
+
+    def _damaged(self, view: memoryview, problem: Unreliable) -> DamagedBatch | None:
+        """What comes out for bytes that cannot be trusted: None at first, then a batch of corrupt records."""
+        detail = f"a batch of {len(view)} bytes at offset {self.position} cannot be read: {problem}"
+        if self.end <= self.position:
+            raise CorruptRecordError(f"{detail}, and the log of {self.partition} ends at {self.end}")
+        written = isinstance(problem, UnreadableMarker)
+        if not written and not self.suspects.confirmed(self.partition, self.position, view):
+            self._stopped = True
+            self.suspects.put(self.partition, self.position, [view, *self._damage_behind(len(view))])
+            return None
+        offsets = self._damaged_offsets(view)
+        # Behind a lost marker, which of a producer's records were taken back is known to a new fetch only.
+        ends = written and HEADER.unpack_from(view)[PRODUCER] >= 0
+        self._at += len(view)
+        self._stopped = ends or self._base_at(self._at) != offsets.stop
+        self.position = offsets.stop
+        self._first = False
+        return DamagedBatch(self.partition, offsets, detail, view)
+
+    def _base_at(self, start: int) -> int | None:
+        """What the batch at ``start`` names as its first offset, if it is all there."""
+        view = self._frame(start)
+        return None if view is None else int(struct.unpack_from(">q", view)[0])
+
+    def _damage_behind(self, size: int) -> Iterator[memoryview]:
+        """Damaged batches behind one of so many bytes, so that one more fetch is enough for all of them."""
+        start = self._at + size
+        while (view := self._frame(start)) is not None:
+            try:
+                checked(view)
+            except Unreliable:
+                yield view
+            start += len(view)
+
+    def _damaged_offsets(self, view: memoryview) -> range:
+        follows = self._following(len(view))
+        limit = self.end if follows is None or follows[0] <= self.position else min(self.end, follows[0])
+        claimed = self._claimed(view, limit)
+        if claimed is not None:
+            first, stop = claimed
+        else:
+            first = self.position
+            stop = limit if limit < self.end else first + 1
+        compressed = len(view) > ATTRIBUTES_AT + 1 and bool(view[ATTRIBUTES_AT + 1] & COMPRESSION)
+        most = most_records(len(view), compressed, self.limit)
+        return range(first, max(first + 1, min(stop, limit, first + most)))
+
+    def _claimed(self, view: memoryview, limit: int) -> tuple[int, int] | None:
+        """The offsets [first, stop) that the header names, if its fields agree with each other and with the fetch."""
+        if len(view) < HEADER.size:
+            return None
+        (base,) = struct.unpack_from(">q", view)
+        delta, count = _counts(view)
+        if delta < 0 or count != delta + 1:
+            return None
+        if self.position <= base < limit:
+            return base, base + count
+        if self._first and base < self.position <= base + delta:
+            return self.position, base + count
+        return None if self._first else (self.position, self.position + count)
+
+
+def checked(view: memoryview) -> tuple[int, int]:
+    """First and last offset of a batch whose format is known and whose checksum is right.
+
+    Raises:
+        Unreliable: it is not such a batch.
+    """
+    if len(view) < MIN_LEGACY_BYTES:
+        raise Unreliable("it is too short")
+    magic = view[MAGIC_AT]
+    if magic > 2:
+        raise Unreliable(f"its format has number {magic}")
+    if len(view) < (MIN_LEGACY_BYTES, MIN_LEGACY_BYTES + 8, HEADER.size)[magic]:
+        raise Unreliable("it is too short")
+    (crc,) = struct.unpack_from(">I", view, CRC_AT[magic])
+    (base,) = struct.unpack_from(">q", view)
+    if crc != (calc_crc32c(view[ATTRIBUTES_AT:]) if magic == 2 else calc_crc32(view[MAGIC_AT:])):
+        raise Unreliable("its checksum is wrong")
+    delta, count = _counts(view) if magic == 2 else (0, 1)
+    if not 0 <= base <= INT64_MAX - delta or delta < 0 or count < 0:
+        raise Unreliable(f"it has {count} records of offsets {base} to {base + delta}")
+    return base, base + delta
+
+
+def _counts(view: memoryview) -> tuple[int, int]:
+    """Last offset less base offset, and number of records, as a batch of magic 2 names them."""
+    (delta,) = struct.unpack_from(">i", view, LAST_DELTA_AT)
+    (count,) = struct.unpack_from(">i", view, COUNT_AT)
+    return delta, count

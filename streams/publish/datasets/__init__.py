@@ -1,0 +1,115 @@
+"""Data sets that people have, read as a stream: :func:`detect` finds the format, :func:`read_dataset` the rows.
+
+Formats are in modules: ``shards`` (WebDataset, img2dataset), ``parquet`` (Hugging Face, img2dataset), ``imagefolder``
+(also with a text file next to each image) and ``json_annotations`` (COCO, LLaVA, VQAv2). Ratchet's own are here: the
+folder dataset (:mod:`streams.publish.folders`), and single CSV and JSON Lines files of its columns. All yield
+:class:`~streams.publish.folders.DatasetRow`: a sample, or the error that names file, row, field and fix. Memory does
+not grow with the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from ratchet_client.images import MAX_BYTES
+from streams.publish.datasets import imagefolder, json_annotations, parquet, shards
+from streams.publish.datasets.source import Format, Source
+from streams.publish.folders import INDEX, DatasetRow, read_index, select_split
+from streams.publish.row_files import dataset_error
+
+
+def _read_index_file(source: Source) -> Iterator[DatasetRow]:
+    """Rows of ``data.csv`` of a folder, or of the file itself."""
+    index = source.path / INDEX if source.path.is_dir() else source.path
+    if not index.is_file():
+        raise dataset_error(f"{source.path} has no {INDEX}", f"name a folder with images and a {INDEX}: file,text")
+    return read_index(index)
+
+
+def _is_folder(path: Path) -> bool:
+    return (path / INDEX).is_file()
+
+
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv" and path.is_file()
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file()
+
+
+FOLDER: Final = Format("folder", "a folder of images with data.csv", _is_folder, _read_index_file)
+CSV: Final = Format("csv", "a CSV file with the columns of data.csv", _is_csv, _read_index_file)
+JSONL: Final = Format("jsonl", "a JSON Lines file with the fields of data.csv", _is_jsonl, _read_index_file)
+
+
+_ORDERED: Final = (
+    FOLDER,
+    shards.FORMAT,
+    parquet.FORMAT,
+    CSV,
+    json_annotations.LLAVA,
+    JSONL,
+    json_annotations.COCO,
+    json_annotations.VQA,
+    imagefolder.SIDECARS,
+    imagefolder.FORMAT,
+)
+FORMATS: Final[dict[str, Format]] = {each.name: each for each in _ORDERED}
+"""All formats by name, in the order in which `detect` tries them: those with an index before those told by images."""
+
+
+def detect(path: Path | str) -> Format:
+    """The format of a data set. Raises RecordError when it is none that is known."""
+    source = Path(path)
+    _check_exists(source)
+    for candidate in FORMATS.values():
+        if candidate.matches(source):
+            return candidate
+    raise dataset_error(f"{source} is no data set that is known", f"name one of: {_known()}")
+
+
+def read_dataset(
+    path: Path | str,
+    format: str | None = None,
+    split: str | None = None,
+    max_image_bytes: int = MAX_BYTES,
+) -> Iterator[DatasetRow]:
+    """The rows of a data set, one at a time, in an order that is the same each time.
+
+    Args:
+        path: a file, a folder, or a pattern of shards (``shards/{000..010}.tar``).
+        format: a name of :data:`FORMATS`; found by itself where it is None.
+        split: only rows of this split, and those that belong to none.
+        max_image_bytes: a larger image is an error of its row.
+
+    Returns:
+        an iterator. A row that is wrong is in it, with its error; the format is looked at before the first.
+
+    Raises:
+        RecordError: at once, when the path is no data set; later, when it cannot be read any further.
+    """
+    chosen = choose(path, format)
+    source = Source(Path(path), max_image_bytes)
+    return select_split(chosen.read(source), source.path, split)
+
+
+def choose(path: Path | str, name: str | None) -> Format:
+    """The format of this name, or the one that the path has. Raises RecordError."""
+    if name is None:
+        return detect(path)
+    if name not in FORMATS:
+        raise dataset_error(f"{name!r} is no format of data sets", f"name one of: {', '.join(FORMATS)}")
+    _check_exists(Path(path))
+    return FORMATS[name]
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists() and "{" not in path.name:
+        raise dataset_error(f"{path} does not exist", "name a file or a folder")
+
+
+def _known() -> str:
+    return "; ".join(f"{each.name} ({each.holds})" for each in FORMATS.values())

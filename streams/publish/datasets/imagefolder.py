@@ -1,0 +1,172 @@
+"""Folders of images: with a ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face's imagefolder), a folder for each
+class, or a text file next to each image.
+
+Metadata files lie in the folder itself or in its split folders (``train/metadata.csv``). Each row names its image in
+``file_name``, relative to the metadata file; the other columns are found by name
+(:mod:`streams.publish.datasets.mapping`). Without metadata the class is the first folder (below ``train``, ``test``,
+... if the folders are splits), as torchvision's ``ImageFolder`` has it, and its name is the text as well.
+
+Texts of the same name next to images (``0001.jpg``, ``0001.txt``, ``0001.json``) are what img2dataset writes with
+``output_format=files``, and what many captioning tools leave.
+
+Memory: the names in one folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from core.errors import RecordError
+from streams.publish.datasets.mapping import ImageRef, has_words, items_of
+from streams.publish.datasets.shards import values_of
+from streams.publish.datasets.source import IMAGE_SUFFIXES, MAX_TEXT_BYTES, Format, Source, split_of
+from streams.publish.folders import DatasetRow, FolderItem
+from streams.publish.row_files import Where, csv_rows, dataset_error, inside, jsonl_rows
+
+METADATA: Final = ("metadata.csv", "metadata.jsonl")
+FILE: Final = ("file_name", "file", "image")
+MAX_DEPTH: Final = 16
+
+
+def matches(path: Path) -> bool:
+    """Whether a folder has metadata files, or folders with images in them."""
+    if not path.is_dir():
+        return False
+    return bool(_metadata_files(path)) or any(image.parent != path for image in images_under(path))
+
+
+def read(source: Source) -> Iterator[DatasetRow]:
+    """Rows of the metadata files if there are any, else the images of the class folders."""
+    indexes = _metadata_files(source.path)
+    if not indexes:
+        yield from _classes(source)
+    for index in indexes:
+        yield from read_metadata(index, source)
+
+
+def images_under(root: Path) -> Iterator[Path]:
+    """Image files under ``root`` in order of their paths, links to folders not followed."""
+    for folder, children, names in os.walk(root):
+        children.sort()
+        if len(Path(folder).relative_to(root).parts) >= MAX_DEPTH:
+            children.clear()
+        children[:] = [name for name in children if not name.startswith(".")]
+        for name in sorted(names):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield Path(folder) / name
+
+
+def _metadata_files(root: Path) -> list[Path]:
+    for folders in ([root], sorted(child for child in root.iterdir() if child.is_dir())):
+        files = [folder / name for folder in folders for name in METADATA if (folder / name).is_file()]
+        if files:
+            return files
+    return []
+
+
+def read_metadata(index: Path, source: Source, root: Path | None = None) -> Iterator[DatasetRow]:
+    """Rows of a metadata file, ``.csv`` or ``.jsonl``.
+
+    Args:
+        root: the folder that its file names are relative to; its own where it is None.
+
+    Raises:
+        RecordError: it has no columns for an image and its text or class.
+    """
+    folder = root or index.parent
+
+    def check(header: Sequence[str]) -> None:
+        names = [name.lower() for name in header]
+        if not set(names) & set(FILE) or not has_words(names):
+            fix = "the first line must name file_name, and text, caption or label (or question and answer)"
+            raise dataset_error(f"{index}, line 1: the columns are {list(header)[:40]}", fix)
+
+    split = split_of(index.parent.name)
+    for where, row in jsonl_rows(index) if index.suffix.lower() in (".jsonl", ".ndjson") else csv_rows(index, check):
+        try:
+            if isinstance(row, RecordError):
+                raise row
+            column = next((name for name in FILE if row.get(name)), FILE[0])
+            name = row.get(column)
+            if not isinstance(name, str):
+                raise where.error(FILE[0], "is missing", "name an image file, relative to the metadata")
+            inside(folder, name, where)
+            image = ImageRef(folder / name)
+            items = list(items_of(row, image, where, domain=source.domain, split=split))
+        except RecordError as error:
+            yield DatasetRow(str(where), error)
+            continue
+        for item in items:
+            yield DatasetRow(str(where), item)
+
+
+def _classes(source: Source) -> Iterator[DatasetRow]:
+    root = source.path
+    for image in images_under(root):
+        parts = image.relative_to(root).parts
+        split = split_of(parts[0]) if len(parts) > 2 and split_of(parts[0]) == parts[0].lower() else ""
+        where = Where(image, "the file")
+        if len(parts) < 2:
+            error = where.row_error("is in no class folder", "move it to a folder named after its class")
+            yield DatasetRow(str(image), error)
+            continue
+        try:
+            inside(root, image.relative_to(root).as_posix(), where)
+        except RecordError as error:
+            yield DatasetRow(str(image), error)
+            continue
+        label = parts[1] if split else parts[0]
+        text = label.replace("_", " ")
+        yield DatasetRow(str(image), FolderItem(image, text, label, split=split, domain=source.domain))
+
+
+FORMAT: Final = Format("imagefolder", "image files with metadata.csv or .jsonl, or a folder a class", matches, read)
+
+
+_LOOKED_AT: Final = 16
+"""Images whose texts are looked for, to tell what a folder is."""
+
+
+def _is_sidecars(path: Path) -> bool:
+    """Whether one of the first images of a folder has a text beside it."""
+    return path.is_dir() and any(
+        image.with_suffix(".txt").is_file() for image in islice(images_under(path), _LOOKED_AT)
+    )
+
+
+def _read_sidecars(source: Source) -> Iterator[DatasetRow]:
+    """Each image with the words beside it."""
+    for image in images_under(source.path):
+        where = Where(image, "the file")
+        try:
+            inside(source.path, image.relative_to(source.path).as_posix(), where)
+            parts = {suffix: text for suffix in ("txt", "json") if (text := _beside(image, suffix, where)) is not None}
+            split = split_of(image.parent.name)
+            row = values_of(parts, where)
+            items = list(items_of(row, ImageRef(image), where, domain=source.domain, split=split))
+        except RecordError as error:
+            yield DatasetRow(str(image), error)
+            continue
+        for item in items:
+            yield DatasetRow(str(image), item)
+
+
+def _beside(image: Path, suffix: str, where: Where) -> bytes | None:
+    path = image.with_suffix(f".{suffix}")
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_TEXT_BYTES + 1)
+    except OSError:
+        return None
+    if len(content) > MAX_TEXT_BYTES:
+        raise where.error(suffix, f"more than {MAX_TEXT_BYTES} bytes", "shorten it")
+    return content
+
+
+SIDECARS: Final = Format(
+    "sidecars", "image files with a .txt beside each (img2dataset files)", _is_sidecars, _read_sidecars
+)

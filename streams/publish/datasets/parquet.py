@@ -1,0 +1,189 @@
+"""Parquet files with images in them: Hugging Face data sets, and img2dataset's ``output_format=parquet``.
+
+The image is the column that the schema's ``huggingface`` metadata says is one, or one named ``image``, ``jpg``, ...;
+its values are bytes, or structs of ``bytes`` and ``path``. Other columns are found by name
+(:mod:`streams.publish.datasets.mapping`); numbers of a ``ClassLabel`` become the names in the metadata. A row that
+img2dataset could not download is a wrong one.
+
+Memory: one batch of rows, some `BATCH_BYTES` by the sizes in the file's own metadata, beside the pages that are being
+decoded. Columns are read through a buffer, not a row group at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from core.errors import RecordError
+from streams.publish.datasets.mapping import COLUMNS, ImageRef, has_words, items_of
+from streams.publish.datasets.source import Format, Source, files_under, split_of
+from streams.publish.folders import DatasetRow
+from streams.publish.row_files import Where, dataset_error, inside
+
+IMAGE: Final = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+STATUS: Final = ("status", "error_message")
+"""What img2dataset says of each download."""
+BATCH_BYTES: Final = 16 * 2**20
+MAX_BATCH_ROWS: Final = 256
+MAX_ROW_BYTES: Final = 128 * 2**20
+"""Largest average row of a row group that is read at all."""
+BUFFER_BYTES: Final = 2**20
+_DAMAGE = (pa.ArrowException, OSError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Which columns of a file are read, and as what."""
+
+    image: str
+    columns: tuple[str, ...]
+    label_names: dict[str, list[str]] = field(default_factory=dict)
+
+
+def matches(path: Path) -> bool:
+    """Whether a path is a parquet file, or a folder of which the first has a column of images."""
+    if path.is_dir():
+        try:
+            first = next(iter(files_under(path, ".parquet")), None)
+            return first is not None and _image_column(pq.read_schema(first)) is not None
+        except _DAMAGE:
+            return False
+    return path.suffix.lower() == ".parquet"
+
+
+def read(source: Source) -> Iterator[DatasetRow]:
+    """Rows of all files. A damaged file is one wrong row; the next one is read."""
+    files = files_under(source.path, ".parquet") if source.path.is_dir() else [source.path]
+    for file in files:
+        split = split_of(file.name) or split_of(file.parent.name)
+        number = 0
+        try:
+            with pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
+                layout = _layout(table.schema_arrow, file)
+                for batch, index in _raw_rows(table, layout, file):
+                    number += 1
+                    yield from _rows(batch, index, layout, Where(file, f"row {number}"), source, split)
+        except _DAMAGE as error:
+            where = Where(file, f"after row {number}")
+            problem = f"damaged ({str(error)[:200] or type(error).__name__})"
+            yield DatasetRow(str(where), where.row_error(problem, "copy the file again"))
+
+
+def _raw_rows(table: pq.ParquetFile, layout: _Layout, file: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        average = about.total_byte_size // max(1, about.num_rows)
+        if average > MAX_ROW_BYTES:
+            raise dataset_error(f"{file}: rows of {average} bytes on average", "write smaller images")
+        size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(1, average)))
+        batches = table.iter_batches(size, row_groups=[group], columns=list(layout.columns), use_threads=False)
+        for batch in batches:
+            for index in range(batch.num_rows):
+                yield batch, index
+
+
+def _rows(
+    batch: pa.RecordBatch, index: int, layout: _Layout, where: Where, source: Source, split: str
+) -> Iterator[DatasetRow]:
+    try:
+        row = _values(batch, index, where)
+        status = row.pop("status", None)
+        message = row.pop("error_message", None)
+        if isinstance(status, str) and status != "success":
+            problem = f"was not downloaded: {status}{f' ({message})' if message else ''}"
+            raise where.error(layout.image, problem[:300], "leave it out (--skip-bad), or download it again")
+        image = _image(row.pop(layout.image), layout.image, where, source.max_image_bytes)
+        names = layout.label_names
+        items = list(items_of(row, image, where, domain=source.domain, split=split, label_names=names))
+    except RecordError as error:
+        yield DatasetRow(str(where), error)
+        return
+    for item in items:
+        yield DatasetRow(str(where), item)
+
+
+def _values(batch: pa.RecordBatch, index: int, where: Where) -> dict[str, Any]:
+    name = ""
+    row = {}
+    try:
+        for name in batch.schema.names:
+            row[name] = batch.column(name)[index].as_py()
+    except (pa.ArrowException, ValueError, ArithmeticError) as error:  # text that is no UTF-8, a time out of range
+        raise where.error(name, f"cannot be read ({str(error)[:120]})", "correct it, or take the row out") from error
+    return row
+
+
+def _image(value: Any, column: str, where: Where, max_bytes: int) -> ImageRef:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    path = None
+    if isinstance(value, Mapping):
+        value, path = value.get("bytes"), value.get("path")
+    if isinstance(value, bytes) and value:
+        if len(value) > max_bytes:
+            raise where.error(column, f"{len(value)} bytes, more than {max_bytes}", "shrink the image")
+        return ImageRef(Path(f"{where.file.name}#{where.place.removeprefix('row ')}"), value)
+    if isinstance(path, str) and path:
+        inside(where.file.parent, path, where)
+        return ImageRef(where.file.parent / path)
+    raise where.error(column, "there is no image", "give its bytes, or take the row out")
+
+
+def _layout(schema: pa.Schema, file: Path) -> _Layout:
+    image = _image_column(schema)
+    if image is None:
+        names = ", ".join(schema.names[:40])
+        raise dataset_error(f"{file} has no column of images; it has: {names}", "name the column with bytes 'image'")
+    wanted = {*COLUMNS, *STATUS}
+    columns = [name for name in schema.names if name != image and name.lower() in wanted]
+    if not has_words(columns):
+        names = ", ".join(schema.names[:40])
+        fix = "name a column text, caption or label, or two question and answer"
+        raise dataset_error(f"{file} has no column of texts; it has: {names}", fix)
+    names_of = {name.lower(): names for name, names in _class_labels(schema).items() if name in columns}
+    return _Layout(image, (image, *columns), names_of)
+
+
+def _image_column(schema: pa.Schema) -> str | None:
+    declared = {name for name, feature in _features(schema).items() if feature.get("_type") == "Image"}
+    by_name = {name.lower(): name for name in reversed(schema.names)}
+    named = [by_name[name] for name in IMAGE if name in by_name]
+    for name in [*(each for each in schema.names if each in declared), *named]:
+        if name in schema.names and _holds_bytes(schema.field(name).type):
+            return str(name)
+    return None
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        return any(kind.get_field_index(name) >= 0 for name in ("bytes", "path"))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
+    labels = {}
+    for name, feature in _features(schema).items():
+        names = feature.get("names")
+        if feature.get("_type") == "ClassLabel" and isinstance(names, list):
+            labels[name] = [str(each) for each in names]
+    return labels
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """The features in the ``huggingface`` metadata; none where there is no such thing."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: each for name, each in features.items() if isinstance(each, dict)}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return {}
+
+
+FORMAT: Final = Format("parquet", "Parquet with images (Hugging Face, img2dataset)", matches, read)

@@ -1,0 +1,140 @@
+"""Samples as a data set that others read: a folder with ``data.csv``, a Parquet file, or a WebDataset shard.
+
+Written as a stream, in the memory of a few images, and under the target's name only when it is complete (a folder:
+``data.csv`` comes last). What is written is read again by ``ratchet publish``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from core.errors import ConfigError
+from core.files import replacing
+from ratchet_client.images import sniff
+from streams.publish.folders import FolderItem, write_folder
+from streams.store.rows import SAMPLE_SCHEMA
+from streams.store.sample_queries import SampleFilter, stream_samples
+from streams.store.sample_store import SampleStore
+
+SampleRow = Mapping[str, Any]
+GROUP_BYTES: Final = 16 << 20
+"""Bytes of images in one row group of a Parquet file: what a reader holds."""
+GROUP_ROWS: Final = 1024
+_SUFFIXES: Final[Mapping[str | None, str]] = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_FIELDS: Final = (
+    "id", "text", "question", "answer", "domain", "source", "concept", "label", "tags", "split", "time", "extra",
+)  # fmt: skip
+_IMAGE: Final = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_PARQUET: Final = pa.schema([("image", _IMAGE), *(SAMPLE_SCHEMA.field(name) for name in _FIELDS)]).with_metadata(
+    {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
+)
+
+
+def export(
+    store: SampleStore,
+    path: Path,
+    which: SampleFilter | None = None,
+    *,
+    version: int | None = None,
+    follow: Callable[[Iterable[SampleRow]], Iterator[SampleRow]] = iter,
+) -> int:
+    """Write samples to ``path``: ``.parquet`` a Parquet file, ``.tar`` a shard, any other name a folder.
+
+    Args:
+        store: where they are.
+        path: what is not there yet (a folder may be there, and empty).
+        which: only these samples.
+        version: of the store; by default the newest. Samples that are stored meanwhile are not in it.
+        follow: sees each row pass, to show how far it is.
+
+    Returns:
+        Number of samples.
+
+    Raises:
+        ConfigError: the path is taken, or cannot be written.
+        StoreUnavailable: the store cannot be read now.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"{path} is there already.", "Name a path that is not there yet.")
+    count = 0
+
+    def counted() -> Iterator[SampleRow]:
+        nonlocal count
+        rows = stream_samples(store, which or SampleFilter(), store.version() if version is None else version)
+        for row in follow(rows):
+            yield row
+            count += 1
+
+    write = {".parquet": _write_parquet, ".tar": _write_tar}.get(path.suffix.lower(), _write_folder)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, counted())
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}.", "Make room, or name another."
+        ) from error
+    return count
+
+
+def image_name(row: SampleRow) -> str:
+    """A file name for a sample's image: its id, with the suffix of its format."""
+    return f"{row['id']}.{_SUFFIXES.get(sniff(row['image']), 'bin')}"
+
+
+def _write_folder(path: Path, rows: Iterator[SampleRow]) -> None:
+    write_folder(path, (_item(row) for row in rows))
+
+
+def _item(row: SampleRow) -> FolderItem:
+    names = ("text", "label", "concept", "split", "domain", "source", "question", "answer")
+    texts: dict[str, Any] = {name: row[name] or "" for name in names}
+    return FolderItem(
+        path=Path("images", row["id"][:2], image_name(row)),
+        time=_time(row) or "",
+        tags=tuple(row["tags"] or ()),
+        inline=row["image"],
+        **texts,
+    )
+
+
+def _write_tar(path: Path, rows: Iterator[SampleRow]) -> None:
+    with replacing(path) as partial, tarfile.open(partial, "w") as tar:
+        for row in rows:
+            values = {**{name: row[name] for name in _FIELDS if row[name]}, "time": _time(row)}
+            _add(tar, image_name(row), row["image"])
+            _add(tar, f"{row['id']}.json", json.dumps(values).encode())
+            tar.members.clear()  # type: ignore[attr-defined]  # or it remembers each one
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _write_parquet(path: Path, rows: Iterator[SampleRow]) -> None:
+    with replacing(path) as partial, pq.ParquetWriter(partial, _PARQUET) as writer:
+        group: list[dict[str, Any]] = []
+        size = 0
+        for row in rows:
+            group.append(
+                {**{name: row[name] for name in _FIELDS}, "image": {"bytes": row["image"], "path": image_name(row)}}
+            )
+            size += len(row["image"])
+            if size >= GROUP_BYTES or len(group) >= GROUP_ROWS:
+                writer.write_table(pa.Table.from_pylist(group, schema=_PARQUET))
+                group, size = [], 0
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=_PARQUET))
+
+
+def _time(row: SampleRow) -> str | None:
+    return row["time"].isoformat() if row["time"] else None

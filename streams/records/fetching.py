@@ -1,0 +1,280 @@
+"""Images by URL, for ingest and for serving: the one way in which Ratchet fetches what somebody else named.
+
+Every hop, redirects included, goes through the same checks: the address is in the operator's list
+(:mod:`core.allow_rules`); its name is looked up once; every address that it has is public or in a named network
+(:mod:`streams.records.pinned_transport`); and the connection goes to those very addresses, so that a second look-up
+cannot lead elsewhere. ``Host``, SNI and the certificate stay with the name. Proxies and credentials from the
+environment play no part.
+
+Bytes are counted while they come, and one deadline holds for all hops. Bodies are taken as they are: a compressed one,
+or one of another length than it declared, is refused.
+
+>>> rules = Rules(places=["cdn.example.org"], networks=[], max_bytes=8 << 20, seconds=5.0)
+>>> data = await Fetcher(rules).fetch("https://cdn.example.org/bus.png")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpcore
+import httpx
+
+from core.allow_rules import PORTS, AllowRule
+from core.errors import RecordError
+from streams.records.fetch_limits import RETRIED_STATUSES, TransientFetchError, parse_retry_after
+from streams.records.pinned_transport import PinnedBackend, is_allowed, networks_of
+
+log = logging.getLogger(__name__)
+MAX_URL_CHARS = 2048
+MAX_REDIRECTS = 4
+MAX_ADDRESSES = 4
+"""Addresses of one name that are tried, in the resolver's order."""
+REDIRECTS = (301, 302, 303, 307, 308)
+OPAQUE = ("application/octet-stream", "binary/octet-stream")
+"""What object stores call a file that nobody gave a type."""
+FAILURES = (
+    httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError,
+)  # fmt: skip
+
+Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What may be fetched."""
+
+    places: Sequence[str]
+    """Entries as in :mod:`core.allow_rules`; none: nothing is fetched."""
+    networks: Sequence[str]
+    """Networks that are allowed although they are not public."""
+    max_bytes: int
+    """Largest image."""
+    seconds: float
+    """Longest time for one image, redirects included."""
+    connections: int = 16
+    """Images fetched at once; more wait."""
+    stall_seconds: float | None = None
+    """Longest time for a connection, or without a byte; half of ``seconds`` where it is None."""
+    rules_setting: str = "serve.image_hosts"
+    networks_setting: str = "serve.image_networks"
+    """What these two are called in the settings, for messages."""
+
+
+class ByteBudget:
+    """Bytes that several fetches may spend together."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.left = size
+
+    def spend(self, count: int) -> None:
+        """Raises RecordError ``image_too_large`` when it is empty."""
+        self.left -= count
+        if self.left < 0:
+            raise RecordError(
+                "image_too_large", f"the images have more than {self.size} bytes together.", "Send fewer at once."
+            )
+
+
+class Fetcher:
+    """Fetches within :class:`Rules`.
+
+    Args:
+        rules: what may be fetched.
+        resolve: addresses of a host and port; the system's resolver by default.
+        trust: certificates that count; those of the system and of certifi by default.
+    """
+
+    def __init__(self, rules: Rules, resolve: Resolver | None = None, trust: ssl.SSLContext | None = None) -> None:
+        self.rules = rules
+        self.resolve = resolve or SystemResolver(rules.connections)
+        self.places = [AllowRule.parse(text) for text in rules.places]
+        self.networks = networks_of(rules.networks)
+        self._trust = trust or httpcore.default_ssl_context()
+        self._seats = asyncio.Semaphore(rules.connections)
+
+    async def fetch(self, url: str, budget: ByteBudget | None = None) -> bytes:
+        """The bytes of an image.
+
+        Args:
+            url: http or https, without credentials.
+            budget: what it may spend together with other fetches.
+
+        Raises:
+            RecordError: ``uri_not_allowed``, ``uri_unreachable`` (a TransientFetchError where another try may help),
+                ``image_too_large`` or ``image_format``.
+        """
+        async with self._seats:
+            try:
+                async with asyncio.timeout(self.rules.seconds):
+                    return await self._follow(url, budget or ByteBudget(self.rules.max_bytes))
+            except TimeoutError:
+                raise TransientFetchError(f"{shown(url)} took longer than {self.rules.seconds:g} s.") from None
+
+    def origin(self, url: str) -> str:
+        """Host and port of a URL. Raises RecordError ``uri_not_allowed`` where it is none that may be fetched."""
+        checked = self._checked(url, None)
+        return f"{checked.raw_host.decode('ascii')}:{checked.port or PORTS[checked.scheme]}"
+
+    def close(self) -> None:
+        """Let the resolver's threads go."""
+        if isinstance(self.resolve, SystemResolver):
+            self.resolve.close()
+
+    async def _follow(self, url: str, budget: ByteBudget) -> bytes:
+        here = self._checked(url, None)
+        for _ in range(MAX_REDIRECTS + 1):
+            try:
+                answer = await self._hop(here, budget)
+            except FAILURES as error:
+                # What the network said may name inner addresses: it is for the log, not for who asked.
+                log.info("%s could not be fetched: %s: %s", shown(str(here)), type(error).__name__, error)
+                broken = isinstance(error, httpcore.ProtocolError)
+                how = f"answers what is not HTTP: {str(error)[:200]}" if broken else "cannot be reached"
+                kind = TransientFetchError if _may_pass(error) else _unreachable
+                raise kind(f"{shown(str(here))} {how}.") from error
+            if isinstance(answer, bytes):
+                return answer
+            here = self._checked(answer, here)
+        raise _unreachable(f"{shown(url)} is redirected more than {MAX_REDIRECTS} times.")
+
+    def _checked(self, text: str, came_from: httpx.URL | None) -> httpx.URL:
+        try:
+            if len(text) > MAX_URL_CHARS:
+                raise ValueError(f"it is longer than {MAX_URL_CHARS} characters")
+            url = httpx.URL(text) if came_from is None else came_from.join(text)
+            host, port = url.raw_host.decode("ascii"), url.port
+        except (httpx.InvalidURL, ValueError) as error:
+            raise self._not_allowed(f"{shown(text)} is no URL that is taken: {error}.") from None
+        if url.userinfo:
+            raise self._not_allowed(f"{shown(text)} carries credentials, which are not taken.")
+        if came_from is not None and came_from.scheme == "https" and url.scheme != "https":
+            raise self._not_allowed(f"{shown(str(came_from))} redirects from https to {url.scheme[:20] or 'nothing'}.")
+        path = url.raw_path.decode("ascii").partition("?")[0]
+        if not any(place.covers(url.scheme, host, port, path) for place in self.places):
+            raise self._not_allowed(f"{shown(str(url))} is no address that images are fetched from.")
+        return url
+
+    async def _hop(self, url: httpx.URL, budget: ByteBudget) -> bytes | str:
+        """The image, or where to look instead."""
+        port = url.port or PORTS[url.scheme]
+        pinned = PinnedBackend(await self._addresses(url, port))
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=port, target=url.raw_path)
+        headers = [
+            ("Host", url.netloc.decode("ascii")), ("User-Agent", "ratchet"), ("Accept", "image/*"),
+            ("Accept-Encoding", "identity"), ("Connection", "close"),
+        ]  # fmt: skip
+        # A share of the time for each step, so that the second address of a name gets its try.
+        stall = self.rules.stall_seconds or self.rules.seconds / 2
+        steps = dict.fromkeys(("connect", "read", "write", "pool"), stall)
+        async with (
+            httpcore.AsyncConnectionPool(
+                self._trust, max_connections=1, max_keepalive_connections=0, network_backend=pinned
+            ) as pool,
+            pool.stream("GET", target, headers=headers, extensions={"timeout": steps}) as response,
+        ):
+            pinned.body_begins()
+            head = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+            if response.status in REDIRECTS and b"location" in head:
+                return head[b"location"]
+            declared = self._accepted(url, response.status, head)
+            data = bytearray()
+            async for chunk in response.aiter_stream():
+                data += chunk
+                budget.spend(len(chunk))
+                if len(data) > self.rules.max_bytes:
+                    raise self._too_large(url)
+            if declared is not None and pinned.arrived != declared:  # too few bytes are a protocol error already
+                raise _unreachable(f"{shown(str(url))} sends more than the {declared} bytes that it declares.")
+            return bytes(data)
+
+    def _accepted(self, url: httpx.URL, status: int, head: dict[bytes, str]) -> int | None:
+        """Refuses an answer that is no image by its head. Returns the declared length."""
+        if status in RETRIED_STATUSES:
+            retry_after = parse_retry_after(head.get(b"retry-after", ""))
+            raise TransientFetchError(f"{shown(str(url))} answers {status}.", retry_after)
+        if status != 200:
+            raise _unreachable(f"{shown(str(url))} answers {status}.")
+        kind = head.get(b"content-type", "").partition(";")[0].strip().lower()
+        if kind and not kind.startswith("image/") and kind not in OPAQUE:
+            raise RecordError("image_format", f"{shown(str(url))} is {kind[:80]!r}.", "Give the URL of an image.")
+        if head.get(b"content-encoding", "identity").strip().lower() != "identity":
+            raise _unreachable(f"{shown(str(url))} is sent compressed, which was not asked for.")
+        if b"transfer-encoding" in head and b"content-length" in head:
+            raise _unreachable(f"{shown(str(url))} declares its length in two ways.")
+        if b"content-length" not in head:
+            return None
+        declared = int(head[b"content-length"])
+        if declared > self.rules.max_bytes:
+            raise self._too_large(url)
+        return declared
+
+    async def _addresses(self, url: httpx.URL, port: int) -> list[str]:
+        host = url.raw_host.decode("ascii")
+        addresses = list(dict.fromkeys(await self.resolve(host, port)))
+        if not addresses:
+            raise _unreachable(f"{host} has no address.")
+        refused = [address for address in addresses if not is_allowed(address, self.networks)]
+        if refused:  # also when others are public: a name with both leads inside on purpose, or by mistake
+            log.warning("%s was not fetched: %s has the address %s", shown(str(url)), host, refused[0])
+            raise self._not_allowed(
+                f"{host} has an address that is not public.",
+                f"An operator can name its network in `{self.rules.networks_setting}`.",
+            )
+        return addresses[:MAX_ADDRESSES]
+
+    def _not_allowed(self, message: str, fix: str = "") -> RecordError:
+        fix = fix or f"Send the image itself, or ask an operator to list its host in `{self.rules.rules_setting}`."
+        return RecordError("uri_not_allowed", message, fix)
+
+    def _too_large(self, url: httpx.URL) -> RecordError:
+        return RecordError(
+            "image_too_large", f"{shown(str(url))} has more than {self.rules.max_bytes} bytes.", "Scale it down."
+        )
+
+
+class SystemResolver:
+    """The machine's own resolver, in threads of its own: one that hangs holds up neither decoding nor the end."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, "resolve")
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """Addresses in the order in which they should be tried. Raises OSError."""
+        look_up = asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
+        return [str(each[4][0]) for each in await look_up]
+
+    def close(self) -> None:
+        """End the threads when their look-ups end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def shown(url: str) -> str:
+    """A URL for messages and logs: without its query, which often is a key, and without credentials."""
+    bare = url.partition("?")[0].partition("#")[0]
+    scheme, slashes, rest = bare.partition("://")
+    host, slash, path = rest.partition("/")
+    return repr(f"{scheme}{slashes}{host.rpartition('@')[2]}{slash}{path}"[:200])
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure of the network is one that another try may not meet."""
+    if isinstance(error, httpcore.RemoteProtocolError):  # httpcore and h11 call a connection that broke by that, too
+        return str(error).startswith(("Server disconnected", "peer closed connection"))
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    certificate = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+    return isinstance(error, (httpcore.TimeoutException, httpcore.NetworkError, OSError)) and not certificate
+
+
+def _unreachable(message: str) -> RecordError:
+    return RecordError("uri_unreachable", message, "Check the address, or send the image itself.")

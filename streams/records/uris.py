@@ -1,0 +1,351 @@
+"""Images that a record names instead of carrying: only from places that the operator listed.
+
+An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows the files under it, also after symbolic
+links are followed), a place on the network or a prefix in an object store, both as in :mod:`core.allow_rules`
+(``https://cdn.example.org/images/`` allows what lies under that path on that host and port, ``s3://bucket/images/`` the
+objects under that prefix). With an empty list nothing is fetched.
+
+Objects are read through fsspec: ``s3://`` with s3fs, ``gs://`` with gcsfs, where these are installed. Endpoint and
+credentials are those of the process (the environment, a profile, the machine's role), so a record can read whatever
+they can within ``ingest.allowed_uris``: list prefixes, not buckets with other things in them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from core.allow_rules import ObjectRule, is_object
+from core.errors import RecordError
+from core.settings.streams import Ingest
+from streams.records.codecs import check_digest, parse_digest
+from streams.records.fetch_limits import FetchLimits, TransientFetchError, pause_before
+
+if TYPE_CHECKING:
+    from streams.records.fetching import Fetcher
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class UriFetcher:
+    """Fetches images by URI for many threads, on one event loop of its own. Thread safe.
+
+    At most ``uri_concurrency`` images are in flight; what may pass (timeouts, broken connections, 408, 425, 429, 5xx)
+    is tried ``uri_retries`` times more, with growing pauses or those that the server asks for. ``uri_seconds`` bounds
+    one image from the beginning of its first try. Hosts that fail do not hold up others
+    (:mod:`streams.records.fetch_limits`). Memory: at most ``uri_concurrency`` times ``max_image_bytes``.
+
+    >>> fetcher = UriFetcher(settings.ingest)
+    >>> image = fetcher.fetch("https://cdn.example.org/images/bus.png", "sha256:2cf24dba...")
+    >>> fetcher.close()
+    """
+
+    def __init__(self, limits: Ingest) -> None:
+        self.limits = limits
+        self._folders = [text for text in limits.allowed_uris if text.startswith("file:")]
+        self._objects = [ObjectRule.parse(text) for text in limits.allowed_uris if is_object(text)]
+        self._hosts = [text for text in limits.allowed_uris if not text.startswith("file:") and not is_object(text)]
+        self._stall_seconds = limits.uri_seconds / 4  # so that a try that hangs leaves time for another
+        self._seats = FetchLimits(limits.uri_concurrency, limits.uri_seconds)
+        self._reader = _ObjectReader(limits.max_image_bytes, self._stall_seconds, limits.uri_concurrency)
+        self._fetcher = self._http_fetcher() if self._hosts else None
+        self._loop = _LoopThread("uris", self._reader.close)
+
+    def fetch(self, uri: str, digest: str | None = None) -> bytes:
+        """The bytes behind ``uri``. Waits for them.
+
+        Args:
+            uri: file, http, https, s3 or gs.
+            digest: what the bytes must have, ``sha256:<hex>``.
+
+        Raises:
+            RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``uri_digest``, ``image_too_large``,
+                ``image_format``, or ``schema`` for a malformed digest.
+            asyncio.CancelledError: the fetcher was closed meanwhile. No ``Exception``: the record is not to blame.
+        """
+        if digest is not None:
+            parse_digest(digest)
+        try:
+            image = self.submit(uri).result()
+        except CancelledError:
+            raise asyncio.CancelledError("the fetcher was closed") from None
+        if digest is not None:
+            check_digest(image, digest)
+        return image
+
+    def submit(self, uri: str) -> Future[bytes]:
+        """Start to fetch; the future has the bytes or :meth:`fetch`'s RecordError. A file is read at once."""
+        done: Future[bytes] = Future()
+        try:
+            if uri[:5].lower() == "file:":
+                done.set_result(_read_file(uri, self._folders, self.limits.max_image_bytes))
+                return done
+            if is_object(uri):
+                place = self._object(uri)
+                origin = f"{place.scheme}://{place.bucket}"
+                return self._loop.submit(self._patiently(origin, lambda: self._reader.read(place)))
+            if self._fetcher is None:
+                raise _not_allowed(uri)
+            fetcher = self._fetcher
+            return self._loop.submit(self._patiently(fetcher.origin(uri), lambda: fetcher.fetch(uri)))
+        except RecordError as error:
+            done.set_exception(error)
+            return done
+
+    def close(self) -> None:
+        """Cancel what is in flight, close all connections and end the thread."""
+        self._loop.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
+
+    async def _patiently(self, origin: str, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Try until it is there, cannot come, or the time is over."""
+        clock = asyncio.get_running_loop().time
+        deadline: float | None = None
+        for tries in count(1):
+            try:
+                async with asyncio.timeout_at(deadline), self._seats.seat(origin):
+                    deadline = deadline or clock() + self.limits.uri_seconds
+                    async with asyncio.timeout_at(deadline):
+                        return await attempt()
+            except TransientFetchError as error:
+                failure = error
+            except TimeoutError:
+                failure = TransientFetchError(f"{origin!r} took longer than {self.limits.uri_seconds:g} s.")
+            pause = pause_before(tries, failure.retry_after)
+            if tries > self.limits.uri_retries or clock() + pause >= (deadline or 0.0):
+                raise TransientFetchError(f"{failure.message} Tries: {tries}.", failure.retry_after)
+            await asyncio.sleep(pause)
+        raise AssertionError("count() has no end")
+
+    def _object(self, uri: str) -> ObjectRule:
+        try:
+            place = ObjectRule.parse(uri)
+        except ValueError:
+            raise _not_allowed(uri) from None
+        if not place.key or not any(rule.covers(place) for rule in self._objects):
+            raise _not_allowed(uri)
+        return place
+
+    def _http_fetcher(self) -> Fetcher:
+        from streams.records.fetching import Fetcher, Rules  # only deployments that allow URLs pay for it
+
+        limits = self.limits
+        return Fetcher(
+            Rules(
+                self._hosts, limits.allowed_networks, limits.max_image_bytes, limits.uri_seconds,
+                limits.uri_concurrency, self._stall_seconds,
+                rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
+            )
+        )  # fmt: skip
+
+
+def _read_file(uri: str, folders: Sequence[str], max_bytes: int) -> bytes:
+    """The bytes of a regular file that lies under one of ``folders``, also after symbolic links are followed.
+
+    Args:
+        uri: ``file:///data/photos/a.png``.
+        folders: entries like ``file:///data/photos``.
+        max_bytes: the largest file.
+
+    Raises:
+        RecordError: ``uri_not_allowed``, ``uri_unreachable`` or ``image_too_large``.
+    """
+    try:
+        if not any(_is_under(uri, folder) for folder in folders):
+            raise _not_allowed(uri)
+        return _read(_path(uri), max_bytes)
+    except ValueError:  # a malformed host or path
+        raise _not_allowed(uri) from None
+
+
+def _not_allowed(uri: str) -> RecordError:
+    """The refusal of a URI that no entry of the list covers."""
+    return RecordError(
+        "uri_not_allowed",
+        f"image_uri {uri[:200]!r} is under no allowed prefix.",
+        "Send the image in the record, or add its prefix to `ingest.allowed_uris`.",
+    )
+
+
+def _path(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path)).resolve()
+
+
+def _is_under(uri: str, folder: str) -> bool:
+    return urlsplit(uri).netloc in ("", "localhost") and _path(uri).is_relative_to(_path(folder))
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        if not path.is_file():  # a device or a pipe would never end
+            raise FileNotFoundError(path)
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise RecordError(
+            "uri_unreachable", f"{path} cannot be read: {error.strerror or 'no such file'}.", "Put the file in place."
+        ) from error
+    if len(data) > max_bytes:
+        raise RecordError("image_too_large", f"the image has more than {max_bytes} bytes.", "Scale it down.")
+    return data
+
+
+_PACKAGES = {"s3": 'pip install "ratchet-server[s3]"', "gs": "pip install gcsfs"}
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
+_PERMANENT_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
+_PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+"""Of botocore, which must not be imported for other stores."""
+
+
+class _ObjectReader:
+    """Reads whole objects of at most ``max_bytes``. For one event loop.
+
+    Args:
+        max_bytes: a larger object is refused by its size, and never read beyond this.
+        stall_seconds: longest time for a connection, or without a byte.
+        connections: most at once.
+    """
+
+    def __init__(self, max_bytes: int, stall_seconds: float, connections: int) -> None:
+        self.max_bytes = max_bytes
+        self.stall_seconds = stall_seconds
+        self.connections = connections
+        self._stores: dict[str, Any] = {}
+        self._sessions: list[Any] = []
+        self._opening = asyncio.Lock()
+
+    async def read(self, place: ObjectRule) -> bytes:
+        """The bytes of an object.
+
+        Raises:
+            RecordError: ``uri_not_allowed`` (the scheme's package is not installed), ``uri_unreachable`` (a
+                TransientFetchError where another try may help) or ``image_too_large``.
+        """
+        uri = f"{place.scheme}://{place.bucket}/{place.key}"
+        try:
+            store = await self._store(place.scheme)
+            path = f"{place.bucket}/{place.key}"
+            size = (await store._info(path)).get("size") or 0
+            if size > self.max_bytes:
+                raise self._too_large(uri)
+            # The range holds where the object has been replaced by a larger one since its size was read.
+            data: bytes = await store._cat_file(path, start=0, end=self.max_bytes + 1) if size else b""
+        except (RecordError, TimeoutError):
+            raise
+        except Exception as error:  # botocore and aiohttp have trees of their own
+            raise self._unreachable(uri, error) from error
+        if len(data) > self.max_bytes:
+            raise self._too_large(uri)
+        return data
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for session in self._sessions:
+            await session.close()
+
+    async def _store(self, scheme: str) -> Any:
+        async with self._opening:
+            if scheme not in self._stores:
+                self._stores[scheme] = await self._open(scheme)
+        return self._stores[scheme]
+
+    async def _open(self, scheme: str) -> Any:
+        options: dict[str, Any] = {"asynchronous": True, "skip_instance_cache": True, "use_listings_cache": False}
+        if scheme == "s3":  # repeated by the caller, within its deadline
+            options["config_kwargs"] = {
+                "connect_timeout": self.stall_seconds,
+                "read_timeout": self.stall_seconds,
+                "retries": {"max_attempts": 0},
+                "max_pool_connections": self.connections,
+            }
+        try:
+            store = fsspec.filesystem(scheme, **options)
+        except ImportError:
+            raise RecordError(
+                "uri_not_allowed",
+                f"{scheme}:// is not read here: its package is not installed.",
+                f"An operator can install it: {_PACKAGES[scheme]}",
+            ) from None
+        if scheme == "s3":
+            store.retries = 1
+        if hasattr(store, "set_session"):
+            self._sessions.append(await store.set_session())
+        return store
+
+    def _too_large(self, uri: str) -> RecordError:
+        return RecordError("image_too_large", f"{uri[:200]!r} has more than {self.max_bytes} bytes.", "Scale it down.")
+
+    def _unreachable(self, uri: str, error: Exception) -> RecordError:
+        # What the store said may name inner addresses and keys: it is for the log, not for who sent the record.
+        log.info("%s could not be read: %s: %s", uri, type(error).__name__, error)
+        if isinstance(error, FileNotFoundError):
+            return _refusal(f"{uri[:200]!r} is not there.")
+        if isinstance(error, PermissionError):
+            return _refusal(f"{uri[:200]!r} may not be read by this process.")
+        permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
+        if permanent or (isinstance(error, OSError) and error.errno in _PERMANENT_ERRNOS):
+            return _refusal(f"{uri[:200]!r} cannot be read.")
+        return TransientFetchError(f"{uri[:200]!r} cannot be read now.")
+
+
+def _refusal(message: str) -> RecordError:
+    return RecordError("uri_unreachable", message, "Check the address and the rights of ingest, or send the image.")
+
+
+class _LoopThread:
+    """Runs coroutines of all threads on one event loop. Thread safe; the thread starts with the first coroutine.
+
+    Args:
+        name: of the thread.
+        at_end: awaited on the loop by :meth:`close`, after everything that was running is cancelled.
+    """
+
+    def __init__(self, name: str, at_end: Callable[[], Awaitable[None]]) -> None:
+        self._at_end = at_end
+        self._lock = threading.Lock()
+        self._started = threading.Event()
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop
+        self._stop: asyncio.Event
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=name, daemon=True)
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``work``. Its future is cancelled when the loop is closed first. Raises RuntimeError after that."""
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise RuntimeError(f"{self._thread.name} is closed")
+            if not self._started.is_set():
+                self._thread.start()
+                self._started.wait()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Cancel what is running and end the thread. Calling it again does nothing."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+        if first and self._started.is_set():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._started.set()
+        await self._stop.wait()
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self._at_end()

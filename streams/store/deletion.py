@@ -1,0 +1,359 @@
+"""Deleting samples: from the store, its old versions and the quarantine rows; the catalog and replay follow the store.
+
+A *selector* says what is to be deleted. All that it names has to hold, and it names at least one of
+
+    id        the sample's id, 64 hex digits
+    source    where it is from, as producers state it; also of refused records
+    domain, concept, label
+    key       the record's key, in hex
+    record    topic:partition:offset, also of a refused record
+    before    only what was ingested before this time (ISO 8601)
+    until     topic:partition:offset: of this partition what lies before the offset, of others what ``before`` says
+
+What is selected are records. A sample that several records sent, with keys of their own, stays as long as one of them
+is not selected: it passes to that one, with what it says of the sample.
+
+A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) is a deletion, too, of
+what came before it. Many tombstones are carried out together: two scans of the store and a commit for all of them. A
+selector of a tombstone is a key or an ID, with the bounds that ingest gave it; so one scan finds the rows of a
+thousand, and which of them a row belongs to is found in memory.
+
+Old versions of objects, which a bucket with versioning keeps, are deleted where the bucket allows it; else the deletion
+is ``held``, and the receipt says what is left and until when.
+
+What deletion does not reach: the topic itself and the quarantine topic (their retention ends it; topics that Ratchet
+makes for refusals keep them for a week), and the weights of adapters that learned from it, which the receipt names.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, Final
+
+from core.digests import digest12, digest_json
+from core.errors import SelectorError
+from core.ledger import DeletionRow, Ledger
+from streams.store.rows import (
+    RecordPosition,
+    at_offset,
+    hexadecimal,
+    moment,
+    name_of,
+    parse_position,
+    position_of,
+    quoted,
+    record_key,
+)
+from streams.store.sample_store import IDS_PER_QUERY, SampleStore
+from streams.store.writer import DELETION, SENT, StoreWriter
+
+FIELDS: Final = ("id", "source", "domain", "concept", "label", "key", "record", "before", "until")
+BOUNDS: Final = ("before", "until")
+"""Fields that bound a selection and select nothing alone."""
+TOMBSTONES: Final = "tombstone "
+MAX_CHARS: Final = 4096
+"""Of a field. Keys of records may be long; texts of samples are shorter."""
+UPDATES: Final = 10_000
+"""The newest updates that are looked through for what learned from a sample."""
+_HEX = re.compile(r"(?:[0-9a-f]{2})+")
+_ID = re.compile(r"[0-9a-f]{64}")
+_NUMBERS: Final = (2**31, 2**63)
+"""Bounds of a partition and of an offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """How much a selector selects."""
+
+    samples: int
+    refusals: int
+
+
+def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str, reason: str) -> DeletionRow:
+    """Ask for a deletion. Maintenance carries it out.
+
+    Raises:
+        SelectorError: the selector is not one.
+    """
+    chosen = {name: value for name, value in selector.items() if value}
+    condition(chosen)
+    now = datetime.now(UTC)
+    # What comes in later is another matter: without this, a source could never be used again.
+    chosen.setdefault("before", now.isoformat())
+    return ledger.request_deletion(f"deletion-{digest12(digest_json(chosen))}", chosen, actor=actor, reason=reason)
+
+
+def count_selected(store: SampleStore, selector: Mapping[str, str]) -> Selected:
+    """How many samples and refusals a selector selects now. Raises SelectorError, StoreError."""
+    where = condition({name: value for name, value in selector.items() if value})
+    return Selected(*(store.count_rows(f"kind = '{kind}' AND {where}") for kind in ("sample", "quarantine")))
+
+
+def condition(selector: Mapping[str, str]) -> str:
+    """A selector in Lance's SQL. Raises SelectorError naming the field that is wrong."""
+    if unknown := set(selector) - set(FIELDS):
+        name = sorted(unknown)[0]
+        raise SelectorError(name, f"a deletion cannot select by `{name}`.", f"Fields: {', '.join(FIELDS)}.")
+    if not set(selector) - set(BOUNDS):
+        raise SelectorError(
+            "selector", "a deletion of everything is not one.", f"Name one of {', '.join(FIELDS[: -len(BOUNDS)])}."
+        )
+    if long := [name for name, value in selector.items() if len(str(value)) > MAX_CHARS]:
+        raise SelectorError(long[0], f"`{long[0]}` of the deletion is too long.", f"At most {MAX_CHARS} characters.")
+    parts = [_clause(name, str(value)) for name, value in sorted(selector.items()) if name not in BOUNDS]
+    return f"({' AND '.join([*parts, *_bounds(selector)])})"
+
+
+def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
+    """Record the tombstones that ingest has stored as deletions. Returns how many were new."""
+    if store.tally()["tombstone"] <= ledger.count_deletions(TOMBSTONES):
+        return 0
+    known, new = ledger.deletion_ids(TOMBSTONES), 0
+    for batch in store.batches("kind = 'tombstone'", ["topic", "partition", "offset", "id", "key", "ingested_at"]):
+        for row in batch.to_pylist():
+            position = name_of(position_of(row))
+            if f"{TOMBSTONES}{position}" in known:
+                continue
+            what = {"id": row["id"]} if row["id"] else {"key": row["key"].hex()}
+            selector = {**what, "before": row["ingested_at"].isoformat(), "until": position}
+            ledger.request_deletion(
+                f"{TOMBSTONES}{position}", selector, actor="producer", reason="a tombstone in the topic"
+            )
+            new += 1
+    return new
+
+
+def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
+    """Take what a deletion selects out of the newest version of the store. Returns the number of rows.
+
+    To be called again until the deletion is done: records that were validated before it may be stored after it. What
+    the ledger is told follows from the receipts in the store, so a crash in between loses nothing.
+
+    Raises:
+        SelectorError: the selector is not one.
+        StoreUnavailable: to be tried again.
+    """
+    selection = condition(deletion.selector)
+    if deletion.state == "removed":
+        if deletion.version is not None and not store.count_rows(f"{SENT} AND {selection}"):
+            return 0
+        ledger.deletion_reopened(deletion.id)
+    rows = StoreWriter(store.table).remove(selection, DELETION, deletion.id)
+    record_receipts(store, ledger, [deletion.id])
+    return len(rows)
+
+
+def record_receipts(store: SampleStore, ledger: Ledger, deletions: Sequence[str]) -> None:
+    """Tell the ledger what the store has removed for some deletions, by their ids: one scan for all of them."""
+    if not deletions:
+        return
+    columns = ["topic", "partition", "offset", "id", "split", "tags", "detail", "duplicate_of"]
+    version = store.version()
+    receipts: dict[str, list[dict[str, Any]]] = {each: [] for each in deletions}
+    names = ", ".join(map(quoted, deletions))
+    where = f"kind = 'deleted' AND reason = '{DELETION}' AND detail IN ({names})"
+    for row in store.select(where, columns, version=version):
+        receipts[row["detail"]].append(row)
+    earlier = _earlier(store, [row["id"] for rows in receipts.values() for row in rows if row["id"]], version)
+    for name, rows in receipts.items():
+        samples = [row for row in rows if row["id"]]
+        refusals = [row for row in rows if not row["id"] and not row["duplicate_of"]]
+        ledger.deletion_removed(
+            name,
+            samples=len(samples),
+            refusals=len(refusals),
+            adapters=adapters_of(ledger, [each for row in samples for each in (row, *earlier.get(row["id"], ()))]),
+            store_version=version,
+        )
+
+
+def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, list[dict[str, Any]]]:
+    """By id of a deleted sample the receipts of records that brought it, too, and were deleted before it was."""
+    columns = ["topic", "partition", "offset", "split", "tags", "duplicate_of"]
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for start in range(0, len(ids), IDS_PER_QUERY):
+        names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+        for row in store.select(f"kind = 'deleted' AND duplicate_of IN ({names})", columns, version=version):
+            found[row["duplicate_of"]].append(row)
+    return found
+
+
+def as_json(row: DeletionRow) -> dict[str, Any]:
+    """A deletion as others are told of it: its receipt."""
+    times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "held_at", "done_at", "remains_until")}
+    return {
+        "id": row.id,
+        "state": row.state,
+        "selector": row.selector,
+        "actor": row.actor,
+        "reason": row.reason,
+        "samples": row.samples,
+        "refusals": row.refusals,
+        "adapters": {"learned": [], "may_have_replayed": [], **row.adapters},
+        "first_update_without": row.update_id,
+        "remains": row.remains,
+        **{name: None if time is None else time.isoformat() for name, time in times.items()},
+    }
+
+
+def adapters_of(ledger: Ledger, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The adapters that learned from some deleted samples, and those that may have replayed them since.
+
+    Args:
+        ledger: has the updates.
+        samples: their receipts, see :func:`streams.store.rows.deletion_row`.
+    """
+    offsets: dict[str, dict[str, list[int]]] = {"clip": defaultdict(list), "vlm": defaultdict(list)}
+    for row in samples:
+        for family, field in (("clip", "text"), ("vlm", "question")):
+            if row["split"] == "train" and field in (row["tags"] or ()):
+                offsets[family][f"{row['topic']}:{row['partition']}"].append(row["offset"])
+    for partitions in offsets.values():
+        for each in partitions.values():
+            each.sort()
+    learned, replayed = [], []
+    for update in reversed(ledger.updates(UPDATES) if any(offsets.values()) else []):
+        ranges = [
+            (each, update.data_from.get(key, 0), update.data_to.get(key, 0))
+            for key, each in offsets[update.family].items()
+        ]
+        if update.adapter is None:
+            continue
+        if any(bisect_left(each, start) < bisect_left(each, end) for each, start, end in ranges):
+            learned.append(update.adapter)
+        elif any(each[0] < start for each, start, _ in ranges):
+            replayed.append(update.adapter)
+    # The same adapter may come of several updates; what one of them learned is learned.
+    return {
+        "learned": list(dict.fromkeys(learned)),
+        "may_have_replayed": [name for name in dict.fromkeys(replayed) if name not in learned],
+    }
+
+
+def _clause(name: str, value: str) -> str:
+    match name:
+        case "id":
+            if not _ID.fullmatch(value):
+                raise SelectorError("id", "`id` of the deletion is no sample id.", "It has 64 hex digits.")
+            return f"id = {quoted(value)}"
+        case "key":
+            if not _HEX.fullmatch(value):
+                raise SelectorError("key", "`key` of the deletion is not in hex.", "Write its bytes in hex digits.")
+            key = hexadecimal(record_key(bytes.fromhex(value)) or b"")
+            # Rows of refused records that an earlier version stored have their key only as it came, and a tombstone's
+            # selector may be the SHA-256 of it.
+            as_it_came = f"original_key = {hexadecimal(bytes.fromhex(value))} OR sha256(original_key) = {key}"
+            return f"(key = {key} OR (kind = 'quarantine' AND key IS NULL AND ({as_it_came})))"
+        case "record":
+            return at_offset(*_position(name, value))
+        case _:
+            return f"{name} = {quoted(value)}"
+
+
+def _bounds(selector: Mapping[str, str]) -> list[str]:
+    before = f"ingested_at < {moment(_time(selector['before']))}" if "before" in selector else ""
+    if "until" not in selector:
+        return [before] if before else []
+    topic, partition, offset = _position("until", selector["until"])
+    here = f"topic = {quoted(topic)} AND partition = {partition}"
+    elsewhere = f" OR (NOT ({here}) AND {before})" if before else ""
+    return [f"(({here} AND offset < {offset}){elsewhere})"]
+
+
+def _position(field: str, value: str) -> RecordPosition:
+    try:
+        topic, partition, offset = parse_position(value)
+    except ValueError:
+        topic, partition, offset = "", -1, -1
+    if not topic or not (0 <= partition < _NUMBERS[0] and 0 <= offset < _NUMBERS[1]):
+        raise SelectorError(
+            field,
+            f"`{field}` of the deletion, {value[:300]!r}, is no record.",
+            "A record reads topic:partition:offset.",
+        )
+    return topic, partition, offset
+
+
+def _time(value: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(value)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise SelectorError(
+            "before", f"`before` of the deletion, {value[:80]!r}, is no time.", "Write 2026-01-31."
+        ) from None
+
+
+ROWS_AT_ONCE: Final = 2000
+"""Rows that one commit removes."""
+_COLUMNS: Final = ["kind", "topic", "partition", "offset", "id", "key", "original_key", "ingested_at"]
+_SELECTORS: Final = ({"key", "before", "until"}, {"id", "before", "until"})
+
+
+def is_tombstone(deletion: DeletionRow) -> bool:
+    """Whether :func:`remove_together` can carry out a deletion."""
+    return deletion.id.startswith(TOMBSTONES) and set(deletion.selector) in _SELECTORS
+
+
+def remove_together(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
+    """Like :func:`remove` for each of them. Returns the number of rows.
+
+    Args:
+        store: where they are removed.
+        ledger: is told what was removed.
+        deletions: for which :func:`is_tombstone` holds, in the order in which they were requested.
+
+    Raises:
+        StoreUnavailable: to be tried again.
+    """
+    if not deletions:
+        return 0
+    found = dict(_rows(store, deletions))
+    hit = set(found.values())
+    changed = [each for each in deletions if each.state != "removed" or each.version is None or each.id in hit]
+    for each in changed:
+        if each.state == "removed":
+            ledger.deletion_reopened(each.id)
+    removed, left = 0, iter(found.items())
+    while some := dict(islice(left, ROWS_AT_ONCE)):
+        removed += len(StoreWriter(store.table).remove_rows(some))
+    record_receipts(store, ledger, [each.id for each in changed])
+    return removed
+
+
+def _rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tuple[RecordPosition, str]]:
+    """Where each row is that one of them selects, with the id of the first that does."""
+    by_name: dict[str | bytes, list[DeletionRow]] = defaultdict(list)
+    for each in deletions:
+        selector = each.selector
+        name = selector["id"] if "id" in selector else record_key(bytes.fromhex(selector["key"])) or b""
+        by_name[name].append(each)
+    ids = ", ".join(quoted(name) for name in by_name if isinstance(name, str))
+    keys = ", ".join(hexadecimal(name) for name in by_name if isinstance(name, bytes))
+    clauses = [f"id IN ({ids})"] if ids else []
+    if keys:  # see `_clause` for refused records of earlier versions
+        older = f"(original_key IN ({keys}) OR sha256(original_key) IN ({keys}))"
+        clauses += [f"key IN ({keys})", f"(kind = 'quarantine' AND key IS NULL AND {older})"]
+    for batch in store.batches(f"{SENT} AND ({' OR '.join(clauses)})", _COLUMNS):
+        for row in batch.to_pylist():
+            key = row["key"] if row["key"] is not None else record_key(row["original_key"])
+            for name in (row["id"], key):
+                named = by_name.get(name, ()) if name is not None else ()
+                first = next((each for each in named if _covers(each.selector, row)), None)
+                if first is not None:
+                    yield position_of(row), first.id
+                    break
+
+
+def _covers(selector: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a row came before a tombstone: by its offset in the same partition, by the clock in others."""
+    topic, partition, offset = parse_position(selector["until"])
+    if (row["topic"], row["partition"]) == (topic, partition):
+        return bool(row["offset"] < offset)
+    return bool(row["ingested_at"] < datetime.fromisoformat(selector["before"]))

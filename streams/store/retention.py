@@ -1,0 +1,167 @@
+"""How long samples and refused records are kept: by age and by bytes, with a reservoir of the samples that have to go.
+
+Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
+``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
+by a keyed hash of their ids: those with the lowest (bottom-k sampling; Cohen and Kaplan, "Summarizing data using
+bottom-k sketches", 2007). What stays once is drawn again from what is there at each run, and as the order never changes
+the reservoir is one of the whole past, whenever retention ran.
+
+Refused records have no reservoir. One that is not known to be in the quarantine topic yet stays until it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import numpy as np
+
+from core.settings.streams import Retention
+from streams.store.rows import moment, quoted
+from streams.store.sample_store import SampleStore
+from streams.store.writer import CONTENT, StoreWriter
+
+IDS_AT_ONCE: Final = 2000
+MOST_AT_ONCE: Final = 100_000
+"""Samples, and refused records, that one run removes at most: some seconds of work. The next run goes on."""
+_COLUMNS: Final = ["id", "concept", "domain"]
+_Heaps = dict[str, list[tuple[int, str]]]
+"""By concept: (negative hash, id) of those with the lowest hashes, the highest of them first."""
+
+
+def expire(store: SampleStore, rules: Retention, now: datetime | None = None) -> int:
+    """Remove the samples and the refused records that are over a limit. Returns their number.
+
+    Raises:
+        StoreUnavailable: to be tried again.
+    """
+    limit = _limit(store, rules, now or datetime.now(UTC))
+    if limit is None:
+        return 0
+    expired = _over(store, limit)
+    retained = _reservoir(store, limit, rules.keep_samples) if rules.keep_samples else set()
+    removed = 0
+    for ids in _chunks((name for name, _ in expired if name not in retained), IDS_AT_ONCE):
+        where = f"kind = 'sample' AND id IN ({', '.join(map(quoted, ids))})"
+        removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
+        if removed >= MOST_AT_ONCE:
+            break
+    return removed + _expire_refusals(store, limit)
+
+
+def _expire_refusals(store: SampleStore, limit: datetime) -> int:
+    published = [
+        f"(topic = {quoted(each.stream)} AND partition = {each.partition} AND offset < {each.published})"
+        for each in store.positions().values()
+    ]
+    over = f"kind = 'quarantine' AND ingested_at < {moment(limit)} AND ({' OR '.join(published) or 'false'})"
+    offsets: dict[tuple[str, int], list[int]] = {}
+    found = 0
+    for batch in store.batches(over, ["topic", "partition", "offset"]):
+        for row in batch.to_pylist():
+            offsets.setdefault((row["topic"], row["partition"]), []).append(row["offset"])
+        found += batch.num_rows
+        if found >= MOST_AT_ONCE:
+            break
+    removed = 0
+    for (stream, partition), each in offsets.items():
+        for chunk in _chunks(iter(each), IDS_AT_ONCE):
+            where = (
+                f"kind = 'quarantine' AND topic = {quoted(stream)} AND partition = {partition}"
+                f" AND offset IN ({', '.join(map(str, chunk))})"
+            )
+            removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
+    return removed
+
+
+def _limit(store: SampleStore, rules: Retention, now: datetime) -> datetime | None:
+    """What was ingested before this is over a limit."""
+    limits = []
+    if rules.max_age_days:
+        limits.append(now - timedelta(days=rules.max_age_days))
+    tally = store.tally()
+    excess = tally["bytes"] + tally["refused_bytes"] - rules.max_bytes if rules.max_bytes else 0
+    if excess > 0:
+        limits.append(_oldest(store, excess))
+    return max(limits, default=None)
+
+
+def _oldest(store: SampleStore, size: int) -> datetime:
+    """The time before which so many bytes were ingested: 16 bytes of memory a row, for this moment."""
+    times, sizes = [], []
+    for batch in store.batches(CONTENT, ["ingested_at", "size"]):
+        times.append(batch["ingested_at"].cast("int64").to_numpy(zero_copy_only=False))
+        sizes.append(batch["size"].fill_null(0).to_numpy(zero_copy_only=False))
+    moments, weights = np.concatenate(times), np.concatenate(sizes)
+    order = np.argsort(moments, kind="stable")
+    index = int(np.searchsorted(np.cumsum(weights[order]), size))
+    last = moments[order[min(index, len(order) - 1)]]
+    return datetime.fromtimestamp(int(last) / 1_000_000, UTC) + timedelta(microseconds=1)
+
+
+def _over(store: SampleStore, limit: datetime) -> Iterator[tuple[str, str]]:
+    """Id and concept of the samples over the limit."""
+    for batch in store.batches(f"kind = 'sample' AND ingested_at < {moment(limit)}", _COLUMNS):
+        for row in batch.to_pylist():
+            yield row["id"], row["concept"] or row["domain"] or ""
+
+
+def _reservoir(store: SampleStore, limit: datetime, capacity: int) -> set[str]:
+    """Ids of those that stay. Memory: some twice the capacity, whatever the store holds."""
+    _, secret = store.table.identity()
+    heaps: _Heaps = {}
+    held = 0
+    for name, concept in _over(store, limit):
+        heapq.heappush(heaps.setdefault(concept, []), (-_hash(secret, name), name))
+        held += 1
+        if held > 2 * capacity + 1:
+            heaps = _cut(heaps, capacity)
+            held = sum(map(len, heaps.values()))
+    level = _level(map(len, heaps.values()), capacity)
+    retained, rest = [], []
+    for heap in heaps.values():
+        ordered = sorted(heap, reverse=True)
+        retained += ordered[:level]
+        rest += ordered[level : level + 1]
+    retained += heapq.nlargest(capacity - len(retained), rest)
+    return {name for _, name in retained}
+
+
+def _cut(heaps: _Heaps, capacity: int) -> _Heaps:
+    """Drop what cannot be among the ``capacity`` any more, however much is still to come."""
+    level = _level(map(len, heaps.values()), capacity)
+    for heap in heaps.values():
+        while len(heap) > level + 1:
+            heapq.heappop(heap)
+    if level > 0:
+        return heaps
+    return {concept: heaps[concept] for concept in heapq.nlargest(capacity, heaps, key=lambda each: max(heaps[each]))}
+
+
+def _level(sizes: Iterable[int], capacity: int) -> int:
+    """How many each may have at most, so that all fit into the capacity together."""
+    ordered, left = sorted(sizes), capacity
+    for index, size in enumerate(ordered):
+        share = left // (len(ordered) - index)
+        if size > share:
+            return share
+        left -= size
+    return capacity
+
+
+def _hash(secret: bytes, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), key=secret, digest_size=8).digest(), "big")
+
+
+def _chunks(names: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for name in names:
+        chunk.append(name)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,386 @@
+"""The sample store: one Lance table that holds the samples and how far the topic has been read, always in step.
+
+This is its reading side; :mod:`streams.store.writer` commits to it, :mod:`streams.store.maintenance` keeps it compact.
+
+>>> store = SampleStore(settings.lake)
+>>> store.count(split="train")
+>>> fresh = store.scan(split="train", after=update.data_to, columns=["id", "text"])
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from core.errors import StoreError
+from streams.store.rows import (
+    SAMPLE_COLUMNS,
+    SAMPLE_SCHEMA,
+    SCHEMA,
+    Position,
+    Tally,
+    at_offset,
+    moment,
+    quoted,
+    refused,
+)
+from streams.store.table import ROOT, SampleTable, fences, outage, positions, reading
+from streams.store.writer import Rows, StoreWriter
+
+Having = Literal["text", "question"]
+IDS_PER_QUERY: Final = 500
+BATCH_ROWS: Final = 8192
+BACKUP_PIN: Final = "backup-"
+"""Pins of backups begin with it; those of updates are their ids."""
+IO_BUFFER_BYTES: Final = 64 << 20
+"""What Lance reads ahead in a scan; its default is 2 GiB."""
+ADDRESS: Final = "_rowaddr"
+"""Lance's name for where a row is: its fragment and its place there, in one number."""
+_ID = re.compile(r"[0-9a-f]{64}")
+_ORDER = ("topic", "partition", "offset")
+_REFUSED = [*_ORDER, "reason", "detail", "source", "ingested_at", "original", "original_key", "original_headers"]
+_RECORD = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until", "ingested_at", "split", "source"]
+
+
+class SampleStore:
+    """Samples at ``<lake url>/samples.lance``. Where there is no table yet: version 0 and no rows.
+
+    Every reading method takes ``version`` (default: the latest), and answers the same for the same version for as long
+    as the version is kept: until maintenance removes it, or for good while it is pinned.
+    """
+
+    def __init__(self, lake: str) -> None:
+        self.lake = lake
+        self.table = SampleTable(lake)
+        self.url = self.table.url
+
+    def __reduce__(self) -> tuple[type[SampleStore], tuple[str]]:
+        return SampleStore, (self.lake,)
+
+    # -- versions and positions -------------------------------------------------------------------------------------
+
+    def version(self) -> int:
+        """The latest version; it grows with each commit."""
+        dataset = self.table.open()
+        return 0 if dataset is None else int(dataset.version)
+
+    def pin(self, name: str, version: int) -> None:
+        """Keep a version until :meth:`unpin`. The same name for another version moves the pin.
+
+        Raises:
+            StoreUnavailable: to be tried again.
+            StoreError: the version is not kept any more.
+        """
+        dataset = self.table.open()
+        if dataset is None or not version:
+            return
+        try:
+            known = dataset.tags.list()
+            (dataset.tags.update if name in known else dataset.tags.create)(name, version)
+        except (ValueError, OSError) as error:
+            self.table.open(version)  # says so, where it is not kept any more
+            raise outage(self.url, "written", error) from error
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned version go; no error where there is no such pin."""
+        dataset = self.table.open()
+        if dataset is not None and name in dataset.tags.list():
+            dataset.tags.delete(name)
+
+    def pins(self) -> dict[str, int]:
+        """The pinned versions by name."""
+        dataset = self.table.open()
+        return {} if dataset is None else {name: int(tag["version"]) for name, tag in dataset.tags.list().items()}
+
+    def versions(self) -> list[int]:
+        """All versions that are kept."""
+        dataset = self.table.open()
+        return [] if dataset is None else [int(each["version"]) for each in dataset.versions()]
+
+    def positions(self, version: int | None = None) -> dict[str, Position]:
+        """How far each partition has been read, by its key. Costs the same whatever is stored."""
+        dataset = self.table.open(version)
+        known = [] if dataset is None else [position for _, position in positions(dataset)]
+        return {position.key: position for position in known if position.key != ROOT.key}
+
+    def offsets(self, version: int | None = None) -> dict[str, int]:
+        """Next offset to read of each partition, by ``topic:partition`` (``topic@n:partition`` after a lost log)."""
+        return {key: position.next for key, position in self.positions(version).items()}
+
+    def tally(self, version: int | None = None) -> Tally:
+        """Rows by kind and split: kept with the positions, not counted. See :data:`streams.store.rows.Tally`."""
+        dataset = self.table.open(version)
+        total: Tally = Counter()
+        for _, position in [] if dataset is None else positions(dataset):
+            total.update(position.tally)  # update, not +: what deletions took away is negative
+        return total
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    def count(
+        self,
+        version: int | None = None,
+        split: str | None = None,
+        after: Mapping[str, int] | None = None,
+        having: Having | None = None,
+    ) -> int:
+        """Number of samples; of a split; at or after the given offsets; that have a text, or a question.
+
+        Without ``after`` it is known without a scan; with it, only what may lie after the offsets is looked at.
+        """
+        dataset = self.table.open(version)
+        if dataset is None:
+            return 0
+        if after:
+            with reading(self.url):
+                return int(dataset.count_rows(filter=self._where(dataset, split, after, having)))
+        tally = self.tally(version)
+        splits = ("train", "fresh_eval") if split is None else (split,)
+        return sum(tally[name if having is None else f"{name}/{having}"] for name in splits)
+
+    def scan(
+        self,
+        version: int | None = None,
+        split: str | None = None,
+        after: Mapping[str, int] | None = None,
+        columns: Sequence[str] | None = None,
+        ids: Sequence[str] | None = None,
+        having: Having | None = None,
+    ) -> pa.Table:
+        """Samples in the order of (topic, partition, offset).
+
+        Args:
+            version: a pinned version.
+            split: ``train`` or ``fresh_eval``.
+            after: next offsets, as :meth:`offsets` gives: samples before them are left out. Partitions that it does
+                not name are returned whole.
+            columns: of :data:`~streams.store.rows.SAMPLE_COLUMNS`; all by default, images included: name what you need.
+            ids: only these; unknown ones are passed over.
+            having: only samples that have a ``text`` (what a CLIP learns from), or a ``question`` (a VLM).
+        """
+        wanted = list(SAMPLE_COLUMNS if columns is None else columns)
+        if unknown := set(wanted) - set(SAMPLE_COLUMNS):
+            raise StoreError(f"samples have no column {sorted(unknown)}.", f"Columns: {', '.join(SAMPLE_COLUMNS)}.")
+        dataset = self.table.open(version)
+        schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in wanted])
+        if dataset is None:
+            return schema.empty_table()
+        read = [*wanted, *(name for name in _ORDER if name not in wanted)]
+        where = self._where(dataset, split, after, having)
+        filters = [where] if ids is None else [f"({where}) AND {part}" for part in _id_filters(ids)]
+        with reading(self.url):
+            parts = [dataset.to_table(columns=read, filter=each) for each in filters]
+        if not parts:
+            return schema.empty_table()
+        table = pa.concat_tables(parts)
+        order = pc.sort_indices(table.select(_ORDER), sort_keys=[(name, "ascending") for name in _ORDER])
+        return table.take(order).select(wanted)
+
+    def addresses(
+        self,
+        columns: Sequence[str],
+        version: int | None = None,
+        split: str | None = None,
+        having: Having | None = None,
+        after: Mapping[str, int] | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Columns of samples, chosen as by :meth:`scan`, and where they are (``_rowaddr``), batch after batch, in the
+        order of the files.
+
+        For :meth:`rows_at`: an address is good for this version alone.
+        """
+        dataset = self.table.open(version)
+        if dataset is None:
+            return
+        yield from self._batches(dataset, columns, self._where(dataset, split, after, having), BATCH_ROWS, True)
+
+    def rows_at(
+        self, addresses: Sequence[int], columns: Sequence[str], version: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows by their addresses in a version, in that order: no scan, whatever is stored.
+
+        Raises StoreError when one of them is not there.
+        """
+        dataset = self.table.open(version)
+        if dataset is None or not len(addresses):
+            return []
+        where = f"{ADDRESS} IN ({', '.join(str(int(each)) for each in addresses)})"
+        with reading(self.url):
+            table = dataset.to_table(columns=list(columns), filter=where, with_row_address=True)
+        rows = {row.pop(ADDRESS): row for row in table.to_pylist()}
+        if missing := {int(each) for each in addresses} - rows.keys():
+            raise StoreError(
+                f"version {dataset.version} of the sample store {self.url} lacks {len(missing)} rows that it had.",
+                "Addresses are good for one version: ask for them again.",
+            )
+        return [rows[int(each)] for each in addresses]
+
+    def image(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Encoded images by sample id; unknown ids are missing."""
+        table = self.scan(ids=ids, columns=["id", "image"])
+        return dict(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
+
+    def select(
+        self, where: str, columns: Sequence[str], limit: int | None = None, version: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.store.rows` helps to build."""
+        dataset = self.table.open(version)
+        if dataset is None:
+            return []
+        with reading(self.url):
+            rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns), filter=where, limit=limit).to_pylist()
+        return rows
+
+    def count_rows(self, where: str) -> int:
+        """How many rows of any kind meet a condition in Lance's SQL."""
+        dataset = self.table.open()
+        if dataset is None:
+            return 0
+        with reading(self.url):
+            return int(dataset.count_rows(filter=where))
+
+    def batches(
+        self, where: str, columns: Sequence[str], size: int = BATCH_ROWS, version: int | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Like :meth:`select`, batch after batch of at most ``size`` rows, in the order in which they are stored."""
+        dataset = self.table.open(version)
+        if dataset is not None:
+            yield from self._batches(dataset, columns, where, size)
+
+    def _batches(
+        self, dataset: Any, columns: Sequence[str], where: str, size: int, addresses: bool = False
+    ) -> Iterator[pa.RecordBatch]:
+        bounds = {"batch_size": size, "batch_readahead": 2, "fragment_readahead": 2, "io_buffer_size": IO_BUFFER_BYTES}
+        batches = iter(dataset.to_batches(columns=list(columns), filter=where, with_row_address=addresses, **bounds))
+        while True:
+            with reading(self.url):  # not around the yield: what the caller raises is no outage
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def newest(self, limit: int, where: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """The ``limit`` rows that meet a condition and were stored last, newest first: position, time and columns."""
+        order = ["ingested_at", *_ORDER]
+        keys = [(name, "descending") for name in order]
+        best = pa.schema([SCHEMA.field(name) for name in order]).empty_table()
+        wanted = [*order, *(name for name in columns if name not in order)]
+        # Rows are chosen by their order alone, and their other columns read afterwards: images may be among them.
+        for batch in self.batches(where, order):
+            best = pa.concat_tables([best, pa.Table.from_batches([batch])])
+            best = best.take(pc.select_k_unstable(best, limit, keys)) if best.num_rows > limit else best
+        if not best.num_rows:
+            return []
+        oldest = pc.min(best["ingested_at"]).as_py()
+        rows = [
+            row
+            for batch in self.batches(f"({where}) AND ingested_at >= {moment(oldest)}", wanted, size=64)
+            for row in batch.to_pylist()
+        ]
+        return heapq.nlargest(limit, rows, key=lambda row: tuple(row[name] for name in order))
+
+    # -- records ----------------------------------------------------------------------------------------------------
+
+    def records(self, version: int | None = None) -> pa.Table:
+        """What became of every record: kind, position, id, reason, detail, duplicate_of, until."""
+        columns = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until"]
+        dataset = self.table.open(version)
+        if dataset is None:
+            return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
+        with reading(self.url):
+            table = dataset.to_table(columns=columns, filter="kind != 'position'")
+        return table.sort_by([(name, "ascending") for name in _ORDER])
+
+    def record(self, stream: str, partition: int, offset: int) -> list[dict[str, Any]]:
+        """The rows of one record: one, or two after its sample was deleted; none where it was not read yet."""
+        return self.select(f"kind != 'position' AND {at_offset(stream, partition, offset)}", _RECORD)
+
+    def refusals(self, limit: int, reason: str | None = None, source: str | None = None) -> list[dict[str, Any]]:
+        """The newest refused records, newest first, without their bytes: position, reason, detail, source and time.
+
+        Args:
+            reason: only those refused for it.
+            source: only those whose headers name this source; empty for those that name none.
+        """
+        return self.newest(limit, refused(reason, source), ["reason", "detail", "source"])
+
+    def refusal(self, stream: str, partition: int, offset: int) -> dict[str, Any] | None:
+        """One refused record with its bytes, or None where there is none at this position."""
+        rows = self.select(f"kind = 'quarantine' AND {at_offset(stream, partition, offset)}", _REFUSED)
+        return rows[0] if rows else None
+
+    def outbox(self, position: Position, limit: int) -> list[dict[str, Any]]:
+        """The oldest refused records of a partition that are not known to be in the quarantine topic."""
+        where = (
+            f"kind = 'quarantine' AND topic = {quoted(position.stream)} AND partition = {position.partition}"
+            f" AND offset >= {position.published} AND offset < {position.next}"
+        )
+        order = sorted(row["offset"] for row in self.select(where, ["offset"]))[:limit]
+        if not order:
+            return []
+        rows = self.select(f"{where} AND offset <= {order[-1]}", _REFUSED)
+        return sorted(rows, key=lambda row: int(row["offset"]))
+
+    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
+        """Ids of deleted samples and when they were deleted (``ingested_at`` of the receipt); those after ``since``."""
+        dataset = self.table.open(version)
+        if dataset is None or not self.tally(version)["deleted"]:
+            return pa.schema([SCHEMA.field(name) for name in ("id", "ingested_at")]).empty_table()
+        where = "kind = 'deleted' AND id IS NOT NULL"
+        if since is not None:
+            where += f" AND ingested_at > {moment(since)}"
+        with reading(self.url):
+            return dataset.to_table(columns=["id", "ingested_at"], filter=where)
+
+    def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The newest gaps, newest first: position, until, reason and time."""
+        if not self.tally()["gap"]:
+            return []
+        return self.newest(limit, "kind = 'gap'", ["until", "reason", "detail"])
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def fragments(self) -> int:
+        """Number of data files that hold rows of records; many small ones make reading slow."""
+        dataset = self.table.open()
+        return 0 if dataset is None else len(dataset.get_fragments()) - len(fences(dataset))
+
+    def size(self) -> int:
+        """Bytes of the data files of the latest version."""
+        dataset = self.table.open()
+        fragments = [] if dataset is None else dataset.get_fragments()
+        return sum(file.file_size_bytes or 0 for fragment in fragments for file in fragment.data_files())
+
+    def put(self, rows: Rows, ends: Iterable[Position]) -> int:
+        """Store rows that do not come from a consumer; see :meth:`streams.store.writer.StoreWriter.put`."""
+        return StoreWriter(self.table).put(rows, ends)
+
+    def _where(self, dataset: Any, split: str | None, after: Mapping[str, int] | None, having: Having | None) -> str:
+        clauses = ["kind = 'sample'"]
+        if having is not None:
+            clauses.append(f"{having} != ''")
+        if split is not None:
+            clauses.append(f"split = {quoted(split)}")
+        if after:
+            known = {position.key for _, position in positions(dataset)}
+            ranges = {**dict.fromkeys(known, 0), **after}  # a choice of ranges, which the index on the offset can prune
+            parts = []
+            for key, offset in sorted(ranges.items()):
+                stream, _, partition = key.rpartition(":")
+                parts.append(f"(topic = {quoted(stream)} AND partition = {int(partition)} AND offset >= {int(offset)})")
+            clauses.append(f"({' OR '.join(parts)})")
+        return " AND ".join(clauses)
+
+
+def _id_filters(ids: Sequence[str]) -> Iterator[str]:
+    valid = sorted({each for each in ids if _ID.fullmatch(each)})
+    for start in range(0, len(valid), IDS_PER_QUERY):
+        names = ", ".join(quoted(each) for each in valid[start : start + IDS_PER_QUERY])
+        yield f"id IN ({names})"

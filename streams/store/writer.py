@@ -1,0 +1,408 @@
+"""Writing the sample store: claims of partitions, and commits under them.
+
+A commit appends the rows of a batch and, in the same Lance transaction, replaces the position of each partition that
+they came from. A position's fragment is also the partition's fence: a commit has to remove the very fragment that its
+claim wrote last, and when another process has claimed the partition since, that one is gone. So records are stored
+together with their offsets or not at all; of two processes that read the same partition only the newer one can store;
+and processes on different partitions never wait for each other: Lance rebases one commit on the other.
+
+Data files are written once, whatever the retries: only the manifest is tried again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import lance
+import pyarrow as pa
+from lance.commit import CommitConflictError
+from lance.fragment import write_fragments
+
+from core.errors import StoreUnavailable, Superseded
+from streams.store.rows import (
+    CLAIM,
+    POSITION_SCHEMA,
+    SCHEMA,
+    Position,
+    RecordPosition,
+    deletion_row,
+    duplicate_row,
+    position_of,
+    quoted,
+    tally_of,
+)
+from streams.store.table import ROOT, SampleTable, outage, positions
+
+Rows = Sequence[Mapping[str, Any]]
+CONTENT: Final = "kind IN ('sample', 'quarantine')"
+"""The rows that hold what producers sent."""
+SENT: Final = "kind IN ('sample', 'duplicate', 'quarantine')"
+"""The rows that say who sent what: what deletions select."""
+_REMOVED: Final = ["kind", "split", "text", "question", "size", *CLAIM]
+DELETION: Final = "deletion"
+"""Reason of the receipts of what somebody asked to delete."""
+IDS_PER_QUERY: Final = 500
+MOVED: Final = {"ratchet": "moved"}
+"""Property of a transaction that writes no row that was not there before."""
+ATTEMPTS: Final = 30
+"""Lance's own retries pass a conflict of names on; ours begin anew from the newest version: some 10 ms each."""
+OUTAGES: Final = 2
+"""Of these, those that fail for another reason than a conflict: each may take as long as Lance's own retries."""
+
+
+@dataclass(eq=False, slots=True)
+class Claim:
+    """The right to store records of one partition, until somebody else claims it."""
+
+    position: Position
+    """As stored last."""
+    fragment: int
+    """The fragment that holds it."""
+
+    @property
+    def key(self) -> str:
+        """``topic:partition``."""
+        return self.position.key
+
+
+class StoreWriter:
+    """Commits to the sample store. Use from one thread at a time."""
+
+    def __init__(self, table: SampleTable) -> None:
+        self.table = table
+
+    def claim(
+        self, starts: Iterable[Position], rows: Rows = (), moves: Sequence[tuple[Claim, Position]] = ()
+    ) -> list[Claim]:
+        """Take over partitions, each where the store says, or at the given position where it knows none.
+
+        A topic's id that the store does not know yet is taken from the given position.
+
+        ``rows`` and ``moves`` are committed with it, as by :meth:`commit`.
+
+        Raises:
+            Superseded: a claim in ``moves`` is not the newest; nothing was claimed.
+            StoreUnavailable: nothing was claimed; to be tried again.
+        """
+        wanted = list(starts)
+        for _ in range(ATTEMPTS):
+            dataset = self.table.create()
+            known = {position.key: (fragment, position) for fragment, position in positions(dataset)}
+            taken = [known.get(start.key, (-1, start)) for start in wanted]
+            claimed = [
+                Claim(replace(each, epoch=each.epoch + 1, topic_id=each.topic_id or start.topic_id), fragment)
+                for start, (fragment, each) in zip(wanted, taken, strict=True)
+            ]
+            taken_over = [(claim, claim.position) for claim in claimed]
+            if any(claim.fragment < 0 for claim in claimed):
+                fragment, root = known[ROOT.key]
+                taken_over.append((Claim(root, fragment), root))
+            try:
+                self._commit(rows, [*moves, *taken_over])
+            except Superseded as error:
+                if {claim.key for claim, _ in moves} & set(error.keys):
+                    raise
+                continue  # somebody claims the same partitions, or makes others: in turn
+            return claimed
+        raise StoreUnavailable(
+            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.",
+            "Are there more ingest processes than partitions? Stop some.",
+        )
+
+    def commit(
+        self,
+        rows: Rows | pa.Table,
+        moves: Sequence[tuple[Claim, Position]],
+        replaced: Mapping[RecordPosition, dict[str, Any]] | None = None,
+        base: Any = None,
+    ) -> int:
+        """Store rows and the new positions of their partitions in one transaction. Returns the version.
+
+        Args:
+            replaced: of samples and duplicates that are taken out in the same transaction, each with the receipt that
+                stands for it then. One that is gone already is passed over; a sample that another record sent, too,
+                passes to that one.
+            base: the newest version, where it was opened just now.
+
+        Raises:
+            Superseded: a claim is not the newest; nothing was stored.
+            StoreUnavailable: nothing was stored; to be tried again.
+        """
+        if not replaced:
+            return self._commit(rows, moves, base)
+        where = f"{SENT} AND ({_at(replaced)})"
+
+        def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            known = replaced[position_of(row)]
+            return {**known, "id": None, "duplicate_of": row["id"]} if stays else known
+
+        corrected = {row["id"] for row in rows if row["kind"] == "sample"}  # stored anew, so nothing passes on
+        return self._swap(where, receipt, rows, moves, True, corrected)[1]
+
+    def put(self, rows: Rows, ends: Iterable[Position]) -> int:
+        """Claim, and store rows with the positions behind them: for data that does not come from a consumer."""
+        ends = list(ends)
+        claims = self.claim(replace(end, next=0) for end in ends)
+        moves = []
+        for claim, end in zip(claims, ends, strict=True):
+            own = [row for row in rows if (row["topic"], row["partition"]) == (end.stream, end.partition)]
+            tally = claim.position.tally + tally_of(own)
+            moves.append((claim, replace(end, epoch=claim.position.epoch, tally=tally)))
+        return self._commit(rows, moves)
+
+    def remove(self, where: str, reason: str, detail: str) -> list[dict[str, Any]]:
+        """Delete what meets a condition, and leave a receipt for each row, in one transaction.
+
+        With the reason :data:`DELETION` that is records: a sample that another record sent, too, which does not meet
+        the condition, passes to that one. Else it is samples and refusals.
+
+        Their bytes stay in the data files until maintenance has rewritten those and removed the old versions.
+
+        Args:
+            where: in Lance's SQL, as for :meth:`streams.store.sample_store.SampleStore.select`.
+            reason, detail: for the receipts.
+
+        Returns:
+            What was deleted: kind, position, id, split, source and time of each row.
+
+        Raises:
+            StoreUnavailable: nothing was deleted; to be tried again.
+        """
+        now = datetime.now(UTC)
+        of, pass_on = (SENT, True) if reason == DELETION else (CONTENT, False)
+
+        def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            return deletion_row(row, reason, detail, now, stays)
+
+        return self._swap(f"{of} AND ({where})", receipt, pass_on=pass_on)[0]
+
+    def remove_rows(self, details: Mapping[RecordPosition, str]) -> list[dict[str, Any]]:
+        """Like :meth:`remove` for deletions, of the rows at some positions, each with its own receipt's detail."""
+        now = datetime.now(UTC)
+
+        def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            return deletion_row(row, DELETION, details[position_of(row)], now, stays)
+
+        return self._swap(f"{SENT} AND ({_at(details)})", receipt, pass_on=True)[0] if details else []
+
+    def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
+        """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
+        stream, partition, offset = position
+        where = (
+            f"kind = 'sample' AND id = {quoted(sample_id)} AND topic = {quoted(stream)} AND partition = {partition}"
+            f" AND offset = {offset}"
+        )
+        return bool(self._swap(where, lambda row, _: duplicate_row(row, "exact", sample_id))[0])
+
+    def _swap(
+        self,
+        where: str,
+        receipt: Callable[[dict[str, Any], bool], dict[str, Any]],
+        new: Rows = (),
+        moves: Sequence[tuple[Claim, Position]] = (),
+        pass_on: bool = False,
+        kept: Collection[str] = (),
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Put another row in the place of each that meets a condition, and store new ones. Returns those that were
+        there, and the version.
+
+        Args:
+            where: the condition, in Lance's SQL.
+            receipt: makes the other row, of a row and whether what it holds stays in the store.
+            new, moves: as for :meth:`commit`.
+            pass_on: a sample passes to another record that sent it, too, and that is a duplicate so far.
+            kept: ids of samples that are stored already.
+        """
+        for _ in range(ATTEMPTS):
+            dataset = self.table.create()
+            table = dataset.to_table(columns=_REMOVED, filter=where, with_row_address=True)
+            rows: list[dict[str, Any]] = table.to_pylist()
+            if not rows:
+                return [], self._commit(new, moves) if moves else int(dataset.version)
+            passed = _passed_on(dataset, rows, kept) if pass_on else []
+            gone = [*rows, *(duplicate for duplicate, _ in passed)]
+            theirs = f"kind = 'duplicate' AND ({_at(position_of(each) for each, _ in passed)})" if passed else "false"
+            parts = {int(row["_rowaddr"]) >> 32 for row in gone}
+            every = f"({where}) OR ({theirs})"
+            changed = {number: dataset.get_fragment(number).delete(every) for number in sorted(parts)}
+            stay = {sample["id"] for _, sample in passed} | set(kept)
+            receipts = [receipt(row, row["kind"] == "duplicate" or row["id"] in stay) for row in rows]
+            receipts += [sample for _, sample in passed]
+            fragment, root = next(each for each in positions(dataset) if each[1].key == ROOT.key)
+            tally = Counter(root.tally)
+            tally.subtract(tally_of(gone))
+            tally.update(tally_of(receipts))
+            root_move = (Claim(root, fragment), replace(root, tally=tally))
+            try:
+                version = self._commit([*new, *receipts], [*moves, root_move], dataset, changed)
+            except Superseded as error:
+                if {claim.key for claim, _ in moves} & set(error.keys):
+                    raise
+                continue
+            except CommitConflictError:
+                continue
+            return rows, version
+        raise StoreUnavailable(
+            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
+        )
+
+    def merge(self, fragments: Sequence[int], rows_at_once: int) -> int:
+        """Write the rows of some fragments into one, without those that were deleted. Returns the bytes written.
+
+        0 when somebody else changed one of them meanwhile: then nothing has happened. Not Lance's own compaction, which
+        merges only neighbours, and puts what it writes to the end, where it parts others.
+
+        Raises:
+            StoreUnavailable: nothing has happened; to be tried again.
+        """
+        dataset = self.table.create()
+        parts = [dataset.get_fragment(number) for number in fragments]
+        new: list[Any] = []
+        try:
+            rows = dataset.scanner(fragments=parts, batch_size=rows_at_once, scan_in_order=True).to_reader()
+            new = write_fragments(rows, dataset, mode="append", max_rows_per_file=1 << 30, max_bytes_per_file=1 << 40)
+            operation = lance.LanceOperation.Update(
+                removed_fragment_ids=sorted(fragments), updated_fragments=[], new_fragments=new, fields_modified=[]
+            )
+            moved = lance.Transaction(dataset.version, operation, transaction_properties=MOVED)
+            lance.LanceDataset.commit(self.table.url, moved)
+        except (OSError, RuntimeError) as error:
+            if not _is_conflict(error):
+                raise outage(self.table.url, "compacted", error) from error
+            # Nothing refers to these files, and they may hold what is deleted next: Lance keeps such for a week.
+            self.table.discard(file.path for fragment in new for file in fragment.files)
+            return 0
+        return sum(file.file_size_bytes or 0 for fragment in new for file in fragment.files)
+
+    def _commit(
+        self,
+        rows: Rows | pa.Table,
+        moves: Sequence[tuple[Claim, Position]],
+        base: Any = None,
+        changed: Mapping[int, Any] | None = None,
+    ) -> int:
+        url = self.table.url
+        base = base or self.table.create()
+        try:
+            new = _write(rows, base, SCHEMA) if len(rows) else []
+            marks = _write([position.row() for _, position in moves], base, POSITION_SCHEMA, max_rows_per_file=1)
+            dataset = self._replace(base, [claim.fragment for claim, _ in moves], [*new, *marks], changed or {})
+        except CommitConflictError:  # it is an OSError, too
+            raise
+        except (OSError, RuntimeError) as error:
+            raise outage(url, "written", error) from error
+        if dataset is None:
+            present = {fragment.fragment_id for fragment in self.table.create().get_fragments()}
+            raise Superseded([claim.key for claim, _ in moves if claim.fragment not in present and claim.fragment >= 0])
+        paths = [mark.files[0].path for mark in marks]
+        numbers = _fragments_by_path(dataset, paths)
+        for (claim, position), path in zip(moves, paths, strict=True):
+            claim.position, claim.fragment = position, numbers[path]
+        return int(dataset.version)
+
+    def _replace(self, base: Any, old: Sequence[int], new: Sequence[Any], changed: Mapping[int, Any]) -> Any | None:
+        """The version in which ``new`` stand for the fragments ``old``; None when one of those is gone.
+
+        ``changed`` are fragments of ``base`` with more rows deleted (None: all of them): when somebody else changes one
+        of those first, that raises CommitConflictError.
+        """
+        fences_removed = {number for number in old if number >= 0}
+        operation = lance.LanceOperation.Update(
+            removed_fragment_ids=sorted(fences_removed | {number for number, left in changed.items() if left is None}),
+            updated_fragments=[left for left in changed.values() if left is not None],
+            new_fragments=list(new),
+            fields_modified=[],
+        )
+        failure: Exception | None = None
+        outages = 0
+        for attempt in range(1 if changed else ATTEMPTS):
+            if attempt:
+                time.sleep(random.uniform(0.002, 0.01) * attempt)  # noqa: S311  (spreads the tries)
+                base = self.table.create()
+                if failure is not None and _fragments_by_path(base, [new[-1].files[0].path]):
+                    return base  # the answer was lost, the commit was not
+                if failure is not None and outages >= OUTAGES:
+                    raise failure
+            if fences_removed - {fragment.fragment_id for fragment in base.get_fragments()}:
+                return None
+            try:
+                return lance.LanceDataset.commit(base, operation, read_version=base.version)
+            except CommitConflictError:
+                if changed:
+                    raise
+            except OSError as error:
+                if changed and _is_conflict(error):
+                    raise CommitConflictError(str(error)) from error
+                failure = error
+                outages += not _is_conflict(error)
+        raise failure or StoreUnavailable(
+            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
+        )
+
+
+def _passed_on(
+    dataset: Any, rows: Sequence[Mapping[str, Any]], kept: Collection[str]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of samples among rows that are removed, those that other records sent, too: the newest duplicate of the key and
+    source that were the first of these, and the row of the sample as if that record had brought it."""
+    leaving = {row["_rowaddr"] for row in rows}
+    samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
+    heirs: dict[str, dict[str, Any]] = {}
+    for ids in _chunks(list(samples)):
+        where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
+        table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
+        for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], position_of(row))):
+            if row["_rowaddr"] in leaving:
+                continue
+            first = heirs.setdefault(row["id"], row)
+            if (first["key"], first["source"]) == (row["key"], row["source"]):
+                heirs[row["id"]] = row
+    passed = []
+    for ids in _chunks(list(heirs)):
+        places = _at(position_of(samples[each]) for each in ids)
+        for sample in dataset.to_table(columns=SCHEMA.names, filter=f"kind = 'sample' AND ({places})").to_pylist():
+            heir = heirs[sample["id"]]
+            claim = {name: heir[name] for name in CLAIM if heir[name] is not None or name in ("key", "sent_at")}
+            passed.append((heir, {**sample, **claim}))
+    return passed
+
+
+def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[start : start + IDS_PER_QUERY] for start in range(0, len(ids), IDS_PER_QUERY))
+
+
+def _at(places: Iterable[RecordPosition]) -> str:
+    """The rows at some positions, in Lance's SQL."""
+    offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for stream, partition, offset in places:
+        offsets[stream, partition].append(offset)
+    return " OR ".join(
+        f"(topic = {quoted(stream)} AND partition = {partition} AND offset IN ({', '.join(map(str, each))}))"
+        for (stream, partition), each in offsets.items()
+    )
+
+
+def _is_conflict(error: Exception) -> bool:
+    """Whether somebody else's commit came first. Lance says so by a type of its own, or in an OSError's words."""
+    return isinstance(error, CommitConflictError) or "commit conflict" in str(error).lower()
+
+
+def _write(rows: Rows | pa.Table, base: Any, schema: pa.Schema, **options: Any) -> list[Any]:
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
+    return list(write_fragments(table, base, mode="append", **options))
+
+
+def _fragments_by_path(dataset: Any, paths: Sequence[str]) -> dict[str, int]:
+    wanted = set(paths)
+    return {
+        file.path: int(fragment.fragment_id)
+        for fragment in dataset.get_fragments()
+        for file in fragment.data_files()
+        if file.path in wanted
+    }

@@ -1,0 +1,1 @@
+"""The methods that recipes name, one file each: objectives, regularizers, merging and optimizers."""

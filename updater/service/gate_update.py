@@ -1,0 +1,239 @@
+"""From a trained candidate to a stored verdict: its suites, the gate, its report, and the ledger's row."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from core import metrics
+from core.artifacts import Artifacts
+from core.errors import AdapterError
+from core.ledger import Ledger, UpdateRow
+from core.settings import Settings
+from serving.engines.adapters import adapter_name
+from serving.engines.clip_base import ClipBase
+from serving.engines.heads import read_heads
+from serving.engines.vlm.vlm_base import VlmBase
+from streams.store.sample_store import Having, SampleStore
+from updater.adapters.recorded import fetch_recorded
+from updater.data.draw import HAVING
+from updater.gate.best_releases import best_releases
+from updater.gate.clip import base_alone
+from updater.gate.diagnostics.diagnose import StoreCounts
+from updater.gate.held_out import TEXT_COLUMNS, HeldOut
+from updater.gate.report import write_report
+from updater.gate.run import open_across_bases, open_evaluator, run_gate
+from updater.gate.sample_suites import choose_memory, fresh_suites, head_suites, learned_before, memory_suites
+from updater.gate.suites import Suite, load_suites
+from updater.gate.verdict import Verdict
+from updater.recipes import Family
+from updater.service import kept_candidates
+from updater.service.base_replay import new_base, old_base
+from updater.step.learner import Base
+
+
+def gate_update(
+    settings: Settings,
+    ledger: Ledger,
+    artifacts: Artifacts,
+    store: SampleStore,
+    base: ClipBase | VlmBase,
+    update: UpdateRow,
+) -> UpdateRow:
+    """Gate the adapter of a trained update and record what came out. Safe to repeat: a verdict is recorded once.
+
+    Args:
+        base: that the adapter is of; an upgrade's incumbent is of another one.
+
+    Raises:
+        GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
+            ``trained``.
+    """
+    adapter = str(update.adapter)
+    if ledger.verdict_of(update.id) is None:
+        verdict = _gate(settings, ledger, artifacts, store, base, update, adapter)
+        key = f"reports/{update.id}"
+        with tempfile.TemporaryDirectory() as folder:
+            write_report(verdict, Path(folder))
+            for file in sorted(Path(folder).iterdir()):
+                # Written file by file: a repeated gate has another duration, and replaces the report of a lost verdict.
+                artifacts.write_bytes(f"{key}/{file.name}", file.read_bytes())
+        ledger.record_verdict(update.id, adapter, verdict.outcome, key, verdict.summary())
+        _count(verdict, update)
+    return ledger.advance_update(update.id, "gated", cost=_gate_cost(ledger, update))
+
+
+def _gate(
+    settings: Settings,
+    ledger: Ledger,
+    artifacts: Artifacts,
+    store: SampleStore,
+    base: ClipBase | VlmBase,
+    update: UpdateRow,
+    adapter: str,
+) -> Verdict:
+    meta: dict[str, Any] = {
+        "update": update.id,
+        "recipe": update.recipe.get("name"),
+        "seed": update.seed,
+        "store_version": update.store_version,
+        "data_from": update.data_from,
+        "data_to": update.data_to,
+        "rank": update.recipe.get("rank"),
+    }
+    upgrade = ledger.base_upgrade(update.id)
+    suites, fresh = update_suites(settings, store, update, update.data_to if upgrade else None)
+    try:
+        directory = fetch_recorded(artifacts, ledger, adapter)
+        suites += head_suites(settings, store, update.store_version, read_heads(directory))
+    except AdapterError as error:  # a verdict, with this as its reason
+        directory, meta["load_error"] = None, error.message
+    names = [suite.name for suite in suites if suite.role == "retention"]
+    released = base.digest if upgrade is None else upgrade.old_base
+    best = best_releases(ledger, base.family, released, names, update.incumbent)
+    halved = bool(update.recipe.get("merge", {}).get("search"))
+    plan = kept_candidates.plan(settings.gate, ledger, base.family, update, halved=halved)
+    incumbent = update.incumbent
+    if upgrade is None:
+        opened = open_evaluator(settings, base)
+    else:
+        old, new = old_base(settings, upgrade), new_base(settings, upgrade)
+        opened = open_across_bases(settings, old, new, adapter)
+        incumbent = incumbent or base_alone(old)
+        meta["upgrade"] = {"from": upgrade.old_name, "from_digest": upgrade.old_base, "to": upgrade.new_name}
+    if halved:
+        meta["tuned_on"] = [
+            suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items) if not suite.head
+        ]
+    with opened as evaluator:
+        if update.incumbent:
+            evaluator.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
+        for name in sorted({*best.values()} - {adapter}):
+            try:
+                evaluator.load(name, fetch_recorded(artifacts, ledger, name))
+            except AdapterError as error:  # an old release that is gone must not keep every new one out
+                best = {suite: other for suite, other in best.items() if other != name}
+                meta.setdefault("not_compared", {})[name] = error.message
+        if directory is not None:
+            try:
+                meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
+                evaluator.load(adapter, directory, candidate=True)
+            except AdapterError as error:
+                meta["load_error"] = error.message
+        return run_gate(
+            evaluator=evaluator,
+            candidate=adapter,
+            incumbent=incumbent,
+            suites=suites,
+            fresh=fresh,
+            best=best,
+            counts=StoreCounts(store, update.store_version, _having(update), settings.home / "cache" / "gate"),
+            plan=plan,
+            settings=settings.gate,
+            cost=update.cost,
+            meta=meta,
+        )
+
+
+def _having(update: UpdateRow) -> Having:
+    return HAVING["vlm" if update.family == "vlm" else "clip"]
+
+
+def _count(verdict: Verdict, update: UpdateRow) -> None:
+    again = verdict.outcome == "inconclusive" and verdict.look.next is not None
+    outcome = "kept" if again else verdict.outcome
+    metrics.gate.decided(update.family, outcome, verdict.seconds, _gflops(verdict.summary(), update))
+
+
+def _gate_cost(ledger: Ledger, update: UpdateRow) -> dict[str, Any]:
+    verdict = ledger.verdict_of(update.id)
+    assert verdict is not None
+    return {"gate_seconds": verdict.summary.get("seconds"), "gate_gflops": _gflops(verdict.summary, update)}
+
+
+def _gflops(summary: dict[str, Any], update: UpdateRow) -> float:
+    """Forward passes of the candidate over all suites, in GFLOPs; base and incumbent are scored once and kept."""
+    items = int(sum(suite["n"] for suite in summary.get("suites", {}).values()))
+    return items * float(update.cost.get("sample_gflops", 0.0))
+
+
+def update_suites(
+    settings: Settings, store: SampleStore, update: UpdateRow, learned: Mapping[str, int] | None = None
+) -> tuple[list[Suite], list[Suite]]:
+    """What an update is judged by: the suites of its family with those of what was learned before, and fresh ones.
+
+    Args:
+        learned: where the data end that the updates which led to the incumbent have learned; by default where the
+            update's own begin. Of one that learns them anew, held-out samples of them are in both kinds of suite.
+
+    Raises GateError when a suite cannot be read.
+    """
+    learned = update.data_from if learned is None else learned
+    family: Family = "vlm" if update.family == "vlm" else "clip"
+    held_out = HeldOut(store, update.store_version, HAVING[family])
+    fresh = held_out.rows(TEXT_COLUMNS, update.data_from)
+    min_items, most = settings.gate.min_items, settings.gate.max_items
+    suites = load_suites(settings.gate.suites, settings.home, family, most)
+    if learned:  # else nothing was learned yet
+        pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
+        suites += _memory_suites(held_out, pending, family, 2 * min_items)
+    return suites, fresh_suites(fresh, family=family, min_items=min_items, limit=most, images=held_out)
+
+
+def _memory_suites(held_out: HeldOut, pending: pa.Table, family: Family, min_units: int) -> list[Suite]:
+    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), family, min_units)
+    wanted = [each for ids in chosen.values() for each in ids]
+    return memory_suites(held_out.some(wanted, TEXT_COLUMNS), chosen, family, min_units, held_out)
+
+
+def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
+    """The suites that a search may look at: those of which both halves have items enough to say something."""
+    return [suite for suite in suites if suite.divisible(min_items)]
+
+
+class TuningScores:
+    """Scores merged adapters of one update on the tuning half of its suites, through the engine that serves: an
+    :class:`updater.training.linesearch.Scored`. The verdict then falls on the hidden half.
+
+    PAINT's measure: the mean of what must not be lost (retention suites) and of what is to be learned (gain suites).
+    """
+
+    def __init__(self, settings: Settings, base: Base, suites: Sequence[Suite]) -> None:
+        """``suites``: those of :func:`tuned_on`; without any there is no search, and the recipe's weight is taken."""
+        self.settings = settings
+        self.base = base
+        self.suites = [suite.half("tuning") for suite in suites]
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        store: SampleStore,
+        base: Base,
+        update: UpdateRow,
+        learned: Mapping[str, int] | None = None,
+    ) -> TuningScores:
+        """On what an update will be judged by, see :func:`update_suites`. Raises GateError."""
+        suites, fresh = update_suites(settings, store, update, learned)
+        return cls(settings, base, tuned_on([*suites, *fresh], settings.gate.min_items))
+
+    @property
+    def passes(self) -> int:
+        """Items asked of one adapter."""
+        return sum(len(suite.items()) for suite in self.suites)
+
+    def __call__(self, directory: Path) -> float:
+        """The mean of both roles' means; of one role where there is no suite of the other. Between 0 and 1."""
+        name = adapter_name(directory)
+        by_role: dict[str, list[float]] = {}
+        with open_evaluator(self.settings, self.base) as evaluator:
+            evaluator.load(name, directory)
+            for suite in self.suites:
+                score = evaluator.score(suite, name, label=f"{suite.name}, tuning half").hits.mean()
+                by_role.setdefault(suite.role, []).append(float(score))
+        means = [sum(scores) / len(scores) for scores in by_role.values()]
+        return sum(means) / len(means) if means else 0.0

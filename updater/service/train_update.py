@@ -1,0 +1,174 @@
+"""From an update that has begun to a trained candidate: the budget, the trainer, and the ledger's row."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from core import metrics
+from core.artifacts import Artifacts, directory_digest
+from core.errors import BudgetError
+from core.ledger import Ledger, UpdateRow
+from core.progress import say
+from core.settings import Settings
+from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
+from serving.engines.heads import read_heads
+from streams.store.sample_store import SampleStore
+from updater.adapters.recorded import fetch_recorded
+from updater.budget.throttle import Throttle
+from updater.data.pools import draw_pools
+from updater.families import reference_of, spaces_of
+from updater.heads import learn_heads, with_heads
+from updater.recipes import Recipe
+from updater.service import triggers
+from updater.service.gate_update import TuningScores
+from updater.service.ledger_metrics import export_budget
+from updater.service.process import StopSignal
+from updater.step.learner import Base
+from updater.training.result import Limits, TrainResult, cost_of
+from updater.training.train import train
+from updater.training.workers import Workers
+
+
+class BucketEmpty(BudgetError):
+    """Another update has spent what this one was to be charged; it waits until the bucket holds it."""
+
+
+def train_update(
+    settings: Settings,
+    ledger: Ledger,
+    artifacts: Artifacts,
+    store: SampleStore,
+    base: Base,
+    update: UpdateRow,
+    work: Path,
+    *,
+    throttle: Throttle,
+    stop: StopSignal,
+    ended: Callable[[], bool] = lambda: False,
+) -> UpdateRow:
+    """Train an update and record its adapter. Safe to repeat: it goes on from its checkpoint, and is charged once.
+
+    Args:
+        base: that is trained; of an upgrade, the new one.
+        work: folder of checkpoints, of measured costs, and of the adapter until it is in the artifacts.
+        ended: whether somebody else has ended the update meanwhile; asked between steps.
+
+    Raises:
+        BucketEmpty: the update waits for its budget.
+        Stopped: asked to stop, or ended; else the update goes on from its checkpoint next time.
+        RatchetError: it cannot be trained.
+    """
+    rate, capacity = triggers.bucket(settings)
+    upgrade = ledger.base_upgrade(update.id)
+    planned = upgrade.gflops if upgrade else triggers.planned_gflops(settings)
+    charged = upgrade is None  # an upgrade has a budget of its own
+    if charged and not ledger.charge(update.id, planned, now=time.time(), rate=rate, capacity=capacity):
+        raise BucketEmpty(
+            f"{update.id}: the bucket does not hold {planned:,.0f} MAF-GFLOPs any more.", "It is tried again later."
+        )
+    export_budget(settings, ledger)
+    recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
+    learned = update.data_to if upgrade else None
+    pools = draw_pools(
+        store,
+        recipe,
+        reference_of(settings, recipe.family),
+        update.store_version,
+        update.data_from,
+        update.seed,
+        settings.updater.draw,
+        learned,
+    )
+    limits = Limits(
+        gflops=planned,
+        seconds=math.inf if upgrade else settings.budget.seconds_per_update,
+        threads=settings.updater.threads,
+        duty_cycle=settings.updater.duty_cycle,
+        checkpoint_steps=settings.updater.checkpoint_steps,
+        work_bytes=settings.updater.work_gib * 2**30,
+    )
+    begins_at = None if upgrade else update.incumbent  # no adapter fits another base
+    incumbent = fetch_recorded(artifacts, ledger, begins_at) if begins_at else None
+    scored = TuningScores.of(settings, store, base, update, learned) if recipe.merge.search else None
+    throttle.begin()
+    with stop.training():
+        result = train(
+            base,
+            recipe,
+            pools,
+            incumbent,
+            seed=update.seed,
+            limits=limits,
+            out_dir=work / "adapter",
+            work_dir=work,
+            carry_over=_carry_over(artifacts, begins_at),
+            scored=scored,
+            stop=lambda: stop() or ended(),
+            duty_cycle=throttle,
+            workers=Workers.of(settings),
+        )
+    result = _with_heads(settings, store, update, base, result, work)
+    _register(ledger, update, recipe, base, result)  # first: from then on the collector leaves its files alone
+    artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
+    if result.carry_over is not None:
+        artifacts.put_directory(result.carry_over, f"memories/{result.adapter}")
+    if charged:
+        ledger.settle(update.id, result.maf, capacity=capacity)
+    metrics.update.trained(recipe.family, result.seconds, result.maf)
+    metrics.update.visited(recipe.family, result.visited, result.pending - result.visited)
+    metrics.update.left_out(recipe.family, len(result.left_out))
+    stopped = "budget" if result.budget_spent else "time" if result.truncated else ""
+    say(
+        f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s"
+        + (f" (stopped at step {result.steps} of {result.planned_steps}: {stopped})" if stopped else "")
+        + f", {result.visited} of {result.pending} pending samples visited"
+    )
+    for name, why in sorted(result.left_out.items()):
+        say(f"{update.id}: sample {name} is left out: {why}")
+    cost = {**cost_of(result), "draw": settings.updater.draw}
+    return ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
+
+
+def _with_heads(
+    settings: Settings, store: SampleStore, update: UpdateRow, base: Base, result: TrainResult, work: Path
+) -> TrainResult:
+    """The candidate with the heads of the settings, learned in its own image space."""
+    wanted = settings.updater.heads
+    if not wanted or not isinstance(base, ClipBase):
+        return result
+    engine = ClipEngine.of(settings, base, threads=settings.updater.threads)
+    needed = 2 * settings.gate.min_items
+    heads = learn_heads(engine, result.directory, store, update.store_version, wanted, needed)
+    if not heads:
+        return result
+    directory = with_heads(engine, result.directory, heads, work / "adapter")
+    return replace(result, adapter=directory.name, directory=directory)
+
+
+def _carry_over(artifacts: Artifacts, incumbent: str | None) -> Path | None:
+    """What the update that made the incumbent left behind, if it left something."""
+    key = f"memories/{incumbent}"
+    return artifacts.fetch(key) if incumbent and artifacts.exists(key) else None
+
+
+def _register(ledger: Ledger, update: UpdateRow, recipe: Recipe, base: Base, result: TrainResult) -> None:
+    image_space, text_space = spaces_of(base, result.directory)
+    ledger.register_adapter(
+        result.adapter,
+        recipe.family,
+        base.digest,
+        image_space,
+        text_space,
+        {
+            "update": update.id,
+            "recipe": recipe.name,
+            "rank": recipe.rank,
+            "heads": sorted(read_heads(result.directory)),
+        },
+        digest=directory_digest(result.directory),
+    )

@@ -1,0 +1,402 @@
+"""The updater: waits for data and budget, trains, gates, proposes. Every step can be repeated after a kill.
+
+           a candidate that was inconclusive is asked again as an update that is trained already (kept_candidates.py)
+training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
+           leaves for the next one (its carry-over), then the ledger
+trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here
+gated      the verdict and its report are stored; what passed is proposed
+done       or failed, with the reason
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core import metrics
+from core.artifacts import Artifacts
+from core.dependencies import answered, noted
+from core.digests import digest12, digest_json
+from core.errors import (
+    BaseModelError,
+    ConfigError,
+    DiskFull,
+    GateError,
+    LedgerError,
+    RatchetError,
+    StoreError,
+    TrainingError,
+)
+from core.ledger import BaseUpgradeRow, Ledger, UpdateRow
+from core.ledger.learning import BEGAN, FINISHED
+from core.progress import say
+from core.settings import Settings
+from ratchet_client import Client
+from streams.store.sample_store import SampleStore
+from updater.budget.cost import StepUnaffordable
+from updater.budget.throttle import Throttle, latencies
+from updater.data.pools import mixed_seed
+from updater.families import families_with_a_base, family_base, family_recipe, reference_of
+from updater.recipes import Family, Recipe
+from updater.service import kept_candidates, triggers
+from updater.service.base_replay import new_base, old_base, waits_for_base
+from updater.service.exchange import compare, is_import
+from updater.service.gate_update import gate_update
+from updater.service.learning_state import check_reference, check_suites
+from updater.service.ledger_metrics import LedgerMetrics, export_budget
+from updater.service.process import StopSignal, ThrottledLog, work_folders
+from updater.service.train_update import BucketEmpty, train_update
+from updater.service.triggers import Ready, Reevaluate, Waiting
+from updater.step.learner import Base
+from updater.training.checkpoint import NAME as CHECKPOINT
+from updater.training.run import PREPARED
+from updater.training.workers import Stopped
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 3
+"""An update fails when it has been broken off so often by an error that is none of Ratchet's own, or when so many
+processes died in it at one place."""
+ASK_SECONDS = 5.0
+"""Between two looks at whether an operator has ended the update that is in training."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one call of :meth:`UpdaterService.step` did: nothing (``update`` is None), or one whole update."""
+
+    update: UpdateRow | None
+    reason: str
+
+
+class UpdaterService:
+    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``.
+
+    It updates the CLIP and the VLM in turn, from one budget; with a recipe or a family, only that model.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        recipe: Recipe | None = None,
+        *,
+        family: Family | None = None,
+        stop: StopSignal | None = None,
+    ) -> None:
+        """Raises ConfigError when a recipe is of another family than wanted, BaseModelError when there is no base."""
+        if recipe and family not in (None, recipe.family):
+            raise ConfigError(
+                f"recipe {recipe.name!r} trains a {recipe.family.upper()}, not a {str(family).upper()}.",
+                "Leave the family out: the recipe decides.",
+            )
+        self.settings = settings
+        only = recipe.family if recipe else family
+        turns = (only,) if only else families_with_a_base(settings)
+        self.turns: deque[Family] = deque(turns)
+        """Whose turn it is, first; who had it goes to the end."""
+        self.recipes: dict[Family, Recipe] = {each: recipe or family_recipe(settings, each) for each in turns}
+        self.bases: dict[Family, Base] = {each: family_base(settings, each) for each in turns}
+        self.ledger = Ledger.open(settings.ledger)
+        self.artifacts = Artifacts(settings.artifacts)
+        self.store = SampleStore(settings.lake)
+        self.stop = stop or StopSignal()
+        self._ledger_metrics = LedgerMetrics(self.ledger)
+        self._asked = 0.0
+        server = Client(
+            settings.server, settings.operator_key().get_secret_value(), actor="updater", timeout=2.0, retries=0
+        )
+        limits = settings.updater
+        self._throttle = Throttle(
+            lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)
+        )
+
+    def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
+        """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
+
+        Each family is asked in its turn, until one of them has something to do.
+
+        Raises:
+            RatchetError: storage, base or suites cannot be used; the update stays where it is and is taken up again.
+                The next turn is the other family's.
+            TrainingError: a library's error broke it off; it is tried again, and fails after :data:`ATTEMPTS`.
+            Stopped: asked to stop in training; the update goes on from its checkpoint next time.
+        """
+        reasons = {}
+        for _ in range(len(self.turns)):
+            family = self.turns[0]
+            self.turns.rotate(-1)
+            outcome = self._step_of(family, now, retry)
+            if outcome.update is not None:
+                return outcome
+            reasons[family] = outcome.reason
+        if len(set(reasons.values())) == 1:
+            return StepResult(None, next(iter(reasons.values())))
+        return StepResult(None, "; ".join(f"{family.upper()}: {reasons[family]}" for family in sorted(reasons)))
+
+    def _step_of(self, family: Family, now: bool, retry: bool) -> StepResult:
+        update = self.ledger.unfinished_update(family)
+        if update is not None:
+            if update.state == "trained" and is_import(update):
+                unreleased = triggers.waits_for_release(self.ledger, family)
+                if unreleased is not None:
+                    return StepResult(None, unreleased)
+                update = compare(self.ledger, self.store, update, family)
+            if waits := self._waits_for_base(family, self.ledger.base_upgrade(update.id)):
+                return StepResult(None, waits)
+            if update.state == "training" and self._data_is_gone(update):
+                return StepResult(self._abandon(update), "its data is not kept any more")
+            say(f"{update.id} goes on ({update.state})")
+            self.store.pin(update.id, update.store_version)  # who began it may have died before that
+        else:
+            if waits := self._waits_for_base(family):
+                return StepResult(None, waits)
+            recipe = self.recipes[family]
+            ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
+            if isinstance(ready, Waiting):
+                metrics.update.unjudged(family, False)
+                return StepResult(None, ready.reason)
+            if isinstance(ready, Ready) and (lacks := self._lacks(recipe, ready)):
+                return StepResult(None, lacks)
+            update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
+        done = self._finish(update, family)
+        return StepResult(done, done.error or done.state)
+
+    def _lacks(self, recipe: Recipe, ready: Ready) -> str:
+        """What is missing to hold an update in place and to judge it: nothing is spent before it is there."""
+        try:
+            check_suites(self.settings, recipe.family, learned=bool(ready.data_from))
+            if recipe.mixture.reference > 0:
+                check_reference(reference_of(self.settings, recipe.family))
+        except (GateError, ConfigError) as error:
+            metrics.update.unjudged(recipe.family, True)
+            return str(error)
+        metrics.update.unjudged(recipe.family, False)
+        return ""
+
+    def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
+        """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""
+        if upgrade is None:
+            return waits_for_base(self.ledger, self.settings.home, self.bases[family])
+        try:
+            new_base(self.settings, upgrade), old_base(self.settings, upgrade)
+        except BaseModelError as error:
+            return str(error)
+        return None
+
+    def run_forever(self) -> None:
+        """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
+        for family in self.turns:
+            metrics.update.now(family, "waiting")
+        waiting_log = ThrottledLog()
+        while not self.stop():
+            try:
+                self._remove_finished()
+                export_budget(self.settings, self.ledger)
+                self._ledger_metrics.export(self.turns)
+                self._throttle.watch()
+                outcome = self.step()
+                answered(["ledger", "store", "artifacts"])
+                reason = outcome.reason
+                wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
+            except RatchetError as error:
+                noted(error)
+                reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
+            if wait:
+                waiting_log.say(reason)
+            time.sleep(wait)
+
+    def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
+        values = recipe.model_dump(mode="json")
+        seed = mixed_seed(self.settings.updater.seed, ready.store_version)
+        what = [values, seed, ready.store_version, ready.data_from, ready.incumbent, ready.previous]
+        update = self.ledger.begin_update(
+            f"update-{digest12(digest_json(what))}",
+            family=recipe.family,
+            recipe=values,
+            seed=seed,
+            store_version=ready.store_version,
+            data_from=ready.data_from,
+            data_to=ready.data_to,
+            incumbent=ready.incumbent,
+            cost={kept_candidates.ONLY_LOOK: True} if ready.once else None,
+        )
+        self.store.pin(update.id, update.store_version)  # again, where it was abandoned: the version is still there
+        say(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
+        if ready.fresh.items < ready.fresh.needed:
+            wanted = f"a gain of {100 * self.settings.gate.detect:.3g} points"
+            then = "" if ready.once else ": then it asks again when more fresh items are there"
+            say(f"{update.id}: the gate may not be able to show {wanted}{then}")
+        for deletion in self.ledger.list_deletions_in(update.id, update.store_version):
+            say(f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})")
+        return update
+
+    def _reevaluate(self, due: Reevaluate) -> UpdateRow:
+        """Record the next look at a candidate that was inconclusive."""
+        last = due.candidate.update
+        update = self.ledger.begin_update(
+            due.candidate.next_id,
+            family=last.family,
+            recipe=last.recipe,
+            seed=last.seed,
+            store_version=due.store_version,
+            data_from=last.data_from,
+            data_to=last.data_to,
+            incumbent=last.incumbent,
+            adapter=last.adapter,
+            cost={**last.cost, kept_candidates.TRAINED_BY: kept_candidates.split_id(last.id)[0]},
+        )
+        self.store.pin(update.id, update.store_version)
+        say(f"{update.id}: {update.adapter} is asked again, {due.fresh}")
+        return update
+
+    def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
+        """Take an update from where it is to its end."""
+        work, upgrade = self.work_dir(update), self.ledger.base_upgrade(update.id)
+        try:
+            self._count_death(update)
+            base = self.bases[family] if upgrade is None else new_base(self.settings, upgrade)
+            if update.state == "training":
+                metrics.update.now(family, "training")
+                update = train_update(
+                    self.settings, self.ledger, self.artifacts, self.store, base, update, work,
+                    throttle=self._throttle, stop=self.stop, ended=lambda: self._is_ended(update.id),
+                )  # fmt: skip
+            if update.state == "trained":
+                metrics.update.now(family, "judging")
+                update = gate_update(self.settings, self.ledger, self.artifacts, self.store, base, update)
+            if update.state == "gated":
+                metrics.update.now(family, "proposing")
+                update = self._propose(update, family)
+        except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty) as error:
+            metrics.update.unjudged(family, isinstance(error, GateError))
+            raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
+        except RatchetError as error:
+            update = self._fail(update, family, error)
+        except Stopped:
+            if self.stop():
+                raise
+            update = self.ledger.update(update.id)
+            if update.state not in FINISHED:
+                return self._abandon(update)
+            say(f"{update.id} ends: {update.error}")
+        except Exception as error:  # of a library, memory among them: it may pass, and must not come for ever
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
+            log.exception("%s: %s", update.id, error)
+            update = self._attempted(update, family, error)
+        finally:
+            with suppress(LedgerError):
+                self.ledger.advance_update(update.id, cost={BEGAN: None})
+            metrics.update.now(family, "waiting")
+        metrics.update.finished(family, update.state)
+        shutil.rmtree(work, ignore_errors=True)
+        self.store.unpin(update.id)
+        return update
+
+    def _count_death(self, update: UpdateRow) -> None:
+        """Write down that this process begins; it takes that back unless it dies (SIGKILL, memory, the machine's end).
+
+        Raises TrainingError where others have died at the very place where it would begin. One that comes further
+        before it dies begins at another place.
+        """
+        died, place = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}, self._place(update)
+        deaths = int(died["died"]) + 1 if died.get("place", place) == place else 0
+        if deaths >= ATTEMPTS:
+            raise TrainingError(
+                f"the process ended {deaths} times in it ({update.state}) without saying why: killed, for memory?",
+                "Look for `Out of memory` in the system's log; `ratchet update retry` tries it again.",
+            )
+        self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
+
+    def _place(self, update: UpdateRow) -> str:
+        """How far an update has come: its state, its last checkpoint, and what is prepared."""
+        work = self.work_dir(update)
+        checkpoint = work / CHECKPOINT
+        saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+        return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
+
+    def _is_ended(self, update_id: str) -> bool:
+        """Whether an operator has ended an update, or a deletion waited too long for it; asked now and then."""
+        if time.monotonic() - self._asked < ASK_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        with suppress(LedgerError, StoreError):
+            return self.ledger.is_finished(update_id) or update_id not in self.store.pins()
+        return False
+
+    def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
+        """After an error that nobody expected: the update is tried again, and fails after :data:`ATTEMPTS`.
+
+        Raises TrainingError where it is tried again.
+        """
+        attempts = int(self.ledger.update(update.id).cost.get("attempts", 0)) + 1
+        why = f"{type(error).__name__}: {error}"
+        update = self.ledger.advance_update(update.id, update.state, cost={"attempts": attempts})
+        if attempts < ATTEMPTS:
+            raise TrainingError(
+                f"{update.id} broke off in attempt {attempts} of {ATTEMPTS}: {why}.", "It is tried again by itself."
+            ) from error
+        return self._fail(update, family, TrainingError(f"it broke off {attempts} times; the last reason is {why}."))
+
+    def _data_is_gone(self, update: UpdateRow) -> bool:
+        """Whether the store has forgotten the version that an update was pinned to."""
+        latest = self.store.version()  # raises when the store cannot be read at all
+        try:
+            self.store.count(version=update.store_version)
+        except StoreError:
+            return latest > update.store_version
+        return False
+
+    def _abandon(self, update: UpdateRow) -> UpdateRow:
+        error = f"version {update.store_version} of the sample store is not kept any more"
+        say(f"{update.id} is abandoned: {error}")
+        metrics.update.finished(update.family, "abandoned")
+        shutil.rmtree(self.work_dir(update), ignore_errors=True)
+        self.store.unpin(update.id)
+        return self.ledger.advance_update(update.id, "abandoned", error=error)
+
+    def _remove_finished(self) -> None:
+        """Delete the work folders of updates that are over. Raises LedgerUnavailable."""
+        for path in work_folders(self.settings.home):
+            if self.ledger.is_finished(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def work_dir(self, update: UpdateRow) -> Path:
+        """Checkpoints and measured costs of an unfinished update."""
+        return self.settings.update_folders / update.id
+
+    def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
+        verdict = self.ledger.verdict_of(update.id)
+        for name, why in self.ledger.withdrawn([update.adapter]).items():
+            say(f"{update.id} made {name} again, which was withdrawn: {why}")
+            return self.ledger.advance_update(update.id, "failed", error=f"{name} was withdrawn: {why}")
+        if (upgrade := self.ledger.base_upgrade(update.id)) is not None:
+            outcome = verdict.outcome if verdict else "not judged"
+            passed = f"; release it with `ratchet base switch {upgrade.new_name}`" if outcome == "passed" else ""
+            say(f"{update.id} to the base {upgrade.new_name!r}: {outcome}{passed}")
+        elif verdict is not None and verdict.outcome == "passed":
+            proposal = self.ledger.propose(
+                "update",
+                family=family,
+                clip=update.adapter if family == "clip" else None,
+                vlm=update.adapter if family == "vlm" else None,
+                actor="updater",
+                reason=f"{update.id} passed the gate (recipe {update.recipe['name']})",
+                update_id=update.id,
+            )
+            say(f"{update.id} passed and is proposal {proposal.id}")
+        return self.ledger.advance_update(update.id, "done")
+
+    def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:
+        say(f"{update.id} failed: {error}")
+        cost: dict[str, Any] = {}
+        if isinstance(error, StepUnaffordable) and self.ledger.base_upgrade(update.id) is None:
+            self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
+            cost = triggers.affordability(self.settings, family, error.needed)
+        return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)
