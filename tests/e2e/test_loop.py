@@ -24,11 +24,11 @@ from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
-from ops.dashboards import expressions
 from ops.load.traffic import Traffic
 from ratchet_client import Client, data_uri
 from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
+from tests.support.dashboards import EXPRESSIONS
 from tests.support.kafka import produce
 from tests.support.pages import ROOT
 from tests.support.prometheus import Alertmanager, Prometheus, alertmanager, impatient_rules, prometheus
@@ -194,7 +194,7 @@ def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: In
     wait(lambda: installation.monitor.healthy_targets() == {"serve", "ingest", "maintain", "update"})
 
     def silent() -> list[str]:
-        asked = [(f"{each.dashboard}, {each.panel}", each.expr) for each in expressions()]
+        asked = [(f"{each.dashboard}, {each.panel}", each.expr) for each in EXPRESSIONS]
         asked += [("examples/grafana/team.json", expr) for expr in EXAMPLE]
         recorded = [("recorded", rule["name"]) for rule in installation.monitor.rules() if rule["type"] == "recording"]
         return [f"{what}: {expr}" for what, expr in asked + recorded if not installation.monitor.has_data(expr)]
