@@ -101,7 +101,7 @@ def console(context: typer.Context) -> None:
 
     Example:  ratchet --set console.port=9001 console
     """
-    from ops.console.run_console import run_console
+    from ops.console.app import run_console
 
     run_console(ctx.of(context).settings)
 

@@ -10,9 +10,8 @@ from urllib.parse import urlencode
 
 from core.errors import RatchetError
 from core.ledger import Family, Ledger, ReleaseRow, answers
-from ops.console.rollout import on_trial
 from ops.console.template_filters import adapter
-from ops.console.timeline import FAMILIES, NAMES, trained
+from ops.console.timeline import FAMILIES, NAMES, on_trial, trained
 from serving.releases.rollback import rollback_target
 
 BASE = "base"

@@ -1,11 +1,11 @@
-"""The console's application: routes, errors as pages, static files."""
+"""`ratchet console`: the console's application, with errors as pages and static files, and its process."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -14,44 +14,36 @@ from starlette.exceptions import HTTPException
 
 from core.dependencies import dependency_of
 from core.errors import Outage, RatchetError
+from core.progress import say
 from core.settings import Settings
 from ops.console.data import ConsoleData
 from ops.console.pages import (
     audit,
     budget,
-    compare,
-    deletions,
     gate,
     models,
-    oidc,
     overview,
     pictures,
     playground,
     quarantine,
     releases,
-    signin,
+    sign_in,
     stream,
-    tour,
 )
 from ops.console.path_prefix import PathPrefix
-from ops.console.public import NAV as PUBLIC_NAV
-from ops.console.public import ReadOnly
-from ops.console.request_context import NAV, Refused, SignIn, intended, sign_in_link
-from ops.console.security import SecurityMiddleware
-from ops.console.sessions import Session, Sessions
-from ops.console.shared_pages import SharedPages
+from ops.console.public import ReadOnly, SharedPages
+from ops.console.request_context import Refused, SignIn, intended, nav, sign_in_link
+from ops.console.security import SecurityMiddleware, Session, Sessions
 from ops.console.template_filters import TEMPLATES
 from serving.http.request_ids import RequestIds
 from updater.gate.report import styles
 
 log = logging.getLogger("ratchet.console")
 FORM_BYTES = 256 * 1024
-"""Room for the texts of a form beside its picture."""
-PAGES = (
-    overview, playground, compare, releases, models, gate, stream, quarantine, budget, audit, deletions, pictures,
-    tour, signin, oidc,
-)  # fmt: skip
+"""Room for the texts of a form next to its picture."""
+PAGES = (overview, playground, releases, models, gate, stream, quarantine, budget, audit, pictures, sign_in)
 PUBLIC_PAGES = (overview, releases, models, gate, stream, budget)
+STOP_SECONDS = 5
 STATIC = Path(__file__).parent / "static"
 
 
@@ -61,7 +53,7 @@ def build_console(settings: Settings) -> FastAPI:
     app.state.data = ConsoleData(settings)
     app.state.local = settings.console.on_loopback
     app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
-    app.state.provider = oidc.provider(settings.console) if settings.console.oidc.enabled else None
+    app.state.provider = sign_in.provider(settings.console) if settings.console.oidc.enabled else None
     public = settings.console.public
     samples = (pictures,) if settings.console.public_samples else ()
     for page in (*PUBLIC_PAGES, *samples) if public else PAGES:
@@ -93,7 +85,7 @@ def _static(app: FastAPI) -> None:
 
     @app.get("/static/verdict.css")
     def verdict_styles() -> Response:
-        return Response(verdict, media_type="text/css", headers={"cache-control": "max-age=300"})
+        return Response(verdict, media_type="text/css")
 
     @app.get("/health/live")
     def alive() -> Response:
@@ -105,17 +97,7 @@ def _static(app: FastAPI) -> None:
         data.live()
         return Response("ok", media_type="text/plain")
 
-    app.mount("/static", _Static(directory=STATIC))
-
-
-class _Static(StaticFiles):
-    """Files that a browser may keep, and asks about after a while."""
-
-    def file_response(self, *args: Any, **options: Any) -> Response:
-        """Say for how long."""
-        answer = super().file_response(*args, **options)
-        answer.headers["cache-control"] = "max-age=300"
-        return answer
+    app.mount("/static", StaticFiles(directory=STATIC))
 
 
 def _errors(app: FastAPI) -> None:
@@ -158,7 +140,7 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_unknown(request: Request, error: Exception) -> Response:
         log.exception("unexpected", exc_info=error)
-        return _trouble(request, 500, "The console made a mistake", "Its log says which.", "")
+        return _trouble(request, 500, "Internal error", "The console's log says which.", "")
 
 
 def _trouble(request: Request, status: int, title: str, message: str, fix: str) -> Response:
@@ -170,14 +152,24 @@ def _trouble(request: Request, status: int, title: str, message: str, fix: str) 
         message = fix = ""  # they may name addresses and paths
     partial = request.headers.get("hx-request") == "true"
     template = TEMPLATES.get_template("trouble_part.html" if partial else "trouble.html")
-    facts = {"title": title, "message": message, "fix": fix, "dialog": request.headers.get("hx-target") == "dialog"}
-    nav = PUBLIC_NAV if public else NAV
-    frame = {
-        "csrf": session.csrf,
-        "nav": nav,
-        "section": "",
-        "context": None,
-        "public": public,
-        "here": request.url.path,
-    }
-    return HTMLResponse(template.render(facts | frame), status)
+    page = template.render(
+        title=title, message=message, fix=fix, dialog=request.headers.get("hx-target") == "dialog", csrf=session.csrf,
+        nav=nav(public), section="", context=None, public=public, here=request.url.path,
+    )  # fmt: skip
+    return HTMLResponse(page, status)
+
+
+def run_console(settings: Settings) -> None:
+    """Serve the console until SIGTERM."""
+    console = settings.console
+    say(f"console on http://{console.host}:{console.port}")
+    uvicorn.run(
+        build_console(settings),
+        host=console.host,
+        port=console.port,
+        log_config=None,  # that of every other process
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        limit_concurrency=256,
+    )

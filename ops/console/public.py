@@ -6,29 +6,35 @@ What it never shows: keys, names of people, what operators wrote, messages of er
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ops.console.security import Session
 from serving.http.client_address import TrustedProxies, set_client
 from serving.http.rate_limit import RateLimiter, address
+from serving.http.recent import Recent
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 SPEAKERS: Final = frozenset({"updater", "guard"})
 """Actors whose reasons are made by Ratchet from names and numbers; those of others may say anything."""
-NAV: Final = (
-    ("/", "Overview"),
-    ("/releases", "Releases"),
-    ("/models", "Models"),
-    ("/gate", "Gate"),
-    ("/stream", "Stream"),
-    ("/budget", "Budget"),
-)
+PAGES: Final = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 REFRESH_SECONDS: Final = 10
 """A page asks for itself again after this."""
+SHARED_SECONDS: Final = 5.0
+"""How old a shared answer may be."""
+MOST_SHARED: Final = 128
+"""Answers that are kept, the last ones."""
+UNSHARED: Final = ("/health/", "/static/")
+VARY: Final = (b"hx-request", b"hx-target", b"hx-current-url")
+"""Headers that a page depends on."""
+Key = tuple[str, str, bytes, tuple[bytes, ...]]
 
 
 class ReadOnly:
@@ -65,6 +71,51 @@ class ReadOnly:
         if wait:
             return PlainTextResponse("too many requests.", 429, {"retry-after": str(math.ceil(wait))})
         return None
+
+
+class SharedPages:
+    """Gives all who ask for a page within SHARED_SECONDS one answer, made for a visitor without a key: the ledger is
+    asked as often for a hundred screens as for one. Pure ASGI.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._answers: OrderedDict[Key, Recent[list[Message]]] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"].startswith(UNSHARED):
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        key = (scope["method"], scope["path"], scope["query_string"], tuple(headers.get(name, b"") for name in VARY))
+        answer = self._answers.setdefault(key, Recent(partial(self._messages, scope), SHARED_SECONDS))
+        self._answers.move_to_end(key)
+        while len(self._answers) > MOST_SHARED:
+            self._answers.popitem(last=False)
+        try:
+            messages = await answer.get()
+        except Exception:  # the next visitor asks again
+            if self._answers.get(key) is answer:
+                del self._answers[key]
+            raise
+        for message in messages:
+            await send(dict(message))
+
+    async def _messages(self, scope: Scope) -> list[Message]:
+        messages: list[Message] = []
+        body: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Message:
+            if not body:
+                await asyncio.Event().wait()  # no visitor of many goes away for all
+            return body.pop()
+
+        async def send(message: Message) -> None:
+            messages.append(message)
+
+        await self.app({**scope, "state": {**scope["state"], "session": Session.new()}}, receive, send)
+        return messages
 
 
 def without_samples(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from core.access import Principal
 from core.ledger.rows import KeyScope
 from ops.console import public
 from ops.console.data import ConsoleData
-from ops.console.sessions import Session
+from ops.console.security import Session
 from ops.console.template_filters import TEMPLATES
 from ratchet_client import Client
 from serving.http.client_address import came_from_here
@@ -36,6 +36,11 @@ MAX_NEXT: Final = 1000
 """Characters of a path to come back to, as JSON."""
 LOOK: Final[tuple[KeyScope, ...]] = ("search", "operate")
 """Pages show samples of the corpus: who looks needs one of these scopes."""
+
+
+def nav(public_mode: bool) -> list[tuple[str, str]]:
+    """Links and names of the pages that a visitor may see."""
+    return [(link, name) for link, name in NAV if not public_mode or link in public.PAGES]
 
 
 class Refused(Exception):
@@ -100,8 +105,7 @@ class RequestContext:
         """A whole page."""
         path = self.request.url.path
         section = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
-        nav = public.NAV if self.public else NAV
-        return self.part(template, status, title=title, nav=nav, section=section, here=self.here, **facts)
+        return self.part(template, status, title=title, nav=nav(self.public), section=section, here=self.here, **facts)
 
     def dialog(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part that opens over the page; without a script it is a page of its own."""

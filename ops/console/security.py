@@ -1,18 +1,35 @@
-"""What holds for every request, whatever its page. Pure ASGI, so that bodies are counted while they come in."""
+"""Who visits, and what holds for every request whatever its page: host, size, session, headers.
+
+A session is one cookie, encrypted and signed (Fernet), so that the console itself remembers nothing. It holds the API
+key that the visitor signed in with. Each request asks who that key belongs to, so a key that is revoked ends its
+sessions, and what the console does for a visitor the server sees under the visitor's own key.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
+from typing import Any
 
+from cryptography.fernet import Fernet, InvalidToken
+from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ops.console.sessions import COOKIE, Session, Sessions
 from serving.http.client_address import came_by_tls, names_this_server
 
+COOKIE = "ratchet_console"
+MAX_COOKIE_CHARS = 4000
+MAX_KEY_CHARS = 500
+PURPOSE = b"ratchet console sessions"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -27,10 +44,60 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
     "cache-control": "no-store",
 }
-"""On every answer, unless its page says otherwise (thumbnails may be kept, static files asked about)."""
+"""On every answer, unless its page says otherwise (thumbnails may be kept)."""
+STATIC = {**HEADERS, "cache-control": "max-age=300"}
+"""On files that a browser may keep, and asks about after a while."""
 WITHOUT_COOKIE = ("/static/", "/health/")
 MAX_REQUESTS = 64
 BOUNCE = b'<!doctype html><title>Ratchet</title><meta http-equiv="refresh" content="0"><p>One moment.</p>'
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A visitor. ``key`` is empty before the sign-in."""
+
+    csrf: str
+    """Every form sends it back; a page of another site cannot know it."""
+    key: str = ""
+    provider: Mapping[str, Any] = field(default_factory=dict)
+    """What the way to the identity provider and back has to remember (Authlib's), and then what signing out there
+    needs; empty for a sign-in by a key."""
+
+    @classmethod
+    def new(cls, key: str = "") -> Session:
+        """A session with a token of its own: a sign-in never keeps the one from before."""
+        return cls(secrets.token_urlsafe(24), key)
+
+    def sent_by_it(self, token: str) -> bool:
+        """Whether a form carries this session's token; in constant time."""
+        return hmac.compare_digest(token.encode(), self.csrf.encode())
+
+
+class Sessions:
+    """Seals sessions into cookies and opens them again.
+
+    The secret comes from the operators' key: consoles side by side open each other's cookies, and changing that key
+    ends every session.
+    """
+
+    def __init__(self, operator_key: SecretStr, hours: float) -> None:
+        secret = hmac.digest(operator_key.get_secret_value().encode(), PURPOSE, hashlib.sha256)
+        self._fernet = Fernet(base64.urlsafe_b64encode(secret))
+        self.seconds = int(hours * 3600)
+
+    def seal(self, session: Session) -> str:
+        """The cookie's value."""
+        return self._fernet.encrypt(json.dumps([session.csrf, session.key, dict(session.provider)]).encode()).decode()
+
+    def open(self, cookie: str | None) -> Session | None:
+        """The session of a cookie; None when there is none, it is too old, or it was tampered with."""
+        if not cookie or len(cookie) > MAX_COOKIE_CHARS:
+            return None
+        try:
+            csrf, key, provider = json.loads(self._fernet.decrypt(cookie.encode(), ttl=self.seconds))
+        except (InvalidToken, ValueError):
+            return None
+        return Session(csrf, key, provider)
 
 
 class TooLarge(HTTPException):
@@ -42,6 +109,7 @@ class TooLarge(HTTPException):
 
 class SecurityMiddleware:
     """Refuses strange hosts (on loopback), large bodies and too many requests; opens the session; adds the headers.
+    Pure ASGI, so that bodies are counted while they come in.
 
     Args:
         local: the console listens on loopback. Then only its own names are answered, so that no page of another site
@@ -73,7 +141,7 @@ class SecurityMiddleware:
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answer = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
+                for name, value in (STATIC if scope["path"].startswith("/static/") else HEADERS).items():
                     answer.setdefault(name, value)
                 cookie_session: Session | None = state.get("keep", session if known is None else None)
                 if (

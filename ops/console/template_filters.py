@@ -11,7 +11,6 @@ import jinja2
 
 from core.ledger import answers
 from core.ledger.rows import SYSTEM_ACTORS
-from ops.console import tour
 from ops.console.public import REFRESH_SECONDS, SPEAKERS
 from ops.console.timeline import ranges, records
 
@@ -118,7 +117,6 @@ TEMPLATES.filters |= {
     "adapter": adapter, "pairs": pairs, "answers": answers, "odds": odds,
 }  # fmt: skip
 TEMPLATES.globals |= {
-    "system_actors": SYSTEM_ACTORS, "speakers": SPEAKERS, "refresh_seconds": REFRESH_SECONDS,
-    "tour_steps": tour.STEPS,
+    "system_actors": SYSTEM_ACTORS, "speakers": SPEAKERS, "refresh_seconds": REFRESH_SECONDS, "tones": TONES,
+    "states": STATES, "kinds": KINDS, "records": records, "ranges": ranges,
 }  # fmt: skip
-TEMPLATES.globals |= {"tones": TONES, "states": STATES, "kinds": KINDS, "records": records, "ranges": ranges}

@@ -1,19 +1,23 @@
-"""Releases as a story: what changed in each, on what data, by which recipe, at what cost, judged how, by whom, why."""
+"""Releases as a story: what changed in each, on what data, by which recipe, at what cost, judged how, by whom, why;
+what the guard watches now, and what it took back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from core.ledger import Family, Ledger, ProposalRow, ReleaseRow, UpdateRow, VerdictRow
-from ops.console.rollout import TakenBack, taken_back
+from serving.releases.guard import ACTOR
 
 FAMILIES: Final[tuple[Family, Family]] = ("clip", "vlm")
 NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "VLM"}
 HISTORY = 500
 """Updates among which the origin of an adapter is looked for; what is older is shown by its name alone."""
+ROWS_OF_AN_ACT = 4
+"""Audit rows that the guard leaves with each release it makes, at most."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Entry:
     resident: bool
     stable: bool = False
     """Whether it answers what a trial leaves."""
-    taken_back: TakenBack | None = None
+    taken_back: Mapping[str, Any] | None = None
+    """What the audit log says of it where the guard took it back: reason, back_to, adapters, guardrails."""
 
 
 def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
@@ -62,16 +67,15 @@ def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) ->
         older = rows[index + 1] if index + 1 < len(rows) else None
         entries.append(
             Entry(
-                row, _kind(ledger, row), changes(ledger, older, row, updates_by_adapter, withdrawn, collected),
-                live=index == 0,
-                resident=row.number in resident, taken_back=back.get(row.number),
+                row, _kind(ledger, row), _changes(ledger, older, row, updates_by_adapter, withdrawn, collected),
+                live=index == 0, resident=row.number in resident, taken_back=back.get(row.number),
                 stable=index > 0 and stable is not None and row.number == stable.number,
             )
         )  # fmt: skip
     return entries
 
 
-def changes(
+def _changes(
     ledger: Ledger,
     older: ReleaseRow | None,
     row: ReleaseRow,
@@ -115,3 +119,24 @@ def ranges(update: UpdateRow) -> str:
     """The same, exactly: offsets by partition."""
     parts = (f"{place} from {update.data_from.get(place, 0)} to {end}" for place, end in sorted(update.data_to.items()))
     return "; ".join(parts)
+
+
+def on_trial(live: ReleaseRow | None) -> ReleaseRow | None:
+    """The canary or the shadow that is live."""
+    return None if live is None or live.plain else live
+
+
+def watching(status: Mapping[str, Any] | None, live: ReleaseRow | None) -> dict[str, Any] | None:
+    """What the guard sees, as the server says. None when nothing is watched, or it has not seen ``live`` yet."""
+    watched: dict[str, Any] = {} if status is None else status["controller"]["rollout"]
+    return watched if live is not None and watched.get("release") == live.number else None
+
+
+def taken_back(ledger: Ledger, limit: int) -> dict[int, dict[str, Any]]:
+    """What the audit log says of each release that the guard took back, among the newest ``limit``."""
+    found = {}
+    for row in reversed(ledger.audit_rows(limit * ROWS_OF_AN_ACT, subject="release", actor=ACTOR)):
+        number = row.subject.removeprefix("release ")
+        if row.action == "withdraw" and number.isdecimal():
+            found[int(number)] = row.detail
+    return found

@@ -1,17 +1,31 @@
-"""Who did what, when and why."""
+"""The audit log: who did what, when and why; and deletions of samples, each with its receipt."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
-from ops.console.request_context import Reader
+from core.ledger import DeletionRow, DeletionState
+from ops.console.request_context import Reader, Refused, RequestContext
+from streams.store.deletion import as_json
 
 router = APIRouter()
 STEP = 100
+DELETIONS_STEP = 50
 MOST = 2000
+ID_CHARS = 300
+STATES: dict[DeletionState, str] = {
+    "requested": "waits", "removed": "removed", "held": "held", "done": "done",
+}  # fmt: skip
+"""The states as people say them."""
+MEANING: dict[DeletionState, str] = {
+    "requested": "Maintenance has not come to it.",
+    "removed": "No reader finds it any more. Files of older versions of the store still hold its bytes.",
+    "held": "No file of the sample store holds it any more. The bucket keeps old versions of such files.",
+    "done": "No file of the sample store holds it any more.",
+}
 
 
 @router.get("/audit")
@@ -25,3 +39,38 @@ def audit(
     rows = context.data.ledger.audit_rows(limit + 1, subject=about.strip() or None, actor=actor.strip() or None)
     more = min(limit + STEP, MOST) if len(rows) > limit < MOST else 0
     return context.page("audit.html", "Audit", rows=rows[:limit], about=about, actor=actor, more=more)
+
+
+@router.get("/audit/deletions")
+def deletions(
+    context: Reader,
+    state: Annotated[DeletionState | Literal[""], Query()] = "",
+    limit: Annotated[int, Query(ge=1, le=MOST)] = DELETIONS_STEP,
+) -> Response:
+    """The newest deletions; only those in one state."""
+    rows = context.data.ledger.deletions(limit + 1, [state] if state else ())
+    more = min(limit + DELETIONS_STEP, MOST) if len(rows) > limit < MOST else 0
+    return context.page("deletions.html", "Deletions", rows=rows[:limit], state=state, states=STATES, more=more)
+
+
+@router.get("/audit/deletions/{deletion_id:path}/receipt")
+def receipt(context: Reader, deletion_id: str) -> Response:
+    """The receipt of one, as the command line and the API give it."""
+    return JSONResponse(as_json(_deletion(context, deletion_id)))
+
+
+@router.get("/audit/deletions/{deletion_id:path}")
+def deletion(context: Reader, deletion_id: str) -> Response:
+    """One deletion: what it selected, what it removed, and what may still know of it."""
+    row = _deletion(context, deletion_id)
+    return context.page(
+        "deletion.html", f"Deletion {row.id}"[:120], row=row, receipt=as_json(row), shown=STATES[row.state],
+        meaning=MEANING[row.state], subject=f"deletion {row.id}"[:200],
+    )  # fmt: skip
+
+
+def _deletion(context: RequestContext, deletion_id: str) -> DeletionRow:
+    row = context.data.ledger.deletion(deletion_id) if len(deletion_id) <= ID_CHARS else None
+    if row is None:
+        raise Refused(404, "There is no such deletion", "", "See the list of deletions.")
+    return row

@@ -1,21 +1,34 @@
-"""What learning may cost, and what it did."""
+"""Updates: what they brought, what they cost, and what the budget still pays for. The page Budget, and the plots.
+
+Plots are in the style of the gate's: inline SVG that takes its colours from the page.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from ops.console import charts
+from core.ledger import Ledger, UpdateRow, VerdictRow
+from core.settings import Settings
 from ops.console.request_context import Reader
-from ops.console.update_summaries import budget_state, costs, update_summaries
+from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
 
 router = APIRouter()
+RUNNING = ("training", "trained", "gated")
+DAY_SECONDS = 86_400
 SHOWN = 50
 SUMMED = 500
 """Updates over which costs are summed up."""
-DAY = timedelta(days=1)
+COLOURS = {"passed": GOOD, "rejected": BAD, "inconclusive": OPEN}
+WIDTH, HEIGHT = 7.2, 2.5
+PLOTTED = 16
+"""Updates in a plot; older ones are in the table."""
 
 
 @router.get("/budget")
@@ -23,9 +36,196 @@ def budget(context: Reader) -> Response:
     """The bucket's level, and what each update took from it."""
     ledger, settings = context.data.ledger, context.data.settings
     summaries = update_summaries(ledger, limit=SUMMED)
-    day = costs(summaries, datetime.now(UTC) - DAY)
+    day = costs(summaries, datetime.now(UTC) - timedelta(days=1))
     return context.page(
         "budget.html", "Budget", budget=budget_state(ledger, settings), updates=summaries[:SHOWN],
-        chart=charts.spending(summaries), seconds=settings.budget.seconds_per_update,
+        chart=spending(summaries), seconds=settings.budget.seconds_per_update,
         spans=(("Last 24 hours", day), (f"Last {SUMMED} updates", costs(summaries))),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UpdateSummary:
+    """One update and what became of it."""
+
+    update: UpdateRow
+    verdict: VerdictRow | None
+
+    @property
+    def outcome(self) -> str:
+        """Of its verdict; empty before."""
+        return self.verdict.outcome if self.verdict else ""
+
+    @property
+    def running(self) -> bool:
+        """Whether it is not finished."""
+        return self.update.state in RUNNING
+
+    @property
+    def again(self) -> bool:
+        """Whether it is a further look at a candidate that an earlier update trained."""
+        return "trained_by" in self.update.cost
+
+    @property
+    def train_gflops(self) -> float:
+        """Memory-adjusted compute of training; none for a further look at a candidate that was trained before."""
+        if self.again:
+            return 0.0
+        return float(self.update.cost.get("gflops_spent") or 0.0)
+
+    @property
+    def gate_gflops(self) -> float:
+        """Compute of judging it."""
+        return float(self.update.cost.get("gate_gflops") or 0.0)
+
+    @property
+    def train_seconds(self) -> float:
+        """Time of training it; see :attr:`train_gflops`."""
+        return 0.0 if self.again else float(self.update.cost.get("seconds") or 0.0)
+
+    @property
+    def gate_seconds(self) -> float:
+        """Time of judging it."""
+        return float(self.update.cost.get("gate_seconds") or 0.0)
+
+    @property
+    def look(self) -> str:
+        """Which look at the candidate it was, and what that spent; empty where nothing was spent."""
+        look = self.verdict.summary.get("look") if self.verdict else None
+        if look is None or not look["made"]:
+            return ""
+        items = f"{look['items']:,} of {look['needed']:,} items"
+        return f"number {look['number']} with {items}, {look['spent']:.2g} of {look['alpha']:.2g} spent"
+
+    @property
+    def best_gain(self) -> tuple[str, float] | None:
+        """The gain suite that won most, and by how much."""
+        return self._extreme("gain", max)
+
+    @property
+    def worst_loss(self) -> tuple[str, float] | None:
+        """The retention suite that changed least for the good, and by how much."""
+        return self._extreme("retention", min)
+
+    def _extreme(self, role: str, choose: Callable[..., tuple[str, float]]) -> tuple[str, float] | None:
+        suites = self.verdict.summary.get("suites", {}) if self.verdict else {}
+        differences = [(name, float(suite["difference"])) for name, suite in suites.items() if suite["role"] == role]
+        if not differences:
+            return None
+        return choose(differences, key=lambda pair: pair[1])
+
+
+@dataclass(frozen=True)
+class BudgetState:
+    """The token bucket. Amounts are memory-adjusted GFLOPs."""
+
+    level: float
+    capacity: float
+    per_update: float
+    spent: float
+
+    @property
+    def share(self) -> float:
+        """How full it is."""
+        return max(0.0, min(1.0, self.level / self.capacity))
+
+    @property
+    def updates_left(self) -> int:
+        """Whole updates that it pays for now."""
+        return max(0, int(self.level // self.per_update))
+
+    @property
+    def wait_seconds(self) -> float:
+        """Until it pays for the next one; 0 when it does."""
+        return max(0.0, (self.per_update - self.level) / self.capacity * DAY_SECONDS)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What updates took together. Compute of training is memory-adjusted GFLOPs, as the budget counts; that of the gate
+    is GFLOPs.
+    """
+
+    updates: int
+    train_gflops: float
+    train_seconds: float
+    gate_runs: int
+    gate_gflops: float
+    gate_seconds: float
+
+
+def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> Costs:
+    """The sum over updates that began at ``since`` or later; over all of ``rows`` where it is None."""
+    chosen = [row for row in rows if since is None or row.update.created_at >= since]
+    judged = [row for row in chosen if row.gate_seconds or row.gate_gflops]
+    return Costs(
+        updates=sum(row.train_gflops > 0 for row in chosen),
+        train_gflops=sum(row.train_gflops for row in chosen),
+        train_seconds=sum(row.train_seconds for row in chosen),
+        gate_runs=len(judged),
+        gate_gflops=sum(row.gate_gflops for row in judged),
+        gate_seconds=sum(row.gate_seconds for row in judged),
+    )
+
+
+def update_summaries(ledger: Ledger, limit: int = 20) -> list[UpdateSummary]:
+    """The newest updates, newest first."""
+    verdicts = {verdict.update_id: verdict for verdict in ledger.verdicts(limit * 2)}
+    return [UpdateSummary(update, verdicts.get(update.id)) for update in ledger.updates(limit)]
+
+
+def budget_state(ledger: Ledger, settings: Settings) -> BudgetState:
+    """What is left to spend."""
+    budget = settings.budget
+    capacity = budget.gflops_per_day
+    level = ledger.bucket_level(time.time(), capacity / DAY_SECONDS, capacity)
+    return BudgetState(level, capacity, min(budget.gflops_per_update, capacity), ledger.spent())
+
+
+def learning(summaries: Sequence[UpdateSummary]) -> str:
+    """For each judged update the best gain and the worst loss, in points; empty without any."""
+    judged = [summary for summary in reversed(summaries) if summary.verdict is not None][-PLOTTED:]
+    if not judged:
+        return ""
+    made = figure(HEIGHT, WIDTH)
+    axes = made.add_axes((0.075, 0.2, 0.915, 0.74))
+    for x, summary in enumerate(judged):
+        colour = COLOURS.get(summary.outcome, MUTED)
+        gain = summary.best_gain[1] if summary.best_gain else None
+        loss = summary.worst_loss[1] if summary.worst_loss else None
+        low, high = min(0.0, loss or 0.0), max(0.0, gain or 0.0)
+        axes.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=2.2, solid_capstyle="round")
+        if gain is not None:
+            axes.plot(x, 100 * gain, "^", color=colour, markersize=8)
+        if loss is not None:
+            axes.plot(x, 100 * loss, "v", color=colour, markersize=7)
+    axes.axhline(0, color=INK, linewidth=0.9)
+    _finish(axes, judged, "points")
+    return drawn(made, "Best gain and worst loss of each update, in points", "l")
+
+
+def spending(summaries: Sequence[UpdateSummary]) -> str:
+    """Compute of each update: training, and judging on top; empty without any."""
+    spent = [summary for summary in reversed(summaries) if summary.train_gflops > 0][-PLOTTED:]
+    if not spent:
+        return ""
+    made = figure(HEIGHT, WIDTH)
+    axes = made.add_axes((0.095, 0.2, 0.895, 0.74))
+    for x, summary in enumerate(spent):
+        axes.bar(x, summary.train_gflops, width=0.5, color=COLOURS.get(summary.outcome, MUTED))
+        axes.bar(x, summary.gate_gflops, bottom=summary.train_gflops, width=0.5, color=BEFORE)
+    _finish(axes, spent, "GFLOPs")
+    axes.set_ylim(0, None)
+    return drawn(made, "Compute of each update, in memory-adjusted GFLOPs", "s")
+
+
+def _finish(axes: Any, shown: Sequence[UpdateSummary], unit: str) -> None:
+    style(axes)
+    axes.grid(axis="x", visible=False)
+    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    labels = [f"{each.update.family.upper()}\n{each.outcome or 'not judged'}" for each in shown]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.7, max(4.0, len(labels)) - 0.3)
+    axes.set_ylabel(unit, color=MUTED, fontsize=8.5)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", colors=MUTED, labelsize=8)

@@ -10,10 +10,10 @@ from fastapi.responses import HTMLResponse, Response
 from markupsafe import Markup
 
 from core.errors import LedgerError, RatchetError
+from ops.console.pages.budget import update_summaries
 from ops.console.pages.pictures import SAMPLE
 from ops.console.public import without_samples
 from ops.console.request_context import Reader, Refused, RequestContext
-from ops.console.update_summaries import update_summaries
 from updater.gate.report import HTML_NAME, JSON_NAME, render_body, samples_of, with_samples
 
 router = APIRouter()

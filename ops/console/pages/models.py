@@ -1,22 +1,82 @@
-"""What is served: bases, adapters, embedding spaces, engines and precision."""
+"""What is served: each model with its base, adapter, engine and precision, and the releases that are loaded."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from core.digests import digest12
+from core.ledger import Family, ReleaseRow
+from core.settings import Settings
 from ops.console.request_context import Reader
-from ops.console.served import loaded_releases, served_models
+from ops.console.timeline import FAMILIES, NAMES
 
 router = APIRouter()
+DEPLOYMENTS: Mapping[Family, str] = {"clip": "Encoder", "vlm": "Vlm"}
 
 
 @router.get("/models")
 def models(context: Reader) -> Response:
-    """Each model of the live release, and the releases that are loaded."""
+    """Each model of the live release, and the releases that can be asked by number, newest first."""
     data = context.data
     status, live = data.status(), data.live()
     return context.page(
-        "models.html", "Models", models=served_models(status, live, data.settings), loaded=loaded_releases(status),
-        away=status is None, live=live, catalog=None if status is None else status["catalog"],
+        "models.html", "Models", models=served_models(status, live, data.settings), away=status is None, live=live,
+        loaded=sorted(data.resident_releases().values(), key=lambda row: -int(row["release"])),
+        catalog=None if status is None else status["catalog"],
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model of the live release."""
+
+    family: Family
+    base: str
+    """Name of ``base.clip`` or ``base.vlm``, with 12 digits of its digest where a replica says it."""
+    adapter: str | None
+    engines: tuple[str, ...]
+    """Engine, precision and device of the replicas, each once; empty where none says so."""
+    setting: str
+    """What the settings ask for."""
+    replicas: Mapping[str, int]
+    """Number of replicas by state; empty while the server does not say."""
+
+    @property
+    def name(self) -> str:
+        """CLIP or VLM."""
+        return NAMES[self.family]
+
+
+def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, settings: Settings) -> list[ServedModel]:
+    """CLIP, and the VLM where there is one.
+
+    Args:
+        status: the answer of ``/admin/v1/status``; None while the server does not answer.
+    """
+    controller = {} if status is None else status["controller"]
+    serve, made = settings.serve, []
+    for family in FAMILIES:
+        name = settings.base.clip if family == "clip" else settings.base.vlm
+        if not name:
+            continue
+        rows = controller.get("encoders" if family == "clip" else "vlm", [])
+        digests = sorted({digest12(row["base_digest"]) for row in rows if row.get("base_digest")})
+        parts = ("engine", "precision", "device")
+        engines = dict.fromkeys(" ".join(str(row[part]) for part in parts if row.get(part)) for row in rows)
+        clip_setting = f"serve.engine {serve.engine}, serve.precision {serve.precision}"
+        made.append(
+            ServedModel(
+                family=family,
+                base=f"{name} ({', '.join(digests)})" if digests else name,
+                adapter=None if live is None else live.adapter(family),
+                engines=tuple(engines),
+                setting=clip_setting if family == "clip" else f"serve.vlm_engine {serve.vlm_engine}",
+                replicas=controller.get("replicas", {}).get(DEPLOYMENTS[family], {}),
+            )
+        )
+    return made

@@ -1,4 +1,4 @@
-"""Is it healthy, what is live, is it learning, what does it cost."""
+"""Is it healthy, what is live, is it learning, what does it cost; and the tour of a first visit."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from ops.console import charts
 from ops.console.data import ConsoleData
-from ops.console.request_context import Reader
-from ops.console.rollout import on_trial, watching
-from ops.console.served import served_models
+from ops.console.pages.budget import budget_state, learning, update_summaries
+from ops.console.pages.models import served_models
+from ops.console.request_context import Reader, Refused
 from ops.console.template_filters import duration
-from ops.console.timeline import timeline
-from ops.console.update_summaries import budget_state, update_summaries
+from ops.console.timeline import on_trial, timeline, watching
 
 router = APIRouter()
 
@@ -23,13 +21,21 @@ router = APIRouter()
 def overview(context: Reader) -> Response:
     """The page; its upper part asks again by itself."""
     overview_facts = context.data.cached("overview", lambda: facts(context.data))
-    return context.page("overview.html", "Overview", chart=charts.learning(overview_facts["updates"]), **overview_facts)
+    return context.page("overview.html", "Overview", chart=learning(overview_facts["updates"]), **overview_facts)
 
 
 @router.get("/overview/now")
 def now(context: Reader) -> Response:
     """What changes."""
     return context.part("overview_now.html", **context.data.cached("overview", lambda: facts(context.data)))
+
+
+@router.get("/tour")
+def tour(context: Reader) -> Response:
+    """The tour's steps as a page: help for those who skipped it, or have no script."""
+    if context.public:
+        raise Refused(404, "There is no such page", "A public console has no tour.")
+    return context.page("tour.html", "Tour")
 
 
 def facts(data: ConsoleData) -> dict[str, Any]:

@@ -56,6 +56,11 @@ def needed(context: Reader, picture: Annotated[bytes | None, Depends(chosen)]) -
     """The same where there has to be one. Raises Refused."""
     if picture is None:
         raise Refused(400, "Choose a picture first", "", "Pick one of the examples, or drop one in.")
+    return readable(context, picture)
+
+
+def readable(context: RequestContext, picture: bytes) -> bytes:
+    """The picture. Raises Refused where it cannot be decoded."""
     if context.data.draw(picture, 64) is None:
         raise Refused(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
     return picture

@@ -11,8 +11,7 @@ from ops.console import action_preview
 from ops.console.action_preview import BASE, NO_SHARE, ActionPreview, Choice, How
 from ops.console.data import ACTION_SECONDS
 from ops.console.request_context import Operator, Reader, RequestContext
-from ops.console.rollout import on_trial, watching
-from ops.console.timeline import timeline, unreleased
+from ops.console.timeline import on_trial, timeline, unreleased, watching
 from ratchet_client import Client, Conflict, ServerError
 from serving.releases.lineage import clip_bases
 

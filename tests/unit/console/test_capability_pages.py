@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
-from ops.console.served import loaded_releases, served_models
-from ops.console.stream import origins, row_counts
-from ops.console.update_summaries import UpdateSummary, costs, update_summaries
+from ops.console.pages.budget import UpdateSummary, costs, update_summaries
+from ops.console.pages.models import served_models
+from ops.console.pages.stream import origins
 from serving.releases.lineage import clip_bases
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position
@@ -93,14 +93,10 @@ def test_engine_and_precision_are_what_the_replicas_say(
     page = text(visitor, "/models")
     assert "torch bfloat16 cpu" in page and f"shipped ({'e' * 12})" in page
     assert "2 running" in page and "1 starting" in page
+    newest, older = page.split('<td class="n">2</td>')[1].split('<td class="n">1</td>')
+    assert "50%" in newest and "clip-a" in newest and "same" not in newest
+    assert 'txt-base</code> <span class="hint">differs' in older and 'img-base</code> <span class="hint">same' in older
     assert "CLIP: torch bfloat16 cpu" in text(visitor, "/overview/now")
-
-
-def test_loaded_releases_say_which_spaces_they_share_with_the_live_one() -> None:
-    newest, older = loaded_releases(STATUS)
-    assert (newest.number, newest.clip, newest.coverage) == (2, "clip-a", 0.5)
-    assert (older.same_image_space, older.same_text_space) == (True, False)
-    assert loaded_releases(None) == []
 
 
 def test_a_vlm_is_listed_only_where_there_is_one(tmp_path: Path) -> None:
@@ -118,21 +114,21 @@ def test_the_stream_page_counts_kinds_sources_gaps_and_refusals(visitor: TestCli
     rows.append(row("quarantine", 4, reason="not_json", detail="no.", original=b"x", original_headers="[]"))
     rows.append(row("gap", 5, until=25, reason="retention"))
     store.put(rows, [Position("samples", 0, 25)])
-    counts = row_counts(store)
-    assert (counts.samples, counts.duplicates, counts.refused, counts.lost) == (3, 1, 1, 20)
-    assert origins(store).samples["source"] == [("cam-1", 2), ("<cam 2>", 1)]
+    assert origins(store)["samples"]["source"] == [("cam-1", 2), ("<cam 2>", 1)]
     visitor.app.state.data._cache.clear()  # type: ignore[attr-defined]
     page = visitor.get("/stream").text
     assert "samples:0, offsets 5 to 24" in page and "retention" in page
     assert "Neither a picture nor JSON" in page and "&lt;cam 2&gt;" in page and "<cam 2>" not in page
     assert "samples:0</td>" in page and 'class="n">25</td>' in page
+    for fact in ("Samples</dt><dd>3", "Duplicates</dt><dd>1", "Refused</dt><dd>1", "Lost offsets</dt><dd>20"):
+        assert fact in page
 
 
 def test_a_store_that_is_too_large_is_not_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SampleStore(settings(tmp_path).lake)
     store.put([sample(0, "cam-1"), sample(1, "cam-1")], [Position("samples", 0, 2)])
-    monkeypatch.setattr("ops.console.stream.COUNTED_SAMPLES", 1)
-    assert origins(store).samples == {}
+    monkeypatch.setattr("ops.console.pages.stream.COUNTED_SAMPLES", 1)
+    assert origins(store)["samples"] == {}
 
 
 def test_deletions_on_the_stream_page_lead_to_their_receipts(visitor: TestClient, ledger: Ledger) -> None:

@@ -20,8 +20,8 @@ from core.errors import AccessError, LedgerUnavailable
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.identity import Oidc
-from ops.console.identities import READ, scopes_of
-from ops.console.sessions import COOKIE
+from ops.console.pages.sign_in import READ, scopes_of
+from ops.console.security import COOKIE
 from tests.unit.console.test_security import FAR, csrf, visitor
 
 RULES = {
@@ -92,27 +92,19 @@ def test_a_member_of_a_group_may_look_and_one_of_the_operators_may_act(tmp_path:
         assert (signed.detail["issuer"], signed.detail["subject"]) == (issuer, name)
 
 
-def test_signing_out_ends_the_key(tmp_path: Path, issuer: str) -> None:
-    someone(issuer, "ann", groups=["team"])
-    client = console(tmp_path, issuer)
-    client.get(way_back(client, issuer, "ann"))
-    assert len(keys(tmp_path).api_keys()) == 1
-    client.post("/sign-out", data={"csrf": csrf(client, "/releases")})
-    assert keys(tmp_path).api_keys() == []
-    assert client.get("/releases").status_code == 303
-
-
-def test_signing_out_ends_the_session_of_the_provider(tmp_path: Path, issuer: str) -> None:
+def test_signing_out_ends_the_key_and_the_session_of_the_provider(tmp_path: Path, issuer: str) -> None:
     """By a page: a browser lets no form lead to another site."""
     someone(issuer, "ann", groups=["team"])
     client = console(tmp_path, issuer)
     client.get(way_back(client, issuer, "ann"))
+    assert len(keys(tmp_path).api_keys()) == 1
     answer = client.post("/sign-out", data={"csrf": csrf(client, "/releases")})
     seconds, _, url = answer.headers["refresh"].partition(";url=")
     query = parse_qs(urlsplit(url).query)
     assert answer.status_code == 200 and seconds == "0" and url.startswith(f"{issuer}/oauth2/end_session?")
     assert query["client_id"] == ["ratchet"] and query["id_token_hint"][0].count(".") == 2
     assert "Signed in as" not in answer.text and html.escape(url) in answer.text
+    assert keys(tmp_path).api_keys() == []
     assert client.get("/releases").status_code == 303
 
 
@@ -132,7 +124,7 @@ def test_signing_out_does_what_it_can(tmp_path: Path, issuer: str, wrong: str, m
         assert "id_token_hint" not in answer.headers["refresh"] and "client_id=ratchet" in answer.headers["refresh"]
 
 
-@pytest.mark.parametrize("characters", [1, 500, 900, 1300])
+@pytest.mark.parametrize("characters", [1, 1300])
 @pytest.mark.parametrize("next_page", ["/", "/releases?a=" + "x" * 980])
 def test_a_proxy_with_room_for_4_kb_of_headers_passes_each_answer_of_a_sign_in_on(
     tmp_path: Path, issuer: str, characters: int, next_page: str

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import re
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.pages.overview import problems
-from ops.console.public import without_samples
+from ops.console.public import MOST_SHARED, SHARED_SECONDS, SharedPages
+from ops.console.security import Session
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
@@ -74,27 +81,17 @@ def screen(home: Path, story: Story) -> Iterator[TestClient]:
 
 
 @pytest.mark.parametrize("page", OPEN)
-def test_a_page_is_shown_without_a_key_a_cookie_or_a_form(screen: TestClient, page: str) -> None:
+def test_a_page_is_shown_without_a_key_a_form_or_a_secret_and_asks_again(screen: TestClient, page: str) -> None:
     answer = screen.get(page)
     assert answer.status_code == 200, answer.text
     assert "<form" not in answer.text and "csrf" not in answer.text and "/sign-in" not in answer.text
     assert "set-cookie" not in answer.headers
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert [secret for secret in SECRETS if secret in html.unescape(answer.text)] == []
+    assert f'hx-get="{page}" hx-trigger="every 10s" hx-select="#main"' in answer.text
+    assert '<noscript><meta http-equiv="refresh"' in answer.text, "also without a script"
     for link in re.findall(r'href="(/[^"#?]*)', answer.text):
         assert screen.get(link).status_code == 200, f"{page} leads to {link}"
-
-
-@pytest.mark.parametrize("page", OPEN)
-def test_a_page_asks_for_itself_again_with_and_without_a_script(screen: TestClient, page: str) -> None:
-    text = screen.get(page).text
-    assert f'hx-get="{page}" hx-trigger="every 10s" hx-select="#main"' in text
-    assert '<noscript><meta http-equiv="refresh"' in text and 'class="public"' in text
-
-
-@pytest.mark.parametrize("page", OPEN)
-def test_nothing_of_people_sources_or_errors_is_shown(screen: TestClient, page: str) -> None:
-    text = html.unescape(screen.get(page).text)
-    assert [secret for secret in SECRETS if secret in text] == []
 
 
 def test_what_is_shown_is_what_happened(screen: TestClient) -> None:
@@ -118,14 +115,11 @@ def test_every_route_that_posts_refuses(home: Path, screen: TestClient) -> None:
         assert (answer.status_code, answer.text) == (403, "this console is public and read-only."), path
     for method in ("PUT", "DELETE", "PATCH"):
         assert screen.request(method, "/releases").status_code == 403
-    assert (ledger.live(), len(ledger.audit_rows(500))) == before
-    ledger.close()
-
-
-def test_what_asks_before_an_action_refuses_too(screen: TestClient) -> None:
     for action in ("rollback", "release", "promote", "hold", "resume"):
         answer = screen.get(f"/releases/{action}")
         assert answer.status_code == 403 and "read-only" in answer.text and "<form" not in answer.text
+    assert (ledger.live(), len(ledger.audit_rows(500))) == before
+    ledger.close()
 
 
 def test_what_needs_a_key_elsewhere_is_not_there(screen: TestClient, story: Story) -> None:
@@ -154,18 +148,6 @@ def test_a_verdict_is_shown_without_its_samples_unless_the_setting_says_so(home:
         assert screen.get("/samples/" + "0" * 64 + ".png").status_code == 200
 
 
-def test_a_report_loses_its_samples_and_nothing_else() -> None:
-    report = {
-        "outcome": "passed", "suites": [{"name": "a", "worst": [{"text": "x"}]}],
-        "diagnostics": {"pairs": {"a": {"count": 2, "shown": [{"first": {}}]}}, "shift": 1},
-    }  # fmt: skip
-    assert without_samples(report) == {
-        "outcome": "passed", "suites": [{"name": "a", "worst": []}],
-        "diagnostics": {"pairs": {"a": {"count": 2, "shown": []}}, "shift": 1},
-    }  # fmt: skip
-    assert without_samples({"suites": None, "diagnostics": None}) == {"suites": [], "diagnostics": None}
-
-
 def test_an_address_that_asks_too_often_is_told_when_to_come_back(home: Path, story: Story) -> None:
     with public(home, public_requests_per_minute=3) as screen:
         answers = [screen.get("/nowhere") for _ in range(4)]
@@ -191,3 +173,70 @@ def test_messages_of_errors_are_not_shown(home: Path, story: Story, monkeypatch:
     assert problems(status, public=True) == [
         "The last release could not be made.", "Questions about pictures are not answered yet.",
     ]  # fmt: skip
+
+
+class Pages:
+    """Says how often it was asked, and with which key."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.fails = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        assert await request.body() == b""
+        self.calls.append((request.url.path, scope["state"]["session"].key))
+        await asyncio.sleep(0)
+        if self.fails:
+            raise OSError("the ledger is away")
+        await PlainTextResponse(f"answer {len(self.calls)}", headers={"x-page": scope["path"]})(scope, receive, send)
+
+
+def sharing(app: Any, key: str = "") -> httpx.AsyncClient:
+    async def with_session(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"] = {"session": Session.new(key)}
+        await app(scope, receive, send)
+
+    return httpx.AsyncClient(transport=httpx.ASGITransport(with_session), base_url="http://screen")
+
+
+async def test_visitors_at_once_get_one_answer_that_was_made_without_a_key() -> None:
+    pages = Pages()
+    async with sharing(SharedPages(pages), key="of an operator") as screen:
+        answers = await asyncio.gather(*(screen.get("/releases") for _ in range(20)))
+    assert {answer.text for answer in answers} == {"answer 1"} and answers[-1].headers["x-page"] == "/releases"
+    assert pages.calls == [("/releases", "")]
+
+
+async def test_another_page_a_part_of_it_and_a_later_visitor_have_answers_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages = Pages()
+    async with sharing(SharedPages(pages)) as screen:
+        for url, headers in (("/", {}), ("/gate", {}), ("/gate?page=2", {}), ("/gate", {"hx-request": "true"})):
+            await screen.get(url, headers=headers)
+        assert len(pages.calls) == 4
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + SHARED_SECONDS)
+        assert (await screen.get("/gate")).text == "answer 5"
+
+
+async def test_a_failure_and_a_probe_are_not_shared() -> None:
+    pages = Pages()
+    async with sharing(SharedPages(pages)) as screen:
+        pages.fails = True
+        with pytest.raises(OSError, match="away"):
+            await screen.get("/")
+        pages.fails = False
+        assert (await screen.get("/")).text == "answer 2"
+        await screen.get("/health/live")
+        await screen.get("/health/live")
+    assert len(pages.calls) == 4
+
+
+async def test_answers_that_are_kept_are_bounded() -> None:
+    shared = SharedPages(Pages())
+    async with sharing(shared) as screen:
+        for number in range(MOST_SHARED + 10):
+            await screen.get(f"/?{number}")
+    assert len(shared._answers) == MOST_SHARED

@@ -14,7 +14,7 @@ from core.ledger import Ledger
 from ops.console.action_preview import NO_SHARE, Choice, preview
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
-from ops.console.rollout import watching
+from ops.console.timeline import watching
 from ratchet_client import Client
 from ratchet_client.calls import Call
 from tests.support.story import seen, withdraw

@@ -16,7 +16,7 @@ from core.settings import Settings
 from ops.console import security
 from ops.console.app import build_console
 from ops.console.request_context import local_path
-from ops.console.sessions import COOKIE, Session, Sessions
+from ops.console.security import COOKIE, Session, Sessions
 from serving.http.client_address import came_from_here
 
 LOCAL = "http://127.0.0.1:8001"
