@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.bench_home import bench_home, clip_base, without_vlm
+from benchmarks.closed_loop import closed_loop
 from benchmarks.encode.figures import rounded
 from benchmarks.encode.grid import Cell
 from benchmarks.encode.sides import HttpSide, ratchet_side
@@ -36,8 +37,7 @@ from core.ledger import Ledger
 from core.progress import say, step
 from core.settings import Settings
 from core.waiting import wait_until
-from ops.planning.service_times import ServiceTimes
-from ops.planning.simulation import closed_loop
+from ops.planning.measured import ServiceTimes
 from ratchet_client import Client
 from serving.app import application
 from serving.engines.clip import ClipEngine

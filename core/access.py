@@ -1,4 +1,4 @@
-"""Who calls, and what they may do. Plain Python: the HTTP server and the console both ask it.
+"""Callers, and what they may do. Plain Python: the HTTP server and the console both ask it.
 
 >>> access = Access(ledger, settings)
 >>> access.identify("rk_0123abcd_...")
@@ -8,7 +8,7 @@ Three kinds of callers:
 
     key          made with `ratchet keys create`; has the scopes it was given
     operator     the bootstrap key, ``settings.operator_key()``: every scope, so that the first key can be made
-    anonymous    no key; may infer and search where the server is open (``access.require_keys``), is nobody elsewhere
+    anonymous    no key; may infer and search where the server is open (``access.require_keys``), nothing elsewhere
 
 Keys are read from the ledger again every :data:`KEYS_SECONDS`, so a revoked key stops within that time. While the
 ledger is away, the keys that were read last stay good until they expire; a process that starts then takes those of a
@@ -43,7 +43,7 @@ TOUCH = timedelta(minutes=1)
 MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
 ANONYMOUS: frozenset[KeyScope] = frozenset({"infer", "search"})
-_NOBODY = digest_of("")
+_NO_KEY = digest_of("")
 
 
 class Keys(Protocol):
@@ -122,7 +122,7 @@ class Access:
         self._reading = threading.Lock()
 
     def identify(self, token: str | None) -> Principal | None:
-        """Who holds a token; without one, whoever may come without. None: nobody. May read the ledger."""
+        """The holder of a token; without one, the anonymous caller where the server is open. May read the ledger."""
         came = self.clock()
         while (delay := self.due(token, came)) is not None and self.clock() - came < READ_SECONDS:
             self._pause(delay)
@@ -142,7 +142,7 @@ class Access:
             # OpenAI's clients send any text where no key is needed; a key of ours that is cut short is a mistake.
             return None if token.startswith(PREFIX) else self.anonymous
         row = self._keys.get(parsed[0])
-        right = same(digest_of(parsed[1]), row.digest if row is not None else _NOBODY)
+        right = same(digest_of(parsed[1]), row.digest if row is not None else _NO_KEY)
         if row is None or not right or row.expired():
             return None
         self._used[row.id] = datetime.now(UTC)

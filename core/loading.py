@@ -6,11 +6,14 @@ Load once at start with :func:`load_settings`; nothing else in Ratchet reads the
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Final, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from core.errors import ConfigError
 from core.files import replace_file
-from core.redaction import STARS, redact_url
+from core.log_format import STARS, redact_url
 from core.settings import Settings
 from core.settings.section import Section
 
@@ -45,20 +48,20 @@ def load_settings(
     Raises:
         ConfigError: names the key or value that is wrong, its origin and the fix.
     """
-    origins: dict[str, str] = {}
-    values: dict[str, Any] = {}
     environ = os.environ if environ is None else environ
     named = environ.get(FILE_VARIABLE)
-    for name, value in _file_values(path or (Path(named) if named else None)):
-        _put(values, origins, name, value[0], value[1])
-    for key, text in environ.items():
-        if key.startswith(PREFIX) and key != FILE_VARIABLE and not key.startswith(f"{PREFIX}TEST_"):
-            name = key[len(PREFIX) :].lower().replace("__", ".")
-            if _field(name) is None:
-                raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
-            _put(values, origins, name, parse_value(name, text), f"environment {key}")
-    for name, value in (overrides or {}).items():
-        _put(values, origins, name, value, "flag")
+    origins: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    flags = ((name, value, "flag") for name, value in (overrides or {}).items())
+    for name, value, origin in chain(_of_file(path or (Path(named) if named else None)), _of_environ(environ), flags):
+        if _field(name) is None:
+            raise ConfigError(f"unknown setting {name!r} (from {origin}).", _nearest(name))
+        *sections, leaf = name.split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[leaf] = value
+        origins[name] = origin
     try:
         return Settings(**values, origins=origins)
     except ValidationError as error:
@@ -75,10 +78,8 @@ def load_settings(
 def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
     """Every setting as (dotted name, value, origin, meaning); secrets are masked."""
     rows = []
-    for name, field in _leaves(Settings):
-        value: Any = settings
-        for part in name.split("."):
-            value = getattr(value, part)
+    for name, field in FIELDS.items():
+        value: Any = attrgetter(name)(settings)
         if name in MASKED and value:
             value = dict.fromkeys(value, STARS)
         rows.append((name, _masked(value), settings.origins.get(name, "default"), field.description or ""))
@@ -89,48 +90,31 @@ def _masked(value: Any) -> Any:
     """A value to be shown: of a URL with a password, everything but that; other values as they are."""
     if isinstance(value, list):
         return [_masked(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    return redact_url(value)
+    return redact_url(value) if isinstance(value, str) else value
 
 
-def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
+def _of_file(path: Path | None) -> Iterator[tuple[str, Any, str]]:
+    """Names, values and origins; none where the default file is not there."""
     file = path or Path(FILE)
-    if not file.exists():
-        if path is not None:
-            raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")
-        return []
-    try:
-        loaded = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}", "Fix the line it names.") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{file} must hold a mapping of settings.", "See docs/operator.md for an example.")
-    values: list[tuple[str, tuple[Any, str]]] = []
+    if path is not None and not file.exists():
+        raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")
 
-    def walk(prefix: str, value: Any) -> None:
-        name = prefix
-        if isinstance(value, dict) and (name == "" or _is_section(name)):
-            for key, child in value.items():
-                walk(f"{name}.{key}" if name else str(key), child)
-            return
-        if _field(name) is None:
-            raise ConfigError(f"{file}: unknown setting {name!r}.", _nearest(name))
-        values.append((name, (value, str(file))))
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict) and name in SECTIONS:
+                yield from flat(value, f"{name}.")
+            else:
+                yield name, value, str(file)
 
-    walk("", loaded)
-    return values
+    return flat(_mapping(file, file.read_text()) if file.exists() else {})
 
 
-def _put(values: dict[str, Any], origins: dict[str, str], name: str, value: Any, origin: str) -> None:
-    if _field(name) is None:
-        raise ConfigError(f"unknown setting {name!r} (from {origin}).", _nearest(name))
-    *sections, leaf = name.split(".")
-    target = values
-    for section in sections:
-        target = target.setdefault(section, {})
-    target[leaf] = value
-    origins[name] = origin
+def _of_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    for key, text in environ.items():
+        if key.startswith(PREFIX) and key != FILE_VARIABLE and not key.startswith(f"{PREFIX}TEST_"):
+            name = key[len(PREFIX) :].lower().replace("__", ".")
+            yield name, parse_value(name, text), f"environment {key}"
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -151,23 +135,23 @@ def parse_value(name: str, text: str) -> Any:
     return value if value is None or isinstance(value, str | list | dict) else text.strip()
 
 
-def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
-    rows: list[tuple[str, FieldInfo]] = []
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        if name == "origins":
-            continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            rows += _leaves(field.annotation, f"{prefix}{name}.")
-        else:
-            rows.append((f"{prefix}{name}", field))
-    return rows
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
+        elif name != "origins":
+            yield f"{prefix}{name}", field
+
+
+FIELDS: Final = dict(_leaves(Settings))
+"""Every setting by its dotted name."""
+SECTIONS: Final = {name[:end] for name in FIELDS for end, char in enumerate(name) if char == "."}
 
 
 def _field(name: str) -> FieldInfo | None:
     """The setting of this name, or the mapping that it is one key of (``kafka.client.ssl_cafile``)."""
-    fields = dict(_leaves(Settings))
-    mapping = fields.get(name.rpartition(".")[0])
-    return fields.get(name) or (mapping if mapping is not None and get_origin(mapping.annotation) is dict else None)
+    mapping = FIELDS.get(name.rpartition(".")[0])
+    return FIELDS.get(name) or (mapping if mapping is not None and get_origin(mapping.annotation) is dict else None)
 
 
 def _is_secret(name: str) -> bool:
@@ -177,27 +161,13 @@ def _is_secret(name: str) -> bool:
 
 def _is_public(name: str) -> bool:
     """Whether a wrong value may be shown: no secret, no group that may hold one, no URL that may."""
-    parents = (
-        name[:end] for end, char in enumerate(f"{name}.") if char == "."
-    )  # an item's name is below its setting's
+    parents = accumulate(name.split("."), "{}.{}".format)  # an item's name is below its setting's
     leaf = next((each for each in parents if _field(each) is not None), None)
     return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and not re.search("url|registry", leaf)
 
 
-def _is_section(name: str) -> bool:
-    model: type[BaseModel] = Settings
-    for part in name.split("."):
-        field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            return False
-        model = field.annotation
-    return True
-
-
 def _nearest(name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, [leaf for leaf, _ in _leaves(Settings)], n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
     return f"Did you mean {close[0]!r}? " if close else "See `ratchet config show` for the names."
 
 

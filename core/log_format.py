@@ -1,26 +1,69 @@
-"""How a log record is written: as one JSON object a line, or as a line of text for people.
+"""How a log record is written: as one JSON object a line, or as a line of text for people, without secrets.
 
 >>> {"time": "2026-11-28T00:54:24.123Z", "level": "WARNING", "logger": "ratchet.catalog", "message": "...",
 ...  "role": "catalog", "pid": 71, "request_id": "5e0c...", "release": 12, "adapter": "clip-0123456789ab"}
 
-Secrets are taken out of every line, whoever wrote it (:mod:`core.redaction`).
+Secrets are taken out of every line, and are not shown by ``ratchet config show`` either.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from core.redaction import Redactor
 from core.request_context import current
 
 MAX_MESSAGE_CHARS: Final = 4000
 MAX_TRACEBACK_CHARS: Final = 8000
 """Container runtimes cut lines at 16 KiB, and a JSON object that was cut is none. Of a traceback the end is kept."""
 _encoder: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+STARS = "**********"
+LEAST_CHARS = 8
+"""Shorter values are no secrets worth the name, and would be found in words."""
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]*@")
+"""Of a URL."""
+_PARAMETER = re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|key|signature)[^=&\s]*=)[^&\s]+")
+_NAMED = re.compile(
+    r"(?i)((?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|operator[_-]?key)"
+    r"[\"']?\s*[=:]\s*[\"']?)(?!\*\*)[^\s\"',;&)}\]]+"
+)
+_BEARER = re.compile(r"(?i)\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{8,}")
+_API_KEY = re.compile(r"\b(rk_[0-9A-Za-z]{1,16}_)[0-9A-Za-z]+")
+"""A key of ours: its id is no secret, see :mod:`core.ledger.keys`."""
+
+
+def redact_url(text: str) -> str:
+    """A URL without its password, and without the parameters of its query that hold secrets.
+
+    >>> redact_url("postgresql://ann:hunter2@db/ratchet")
+    'postgresql://ann:**********@db/ratchet'
+    """
+    shown = _PASSWORD.sub(rf"\g<1>{STARS}@", text)
+    return _PARAMETER.sub(rf"\g<1>{STARS}", shown)
+
+
+class Redactor:
+    """Takes secrets out of text: those it was given, and what looks like a key, a password or a token.
+
+    >>> Redactor(["correct-horse"]).redact("Authorization: Bearer rk_0a1b2c3d_ffff, then correct-horse")
+    'Authorization: Bearer **********, then **********'
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        """``secrets``: values that are never shown, wherever they stand; those under 8 characters are left out."""
+        longest_first = sorted({each for each in secrets if len(each) >= LEAST_CHARS}, key=len, reverse=True)
+        self._secrets = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def redact(self, text: str) -> str:
+        """``text`` with stars in the place of secrets."""
+        if self._secrets is not None:
+            text = self._secrets.sub(STARS, text)
+        text = _BEARER.sub(rf"\g<1>\g<2>{STARS}", redact_url(text))
+        return _NAMED.sub(rf"\g<1>{STARS}", _API_KEY.sub(rf"\g<1>{STARS}", text))
 
 
 class RecordFormatter(logging.Formatter):

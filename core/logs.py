@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, SecretStr
 
-from core.log_format import JsonFormatter, RecordFormatter, TextFormatter
-from core.redaction import Redactor
+from core.log_format import JsonFormatter, RecordFormatter, Redactor, TextFormatter
 from core.settings import Settings
 from core.settings.watching import Logs
 

@@ -49,12 +49,6 @@ def switch_on(provider: TracerProvider | None = None) -> None:
     _tracer = trace.get_tracer("ratchet", tracer_provider=provider)
 
 
-def switch_off() -> None:
-    """Make none."""
-    global _tracer
-    _tracer = None
-
-
 def span(name: str, **attributes: Any) -> AbstractContextManager[Any]:
     """A span around a block, where the trace is on and sampled; release, adapter and id of the request are on it.
 

@@ -17,7 +17,7 @@ from core.artifacts.object_store import local_folder, open_filesystem
 from core.dependencies import Dependency, DependencyState, storage_state
 from core.errors import ArtifactsUnavailable, RatchetError, RecordError, StoreUnavailable
 from core.ledger import Ledger
-from core.redaction import redact_url
+from core.log_format import redact_url
 from core.settings import Settings
 from serving.own_threads import BoundedCall
 from streams.kafka.clients import Admin, check_rights, event_rights, ingest_rights

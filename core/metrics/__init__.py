@@ -1,15 +1,14 @@
 """Metrics: what exists is in :mod:`core.metrics.declared`, the verbs that record it are here, and how Prometheus gets
 it is in :mod:`core.metrics.exposition`.
 
->>> from ops import metrics
+>>> from core import metrics
 >>> metrics.gate.decided("clip", "passed", seconds=41.0)
 """
 
 from core.metrics.declared import names
 from core.metrics.exposition import NAME_PREFIXES, Process, exposition, listen
 from core.metrics.learning import gate, update
-from core.metrics.models import catalog, drift, encoder, vlm
-from core.metrics.serving import build, http, operator, release, rollout
+from core.metrics.serving import build, catalog, drift, encoder, http, operator, release, rollout, vlm
 from core.metrics.stream import dependency, events, ingest, maintain
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 Names start with ``ratchet_`` and end with their base unit: seconds, bytes, flops, or ``_ratio`` for a share from 0 to
 1; counters end with ``_total``. A label takes its values from a bounded set, which :data:`LABELS` names. Call sites do
-not use what is declared here, but the verbs beside it.
+not use what is declared here, but the verbs of the other modules.
 
 Serving runs in several processes. A gauge says by its mode how their values become one: ``livesum`` adds up those of
 processes that live, ``livemostrecent`` takes what was written last, ``liveall`` keeps one for each process (``pid``).
@@ -10,13 +10,14 @@ processes that live, ``livemostrecent`` takes what was written last, ``liveall``
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from core.metrics import shared_files
+from core.metrics.exposition import install_files
 
-shared_files.install()  # before the first metric opens a file
+install_files()  # before the first metric opens a file
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LONG_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -298,60 +299,39 @@ DRIFT_SHIFT = Gauge(
     ["space"], multiprocess_mode=_LATEST,
 )  # fmt: skip
 
-# A counter that appears with its first event looks to `increase` as if nothing had happened: those with few labels
-# start at 0.
-for _family in ("clip", "vlm"):
-    UPDATE_STEPS.labels(_family)
-    UPDATE_VISITED.labels(_family)
-    UPDATE_LEFT_OUT.labels(_family)
-    UPDATE_PASSED_OVER.labels(_family)
-    UPDATE_SECONDS.labels(_family)
-    GATE_SECONDS.labels(_family)
-    for _state in ("done", "failed", "abandoned"):
-        UPDATES.labels(_family, _state)
-    for _outcome in ("passed", "rejected", "inconclusive", "kept"):
-        GATE_VERDICTS.labels(_family, _outcome)
-for _purpose in ("train", "gate"):
-    BUDGET_SPENT.labels(_purpose)
-for _split in ("train", "fresh_eval"):
-    INGEST_STORED.labels(_split)
-for _kind in ("exact", "perceptual", "older"):
-    INGEST_DUPLICATES.labels(_kind)
-INGEST_LOST.labels("retention")
-for _dependency in ("broker", "store", "registry"):
-    INGEST_WAITING.labels(_dependency)
-for _outcome in ("done", "failed"):
-    MAINTAIN_RUNS.labels(_outcome)
-for _reason in ("retention", "deletion"):
-    MAINTAIN_DELETED.labels(_reason)
-for _kind in ("adapter", "carry-over", "report", "work folder", "score cache", "engine cache"):
-    COLLECTED.labels(_kind)
-for _type in ("candidate", "verdict", "proposal", "release", "rollback", "deletion", "gap"):
-    EVENTS_PUBLISHED.labels(_type)
-for _kind in ("initial", "update", "rollback", "release"):
-    for _outcome in ("committed", "failed"):
-        RELEASES.labels(_kind, _outcome)
-for _phase in ("prepare", "commit", "rollback"):
-    RELEASE_PHASE.labels(_phase)
-for _direction in ("prompt", "completion"):
-    VLM_TOKENS.labels(_direction)
-for _kind in ("reply", "stream", "score"):
-    for _outcome in ("ok", "late", "ask", "adapter", "gone", "dead"):
-        VLM_REQUESTS.labels(_kind, _outcome)
-    VLM_SECONDS.labels(_kind)
-for _reason in ("overloaded", "unavailable", "deadline_exceeded", "internal"):  # those that are ours
-    HTTP_REFUSED.labels(_reason)
-for _kind in ("image", "text"):
-    for _outcome in ("hit", "miss"):
-        CACHE_LOOKUPS.labels(_kind, _outcome)
-for _side in ("trial", "stable"):
-    ROLLOUT_REQUESTS.labels(_side)
-for _outcome in ("agree", "differ", "failed", "dropped"):
-    ROLLOUT_COMPARISONS.labels("clip", _outcome)
-    ROLLOUT_COMPARISONS.labels("vlm", _outcome)
-for _action in ("release", "promote", "rollback", "hold", "resume"):
-    for _outcome in ("done", "refused"):
-        OPERATOR.labels(_action, _outcome)
+
+def _start(metric: Counter | Gauge | Histogram, *labels: tuple[str, ...]) -> None:
+    """Let a metric exist for all combinations of labels: to `increase`, a counter that appears with its first event
+    looks as if nothing had happened, so those with few labels start at 0.
+    """
+    for combination in product(*labels):
+        metric.labels(*combination)
+
+
+_FAMILIES = ("clip", "vlm")
+for _metric in (UPDATE_STEPS, UPDATE_VISITED, UPDATE_LEFT_OUT, UPDATE_PASSED_OVER, UPDATE_SECONDS, GATE_SECONDS):
+    _start(_metric, _FAMILIES)
+_start(UPDATES, _FAMILIES, ("done", "failed", "abandoned"))
+_start(GATE_VERDICTS, _FAMILIES, ("passed", "rejected", "inconclusive", "kept"))
+_start(BUDGET_SPENT, ("train", "gate"))
+_start(INGEST_STORED, ("train", "fresh_eval"))
+_start(INGEST_DUPLICATES, ("exact", "perceptual", "older"))
+_start(INGEST_LOST, ("retention",))
+_start(INGEST_WAITING, ("broker", "store", "registry"))
+_start(MAINTAIN_RUNS, ("done", "failed"))
+_start(MAINTAIN_DELETED, ("retention", "deletion"))
+_start(COLLECTED, ("adapter", "carry-over", "report", "work folder", "score cache", "engine cache"))
+_start(EVENTS_PUBLISHED, ("candidate", "verdict", "proposal", "release", "rollback", "deletion", "gap"))
+_start(RELEASES, ("initial", "update", "rollback", "release"), ("committed", "failed"))
+_start(RELEASE_PHASE, ("prepare", "commit", "rollback"))
+_start(VLM_TOKENS, ("prompt", "completion"))
+_start(VLM_REQUESTS, ("reply", "stream", "score"), ("ok", "late", "ask", "adapter", "gone", "dead"))
+_start(VLM_SECONDS, ("reply", "stream", "score"))
+_start(HTTP_REFUSED, ("overloaded", "unavailable", "deadline_exceeded", "internal"))  # those that are ours
+_start(CACHE_LOOKUPS, ("image", "text"), ("hit", "miss"))
+_start(ROLLOUT_REQUESTS, ("trial", "stable"))
+_start(ROLLOUT_COMPARISONS, _FAMILIES, ("agree", "differ", "failed", "dropped"))
+_start(OPERATOR, ("release", "promote", "rollback", "hold", "resume"), ("done", "refused"))
 
 
 def names() -> dict[str, set[str]]:

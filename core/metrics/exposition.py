@@ -1,8 +1,8 @@
 """How Prometheus gets the metrics.
 
 Serving runs in several processes, on several machines perhaps. With ``PROMETHEUS_MULTIPROC_DIR`` set before the first
-import, the processes of one machine share a folder, and :func:`exposition` adds them up. Ingest, maintenance and the
-updater are one process each, and listen on a port of their own.
+import, the processes of one machine share a folder, whose disk may be full, and :func:`exposition` adds them up.
+Ingest, maintenance and the updater are one process each, and listen on a port of their own.
 
 Every process imports all declarations, and one without labels exists with the value 0 from then on. A part therefore
 shows only what is its own: serving must not say that the broker is down.
@@ -11,15 +11,26 @@ shows only what is its own: serving must not say that the broker is down.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
-from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, multiprocess, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    generate_latest,
+    mmap_dict,
+    multiprocess,
+    start_http_server,
+    values,
+)
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+log = logging.getLogger("ratchet.metrics")
 Process = Literal["ingest", "maintain", "update", "serve"]
 NAME_PREFIXES: dict[Process, tuple[str, ...]] = {
     "ingest": ("ratchet_ingest_", "ratchet_store_"),
@@ -30,6 +41,10 @@ NAME_PREFIXES: dict[Process, tuple[str, ...]] = {
 SHARED: tuple[str, ...] = ("ratchet_build_info", "ratchet_dependency_state")
 """What every part exports: how it was built, and how it finds its dependencies."""
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+INITIAL_BYTES: Final = 1 << 16
+"""What prometheus_client begins with; it doubles from there."""
+RETRY_SECONDS: Final = 10.0
+"""How often room is asked for again."""
 
 
 def exposition(part: Process) -> bytes:
@@ -90,7 +105,7 @@ def _own_folder() -> Path | None:
 def _forget_the_dead(folder: Path) -> None:
     """A process that was killed leaves its gauges behind: requests in flight that no one answers, an old release.
 
-    Where no writer can be seen they are in another container, perhaps, and nobody is taken for dead.
+    Where no writer can be seen they are in another container, perhaps, and none is taken for dead.
     """
     endings = (file.stem.rpartition("_")[2] for file in folder.glob("gauge_live*_*.db"))
     writers = {int(ending) for ending in endings if ending.isdigit()}
@@ -109,3 +124,89 @@ def _runs(pid: int) -> bool:
         except ProcessLookupError:
             return False
     return True
+
+
+class AllocatedDict(mmap_dict.MmapedDict):
+    """A dictionary of doubles in a file. Values for which the disk has no room are not exported until it has.
+
+    prometheus_client maps sparse files into memory. Writing to one where the disk has no block left ends the process
+    (SIGBUS), whatever else it does. So blocks are allocated here before they are mapped, and what finds no room is kept
+    in memory until there is some.
+    """
+
+    def __init__(self, filename: str, read_mode: bool = False) -> None:
+        self._path = Path(filename)
+        self._read_mode = read_mode
+        self._waiting: dict[str, tuple[float, float]] = {}
+        self._retry_at = 0.0
+        self._f: Any = None
+        self._positions: dict[str, int] = {}
+        self._has_file()
+
+    def read_value(self, key: str) -> tuple[float, float]:
+        """Value and timestamp; a new key is 0."""
+        if self._has_room(key):
+            value: tuple[float, float] = super().read_value(key)  # type: ignore[no-untyped-call]
+            return value
+        return self._waiting.setdefault(key, (0.0, 0.0))
+
+    def write_value(self, key: str, value: float, timestamp: float) -> None:
+        """Set value and timestamp."""
+        if self._has_room(key):
+            self._waiting.pop(key, None)
+            super().write_value(key, value, timestamp)  # type: ignore[no-untyped-call]
+        else:
+            self._waiting[key] = (value, timestamp)
+
+    def _has_room(self, key: str) -> bool:
+        if not self._has_file():
+            return False
+        if key in self._positions:
+            return True
+        capacity = self._capacity
+        # As in _init_value: a length of 4 bytes, the key padded to 8 bytes, two doubles.
+        length = len(key.encode())
+        end = self._used + 4 + length + (8 - (length + 4) % 8) + 16
+        while end > capacity:
+            capacity *= 2
+        return capacity == self._capacity or self._allocate(self._f.fileno(), capacity)
+
+    def _has_file(self) -> bool:
+        if self._f is not None:
+            return True
+        if time.monotonic() < self._retry_at:
+            return False
+        try:
+            with self._path.open("rb" if self._read_mode else "a+b") as file:
+                size = os.fstat(file.fileno()).st_size
+                if not self._read_mode and not self._allocate(file.fileno(), max(size, INITIAL_BYTES)):
+                    if size == 0:
+                        self._path.unlink()  # readers cannot read an empty one
+                    return False
+            super().__init__(str(self._path), self._read_mode)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            self._postpone(error)
+            return False
+        return True
+
+    def _allocate(self, descriptor: int, size: int) -> bool:
+        if time.monotonic() < self._retry_at:
+            return False
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            self._postpone(error)
+            return False
+        self._retry_at = 0.0
+        return True
+
+    def _postpone(self, error: OSError) -> None:
+        if self._retry_at == 0.0:
+            log.warning("some metrics of this process are not exported: %s: %s", self._path, error.strerror)
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+
+
+def install_files() -> None:
+    """Let prometheus_client use these files from now on. Without ``posix_fallocate`` (macOS) nothing changes."""
+    if hasattr(os, "posix_fallocate"):
+        values.MmapedDict = AllocatedDict  # type: ignore[attr-defined]

@@ -129,7 +129,7 @@ class maintain:
 
     @staticmethod
     def written(size: int) -> None:
-        """So many bytes were written anew."""
+        """So many bytes were written again."""
         d.MAINTAIN_WRITTEN.inc(size)
 
     @staticmethod

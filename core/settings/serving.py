@@ -6,8 +6,7 @@ from typing import Final, Literal
 
 from pydantic import Field, SecretStr
 
-from core.addresses import is_loopback, local_url
-from core.allow_rules import HostRule, NetworkRule
+from core.addresses import HostRule, NetworkRule, is_loopback, local_url
 from core.settings.identity import Oidc
 from core.settings.section import MIB, Section
 

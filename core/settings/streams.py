@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
-from core.allow_rules import NetworkRule, UriRule
+from core.addresses import NetworkRule, UriRule
 from core.settings.identity import OAuth
 from core.settings.section import MIB, Section, http_url
 from ratchet_client.limits import DEFAULT_LIMITS

@@ -1,7 +1,7 @@
 """Garbage collection of adapters, their carry-over, gate reports and local caches.
 
-:mod:`ops.collection.keep` says which adapters may still be needed and by what, :mod:`ops.collection.plan` what follows
-for each file, and :mod:`ops.collection.collector` deletes. :mod:`core.ledger.collection` remembers it.
+:mod:`ops.collection.plan` says what may still be needed and by what, and what follows for each file;
+:mod:`ops.collection.collector` deletes; :mod:`core.ledger.collection` remembers it.
 """
 
 from ops.collection.collector import Collector

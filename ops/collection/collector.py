@@ -17,8 +17,7 @@ from core.ledger.collection import COLLECT_LEASE
 from core.ledger.leases import renewing
 from core.progress import say
 from core.settings import Settings
-from ops.collection.home import home_items
-from ops.collection.plan import Item, Plan, make_plan
+from ops.collection.plan import Item, Plan, home_items, make_plan
 
 T = TypeVar("T")
 LEASE_SECONDS: Final = 120.0

@@ -1,4 +1,4 @@
-"""What of the artifacts goes and what stays, and why. Nothing is deleted here.
+"""What goes and what stays of the artifacts and of the folder of this machine, and why. Nothing is deleted here.
 
 Ages are counted back from the newest entry of the ledger, not from a clock: an installation that rests loses nothing,
 and a machine whose clock is wrong deletes nothing.
@@ -6,19 +6,26 @@ and a machine whose clock is wrong deletes nothing.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from core.artifacts import Artifacts
+from core.artifacts.folder import file_size
 from core.errors import LedgerError
-from core.ledger import Ledger
+from core.ledger import Family, Ledger
 from core.ledger.collection import AdapterUse, JudgedUpdate
 from core.settings import Settings
-from ops.collection.keep import best_adapters, needed_adapters
+from serving.engines.registered import names_by_digest
+from serving.releases.residency import read_residency
+from updater.gate.best_releases import best_by_suite
+from updater.gate.sample_suites import PREFIX as MEMORY
+from updater.service.process import work_folders
 
 Kind = Literal["adapter", "carry-over", "report", "work folder", "score cache", "engine cache"]
 FOLDERS: Final[dict[Kind, str]] = {"adapter": "adapters", "carry-over": "memories", "report": "reports"}
@@ -26,6 +33,8 @@ FOLDERS: Final[dict[Kind, str]] = {"adapter": "adapters", "carry-over": "memorie
 MAX_SKEW: Final = timedelta(minutes=5)
 """An entry of the ledger that is so much younger than the database's clock is one of a clock that is wrong."""
 UNKNOWN: Final = "the ledger does not know it"
+FRESH: Final = "fresh"
+DAY: Final = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,9 @@ class _Known:
     judged: Mapping[str, JudgedUpdate]
     needed: Mapping[str, str]
 
-    def age(self, time: datetime) -> float:
+    def age(self, moment: datetime) -> float:
         """Days."""
-        return (self.newest - time) / timedelta(days=1)
+        return (self.newest - moment) / timedelta(days=1)
 
 
 def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Plan:
@@ -172,6 +181,108 @@ def _report(
     if not days or age < days:
         return False, f"judged {age:.0f} days ago"
     return True, f"judged {age:.0f} days ago, never released"
+
+
+def needed_adapters(ledger: Ledger, settings: Settings) -> dict[str, str]:
+    """Adapters that must stay, each with one reason: what answers, what a rollback or a switch of the base goes back
+    to, what the gate compares with, what is not decided.
+    """
+    needed: dict[str, str] = {}
+    for name, reason in _reasons(ledger, settings):
+        if name is not None:
+            needed.setdefault(name, reason)
+    return needed
+
+
+def _reasons(ledger: Ledger, settings: Settings) -> Iterator[tuple[str | None, str]]:
+    yield from ledger.adapters_in_use().items()
+    bases = ledger.released_bases()
+    for base in {None, *bases}:
+        yield from _resident(ledger, settings, base)
+    for row in ledger.newest_of_each_base():
+        yield row.clip, f"release {row.number} is the newest of its base"
+    for base in ledger.upgrade_bases():
+        upgrade = ledger.approved_upgrade(base)
+        if upgrade is not None:
+            yield ledger.update(upgrade.update_id).adapter, f"{upgrade.update_id} may be switched to"
+    for family in ("clip", "vlm"):
+        for update in ledger.updates(1, family):
+            yield update.adapter, f"{update.id} is the newest of its family, and may be judged again"
+    for name in settings.gc.keep_adapters:
+        yield name, "gc.keep_adapters names it"
+
+
+def _resident(ledger: Ledger, settings: Settings, base: str | None) -> Iterator[tuple[str | None, str]]:
+    """What answers and what a rollback goes back to, with releases of one base; None: of all."""
+    size = max(settings.gc.keep_releases, settings.serve.rollback_window)
+    rows = read_residency(ledger, size, base)
+    for row in rows.answering:
+        yield from ((name, f"release {row.number} answers") for name in (row.clip, row.vlm))
+    for row in rows.window:
+        yield from ((name, f"release {row.number} is one of the newest") for name in (row.clip, row.vlm))
+    live = ledger.live()
+    stable = None if live is None else ledger.incumbent(live.number + 1, base)
+    if stable is None:
+        return
+    families: tuple[Family, ...] = ("clip", "vlm")
+    for family in families:
+        before = ledger.before(family, stable.adapter(family), base)
+        if before is not None:
+            yield before.adapter(family), f"a rollback of release {stable.number} goes back to it"
+    yield from ((name, "replicas keep it for a rollback") for name in (*rows.clips, *rows.vlms))
+
+
+def best_adapters(ledger: Ledger, family: str, base: str) -> dict[str, str]:
+    """Released adapters of a base with the highest score on any suite, which candidates are compared with."""
+    verdicts = ledger.released_verdicts(family, base)
+    judged = [pair for verdict in verdicts for pair in verdict.summary.get("suites", {}).items()]
+    names = {name for name, suite in judged if suite.get("role") != "gain" or name.startswith(FRESH)}
+    # The fresh suite of a domain stands for its memory suite, too.
+    names |= {f"{MEMORY}{name.removeprefix(FRESH)}" for name in names if name.startswith(FRESH)}
+    best: dict[str, str] = {}
+    for suite in sorted(names):
+        for name in best_by_suite(verdicts, [suite], None).values():
+            best.setdefault(name, f"best release on {suite}")
+    return best
+
+
+def home_items(home: Path, ledger: Ledger, keep_days: float) -> list[Item]:
+    """Items with paths relative to ``home`` as their names. All of them can be made again; files whose times are in the
+    future stay.
+    """
+    return [*_work_folders(home, ledger), *_scores(home, keep_days), *_engines(home, keep_days)]
+
+
+def _work_folders(home: Path, ledger: Ledger) -> Iterator[Item]:
+    for path in work_folders(home):
+        over = ledger.is_finished(path.name)
+        reason = "its update is over" if over else "its update goes on from it, or is not known"
+        size = sum(file_size(each) for each in path.rglob("*"))
+        yield Item("work folder", path.relative_to(home).as_posix(), size, over, reason)
+
+
+def _scores(home: Path, keep_days: float) -> Iterator[Item]:
+    for path in sorted((home / "cache" / "gate").rglob("*.npz")):
+        age = _days_unused(path)
+        goes, reason = age >= keep_days, f"not used for {age:.0f} days"
+        yield Item("score cache", path.relative_to(home).as_posix(), file_size(path), goes, reason)
+
+
+def _engines(home: Path, keep_days: float) -> Iterator[Item]:
+    """Graphs and measurements of bases: their names begin with 12 digits of the base's digest."""
+    digests = {digest[:12] for digest in names_by_digest(home)}
+    for path in sorted((home / "engines").glob("[0-9a-f]" * 12 + "*")):
+        age, known = _days_unused(path), path.name[:12] in digests
+        reason = "its base is registered" if known else f"its base is not registered, not used for {age:.0f} days"
+        size = sum(file_size(each) for each in (path, *path.rglob("*")))
+        yield Item("engine cache", path.relative_to(home).as_posix(), size, not known and age >= keep_days, reason)
+
+
+def _days_unused(path: Path) -> float:
+    try:
+        return (time.time() - path.stat().st_mtime) / DAY
+    except FileNotFoundError:
+        return 0.0
 
 
 def largest_first(items: Iterable[Item]) -> list[Item]:

@@ -1,8 +1,7 @@
 """The console: a web page for operators and first-time visitors, rendered on the server.
 
 app               `ratchet console`: the application and its process, which has no state
-security          what holds for every request: host, size, session, security headers
-path_prefix       links and redirects where a proxy serves the console under a path
+security          what holds for every request: host, size, session, headers, and the path of a proxy
 public            the read-only mode without a key: methods, request rate, what is left out, answers that are shared
 request_context   one request: who asks, what they may do, and how the answer is rendered
 data              where the facts come from: ledger, artifacts, sample store, and the server over HTTP

@@ -30,10 +30,9 @@ from ops.console.pages import (
     sign_in,
     stream,
 )
-from ops.console.path_prefix import PathPrefix
 from ops.console.public import ReadOnly, SharedPages
 from ops.console.request_context import Refused, SignIn, intended, nav, sign_in_link
-from ops.console.security import SecurityMiddleware, Session, Sessions
+from ops.console.security import PathPrefix, SecurityMiddleware, Session, Sessions
 from ops.console.template_filters import TEMPLATES
 from serving.http.request_ids import RequestIds
 from updater.gate.report import styles

@@ -37,7 +37,6 @@ ACTION_SECONDS = 900.0
 KEPT_PICTURES = 600
 EXAMPLE_ROWS = 20_000
 """A larger store is not looked through for examples: the newest samples of each partition have to do."""
-MAX_REPORT_BYTES = 32 << 20
 
 
 class ConsoleData:
@@ -68,7 +67,7 @@ class ConsoleData:
         return Artifacts(self.settings.artifacts)
 
     def client(self, key: str, timeout: float = 60.0) -> Client:
-        """The server as the holder of ``key`` sees it; an empty key is nobody's."""
+        """The server as the holder of ``key`` sees it; an empty key is that of an anonymous caller."""
         own = key == self.settings.operator_key().get_secret_value()
         actor = "operator" if own else "console"  # a key's name is put before it: key:ana/console
         return Client(self.settings.server, key, actor=actor, timeout=timeout, retries=0)
@@ -100,7 +99,7 @@ class ConsoleData:
             return result
 
     def invalidate(self) -> None:
-        """Ask anew what is kept: somebody changed something."""
+        """Forget what is kept: somebody changed something."""
         for name in ("status", "overview"):
             self._cache.pop(name, None)
 
@@ -137,11 +136,11 @@ class ConsoleData:
 
     def thumbnail(self, sample_id: str, size: int) -> bytes | None:
         """A sample's picture as PNG, drawn again so that no byte of a producer reaches a browser."""
+        # What was drawn before a deletion is not shown after it: the number of deletions is part of the key.
         deleted = self.cached("deleted", lambda: self.store.tally()["deleted"], STATUS_SECONDS)
         return self._thumbnails(sample_id, size, deleted)
 
-    def _thumbnail(self, sample_id: str, size: int, deleted: int) -> bytes | None:
-        """``deleted``: how many samples have been; what was drawn before a deletion is not shown after it."""
+    def _thumbnail(self, sample_id: str, size: int, _deleted: int) -> bytes | None:
         data = self.picture(sample_id)
         return None if data is None else self.draw(data, size)
 

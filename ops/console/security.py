@@ -11,6 +11,7 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,9 @@ HEADERS = {
 """On every answer, unless its page says otherwise (thumbnails may be kept)."""
 STATIC = {**HEADERS, "cache-control": "max-age=300"}
 """On files that a browser may keep, and asks about after a while."""
+LINK = re.compile(rb'((?:href|src|action|hx-get|hx-post)=")(?=/(?!/))')
+"""Before a path in an attribute. Texts of a page have no plain quote: they are escaped."""
+REDIRECTS = ("location", "hx-redirect")
 WITHOUT_COOKIE = ("/static/", "/health/")
 MAX_REQUESTS = 64
 BOUNCE = b'<!doctype html><title>Ratchet</title><meta http-equiv="refresh" content="0"><p>One moment.</p>'
@@ -225,3 +229,58 @@ def _came_from_elsewhere(scope: Scope, headers: Headers) -> bool:
         and headers.get("sec-fetch-site") == "cross-site"
         and headers.get("sec-fetch-mode") == "navigate"
     )
+
+
+class PathPrefix:
+    """Serves an application under a path (``console.path_prefix``), whether or not a proxy takes that away.
+
+    Pages know their own paths alone; this adds the prefix to what leaves, and takes it off what comes in. Pure ASGI.
+    """
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        """``prefix``: as in ``/ratchet``."""
+        self.app = app
+        self.prefix = prefix
+        self._in_url = re.compile(rf"^([a-z]+://[^/]*)?{re.escape(prefix)}(?=[/?]|$)")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = self._in_url.sub("", scope["path"]) or "/"
+        inner = {**scope, "path": path, "raw_path": path.encode(), "headers": list(scope["headers"])}
+        if current := Headers(scope=inner).get("hx-current-url"):
+            MutableHeaders(scope=inner)["hx-current-url"] = self._in_url.sub(r"\1", current)
+        await self.app(inner, receive, self._outwards(send))
+
+    def _outwards(self, send: Send) -> Send:
+        start: Message = {}
+        page: list[bytes] = []
+
+        async def outwards(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=list(message["headers"]))
+                for name in REDIRECTS:
+                    if (target := headers.get(name, "")).startswith("/"):
+                        headers[name] = self.prefix + target
+                start = {**message, "headers": headers.raw}
+                if not headers.get("content-type", "").startswith("text/html"):
+                    await send(start)
+                    start = {}
+                return
+            if not start:
+                await send(message)
+                return
+            page.append(message.get("body", b""))
+            if message.get("more_body"):
+                return
+            body = LINK.sub(rb"\g<1>" + self.prefix.encode(), b"".join(page))
+            headers = MutableHeaders(raw=list(start["headers"]))
+            if "content-length" in headers:
+                headers["content-length"] = str(len(body))
+            await send({**start, "headers": headers.raw})
+            await send({"type": "http.response.body", "body": body})
+
+        return outwards

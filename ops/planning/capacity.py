@@ -1,22 +1,29 @@
-"""From a load to how many of everything, and why."""
+"""From a load to how many of everything, and why.
+
+Requests that wait for encoders are simulated event by event. Each encoder takes what waits, up to a batch, as soon as
+it is free, as the server's batching does. Requests have one input. What a request costs outside of the encoders is part
+of the times where both share a machine.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from core.errors import ConfigError
-from ops.planning.measured import Kind, Machine, Measured
-from ops.planning.service_times import ServiceTimes, fit
-from ops.planning.simulation import Outcome, fewest, open_loop
+from ops.planning.measured import Kind, Machine, Measured, ServiceTimes, fit
 
 MAX_BATCH = 32
 """Inputs that an encoder takes at once at most, by default."""
 BUSY = 0.8
 """Share of their time that processors are planned to work: the rest is for bursts, releases and a lost node."""
 MOST_ENCODERS = 100_000
+REQUESTS = 20_000
+"""That are simulated."""
 HOURS_A_MONTH = 730.0
 KIB, GIB = 1024, 1024**3
 INGEST_PEAK = 3.0
@@ -36,7 +43,7 @@ class Load:
     """Samples that are to be found by searches."""
     p99_seconds: float = 1.0
     backfill_hours: float = 24.0
-    """Within which the corpus is embedded anew after an update of the image tower."""
+    """Within which the corpus is embedded again after an update of the image tower."""
     price_hour: float = 0.0
     """Of one machine like the measured one."""
 
@@ -142,14 +149,15 @@ def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[
         return simulated.p99 <= p99_seconds and simulated.busy <= BUSY
 
     least = max(1, math.ceil(rate / share / times.most(MAX_BATCH)))
-    count = fewest(enough, least, min(4096, 16 * least + 16))
-    if count is None or count * share > MOST_ENCODERS:
+    most = min(4096, 16 * least + 16)
+    count = least + bisect_left(range(least, most + 1), True, key=enough)  # more never is worse
+    if count > most or count * share > MOST_ENCODERS:
         raise ConfigError(f"{rate:g} requests a second cannot be answered within {p99_seconds:g} s here.")
     return count * share, outcome(count)
 
 
 def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, encoders: float) -> float:
-    """Machines that a backfill needs beside the encoders for requests."""
+    """Machines that a backfill needs besides the encoders for requests."""
     search = measured.search
     plan.sources.append(search.source)
     scale = max(load.corpus, 1.0) / search.rows
@@ -246,3 +254,42 @@ def _learning(plan: Plan, load: Load, measured: Measured) -> int:
             "Give it a GPU, or `updater.workers`."
         )
     return 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one simulated load; times in seconds."""
+
+    requests_per_second: float
+    p50: float
+    p99: float
+    busy: float
+    """Share of the encoders' time."""
+
+
+def open_loop(
+    times: ServiceTimes, rate: float, encoders: int, max_batch: int, requests: int = REQUESTS, seed: int = 0
+) -> Outcome:
+    """Requests that come independently of each other (Poisson), so many a second."""
+    arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests)).tolist()
+    taken = 0
+    free = [0.0] * encoders
+    waits: list[float] = []
+    busy = 0.0
+    while taken < requests:
+        start = max(heapq.heappop(free), arrivals[taken])
+        end = taken
+        while end < min(requests, taken + max_batch) and arrivals[end] <= start:
+            end += 1
+        seconds = times.batch(end - taken, end - taken)
+        waits += [start + seconds - came for came in arrivals[taken:end]]
+        busy += seconds
+        heapq.heappush(free, start + seconds)
+        taken = end
+    last = max(free)
+    return outcome_of(waits, last, busy / (last * encoders))
+
+
+def outcome_of(waits: list[float], seconds: float, busy: float) -> Outcome:
+    p50, p99 = np.quantile(waits, [0.5, 0.99])
+    return Outcome(len(waits) / seconds, float(p50), float(p99), busy)

@@ -1,4 +1,8 @@
-"""Writes a backup of an installation that goes on working."""
+"""Writes a backup of an installation that goes on working.
+
+A data set of the lake (Lance) is a folder of files that are written once, and a manifest for each version. The files of
+a version that is pinned stay; without a pin, another process may clean them up while they are copied.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import lance
 
 from core.artifacts.folder import MARKER
 from core.digests import digest_bytes
@@ -24,7 +30,6 @@ from core.ledger.collection import COLLECT_LEASE
 from core.ledger.leases import renewing
 from core.progress import say, track
 from core.settings import Settings
-from ops.recovery.lake_files import datasets, version_files
 from ops.recovery.ledger_rows import write_ledger
 from ops.recovery.place import Place, copy, file_digest
 from streams.store.sample_store import BACKUP_PIN, SampleStore
@@ -41,6 +46,9 @@ TRIES: Final = 3
 DIRECTORIES: Final = ("adapters", "memories", "bases")
 """Of the artifacts: their files never change."""
 SAMPLES: Final = "samples.lance"
+DATASET: Final = ".lance/"
+LAST_VERSION: Final = (1 << 64) - 1
+"""Manifests are named by the distance to it, so that a listing has the newest one first."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def _pinned(store: SampleStore, name: str) -> Iterator[int]:
 
 
 def _artifact_files(artifacts: Place) -> dict[str, int]:
-    """All files but those of directories that are not complete, and the manifests: a restore writes them anew."""
+    """All files but those of directories that are not complete, and the manifests, which a restore writes again."""
     files = artifacts.files()
     complete = {name.removesuffix(f"/{MARKER}") for name in files if name.endswith(f"/{MARKER}")}
 
@@ -181,7 +189,8 @@ def _artifact_files(artifacts: Place) -> dict[str, int]:
 
 def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
     """Of each data set the versions that are copied, with the pins that stay on them."""
-    wanted: dict[str, dict[int, list[str]]] = {name: {} for name in datasets(lake.files())}
+    folders = {name.partition(DATASET)[0] for name in lake.files() if f"{DATASET}_versions/" in name}
+    wanted: dict[str, dict[int, list[str]]] = {f"{folder}{DATASET.rstrip('/')}": {} for folder in sorted(folders)}
     if version:
         pins = SampleStore(lake.url).pins()
         pins_of = {each: sorted(pin for pin, at in pins.items() if at == each) for each in {version, *pins.values()}}
@@ -193,8 +202,54 @@ def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
     return wanted
 
 
+def version_files(lake: Place, name: str, versions: dict[int, list[str]]) -> dict[str, int]:
+    """Bytes of each file that some versions of a data set consist of, by its name in the lake, the manifests last.
+
+    Args:
+        versions: with the pins on each.
+
+    Raises:
+        StoreUnavailable: one is not complete any more, or the lake is away.
+    """
+    listed = lake.files(name)
+    wanted: list[str] = []
+    manifests: list[str] = []
+    for version, pins in versions.items():
+        try:
+            dataset = lance.dataset(f"{lake.url.rstrip('/')}/{name}", version=version)
+            wanted += _data_files(dataset)
+            segments = [segment for index in dataset.describe_indices() for segment in index.segments]
+            folders = [f"_indices/{segment.uuid}/" for segment in segments]
+        except (ValueError, OSError) as error:
+            raise StoreUnavailable(f"{name} cannot be read now: {error}", "Try again.") from error
+        folders.append(f"_transactions/{version - 1}-")
+        inside = [path.removeprefix(f"{name}/") for path in listed]
+        wanted += [path for path in inside if path.startswith(tuple(folders))]
+        manifests.append(_manifest(inside, version))
+        manifests += [f"_refs/tags/{pin}.json" for pin in pins]
+    paths = [f"{name}/{path}" for path in dict.fromkeys([*wanted, *manifests])]
+    missing = [path for path in paths if path not in listed]
+    if missing:
+        raise StoreUnavailable(f"{missing[0]} was cleaned up meanwhile.", "Try again.")
+    return {path: listed[path] for path in paths}
+
+
+def _data_files(dataset: Any) -> list[str]:
+    paths: list[str] = []
+    for fragment in dataset.get_fragments():
+        paths += [f"data/{file.path}" for file in fragment.data_files()]
+        deleted = fragment.deletion_file()
+        paths += [deleted] if deleted else []
+    return paths
+
+
+def _manifest(inside: list[str], version: int) -> str:
+    names = (f"_versions/{LAST_VERSION - version:020}.manifest", f"_versions/{version}.manifest")
+    return next((name for name in names if name in inside), names[0])
+
+
 def _copy_dataset(lake: Place, name: str, versions: dict[int, list[str]], target: Place) -> list[File]:
-    """A data set whose versions nobody pins (the catalog's) may be cleaned up meanwhile: then its next one is taken."""
+    """Where no version is pinned (as of the catalog), files may be cleaned up meanwhile: then the next one is taken."""
     for attempt in range(TRIES):
         try:
             files = version_files(lake, name, versions or {_newest(lake, name): []})
@@ -206,8 +261,6 @@ def _copy_dataset(lake: Place, name: str, versions: dict[int, list[str]], target
 
 
 def _newest(lake: Place, name: str) -> int:
-    import lance
-
     return int(lance.dataset(f"{lake.url.rstrip('/')}/{name}").version)
 
 

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,13 +25,7 @@ from ops.recovery.place import Place, check, copy, file_digest
 
 T = TypeVar("T")
 BEGUN: Final = "restore-begun.json"
-"""Beside what was restored so far, with the id of the backup."""
-
-
-@dataclass(frozen=True)
-class _Target:
-    place: Place
-    what: str
+"""Next to what was restored so far, with the id of the backup."""
 
 
 def restore(settings: Settings, url: str, actor: str) -> Report:
@@ -47,16 +40,16 @@ def restore(settings: Settings, url: str, actor: str) -> Report:
     """
     source = Place(url)
     report = _report(source)
-    targets = [_Target(Place(settings.artifacts), "artifacts"), _Target(Place(settings.lake), "lake")]
+    targets = {"artifacts": Place(settings.artifacts), "lake": Place(settings.lake)}
     _claim(settings, targets, report)
     if is_empty(settings.ledger):
         files = _files(source, report)
-        _restore_lake(source, [file for file in files if file.name.startswith("lake/")], targets[1].place)
+        _restore_lake(source, [file for file in files if file.name.startswith("lake/")], targets["lake"])
         artifacts = Artifacts(settings.artifacts)
         _restore_artifacts(source, [file for file in files if file.name.startswith("artifacts/")], artifacts)
         _restore_ledger(source, report, settings, actor)
-    for target in targets:
-        target.place.delete(BEGUN)
+    for target in targets.values():
+        target.delete(BEGUN)
     return report
 
 
@@ -70,28 +63,25 @@ def _report(source: Place) -> Report:
         ) from None
 
 
-def _claim(settings: Settings, targets: list[_Target], report: Report) -> None:
+def _claim(settings: Settings, targets: dict[str, Place], report: Report) -> None:
     """Refuse to overwrite anything, before anything is written."""
-    begun = [_begun(target, report) for target in targets]
-    if not is_empty(settings.ledger) and not (any(begun) and _is_restored(settings, report)):
+    begun = {what: _begun(what, target, report) for what, target in targets.items()}
+    if not is_empty(settings.ledger) and not (any(begun.values()) and _is_restored(settings, report)):
         raise ConfigError("the ledger is not empty.", "Set ledger_url to a new database.")
-    for target, goes_on in zip(targets, begun, strict=True):
-        if not goes_on:
-            target.place.write(BEGUN, json.dumps({"backup": report.id}).encode())
+    for what, target in targets.items():
+        if not begun[what]:
+            target.write(BEGUN, json.dumps({"backup": report.id}).encode())
 
 
-def _begun(target: _Target, report: Report) -> bool:
+def _begun(what: str, target: Place, report: Report) -> bool:
     """Whether an earlier call was at this. Raises ConfigError where something else is there."""
-    if target.place.has(BEGUN):
-        if json.loads(target.place.read(BEGUN)) != {"backup": report.id}:
-            raise ConfigError(
-                f"another backup is being restored into {target.place.url}.", f"Set {target.what}_url to a new place."
-            )
+    elsewhere = f"Set {what}_url to a new place."
+    if target.has(BEGUN):
+        if json.loads(target.read(BEGUN)) != {"backup": report.id}:
+            raise ConfigError(f"another backup is being restored into {target.url}.", elsewhere)
         return True
-    if target.place.files():
-        raise ConfigError(
-            f"the {target.what} are not empty: {target.place.url}.", f"Set {target.what}_url to a new place."
-        )
+    if target.files():
+        raise ConfigError(f"the {what} are not empty: {target.url}.", elsewhere)
     return False
 
 

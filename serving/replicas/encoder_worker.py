@@ -27,8 +27,7 @@ import torch
 
 from core import metrics
 from core.errors import AdapterError, RatchetError
-from core.free_memory import return_free_memory
-from core.priority import idle_thread, nice_thread, pace_thread
+from core.priority import idle_thread, nice_thread, pace_thread, return_free_memory
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality, joined

@@ -1,7 +1,7 @@
 """Images by URL, for ingest and for serving: the one way in which Ratchet fetches what somebody else named.
 
 Every hop, redirects included, goes through the same checks: the address is in the operator's list
-(:mod:`core.allow_rules`); its name is looked up once; every address that it has is public or in a named network
+(:mod:`core.addresses`); its name is looked up once; every address that it has is public or in a named network
 (:mod:`streams.records.pinned_transport`); and the connection goes to those very addresses, so that a second look-up
 cannot lead elsewhere. ``Host``, SNI and the certificate stay with the name. Proxies and credentials from the
 environment play no part.
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import httpcore
 import httpx
 
-from core.allow_rules import PORTS, AllowRule
+from core.addresses import PORTS, AllowRule
 from core.errors import RecordError
 from streams.records.fetch_limits import RETRIED_STATUSES, TransientFetchError, parse_retry_after
 from streams.records.pinned_transport import PinnedBackend, is_allowed, networks_of
@@ -51,7 +51,7 @@ class Rules:
     """What may be fetched."""
 
     places: Sequence[str]
-    """Entries as in :mod:`core.allow_rules`; none: nothing is fetched."""
+    """Entries as in :mod:`core.addresses`; none: nothing is fetched."""
     networks: Sequence[str]
     """Networks that are allowed although they are not public."""
     max_bytes: int

@@ -1,7 +1,7 @@
 """Images that a record names instead of carrying: only from places that the operator listed.
 
 An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows the files under it, also after symbolic
-links are followed), a place on the network or a prefix in an object store, both as in :mod:`core.allow_rules`
+links are followed), a place on the network or a prefix in an object store, both as in :mod:`core.addresses`
 (``https://cdn.example.org/images/`` allows what lies under that path on that host and port, ``s3://bucket/images/`` the
 objects under that prefix). With an empty list nothing is fetched.
 
@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
-from core.allow_rules import ObjectRule, is_object
+from core.addresses import ObjectRule, is_object
 from core.errors import RecordError
 from core.settings.streams import Ingest
 from streams.records.codecs import check_digest, parse_digest

@@ -12,7 +12,7 @@ import typer
 
 from core.errors import ConfigError
 from core.loading import describe, load_settings
-from core.redaction import STARS
+from core.log_format import STARS
 from core.settings import Settings
 from core.settings.serving import SHIPPED
 from ops.cli.context import Context

@@ -6,7 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from core.free_memory import return_free_memory
+from core.priority import return_free_memory
 
 BLOCK, BLOCKS = 64 << 10, 2000
 """125 MiB in blocks that are too small to be mapped one by one."""

@@ -16,9 +16,8 @@ import pytest
 
 from core import request_context
 from core.child_process import tail
-from core.log_format import MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, JsonFormatter, TextFormatter
+from core.log_format import MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, JsonFormatter, Redactor, TextFormatter
 from core.logs import log_format, secrets_of
-from core.redaction import Redactor
 from core.settings import Settings
 
 PROGRAM = """

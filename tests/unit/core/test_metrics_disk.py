@@ -12,14 +12,14 @@ import pytest
 from prometheus_client.mmap_dict import MmapedDict
 
 from benchmarks.stream.small_disk import SmallDisk
-from core.metrics import shared_files
-from core.metrics.shared_files import AllocatedDict
+from core.metrics import exposition
+from core.metrics.exposition import AllocatedDict
 
 ROOT = Path(__file__).parents[3]
 PROCESS = """
 import gc, sys
 from core import metrics
-from core.metrics.shared_files import AllocatedDict
+from core.metrics.exposition import AllocatedDict
 metrics.http.in_flight(3)
 print("counts", flush=True)
 sys.stdin.readline()
@@ -73,7 +73,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         allocate(descriptor, offset, size)
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    monkeypatch.setattr(shared_files, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(exposition, "RETRY_SECONDS", 0.0)
     return state
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.closed_loop import closed_loop
 from core.errors import ConfigError
 from ops.cli.main import app
-from ops.planning.capacity import MAX_BATCH, Load, Plan, encoders_for, make_plan
-from ops.planning.measured import Cell, Machine, built_in, machine_of
-from ops.planning.service_times import ServiceTimes, fit
-from ops.planning.simulation import closed_loop, fewest, open_loop
+from ops.planning.capacity import MAX_BATCH, Load, Plan, encoders_for, make_plan, open_loop
+from ops.planning.measured import Cell, Machine, ServiceTimes, built_in, fit, machine_of
 
 KNOWN = ServiceTimes(first=0.02, each=0.01, request=0.005)
 
@@ -69,12 +68,6 @@ def test_a_closed_loop_fills_batches_and_encoders() -> None:
     assert two.requests_per_second == pytest.approx(80, rel=0.01)
     alone = closed_loop(times, 1, 3, 4)
     assert alone.requests_per_second == pytest.approx(10, rel=0.01)
-
-
-def test_the_fewest_that_are_enough_are_found() -> None:
-    for answer in (1, 7, 64):
-        assert fewest(lambda count, answer=answer: count >= answer, 1, 64) == answer
-    assert fewest(lambda count: False, 1, 64) is None
 
 
 def test_encoders_keep_the_deadline_and_grow_with_the_load() -> None:

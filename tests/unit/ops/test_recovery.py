@@ -25,7 +25,7 @@ from core.ledger.database import alembic_config, open_database
 from core.settings import Settings
 from ops.cli.main import app
 from ops.collection import Collector
-from ops.recovery import back_up, backup, lake_files, restore
+from ops.recovery import back_up, backup, restore
 from ops.recovery.ledger_rows import load_ledger
 from ops.recovery.place import Place
 from streams.store.maintenance import Maintainer
@@ -360,7 +360,7 @@ def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
 ) -> None:
     catalog = f"{settings.lake}/catalog/clip_1.lance"
     lance.write_dataset(pa.table({"a": [1]}), catalog)
-    whole, calls = lake_files.version_files, []
+    whole, calls = backup.version_files, []
 
     def listed(lake: Place, name: str, versions: Any) -> dict[str, int]:
         found = whole(lake, name, versions)

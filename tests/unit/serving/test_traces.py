@@ -34,13 +34,13 @@ PARENT = "00f067aa0ba902b7"
 
 
 @pytest.fixture
-def spans() -> Iterator[InMemorySpanExporter]:
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "_tracer", None)  # off again afterwards
     tracing.switch_on(provider)
-    yield exporter
-    tracing.switch_off()
+    return exporter
 
 
 @contextmanager

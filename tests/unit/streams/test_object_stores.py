@@ -10,7 +10,7 @@ import pytest
 from fsspec.asyn import AsyncFileSystem
 from fsspec.registry import _registry
 
-from core.allow_rules import ObjectRule
+from core.addresses import ObjectRule
 from core.errors import RecordError
 from core.settings.streams import Ingest
 from streams.records import fetch_limits

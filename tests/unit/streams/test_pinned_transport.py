@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from core.allow_rules import AllowRule
+from core.addresses import AllowRule
 from core.settings.serving import Serve
 from streams.records.pinned_transport import is_allowed, networks_of
 

@@ -1,0 +1,33 @@
+"""Clients that each wait for their answer, simulated as `ops.planning` simulates requests that come by themselves."""
+
+from __future__ import annotations
+
+import heapq
+
+from ops.planning.capacity import REQUESTS, Outcome, outcome_of
+from ops.planning.measured import ServiceTimes
+
+
+def closed_loop(times: ServiceTimes, clients: int, encoders: int, max_batch: int, requests: int = REQUESTS) -> Outcome:
+    """Clients that each send the next request when they have their answer."""
+    waiting = [0.0] * clients
+    free = [0.0] * encoders
+    returning: list[tuple[float, int]] = []
+    waits: list[float] = []
+    busy = 0.0
+    now = 0.0
+    while len(waits) < requests:
+        now = max(now, heapq.heappop(free))
+        if not waiting and returning:
+            now = max(now, returning[0][0])
+        while returning and returning[0][0] <= now:
+            done, count = heapq.heappop(returning)
+            waiting += [done] * count
+        batch, waiting = waiting[:max_batch], waiting[max_batch:]
+        seconds = times.batch(len(batch), len(batch))
+        waits += [now + seconds - came for came in batch]
+        busy += seconds
+        heapq.heappush(returning, (now + seconds, len(batch)))
+        heapq.heappush(free, now + seconds)
+    last = max(free)
+    return outcome_of(waits, last, busy / (last * encoders))
