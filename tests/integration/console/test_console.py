@@ -12,10 +12,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
 from core.addresses import free_port
-from tests.integration.console.conftest import Place, sign_in
+from tests.integration.console.conftest import Place
 from tests.support.browser import PHONE, console, serious
 from tests.support.kafka import picture, produce, records_seen, wait_for
-from tests.support.story import withdraw
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 PAGES = (
@@ -125,17 +124,6 @@ def test_a_public_screen_shows_what_comes_and_has_nothing_to_press_but_pause(
         assert visitor.context.cookies(url) == []
 
 
-def test_a_key_that_may_only_look_cannot_act(visitor: Page, place: Place) -> None:
-    sign_in(visitor, place.reader)
-    live = place.live
-    visitor.goto("/releases")
-    open_dialog(visitor, "Roll back…")
-    said(visitor, "may look, but not act")
-    visitor.goto("/releases/rollback")
-    expect(visitor.get_by_role("heading", name="Not allowed")).to_be_visible()
-    assert place.live == live
-
-
 def test_an_operator_rolls_back_and_the_log_says_who_and_why(ana: Page, place: Place) -> None:
     first, _ = releases(place, 2)
     ana.goto("/releases")
@@ -189,36 +177,6 @@ def test_an_adapter_is_released_with_the_keyboard_alone(ana: Page, place: Place)
     assert row is not None and (row.clip, row.reason) == (name, "right after all")
 
 
-def test_a_canary_is_released_to_a_quarter_of_the_requests_and_promoted(ana: Page, place: Place) -> None:
-    name, stable = place.server.adapter(), place.live
-    ana.goto("/releases")
-    open_dialog(ana, "Release an adapter…")
-    dialog = ana.get_by_role("dialog")
-    dialog.get_by_label("CLIP").select_option(name)
-    said(ana, f"to {name}")
-    dialog.get_by_label("Whom it answers").select_option("canary")
-    percent = dialog.get_by_label("Percent of the requests")
-    expect(percent).to_have_value("10")
-    percent.fill("25")
-    percent.press("Tab")
-    said(ana, "25% of the requests get it")
-    confirm(ana, "a quarter first", "Release now")
-    said(ana, f"Release {stable + 1} is live everywhere, as a canary 25%")
-    ana.goto("/")
-    expect(ana.locator("#now")).to_contain_text(f"On trial: release {stable + 1}")
-    expect(ana.locator("#now")).to_contain_text(f"release {stable}, the stable one, the others")
-    ana.goto("/releases")
-    expect(ana.locator(".is-live")).to_contain_text("canary 25%")
-    assert serious(Axe().run(ana, options={"resultTypes": ["violations"]}).response["violations"]) == []
-    open_dialog(ana, "Promote…")
-    said(ana, f"What release {stable + 1} tries (canary 25%) answers everybody")
-    confirm(ana, "a quiet day", "Promote now")
-    said(ana, f"Release {stable + 2} is live everywhere")
-    row = place.server.ledger.live()
-    assert row is not None and (row.clip, row.share, row.reason) == (name, 1.0, "a quiet day")
-    assert row.actor.startswith("key:ana")
-
-
 def test_two_picks_in_one_breath_both_count_while_the_first_is_still_being_looked_up(ana: Page, place: Place) -> None:
     name = place.server.adapter()
     ana.goto("/releases")
@@ -233,44 +191,6 @@ def test_two_picks_in_one_breath_both_count_while_the_first_is_still_being_looke
     assert len(slow) == 1, "the first pick was never asked for"
 
 
-def test_what_the_guard_took_back_says_why_and_is_released_again_only_knowingly(ana: Page, place: Place) -> None:
-    stable = place.live
-    (bad,) = releases(place, 1)
-    reason = withdraw(place.server.ledger, stable + 1, stable, bad)
-    with place.server.client(actor="ben") as client:  # nobody can call himself guard
-        client.rollback(reason, to=stable)
-    ana.goto("/releases")
-    card = ana.locator(".timeline .card", has_text="The guard took it back")
-    expect(card).to_contain_text("4 of 40 inputs agree (10%), at least 70% must")
-    expect(card).to_contain_text(f"{bad} is withdrawn")
-    ana.set_viewport_size(PHONE)
-    assert ana.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
-    assert serious(Axe().run(ana, options={"resultTypes": ["violations"]}).response["violations"]) == []
-    open_dialog(ana, "Release an adapter…")
-    ana.get_by_role("dialog").get_by_label("CLIP").select_option(bad)
-    said(ana, f"The guard withdrew {bad}: {reason}")
-    confirm(ana, "it was the test set", "Release now")
-    said(ana, "is live everywhere")
-    row = place.server.ledger.live()
-    assert row is not None and row.clip == bad and row.proposal_id is not None
-    assert place.server.ledger.proposal(row.proposal_id).forced
-
-
-def test_updates_are_held_and_resumed(ana: Page, place: Place) -> None:
-    ana.goto("/releases")
-    open_dialog(ana, "Hold updates…")
-    confirm(ana, "product launch", "Hold updates")
-    said(ana, "Updates are on hold")
-    held = place.server.ledger.held()
-    assert held is not None and held.reason == "product launch"
-    ana.goto("/releases")
-    expect(ana.get_by_role("main")).to_contain_text("product launch")
-    open_dialog(ana, "Resume updates…")
-    confirm(ana, "launched", "Resume")
-    said(ana, "Updates go on")
-    assert place.server.ledger.held() is None
-
-
 def test_of_two_operators_the_second_is_told_and_changes_nothing(ana: Page, place: Place) -> None:
     releases(place, 1)
     ana.goto("/releases")
@@ -283,26 +203,6 @@ def test_of_two_operators_the_second_is_told_and_changes_nothing(ana: Page, plac
     assert place.live == made["number"]
     ana.get_by_role("dialog").get_by_role("button", name="Decide again").click()
     said(ana, f"Release {made['number'] + 1} is made.")
-
-
-def test_an_action_without_a_reason_is_not_done(ana: Page, place: Place) -> None:
-    live = place.live
-    ana.goto("/releases")
-    open_dialog(ana, "Roll back…")
-    ana.get_by_role("dialog").get_by_role("button", name="Roll back now").click()
-    assert ana.get_by_label("Reason").evaluate("field => field.validity.valueMissing")
-    confirm(ana, "   ", "Roll back now")
-    said(ana, "Say why")
-    assert place.live == live
-
-
-def test_a_form_that_none_of_our_pages_sent_is_refused(ana: Page, place: Place) -> None:
-    live = place.live
-    form = {"reason": "forged", "expected_live": str(live)}
-    answer = ana.request.post("/releases/rollback", form=form)
-    assert answer.status == 403 and "too old" in answer.text()
-    assert ana.request.post("/releases/rollback", form={**form, "csrf": "x" * 32}).status == 403
-    assert place.live == live
 
 
 def test_two_releases_answer_side_by_side(visitor: Page, place: Place) -> None:

@@ -18,7 +18,6 @@ from ops.console.data import ConsoleData
 from ops.console.pages.budget import UpdateSummary, costs, update_summaries
 from ops.console.pages.models import served_models
 from ops.console.pages.stream import origins
-from serving.releases.lineage import clip_bases
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
@@ -157,14 +156,6 @@ def test_each_release_names_the_base_of_its_clip(visitor: TestClient, ledger: Le
     visitor.app.state.data._cache.clear()  # type: ignore[attr-defined]
     page = text(visitor, "/releases")
     assert f"CLIP base vit-b ({'b' * 12})" in page and f"CLIP base {'a' * 12}" in page and "other base" in page
-
-
-def test_a_release_without_a_base_has_that_of_the_others(ledger: Ledger) -> None:
-    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="first", proposal_id=None)
-    (first,) = ledger.releases(1)
-    named = replace(first, number=2, clip_base="c" * 64)
-    assert clip_bases([named, first], {"c" * 64: "big"}, "own") == {2: f"big ({'c' * 12})", 1: f"big ({'c' * 12})"}
-    assert clip_bases([first], {}, "own") == {1: "own"}
 
 
 def test_costs_sum_training_and_gate_apart(visitor: TestClient, ledger: Ledger, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from ops.console import security
 from ops.console.app import build_console
 from ops.console.request_context import local_path
 from ops.console.security import COOKIE, Session, Sessions
-from serving.http.client_address import came_from_here
 
 LOCAL = "http://127.0.0.1:8001"
 FAR = "https://console.example"
@@ -65,12 +64,6 @@ def test_what_a_proxy_on_this_machine_forwards_needs_a_key(tmp_path: Path, heade
         assert client.get(page).status_code == 200
         answer = client.get(page, headers=headers)
         assert answer.status_code == 303 and answer.headers["location"].startswith("/sign-in"), page
-
-
-def test_nginx_without_settings_is_known_by_its_version_of_http() -> None:
-    scope = {"type": "http", "headers": [(b"host", b"127.0.0.1:8001")], "client": ("127.0.0.1", 1)}
-    assert came_from_here({**scope, "http_version": "1.1"})
-    assert not came_from_here({**scope, "http_version": "1.0"})
 
 
 def test_from_afar_nothing_is_shown_without_a_key(tmp_path: Path, key: str) -> None:
@@ -140,25 +133,10 @@ def test_a_post_without_the_sessions_token_is_refused(tmp_path: Path, key: str, 
         assert answer.status_code == 403 and "too old" in answer.text, page
 
 
-def test_a_token_of_another_session_is_refused(tmp_path: Path, key: str) -> None:
-    other = csrf(visitor(tmp_path))
-    client = visitor(tmp_path)
-    signed_in(client, key)
-    assert client.post("/sign-out", data={"csrf": other}).status_code == 403
-
-
 def test_signing_in_makes_a_new_session_token(tmp_path: Path, key: str) -> None:
     client = visitor(tmp_path)
     before = csrf(client)
     assert signed_in(client, key) != before
-
-
-def test_a_local_console_answers_to_no_other_name(tmp_path: Path) -> None:
-    client = visitor(tmp_path)
-    assert client.get("/", headers={"host": "evil.example"}).status_code == 421
-    for name in ("localhost:8001", "127.0.0.1", "[::1]:8001"):
-        assert client.get("/sign-in", headers={"host": name}).status_code == 200
-    assert from_afar(tmp_path).get("/sign-in").status_code == 200
 
 
 def test_a_link_on_another_site_does_not_end_the_session(tmp_path: Path, key: str) -> None:
@@ -187,7 +165,19 @@ def test_too_many_at_once_are_told_to_come_back(tmp_path: Path, monkeypatch: pyt
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
 
 
-@pytest.mark.parametrize("target", ["//evil.example", "https://evil.example", "/\\evil.example", "evil", "/a\nb", ""])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "//evil.example",
+        "https://evil.example",
+        "/\\evil.example",
+        "evil",
+        "/a\nb",
+        "",
+        "/audit?a=" + "x" * 990,
+        "/" + "ж" * 300,
+    ],
+)
 def test_nobody_is_sent_elsewhere_after_signing_in(target: str) -> None:
     assert local_path(target) == "/"
     assert local_path("/gate/update-1?x=1") == "/gate/update-1?x=1"

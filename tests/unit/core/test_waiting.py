@@ -18,21 +18,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def test_a_condition_is_asked_until_it_is_true() -> None:
+def test_a_condition_is_asked_once_and_until_it_is_true_the_time_is_over_or_what_is_waited_for_ended() -> None:
     answers = iter([False, False, True])
     assert wait_until(lambda: next(answers), 60, pause=0)
     assert not list(answers)
-
-
-def test_a_condition_is_asked_at_least_once() -> None:
     assert wait_until(lambda: True, 0, alive=lambda: False)
-
-
-def test_a_process_that_ended_is_not_waited_for() -> None:
     assert not wait_until(lambda: False, 60, alive=lambda: False)
-
-
-def test_waiting_ends_with_the_time() -> None:
     assert not wait_until(lambda: False, 0)
 
 
@@ -59,15 +50,6 @@ def test_what_computes_without_a_word_has_longer_and_not_for_ever(clock: Clock) 
     wait_for_progress(lambda: clock.now - began > 5 * STILL_SECONDS, lambda: "loading", work=lambda: clock.now)
     with pytest.raises(StoodStill, match=r"nothing has come of what is computed for 90\d s; last: loading"):
         wait_for_progress(lambda: False, lambda: "loading", work=lambda: clock.now)
-
-
-def test_the_clock_starts_again_with_each_thing_that_moves(clock: Clock) -> None:
-    began = clock.now
-    with pytest.raises(StoodStill, match="last: 3 of 50 rows"):
-        wait_for_progress(
-            lambda: False, lambda: f"{min(3, int((clock.now - began) / 100))} of 50 rows", work=lambda: "idle"
-        )
-    assert clock.now - began > 300 + STILL_SECONDS
 
 
 def test_a_progress_that_is_quick_is_not_told_each_time(clock: Clock) -> None:

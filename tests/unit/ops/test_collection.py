@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
@@ -25,7 +24,6 @@ from core.settings import Settings
 from ops.cli.gc import collect_garbage
 from ops.cli.main import app
 from ops.collection import Collector, Plan, collector
-from ops.collection.plan import Kind
 from serving.releases.rollback import rollback_target
 from streams.store.maintenance import Maintainer
 from updater.adapters.recorded import fetch_recorded
@@ -127,13 +125,6 @@ def test_adapters_outside_of_the_window_go_with_their_carry_over(either: Install
         0 if either.artifacts.local else plan.freed - 2 * sum(len(name) * 10 for name in names[:4])  # manifests
     )
     assert either.run().items == ()
-
-
-def test_a_dry_run_deletes_nothing(made: Installation) -> None:
-    names = released(made)
-    assert made.collector().plan().going
-    assert made.stored() == set(names)
-    assert not made.ledger.collected(names)
 
 
 def test_what_is_young_stays(made: Installation) -> None:
@@ -308,13 +299,6 @@ def test_after_a_collection_release_and_rollback_say_what_became_of_the_files(ma
     assert total.detail["bytes"] > 0
 
 
-def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -> None:
-    released(made, 3)
-    with made.ledger.database.write() as session:
-        session.execute(update(t.Adapter).where(t.Adapter.name == "clip-2").values(collected_at=NOW))
-    assert rollback_target(made.ledger, ("clip",), None) == {"clip": "clip-1"}
-
-
 def test_an_adapter_that_is_made_again_counts_as_there(made: Installation) -> None:
     released(made)
     made.run()
@@ -455,11 +439,3 @@ def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(either: In
     assert len(either.stored()) == 2
     assert "collected" in ratchet(either, "releases", "list").output
     assert "clip-1 was collected" in ratchet(either, "releases", "show", "1").output
-
-
-def test_a_run_that_deletes_nothing_shows_in_the_metrics(made: Installation) -> None:
-    made.run()
-    values = [
-        REGISTRY.get_sample_value("ratchet_maintain_collected_bytes_total", {"kind": kind}) for kind in get_args(Kind)
-    ]
-    assert None not in values

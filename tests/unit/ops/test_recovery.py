@@ -388,12 +388,3 @@ def test_the_commands_end_with_json(settings: Settings, elsewhere: Settings, tmp
     reports = [json.loads(result.stdout.splitlines()[-1]) for result in results]
     assert reports[0] == reports[1]
     assert reports[0]["release"] == 2
-
-
-def test_a_file_that_goes_while_it_is_copied_is_named(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backup, "_artifact_files", lambda _: {"reports/u-9/report.json": 2})
-    with pytest.raises(StoreError, match=r"report\.json was deleted while"):
-        back_up(settings, str(tmp_path / "backup"), "ann")
-    assert SampleStore(settings.lake).pins().keys() == {"u-open"}
