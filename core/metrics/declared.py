@@ -10,8 +10,8 @@ processes that live, ``livemostrecent`` takes what was written last, ``liveall``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
-from typing import Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -22,7 +22,6 @@ install_files()  # before the first metric opens a file
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LONG_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_LATEST: Literal["livemostrecent"] = "livemostrecent"
 
 LABELS = {
     "action": "release, promote, rollback, hold, resume, resubmit, delete: what an operator can do",
@@ -65,11 +64,18 @@ LABELS = {
 }
 """Which values each label takes; every one of these sets is bounded."""
 
+
+def _latest(name: str, meaning: str, labels: Sequence[str] = ()) -> Gauge:
+    """A gauge of serving whose newest value counts, whichever process wrote it."""
+    return Gauge(name, meaning, labels, multiprocess_mode="livemostrecent")
+
+
 # -- every part -----------------------------------------------------------------------------------------------------
-DEPENDENCY_STATE = Gauge(
-    "ratchet_dependency_state", "How this part finds what it depends on: 1 for one state, else 0.",
-    ["dependency", "state"], multiprocess_mode=_LATEST,
-)  # fmt: skip
+DEPENDENCY_STATE = _latest(
+    "ratchet_dependency_state",
+    "How this part finds what it depends on: 1 for one state, else 0.",
+    ["dependency", "state"],
+)
 
 # -- stream ---------------------------------------------------------------------------------------------------------
 INGEST_RECORDS = Counter("ratchet_ingest_records_total", "Records read from the topic and decided about.")
@@ -167,13 +173,11 @@ GATE_SHIFT = Gauge(
 RELEASE_LIVE = Gauge(
     "ratchet_release_live", "Number of the live release as a replica serves it.", ["part"], multiprocess_mode="liveall"
 )
-RELEASE_COMMITTED = Gauge(
-    "ratchet_release_committed_timestamp_seconds", "When the live release was committed.", multiprocess_mode=_LATEST
-)
+RELEASE_COMMITTED = _latest("ratchet_release_committed_timestamp_seconds", "When the live release was committed.")
 RELEASE_PHASE = Histogram("ratchet_release_phase_seconds", "Time of a release phase.", ["phase"], buckets=LONG_SECONDS)
 RELEASES = Counter("ratchet_releases_total", "Proposals decided.", ["kind", "outcome"])
-RELEASE_PENDING = Gauge("ratchet_release_proposals", "Proposals not decided yet.", multiprocess_mode=_LATEST)
-RELEASE_HELD = Gauge("ratchet_release_held", "Whether updates are on hold (1) or not (0).", multiprocess_mode=_LATEST)
+RELEASE_PENDING = _latest("ratchet_release_proposals", "Proposals not decided yet.")
+RELEASE_HELD = _latest("ratchet_release_held", "Whether updates are on hold (1) or not (0).")
 RELEASE_IN_FLIGHT = Gauge(
     "ratchet_release_in_flight_requests", "Requests being answered, by the release that they were stamped with.",
     ["age"], multiprocess_mode="livesum",
@@ -187,32 +191,25 @@ RELEASE_UNSERVABLE = Gauge(
     "Whether the live adapter cannot be loaded from its files (1), so that an older release answers instead.",
     ["family"], multiprocess_mode="livemax",
 )  # fmt: skip
-RELEASE_GAIN = Gauge(
+RELEASE_GAIN = _latest(
     "ratchet_release_gain_ratio",
     "Mean difference of the live adapter to the base over its gain suites; NaN for an adapter that was never judged.",
-    ["family"], multiprocess_mode=_LATEST,
-)  # fmt: skip
-RELEASE_FORGETTING = Gauge(
+    ["family"],
+)
+RELEASE_FORGETTING = _latest(
     "ratchet_release_forgetting_ratio",
     "Mean loss of the live adapter to the base over its retention suites, negative where it became better; NaN for an "
     "adapter that was never judged.",
-    ["family"], multiprocess_mode=_LATEST,
-)  # fmt: skip
-RELEASE_SHARE = Gauge(
-    "ratchet_release_share_ratio", "Share of requests that the live release answers.", multiprocess_mode=_LATEST
+    ["family"],
 )
-GUARD_RELEASE = Gauge(
-    "ratchet_guard_release", "Number of the release that is watched; 0: none.", multiprocess_mode=_LATEST
-)
+RELEASE_SHARE = _latest("ratchet_release_share_ratio", "Share of requests that the live release answers.")
+GUARD_RELEASE = _latest("ratchet_guard_release", "Number of the release that is watched; 0: none.")
 GUARD_DECISIONS = Counter("ratchet_guard_decisions_total", "Releases ended by the guard.", ["decision", "guardrail"])
 ROLLOUT_REQUESTS = Counter("ratchet_rollout_requests_total", "Requests while a canary or shadow is live.", ["side"])
 ROLLOUT_COMPARISONS = Counter(
     "ratchet_rollout_comparisons_total", "Inputs given to both sides unseen.", ["family", "outcome"]
 )
-ROLLOUT_AGREEMENT = Gauge(
-    "ratchet_rollout_agreement_ratio", "Share of inputs on which both sides agree.", ["family"],
-    multiprocess_mode=_LATEST,
-)  # fmt: skip
+ROLLOUT_AGREEMENT = _latest("ratchet_rollout_agreement_ratio", "Share of inputs on which both sides agree.", ["family"])
 OPERATOR = Counter("ratchet_operator_actions_total", "What operators did.", ["action", "outcome"])
 BUILD = Gauge("ratchet_build_info", "1, for each process that runs.", ["version", "part"], multiprocess_mode="livesum")
 
@@ -252,52 +249,37 @@ VLM_QUEUE = Gauge(
 )
 
 # -- catalog --------------------------------------------------------------------------------------------------------
-CATALOG_ROWS = Gauge("ratchet_catalog_rows", "Rows embedded in the live image space.", multiprocess_mode=_LATEST)
-CATALOG_COVERAGE = Gauge(
-    "ratchet_catalog_coverage_ratio", "Embedded share of the corpus, least space.", multiprocess_mode=_LATEST
-)
+CATALOG_ROWS = _latest("ratchet_catalog_rows", "Rows embedded in the live image space.")
+CATALOG_COVERAGE = _latest("ratchet_catalog_coverage_ratio", "Embedded share of the corpus, least space.")
 CATALOG_DELAY = Histogram(
     "ratchet_catalog_event_to_searchable_seconds", "From ingest to searchable.", buckets=LONG_SECONDS
 )
-CATALOG_FRAGMENTS = Gauge(
-    "ratchet_catalog_fragments", "Fragments of the live image space's table.", multiprocess_mode=_LATEST
+CATALOG_FRAGMENTS = _latest("ratchet_catalog_fragments", "Fragments of the live image space's table.")
+CATALOG_MISSING = _latest("ratchet_catalog_missing_rows", "Rows that resident image spaces lack, in all.")
+CATALOG_BACKFILL_RATE = _latest("ratchet_catalog_backfill_rows_per_second", "Rows embedded for spaces that lack some.")
+CATALOG_BACKFILL_LEFT = _latest(
+    "ratchet_catalog_backfill_left_seconds", "Estimate until all spaces are complete; NaN while there is none."
 )
-CATALOG_MISSING = Gauge(
-    "ratchet_catalog_missing_rows", "Rows that resident image spaces lack, in all.", multiprocess_mode=_LATEST
+CATALOG_INDEXED = _latest("ratchet_catalog_indexed_rows", "Rows of the live image space in its index.")
+CATALOG_INDEX_BYTES = _latest("ratchet_catalog_index_bytes", "Memory of the indexes of all image spaces.")
+CATALOG_INDEX_USED = _latest(
+    "ratchet_catalog_index_used", "1 while searches of the live image space go through its index."
 )
-CATALOG_BACKFILL_RATE = Gauge(
-    "ratchet_catalog_backfill_rows_per_second", "Rows embedded for spaces that lack some.", multiprocess_mode=_LATEST
-)
-CATALOG_BACKFILL_LEFT = Gauge(
-    "ratchet_catalog_backfill_left_seconds", "Estimate until all spaces are complete; NaN while there is none.",
-    multiprocess_mode=_LATEST,
-)  # fmt: skip
-CATALOG_INDEXED = Gauge(
-    "ratchet_catalog_indexed_rows", "Rows of the live image space in its index.", multiprocess_mode=_LATEST
-)
-CATALOG_INDEX_BYTES = Gauge(
-    "ratchet_catalog_index_bytes", "Memory of the indexes of all image spaces.", multiprocess_mode=_LATEST
-)
-CATALOG_INDEX_USED = Gauge(
-    "ratchet_catalog_index_used", "1 while searches of the live image space go through its index.",
-    multiprocess_mode=_LATEST,
-)  # fmt: skip
 CATALOG_INDEX_SECONDS = Histogram("ratchet_catalog_index_build_seconds", "Time to make an index.", buckets=LONG_SECONDS)
-CATALOG_RECALL = Gauge(
+CATALOG_RECALL = _latest(
     "ratchet_catalog_recall_ratio",
     "Share of the true ten nearest rows that the index finds (recall@10), used or not: stored vectors and queries.",
-    multiprocess_mode=_LATEST,
 )
-DRIFT_FRECHET = Gauge(
+DRIFT_FRECHET = _latest(
     "ratchet_drift_frechet_distance",
     "Squared Frechet distance of the newest samples' embeddings from those before them (unit vectors: 0 to 4).",
-    ["space"], multiprocess_mode=_LATEST,
-)  # fmt: skip
-DRIFT_SHIFT = Gauge(
+    ["space"],
+)
+DRIFT_SHIFT = _latest(
     "ratchet_drift_mean_shift",
     "Shift of the newest embeddings' mean in standard errors, root mean square over dimensions; 1 is no drift.",
-    ["space"], multiprocess_mode=_LATEST,
-)  # fmt: skip
+    ["space"],
+)
 
 
 def _start(metric: Counter | Gauge | Histogram, *labels: tuple[str, ...]) -> None:

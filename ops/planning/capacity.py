@@ -66,6 +66,10 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
+    def add(self, name: str, count: float, unit: str, why: str) -> None:
+        """Append a line."""
+        self.parts.append(Part(name, count, unit, why))
+
 
 def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
     """Count.
@@ -83,13 +87,11 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
     nodes = _serving(plan, load, measured, machine)
     nodes += _streaming(plan, load, measured, machine)
     nodes += _learning(plan, load, measured)
-    plan.parts.append(Part("ledger", 1, "PostgreSQL", "some rows for each update and release: a default one is enough"))
-    plan.parts.append(
-        Part("machines", math.ceil(nodes), f"of {machine.cores:g} cores", "encoders, ingress, ingest and one updater")
-    )
+    plan.add("ledger", 1, "PostgreSQL", "some rows for each update and release: a default one is enough")
+    plan.add("machines", math.ceil(nodes), f"of {machine.cores:g} cores", "encoders, ingress, ingest and one updater")
     if load.price_hour:
         cost = math.ceil(nodes) * load.price_hour * HOURS_A_MONTH
-        plan.parts.append(Part("cost", round(cost), "a month", f"{load.price_hour:g} an hour for each machine"))
+        plan.add("cost", round(cost), "a month", f"{load.price_hour:g} an hour for each machine")
     return plan
 
 
@@ -105,21 +107,19 @@ def _serving(plan: Plan, load: Load, measured: Measured, machine: Machine) -> fl
         times = fit(machine.cells, kind, MAX_BATCH)
         count, outcome = encoders_for(times, rate, load.p99_seconds)
         encoders += count
-        plan.parts.append(
-            Part(
-                f"encoders for {kind}s", count, f"of {machine.cores:g} cores",
-                f"{rate:g}/s: simulated p50 {outcome.p50 * 1000:.0f} ms, p99 {outcome.p99 * 1000:.0f} ms, "
-                f"busy {outcome.busy:.0%}; one does {times.most(MAX_BATCH):.0f}/s at most",
-            )
-        )  # fmt: skip
+        plan.add(
+            f"encoders for {kind}s",
+            count,
+            f"of {machine.cores:g} cores",
+            f"{rate:g}/s: simulated p50 {outcome.p50 * 1000:.0f} ms, p99 {outcome.p99 * 1000:.0f} ms, "
+            f"busy {outcome.busy:.0%}; one does {times.most(MAX_BATCH):.0f}/s at most",
+        )
     nodes = encoders
     if any(rates.values()):
         plan.sources.append(measured.ingress.source)
         cpu = (rates["image"] * measured.ingress.image_cpu_ms + texts * measured.ingress.text_cpu_ms) / 1000
         cores = cpu / BUSY
-        plan.parts.append(
-            Part("ingress replicas", math.ceil(cores), "of one core", f"{cpu:.1f} s of processor time a second")
-        )
+        plan.add("ingress replicas", math.ceil(cores), "of one core", f"{cpu:.1f} s of processor time a second")
         nodes += cores / machine.cores
     if load.corpus or load.searches_per_second:
         nodes += _searching(plan, load, measured, machine, encoders)
@@ -163,13 +163,8 @@ def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, enc
     scale = max(load.corpus, 1.0) / search.rows
     memory = search.memory_gib * scale
     most = search.searches_per_second / max(1.0, scale)
-    plan.parts.append(
-        Part(
-            "catalog",
-            round(memory, 1),
-            "GiB of memory",
-            f"{load.corpus:,.0f} rows; one replica, {most:,.0f} searches/s",
-        )
+    plan.add(
+        "catalog", round(memory, 1), "GiB of memory", f"{load.corpus:,.0f} rows; one replica, {most:,.0f} searches/s"
     )
     if load.searches_per_second > BUSY * most:
         plan.warnings.append(
@@ -183,12 +178,12 @@ def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, enc
     rate = min(max_rate(machine), search.catalog_rows_per_second)
     hours = load.corpus / rate / 3600
     needed = math.ceil(hours / load.backfill_hours)
-    plan.parts.append(
-        Part(
-            "encoders for a backfill", needed, f"of {machine.cores:g} cores",
-            f"{load.corpus:,.0f} images at {rate:.0f}/s each in {load.backfill_hours:g} h; requests come first",
-        )
-    )  # fmt: skip
+    plan.add(
+        "encoders for a backfill",
+        needed,
+        f"of {machine.cores:g} cores",
+        f"{load.corpus:,.0f} images at {rate:.0f}/s each in {load.backfill_hours:g} h; requests come first",
+    )
     least_hours = load.corpus / search.catalog_rows_per_second / 3600
     if least_hours > load.backfill_hours:
         plan.warnings.append(
@@ -217,19 +212,19 @@ def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> 
         one *= math.exp(sizes[-1] - size)  # decoding goes with the bytes
     peak = INGEST_PEAK * load.stream_per_day / 86_400
     workers = math.ceil(peak / (BUSY * one))
-    plan.parts.append(
-        Part("ingest workers", workers, f"of {machine.cores:g} cores",
-             f"{peak:,.0f} records/s in the busiest hour ({INGEST_PEAK:g} x the mean), one does {one:,.0f}")
-    )  # fmt: skip
-    plan.parts.append(Part("partitions", 2 * workers, "", "two for each worker: room to double"))
+    plan.add(
+        "ingest workers",
+        workers,
+        f"of {machine.cores:g} cores",
+        f"{peak:,.0f} records/s in the busiest hour ({INGEST_PEAK:g} x the mean), one does {one:,.0f}",
+    )
+    plan.add("partitions", 2 * workers, "", "two for each worker: room to double")
     stored = load.stream_per_day * load.image_kb * KIB / GIB
-    plan.parts.append(
-        Part(
-            "lake",
-            round(stored, 1),
-            "GiB a day",
-            f"and {ingest.written_per_byte:g} x as much written, by commits and maintenance",
-        )
+    plan.add(
+        "lake",
+        round(stored, 1),
+        "GiB a day",
+        f"and {ingest.written_per_byte:g} x as much written, by commits and maintenance",
     )
     return workers
 
@@ -243,10 +238,12 @@ def _learning(plan: Plan, load: Load, measured: Measured) -> int:
     a_day = 86_400 / learning.seconds_per_update * learning.pairs_per_update
     arrived = load.stream_per_day
     seen = min(1.0, a_day / arrived)
-    plan.parts.append(
-        Part("updaters", 1, f"with {learning.memory_gib:g} GiB",
-             f"visits {min(a_day, arrived):,.0f} of {arrived:,.0f} pairs a day ({seen:.0%})")
-    )  # fmt: skip
+    plan.add(
+        "updaters",
+        1,
+        f"with {learning.memory_gib:g} GiB",
+        f"visits {min(a_day, arrived):,.0f} of {arrived:,.0f} pairs a day ({seen:.0%})",
+    )
     if seen < 1:
         factor = arrived / a_day
         plan.warnings.append(

@@ -115,7 +115,7 @@ def back_up(settings: Settings, url: str, actor: str) -> Report:
         if epoch is None:
             raise LedgerError("the garbage collector, or another backup, is at work.", "Try again when it has ended.")
         with renewing(ledger, COLLECT_LEASE, epoch, LEASE_SECONDS), tempfile.TemporaryDirectory() as folder:
-            report, files = _copy_all(settings, target, Path(folder))
+            report, files = _copy_all(settings, ledger, target, Path(folder))
         if not ledger.renew_lease(COLLECT_LEASE, epoch, LEASE_SECONDS):
             raise LeaseLost("the backup took a pause so long that files may have been collected.", "Repeat it.")
         target.write(FILES, files)
@@ -138,13 +138,14 @@ def _claim(target: Place) -> None:
         target.write(BEGUN, json.dumps({"format": FORMAT}).encode())
 
 
-def _copy_all(settings: Settings, target: Place, folder: Path) -> tuple[Report, bytes]:
+def _copy_all(settings: Settings, ledger: Ledger, target: Place, folder: Path) -> tuple[Report, bytes]:
     begun, name = datetime.now(UTC), uuid.uuid4().hex[:12]
-    release, named = _named(settings)
+    live = ledger.live()
+    named = {use.name for use in ledger.adapter_uses() if use.collected_at is None}
     path, revision = write_ledger(settings.ledger, folder)
     target.put(path, path.name)
-    ledger = File(path.name, path.stat().st_size, file_digest(path))
-    say(f"backup: the ledger, {ledger.bytes:,} bytes")
+    rows = File(path.name, path.stat().st_size, file_digest(path))
+    say(f"backup: the ledger, {rows.bytes:,} bytes")
     with _pinned(SampleStore(settings.lake), name) as version:
         artifacts, lake = Place(settings.artifacts), Place(settings.lake)
         files = _copy_files(artifacts, _artifact_files(artifacts), target, "artifacts")
@@ -154,10 +155,10 @@ def _copy_all(settings: Settings, target: Place, folder: Path) -> tuple[Report, 
     missing = tuple(sorted(named - there))
     _warn(settings, files, missing)
     listed = gzip.compress(json.dumps([[file.name, file.bytes, file.digest] for file in files]).encode(), 3, mtime=0)
-    total = ledger.bytes + sum(file.bytes for file in files)
+    total = rows.bytes + sum(file.bytes for file in files)
     report = Report(
-        name, begun.isoformat(timespec="seconds"), release, version, revision, ledger, len(files), total,
-        digest_bytes(listed), missing,
+        name, begun.isoformat(timespec="seconds"), live.number if live else 0, version, revision, rows, len(files),
+        total, digest_bytes(listed), missing,
     )  # fmt: skip
     return report, listed
 
@@ -287,16 +288,6 @@ def _never_changes(name: str) -> bool:
     if parts[0] == "artifacts":
         return parts[1] in DIRECTORIES
     return "_refs" not in parts
-
-
-def _named(settings: Settings) -> tuple[int, set[str]]:
-    """The live release, and the adapters that should have files."""
-    ledger = Ledger.open(settings.ledger)
-    try:
-        live = ledger.live()
-        return (live.number if live else 0), {use.name for use in ledger.adapter_uses() if use.collected_at is None}
-    finally:
-        ledger.close()
 
 
 def _warn(settings: Settings, files: list[File], missing: tuple[str, ...]) -> None:

@@ -12,6 +12,8 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,7 +105,7 @@ def is_empty(url: str) -> bool:
     try:
         with database.read() as session:
             connection = session.connection()
-            return not any(_count(connection, table) for table in _tables(connection).values())
+            return not _filled(connection, _tables(connection))
     finally:
         database.close()
 
@@ -171,16 +173,9 @@ def _sqlite(file: Path) -> Iterator[Connection]:
 
 def _together(rows: Iterable[Row]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Rows of one table, some at a time."""
-    name = ""
-    some: list[dict[str, Any]] = []
-    for table, row in rows:
-        if some and (table != name or len(some) == TOGETHER):
-            yield name, some
-            some = []
-        name = table
-        some.append(row)
-    if some:
-        yield name, some
+    for table, group in groupby(rows, key=itemgetter(0)):
+        while some := [row for _, row in islice(group, TOGETHER)]:
+            yield table, some
 
 
 def _typed(table: Table, row: dict[str, Any]) -> dict[str, Any]:
@@ -212,15 +207,15 @@ def _migrate_to(connection: Connection, revision: str) -> None:
 
 
 def _check_empty(connection: Connection, tables: dict[str, Table]) -> None:
-    full = [name for name, table in tables.items() if _count(connection, table)]
-    if full:
+    if full := _filled(connection, tables):
         raise LedgerError(
             f"the ledger is not empty: {', '.join(full)}.", "Restore into a new database, and start servers afterwards."
         )
 
 
-def _count(connection: Connection, table: Table) -> int:
-    return int(connection.scalar(select(func.count()).select_from(table.select().limit(1).subquery())) or 0)
+def _filled(connection: Connection, tables: dict[str, Table]) -> list[str]:
+    """Names of the tables that have a row."""
+    return [name for name, table in tables.items() if connection.execute(select(table).limit(1)).first() is not None]
 
 
 def _continue_numbers(connection: Connection, tables: dict[str, Table]) -> None:

@@ -140,32 +140,17 @@ class BudgetState:
         return max(0.0, (self.per_update - self.level) / self.capacity * DAY_SECONDS)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What updates took together. Compute of training is memory-adjusted GFLOPs, as the budget counts; that of the gate
-    is GFLOPs.
+def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> dict[str, float]:
+    """The sums over updates that began at ``since`` or later; over all of ``rows`` where it is None. Training is in
+    memory-adjusted GFLOPs, as the budget counts; the gate in plain GFLOPs.
     """
-
-    updates: int
-    train_gflops: float
-    train_seconds: float
-    gate_runs: int
-    gate_gflops: float
-    gate_seconds: float
-
-
-def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> Costs:
-    """The sum over updates that began at ``since`` or later; over all of ``rows`` where it is None."""
     chosen = [row for row in rows if since is None or row.update.created_at >= since]
-    judged = [row for row in chosen if row.gate_seconds or row.gate_gflops]
-    return Costs(
-        updates=sum(row.train_gflops > 0 for row in chosen),
-        train_gflops=sum(row.train_gflops for row in chosen),
-        train_seconds=sum(row.train_seconds for row in chosen),
-        gate_runs=len(judged),
-        gate_gflops=sum(row.gate_gflops for row in judged),
-        gate_seconds=sum(row.gate_seconds for row in judged),
-    )
+    names = ("train_gflops", "train_seconds", "gate_gflops", "gate_seconds")
+    return {
+        "updates": sum(row.train_gflops > 0 for row in chosen),
+        "gate_runs": sum(bool(row.gate_seconds or row.gate_gflops) for row in chosen),
+        **{name: sum(getattr(row, name) for row in chosen) for name in names},
+    }
 
 
 def update_summaries(ledger: Ledger, limit: int = 20) -> list[UpdateSummary]:

@@ -165,26 +165,18 @@ async def arrive(context: Anyone) -> Response:
         metadata = await client.load_server_metadata()
     except (OAuthError, JoseError) as error:
         log.warning("a sign-in failed: %s: %s", type(error).__name__, error)
-        raise Refused(
-            401, "That sign-in did not work", f"The provider's answer was not taken: {error}.",
-            OPERATORS.format("console.oidc.client_id, its secret and scope") if error.error in REFUSES_CONSOLE
-            else "Sign in again, in this browser and within minutes.",
-        ) from error  # fmt: skip
+        setting = "console.oidc.client_id, its secret and scope" if error.error in REFUSES_CONSOLE else ""
+        raise _failed(f"The provider's answer was not taken: {error}.", setting) from error
     except UNUSABLE as error:
         raise _unusable(context, error) from error
     named = str(metadata["issuer"])
     if named.rstrip("/") != console.oidc.issuer.rstrip("/"):
-        raise Refused(
-            401, "That sign-in did not work",
-            f"The provider calls itself {named}, which is not the one of the settings.",
-            OPERATORS.format("console.oidc.issuer"),
-        )  # fmt: skip
+        raise _failed(
+            f"The provider calls itself {named}, which is not the one of the settings.", "console.oidc.issuer"
+        )
     claims = await _claims(client, token, console.oidc)
     if not claims:
-        raise Refused(
-            401, "That sign-in did not work", "The provider did not say who you are.",
-            OPERATORS.format("console.oidc.scope, which has to name openid"),
-        )  # fmt: skip
+        raise _failed("The provider did not say who you are.", "console.oidc.scope, which has to name openid")
     try:
         key = await asyncio.to_thread(issue_key, context.data.ledger, claims, console.oidc, console.session_hours)
     except AccessError as error:
@@ -241,6 +233,12 @@ def _client(context: RequestContext) -> StarletteOAuth2App:
     if client is None:
         raise Refused(404, "There is no such page", "No identity provider is set.", "See console.oidc.issuer.")
     return client
+
+
+def _failed(message: str, setting: str) -> Refused:
+    """``setting``: what an operator has to correct; empty where the user can try again."""
+    fix = OPERATORS.format(setting) if setting else "Sign in again, in this browser and within minutes."
+    return Refused(401, "That sign-in did not work", message, fix)
 
 
 def _unusable(context: RequestContext, error: Exception) -> Refused:

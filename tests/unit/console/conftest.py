@@ -1,10 +1,17 @@
-"""Pages of a home without a server, beside other tests that take the processors."""
+"""A home without a server, its ledger and its visitors, beside other tests that take the processors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
+
+from core.ledger import Ledger
+from ops.console.app import build_console
+from tests.unit.console.test_pages import settings
+from tests.unit.console.test_security import LOCAL, signed_in
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,3 +20,23 @@ def _patience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ops.console.data.PATIENCE_SECONDS", 120.0)
         yield
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger.open(settings(tmp_path).ledger)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def visitor(tmp_path: Path, ledger: Ledger) -> Iterator[TestClient]:
+    with TestClient(build_console(settings(tmp_path)), base_url=LOCAL, follow_redirects=False) as client:
+        yield client
+
+
+@pytest.fixture
+def operator(tmp_path: Path, visitor: TestClient) -> TestClient:
+    """A visitor who may act."""
+    visitor.headers["x-csrf-token"] = signed_in(visitor, settings(tmp_path).operator_key().get_secret_value())
+    return visitor

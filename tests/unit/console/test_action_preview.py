@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from core.ledger import Ledger
 from core.ledger.collection import COLLECT_LEASE
 from ops.console.action_preview import ActionPreview, Choice, preview
 from ops.console.timeline import timeline
 from tests.support.story import Story, tell
 from tests.unit.console.test_pages import settings
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return Ledger.open(settings(tmp_path).ledger)
 
 
 def release(ledger: Ledger, *adapters: tuple[str | None, str | None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,27 +10,18 @@ import pytest
 from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
-from ops.console.app import build_console
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
 from tests.unit.console.test_pages import settings
-from tests.unit.console.test_security import LOCAL, signed_in
 
 PARTIAL = {"hx-request": "true", "hx-target": "dialog"}
 
 
-@pytest.fixture
-def operator(tmp_path: Path) -> Iterator[TestClient]:
-    """Signed in, on a home with one live release."""
-    found = settings(tmp_path)
-    ledger = Ledger.open(found.ledger)
+@pytest.fixture(autouse=True)
+def _released(ledger: Ledger) -> None:
     ledger.commit_release(1, clip=None, vlm=None, actor="controller", reason="first start", proposal_id=None)
     ledger.commit_release(2, clip="clip-a", vlm=None, actor="updater", reason="passed", proposal_id=None)
-    ledger.close()
-    with TestClient(build_console(found), base_url=LOCAL, follow_redirects=False) as client:
-        client.headers["x-csrf-token"] = signed_in(client, found.operator_key().get_secret_value())
-        yield client
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
-from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.pages.budget import UpdateSummary, costs, update_summaries
 from ops.console.pages.models import served_models
@@ -23,7 +21,6 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.story import tell
 from tests.unit.console.test_pages import settings
-from tests.unit.console.test_security import LOCAL
 
 STATUS: dict[str, Any] = {
     "controller": {
@@ -59,19 +56,6 @@ def sample(offset: int, source: str, domain: str = "cats") -> dict[str, Any]:
     return row(
         "sample", offset, id=f"{offset:064x}", text="a cat", domain=domain, source=source, split="train", size=1000
     )
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    found = Ledger.open(settings(tmp_path).ledger)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def visitor(tmp_path: Path, ledger: Ledger) -> Iterator[TestClient]:
-    with TestClient(build_console(settings(tmp_path)), base_url=LOCAL, follow_redirects=False) as client:
-        yield client
 
 
 def text(client: TestClient, page: str) -> str:
@@ -162,12 +146,13 @@ def test_costs_sum_training_and_gate_apart(visitor: TestClient, ledger: Ledger, 
     tell(settings(tmp_path), tmp_path / "made")
     rows = update_summaries(ledger)
     total = costs(rows)
-    assert (total.updates, total.train_gflops, total.gate_runs, total.gate_gflops) == (2, 2 * 5801.5, 2, 640.0)
+    assert (total["updates"], total["train_gflops"]) == (2, 2 * 5801.5)
+    assert (total["gate_runs"], total["gate_gflops"]) == (2, 640.0)
     again = [
         UpdateSummary(replace(row.update, cost={**row.update.cost, "trained_by": "x"}), row.verdict) for row in rows
     ]
-    assert (costs(again).train_gflops, costs(again).gate_runs) == (0.0, 2), "a further look is not trained again"
+    assert (costs(again)["train_gflops"], costs(again)["gate_runs"]) == (0.0, 2), "a further look is not trained again"
     tomorrow = datetime.now(UTC) + timedelta(days=1)
-    assert costs(rows, tomorrow).updates == 0
+    assert costs(rows, tomorrow)["updates"] == 0
     page = text(visitor, "/budget")
     assert "11,603" in page and "640" in page and "Last 24 hours" in page

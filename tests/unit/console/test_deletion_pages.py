@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
-from ops.console.app import build_console
 from streams.store.deletion import request_deletion
 from tests.support.story import EVIL
-from tests.unit.console.test_pages import settings
 
 TOMBSTONE = "tombstone shop.samples:1:17"
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger.open(settings(tmp_path).ledger)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def visitor(tmp_path: Path, ledger: Ledger) -> Iterator[TestClient]:
-    with TestClient(build_console(settings(tmp_path)), base_url="http://127.0.0.1:8001") as client:
-        yield client
 
 
 def test_nothing_was_deleted_is_said_and_the_audit_log_leads_there(visitor: TestClient) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
 from ops.console.action_preview import NO_SHARE, Choice, preview
-from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.timeline import watching
 from ratchet_client import Client
@@ -20,19 +17,15 @@ from ratchet_client.calls import Call
 from tests.support.story import seen, withdraw
 from tests.unit.console.test_action_preview import told
 from tests.unit.console.test_actions import PARTIAL
-from tests.unit.console.test_pages import settings
-from tests.unit.console.test_security import LOCAL, signed_in
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+@pytest.fixture(autouse=True)
+def _released(ledger: Ledger) -> None:
     """Release 1 serves the base, 2 an adapter to everybody; both adapters are known."""
-    found = Ledger.open(settings(tmp_path).ledger)
     for name in ("clip-a", "clip-b"):
-        found.register_adapter(name, "clip", "base", "i", "t", {})
-    release(found, None)
-    release(found, "clip-a")
-    return found
+        ledger.register_adapter(name, "clip", "base", "i", "t", {})
+    release(ledger, None)
+    release(ledger, "clip-a")
 
 
 def release(ledger: Ledger, clip: str | None, share: float = 1.0, actor: str = "ana") -> None:
@@ -41,14 +34,6 @@ def release(ledger: Ledger, clip: str | None, share: float = 1.0, actor: str = "
     ledger.commit_release(
         number, clip=clip, vlm=None, actor=actor, reason=f"number {number}", proposal_id=None, share=share
     )
-
-
-@pytest.fixture
-def operator(tmp_path: Path, ledger: Ledger) -> Iterator[TestClient]:
-    found = settings(tmp_path)
-    with TestClient(build_console(found), base_url=LOCAL, follow_redirects=False) as client:
-        client.headers["x-csrf-token"] = signed_in(client, found.operator_key().get_secret_value())
-        yield client
 
 
 @pytest.fixture
