@@ -1,7 +1,4 @@
-"""Updates: what they brought, what they cost, and what the budget still pays for. The page Budget, and the plots.
-
-Plots are in the style of the gate's: inline SVG that takes its colours from the page.
-"""
+"""Updates: what they brought, what they cost, and what the budget still pays for: the page Budget."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -17,7 +13,7 @@ from fastapi.responses import Response
 from core.ledger import Ledger, UpdateRow, VerdictRow
 from core.settings import Settings
 from ops.console.request_context import Reader
-from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
+from updater.gate.plots import BAD, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
 
 router = APIRouter()
 RUNNING = ("training", "trained", "gated")
@@ -26,7 +22,6 @@ SHOWN = 50
 SUMMED = 500
 """Updates over which costs are summed up."""
 COLOURS = {"passed": GOOD, "rejected": BAD, "inconclusive": OPEN}
-WIDTH, HEIGHT = 7.2, 2.5
 PLOTTED = 16
 """Updates in a plot; older ones are in the table."""
 
@@ -39,7 +34,7 @@ def budget(context: Reader) -> Response:
     day = costs(summaries, datetime.now(UTC) - timedelta(days=1))
     return context.page(
         "budget.html", "Budget", budget=budget_state(ledger, settings), updates=summaries[:SHOWN],
-        chart=spending(summaries), seconds=settings.budget.seconds_per_update,
+        seconds=settings.budget.seconds_per_update,
         spans=(("Last 24 hours", day), (f"Last {SUMMED} updates", costs(summaries))),
     )  # fmt: skip
 
@@ -168,11 +163,13 @@ def budget_state(ledger: Ledger, settings: Settings) -> BudgetState:
 
 
 def learning(summaries: Sequence[UpdateSummary]) -> str:
-    """For each judged update the best gain and the worst loss, in points; empty without any."""
+    """A plot of the best gain and the worst loss of each judged update, in points; empty without any. Inline SVG in the
+    style of the gate's, which takes its colours from the page.
+    """
     judged = [summary for summary in reversed(summaries) if summary.verdict is not None][-PLOTTED:]
     if not judged:
         return ""
-    made = figure(HEIGHT, WIDTH)
+    made = figure(2.5, 7.2)
     axes = made.add_axes((0.075, 0.2, 0.915, 0.74))
     for x, summary in enumerate(judged):
         colour = COLOURS.get(summary.outcome, MUTED)
@@ -185,32 +182,12 @@ def learning(summaries: Sequence[UpdateSummary]) -> str:
         if loss is not None:
             axes.plot(x, 100 * loss, "v", color=colour, markersize=7)
     axes.axhline(0, color=INK, linewidth=0.9)
-    _finish(axes, judged, "points")
-    return drawn(made, "Best gain and worst loss of each update, in points", "l")
-
-
-def spending(summaries: Sequence[UpdateSummary]) -> str:
-    """Compute of each update: training, and judging on top; empty without any."""
-    spent = [summary for summary in reversed(summaries) if summary.train_gflops > 0][-PLOTTED:]
-    if not spent:
-        return ""
-    made = figure(HEIGHT, WIDTH)
-    axes = made.add_axes((0.095, 0.2, 0.895, 0.74))
-    for x, summary in enumerate(spent):
-        axes.bar(x, summary.train_gflops, width=0.5, color=COLOURS.get(summary.outcome, MUTED))
-        axes.bar(x, summary.gate_gflops, bottom=summary.train_gflops, width=0.5, color=BEFORE)
-    _finish(axes, spent, "GFLOPs")
-    axes.set_ylim(0, None)
-    return drawn(made, "Compute of each update, in memory-adjusted GFLOPs", "s")
-
-
-def _finish(axes: Any, shown: Sequence[UpdateSummary], unit: str) -> None:
     style(axes)
     axes.grid(axis="x", visible=False)
     axes.grid(axis="y", color=LINE, linewidth=0.7)
-    labels = [f"{each.update.family.upper()}\n{each.outcome or 'not judged'}" for each in shown]
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlim(-0.7, max(4.0, len(labels)) - 0.3)
-    axes.set_ylabel(unit, color=MUTED, fontsize=8.5)
+    axes.set_xticks(range(len(judged)), [f"{each.update.family.upper()}\n{each.outcome}" for each in judged])
+    axes.set_xlim(-0.7, max(4.0, len(judged)) - 0.3)
+    axes.set_ylabel("points", color=MUTED, fontsize=8.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", colors=MUTED, labelsize=8)
+    return drawn(made, "Best gain and worst loss of each update, in points", "l")
