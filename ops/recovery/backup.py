@@ -46,7 +46,6 @@ TRIES: Final = 3
 DIRECTORIES: Final = ("adapters", "memories", "bases")
 """Of the artifacts: their files never change."""
 SAMPLES: Final = "samples.lance"
-DATASET: Final = ".lance/"
 LAST_VERSION: Final = (1 << 64) - 1
 """Manifests are named by the distance to it, so that a listing has the newest one first."""
 
@@ -190,8 +189,8 @@ def _artifact_files(artifacts: Place) -> dict[str, int]:
 
 def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
     """Of each data set the versions that are copied, with the pins that stay on them."""
-    folders = {name.partition(DATASET)[0] for name in lake.files() if f"{DATASET}_versions/" in name}
-    wanted: dict[str, dict[int, list[str]]] = {f"{folder}{DATASET.rstrip('/')}": {} for folder in sorted(folders)}
+    folders = {name.partition("/_versions/")[0] for name in lake.files() if ".lance/_versions/" in name}
+    wanted: dict[str, dict[int, list[str]]] = {folder: {} for folder in sorted(folders)}
     if version:
         pins = SampleStore(lake.url).pins()
         pins_of = {each: sorted(pin for pin, at in pins.items() if at == each) for each in {version, *pins.values()}}
