@@ -294,7 +294,7 @@ def _migrate(settings: Settings) -> None:
 
 
 def _check_base(settings: Settings, ledger: Ledger) -> None:
-    from serving.releases.lineage import Lineage
+    from serving.releases.leadership import Lineage
 
     lineage, live = Lineage.of(settings), ledger.live()
     if lineage is None or live is None or lineage.has(live):

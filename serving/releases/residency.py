@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from core import metrics
 from core.artifacts import Artifacts
@@ -30,9 +30,8 @@ from core.ledger.ledger import Ledger
 from core.ledger.rows import Family, ReleaseRow
 from core.settings import Settings
 from serving.own_threads import BoundedCall
-from serving.releases.lineage import Lineage
-from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Residency
+from serving.releases.leadership import Lineage
+from serving.releases.types import ReleaseSnapshot, Residency
 
 log = logging.getLogger("ratchet.residency")
 FORMAT: Final = 1
@@ -52,7 +51,7 @@ can tell now."""
 
 @dataclass(frozen=True, slots=True)
 class ResidencyRows:
-    """What the ledger says is resident.
+    """Releases that the ledger says are resident.
 
     The window alone would not do: after two releases of a VLM adapter, what a rollback of CLIP goes back to has left
     it, and the catalog would have to be embedded again first.
@@ -88,25 +87,21 @@ def read_residency(ledger: Ledger, size: int, base: str | None = None) -> Reside
     CLIP has this base (its digest).
     """
     with ledger.reading():
-        return _read_residency(ledger, size, base)
-
-
-def _read_residency(ledger: Ledger, size: int, base: str | None) -> ResidencyRows:
-    newest = ledger.releases(size, base)
-    if not newest:
-        return ResidencyRows((), None, ())
-    live = newest[0]
-    incumbent = ledger.incumbent(live.number, base)
-    first = {row.number: row for row in (live, incumbent) if row is not None}
-    others = [row for row in newest if row.number not in first]
-    window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
-    rollback_release = ledger.before("clip", live.clip, base)
-    if rollback_release is not None and rollback_release.clip in {row.clip for row in window}:
-        rollback_release = None
-    vlms = dict.fromkeys(row.vlm for row in window)
-    if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm, base)) is not None:
-        vlms[other.vlm] = None
-    return ResidencyRows(tuple(window), rollback_release, tuple(vlms))
+        newest = ledger.releases(size, base)
+        if not newest:
+            return ResidencyRows((), None, ())
+        live = newest[0]
+        incumbent = ledger.incumbent(live.number, base)
+        first = {row.number: row for row in (live, incumbent) if row is not None}
+        others = [row for row in newest if row.number not in first]
+        window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
+        rollback_release = ledger.before("clip", live.clip, base)
+        if rollback_release is not None and rollback_release.clip in {row.clip for row in window}:
+            rollback_release = None
+        vlms = dict.fromkeys(row.vlm for row in window)
+        if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm, base)) is not None:
+            vlms[other.vlm] = None
+        return ResidencyRows(tuple(window), rollback_release, tuple(vlms))
 
 
 async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
@@ -138,32 +133,31 @@ async def _spaces_or_none(row: ReleaseRow, spaces: Spaces, needed: bool) -> tupl
         return None
 
 
-_ROWS: Final = TypeAdapter(ResidencyRows)
-_DIGESTS: Final = TypeAdapter(dict[str, str])
-
-
 @dataclass(frozen=True, slots=True)
 class ResidencyCopy:
     """A residency, and the full digests of its adapters' directories as far as this node knows them."""
 
-    rows: ResidencyRows
-    adapters: Mapping[str, str] = field(default_factory=dict)
+    residency: ResidencyRows
+    adapters: dict[str, str] = field(default_factory=dict)
     """64 hex digits by the adapter's name; see :func:`core.artifacts.directory_digest`."""
 
     @property
     def number(self) -> int:
         """Of the live release."""
-        return self.rows.window[0].number if self.rows.window else 0
+        return self.residency.window[0].number if self.residency.window else 0
+
+
+_COPY: Final = TypeAdapter(ResidencyCopy)
 
 
 def encode_copy(copy: ResidencyCopy) -> bytes:
     """The file's content."""
-    content = {"residency": _ROWS.dump_python(copy.rows, mode="json"), "adapters": dict(copy.adapters)}
+    content = _COPY.dump_python(copy, mode="json")
     return json.dumps({"format": FORMAT, "sha256": digest_json(content), **content}, indent=1).encode()
 
 
 def decode_copy(data: bytes) -> ResidencyCopy:
-    """What :func:`encode_copy` wrote.
+    """The copy that :func:`encode_copy` wrote.
 
     Raises:
         ReleaseError: the content is damaged, of another format, or without a release.
@@ -177,11 +171,11 @@ def decode_copy(data: bytes) -> ResidencyCopy:
             raise ValueError(f"format {version!r} is not {FORMAT}")
         if digest_json(content) != expected:
             raise ValueError("the digest is that of another content")
-        copy = ResidencyCopy(_ROWS.validate_python(content["residency"]), _DIGESTS.validate_python(content["adapters"]))
-        if not copy.rows.window:
+        copy = _COPY.validate_python(content)
+        if not copy.number:
             raise ValueError("it names no release")
         return copy
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"the copy of the residency cannot be used: {str(error)[:200]}.") from None
 
 
@@ -273,8 +267,8 @@ class ResidencySource:
             copy, source = max(copies, key=lambda each: each[0].number)
             log.warning("the ledger is away (%s): starting with release %d of the %s", error, copy.number, source)
             self.adapters = copy.adapters
-            self._use(copy.rows, source)
-            return copy.rows
+            self._use(copy.residency, source)
+            return copy.residency
 
     def keep(self, rows: ResidencyRows) -> None:
         """Bring the copies up to date with the ledger. A copy that cannot be written is tried again later."""
@@ -316,7 +310,7 @@ class ResidencySource:
                 if data := read():
                     copy = decode_copy(data)
                     if self._lineage is not None:
-                        self._lineage.check(copy.rows.window[0])
+                        self._lineage.check(copy.residency.window[0])
                     copies.append((copy, source))
             except Exception as error:
                 log.warning("no residency from the %s: %s: %s", source, type(error).__name__, error)

@@ -14,7 +14,7 @@ from ops.console.request_context import Operator, Reader, RequestContext
 from ops.console.rollout import on_trial, watching
 from ops.console.timeline import timeline, unreleased
 from ratchet_client import Client, Conflict, ServerError
-from serving.releases.lineage import clip_bases
+from serving.releases.leadership import clip_bases
 
 router = APIRouter()
 Action = Literal["rollback", "release", "promote", "hold", "resume"]

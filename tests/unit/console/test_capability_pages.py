@@ -18,7 +18,7 @@ from ops.console.data import ConsoleData
 from ops.console.served import loaded_releases, served_models
 from ops.console.stream import origins, row_counts
 from ops.console.update_summaries import UpdateSummary, costs, update_summaries
-from serving.releases.lineage import clip_bases
+from serving.releases.leadership import clip_bases
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore

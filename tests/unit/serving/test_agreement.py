@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from serving.releases.agreement import FEWEST, NATS_PER_TOKEN, TEXTS, Neighbours, order, same_answer
+from serving.releases.shadow_traffic import FEWEST, NATS_PER_TOKEN, TEXTS, Neighbours, order, same_answer
 
 DIM, REFERENCES = 32, 40
 

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binom
 
 from serving.releases.admission import Admission, canary_bucket
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 KEYS = [f"key-{number}" for number in range(10_000)]
 

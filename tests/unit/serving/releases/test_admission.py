@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY
 
 from serving.errors import NotReady, Unavailable, UnknownModel
 from serving.releases.admission import Admission
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 
 def snapshot(release: int, clip: str | None = None, vlm: str | None = None) -> ReleaseSnapshot:

@@ -17,10 +17,9 @@ from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
 from serving.messages import EncodeResult, Modality
-from serving.releases.guard import GuardTarget
-from serving.releases.observations import ComparisonCounts
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.guard import ComparisonCounts, GuardTarget
 from serving.releases.shadow_traffic import ITEMS, WAITING, ShadowTraffic
+from serving.releases.types import ReleaseSnapshot
 from tests.support.waiting import until
 
 DIM = 16

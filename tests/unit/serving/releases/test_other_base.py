@@ -13,16 +13,16 @@ from core.settings import Settings
 from core.settings.serving import BaseModels, Rollout
 from serving.app import _check_base
 from serving.engines.clip_base import ClipBase
-from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard import find_guard_target
-from serving.releases.lineage import Lineage, spaces_of_bases
+from serving.releases.leadership import Lineage, spaces_of_bases
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.residency import ResidencyCopy, ResidencySource, encode_copy, read_residency, residency_path
 from serving.releases.rollback import roll_back_offline
+from serving.releases.types import PromoteCommand, ReleaseCommand, RollbackCommand
 from tests.support.tiny import tiny_base
 from tests.support.waiting import until
-from tests.unit.serving.test_protocol import PlainBroadcast
-from tests.unit.serving.test_two_controllers import Controllers
+from tests.unit.serving.releases.plain_replicas import PlainBroadcast
+from tests.unit.serving.releases.test_leadership import Controllers
 
 
 class TwoBases:
