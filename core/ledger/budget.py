@@ -8,13 +8,11 @@ from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
 from core.ledger import tables as t
-from core.ledger.database import Database
+from core.ledger.database import Queries
 
 
-class BudgetQueries:
+class BudgetQueries(Queries):
     """``rate`` is the refill in MAF-GFLOPs a second, ``capacity`` the most that can be saved up."""
-
-    database: Database
 
     def bucket_level(self, now: float, rate: float, capacity: float) -> float:
         """What can be spent at ``now`` (seconds since 1970).

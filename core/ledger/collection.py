@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import AdapterCollected, LedgerError, ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.database import Database
+from core.ledger.database import Queries
 from core.ledger.events import note
 from core.ledger.leases import check_lease, database_time
 
@@ -54,10 +54,8 @@ class JudgedUpdate:
     judged_at: datetime
 
 
-class CollectionQueries:
+class CollectionQueries(Queries):
     """What the collector reads and writes."""
-
-    database: Database
 
     def clock(self) -> datetime:
         """The database server's time; SQLite has this machine's."""

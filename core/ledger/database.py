@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -216,6 +216,26 @@ def as_row(kind: type[Result], source: Any) -> Result:
     """Copy the columns of a mapped object into a frozen row."""
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     return kind(**{field.name: getattr(source, field.name) for field in fields})
+
+
+class Queries:
+    """Base of the ledger's queries: reads of one table, as frozen rows."""
+
+    database: Database
+
+    def _all(self, kind: type[Result], query: Select[Any]) -> list[Result]:
+        with self.database.read() as session:
+            return [as_row(kind, row) for row in session.scalars(query)]
+
+    def _first(self, kind: type[Result], query: Select[Any]) -> Result | None:
+        with self.database.read() as session:
+            row = session.scalars(query.limit(1)).first()
+            return None if row is None else as_row(kind, row)
+
+    def _get(self, kind: type[Result], table: type[Any], key: object) -> Result | None:
+        with self.database.read() as session:
+            row = session.get(table, key)
+            return None if row is None else as_row(kind, row)
 
 
 LOOKUP_SECONDS: Final = 5.0

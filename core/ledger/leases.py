@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import LeaseLost
 from core.ledger import tables as t
-from core.ledger.database import Database, as_row
+from core.ledger.database import Queries
 from core.ledger.rows import LeaseRow
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,8 @@ CONTROLLER_LEASE: Final = "controller"
 """The right to change what is live: to advance proposals and to commit releases."""
 
 
-class LeaseQueries:
+class LeaseQueries(Queries):
     """Compare-and-set on a row for each lease. Times are those of the database server, where it has a clock."""
-
-    database: Database
 
     def acquire_lease(self, name: str, holder: str, seconds: float) -> int | None:
         """Take a lease that is free, or has run out. Returns its epoch, or None while somebody else holds it.
@@ -77,9 +75,7 @@ class LeaseQueries:
 
     def lease(self, name: str) -> LeaseRow | None:
         """Who holds a lease, or held it last; the holder is empty when it was given back."""
-        with self.database.read() as session:
-            row = session.get(t.Lease, name)
-            return None if row is None else as_row(LeaseRow, row)
+        return self._get(LeaseRow, t.Lease, name)
 
 
 def check_lease(session: Session, name: str, epoch: int) -> None:

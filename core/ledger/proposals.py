@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError, ReleaseConflict
 from core.ledger import tables as t
 from core.ledger.collection import check_files
-from core.ledger.database import Database, as_row, write_once
+from core.ledger.database import Queries, as_row, write_once
 from core.ledger.events import note, tell_proposal
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, Scope
@@ -20,10 +20,8 @@ ENDED: Final = ("committed", "failed")
 """States that a proposal does not leave."""
 
 
-class ProposalQueries:
+class ProposalQueries(Queries):
     """What the updater, operators and the release controller write before a release."""
-
-    database: Database
 
     def propose(
         self,
@@ -86,15 +84,12 @@ class ProposalQueries:
 
     def proposals(self, limit: int = 50) -> list[ProposalRow]:
         """The newest proposals, newest first."""
-        with self.database.read() as session:
-            rows = session.scalars(select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
-            return [as_row(ProposalRow, row) for row in rows]
+        return self._all(ProposalRow, select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
 
     def pending_proposals(self) -> list[ProposalRow]:
         """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
         query = select(t.Proposal).where(t.Proposal.state.not_in(ENDED)).order_by(t.Proposal.id)
-        with self.database.read() as session:
-            return [as_row(ProposalRow, row) for row in session.scalars(query)]
+        return self._all(ProposalRow, query)
 
     def advance_proposal(
         self,
@@ -165,7 +160,7 @@ def _check_epoch(session: Session, epoch: int | None) -> None:
 
 
 def _check_live(session: Session, expected: int | None) -> None:
-    live = session.scalars(select(t.Release.number).order_by(t.Release.number.desc()).limit(1)).first() or 0
+    live = session.scalar(select(func.max(t.Release.number))) or 0
     if expected is not None and expected != live:
         raise ReleaseConflict(
             f"release {live} is live, not {expected}: somebody released first.",

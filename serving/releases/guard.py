@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from core.ledger.ledger import Ledger
+from core.ledger import Ledger
 from core.ledger.rows import Family, ProposalKind, ReleaseRow
 from core.settings.serving import Rollout
 

@@ -20,8 +20,8 @@ from typing import Final
 
 from core.digests import digest12
 from core.errors import LedgerError, ReleaseError
+from core.ledger import Ledger
 from core.ledger.leases import CONTROLLER_LEASE
-from core.ledger.ledger import Ledger
 from core.ledger.proposals import ENDED
 from core.ledger.rows import ProposalRow, ReleaseRow
 from core.settings import Settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import ReleaseConflict, ReleaseError
-from core.ledger.ledger import Ledger
+from core.ledger import Ledger
 from core.ledger.rows import ProposalRow, ReleaseRow, Scope
 from serving.releases.broadcast import Broadcast
 from serving.releases.residency import ResidencyRows, read_residency, resolve_residency

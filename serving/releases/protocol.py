@@ -24,7 +24,7 @@ from typing import Any, Final, TypeVar
 
 from core import metrics
 from core.errors import Held, LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseConflict, ReleaseError
-from core.ledger.ledger import Ledger
+from core.ledger import Ledger
 from core.ledger.rows import HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow
 from serving.releases.broadcast import Broadcast, Unacknowledged
 from serving.releases.leadership import ControllerLease, Lineage, wait_for_leader

@@ -26,7 +26,7 @@ from core.dependencies import answered, noted
 from core.digests import digest_json
 from core.errors import LedgerUnavailable, RatchetError, ReleaseError
 from core.files import replace_file
-from core.ledger.ledger import Ledger
+from core.ledger import Ledger
 from core.ledger.rows import Family, ReleaseRow
 from core.settings import Settings
 from serving.own_threads import BoundedCall

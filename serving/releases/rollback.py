@@ -9,8 +9,8 @@ from typing import Final
 
 from core.digests import digest12
 from core.errors import LedgerError, LedgerUnavailable, RatchetError, ReleaseConflict, ReleaseError
+from core.ledger import Ledger
 from core.ledger.collection import collected_error
-from core.ledger.ledger import Ledger
 from core.ledger.rows import Family, ProposalRow, ReleaseRow
 from serving.releases.leadership import Lineage
 from serving.releases.types import Adapters, RollbackCommand, TargetAdapters, scope_of, target_adapters
