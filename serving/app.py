@@ -40,7 +40,7 @@ from core.settings.watching import Logs
 from ratchet_client import Client
 from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
 from serving.ray import ray_session
-from serving.ray.ray_start import deploy, start_ray
+from serving.ray.ray_session import deploy, start_ray
 from serving.start_progress import StartProgress
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ the collector; after that whoever makes or imports it again may store it anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -24,7 +24,6 @@ from core.ledger.leases import check_lease, database_time
 
 COLLECT_LEASE: Final = "collect"
 """The right to delete files of the artifacts. A backup holds it as well: nothing goes while it copies."""
-NAMES_PER_QUERY: Final = 500
 OPEN_UPDATES: Final = ("training", "trained", "gated")
 OPEN_PROPOSALS: Final = ("pending", "preparing")
 
@@ -119,9 +118,9 @@ class CollectionQueries(Queries):
 
     def collected(self, names: Sequence[str | None]) -> dict[str, datetime]:
         """Those of some adapters whose files were collected, with the time."""
-        wanted = {name for name in names if name is not None}
+        query = select(t.Adapter).where(t.Adapter.name.in_([name for name in names if name is not None]))
         with self.database.read() as session:
-            return _collected(session, wanted)
+            return {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
 
     def begin_collection(self, reasons: Mapping[str, str], *, live: int, epoch: int, actor: str) -> list[str]:
         """Mark adapters whose files are to be deleted; from then on no proposal and no release names them.
@@ -201,25 +200,8 @@ def collected_error(name: str, time: datetime) -> AdapterCollected:
 
 def _locked(session: Session, names: Iterable[str]) -> list[t.Adapter]:
     """Rows of adapters, locked in the order of their names until the transaction ends."""
-    rows: list[t.Adapter] = []
-    for some in _parts(names):
-        query = select(t.Adapter).where(t.Adapter.name.in_(some)).order_by(t.Adapter.name).with_for_update()
-        rows += session.scalars(query.execution_options(populate_existing=True))
-    return rows
-
-
-def _parts(names: Iterable[str]) -> Iterator[list[str]]:
-    ordered = sorted(names)
-    for start in range(0, len(ordered), NAMES_PER_QUERY):
-        yield ordered[start : start + NAMES_PER_QUERY]
-
-
-def _collected(session: Session, names: Iterable[str]) -> dict[str, datetime]:
-    times: dict[str, datetime] = {}
-    for some in _parts(names):
-        query = select(t.Adapter).where(t.Adapter.name.in_(some), t.Adapter.collected_at.is_not(None))
-        times |= {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
-    return times
+    query = select(t.Adapter).where(t.Adapter.name.in_(list(names))).order_by(t.Adapter.name).with_for_update()
+    return list(session.scalars(query.execution_options(populate_existing=True)))
 
 
 def _in_use(session: Session) -> dict[str, str]:

@@ -92,13 +92,7 @@ class ProposalQueries(Queries):
         return self._all(ProposalRow, query)
 
     def advance_proposal(
-        self,
-        proposal_id: int,
-        state: ProposalState,
-        error: str | None = None,
-        *,
-        epoch: int | None = None,
-        expected: ProposalState | None = None,
+        self, proposal_id: int, state: ProposalState, error: str | None = None, *, epoch: int | None = None
     ) -> ProposalRow:
         """Move a proposal on. ``committed`` is set by :meth:`ReleaseQueries.commit_release` alone, and an end is final:
         to fail what has failed before changes nothing.
@@ -106,11 +100,10 @@ class ProposalQueries(Queries):
         Args:
             error: why it failed.
             epoch: of the controller's lease.
-            expected: the state that it has to be in.
 
         Raises:
             LeaseLost: another controller took over.
-            ReleaseConflict: it has ended, or is in another state than ``expected``.
+            ReleaseConflict: it has ended.
         """
         if state == "committed":
             raise LedgerError("a proposal is committed with its release.", "Use commit_release.")
@@ -120,7 +113,7 @@ class ProposalQueries(Queries):
             row = find_proposal(session, proposal_id, lock=True)
             if row.state == state and (repeated or state == "failed"):
                 return as_row(ProposalRow, row)
-            check_open(row, expected)
+            check_open(row)
             row.state, row.error = state, error
             if state == "failed":
                 note(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
@@ -139,9 +132,9 @@ def find_proposal(session: Session, proposal_id: int, lock: bool = False) -> t.P
     return row
 
 
-def check_open(row: t.Proposal, expected: ProposalState | None = None) -> None:
-    """Refuse to change a proposal that has ended, or is not in the expected state. Raises ReleaseConflict."""
-    if row.state in ENDED or expected not in (None, row.state):
+def check_open(row: t.Proposal) -> None:
+    """Refuse to change a proposal that has ended. Raises ReleaseConflict."""
+    if row.state in ENDED:
         end = f" as release {row.release}" if row.state == "committed" else f" ({row.error})" if row.error else ""
         raise ReleaseConflict(
             f"proposal {row.id} is {row.state}{end}: another process has gone on with it.",

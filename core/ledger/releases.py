@@ -45,7 +45,6 @@ class ReleaseQueries(Queries):
         share: float = 1.0,
         epoch: int | None = None,
         hold_after_rollback: bool = False,
-        attempt: str | None = None,
     ) -> ReleaseRow:
         """Append a release, and mark its proposal committed, in one transaction. When the answer to COMMIT is lost, the
         release is looked up; see :mod:`core.ledger.database`.
@@ -54,8 +53,6 @@ class ReleaseQueries(Queries):
             epoch: of the controller's lease.
             hold_after_rollback: open a hold with an operator's rollback. Rollbacks of the guard open none: it has
                 withdrawn the adapter that it takes back, and the next update was judged without it.
-            attempt: names this commit (at most 32 characters); a second call with the same one returns the release of
-                the first. For callers that repeat a commit after CommitUnknown.
 
         Raises:
             ReleaseConflict: the number is taken or is not the live number + 1, or the proposal has ended.
@@ -64,7 +61,7 @@ class ReleaseQueries(Queries):
             AdapterCollected: the files of an adapter are gone.
             CommitUnknown: the ledger went away during COMMIT and did not come back.
         """
-        attempt = attempt or secrets.token_hex(16)
+        attempt = secrets.token_hex(16)
 
         def write(session: Session, _repeated: bool) -> ReleaseRow:
             written = session.scalars(select(t.Release).where(t.Release.attempt == attempt)).first()

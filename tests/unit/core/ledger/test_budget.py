@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete
 
+from core.errors import LedgerError
 from core.ledger import Ledger
 from core.ledger.tables import Bucket, Charge
 
 RATE, CAPACITY = 2.0, 100.0
 FULL = CAPACITY / RATE
 """Seconds after which an empty bucket is full."""
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 class Spender:
@@ -116,6 +117,8 @@ def test_another_ledger_on_the_same_database_goes_on_where_the_last_one_stood(ur
     second.close()
     third = Ledger.open(url)
     third.settle("u1", 0, capacity=CAPACITY)
+    with pytest.raises(LedgerError, match="u9"):
+        third.settle("u9", 1, capacity=CAPACITY)
     assert third.bucket_level(1005, RATE, CAPACITY) == 60
     assert third.spent() == 50
     third.close()
