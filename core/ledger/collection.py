@@ -3,7 +3,7 @@
 Files go in three steps, so that no release can name what is being deleted: the adapter is marked, in a transaction that
 refuses where anything needs it by now; its files are deleted; the mark is completed with the bytes that were freed.
 What marks and what releases lock the adapter's row. A marked adapter whose files are not known to be gone belongs to
-the collector; after that whoever makes or imports it again may store it anew.
+the collector; after that a process that makes or imports it again may store it again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPEN_PROPOSALS: Final = ("pending", "preparing")
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """What the age of an adapter's files is counted from."""
+    """The use of an adapter, from which the age of its files is counted."""
 
     name: str
     family: str
@@ -38,7 +38,7 @@ class AdapterUse:
     last_used: datetime
     """The latest of: it was recorded, an update of it moved on, a release with it was replaced."""
     released: bool
-    """Whether any release has had it."""
+    """True if any release has had it."""
     collected_at: datetime | None
     collected_bytes: int | None
     """None as long as its files are not known to be gone."""
@@ -54,7 +54,7 @@ class JudgedUpdate:
 
 
 class CollectionQueries(Queries):
-    """What the collector reads and writes."""
+    """Reads and writes of the collector."""
 
     def clock(self) -> datetime:
         """The database server's time; SQLite has this machine's."""
@@ -165,7 +165,7 @@ class CollectionQueries(Queries):
 
 
 def restore_mark(row: t.Adapter) -> None:
-    """Take the mark from an adapter whose files are stored anew.
+    """Take the mark from an adapter whose files are stored again.
 
     Raises:
         LedgerError: its old files are being deleted.
@@ -189,7 +189,7 @@ def check_files(session: Session, names: Iterable[str | None]) -> None:
 
 
 def collected_error(name: str, time: datetime) -> AdapterCollected:
-    """What is said of an adapter that was asked for."""
+    """The error for an adapter that was asked for."""
     return AdapterCollected(
         f"the files of {name} were collected on {time.astimezone(UTC):%Y-%m-%d}: it was older than gc.keep_days and "
         "outside of gc.keep_releases.",

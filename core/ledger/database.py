@@ -41,7 +41,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 # Any fixed number: processes that start together take turns at migrating.
 MIGRATION_LOCK = 7241957312
 OUTAGES: Final = (OperationalError, InterfaceError, InternalError, PoolTimeout)
-"""What SQLAlchemy raises when the database is away, silent, full, read-only or too busy."""
+"""Errors of SQLAlchemy when the database is away, silent, full, read-only or too busy."""
 FIX: Final = "What is in service goes on. Bring the database back; nothing else needs to be done."
 
 Result = TypeVar("Result")
@@ -239,14 +239,14 @@ class Queries:
 
 
 LOOKUP_SECONDS: Final = 5.0
-"""How long the outcome of a COMMIT is looked for; a server that was restarted is back in one or two."""
+"""Longest search for the outcome of a COMMIT; a server that was restarted is back in one or two."""
 _RELEASE_LOCK: Final = 7241957313
-"""Any fixed number: releases, proposals and holds are written one after the other, whoever writes them."""
+"""Any fixed number: releases, proposals and holds are written one after the other, by whichever process."""
 _PAUSE_SECONDS: Final = 0.1
 
 
 def lock_releases(session: Session) -> None:
-    """Let nobody else write releases, proposals or holds until this transaction ends. SQLite has one writer anyway."""
+    """Let no other transaction write releases, proposals or holds until this one ends. SQLite has one writer anyway."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _RELEASE_LOCK})
 

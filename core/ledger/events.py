@@ -33,13 +33,13 @@ EVENT_TYPES: Final[Mapping[str, EventType]] = {
     "deletion": "ratchet.deletion.v1",
     "gap": "ratchet.gap.v1",
 }
-#: Brokers take 1 MB by default, and an event has some 500 bytes beside its data.
+#: Brokers take 1 MB by default, and an event has some 500 bytes besides its data.
 MAX_DATA_BYTES = 512 * 1024
 MAX_TEXT_CHARS = 4000
 
 
 class EventQueries(Queries):
-    """What writes events and what publishes them."""
+    """Writing events and publishing them."""
 
     def record_event(self, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
         """Record an event of its own. Returns False, and does nothing, when there is one with this id.
@@ -101,7 +101,7 @@ class EventQueries(Queries):
             return int(cast(CursorResult[Any], result).rowcount)
 
     def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-        """Record what somebody did that changes no other table."""
+        """Record an action that changes no other table."""
         with self.database.write() as session:
             note(session, actor, action, subject, detail)
 

@@ -32,7 +32,7 @@ RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous"}
 
 
 class KeyQueries(Queries):
-    """What operators do about keys, and what the server asks of them."""
+    """Keys as operators manage them and the server checks them."""
 
     def create_key(
         self, name: str, scopes: Sequence[str], *, actor: str, requests_per_minute: int | None = None,
@@ -109,7 +109,7 @@ def parse_token(token: str) -> tuple[str, str] | None:
 
 
 def digest_of(secret: str) -> str:
-    """What the ledger keeps of a secret."""
+    """The digest of a secret, which is all that the ledger keeps of it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ BEGAN = "began"
 
 
 class LearningQueries(Queries):
-    """What the updater writes."""
+    """Writes of the updater, and reads of them."""
 
     def register_adapter(
         self,
@@ -204,7 +204,7 @@ class LearningQueries(Queries):
         return self._all(UpdateRow, query)
 
     def is_finished(self, update_id: str) -> bool:
-        """Whether there was such an update, and nothing more will be done about it."""
+        """True if there was such an update and it has ended."""
         with self.database.read() as session:
             row = session.get(t.Update, update_id)
             return row is not None and row.state in FINISHED
@@ -248,7 +248,7 @@ class LearningQueries(Queries):
         return self._first(VerdictRow, query)
 
     def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
-        """Verdicts on adapters of a base (its digest) that answered everybody once, newest first; none on those that
+        """Verdicts on adapters of a base (its digest) that answered all requests once, newest first; none on those that
         were withdrawn or collected.
         """
         column = t.Release.clip if family == "clip" else t.Release.vlm
@@ -294,7 +294,7 @@ class LearningQueries(Queries):
         gflops: float,
         actor: str,
     ) -> UpdateRow:
-        """Record an update that learns everything before ``data_to`` anew; the same id again returns what is there.
+        """Record an update that learns everything before ``data_to`` again; the same id again returns what is there.
 
         Args:
             old, new: digest and name of both bases.
@@ -320,7 +320,7 @@ class LearningQueries(Queries):
             return as_row(UpdateRow, row)
 
     def base_upgrade(self, update_id: str) -> BaseUpgradeRow | None:
-        """What an update goes from and to; None where it stays on its base."""
+        """The bases that an update goes from and to; None where it stays on its base."""
         return self._get(BaseUpgradeRow, t.BaseUpgrade, update_id)
 
     def approved_upgrade(self, new_base: str | None = None) -> BaseUpgradeRow | None:

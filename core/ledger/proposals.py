@@ -21,7 +21,7 @@ ENDED: Final = ("committed", "failed")
 
 
 class ProposalQueries(Queries):
-    """What the updater, operators and the release controller write before a release."""
+    """Proposals of the updater and of operators, and how the release controller carries them out."""
 
     def propose(
         self,
@@ -143,7 +143,7 @@ def check_open(row: t.Proposal) -> None:
 
 
 def rollout_detail(share: float, forced: bool) -> dict[str, Any]:
-    """What the audit says beyond a plain release."""
+    """Fields of the audit beyond those of a plain release."""
     return ({} if share >= 1 else {"share": share}) | ({"forced": True} if forced else {})
 
 

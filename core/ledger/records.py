@@ -49,7 +49,7 @@ class RecordQueries(Queries):
             row.removed_version, row.version, row.removed_at = store_version, None, row.removed_at or t.utc_now()
 
     def deletion_reopened(self, deletion_id: str) -> None:
-        """More of it is about to be removed: what was written anew before that does not count."""
+        """More of it is about to be removed: what was written again before that does not count."""
         with self.database.write() as session:
             mine = update(t.Deletion).where(t.Deletion.id == deletion_id, t.Deletion.state == "removed")
             session.execute(mine.values(version=None))
@@ -118,7 +118,7 @@ class RecordQueries(Queries):
             return set(session.scalars(select(t.Deletion.id).where(t.Deletion.id.startswith(prefix, autoescape=True))))
 
     def count_deletions(self, prefix: str = "", states: Sequence[DeletionState] = ()) -> int:
-        """How many there are; only those whose id begins so, and only those in some states."""
+        """Number of deletions; only those whose id begins so, and only those in some states."""
         query = select(func.count()).select_from(t.Deletion)
         if prefix:
             query = query.where(t.Deletion.id.startswith(prefix, autoescape=True))
@@ -129,7 +129,7 @@ class RecordQueries(Queries):
 
     def oldest_deletion(self) -> DeletionRow | None:
         """The one that has waited longest of those that are not done, or None. One that is locked in the bucket until
-        a time that is known waits for nothing that somebody could do.
+        a time that is known waits for nothing that an operator could do.
         """
         until = t.Deletion.remains_until
         waiting = select(t.Deletion).where(t.Deletion.state != "done", or_(until.is_(None), until <= t.utc_now()))

@@ -30,7 +30,7 @@ _OPEN_HOLD: Final = select(t.Hold).where(t.Hold.resumed_at.is_(None)).order_by(t
 
 
 class ReleaseQueries(Queries):
-    """What the release controller and the guard write, and everybody reads. All that canaries, shadows and the guard
+    """Releases, written by the release controller and the guard. All that canaries, shadows and the guard
     need follows from rows that are never changed."""
 
     def commit_release(
@@ -133,7 +133,7 @@ class ReleaseQueries(Queries):
         return self._first(ReleaseRow, plain.order_by(NEWEST))
 
     def was_stable(self, family: Family, adapter: str | None) -> bool:
-        """Whether an adapter (None: the base alone) was in a plain release, and so answered all requests."""
+        """True if an adapter (None: the base alone) was in a plain release, and so answered all requests."""
         column = t.Release.clip if family == "clip" else t.Release.vlm
         query = select(t.Release.number).where(t.Release.share >= PLAIN, column.is_not_distinct_from(adapter))
         with self.database.read() as session:
@@ -160,7 +160,7 @@ class ReleaseQueries(Queries):
             session.add(t.Audit(actor=actor, action="withdraw", subject=subject, detail=detail))
 
     def unproven(self, name: str) -> str:
-        """Why an adapter needs force to be released; empty when it passed the gate, or was live before."""
+        """The reason why an adapter needs force to be released; empty when it passed the gate, or was live before."""
         with self.database.read() as session:
             adapter = session.get(t.Adapter, name)
             if adapter is not None and adapter.withdrawn:

@@ -45,22 +45,22 @@ PROXIED = "SERVE_BEHIND_HAPROXY"
 """Set where HAProxy of this machine is in front of the ingress. Not with the prefix of Ratchet's settings, see
 :data:`serving.ray.replica_process.SWITCH`."""
 START_ATTEMPTS = 1_000_000
-"""How often Serve starts a replica of the VLM before it gives up: a VLM that cannot start is an outage of the VLM
+"""Starts of a replica of the VLM before Serve gives up: a VLM that cannot start is an outage of the VLM
 alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
 ``max_constructor_retry_count`` and this many for each replica."""
 HEAD_ALLOCATOR = "narenas:1,tcache:false,dirty_decay_ms:0,muzzy_decay_ms:0"
-"""How Ray's head allocates: what it frees, the system gets at once. Its 19 MB of objects took 30 MB spread over the
-arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours."""
+"""Settings of the allocator of Ray's head: what it frees, the system gets at once. Its 19 MB of objects took 30 MB
+spread over the arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours.
+"""
 SPIN_COUNT = "5000"
-"""How often a thread of GNU's OpenMP looks whether the others are done before it sleeps (300,000 by default). Where the
+"""Looks of a thread of GNU's OpenMP at whether the others are done, before it sleeps (300,000 by default). Where the
 scheduler puts an encoder's two threads on one core, because the VLM has the other, one would look for the whole time
 slice that the other one needs: an image took 1.25 s for 0.013. With this it takes 0.05, and alone still 0.013; with
 OMP_WAIT_POLICY=PASSIVE, 0.03."""
 KILL_SECONDS = 5.0
-"""How long killed processes are waited for."""
+"""Longest wait for killed processes to end."""
 ANSWER_GRACE_SECONDS = 10.0
-"""How long HAProxy waits for an answer, or for more of it, after the deadline: the application's own refusal is better.
-"""
+"""Longest wait of HAProxy for an answer, or more of it, after the deadline: the application's own refusal is better."""
 LOOK_SECONDS = 0.02
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 ENGINE_TITLE = b"VLLM::"
@@ -69,7 +69,7 @@ SPAWNED = b"--multiprocessing-fork"
 
 
 def session_directory(settings: Settings) -> Path:
-    """Where this Ratchet's Ray keeps sockets and logs.
+    """The folder in which this Ratchet's Ray keeps sockets and logs.
 
     Short, because Serve appends 67 characters to HAProxy's socket, and HAProxy takes 97 at most.
     """
@@ -146,7 +146,7 @@ def prepare_environment(settings: Settings) -> Path:
 
 
 def tracing_environment(traces: Traces) -> dict[str, str]:
-    """What Ray Serve and OpenTelemetry read. Raises ConfigError where the extra ``traces`` is not installed."""
+    """Variables for Ray Serve and OpenTelemetry. Raises ConfigError where the extra ``traces`` is not installed."""
     for package in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"):
         try:
             importlib.import_module(package)
@@ -164,7 +164,7 @@ def tracing_environment(traces: Traces) -> dict[str, str]:
 
 
 def front_limits(server: Serve) -> dict[str, Any]:
-    """What :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
+    """The limits that :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
     return {
         "header_ms": int(server.header_seconds * 1000),
         "idle_ms": int(server.idle_seconds * 1000),
@@ -290,7 +290,7 @@ def _is_ours(pid: int, mark: bytes) -> bool:
 
 
 def is_engine(pid: int, mark: bytes) -> bool:
-    """Whether this is a process of vLLM that a replica of this session started.
+    """True if this is a process of vLLM that a replica of this session started.
 
     vLLM writes its title over command and environment, but for the first seconds, and for ever where an import changed
     the variable that happens to be the first of its environment (setproctitle then finds nothing to write over). What
@@ -317,7 +317,7 @@ def free_range(count: int) -> int:
 
 
 def is_free(host: str, port: int) -> bool:
-    """Whether the address can be bound."""
+    """True if the address can be bound."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -29,9 +29,9 @@ class Admission:
         self.stable: ReleaseSnapshot | None = None
         """The newest plain release: it answers callers whom the live one does not."""
         self.splits = False
-        """Whether a canary or a shadow is live, so that it matters who asks."""
+        """True if a canary or a shadow is live, so that it matters who asks."""
         self.closed = False
-        """Whether no more requests are admitted."""
+        """True if no more requests are admitted."""
         self._in_flight: dict[int, int] = {}
         self._answered: dict[int, RequestCounts] = {}
 
@@ -147,7 +147,7 @@ class Admission:
 
 
 def canary_bucket(clip: str | None, vlm: str | None, key: str) -> float:
-    """Where a caller stands between 0 and 1 (not included): a canary with a share above it answers.
+    """The place of a caller between 0 and 1 (not included): a canary with a share above it answers.
 
     It is the SHA-256 of the caller's key and of the canary's adapters. So a caller sees one side for as long as these
     adapters are tried, every ingress agrees without asking, and a larger share only adds callers: a caller on the

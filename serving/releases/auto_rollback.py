@@ -39,7 +39,7 @@ ANSWER_SECONDS: Final = 30.0
 """For all replicas to say whether they hold an adapter. One that is starting is no reason to wait: the next check asks
 again."""
 MAX_RELEASES: Final = 50
-"""How far back an adapter that can be loaded is looked for."""
+"""Releases among which one that can be loaded is looked for."""
 
 
 class Guard:
@@ -87,7 +87,7 @@ class Guard:
         return None
 
     def status(self) -> dict[str, Any]:
-        """What was seen at the last look."""
+        """Counts and decision of the last look."""
         return dict(self._last)
 
     async def _take_back(self, target: GuardTarget, bad: Evidence, counted: dict[str, Any]) -> ReleaseResult:
@@ -109,7 +109,7 @@ class Guard:
         return outcome
 
     async def _is_proven(self, target: GuardTarget, observations: Observations, now: float) -> bool:
-        """Whether an update on trial may answer everybody. An operator's trial is the operator's to end."""
+        """True if an update on trial may answer all requests. An operator's trial is the operator's to end."""
         if target.release.plain or target.kind != "update" or now - target.began < self.settings.observe_seconds:
             return False
         least = min(observations.compared.get(f, ComparisonCounts()).inputs for f in FAMILIES if target.differs(f))
@@ -153,7 +153,7 @@ class Fallback:
         self._protocol = protocol
         self._due = 0.0
         self.problem = ""
-        """Why an older release than the ledger's answers; empty when it does not."""
+        """The reason why an older release than the ledger's answers; empty when it does not."""
 
     async def step(self) -> ReleaseResult | None:
         """Check every :data:`CHECK_SECONDS`; the release that was made, if one was.
@@ -205,7 +205,7 @@ class Fallback:
         raise ReleaseError(f"{self.problem} No older release can be loaded either.", "Restore the artifacts.")
 
     async def _reason(self, family: Family, adapter: str | None) -> str:
-        """Why no replica can load an adapter; empty when one can, or when it is not known now."""
+        """The reason why no replica can load an adapter; empty when one can, or when it is not known now."""
         if adapter is None:
             return ""
         broadcast = self._protocol.broadcast

@@ -63,7 +63,7 @@ class Broadcast:
 
     @property
     def has_vlm(self) -> bool:
-        """Whether there are VLM replicas."""
+        """True if there are VLM replicas."""
         return self.vlm is not None
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
@@ -89,7 +89,7 @@ class Broadcast:
         return rows
 
     async def resident(self) -> list[ReleaseSnapshot]:
-        """What ingress replicas answer with at this moment; nothing where one does not say so at once."""
+        """The releases that ingress replicas answer with at this moment; nothing where one does not say so at once."""
         try:
             windows = await call_every_replica(self.ingress, "resident", seconds=RESIDENT_SECONDS)
         except ReleaseError:
@@ -97,7 +97,7 @@ class Broadcast:
         return [snapshot for window in windows for snapshot in window]
 
     async def announce(self, residency: Residency, seconds: float) -> int:
-        """What is resident to every replica; returns how many acknowledged.
+        """Tell every replica what is resident; returns how many acknowledged.
 
         VLM replicas are told when their adapters change: one that starts makes no release of CLIP wait.
 
@@ -122,7 +122,7 @@ class Broadcast:
         return acknowledged
 
     async def observations(self) -> list[Observations]:
-        """What each ingress replica saw of the release that is watched."""
+        """The counts of each ingress replica about the release that is watched."""
         return await call_every_replica(self.ingress, "observations", seconds=ACKNOWLEDGE_SECONDS)
 
     async def in_flight(self) -> dict[int, int]:
@@ -158,11 +158,11 @@ class Broadcast:
             return {}
 
     async def encoder_status(self) -> list[dict[str, Any]]:
-        """What each encoder says of itself: its engine, precision and base; none while one does not answer."""
+        """The status of each encoder: its engine, precision and base; none while one does not answer."""
         return await self._status(self.encoder)
 
     async def vlm_status(self) -> list[dict[str, Any]]:
-        """What each VLM replica says of itself; none while all of them are starting."""
+        """The status of each VLM replica; none while all of them are starting."""
         return [] if self.vlm is None else await self._status(self.vlm)
 
     async def _status(self, handle: DeploymentHandle) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from serving.releases.types import (
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
 START_SECONDS = 10.0
-"""How long an operator's call waits for a controller that starts; it does not hang when that one cannot."""
+"""Longest wait of an operator's call for a controller that starts; it does not hang when that one cannot."""
 GUARD_PAUSE_SECONDS = 5.0
 """After a look that failed: what the guard could not release now it will hardly release a second later."""
 KINDS = {"release": "release", "promote": "promotion", "rollback": "rollback"}
@@ -132,7 +132,7 @@ class ReleaseController:
         return outcome
 
     def _check_adapters(self, command: ReleaseCommand) -> bool:
-        """Whether one of the adapters passed no gate and was never live. Raises ReleaseError unless that is forced."""
+        """True if one of the adapters passed no gate and was never live. Raises ReleaseError unless that is forced."""
         unproven: list[str] = []
         for family, name in command.adapters.items():
             if name is None:
@@ -246,7 +246,7 @@ class ReleaseController:
             await asyncio.sleep(RENEW_SECONDS)
 
     async def _other_base(self) -> str:
-        """Why this server cannot answer with the live release; empty where it has the same base."""
+        """The reason why this server cannot answer with the live release; empty where it has the same base."""
         if self.lineage is None:
             return ""
         live = await asyncio.to_thread(self.ledger.live)

@@ -52,7 +52,7 @@ class GuardTarget:
         return self.release.created_at.timestamp()
 
     def differs(self, family: Family) -> bool:
-        """Whether it changes this model. What it leaves alone needs no comparing."""
+        """True if it changes this model. What it leaves alone needs no comparing."""
         return self.release.adapter(family) != self.incumbent.adapter(family)
 
 
@@ -152,7 +152,7 @@ class Evidence:
 
     @property
     def broken(self) -> bool:
-        """Whether the release is outside of its bound."""
+        """True if the release is outside of its bound."""
         return self.chance < self.level
 
     def detail(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ async def wait_for_leader(
 
 
 def _movement(ledger: Ledger) -> object:
-    """What changes as long as the controller with the lease carries proposals out; preparing one may take hours."""
+    """A value that changes as long as the leading controller carries proposals out; preparing one may take hours."""
     with ledger.reading():
         states = [(proposal.id, proposal.state) for proposal in ledger.pending_proposals()]
         preparing = any(state == "preparing" for _, state in states)
@@ -122,7 +122,7 @@ class Lineage:
         return None if digest is None else cls(settings.base.clip, digest, settings.home)
 
     def has(self, release: ReleaseRow | None) -> bool:
-        """Whether a release's CLIP has this base. One that names no base is of the only one that there was."""
+        """True if a release's CLIP has this base. One that names no base is of the only one that there was."""
         return release is None or release.clip_base in (None, self.digest)
 
     def why_not(self, release: ReleaseRow) -> str:

@@ -27,7 +27,7 @@ class PreparingProposal:
     task: asyncio.Task[Any] | None = None
     """Prepares it; may be cancelled."""
     target: TargetAdapters | None = None
-    """What replicas are loading for it."""
+    """The adapters that replicas are loading for it."""
     number: int = 0
     """Of the release that it will be."""
     share: float = 1.0
@@ -101,12 +101,12 @@ class Preparation:
         _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
 
     def read(self) -> ResidencyRows:
-        """What the ledger says is resident."""
+        """Releases that are resident by the ledger."""
         return read_residency(self.ledger, self.size, self.base)
 
     async def residency(self) -> Residency:
-        """What stays loaded. Spaces that are not known are asked for: adapters are loaded for it. Releases whose CLIP
-        adapter is gone or damaged are left out.
+        """Releases that stay loaded. Spaces that are not known are asked for: adapters are loaded for it. Those whose
+        CLIP adapter is gone or damaged are left out.
 
         Raises:
             ReleaseError: the encoders cannot tell the spaces of what answers requests.

@@ -222,7 +222,7 @@ class ReleaseProtocol:
         return await self.preparation.residency()
 
     async def known_residency(self) -> Residency:
-        """What stays loaded, as far as it is known without asking a replica."""
+        """Releases that stay loaded, as far as it is known without asking a replica."""
         return await self.preparation.known_residency(await asyncio.to_thread(self.preparation.read))
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
@@ -245,7 +245,7 @@ class ReleaseProtocol:
         await self.broadcast.retire(clips, vlms)
 
     async def _needed(self) -> tuple[Residency, list[tuple[int, TargetAdapters]]]:
-        """What is resident; and the number and the adapters of what is being prepared, before and after the look at
+        """The residency; and the number and the adapters of what is being prepared, before and after the look at
         the ledger, which misses what is committed meanwhile."""
         before = self._preparing
         residency = await self.residency()
@@ -449,7 +449,7 @@ class ReleaseProtocol:
         return [proposal for proposal in waiting if proposal.id not in abandoned]
 
     async def _lacks_vlm(self, proposal: ProposalRow) -> bool:
-        """Whether a proposal would only wait for a VLM that starts, and let those of CLIP wait behind it."""
+        """True if a proposal would only wait for a VLM that starts, and let those of CLIP wait behind it."""
         return proposal.family != "clip" and self.broadcast.has_vlm and not await self.broadcast.vlm_status()
 
     def _propose_initial(self) -> ProposalRow:
@@ -459,7 +459,7 @@ class ReleaseProtocol:
         )  # fmt: skip
 
     def _pending(self) -> tuple[HoldRow | None, ReleaseRow | None, list[ProposalRow]]:
-        """What is on hold, what is live, and what waits."""
+        """The open hold, the live release and the waiting proposals."""
         with self.ledger.reading():
             return self.ledger.held(), self.ledger.live(), self.ledger.pending_proposals()
 

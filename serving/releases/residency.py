@@ -1,4 +1,4 @@
-"""Which releases and adapters stay loaded: the rollback window, and what a rollback of one family alone brings back.
+"""Releases and adapters that stay loaded: the rollback window, and what a rollback of one family alone brings back.
 
 A replica learns it from the ledger or, while that is away, from the newest copy. A copy is a small file:
 
@@ -42,7 +42,7 @@ LEDGER_SECONDS: Final = 15.0
 """The three transactions of a reading, each of which the ledger bounds to five seconds."""
 ARTIFACTS_SECONDS: Final = 5.0
 KEEP_SECONDS: Final = 60.0
-"""How often the copies are compared again: a copy that a slower process overwrote does not stay."""
+"""Time between two comparisons of the copies: a copy that a slower process overwrote does not stay."""
 KEY: Final = "residency.json"
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
 """Image and text space of a CLIP adapter; None when its files are gone or damaged. Raises RatchetError when no replica
@@ -61,7 +61,7 @@ class ResidencyRows:
     """Newest first: requests may name them. The live release and its incumbent (what a canary leaves to answer, what
     a release is compared with, what a rollback goes back to), and the newest others that there is room for."""
     rollback_release: ReleaseRow | None
-    """What a rollback of CLIP alone goes back to, where it is not in the window."""
+    """The release that a rollback of CLIP alone goes back to, where it is not in the window."""
     vlms: tuple[str | None, ...]
     """VLM adapters, the live one first. Never more different ones than the window has places."""
 
@@ -73,7 +73,7 @@ class ResidencyRows:
 
     @property
     def answering(self) -> tuple[ReleaseRow, ...]:
-        """What answers requests that name no release: the live one and, beside a canary or a shadow, the stable one."""
+        """Releases for requests that name none: the live one and, during a canary or a shadow, the stable one."""
         stable = next((row for row in self.window if row.plain), None)
         return self.window[:1] if stable is None or self.window[0].plain else (self.window[0], stable)
 
@@ -215,7 +215,7 @@ class ResidencySource:
         self._written = b""
         self._keep_at = -float("inf")
         self.source: Source | None = None
-        """Where :meth:`newest` has its rows from."""
+        """The origin of the rows of :meth:`newest`."""
         self.adapters: Mapping[str, str] = {}
         """Full digests by the adapter's name, from the copy that is used while the ledger is away."""
 
@@ -230,7 +230,7 @@ class ResidencySource:
         )  # fmt: skip
 
     def read(self) -> ResidencyRows:
-        """What the ledger says.
+        """The residency by the ledger.
 
         Raises:
             LedgerUnavailable: it is away, or does not answer within :data:`LEDGER_SECONDS`.
@@ -249,7 +249,7 @@ class ResidencySource:
         return rows
 
     def newest(self) -> ResidencyRows:
-        """What the ledger says; while it is away what was read last and, before the first reading, the newest copy.
+        """The residency by the ledger; while that is away what was read last and, before the first reading, a copy.
 
         Raises:
             LedgerUnavailable: the ledger is away, and there is no copy.

@@ -52,13 +52,13 @@ REMEMBERED = 20_000
 """Inputs that are known to be compared already: the same one again is no new evidence."""
 Vector = npt.NDArray[np.float32]
 REFERENCES = 64
-"""Of each kind: the newest, besides the fixed texts."""
+"""Of each kind: the newest, in addition to the fixed texts."""
 FEWEST = 8
 """With fewer references a rank correlation says little."""
 SAME_ORDER = 0.5
 """Spearman's correlation from which on two orders count as the same."""
 NATS_PER_TOKEN = 3.0
-"""How much less likely, per token, the incumbent's answer may be to the other VLM."""
+"""Nats per token by which the incumbent's answer may be less likely to the other VLM."""
 TEXTS = (
     "a photo of a cat", "a dog", "a bird in the sky", "a fish", "a tree", "a red flower", "fruit on a plate",
     "a slice of cake", "a car", "a bicycle", "a ship at sea", "a house", "a map", "the flag of a country", "a book",
@@ -66,7 +66,7 @@ TEXTS = (
     "a key", "a sword", "a green monster", "a robot", "the moon", "rain and clouds", "a mountain", "a shoe",
     "a blue circle", "a yellow square",
 )  # fmt: skip
-"""What images are ranked against from the start: things that differ from each other."""
+"""Texts that images are ranked against from the start: things that differ from each other."""
 Encode = Callable[[Modality, Any, str | None], Awaitable[EncodeResult]]
 """Items at low priority under an adapter."""
 
@@ -85,7 +85,7 @@ class Neighbours:
         self._fixed = list(zip(one, other, strict=True))
 
     def judge(self, kind: Modality, one: Vector, other: Vector) -> bool | None:
-        """Whether both releases agree about an item, which is a reference from then on. None: too few references."""
+        """True if both releases agree about an item, which is a reference from then on. None: too few references."""
         texts = [*self._fixed, *self._newest["text"]]
         images = list(self._newest["image"])
         near = texts if kind == "image" or len(images) < FEWEST else images
@@ -110,7 +110,7 @@ def order(one: Vector, ones: Sequence[Vector], other: Vector, others: Sequence[V
 
 
 def same_answer(incumbent: str, other: str, incumbent_score: float, other_score: float, tokens: int) -> bool:
-    """Whether two VLMs agree.
+    """True if two VLMs agree.
 
     Args:
         incumbent_score, other_score: log-probability of the *incumbent's* answer under each.
@@ -149,7 +149,7 @@ class _Watch:
     turn: int = 0
 
     def is_new(self, key: bytes) -> bool:
-        """Whether this input was not compared yet; it counts as compared from now on."""
+        """True if this input was not compared yet; it counts as compared from now on."""
         if key in self.seen:
             return False
         self.seen[key] = None
@@ -173,7 +173,7 @@ class ShadowTraffic:
         self._watch: _Watch | None = None
         self._jobs: asyncio.Queue[tuple[_Watch, Family, Any]] = asyncio.Queue(WAITING)
         self.watching = False
-        """Whether inputs are wanted: the one thing that a request has to look at."""
+        """True if inputs are wanted: the one thing that a request has to look at."""
 
     def watch(self, target: GuardTarget | None) -> None:
         """Compare for this release from now on; the same one again changes nothing. None: for none."""
@@ -188,11 +188,11 @@ class ShadowTraffic:
         self._offer("clip", (kind, payload[:ITEMS]))
 
     def vlm(self, request: GenerationRequest) -> None:
-        """What a client asked."""
+        """A question of a client."""
         self._offer("vlm", request)
 
     def observations(self, answered: dict[int, RequestCounts]) -> Observations:
-        """What was seen so far, with the requests by release that the admission counted."""
+        """The counts so far, with the requests by release that the admission counted."""
         watch = self._watch
         if watch is None:
             return Observations(0, answered)
@@ -259,7 +259,7 @@ class ShadowTraffic:
         self._count_agreement(watch, "vlm", same_answer(theirs, ours, scores[1], scores[0], len(both[1].tokens)))
 
     async def _both(self, watch: _Watch, family: Family, call: Callable[[ReleaseRow], Awaitable[Any]]) -> Any:
-        """What both releases answer, the watched one first; None when one of them cannot.
+        """The answers of both releases, the watched one first; None when one of them cannot.
 
         They are called first by turns: the second call may be faster, and neither release must gain by it.
         """

@@ -10,7 +10,7 @@ from core.errors import AdapterError, LedgerUnavailable, StoreError
 from core.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
 
 BASE = "base"
-"""How clients name a base without an adapter."""
+"""The name of a base without an adapter, for clients."""
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
 FAMILIES: tuple[Family, ...] = ("clip", "vlm")
 Adapters = Mapping[Family, str | None]
@@ -177,7 +177,7 @@ class Prepared:
 
     @property
     def unservable(self) -> bool:
-        """Whether no other replica would do better: the adapter itself is gone, damaged or does not fit."""
+        """True if no other replica would do better: the adapter itself is gone, damaged or does not fit."""
         return self.cause == "adapter"
 
 
