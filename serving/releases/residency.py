@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -133,31 +133,20 @@ async def _spaces_or_none(row: ReleaseRow, spaces: Spaces, needed: bool) -> tupl
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class ResidencyCopy:
-    """A residency, and the full digests of its adapters' directories as far as this node knows them."""
-
-    residency: ResidencyRows
-    adapters: dict[str, str] = field(default_factory=dict)
-    """64 hex digits by the adapter's name; see :func:`core.artifacts.directory_digest`."""
-
-    @property
-    def number(self) -> int:
-        """Of the live release."""
-        return self.residency.window[0].number if self.residency.window else 0
+_ROWS: Final = TypeAdapter(ResidencyRows)
+_DIGESTS: Final = TypeAdapter(dict[str, str])
 
 
-_COPY: Final = TypeAdapter(ResidencyCopy)
-
-
-def encode_copy(copy: ResidencyCopy) -> bytes:
-    """The file's content."""
-    content = _COPY.dump_python(copy, mode="json")
+def encode_copy(rows: ResidencyRows, adapters: Mapping[str, str]) -> bytes:
+    """The content of a copy. ``adapters``: the full digests of their directories by name, as far as this node knows
+    them; 64 hex digits, see :func:`core.artifacts.directory_digest`.
+    """
+    content = {"residency": _ROWS.dump_python(rows, mode="json"), "adapters": dict(adapters)}
     return json.dumps({"format": FORMAT, "sha256": digest_json(content), **content}, indent=1).encode()
 
 
-def decode_copy(data: bytes) -> ResidencyCopy:
-    """The copy that :func:`encode_copy` wrote.
+def decode_copy(data: bytes) -> tuple[ResidencyRows, dict[str, str]]:
+    """The residency and the digests that :func:`encode_copy` wrote.
 
     Raises:
         ReleaseError: the content is damaged, of another format, or without a release.
@@ -171,10 +160,10 @@ def decode_copy(data: bytes) -> ResidencyCopy:
             raise ValueError(f"format {version!r} is not {FORMAT}")
         if digest_json(content) != expected:
             raise ValueError("the digest is that of another content")
-        copy = _COPY.validate_python(content)
-        if not copy.number:
+        rows = _ROWS.validate_python(content["residency"])
+        if not rows.window:
             raise ValueError("it names no release")
-        return copy
+        return rows, _DIGESTS.validate_python(content["adapters"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"the copy of the residency cannot be used: {str(error)[:200]}.") from None
 
@@ -209,7 +198,6 @@ class ResidencySource:
         self._digests = digests
         self._read_ledger = BoundedCall(lambda: read_residency(ledger, size, base), LEDGER_SECONDS)
         self._read_artifacts = BoundedCall(lambda: artifacts.read_bytes(KEY), ARTIFACTS_SECONDS)
-        self._pending = b""
         self._write_artifacts = BoundedCall(self._copy_to_artifacts, ARTIFACTS_SECONDS)
         self._newest: ResidencyRows | None = None
         self._written = b""
@@ -259,16 +247,16 @@ class ResidencySource:
         except RatchetError as error:
             if self._newest is not None:
                 return self._newest
-            copies = list(self._copies())
+            copies = self._copies()
             if not copies:
                 raise LedgerUnavailable(
                     f"{error.message} There is no copy of the residency either.", "Bring the ledger back."
                 ) from None
-            copy, source = max(copies, key=lambda each: each[0].number)
-            log.warning("the ledger is away (%s): starting with release %d of the %s", error, copy.number, source)
-            self.adapters = copy.adapters
-            self._use(copy.residency, source)
-            return copy.residency
+            rows, self.adapters, source = max(copies, key=lambda copy: copy[0].window[0].number)
+            number = rows.window[0].number
+            log.warning("the ledger is away (%s): starting with release %d of the %s", error, number, source)
+            self._use(rows, source)
+            return rows
 
     def keep(self, rows: ResidencyRows) -> None:
         """Bring the copies up to date with the ledger. A copy that cannot be written is tried again later."""
@@ -276,7 +264,7 @@ class ResidencySource:
             return
         known = self._digests()
         names = {name for name in (*rows.clips, *rows.vlms) if name is not None}
-        data = encode_copy(ResidencyCopy(rows, {name: known[name] for name in sorted(names & known.keys())}))
+        data = encode_copy(rows, {name: known[name] for name in sorted(names & known.keys())})
         if data == self._written and time.monotonic() < self._keep_at:
             return
         self._keep_at = time.monotonic() + KEEP_SECONDS
@@ -286,7 +274,6 @@ class ResidencySource:
                 replace_file(self._path, data)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error)
-        self._pending = data
         try:
             self._write_artifacts()
             answered(["artifacts"])
@@ -300,18 +287,16 @@ class ResidencySource:
         self._newest, self.source = rows, source
         metrics.release.residency_source(self._part, source)
 
-    def _copies(self) -> list[tuple[ResidencyCopy, Source]]:
-        copies: list[tuple[ResidencyCopy, Source]] = []
-        readers: tuple[tuple[Source, Callable[[], bytes]], ...] = (
-            ("file", self._read_file), ("artifacts", self._read_artifacts),
-        )  # fmt: skip
-        for source, read in readers:
+    def _copies(self) -> list[tuple[ResidencyRows, dict[str, str], Source]]:
+        copies: list[tuple[ResidencyRows, dict[str, str], Source]] = []
+        readers: dict[Source, Callable[[], bytes]] = {"file": self._read_file, "artifacts": self._read_artifacts}
+        for source, read in readers.items():
             try:
                 if data := read():
-                    copy = decode_copy(data)
+                    rows, adapters = decode_copy(data)
                     if self._lineage is not None:
-                        self._lineage.check(copy.residency.window[0])
-                    copies.append((copy, source))
+                        self._lineage.check(rows.window[0])
+                    copies.append((rows, adapters, source))
             except Exception as error:
                 log.warning("no residency from the %s: %s: %s", source, type(error).__name__, error)
         return copies
@@ -324,9 +309,8 @@ class ResidencySource:
             return b""
 
     def _copy_to_artifacts(self) -> None:
-        data = self._pending
-        if not self._artifacts.exists(KEY) or self._artifacts.read_bytes(KEY) != data:
-            self._artifacts.write_bytes(KEY, data)
+        if not self._artifacts.exists(KEY) or self._artifacts.read_bytes(KEY) != self._written:
+            self._artifacts.write_bytes(KEY, self._written)
 
 
 def residency_path(home: Path) -> Path:

@@ -16,7 +16,7 @@ from serving.engines.clip_base import ClipBase
 from serving.releases.guard import find_guard_target
 from serving.releases.leadership import Lineage, spaces_of_bases
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.residency import ResidencyCopy, ResidencySource, encode_copy, read_residency, residency_path
+from serving.releases.residency import ResidencySource, encode_copy, read_residency, residency_path
 from serving.releases.rollback import roll_back_offline
 from serving.releases.types import PromoteCommand, ReleaseCommand, RollbackCommand
 from tests.support.tiny import tiny_base
@@ -148,7 +148,7 @@ async def test_the_lease_goes_to_a_server_that_can_load_what_is_live(
 
 def test_a_copy_of_the_residency_of_another_base_is_not_used(bases: TwoBases) -> None:
     bases.change(bases.new, "n")
-    copy = encode_copy(ResidencyCopy(read_residency(bases.ledger, 2, bases.new.digest)))
+    copy = encode_copy(read_residency(bases.ledger, 2, bases.new.digest), {})
     path = residency_path(bases.home)
     path.parent.mkdir(parents=True)
     path.write_bytes(copy)
