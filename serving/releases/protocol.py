@@ -182,76 +182,6 @@ class ReleaseProtocol:
         both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.broadcast.has_vlm else {"clip": live.clip}
         return await self._ordered("promotion", both, command)
 
-    async def rollback(self, command: RollbackCommand) -> ReleaseResult:
-        """A new release with the adapters of an older one.
-
-        A proposal that is being prepared is stopped. It fails, because it was judged against what is being taken back;
-        an update of the other family waits instead. Adapters that are not resident any more are prepared first.
-
-        Raises:
-            ReleaseError: there is nothing to roll back to.
-            ReleaseConflict: something else is live by now.
-            LedgerUnavailable: the ledger is away; without an answer of it this takes
-                :data:`serving.releases.rollback.ANSWER_SECONDS`.
-        """
-        began = time.perf_counter()
-        async with AsyncExitStack() as committing:
-            async with ledger_answers():
-                await committing.enter_async_context(self._committing)
-                adapters, target, resident = await self._planned(command)
-            if self._preparing is not None:
-                self._preparing.stop(command, scope_of(adapters))
-            if resident and target["clip"] not in self.preparation.spaces:
-                await self.preparation.learn()  # this process has just begun: the ingress knows
-            proposal = None
-            if resident and target["clip"] in self.preparation.spaces:
-                proposal = await self._in_thread(
-                    commit_rollback, self.ledger, command, adapters, target, self._hold_after_rollback, self._fail
-                )
-        if proposal is None:
-            return await self._ordered("rollback", adapters, command)
-        committed = time.perf_counter()
-        acknowledged = await self._announce_live(ROLLBACK_SECONDS)
-        return ReleaseResult(
-            command.expected_live + 1, target["clip"], target["vlm"], "rollback", proposal.family, proposal.id,
-            committed - began, time.perf_counter() - committed, acknowledged,
-        )  # fmt: skip
-
-    async def residency(self) -> Residency:
-        """See :meth:`Preparation.residency`."""
-        return await self.preparation.residency()
-
-    async def known_residency(self) -> Residency:
-        """Releases that stay loaded, as far as it is known without asking a replica."""
-        return await self.preparation.known_residency(await asyncio.to_thread(self.preparation.read))
-
-    async def retire(self, patience_seconds: float = 60.0) -> None:
-        """Unload what left the window, once no request that was stamped with it is in flight. What is being prepared at
-        that moment stays.
-        """
-        deadline = time.monotonic() + patience_seconds
-        while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
-            if time.monotonic() > deadline:
-                return  # a later release retires it; memory is bounded by what is in flight
-            await asyncio.sleep(0.1)
-        keep, loading = await self._needed()
-        spaces = self.preparation.spaces
-        preparing = [ReleaseSnapshot(n, t["clip"], *spaces[t["clip"]]) for n, t in loading if t["clip"] in spaces]
-        await self.broadcast.retire_spaces([*dict.fromkeys((*keep.indexed, *preparing))], self._epoch)
-        keep, loading = await self._needed()  # that took a while
-        clips = tuple(dict.fromkeys((*keep.clips, *(target["clip"] for _, target in loading))))
-        vlms = tuple(dict.fromkeys((*keep.vlms, *(target["vlm"] for _, target in loading))))
-        self.preparation.forget_others(clips)  # before the wait: what is prepared meanwhile stays known
-        await self.broadcast.retire(clips, vlms)
-
-    async def _needed(self) -> tuple[Residency, list[tuple[int, TargetAdapters]]]:
-        """The residency; and the number and the adapters of what is being prepared, before and after the look at
-        the ledger, which misses what is committed meanwhile."""
-        before = self._preparing
-        residency = await self.residency()
-        works = [work for work in (before, self._preparing) if work is not None]
-        return residency, [(work.number, work.target) for work in works if work.target is not None]
-
     async def _ordered(
         self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
     ) -> ReleaseResult:
@@ -401,6 +331,68 @@ class ReleaseProtocol:
                 log.info("a replica is told again: %s: %s", type(error).__name__, error)
             await asyncio.sleep(HEAL_PAUSE_SECONDS)
 
+    async def retire(self, patience_seconds: float = 60.0) -> None:
+        """Unload what left the window, once no request that was stamped with it is in flight. What is being prepared at
+        that moment stays.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
+            if time.monotonic() > deadline:
+                return  # a later release retires it; memory is bounded by what is in flight
+            await asyncio.sleep(0.1)
+        keep, loading = await self._needed()
+        spaces = self.preparation.spaces
+        preparing = [ReleaseSnapshot(n, t["clip"], *spaces[t["clip"]]) for n, t in loading if t["clip"] in spaces]
+        await self.broadcast.retire_spaces([*dict.fromkeys((*keep.indexed, *preparing))], self._epoch)
+        keep, loading = await self._needed()  # that took a while
+        clips = tuple(dict.fromkeys((*keep.clips, *(target["clip"] for _, target in loading))))
+        vlms = tuple(dict.fromkeys((*keep.vlms, *(target["vlm"] for _, target in loading))))
+        self.preparation.forget_others(clips)  # before the wait: what is prepared meanwhile stays known
+        await self.broadcast.retire(clips, vlms)
+
+    async def _needed(self) -> tuple[Residency, list[tuple[int, TargetAdapters]]]:
+        """The residency; and the number and the adapters of what is being prepared, before and after the look at
+        the ledger, which misses what is committed meanwhile."""
+        before = self._preparing
+        residency = await self.residency()
+        works = [work for work in (before, self._preparing) if work is not None]
+        return residency, [(work.number, work.target) for work in works if work.target is not None]
+
+    async def rollback(self, command: RollbackCommand) -> ReleaseResult:
+        """A new release with the adapters of an older one.
+
+        A proposal that is being prepared is stopped. It fails, because it was judged against what is being taken back;
+        an update of the other family waits instead. Adapters that are not resident any more are prepared first.
+
+        Raises:
+            ReleaseError: there is nothing to roll back to.
+            ReleaseConflict: something else is live by now.
+            LedgerUnavailable: the ledger is away; without an answer of it this takes
+                :data:`serving.releases.rollback.ANSWER_SECONDS`.
+        """
+        began = time.perf_counter()
+        async with AsyncExitStack() as committing:
+            async with ledger_answers():
+                await committing.enter_async_context(self._committing)
+                adapters, target, resident = await self._planned(command)
+            if self._preparing is not None:
+                self._preparing.stop(command, scope_of(adapters))
+            if resident and target["clip"] not in self.preparation.spaces:
+                await self.preparation.learn()  # this process has just begun: the ingress knows
+            proposal = None
+            if resident and target["clip"] in self.preparation.spaces:
+                proposal = await self._in_thread(
+                    commit_rollback, self.ledger, command, adapters, target, self._hold_after_rollback, self._fail
+                )
+        if proposal is None:
+            return await self._ordered("rollback", adapters, command)
+        committed = time.perf_counter()
+        acknowledged = await self._announce_live(ROLLBACK_SECONDS)
+        return ReleaseResult(
+            command.expected_live + 1, target["clip"], target["vlm"], "rollback", proposal.family, proposal.id,
+            committed - began, time.perf_counter() - committed, acknowledged,
+        )  # fmt: skip
+
     async def _planned(self, command: RollbackCommand) -> tuple[Adapters, TargetAdapters, bool]:
         """A plan, one at a time: one that a caller gave up waiting for would make the next one wait in the threads."""
         if self._planning is not None:
@@ -416,6 +408,14 @@ class ReleaseProtocol:
             adapters, target = plan_rollback(self.ledger, command, served, self._lineage)
             rows = self.preparation.read()
         return adapters, target, target["clip"] in rows.clips and target["vlm"] in rows.vlms
+
+    async def residency(self) -> Residency:
+        """See :meth:`Preparation.residency`."""
+        return await self.preparation.residency()
+
+    async def known_residency(self) -> Residency:
+        """Releases that stay loaded, as far as it is known without asking a replica."""
+        return await self.preparation.known_residency(await asyncio.to_thread(self.preparation.read))
 
     @property
     def _epoch(self) -> int | None:
