@@ -31,7 +31,7 @@ from serving.engines.vlm.generation import GenerationRequest, GenerationResult, 
 from serving.engines.vlm.sync import SyncVlm
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.messages import Modality
-from serving.releases.agreement import TEXTS, Neighbours, same_answer
+from serving.releases.shadow_traffic import TEXTS, Neighbours, same_answer
 from streams.publish.folders import FolderItem, read_folder
 from tests.support.inputs import random_adapter
 

@@ -44,8 +44,7 @@ from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST
 from serving.ray import ray_session, replica_process
 from serving.ray.deployment_status import read_statuses
-from serving.ray.ray_session import OBJECT_STORE_BYTES
-from serving.ray.ray_start import deploy, start_ray
+from serving.ray.ray_session import OBJECT_STORE_BYTES, deploy, start_ray
 from serving.releases.broadcast import APP
 from serving.replicas.encoder import Encoder
 

@@ -40,7 +40,7 @@ from core.settings.watching import Logs
 from ratchet_client import Client
 from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
 from serving.ray import ray_session
-from serving.ray.ray_start import deploy, start_ray
+from serving.ray.ray_session import deploy, start_ray
 from serving.start_progress import StartProgress
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _migrate(settings: Settings) -> None:
 
 
 def _check_base(settings: Settings, ledger: Ledger) -> None:
-    from serving.releases.lineage import Lineage
+    from serving.releases.leadership import Lineage
 
     lineage, live = Lineage.of(settings), ledger.live()
     if lineage is None or live is None or lineage.has(live):

@@ -87,7 +87,7 @@ class AdapterUnservable(Unavailable):
 
 
 class EngineDead(ServingError):
-    """The engine ended; whoever holds it starts another one."""
+    """The engine ended; its replica starts another one."""
 
     status, code = 503, "unavailable"
 

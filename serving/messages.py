@@ -1,4 +1,4 @@
-"""What travels between the ingress and the models. Imports no model code, so that processes without one stay small."""
+"""Messages between the ingress and the models. Imports no model code, so that processes without one stay small."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL_NICE = 1
 first. With the same niceness, the VLM's too, a rollback took 1.5 s on two cores that four models kept busy; with the
 VLM's at 10 it takes 0.3 s."""
 VLM_NICE = 10
-"""Of those that generate for seconds: beside them an embedding takes milliseconds, and would wait as long as they."""
+"""Of those that generate for seconds: next to them an embedding takes milliseconds, and would wait as long as they."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,9 @@ class HeadsResult:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a VLM replica did not answer: an expected failure, which is a value. What is raised is a dead replica."""
+    """The reason why a VLM replica did not answer: an expected failure, which is a value. What is raised is a dead
+    replica.
+    """
 
     code: Literal["late", "ask", "adapter", "busy"]
     message: str

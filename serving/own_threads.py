@@ -34,7 +34,7 @@ class OwnThreads:
     async def run(
         self, function: Callable[Parameters, Result], /, *args: Parameters.args, **options: Parameters.kwargs
     ) -> Result:
-        """What the function returns; it runs in this task's context."""
+        """Call the function in one of the threads and return its result; it runs in this task's context."""
         call = partial(copy_context().run, function, *args, **options)
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 

@@ -25,7 +25,7 @@ from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters, Hit, as_filters
 from serving.catalog.tables import Tables
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 Result = TypeVar("Result")
 SNAPSHOT: Final = ReleaseSnapshot(1, None, "aaaaaaaaaaaa", "tttttttttttt")

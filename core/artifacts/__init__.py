@@ -51,7 +51,7 @@ class Artifacts:
         return f"{self.root}/{key}"
 
     def exists(self, key: str) -> bool:
-        """Whether a file or a complete directory of this key is there."""
+        """True if a file or a complete directory of this key is there."""
         path = self._path(key)
         return Path(path).exists() if self.local is not None else self._bucket.exists(path)
 
@@ -101,7 +101,7 @@ class Artifacts:
             self._bucket.delete(path)
 
     def sizes(self, key: str) -> dict[str, int]:
-        """What is directly below a key, complete or not, with the bytes of everything below that."""
+        """The names directly below a key, complete or not, with the bytes of everything below each."""
         path = self._path(key)
         if self.local is not None:
             return folder.sizes(Path(path))

@@ -1,9 +1,9 @@
 """Local copies of what is in an object store, shared by the processes of a machine and bounded by their bytes.
 
-Each entry is a directory, a note beside it that says what it has to contain, and a lock. Whoever fetches an entry holds
-its lock shared; what evicts entries takes it exclusively, and passes over what is held. The kernel gives up the locks
-of a process that is killed. What it left half done has a name that starts with ``.staging-`` or ``.evicted-``, which
-readers never look at; the next eviction deletes it.
+Each entry is a directory, a note next to it that says what it has to contain, and a lock. A process that fetches an
+entry holds its lock shared; what evicts entries takes it exclusively, and passes over what is held. The kernel gives up
+the locks of a process that is killed. What it left half done has a name that starts with ``.staging-`` or
+``.evicted-``, which readers never look at; the next eviction deletes it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Cache:
         self.max_bytes = max_bytes
 
     def path(self, key: str) -> Path:
-        """Where an entry is."""
+        """The place of an entry."""
         return self.folder / key
 
     def hold(self, key: str) -> None:
@@ -59,7 +59,7 @@ class Cache:
                 os.close(_held.popitem(last=False)[1])
 
     def note(self, key: str) -> bytes | None:
-        """What was noted with a complete entry; None where there is none. Counts as a use of it."""
+        """The note of a complete entry; None where there is none. Counts as a use of it."""
         try:
             data = self._note(key).read_bytes()
             os.utime(self._note(key))
@@ -69,7 +69,7 @@ class Cache:
 
     @contextmanager
     def staging(self, key: str) -> Iterator[Path]:
-        """A new directory beside an entry's place; what is left of it at the end is deleted."""
+        """A new directory next to an entry's place; what is left of it at the end is deleted."""
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
@@ -124,7 +124,7 @@ class Cache:
         return used, sum(file_size(path) for path in target.rglob("*")), key
 
     def _remove(self, key: str) -> bool:
-        """Delete an entry unless somebody holds it."""
+        """Delete an entry unless a process holds it."""
         path, target = self._lock(key), self.path(key)
         try:
             lock = _acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)

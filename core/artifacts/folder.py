@@ -70,7 +70,7 @@ class Manifest:
         return json.dumps({"digest": self.digest, "files": self.files}, sort_keys=True).encode()
 
     def has_all(self, directory: Path) -> bool:
-        """Whether a local directory has every file at its size; contents are not read."""
+        """True if a local directory has every file at its size; contents are not read."""
         if not directory.is_dir() or self.files is None:
             return False
         paths = {directory / name: size for name, size in self.files.items()}

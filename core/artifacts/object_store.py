@@ -59,14 +59,14 @@ class ObjectStore:
         self.seconds = seconds
 
     def has(self, path: str) -> bool:
-        """Whether there is an object of this name."""
+        """True if there is an object of this name."""
         try:
             return bool(self._call(self.filesystem.info, path)["type"] == "file")  # isfile says no to any error
         except FileNotFoundError:
             return False
 
     def has_below(self, path: str) -> bool:
-        """Whether there is any object below this name."""
+        """True if there is any object below this name."""
         return bool(self.sizes(path))
 
     def sizes(self, path: str) -> dict[str, int]:
@@ -127,7 +127,7 @@ class Bucket:
         self.cache = cache
 
     def exists(self, path: str) -> bool:
-        """Whether there is a complete directory, or an object, of this name."""
+        """True if there is a complete directory, or an object, of this name."""
         return self.store.has(f"{path}/{MARKER}") or self.store.has(path)
 
     def put(self, source: Path, path: str, key: str) -> None:

@@ -3,9 +3,24 @@
 >>> ledger = Ledger.open("sqlite:///.ratchet/ledger.db")
 >>> ledger.live()
 ReleaseRow(number=3, clip='clip-0123456789ab', ...)
+
+One class has every query; the queries are in the modules of this package, one for each subject.
 """
 
-from core.ledger.ledger import Ledger
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from core.ledger.budget import BudgetQueries
+from core.ledger.collection import CollectionQueries
+from core.ledger.database import Database, open_database
+from core.ledger.events import EventQueries
+from core.ledger.keys import KeyQueries
+from core.ledger.learning import LearningQueries
+from core.ledger.leases import LeaseQueries
+from core.ledger.proposals import ProposalQueries
+from core.ledger.records import RecordQueries
+from core.ledger.releases import ReleaseQueries
 from core.ledger.rows import (
     AdapterRow,
     AuditRow,
@@ -13,21 +28,13 @@ from core.ledger.rows import (
     DeletionRow,
     DeletionState,
     EventRow,
-    EventType,
     Family,
     GateOutcome,
-    HoldRow,
     KeyRow,
-    KeyScope,
-    LeaseRow,
-    ProposalKind,
     ProposalRow,
-    ProposalState,
     ReleaseRow,
     ResubmissionRow,
-    Scope,
     UpdateRow,
-    UpdateState,
     VerdictRow,
     answers,
 )
@@ -39,22 +46,44 @@ __all__ = [
     "DeletionRow",
     "DeletionState",
     "EventRow",
-    "EventType",
     "Family",
     "GateOutcome",
-    "HoldRow",
     "KeyRow",
-    "KeyScope",
-    "LeaseRow",
     "Ledger",
-    "ProposalKind",
     "ProposalRow",
-    "ProposalState",
     "ReleaseRow",
     "ResubmissionRow",
-    "Scope",
     "UpdateRow",
-    "UpdateState",
     "VerdictRow",
     "answers",
 ]
+
+
+class Ledger(
+    LearningQueries, ProposalQueries, ReleaseQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
+    RecordQueries, CollectionQueries,
+):  # fmt: skip
+    """Safe to use from several threads and processes; every call is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    @classmethod
+    def open(cls, url: str, migrate: bool = True) -> Ledger:
+        """Connect, and bring the schema up to date. Raises LedgerError when the database cannot be reached."""
+        return cls(open_database(url, migrate))
+
+    @classmethod
+    def lazy(cls, url: str) -> Ledger:
+        """Connect at the first call, each of which raises LedgerUnavailable while the database is away. For processes
+        that must start without it; the schema is left as it is.
+        """
+        return cls(open_database(url, migrate=False, check=False))
+
+    def reading(self) -> AbstractContextManager[None]:
+        """See :meth:`core.ledger.database.Database.reading`."""
+        return self.database.reading()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.database.close()

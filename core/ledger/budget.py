@@ -8,18 +8,16 @@ from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
 from core.ledger import tables as t
-from core.ledger.database import Database
+from core.ledger.database import Queries
 
 
-class BudgetQueries:
+class BudgetQueries(Queries):
     """``rate`` is the refill in MAF-GFLOPs a second, ``capacity`` the most that can be saved up."""
 
-    database: Database
-
     def bucket_level(self, now: float, rate: float, capacity: float) -> float:
-        """What can be spent at ``now`` (seconds since 1970).
+        """The amount that can be spent at ``now`` (seconds since 1970).
 
-        A clock that goes back never refills, and time counts anew after a full refill's worth of it at the latest.
+        A clock that goes back never refills, and time counts again after a full refill's worth of it at the latest.
         """
         with self.database.write() as session:
             return _refill(session, now, rate, capacity).level
@@ -50,7 +48,7 @@ class BudgetQueries:
             charge.amount, charge.settled = actual, True
 
     def spent(self, key: str | None = None) -> float:
-        """What was charged for one key (0 when nothing was), or in all."""
+        """The amount charged for one key (0 when nothing was), or in all."""
         query = select(func.sum(t.Charge.amount))
         if key is not None:
             query = query.where(t.Charge.key == key)
@@ -71,7 +69,7 @@ def _refill(session: Session, now: float, rate: float, capacity: float) -> t.Buc
 
 
 def _locked(session: Session) -> t.Bucket | None:
-    """The bucket, and nobody else's until this transaction ends (SQLite locks the whole file anyway)."""
+    """The bucket, locked until this transaction ends (SQLite locks the whole file anyway)."""
     return session.get(t.Bucket, 1, with_for_update=True)
 
 

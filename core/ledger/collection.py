@@ -3,12 +3,12 @@
 Files go in three steps, so that no release can name what is being deleted: the adapter is marked, in a transaction that
 refuses where anything needs it by now; its files are deleted; the mark is completed with the bytes that were freed.
 What marks and what releases lock the adapter's row. A marked adapter whose files are not known to be gone belongs to
-the collector; after that whoever makes or imports it again may store it anew.
+the collector; after that a process that makes or imports it again may store it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -18,20 +18,19 @@ from sqlalchemy.orm import Session
 
 from core.errors import AdapterCollected, LedgerError, ReleaseConflict
 from core.ledger import tables as t
-from core.ledger.database import Database
+from core.ledger.database import Queries
 from core.ledger.events import note
 from core.ledger.leases import check_lease, database_time
 
 COLLECT_LEASE: Final = "collect"
 """The right to delete files of the artifacts. A backup holds it as well: nothing goes while it copies."""
-NAMES_PER_QUERY: Final = 500
 OPEN_UPDATES: Final = ("training", "trained", "gated")
 OPEN_PROPOSALS: Final = ("pending", "preparing")
 
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """What the age of an adapter's files is counted from."""
+    """The use of an adapter, from which the age of its files is counted."""
 
     name: str
     family: str
@@ -39,7 +38,7 @@ class AdapterUse:
     last_used: datetime
     """The latest of: it was recorded, an update of it moved on, a release with it was replaced."""
     released: bool
-    """Whether any release has had it."""
+    """True if any release has had it."""
     collected_at: datetime | None
     collected_bytes: int | None
     """None as long as its files are not known to be gone."""
@@ -54,10 +53,8 @@ class JudgedUpdate:
     judged_at: datetime
 
 
-class CollectionQueries:
-    """What the collector reads and writes."""
-
-    database: Database
+class CollectionQueries(Queries):
+    """Reads and writes of the collector."""
 
     def clock(self) -> datetime:
         """The database server's time; SQLite has this machine's."""
@@ -121,9 +118,9 @@ class CollectionQueries:
 
     def collected(self, names: Sequence[str | None]) -> dict[str, datetime]:
         """Those of some adapters whose files were collected, with the time."""
-        wanted = {name for name in names if name is not None}
+        query = select(t.Adapter).where(t.Adapter.name.in_([name for name in names if name is not None]))
         with self.database.read() as session:
-            return _collected(session, wanted)
+            return {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
 
     def begin_collection(self, reasons: Mapping[str, str], *, live: int, epoch: int, actor: str) -> list[str]:
         """Mark adapters whose files are to be deleted; from then on no proposal and no release names them.
@@ -168,7 +165,7 @@ class CollectionQueries:
 
 
 def restore_mark(row: t.Adapter) -> None:
-    """Take the mark from an adapter whose files are stored anew.
+    """Take the mark from an adapter whose files are stored again.
 
     Raises:
         LedgerError: its old files are being deleted.
@@ -192,7 +189,7 @@ def check_files(session: Session, names: Iterable[str | None]) -> None:
 
 
 def collected_error(name: str, time: datetime) -> AdapterCollected:
-    """What is said of an adapter that was asked for."""
+    """The error for an adapter that was asked for."""
     return AdapterCollected(
         f"the files of {name} were collected on {time.astimezone(UTC):%Y-%m-%d}: it was older than gc.keep_days and "
         "outside of gc.keep_releases.",
@@ -203,25 +200,8 @@ def collected_error(name: str, time: datetime) -> AdapterCollected:
 
 def _locked(session: Session, names: Iterable[str]) -> list[t.Adapter]:
     """Rows of adapters, locked in the order of their names until the transaction ends."""
-    rows: list[t.Adapter] = []
-    for some in _parts(names):
-        query = select(t.Adapter).where(t.Adapter.name.in_(some)).order_by(t.Adapter.name).with_for_update()
-        rows += session.scalars(query.execution_options(populate_existing=True))
-    return rows
-
-
-def _parts(names: Iterable[str]) -> Iterator[list[str]]:
-    ordered = sorted(names)
-    for start in range(0, len(ordered), NAMES_PER_QUERY):
-        yield ordered[start : start + NAMES_PER_QUERY]
-
-
-def _collected(session: Session, names: Iterable[str]) -> dict[str, datetime]:
-    times: dict[str, datetime] = {}
-    for some in _parts(names):
-        query = select(t.Adapter).where(t.Adapter.name.in_(some), t.Adapter.collected_at.is_not(None))
-        times |= {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
-    return times
+    query = select(t.Adapter).where(t.Adapter.name.in_(list(names))).order_by(t.Adapter.name).with_for_update()
+    return list(session.scalars(query.execution_options(populate_existing=True)))
 
 
 def _in_use(session: Session) -> dict[str, str]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -41,7 +41,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 # Any fixed number: processes that start together take turns at migrating.
 MIGRATION_LOCK = 7241957312
 OUTAGES: Final = (OperationalError, InterfaceError, InternalError, PoolTimeout)
-"""What SQLAlchemy raises when the database is away, silent, full, read-only or too busy."""
+"""Errors of SQLAlchemy when the database is away, silent, full, read-only or too busy."""
 FIX: Final = "What is in service goes on. Bring the database back; nothing else needs to be done."
 
 Result = TypeVar("Result")
@@ -218,15 +218,35 @@ def as_row(kind: type[Result], source: Any) -> Result:
     return kind(**{field.name: getattr(source, field.name) for field in fields})
 
 
+class Queries:
+    """Base of the ledger's queries: reads of one table, as frozen rows."""
+
+    database: Database
+
+    def _all(self, kind: type[Result], query: Select[Any]) -> list[Result]:
+        with self.database.read() as session:
+            return [as_row(kind, row) for row in session.scalars(query)]
+
+    def _first(self, kind: type[Result], query: Select[Any]) -> Result | None:
+        with self.database.read() as session:
+            row = session.scalars(query.limit(1)).first()
+            return None if row is None else as_row(kind, row)
+
+    def _get(self, kind: type[Result], table: type[Any], key: object) -> Result | None:
+        with self.database.read() as session:
+            row = session.get(table, key)
+            return None if row is None else as_row(kind, row)
+
+
 LOOKUP_SECONDS: Final = 5.0
-"""How long the outcome of a COMMIT is looked for; a server that was restarted is back in one or two."""
+"""Longest search for the outcome of a COMMIT; a server that was restarted is back in one or two."""
 _RELEASE_LOCK: Final = 7241957313
-"""Any fixed number: releases, proposals and holds are written one after the other, whoever writes them."""
+"""Any fixed number: releases, proposals and holds are written one after the other, by whichever process."""
 _PAUSE_SECONDS: Final = 0.1
 
 
 def lock_releases(session: Session) -> None:
-    """Let nobody else write releases, proposals or holds until this transaction ends. SQLite has one writer anyway."""
+    """Let no other transaction write releases, proposals or holds until this one ends. SQLite has one writer anyway."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _RELEASE_LOCK})
 

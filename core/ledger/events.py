@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
 from core.ledger import tables as t
-from core.ledger.database import Database, as_row
+from core.ledger.database import Queries
 from core.ledger.leases import check_lease
 from core.ledger.rows import AuditRow, EventRow, EventType
 
@@ -33,15 +33,13 @@ EVENT_TYPES: Final[Mapping[str, EventType]] = {
     "deletion": "ratchet.deletion.v1",
     "gap": "ratchet.gap.v1",
 }
-#: Brokers take 1 MB by default, and an event has some 500 bytes beside its data.
+#: Brokers take 1 MB by default, and an event has some 500 bytes besides its data.
 MAX_DATA_BYTES = 512 * 1024
 MAX_TEXT_CHARS = 4000
 
 
-class EventQueries:
-    """What writes events and what publishes them."""
-
-    database: Database
+class EventQueries(Queries):
+    """Writing events and publishing them."""
 
     def record_event(self, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
         """Record an event of its own. Returns False, and does nothing, when there is one with this id.
@@ -61,8 +59,7 @@ class EventQueries:
     def waiting_events(self, limit: int = 100) -> list[EventRow]:
         """Events that are not published yet, oldest first."""
         query = select(t.Event).where(t.Event.published.is_(False)).order_by(t.Event.id).limit(limit)
-        with self.database.read() as session:
-            return [as_row(EventRow, row) for row in session.scalars(query)]
+        return self._all(EventRow, query)
 
     def count_waiting_events(self) -> int:
         """Number of events that are not published yet."""
@@ -72,9 +69,7 @@ class EventQueries:
 
     def events(self, limit: int = 100) -> list[EventRow]:
         """The newest events, newest first."""
-        with self.database.read() as session:
-            rows = session.scalars(select(t.Event).order_by(t.Event.id.desc()).limit(limit))
-            return [as_row(EventRow, row) for row in rows]
+        return self._all(EventRow, select(t.Event).order_by(t.Event.id.desc()).limit(limit))
 
     def mark_published(self, places: Mapping[int, tuple[int, int]], *, lease: str, epoch: int) -> None:
         """Mark events as published.
@@ -106,7 +101,7 @@ class EventQueries:
             return int(cast(CursorResult[Any], result).rowcount)
 
     def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-        """Record what somebody did that changes no other table."""
+        """Record an action that changes no other table."""
         with self.database.write() as session:
             note(session, actor, action, subject, detail)
 
@@ -123,9 +118,7 @@ class EventQueries:
             query = query.where(or_(about == subject, about.startswith(f"{subject} ", autoescape=True)))
         if actor is not None:
             query = query.where(t.Audit.actor == actor)
-        with self.database.read() as session:
-            rows = session.scalars(query)
-            return [AuditRow(r.id, r.actor, r.action, r.subject, r.detail, r.created_at) for r in rows]
+        return self._all(AuditRow, query)
 
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final, cast, get_args
 
@@ -17,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from core.errors import LedgerError
 from core.ledger import tables as t
-from core.ledger.database import Database
+from core.ledger.database import Queries, as_row
 from core.ledger.events import note
 from core.ledger.rows import SYSTEM_ACTORS, KeyRow, KeyScope
 
@@ -30,10 +31,8 @@ MAX_DAYS: Final = 3660
 RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous"}
 
 
-class KeyQueries:
-    """What operators do about keys, and what the server asks of them."""
-
-    database: Database
+class KeyQueries(Queries):
+    """Keys as operators manage them and the server checks them."""
 
     def create_key(
         self, name: str, scopes: Sequence[str], *, actor: str, requests_per_minute: int | None = None,
@@ -110,7 +109,7 @@ def parse_token(token: str) -> tuple[str, str] | None:
 
 
 def digest_of(secret: str) -> str:
-    """What the ledger keeps of a secret."""
+    """The digest of a secret, which is all that the ledger keeps of it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -136,8 +135,4 @@ def _after(days: float) -> datetime:
 
 
 def _row(row: t.ApiKey) -> KeyRow:
-    scopes = cast(tuple[KeyScope, ...], tuple(row.scopes))
-    return KeyRow(
-        row.id, row.name, scopes, row.digest, row.requests_per_minute, row.actor, row.created_at, row.revoked_at,
-        row.last_used_at, row.expires_at,
-    )  # fmt: skip
+    return replace(as_row(KeyRow, row), scopes=cast(tuple[KeyScope, ...], tuple(row.scopes)))

@@ -1,4 +1,4 @@
-"""Queries of the trainer and the gate: adapters, updates, verdicts."""
+"""Queries of the updater: adapters, updates, verdicts, and upgrades to another base."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from core.errors import LedgerError
 from core.ledger import tables as t
 from core.ledger.collection import restore_mark
-from core.ledger.database import Database, as_row
+from core.ledger.database import Queries, as_row
 from core.ledger.events import add_event, clipped, note
-from core.ledger.rows import AdapterRow, GateOutcome, UpdateRow, UpdateState, VerdictRow
+from core.ledger.rows import AdapterRow, BaseUpgradeRow, GateOutcome, UpdateRow, UpdateState, VerdictRow
 
 RELEASED_VERDICTS = 500
 """That are looked through for the best release."""
@@ -22,10 +22,8 @@ BEGAN = "began"
 """In the cost of an update: that a process works on it, at which place, and how many have died there before."""
 
 
-class LearningQueries:
-    """What the updater writes."""
-
-    database: Database
+class LearningQueries(Queries):
+    """Writes of the updater, and reads of them."""
 
     def register_adapter(
         self,
@@ -52,14 +50,9 @@ class LearningQueries:
             row = session.get(t.Adapter, name, with_for_update=True)
             if row is None:
                 row = t.Adapter(
-                    name=name,
-                    family=family,
-                    base=base,
-                    image_space=image_space,
-                    text_space=text_space,
-                    meta=meta,
+                    name=name, family=family, base=base, image_space=image_space, text_space=text_space, meta=meta,
                     digest=digest,
-                )
+                )  # fmt: skip
                 session.add(row)
                 session.flush()
             elif (row.base, row.image_space, row.text_space) != (base, image_space, text_space):
@@ -72,11 +65,10 @@ class LearningQueries:
 
     def adapter(self, name: str) -> AdapterRow:
         """One adapter. Raises LedgerError when it was never recorded."""
-        with self.database.read() as session:
-            row = session.get(t.Adapter, name)
-            if row is None:
-                raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
-            return as_row(AdapterRow, row)
+        row = self._get(AdapterRow, t.Adapter, name)
+        if row is None:
+            raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
+        return row
 
     def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
         """SHA-256 of the directories of some adapters, as far as it is recorded."""
@@ -197,9 +189,7 @@ class LearningQueries:
     def update_of(self, adapter: str) -> UpdateRow | None:
         """The newest update that made or imported an adapter."""
         query = select(t.Update).where(t.Update.adapter == adapter).order_by(t.Update.created_at.desc()).limit(1)
-        with self.database.read() as session:
-            row = session.scalars(query).first()
-            return None if row is None else as_row(UpdateRow, row)
+        return self._first(UpdateRow, query)
 
     def update(self, update_id: str) -> UpdateRow:
         """One update. Raises LedgerError."""
@@ -211,11 +201,10 @@ class LearningQueries:
         query = select(t.Update).order_by(t.Update.created_at.desc(), t.Update.id).limit(limit)
         if family is not None:
             query = query.where(t.Update.family == family)
-        with self.database.read() as session:
-            return [as_row(UpdateRow, row) for row in session.scalars(query)]
+        return self._all(UpdateRow, query)
 
     def is_finished(self, update_id: str) -> bool:
-        """Whether there was such an update, and nothing more will be done about it."""
+        """True if there was such an update and it has ended."""
         with self.database.read() as session:
             row = session.get(t.Update, update_id)
             return row is not None and row.state in FINISHED
@@ -223,9 +212,7 @@ class LearningQueries:
     def unfinished_update(self, family: str) -> UpdateRow | None:
         """The oldest update that was not taken to its end: a killed trainer left it, or it was imported."""
         query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))
-        with self.database.read() as session:
-            row = session.scalars(query.order_by(t.Update.created_at)).first()
-            return None if row is None else as_row(UpdateRow, row)
+        return self._first(UpdateRow, query.order_by(t.Update.created_at))
 
     def record_verdict(
         self, update_id: str, adapter: str, outcome: GateOutcome, report_key: str, summary: dict[str, Any]
@@ -235,11 +222,7 @@ class LearningQueries:
             row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
             if row is None:
                 row = t.Verdict(
-                    update_id=update_id,
-                    adapter=adapter,
-                    outcome=outcome,
-                    report_key=report_key,
-                    summary=summary,
+                    update_id=update_id, adapter=adapter, outcome=outcome, report_key=report_key, summary=summary
                 )
                 session.add(row)
                 session.flush()
@@ -248,32 +231,24 @@ class LearningQueries:
 
     def verdicts(self, limit: int = 50) -> list[VerdictRow]:
         """The newest verdicts, newest first."""
-        with self.database.read() as session:
-            rows = session.scalars(select(t.Verdict).order_by(t.Verdict.id.desc()).limit(limit))
-            return [as_row(VerdictRow, row) for row in rows]
+        return self._all(VerdictRow, select(t.Verdict).order_by(t.Verdict.id.desc()).limit(limit))
 
     def verdict_of(self, update_id: str) -> VerdictRow | None:
         """The verdict of one update, if there is one."""
-        with self.database.read() as session:
-            row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
-            return None if row is None else as_row(VerdictRow, row)
+        return self._first(VerdictRow, select(t.Verdict).where(t.Verdict.update_id == update_id))
 
     def verdicts_of(self, family: str, limit: int = 50) -> list[VerdictRow]:
         """The newest verdicts of a family, newest first."""
         query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id).where(t.Update.family == family)
-        with self.database.read() as session:
-            rows = session.scalars(query.order_by(t.Verdict.id.desc()).limit(limit))
-            return [as_row(VerdictRow, row) for row in rows]
+        return self._all(VerdictRow, query.order_by(t.Verdict.id.desc()).limit(limit))
 
     def verdict_on(self, adapter: str) -> VerdictRow | None:
         """The newest verdict on an adapter, if anybody judged it."""
         query = select(t.Verdict).where(t.Verdict.adapter == adapter).order_by(t.Verdict.id.desc()).limit(1)
-        with self.database.read() as session:
-            row = session.scalars(query).first()
-            return None if row is None else as_row(VerdictRow, row)
+        return self._first(VerdictRow, query)
 
     def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
-        """Verdicts on adapters of a base (its digest) that answered everybody once, newest first; none on those that
+        """Verdicts on adapters of a base (its digest) that answered all requests once, newest first; none on those that
         were withdrawn or collected.
         """
         column = t.Release.clip if family == "clip" else t.Release.vlm
@@ -286,8 +261,7 @@ class LearningQueries:
             .order_by(t.Verdict.id.desc())
             .limit(RELEASED_VERDICTS)
         )
-        with self.database.read() as session:
-            return [as_row(VerdictRow, row) for row in session.scalars(query)]
+        return self._all(VerdictRow, query)
 
     def looks_since_release(self, family: str) -> list[VerdictRow]:
         """Verdicts of a family since the last released update that spent alpha, oldest first. Those of earlier versions
@@ -305,6 +279,67 @@ class LearningQueries:
             query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
             query = query.where(t.Verdict.id > since, t.Update.family == family, spent).order_by(t.Verdict.id)
             return [as_row(VerdictRow, row) for row in session.scalars(query)]
+
+    def begin_base_upgrade(
+        self,
+        update_id: str,
+        *,
+        recipe: dict[str, Any],
+        seed: int,
+        store_version: int,
+        data_to: dict[str, int],
+        incumbent: str | None,
+        old: tuple[str, str],
+        new: tuple[str, str],
+        gflops: float,
+        actor: str,
+    ) -> UpdateRow:
+        """Record an update that learns everything before ``data_to`` again; the same id again returns what is there.
+
+        Args:
+            old, new: digest and name of both bases.
+            gflops: its budget, in MAF-GFLOPs.
+        """
+        with self.database.write() as session:
+            row = session.get(t.Update, update_id)
+            if row is None:
+                row = t.Update(
+                    id=update_id, family="clip", state="training", recipe=recipe, seed=seed,
+                    store_version=store_version, data_from={}, data_to=data_to, incumbent=incumbent,
+                )  # fmt: skip
+                session.add(row)
+                session.flush()
+                session.add(
+                    t.BaseUpgrade(
+                        update_id=update_id, old_base=old[0], old_name=old[1], new_base=new[0], new_name=new[1],
+                        gflops=gflops, actor=actor,
+                    )
+                )  # fmt: skip
+                detail = {"from": old[1], "to": new[1], "gflops": gflops}
+                note(session, actor, "upgrade base", f"update {update_id}", detail)
+            return as_row(UpdateRow, row)
+
+    def base_upgrade(self, update_id: str) -> BaseUpgradeRow | None:
+        """The bases that an update goes from and to; None where it stays on its base."""
+        return self._get(BaseUpgradeRow, t.BaseUpgrade, update_id)
+
+    def approved_upgrade(self, new_base: str | None = None) -> BaseUpgradeRow | None:
+        """The newest upgrade (to a base, by its digest) that passed the gate and was neither released nor cancelled.
+        Its adapter is not withdrawn.
+        """
+        query = (
+            select(t.BaseUpgrade)
+            .join(t.Update, t.Update.id == t.BaseUpgrade.update_id)
+            .join(t.Verdict, t.Verdict.update_id == t.BaseUpgrade.update_id)
+            .join(t.Adapter, t.Adapter.name == t.Update.adapter)
+            .where(t.Update.state == "done", t.Verdict.outcome == "passed", t.Adapter.withdrawn.is_(None))
+            .where(t.Update.adapter.not_in(select(t.Release.clip).where(t.Release.clip.is_not(None))))
+            .order_by(t.BaseUpgrade.created_at.desc())
+            .limit(1)
+        )
+        if new_base is not None:
+            query = query.where(t.BaseUpgrade.new_base == new_base)
+        return self._first(BaseUpgradeRow, query)
 
 
 def _update(session: Session, update_id: str) -> t.Update:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import LeaseLost
 from core.ledger import tables as t
-from core.ledger.database import Database, as_row
+from core.ledger.database import Queries
 from core.ledger.rows import LeaseRow
 
 log = logging.getLogger(__name__)
@@ -27,18 +27,16 @@ CONTROLLER_LEASE: Final = "controller"
 """The right to change what is live: to advance proposals and to commit releases."""
 
 
-class LeaseQueries:
+class LeaseQueries(Queries):
     """Compare-and-set on a row for each lease. Times are those of the database server, where it has a clock."""
 
-    database: Database
-
     def acquire_lease(self, name: str, holder: str, seconds: float) -> int | None:
-        """Take a lease that is free, or has run out. Returns its epoch, or None while somebody else holds it.
+        """Take a lease that is free, or has run out. Returns its epoch, or None while another process holds it.
 
         Args:
             name: of the job, e.g. ``events``.
             holder: names this process and no other, also not one after it: host, process id and something random.
-                The holder itself gets its epoch again, and the time anew.
+                The holder itself gets its epoch again, and its time starts again.
             seconds: it runs out after that, unless it is renewed.
         """
         try:
@@ -59,7 +57,7 @@ class LeaseQueries:
             return None
 
     def renew_lease(self, name: str, epoch: int, seconds: float) -> bool:
-        """Let a lease run for ``seconds`` from now. False when somebody else took it since."""
+        """Let a lease run for ``seconds`` from now. False when another process took it since."""
         with self.database.write() as session:
             row = session.get(t.Lease, name, with_for_update=True)
             if row is None or row.epoch != epoch:
@@ -68,7 +66,7 @@ class LeaseQueries:
             return True
 
     def release_lease(self, name: str, epoch: int) -> None:
-        """Give a lease back before it runs out; nothing happens when somebody else has it."""
+        """Give a lease back before it runs out; nothing happens when another process has it."""
         with self.database.write() as session:
             row = session.get(t.Lease, name, with_for_update=True)
             if row is not None and row.epoch == epoch:
@@ -76,19 +74,17 @@ class LeaseQueries:
                 row.holder, row.expires_at = "", database_time(session)
 
     def lease(self, name: str) -> LeaseRow | None:
-        """Who holds a lease, or held it last; the holder is empty when it was given back."""
-        with self.database.read() as session:
-            row = session.get(t.Lease, name)
-            return None if row is None else as_row(LeaseRow, row)
+        """The holder of a lease, or its last one; the holder is empty when it was given back."""
+        return self._get(LeaseRow, t.Lease, name)
 
 
 def check_lease(session: Session, name: str, epoch: int) -> None:
     """Refuse what this transaction is about to write unless the lease still has this epoch.
 
-    The lease's row is locked until the transaction ends, so that nobody takes the lease meanwhile.
+    The lease's row is locked until the transaction ends, so that no other process takes the lease meanwhile.
 
     Raises:
-        LeaseLost: somebody else took it.
+        LeaseLost: another process took it.
     """
     row = session.get(t.Lease, name, with_for_update=True)
     if row is None or row.epoch != epoch:

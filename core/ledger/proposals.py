@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError, ReleaseConflict
 from core.ledger import tables as t
 from core.ledger.collection import check_files
-from core.ledger.database import Database, as_row, write_once
+from core.ledger.database import Queries, as_row, write_once
 from core.ledger.events import note, tell_proposal
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, Scope
@@ -20,10 +20,8 @@ ENDED: Final = ("committed", "failed")
 """States that a proposal does not leave."""
 
 
-class ProposalQueries:
-    """What the updater, operators and the release controller write before a release."""
-
-    database: Database
+class ProposalQueries(Queries):
+    """Proposals of the updater and of operators, and how the release controller carries them out."""
 
     def propose(
         self,
@@ -86,24 +84,15 @@ class ProposalQueries:
 
     def proposals(self, limit: int = 50) -> list[ProposalRow]:
         """The newest proposals, newest first."""
-        with self.database.read() as session:
-            rows = session.scalars(select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
-            return [as_row(ProposalRow, row) for row in rows]
+        return self._all(ProposalRow, select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
 
     def pending_proposals(self) -> list[ProposalRow]:
         """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
         query = select(t.Proposal).where(t.Proposal.state.not_in(ENDED)).order_by(t.Proposal.id)
-        with self.database.read() as session:
-            return [as_row(ProposalRow, row) for row in session.scalars(query)]
+        return self._all(ProposalRow, query)
 
     def advance_proposal(
-        self,
-        proposal_id: int,
-        state: ProposalState,
-        error: str | None = None,
-        *,
-        epoch: int | None = None,
-        expected: ProposalState | None = None,
+        self, proposal_id: int, state: ProposalState, error: str | None = None, *, epoch: int | None = None
     ) -> ProposalRow:
         """Move a proposal on. ``committed`` is set by :meth:`ReleaseQueries.commit_release` alone, and an end is final:
         to fail what has failed before changes nothing.
@@ -111,11 +100,10 @@ class ProposalQueries:
         Args:
             error: why it failed.
             epoch: of the controller's lease.
-            expected: the state that it has to be in.
 
         Raises:
             LeaseLost: another controller took over.
-            ReleaseConflict: it has ended, or is in another state than ``expected``.
+            ReleaseConflict: it has ended.
         """
         if state == "committed":
             raise LedgerError("a proposal is committed with its release.", "Use commit_release.")
@@ -125,7 +113,7 @@ class ProposalQueries:
             row = find_proposal(session, proposal_id, lock=True)
             if row.state == state and (repeated or state == "failed"):
                 return as_row(ProposalRow, row)
-            check_open(row, expected)
+            check_open(row)
             row.state, row.error = state, error
             if state == "failed":
                 note(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
@@ -144,9 +132,9 @@ def find_proposal(session: Session, proposal_id: int, lock: bool = False) -> t.P
     return row
 
 
-def check_open(row: t.Proposal, expected: ProposalState | None = None) -> None:
-    """Refuse to change a proposal that has ended, or is not in the expected state. Raises ReleaseConflict."""
-    if row.state in ENDED or expected not in (None, row.state):
+def check_open(row: t.Proposal) -> None:
+    """Refuse to change a proposal that has ended. Raises ReleaseConflict."""
+    if row.state in ENDED:
         end = f" as release {row.release}" if row.state == "committed" else f" ({row.error})" if row.error else ""
         raise ReleaseConflict(
             f"proposal {row.id} is {row.state}{end}: another process has gone on with it.",
@@ -155,7 +143,7 @@ def check_open(row: t.Proposal, expected: ProposalState | None = None) -> None:
 
 
 def rollout_detail(share: float, forced: bool) -> dict[str, Any]:
-    """What the audit says beyond a plain release."""
+    """Fields of the audit beyond those of a plain release."""
     return ({} if share >= 1 else {"share": share}) | ({"forced": True} if forced else {})
 
 
@@ -165,7 +153,7 @@ def _check_epoch(session: Session, epoch: int | None) -> None:
 
 
 def _check_live(session: Session, expected: int | None) -> None:
-    live = session.scalars(select(t.Release.number).order_by(t.Release.number.desc()).limit(1)).first() or 0
+    live = session.scalar(select(func.max(t.Release.number))) or 0
     if expected is not None and expected != live:
         raise ReleaseConflict(
             f"release {live} is live, not {expected}: somebody released first.",

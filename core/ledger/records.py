@@ -15,16 +15,14 @@ from sqlalchemy.exc import IntegrityError
 from core.digests import digest12
 from core.errors import AlreadyResubmitted, LedgerError
 from core.ledger import tables as t
-from core.ledger.database import Database, as_row
+from core.ledger.database import Queries, as_row
 from core.ledger.events import add_event, note
 from core.ledger.rows import DeletionRow, DeletionState, ResubmissionRow
 
 
-class RecordQueries:
+class RecordQueries(Queries):
     """A deletion is requested once, removed from the store, and done when no file holds it any more. A refused record
     is claimed before it is sent again and ended after it: two operators cannot both send it."""
-
-    database: Database
 
     def request_deletion(
         self, deletion_id: str, selector: Mapping[str, Any], *, actor: str, reason: str
@@ -51,7 +49,7 @@ class RecordQueries:
             row.removed_version, row.version, row.removed_at = store_version, None, row.removed_at or t.utc_now()
 
     def deletion_reopened(self, deletion_id: str) -> None:
-        """More of it is about to be removed: what was written anew before that does not count."""
+        """More of it is about to be removed: what was written again before that does not count."""
         with self.database.write() as session:
             mine = update(t.Deletion).where(t.Deletion.id == deletion_id, t.Deletion.state == "removed")
             session.execute(mine.values(version=None))
@@ -102,9 +100,7 @@ class RecordQueries:
 
     def deletion(self, deletion_id: str) -> DeletionRow | None:
         """One deletion, or None."""
-        with self.database.read() as session:
-            row = session.get(t.Deletion, deletion_id)
-            return None if row is None else as_row(DeletionRow, row)
+        return self._get(DeletionRow, t.Deletion, deletion_id)
 
     def deletions(
         self, limit: int = 100, states: Sequence[DeletionState] = (), *, oldest_first: bool = False
@@ -114,8 +110,7 @@ class RecordQueries:
         query = select(t.Deletion).order_by(time if oldest_first else time.desc(), t.Deletion.id).limit(limit)
         if states:
             query = query.where(t.Deletion.state.in_(states))
-        with self.database.read() as session:
-            return [as_row(DeletionRow, row) for row in session.scalars(query)]
+        return self._all(DeletionRow, query)
 
     def deletion_ids(self, prefix: str) -> set[str]:
         """Ids of all deletions that begin so."""
@@ -123,7 +118,7 @@ class RecordQueries:
             return set(session.scalars(select(t.Deletion.id).where(t.Deletion.id.startswith(prefix, autoescape=True))))
 
     def count_deletions(self, prefix: str = "", states: Sequence[DeletionState] = ()) -> int:
-        """How many there are; only those whose id begins so, and only those in some states."""
+        """Number of deletions; only those whose id begins so, and only those in some states."""
         query = select(func.count()).select_from(t.Deletion)
         if prefix:
             query = query.where(t.Deletion.id.startswith(prefix, autoescape=True))
@@ -134,14 +129,12 @@ class RecordQueries:
 
     def oldest_deletion(self) -> DeletionRow | None:
         """The one that has waited longest of those that are not done, or None. One that is locked in the bucket until
-        a time that is known waits for nothing that somebody could do.
+        a time that is known waits for nothing that an operator could do.
         """
         until = t.Deletion.remains_until
         waiting = select(t.Deletion).where(t.Deletion.state != "done", or_(until.is_(None), until <= t.utc_now()))
         query = waiting.order_by(t.Deletion.requested_at).limit(1)
-        with self.database.read() as session:
-            row = session.scalars(query).first()
-            return None if row is None else as_row(DeletionRow, row)
+        return self._first(DeletionRow, query)
 
     def begin_resubmission(self, place: str, *, actor: str, reason: str, force: bool = False) -> ResubmissionRow:
         """Claim the right to send a refused record again.

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, or_, select, true
+from sqlalchemy import ColumnElement, func, or_, select, true, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.errors import Held, LedgerError, ReleaseConflict
 from core.ledger import tables as t
 from core.ledger.collection import check_files
-from core.ledger.database import Database, as_row, write_once
+from core.ledger.database import Queries, as_row, write_once
 from core.ledger.events import note, tell_release
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.proposals import check_open, find_proposal, rollout_detail
 from core.ledger.rows import SYSTEM_ACTORS, Family, HoldRow, ReleaseRow
 
+PLAIN: Final = 1.0
+"""The share of a plain release."""
+NEWEST: Final = t.Release.number.desc()
+_OPEN_HOLD: Final = select(t.Hold).where(t.Hold.resumed_at.is_(None)).order_by(t.Hold.id)
 
-class ReleaseQueries:
-    """What the release controller and the guard write, and everybody reads. All that canaries, shadows and the guard
+
+class ReleaseQueries(Queries):
+    """Releases, written by the release controller and the guard. All that canaries, shadows and the guard
     need follows from rows that are never changed."""
-
-    database: Database
 
     def commit_release(
         self,
@@ -42,7 +45,6 @@ class ReleaseQueries:
         share: float = 1.0,
         epoch: int | None = None,
         hold_after_rollback: bool = False,
-        attempt: str | None = None,
     ) -> ReleaseRow:
         """Append a release, and mark its proposal committed, in one transaction. When the answer to COMMIT is lost, the
         release is looked up; see :mod:`core.ledger.database`.
@@ -51,8 +53,6 @@ class ReleaseQueries:
             epoch: of the controller's lease.
             hold_after_rollback: open a hold with an operator's rollback. Rollbacks of the guard open none: it has
                 withdrawn the adapter that it takes back, and the next update was judged without it.
-            attempt: names this commit (at most 32 characters); a second call with the same one returns the release of
-                the first. For callers that repeat a commit after CommitUnknown.
 
         Raises:
             ReleaseConflict: the number is taken or is not the live number + 1, or the proposal has ended.
@@ -61,7 +61,7 @@ class ReleaseQueries:
             AdapterCollected: the files of an adapter are gone.
             CommitUnknown: the ledger went away during COMMIT and did not come back.
         """
-        attempt = attempt or secrets.token_hex(16)
+        attempt = secrets.token_hex(16)
 
         def write(session: Session, _repeated: bool) -> ReleaseRow:
             written = session.scalars(select(t.Release).where(t.Release.attempt == attempt)).first()
@@ -92,23 +92,19 @@ class ReleaseQueries:
 
     def live(self) -> ReleaseRow | None:
         """The live release: the highest number. None before the first start."""
-        with self.database.read() as session:
-            row = _live(session)
-            return None if row is None else as_row(ReleaseRow, row)
+        return self._first(ReleaseRow, select(t.Release).order_by(NEWEST))
 
     def release(self, number: int) -> ReleaseRow:
         """One release. Raises LedgerError."""
-        with self.database.read() as session:
-            row = session.get(t.Release, number)
-            if row is None:
-                raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
-            return as_row(ReleaseRow, row)
+        row = self._get(ReleaseRow, t.Release, number)
+        if row is None:
+            raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
+        return row
 
     def releases(self, limit: int = 50, base: str | None = None) -> list[ReleaseRow]:
         """The newest releases, newest first. ``base``: only those whose CLIP has this base (its digest)."""
-        query = select(t.Release).where(of_base(base)).order_by(t.Release.number.desc()).limit(limit)
-        with self.database.read() as session:
-            return [as_row(ReleaseRow, row) for row in session.scalars(query)]
+        query = select(t.Release).where(of_base(base)).order_by(NEWEST).limit(limit)
+        return self._all(ReleaseRow, query)
 
     def before(self, family: Family, adapter: str | None, base: str | None = None) -> ReleaseRow | None:
         """The newest plain release whose adapter of this family is another one, and was neither withdrawn nor
@@ -119,29 +115,25 @@ class ReleaseQueries:
         excluded = select(t.Adapter.name).where(gone)
         query = (
             select(t.Release)
-            .where(t.Release.share >= 1, column.is_distinct_from(adapter), of_base(base))
+            .where(t.Release.share >= PLAIN, column.is_distinct_from(adapter), of_base(base))
             .where(or_(column.is_(None), column.not_in(excluded)))
-            .order_by(t.Release.number.desc())
-            .limit(1)
+            .order_by(NEWEST)
         )
-        with self.database.read() as session:
-            row = session.scalars(query).first()
-            return None if row is None else as_row(ReleaseRow, row)
+        return self._first(ReleaseRow, query)
 
     def stable(self) -> ReleaseRow | None:
         """The newest plain release: what answers the requests that a canary does not. None before the first start."""
-        with self.database.read() as session:
-            return _newest_plain(session)
+        return self._first(ReleaseRow, select(t.Release).where(t.Release.share >= PLAIN).order_by(NEWEST))
 
     def incumbent(self, number: int, base: str | None = None) -> ReleaseRow | None:
         """The newest plain release before ``number``: what it is compared with, and what the guard goes back to; with
         ``base`` of those whose CLIP has this base.
         """
-        with self.database.read() as session:
-            return _newest_plain(session, number, base)
+        plain = select(t.Release).where(t.Release.share >= PLAIN, of_base(base), t.Release.number < number)
+        return self._first(ReleaseRow, plain.order_by(NEWEST))
 
     def was_stable(self, family: Family, adapter: str | None) -> bool:
-        """Whether an adapter (None: the base alone) was in a plain release, and so answered all requests."""
+        """True if an adapter (None: the base alone) was in a plain release, and so answered all requests."""
         column = t.Release.clip if family == "clip" else t.Release.vlm
         query = select(t.Release.number).where(t.Release.share >= PLAIN, column.is_not_distinct_from(adapter))
         with self.database.read() as session:
@@ -168,7 +160,7 @@ class ReleaseQueries:
             session.add(t.Audit(actor=actor, action="withdraw", subject=subject, detail=detail))
 
     def unproven(self, name: str) -> str:
-        """Why an adapter needs force to be released; empty when it passed the gate, or was live before."""
+        """The reason why an adapter needs force to be released; empty when it passed the gate, or was live before."""
         with self.database.read() as session:
             adapter = session.get(t.Adapter, name)
             if adapter is not None and adapter.withdrawn:
@@ -180,6 +172,79 @@ class ReleaseQueries:
             if session.scalars(served.limit(1)).first() or session.scalars(passed.limit(1)).first():
                 return ""
             return f"{name} has no passed verdict in the ledger and was never live"
+
+    def change_base(
+        self,
+        live: ReleaseRow,
+        *,
+        clip: str | None,
+        base: str,
+        live_base: str,
+        rollback: bool,
+        actor: str,
+        reason: str,
+        update_id: str | None = None,
+    ) -> ReleaseRow:
+        """Release an adapter of another base, with the VLM adapter that is live, in one transaction with its proposal:
+        no controller of the old base finds that proposal open.
+
+        Releases that name no base so far are of ``live_base``: that is written down, too.
+
+        Args:
+            live: what has to be live now, and plain.
+            update_id: the upgrade that made the adapter.
+            rollback: it goes back to an earlier release's adapter.
+
+        Raises:
+            ReleaseConflict: something else is live by now.
+        """
+        attempt = secrets.token_hex(16)
+
+        def write(session: Session, _repeated: bool) -> ReleaseRow:
+            written = session.scalars(select(t.Release).where(t.Release.attempt == attempt)).first()
+            if written is not None:
+                return as_row(ReleaseRow, written)
+            number = live.number + 1
+            check_number(session, number)
+            if not live.plain:
+                raise ReleaseConflict(
+                    f"release {live.number} is on trial.", "Promote it or take it back before the base changes."
+                )
+            unknown = update(t.Release).where(t.Release.clip_base.is_(None))
+            session.execute(unknown.values(clip_base=live_base))
+            proposal = t.Proposal(
+                kind="rollback" if rollback else "release", family="clip", clip=clip, vlm=None, actor=actor,
+                reason=reason, state="preparing", update_id=update_id, expected_live=live.number, attempt=attempt,
+            )  # fmt: skip
+            session.add(proposal)
+            session.flush()
+            row = t.Release(
+                number=number, clip=clip, vlm=live.vlm, actor=actor, reason=reason, proposal_id=proposal.id,
+                attempt=attempt, clip_base=base, share=PLAIN,
+            )  # fmt: skip
+            append_release(session, row, proposal)
+            detail = {"from": live_base, "to": base, "clip": clip, "rollback": rollback}
+            note(session, actor, "change base", f"release {number}", detail)
+            return as_row(ReleaseRow, row)
+
+        return write_once(self.database, write, f"release {live.number + 1}")
+
+    def newest_of_each_base(self) -> list[ReleaseRow]:
+        """The newest plain release of each base that was ever live, newest first."""
+        numbers = (
+            select(func.max(t.Release.number))
+            .where(t.Release.share >= PLAIN, t.Release.clip_base.is_not(None))
+            .group_by(t.Release.clip_base)
+        )
+        return self._all(ReleaseRow, select(t.Release).where(t.Release.number.in_(numbers)).order_by(NEWEST))
+
+    def image_spaces_of_bases(self) -> set[str]:
+        """Image spaces of :meth:`newest_of_each_base`: what another base's servers search, or will after a switch
+        back. That of a base alone is not known to the ledger.
+        """
+        clips = [row.clip for row in self.newest_of_each_base() if row.clip is not None]
+        with self.database.read() as session:
+            return set(session.scalars(select(t.Adapter.image_space).where(t.Adapter.name.in_(clips))))
 
     def hold(self, actor: str, reason: str) -> HoldRow:
         """Let update proposals wait until :meth:`resume`. A second hold keeps the first."""
@@ -204,9 +269,7 @@ class ReleaseQueries:
 
     def held(self) -> HoldRow | None:
         """The open hold, if there is one."""
-        with self.database.read() as session:
-            row = _open_hold(session)
-            return None if row is None else as_row(HoldRow, row)
+        return self._first(HoldRow, _OPEN_HOLD)
 
 
 def of_base(base: str | None) -> ColumnElement[bool]:
@@ -216,7 +279,7 @@ def of_base(base: str | None) -> ColumnElement[bool]:
 
 
 def _live(session: Session) -> t.Release | None:
-    return session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(1)).first()
+    return session.scalars(select(t.Release).order_by(NEWEST).limit(1)).first()
 
 
 def _base_of(session: Session, clip: str | None) -> str | None:
@@ -258,20 +321,8 @@ def _hold_after_rollback(session: Session, row: t.Release) -> None:
         _add_hold(session, row.actor, f"after the rollback of release {row.number - 1}: {row.reason}")
 
 
-PLAIN = 1.0
-
-
-def _newest_plain(session: Session, before: int | None = None, base: str | None = None) -> ReleaseRow | None:
-    query = select(t.Release).where(t.Release.share >= PLAIN, of_base(base)).order_by(t.Release.number.desc()).limit(1)
-    if before is not None:
-        query = query.where(t.Release.number < before)
-    row = session.scalars(query).first()
-    return None if row is None else as_row(ReleaseRow, row)
-
-
 def _open_hold(session: Session) -> t.Hold | None:
-    """The hold that nobody has ended."""
-    return session.scalars(select(t.Hold).where(t.Hold.resumed_at.is_(None)).order_by(t.Hold.id)).first()
+    return session.scalars(_OPEN_HOLD).first()
 
 
 def _add_hold(session: Session, actor: str, reason: str) -> t.Hold:

@@ -1,4 +1,4 @@
-"""What the ledger hands out: frozen rows. Times are UTC."""
+"""Frozen rows, as the ledger returns them. Times are UTC."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Final, Literal
 from ratchet_client.models import Family as Family
 
 Scope = Literal["clip", "vlm", "both"]
-"""Which adapters a proposal sets; the other stays what is live when it is committed."""
+"""The adapters that a proposal sets; the other stays what is live when it is committed."""
 GateOutcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
 ProposalKind = Literal["initial", "update", "rollback", "release", "promotion"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
 KeyScope = Literal["infer", "search", "publish", "operate"]
-"""What a key may do: ask the models; read the corpus; send quarantined records again; release, roll back, hold and
+"""Rights of a key: ask the models; read the corpus; send quarantined records again; release, roll back, hold and
 resume."""
 EventType = Literal[
     "ratchet.candidate.v1", "ratchet.verdict.v1", "ratchet.proposal.v1", "ratchet.release.v1", "ratchet.rollback.v1",
@@ -39,7 +39,7 @@ class AdapterRow:
     meta: dict[str, Any]
     created_at: datetime
     withdrawn: str | None = None
-    """Why the guard took it back; such an adapter is not released again unless an operator forces it."""
+    """The guard's reason for taking it back; such an adapter is not released again unless an operator forces it."""
     digest: str | None = None
     """SHA-256 of its directory; None for adapters that were recorded before it was kept."""
     collected_at: datetime | None = None
@@ -68,7 +68,7 @@ class UpdateRow:
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """What the gate said of an update's candidate."""
+    """The gate's verdict on an update's candidate."""
 
     id: int
     update_id: str
@@ -122,7 +122,7 @@ class ProposalRow:
 
 @dataclass(frozen=True)
 class ReleaseRow:
-    """What is served under a number. ``None`` is the base alone."""
+    """The adapters that are served under a number. ``None`` is the base alone."""
 
     number: int
     clip: str | None
@@ -139,7 +139,7 @@ class ReleaseRow:
 
     @property
     def plain(self) -> bool:
-        """Whether it answers everybody."""
+        """True if it answers all requests."""
         return self.share >= 1.0
 
     def adapter(self, family: Family) -> str | None:
@@ -149,7 +149,7 @@ class ReleaseRow:
 
 @dataclass(frozen=True)
 class BaseUpgradeRow:
-    """What an upgrade goes from and to: digests of both bases and the names under which they were registered."""
+    """An upgrade from one base to another: digests of both and the names under which they were registered."""
 
     update_id: str
     old_base: str
@@ -180,7 +180,7 @@ class HoldRow:
 
 @dataclass(frozen=True)
 class AuditRow:
-    """Who did what to which, when."""
+    """An action of somebody, for the audit."""
 
     id: int
     actor: str
@@ -207,7 +207,7 @@ class KeyRow:
     """None: good until it is revoked."""
 
     def expired(self) -> bool:
-        """Whether its time is over."""
+        """True if its time is over."""
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
 
@@ -225,7 +225,7 @@ class ResubmissionRow:
 
 @dataclass(frozen=True)
 class EventRow:
-    """What others are told of. ``id`` orders events, ``event_id`` follows from the fact."""
+    """An event for other programs. ``id`` orders events, ``event_id`` follows from the fact."""
 
     id: int
     event_id: str
@@ -240,7 +240,7 @@ class EventRow:
 
 @dataclass(frozen=True)
 class LeaseRow:
-    """Who may do a job until when; the holder is empty when the lease was given back."""
+    """The right to do a job for some time; the holder is empty when the lease was given back."""
 
     name: str
     holder: str
@@ -257,7 +257,7 @@ class DeletionRow:
 
     id: str
     selector: dict[str, Any]
-    """What is to be deleted: see :mod:`streams.store.deletion`."""
+    """The samples to delete: see :mod:`streams.store.deletion`."""
     state: DeletionState
     """``removed``: no reader finds it any more; ``held``: the bucket keeps old versions of the files that had it;
     ``done``: its bytes are gone from the disk, too."""
@@ -279,6 +279,6 @@ class DeletionRow:
     """When no file of the store had it any more, and the bucket still did."""
     done_at: datetime | None
     remains: str | None
-    """What is left of it in the bucket, or why that is not known."""
+    """The part that is left of it in the bucket, or why that is not known."""
     remains_until: datetime | None
     """When that can be deleted; None where it is not known."""

@@ -1,4 +1,4 @@
-"""The ledger's tables (SQLAlchemy 2). Migrations live beside; a test compares both."""
+"""The ledger's tables (SQLAlchemy 2). Migrations are in the folder of that name; a test compares both."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Adapter(Base):
     collected_at: Mapped[datetime | None]
     """When it was decided that its files are deleted."""
     collected_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    """What that freed; None until they are gone."""
+    """Bytes that this freed; None until they are gone."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -174,7 +174,7 @@ class Audit(Base):
 
 
 class ApiKey(Base):
-    """Who may call. Of the secret only the digest is kept; names are never reused, so that an audit row stays clear."""
+    """An API key. Of the secret only the digest is kept; names are never reused, so that an audit row stays clear."""
 
     __tablename__ = "api_keys"
     id: Mapped[str] = mapped_column(String(16), primary_key=True)
@@ -202,7 +202,7 @@ class Resubmission(Base):
 
 
 class Event(Base):
-    """What others are told of. ``partition`` and ``offset``: where its topic has it, once it is published."""
+    """An event for other programs. ``partition`` and ``offset``: where its topic has it, once it is published."""
 
     __tablename__ = "events"
     __table_args__ = (Index("ix_events_published", "published", "id"),)

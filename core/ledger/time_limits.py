@@ -1,4 +1,4 @@
-"""How long a ledger call may take, as a deadline of the thread that makes it.
+"""Time limits of ledger calls, as a deadline of the thread that makes one.
 
 A server that is stopped (SIGSTOP, a frozen virtual machine) keeps its connections open: the kernel acknowledges every
 packet and no timeout of the server or of TCP ends the wait. The client has to count by itself.

@@ -15,7 +15,7 @@ from core.settings import Settings
 from ops.load.expected import ExpectedAnswers, ExpectedVectors, Question
 from ops.load.probes import Probe
 from serving.http.classify import probabilities
-from serving.releases.release_snapshot import BASE
+from serving.releases.types import BASE
 
 TOLERANCE = 1e-3
 """Largest difference of a component, a probability or a score. Batching changes the sixth digit; adapters differ in the

@@ -13,7 +13,7 @@ from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.vlm_base import load_vlm_base
-from serving.releases.release_snapshot import BASE
+from serving.releases.types import BASE
 
 Question = tuple[bytes, str]
 """An encoded image, and what is asked about it."""

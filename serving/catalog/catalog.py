@@ -31,7 +31,7 @@ from serving.catalog.reconcile import Reconciler
 from serving.catalog.space_fill import SpaceFill
 from serving.catalog.tables import Tables
 from serving.catalog.waking import wait_for_wake
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.catalog")
 Result = TypeVar("Result")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from core.errors import LedgerError
 from core.ledger import Ledger
 from serving.catalog.queries import Filters, Hit
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 if TYPE_CHECKING:
     from serving.catalog.tables import Tables

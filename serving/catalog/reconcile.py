@@ -23,7 +23,7 @@ from serving.catalog.embedding import Corpus, Embedder, Encode, Pixels
 from serving.catalog.space_fill import SpaceFill
 from serving.catalog.tables import Tables
 from serving.catalog.waking import wait_for_wake
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.catalog")
 IDLE_SECONDS: Final = 0.5

@@ -31,7 +31,7 @@ from serving.http.recent import LastReleases, Recent
 from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
 from serving.http.vlm_calls import MirroredVlms
 from serving.releases.admission import Admission
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 OPERATOR_THREADS = 4
 CLIP: Family = "clip"

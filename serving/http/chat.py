@@ -20,7 +20,7 @@ from serving.http.json_bodies import inline, json_body, json_schema
 from serving.http.request_bodies import caller_of
 from serving.http.response_schemas import ChatCompletionBody, ChatCompletionChunk
 from serving.http.vlm_calls import MirroredVlms
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
 ROLES: dict[str, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

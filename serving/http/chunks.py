@@ -24,7 +24,7 @@ from serving.engines.vlm.generation import Finish, GenerationResult, TokenChunk
 from serving.errors import DeadlineExceeded
 from serving.http import errors
 from serving.http.cancel_on_disconnect import ClientGone, cancel_on_disconnect
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.http")
 DONE = b"data: [DONE]\n\n"

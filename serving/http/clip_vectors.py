@@ -31,7 +31,7 @@ from serving.http.errors import ApiError
 from serving.http.fair_room import FairRoom
 from serving.http.image_loader import ImageLoader, ImageSource
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, Modality
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 _CacheKey = tuple[Modality, str, bytes]
 """Image or text; the embedding space of that tower; SHA-256 of the content. An entry is of its space for ever, so no

@@ -14,9 +14,8 @@ from core import metrics
 from core.errors import RatchetError, ReleaseConflict
 from serving.errors import DeadlineExceeded, Unavailable
 from serving.ray.replica_calls import Attempts, call_replica, queue_full
-from serving.releases.commands import HoldingCommand, LiveCommand, RollbackCommand
 from serving.releases.controller import outcome_of
-from serving.releases.types import ReleaseResult
+from serving.releases.types import HoldingCommand, LiveCommand, ReleaseResult, RollbackCommand
 
 CONTROLLER_SECONDS: Final = 20.0
 """How long controllers that die are replaced by others in one call; and how long one may be silent."""

@@ -21,7 +21,7 @@ from serving.http.json_bodies import checked, json_body, json_response
 from serving.http.request_bodies import caller_of
 from serving.http.response_schemas import EmbeddingList, ModelBody, ModelList
 from serving.http.schemas import EmbeddingsRequest, ImageUrlItem, Item, TextItem
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
 Input = str | ImageSource

@@ -23,8 +23,8 @@ from serving.http.errors import ApiError
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality, joined
 from serving.own_threads import OwnThreads
 from serving.ray.replica_calls import Attempts, call_another
-from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
+from serving.releases.types import ReleaseSnapshot
 
 _ADAPTERS = 8
 """Whose heads are kept: those of the resident releases, a few more than one."""

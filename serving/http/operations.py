@@ -20,10 +20,16 @@ from serving.http.json_bodies import json_body, json_response, json_schema
 from serving.http.recent import MAX_RELEASES
 from serving.http.response_schemas import ResponseBody
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
-from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
-from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.rollback import ledger_answers
-from serving.releases.types import ReleaseResult
+from serving.releases.types import (
+    HoldCommand,
+    PromoteCommand,
+    ReleaseCommand,
+    ReleaseResult,
+    ReleaseSnapshot,
+    ResumeCommand,
+    RollbackCommand,
+)
 
 router = APIRouter(tags=["Operations"])
 CHANGES: dict[int | str, dict[str, Any]] = {

@@ -20,8 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from core.ledger.rows import Family
 from serving.http.json_bodies import OpenAIBody
-from serving.releases.release_snapshot import BASE
-from serving.releases.types import Adapters
+from serving.releases.types import BASE, Adapters
 
 Reason = Annotated[
     str,

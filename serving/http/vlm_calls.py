@@ -21,8 +21,8 @@ from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, 
 from serving.messages import Refusal
 from serving.ray.deployment_status import DeploymentStatus
 from serving.ray.replica_calls import Attempts, call_another, queue_full
-from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
+from serving.releases.types import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.ingress")
 LOOK_SECONDS: Final = 1.0

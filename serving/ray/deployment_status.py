@@ -1,4 +1,4 @@
-"""What Serve knows of an application's deployments: whether replicas run, and why they do not.
+"""The deployments of an application as Serve sees them: whether replicas run, and why they do not.
 
 Serve starts all deployments of an application at once, and routes requests to the ingress as soon as that has a replica
 (``ServeController.get_target_groups`` asks for running replicas of the ingress, not for the application's status). So
@@ -25,7 +25,7 @@ class DeploymentStatus:
     failed: bool
     """Serve has given up."""
     cause: str
-    """Why the last replica could not start; empty when none has failed."""
+    """The reason why the last replica could not start; empty when none has failed."""
 
     @property
     def running(self) -> int:

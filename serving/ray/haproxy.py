@@ -9,7 +9,7 @@
    there was one is kept (``Forwarded: for=unknown``): what a proxy on this machine forwards did not come from here.
 4. Ray has bodies spliced. HAProxy 2.8 then does not notice that a client has closed its connection, where the body is
    larger than a buffer (16 KB) and the connection to the application is one that it uses again: what the client had
-   asked for was computed for nobody. Here bodies are copied.
+   asked for was computed for no one. Here bodies are copied.
 5. After a connection that was refused HAProxy waits as long as for one that does not come to be (a second, with Ray's
    five), though it then asks another replica. Here that is a quarter of a second.
 6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
@@ -45,16 +45,16 @@ DROPPED = re.compile(
     r"|option splice-request)\n",
     re.MULTILINE,
 )
-"""Lines of Ray's that are written anew, or not at all."""
+"""Lines of Ray's that are replaced, or left out."""
 REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
-"""Paths of requests that may be answered twice, beside those of GET."""
+"""Paths of requests that may be answered twice, in addition to those of GET."""
 REQUEST_ID = "^[A-Za-z0-9._~:+/=@-]{1,128}$"
 """An id that is taken from a client, as in :mod:`serving.http.request_ids`."""
 ERROR_LIMIT = 1
 """A connection that was refused: the replica counts as gone until it answers probes, half a second at least."""
 RETRIES = 3
 """As many replicas may be gone before Serve's own proxy is asked, which knows of later ones: an HAProxy that was
-replaced goes on with the replicas of its time. A request that ends whoever reads it ends no more than one further."""
+replaced goes on with the replicas of its time. A request that ends the process that reads it ends one more at most."""
 CONNECT_MS = 250
 """Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
 connection: a second otherwise."""

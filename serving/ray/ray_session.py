@@ -1,4 +1,5 @@
-"""A private Ray session: its own folder, its own ports, nothing of another Ray on this machine, gone when it ends.
+"""A private Ray session: its own folder, its own ports, nothing of another Ray on this machine, gone when it ends; and
+the application that is deployed in it.
 
 Ray Serve's switches are read from the environment at import, in every process; so they are set here, before Ray is
 imported for the first time, and inherited by all of Ray's processes.
@@ -19,8 +20,10 @@ import signal
 import socket
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.digests import digest12
 from core.errors import ConfigError
@@ -30,6 +33,10 @@ from core.settings.watching import Traces
 from core.tracing import EXPORTER
 from core.waiting import wait_until
 from serving.ray import replica_process
+from serving.ray.replica_process import take_over_rays_loggers
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 OBJECT_STORE_BYTES = 160 * 1024 * 1024
 """Requests carry pixels by value (a 224 px image is 147 KB); this holds a thousand images on their way."""
@@ -38,22 +45,23 @@ PROXIED = "SERVE_BEHIND_HAPROXY"
 """Set where HAProxy of this machine is in front of the ingress. Not with the prefix of Ratchet's settings, see
 :data:`serving.ray.replica_process.SWITCH`."""
 START_ATTEMPTS = 1_000_000
-"""How often Serve starts a replica of the VLM before it gives up: a VLM that cannot start is an outage of the VLM
+"""Starts of a replica of the VLM before Serve gives up: a VLM that cannot start is an outage of the VLM
 alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
 ``max_constructor_retry_count`` and this many for each replica."""
 HEAD_ALLOCATOR = "narenas:1,tcache:false,dirty_decay_ms:0,muzzy_decay_ms:0"
-"""How Ray's head allocates: what it frees, the system gets at once. Its 19 MB of objects took 30 MB spread over the
-arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours."""
+"""Settings of the allocator of Ray's head: what it frees, the system gets at once. Its 19 MB of objects took 30 MB
+spread over the arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours.
+"""
 SPIN_COUNT = "5000"
-"""How often a thread of GNU's OpenMP looks whether the others are done before it sleeps (300,000 by default). Where the
+"""Looks of a thread of GNU's OpenMP at whether the others are done, before it sleeps (300,000 by default). Where the
 scheduler puts an encoder's two threads on one core, because the VLM has the other, one would look for the whole time
 slice that the other one needs: an image took 1.25 s for 0.013. With this it takes 0.05, and alone still 0.013; with
 OMP_WAIT_POLICY=PASSIVE, 0.03."""
 KILL_SECONDS = 5.0
-"""How long killed processes are waited for."""
+"""Longest wait for killed processes to end."""
 ANSWER_GRACE_SECONDS = 10.0
-"""How long HAProxy waits for an answer, or for more of it, after the deadline: the application's own refusal is better.
-"""
+"""Longest wait of HAProxy for an answer, or more of it, after the deadline: the application's own refusal is better."""
+LOOK_SECONDS = 0.02
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 ENGINE_TITLE = b"VLLM::"
 SPAWNED = b"--multiprocessing-fork"
@@ -61,7 +69,7 @@ SPAWNED = b"--multiprocessing-fork"
 
 
 def session_directory(settings: Settings) -> Path:
-    """Where this Ratchet's Ray keeps sockets and logs.
+    """The folder in which this Ratchet's Ray keeps sockets and logs.
 
     Short, because Serve appends 67 characters to HAProxy's socket, and HAProxy takes 97 at most.
     """
@@ -69,7 +77,7 @@ def session_directory(settings: Settings) -> Path:
     root = Path(temporary if len(temporary) <= MAX_TEMPORARY_CHARS else "/tmp") / f"rt-{os.getuid()}"  # noqa: S108
     root.mkdir(mode=0o700, exist_ok=True)
     if root.stat().st_uid != os.getuid():
-        raise ConfigError(f"{root} belongs to somebody else.", "Set TMPDIR to a folder of your own.")
+        raise ConfigError(f"{root} belongs to another user.", "Set TMPDIR to a folder of your own.")
     return root / digest12(str(settings.home.resolve()).encode())[:8]
 
 
@@ -138,7 +146,7 @@ def prepare_environment(settings: Settings) -> Path:
 
 
 def tracing_environment(traces: Traces) -> dict[str, str]:
-    """What Ray Serve and OpenTelemetry read. Raises ConfigError where the extra ``traces`` is not installed."""
+    """Variables for Ray Serve and OpenTelemetry. Raises ConfigError where the extra ``traces`` is not installed."""
     for package in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"):
         try:
             importlib.import_module(package)
@@ -156,7 +164,7 @@ def tracing_environment(traces: Traces) -> dict[str, str]:
 
 
 def front_limits(server: Serve) -> dict[str, Any]:
-    """What :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
+    """The limits that :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
     return {
         "header_ms": int(server.header_seconds * 1000),
         "idle_ms": int(server.idle_seconds * 1000),
@@ -193,6 +201,49 @@ def haproxy_binary() -> Path | None:
     return Path(binary) if binary is not None and sys.platform == "linux" else None
 
 
+def start_ray(folder: Path, server: Serve) -> None:
+    """Start a private Ray session in ``folder``, see :func:`session_directory`.
+
+    What its workers write to standard error comes out on that of this process.
+    """
+    import ray
+    import ray.serve
+
+    take_over_rays_loggers()
+    ray.init(
+        address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
+        _temp_dir=str(folder / "ray"), _node_ip_address=replica_process.NODE, log_to_driver=True,
+        _metrics_export_port=server.ray_metrics_port or None,
+        object_store_memory=OBJECT_STORE_BYTES, configure_logging=False,
+    )  # fmt: skip
+
+
+def deploy(application: Application, name: str, server: Serve) -> None:
+    """Start Serve and an application at ``/``. Returns when requests are taken, whatever has answered yet."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions, ProxyLocation
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import LoggingConfig
+
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    with ThreadPoolExecutor(1, "serve") as threads:
+        starting = threads.submit(
+            serve.start,
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=server.host, port=server.port),
+            logging_config=quiet,
+        )
+        # It returns when the proxies have started, too. The deployments start meanwhile, as soon as Serve's controller
+        # can be called: before that, they would make a second one.
+        while not starting.done() and _get_global_client(raise_if_no_controller_running=False) is None:
+            time.sleep(LOOK_SECONDS)
+        if starting.done():
+            starting.result()  # raises why there is none
+        target = serve.RunTarget(application, name=name, route_prefix="/", logging_config=quiet)
+        serve.run_many([target], wait_for_applications_running=False)
+        starting.result()
+
+
 def lock(folder: Path) -> int:
     """Hold this home's session for the life of the process; the kernel lets go when it dies. Returns the descriptor.
 
@@ -218,15 +269,12 @@ def end_leftovers(folder: Path) -> None:
     Ray, HAProxy and vLLM that belong to this session's folder.
     """
     mark = str(folder).encode()
-    left = [pid for pid in _pids() if pid != os.getpid() and _is_ours(pid, mark)]
+    pids = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+    left = [pid for pid in pids if pid != os.getpid() and _is_ours(pid, mark)]
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # nothing of theirs is worth a clean end: all truth is elsewhere
     wait_until(lambda: not any(_is_ours(pid, mark) for pid in left), KILL_SECONDS, pause=0.05)
-
-
-def _pids() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")] if Path("/proc").is_dir() else []
 
 
 def _is_ours(pid: int, mark: bytes) -> bool:
@@ -242,7 +290,7 @@ def _is_ours(pid: int, mark: bytes) -> bool:
 
 
 def is_engine(pid: int, mark: bytes) -> bool:
-    """Whether this is a process of vLLM that a replica of this session started.
+    """True if this is a process of vLLM that a replica of this session started.
 
     vLLM writes its title over command and environment, but for the first seconds, and for ever where an import changed
     the variable that happens to be the first of its environment (setproctitle then finds nothing to write over). What
@@ -259,27 +307,17 @@ def is_engine(pid: int, mark: bytes) -> bool:
 
 
 def free_range(count: int) -> int:
-    """First of ``count`` neighbouring ports below the ephemeral range that nobody listens on, different per process."""
+    """First of ``count`` neighbouring free ports below the ephemeral range, different per process."""
     start = 20000 + (os.getpid() * count) % 10000
     for offset in range(0, 10000, count):
         first = 20000 + (start - 20000 + offset) % 10000
-        if all(_free(port) for port in (first, first + 1, first + 2, first + 3, first + 32)):
+        if all(is_free("0.0.0.0", port) for port in (first, first + 1, first + 2, first + 3, first + 32)):  # noqa: S104  only probed
             return first
     return start
 
 
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))  # noqa: S104  only probed, never listened on
-        except OSError:
-            return False
-    return True
-
-
 def is_free(host: str, port: int) -> bool:
-    """Whether the address can be bound."""
+    """True if the address can be bound."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

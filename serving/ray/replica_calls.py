@@ -48,7 +48,7 @@ class Attempts:
         self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)
 
     def over(self) -> DeadlineExceeded | Unavailable:
-        """What to raise when the time is over."""
+        """The error to raise when the time is over."""
         if self.last_error:
             return Unavailable(
                 f"no {self._replica} answered before the deadline ({self.last_error}).", "Try again shortly."
@@ -57,7 +57,7 @@ class Attempts:
 
 
 async def call_replica(call: Callable[[], Any], attempts: Attempts, retry_full: bool = False) -> Any:
-    """What one replica returns. ``call`` makes a new call through a handle; cancelling this cancels it.
+    """Call one replica and return its answer. ``call`` makes a new call through a handle; cancelling this cancels it.
 
     Args:
         retry_full: also try again when the queue in front of the replicas is full.
@@ -84,7 +84,7 @@ async def call_replica(call: Callable[[], Any], attempts: Attempts, retry_full: 
 
 
 async def call_another(call: Callable[[], Any], attempts: Attempts, refusal: Callable[[Any], str | None]) -> Any:
-    """What one replica returns; a few others are asked where one refuses, which may do better.
+    """Call one replica and return its answer; where it refuses, a few others are asked, which may do better.
 
     Args:
         refusal: the error of an answer that another replica may not give; None for any other answer.
@@ -103,7 +103,7 @@ async def call_another(call: Callable[[], Any], attempts: Attempts, refusal: Cal
 
 
 async def call_every_replica(handle: DeploymentHandle, method: str, *args: Any, seconds: float) -> list[Any]:
-    """What every running replica returns. When one dies on the way, all are called again.
+    """Call every running replica and return all answers. When one dies on the way, all are called again.
 
     Raises:
         ReleaseError: no round without a dead replica within the time.

@@ -1,4 +1,4 @@
-"""What each replica does with its process: it closes a port, logs as other processes do, and freezes its garbage."""
+"""Set-up of a replica's process: it closes a port, logs as other processes do, and freezes its garbage."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def close_replica_port() -> None:
     session is not private to one machine.
 
     Ray Serve 2.60 opens one in each replica for calls between deployments, on every address, and it unpickles what it
-    is sent: whoever reaches the port can run code. There is no setting for the address, so the one helper that binds it
-    is replaced in the replica's process before the server starts. With more than one node, close the ports by a network
-    policy or use Ray's TLS (``RAY_USE_TLS=1``), which this leaves alone.
+    is sent: anyone who reaches the port can run code. There is no setting for the address, so the one helper that binds
+    it is replaced in the replica's process before the server starts. With more than one node, close the ports by a
+    network policy or use Ray's TLS (``RAY_USE_TLS=1``), which this leaves alone.
     """
     if os.environ.get(SWITCH) != "1" or os.environ.get("RAY_USE_TLS") == "1":
         return

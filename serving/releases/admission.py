@@ -1,4 +1,4 @@
-"""What a request is stamped with at admission, and who may still be answered for which release.
+"""Admission: each request is stamped with a release, which is counted as used until the request has ended.
 
 One :class:`Admission` lives in each ingress replica. It is used from one event loop only, so it needs no lock.
 """
@@ -14,8 +14,8 @@ from core.ledger.rows import Family
 from core.metrics.serving import Age
 from core.request_context import note
 from serving.errors import NotReady, Unavailable, UnknownModel
-from serving.releases.observations import RequestCounts
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.guard import RequestCounts
+from serving.releases.types import ReleaseSnapshot
 
 FAMILY: Family = "clip"
 
@@ -24,44 +24,32 @@ class Admission:
     """The releases that requests may be stamped with, newest first, and how many requests each has in flight."""
 
     def __init__(self) -> None:
-        self._window: tuple[ReleaseSnapshot, ...] = ()
-        self._stable: ReleaseSnapshot | None = None
+        self.window: tuple[ReleaseSnapshot, ...] = ()
+        """Resident releases, newest first."""
+        self.stable: ReleaseSnapshot | None = None
+        """The newest plain release: it answers callers whom the live one does not."""
+        self.splits = False
+        """True if a canary or a shadow is live, so that it matters who asks."""
+        self.closed = False
+        """True if no more requests are admitted."""
         self._in_flight: dict[int, int] = {}
         self._answered: dict[int, RequestCounts] = {}
-        self._closed = False
-        self.splits = False
-        """Whether a canary or a shadow is live, so that it matters who asks."""
-
-    @property
-    def stable(self) -> ReleaseSnapshot | None:
-        """The newest plain release: it answers whom the live one does not."""
-        return self._stable
 
     @property
     def live(self) -> ReleaseSnapshot | None:
         """The live release, as far as this replica knows."""
-        return self._window[0] if self._window else None
-
-    @property
-    def window(self) -> tuple[ReleaseSnapshot, ...]:
-        """Resident releases, newest first."""
-        return self._window
-
-    @property
-    def closed(self) -> bool:
-        """Whether no more requests are admitted."""
-        return self._closed
+        return self.window[0] if self.window else None
 
     def close(self) -> None:
         """Admit no more requests: the server ends when those in flight have ended."""
-        self._closed = True
+        self.closed = True
 
     def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Take a newer window; an older one (a late message) changes nothing. Returns the live number."""
         ordered = tuple(sorted(window, key=lambda snapshot: -snapshot.release))
         if ordered and (self.live is None or ordered[0].release >= self.live.release):
-            self._window = ordered
-            self._stable = next((snapshot for snapshot in ordered if snapshot.share >= 1), None)
+            self.window = ordered
+            self.stable = next((snapshot for snapshot in ordered if snapshot.share >= 1), None)
             self.splits = ordered[0].share < 1
             numbers = {snapshot.release for snapshot in ordered} | set(self._in_flight)
             self._answered = {number: self._answered.get(number, RequestCounts()) for number in numbers}
@@ -83,15 +71,15 @@ class Admission:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
         if model == family:
             return self._side(live, key) if self.splits else live
-        for snapshot in self._window:
+        for snapshot in self.window:
             if model in (f"{family}@{snapshot.release}", snapshot.shown(family)):
                 return snapshot
         raise UnknownModel(f"model {model[:80]!r} is not resident.", f"Resident are: {', '.join(self.names(family))}.")
 
     def names(self, family: Family = FAMILY) -> list[str]:
         """Every name that :meth:`resolve` takes."""
-        names: list[str] = [family, *(f"{family}@{snapshot.release}" for snapshot in self._window)]
-        return names + list(dict.fromkeys(snapshot.shown(family) for snapshot in self._window))
+        names: list[str] = [family, *(f"{family}@{snapshot.release}" for snapshot in self.window)]
+        return names + list(dict.fromkeys(snapshot.shown(family) for snapshot in self.window))
 
     @contextmanager
     def admit(
@@ -104,7 +92,7 @@ class Admission:
         """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
         against the release.
         """
-        if self._closed:
+        if self.closed:
             raise Unavailable("the server is ending.", "Send the request to another server, or again shortly.")
         snapshot = self.resolve(model, family, key)
         number = snapshot.release
@@ -135,7 +123,7 @@ class Admission:
 
     def by_age(self) -> dict[Age, int]:
         """The same, by how far behind the live release each one is."""
-        newest = [snapshot.release for snapshot in self._window[:2]]
+        newest = [snapshot.release for snapshot in self.window[:2]]
         counts: dict[Age, int] = {"live": 0, "incumbent": 0, "older": 0}
         for number, count in self._in_flight.items():
             counts["older" if number not in newest else "live" if number == newest[0] else "incumbent"] += count
@@ -155,14 +143,14 @@ class Admission:
 
     def _side(self, live: ReleaseSnapshot, key: str) -> ReleaseSnapshot:
         chosen = bool(key) and canary_bucket(live.clip, live.vlm, key) < live.share
-        return live if chosen else self._stable or live
+        return live if chosen else self.stable or live
 
 
 def canary_bucket(clip: str | None, vlm: str | None, key: str) -> float:
-    """Where a caller stands between 0 and 1 (not included): a canary with a share above it answers.
+    """The place of a caller between 0 and 1 (not included): a canary with a share above it answers.
 
     It is the SHA-256 of the caller's key and of the canary's adapters. So a caller sees one side for as long as these
-    adapters are tried, every ingress agrees without asking, and a larger share only adds callers: whoever was on the
+    adapters are tried, every ingress agrees without asking, and a larger share only adds callers: a caller on the
     canary's side at a tenth is still there at a half. Other adapters draw other callers first.
     """
     digest = hashlib.sha256(f"{clip}\n{vlm}\n{key}".encode("utf-8", "surrogatepass")).digest()

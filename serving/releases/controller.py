@@ -20,26 +20,25 @@ from core.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError,
 from core.ledger import Family, Ledger
 from core.settings import Settings
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
-from serving.releases.broadcast import RayBroadcast
-from serving.releases.commands import (
+from serving.releases.auto_rollback import Fallback, Guard
+from serving.releases.broadcast import Broadcast
+from serving.releases.leadership import RENEW_SECONDS, ControllerLease, Lineage
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.types import (
+    FAMILIES,
     HoldCommand,
     HoldingCommand,
     LiveCommand,
     PromoteCommand,
     ReleaseCommand,
+    ReleaseResult,
     RollbackCommand,
 )
-from serving.releases.fallback import Fallback
-from serving.releases.lease import RENEW_SECONDS, ControllerLease
-from serving.releases.lineage import Lineage
-from serving.releases.protocol import ReleaseProtocol
-from serving.releases.rollout_controller import RolloutController
-from serving.releases.types import ReleaseResult
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
 START_SECONDS = 10.0
-"""How long an operator's call waits for a controller that starts; it does not hang when that one cannot."""
+"""Longest wait of an operator's call for a controller that starts; it does not hang when that one cannot."""
 GUARD_PAUSE_SECONDS = 5.0
 """After a look that failed: what the guard could not release now it will hardly release a second later."""
 KINDS = {"release": "release", "promote": "promotion", "rollback": "rollback"}
@@ -61,8 +60,7 @@ class ReleaseController:
         configure_replica_logging(settings, "controller")
         metrics.build.started("controller")
         self.ledger = Ledger.lazy(settings.ledger)
-        self.broadcast = RayBroadcast(encoder, catalog, vlm)
-        self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
+        self.broadcast = Broadcast(encoder, catalog, vlm)
         rollout = settings.rollout
         share = {"direct": 1.0, "canary": rollout.share, "shadow": 0.0}[rollout.mode]
         self.lease = ControllerLease(self.ledger)
@@ -71,15 +69,13 @@ class ReleaseController:
             self.ledger, self.broadcast, settings.serve.rollback_window, update_share=share,
             hold_after_rollback=rollout.hold_after_rollback, lease=self.lease, lineage=self.lineage,
         )  # fmt: skip
-        self.rollout = RolloutController(self.ledger, self.protocol, rollout, self.broadcast.observations)
-        self.fallback = Fallback(
-            self.ledger, self.protocol, self.broadcast.prepare, None if vlm is None else self.broadcast.prepare_vlm
-        )
+        self.guard = Guard(self.protocol, rollout)
+        self.fallback = Fallback(self.protocol)
         self._started = asyncio.Event()
         self._last_error = ""
         self._seen = 0
         """The newest release that the replicas of this server were told of."""
-        self._retiring = self._retire_again = False
+        self._to_retire = asyncio.Event()
         self._status: asyncio.Task[dict[str, Any]] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._loops: dict[str, asyncio.Task[None]] = {}
@@ -93,7 +89,8 @@ class ReleaseController:
     async def check_health(self) -> None:
         """Keeps the loops running. Guard and lease have their own: a release in preparation may take minutes."""
         loops = {
-            "lease": self._keep_lease, "proposals": self._run, "guard": self._guard, "fallback": self._fall_back,
+            "lease": self._keep_lease, "proposals": self._run, "guard": self._run_guard,
+            "fallback": self._run_fallback, "retire": self._retire,
         }  # fmt: skip
         for name, work in loops.items():
             if name not in self._loops or self._loops[name].done():
@@ -104,7 +101,56 @@ class ReleaseController:
 
         Adapters that no gate passed and that were never live need ``force``.
         """
-        return await asyncio.shield(self._spawn(self._judged(command)))
+        return await asyncio.shield(self._spawn(self._change(command)))
+
+    async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
+        if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    await self._started.wait()
+            except TimeoutError:
+                last_error = self._last_error or "replicas are starting"
+                return ReleaseError(
+                    f"the release controller has not started yet: {last_error}.",
+                    "Try again shortly, or use `ratchet releases rollback --offline`.",
+                )
+        try:
+            match command:
+                case ReleaseCommand():
+                    unproven = await asyncio.to_thread(self._check_adapters, command)
+                    outcome = await self.protocol.release(command, forced=unproven)
+                case PromoteCommand():
+                    outcome = await self.protocol.promote(command)
+                case RollbackCommand():
+                    outcome = await self.protocol.rollback(command)
+        except RatchetError as error:
+            self._step_down_if(error)
+            metrics.release.decided(KINDS[command.action], "failed")
+            self._to_retire.set()  # what a failed proposal loaded goes again
+            return error
+        self._recorded(outcome)
+        return outcome
+
+    def _check_adapters(self, command: ReleaseCommand) -> bool:
+        """True if one of the adapters passed no gate and was never live. Raises ReleaseError unless that is forced."""
+        unproven: list[str] = []
+        for family, name in command.adapters.items():
+            if name is None:
+                continue
+            try:
+                row = self.ledger.adapter(name)
+            except LedgerError as error:
+                raise ReleaseError(error.message, "See `ratchet releases list` for adapters that exist.") from None
+            if row.family != family:
+                raise ReleaseError(f"{name} is no {family} adapter.", f"Release it as `{row.family}`.")
+            if why := self.ledger.unproven(name):
+                unproven.append(why)
+        if unproven and not command.force:
+            raise ReleaseError(
+                f"{'; '.join(unproven)}.",
+                'Judge it with `ratchet gate run`; if you are sure, say --force (HTTP: "force": true).',
+            )
+        return bool(unproven)
 
     async def hold(self, command: HoldingCommand) -> RatchetError | None:
         """Let update proposals wait, or let them through again."""
@@ -139,41 +185,12 @@ class ReleaseController:
                  "vlm": s.vlm_adapter, "share": s.share}
                 for s in residency.window
             ],
-            "rollout": self.rollout.status(),
+            "rollout": self.guard.status(),
             "replicas": await self.broadcast.replica_states(),
             "encoders": encoders,
             "vlm": vlms,
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip
-
-    async def _carry_out(self, command: LiveCommand) -> ReleaseResult:
-        match command:
-            case ReleaseCommand():
-                return await self._release(command)
-            case PromoteCommand():
-                return await self.protocol.promote(command)
-            case RollbackCommand():
-                return await self.protocol.rollback(command)
-
-    async def _release(self, command: ReleaseCommand) -> ReleaseResult:
-        unproven: list[str] = []
-        for family, name in command.adapters.items():
-            if name is None:
-                continue
-            try:
-                row = await asyncio.to_thread(self.ledger.adapter, name)
-            except LedgerError as error:
-                raise ReleaseError(error.message, "See `ratchet releases list` for adapters that exist.") from None
-            if row.family != family:
-                raise ReleaseError(f"{name} is no {family} adapter.", f"Release it as `{row.family}`.")
-            if why := await asyncio.to_thread(self.ledger.unproven, name):
-                unproven.append(why)
-        if unproven and not command.force:
-            raise ReleaseError(
-                f"{'; '.join(unproven)}.",
-                'Judge it with `ratchet gate run`; if you are sure, say --force (HTTP: "force": true).',
-            )
-        return await self.protocol.release(command, forced=bool(unproven))
 
     def _spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.get_running_loop().create_task(work)
@@ -181,30 +198,9 @@ class ReleaseController:
         task.add_done_callback(self._running.discard)
         return task
 
-    async def _judged(self, command: LiveCommand) -> ReleaseResult | RatchetError:
-        if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
-            try:
-                async with asyncio.timeout(START_SECONDS):
-                    await self._started.wait()
-            except TimeoutError:
-                last_error = self._last_error or "replicas are starting"
-                return ReleaseError(
-                    f"the release controller has not started yet: {last_error}.",
-                    "Try again shortly, or use `ratchet releases rollback --offline`.",
-                )
-        try:
-            outcome = await self._carry_out(command)
-        except RatchetError as error:
-            self._step_down_if(error)
-            metrics.release.decided(KINDS[command.action], "failed")
-            self._spawn(self._retire())  # what a failed proposal loaded goes again
-            return error
-        self._recorded(outcome)
-        return outcome
-
     def _step_down_if(self, error: RatchetError) -> None:
-        if isinstance(error, LeaseLost):
-            self.lease.lost()
+        if isinstance(error, LeaseLost):  # a write was refused: another process has taken over
+            self.lease.epoch = None
 
     def _recorded(self, outcome: ReleaseResult) -> None:
         self._seen = max(self._seen, outcome.number)
@@ -215,28 +211,26 @@ class ReleaseController:
         if kind == "rollback":
             metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
         log.info("release %d is live: %s", outcome.number, outcome)
-        self._spawn(self._after(outcome))
+        self._to_retire.set()
+        self._spawn(self._tell(outcome))
 
-    async def _after(self, outcome: ReleaseResult) -> None:
-        detail = asdict(outcome)
-        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
-        await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
-        await self._retire()
+    async def _tell(self, outcome: ReleaseResult) -> None:
+        await self._tell_of_live()
+        subject = f"release {outcome.number}"
+        await asyncio.to_thread(self.ledger.audit, "controller", "released", subject, asdict(outcome))
+
+    async def _tell_of_live(self) -> None:
+        await asyncio.to_thread(tell_of_live, self.ledger, FAMILIES if self.broadcast.has_vlm else FAMILIES[:1])
 
     async def _retire(self) -> None:
-        """One at a time, for each waits for requests in flight; one that comes meanwhile follows it."""
-        self._retire_again = self._retiring
-        if self._retiring:
-            return
-        self._retiring = True
-        try:
-            await self.protocol.retire()
-        except RatchetError as error:
-            log.warning("retire: %s", error)
-        finally:
-            self._retiring = False
-        if self._retire_again:
-            self._spawn(self._retire())
+        """One at a time, for each waits for requests in flight; what is asked for meanwhile is one more."""
+        while True:
+            await self._to_retire.wait()
+            self._to_retire.clear()
+            try:
+                await self.protocol.retire()
+            except RatchetError as error:
+                log.warning("retire: %s", error)
 
     async def _keep_lease(self) -> None:
         while True:
@@ -251,21 +245,17 @@ class ReleaseController:
                 log.exception("lease")
             await asyncio.sleep(RENEW_SECONDS)
 
-    async def _leads(self) -> bool:
-        """Whether this controller changes what is live."""
-        return self.lease.epoch is not None and not await self._other_base()
-
     async def _other_base(self) -> str:
-        """Why this server cannot answer with the live release; empty where it has the same base."""
+        """The reason why this server cannot answer with the live release; empty where it has the same base."""
         if self.lineage is None:
             return ""
         live = await asyncio.to_thread(self.ledger.live)
         return "" if live is None or self.lineage.has(live) else self.lineage.why_not(live)
 
-    async def _guard(self) -> None:
-        await self._watch("guard", self.rollout.step, GUARD_PAUSE_SECONDS)
+    async def _run_guard(self) -> None:
+        await self._watch("guard", self.guard.step, GUARD_PAUSE_SECONDS)
 
-    async def _fall_back(self) -> None:
+    async def _run_fallback(self) -> None:
         await self._watch("fallback", self.fallback.step)
 
     async def _watch(
@@ -275,8 +265,8 @@ class ReleaseController:
         await self._started.wait()
         while True:
             try:
-                outcome = await step() if await self._leads() else None
-                if outcome is not None:
+                leads = self.lease.epoch is not None and not await self._other_base()
+                if leads and (outcome := await step()) is not None:
                     self._recorded(outcome)
             except RatchetError as error:
                 log.warning("%s: %s", name, error)
@@ -287,23 +277,24 @@ class ReleaseController:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _run(self) -> None:
+        """Start, then follow what other controllers release, and carry proposals out while this one leads."""
         while True:
             try:
-                if not self._started.is_set():
-                    outcome = await self._start()
-                    other_base = await self._other_base()
-                else:
-                    await self._follow()
-                    other_base = await self._other_base()
-                    leads = self.lease.epoch is not None and not other_base
-                    outcome = await self.protocol.step() if leads else None
+                starting = not self._started.is_set()
+                outcome = await self.protocol.start() if starting else None
+                self._started.set()
+                if outcome is None:
+                    await self._follow(announced=starting)
+                other_base = await self._other_base()
+                if outcome is None and self.lease.epoch is not None and not other_base:
+                    outcome = await self.protocol.step()
                 self._last_error = other_base
                 if outcome is not None:
                     self._recorded(outcome)
                     continue
             except LeaseLost as error:
                 log.info("proposal: %s", error)
-                self.lease.lost()
+                self._step_down_if(error)
             except LedgerUnavailable as error:
                 log.warning("proposal: %s", error)
                 self._last_error = str(error)
@@ -311,31 +302,22 @@ class ReleaseController:
                 log.warning("proposal: %s", error)
                 self._last_error = str(error)
                 metrics.release.decided("update", "failed")
-                self._spawn(self._retire())
+                self._to_retire.set()
             except Exception as error:
                 log.exception("controller")
                 self._last_error = f"{type(error).__name__}: {error}"[:300]
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _start(self) -> ReleaseResult | None:
-        outcome = await self.protocol.start()
-        self._started.set()
-        if outcome is None:
-            live = await asyncio.to_thread(self.ledger.live)
-            self._seen = max(self._seen, live.number if live else 0)
-            await asyncio.to_thread(tell_of_live, self.ledger, self.families)
-            self._spawn(self._retire())
-        return outcome
-
-    async def _follow(self) -> None:
+    async def _follow(self, announced: bool) -> None:
         """Tell the replicas of this server what the controller of another one has released."""
         live = await asyncio.to_thread(self.ledger.live)
         if live is None or live.number <= self._seen:
             return
         self._seen = live.number
-        await self.protocol.follow()
-        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
-        self._spawn(self._retire())
+        if not announced:
+            await self.protocol.follow()
+        await self._tell_of_live()
+        self._to_retire.set()
 
 
 def tell_of_live(ledger: Ledger, families: Sequence[Family]) -> None:

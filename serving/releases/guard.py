@@ -1,4 +1,5 @@
-"""When a release is taken back: exact one-sided tests on counts, so that noise does not trigger it.
+"""The guard's view of a release: which one is watched, what ingress processes counted, and exact one-sided tests on the
+counts, so that noise does not take a release back.
 
 Each guardrail counts bad events, and says how likely one may be for a release that is within its bound:
 
@@ -16,14 +17,13 @@ Which release is watched, against which and until when, follows from the ledger 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from core.ledger.ledger import Ledger
+from core.ledger import Ledger
 from core.ledger.rows import Family, ProposalKind, ReleaseRow
 from core.settings.serving import Rollout
-from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 
 ACTOR = "guard"
 _UNWATCHED: tuple[ProposalKind, ...] = ("initial", "rollback")
@@ -33,8 +33,6 @@ FALSE_ALARM = 0.01
 TESTS = 5
 """Errors once, latency and agreement for each model."""
 LOOK_SECONDS = 2.0
-FORGIVEN = RequestCounts(requests=100, failed=1)
-"""Put to the incumbent's count: one that answered nothing yet, or never failed, is not held to be perfect."""
 Guardrail = Literal["errors", "latency", "agreement"]
 
 
@@ -54,7 +52,7 @@ class GuardTarget:
         return self.release.created_at.timestamp()
 
     def differs(self, family: Family) -> bool:
-        """Whether it changes this model. What it leaves alone needs no comparing."""
+        """True if it changes this model. What it leaves alone needs no comparing."""
         return self.release.adapter(family) != self.incumbent.adapter(family)
 
 
@@ -71,6 +69,69 @@ def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTar
     if kind in _UNWATCHED or now >= until or not (target.differs("clip") or target.differs("vlm")):
         return None
     return target
+
+
+@dataclass(slots=True)
+class RequestCounts:
+    """Requests that a release answered, and those of them that failed through no fault of the client."""
+
+    requests: int = 0
+    failed: int = 0
+
+    def add(self, other: RequestCounts) -> None:
+        """Count those of another process too."""
+        self.requests += other.requests
+        self.failed += other.failed
+
+
+@dataclass(slots=True)
+class ComparisonCounts:
+    """Inputs of one model that the watched release and its incumbent both were given, unseen by clients."""
+
+    inputs: int = 0
+    """That both answered."""
+    agreed: int = 0
+    timed: int = 0
+    slower: int = 0
+    """Took longer than ``rollout.max_latency_ratio`` allows, of the timed ones."""
+    tried: int = 0
+    """Comparisons begun: several inputs may be one."""
+    failed: int = 0
+    """That the watched release could not answer."""
+    incumbent_failed: int = 0
+    dropped: int = 0
+    """Not begun, because there was no room: clients come first."""
+
+    def add(self, other: ComparisonCounts) -> None:
+        """Count those of another process too."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+
+@dataclass(slots=True)
+class Observations:
+    """Of one ingress, or of all of them. ``release`` is the one that is watched; 0: none."""
+
+    release: int = 0
+    requests: dict[int, RequestCounts] = field(default_factory=dict)
+    """By release number: the resident ones."""
+    compared: dict[Family, ComparisonCounts] = field(default_factory=dict)
+
+
+def together(release: int, seen: Iterable[Observations]) -> Observations:
+    """The sum over processes. Comparisons of another release than ``release`` (a late process's) are left out."""
+    total = Observations(release)
+    for one in seen:
+        for number, answered in one.requests.items():
+            total.requests.setdefault(number, RequestCounts()).add(answered)
+        if one.release == release:
+            for family, compared in one.compared.items():
+                total.compared.setdefault(family, ComparisonCounts()).add(compared)
+    return total
+
+
+FORGIVEN = RequestCounts(requests=100, failed=1)
+"""Put to the incumbent's count: one that answered nothing yet, or never failed, is not held to be perfect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +152,7 @@ class Evidence:
 
     @property
     def broken(self) -> bool:
-        """Whether the release is outside of its bound."""
+        """True if the release is outside of its bound."""
         return self.chance < self.level
 
     def detail(self) -> dict[str, Any]:

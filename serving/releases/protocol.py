@@ -1,20 +1,21 @@
 """The release protocol: propose, prepare, commit, announce, retire.
 
 A release names a CLIP adapter and a VLM adapter. A proposal sets one of them or both; what it does not set stays what
-is live at the moment of the commit, and is neither prepared nor touched. Beside a canary or a shadow that is what the
+is live at the moment of the commit, and is neither prepared nor touched. During a canary or a shadow that is what the
 newest plain release has: whatever is released next ends the trial, and only a promotion takes over what was tried.
 
 What is live changes at one point only, the ledger row of ``commit``. Before it, nothing that clients see has changed,
-so a failure costs nothing; after it, every later step may be repeated by whoever comes next.
+so a failure costs nothing; after it, every later step may be repeated by any process that comes next.
 
-Proposals are prepared one at a time. A rollback to adapters that are resident needs no preparation, and waits for
-nobody who prepares, retires or announces: it stops a preparation, commits, and announces with a short time limit.
+Proposals are prepared one at a time. A rollback to adapters that are resident needs no preparation, and does not wait
+for one, nor for what retires or announces: it stops a preparation, commits, and announces with a short time limit.
 Commits themselves are written one after the other, so that a preparation which was stopped does not commit any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,27 +23,45 @@ from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar
 
 from core import metrics
-from core.errors import LeaseLost, RatchetError, ReleaseError
-from core.ledger.leases import CONTROLLER_LEASE
-from core.ledger.ledger import Ledger
-from core.ledger.proposals import ENDED
-from core.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ReleaseRow
-from serving.releases.broadcast import RELEASE_SECONDS, ROLLBACK_SECONDS, Announcer
-from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseCommand, RollbackCommand
-from serving.releases.lease import ControllerLease
-from serving.releases.lineage import Lineage
-from serving.releases.proposal_runner import Postponed, Preparation, ProposalRunner
-from serving.releases.rollback import RollbackPlan, ledger_answers, plan_rollback
-from serving.releases.types import Adapters, Broadcast, Goal, ReleaseResult, Residency, scope_of
+from core.errors import Held, LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseConflict, ReleaseError
+from core.ledger import Ledger
+from core.ledger.rows import HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow
+from serving.releases.broadcast import Broadcast, Unacknowledged
+from serving.releases.leadership import ControllerLease, Lineage, wait_for_leader
+from serving.releases.preparation import Postponed, Preparation, PreparingProposal
+from serving.releases.rollback import check_live, commit_rollback, ledger_answers, plan_rollback
+from serving.releases.types import (
+    FAMILIES,
+    NO_VLM,
+    Adapters,
+    LiveCommand,
+    PromoteCommand,
+    ReleaseCommand,
+    ReleaseResult,
+    ReleaseSnapshot,
+    Residency,
+    RollbackCommand,
+    TargetAdapters,
+    proposed_adapters,
+    scope_of,
+    target_adapters,
+)
 
+log = logging.getLogger("ratchet.protocol")
 Result = TypeVar("Result")
-FOLLOW_SECONDS: Final = 0.25
-"""Between two looks at a proposal that another controller carries out."""
-STANDSTILL_SECONDS: Final = 60.0
-"""An order is given up when the other controller neither takes it up nor renews its lease for this long. It may be busy
-with another proposal for hours."""
+RELEASE_SECONDS: Final = 10.0
+"""For replicas to acknowledge a release: the operator's call returns when every replica serves it."""
+ROLLBACK_SECONDS: Final = 0.3
+"""The same for a rollback. Replicas that answer take some 10 ms; those that do not may be starting, stuck or dead. The
+message is on its way to them all the same, they look at the ledger by themselves every second or two, and they are told
+again.
+"""
+HEAL_ATTEMPTS: Final = 6
+HEAL_PAUSE_SECONDS: Final = 2.0
 ROLLBACK_THREADS: Final = 2
 """For the ledger calls of rollbacks, which share no thread with anything that may wait."""
+TAKEN_UP: Final[tuple[ProposalKind, ...]] = ("initial", "update")
+"""Kinds without an operator who waits: what failed with the ledger or the lease is carried out later."""
 
 
 class ReleaseProtocol:
@@ -67,19 +86,21 @@ class ReleaseProtocol:
         """
         self.ledger = ledger
         self.broadcast = broadcast
-        self.size = window
+        self.preparation = Preparation(ledger, broadcast, window, None if lineage is None else lineage.digest)
+        self._update_share = update_share
+        self._hold_after_rollback = hold_after_rollback
         self._lease = lease
         self._lineage = lineage
-        self._preparation = Preparation(ledger, broadcast, window, None if lineage is None else lineage.digest)
-        self._runner = ProposalRunner(ledger, self._preparation, update_share, hold_after_rollback, lease)
-        self._announcer = Announcer(broadcast)
         self._turn = asyncio.Lock()
-        self._planning: asyncio.Future[RollbackPlan] | None = None
+        """Held by the one proposal that is carried out."""
+        self._preparing: PreparingProposal | None = None
+        self._committing = asyncio.Lock()
+        """Held from the last check before a commit until its end."""
+        self._abandoned: dict[int, str] = {}
+        """Proposals whose end could not be written, with the reason."""
+        self._planning: asyncio.Future[tuple[Adapters, TargetAdapters, bool]] | None = None
+        self._healing: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(ROLLBACK_THREADS, "rollback")
-
-    @property
-    def _epoch(self) -> int | None:
-        return None if self._lease is None else self._lease.epoch
 
     async def start(self) -> ReleaseResult | None:
         """Continue from the ledger: make release 1 (the bases alone) if there is none, else announce what is live.
@@ -88,9 +109,9 @@ class ReleaseProtocol:
             LeaseLost: there is no release, and another process is about to make the first one.
             ReleaseError: no release has the base of this server, or what has it cannot be served.
         """
-        self._preparation.learn(await self.broadcast.resident())
+        await self.preparation.learn()
         if (live := await asyncio.to_thread(self.ledger.live)) is not None:
-            if self._lineage is not None and not (await asyncio.to_thread(self._preparation.read)).window:
+            if self._lineage is not None and not (await asyncio.to_thread(self.preparation.read)).window:
                 self._lineage.check(live)
             await self.follow()
             return None
@@ -102,14 +123,14 @@ class ReleaseProtocol:
             return await self._run(initial[0] if initial else await asyncio.to_thread(self._propose_initial))
 
     async def follow(self) -> None:
-        """Bring the replicas of this server to what is live by the ledger, whoever has committed it.
+        """Bring the replicas of this server to what is live by the ledger, whichever process has committed it.
 
         Raises:
             ReleaseError: a CLIP adapter that answers requests cannot be served.
         """
         residency = await self.residency()
         await asyncio.gather(
-            self._announcer.announce(residency, RELEASE_SECONDS),
+            self._announce(residency, RELEASE_SECONDS),
             *(self.broadcast.cover(snapshot, wait=False) for snapshot in residency.indexed),
             return_exceptions=True,
         )
@@ -123,7 +144,7 @@ class ReleaseProtocol:
             if live is not None:
                 metrics.release.live("controller", live.number)  # also one that was made offline
             waits = held is not None or (live is not None and not live.plain)
-            waiting = await self._runner.without_abandoned(pending)
+            waiting = await self._without_abandoned(pending)
             metrics.release.waiting(len(waiting), held is not None)
             for proposal in waiting:
                 if proposal.kind == "update" and (waits or await self._lacks_vlm(proposal)):
@@ -161,6 +182,182 @@ class ReleaseProtocol:
         both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.broadcast.has_vlm else {"clip": live.clip}
         return await self._ordered("promotion", both, command)
 
+    async def _ordered(
+        self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
+    ) -> ReleaseResult:
+        """Propose what an operator ordered, and run it, or wait until the process with the lease has.
+
+        Raises ReleaseError where the live release has another base than this server.
+        """
+
+        def propose() -> ProposalRow:
+            return self.ledger.propose(
+                kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"),
+                actor=command.actor, reason=command.reason, expected_live=command.expected_live, share=share,
+                forced=forced, epoch=None if kind == "rollback" else self._epoch,
+            )  # fmt: skip
+
+        if self._lineage is not None:
+            self._lineage.check(await asyncio.to_thread(self.ledger.live))
+        if self._lease is not None and self._lease.epoch is None:
+            began = time.perf_counter()
+            ended = await wait_for_leader(self.ledger, await asyncio.to_thread(propose), self._fail)
+            if ended.release is None:
+                raise ReleaseError(f"{ended.error}", "Look at what is live, and propose again.")
+            row, seconds = await asyncio.to_thread(self.ledger.release, ended.release), time.perf_counter() - began
+            return ReleaseResult(
+                row.number, row.clip, row.vlm, ended.kind, ended.family, ended.id, seconds, 0.0, 0, row.share
+            )
+        async with self._turn:
+            return await self._run(await asyncio.to_thread(propose))
+
+    async def _run(self, proposal: ProposalRow) -> ReleaseResult:
+        """Carry a proposal out, and write down how it ended.
+
+        Raises:
+            Postponed: it waits for its turn again.
+            ReleaseConflict: something else is live by now, or it was stopped.
+            ReleaseError: it cannot be served; what was live stays live.
+            LedgerUnavailable, LeaseLost: this process cannot go on with it.
+        """
+        began = time.perf_counter()
+        work = self._preparing = PreparingProposal(proposal)
+        try:
+            target = await self._prepared(work)
+            prepared = time.perf_counter()
+            await self._commit(work, target)
+        except Postponed:
+            await self._advance(proposal, "pending")
+            raise
+        except (LeaseLost, LedgerUnavailable) as error:
+            if proposal.kind not in TAKEN_UP:
+                self._abandoned[proposal.id] = str(error)
+            raise
+        except RatchetError as error:
+            await asyncio.to_thread(self._fail, proposal, str(error))
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:500]
+            await asyncio.to_thread(self._fail, proposal, reason)
+            raise ReleaseError(
+                f"proposal {proposal.id} failed: {reason}.", "What was live stays live; look at the server's log."
+            ) from error
+        finally:
+            self._preparing = None
+        acknowledged = await self._announce_live(RELEASE_SECONDS)
+        return ReleaseResult(
+            work.number, target["clip"], target["vlm"], proposal.kind, proposal.family, proposal.id, prepared - began,
+            time.perf_counter() - prepared, acknowledged, work.share,
+        )  # fmt: skip
+
+    async def _prepared(self, work: PreparingProposal) -> TargetAdapters:
+        """Prepare in a task that a rollback may cancel."""
+        task = work.task = asyncio.get_running_loop().create_task(self._prepare(work))
+        try:
+            return await task
+        except asyncio.CancelledError:
+            work.check()
+            task.cancel()
+            raise  # this process ends: the proposal stays, and is taken up at the next start
+
+    async def _prepare(self, work: PreparingProposal) -> TargetAdapters:
+        proposal = work.proposal
+        live = await asyncio.to_thread(self.ledger.live)
+        if proposal.expected_live is not None:
+            check_live(live, proposal.expected_live)
+        if proposal.family == "vlm" and not self.broadcast.has_vlm:
+            raise ReleaseError("no vision-language model is served here.", NO_VLM)
+        adapters = proposed_adapters(proposal)
+        if proposal.kind == "update":  # which may make again what the guard took back: same data, same recipe
+            withdrawn = await asyncio.to_thread(self.ledger.withdrawn, [*adapters.values()])
+            for name, why in withdrawn.items():
+                raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
+        await self._advance(proposal, "preparing")
+        work.number = live.number + 1 if live else 1
+        work.share = self._update_share if proposal.kind == "update" else proposal.share
+        work.target = target_adapters(adapters, await asyncio.to_thread(self.ledger.stable))
+        await self.preparation.make_ready(work.target, live)
+        return work.target
+
+    async def _commit(self, work: PreparingProposal, target: TargetAdapters) -> None:
+        async with self._committing:
+            work.check()
+            epoch, proposal = self._needed_epoch(), work.proposal
+            try:
+                await asyncio.to_thread(
+                    lambda: self.ledger.commit_release(
+                        work.number, clip=target["clip"], vlm=target["vlm"], actor=proposal.actor,
+                        reason=proposal.reason, proposal_id=proposal.id, share=work.share, epoch=epoch,
+                        hold_after_rollback=self._hold_after_rollback,
+                    )
+                )  # fmt: skip
+            except Held:
+                if proposal.kind == "update":
+                    raise Postponed from None
+                raise
+            self._preparing = None
+
+    async def _announce_live(self, seconds: float) -> int:
+        """Tell replicas of what was just committed; one that this does not reach follows the ledger by itself."""
+        try:
+            rows = await self._in_thread(self.preparation.read)
+        except RatchetError:
+            return 0
+        residency = await self.preparation.known_residency(rows)
+        return await self._announce(residency, seconds) if residency.window else 0
+
+    async def _announce(self, residency: Residency, seconds: float) -> int:
+        """Tell every replica; never fails. Those that do not answer within ``seconds`` are told again in the
+        background, until something else is announced. Returns how many acknowledged.
+        """
+        if self._healing is not None:
+            self._healing.cancel()
+            self._healing = None
+        try:
+            async with asyncio.timeout(2 * seconds):  # the broadcast keeps its time limit itself
+                return await self.broadcast.announce(residency, seconds)
+        except Exception as error:
+            log.info("not every replica was reached: %s: %s", type(error).__name__, error)
+            self._healing = asyncio.get_running_loop().create_task(self._heal(residency))
+            return error.acknowledged if isinstance(error, Unacknowledged) else 0
+
+    async def _heal(self, residency: Residency) -> None:
+        for _ in range(HEAL_ATTEMPTS):
+            try:
+                async with asyncio.timeout(2 * RELEASE_SECONDS):
+                    await self.broadcast.announce(residency, RELEASE_SECONDS)
+                return
+            except Exception as error:
+                log.info("a replica is told again: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(HEAL_PAUSE_SECONDS)
+
+    async def retire(self, patience_seconds: float = 60.0) -> None:
+        """Unload what left the window, once no request that was stamped with it is in flight. What is being prepared at
+        that moment stays.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
+            if time.monotonic() > deadline:
+                return  # a later release retires it; memory is bounded by what is in flight
+            await asyncio.sleep(0.1)
+        keep, loading = await self._needed()
+        spaces = self.preparation.spaces
+        preparing = [ReleaseSnapshot(n, t["clip"], *spaces[t["clip"]]) for n, t in loading if t["clip"] in spaces]
+        await self.broadcast.retire_spaces([*dict.fromkeys((*keep.indexed, *preparing))], self._epoch)
+        keep, loading = await self._needed()  # that took a while
+        clips = tuple(dict.fromkeys((*keep.clips, *(target["clip"] for _, target in loading))))
+        vlms = tuple(dict.fromkeys((*keep.vlms, *(target["vlm"] for _, target in loading))))
+        self.preparation.forget_others(clips)  # before the wait: what is prepared meanwhile stays known
+        await self.broadcast.retire(clips, vlms)
+
+    async def _needed(self) -> tuple[Residency, list[tuple[int, TargetAdapters]]]:
+        """The residency; and the number and the adapters of what is being prepared, before and after the look at
+        the ledger, which misses what is committed meanwhile."""
+        before = self._preparing
+        residency = await self.residency()
+        works = [work for work in (before, self._preparing) if work is not None]
+        return residency, [(work.number, work.target) for work in works if work.target is not None]
+
     async def rollback(self, command: RollbackCommand) -> ReleaseResult:
         """A new release with the adapters of an older one.
 
@@ -176,59 +373,84 @@ class ReleaseProtocol:
         began = time.perf_counter()
         async with AsyncExitStack() as committing:
             async with ledger_answers():
-                await committing.enter_async_context(self._runner.committing)
-                plan = await self._planned(command)
-            if self._runner.work is not None:
-                self._runner.work.stop(command, scope_of(plan.adapters))
-            resident = plan.is_resident and await self._is_known(plan.goal["clip"])
-            proposal = await self._in_thread(self._commit_rollback, plan, command) if resident else None
+                await committing.enter_async_context(self._committing)
+                adapters, target, resident = await self._planned(command)
+            if self._preparing is not None:
+                self._preparing.stop(command, scope_of(adapters))
+            if resident and target["clip"] not in self.preparation.spaces:
+                await self.preparation.learn()  # this process has just begun: the ingress knows
+            proposal = None
+            if resident and target["clip"] in self.preparation.spaces:
+                proposal = await self._in_thread(
+                    commit_rollback, self.ledger, command, adapters, target, self._hold_after_rollback, self._fail
+                )
         if proposal is None:
-            return await self._ordered("rollback", plan.adapters, command)
+            return await self._ordered("rollback", adapters, command)
         committed = time.perf_counter()
-        acknowledged = await self._announce(ROLLBACK_SECONDS)
+        acknowledged = await self._announce_live(ROLLBACK_SECONDS)
         return ReleaseResult(
-            plan.live + 1, plan.goal["clip"], plan.goal["vlm"], "rollback", proposal.family, proposal.id,
+            command.expected_live + 1, target["clip"], target["vlm"], "rollback", proposal.family, proposal.id,
             committed - began, time.perf_counter() - committed, acknowledged,
         )  # fmt: skip
 
+    async def _planned(self, command: RollbackCommand) -> tuple[Adapters, TargetAdapters, bool]:
+        """A plan, one at a time: one that a caller gave up waiting for would make the next one wait in the threads."""
+        if self._planning is not None:
+            await asyncio.wait([self._planning])
+        self._planning = asyncio.ensure_future(self._in_thread(self._plan_rollback, command))
+        self._planning.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._planning)
+
+    def _plan_rollback(self, command: RollbackCommand) -> tuple[Adapters, TargetAdapters, bool]:
+        """The adapters that a rollback sets, those of the new release, and whether replicas keep them."""
+        with self.ledger.reading():
+            served = FAMILIES if self.broadcast.has_vlm else FAMILIES[:1]
+            adapters, target = plan_rollback(self.ledger, command, served, self._lineage)
+            rows = self.preparation.read()
+        return adapters, target, target["clip"] in rows.clips and target["vlm"] in rows.vlms
+
     async def residency(self) -> Residency:
         """See :meth:`Preparation.residency`."""
-        return await self._preparation.residency()
+        return await self.preparation.residency()
 
     async def known_residency(self) -> Residency:
-        """What stays loaded, as far as it is known without asking a replica."""
-        return await self._preparation.known_residency(await asyncio.to_thread(self._preparation.read))
+        """Releases that stay loaded, as far as it is known without asking a replica."""
+        return await self.preparation.known_residency(await asyncio.to_thread(self.preparation.read))
 
-    async def retire(self, patience_seconds: float = 60.0) -> None:
-        """Unload what left the window, once no request that was stamped with it is in flight. What is being prepared at
-        that moment stays.
-        """
-        deadline = time.monotonic() + patience_seconds
-        while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
-            if time.monotonic() > deadline:
-                return  # a later release retires it; memory is bounded by what is in flight
-            await asyncio.sleep(0.1)
-        keep, loading = await self._needed()
-        preparing = [self._preparation.snapshot(number, goal["clip"]) for number, goal in loading]
-        indexed = dict.fromkeys((*keep.indexed, *(snapshot for snapshot in preparing if snapshot is not None)))
-        await self.broadcast.retire_spaces([*indexed], self._epoch)
-        keep, loading = await self._needed()  # that took a while
-        clips = tuple(dict.fromkeys((*keep.clips, *(goal["clip"] for _, goal in loading))))
-        vlms = tuple(dict.fromkeys((*keep.vlms, *(goal["vlm"] for _, goal in loading))))
-        self._preparation.forget_others(clips)  # before the wait: what is prepared meanwhile stays known
-        await self.broadcast.retire(clips, vlms)
+    @property
+    def _epoch(self) -> int | None:
+        return None if self._lease is None else self._lease.epoch
+
+    def _needed_epoch(self) -> int | None:
+        """For writes that need the lease. Raises LeaseLost while another process has it."""
+        if self._lease is not None and self._lease.epoch is None:
+            raise LeaseLost("another controller has taken over.", "It goes on with what is proposed.")
+        return self._epoch
+
+    async def _advance(self, proposal: ProposalRow, state: ProposalState) -> None:
+        epoch = self._needed_epoch()
+        await asyncio.to_thread(lambda: self.ledger.advance_proposal(proposal.id, state, epoch=epoch))
+
+    def _fail(self, proposal: ProposalRow, reason: str) -> None:
+        """Write down the end of a proposal. Where that cannot be done it is done later, and not carried out."""
+        try:
+            self.ledger.advance_proposal(proposal.id, "failed", reason)
+        except ReleaseConflict:  # it ended elsewhere
+            return
+        except LedgerError:
+            self._abandoned[proposal.id] = reason
+
+    async def _without_abandoned(self, waiting: list[ProposalRow]) -> list[ProposalRow]:
+        """Write down the end of proposals that failed while the ledger was away: operators were told so."""
+        abandoned, self._abandoned = self._abandoned, {}
+        for proposal in waiting:
+            if proposal.id in abandoned:
+                await asyncio.to_thread(self._fail, proposal, abandoned[proposal.id])
+        return [proposal for proposal in waiting if proposal.id not in abandoned]
 
     async def _lacks_vlm(self, proposal: ProposalRow) -> bool:
-        """Whether a proposal would only wait for a VLM that starts, and let those of CLIP wait behind it."""
-        return proposal.family != "clip" and self.broadcast.has_vlm and not await self.broadcast.vlm_answers()
-
-    async def _needed(self) -> tuple[Residency, list[tuple[int, Goal]]]:
-        """What is resident; and the number and the adapters of what is being prepared, before and after the look at
-        the ledger, which misses what is committed meanwhile."""
-        before = self._runner.work
-        residency = await self.residency()
-        works = [work for work in (before, self._runner.work) if work is not None]
-        return residency, [(work.number, work.goal) for work in works if work.goal is not None]
+        """True if a proposal would only wait for a VLM that starts, and let those of CLIP wait behind it."""
+        return proposal.family != "clip" and self.broadcast.has_vlm and not await self.broadcast.vlm_status()
 
     def _propose_initial(self) -> ProposalRow:
         return self.ledger.propose(
@@ -237,106 +459,9 @@ class ReleaseProtocol:
         )  # fmt: skip
 
     def _pending(self) -> tuple[HoldRow | None, ReleaseRow | None, list[ProposalRow]]:
-        """What is on hold, what is live, and what waits."""
+        """The open hold, the live release and the waiting proposals."""
         with self.ledger.reading():
             return self.ledger.held(), self.ledger.live(), self.ledger.pending_proposals()
-
-    async def _planned(self, command: RollbackCommand) -> RollbackPlan:
-        """A plan, one at a time: one that a caller gave up waiting for would make the next one wait in the threads."""
-        if self._planning is not None:
-            await asyncio.wait([self._planning])
-        self._planning = asyncio.ensure_future(self._in_thread(self._plan_rollback, command))
-        self._planning.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(self._planning)
-
-    def _plan_rollback(self, command: RollbackCommand) -> RollbackPlan:
-        served: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)
-        return plan_rollback(self.ledger, command, served, self.size, self._lineage)
-
-    async def _is_known(self, clip: str | None) -> bool:
-        """Whether replicas can serve an adapter that is resident; a process that has just begun asks the ingress."""
-        if not self._preparation.knows(clip):
-            self._preparation.learn(await self.broadcast.resident())
-        return self._preparation.knows(clip)
-
-    def _commit_rollback(self, plan: RollbackPlan, command: RollbackCommand) -> ProposalRow:
-        proposal = self._propose("rollback", plan.adapters, command)
-        try:
-            self._runner.commit(proposal, plan.live + 1, plan.goal, 1.0, None)
-        except RatchetError as error:
-            self._runner.fail(proposal, str(error))
-            raise
-        return proposal
-
-    def _propose(
-        self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
-    ) -> ProposalRow:
-        return self.ledger.propose(
-            kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"), actor=command.actor,
-            reason=command.reason, expected_live=command.expected_live, share=share, forced=forced,
-            epoch=None if kind == "rollback" else self._epoch,
-        )  # fmt: skip
-
-    async def _ordered(
-        self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
-    ) -> ReleaseResult:
-        """Propose what an operator ordered, and run it, or wait until the process with the lease has.
-
-        Raises ReleaseError where the live release has another base than this server.
-        """
-        if self._lineage is not None:
-            self._lineage.check(await asyncio.to_thread(self.ledger.live))
-        if self._lease is not None and self._lease.epoch is None:
-            proposal = await asyncio.to_thread(self._propose, kind, adapters, command, share, forced)
-            return await self._carried_out_elsewhere(proposal)
-        async with self._turn:
-            return await self._run(await asyncio.to_thread(self._propose, kind, adapters, command, share, forced))
-
-    async def _carried_out_elsewhere(self, proposal: ProposalRow) -> ReleaseResult:
-        began = moved = time.perf_counter()
-        seen: object = None
-        while proposal.state not in ENDED:
-            await asyncio.sleep(FOLLOW_SECONDS)
-            if (now := await asyncio.to_thread(self._movement)) != seen:
-                seen, moved = now, time.perf_counter()
-            elif time.perf_counter() - moved > STANDSTILL_SECONDS:
-                await asyncio.to_thread(self._runner.fail, proposal, self._standstill(proposal))
-            proposal = await asyncio.to_thread(self.ledger.proposal, proposal.id)
-        if proposal.release is None:
-            raise ReleaseError(f"{proposal.error}", "Look at what is live, and propose again.")
-        row = await asyncio.to_thread(self.ledger.release, proposal.release)
-        seconds = time.perf_counter() - began
-        return ReleaseResult(
-            row.number, row.clip, row.vlm, proposal.kind, proposal.family, proposal.id, seconds, 0.0, 0, row.share
-        )
-
-    def _movement(self) -> object:
-        """What changes as long as the controller with the lease carries proposals out; preparing one may take hours."""
-        with self.ledger.reading():
-            states = [(proposal.id, proposal.state) for proposal in self.ledger.pending_proposals()]
-            preparing = any(state == "preparing" for _, state in states)
-            return states, self.ledger.lease(CONTROLLER_LEASE) if preparing else None
-
-    def _standstill(self, proposal: ProposalRow) -> str:
-        lease = self.ledger.lease(CONTROLLER_LEASE)
-        leader = "none" if lease is None or not lease.holder else lease.holder
-        return (
-            f"proposal {proposal.id} is {proposal.state}, and the controller that leads ({leader}) has done nothing "
-            f"for {STANDSTILL_SECONDS:g} s"
-        )
-
-    async def _run(self, proposal: ProposalRow) -> ReleaseResult:
-        committed = await self._runner.run(proposal)
-        return committed.outcome(await self._announce(RELEASE_SECONDS))
-
-    async def _announce(self, seconds: float) -> int:
-        """The release is committed: a replica that this does not reach follows the ledger by itself."""
-        try:
-            rows = await self._in_thread(self._preparation.read)
-        except RatchetError:
-            return 0
-        residency = await self._preparation.known_residency(rows)
-        return await self._announcer.announce(residency, seconds) if residency.window else 0
 
     async def _in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)

@@ -1,4 +1,4 @@
-"""Which releases and adapters stay loaded: the rollback window, and what a rollback of one family alone brings back.
+"""Releases and adapters that stay loaded: the rollback window, and what a rollback of one family alone brings back.
 
 A replica learns it from the ledger or, while that is away, from the newest copy. A copy is a small file:
 
@@ -14,11 +14,11 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from core import metrics
 from core.artifacts import Artifacts
@@ -26,13 +26,12 @@ from core.dependencies import answered, noted
 from core.digests import digest_json
 from core.errors import LedgerUnavailable, RatchetError, ReleaseError
 from core.files import replace_file
-from core.ledger.ledger import Ledger
+from core.ledger import Ledger
 from core.ledger.rows import Family, ReleaseRow
 from core.settings import Settings
 from serving.own_threads import BoundedCall
-from serving.releases.lineage import Lineage
-from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Residency
+from serving.releases.leadership import Lineage
+from serving.releases.types import ReleaseSnapshot, Residency
 
 log = logging.getLogger("ratchet.residency")
 FORMAT: Final = 1
@@ -43,7 +42,7 @@ LEDGER_SECONDS: Final = 15.0
 """The three transactions of a reading, each of which the ledger bounds to five seconds."""
 ARTIFACTS_SECONDS: Final = 5.0
 KEEP_SECONDS: Final = 60.0
-"""How often the copies are compared again: a copy that a slower process overwrote does not stay."""
+"""Time between two comparisons of the copies: a copy that a slower process overwrote does not stay."""
 KEY: Final = "residency.json"
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
 """Image and text space of a CLIP adapter; None when its files are gone or damaged. Raises RatchetError when no replica
@@ -52,7 +51,7 @@ can tell now."""
 
 @dataclass(frozen=True, slots=True)
 class ResidencyRows:
-    """What the ledger says is resident.
+    """Releases that the ledger says are resident.
 
     The window alone would not do: after two releases of a VLM adapter, what a rollback of CLIP goes back to has left
     it, and the catalog would have to be embedded again first.
@@ -62,7 +61,7 @@ class ResidencyRows:
     """Newest first: requests may name them. The live release and its incumbent (what a canary leaves to answer, what
     a release is compared with, what a rollback goes back to), and the newest others that there is room for."""
     rollback_release: ReleaseRow | None
-    """What a rollback of CLIP alone goes back to, where it is not in the window."""
+    """The release that a rollback of CLIP alone goes back to, where it is not in the window."""
     vlms: tuple[str | None, ...]
     """VLM adapters, the live one first. Never more different ones than the window has places."""
 
@@ -74,7 +73,7 @@ class ResidencyRows:
 
     @property
     def answering(self) -> tuple[ReleaseRow, ...]:
-        """What answers requests that name no release: the live one and, beside a canary or a shadow, the stable one."""
+        """Releases for requests that name none: the live one and, during a canary or a shadow, the stable one."""
         stable = next((row for row in self.window if row.plain), None)
         return self.window[:1] if stable is None or self.window[0].plain else (self.window[0], stable)
 
@@ -88,25 +87,21 @@ def read_residency(ledger: Ledger, size: int, base: str | None = None) -> Reside
     CLIP has this base (its digest).
     """
     with ledger.reading():
-        return _read_residency(ledger, size, base)
-
-
-def _read_residency(ledger: Ledger, size: int, base: str | None) -> ResidencyRows:
-    newest = ledger.releases(size, base)
-    if not newest:
-        return ResidencyRows((), None, ())
-    live = newest[0]
-    incumbent = ledger.incumbent(live.number, base)
-    first = {row.number: row for row in (live, incumbent) if row is not None}
-    others = [row for row in newest if row.number not in first]
-    window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
-    rollback_release = ledger.before("clip", live.clip, base)
-    if rollback_release is not None and rollback_release.clip in {row.clip for row in window}:
-        rollback_release = None
-    vlms = dict.fromkeys(row.vlm for row in window)
-    if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm, base)) is not None:
-        vlms[other.vlm] = None
-    return ResidencyRows(tuple(window), rollback_release, tuple(vlms))
+        newest = ledger.releases(size, base)
+        if not newest:
+            return ResidencyRows((), None, ())
+        live = newest[0]
+        incumbent = ledger.incumbent(live.number, base)
+        first = {row.number: row for row in (live, incumbent) if row is not None}
+        others = [row for row in newest if row.number not in first]
+        window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
+        rollback_release = ledger.before("clip", live.clip, base)
+        if rollback_release is not None and rollback_release.clip in {row.clip for row in window}:
+            rollback_release = None
+        vlms = dict.fromkeys(row.vlm for row in window)
+        if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm, base)) is not None:
+            vlms[other.vlm] = None
+        return ResidencyRows(tuple(window), rollback_release, tuple(vlms))
 
 
 async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
@@ -142,28 +137,16 @@ _ROWS: Final = TypeAdapter(ResidencyRows)
 _DIGESTS: Final = TypeAdapter(dict[str, str])
 
 
-@dataclass(frozen=True, slots=True)
-class ResidencyCopy:
-    """A residency, and the full digests of its adapters' directories as far as this node knows them."""
-
-    rows: ResidencyRows
-    adapters: Mapping[str, str] = field(default_factory=dict)
-    """64 hex digits by the adapter's name; see :func:`core.artifacts.directory_digest`."""
-
-    @property
-    def number(self) -> int:
-        """Of the live release."""
-        return self.rows.window[0].number if self.rows.window else 0
-
-
-def encode_copy(copy: ResidencyCopy) -> bytes:
-    """The file's content."""
-    content = {"residency": _ROWS.dump_python(copy.rows, mode="json"), "adapters": dict(copy.adapters)}
+def encode_copy(rows: ResidencyRows, adapters: Mapping[str, str]) -> bytes:
+    """The content of a copy. ``adapters``: the full digests of their directories by name, as far as this node knows
+    them; 64 hex digits, see :func:`core.artifacts.directory_digest`.
+    """
+    content = {"residency": _ROWS.dump_python(rows, mode="json"), "adapters": dict(adapters)}
     return json.dumps({"format": FORMAT, "sha256": digest_json(content), **content}, indent=1).encode()
 
 
-def decode_copy(data: bytes) -> ResidencyCopy:
-    """What :func:`encode_copy` wrote.
+def decode_copy(data: bytes) -> tuple[ResidencyRows, dict[str, str]]:
+    """The residency and the digests that :func:`encode_copy` wrote.
 
     Raises:
         ReleaseError: the content is damaged, of another format, or without a release.
@@ -177,11 +160,11 @@ def decode_copy(data: bytes) -> ResidencyCopy:
             raise ValueError(f"format {version!r} is not {FORMAT}")
         if digest_json(content) != expected:
             raise ValueError("the digest is that of another content")
-        copy = ResidencyCopy(_ROWS.validate_python(content["residency"]), _DIGESTS.validate_python(content["adapters"]))
-        if not copy.rows.window:
+        rows = _ROWS.validate_python(content["residency"])
+        if not rows.window:
             raise ValueError("it names no release")
-        return copy
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        return rows, _DIGESTS.validate_python(content["adapters"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"the copy of the residency cannot be used: {str(error)[:200]}.") from None
 
 
@@ -215,13 +198,12 @@ class ResidencySource:
         self._digests = digests
         self._read_ledger = BoundedCall(lambda: read_residency(ledger, size, base), LEDGER_SECONDS)
         self._read_artifacts = BoundedCall(lambda: artifacts.read_bytes(KEY), ARTIFACTS_SECONDS)
-        self._pending = b""
         self._write_artifacts = BoundedCall(self._copy_to_artifacts, ARTIFACTS_SECONDS)
         self._newest: ResidencyRows | None = None
         self._written = b""
         self._keep_at = -float("inf")
         self.source: Source | None = None
-        """Where :meth:`newest` has its rows from."""
+        """The origin of the rows of :meth:`newest`."""
         self.adapters: Mapping[str, str] = {}
         """Full digests by the adapter's name, from the copy that is used while the ledger is away."""
 
@@ -236,7 +218,7 @@ class ResidencySource:
         )  # fmt: skip
 
     def read(self) -> ResidencyRows:
-        """What the ledger says.
+        """The residency by the ledger.
 
         Raises:
             LedgerUnavailable: it is away, or does not answer within :data:`LEDGER_SECONDS`.
@@ -255,7 +237,7 @@ class ResidencySource:
         return rows
 
     def newest(self) -> ResidencyRows:
-        """What the ledger says; while it is away what was read last and, before the first reading, the newest copy.
+        """The residency by the ledger; while that is away what was read last and, before the first reading, a copy.
 
         Raises:
             LedgerUnavailable: the ledger is away, and there is no copy.
@@ -265,16 +247,16 @@ class ResidencySource:
         except RatchetError as error:
             if self._newest is not None:
                 return self._newest
-            copies = list(self._copies())
+            copies = self._copies()
             if not copies:
                 raise LedgerUnavailable(
                     f"{error.message} There is no copy of the residency either.", "Bring the ledger back."
                 ) from None
-            copy, source = max(copies, key=lambda each: each[0].number)
-            log.warning("the ledger is away (%s): starting with release %d of the %s", error, copy.number, source)
-            self.adapters = copy.adapters
-            self._use(copy.rows, source)
-            return copy.rows
+            rows, self.adapters, source = max(copies, key=lambda copy: copy[0].window[0].number)
+            number = rows.window[0].number
+            log.warning("the ledger is away (%s): starting with release %d of the %s", error, number, source)
+            self._use(rows, source)
+            return rows
 
     def keep(self, rows: ResidencyRows) -> None:
         """Bring the copies up to date with the ledger. A copy that cannot be written is tried again later."""
@@ -282,7 +264,7 @@ class ResidencySource:
             return
         known = self._digests()
         names = {name for name in (*rows.clips, *rows.vlms) if name is not None}
-        data = encode_copy(ResidencyCopy(rows, {name: known[name] for name in sorted(names & known.keys())}))
+        data = encode_copy(rows, {name: known[name] for name in sorted(names & known.keys())})
         if data == self._written and time.monotonic() < self._keep_at:
             return
         self._keep_at = time.monotonic() + KEEP_SECONDS
@@ -292,7 +274,6 @@ class ResidencySource:
                 replace_file(self._path, data)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error)
-        self._pending = data
         try:
             self._write_artifacts()
             answered(["artifacts"])
@@ -306,18 +287,16 @@ class ResidencySource:
         self._newest, self.source = rows, source
         metrics.release.residency_source(self._part, source)
 
-    def _copies(self) -> list[tuple[ResidencyCopy, Source]]:
-        copies: list[tuple[ResidencyCopy, Source]] = []
-        readers: tuple[tuple[Source, Callable[[], bytes]], ...] = (
-            ("file", self._read_file), ("artifacts", self._read_artifacts),
-        )  # fmt: skip
-        for source, read in readers:
+    def _copies(self) -> list[tuple[ResidencyRows, dict[str, str], Source]]:
+        copies: list[tuple[ResidencyRows, dict[str, str], Source]] = []
+        readers: dict[Source, Callable[[], bytes]] = {"file": self._read_file, "artifacts": self._read_artifacts}
+        for source, read in readers.items():
             try:
                 if data := read():
-                    copy = decode_copy(data)
+                    rows, adapters = decode_copy(data)
                     if self._lineage is not None:
-                        self._lineage.check(copy.rows.window[0])
-                    copies.append((copy, source))
+                        self._lineage.check(rows.window[0])
+                    copies.append((rows, adapters, source))
             except Exception as error:
                 log.warning("no residency from the %s: %s: %s", source, type(error).__name__, error)
         return copies
@@ -330,9 +309,8 @@ class ResidencySource:
             return b""
 
     def _copy_to_artifacts(self) -> None:
-        data = self._pending
-        if not self._artifacts.exists(KEY) or self._artifacts.read_bytes(KEY) != data:
-            self._artifacts.write_bytes(KEY, data)
+        if not self._artifacts.exists(KEY) or self._artifacts.read_bytes(KEY) != self._written:
+            self._artifacts.write_bytes(KEY, self._written)
 
 
 def residency_path(home: Path) -> Path:

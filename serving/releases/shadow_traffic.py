@@ -1,7 +1,17 @@
-"""Shadow traffic: a sample of what clients send is also answered by the watched release and by its incumbent.
+"""Shadow traffic: a sample of what clients send is also answered by the watched release and by its incumbent, and the
+inputs are counted about which both agree.
 
 One comparison runs at a time, at low priority, and rests afterwards for as long as it took. What finds no place in the
 short queue is dropped, so a busy server compares less and serves all the same.
+
+Two CLIPs agree about an item when they put the same things near it. Vectors of two releases cannot be compared with
+each other, but the order can in which each release ranks the same reference items by similarity: an update that passed
+the gate moves vectors and keeps most of that order, a broken one loses it. Images are ranked against texts and texts
+against images, as in classification and search. The references are a few fixed texts, which every release is asked
+first, and what clients sent last.
+
+Two VLMs agree when the greedy answers are the same, or when the new one finds the incumbent's answer about as likely as
+the incumbent does.
 """
 
 from __future__ import annotations
@@ -9,14 +19,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from core import metrics
 from core.errors import RatchetError
@@ -25,10 +38,8 @@ from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
 from serving.messages import EncodeResult, Modality
-from serving.releases.agreement import Neighbours, same_answer
-from serving.releases.guard import GuardTarget
-from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.guard import ComparisonCounts, GuardTarget, Observations, RequestCounts
+from serving.releases.types import FAMILIES, ReleaseSnapshot
 
 log = logging.getLogger("ratchet.rollout")
 WAITING = 8
@@ -39,8 +50,77 @@ ANSWER_TOKENS = 16
 """Of a VLM's answer: later tokens follow from the first ones, and cost as much again."""
 REMEMBERED = 20_000
 """Inputs that are known to be compared already: the same one again is no new evidence."""
+Vector = npt.NDArray[np.float32]
+REFERENCES = 64
+"""Of each kind: the newest, in addition to the fixed texts."""
+FEWEST = 8
+"""With fewer references a rank correlation says little."""
+SAME_ORDER = 0.5
+"""Spearman's correlation from which on two orders count as the same."""
+NATS_PER_TOKEN = 3.0
+"""Nats per token by which the incumbent's answer may be less likely to the other VLM."""
+TEXTS = (
+    "a photo of a cat", "a dog", "a bird in the sky", "a fish", "a tree", "a red flower", "fruit on a plate",
+    "a slice of cake", "a car", "a bicycle", "a ship at sea", "a house", "a map", "the flag of a country", "a book",
+    "a musical instrument", "a smiling face", "a hand", "a person walking", "a child playing", "a ball", "a clock",
+    "a key", "a sword", "a green monster", "a robot", "the moon", "rain and clouds", "a mountain", "a shoe",
+    "a blue circle", "a yellow square",
+)  # fmt: skip
+"""Texts that images are ranked against from the start: things that differ from each other."""
 Encode = Callable[[Modality, Any, str | None], Awaitable[EncodeResult]]
 """Items at low priority under an adapter."""
+
+
+class Neighbours:
+    """Reference items with their vectors under both releases."""
+
+    def __init__(self) -> None:
+        self._fixed: list[tuple[Vector, Vector]] = []
+        self._newest: dict[Modality, deque[tuple[Vector, Vector]]] = {
+            "image": deque(maxlen=REFERENCES), "text": deque(maxlen=REFERENCES),
+        }  # fmt: skip
+
+    def fix(self, one: Vector, other: Vector) -> None:
+        """Vectors [n, dim] of :data:`TEXTS`."""
+        self._fixed = list(zip(one, other, strict=True))
+
+    def judge(self, kind: Modality, one: Vector, other: Vector) -> bool | None:
+        """True if both releases agree about an item, which is a reference from then on. None: too few references."""
+        texts = [*self._fixed, *self._newest["text"]]
+        images = list(self._newest["image"])
+        near = texts if kind == "image" or len(images) < FEWEST else images
+        self._newest[kind].append((one, other))
+        if len(near) < FEWEST:
+            return None
+        return order(one, [pair[0] for pair in near], other, [pair[1] for pair in near]) >= SAME_ORDER
+
+
+def order(one: Vector, ones: Sequence[Vector], other: Vector, others: Sequence[Vector]) -> float:
+    """Spearman's correlation of the similarities to the same references under two releases; 0 where there is none:
+    values that are not finite, or all the same.
+    """
+    from scipy.stats import rankdata  # here, because it takes a second, and only what is on trial is compared
+
+    first, second = np.stack(ones) @ one, np.stack(others) @ other
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return 0.0
+    ranks = [rankdata(row) - (len(row) + 1) / 2 for row in (first, second)]
+    size = math.sqrt(float(ranks[0] @ ranks[0]) * float(ranks[1] @ ranks[1]))
+    return float(ranks[0] @ ranks[1]) / size if size else 0.0
+
+
+def same_answer(incumbent: str, other: str, incumbent_score: float, other_score: float, tokens: int) -> bool:
+    """True if two VLMs agree.
+
+    Args:
+        incumbent_score, other_score: log-probability of the *incumbent's* answer under each.
+        tokens: of that answer.
+    """
+    if incumbent.strip() == other.strip():
+        return True
+    if not (math.isfinite(incumbent_score) and math.isfinite(other_score)):
+        return False
+    return incumbent_score - other_score <= NATS_PER_TOKEN * max(1, tokens)
 
 
 class Vlms(Protocol):
@@ -69,7 +149,7 @@ class _Watch:
     turn: int = 0
 
     def is_new(self, key: bytes) -> bool:
-        """Whether this input was not compared yet; it counts as compared from now on."""
+        """True if this input was not compared yet; it counts as compared from now on."""
         if key in self.seen:
             return False
         self.seen[key] = None
@@ -84,7 +164,7 @@ class ShadowTraffic:
     def __init__(
         self, settings: Rollout, encode: Encode, tokens: Sequence[list[int]], vlms: Vlms | None, seconds: float
     ) -> None:
-        """``tokens``: those of :data:`agreement.TEXTS`; ``seconds``: the longest that a VLM's answer may take."""
+        """``tokens``: those of :data:`TEXTS`; ``seconds``: the longest that a VLM's answer may take."""
         self.settings = settings
         self._encode = encode
         self._tokens = list(tokens)
@@ -93,15 +173,14 @@ class ShadowTraffic:
         self._watch: _Watch | None = None
         self._jobs: asyncio.Queue[tuple[_Watch, Family, Any]] = asyncio.Queue(WAITING)
         self.watching = False
-        """Whether inputs are wanted: the one thing that a request has to look at."""
+        """True if inputs are wanted: the one thing that a request has to look at."""
 
     def watch(self, target: GuardTarget | None) -> None:
         """Compare for this release from now on; the same one again changes nothing. None: for none."""
         if target is None:
             self._watch, self.watching = None, False
         elif self._watch is None or self._watch.target.release.number != target.release.number:
-            families: tuple[Family, ...] = ("clip", "vlm")
-            self._watch = _Watch(target, {family: ComparisonCounts() for family in families if target.differs(family)})
+            self._watch = _Watch(target, {family: ComparisonCounts() for family in FAMILIES if target.differs(family)})
             self.watching = self.settings.compare_share > 0
 
     def clip(self, kind: Modality, payload: Any) -> None:
@@ -109,11 +188,11 @@ class ShadowTraffic:
         self._offer("clip", (kind, payload[:ITEMS]))
 
     def vlm(self, request: GenerationRequest) -> None:
-        """What a client asked."""
+        """A question of a client."""
         self._offer("vlm", request)
 
     def observations(self, answered: dict[int, RequestCounts]) -> Observations:
-        """What was seen so far, with the requests by release that the admission counted."""
+        """The counts so far, with the requests by release that the admission counted."""
         watch = self._watch
         if watch is None:
             return Observations(0, answered)
@@ -129,7 +208,7 @@ class ShadowTraffic:
                     await (self._clip(watch, *inputs) if family == "clip" else self._vlm(watch, inputs))
             except _Dropped:
                 self._drop(watch, family)
-            except Exception as error:  # replicas that come and go; nobody waits for this
+            except Exception as error:  # replicas that come and go; no client waits for this
                 log.info("a comparison failed: %s: %s", type(error).__name__, error)
                 self._drop(watch, family)
             await asyncio.sleep(time.monotonic() - began)
@@ -174,14 +253,13 @@ class ShadowTraffic:
         if both is None:
             return
         ours, theirs = (result.text for result in both)
-        if ours.strip() != theirs.strip() and theirs.strip():
+        scores = [math.nan, math.nan]
+        if theirs.strip() and ours.strip() != theirs.strip():
             scores = [await self._score(request, theirs, row) for row in (watch.target.release, watch.target.incumbent)]
-        else:
-            scores = [0.0, 0.0 if ours.strip() == theirs.strip() else float("nan")]
         self._count_agreement(watch, "vlm", same_answer(theirs, ours, scores[1], scores[0], len(both[1].tokens)))
 
     async def _both(self, watch: _Watch, family: Family, call: Callable[[ReleaseRow], Awaitable[Any]]) -> Any:
-        """What both releases answer, the watched one first; None when one of them cannot.
+        """The answers of both releases, the watched one first; None when one of them cannot.
 
         They are called first by turns: the second call may be faster, and neither release must gain by it.
         """
@@ -223,28 +301,30 @@ class ShadowTraffic:
         return answer.vectors
 
     async def _reply(self, request: GenerationRequest, row: ReleaseRow) -> GenerationResult:
-        reply: GenerationResult = await self._call_vlm(
-            lambda vlms, snapshot, deadline: vlms.reply(request, snapshot, deadline), row
-        )
-        return reply
+        assert self._vlms is not None  # they called vlm()
+        with _vlm_answers():
+            return await self._vlms.reply(request, _vlm_snapshot(row), time.monotonic() + self._seconds)
 
     async def _score(self, request: GenerationRequest, answer: str, row: ReleaseRow) -> float:
-        (score,) = await self._call_vlm(
-            lambda vlms, snapshot, deadline: vlms.score(request, (answer,), snapshot, deadline), row
-        )
-        return float(score)
+        assert self._vlms is not None
+        with _vlm_answers():
+            deadline = time.monotonic() + self._seconds
+            return (await self._vlms.score(request, (answer,), _vlm_snapshot(row), deadline))[0]
 
-    async def _call_vlm(self, call: Callable[[Vlms, ReleaseSnapshot, float], Awaitable[Any]], row: ReleaseRow) -> Any:
-        if self._vlms is None:
-            raise _Dropped
-        try:
-            return await call(
-                self._vlms, ReleaseSnapshot(row.number, row.clip, "", "", row.vlm), time.monotonic() + self._seconds
-            )
-        except AdapterUnservable:
-            raise
-        except RatchetError:  # too busy, too late, no replica
-            raise _Dropped from None
+
+@contextmanager
+def _vlm_answers() -> Iterator[None]:
+    """Too busy, too late or no replica says nothing about the release; an adapter that cannot be served does."""
+    try:
+        yield
+    except AdapterUnservable:
+        raise
+    except RatchetError:
+        raise _Dropped from None
+
+
+def _vlm_snapshot(row: ReleaseRow) -> ReleaseSnapshot:
+    return ReleaseSnapshot(row.number, row.clip, "", "", row.vlm)
 
 
 def _digest(kind: Modality, item: Any) -> bytes:

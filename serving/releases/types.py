@@ -1,68 +1,22 @@
-"""Types of the release protocol: adapters by family, what stays resident, what replicas answer, and outcomes."""
+"""Types of the release protocol: a release as a request sees it, operators' commands, replicas' answers, outcomes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 from core.errors import AdapterError, LedgerUnavailable, StoreError
-from core.ledger.rows import Family, ProposalKind, ProposalRow, Scope
-from serving.releases.observations import Observations
-from serving.releases.release_snapshot import ReleaseSnapshot
+from core.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
 
+BASE = "base"
+"""The name of a base without an adapter, for clients."""
+NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
+FAMILIES: tuple[Family, ...] = ("clip", "vlm")
 Adapters = Mapping[Family, str | None]
 """Adapters by family, None for the base alone. A family that is not there keeps what is live."""
-Goal = Mapping[Family, str | None]
+TargetAdapters = Mapping[Family, str | None]
 """Adapters of both families that a release is to have."""
-NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
-
-
-Cause = Literal["", "adapter", "storage", "replica"]
-"""What an error comes from: the adapter's files, a store that is away, or the replica itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One replica's answer to ``prepare``. ``error`` is empty when it can serve the adapter.
-
-    The spaces are an encoder's; a VLM makes none.
-    """
-
-    replica: str
-    adapter: str | None
-    image_space: str = ""
-    text_space: str = ""
-    error: str = ""
-    cause: Cause = ""
-
-    @property
-    def unservable(self) -> bool:
-        """Whether no other replica would do better: the adapter itself is gone, damaged or does not fit."""
-        return self.cause == "adapter"
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseResult:
-    """A release that is live, and what it took. Times are seconds."""
-
-    number: int
-    clip: str | None
-    vlm: str | None
-    kind: ProposalKind
-    family: Scope
-    proposal: int | None
-    prepare_seconds: float
-    commit_seconds: float
-    acknowledged: int
-    share: float = 1.0
-
-
-def cause_of(error: Exception) -> Cause:
-    """What a failed preparation comes from."""
-    if isinstance(error, AdapterError):
-        return "adapter"
-    return "storage" if isinstance(error, (StoreError, LedgerUnavailable)) else "replica"
 
 
 def scope_of(adapters: Adapters) -> Scope:
@@ -71,9 +25,45 @@ def scope_of(adapters: Adapters) -> Scope:
 
 
 def proposed_adapters(proposal: ProposalRow) -> Adapters:
-    """What a proposal sets."""
+    """The adapters that a proposal sets."""
     named: Adapters = {"clip": proposal.clip, "vlm": proposal.vlm}
     return named if proposal.family == "both" else {proposal.family: named[proposal.family]}
+
+
+def target_adapters(adapters: Adapters, stable: ReleaseRow | None) -> TargetAdapters:
+    """Both adapters of a release that sets some: the others are those of the newest plain release."""
+    return {family: adapters.get(family, stable.adapter(family) if stable else None) for family in FAMILIES}
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseSnapshot:
+    """A release as one request sees it, from admission to answer.
+
+    ``clip`` and ``vlm`` are the adapters' names, None for the base alone. The spaces say which vectors are comparable:
+    an index is searched only with a query whose text or image space belongs to the same release.
+    """
+
+    release: int
+    clip: str | None
+    image_space: str
+    text_space: str
+    vlm: str | None = None
+    share: float = 1.0
+    """Of the requests, that it answers; see :attr:`core.ledger.rows.ReleaseRow.share`."""
+
+    @property
+    def adapter(self) -> str:
+        """The CLIP adapter's name as shown to clients."""
+        return self.clip or BASE
+
+    @property
+    def vlm_adapter(self) -> str:
+        """The VLM adapter's name as shown to clients."""
+        return self.vlm or BASE
+
+    def shown(self, family: Family) -> str:
+        """The adapter's name of one family, as shown to clients."""
+        return self.adapter if family == "clip" else self.vlm_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,41 +82,116 @@ class Residency:
         return tuple(dict.fromkeys(snapshot.clip for snapshot in self.indexed))
 
 
-class Broadcast(Protocol):
-    """The replicas, as the protocol needs them. Each call reaches every replica that runs at that moment."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """An operator's order, which goes unchanged from the HTTP route to the release protocol. ``actor`` and ``reason``
+    go into the audit log.
+    """
+
+    action: ClassVar[str]
+    """Name in the metrics of operator calls."""
+    actor: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LiveCommand(Command):
+    expected_live: int
+    """The release that was live when the operator decided: another one by now is a conflict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseCommand(_LiveCommand):
+    """Release adapters; a family that is not named keeps what is live."""
+
+    action = "release"
+    adapters: Adapters
+    share: float = 1.0
+    """See :attr:`core.ledger.rows.ReleaseRow.share`."""
+    force: bool = False
+    """Also adapters that no gate passed and that were never live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromoteCommand(_LiveCommand):
+    """Make a plain release of the canary or shadow that is live."""
+
+    action = "promote"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackCommand(_LiveCommand):
+    """Release the adapters of an older release."""
+
+    action = "rollback"
+    to: int | None = None
+    """Number of that release; None: the newest one that had another adapter."""
+    family: Family | None = None
+    """Only this family's adapter; None: both."""
+    allow_withdrawn: bool = False
+    """Also to an adapter that was withdrawn: the guard goes back to the incumbent, whatever was said of it before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldCommand(Command):
+    """Let updates wait."""
+
+    action = "hold"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeCommand(Command):
+    """Let updates through again."""
+
+    action = "resume"
+
+
+LiveCommand = ReleaseCommand | PromoteCommand | RollbackCommand
+"""Changes what is live."""
+HoldingCommand = HoldCommand | ResumeCommand
+"""Changes whether updates wait."""
+Cause = Literal["", "adapter", "storage", "replica"]
+"""Origin of an error: the adapter's files, a store that is away, or the replica itself."""
+
+
+def cause_of(error: Exception) -> Cause:
+    """The origin of a failed preparation."""
+    if isinstance(error, AdapterError):
+        return "adapter"
+    return "storage" if isinstance(error, (StoreError, LedgerUnavailable)) else "replica"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One replica's answer to ``prepare``. ``error`` is empty when it can serve the adapter.
+
+    The spaces are an encoder's; a VLM makes none.
+    """
+
+    replica: str
+    adapter: str | None
+    image_space: str = ""
+    text_space: str = ""
+    error: str = ""
+    cause: Cause = ""
 
     @property
-    def has_vlm(self) -> bool:
-        """Whether there are VLM replicas."""
+    def unservable(self) -> bool:
+        """True if no other replica would do better: the adapter itself is gone, damaged or does not fit."""
+        return self.cause == "adapter"
 
-    async def prepare(self, clip: str | None) -> list[Prepared]:
-        """Every encoder loads the adapter beside what it serves, and runs golden inputs."""
 
-    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
-        """Every VLM replica does the same."""
+@dataclass(frozen=True, slots=True)
+class ReleaseResult:
+    """A release that is live, and what it took. Times are seconds."""
 
-    async def vlm_answers(self) -> bool:
-        """Whether a VLM replica answers at this moment."""
-
-    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
-        """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
-
-    async def resident(self) -> list[ReleaseSnapshot]:
-        """What ingress replicas answer with at this moment, of those that say so at once."""
-
-    async def announce(self, residency: Residency, seconds: float) -> int:
-        """Tell every replica what is resident; returns how many acknowledged. Raises ReleaseError when not all did."""
-
-    async def observations(self) -> list[Observations]:
-        """What each ingress replica saw of the release that is watched."""
-
-    async def in_flight(self) -> dict[int, int]:
-        """Requests being answered, by release number, over all ingress replicas."""
-
-    async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
-        """Let the catalog let go of all other image spaces; with the epoch of the controller's lease their tables are
-        dropped.
-        """
-
-    async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
-        """Unload all other adapters."""
+    number: int
+    clip: str | None
+    vlm: str | None
+    kind: ProposalKind
+    family: Scope
+    proposal: int | None
+    prepare_seconds: float
+    commit_seconds: float
+    acknowledged: int
+    share: float = 1.0

@@ -22,8 +22,8 @@ from serving.catalog.cross_version import CrossVersionVerdicts, usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
-from serving.releases.lineage import spaces_of_bases
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.leadership import spaces_of_bases
+from serving.releases.types import ReleaseSnapshot
 from serving.replicas.follower import residency_reader, wait_for_clip
 
 if TYPE_CHECKING:

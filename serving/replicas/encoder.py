@@ -19,9 +19,8 @@ from core.request_context import note
 from core.settings import Settings
 from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, HeadsResult, Modality
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
-from serving.releases.release_snapshot import BASE
 from serving.releases.residency import ResidencyRows, ResidencySource
-from serving.releases.types import Prepared
+from serving.releases.types import BASE, Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start

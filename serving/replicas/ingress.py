@@ -37,12 +37,10 @@ from serving.ray.deployment_status import DeploymentStatus, read_statuses
 from serving.ray.ray_session import proxies
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.admission import Admission
-from serving.releases.agreement import TEXTS
 from serving.releases.broadcast import APP, VLM
-from serving.releases.guard import find_guard_target
-from serving.releases.observations import Observations
-from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.shadow_traffic import ShadowTraffic
+from serving.releases.guard import Observations, find_guard_target
+from serving.releases.shadow_traffic import TEXTS, ShadowTraffic
+from serving.releases.types import ReleaseSnapshot
 from serving.replicas.follower import residency_reader
 from serving.replicas.key_copy import KeyCopy
 

@@ -20,9 +20,8 @@ from core.tracing import record, span
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import VLM_NICE, Refusal
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
-from serving.releases.release_snapshot import BASE
 from serving.releases.residency import ResidencyRows, ResidencySource
-from serving.releases.types import Prepared
+from serving.releases.types import BASE, Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.follower import ResidencyFollower, check_start, wait_for_clip
 

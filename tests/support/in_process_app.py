@@ -31,11 +31,19 @@ from serving.http.image_loader import ImageLoader
 from serving.http.store_services import DeletionService
 from serving.messages import EncodeResult, Modality
 from serving.releases.admission import Admission
-from serving.releases.commands import HoldCommand, HoldingCommand, LiveCommand, ReleaseCommand, RollbackCommand
-from serving.releases.observations import Observations
+from serving.releases.guard import Observations
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Prepared, ReleaseResult, Residency
+from serving.releases.types import (
+    HoldCommand,
+    HoldingCommand,
+    LiveCommand,
+    Prepared,
+    ReleaseCommand,
+    ReleaseResult,
+    ReleaseSnapshot,
+    Residency,
+    RollbackCommand,
+)
 from streams.ingest.resubmit import ResubmitReport
 from streams.store.receipts import Receipt
 from streams.store.rows import Position

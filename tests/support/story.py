@@ -12,8 +12,7 @@ from core.artifacts import Artifacts
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import Rollout
-from serving.releases.guard import look
-from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
+from serving.releases.guard import ComparisonCounts, Observations, RequestCounts, look
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
 from updater.gate.diagnostics.results import Diagnostics, FeatureShift, TowerShift

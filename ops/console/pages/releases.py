@@ -13,7 +13,7 @@ from ops.console.data import ACTION_SECONDS
 from ops.console.request_context import Operator, Reader, RequestContext
 from ops.console.timeline import on_trial, timeline, unreleased, watching
 from ratchet_client import Client, Conflict, ServerError
-from serving.releases.lineage import clip_bases
+from serving.releases.leadership import clip_bases
 
 router = APIRouter()
 Action = Literal["rollback", "release", "promote", "hold", "resume"]

@@ -24,7 +24,7 @@ from ratchet_client.records import Sample
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from streams.ingest.consumer import Consumer
 from streams.store import maintenance
 from streams.store.deletion import request_deletion

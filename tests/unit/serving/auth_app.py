@@ -16,7 +16,7 @@ from core.access import Access
 from core.ledger import KeyRow, Ledger
 from core.settings import Settings
 from serving.http.app_state import AppState
-from serving.releases.commands import HoldingCommand
+from serving.releases.types import HoldingCommand
 from tests.support.clock import Clock
 from tests.unit.serving.scripted_vlms import app_of, app_state
 

@@ -15,7 +15,7 @@ from core.ledger import Ledger
 from core.settings import Settings
 from serving import app as module
 from serving.app import build, drain, drain_seconds
-from serving.releases.residency import ResidencyCopy, encode_copy, read_residency, residency_path
+from serving.releases.residency import encode_copy, read_residency, residency_path
 
 
 class Ingress:
@@ -77,6 +77,6 @@ def test_a_start_without_a_ledger_needs_a_copy_of_the_residency(
     settings = Settings(home=tmp_path, ledger_url="postgresql://nobody@127.0.0.1:1/none")
     with pytest.raises(LedgerUnavailable):
         module._migrate(settings)
-    replace_file(residency_path(tmp_path), encode_copy(ResidencyCopy(read_residency(ledger, 2))))
+    replace_file(residency_path(tmp_path), encode_copy(read_residency(ledger, 2), {}))
     module._migrate(settings)
     assert "starting with release 1, the last known one (file)" in " ".join("".join(capsys.readouterr()).split())

@@ -17,7 +17,7 @@ from serving.catalog.catalog import Catalog
 from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import Tables
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter

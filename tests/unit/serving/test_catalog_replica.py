@@ -19,8 +19,7 @@ from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
 from serving.engines.preprocess import Preprocess
 from serving.messages import EncodeResult
-from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Residency
+from serving.releases.types import ReleaseSnapshot, Residency
 from serving.replicas import catalog as catalog_replica
 from serving.replicas.catalog import CatalogReplica
 from streams.store.sample_store import SampleStore

@@ -16,7 +16,7 @@ from serving.errors import Unavailable
 from serving.http.chat import chunk_events
 from serving.http.chunks import ChatCompletion, dumps, event, failure
 from serving.http.errors import ApiError
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
     ScriptedVlms,

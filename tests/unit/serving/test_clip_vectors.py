@@ -16,7 +16,7 @@ from serving.errors import DeadlineExceeded
 from serving.http.clip_vectors import BATCHES_IN_WORK, ClipVectors, VectorCache, room_for
 from serving.http.image_loader import ImageLoader, ImageSource, InspectedImage
 from serving.messages import EncodeResult
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from tests.support.waiting import until
 from tests.unit.serving.scripted_vlms import png
 

@@ -13,8 +13,7 @@ from core.errors import ReleaseConflict
 from serving.errors import Unavailable
 from serving.http import controller_calls
 from serving.http.controller_calls import ControllerCalls
-from serving.releases.commands import HoldCommand, ReleaseCommand, RollbackCommand
-from serving.releases.types import ReleaseResult
+from serving.releases.types import HoldCommand, ReleaseCommand, ReleaseResult, RollbackCommand
 
 ROLLBACK = RollbackCommand(actor="ann", reason="r", expected_live=2)
 RELEASE = ReleaseCommand(adapters={"clip": "a"}, actor="ann", reason="r", expected_live=2)

@@ -7,7 +7,7 @@ from typing import Any
 
 from core.errors import LedgerUnavailable
 from serving.catalog.cross_version import CrossVersionVerdicts, usable
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 
 BASE = ReleaseSnapshot(1, None, "aaaa", "t")
 NEW = ReleaseSnapshot(2, "clip-new", "bbbb", "t")

@@ -306,14 +306,6 @@ async def test_a_client_that_goes_away_is_noticed_whatever_the_size_of_its_body(
             await server.closed.wait()
 
 
-def test_pages_become_loopback_and_named_binds_stay() -> None:
-    text = "  bind *:8404\n    bind :9101\n    bind 0.0.0.0:8000\n    bind 127.0.0.1:80\n"
-    assert (
-        close_binds(text)
-        == "  bind 127.0.0.1:8404\n    bind 127.0.0.1:9101\n    bind 0.0.0.0:8000\n    bind 127.0.0.1:80\n"
-    )
-
-
 def test_a_frontend_for_other_machines_stays_open_and_rays_pages_do_not() -> None:
     """``serve.host: 0.0.0.0``, as in a container."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE

@@ -16,7 +16,7 @@ from serving.catalog import catalog as catalogs
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from streams.store.sample_store import SampleStore
 
 HERE = ReleaseSnapshot(1, None, "aaaa", "t")

@@ -15,7 +15,7 @@ from serving.http.catalog_calls import CatalogCalls
 from serving.http.encoder_calls import EncoderCalls
 from serving.messages import EncodeResult
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import app_state
 from tests.unit.serving.test_vlm_calls import Handle, never
 

@@ -11,7 +11,7 @@ from core.access import OPERATOR, Principal
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.http.app_state import routing_key
 from serving.http.errors import ApiError, is_fault
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_state, client
 
 CANARY = (

@@ -16,7 +16,7 @@ from serving.http.errors import ApiError
 from serving.http.fair_room import FairRoom
 from serving.http.image_loader import ImageLoader
 from serving.messages import EncodeResult, Modality
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import png
 
 DIM = 8

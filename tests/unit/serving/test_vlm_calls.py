@@ -15,7 +15,7 @@ from serving.engines.vlm.generation import GenerationRequest, GenerationResult, 
 from serving.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.http.vlm_calls import VlmCalls
 from serving.messages import Refusal
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import ReleaseSnapshot
 from tests.support.waiting import until
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))

@@ -1,4 +1,4 @@
-"""Comparisons on shadow traffic: what is compared, what is dropped, and that no client waits for it."""
+"""Comparisons on shadow traffic: what is compared or dropped, when two releases agree, and no client waits for it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
 from serving.messages import EncodeResult, Modality
-from serving.releases.guard import GuardTarget
-from serving.releases.observations import ComparisonCounts
-from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.shadow_traffic import ITEMS, WAITING, ShadowTraffic
+from serving.releases.guard import ComparisonCounts, GuardTarget
+from serving.releases.shadow_traffic import (
+    FEWEST,
+    ITEMS,
+    NATS_PER_TOKEN,
+    TEXTS,
+    WAITING,
+    Neighbours,
+    ShadowTraffic,
+    order,
+    same_answer,
+)
+from serving.releases.types import ReleaseSnapshot
 from tests.support.waiting import until
 
 DIM = 16
@@ -186,5 +195,66 @@ async def test_the_next_release_is_compared_from_nothing_and_the_end_of_the_watc
 
 
 async def test_only_a_share_of_the_requests_is_compared(comparer_of: Any) -> None:
-    nobody = comparer_of(Models(), watch(), share=0.0)
-    assert not nobody.watching
+    none = comparer_of(Models(), watch(), share=0.0)
+    assert not none.watching
+
+
+WIDE, MANY = 32, 40
+
+
+def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
+    made = random.standard_normal(shape).astype(np.float32)
+    return made / np.linalg.norm(made, axis=-1, keepdims=True)
+
+
+def turned(random: np.random.Generator) -> np.ndarray:
+    """A rotation: another space, in which everything lies as before."""
+    return np.linalg.qr(random.standard_normal((WIDE, WIDE)))[0].astype(np.float32)
+
+
+def test_a_space_that_is_only_turned_agrees_wholly() -> None:
+    random = np.random.default_rng(0)
+    one, references, turn = unit(random, WIDE), unit(random, MANY, WIDE), turned(random)
+    assert order(one, list(references), one @ turn, list(references @ turn)) == pytest.approx(1.0)
+
+
+def test_another_model_disagrees_about_nearly_everything() -> None:
+    random = np.random.default_rng(1)
+    neighbours = Neighbours()
+    neighbours.fix(unit(random, len(TEXTS), WIDE), unit(random, len(TEXTS), WIDE))
+    found = [neighbours.judge("image", unit(random, WIDE), unit(random, WIDE)) for _ in range(200)]
+    assert sum(map(bool, found)) <= 4
+
+
+@pytest.mark.parametrize("broken", [np.zeros(WIDE), np.full(WIDE, np.nan), np.full(WIDE, np.inf)])
+def test_a_vector_that_says_nothing_never_agrees(broken: np.ndarray) -> None:
+    random = np.random.default_rng(2)
+    references = list(unit(random, MANY, WIDE))
+    with np.errstate(invalid="ignore"):
+        assert order(broken.astype(np.float32), references, unit(random, WIDE), references) == 0.0
+
+
+def test_a_collapsed_model_never_agrees() -> None:
+    random = np.random.default_rng(3)
+    same = np.tile(unit(random, WIDE), (MANY, 1))
+    assert order(same[0], list(same), unit(random, WIDE), list(unit(random, MANY, WIDE))) < 0.5
+
+
+def test_texts_are_ranked_against_images_once_there_are_enough() -> None:
+    random = np.random.default_rng(4)
+    neighbours = Neighbours()
+    assert neighbours.judge("text", unit(random, WIDE), unit(random, WIDE)) is None  # nothing to rank against
+    for _ in range(FEWEST):
+        neighbours.judge("image", image := unit(random, WIDE), image)
+    text = unit(random, WIDE)
+    assert neighbours.judge("text", text, text) is True
+    assert neighbours.judge("text", text, -text) is False
+
+
+def test_the_same_words_agree_and_so_does_an_answer_that_both_find_likely() -> None:
+    assert same_answer(" red", "red", -9.0, -9.0, 1)
+    assert same_answer("red", "crimson", -0.2, -0.2 - NATS_PER_TOKEN, 1)
+    assert same_answer("a red bus", "a bus", -1.0, -1.0 - 3 * NATS_PER_TOKEN, 3)
+    assert not same_answer("red", "zzz", -0.2, -0.3 - NATS_PER_TOKEN, 1)
+    assert not same_answer("red", "zzz", -0.2, -math.inf, 1)
+    assert not same_answer("", "zzz", 0.0, math.nan, 0)

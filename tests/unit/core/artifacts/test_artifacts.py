@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,19 @@ def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Artifacts:
     return Artifacts(url, cache=tmp_path / "cache")
 
 
-def test_a_directory_comes_back_as_it_was(artifacts: Artifacts, tmp_path: Path) -> None:
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
+def test_a_directory_comes_back_as_it_was(artifacts: Artifacts, source: Path) -> None:
+    artifacts.put_directory(source, "adapters/clip-1")
     fetched = artifacts.fetch("adapters/clip-1")
     assert (fetched / "a.txt").read_text() == "one"
     assert (fetched / "inner" / "b.bin").read_bytes() == bytes(range(256))
     assert sorted(p.name for p in fetched.rglob("*")) == ["a.txt", "b.bin", "inner"]
 
 
-def test_storing_the_same_again_is_fine_and_other_contents_are_refused(artifacts: Artifacts, tmp_path: Path) -> None:
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
-    artifacts.put_directory(tmp_path / "source", "adapters/clip-1")
+def test_storing_the_same_again_is_fine_and_other_contents_are_refused(
+    artifacts: Artifacts, tmp_path: Path, source: Path
+) -> None:
+    artifacts.put_directory(source, "adapters/clip-1")
+    artifacts.put_directory(source, "adapters/clip-1")
     with pytest.raises(AdapterError, match="never reused"):
         artifacts.put_directory(_directory(tmp_path / "other", "two"), "adapters/clip-1")
     assert (artifacts.fetch("adapters/clip-1") / "a.txt").read_text() == "one"
@@ -64,12 +67,11 @@ def test_bytes_come_back(artifacts: Artifacts) -> None:
     assert artifacts.exists("reports/1/report.json")
 
 
-def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
-    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
-    artifacts.write_bytes("adapters/clip-1/a.txt", b"tampered")
+def test_a_damaged_download_is_refused(bucket: Artifacts, source: Path) -> None:
+    bucket.put_directory(source, "adapters/clip-1")
+    bucket.write_bytes("adapters/clip-1/a.txt", b"tampered")
     with pytest.raises(AdapterError, match="damaged"):
-        artifacts.fetch("adapters/clip-1")
+        bucket.fetch("adapters/clip-1")
 
 
 class _Crashed(BaseException):
@@ -77,11 +79,11 @@ class _Crashed(BaseException):
 
 
 class _Mortal(ObjectStore):
-    """An object store whose client is killed after some writes."""
+    """An object store whose client is killed after some calls that change it."""
 
-    def __init__(self, store: ObjectStore, writes: int) -> None:
+    def __init__(self, store: ObjectStore, calls: int) -> None:
         super().__init__(store.filesystem)
-        self.writes = writes
+        self.calls = calls
 
     def upload(self, source: Path, path: str) -> None:
         self._live()
@@ -91,33 +93,55 @@ class _Mortal(ObjectStore):
         self._live()
         super().write(path, data)
 
+    def delete(self, path: str) -> None:
+        self._live()
+        super().delete(path)
+
     def _live(self) -> None:
-        if self.writes == 0:
+        if self.calls == 0:
             raise _Crashed
-        self.writes -= 1
+        self.calls -= 1
+
+
+@contextmanager
+def _killed_after(artifacts: Artifacts, calls: int) -> Iterator[None]:
+    whole = artifacts._bucket.store
+    artifacts._bucket.store = _Mortal(whole, calls)
+    with pytest.raises(_Crashed):
+        yield
+    artifacts._bucket.store = whole
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return _directory(tmp_path / "source")
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Artifacts:
+    """Artifacts in an object store."""
+    return Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("writes", range(3))
-def test_an_upload_that_a_crash_ends_anywhere_is_not_read_and_can_be_repeated(tmp_path: Path, writes: int) -> None:
-    source = _directory(tmp_path / "source")
-    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
-    whole = artifacts._bucket.store
-    artifacts._bucket.store = _Mortal(whole, writes)
-    with pytest.raises(_Crashed):
-        artifacts.put_directory(source, "adapters/clip-1")
-    artifacts._bucket.store = whole
-    assert not artifacts.exists("adapters/clip-1")
+def test_an_upload_that_a_crash_ends_anywhere_is_not_read_and_can_be_repeated(
+    bucket: Artifacts, source: Path, writes: int
+) -> None:
+    with _killed_after(bucket, writes):
+        bucket.put_directory(source, "adapters/clip-1")
+    assert not bucket.exists("adapters/clip-1")
     with pytest.raises(AdapterError, match="is incomplete" if writes else "is not in the object store"):
-        artifacts.fetch("adapters/clip-1")
-    artifacts.put_directory(source, "adapters/clip-1")
-    assert directory_digest(artifacts.fetch("adapters/clip-1")) == directory_digest(source)
+        bucket.fetch("adapters/clip-1")
+    bucket.put_directory(source, "adapters/clip-1")
+    assert directory_digest(bucket.fetch("adapters/clip-1")) == directory_digest(source)
 
 
-def test_files_that_an_interrupted_upload_of_other_contents_has_left_are_no_part_of_the_next(tmp_path: Path) -> None:
-    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
-    artifacts.write_bytes("memories/clip-1/left.bin", b"left")
-    artifacts.put_directory(_directory(tmp_path / "source"), "memories/clip-1")
-    assert directory_digest(artifacts.fetch("memories/clip-1")) == directory_digest(tmp_path / "source")
+def test_files_that_an_interrupted_upload_of_other_contents_has_left_are_no_part_of_the_next(
+    bucket: Artifacts, source: Path
+) -> None:
+    bucket.write_bytes("memories/clip-1/left.bin", b"left")
+    bucket.put_directory(source, "memories/clip-1")
+    assert directory_digest(bucket.fetch("memories/clip-1")) == directory_digest(source)
 
 
 def _killed_child(work: Callable[[], object]) -> None:
@@ -133,9 +157,8 @@ def _killed_child(work: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(("module", "name"), [(shutil, "copytree"), (folder, "flush"), (Path, "rename")])
 def test_a_process_that_is_killed_while_it_stores_leaves_nothing_that_readers_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
-    source = _directory(tmp_path / "source")
     artifacts = Artifacts(str(tmp_path / "store"))
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *_, **__: os._exit(9))
@@ -145,38 +168,34 @@ def test_a_process_that_is_killed_while_it_stores_leaves_nothing_that_readers_se
     assert directory_digest(artifacts.fetch("adapters/clip-1")) == directory_digest(source)
 
 
-def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path: Path, source: Path) -> None:
     artifacts = Artifacts(str(tmp_path / "store"))
     young, old = (tmp_path / "store" / "adapters" / f".staging-{name}" for name in ("young", "old"))
     for path in (young, old):
         _directory(path)
     os.utime(old, (0, 0))
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
+    artifacts.put_directory(source, "adapters/clip-1")
     assert young.exists() and not old.exists()
 
 
-def test_a_copy_that_was_checked_once_needs_no_object_store(tmp_path: Path) -> None:
-    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
-    copy = artifacts.fetch("adapters/clip-1")
-    artifacts.filesystem.rm(artifacts.root, recursive=True)
-    assert artifacts.fetch("adapters/clip-1") == copy
+def test_a_copy_that_was_checked_once_needs_no_object_store(bucket: Artifacts, source: Path) -> None:
+    bucket.put_directory(source, "adapters/clip-1")
+    copy = bucket.fetch("adapters/clip-1")
+    bucket.filesystem.rm(bucket.root, recursive=True)
+    assert bucket.fetch("adapters/clip-1") == copy
 
 
-def test_a_copy_from_which_files_have_vanished_is_fetched_again(tmp_path: Path) -> None:
-    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
-    (artifacts.fetch("adapters/clip-1") / "a.txt").unlink()
-    assert (artifacts.fetch("adapters/clip-1") / "a.txt").read_text() == "one"
+def test_a_copy_from_which_files_have_vanished_is_fetched_again(bucket: Artifacts, source: Path) -> None:
+    bucket.put_directory(source, "adapters/clip-1")
+    (bucket.fetch("adapters/clip-1") / "a.txt").unlink()
+    assert (bucket.fetch("adapters/clip-1") / "a.txt").read_text() == "one"
 
 
-def test_uploads_of_before_there_were_manifests_are_read(tmp_path: Path) -> None:
-    source = _directory(tmp_path / "source")
-    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
-    artifacts.put_directory(source, "adapters/clip-1")
-    artifacts.write_bytes("adapters/clip-1/.complete", directory_digest(source).encode())
-    assert directory_digest(artifacts.fetch("adapters/clip-1")) == directory_digest(source)
-    artifacts.put_directory(source, "adapters/clip-1")
+def test_uploads_of_before_there_were_manifests_are_read(bucket: Artifacts, source: Path) -> None:
+    bucket.put_directory(source, "adapters/clip-1")
+    bucket.write_bytes("adapters/clip-1/.complete", directory_digest(source).encode())
+    assert directory_digest(bucket.fetch("adapters/clip-1")) == directory_digest(source)
+    bucket.put_directory(source, "adapters/clip-1")
 
 
 @pytest.mark.parametrize(
@@ -187,16 +206,14 @@ def test_a_manifest_that_leaves_its_directory_or_is_none_is_refused(files: objec
         Manifest.parse(json.dumps({"digest": "0" * 64, "files": files}).encode(), "k")
 
 
-def test_an_adapter_that_is_not_the_one_in_the_ledger_is_refused(artifacts: Artifacts, tmp_path: Path) -> None:
-    source = _directory(tmp_path / "source")
+def test_an_adapter_that_is_not_the_one_in_the_ledger_is_refused(artifacts: Artifacts, source: Path) -> None:
     artifacts.put_directory(source, "adapters/clip-1")
     assert artifacts.fetch("adapters/clip-1", directory_digest(source)).is_dir()
     with pytest.raises(AdapterError, match="not the one in the ledger"):
         artifacts.fetch("adapters/clip-1", "0" * 64)
 
 
-def test_what_is_deleted_is_gone_and_may_be_stored_again(artifacts: Artifacts, tmp_path: Path) -> None:
-    source = _directory(tmp_path / "source")
+def test_what_is_deleted_is_gone_and_may_be_stored_again(artifacts: Artifacts, source: Path) -> None:
     artifacts.put_directory(source, "memories/clip-1")
     artifacts.write_bytes("reports/u/report.json", b"{}")
     assert artifacts.sizes("memories").keys() == {"clip-1"}
@@ -211,40 +228,24 @@ def test_what_is_deleted_is_gone_and_may_be_stored_again(artifacts: Artifacts, t
     assert directory_digest(artifacts.fetch("memories/clip-1")) == directory_digest(source)
 
 
-class _Interrupted(ObjectStore):
-    """An object store whose client is killed after some deletions."""
-
-    def __init__(self, store: ObjectStore, deletions: int) -> None:
-        super().__init__(store.filesystem)
-        self.deletions = deletions
-
-    def delete(self, path: str) -> None:
-        if self.deletions == 0:
-            raise _Crashed
-        self.deletions -= 1
-        super().delete(path)
-
-
 @pytest.mark.parametrize("deletions", range(3))
-def test_a_directory_that_is_half_deleted_is_never_seen_as_complete(tmp_path: Path, deletions: int) -> None:
-    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
-    whole = artifacts._bucket.store
-    artifacts._bucket.store = _Interrupted(whole, deletions)
-    with pytest.raises(_Crashed):
-        artifacts.delete("adapters/clip-1")
-    artifacts._bucket.store = whole
-    assert artifacts.exists("adapters/clip-1") == (deletions == 0)
-    artifacts.delete("adapters/clip-1")
-    assert artifacts.sizes("adapters") == {}
+def test_a_directory_that_is_half_deleted_is_never_seen_as_complete(
+    bucket: Artifacts, source: Path, deletions: int
+) -> None:
+    bucket.put_directory(source, "adapters/clip-1")
+    with _killed_after(bucket, deletions):
+        bucket.delete("adapters/clip-1")
+    assert bucket.exists("adapters/clip-1") == (deletions == 0)
+    bucket.delete("adapters/clip-1")
+    assert bucket.sizes("adapters") == {}
 
 
 @pytest.mark.parametrize(("module", "name"), [(Path, "rename"), (folder, "flush"), (shutil, "rmtree")])
 def test_a_folder_that_a_kill_leaves_half_deleted_is_not_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
     artifacts = Artifacts(str(tmp_path / "store"))
-    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
+    artifacts.put_directory(source, "adapters/clip-1")
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *_, **__: os._exit(9))
         _killed_child(lambda: artifacts.delete("adapters/clip-1"))

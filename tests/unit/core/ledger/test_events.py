@@ -16,22 +16,12 @@ from core.ledger import tables as t
 from core.ledger.events import EVENT_TYPES, MAX_DATA_BYTES
 from core.ledger.leases import check_lease
 from tests.support.pages import ROOT, Page
+from tests.unit.core.ledger.steps import begin, race, release
 
 
 def events(ledger: Ledger) -> dict[str, dict[str, Any]]:
     """Data of all events by id, oldest first."""
     return {row.event_id: row.data for row in reversed(ledger.events())}
-
-
-def begin(ledger: Ledger) -> None:
-    ledger.begin_update(
-        "u1", family="clip", recipe={}, seed=0, store_version=3, data_from={"t:0": 0}, data_to={"t:0": 10},
-        incumbent=None,
-    )  # fmt: skip
-
-
-def release(ledger: Ledger, number: int, clip: str | None, proposal_id: int | None = None) -> None:
-    ledger.commit_release(number, clip=clip, vlm=None, actor="ann", reason="because", proposal_id=proposal_id)
 
 
 def test_the_way_of_an_update_into_service_is_told_step_by_step(ledger: Ledger) -> None:
@@ -42,7 +32,7 @@ def test_the_way_of_an_update_into_service_is_told_step_by_step(ledger: Ledger) 
     ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {"reasons": ["all suites pass"]})
     row = ledger.propose("update", clip="clip-a", actor="updater", reason="passed", update_id="u1")
     ledger.advance_proposal(row.id, "preparing")
-    release(ledger, 1, "clip-a", row.id)
+    release(ledger, "clip-a", proposal=row.id)
     found = events(ledger)
     assert list(found) == [
         "candidate-u1", "verdict-u1", "proposal-1-pending", "proposal-1-preparing", "release-1",
@@ -64,10 +54,10 @@ def test_the_way_of_an_update_into_service_is_told_step_by_step(ledger: Ledger) 
 def test_a_rollback_is_told_as_a_release_and_as_a_rollback_to_the_release_that_had_these_adapters(
     ledger: Ledger,
 ) -> None:
-    for number, clip in ((1, None), (2, "clip-a"), (3, "clip-b")):
-        release(ledger, number, clip)
+    for clip in (None, "clip-a", "clip-b"):
+        release(ledger, clip)
     row = ledger.propose("rollback", family="both", clip="clip-a", actor="bob", reason="bad")
-    release(ledger, 4, "clip-a", row.id)
+    release(ledger, "clip-a", proposal=row.id)
     found = events(ledger)
     assert found["rollback-4"] == {"number": 4, "to": 2, "actor": "ann", "reason": "because"}
     assert (found["release-4"]["clip"], found["release-4"]["previous"]) == ("clip-a", 3)
@@ -84,10 +74,10 @@ def test_what_is_repeated_after_a_crash_is_told_once(ledger: Ledger) -> None:
 
 
 def test_a_release_that_fails_tells_nothing(ledger: Ledger) -> None:
-    release(ledger, 1, None)
+    release(ledger)
     row = ledger.propose("release", clip="clip-a", actor="ann", reason="r")
     with pytest.raises(ReleaseConflict):
-        release(ledger, 3, "clip-a", row.id)
+        release(ledger, "clip-a", proposal=row.id, number=3)
     assert list(events(ledger)) == ["release-1", f"proposal-{row.id}-pending"]
 
 
@@ -100,7 +90,7 @@ def test_a_fact_whose_event_cannot_be_written_is_not_written(ledger: Ledger, mon
     for module in ("learning", "events"):
         monkeypatch.setattr(f"core.ledger.{module}.add_event", broken)
     attempts: list[Callable[[], object]] = [
-        lambda: release(ledger, 1, None, row.id),
+        lambda: release(ledger, None, proposal=row.id),
         lambda: ledger.propose("release", clip="clip-b", actor="ann", reason="r"),
         lambda: ledger.advance_proposal(row.id, "failed", "no"),
         lambda: ledger.advance_update("u1", "trained", adapter="clip-a"),
@@ -115,17 +105,7 @@ def test_a_fact_whose_event_cannot_be_written_is_not_written(ledger: Ledger, mon
 
 
 def test_an_event_with_a_known_id_is_recorded_once_also_by_many_at_once(ledger: Ledger) -> None:
-    written: list[bool] = []
-
-    def record(number: int) -> None:
-        data = {"writer": number}
-        written.append(ledger.record_event("ratchet.gap.v1", "gap-t-0-5", "t:0", data))
-
-    threads = [threading.Thread(target=record, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    written = race(*[lambda: ledger.record_event("ratchet.gap.v1", "gap-t-0-5", "t:0", {})] * 6)
     assert sorted(written) == [False] * 5 + [True]
     assert len(ledger.events()) == 1
 
@@ -200,25 +180,14 @@ def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> 
 
 
 def test_of_many_that_want_a_lease_at_once_one_gets_it(ledger: Ledger) -> None:
-    results: list[int | None] = []
-    barrier = threading.Barrier(5)
-
-    def take(number: int) -> None:
-        barrier.wait(30)
-        results.append(ledger.acquire_lease("job", f"holder {number}", 60))
-
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert [each for each in results if each is not None] == [1] and len(results) == 5
+    takes = [lambda name=name: ledger.acquire_lease("job", name, 60) for name in "abcde"]  # type: ignore[misc]
+    assert sorted(race(*takes), key=str) == [1, None, None, None, None]
 
 
 def test_the_page_lists_each_type_with_the_fields_that_its_events_have(ledger: Ledger) -> None:
     test_the_way_of_an_update_into_service_is_told_step_by_step(ledger)
     row = ledger.propose("rollback", family="both", clip=None, actor="bob", reason="bad")
-    release(ledger, 2, None, row.id)
+    release(ledger, None, proposal=row.id)
     prose = Page(ROOT / "docs" / "events.md").prose
     lines = {line.split("`")[1]: line for line in prose.splitlines() if line.startswith("| `ratchet.")}
     assert set(lines) == set(EVENT_TYPES.values())

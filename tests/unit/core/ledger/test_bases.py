@@ -11,6 +11,7 @@ from sqlalchemy import text
 from core.errors import ReleaseConflict
 from core.ledger import Ledger, ReleaseRow, UpdateRow
 from core.ledger.database import alembic_config
+from tests.unit.core.ledger.steps import release
 
 OLD, NEW = "o" * 64, "n" * 64
 
@@ -21,13 +22,6 @@ def ledger(tmp_path: Path) -> Ledger:
     for name, base in (("a", OLD), ("n", NEW), ("m", NEW)):
         made.register_adapter(name, "clip", base, f"i-{name}", f"t-{name}", {})
     return made
-
-
-def release(ledger: Ledger, clip: str | None, vlm: str | None = None, share: float = 1.0) -> ReleaseRow:
-    live = ledger.live()
-    return ledger.commit_release(
-        (live.number if live else 0) + 1, clip=clip, vlm=vlm, actor="t", reason="r", proposal_id=None, share=share
-    )
 
 
 def change(ledger: Ledger, clip: str | None, base: str = NEW, live: ReleaseRow | None = None) -> ReleaseRow:

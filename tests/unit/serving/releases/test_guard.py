@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from core.settings.serving import Rollout
-from serving.releases.guard import FALSE_ALARM, Evidence, broken, look, look_number
-from serving.releases.observations import ComparisonCounts, Observations, RequestCounts, together
+from serving.releases.guard import (
+    FALSE_ALARM,
+    ComparisonCounts,
+    Evidence,
+    Observations,
+    RequestCounts,
+    broken,
+    look,
+    look_number,
+    together,
+)
 
 SETTINGS = Rollout()
 LIVE, INCUMBENT = 7, 6

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete
 
+from core.errors import LedgerError
 from core.ledger import Ledger
 from core.ledger.tables import Bucket, Charge
+from tests.support.ledger_limits import patient, patient_limits
+from tests.unit.core.ledger.steps import race
 
 RATE, CAPACITY = 2.0, 100.0
 FULL = CAPACITY / RATE
 """Seconds after which an empty bucket is full."""
-ROOT = Path(__file__).parents[3]
 
 
 class Spender:
@@ -116,6 +116,8 @@ def test_another_ledger_on_the_same_database_goes_on_where_the_last_one_stood(ur
     second.close()
     third = Ledger.open(url)
     third.settle("u1", 0, capacity=CAPACITY)
+    with pytest.raises(LedgerError, match="u9"):
+        third.settle("u9", 1, capacity=CAPACITY)
     assert third.bucket_level(1005, RATE, CAPACITY) == 60
     assert third.spent() == 50
     third.close()
@@ -129,48 +131,18 @@ def test_an_update_that_spent_more_than_it_was_charged_leaves_a_debt_that_time_p
     assert ledger.charge("u2", 1, now=21, rate=RATE, capacity=CAPACITY)
 
 
-CHARGER = """
-import sys
-from core.errors import LedgerUnavailable
-from core.ledger import Ledger
-ledger = Ledger.open(sys.argv[1])
-
-def charge(key, amount):
-    while True:
-        try:
-            return ledger.charge(key, amount, now=0, rate=1e-9, capacity=50)
-        except LedgerUnavailable:  # the other one was stopped while it held the lock: a repetition is free
-            continue
-
-print("ready", flush=True)
-sys.stdin.readline()
-own = sum(charge(f"{sys.argv[2]} {n}", 1) for n in range(40))
-shared = [charge(f"shared {n}", 0) for n in range(20)]
-print(own, all(shared), flush=True)
-"""
-
-
-def test_of_two_processes_that_charge_at_once_none_spends_what_the_other_has_taken(url: str) -> None:
+def test_of_two_that_charge_at_once_none_spends_what_the_other_has_taken(url: str, ledger: Ledger) -> None:
     """Eighty charges of one from a bucket of fifty; twenty more have the same key in both."""
-    ledger = Ledger.open(url)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHARGER, url, name], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for name in ("one", "other")
-    ]  # fmt: skip
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    done = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], [errors for _, errors in done]
-    taken = [output.split() for output, _ in done]
-    assert sum(int(own) for own, _ in taken) == 50
-    assert {shared for _, shared in taken} == {"True"}
+    with patient_limits():
+        other = Ledger.open(patient(url))
+
+    def spend(spender: Ledger, name: str) -> tuple[int, bool]:
+        charge = partial(spender.charge, now=0, rate=1e-9, capacity=50)
+        own = sum(charge(f"{name} {number}", 1) for number in range(40))
+        return own, all(charge(f"shared {number}", 0) for number in range(20))
+
+    taken = race(lambda: spend(ledger, "one"), lambda: spend(other, "other"))
+    assert sum(own for own, _ in taken) == 50 and all(shared for _, shared in taken)
     assert ledger.bucket_level(0, 1e-9, 50) == 0
     assert ledger.spent() == 50
-    ledger.close()
+    other.close()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.errors import LedgerUnavailable, ReleaseError
 from core.ledger import Ledger
-from serving.releases.fallback import Fallback
+from serving.releases.auto_rollback import Fallback
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.residency import read_residency
 from serving.releases.types import Prepared
 from serving.replicas.follower import ResidencyReader
-from tests.unit.serving.test_protocol import PlainBroadcast
+from tests.unit.serving.releases.plain_replicas import PlainBroadcast
 
 
 @dataclass
@@ -39,27 +38,20 @@ class DamagedBroadcast(PlainBroadcast):
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
-    for number, (clip, vlm) in enumerate([(None, None), ("a", "v"), ("b", "v"), ("b", "w")], 1):
-        opened.commit_release(number, clip=clip, vlm=vlm, actor="t", reason="r", proposal_id=None)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def broadcast() -> DamagedBroadcast:
     return DamagedBroadcast()
 
 
 @pytest.fixture
-def protocol(ledger: Ledger, broadcast: DamagedBroadcast) -> ReleaseProtocol:
+def protocol(ledger: Ledger, broadcast: Any) -> ReleaseProtocol:
+    for number, (clip, vlm) in enumerate([(None, None), ("a", "v"), ("b", "v"), ("b", "w")], 1):
+        ledger.commit_release(number, clip=clip, vlm=vlm, actor="t", reason="r", proposal_id=None)
     return ReleaseProtocol(ledger, broadcast, 2)
 
 
 @pytest.fixture
-def fallback(ledger: Ledger, protocol: ReleaseProtocol, broadcast: DamagedBroadcast) -> Fallback:
-    return Fallback(ledger, protocol, broadcast.prepare, broadcast.prepare_vlm)
+def fallback(protocol: ReleaseProtocol) -> Fallback:
+    return Fallback(protocol)
 
 
 def reader(ledger: Ledger, broadcast: DamagedBroadcast, replica: int = 1) -> ResidencyReader:
@@ -103,7 +95,6 @@ async def test_while_one_replica_can_load_it_nothing_is_taken_back(
 async def test_a_withdrawn_adapter_is_not_gone_back_to(
     fallback: Fallback, broadcast: DamagedBroadcast, ledger: Ledger
 ) -> None:
-    ledger.register_adapter("a", family="clip", base="x", image_space="", text_space="", meta={})
     ledger.withdraw(["a"], actor="guard", subject="release 2", reason="worse", evidence={})
     broadcast.gone = {"b"}
     outcome = await fallback.step()
@@ -140,6 +131,7 @@ async def test_the_base_needs_no_file_and_is_the_last_resort(fallback: Fallback,
     assert await fallback.step() is None
 
 
+@pytest.mark.usefixtures("protocol")
 async def test_an_ingress_falls_back_only_when_no_encoder_has_the_adapter(
     ledger: Ledger, broadcast: DamagedBroadcast
 ) -> None:
@@ -154,6 +146,7 @@ async def test_an_ingress_falls_back_only_when_no_encoder_has_the_adapter(
     assert [row.release for row in fresh.window] == [2]
 
 
+@pytest.mark.usefixtures("protocol")
 async def test_an_encoder_that_cannot_tell_now_is_no_reason_to_fall_back(ledger: Ledger) -> None:
     async def busy(clip: str | None) -> Prepared:
         return Prepared("r1", clip, error="no memory", cause="replica")

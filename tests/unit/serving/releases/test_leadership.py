@@ -14,51 +14,36 @@ from core.ledger import Ledger
 from core.ledger.leases import CONTROLLER_LEASE
 from core.settings import Settings
 from serving.releases import controller as controllers
-from serving.releases import protocol as protocols
-from serving.releases.commands import ReleaseCommand, RollbackCommand
+from serving.releases import leadership
 from serving.releases.controller import ReleaseController
-from serving.releases.lease import ControllerLease
+from serving.releases.leadership import ControllerLease
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.types import ReleaseResult
+from serving.releases.types import ReleaseCommand, ReleaseResult, RollbackCommand
 from tests.support.waiting import until
-from tests.unit.serving.test_protocol import PlainBroadcast
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
-    for name in ("a", "b"):
-        ledger.register_adapter(name, family="clip", base="x", image_space=f"i-{name}", text_space="t", meta={})
-    yield ledger
-    ledger.close()
+from tests.unit.serving.releases.plain_replicas import PlainBroadcast
 
 
 def release(clip: str, live: int) -> ReleaseCommand:
     return ReleaseCommand(adapters={"clip": clip}, actor="ann", reason="r", expected_live=live, force=True)
 
 
+def protocol_of(ledger: Ledger, broadcast: Any, lease: ControllerLease) -> ReleaseProtocol:
+    return ReleaseProtocol(ledger, broadcast, window=2, lease=lease)
+
+
 async def test_a_lease_has_one_holder_and_its_epoch_grows(ledger: Ledger) -> None:
-    first, second = ControllerLease(ledger), ControllerLease(ledger)
+    first, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
+    assert await first.keep() and await second.keep(), "the first one ran out"
     assert await first.keep() and not await second.keep()
-    assert (first.epoch, second.epoch) == (1, None)
-    assert not await first.keep()
-    first.give_back()
-    assert await second.keep()
     assert (first.epoch, second.epoch) == (None, 2)
-
-
-async def test_a_lease_that_ran_out_is_taken_and_the_sleeper_steps_down(ledger: Ledger) -> None:
-    sleeper, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
-    await sleeper.keep()
-    await second.keep()
-    assert await sleeper.keep()
-    assert (sleeper.epoch, second.epoch) == (None, 2)
+    second.give_back()
+    assert await first.keep() and first.epoch == 3
 
 
 async def test_a_controller_that_slept_past_its_lease_changes_nothing(ledger: Ledger) -> None:
     sleeper, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
     await sleeper.keep()
-    protocol = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=sleeper)
+    protocol = protocol_of(ledger, PlainBroadcast(), sleeper)
     await protocol.start()
     update = ledger.propose("update", clip="a", actor="updater", reason="passed")
     await second.keep()
@@ -72,8 +57,8 @@ async def test_a_controller_that_slept_past_its_lease_changes_nothing(ledger: Le
 async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(ledger: Ledger) -> None:
     leader, other = ControllerLease(ledger), ControllerLease(ledger)
     await leader.keep()
-    leading = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=leader)
-    beside = ReleaseProtocol(ledger, PlainBroadcast(broken={"b": "damaged"}), window=2, lease=other)
+    leading = protocol_of(ledger, PlainBroadcast(), leader)
+    beside = protocol_of(ledger, PlainBroadcast(broken={"b": "damaged"}), other)
     await leading.start()
     await beside.start()
     ordered = asyncio.create_task(beside.release(release("a", 1)))
@@ -94,12 +79,12 @@ async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(ledger: Le
 async def test_what_is_ordered_beside_a_leader_that_stands_still_fails_and_says_so(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, preparing: bool
 ) -> None:
-    monkeypatch.setattr(protocols, "FOLLOW_SECONDS", 0.01)
-    monkeypatch.setattr(protocols, "STANDSTILL_SECONDS", 0.1)
+    monkeypatch.setattr(leadership, "FOLLOW_SECONDS", 0.01)
+    monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 0.1)
     leader = ControllerLease(ledger)
     await leader.keep()
-    await ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=leader).start()
-    beside = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=ControllerLease(ledger))
+    await protocol_of(ledger, PlainBroadcast(), leader).start()
+    beside = protocol_of(ledger, PlainBroadcast(), ControllerLease(ledger))
     ordered = asyncio.create_task(beside.release(release("a", 1)))
     await until(ledger.pending_proposals)
     (proposal,) = ledger.pending_proposals()
@@ -111,13 +96,13 @@ async def test_what_is_ordered_beside_a_leader_that_stands_still_fails_and_says_
 
 
 async def test_what_a_leader_prepares_for_long_is_waited_for(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocols, "FOLLOW_SECONDS", 0.01)
-    monkeypatch.setattr(protocols, "STANDSTILL_SECONDS", 0.3)
+    monkeypatch.setattr(leadership, "FOLLOW_SECONDS", 0.01)
+    monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 0.3)
     leader, broadcast = ControllerLease(ledger), PlainBroadcast()
     await leader.keep()
-    leading = ReleaseProtocol(ledger, broadcast, window=2, lease=leader)
+    leading = protocol_of(ledger, broadcast, leader)
     await leading.start()
-    beside = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=ControllerLease(ledger))
+    beside = protocol_of(ledger, PlainBroadcast(), ControllerLease(ledger))
     broadcast.gate = asyncio.Event()
     ordered = asyncio.create_task(beside.release(release("a", 1)))
     await until(ledger.pending_proposals)
@@ -134,8 +119,8 @@ async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_
     leader, other = ControllerLease(ledger), ControllerLease(ledger)
     await leader.keep()
     broadcast = PlainBroadcast()
-    leading = ReleaseProtocol(ledger, broadcast, window=2, lease=leader)
-    beside = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=other)
+    leading = protocol_of(ledger, broadcast, leader)
+    beside = protocol_of(ledger, PlainBroadcast(), other)
     await leading.start()
     await leading.release(release("a", 1))
     await beside.start()
@@ -155,8 +140,8 @@ async def test_the_first_release_is_made_by_one_of_two(ledger: Ledger) -> None:
     await leader.keep()
     await other.keep()
     with pytest.raises(LeaseLost):
-        await ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=other).start()
-    assert await ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=leader).start() is not None
+        await protocol_of(ledger, PlainBroadcast(), other).start()
+    assert await protocol_of(ledger, PlainBroadcast(), leader).start() is not None
 
 
 class Controllers:
@@ -165,7 +150,7 @@ class Controllers:
     def __init__(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
         self._settings = settings
         self._tasks: list[ReleaseController] = []
-        monkeypatch.setattr(controllers, "RayBroadcast", lambda *handles: SilentBroadcast(has_vlm=False))
+        monkeypatch.setattr(controllers, "Broadcast", lambda *handles: PlainBroadcast(has_vlm=False))
         monkeypatch.setattr(controllers, "POLL_SECONDS", 0.02)
         monkeypatch.setattr(controllers, "RENEW_SECONDS", 0.02)
 
@@ -185,22 +170,6 @@ class Controllers:
         for controller in self._tasks:
             self.stop(controller)
             controller.ledger.close()
-
-
-class SilentBroadcast(PlainBroadcast):
-    """Observes nothing."""
-
-    async def observations(self) -> list[Any]:
-        return []
-
-    async def encoder_status(self) -> list[dict[str, Any]]:
-        return [{"replica": "r1", "engine": "torch", "precision": "float32"}]
-
-    async def vlm_status(self) -> list[dict[str, Any]]:
-        return []
-
-    async def replica_states(self) -> dict[str, dict[str, int]]:
-        return {"Encoder": {"RUNNING": 2}}
 
 
 @pytest.fixture
@@ -232,15 +201,9 @@ async def test_the_second_server_follows_and_takes_over_when_the_first_one_stops
 async def test_however_many_ask_for_the_status_replicas_are_asked_once(servers: Controllers) -> None:
     controller = await servers.start()
     await until(controller._started.is_set)
-    asked = 0
-
-    async def counting() -> list[dict[str, Any]]:
-        nonlocal asked
-        asked += 1
-        return []
-
-    controller.broadcast.vlm_status = counting  # type: ignore[method-assign]
+    broadcast: Any = controller.broadcast
+    broadcast.asked.clear()
     statuses = await asyncio.gather(*(controller.status() for _ in range(50)))
-    assert asked == 1 and all(status["started"] for status in statuses)
+    assert broadcast.asked.count("vlm_status") == 1 and all(status["started"] for status in statuses)
     assert statuses[0]["encoders"] == [{"replica": "r1", "engine": "torch", "precision": "float32"}]
     assert statuses[0]["replicas"] == {"Encoder": {"RUNNING": 2}}

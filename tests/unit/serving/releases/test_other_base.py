@@ -13,16 +13,16 @@ from core.settings import Settings
 from core.settings.serving import BaseModels, Rollout
 from serving.app import _check_base
 from serving.engines.clip_base import ClipBase
-from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard import find_guard_target
-from serving.releases.lineage import Lineage, spaces_of_bases
+from serving.releases.leadership import Lineage, spaces_of_bases
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.residency import ResidencyCopy, ResidencySource, encode_copy, read_residency, residency_path
+from serving.releases.residency import ResidencySource, encode_copy, read_residency, residency_path
 from serving.releases.rollback import roll_back_offline
+from serving.releases.types import PromoteCommand, ReleaseCommand, RollbackCommand
 from tests.support.tiny import tiny_base
 from tests.support.waiting import until
-from tests.unit.serving.test_protocol import PlainBroadcast
-from tests.unit.serving.test_two_controllers import Controllers
+from tests.unit.serving.releases.plain_replicas import PlainBroadcast
+from tests.unit.serving.releases.test_leadership import Controllers
 
 
 class TwoBases:
@@ -148,7 +148,7 @@ async def test_the_lease_goes_to_a_server_that_can_load_what_is_live(
 
 def test_a_copy_of_the_residency_of_another_base_is_not_used(bases: TwoBases) -> None:
     bases.change(bases.new, "n")
-    copy = encode_copy(ResidencyCopy(read_residency(bases.ledger, 2, bases.new.digest)))
+    copy = encode_copy(read_residency(bases.ledger, 2, bases.new.digest), {})
     path = residency_path(bases.home)
     path.parent.mkdir(parents=True)
     path.write_bytes(copy)

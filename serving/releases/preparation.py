@@ -1,0 +1,157 @@
+"""Preparation: replicas load an adapter next to what they serve, agree on its spaces, and the catalog is embedded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import ReleaseConflict, ReleaseError
+from core.ledger import Ledger
+from core.ledger.rows import ProposalRow, ReleaseRow, Scope
+from serving.releases.broadcast import Broadcast
+from serving.releases.residency import ResidencyRows, read_residency, resolve_residency
+from serving.releases.types import Prepared, ReleaseSnapshot, Residency, RollbackCommand, TargetAdapters
+
+
+class Postponed(Exception):
+    """A proposal gave way to a rollback of the other family or to a hold; it waits for its turn again."""
+
+
+@dataclass(slots=True)
+class PreparingProposal:
+    """A proposal from the moment it has its turn until it is committed."""
+
+    proposal: ProposalRow
+    task: asyncio.Task[Any] | None = None
+    """Prepares it; may be cancelled."""
+    target: TargetAdapters | None = None
+    """The adapters that replicas are loading for it."""
+    number: int = 0
+    """Of the release that it will be."""
+    share: float = 1.0
+    """Of the requests, that it will answer."""
+    stopped_by: str = ""
+    stopped_for: Scope = "both"
+
+    def stop(self, command: RollbackCommand, scope: Scope) -> None:
+        """Prepare no further, and do not commit."""
+        self.stopped_by = f"{command.actor} rolled back while it was being prepared"
+        self.stopped_for = scope
+        if self.task is not None:
+            self.task.cancel()
+
+    def check(self) -> None:
+        """Raise when it was stopped.
+
+        Raises:
+            Postponed: for an update of the other family, which waits again.
+            ReleaseConflict: for all others.
+        """
+        if not self.stopped_by:
+            return
+        if self.proposal.kind == "update" and {self.proposal.family, self.stopped_for} == {"clip", "vlm"}:
+            raise Postponed
+        raise ReleaseConflict(f"{self.stopped_by}.", "Look at what is live, and propose again.")
+
+
+class Preparation:
+    """Makes replicas ready for adapters, and knows the spaces of those that they hold. Use from one event loop."""
+
+    def __init__(self, ledger: Ledger, broadcast: Broadcast, size: int, base: str | None = None) -> None:
+        """``base``: digest of the base that the encoders have; None: there is only one."""
+        self.ledger = ledger
+        self.broadcast = broadcast
+        self.size = size
+        self.base = base
+        self.spaces: dict[str | None, tuple[str, str]] = {}
+        """Image and text space of each CLIP adapter that replicas have said they can serve."""
+
+    async def make_ready(self, target: TargetAdapters, live: ReleaseRow | None) -> None:
+        """Both families at once, only what changes. The first release, of the bases alone, waits for encoders only: VLM
+        replicas start with their base, and say by themselves when they cannot; the catalog embeds what there is as soon
+        as it is told.
+
+        Raises:
+            ReleaseError: a replica cannot serve an adapter.
+        """
+        jobs: list[Coroutine[Any, Any, None]] = []
+        if live is None or target["clip"] != live.clip:
+            jobs.append(self._ready_clip(target["clip"], live))
+        if self.broadcast.has_vlm and target["vlm"] != (live.vlm if live else None):
+            jobs.append(self._ready_vlm(target["vlm"]))
+        tasks = [asyncio.ensure_future(job) for job in jobs]
+        try:
+            await asyncio.gather(*tasks)
+        finally:  # the first failure stops the other one
+            for task in tasks:
+                task.cancel()
+
+    async def _ready_clip(self, clip: str | None, live: ReleaseRow | None) -> None:
+        image, text = self._agreed(clip, await self.broadcast.prepare(clip))
+        if live is None:
+            return
+        residency = await asyncio.to_thread(self.read)
+        # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
+        snapshot = ReleaseSnapshot(live.number + 1, clip, image, text)
+        await self.broadcast.cover(snapshot, wait=clip not in residency.clips)
+
+    async def _ready_vlm(self, vlm: str | None) -> None:
+        _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
+
+    def read(self) -> ResidencyRows:
+        """Releases that are resident by the ledger."""
+        return read_residency(self.ledger, self.size, self.base)
+
+    async def residency(self) -> Residency:
+        """Releases that stay loaded. Spaces that are not known are asked for: adapters are loaded for it. Those whose
+        CLIP adapter is gone or damaged are left out.
+
+        Raises:
+            ReleaseError: the encoders cannot tell the spaces of what answers requests.
+        """
+        return await resolve_residency(await asyncio.to_thread(self.read), self._ask)
+
+    async def known_residency(self, rows: ResidencyRows) -> Residency:
+        """The same without asking a replica: without releases whose spaces are not known here."""
+
+        async def recall(clip: str | None) -> tuple[str, str] | None:
+            return self.spaces.get(clip)
+
+        return await resolve_residency(rows, recall)
+
+    async def learn(self) -> None:
+        """Take over the spaces of what ingress replicas answer with at this moment."""
+        for snapshot in await self.broadcast.resident():
+            self.spaces.setdefault(snapshot.clip, (snapshot.image_space, snapshot.text_space))
+
+    def forget_others(self, clips: Collection[str | None]) -> None:
+        """Let go of what is known about all other adapters: they are not loaded any more."""
+        for clip in set(self.spaces).difference(clips):
+            del self.spaces[clip]
+
+    async def _ask(self, clip: str | None) -> tuple[str, str] | None:
+        if clip in self.spaces:
+            return self.spaces[clip]
+        answers = await self.broadcast.prepare(clip)
+        if answers and all(answer.unservable for answer in answers):
+            return None
+        return self._agreed(clip, [answer for answer in answers if not answer.unservable])
+
+    def _agreed(self, clip: str | None, answers: list[Prepared]) -> tuple[str, str]:
+        _check(answers, clip, "the base")
+        spaces = {(answer.image_space, answer.text_space) for answer in answers}
+        if len(spaces) != 1:
+            raise ReleaseError(
+                f"replicas disagree about the embedding spaces of {clip or 'the base'}: {sorted(spaces)}.",
+                "Run the same version and the same base on every node.",
+            )
+        self.spaces[clip] = spaces.pop()
+        return self.spaces[clip]
+
+
+def _check(answers: list[Prepared], adapter: str | None, base: str) -> None:
+    for answer in answers:
+        if answer.error:
+            raise ReleaseError(f"{adapter or base} cannot be served: {answer.error}")

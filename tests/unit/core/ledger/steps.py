@@ -1,0 +1,52 @@
+"""What processes do to a ledger, one after the other and at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from core.ledger import Ledger, ReleaseRow
+
+
+def race(*calls: Callable[[], object]) -> list[Any]:
+    """What each call of a thread returned or raised, in the order in which they ended."""
+    barrier, results = threading.Barrier(len(calls)), []
+
+    def run(call: Callable[[], object]) -> None:
+        barrier.wait(30)
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def errors(results: list[Any]) -> list[str]:
+    """The kinds of errors among the outcomes of a race, sorted."""
+    return sorted(type(each).__name__ for each in results if isinstance(each, Exception))
+
+
+def begin(ledger: Ledger, update_id: str = "u1") -> None:
+    ledger.begin_update(
+        update_id, family="clip", recipe={"name": "default"}, seed=0, store_version=3, data_from={"t:0": 0},
+        data_to={"t:0": 10}, incumbent=None,
+    )  # fmt: skip
+
+
+def release(
+    ledger: Ledger, clip: str | None = None, vlm: str | None = None, share: float = 1.0, proposal: int | None = None,
+    number: int | None = None,
+) -> ReleaseRow:  # fmt: skip
+    """The next release, by ``ann``."""
+    live = ledger.live()
+    number = number or (live.number if live else 0) + 1
+    return ledger.commit_release(
+        number, clip=clip, vlm=vlm, actor="ann", reason="because", proposal_id=proposal, share=share
+    )

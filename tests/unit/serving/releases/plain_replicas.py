@@ -1,0 +1,149 @@
+"""Replicas that are plain objects, and orders of an operator: the release protocol without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.errors import ReleaseError
+from core.ledger import Family, ReleaseRow
+from serving.releases.guard import Observations
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.types import (
+    FAMILIES,
+    Prepared,
+    ReleaseCommand,
+    ReleaseResult,
+    ReleaseSnapshot,
+    Residency,
+    RollbackCommand,
+)
+
+
+@dataclass
+class PlainBroadcast:
+    """Two encoders and a VLM that can serve everything but what is named in ``broken``."""
+
+    broken: dict[str, str] = field(default_factory=dict)
+    never: set[str] = field(default_factory=set)
+    """Calls that never return, by name."""
+    stuck: str = ""
+    """The image space whose coverage takes until ``unstick``."""
+    unstick: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: asyncio.Event | None = None
+    """Preparations end after this."""
+    retire_gate: asyncio.Event | None = None
+    spaces: dict[tuple[int, str | None], str] = field(default_factory=dict)
+    flight: dict[int, int] = field(default_factory=dict)
+    answering: list[ReleaseSnapshot] = field(default_factory=list)
+    seen: list[Observations] = field(default_factory=list)
+    has_vlm: bool = True
+    vlm_up: bool = True
+    deaf: bool = False
+    asked: list[str] = field(default_factory=list)
+    prepared: list[str | None] = field(default_factory=list)
+    prepared_vlm: list[str | None] = field(default_factory=list)
+    covered: list[tuple[str, bool]] = field(default_factory=list)
+    windows: list[list[int]] = field(default_factory=list)
+    indexed: list[list[int]] = field(default_factory=list)
+    vlms: list[tuple[str | None, ...]] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+    loaded: list[tuple[str | None, ...]] = field(default_factory=list)
+
+    async def _pass(self, name: str) -> None:
+        self.asked.append(name)
+        if name in self.never:
+            await asyncio.Event().wait()
+
+    async def prepare(self, clip: str | None) -> list[Prepared]:
+        await self._pass("prepare")
+        self.prepared.append(clip)
+        if self.gate is not None:
+            await self.gate.wait()
+        error = self.broken.get(clip or "", "")
+        return [
+            Prepared(f"r{replica}", clip, self.spaces.get((replica, clip), f"i-{clip}"), f"t-{clip}", error)
+            for replica in (1, 2)
+        ]
+
+    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
+        await self._pass("prepare_vlm")
+        self.prepared_vlm.append(vlm)
+        if self.gate is not None:
+            await self.gate.wait()
+        return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
+
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
+        await self._pass("cover")
+        self.covered.append((snapshot.image_space, wait))
+        if snapshot.image_space == self.stuck:
+            await self.unstick.wait()
+        return 7
+
+    async def resident(self) -> list[ReleaseSnapshot]:
+        return list(self.answering)
+
+    async def announce(self, resident: Residency, seconds: float) -> int:
+        await self._pass("announce")
+        if self.deaf:
+            raise ReleaseError("no replica answers")
+        self.windows.append([snapshot.release for snapshot in resident.window])
+        self.indexed.append([snapshot.release for snapshot in resident.indexed])
+        self.vlms.append(resident.vlms)
+        return 3
+
+    async def observations(self) -> list[Observations]:
+        self.asked.append("observations")
+        return self.seen
+
+    async def in_flight(self) -> dict[int, int]:
+        await self._pass("in_flight")
+        return dict(self.flight)
+
+    async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
+        await self._pass("retire_spaces")
+        self.kept.append([snapshot.release for snapshot in keep])
+
+    async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
+        self.loaded.append((*clips, *vlms))
+        await self._pass("retire")
+        if self.retire_gate is not None:
+            await self.retire_gate.wait()
+
+    async def encoder_status(self) -> list[dict[str, Any]]:
+        return [{"replica": "r1", "engine": "torch", "precision": "float32"}]
+
+    async def vlm_status(self) -> list[dict[str, Any]]:
+        self.asked.append("vlm_status")
+        return [{"replica": "v1"}] if self.has_vlm and self.vlm_up else []
+
+    async def replica_states(self) -> dict[str, dict[str, int]]:
+        return {"Encoder": {"RUNNING": 2}}
+
+
+def live_row(protocol: ReleaseProtocol) -> ReleaseRow:
+    row = protocol.ledger.live()
+    assert row is not None
+    return row
+
+
+def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None, float]:
+    """Number, CLIP adapter, VLM adapter and share of the live release."""
+    row = live_row(protocol)
+    return row.number, row.clip, row.vlm, row.share
+
+
+async def release(protocol: ReleaseProtocol, share: float = 1.0, **adapters: str | None) -> ReleaseResult:
+    """Release what is named next to what is live."""
+    named: dict[Family, str | None] = {family: adapters[family] for family in FAMILIES if family in adapters}
+    return await protocol.release(
+        ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=live(protocol)[0], share=share)
+    )
+
+
+async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> ReleaseResult:
+    """Roll back; one that waits for what it must not wait for fails."""
+    command = RollbackCommand(actor="ann", reason="bad", expected_live=live(protocol)[0], family=family, to=to)
+    return await asyncio.wait_for(protocol.rollback(command), 5)

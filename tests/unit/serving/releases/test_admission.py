@@ -1,0 +1,173 @@
+"""Admission: the release that a request is stamped with, a canary's split, and until when a release counts as used."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from prometheus_client import REGISTRY
+from scipy.stats import binom
+
+from core.ledger import Family
+from serving.errors import NotReady, Unavailable, UnknownModel
+from serving.releases.admission import Admission, canary_bucket
+from serving.releases.types import ReleaseSnapshot
+
+KEYS = [f"key-{number}" for number in range(10_000)]
+
+
+def snapshot(release: int, clip: str | None = None, share: float = 1.0, vlm: str | None = None) -> ReleaseSnapshot:
+    return ReleaseSnapshot(release, clip, f"i{release}", f"t{release}", vlm, share)
+
+
+def admission(*window: ReleaseSnapshot) -> Admission:
+    made = Admission()
+    made.adopt(window)
+    return made
+
+
+def test_before_the_first_release_nothing_is_admitted() -> None:
+    with pytest.raises(NotReady), Admission().admit():
+        pass
+
+
+def test_a_request_keeps_its_stamp_when_another_release_goes_live() -> None:
+    admitted = admission(snapshot(1))
+    with admitted.admit() as first:
+        admitted.adopt([snapshot(2, "a"), snapshot(1)])
+        with admitted.admit() as second:
+            assert (first.release, second.release) == (1, 2)
+            assert admitted.in_flight() == {1: 1, 2: 1}
+    assert admitted.in_flight() == {}
+
+
+def test_a_late_message_does_not_bring_an_old_release_back() -> None:
+    admitted = admission(snapshot(3), snapshot(2))
+    assert admitted.adopt([snapshot(2), snapshot(1)]) == 3
+    assert [each.release for each in admitted.window] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "release"),
+    [
+        ("clip", "clip", 4), ("clip", "clip@4", 4), ("clip", "clip@3", 3), ("clip", "a", 4), ("clip", "base", 2),
+        ("vlm", "vlm", 4), ("vlm", "vlm@4", 4), ("vlm", "vlm@3", 3), ("vlm", "v", 4), ("vlm", "base", 2),
+    ],
+)  # fmt: skip
+def test_models_are_addressed_by_family_number_and_adapter(family: Family, model: str, release: int) -> None:
+    admitted = admission(snapshot(4, "a", vlm="v"), snapshot(3, "a", vlm="v"), snapshot(2))
+    with admitted.admit(model, family) as found:
+        assert found.release == release
+        assert admitted.in_flight() == {release: 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "resident"),
+    [
+        ("clip", "clip@1", "clip, clip@4, clip@3, a, base"),
+        *(("vlm", model, "vlm, vlm@4, vlm@3, v, base") for model in ("clip", "clip@4", "a", "vlm@2")),
+    ],
+)
+def test_an_unknown_model_or_one_of_the_other_family_is_told_what_is_resident(
+    family: Family, model: str, resident: str
+) -> None:
+    admitted = admission(snapshot(4, "a", vlm="v"), snapshot(3))
+    with pytest.raises(UnknownModel, match=f"Resident are: {resident}"):
+        admitted.resolve(model, family)
+
+
+def test_a_failed_request_is_not_counted_for_ever() -> None:
+    admitted = admission(snapshot(1))
+    with pytest.raises(ZeroDivisionError), admitted.admit():
+        raise ZeroDivisionError
+    assert admitted.in_flight() == {}
+
+
+def test_a_server_that_ends_admits_nothing_and_lets_go_on_what_is_in_flight() -> None:
+    admitted = admission(snapshot(1))
+    with admitted.admit():
+        admitted.close()
+        with pytest.raises(Unavailable, match="is ending"), admitted.admit():
+            pass
+        assert admitted.in_flight() == {1: 1}
+    assert admitted.in_flight() == {}
+
+
+def test_requests_in_flight_are_told_by_how_far_their_release_is_behind() -> None:
+    admitted = admission(snapshot(3), snapshot(2))
+    with admitted.admit("clip@2"), admitted.admit(), admitted.admit():
+        assert admitted.by_age() == {"live": 2, "incumbent": 1, "older": 0}
+        admitted.adopt([snapshot(4), snapshot(3)])
+        assert admitted.by_age() == {"live": 0, "incumbent": 2, "older": 1}
+        assert exported_in_flight() == {"live": 0, "incumbent": 2, "older": 1}
+    assert admitted.by_age() == exported_in_flight() == {"live": 0, "incumbent": 0, "older": 0}
+
+
+def exported_in_flight() -> dict[str, float | None]:
+    name = "ratchet_release_in_flight_requests"
+    return {age: REGISTRY.get_sample_value(name, {"age": age}) for age in ("live", "incumbent", "older")}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_a_share_of_the_keys_is_answered_by_the_canary(share: float) -> None:
+    split = admission(snapshot(2, "new", share), snapshot(1, "old"))
+    count = sum(split.resolve("clip", key=key).release == 2 for key in KEYS)
+    assert binom.ppf(1e-6, len(KEYS), share) <= count <= binom.ppf(1 - 1e-6, len(KEYS), share)
+
+
+def test_one_key_always_sees_one_side_in_every_process() -> None:
+    one = admission(snapshot(2, "new", 0.1), snapshot(1, "old"))
+    other = admission(snapshot(2, "new", 0.1), snapshot(1, "old"))
+    assert [one.resolve("clip", key=key) for key in KEYS] == [other.resolve("clip", key=key) for key in KEYS]
+    assert canary_bucket("new", None, "key-1") == int(hashlib.sha256(b"new\nNone\nkey-1").hexdigest()[:12], 16) / 2**48
+
+
+def test_a_larger_share_of_the_same_adapters_only_adds_keys() -> None:
+    sides = []
+    for number, share in ((2, 0.05), (3, 0.1), (4, 0.5)):
+        split = admission(snapshot(number, "new", share), snapshot(1, "old"))
+        sides.append({key for key in KEYS if split.resolve("clip", key=key).release == number})
+    assert sides[0] < sides[1] < sides[2]
+
+
+def test_other_adapters_draw_other_keys() -> None:
+    places = [[canary_bucket(clip, None, key) < 0.1 for key in KEYS] for clip in ("new", "newer")]
+    both = sum(first and second for first, second in zip(*places, strict=True))
+    assert both <= binom.ppf(1 - 1e-6, len(KEYS), 0.01)
+
+
+def test_a_shadow_answers_no_one_and_a_request_without_a_key_is_answered_by_the_stable_side() -> None:
+    shadow = admission(snapshot(2, "new", 0.0), snapshot(1, "old"))
+    assert {shadow.resolve("clip", key=key).release for key in KEYS} == {1}
+    canary = admission(snapshot(2, "new", 0.9), snapshot(1, "old"))
+    assert canary.resolve("clip").release == 1
+
+
+def test_a_caller_that_names_a_release_gets_it() -> None:
+    canary = admission(snapshot(3, "new", 0.1), snapshot(2, "old", 1.0), snapshot(1))
+    assert {canary.resolve("clip@3", key=key).release for key in KEYS[:100]} == {3}
+    assert {canary.resolve("old", key=key).release for key in KEYS[:100]} == {2}
+    assert canary.live is not None
+    assert canary.live.release == 3
+
+
+def test_a_promotion_ends_the_split() -> None:
+    canary = admission(snapshot(2, "new", 0.1), snapshot(1, "old"))
+    assert canary.splits
+    canary.adopt([snapshot(3, "new"), snapshot(1, "old")])
+    assert not canary.splits
+    assert {canary.resolve("clip", key=key).release for key in KEYS[:100]} == {3}
+
+
+def test_requests_are_counted_by_the_release_that_answered_while_it_is_resident() -> None:
+    counted = admission(snapshot(2, "new"), snapshot(1, "old"))
+    with pytest.raises(ZeroDivisionError), counted.admit("clip@2"):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), counted.admit("clip@2", is_fault=lambda error: False):
+        raise ZeroDivisionError
+    with counted.admit("clip@1"):
+        counted.failed(1)  # a stream broke off, after its head was sent
+        counted.failed(7)  # of a release that has left: no one asks any more
+    assert {n: (a.requests, a.failed) for n, a in counted.answered().items()} == {2: (2, 1), 1: (1, 1)}
+    counted.adopt([snapshot(3, "newer"), snapshot(2, "new")])
+    assert {n: a.requests for n, a in counted.answered().items()} == {3: 0, 2: 2}

@@ -1,0 +1,326 @@
+"""A rollback to what is resident waits for nothing: replicas, catalog, preparations and retirements that never end; and
+a rollback in the ledger alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from core.errors import LedgerUnavailable, ReleaseConflict, ReleaseError
+from core.ledger import Family, Ledger
+from ops.cli.main import app
+from serving.releases import rollback
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.rollback import roll_back_offline
+from serving.releases.types import ReleaseResult, ReleaseSnapshot, RollbackCommand
+from tests.support.waiting import until
+from tests.unit.serving.releases.plain_replicas import PlainBroadcast, back, live, release
+
+ANSWER_SECONDS = rollback.ANSWER_SECONDS
+"""As it is outside of tests."""
+
+
+@pytest.fixture
+async def protocol(ledger: Ledger, broadcast: Any) -> ReleaseProtocol:
+    """Release 2 has adapter a, and release 1 the base."""
+    made = ReleaseProtocol(ledger, broadcast, window=2, hold_after_rollback=True)
+    await made.start()
+    await release(made, clip="a")
+    return made
+
+
+def preparing(protocol: ReleaseProtocol, **adapters: str) -> asyncio.Task[ReleaseResult]:
+    return asyncio.create_task(release(protocol, **adapters))  # type: ignore[arg-type]
+
+
+async def test_it_takes_the_newest_other_adapter_and_what_is_not_resident_any_more_is_prepared_first(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+) -> None:
+    await release(protocol, clip="b")
+    made = await back(protocol)
+    assert (made.number, made.clip, made.kind) == (4, "a", "rollback")
+    assert broadcast.covered[-1] == ("i-b", True), "nothing was asked of the catalog"
+    assert broadcast.windows[-1] == [4, 3]
+    assert (await back(protocol, to=1)).clip is None
+    assert broadcast.covered[-1] == ("i-None", True)
+
+
+async def test_of_one_family_it_keeps_the_other(protocol: ReleaseProtocol) -> None:
+    await release(protocol, vlm="v")
+    await release(protocol, clip="b", vlm="w")
+    turns: list[tuple[Family | None, int | None, tuple[str | None, str | None]]] = [
+        ("vlm", None, ("b", "v")), ("clip", None, ("a", "v")), ("vlm", 1, ("a", None)), (None, None, ("a", "v")),
+        (None, 1, (None, None)),
+    ]  # fmt: skip
+    for family, to, after in turns:
+        await back(protocol, family, to)
+        assert live(protocol)[1:3] == after
+
+
+async def test_with_nothing_behind_it_says_so(protocol: ReleaseProtocol) -> None:
+    with pytest.raises(ReleaseError, match="no release before 2 has another VLM adapter"):
+        await back(protocol, "vlm")
+    with pytest.raises(ReleaseError, match="release 9 does not exist"):
+        await back(protocol, to=9)
+    await back(protocol, to=1)
+    assert live(protocol)[0] == 3
+
+
+@pytest.mark.parametrize("call", ["prepare", "cover", "in_flight", "retire_spaces", "retire", "announce"])
+async def test_a_replica_that_never_answers_does_not_hold_it_up(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, call: str
+) -> None:
+    broadcast.never = {call}
+    outcome = await back(protocol)
+    assert (outcome.number, outcome.clip) == (3, None)
+
+
+@pytest.mark.parametrize("call", ["prepare", "cover"])
+async def test_a_preparation_that_never_ends_is_stopped_and_its_proposal_says_why(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger, call: str
+) -> None:
+    broadcast.never, broadcast.asked = {call}, []
+    slow = preparing(protocol, clip="b")
+    await until(lambda: call in broadcast.asked)
+    assert (await back(protocol)).number == 3
+    with pytest.raises(ReleaseConflict, match="ann rolled back while it was being prepared"):
+        await slow
+    failed = ledger.proposals(2)[1]
+    assert (failed.state, failed.clip) == ("failed", "b") and "ann rolled back" in (failed.error or "")
+    broadcast.never = set()
+    assert (await release(protocol, clip="c")).number == 4
+
+
+async def test_an_update_judged_against_what_is_taken_back_fails(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
+) -> None:
+    broadcast.stuck = "i-b"
+    proposal = ledger.propose("update", family="clip", clip="b", actor="updater", reason="passed")
+    stepping = asyncio.create_task(protocol.step())
+    await until(lambda: ("i-b", True) in broadcast.covered)
+    await back(protocol, "clip")
+    with pytest.raises(ReleaseConflict, match="ann rolled back"):
+        await stepping
+    assert ledger.proposal(proposal.id).state == "failed"
+
+
+async def test_an_update_waits_while_the_other_family_is_rolled_back(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
+) -> None:
+    await release(protocol, vlm="v")
+    broadcast.stuck = "i-b"
+    proposal = ledger.propose("update", family="clip", clip="b", actor="updater", reason="passed")
+    stepping = asyncio.create_task(protocol.step())
+    await until(lambda: ("i-b", True) in broadcast.covered)
+    await back(protocol, "vlm")
+    assert await stepping is None
+    assert live(protocol)[:3] == (4, "a", None)
+    assert ledger.proposal(proposal.id).state == "pending"
+    broadcast.stuck = ""
+    ledger.resume("ann", "fine")
+    await protocol.step()
+    assert live(protocol)[:3] == (5, "b", None)
+
+
+async def test_a_proposal_that_has_only_just_got_its_turn_is_stopped(
+    protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposed = asyncio.Event()
+    advance = ledger.advance_proposal
+
+    def slowly(*args: object, **options: object) -> object:
+        loop.call_soon_threadsafe(proposed.set)
+        time.sleep(0.3)
+        return advance(*args, **options)  # type: ignore[arg-type]
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(ledger, "advance_proposal", slowly)
+    slow = preparing(protocol, clip="b")
+    await proposed.wait()
+    assert (await back(protocol)).number == 3
+    with pytest.raises(ReleaseConflict, match="ann rolled back"):
+        await slow
+
+
+async def test_a_preparation_that_was_stopped_after_its_end_is_not_committed(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+) -> None:
+    broadcast.gate = asyncio.Event()
+    slow = preparing(protocol, vlm="v")
+    await until(lambda: "v" in broadcast.prepared_vlm)
+    async with protocol._committing:
+        broadcast.gate.set()
+        rolled = asyncio.create_task(back(protocol))
+        await asyncio.sleep(0)
+    outcomes = await asyncio.gather(rolled, slow, return_exceptions=True)
+    ends = {type(outcome) for outcome in outcomes}
+    assert ends == {ReleaseResult, ReleaseConflict}  # one of both, whichever comes first
+    assert live(protocol)[0] == 3
+
+
+async def test_a_retirement_that_never_ends_holds_up_neither_a_rollback_nor_a_release(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+) -> None:
+    broadcast.never = {"retire_spaces"}
+    retiring = asyncio.create_task(protocol.retire())
+    await until(lambda: "retire_spaces" in broadcast.asked)
+    assert (await back(protocol)).number == 3
+    assert (await asyncio.wait_for(release(protocol, clip="c"), 5)).number == 4
+    retiring.cancel()
+
+
+async def test_replicas_that_did_not_answer_are_told_again(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.releases.protocol.HEAL_PAUSE_SECONDS", 0.01)
+    broadcast.deaf = True
+    assert (await back(protocol)).acknowledged == 0
+    broadcast.deaf = False
+    await until(lambda: broadcast.windows[-1] == [3, 2])
+
+
+async def test_a_process_that_has_just_begun_rolls_back_before_its_replicas_have_started(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    stuck: Any = PlainBroadcast(never={"prepare", "prepare_vlm", "cover"})
+    stuck.answering = [ReleaseSnapshot(2, "a", "i-a", "t-a"), ReleaseSnapshot(1, None, "i-None", "t-None")]
+    again = ReleaseProtocol(ledger, stuck, window=2)
+    starting = asyncio.create_task(again.start())
+    assert (await back(again)).number == 3
+    assert stuck.windows[-1] == [3, 2]
+    starting.cancel()
+
+
+async def test_what_no_replica_can_serve_is_prepared_though_it_is_in_the_window(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    broken: Any = PlainBroadcast(broken={"": "its files are damaged"})
+    again = ReleaseProtocol(ledger, broken, window=2)
+    await again.start()
+    with pytest.raises(ReleaseError, match="its files are damaged"):
+        await back(again)
+    assert live(again)[0] == 2
+
+
+async def test_after_the_guard_has_withdrawn_an_adapter_the_next_one_behind_is_resident(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
+) -> None:
+    await release(protocol, clip="b")
+    ledger.withdraw(["b"], actor="guard", subject="release 3", reason="disagrees", evidence={})
+    assert (await back(protocol)).clip == "a"
+    await protocol.follow()
+    broadcast.never = {"prepare", "cover"}
+    assert (await back(protocol)).clip is None
+
+
+async def test_updates_wait_after_an_operators_rollback_until_somebody_resumes(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    await back(protocol)
+    ledger.propose("update", clip="b", actor="updater", reason="passed")
+    assert await protocol.step() is None
+    ledger.resume("ann", "fine")
+    outcome = await protocol.step()
+    assert outcome is not None and outcome.clip == "b"
+
+
+async def test_an_update_that_is_being_prepared_when_a_hold_comes_waits_and_goes_on_after_it(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
+) -> None:
+    update = ledger.propose("update", clip="b", actor="updater", reason="passed")
+    broadcast.gate = asyncio.Event()
+    stepping = asyncio.create_task(protocol.step())
+    await until(lambda: "b" in broadcast.prepared)
+    ledger.hold("ann", "incident")
+    broadcast.gate.set()
+    assert await stepping is None
+    assert (live(protocol)[0], ledger.proposal(update.id).state) == (2, "pending")
+    ledger.resume("ann", "over")
+    outcome = await protocol.step()
+    assert outcome is not None and outcome.proposal == update.id
+
+
+async def test_a_release_whose_operator_was_told_that_the_ledger_is_away_is_not_carried_out_later(
+    protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object, **options: object) -> None:
+        raise LedgerUnavailable("the ledger is away.", "Wait.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "commit_release", away)
+        patch.setattr(ledger, "advance_proposal", away)
+        with pytest.raises(LedgerUnavailable):
+            await release(protocol, clip="b")
+        with pytest.raises(LedgerUnavailable):
+            await back(protocol)
+    assert [row.state for row in ledger.pending_proposals()] == ["pending", "pending"]
+    assert await protocol.step() is None
+    assert ledger.pending_proposals() == [] and live(protocol)[0] == 2
+
+
+async def test_a_ledger_that_hangs_refuses_within_a_second(
+    protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = threading.Event()
+    monkeypatch.setattr(rollback, "ANSWER_SECONDS", ANSWER_SECONDS)
+    monkeypatch.setattr(ledger, "live", lambda: hung.wait(30))
+    command = RollbackCommand(actor="ann", reason="bad", expected_live=2)
+    try:
+        with pytest.raises(LedgerUnavailable, match="did not say within"):
+            await protocol.rollback(command)
+    finally:
+        hung.set()
+
+
+@pytest.fixture
+def offline(ledger: Ledger) -> Callable[..., tuple[int, str | None, str | None]]:
+    """A rollback without a server; release 3 has b and w, release 2 a and v, release 1 the bases."""
+    for number, (clip, vlm) in enumerate([(None, None), ("a", "v"), ("b", "w")], 1):
+        ledger.commit_release(number, clip=clip, vlm=vlm, actor="t", reason="r", proposal_id=None)
+
+    def roll_back(*families: Family, to: int | None = None, **options: Any) -> tuple[int, str | None, str | None]:
+        row = roll_back_offline(ledger, families, to=to, actor="ann", reason="nothing starts", **options)
+        assert (row.actor, row.reason) == ("ann", "nothing starts")
+        return row.number, row.clip, row.vlm
+
+    return roll_back
+
+
+def test_offline_it_is_a_new_release_with_its_proposal_its_audit_row_and_its_hold(
+    ledger: Ledger, offline: Callable[..., object]
+) -> None:
+    assert offline("clip", "vlm", hold_after_rollback=True) == (4, "a", "v")
+    (proposal,) = ledger.proposals()
+    assert (proposal.kind, proposal.state, proposal.release) == ("rollback", "committed", 4)
+    assert "rolled back offline" in {entry.action for entry in ledger.audit_rows(subject="release 4")}
+    held = ledger.held()
+    assert held is not None and "after the rollback of release 3" in held.reason
+    assert offline("vlm", to=1) == (5, "a", None), "a family that is not named stays what is live"
+
+
+def test_offline_a_release_that_does_not_exist_or_another_live_one_is_refused(
+    ledger: Ledger, offline: Callable[..., object]
+) -> None:
+    with pytest.raises(ReleaseError, match="release 9 does not exist"):
+        offline("clip", to=9)
+    with pytest.raises(ReleaseConflict, match="release 3 is live, not 2"):
+        offline("clip", to=1, expected_live=2)
+    assert ledger.proposals() == []
+
+
+def test_the_offline_command_needs_no_server(ledger: Ledger, tmp_path: Path, offline: object) -> None:
+    words = ["--set", f"home={tmp_path}", "releases", "rollback", "--offline", "--to", "1", "-r", "no server starts"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "release 4 is in the ledger" in result.output
+    row = ledger.live()
+    assert row is not None and (row.number, row.clip) == (4, None)
+    assert ledger.held() is not None  # rollout.hold_after_rollback
