@@ -9,7 +9,7 @@ from pathlib import Path
 from core.artifacts.folder import file_size
 from core.ledger import Ledger
 from ops.collection.plan import Item
-from serving.engines.registered import names_by_digest
+from serving.engines.clip_base import names_by_digest
 from updater.service.process import work_folders
 
 DAY = 86_400.0

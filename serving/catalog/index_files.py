@@ -1,4 +1,4 @@
-"""The index of one image space, made from its table, and kept on the local disk so that a start need not make it anew.
+"""The index of one image space, made from its table, and kept on the local disk so that a start need not make it again.
 
 Files hold codes of vectors and digests of ids; what hits say of their rows is read from the tables. There is a folder
 per space, which appears with all of its files at once and is never changed.
@@ -23,11 +23,17 @@ import numpy as np
 import pyarrow as pa
 
 from core.files import flush
-from serving.catalog.codings import Coding, choose_coding
-from serving.catalog.memory_index import MemoryIndex, coding_named
-from serving.catalog.row_columns import MOST_TEXT_BYTES, RowColumns
-from serving.catalog.sample_digests import digests_of, keys_of
-from serving.catalog.table_files import BATCH_ROWS, Vectors, unit_rows, vectors_of
+from serving.catalog.memory_index import CODINGS, Coding, MemoryIndex, choose_coding
+from serving.catalog.row_columns import (
+    BATCH_ROWS,
+    MOST_TEXT_BYTES,
+    RowColumns,
+    Vectors,
+    digests_of,
+    keys_of,
+    unit_rows,
+    vectors_of,
+)
 
 COLUMNS: Final = ["id", "vector", "domain", "source", "time", "text"]
 _TRAINING_ROWS: Final = 64
@@ -44,7 +50,6 @@ _QUANTIZERS: Final = {
 log = logging.getLogger("ratchet.catalog")
 FORMAT: Final = 1
 META: Final = "meta.json"
-MOST_META_BYTES: Final = 1 << 16
 UNFINISHED: Final = ".unfinished-"
 UNFINISHED_SECONDS: Final = 3600.0
 PARTITIONS, FINER, DIGESTS = "partitions.faiss", "finer.faiss", "digests.npy"
@@ -61,7 +66,9 @@ def build_index(dataset: lance.LanceDataset, most_bytes: float) -> MemoryIndex:
     faiss.omp_set_num_threads(threads)  # of this thread
     rows = dataset.count_rows()
     dimension = dataset.schema.field("vector").type.list_size
-    coding = choose_coding(rows, dimension, _text_bytes(dataset), most_bytes)
+    texts = dataset.to_table(columns=["text"], limit=TEXTS)["text"].to_pylist()
+    sizes = [size if (size := len((text or "").encode())) <= MOST_TEXT_BYTES else 0 for text in texts]
+    coding = choose_coding(rows, dimension, float(np.mean(sizes)) if sizes else 0.0, most_bytes)
     index = _empty_index(_sample(dataset, rows), coding, rows)
     for batch in dataset.to_batches(columns=COLUMNS, batch_size=BATCH_ROWS):
         index.add(batch, at_once=BATCH_ROWS, threads=threads)
@@ -81,27 +88,18 @@ def _empty_index(sample: Vectors, coding: Coding, rows: int) -> MemoryIndex:
     clustering.train(sample)
     centroids = faiss.IndexFlatIP(dimension)
     centroids.add(clustering.centroids)
-    partitions = faiss.IndexIVFPQFastScan(
-        centroids, dimension, count, _subspaces(dimension), 4, faiss.METRIC_INNER_PRODUCT
-    )
+    codes = max(1, dimension // _DIMENSIONS_A_CODE)
+    codes = next(number for number in range(codes, 0, -1) if dimension % number == 0)
+    partitions = faiss.IndexIVFPQFastScan(centroids, dimension, count, codes, 4, faiss.METRIC_INNER_PRODUCT)
     partitions.by_residual = True
     partitions.pq.cp.min_points_per_centroid = 1
     partitions.pq.cp.seed = SEED
     partitions.train(sample)
-    return MemoryIndex(partitions, _finer(sample, coding), coding, RowColumns())
-
-
-def _finer(sample: Vectors, coding: Coding) -> Any | None:
-    if not coding.bits:
-        return None
-    finer = faiss.IndexScalarQuantizer(sample.shape[1], _QUANTIZERS[coding.bits], faiss.METRIC_INNER_PRODUCT)
-    finer.train(sample)
-    return finer
-
-
-def _subspaces(dimension: int) -> int:
-    """The most that divide the dimension, up to a fourth of it."""
-    return next(count for count in range(max(1, dimension // _DIMENSIONS_A_CODE), 0, -1) if dimension % count == 0)
+    finer = None
+    if coding.bits:
+        finer = faiss.IndexScalarQuantizer(dimension, _QUANTIZERS[coding.bits], faiss.METRIC_INNER_PRODUCT)
+        finer.train(sample)
+    return MemoryIndex(partitions, finer, coding, RowColumns())
 
 
 def _sample(dataset: lance.LanceDataset, rows: int) -> Vectors:
@@ -112,13 +110,6 @@ def _sample(dataset: lance.LanceDataset, rows: int) -> Vectors:
         for start in range(0, count, BATCH_ROWS)
     ]
     return np.concatenate(parts)
-
-
-def _text_bytes(dataset: lance.LanceDataset) -> float:
-    """Of a row, on average, as far as texts are kept in memory."""
-    texts = dataset.to_table(columns=["text"], limit=TEXTS)["text"].to_pylist()
-    sizes = [size if (size := len((text or "").encode())) <= MOST_TEXT_BYTES else 0 for text in texts]
-    return float(np.mean(sizes)) if sizes else 0.0
 
 
 class IndexFiles:
@@ -156,12 +147,12 @@ class IndexFiles:
         try:
             return self._load(space, dataset)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            log.warning("the index of image space %s that was kept is made anew: %s", space, error)
+            log.warning("the index of image space %s that was kept is made again: %s", space, error)
             self.remove(space)
             return None
 
     def exist(self, space: str) -> bool:
-        """Whether the index of a space is kept."""
+        """True when the index of a space is kept."""
         return self._path(space).exists()
 
     def remove(self, space: str) -> None:
@@ -177,11 +168,10 @@ class IndexFiles:
 
     def _load(self, space: str, dataset: lance.LanceDataset) -> tuple[MemoryIndex, int]:
         folder = self._path(space)
-        with (folder / META).open("rb") as file:
-            meta: dict[str, Any] = json.loads(file.read(MOST_META_BYTES))
+        meta: dict[str, Any] = json.loads((folder / META).read_text())
         if (meta["format"], meta["faiss"], meta["space"]) != (FORMAT, faiss.__version__, space):
             raise ValueError("it was written by another version")
-        coding = coding_named(meta["coding"])
+        coding = {each.name: each for each in CODINGS}[meta["coding"]]
         for name in (PARTITIONS, DIGESTS, *([FINER] if coding.bits else [])):
             if _checksum(folder / name) != meta["files"][name]:
                 raise ValueError(f"{name} is damaged")

@@ -26,11 +26,19 @@ import torch
 from core.digests import digest12, digest_json
 from core.files import replace_file
 from core.settings.serving import Serve
-from serving.engines.backends import FLOAT32, Backend, EngineChoice, EngineName, Precision, Towers
+from serving.engines.backends import (
+    FLOAT32,
+    GOLDEN_TEXTS,
+    Backend,
+    EngineChoice,
+    EngineName,
+    Precision,
+    Towers,
+    golden_pixels,
+    processor,
+)
 from serving.engines.clip_base import ClipBase
-from serving.engines.conv_layout import ROWS
-from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
-from serving.engines.processor import processor
+from serving.engines.layers import ROWS
 from serving.engines.spaces import Tower
 from serving.engines.tokens import pad_rows
 from serving.engines.towers import TextWidths

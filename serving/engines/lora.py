@@ -74,20 +74,8 @@ class ChangedWeight:
     name: str
     weight: torch.Tensor
     digest: str
-    """Of what it is made from beside the base. The weight itself is not the same everywhere: the last bits of a product
-    depend on the processor."""
-
-
-def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the adapter adds: names of the parameters that it touches, and ``s B A`` in the shape of each, float32, the
-    caller's to change. One at a time: together they are as large as the model.
-
-    Targets are Linear, convolutions without groups, and MultiheadAttention (``in_proj_weight`` and, through PEFT's
-    wrapper, ``out_proj.weight``). Raises :class:`AdapterError` when names or shapes do not fit the model.
-    """
-    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
-    for layer in _layers(files, model):
-        yield layer.parameter, layer.delta()
+    """Of what it is made from besides the base. The weight itself is not the same everywhere: the last bits of a
+    product depend on the processor."""
 
 
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -100,8 +88,10 @@ def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
     """``W + s B A`` of each parameter that really differs from the model's. One at a time: what is done with it at once
     finds it in the processor's cache.
 
-    W is the model's own, or the one that the adapter replaces it with.
-    Raises :class:`AdapterError` also when the sum overflows, or when a whole weight does not fit the model.
+    W is the model's own, or the one that the adapter replaces it with. Targets are Linear, convolutions without groups,
+    and MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``).
+
+    Raises :class:`AdapterError` when names or shapes do not fit the model, or the sum overflows.
     """
     parameters = dict(model.named_parameters())
     whole = whole_weights(files)

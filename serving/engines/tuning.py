@@ -21,12 +21,10 @@ import torch
 from core.child_process import end_with_parent
 from core.errors import ConfigError
 from core.waiting import wait_until
-from serving.engines.backends import EngineChoice
+from serving.engines.backends import EngineChoice, golden_pixels, usable_cores
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.engine_choice import Measurement, all_choices, best_of, measure
-from serving.engines.golden_inputs import golden_pixels
-from serving.engines.processor import usable_cores
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 ENOUGH: Final = 0.95

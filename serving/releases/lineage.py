@@ -15,7 +15,7 @@ from core.errors import ReleaseError
 from core.ledger.ledger import Ledger
 from core.ledger.rows import ReleaseRow
 from core.settings import Settings
-from serving.engines.registered import base_of, digest_of, shown
+from serving.engines.clip_base import base_of, digest_of, shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from core import metrics
 from core.errors import AdapterError, RatchetError
 from core.free_memory import return_free_memory
 from core.priority import idle_thread, nice_thread, pace_thread
+from serving.engines.backends import usable_cores
 from serving.engines.clip import ClipEngine
-from serving.engines.processor import usable_cores
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality, joined
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders

@@ -8,9 +8,8 @@ import signal
 from pathlib import Path
 
 from core.settings.serving import Serve
-from serving.engines.vlm.open import open_engine
-from serving.engines.vlm.probes import golden_requests
-from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.adapters import golden_requests
+from serving.engines.vlm.open import SyncVlm, open_engine
 from serving.engines.vlm.vlm_base import load_vlm_base
 
 

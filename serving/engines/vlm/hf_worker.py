@@ -1,4 +1,4 @@
-"""The thread in which transformers answers: waiting requests of one model become one batch.
+"""The thread in which transformers answers, token by token: waiting requests of one model become one batch.
 
 When a batch fails, its halves go on where it was, down to a row alone; when that fails, one forward pass on a request
 that is known to be good tells whose fault it is: the row's, which ends alone, or the engine's, which ends.
@@ -7,21 +7,184 @@ that is known to be good tells whose fault it is: the row's, which ends alone, o
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from serving.engines.vlm.generation import PROBE
-from serving.engines.vlm.hf_batch import BatchRow, Scoring, answer, as_failure, score
-from serving.errors import EngineDead
+from core.errors import AdapterError, RatchetError
+from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest
+from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.errors import EngineDead, InvalidRequest
 
 log = logging.getLogger("ratchet.vlm")
 _RESTART = "Start a new engine."
+
+
+@dataclass(eq=False)
+class BatchRow:
+    """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended.
+
+    A row whose batch failed can be put into another batch: it goes on behind the tokens that it has.
+    """
+
+    request: GenerationRequest
+    most: int
+    """Tokens of the longest answer."""
+    say: Callable[[int, float, Finish], None]
+    fail: Callable[[RatchetError], None]
+    aborted: bool = False
+    tokens: list[int] = field(default_factory=list)
+    """Of the answer so far."""
+    done: bool = False
+    chance: torch.Generator | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.request.temperature > 0:
+            self.chance = torch.Generator()
+            if self.request.seed is None:
+                self.chance.seed()
+            else:
+                self.chance.manual_seed(self.request.seed)
+
+    def choose(self, logprobs: torch.Tensor) -> int:
+        """The next token from natural log-probabilities [vocabulary] on the CPU.
+
+        Raises :class:`AdapterError` when none is finite, or one is not a number.
+        """
+        if not math.isfinite(float(logprobs.max())):
+            raise AdapterError(
+                "The model gives log-probabilities that are not finite.", "Do not release it; look at the training run."
+            )
+        if self.chance is None:
+            return int(logprobs.argmax())
+        chances = (logprobs / self.request.temperature).softmax(0)
+        if self.request.top_p < 1.0:
+            ordered, order = chances.sort(descending=True)
+            left_out = ordered.cumsum(0) - ordered >= self.request.top_p
+            left_out[0] = False
+            chances = torch.zeros_like(chances).scatter(0, order, ordered.masked_fill(left_out, 0.0))
+        return int(torch.multinomial(chances, 1, generator=self.chance))
+
+    def take(self, logprobs: torch.Tensor, ends: frozenset[int]) -> int:
+        """Choose, tell and count the next token, and end where the answer does."""
+        token = self.choose(logprobs)
+        self.tokens.append(token)
+        full = len(self.tokens) >= self.most
+        finish: Finish = "stop" if token in ends else "length" if full else ""
+        self.done = bool(finish)
+        self.say(token, float(logprobs[token]), finish)
+        return token
+
+    def end(self, error: Exception) -> None:
+        """Fail alone: an error that is none of ours is blamed on the request."""
+        self.done = True
+        self.fail(as_failure(error))
+
+
+def as_failure(error: Exception) -> RatchetError:
+    """What a request is told whose own computation failed while the engine works."""
+    if isinstance(error, RatchetError):
+        return error
+    return InvalidRequest(
+        f"The model cannot answer the request: {str(error)[:200] or type(error).__name__}.",
+        "Change its parameters, messages or images.",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """The choices of one request. ``tell`` gets a log-probability for each."""
+
+    request: GenerationRequest
+    choices: Sequence[str]
+    tell: Callable[[list[float]], None]
+    fail: Callable[[RatchetError], None]
+
+
+class _Choice(LogitsProcessor):  # type: ignore[misc]
+    """Chooses for each row by its own rules, and leaves ``generate`` no other choice. A row that fails ends alone."""
+
+    def __init__(self, rows: Sequence[BatchRow], ends: frozenset[int]) -> None:
+        self._rows = rows
+        self._ends = ends
+        self._step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logprobs = scores.float().log_softmax(-1).cpu()
+        chosen = torch.zeros(len(self._rows), 1, dtype=torch.long)
+        for i, row in enumerate(self._rows):
+            row.done = row.done or row.aborted
+            if row.done:
+                continue
+            if self._step < len(row.tokens):  # told in a batch that failed
+                chosen[i] = row.tokens[self._step]
+                continue
+            try:
+                chosen[i] = row.take(logprobs[i], self._ends)
+            except Exception as error:
+                row.end(error)
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.to(scores.device), 0.0)
+
+
+class _Done(StoppingCriteria):  # type: ignore[misc]
+    def __init__(self, rows: Sequence[BatchRow], stopped: Callable[[], bool]) -> None:
+        self._rows = rows
+        self._stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        every = self._stopped()
+        return torch.tensor([every or row.done or row.aborted for row in self._rows], device=input_ids.device)
+
+
+@torch.inference_mode()
+def answer(
+    model: nn.Module, processor: Any, rows: Sequence[BatchRow], ends: frozenset[int], stopped: Callable[[], bool]
+) -> None:
+    """Generate for all ``rows`` at once (left padded, with a key-value cache) until each has ended, or ``stopped``."""
+    batch = inputs(processor, [row.request for row in rows], next(model.parameters()).device)
+    plan = GenerationConfig(max_new_tokens=max(row.most for row in rows), do_sample=False)
+    model.generate(  # type: ignore[operator]
+        **batch,
+        generation_config=plan,
+        logits_processor=[_Choice(rows, ends)],
+        stopping_criteria=[_Done(rows, stopped)],
+    )
+
+
+@torch.inference_mode()
+def score(model: nn.Module, processor: Any, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
+    """Log-probability of each choice with its end, after the prompt; right padded, so that positions are plain."""
+    device = next(model.parameters()).device
+    prompt = inputs(processor, [request])
+    start = prompt["input_ids"].shape[1]
+    answers = [answer_tokens(processor, choice) for choice in choices]
+    width = start + max(map(len, answers))
+    pad = processor.tokenizer.pad_token_id or 0
+    batch: dict[str, torch.Tensor] = {}
+    for key, value in prompt.items():
+        many = torch.cat([value] * len(choices))
+        if value.shape == prompt["input_ids"].shape:
+            fill = pad if key == "input_ids" else 0
+            many = torch.nn.functional.pad(many, (0, width - start), value=fill)
+        batch[key] = many
+    for i, tokens in enumerate(answers):
+        batch["input_ids"][i, start : start + len(tokens)] = torch.tensor(tokens)
+        batch["attention_mask"][i, start : start + len(tokens)] = 1
+    logits = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
+    logprobs = logits[:, start - 1 : -1].float().log_softmax(-1).cpu()
+    return [
+        float(logprobs[i, range(len(tokens)), tokens].sum())  # one value per token of the answer
+        for i, tokens in enumerate(answers)
+    ]
 
 
 class Worker:
@@ -85,18 +248,13 @@ class Worker:
 
     def _take(self) -> tuple[nn.Module, Sequence[BatchRow | Scoring]]:
         """The oldest work, and with a row as many more rows of its model as fit into the batch."""
-        model, first = self._waiting.popleft()
+        model, first = self._waiting[0]
         if isinstance(first, Scoring):
+            self._waiting.popleft()
             return model, [first]
-        rows: list[BatchRow | Scoring] = [first]
-        others: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
-        for other, work in self._waiting:
-            if other is model and isinstance(work, BatchRow) and len(rows) < self._batch:
-                rows.append(work)
-            else:
-                others.append((other, work))
-        self._waiting = others
-        return model, rows
+        rows = [pair for pair in self._waiting if pair[0] is model and isinstance(pair[1], BatchRow)][: self._batch]
+        self._waiting = deque(pair for pair in self._waiting if pair not in rows)
+        return model, [row for _, row in rows]
 
     def _do(self, model: nn.Module, work: Sequence[BatchRow | Scoring]) -> None:
         self._answer(model, [one for one in work if isinstance(one, BatchRow)])

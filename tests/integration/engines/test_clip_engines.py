@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 from core.loading import load_settings
 from ops.cli.main import app
 from ops.cli.tune import is_tuned
-from serving.engines.backends import EngineChoice
+from serving.engines.backends import EngineChoice, golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.golden_inputs import golden_pixels
 from serving.engines.onnx_backend import PLUGIN, _openvino_device
 from serving.engines.spaces import tower_of
 from tests.support.tiny import tiny_adapter, tiny_base

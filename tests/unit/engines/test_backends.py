@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
-from serving.engines.backends import EngineChoice
+from serving.engines.backends import EngineChoice, golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.cuda_graphs import GraphedTower
-from serving.engines.golden_inputs import golden_pixels
-from serving.engines.torch_backend import ConvertedWeights, TorchBackend
+from serving.engines.torch_backend import ConvertedWeights, GraphedTower, TorchBackend
 from tests.support.tiny import tiny_adapter
 
 HALF = [EngineChoice("torch", "bfloat16"), EngineChoice("torch", "float16")]

@@ -20,9 +20,9 @@ from torch import nn
 
 from core.errors import BaseModelError
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
+from serving.engines.layers import SkipInit
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import make_spaces
-from serving.engines.undrawn import Undrawn
 from tests.support.tiny import CONFIG, tiny_base
 
 
@@ -172,7 +172,7 @@ def test_a_model_whose_weights_are_loaded_draws_no_random_ones(base: ClipBase) -
 
 def test_other_threads_and_later_models_draw_theirs() -> None:
     drawn = []
-    with Undrawn():
+    with SkipInit():
         thread = threading.Thread(target=lambda: drawn.append(nn.Linear(64, 64).weight))
         thread.start()
         thread.join()

@@ -15,9 +15,9 @@ import torch
 from core.errors import AdapterError
 from serving.engines import lora
 from serving.engines.adapters import read_adapter
+from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.golden_inputs import golden_pixels
 from tests.support.tiny import tiny_adapter, tiny_base
 
 TEXTS = ["a red bus", "a cat asleep on a chair", "x"]

@@ -10,11 +10,10 @@ import torch
 from core.settings import Settings
 from core.settings.serving import BaseModels, Serve
 from serving.engines import engine_choice
-from serving.engines.backends import FLOAT32, EngineChoice
+from serving.engines.backends import FLOAT32, EngineChoice, Processor, usable_cores
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.engine_choice import Measurement, best_of, choose_engine, measure, possible
-from serving.engines.processor import Processor, usable_cores
 
 CPU = torch.device("cpu")
 HALF = EngineChoice("torch", "bfloat16")

@@ -15,12 +15,12 @@ from torch import nn
 
 from core.errors import AdapterError
 from serving.engines.adapters import AdapterFiles, canonical_config, write_adapter
+from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
-from serving.engines.golden_inputs import golden_pixels
+from serving.engines.layers import shell_of
 from serving.engines.lora import delta_weights, effective_weights
 from serving.engines.preprocess import Preprocess
-from serving.engines.shared_weights import shell_of
 from tests.support.tiny import CONFIG
 
 TEXTS = ["a cat", "two dogs on the beach at night"]

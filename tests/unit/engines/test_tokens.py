@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
 from serving.engines import simple_tokenizer
-from serving.engines.simple_tokenizer import BoundedTokenizer, merge
-from serving.engines.tokens import CLEAN, make_tokenizer, pad_rows, vocabulary
+from serving.engines.tokens import CLEAN, BoundedTokenizer, make_tokenizer, merge, pad_rows, vocabulary
 
 CONTEXT = 24
 REFERENCE = SimpleTokenizer(context_length=CONTEXT)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.engines.vlm.detokenizer import Detokenizer, whole
-from serving.engines.vlm.generation import TokenChunk
+from serving.engines.vlm.generation import Detokenizer, TokenChunk, whole
 from tests.support.tiny_vlm import tiny_vlm_base
 
 

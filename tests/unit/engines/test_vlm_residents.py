@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from core.errors import AdapterError
-from serving.engines.vlm.residents import Residents
+from serving.engines.vlm.adapters import Residents
 
 
 class Shelf:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from core.errors import AdapterError
 from serving.engines.vlm.generation import SMALLEST, GenerationRequest, Message
-from serving.engines.vlm.hf_batch import BatchRow, _Choice
+from serving.engines.vlm.hf_worker import BatchRow, _Choice
 from serving.errors import InvalidRequest
 from serving.http.chat_schemas import ChatRequest
 

@@ -11,7 +11,7 @@ import pytest
 from core.errors import AdapterError, ConfigError
 from core.settings.serving import Serve
 from serving.engines.vlm import vllm_start
-from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_validated_adapter
+from serving.engines.vlm.adapters import linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.vllm_engine import VllmEngine
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base

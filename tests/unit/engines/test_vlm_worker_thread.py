@@ -14,8 +14,7 @@ from torch import nn
 
 from core.errors import AdapterError
 from serving.engines.vlm.generation import GenerationRequest, Message
-from serving.engines.vlm.hf_batch import BatchRow, Scoring
-from serving.engines.vlm.hf_worker import Worker
+from serving.engines.vlm.hf_worker import BatchRow, Scoring, Worker
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest

@@ -10,12 +10,12 @@ import torch
 
 from core.errors import AdapterError
 from serving.engines.adapters import read_adapter, write_adapter
+from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.golden_inputs import golden_pixels
+from serving.engines.layers import shell_of
 from serving.engines.lora import effective_weights, whole_weights
-from serving.engines.shared_weights import shell_of
-from serving.engines.vlm.adapter_validation import read_validated_adapter
+from serving.engines.vlm.adapters import read_validated_adapter
 from serving.engines.vlm.vlm_base import VlmBase
 
 NORM = "visual.ln_post.weight"

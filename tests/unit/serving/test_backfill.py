@@ -11,10 +11,10 @@ import pytest
 from core.errors import StoreError
 from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import Catalog
-from serving.catalog.coverage import BackfillRate, CorpusIds, SpaceCoverage
 from serving.catalog.cross_version import rank_across
 from serving.catalog.embedding import CHUNK_ROWS, Pace
 from serving.catalog.queries import Filters, Hit
+from serving.catalog.space_fill import BackfillRate, CorpusIds, SpaceCoverage
 from serving.catalog.tables import Tables
 from streams.store.sample_store import SampleStore
 from tests.support.waiting import until

@@ -18,9 +18,15 @@ from prometheus_client import REGISTRY
 from core.errors import StoreError
 from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog import index_maintainer, space_indexes
-from serving.catalog.codings import CODINGS, IndexTooLarge, choose_coding, estimated_bytes
 from serving.catalog.index_maintainer import IndexMaintainer
-from serving.catalog.memory_index import Level, MemoryIndex
+from serving.catalog.memory_index import (
+    CODINGS,
+    IndexTooLarge,
+    Level,
+    MemoryIndex,
+    choose_coding,
+    estimated_bytes,
+)
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import COMPACT_EVERY, Tables
 from tests.support.disk import holds
@@ -267,7 +273,7 @@ async def test_filters_find_all_that_meets_them_through_the_index(
     day = datetime(2024, 1, 4, tzinfo=UTC)
     for few in (True, False):
         monkeypatch.setattr("serving.catalog.memory_index.FEW_ROWS", 1024 if few else 0)
-        index_of(tables)._forget_masks()
+        index_of(tables)._masks.clear()
         for filters in (
             as_filters(domain=["d3"]), as_filters(domain=["d1", "d2"], source=["s"]),
             as_filters(since=day, until=day + timedelta(days=9)),
@@ -443,27 +449,13 @@ async def test_a_space_that_is_dropped_leaves_no_index(
     assert not holds(tmp_path / "index", bytes.fromhex(names(1, 1)[0]))
 
 
-async def test_a_table_with_an_index_of_lance_is_read_and_loses_it(tables: Tables) -> None:
-    """The version before this one made it."""
-    dataset = lance.dataset(f"{tables.url}/clip_{SPACE}.lance")
-    dataset.create_index("vector", "IVF_PQ", name="nearest", metric="cosine", num_partitions=2, num_sub_vectors=4)
-    dataset.create_scalar_index("id", "BTREE", name="by_id")
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
-    assert maintainer.status(SPACE)["used"]
-    for number in range(COMPACT_EVERY):
-        add(tables, ROWS + number, 1)
-    assert nearest(tables, ROWS + 5) == f"text {ROWS + 5}"
-    assert lance.dataset(f"{tables.url}/clip_{SPACE}.lance").describe_indices() == []
-
-
 async def test_queries_of_clients_count_for_recall(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     maintainer = maintainer_of(tables)
-    maintainer.recent.add(SPACE, vectors(5000, 1)[0])
+    await settle(maintainer)
+    maintainer.searched(SPACE, vectors(5000, 1)[0])
     [plain], [filtered] = maintainer._questions(SPACE)
     assert len(plain.vectors) == 41 and np.allclose(plain.vectors[-1], vectors(5000, 1)[0])
     assert filtered.filters == as_filters(domain=["d0"])
-    await settle(maintainer)
     effort = tables.indexes.of(SPACE).effort
     assert effort is not None
     before = maintainer._recall(SPACE, index_of(tables), [plain], effort, ROWS)
