@@ -84,7 +84,7 @@ class Catalog:
         """
         space = snapshot.image_space
         fresh = space not in self.reconciler.fills
-        self.reconciler.reside(snapshot)
+        self.reconciler.add_space(snapshot)
         self._residency_changed()
         if wait:
             self._awaited[space] += 1
@@ -108,7 +108,7 @@ class Catalog:
         if live < self._live:
             return
         for snapshot in window:
-            self.reconciler.reside(snapshot)
+            self.reconciler.add_space(snapshot)
         self._live = live
         self.reconciler.live_space = window[0].image_space if window else ""
         self._residency_changed()
@@ -128,9 +128,9 @@ class Catalog:
         """
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
         for space in set(self.reconciler.fills) - set(spaces) - set(self._awaited):
-            self.reconciler.release(space)
+            self.reconciler.remove_space(space)
         for snapshot in spaces.values():
-            self.reconciler.reside(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
+            self.reconciler.add_space(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
         self.cross_version = {new: old for new, old in self.cross_version.items() if new in self.reconciler.fills}
         gone = await self._drop_others(spare) if drop else []
         await self.reconciler.in_thread(self.tables.forget_others, tuple(self.reconciler.fills))

@@ -21,7 +21,7 @@ import numpy as np
 from core import metrics
 from core.priority import nice_thread
 from core.settings.serving import Catalog as CatalogSettings
-from serving.catalog.memory_index import LEVELS, Effort, IndexTooLarge, Level, MemoryIndex
+from serving.catalog.memory_index import LEVELS, Effort, IndexTooLarge, MemoryIndex
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.row_columns import Keys, Vectors, digests_of, keys_of
 from serving.catalog.tables import Neighbours, Tables
@@ -169,10 +169,11 @@ class IndexMaintainer:
         held = self.tables.indexes.of(space)
         if (index := held.index) is None or index.columns.end >= GROWTH * held.built_rows:
             return True
-        differs = abs(index.rows - held.built_rows) >= RETRY_SHARE * held.built_rows
-        if index.bytes > self._share() and (differs or self._share() < known.built_share):
+        if index.bytes > (share := self._share()) and share < known.built_share:
             return True
-        return differs and known.recall is not None and known.recall < self.settings.min_recall
+        differs = abs(index.rows - held.built_rows) >= RETRY_SHARE * held.built_rows
+        recall = 1.0 if known.recall is None else known.recall
+        return differs and (index.bytes > share or recall < self.settings.min_recall)
 
     def _share(self) -> float:
         """Bytes of memory for one space's index."""
@@ -232,53 +233,39 @@ class IndexMaintainer:
         recall. None: no effort is enough.
         """
         end = index.columns.end  # rows from here on are newer than what is looked for exactly
-        plain, filtered = self._questions(space)
-        plain_level, plain_recall = self._choose_level(space, index, plain, end)
-        filtered_level, filtered_recall = self._choose_level(space, index, filtered, end)
-        recall = min(plain_recall, filtered_recall)
-        return (Effort(plain_level, filtered_level) if recall >= self.settings.min_recall else None), recall
+        levels, recalls = [], []
+        for question in self._questions(space):
+            for level in LEVELS:
+                recall = self._recall(space, index, question, Effort(level, level), end)
+                if recall >= min(1.0, self.settings.min_recall + BETTER):
+                    break
+            levels.append(level)
+            recalls.append(recall)
+        return (Effort(*levels) if min(recalls) >= self.settings.min_recall else None), min(recalls)
 
-    def _choose_level(
-        self, space: str, index: MemoryIndex, questions: Sequence[RecallQuestion], end: int
-    ) -> tuple[Level, float]:
-        recall, chosen = 0.0, LEVELS[-1]
-        for level in LEVELS:
-            recall, chosen = self._recall(space, index, questions, Effort(level, level), end), level
-            if recall >= min(1.0, self.settings.min_recall + BETTER):
-                break
-        return chosen, recall
-
-    def _questions(self, space: str) -> tuple[list[RecallQuestion], list[RecallQuestion]]:
+    def _questions(self, space: str) -> tuple[RecallQuestion, RecallQuestion]:
         """Stored vectors and clients' queries; and stored vectors among those of the same domain."""
-        count = RECALL_QUERIES
-        stored = self.tables.vectors(space, self._sample(space, count))
-        if not len(stored):
-            return [], []
+        stored = self.tables.vectors(space, self._sample(space, RECALL_QUERIES))
         recent = list(self._known[space].recent) if space in self._known else []
-        drawn = (recent[index] for index in self._random.permutation(len(recent))[:count])
+        drawn = (recent[index] for index in self._random.permutation(len(recent))[:RECALL_QUERIES])
         queries = np.concatenate([stored, *(query[None] for query in drawn if len(query) == stored.shape[1])])
+        nearest = self.tables.search(space, stored[0], 1, Filters()) if len(stored) else []
+        domain = next((hit.domain for hit in nearest), "")
+        few = stored[: RECALL_QUERIES // 2 if domain else 0]
+        conditions = (queries, Filters()), (few, as_filters(domain=[domain]))
+        plain, filtered = (
+            RecallQuestion(vectors, filters, self.tables.nearest(space, vectors, EXACT, filters))
+            for vectors, filters in conditions
+        )
+        return plain, filtered
 
-        def question(vectors: Vectors, filters: Filters) -> RecallQuestion:
-            return RecallQuestion(vectors, filters, self.tables.nearest(space, vectors, EXACT, filters))
-
-        plain = [question(queries, Filters())]
-        domain = next((hit.domain for hit in self.tables.search(space, stored[0], 1, Filters())), "")
-        return plain, [question(stored[: max(1, count // 2)], as_filters(domain=[domain]))] if domain else []
-
-    def _recall(
-        self, space: str, index: MemoryIndex, questions: Sequence[RecallQuestion], effort: Effort, end: int
-    ) -> float:
-        """The least over the conditions, among the rows at positions below ``end``."""
-        means = [
-            np.mean(
-                [
-                    self._recall_of_query(space, index, effort, vector, each.filters, exact, end)
-                    for vector, exact in zip(each.vectors, each.exact, strict=True)
-                ]
-            )
-            for each in questions
+    def _recall(self, space: str, index: MemoryIndex, question: RecallQuestion, effort: Effort, end: int) -> float:
+        """Of the rows at positions below ``end``; 1 when there is nothing to find."""
+        recalls = [
+            self._recall_of_query(space, index, effort, vector, question.filters, exact, end)
+            for vector, exact in zip(question.vectors, question.exact, strict=True)
         ]
-        return float(min(means, default=1.0))
+        return float(np.mean(recalls)) if recalls else 1.0
 
     def _recall_of_query(
         self, space: str, index: MemoryIndex, effort: Effort, vector: Vectors, filters: Filters, exact: Neighbours,

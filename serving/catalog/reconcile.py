@@ -55,7 +55,7 @@ class Reconciler:
         self._offsets: dict[str, int] = {}
         self._reported = (-1, "")
 
-    def reside(self, snapshot: ReleaseSnapshot) -> SpaceFill:
+    def add_space(self, snapshot: ReleaseSnapshot) -> SpaceFill:
         """Hold the snapshot's image space from now on."""
         fill = self.fills.get(snapshot.image_space)
         if fill is None:
@@ -63,7 +63,7 @@ class Reconciler:
             self.fills[snapshot.image_space] = fill
         return fill
 
-    def release(self, space: str) -> None:
+    def remove_space(self, space: str) -> None:
         """Hold a space no more."""
         self.fills.pop(space).cancel()
 
@@ -73,7 +73,7 @@ class Reconciler:
         old = self.fills.pop(space, None)
         if old is not None:
             old.cancel()
-            self.reside(ReleaseSnapshot(0, old.clip, space, ""))
+            self.add_space(ReleaseSnapshot(0, old.clip, space, ""))
         self.woken.set()
 
     def spaces(self) -> dict[str, bool]:

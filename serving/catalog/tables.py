@@ -148,7 +148,7 @@ class Tables:
 
         In one pass over the table, which holds some thousand vectors in memory at once.
         """
-        dataset = self._newest(space)
+        dataset = self._newest(space) if len(vectors) else None
         if dataset is None:
             return []
         unit = unit_rows(vectors)

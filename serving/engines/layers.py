@@ -74,6 +74,11 @@ def set_conv_layout(visual: nn.Module) -> bool:
     return wanted
 
 
+def images_per_pass(visual: nn.Module, device: torch.device) -> int:
+    """How many images a tower takes at a time."""
+    return FEW if device.type == "cpu" and is_convolutional(visual) else ROWS
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     """True when this build of torch has the layout for this precision."""
     try:

@@ -21,11 +21,10 @@ from torch import nn
 
 from serving.engines.backends import DTYPES, Precision
 from serving.engines.layers import (
-    FEW,
-    ROWS,
     PackedAttention,
     PackedLinear,
     can_pack,
+    images_per_pass,
     is_convolutional,
     is_self_attention,
     pack,
@@ -62,9 +61,8 @@ class TorchBackend:
         visual = model.get_submodule("visual")
         self.channels_last = set_conv_layout(visual) or device.type == "cuda"
         wanted, cpu = DTYPES[precision], device.type == "cpu"
-        convolves = cpu and is_convolutional(visual)
-        self.images_per_pass = FEW if convolves else ROWS
-        self.image_dtype = torch.float32 if convolves else wanted
+        self.images_per_pass = images_per_pass(visual, device)
+        self.image_dtype = torch.float32 if cpu and is_convolutional(visual) else wanted
         self._packs = cpu and can_pack(wanted)
         self._model = model
         self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters())

@@ -31,7 +31,6 @@ def test_a_base_survives_a_move_of_its_directory(base: ClipBase, tmp_path: Path)
     moved = load_base(tmp_path, "copy")
     assert moved.digest == base.digest
     assert moved.spaces == base.spaces
-    moved.verify()
     assert list_bases(tmp_path) == ["copy"]
 
 
@@ -68,15 +67,6 @@ def test_damaged_weights_are_named(tmp_path: Path, damage: str) -> None:
         weights.unlink()
     with pytest.raises(BaseModelError, match=r"model\.safetensors"):
         base.build_model()
-
-
-def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path)
-    data = bytearray((base.directory / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (base.directory / "model.safetensors").write_bytes(data)
-    with pytest.raises(BaseModelError, match="differ from their recorded digest"):
-        base.verify()
 
 
 def test_a_base_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:

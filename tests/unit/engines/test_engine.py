@@ -86,7 +86,6 @@ def test_spaces_do_not_depend_on_how_a_product_is_written(engine: ClipEngine, fo
 def test_an_adapter_that_changes_nothing_has_the_spaces_of_the_base(engine: ClipEngine, folder: Path) -> None:
     name = tiny_adapter(engine.base, folder, seed=1, scale=0.0)
     assert engine.load(name, folder) == engine.spaces()
-    assert engine.resident_bytes == 0
 
 
 def test_the_base_is_held_once(engine: ClipEngine, tmp_path: Path) -> None:
@@ -96,7 +95,6 @@ def test_the_base_is_held_once(engine: ClipEngine, tmp_path: Path) -> None:
     changed = {n for n in base if base[n].data_ptr() != shell[n].data_ptr()}
     assert changed
     assert all(("attn." in n or "mlp." in n) and not n.startswith("visual.") for n in changed)
-    assert engine.resident_bytes == sum(base[n].numel() * 4 for n in changed)
 
 
 def test_threads_with_different_adapters_never_see_each_other(engine: ClipEngine, tmp_path: Path) -> None:

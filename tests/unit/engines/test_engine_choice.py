@@ -50,7 +50,7 @@ def test_a_small_base_runs_in_float32_unless_something_is_set(
 ) -> None:
     monkeypatch.setattr(engine_choice, "SMALL_BYTES", base.weights_bytes + 1)
     assert choose_engine(base, Serve(), tmp_path, CPU) == FLOAT32
-    assert choose_engine(base, Serve(precision="bfloat16"), tmp_path, CPU) == HALF
+    assert choose_engine(base, Serve(precision="bfloat16"), tmp_path, CPU) == HALF, "what is set is not measured"
     assert possible(base, Serve(engine="onnx"), CPU) == [EngineChoice("onnx")]
     assert not (tmp_path / "engines").exists()
 
@@ -71,12 +71,6 @@ def test_what_is_installed_is_tried_where_the_settings_leave_it_open(
     assert [str(choice) for choice in possible(base, serve, CPU)] == expected
     if serve == Serve():
         assert possible(base, serve, torch.device("cuda")) == [FLOAT32, HALF]
-
-
-def test_what_is_set_is_taken_without_a_measurement(base: ClipBase, tmp_path: Path, amx: None) -> None:
-    serve = Serve(engine="torch", precision="float16")
-    assert choose_engine(base, serve, tmp_path, CPU) == EngineChoice("torch", "float16")
-    assert not (tmp_path / "engines").exists()
 
 
 @pytest.mark.parametrize(

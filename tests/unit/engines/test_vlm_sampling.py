@@ -144,12 +144,3 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(bad: float, temperature: 
     assert [len(told) for told in lists] == [2, 1, 2]
     assert isinstance(lists[1][0], AdapterError)
     assert [row.done for row in rows] == [False, True, False]
-
-
-def test_a_row_that_cannot_be_sampled_fails_alone_as_a_request() -> None:
-    lists: list[list[Any]] = [[], []]
-    rows = [row_of(GenerationRequest(MESSAGES, temperature=1.0), told) for told in lists]
-    object.__setattr__(rows[0].request, "temperature", "warm")
-    _Choice(rows, frozenset())(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, VOCABULARY))
-    assert isinstance(lists[0][0], InvalidRequest)
-    assert len(lists[1][0]) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,17 +25,6 @@ def test_auto_is_vllm_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.
     assert open_engine(base, Serve(vlm_engine="transformers"), kind="vllm").kind == "vllm"
     with pytest.raises(ConfigError, match="no VLM engine 'other'"):
         open_engine(base, Serve(), kind="other")
-
-
-@pytest.mark.parametrize("codec", ["torchaudio", "torchcodec"])
-def test_a_codec_for_another_pytorch_is_named_with_the_remedy(
-    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / f"{codec}.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, codec, raising=False)
-    with pytest.raises(ConfigError, match=rf"{codec}.*libc10_cuda.*pip uninstall torchaudio torchcodec"):
-        vllm_start.import_vllm()
 
 
 def test_the_environment_of_the_engine_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +82,6 @@ async def test_a_start_that_fails_leaves_no_cache_that_could_have_failed_it(
     with pytest.raises(ConfigError, match="file too short"):
         await engine.start()
     assert not vllm_start.cache_folder(engine.base).exists()
-
-
-def test_there_is_a_slot_for_the_window_one_coming_one_going_and_the_base() -> None:
-    assert vllm_start.slots_of(Serve(rollback_window=4)) == 7
 
 
 def test_an_adapter_is_read_only_when_it_fits(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,12 +14,15 @@ import torch
 from torch import nn
 
 from core.errors import AdapterError
+from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, Message
+from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.hf_worker import BatchRow, Scoring, Worker
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from tests.support.tiny_vlm import tiny_vlm_base
+from tests.support.waiting import until
 
 TOKENS = 6
 PROMPTS = ["red?", "what is this?", "is there a red car?", "which colour?"]
@@ -167,3 +171,32 @@ def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worke
     assert all(isinstance(items[-1], AdapterError) and len(items) == 1 for items in results)
     assert len(answers(worker, model, [request("red?")])[0]) >= 1
     assert worker.last_error == ""
+
+
+@pytest.mark.parametrize("kind", ["score", "reply"])
+async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase, kind: str) -> None:
+    engine = TransformersEngine(base, Serve())
+    await engine.start()
+    worker, busy, go = engine._working(), threading.Event(), threading.Event()
+
+    def stand_still(*_: Any) -> None:
+        busy.set()
+        assert go.wait(120)
+
+    hook = engine._model.register_forward_pre_hook(stand_still)
+    ask = request("red?")
+    calls = {"score": lambda: engine.score(ask, ["a", "b"], None), "reply": lambda: engine.reply(ask, None)}
+    try:
+        tasks = [asyncio.ensure_future(calls[kind]())]
+        await asyncio.to_thread(busy.wait, 60)
+        tasks += [asyncio.ensure_future(calls[kind]()) for _ in range(5)]
+        await until(lambda: len(worker._waiting) == 5)
+        for task in tasks[:3]:
+            task.cancel()
+        await asyncio.gather(*tasks[:3], return_exceptions=True)
+        assert (len(worker._waiting), engine.running()) == (3, 3)
+    finally:
+        hook.remove()
+        go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await engine.close()

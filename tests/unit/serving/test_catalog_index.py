@@ -453,17 +453,17 @@ async def test_queries_of_clients_count_for_recall(tables: Tables, monkeypatch: 
     maintainer = maintainer_of(tables)
     await settle(maintainer)
     maintainer.searched(SPACE, vectors(5000, 1)[0])
-    [plain], [filtered] = maintainer._questions(SPACE)
+    plain, filtered = maintainer._questions(SPACE)
     assert len(plain.vectors) == 41 and np.allclose(plain.vectors[-1], vectors(5000, 1)[0])
     assert filtered.filters == as_filters(domain=["d0"])
     effort = tables.indexes.of(SPACE).effort
     assert effort is not None
-    before = maintainer._recall(SPACE, index_of(tables), [plain], effort, ROWS)
+    before = maintainer._recall(SPACE, index_of(tables), plain, effort, ROWS)
     search, client = tables.search_index, plain.vectors[-1]
     monkeypatch.setattr(
         tables, "search_index", lambda *args: ([], []) if np.array_equal(args[3], client) else search(*args)
     )  # the index finds nothing for it
-    assert maintainer._recall(SPACE, index_of(tables), [plain], effort, ROWS) < before
+    assert maintainer._recall(SPACE, index_of(tables), plain, effort, ROWS) < before
 
 
 async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
