@@ -1,4 +1,4 @@
-"""Which engine and precision a base runs with: what the settings say, and where they say ``auto``, what is measured.
+"""The engine and precision that a base runs with: what the settings say, and where they say ``auto``, what is measured.
 
 Flags of a processor are no measurement: one with AVX512-BF16 and without AMX may multiply bfloat16 slower than float32.
 Candidates run the same images and texts in turns; one that is clearly faster than torch in float32, and whose vectors
@@ -38,7 +38,6 @@ from serving.engines.backends import (
     processor,
 )
 from serving.engines.clip_base import ClipBase
-from serving.engines.layers import ROWS
 from serving.engines.spaces import Tower
 from serving.engines.tokens import pad_rows
 from serving.engines.towers import TextWidths
@@ -79,8 +78,15 @@ class Measurement:
 
     @property
     def usable(self) -> bool:
-        """Whether it runs, and its vectors are within noise of float32's."""
+        """True when it runs, and its vectors are within noise of float32's."""
         return not self.error and self.cosine >= MIN_COSINE
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if self.error:
+            return f"{self.choice}: {self.error}"
+        rates = ", ".join(f"{self.rate(n):.1f} {kind}s/s by {count}" for n, (kind, count) in enumerate(WORKLOADS))
+        return f"{self.choice}: {rates}, cosine to float32 {self.cosine:.5f}"
 
 
 def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device) -> EngineChoice:
@@ -88,17 +94,20 @@ def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device
     candidates = possible(base, serve, device)
     if len(candidates) == 1:
         return candidates[0]
-    path = home / "engines" / f"{base.digest[:12]}.json"
-    key = _machine(candidates, device)
+    path = home / "engines" / f"{base.digest[:12]}-{_machine(candidates, device)}.json"
     with _locked(path):
-        known: dict[str, Any] = _read(path)
-        if key in known:
-            return EngineChoice(known[key]["engine"], known[key]["precision"])
-        measurements = measure(base, candidates, device)
+        try:
+            known = json.loads(path.read_text())
+            return EngineChoice(known["engine"], known["precision"])
+        except (OSError, ValueError, KeyError, TypeError):
+            measurements = measure(base, candidates, device)
         choice = best_of(measurements)
-        log.info("%s runs with %s: %s", base.name, choice, "; ".join(map(describe, measurements)))
-        known[key] = asdict(choice) | {"measured": [asdict(row) for row in measurements]}
-        _write(path, known)
+        log.info("%s runs with %s: %s", base.name, choice, "; ".join(map(str, measurements)))
+        found = asdict(choice) | {"measured": [asdict(row) for row in measurements]}
+        try:
+            replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the next process measures again", path, error)
     return choice
 
 
@@ -152,7 +161,8 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
     width = TextWidths.prove(model, tokenizer, base.context_length).width(max(map(len, rows)))
     ids = pad_rows(rows, width, tokenizer.pad_id)
     pixels = golden_pixels(base.preprocess.size)
-    inputs = [_repeated(pixels if kind == "image" else ids, count) for kind, count in WORKLOADS]
+    golden: dict[Tower, Any] = {"image": pixels, "text": ids}
+    inputs = [golden[kind][np.arange(count) % len(golden[kind])] for kind, count in WORKLOADS]
     plain = make_backend(FLOAT32, base, model, torch.device("cpu")).towers({})
     reference = _vectors(plain, pixels, ids)
     towers: dict[EngineChoice, Towers] = {}
@@ -189,21 +199,7 @@ def make_backend(choice: EngineChoice, base: ClipBase, model: Any, device: torch
     return TorchBackend(moved, base.preprocess, device, choice.precision)
 
 
-def describe(row: Measurement) -> str:
-    """One line for people."""
-    if row.error:
-        return f"{row.choice}: {row.error}"
-    rates = ", ".join(f"{row.rate(n):.1f} {kind}s/s by {count}" for n, (kind, count) in enumerate(WORKLOADS))
-    return f"{row.choice}: {rates}, cosine to float32 {row.cosine:.5f}"
-
-
-def _repeated(items: Any, count: int) -> Any:
-    """So many of the items, over and over."""
-    return items[np.arange(count) % len(items)]
-
-
 def _vectors(towers: Towers, pixels: np.ndarray, ids: torch.Tensor) -> np.ndarray:
-    assert len(ids) <= ROWS
     return np.concatenate([towers.images(pixels), towers.texts(ids)])
 
 
@@ -220,17 +216,14 @@ def _seconds(towers: Towers, kind: Tower, items: Any) -> float:
 
 
 def _machine(candidates: Sequence[EngineChoice], device: torch.device) -> str:
-    """What a measurement holds for."""
-    return digest12(
-        digest_json(
-            {
-                "processor": asdict(processor(device.type)),
-                "candidates": [str(choice) for choice in candidates],
-                "threads": torch.get_num_threads(),
-                "versions": {name: _version(name) for name in ("torch", "onnxruntime", "onnxruntime-ep-openvino")},
-            }
-        )
-    )
+    """What a measurement holds for, as 12 digits."""
+    about = {
+        "processor": asdict(processor(device.type)),
+        "candidates": [str(choice) for choice in candidates],
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "onnxruntime", "onnxruntime-ep-openvino")},
+    }
+    return digest12(digest_json(about))
 
 
 def _version(package: str) -> str:
@@ -252,18 +245,3 @@ def _locked(path: Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    try:
-        replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
-    except OSError as error:
-        log.warning("%s cannot be written (%s): the next process measures again", path, error)

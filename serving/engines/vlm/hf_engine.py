@@ -30,7 +30,7 @@ from serving.engines.vlm.adapters import (
     read_validated_adapter,
 )
 from serving.engines.vlm.generation import Detokenizer, Finish, GenerationRequest, GenerationResult, TokenChunk, whole
-from serving.engines.vlm.hf_worker import BatchRow, Scoring, Worker
+from serving.engines.vlm.hf_worker import BatchRow, Worker
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
@@ -106,9 +106,8 @@ class TransformersEngine:
         with self._residents.using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
             events: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
-            post = _poster(events.put_nowait)
             most = min(request.max_tokens, self._serve.vlm_context - length)
-            row = BatchRow(request, most, lambda *token: post(token), post)
+            row = BatchRow(request, most, _poster(events.put_nowait))
             detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
             done = 0
             worker.put(model, row)
@@ -139,17 +138,7 @@ class TransformersEngine:
         worker = self._working()
         with self._residents.using(adapter) as model:
             await asyncio.to_thread(self._length, request, choices)
-            result: asyncio.Queue[list[float] | RatchetError] = asyncio.Queue()
-            post = _poster(result.put_nowait)
-            work = Scoring(request, choices, post, post)
-            worker.put(model, work)
-            try:
-                values = await result.get()
-            finally:
-                worker.discard(work)
-            if isinstance(values, RatchetError):
-                raise values
-            return values
+            return await worker.score(model, request, choices)
 
     async def golden(self, adapter: str | None) -> str:
         """Answer fixed inputs."""

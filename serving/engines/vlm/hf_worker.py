@@ -6,12 +6,13 @@ that is known to be good tells whose fault it is: the row's, which ends alone, o
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ _RESTART = "Start a new engine."
 
 @dataclass(eq=False)
 class BatchRow:
-    """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended.
+    """One request of a batch. ``tell`` gets each token, its log-probability, and at the end why it ended; or an error.
 
     A row whose batch failed can be put into another batch: it goes on behind the tokens that it has.
     """
@@ -38,8 +39,7 @@ class BatchRow:
     request: GenerationRequest
     most: int
     """Tokens of the longest answer."""
-    say: Callable[[int, float, Finish], None]
-    fail: Callable[[RatchetError], None]
+    tell: Callable[[tuple[int, float, Finish] | RatchetError], None]
     aborted: bool = False
     tokens: list[int] = field(default_factory=list)
     """Of the answer so far."""
@@ -80,13 +80,13 @@ class BatchRow:
         full = len(self.tokens) >= self.most
         finish: Finish = "stop" if token in ends else "length" if full else ""
         self.done = bool(finish)
-        self.say(token, float(logprobs[token]), finish)
+        self.tell((token, float(logprobs[token]), finish))
         return token
 
     def end(self, error: Exception) -> None:
         """Fail alone: an error that is none of ours is blamed on the request."""
         self.done = True
-        self.fail(as_failure(error))
+        self.tell(as_failure(error))
 
 
 def as_failure(error: Exception) -> RatchetError:
@@ -97,16 +97,6 @@ def as_failure(error: Exception) -> RatchetError:
         f"The model cannot answer the request: {str(error)[:200] or type(error).__name__}.",
         "Change its parameters, messages or images.",
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Scoring:
-    """The choices of one request. ``tell`` gets a log-probability for each."""
-
-    request: GenerationRequest
-    choices: Sequence[str]
-    tell: Callable[[list[float]], None]
-    fail: Callable[[RatchetError], None]
 
 
 class _Choice(LogitsProcessor):  # type: ignore[misc]
@@ -188,79 +178,68 @@ def score(model: nn.Module, processor: Any, request: GenerationRequest, choices:
 
 
 class Worker:
-    """Takes rows and scorings in order; ends at the first error that is not of one request."""
+    """Answers rows and scores choices in the order in which they came, in one thread. Ends at the first error that is
+    not of one request.
+    """
 
     def __init__(self, processor: Any, ends: frozenset[int], batch: int, threads: int) -> None:
         """``ends``: tokens that end an answer; ``batch``: most rows at once; ``threads``: of torch on the CPU."""
         self._processor = processor
         self._ends = ends
         self._batch = batch
-        self._threads = threads
-        self._waiting: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
-        self._ready = threading.Condition()
+        self._rows: list[tuple[nn.Module, BatchRow]] = []
+        self._changing = threading.RLock()
+        self._thread = ThreadPoolExecutor(1, "vlm-answers", torch.set_num_threads, (threads,))
         self.last_error = ""
         self.passed_at = time.monotonic()
         """When the last forward pass ended."""
-        self._thread = threading.Thread(target=self._run, name="vlm-answers", daemon=True)
-        self._thread.start()
 
-    def put(self, model: nn.Module, work: BatchRow | Scoring) -> None:
-        """Queue work. Raises :class:`EngineDead` when the thread has ended."""
-        with self._ready:
-            if self.last_error:
-                raise EngineDead(self.last_error, _RESTART)
-            self._waiting.append((model, work))
-            self._ready.notify()
+    def put(self, model: nn.Module, row: BatchRow) -> None:
+        """Queue a row. Raises :class:`EngineDead` when the thread has ended."""
+        with self._changing:
+            self._alive()
+            self._rows.append((model, row))
+            self._thread.submit(self._answer_next)
 
-    def discard(self, work: BatchRow | Scoring) -> None:
-        """Forget work whose caller has gone, where it still waits: its images would stay in memory until its turn."""
-        with self._ready:
-            self._waiting = deque(pair for pair in self._waiting if pair[1] is not work)
+    def discard(self, row: BatchRow) -> None:
+        """Forget a row whose caller has gone, where it still waits: its images would stay in memory until its turn."""
+        with self._changing:
+            self._rows = [pair for pair in self._rows if pair[1] is not row]
+
+    async def score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
+        """Log-probability of each choice."""
+        with self._changing:
+            self._alive()
+            scores = asyncio.wrap_future(self._thread.submit(self._score, model, request, choices))
+        return await scores
 
     def stop(self, why: str) -> None:
         """End the thread after the token it is at; what waits fails with ``why``."""
-        with self._ready:
+        with self._changing:
             self.last_error = self.last_error or why
-            self._ready.notify()
+            self._thread.shutdown(wait=False)
+            rows, self._rows = self._rows, []
+        self._fail([row for _, row in rows])
 
     def join(self) -> None:
         """Wait for the thread's end."""
-        self._thread.join()
+        self._thread.shutdown()
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        now: Sequence[BatchRow | Scoring] = ()
+    def _answer_next(self) -> None:
+        """Answer the oldest row, and with it as many more rows of its model as fit into the batch."""
+        with self._changing:
+            model = self._rows[0][0] if self._rows else None
+            taken = [pair for pair in self._rows if pair[0] is model][: self._batch]
+            self._rows = [pair for pair in self._rows if pair not in taken]
+        rows = [row for _, row in taken]
+        if model is None:
+            return
         try:
-            while True:
-                with self._ready:
-                    self._ready.wait_for(lambda: self._waiting or self.last_error)
-                    if self.last_error:
-                        break
-                    model, now = self._take()
-                self._do(model, now)
+            self._answer(model, rows)
         except Exception as error:
             self.stop(f"transformers could not answer: {error!r}")
-        with self._ready:
-            left = [*now, *(work for _, work in self._waiting)]
-            self._waiting.clear()
-        for work in left:
-            work.fail(EngineDead(self.last_error, _RESTART))
-
-    def _take(self) -> tuple[nn.Module, Sequence[BatchRow | Scoring]]:
-        """The oldest work, and with a row as many more rows of its model as fit into the batch."""
-        model, first = self._waiting[0]
-        if isinstance(first, Scoring):
-            self._waiting.popleft()
-            return model, [first]
-        rows = [pair for pair in self._waiting if pair[0] is model and isinstance(pair[1], BatchRow)][: self._batch]
-        self._waiting = deque(pair for pair in self._waiting if pair not in rows)
-        return model, [row for _, row in rows]
-
-    def _do(self, model: nn.Module, work: Sequence[BatchRow | Scoring]) -> None:
-        self._answer(model, [one for one in work if isinstance(one, BatchRow)])
-        for one in work:
-            if isinstance(one, Scoring):
-                self._score(model, one)
+        if self.last_error:
+            self._fail(rows)
 
     def _answer(self, model: nn.Module, rows: Sequence[BatchRow]) -> None:
         rows = [row for row in rows if not (row.done or row.aborted)]
@@ -277,18 +256,21 @@ class Worker:
             for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
                 self._answer(model, half)
 
-    def _score(self, model: nn.Module, one: Scoring) -> None:
-        parts = [one.choices[i : i + self._batch] for i in range(0, len(one.choices), self._batch)]
+    def _score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
+        self._alive()
+        scores: list[float] = []
         try:
-            scores: list[float] = []
-            for part in parts:
-                scores += score(model, self._processor, one.request, part)
+            for start in range(0, len(choices), self._batch):
+                scores += score(model, self._processor, request, choices[start : start + self._batch])
                 self.passed_at = time.monotonic()
         except Exception as error:
-            self._check(model, error)
-            one.fail(as_failure(error))
-        else:
-            one.tell(scores)
+            try:
+                self._check(model, error)
+            except Exception:
+                self.stop(f"transformers could not answer: {error!r}")
+                self._alive()
+            raise as_failure(error) from error
+        return scores
 
     def _check(self, model: nn.Module, error: Exception) -> None:
         """Raise the error of a request again if the model cannot answer a good one either."""
@@ -301,3 +283,12 @@ class Worker:
         """Asked after each token."""
         self.passed_at = time.monotonic()
         return bool(self.last_error)
+
+    def _alive(self) -> None:
+        if self.last_error:
+            raise EngineDead(self.last_error, _RESTART)
+
+    def _fail(self, rows: Sequence[BatchRow]) -> None:
+        for row in rows:
+            if not row.done:
+                row.end(EngineDead(self.last_error, _RESTART))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,33 +44,6 @@ def test_half_precision_gives_the_vectors_of_float32_within_its_rounding(
         assert cosines(images, plain.encode_images(PIXELS, adapter)).min() > 0.999
         assert cosines(texts, plain.encode_texts(TEXTS, adapter)).min() > 0.999
     assert cosines(half.encode_images(PIXELS), half.encode_images(PIXELS, name)).min() < 0.99
-
-
-def test_the_model_of_a_half_precision_engine_is_the_float32_one(base: ClipBase, folder: Path) -> None:
-    plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", choice=HALF[0])
-    name = tiny_adapter(base, folder, seed=1)
-    for engine in (plain, half):
-        engine.load(name, folder)
-    for adapter in (None, name):
-        theirs = half.model(adapter).state_dict()
-        assert all(torch.equal(value, theirs[key]) for key, value in plain.model(adapter).state_dict().items())
-
-
-def test_loading_an_adapter_leaves_the_base_and_others_alone(base: ClipBase, tmp_path: Path) -> None:
-    engine = ClipEngine(base, "cpu", choice=HALF[0])
-    names = [tiny_adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
-    expected = engine.encode_images(PIXELS)
-    differences: list[float] = []
-
-    def serve() -> None:
-        differences.extend(float(np.abs(engine.encode_images(PIXELS) - expected).max()) for _ in range(20))
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    for seed, name in zip((1, 2), names, strict=True):
-        engine.load(name, tmp_path / str(seed))
-    thread.join()
-    assert max(differences) == 0.0
 
 
 def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved() -> None:

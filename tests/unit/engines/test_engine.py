@@ -38,11 +38,6 @@ def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(engine: ClipEng
     np.testing.assert_allclose(engine.encode_texts(TEXTS)[2:], engine.encode_texts(TEXTS[2:]), atol=1e-5)
 
 
-def test_no_input_gives_no_rows(engine: ClipEngine) -> None:
-    assert engine.encode_texts([]).shape == (0, 32)
-    assert engine.encode_images(golden_pixels(32)[:0]).shape == (0, 32)
-
-
 def test_an_adapter_on_the_text_tower_keeps_the_image_space(engine: ClipEngine, folder: Path) -> None:
     name = tiny_adapter(engine.base, folder, seed=1, towers=("text",))
     spaces = engine.load(name, folder)

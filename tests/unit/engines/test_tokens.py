@@ -105,12 +105,6 @@ def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.M
     assert tokenizer._cached.cache_info().currsize == 10
 
 
-@pytest.mark.parametrize(("text", "count"), [("", 2), ("a cat", 4), ("!", 3), ("! ! !", 5), ("word " * 60, CONTEXT)])
-def test_padding_is_not_counted_and_every_token_is(text: str, count: int) -> None:
-    tokenizer = make_tokenizer({"kind": "simple", "kwargs": {}}, Path(), CONTEXT)
-    assert len(tokenizer.rows([text, "a much longer text than that one"])[0]) == count
-
-
 @pytest.mark.parametrize("mode", [None, "slow"])
 def test_a_pad_token_that_texts_have_too_is_counted_where_a_text_has_it(tmp_path: Path, mode: str | None) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -52,7 +52,7 @@ def fuzzed(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def row_of(request: GenerationRequest, told: list[Any]) -> BatchRow:
-    return BatchRow(request, 3, lambda *token: told.append(token), told.append)
+    return BatchRow(request, 3, told.append)
 
 
 def test_of_ten_thousand_parameter_sets_each_is_refused_by_its_field_or_samples_a_token() -> None:
@@ -86,17 +86,6 @@ def test_of_ten_thousand_bodies_what_the_api_takes_the_engines_take_and_the_rest
         plain = {"temperature": body.temperature, "top_p": body.top_p}
         GenerationRequest(MESSAGES, **{name: value for name, value in plain.items() if value is not None})
     assert FUZZED // 10 < taken < FUZZED * 9 // 10
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("temperature", value) for value in (math.nan, math.inf, -0.1, 2.1, 1e-320, 5e-324, 1e-45)]
-    + [("top_p", value) for value in (math.nan, math.inf, 0.0, -0.5, 1.01, 1e-320, 1e-45)]
-    + [("max_tokens", 0), ("max_tokens", 2**31), ("seed", -1), ("seed", 2**63)],
-)
-def test_what_is_out_of_range_is_refused_by_its_name(field: str, value: float) -> None:
-    with pytest.raises(InvalidRequest, match=f"^{field}: "):
-        GenerationRequest(MESSAGES, **{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("asked", "temperature", "top_p"), [

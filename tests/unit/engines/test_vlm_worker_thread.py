@@ -17,7 +17,7 @@ from core.errors import AdapterError
 from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, Message
 from serving.engines.vlm.hf_engine import TransformersEngine
-from serving.engines.vlm.hf_worker import BatchRow, Scoring, Worker
+from serving.engines.vlm.hf_worker import BatchRow, Worker
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
@@ -61,7 +61,7 @@ def worker(base: VlmBase) -> Iterator[Worker]:
 async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worker, model: Any) -> None:
     passes: list[float] = []
     model.hook(lambda *_: passes.append(worker.passed_at))
-    row = BatchRow(GenerationRequest((Message("user", ("red?",)),)), TOKENS, lambda *_: None, lambda _: None)
+    row = BatchRow(GenerationRequest((Message("user", ("red?",)),)), TOKENS, lambda _: None)
     began = time.monotonic()
     worker.put(model, row)
     async with asyncio.timeout(60):
@@ -69,9 +69,7 @@ async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worke
             await asyncio.sleep(0.01)
     assert len(row.tokens) < 2 or passes[-1] > began
     before = worker.passed_at
-    told: queue.Queue[Any] = queue.Queue()
-    worker.put(model, Scoring(row.request, ["a"], told.put, told.put))
-    await asyncio.to_thread(told.get, True, 60)
+    await worker.score(model, row.request, ["a"])
     assert worker.passed_at > max(before, began)
 
 
@@ -93,9 +91,9 @@ def request(text: str, temperature: float = 0.0) -> GenerationRequest:
 def answers(worker: Worker, model: Any, requests: list[GenerationRequest]) -> list[list[Any]]:
     """What each row is told, up to its end; they are queued before the worker can take the first one alone."""
     told: list[queue.Queue[Any]] = [queue.Queue() for _ in requests]
-    with worker._ready:
+    with worker._changing:
         for one, out in zip(requests, told, strict=True):
-            worker.put(model, BatchRow(one, TOKENS, lambda *token, out=out: out.put(token), out.put))  # type: ignore[misc]
+            worker.put(model, BatchRow(one, TOKENS, out.put))
     results = []
     for out in told:
         items = [out.get(timeout=60)]
@@ -137,13 +135,11 @@ def test_a_batch_that_fails_on_its_way_goes_on_where_it_was(worker: Worker, mode
     assert next(calls) > TOKENS
 
 
-def test_a_scoring_that_fails_fails_alone(worker: Worker, model: Any, base: VlmBase) -> None:
+async def test_a_scoring_that_fails_fails_alone(worker: Worker, model: Any, base: VlmBase) -> None:
     model.hook(poisoned(base.processor()))
-    told: queue.Queue[Any] = queue.Queue()
-    for text in (f"red {POISON}?", "red?"):
-        worker.put(model, Scoring(request(text), ["yes", "no"], told.put, told.put))
-    assert isinstance(told.get(timeout=60), InvalidRequest)
-    assert len(told.get(timeout=60)) == 2
+    with pytest.raises(InvalidRequest, match="out of range"):
+        await worker.score(model, request(f"red {POISON}?"), ["yes", "no"])
+    assert len(await worker.score(model, request("red?"), ["yes", "no"])) == 2
 
 
 def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker: Worker, model: Any) -> None:
@@ -156,7 +152,7 @@ def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker
     worker.join()
     assert "illegal memory access" in worker.last_error
     with pytest.raises(EngineDead):
-        worker.put(model, BatchRow(request("red?"), TOKENS, lambda *_: None, lambda _: None))
+        worker.put(model, BatchRow(request("red?"), TOKENS, lambda _: None))
 
 
 def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worker, model: Any) -> None:
@@ -173,8 +169,7 @@ def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worke
     assert worker.last_error == ""
 
 
-@pytest.mark.parametrize("kind", ["score", "reply"])
-async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase, kind: str) -> None:
+async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase) -> None:
     engine = TransformersEngine(base, Serve())
     await engine.start()
     worker, busy, go = engine._working(), threading.Event(), threading.Event()
@@ -184,17 +179,15 @@ async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase, k
         assert go.wait(120)
 
     hook = engine._model.register_forward_pre_hook(stand_still)
-    ask = request("red?")
-    calls = {"score": lambda: engine.score(ask, ["a", "b"], None), "reply": lambda: engine.reply(ask, None)}
+    tasks = [asyncio.ensure_future(engine.reply(request("red?"), None))]
     try:
-        tasks = [asyncio.ensure_future(calls[kind]())]
         await asyncio.to_thread(busy.wait, 60)
-        tasks += [asyncio.ensure_future(calls[kind]()) for _ in range(5)]
-        await until(lambda: len(worker._waiting) == 5)
+        tasks += [asyncio.ensure_future(engine.reply(request("red?"), None)) for _ in range(5)]
+        await until(lambda: len(worker._rows) == 5)
         for task in tasks[:3]:
             task.cancel()
         await asyncio.gather(*tasks[:3], return_exceptions=True)
-        assert (len(worker._waiting), engine.running()) == (3, 3)
+        assert (len(worker._rows), engine.running()) == (3, 3)
     finally:
         hook.remove()
         go.set()

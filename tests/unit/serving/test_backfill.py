@@ -117,14 +117,6 @@ async def test_a_release_fails_when_its_backfill_stands_still(
         await catalog.cover(THERE)
 
 
-async def test_tables_of_proposed_releases_are_spared(tmp_path: Path, store: SampleStore) -> None:
-    catalog = open_catalog(tmp_path, store, Encoder())
-    await catalog.adopt([THERE, HERE])
-    await settle(catalog)
-    assert await catalog.retire([THERE], spare={"aaaa"}) == []
-    assert await catalog.retire([THERE]) == ["aaaa"]
-
-
 async def test_a_space_whose_verdict_allows_it_is_searched_before_it_is_complete(
     tmp_path: Path, store: SampleStore
 ) -> None:

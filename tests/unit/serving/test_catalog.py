@@ -110,24 +110,11 @@ async def test_cover_returns_when_the_space_is_complete(catalog: Catalog, store:
     running.cancel()
 
 
-async def test_a_restart_embeds_nothing_again(
-    catalog: Catalog, store: SampleStore, encoder: Encoder, tmp_path: Path
-) -> None:
-    put(store, rows(0, 10), 10)
-    await catalog.adopt([HERE])
-    await settle(catalog)
-    again = Encoder()
-    second = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, again)
-    await second.adopt([HERE])
-    await settle(second)
-    assert again.calls == []
-    assert second.status()["coverage"] == 1.0
-
-
 async def test_retire_drops_what_no_release_needs(catalog: Catalog, store: SampleStore) -> None:
     put(store, rows(0, 4), 4)
     await catalog.adopt([THERE, HERE])
     await settle(catalog)
+    assert await catalog.retire([THERE], spare={"aaaa"}) == [], "of a proposed release"
     assert await catalog.retire([THERE]) == ["aaaa"]
     assert catalog.tables.spaces() == ["bbbb"]
     with pytest.raises(StoreError, match="no index"):
