@@ -299,7 +299,7 @@ class _BoundedReads:
         self._try_at = 0.0
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """What the function returns.
+        """The function's result.
 
         Raises:
             StoreUnavailable: the store does not answer.

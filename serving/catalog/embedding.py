@@ -63,7 +63,7 @@ class Embedded:
 
 
 class Pace:
-    """How many chunks are embedded at once.
+    """The number of chunks that are embedded at once.
 
     Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the increase and decrease algorithms for
     congestion avoidance in computer networks", 1989): one more after each full set of chunks that were about as fast as

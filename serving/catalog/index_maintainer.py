@@ -56,7 +56,7 @@ RETRY_SHARE: Final = 0.1
 
 @dataclass(slots=True)
 class IndexStatus:
-    """What is known of one space's index."""
+    """The state of one space's index."""
 
     recent: deque[Vectors] = field(default_factory=lambda: deque(maxlen=RECENT))
     """The last queries of clients."""

@@ -96,7 +96,7 @@ def estimated_bytes(rows: int, dimension: int, text_bytes: float, coding: Coding
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How hard a search tries."""
+    """The effort of a search."""
 
     partitions: int
     """That are looked into; more of them where a filter leaves few rows."""
@@ -112,7 +112,7 @@ LEVELS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How a space is searched through its index: without a filter, and with one."""
+    """The levels at which a space is searched through its index: without a filter, and with one."""
 
     plain: Level
     filtered: Level

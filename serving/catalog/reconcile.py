@@ -191,7 +191,7 @@ class DeletionFollower:
         self._expunge_left = 0
 
     async def follow(self, version: int, spaces: Mapping[str, SpaceCoverage]) -> None:
-        """What was deleted since the last call. ``spaces``: those whose rows are known."""
+        """Take out what was deleted since the last call. ``spaces``: those whose rows are known."""
         if not self._started:
             await self._take_stock(version)
             self._started = True

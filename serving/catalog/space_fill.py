@@ -121,7 +121,7 @@ class CorpusIds:
 
 
 class SpaceCoverage:
-    """Which rows of the corpus are in the table of one space, and which are being embedded for it."""
+    """The rows of the corpus that are in the table of one space, and those that are being embedded for it."""
 
     def __init__(self, ids: CorpusIds) -> None:
         self._ids = ids

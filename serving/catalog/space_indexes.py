@@ -30,7 +30,7 @@ class SpaceIndex:
         """Held to change the index, or to exchange it. Searches do not take it."""
         self.index: MemoryIndex | None = None
         self.effort: Effort | None = None
-        """How clients search through it; None: exactly."""
+        """Of searches of clients; None: they search exactly."""
         self.built_rows = 0
         """Rows that it was trained for."""
         self.version = -1
@@ -60,7 +60,7 @@ class SpaceIndexes:
             return self._spaces.setdefault(space, SpaceIndex())
 
     def usable(self, space: str) -> tuple[MemoryIndex, Effort] | None:
-        """What clients search with; None: they search exactly."""
+        """The index and effort that clients search with; None: they search exactly."""
         known = self._spaces.get(space)
         if known is None or (index := known.index) is None or (effort := known.effort) is None:
             return None

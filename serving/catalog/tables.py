@@ -38,7 +38,7 @@ TARGET_ROWS: Final = 65_536
 PREFIX: Final = "clip_"
 SUFFIX: Final = ".lance"
 FRESHNESS: Final = timedelta(seconds=5)
-"""How old the version of a table may be that a search reads, where another process writes it."""
+"""Greatest age of the version of a table that a search reads, where another process writes it."""
 METADATA_BYTES: Final = 256 << 20
 IDS_AT_ONCE: Final = 500
 HIT_COLUMNS: Final = ["id", "text", "domain", "source", "time"]

@@ -1,4 +1,4 @@
-"""What runs the two towers of a CLIP: the interface, its names in the settings, and what this machine multiplies fast.
+"""The interface of what runs the two towers of a CLIP, its names in the settings, and this machine's precisions.
 
 A backend belongs to one base in one process. It makes towers for the base and for each adapter, and shares between them
 what the library allows. :mod:`torch_backend` and :mod:`onnx_backend` implement it; :mod:`engine_choice` takes one, by a
@@ -28,7 +28,7 @@ AMPERE = (8, 0)
 """Compute capability from which NVIDIA's tensor cores take bfloat16; float16 from 7.0."""
 VOLTA = (7, 0)
 GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")
-"""What a replica runs before it serves an adapter, and what engines are compared on; see :func:`golden_pixels`."""
+"""Inputs that a replica runs before it serves an adapter, and that engines are compared on, as :func:`golden_pixels`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class EngineChoice:
 
 
 FLOAT32 = EngineChoice()
-"""What every base runs with, and what others are compared to."""
+"""Every base runs with it, and others are compared to it."""
 
 
 class Towers(Protocol):

@@ -1,6 +1,6 @@
 """The engine and precision that a base runs with: what the settings say, and where they say ``auto``, what is measured.
 
-Flags of a processor are no measurement: one with AVX512-BF16 and without AMX may multiply bfloat16 slower than float32.
+Flags of a processor do not tell: one with AVX512-BF16 and without AMX may multiply bfloat16 slower than float32.
 Candidates run the same images and texts in turns; one that is clearly faster than torch in float32, and whose vectors
 stay within noise of it, is taken. The result is kept in ``home/engines`` by base, processor and versions, so that the
 gate and every encoder of a machine take the same. A small base is not measured: torch runs it in float32.
@@ -52,7 +52,7 @@ MIN_GAIN: Final = 1.1
 SMALL_BYTES = 200_000_000
 """Weights of a base below which there is little to gain: a pass is some milliseconds, of which products are a part."""
 WORKLOADS: Final[Sequence[tuple[Tower, int]]] = (("image", 8), ("text", 16), ("image", 1), ("text", 1))
-"""What is measured: items of a full batch, and of a request alone."""
+"""Measured are items of a full batch, and of a request alone."""
 ROUNDS: Final = 3
 
 
@@ -73,7 +73,7 @@ class Measurement:
         return WORKLOADS[workload][1] / self.seconds[workload]
 
     def speed_over(self, other: Measurement) -> float:
-        """How many times as fast as another one: the geometric mean over the workloads."""
+        """Speed as a multiple of another one's: the geometric mean over the workloads."""
         return float(np.exp(np.mean(np.log(other.seconds) - np.log(self.seconds))))
 
     @property
@@ -112,7 +112,10 @@ def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device
 
 
 def possible(base: ClipBase, serve: Serve, device: torch.device) -> list[EngineChoice]:
-    """What the settings leave open, the default first. On a GPU an engine ``auto`` is torch: TensorRT takes minutes."""
+    """The choices that the settings leave open, the default first.
+
+    On a GPU an engine ``auto`` is torch: TensorRT takes minutes.
+    """
     small = base.weights_bytes < SMALL_BYTES
     names, precisions = _installed(), _precisions(device)
     if serve.engine != "auto":
@@ -216,7 +219,7 @@ def _seconds(towers: Towers, kind: Tower, items: Any) -> float:
 
 
 def _machine(candidates: Sequence[EngineChoice], device: torch.device) -> str:
-    """What a measurement holds for, as 12 digits."""
+    """12 digits of all that a measurement holds for."""
     about = {
         "processor": asdict(processor(device.type)),
         "candidates": [str(choice) for choice in candidates],

@@ -75,7 +75,7 @@ def set_conv_layout(visual: nn.Module) -> bool:
 
 
 def images_per_pass(visual: nn.Module, device: torch.device) -> int:
-    """How many images a tower takes at a time."""
+    """Images that a tower takes at a time."""
     return FEW if device.type == "cpu" and is_convolutional(visual) else ROWS
 
 

@@ -46,10 +46,10 @@ WARNING_LEVEL: Final = 3
 """Errors only: the runtime warns of every initializer that it was given."""
 OPSET: Final = 17
 FORMAT: Final = 2
-"""Of the file; another one is exported anew."""
+"""Of the file; another one is exported again."""
 INPUT: Final[dict[Tower, str]] = {"image": "pixels", "text": "ids"}
 WEIGHTS_FILE: Final = "weights"
-"""What the graph says of where its weights are. There is no such file: sessions are given them."""
+"""Where the graph says that its weights are. There is no such file: sessions are given them."""
 _one_at_a_time = threading.Lock()
 
 

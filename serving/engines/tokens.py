@@ -79,7 +79,7 @@ class Tokenizer(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """What follows a row that is shorter than others of its batch."""
+        """The id that follows a row that is shorter than others of its batch."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> torch.Tensor:
@@ -113,7 +113,7 @@ def _simple(context_length: int, clean: str) -> Tokenizer:
 
 
 def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
-    """What the ids depend on: the description and the bytes of the vocabulary files. 64 hex digits."""
+    """64 hex digits of all that ids depend on: the description and the bytes of the vocabulary files."""
     if config["kind"] == "simple":
         return digest_bytes(digest_json(config).encode(), vocabulary().read_bytes())
     files = sorted(p for p in (directory / config["directory"]).iterdir() if p.is_file())

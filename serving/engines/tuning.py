@@ -32,7 +32,7 @@ WORTH: Final = 1.15
 """Gain for which another process with a copy of the adapters is worth its memory."""
 MAX_REPLICAS: Final = 8
 MEASURE_SECONDS: float = 3.0
-"""How long encoders are measured side by side; a batch size takes a third of it."""
+"""Time in which encoders are measured side by side; a batch size takes a third of it."""
 START_SECONDS: Final = 600.0
 """Longest wait of an encoder process for the others to load the base, on a machine that is busy with other things."""
 Report = Callable[[str], None]
@@ -50,7 +50,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured, and what follows from it."""
+    """Measurements, and what follows from them."""
 
     engines: list[Measurement]
     batches: dict[int, float]
@@ -117,7 +117,7 @@ def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda 
 
 
 def accepted(engines: Sequence[Measurement], objection: Objection) -> list[Measurement]:
-    """What was measured, with an error where the choice would fall on it and is objected to."""
+    """The measurements, with an error where the choice would fall on it and is objected to."""
     engines = list(engines)
     while (choice := best_of(engines)).precision != "float32" and (error := objection(choice)):
         place = next(number for number, row in enumerate(engines) if row.choice == choice)

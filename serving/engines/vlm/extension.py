@@ -1,4 +1,4 @@
-"""What vLLM's workers do differently here: LoRA on a CPU, by groups of rows.
+"""Changes of vLLM's workers: LoRA on a CPU, by groups of rows.
 
 vLLM's own CPU code gathers a copy of both matrices for every row, and takes the *last* slot for rows that have no
 adapter (index -1). Here each slot is applied once, to the rows that asked for it, and to no other. And where the

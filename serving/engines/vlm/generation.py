@@ -1,4 +1,4 @@
-"""What goes into a vision-language engine and what comes out, and the text of an answer as its tokens come.
+"""Requests and answers of a vision-language engine, and the text of an answer as its tokens come.
 
 Imports no model code.
 
@@ -88,7 +88,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """What came since the last chunk. The last one has a ``finish``. Log-probabilities are natural, one per token."""
+    """Tokens since the last chunk. The last one has a ``finish``. Log-probabilities are natural, one per token."""
 
     text: str
     tokens: tuple[int, ...]

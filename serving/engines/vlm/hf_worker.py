@@ -90,7 +90,7 @@ class BatchRow:
 
 
 def as_failure(error: Exception) -> RatchetError:
-    """What a request is told whose own computation failed while the engine works."""
+    """The error of a request whose own computation failed while the engine works."""
     if isinstance(error, RatchetError):
         return error
     return InvalidRequest(

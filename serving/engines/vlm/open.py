@@ -1,4 +1,4 @@
-"""How a VLM engine is opened: for code that awaits, and for code that does not (the gate, scripts, tests).
+"""Opens VLM engines: for code that awaits, and for code that does not (the gate, scripts, tests).
 
 >>> with SyncVlm(open_engine(base, settings.serve)) as vlm:
 ...     vlm.load("vlm-0123456789ab", directory)

@@ -52,7 +52,7 @@ from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
 CLOSE_SECONDS = 5.0
-"""What the engine's process gets to end by itself before it is killed."""
+"""Time for the engine's process to end by itself before it is killed."""
 LOOK_SECONDS = 0.5
 """Between two looks whether the engine still lives, while it loads or unloads an adapter."""
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ class VllmEngine:
 
     @property
     def precision(self) -> str:
-        """What vLLM chose where ``dtype`` is auto; empty before :meth:`start`."""
+        """The data type that vLLM chose where ``dtype`` is auto; empty before :meth:`start`."""
         return "" if self._engine is None else str(self._engine.model_config.dtype).removeprefix("torch.")
 
     async def start(self) -> None:
@@ -274,7 +274,7 @@ class VllmEngine:
             engine.shutdown = lambda: None  # its destructor calls it again, at the interpreter's end in vain
 
     async def _while_alive(self, call: Coroutine[Any, Any, Result]) -> Result:
-        """What a call returns. vLLM never answers one that was on its way when the engine died."""
+        """The result of a call. vLLM never answers one that was on its way when the engine died."""
         task = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait([task], timeout=LOOK_SECONDS))[0]:

@@ -1,4 +1,4 @@
-"""How vLLM is started: its import, its environment and its arguments, as measured on CPUs and documented for GPUs."""
+"""The start of vLLM: its import, its environment and its arguments, as measured on CPUs and documented for GPUs."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def cache_folder(base: VlmBase) -> Path:
 
 @contextlib.contextmanager
 def child_environment(base: VlmBase, serve: Serve) -> Iterator[None]:
-    """What the engine's own process inherits; this process gets its own values back.
+    """Set what the engine's own process inherits; this process gets its own values back.
 
     Caches are in ``home``, which outlives a container, unless the operator names other folders.
 

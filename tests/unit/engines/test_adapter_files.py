@@ -84,7 +84,7 @@ def _change_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: torch.save({"x": torch.ones(1)}, folder / WEIGHTS), "no safetensors file"),
+        (lambda folder: torch.save({"x": torch.ones(1)}, folder / WEIGHTS), "not a safetensors file"),
         (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "pickle files are never read"),
         *((lambda folder, keep=keep: _cut(folder, keep), "cut short") for keep in (0, 4, 200, -1)),
         (_flip_bit, "damaged or were changed"),
@@ -137,7 +137,7 @@ def _empty(tensors: dict[str, torch.Tensor]) -> None:
     [
         (_widen, r"999.*do not fit"),
         (lambda tensors: tensors.pop(next(k for k in tensors if "lora_B" in k)), "only one of"),
-        (lambda tensors: tensors.update({"visual.proj": torch.ones(64, 32)}), "no LoRA tensor"),
+        (lambda tensors: tensors.update({"visual.proj": torch.ones(64, 32)}), "not a LoRA tensor"),
         (_flatten, "no matrix"),
         (_empty, "says rank"),
     ],
@@ -166,7 +166,7 @@ def test_patterns_from_outside_are_names_and_not_programs(base: ClipBase, folder
     files = read_adapter(folder)
     evil = files.config | {"rank_pattern": {"(a+)+b": 4}}
     write_adapter(folder.with_name("evil"), files.tensors, evil, base)
-    with pytest.raises(AdapterError, match="no plain name"):
+    with pytest.raises(AdapterError, match="not a plain name"):
         effective_weights(folder.with_name("evil"), base.build_model())
 
 
@@ -181,7 +181,7 @@ def _edit_config(directory: Path, **change: object) -> None:
 def test_an_alpha_that_is_no_finite_number_is_refused(base: ClipBase, folder: Path, alpha: object) -> None:
     tiny_adapter(base, folder, seed=1)
     _edit_config(folder, lora_alpha=alpha)
-    with pytest.raises(AdapterError, match=r"alpha .* no finite number"):
+    with pytest.raises(AdapterError, match=r"alpha .* not a finite number"):
         effective_weights(folder, base.build_model())
 
 
