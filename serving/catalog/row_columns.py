@@ -117,7 +117,7 @@ class RowColumns:
         """The next positions."""
         first, self.end = self.end, self.end + count
         for name in ("_digests", "_live", "_times", "_text_starts", "_text_sizes"):
-            setattr(self, name, _grown(getattr(self, name), self.end))
+            setattr(self, name, grown(getattr(self, name), self.end))
         return np.arange(first, self.end, dtype=np.int64)
 
     def write(self, positions: Positions, rows: pa.RecordBatch | pa.Table) -> None:
@@ -181,7 +181,7 @@ class RowColumns:
         sizes = np.asarray([len(part) for part in parts], np.int64)
         short = sizes <= MOST_TEXT_BYTES
         data = b"".join(part for part, is_short in zip(parts, short, strict=True) if is_short)
-        self._texts = _grown(self._texts, self._text_end + len(data))
+        self._texts = grown(self._texts, self._text_end + len(data))
         self._texts[self._text_end : self._text_end + len(data)] = np.frombuffer(data, np.uint8)
         lengths = np.where(short, sizes, 0)
         self._text_starts[positions] = self._text_end + np.cumsum(lengths) - lengths
@@ -202,7 +202,7 @@ class _Dictionary:
         encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).fill_null("")
         encoded = encoded.dictionary_encode()
         numbers = np.asarray([self._number(value) for value in encoded.dictionary.to_pylist()], np.int32)
-        self._codes = _grown(self._codes, end)
+        self._codes = grown(self._codes, end)
         self._codes[positions] = numbers[encoded.indices.to_numpy(zero_copy_only=False)]
 
     def values(self, positions: list[int]) -> list[str]:
@@ -251,7 +251,7 @@ class _KeyPlaces:
             self._pending.clear()
 
 
-def _grown(array: npt.NDArray[_Scalar], end: int) -> npt.NDArray[_Scalar]:
+def grown(array: npt.NDArray[_Scalar], end: int) -> npt.NDArray[_Scalar]:
     """The array, or a longer copy of it with zeros behind, that has ``end`` entries at least."""
     if end <= len(array):
         return array

@@ -1,6 +1,6 @@
 """The backfill of one image space: which samples it lacks, what is being embedded for it, and what waits to be stored.
 
-The ids of the corpus take about 160 bytes each, and two more for each space.
+The ids of the corpus take about 160 bytes each, and one more for each space.
 
 >>> ids = CorpusIds()
 >>> ids.add(["00" * 32, "ff" * 32])
@@ -22,15 +22,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from serving.catalog.embedding import CHUNK_ROWS, Embedded, Embedder
+from serving.catalog.row_columns import grown
 from serving.catalog.tables import Tables
 
 log = logging.getLogger("ratchet.catalog")
 InThread = Callable[..., Awaitable[Any]]
 """Calls a function with its arguments in the one thread that writes tables."""
 Numbers = npt.NDArray[np.int64]
-GROWTH: Final = 1.5
-LEAST_LENGTH: Final = 1024
-
+LACKING, TAKEN, HELD = 0, 1, 2
 QUEUE_ROWS: Final = 8192
 """Missing rows that are looked up at once: a look goes over the whole corpus, 2 ms for a million rows."""
 RATE_SECONDS: Final = 60.0
@@ -41,28 +40,13 @@ STORE_SECONDS: Final = 2.0
 A commit a second costs little, a kill loses two seconds of work, and what is new is found at once."""
 
 
-class Flags:
-    """Booleans by number, false where none was set; grows with the numbers."""
-
-    def __init__(self) -> None:
-        self._values = np.zeros(LEAST_LENGTH, np.bool_)
-
-    def upto(self, end: int) -> npt.NDArray[np.bool_]:
-        """Those of the numbers below ``end``, as a view that may be written."""
-        if end > len(self._values):
-            grown = np.zeros(int(end * GROWTH), np.bool_)
-            grown[: len(self._values)] = self._values
-            self._values = grown
-        return self._values[:end]
-
-
 class CorpusIds:
     """Sample ids in the order of ingestion. Each has a number, the next one, which no other ever gets."""
 
     def __init__(self) -> None:
         self._numbers: dict[bytes, int] = {}
         self._names: list[bytes] = []
-        self._wanted = Flags()
+        self._wanted = np.zeros(0, np.bool_)
         self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
@@ -82,8 +66,9 @@ class CorpusIds:
         return len(self._unreadable)
 
     def wanted(self) -> npt.NDArray[np.bool_]:
-        """By number: whether the sample is in the corpus and can be embedded."""
-        return self._wanted.upto(self.end)
+        """By number: true for a sample that is in the corpus and can be embedded. A view that may be written."""
+        self._wanted = grown(self._wanted, self.end)
+        return self._wanted[: self.end]
 
     def add(self, samples: Iterable[str]) -> None:
         """Add those that are not there yet, in this order."""
@@ -93,7 +78,7 @@ class CorpusIds:
             if name not in self._numbers:
                 self._numbers[name] = len(self._names)
                 self._names.append(name)
-        self._wanted.upto(self.end)[first:] = True
+        self.wanted()[first:] = True
 
     def remove(self, samples: Iterable[str]) -> None:
         """Take samples out, unreadable ones too; unknown ones are passed over."""
@@ -121,23 +106,22 @@ class CorpusIds:
 
 
 class SpaceCoverage:
-    """The rows of the corpus that are in the table of one space, and those that are being embedded for it."""
+    """Rows of the corpus by number: lacking in the table of one space, being embedded for it, or held by it."""
 
     def __init__(self, ids: CorpusIds) -> None:
         self._ids = ids
-        self._held = Flags()
-        self._taken = Flags()
+        self._states = np.zeros(0, np.uint8)
         self._queue: deque[int] = deque()
 
     @property
     def rows(self) -> int:
         """Rows of the corpus that are in the table."""
-        return int(np.count_nonzero(self._held.upto(self._ids.end)))
+        return int(np.count_nonzero(self._all() == HELD))
 
     @property
     def missing(self) -> int:
         """Rows that are not there yet and can be embedded."""
-        return int(np.count_nonzero(self._ids.wanted() & ~self._held.upto(self._ids.end)))
+        return int(np.count_nonzero(self._ids.wanted() & (self._all() != HELD)))
 
     @property
     def ratio(self) -> float:
@@ -146,18 +130,15 @@ class SpaceCoverage:
 
     def take(self, count: int) -> Numbers:
         """The next missing rows, the oldest first, marked as being embedded. Empty when none is left."""
+        wanted, states = self._ids.wanted(), self._all()
         if not self._queue:
-            end = self._ids.end
-            lacks = self._ids.wanted() & ~self._held.upto(end) & ~self._taken.upto(end)
-            self._queue.extend(np.flatnonzero(lacks)[:QUEUE_ROWS].tolist())
-        wanted, held = self._ids.wanted(), self._held.upto(self._ids.end)
-        taken = self._taken.upto(self._ids.end)
+            self._queue.extend(np.flatnonzero(wanted & (states == LACKING))[:QUEUE_ROWS].tolist())
         numbers: list[int] = []
         while self._queue and len(numbers) < count:
             number = self._queue.popleft()
-            if wanted[number] and not held[number] and not taken[number]:
+            if wanted[number] and states[number] == LACKING:
                 numbers.append(number)
-                taken[number] = True
+                states[number] = TAKEN
         return np.asarray(numbers, np.int64)
 
     def prefer(self, numbers: Numbers) -> None:
@@ -166,23 +147,29 @@ class SpaceCoverage:
 
     def give_back(self, numbers: Numbers) -> None:
         """Rows that were taken are not being embedded any more, whether they are held by now or not."""
-        self._taken.upto(self._ids.end)[numbers] = False
+        states = self._all()
+        states[numbers[states[numbers] == TAKEN]] = LACKING
 
     def hold(self, numbers: Numbers) -> None:
         """Rows that are in the table."""
-        self._held.upto(self._ids.end)[numbers] = True
+        self._all()[numbers] = HELD
 
     def holding(self, numbers: Numbers) -> Numbers:
         """Those of some rows that are in the table."""
-        return numbers[self._held.upto(self._ids.end)[numbers]]
+        return numbers[self._all()[numbers] == HELD]
 
     def drop(self, numbers: Numbers) -> None:
         """Rows that left the table."""
-        self._held.upto(self._ids.end)[numbers] = False
+        self._all()[numbers] = LACKING
 
     def held(self) -> Numbers:
         """The numbers of all rows that are in the table, in the order of ingestion."""
-        return np.flatnonzero(self._held.upto(self._ids.end)).astype(np.int64)
+        return np.flatnonzero(self._all() == HELD).astype(np.int64)
+
+    def _all(self) -> npt.NDArray[np.uint8]:
+        """Of each number, as a view that may be written."""
+        self._states = grown(self._states, self._ids.end)
+        return self._states[: self._ids.end]
 
 
 class BackfillRate:

@@ -198,6 +198,17 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
     return AdapterFiles(name, family, base_digest, canonical_config(config), tensors, str(about.get("base", "")), heads)
 
 
+def read_adapter_of(base: ClipBase | VlmBase, name: str, directory: Path | str) -> AdapterFiles:
+    """The adapter in a directory, when it is ``name``, undamaged, and of this base. Raises :class:`AdapterError`."""
+    files = read_adapter(directory)
+    if files.name != name:
+        raise AdapterError(
+            f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
+        )
+    files.check_base(base)
+    return files
+
+
 def check_dim(files: AdapterFiles, dim: int) -> None:
     """Raise :class:`AdapterError` when a head is of vectors of another size than the base's."""
     for name, head in files.heads.items():

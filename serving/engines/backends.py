@@ -28,7 +28,7 @@ AMPERE = (8, 0)
 """Compute capability from which NVIDIA's tensor cores take bfloat16; float16 from 7.0."""
 VOLTA = (7, 0)
 GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")
-"""Inputs that a replica runs before it serves an adapter, and that engines are compared on, as :func:`golden_pixels`."""
+"""What a replica runs before it serves an adapter, and engines are compared on, with :func:`golden_pixels`."""
 
 
 @dataclass(frozen=True, slots=True)

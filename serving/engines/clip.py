@@ -24,7 +24,7 @@ from torch import nn
 from core.errors import AdapterError
 from core.priority import breathe
 from core.settings import Settings
-from serving.engines.adapters import AdapterFiles, check_dim, read_adapter
+from serving.engines.adapters import AdapterFiles, check_dim, read_adapter_of
 from serving.engines.backends import FLOAT32, GOLDEN_TEXTS, EngineChoice, Towers, golden_pixels, usable_cores
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.engine_choice import choose_engine, make_backend
@@ -104,12 +104,7 @@ class ClipEngine:
             there = self._residents.get(name)
             if there is not None:
                 return there.spaces
-            files = read_adapter(directory)
-            if files.name != name:
-                raise AdapterError(
-                    f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
-                )
-            files.check_base(self.base)
+            files = read_adapter_of(self.base, name, directory)
             check_dim(files, self.base.dim)
             digests, converted = {}, {}
             for changed in merge(files, self._model):

@@ -18,7 +18,7 @@ from torch import nn
 
 from core.digests import digest12, digest_json
 from core.errors import AdapterError
-from serving.engines.adapters import CONFIG, WEIGHTS, AdapterFiles, read_adapter
+from serving.engines.adapters import CONFIG, WEIGHTS, AdapterFiles, read_adapter_of
 from serving.engines.backends import golden_pixels
 from serving.engines.lora import lora_layers, whole_weights
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
@@ -60,12 +60,7 @@ def read_validated_adapter(base: VlmBase, shapes: Shapes, name: str, directory: 
     Raises:
         AdapterError: says which of these does not hold.
     """
-    files = read_adapter(directory)
-    if files.name != name:
-        raise AdapterError(
-            f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
-        )
-    files.check_base(base)
+    files = read_adapter_of(base, name, directory)
     whole = whole_weights(files)
     if whole:
         raise AdapterError(
