@@ -67,7 +67,7 @@ class Catalog:
         among those that a controller retires others for."""
         self.cross_version: dict[str, str] = {}
         """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
-        self._reads = _BoundedReads(SEARCH_THREADS, READ_SECONDS, RETRY_SECONDS)
+        self.read = _BoundedReads().call
         self._in_memory = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._live = 0
         self._claim_changed, self._index_changed = asyncio.Event(), asyncio.Event()
@@ -173,10 +173,6 @@ class Catalog:
         """The encoded image of one sample, or None. Raises StoreError."""
         rows = await self.read(lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id]))
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
-
-    async def read(self, function: Callable[..., Result], *args: Any) -> Result:
-        """See :meth:`_BoundedReads.call`."""
-        return await self._reads.call(function, *args)
 
     def searchable(self) -> tuple[str, int]:
         """The live image space, and how many rows its table has."""
@@ -287,14 +283,8 @@ class _BoundedReads:
     So when one took too long, the others fail at once, and now and then one tries whether the store answers again.
     """
 
-    def __init__(self, threads: int, seconds: float, retry_seconds: float) -> None:
-        """Args:
-        seconds: longest time of a call.
-        retry_seconds: after a call that took longer, one call in this time is made, and others fail.
-        """
-        self.seconds = seconds
-        self.retry_seconds = retry_seconds
-        self._threads = ThreadPoolExecutor(threads, "read")
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(SEARCH_THREADS, "read")
         self._hangs = False
         self._try_at = 0.0
 
@@ -307,19 +297,19 @@ class _BoundedReads:
         if self._hangs:
             if time.monotonic() < self._try_at:
                 raise self._unavailable()
-            self._try_at = time.monotonic() + self.retry_seconds
+            self._try_at = time.monotonic() + RETRY_SECONDS
         try:
-            async with asyncio.timeout(self.seconds) as limit:
+            async with asyncio.timeout(READ_SECONDS) as limit:
                 result = await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
         except TimeoutError:
             if not limit.expired():
                 raise
-            self._hangs, self._try_at = True, time.monotonic() + self.retry_seconds
+            self._hangs, self._try_at = True, time.monotonic() + RETRY_SECONDS
             raise self._unavailable() from None
         self._hangs = False
         return result
 
     def _unavailable(self) -> StoreUnavailable:
         return StoreUnavailable(
-            f"the catalog's store does not answer within {self.seconds:g} s.", "Send the request again later."
+            f"the catalog's store does not answer within {READ_SECONDS:g} s.", "Send the request again later."
         )

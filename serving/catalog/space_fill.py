@@ -11,7 +11,6 @@ The ids of the corpus take about 160 bytes each, and one more for each space.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -25,7 +24,6 @@ from serving.catalog.embedding import CHUNK_ROWS, Embedded, Embedder
 from serving.catalog.row_columns import grown
 from serving.catalog.tables import Tables
 
-log = logging.getLogger("ratchet.catalog")
 InThread = Callable[..., Awaitable[Any]]
 """Calls a function with its arguments in the one thread that writes tables."""
 Numbers = npt.NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Tables, filters and the reconcile loop, on real LanceDB and a real sample store."""
+"""Tables, filters and the reconcile loop, on real tables and a real sample store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The approximate index of a space, on real LanceDB and real faiss: made, followed, measured, kept and bounded."""
+"""The approximate index of a space, on real tables and real faiss: made, followed, measured, kept and bounded."""
 
 from __future__ import annotations
 
