@@ -26,12 +26,11 @@ from core.priority import breathe
 from core.settings import Settings
 from serving.engines.adapters import AdapterFiles, check_dim, read_adapter_of
 from serving.engines.backends import FLOAT32, GOLDEN_TEXTS, EngineChoice, Towers, golden_pixels, usable_cores
-from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.clip_base import ClipBase, Spaces, load_base
 from serving.engines.engine_choice import choose_engine, make_backend
 from serving.engines.heads import Head
 from serving.engines.layers import ROWS, shell_of
 from serving.engines.lora import effective_weights, merge
-from serving.engines.spaces import Spaces
 from serving.engines.tokens import pad_rows
 from serving.engines.torch_backend import SIZES
 from serving.engines.towers import GPU_BUCKET, TextWidths

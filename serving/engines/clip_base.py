@@ -19,14 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safetensors import SafetensorError
 
-from core.digests import digest12, digest_json
+from core.digests import digest12, digest_json, digest_tensor
 from core.errors import BaseModelError
 from serving.engines.preprocess import Preprocess
-from serving.engines.spaces import Spaces, make_spaces, tensor_digests, tower_of
 from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:  # most processes read only descriptions, and torch takes two seconds to import
@@ -37,7 +36,30 @@ WEIGHTS = "model.safetensors"
 DESCRIPTION = "base.json"
 TEXT_FILES = "text"
 """Folder of the tokenizer's and the text tower's Hugging Face files inside a base directory."""
+Tower = Literal["image", "text"]
+_OUTSIDE = ("logit_scale", "logit_bias")
+"""Parameters that scale logits: they change no vector."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """The two embedding spaces of a base or of an adapter on it: what makes two vectors comparable, as 12 hex digits.
+
+    An image space is the digest of the image tower's weights (buffers included), of what an adapter changes them by,
+    the preprocessing and the dimension; a text space that of everything else that makes a text vector. An adapter that
+    leaves one tower alone leaves that tower's space alone, and then nothing of the catalog has to be embedded again.
+    """
+
+    image: str
+    text: str
+
+
+def tower_of(name: str) -> Tower | None:
+    """The tower that owns a tensor or module of an open_clip model; None for logit scale and bias."""
+    if name in _OUTSIDE:
+        return None
+    return "image" if name.split(".", 1)[0] == "visual" else "text"
 
 
 @dataclass(frozen=True)
@@ -73,9 +95,14 @@ class ClipBase:
 
     def spaces_with(self, changed: Mapping[str, str]) -> Spaces:
         """Embedding spaces when these weights (by name) are changed by what has these digests."""
-        return make_spaces(
-            self.tensors, self.preprocess.to_json(), self.tokenizer_digest, self.context_length, self.dim, changed
-        )
+        digests = self.tensors | {name: digest_json([self.tensors[name], how]) for name, how in changed.items()}
+
+        def tower(which: Tower, how: Mapping[str, object]) -> str:
+            weights = {name: digest for name, digest in digests.items() if tower_of(name) == which}
+            return digest12(digest_json({"weights": weights, "how": how, "dim": self.dim}))
+
+        text = {"tokenizer": self.tokenizer_digest, "context_length": self.context_length}
+        return Spaces(tower("image", self.preprocess.to_json()), tower("text", text))
 
     def build_model(self) -> nn.Module:
         """The model in ``eval`` mode, float32, no gradients; weights are memory-mapped from the directory.
@@ -231,7 +258,7 @@ def save_base(
             "tokenizer_digest": tokenizer_digest(tokenizer_cfg, work),
             "context_length": int(text_cfg.get("context_length", 77)),
             "dim": int(model_cfg["embed_dim"]),
-            "tensors": tensor_digests(state.items()),
+            "tensors": {key: digest_tensor(key, value) for key, value in state.items()},
         }
         digest = digest_json(described)
         described |= {

@@ -37,8 +37,7 @@ from serving.engines.backends import (
     golden_pixels,
     processor,
 )
-from serving.engines.clip_base import ClipBase
-from serving.engines.spaces import Tower
+from serving.engines.clip_base import ClipBase, Tower
 from serving.engines.tokens import pad_rows
 from serving.engines.towers import TextWidths
 

@@ -30,10 +30,9 @@ from torch.nn import functional
 from core.errors import ConfigError
 from core.files import replacing
 from serving.engines.backends import Precision, Towers
-from serving.engines.clip_base import ClipBase, construct
+from serving.engines.clip_base import ClipBase, Tower, construct, tower_of
 from serving.engines.layers import ROWS, SkipInit, attend, is_self_attention
 from serving.engines.preprocess import Preprocess
-from serving.engines.spaces import Tower, tower_of
 from serving.engines.torch_backend import TorchBackend
 from serving.engines.towers import encode_image, encode_text
 

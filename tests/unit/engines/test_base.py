@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from core.errors import BaseModelError
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.layers import SkipInit
 from serving.engines.preprocess import Preprocess
-from serving.engines.spaces import make_spaces
 from tests.support.tiny import CONFIG, tiny_base
 
 
@@ -117,20 +117,12 @@ def test_preprocessing_survives_json() -> None:
 
 
 def test_a_space_is_weights_preprocessing_and_dimension(base: ClipBase) -> None:
-    def spaces(**changes: object) -> tuple[str, str]:
-        arguments = {
-            "base_tensors": base.tensors,
-            "preprocess": base.preprocess.to_json(),
-            "tokenizer": base.tokenizer_digest,
-            "context_length": base.context_length,
-            "dim": base.dim,
-        } | changes
-        found = make_spaces(**arguments)  # type: ignore[arg-type]
+    def spaces(**changes: Any) -> tuple[str, str]:
+        found = replace(base, **changes).spaces
         return found.image, found.text
 
     image, text = spaces()
-    assert (image, text) == (base.spaces.image, base.spaces.text)
-    moved = spaces(preprocess=Preprocess(size=33).to_json())
+    moved = spaces(preprocess=Preprocess(size=33))
     assert moved[0] != image
     assert moved[1] == text
     assert spaces(context_length=8)[0] == image
@@ -139,8 +131,7 @@ def test_a_space_is_weights_preprocessing_and_dimension(base: ClipBase) -> None:
     assert both[0] != image
     assert both[1] != text
     # Logit scale scales logits, no vectors.
-    scaled = dict(base.tensors) | {"logit_scale": "0" * 64}
-    assert spaces(base_tensors=scaled) == (image, text)
+    assert spaces(tensors=base.tensors | {"logit_scale": "0" * 64}) == (image, text)
 
 
 def test_a_model_whose_weights_are_loaded_draws_no_random_ones(base: ClipBase) -> None:
