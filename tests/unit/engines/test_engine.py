@@ -78,11 +78,6 @@ def test_spaces_do_not_depend_on_how_a_product_is_written(engine: ClipEngine, fo
     assert all(torch.equal(each.weight, other[name].weight) for name, each in one.items())
 
 
-def test_an_adapter_that_changes_nothing_has_the_spaces_of_the_base(engine: ClipEngine, folder: Path) -> None:
-    name = tiny_adapter(engine.base, folder, seed=1, scale=0.0)
-    assert engine.load(name, folder) == engine.spaces()
-
-
 def test_the_base_is_held_once(engine: ClipEngine, tmp_path: Path) -> None:
     name = tiny_adapter(engine.base, tmp_path / "a", seed=1, towers=("text",))
     engine.load(name, tmp_path / "a")
@@ -123,23 +118,10 @@ def test_threads_with_different_adapters_never_see_each_other(engine: ClipEngine
     assert not wrong
 
 
-def test_an_unloaded_adapter_is_gone_and_can_come_back(engine: ClipEngine, folder: Path) -> None:
+def test_an_unloaded_adapter_is_gone_with_its_memory_and_can_come_back(engine: ClipEngine, folder: Path) -> None:
     name = tiny_adapter(engine.base, folder, seed=4)
-    first = engine.load(name, folder)
-    assert engine.resident == (name,)
-    vectors = engine.encode_texts(TEXTS, name)
-    engine.unload(name)
-    assert engine.resident == ()
-    with pytest.raises(AdapterError, match="is not resident"):
-        engine.encode_texts(TEXTS, name)
-    assert engine.load(name, folder) == first
-    assert np.array_equal(engine.encode_texts(TEXTS, name), vectors)
-
-
-def test_an_unloaded_adapter_gives_its_memory_back_at_once(engine: ClipEngine, folder: Path) -> None:
-    name = tiny_adapter(engine.base, folder, seed=4)
-    engine.load(name, folder)
-    engine.golden(name)
+    spaces = engine.load(name, folder)
+    golden = engine.golden(name)
     towers = weakref.ref(engine._residents[name].towers)
     gc.disable()  # whose full rounds are minutes apart: hundreds of megabytes of a real base would wait for one
     try:
@@ -147,6 +129,9 @@ def test_an_unloaded_adapter_gives_its_memory_back_at_once(engine: ClipEngine, f
         assert towers() is None
     finally:
         gc.enable()
+    with pytest.raises(AdapterError, match="is not resident"):
+        engine.encode_texts(TEXTS, name)
+    assert engine.load(name, folder) == spaces and engine.golden(name) == golden
 
 
 def test_golden_inputs_tell_adapters_apart_and_repeat(engine: ClipEngine, folder: Path) -> None:
@@ -172,12 +157,6 @@ def test_an_adapter_of_another_base_is_refused(engine: ClipEngine, tmp_path: Pat
     with pytest.raises(AdapterError, match="belongs to the base"):
         engine.load(name, tmp_path / "a")
     assert engine.resident == ()
-
-
-def test_an_adapter_under_another_name_is_refused(engine: ClipEngine, folder: Path) -> None:
-    tiny_adapter(engine.base, folder, seed=1)
-    with pytest.raises(AdapterError, match="not clip-000000000000"):
-        engine.load("clip-000000000000", folder)
 
 
 def test_pixels_of_a_wrong_kind_are_named(engine: ClipEngine) -> None:

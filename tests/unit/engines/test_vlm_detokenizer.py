@@ -36,11 +36,6 @@ def test_a_character_of_several_tokens_is_said_when_it_is_whole(tokenizer: Any) 
     assert _said(tokenizer, tokens)[0] == ["n", "", "é"]
 
 
-def test_special_tokens_say_nothing(tokenizer: Any) -> None:
-    tokens = [*tokenizer("red")["input_ids"], tokenizer.eos_token_id]
-    assert "".join(_said(tokenizer, tokens)[0]) == "red"
-
-
 def _stops() -> Iterator[tuple[tuple[str, ...], str]]:
     yield (("blue",), "a red or ")
     yield ((" or", "red"), "a ")

@@ -119,19 +119,6 @@ async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enoug
     ]
 
 
-async def test_an_index_that_cannot_be_changed_is_made_anew(
-    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
-    monkeypatch.setattr(index_of(tables).columns, "write", None)
-    add(tables, ROWS, 1)
-    assert tables.indexes.usable(SPACE) is None and not list((tmp_path / "index").rglob("*.index"))
-    assert nearest(tables, ROWS) == f"text {ROWS}", "exactly"
-    await settle(maintainer)
-    assert maintainer.status(SPACE)["used"] and nearest(tables, ROWS) == f"text {ROWS}"
-
-
 async def test_what_came_after_the_index_was_made_is_in_it_at_once(tables: Tables) -> None:
     await settle(maintainer_of(tables))
     index = index_of(tables)
