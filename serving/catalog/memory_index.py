@@ -284,39 +284,36 @@ def _take_out(partitions: Any, positions: Positions) -> None:
 
 
 class _ReadWriteLock:
-    """A lock that readers share and a writer has alone. A writer that waits goes before readers that come later."""
+    """A lock that readers share and the one writer has alone. A writer that waits goes before later readers."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()
         self._readers = 0
-        self._writers = 0
         self._writing = False
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Shared with other readers."""
         with self._free:
-            self._free.wait_for(lambda: not self._writers)
+            self._free.wait_for(lambda: not self._writing)
             self._readers += 1
         try:
             yield
         finally:
             with self._free:
                 self._readers -= 1
-                if not self._readers and self._writers:
+                if self._writing:
                     self._free.notify_all()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Alone."""
         with self._free:
-            self._writers += 1
-            self._free.wait_for(lambda: not self._readers and not self._writing)
             self._writing = True
+            self._free.wait_for(lambda: not self._readers)
         try:
             yield
         finally:
             with self._free:
-                self._writers -= 1
                 self._writing = False
                 self._free.notify_all()

@@ -19,10 +19,11 @@ import importlib.util
 import json
 import string
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import ftfy
 import regex
@@ -65,21 +66,28 @@ CLEAN: Final[Mapping[str, Callable[[str], str]]] = {
 """By open_clip's names."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Texts to token ids. Safe to call from several threads."""
 
-    def __call__(self, texts: list[str], /) -> torch.Tensor:
-        """``int64 [n, at most context_length]`` of n texts, padded."""
+    context_length: int
+    trim: bool = False
+    """Batches are as wide as their longest text, and not as the context."""
+    pad_id: int = 0
+    """The id that follows a row that is shorter than others of its batch."""
 
-    def rows(self, texts: list[str], /) -> list[list[int]]:
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """``int64 [n, at most context_length]`` of n texts, padded."""
+        rows = self.rows(texts)
+        width = max((len(row) for row in rows), default=1) if self.trim else self.context_length
+        return pad_rows(rows, width, self.pad_id)
+
+    @abstractmethod
+    def rows(self, texts: list[str]) -> list[list[int]]:
         """Ids that the model reads of each text: start and end included, cut to the context, without padding."""
 
-    def cuts(self, text: str, row: Sequence[int], /) -> bool:
+    @abstractmethod
+    def cuts(self, text: str, row: Sequence[int]) -> bool:
         """True when ``row``, which :meth:`rows` made of the text, lacks a part of it."""
-
-    @property
-    def pad_id(self) -> int:
-        """The id that follows a row that is shorter than others of its batch."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> torch.Tensor:
@@ -128,7 +136,7 @@ def vocabulary() -> Path:
     return Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
 
 
-class BoundedTokenizer:
+class BoundedTokenizer(Tokenizer):
     """CLIP's byte-pair encoding in bounded time and memory; the ids are those of open_clip's ``SimpleTokenizer``.
 
     open_clip rebuilds a word for each merge, which is quadratic in its length, encodes what is cut off afterwards, and
@@ -138,8 +146,6 @@ class BoundedTokenizer:
     >>> BoundedTokenizer(vocabulary(), context_length=8).rows(["a cat"])
     [[49406, 320, 2368, 49407]]
     """
-
-    pad_id: Final = 0
 
     def __init__(self, vocabulary: Path, context_length: int, clean: str = "lower") -> None:
         """``vocabulary``: open_clip's file of merges; ``clean``: of :data:`CLEAN`."""
@@ -158,17 +164,13 @@ class BoundedTokenizer:
         self._clean = CLEAN[clean]
         self._cached = lru_cache(maxsize=CACHED_WORDS)(self._merged)
 
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """``int64 [n, context_length]``, padded with 0."""
-        return pad_rows(self.rows(texts), self.context_length, self.pad_id)
-
-    def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text with its start and its end, cut to the context: no padding."""
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        """See :meth:`Tokenizer.rows`."""
         room = self.context_length - 2
         return [[self._start, *self._ids(text, room), self._end] for text in texts]
 
     def cuts(self, text: str, row: Sequence[int]) -> bool:
-        """True when ``row``, which :meth:`rows` made of the text, lacks a part of it."""
+        """See :meth:`Tokenizer.cuts`."""
         room = self.context_length - 2
         return len(row) >= self.context_length and len(self._ids(text, room + 1)) > room
 
@@ -238,7 +240,7 @@ def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[
     return [part for part in parts if part]
 
 
-class _Fast:
+class _Fast(Tokenizer):
     """A ``tokenizer.json`` without transformers around it: 10 times faster, and free of its shared state.
 
     transformers sets truncation and padding again on each call, which fails with "Already borrowed" under threads.
@@ -252,43 +254,28 @@ class _Fast:
         self.pad_id = int(padding["pad_id"]) if padding else _pad_id(file, self.inner)
         self.inner.no_padding()
         self.inner.enable_truncation(context_length)
-        self.width = context_length
+        self.context_length = context_length
         self.trim = trim
         self.clean = CLEAN[clean]
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        ids = self.rows(texts)
-        width = max((len(row) for row in ids), default=1) if self.trim else self.width
-        return pad_rows(ids, width, self.pad_id)
 
     def rows(self, texts: list[str]) -> list[list[int]]:
         return [self.inner.encode(self.clean(text)).ids for text in texts]
 
     def cuts(self, text: str, row: Sequence[int]) -> bool:
-        return len(row) >= self.width and bool(self.inner.encode(self.clean(text)).overflowing)
+        return len(row) >= self.context_length and bool(self.inner.encode(self.clean(text)).overflowing)
 
 
-class _Slow:
+class _Slow(Tokenizer):
     """open_clip's HFTokenizer, for tokenizers with options of their own. One call at a time."""
 
     def __init__(self, files: Path, context_length: int, trim: bool, mode: str | None, kwargs: dict[str, Any]) -> None:
         from open_clip.tokenizer import HFTokenizer
 
         self.inner = HFTokenizer(str(files), context_length=context_length, tokenizer_mode=mode, **kwargs)
+        self.context_length = context_length
         self.trim = trim and not mode
+        self.pad_id = int(self.inner.tokenizer.pad_token_id or 0)
         self.lock = threading.Lock()
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        with self.lock:
-            ids: torch.Tensor = self.inner(texts)
-        if not self.trim:
-            return ids
-        used = (ids != self.inner.tokenizer.pad_token_id).any(dim=0).nonzero()
-        return ids[:, : int(used.max()) + 1 if len(used) else 1]
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.inner.tokenizer.pad_token_id or 0)
 
     def rows(self, texts: list[str]) -> list[list[int]]:
         """Cut to length before anything is padded: the id of the padding may be one that texts have, too.
@@ -301,16 +288,16 @@ class _Slow:
             return padded
         cleaned = [self.inner.clean_fn(text) for text in texts]
         with self.lock:
-            ids = self.inner.tokenizer(cleaned, max_length=self.inner.context_length, truncation=True)["input_ids"]
+            ids = self.inner.tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
         stripped = self.inner.tokenizer.sep_token_id if self.inner.strip_sep_token else None
         return [[0 if token == stripped else token for token in row] for row in ids]
 
     def cuts(self, text: str, row: Sequence[int]) -> bool:
-        if len(row) < self.inner.context_length:
+        if len(row) < self.context_length:
             return False
         with self.lock:
             whole = self.inner.tokenizer(self.inner.clean_fn(text), truncation=False)["input_ids"]
-        return bool(len(whole) > self.inner.context_length)
+        return len(whole) > self.context_length
 
 
 def _pad_id(file: Path, inner: Any) -> int:
