@@ -152,8 +152,8 @@ class MemoryIndex:
         """For each key, whether its row is here. Only the writer may ask."""
         return self.columns.positions(keys) >= 0
 
-    def add(self, data: pa.RecordBatch | pa.Table, at_once: int = ADD_ROWS, threads: int = 1) -> int:
-        """Add those rows (id, vector, domain, source, time, text) that are not here. Returns how many those were.
+    def add(self, data: pa.RecordBatch | pa.Table, at_once: int = ADD_ROWS, threads: int = 1) -> None:
+        """Add those rows (id, vector, domain, source, time, text) that are not here.
 
         Args:
             at_once: rows for which searches wait.
@@ -165,19 +165,15 @@ class MemoryIndex:
         new = np.sort(first[~self.contains(keys[first])])
         for start in range(0, len(new), at_once):
             self._add(data.take(pa.array(new[start : start + at_once], pa.int64())))
-        return len(new)
 
-    def remove(self, keys: Keys) -> int:
-        """Take rows out, with their bytes. Unknown ones are passed over. Returns how many there were."""
+    def remove(self, keys: Keys) -> None:
+        """Take rows out, with their bytes. Unknown ones are passed over."""
         positions = np.unique(self.columns.positions(keys))
         positions = positions[positions >= 0]
-        if not len(positions):
-            return 0
         with self._lock.writing():
             self.drop_codes(positions)
             self.columns.remove(positions)
             self._masks.clear()
-        return len(positions)
 
     def drop_codes(self, positions: Positions) -> None:
         """Take out the codes of positions that no row is at. Not while others search."""

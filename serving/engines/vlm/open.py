@@ -18,8 +18,6 @@ from core.errors import ConfigError
 from core.progress import track
 from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine
-from serving.engines.vlm.hf_engine import TransformersEngine
-from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vllm_start import installed
 from serving.engines.vlm.vlm_base import VlmBase
 
@@ -37,8 +35,12 @@ def open_engine(base: VlmBase, serve: Serve, *, kind: str | None = None) -> VlmE
     if wanted == "auto":
         wanted = "vllm" if installed() else "transformers"
     if wanted == "vllm":
+        from serving.engines.vlm.vllm_engine import VllmEngine
+
         return VllmEngine(base, serve)
     if wanted == "transformers":
+        from serving.engines.vlm.hf_engine import TransformersEngine  # transformers takes seconds to import
+
         return TransformersEngine(base, serve)
     raise ConfigError(f"There is no VLM engine {wanted!r}.", "Set serve.vlm_engine to auto, vllm or transformers.")
 
