@@ -28,7 +28,7 @@ from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
-from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.open import SyncVlm
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.messages import Modality
 from serving.releases.shadow_traffic import TEXTS, Neighbours, same_answer

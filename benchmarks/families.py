@@ -28,8 +28,7 @@ from core.settings import Settings
 from core.settings.serving import Serve
 from core.settings.updates import Gate
 from serving.engines.vlm.generation import GenerationRequest, question
-from serving.engines.vlm.open import open_engine
-from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.open import SyncVlm, open_engine
 from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.colour_squares import colour_of, encoded_square, square

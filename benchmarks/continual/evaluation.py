@@ -18,9 +18,8 @@ from torch import Tensor
 
 from benchmarks.continual.stream import RECALL_AT, Suite, names_of
 from core.files import replacing
-from serving.engines.clip_base import ClipBase
+from serving.engines.clip_base import ClipBase, tower_of
 from serving.engines.lora import effective_weights
-from serving.engines.spaces import tower_of
 from updater.data.pools import Pair
 from updater.families.clip.towers import SplitTower, stack_boundaries
 from updater.families.trained_layers import Which, first_touched

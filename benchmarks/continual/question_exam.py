@@ -17,7 +17,7 @@ from core.settings.serving import Serve
 from ratchet_client.images import decode_image
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_engine import TransformersEngine
-from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.open import SyncVlm
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.gate.answers import grade
 from updater.training.checkpoint import write_json

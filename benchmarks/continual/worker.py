@@ -21,7 +21,7 @@ from benchmarks.continual.questions import QuestionStream, load_questions
 from benchmarks.continual.stream import Stream, load_stream
 from core.errors import RatchetError
 from serving.engines.clip_base import ClipBase, load_base
-from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.open import SyncVlm
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from updater.service.process import StopSignal
 from updater.training.checkpoint import write_json

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from core.errors import AdapterError, ConfigError
+from serving.engines.backends import GOLDEN_TEXTS, golden_pixels
 from serving.engines.clip import ClipEngine
-from serving.engines.clip_base import ClipBase
-from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
-from serving.engines.shared_weights import shell_of
-from serving.engines.spaces import Spaces
+from serving.engines.clip_base import ClipBase, Spaces
+from serving.engines.layers import shell_of
 from updater.families.clip.towers import SplitTower, stack_boundaries
 from updater.families.trained_layers import Which, tower_blocks
 

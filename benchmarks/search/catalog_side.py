@@ -40,7 +40,7 @@ BACK: Final = pow(MIX, -1, SPAN)
 
 
 class NumberCorpus:
-    """Implements :class:`serving.catalog.embedding.Corpus` over the numbers from 0."""
+    """What the catalog reads of a sample store, over the numbers from 0."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -101,7 +101,7 @@ class CatalogSide:
         self._vectors = map_rows(folder / "rows.f32")
         self._queries = map_rows(folder / "queries.f32")
         self._truth: Vectors = np.empty((0, NEIGHBOURS), np.float32)
-        self._corpus = NumberCorpus()
+        self._corpus: Any = NumberCorpus()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._catalog = self._in_loop(self._start(index_rows))

@@ -136,7 +136,6 @@ class Serve(Listener):
     vlm_gpus: int = Field(
         1, ge=1, le=64, description="GPUs that one VLM replica is divided over (tensor parallel); none on a CPU."
     )
-    vlm_quantization: str = Field("", description="How vLLM quantizes the VLM's weights, e.g. fp8; empty: not at all.")
     vlm_arguments: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="Further engine arguments of vLLM, by their names in AsyncEngineArgs."
     )
@@ -175,9 +174,6 @@ class Catalog(Section):
         600.0, ge=0,
         description="A release waits no longer for its catalog, where its verdict allows searches before.",
     )  # fmt: skip
-    background_calls: int = Field(
-        16, ge=1, le=1024, description="Pieces of 32 images that are embedded at once, over all encoders, at most."
-    )
 
 
 class Console(Listener):

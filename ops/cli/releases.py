@@ -31,7 +31,7 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
 
     Example:  ratchet releases list --limit 5
     """
-    from serving.engines.registered import names_by_digest
+    from serving.engines.clip_base import names_by_digest
     from serving.releases.leadership import clip_bases
 
     settings = ctx.of(context).settings

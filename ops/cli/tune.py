@@ -65,7 +65,7 @@ def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
     """Why half precision must not serve: the base scores differently with it on a suite of the gate. Told suite by
     suite; empty when nothing is against it.
     """
-    from serving.engines.processor import usable_cores
+    from serving.engines.backends import usable_cores
     from updater.gate.gate_command import engine_scores
     from updater.gate.suites import load_suites
 

@@ -21,7 +21,7 @@ from core.errors import LedgerError
 from core.ledger import Family, Ledger
 from core.ledger.collection import AdapterUse, JudgedUpdate
 from core.settings import Settings
-from serving.engines.registered import names_by_digest
+from serving.engines.clip_base import names_by_digest
 from serving.releases.residency import read_residency
 from updater.gate.best_releases import best_by_suite
 from updater.gate.sample_suites import PREFIX as MEMORY

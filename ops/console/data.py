@@ -20,7 +20,7 @@ from core.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from ratchet_client import Client, ServerError
 from ratchet_client.images import decode_image
-from serving.engines.registered import names_by_digest
+from serving.engines.clip_base import names_by_digest
 from serving.own_threads import BoundedCall
 from streams.store.sample_store import SampleStore
 from updater.service.learning_state import LearningState, learning_states

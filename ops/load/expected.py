@@ -62,7 +62,7 @@ class ExpectedAnswers:
         if not missing:
             return
         from serving.engines.vlm.hf_engine import TransformersEngine  # slow to import, and not every load asks
-        from serving.engines.vlm.sync import SyncVlm
+        from serving.engines.vlm.open import SyncVlm
 
         base = load_vlm_base(self.settings.home, self.settings.base.vlm)
         with SyncVlm(TransformersEngine(base, self.settings.serve)) as engine:

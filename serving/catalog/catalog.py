@@ -12,32 +12,36 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from core.dependencies import current
-from core.errors import StoreError, StoreUnavailable
+from core.dependencies import current, noted
+from core.errors import RatchetError, StoreError, StoreUnavailable
 from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.cross_version import search_across, usable
-from serving.catalog.embedding import Corpus, Encode, Pixels
+from serving.catalog.embedding import Encode, Pixels
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
 from serving.catalog.space_fill import SpaceFill
 from serving.catalog.tables import Tables
-from serving.catalog.waking import wait_for_wake
 from serving.releases.types import ReleaseSnapshot
+from streams.store.sample_store import SampleStore
 
 log = logging.getLogger("ratchet.catalog")
 Result = TypeVar("Result")
 STALL_SECONDS: Final = 600.0
 """A release that waits for its image space fails when no row was added for so long."""
 LOOK_SECONDS: Final = 1.0
+IDLE_SECONDS: Final = 0.5
+"""From one look at the corpus to the next while nothing is missing."""
+INDEX_SECONDS: Final = 5.0
+"""From one look at the indexes to the next while nothing changes."""
 SEARCH_THREADS: Final = 4
 READ_SECONDS: Final = 10.0
 """Longest time of a search, or of another read for a client: an exact one reads all vectors of a space, 100 MB at most
@@ -50,23 +54,23 @@ class Catalog:
     """Holds the tables complete for the resident releases, and searches them. Use from one event loop."""
 
     def __init__(
-        self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode, settings: CatalogSettings | None = None,
+        self, tables: Tables, corpus: SampleStore, pixels: Pixels, encode: Encode,
+        settings: CatalogSettings | None = None,
     ) -> None:  # fmt: skip
-        settings = settings or CatalogSettings()
         self.tables = tables
         self.corpus = corpus
         self.claims = SpaceClaims(tables.url, secrets.token_hex(16))
-        self.reconciler = Reconciler(tables, corpus, pixels, encode, settings.background_calls)
-        self.maintainer = IndexMaintainer(tables, settings, self.reconciler.spaces, self.sample)
+        self.reconciler = Reconciler(tables, corpus, pixels, encode)
+        self.maintainer = IndexMaintainer(tables, settings or CatalogSettings(), self.reconciler.spaces, self.sample)
         self._awaited: Counter[str] = Counter()
         """Calls that wait for a space to be complete. It stays meanwhile: the release that it is prepared for is not
         among those that a controller retires others for."""
         self.cross_version: dict[str, str] = {}
         """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
-        self._reads = _BoundedReads(SEARCH_THREADS, READ_SECONDS, RETRY_SECONDS)
+        self.read = _BoundedReads().call
         self._in_memory = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._live = 0
-        self._claimed = asyncio.Event()
+        self._claim_changed, self._index_changed = asyncio.Event(), asyncio.Event()
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool = True, most_seconds: float | None = None) -> int:
         """Make the space resident; with ``wait``, return when it holds every row of the corpus, and its index is made.
@@ -80,7 +84,7 @@ class Catalog:
         """
         space = snapshot.image_space
         fresh = space not in self.reconciler.fills
-        self.reconciler.reside(snapshot)
+        self.reconciler.add_space(snapshot)
         self._residency_changed()
         if wait:
             self._awaited[space] += 1
@@ -104,7 +108,7 @@ class Catalog:
         if live < self._live:
             return
         for snapshot in window:
-            self.reconciler.reside(snapshot)
+            self.reconciler.add_space(snapshot)
         self._live = live
         self.reconciler.live_space = window[0].image_space if window else ""
         self._residency_changed()
@@ -124,9 +128,9 @@ class Catalog:
         """
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
         for space in set(self.reconciler.fills) - set(spaces) - set(self._awaited):
-            self.reconciler.release(space)
+            self.reconciler.remove_space(space)
         for snapshot in spaces.values():
-            self.reconciler.reside(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
+            self.reconciler.add_space(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
         self.cross_version = {new: old for new, old in self.cross_version.items() if new in self.reconciler.fills}
         gone = await self._drop_others(spare) if drop else []
         await self.reconciler.in_thread(self.tables.forget_others, tuple(self.reconciler.fills))
@@ -141,14 +145,14 @@ class Catalog:
         """
         if space not in self.reconciler.fills:
             raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
-        self.maintainer.recent.add(space, vector)
+        self.maintainer.searched(space, vector)
         old = usable(self.cross_version, space, self.reconciler.complete())
         try:
             if old is None:
                 return await self._search(space, vector, k, filters)
             hits, lacking = await self.read(search_across, self.tables, space, old, vector, k, filters)
         except (OSError, RuntimeError, ValueError) as error:
-            self.reconciler.reopen(space)  # if its table is gone, it is made anew
+            self.reconciler.reopen(space)  # if its table is gone, it is made again
             raise StoreError(f"the index of image space {space} cannot be read: {error}"[:300], "Try again.") from error
         self.reconciler.prefer(space, lacking)
         return hits
@@ -169,10 +173,6 @@ class Catalog:
         """The encoded image of one sample, or None. Raises StoreError."""
         rows = await self.read(lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id]))
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
-
-    async def read(self, function: Callable[..., Result], *args: Any) -> Result:
-        """See :meth:`_BoundedReads.call`."""
-        return await self._reads.call(function, *args)
 
     def searchable(self) -> tuple[str, int]:
         """The live image space, and how many rows its table has."""
@@ -208,10 +208,14 @@ class Catalog:
 
     async def run(self) -> None:
         """Keep the spaces complete, their indexes good and the claim on them known, for ever."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._claim())
-            tasks.create_task(self.reconciler.run())
-            tasks.create_task(self.maintainer.run())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(repeat(self._claim, self._claim_changed, RENEW_SECONDS / 2))
+                tasks.create_task(repeat(self.reconciler.step, self.reconciler.woken, IDLE_SECONDS))
+                tasks.create_task(repeat(self.maintainer.step, self._index_changed, INDEX_SECONDS))
+        finally:
+            for fill in self.reconciler.fills.values():
+                fill.cancel()
 
     async def _wait_for(self, space: str, version: int) -> None:
         rows, since = -1, time.monotonic()
@@ -240,20 +244,36 @@ class Catalog:
             await self.reconciler.in_thread(self.tables.drop, space)
         return gone
 
-    async def _claim(self) -> None:
+    async def _claim(self) -> bool:
         """Keep the claim on the resident spaces, whatever the reconciling waits for."""
-        while True:
-            self._claimed.clear()
-            try:
-                await self.read(self.claims.renew, tuple(self.reconciler.fills))
-            except Exception as error:
-                log.warning("the claim on the image spaces could not be written: %s", error)
-            await wait_for_wake(self._claimed, RENEW_SECONDS / 2)
+        await self.read(self.claims.renew, tuple(self.reconciler.fills))
+        return False
 
     def _residency_changed(self) -> None:
-        self._claimed.set()
-        self.reconciler.wake()
-        self.maintainer.wake()
+        for event in (self._claim_changed, self.reconciler.woken, self._index_changed):
+            event.set()
+
+
+async def repeat(step: Callable[[], Awaitable[bool]], woken: asyncio.Event, seconds: float) -> None:
+    """Make a step for ever: at once while there is work, else when it is woken, or after ``seconds``. A failure (store
+    away, encoder restarting) is logged and tried again.
+    """
+    while True:
+        woken.clear()
+        worked = False
+        try:
+            worked = await step()
+        except (RatchetError, OSError, RuntimeError, ValueError) as error:
+            noted(error)
+            log.warning("catalog: %s", error)
+        except Exception:
+            log.exception("catalog")
+        if not worked:
+            # Not asyncio.wait_for, which in Python 3.11 swallows a cancellation that comes as its wait ends: a loop
+            # that is woken as it is cancelled would go on for ever.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await woken.wait()
 
 
 class _BoundedReads:
@@ -263,19 +283,13 @@ class _BoundedReads:
     So when one took too long, the others fail at once, and now and then one tries whether the store answers again.
     """
 
-    def __init__(self, threads: int, seconds: float, retry_seconds: float) -> None:
-        """Args:
-        seconds: longest time of a call.
-        retry_seconds: after a call that took longer, one call in this time is made, and others fail.
-        """
-        self.seconds = seconds
-        self.retry_seconds = retry_seconds
-        self._threads = ThreadPoolExecutor(threads, "read")
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(SEARCH_THREADS, "read")
         self._hangs = False
         self._try_at = 0.0
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """What the function returns.
+        """The function's result.
 
         Raises:
             StoreUnavailable: the store does not answer.
@@ -283,19 +297,19 @@ class _BoundedReads:
         if self._hangs:
             if time.monotonic() < self._try_at:
                 raise self._unavailable()
-            self._try_at = time.monotonic() + self.retry_seconds
+            self._try_at = time.monotonic() + RETRY_SECONDS
         try:
-            async with asyncio.timeout(self.seconds) as limit:
+            async with asyncio.timeout(READ_SECONDS) as limit:
                 result = await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
         except TimeoutError:
             if not limit.expired():
                 raise
-            self._hangs, self._try_at = True, time.monotonic() + self.retry_seconds
+            self._hangs, self._try_at = True, time.monotonic() + RETRY_SECONDS
             raise self._unavailable() from None
         self._hangs = False
         return result
 
     def _unavailable(self) -> StoreUnavailable:
         return StoreUnavailable(
-            f"the catalog's store does not answer within {self.seconds:g} s.", "Send the request again later."
+            f"the catalog's store does not answer within {READ_SECONDS:g} s.", "Send the request again later."
         )

@@ -6,11 +6,10 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,14 @@ import pyarrow as pa
 
 from core.errors import RecordError
 from core.priority import nice_thread
-from streams.store.sample_store import Having
+from streams.store.sample_store import SampleStore
 
 _COLUMNS: Final = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
 log = logging.getLogger("ratchet.catalog")
 CHUNK_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
+MOST_CHUNKS: Final = 16
+"""Chunks that are embedded at once, over all encoders, at most."""
 DECODING_THREADS: Final = 2
 DECODING_NICE: Final = 10
 """Requests come first."""
@@ -36,33 +37,6 @@ Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
 """Encoded image to uint8 [S, S, 3]. Raises RecordError for one that can never be embedded."""
 Encode = Callable[[npt.NDArray[np.uint8], str | None], Awaitable[npt.NDArray[np.float32]]]
 """uint8 [n, S, S, 3] and an adapter to float32 [n, dim]."""
-
-
-class Corpus(Protocol):
-    """The part of the sample store that the catalog reads."""
-
-    def version(self) -> int:
-        """Version of the newest commit."""
-
-    def offsets(self, version: int | None = None) -> dict[str, int]:
-        """Next offset of each partition at a version."""
-
-    def tally(self, version: int | None = None) -> Mapping[str, int]:
-        """Numbers of rows by kind: ``deleted`` among them."""
-
-    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
-        """Ids of the samples that were deleted, and when."""
-
-    def scan(
-        self,
-        version: int | None = None,
-        *,
-        after: Mapping[str, int] | None = None,
-        columns: Sequence[str] | None = None,
-        ids: Sequence[str] | None = None,
-        having: Having | None = None,
-    ) -> pa.Table:
-        """Rows of a version, or of the newest; at or after the given offsets."""
 
 
 def _with_text(rows: pa.Table) -> pa.Table:
@@ -89,7 +63,7 @@ class Embedded:
 
 
 class Pace:
-    """How many chunks are embedded at once.
+    """The number of chunks that are embedded at once.
 
     Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the increase and decrease algorithms for
     congestion avoidance in computer networks", 1989): one more after each full set of chunks that were about as fast as
@@ -120,11 +94,8 @@ class Pace:
 class Embedder:
     """Reads, decodes and encodes chunks. Use from one event loop."""
 
-    def __init__(self, corpus: Corpus, pixels: Pixels, encode: Encode, most_chunks: int) -> None:
-        """Args:
-        most_chunks: at once.
-        """
-        self.pace = Pace(most_chunks)
+    def __init__(self, corpus: SampleStore, pixels: Pixels, encode: Encode) -> None:
+        self.pace = Pace(MOST_CHUNKS)
         self.encode = encode
         self._corpus = corpus
         self._pixels = pixels

@@ -1,7 +1,6 @@
-"""The index of one image space, made from its table, and kept on the local disk so that a start need not make it anew.
+"""The index of one image space, made from its table, and kept on the local disk so that a start need not make it again.
 
-Files hold codes of vectors and digests of ids; what hits say of their rows is read from the tables. There is a folder
-per space, which appears with all of its files at once and is never changed.
+A file holds codes of vectors and digests of ids; what hits say of their rows is read from the table.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
 import time
-import zlib
+import zipfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +19,18 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from core.files import flush
-from serving.catalog.codings import Coding, choose_coding
-from serving.catalog.memory_index import MemoryIndex, coding_named
-from serving.catalog.row_columns import MOST_TEXT_BYTES, RowColumns
-from serving.catalog.sample_digests import digests_of, keys_of
-from serving.catalog.table_files import BATCH_ROWS, Vectors, unit_rows, vectors_of
+from core.files import replacing
+from serving.catalog.memory_index import CODINGS, Coding, MemoryIndex, choose_coding
+from serving.catalog.row_columns import (
+    BATCH_ROWS,
+    MOST_TEXT_BYTES,
+    RowColumns,
+    Vectors,
+    digests_of,
+    keys_of,
+    unit_rows,
+    vectors_of,
+)
 
 COLUMNS: Final = ["id", "vector", "domain", "source", "time", "text"]
 _TRAINING_ROWS: Final = 64
@@ -42,12 +45,9 @@ _QUANTIZERS: Final = {
     16: faiss.ScalarQuantizer.QT_fp16, 8: faiss.ScalarQuantizer.QT_8bit, 4: faiss.ScalarQuantizer.QT_4bit,
 }  # fmt: skip
 log = logging.getLogger("ratchet.catalog")
-FORMAT: Final = 1
-META: Final = "meta.json"
-MOST_META_BYTES: Final = 1 << 16
-UNFINISHED: Final = ".unfinished-"
+FORMAT: Final = 2
 UNFINISHED_SECONDS: Final = 3600.0
-PARTITIONS, FINER, DIGESTS = "partitions.faiss", "finer.faiss", "digests.npy"
+ABOUT, PARTITIONS, FINER, DIGESTS = "about.json", "partitions.faiss", "finer.faiss", "digests.npy"
 ROW_COLUMNS: Final = [name for name in COLUMNS if name != "vector"]
 
 
@@ -61,7 +61,9 @@ def build_index(dataset: lance.LanceDataset, most_bytes: float) -> MemoryIndex:
     faiss.omp_set_num_threads(threads)  # of this thread
     rows = dataset.count_rows()
     dimension = dataset.schema.field("vector").type.list_size
-    coding = choose_coding(rows, dimension, _text_bytes(dataset), most_bytes)
+    texts = dataset.to_table(columns=["text"], limit=TEXTS)["text"].to_pylist()
+    sizes = [size if (size := len((text or "").encode())) <= MOST_TEXT_BYTES else 0 for text in texts]
+    coding = choose_coding(rows, dimension, float(np.mean(sizes)) if sizes else 0.0, most_bytes)
     index = _empty_index(_sample(dataset, rows), coding, rows)
     for batch in dataset.to_batches(columns=COLUMNS, batch_size=BATCH_ROWS):
         index.add(batch, at_once=BATCH_ROWS, threads=threads)
@@ -81,27 +83,18 @@ def _empty_index(sample: Vectors, coding: Coding, rows: int) -> MemoryIndex:
     clustering.train(sample)
     centroids = faiss.IndexFlatIP(dimension)
     centroids.add(clustering.centroids)
-    partitions = faiss.IndexIVFPQFastScan(
-        centroids, dimension, count, _subspaces(dimension), 4, faiss.METRIC_INNER_PRODUCT
-    )
+    codes = max(1, dimension // _DIMENSIONS_A_CODE)
+    codes = next(number for number in range(codes, 0, -1) if dimension % number == 0)
+    partitions = faiss.IndexIVFPQFastScan(centroids, dimension, count, codes, 4, faiss.METRIC_INNER_PRODUCT)
     partitions.by_residual = True
     partitions.pq.cp.min_points_per_centroid = 1
     partitions.pq.cp.seed = SEED
     partitions.train(sample)
-    return MemoryIndex(partitions, _finer(sample, coding), coding, RowColumns())
-
-
-def _finer(sample: Vectors, coding: Coding) -> Any | None:
-    if not coding.bits:
-        return None
-    finer = faiss.IndexScalarQuantizer(sample.shape[1], _QUANTIZERS[coding.bits], faiss.METRIC_INNER_PRODUCT)
-    finer.train(sample)
-    return finer
-
-
-def _subspaces(dimension: int) -> int:
-    """The most that divide the dimension, up to a fourth of it."""
-    return next(count for count in range(max(1, dimension // _DIMENSIONS_A_CODE), 0, -1) if dimension % count == 0)
+    finer = None
+    if coding.bits:
+        finer = faiss.IndexScalarQuantizer(dimension, _QUANTIZERS[coding.bits], faiss.METRIC_INNER_PRODUCT)
+        finer.train(sample)
+    return MemoryIndex(partitions, finer, coding, RowColumns())
 
 
 def _sample(dataset: lance.LanceDataset, rows: int) -> Vectors:
@@ -114,91 +107,80 @@ def _sample(dataset: lance.LanceDataset, rows: int) -> Vectors:
     return np.concatenate(parts)
 
 
-def _text_bytes(dataset: lance.LanceDataset) -> float:
-    """Of a row, on average, as far as texts are kept in memory."""
-    texts = dataset.to_table(columns=["text"], limit=TEXTS)["text"].to_pylist()
-    sizes = [size if (size := len((text or "").encode())) <= MOST_TEXT_BYTES else 0 for text in texts]
-    return float(np.mean(sizes)) if sizes else 0.0
-
-
 class IndexFiles:
-    """The indexes of the tables under one URL. Use for a space from one thread at a time."""
+    """The indexes of the tables under one URL, one file each. Use for a space from one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def save(self, space: str, index: MemoryIndex, built_rows: int) -> None:
         """Keep an index, whose writers wait meanwhile. Raises OSError."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self._folder))
-        try:
-            faiss.write_index(index.partitions, str(unfinished / PARTITIONS))
-            if index.finer is not None:
-                faiss.write_index(index.finer, str(unfinished / FINER))
-            np.save(unfinished / DIGESTS, index.columns.digests())
-            sums = {path.name: _checksum(path) for path in unfinished.iterdir()}
-            meta = {"format": FORMAT, "faiss": faiss.__version__, "space": space, "coding": index.coding.name,
-                    "built_rows": built_rows, "files": sums}  # fmt: skip
-            (unfinished / META).write_text(json.dumps(meta))
-            for path in unfinished.iterdir():
-                flush(path)
-            self.remove(space)
-            unfinished.rename(self._path(space))
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        about = [FORMAT, faiss.__version__, space, index.coding.name, built_rows]
+        parts = {PARTITIONS: index.partitions, FINER: index.finer}
+        with replacing(self._path(space), mode=0o600, durable=False) as work, zipfile.ZipFile(work, "w") as archive:
+            archive.writestr(ABOUT, json.dumps(about))
+            for name, part in parts.items():
+                if part is not None:
+                    with archive.open(name, "w", force_zip64=True) as file:
+                        faiss.write_index(part, faiss.PyCallbackIOWriter(file.write))
+            with archive.open(DIGESTS, "w", force_zip64=True) as file:
+                np.save(file, index.columns.digests())
 
     def load(self, space: str, dataset: lance.LanceDataset) -> tuple[MemoryIndex, int] | None:
         """The index that was kept, with those of its rows that a version of the table has; and of how many rows it was
-        made. None where there is none, or where it is damaged or of another version: then its files are removed.
+        made. None where there is none, or where it is damaged or of another version: then its file is removed.
         """
-        if not self._path(space).exists():
+        if not self.exist(space):
             return None
         try:
-            return self._load(space, dataset)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            log.warning("the index of image space %s that was kept is made anew: %s", space, error)
+            with zipfile.ZipFile(self._path(space)) as archive:  # which checks CRC-32 of each part
+                return self._load(space, archive, dataset)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+            log.warning("the index of image space %s that was kept is made again: %s", space, error)
             self.remove(space)
             return None
 
     def exist(self, space: str) -> bool:
-        """Whether the index of a space is kept."""
+        """True when the index of a space is kept."""
         return self._path(space).exists()
 
     def remove(self, space: str) -> None:
-        """Remove the files of a space, if there are any."""
-        shutil.rmtree(self._path(space), ignore_errors=True)
+        """Remove the file of a space, if there is one."""
+        self._path(space).unlink(missing_ok=True)
 
     def remove_others(self, spaces: set[str]) -> None:
         """Remove the files of all other spaces, and what a process that has ended did not finish."""
+        kept = {self._path(space).name for space in spaces}
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            finished = not path.name.startswith(UNFINISHED)
-            if path.name not in spaces and (finished or time.time() - path.stat().st_mtime > UNFINISHED_SECONDS):
-                shutil.rmtree(path, ignore_errors=True)
+            finished = not path.name.startswith(".")
+            if path.name not in kept and (finished or time.time() - path.stat().st_mtime > UNFINISHED_SECONDS):
+                path.unlink(missing_ok=True)
 
-    def _load(self, space: str, dataset: lance.LanceDataset) -> tuple[MemoryIndex, int]:
-        folder = self._path(space)
-        with (folder / META).open("rb") as file:
-            meta: dict[str, Any] = json.loads(file.read(MOST_META_BYTES))
-        if (meta["format"], meta["faiss"], meta["space"]) != (FORMAT, faiss.__version__, space):
+    def _load(self, space: str, archive: zipfile.ZipFile, dataset: lance.LanceDataset) -> tuple[MemoryIndex, int]:
+        *version, coding_name, built_rows = json.loads(archive.read(ABOUT))
+        if version != [FORMAT, faiss.__version__, space]:
             raise ValueError("it was written by another version")
-        coding = coding_named(meta["coding"])
-        for name in (PARTITIONS, DIGESTS, *([FINER] if coding.bits else [])):
-            if _checksum(folder / name) != meta["files"][name]:
-                raise ValueError(f"{name} is damaged")
-        partitions = faiss.read_index(str(folder / PARTITIONS))
-        finer = faiss.read_index(str(folder / FINER)) if coding.bits else None
-        digests = np.load(folder / DIGESTS, allow_pickle=False)
+        coding = {each.name: each for each in CODINGS}[coding_name]
+        partitions = _read(archive, PARTITIONS)
+        finer = _read(archive, FINER) if coding.bits else None
+        with archive.open(DIGESTS) as file:
+            digests = np.load(file, allow_pickle=False)
         if partitions.ntotal > len(digests) or (finer is not None and finer.ntotal != len(digests)):
-            raise ValueError("its files are of different rows")
+            raise ValueError("its parts are of different rows")
         if partitions.d != dataset.schema.field("vector").type.list_size:
             raise ValueError("its vectors have another dimension")
         index = MemoryIndex(partitions, finer, coding, RowColumns())
         if _fill(index, digests, dataset):
             self.remove(space)  # it holds rows that were removed
-        return index, int(meta["built_rows"])
+        return index, int(built_rows)
 
     def _path(self, space: str) -> Path:
-        return self._folder / space
+        return self._folder / f"{space}.index"
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> Any:
+    with archive.open(name) as file:
+        return faiss.read_index(faiss.PyCallbackIOReader(file.read))
 
 
 def _fill(index: MemoryIndex, digests: Any, dataset: lance.LanceDataset) -> int:
@@ -219,12 +201,3 @@ def _fill(index: MemoryIndex, digests: Any, dataset: lance.LanceDataset) -> int:
     gone = np.flatnonzero(digests.any(axis=1) & ~filled).astype(np.int64)
     index.drop_codes(gone)
     return len(gone)
-
-
-def _checksum(path: Path) -> list[int]:
-    """Length and CRC-32: against damage, not against intent."""
-    value, size = 0, 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            value, size = zlib.crc32(part, value), size + len(part)
-    return [size, value]

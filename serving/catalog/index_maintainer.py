@@ -1,41 +1,41 @@
-"""Makes the index of each resident space, keeps it up to date, and lets it be used only while its recall is enough."""
+"""Makes the index of each resident space, keeps it up to date, and lets it be used only while its recall is enough.
+
+Recall is that of the ten nearest rows against exact search, for stored vectors and for the last queries of clients:
+texts are far from all images in CLIP's space, so that an index which finds the neighbours of images well may find those
+of texts badly.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
 from core import metrics
-from core.errors import RatchetError
 from core.priority import nice_thread
 from core.settings.serving import Catalog as CatalogSettings
-from serving.catalog.codings import IndexTooLarge
-from serving.catalog.index_recall import EXACT, NEIGHBOURS, RecallQuestion, RecentQueries, recall_of
-from serving.catalog.memory_index import LEVELS, Effort, Level, MemoryIndex
+from serving.catalog.memory_index import LEVELS, Effort, IndexTooLarge, MemoryIndex
 from serving.catalog.queries import Filters, as_filters
-from serving.catalog.sample_digests import keys_of_ids
-from serving.catalog.table_files import Neighbours, Vectors
-from serving.catalog.tables import Tables
-from serving.catalog.waking import wait_for_wake
+from serving.catalog.row_columns import Keys, Vectors, digests_of, keys_of
+from serving.catalog.tables import Neighbours, Tables
 
 log = logging.getLogger("ratchet.catalog")
-LOOK_SECONDS: Final = 5.0
 NICE: Final = 10
 """Of the thread that makes indexes and measures them: requests come first."""
 LEAST_SHARES: Final = 2
 """Parts that the memory for indexes is divided into, at least: an update of the image tower makes a second space."""
 SAVE_SHARE: Final = 0.02
 SAVE_SECONDS: Final = 300.0
-"""An index is kept on the disk anew when such a share of its rows has changed, and not more often than that."""
+"""An index is kept on the disk again when such a share of its rows has changed, and not more often than that."""
 GROWTH: Final = 4.0
-"""An index is made anew when its table has this multiple of the rows that it was made of: its partitions then are
+"""An index is made again when its table has this multiple of the rows that it was made of: its partitions then are
 too large, and no longer where the vectors are."""
 BETTER: Final = 0.07
 """The effort of searches is raised until recall is so much above the bound: it is measured on few queries."""
@@ -43,14 +43,23 @@ MEASURE_SHARE: Final = 0.02
 """Of the time that may go into measuring recall. A measurement reads the whole table once."""
 RECALL_QUERIES: Final = 40
 """Stored vectors, and as many queries of clients, that recall is measured with."""
+RECENT: Final = 256
+"""Last queries of a space that those are drawn from."""
+NEIGHBOURS: Final = 10
+EXACT: Final = 3 * NEIGHBOURS
+"""Neighbours that are looked for exactly: more, because of equal scores, and because rows come and go meanwhile."""
+SAME: Final = 1e-5
+"""Scores that differ by less are equal: rows with equal vectors may come in any order."""
 RETRY_SHARE: Final = 0.1
-"""An index whose recall was not enough is made anew when its table has changed by this share."""
+"""An index whose recall was not enough is made again when its table has changed by this share."""
 
 
 @dataclass(slots=True)
 class IndexStatus:
-    """What is known of one space's index."""
+    """The state of one space's index."""
 
+    recent: deque[Vectors] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """The last queries of clients."""
     rows: int = 0
     """Of the table."""
     recall: float | None = None
@@ -63,6 +72,15 @@ class IndexStatus:
     """Memory that it might take when it was made."""
     saved_at: float = float("-inf")
     last_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecallQuestion:
+    """Queries [n, dim] under one condition, with the exact neighbours of each."""
+
+    vectors: Vectors
+    filters: Filters
+    exact: Sequence[Neighbours]
 
 
 class IndexMaintainer:
@@ -78,35 +96,19 @@ class IndexMaintainer:
         """
         self.tables = tables
         self.settings = settings
-        self.recent = RecentQueries()
         self._spaces = spaces
         self._sample = sample
         self._known: dict[str, IndexStatus] = {}
         self._thread = ThreadPoolExecutor(1, "catalog-index", initializer=nice_thread, initargs=(NICE,))
         self._random = np.random.default_rng(0)
-        self._wake = asyncio.Event()
 
-    async def run(self) -> None:
-        """Keep the indexes for ever. What fails is logged and tried again."""
-        while True:
-            try:
-                worked = await self.step()
-            except (RatchetError, OSError, RuntimeError, ValueError) as error:
-                log.warning("index: %s", error)
-                worked = False
-            except Exception:
-                log.exception("index")
-                worked = False
-            if not worked:
-                await wait_for_wake(self._wake, LOOK_SECONDS)
-            self._wake.clear()
-
-    def wake(self) -> None:
-        """Look at once: a space is resident that was not."""
-        self._wake.set()
+    def searched(self, space: str, vector: Vectors) -> None:
+        """A client searched for this."""
+        if (known := self._known.get(space)) is not None:
+            known.recent.append(np.asarray(vector, np.float32))
 
     def is_ready(self, space: str, rows: int) -> bool:
-        """Whether a space of so many rows is searched as fast as it is going to be."""
+        """True when a space of so many rows is searched as fast as it is going to be."""
         if rows < self.settings.index_rows:
             return True
         known = self._known.get(space, IndexStatus())
@@ -116,7 +118,6 @@ class IndexMaintainer:
         """One look at each space. True when an index was changed or measured."""
         spaces = self._spaces()
         self._known = {space: self._known.get(space, IndexStatus()) for space in spaces}
-        self.recent.forget_others(list(spaces))
         worked = False
         for number, (space, complete) in enumerate(spaces.items()):
             live = number == 0
@@ -145,7 +146,7 @@ class IndexMaintainer:
         }
 
     async def _keep(self, space: str, known: IndexStatus, settled: bool) -> bool:
-        known.rows = await self._in_thread(self._count, space)
+        known.rows = await self._in_thread(self.tables.rows, space)
         if known.rows < self.settings.index_rows:
             await self._in_thread(self.tables.indexes.forget, space, True)
             return False
@@ -155,15 +156,6 @@ class IndexMaintainer:
         worked = await self._measure_if_due(space, known, changed) or changed
         await self._save_if_due(space, known)
         return worked
-
-    def _count(self, space: str) -> int:
-        try:
-            return self.tables.rows(space)
-        except (OSError, RuntimeError, ValueError):
-            if space not in self.tables.spaces():
-                self.tables.forget(space)  # another process dropped it
-                return 0
-            raise
 
     def _bring_up(self, space: str) -> bool:
         """True when an index was taken from the disk."""
@@ -177,10 +169,11 @@ class IndexMaintainer:
         held = self.tables.indexes.of(space)
         if (index := held.index) is None or index.columns.end >= GROWTH * held.built_rows:
             return True
-        differs = abs(index.rows - held.built_rows) >= RETRY_SHARE * held.built_rows
-        if index.bytes > self._share() and (differs or self._share() < known.built_share):
+        if index.bytes > (share := self._share()) and share < known.built_share:
             return True
-        return differs and known.recall is not None and known.recall < self.settings.min_recall
+        differs = abs(index.rows - held.built_rows) >= RETRY_SHARE * held.built_rows
+        recall = 1.0 if known.recall is None else known.recall
+        return differs and (index.bytes > share or recall < self.settings.min_recall)
 
     def _share(self) -> float:
         """Bytes of memory for one space's index."""
@@ -240,59 +233,46 @@ class IndexMaintainer:
         recall. None: no effort is enough.
         """
         end = index.columns.end  # rows from here on are newer than what is looked for exactly
-        plain, filtered = self._questions(space)
-        plain_level, plain_recall = self._choose_level(space, index, plain, end)
-        filtered_level, filtered_recall = self._choose_level(space, index, filtered, end)
-        recall = min(plain_recall, filtered_recall)
-        return (Effort(plain_level, filtered_level) if recall >= self.settings.min_recall else None), recall
+        levels, recalls = [], []
+        for question in self._questions(space):
+            for level in LEVELS:
+                recall = self._recall(space, index, question, Effort(level, level), end)
+                if recall >= min(1.0, self.settings.min_recall + BETTER):
+                    break
+            levels.append(level)
+            recalls.append(recall)
+        return (Effort(*levels) if min(recalls) >= self.settings.min_recall else None), min(recalls)
 
-    def _choose_level(
-        self, space: str, index: MemoryIndex, questions: Sequence[RecallQuestion], end: int
-    ) -> tuple[Level, float]:
-        recall, chosen = 0.0, LEVELS[-1]
-        for level in LEVELS:
-            recall, chosen = self._recall(space, index, questions, Effort(level, level), end), level
-            if recall >= min(1.0, self.settings.min_recall + BETTER):
-                break
-        return chosen, recall
-
-    def _questions(self, space: str) -> tuple[list[RecallQuestion], list[RecallQuestion]]:
+    def _questions(self, space: str) -> tuple[RecallQuestion, RecallQuestion]:
         """Stored vectors and clients' queries; and stored vectors among those of the same domain."""
-        count = RECALL_QUERIES
-        stored = self.tables.vectors(space, self._sample(space, count))
-        if not len(stored):
-            return [], []
-        recent = self.recent.sample(space, count, self._random)
-        queries = np.concatenate([stored, *(query[None] for query in recent if len(query) == stored.shape[1])])
-        plain = [self._question(space, queries, Filters())]
-        domain = next((hit.domain for hit in self.tables.search(space, stored[0], 1, Filters())), "")
-        filters = as_filters(domain=[domain])
-        return plain, [self._question(space, stored[: max(1, count // 2)], filters)] if domain else []
+        stored = self.tables.vectors(space, self._sample(space, RECALL_QUERIES))
+        recent = list(self._known[space].recent) if space in self._known else []
+        drawn = (recent[index] for index in self._random.permutation(len(recent))[:RECALL_QUERIES])
+        queries = np.concatenate([stored, *(query[None] for query in drawn if len(query) == stored.shape[1])])
+        nearest = self.tables.search(space, stored[0], 1, Filters()) if len(stored) else []
+        domain = next((hit.domain for hit in nearest), "")
+        few = stored[: RECALL_QUERIES // 2 if domain else 0]
+        conditions = (queries, Filters()), (few, as_filters(domain=[domain]))
+        plain, filtered = (
+            RecallQuestion(vectors, filters, self.tables.nearest(space, vectors, EXACT, filters))
+            for vectors, filters in conditions
+        )
+        return plain, filtered
 
-    def _question(self, space: str, vectors: Vectors, filters: Filters) -> RecallQuestion:
-        return RecallQuestion(vectors, filters, self.tables.nearest(space, vectors, EXACT, filters))
-
-    def _recall(
-        self, space: str, index: MemoryIndex, questions: Sequence[RecallQuestion], effort: Effort, end: int
-    ) -> float:
-        """The least over the conditions, among the rows at positions below ``end``."""
-        means = [
-            np.mean(
-                [
-                    self._recall_of_query(space, index, effort, vector, each.filters, exact, end)
-                    for vector, exact in zip(each.vectors, each.exact, strict=True)
-                ]
-            )
-            for each in questions
+    def _recall(self, space: str, index: MemoryIndex, question: RecallQuestion, effort: Effort, end: int) -> float:
+        """Of the rows at positions below ``end``; 1 when there is nothing to find."""
+        recalls = [
+            self._recall_of_query(space, index, effort, vector, question.filters, exact, end)
+            for vector, exact in zip(question.vectors, question.exact, strict=True)
         ]
-        return float(min(means, default=1.0))
+        return float(np.mean(recalls)) if recalls else 1.0
 
     def _recall_of_query(
         self, space: str, index: MemoryIndex, effort: Effort, vector: Vectors, filters: Filters, exact: Neighbours,
         end: int,
     ) -> float:  # fmt: skip
         hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, filters)
-        keys = keys_of_ids([hit.id for hit in hits])
+        keys = keys_of(digests_of([hit.id for hit in hits]))
         with self.tables.indexes.of(space).writing:
             old = index.columns.positions(keys) < end
             places = index.columns.positions(exact.keys)
@@ -309,3 +289,18 @@ class IndexMaintainer:
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+def recall_of(keys: Keys, exact: Neighbours, newer: int = 0) -> float:
+    """Share of the nearest rows that were found: a hit is right when its exact score is that of the last of them, or
+    better. The score that comes with it does not count: an index rounds it.
+
+    Args:
+        keys: of the hits.
+        newer: further hits, that were not there when the neighbours were looked for.
+    """
+    count = min(NEIGHBOURS - newer, len(exact.scores))
+    if count <= 0:
+        return 1.0
+    right = exact.keys[exact.scores >= exact.scores[count - 1] - SAME]
+    return float(np.isin(keys[:count], right).sum()) / count

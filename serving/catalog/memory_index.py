@@ -1,7 +1,9 @@
 """The approximate index of one image space, in memory: faiss for the vectors, :class:`RowColumns` for the rest.
 
-Vectors lie in partitions around centroids, as product-quantized residuals that are scored 32 at a time; the best
-candidates are ranked by a finer code (:mod:`codings`). Positions are faiss's ids.
+Vectors lie in partitions around centroids. Each row has a product-quantized code of its residual, an eighth of a byte a
+dimension, which finds candidates (Jégou et al., "Product quantization for nearest neighbor search", 2011; in the layout
+of André et al., "Quicker ADC", 2019, which computes 32 rows at a time), and a finer code, which ranks them. The finer
+code is the finest one that fits into memory. Positions are faiss's ids.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -19,11 +20,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from serving.catalog.codings import CODINGS, Coding
+from core.errors import StoreError
 from serving.catalog.queries import Filters, Hit
-from serving.catalog.row_columns import Positions, RowColumns
-from serving.catalog.sample_digests import Keys, digests_of, keys_of
-from serving.catalog.table_files import Vectors, unit_rows, vectors_of
+from serving.catalog.row_columns import (
+    ROW_BYTES,
+    Keys,
+    Positions,
+    RowColumns,
+    Vectors,
+    digests_of,
+    keys_of,
+    unit_rows,
+    vectors_of,
+)
 
 _faiss: Any = faiss
 """Its stubs lack keywords of parameters, and what lists of blocks have."""
@@ -32,13 +41,62 @@ ADD_ROWS: Final = 128
 FEW_ROWS: Final = 512
 """So few rows that meet a filter are all scored."""
 FILTERS: Final = 32
-"""Whose rows are remembered, in a bit for each row."""
+"""Filters whose rows are remembered, in a bit for each row, until the index changes."""
 LEAST_CANDIDATES_A_HIT: Final = 4
+ID_BYTES: Final = 8
+ROOM: Final = 1.15
+"""Arrays grow ahead of their rows."""
+
+
+class IndexTooLarge(StoreError):
+    """An index does not fit into memory, however it is coded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """The finer code of each vector."""
+
+    name: str
+    bits: int
+    """Of each dimension; 0: there is none, and candidates are ranked by what found them."""
+
+    def row_bytes(self, dimension: int) -> float:
+        """Of both codes."""
+        return dimension / 8 + ID_BYTES + dimension * self.bits / 8
+
+
+CODINGS: Final = (Coding("16 bits", 16), Coding("8 bits", 8), Coding("4 bits", 4), Coding("quantized alone", 0))
+"""The finest first."""
+
+
+def choose_coding(rows: int, dimension: int, text_bytes: float, most_bytes: float) -> Coding:
+    """The finest one with which an index of so many rows fits.
+
+    Args:
+        text_bytes: of a row's text, on average.
+        most_bytes: for all of the index.
+
+    Raises:
+        IndexTooLarge: none fits.
+    """
+    for coding in CODINGS:
+        size = estimated_bytes(rows, dimension, text_bytes, coding)
+        if size <= most_bytes:
+            return coding
+    raise IndexTooLarge(
+        f"an index of {rows} rows takes {size / 2**30:.2f} GiB, and may take {most_bytes / 2**30:.2f} GiB.",
+        "Raise catalog.cache_gib; until then searches are exact.",
+    )
+
+
+def estimated_bytes(rows: int, dimension: int, text_bytes: float, coding: Coding) -> float:
+    """Memory of an index."""
+    return rows * ROOM * (coding.row_bytes(dimension) + ROW_BYTES + text_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How hard a search tries."""
+    """The effort of a search."""
 
     partitions: int
     """That are looked into; more of them where a filter leaves few rows."""
@@ -54,7 +112,7 @@ LEVELS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How a space is searched through its index: without a filter, and with one."""
+    """The levels at which a space is searched through its index: without a filter, and with one."""
 
     plain: Level
     filtered: Level
@@ -68,7 +126,7 @@ class MemoryIndex:
 
     def __init__(self, partitions: Any, finer: Any | None, coding: Coding, columns: RowColumns) -> None:
         """Args:
-        partitions: an ``IndexIVFPQFastScan`` (see :mod:`index_training`), its ids the positions in ``columns``.
+        partitions: an ``IndexIVFPQFastScan`` (see :mod:`index_files`), its ids the positions in ``columns``.
         finer: an ``IndexScalarQuantizer`` of all positions, or None.
         """
         self.partitions = partitions
@@ -78,9 +136,7 @@ class MemoryIndex:
         self.dimension = int(partitions.d)
         self._engine = partitions if finer is None else _refined(partitions, finer)
         self._lock = _ReadWriteLock()
-        self._masks: OrderedDict[Filters, tuple[Any, int]] = OrderedDict()
-        self._masks_lock = threading.Lock()
-        self._parameters: dict[tuple[int, int, int], Any] = {}
+        self._masks: dict[Filters, tuple[Any, int]] = {}
 
     @property
     def rows(self) -> int:
@@ -96,8 +152,8 @@ class MemoryIndex:
         """For each key, whether its row is here. Only the writer may ask."""
         return self.columns.positions(keys) >= 0
 
-    def add(self, data: pa.RecordBatch | pa.Table, at_once: int = ADD_ROWS, threads: int = 1) -> int:
-        """Add those rows (id, vector, domain, source, time, text) that are not here. Returns how many those were.
+    def add(self, data: pa.RecordBatch | pa.Table, at_once: int = ADD_ROWS, threads: int = 1) -> None:
+        """Add those rows (id, vector, domain, source, time, text) that are not here.
 
         Args:
             at_once: rows for which searches wait.
@@ -109,19 +165,15 @@ class MemoryIndex:
         new = np.sort(first[~self.contains(keys[first])])
         for start in range(0, len(new), at_once):
             self._add(data.take(pa.array(new[start : start + at_once], pa.int64())))
-        return len(new)
 
-    def remove(self, keys: Keys) -> int:
-        """Take rows out, with their bytes. Unknown ones are passed over. Returns how many there were."""
+    def remove(self, keys: Keys) -> None:
+        """Take rows out, with their bytes. Unknown ones are passed over."""
         positions = np.unique(self.columns.positions(keys))
         positions = positions[positions >= 0]
-        if not len(positions):
-            return 0
         with self._lock.writing():
             self.drop_codes(positions)
             self.columns.remove(positions)
-            self._forget_masks()
-        return len(positions)
+            self._masks.clear()
 
     def drop_codes(self, positions: Positions) -> None:
         """Take out the codes of positions that no row is at. Not while others search."""
@@ -146,7 +198,7 @@ class MemoryIndex:
 
     def _nearest(self, query: Vectors, k: int, filters: Filters, effort: Effort) -> tuple[list[float], list[int]]:
         if filters == Filters():
-            scores, positions = self._engine.search(query, k, params=self._plain(effort.plain, k))
+            scores, positions = self._engine.search(query, k, params=self._searching(effort.plain, k))
             return scores[0].tolist(), positions[0].tolist()
         selected, count = self._mask(filters)
         if not count:
@@ -167,13 +219,7 @@ class MemoryIndex:
         best = np.argsort(-scores, kind="stable")[:k]
         return scores[best].tolist(), positions[best].tolist()
 
-    def _plain(self, level: Level, k: int) -> Any:
-        key = (level.partitions, level.candidates, k)
-        if key not in self._parameters:
-            self._parameters[key] = self._searching(level, k, None)
-        return self._parameters[key]
-
-    def _searching(self, level: Level, k: int, selector: Any) -> Any:
+    def _searching(self, level: Level, k: int, selector: Any = None) -> Any:
         partitions = min(level.partitions, self.partitions.nlist)
         chosen = {} if selector is None else {"sel": selector}
         parameters = _faiss.SearchParametersIVF(nprobe=partitions, **chosen)
@@ -184,23 +230,16 @@ class MemoryIndex:
 
     def _mask(self, filters: Filters) -> tuple[Any, int]:
         """Positions that meet the conditions when they are few, else a bit for each position; and their number."""
-        with self._masks_lock:
-            if (known := self._masks.get(filters)) is not None:
-                self._masks.move_to_end(filters)
-                return known
+        if (known := self._masks.get(filters)) is not None:
+            return known
         mask = self.columns.matching(filters)
         count = int(np.count_nonzero(mask))
         few = count <= FEW_ROWS and self.finer is not None
         selected = np.flatnonzero(mask).astype(np.int64) if few else np.packbits(mask, bitorder="little")
-        with self._masks_lock:
-            self._masks[filters] = selected, count
-            while len(self._masks) > FILTERS:
-                self._masks.popitem(last=False)
-        return selected, count
-
-    def _forget_masks(self) -> None:
-        with self._masks_lock:
+        if len(self._masks) >= FILTERS:
             self._masks.clear()
+        self._masks[filters] = selected, count
+        return selected, count
 
     def _add(self, rows: pa.RecordBatch | pa.Table) -> None:
         vectors = unit_rows(vectors_of(rows))
@@ -211,12 +250,7 @@ class MemoryIndex:
             if self.finer is not None:
                 self.finer.add(vectors)
                 self._engine.ntotal = self.finer.ntotal
-            self._forget_masks()
-
-
-def coding_named(name: str) -> Coding:
-    """Raises KeyError for one that there is not."""
-    return {coding.name: coding for coding in CODINGS}[name]
+            self._masks.clear()
 
 
 def _refined(partitions: Any, finer: Any) -> Any:
@@ -246,39 +280,36 @@ def _take_out(partitions: Any, positions: Positions) -> None:
 
 
 class _ReadWriteLock:
-    """A lock that readers share and a writer has alone. A writer that waits goes before readers that come later."""
+    """A lock that readers share and the one writer has alone. A writer that waits goes before later readers."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()
         self._readers = 0
-        self._writers = 0
         self._writing = False
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Beside other readers."""
+        """Shared with other readers."""
         with self._free:
-            self._free.wait_for(lambda: not self._writers)
+            self._free.wait_for(lambda: not self._writing)
             self._readers += 1
         try:
             yield
         finally:
             with self._free:
                 self._readers -= 1
-                if not self._readers and self._writers:
+                if self._writing:
                     self._free.notify_all()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Alone."""
         with self._free:
-            self._writers += 1
-            self._free.wait_for(lambda: not self._readers and not self._writing)
             self._writing = True
+            self._free.wait_for(lambda: not self._readers)
         try:
             yield
         finally:
             with self._free:
-                self._writers -= 1
                 self._writing = False
                 self._free.notify_all()

@@ -1,4 +1,4 @@
-"""What is asked of the catalog, and what it answers. Imports no database."""
+"""Conditions and hits of searches. Imports no database."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reconcile loop: every corpus row, in every resident image space.
+"""The reconcile loop: every corpus row, in every resident image space, and no row that was deleted in any table.
 
 Backfill, catch-up and dual-write are all this one loop. It continues from what is in the tables, so a kill loses what
 was embedded in the last seconds, and nothing else.
@@ -9,38 +9,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+import numpy as np
+
 from core import metrics
-from core.dependencies import answered, noted
-from core.errors import RatchetError
-from serving.catalog.coverage import CorpusIds
-from serving.catalog.deletions import DeletionFollower
-from serving.catalog.embedding import Corpus, Embedder, Encode, Pixels
-from serving.catalog.space_fill import SpaceFill
+from core.dependencies import answered
+from serving.catalog.embedding import Embedder, Encode, Pixels
+from serving.catalog.space_fill import CorpusIds, InThread, SpaceCoverage, SpaceFill
 from serving.catalog.tables import Tables
-from serving.catalog.waking import wait_for_wake
 from serving.releases.types import ReleaseSnapshot
+from streams.store.sample_store import SampleStore
 
 log = logging.getLogger("ratchet.catalog")
-IDLE_SECONDS: Final = 0.5
+EXPUNGE_SECONDS: Final = 120.0
+"""After deletions, removed rows are written out after this long, and the versions that have them go after as long
+again: far longer than a search takes."""
+OVERLAP: Final = timedelta(minutes=10)
+"""Deletions are looked for from this long before the last one: clocks of those who delete differ."""
 
 
 class Reconciler:
     """Brings the tables of the resident spaces to the corpus. Use from one event loop."""
 
-    def __init__(self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode, background_calls: int) -> None:
-        """Args:
-        background_calls: most chunks that are embedded at once.
-        """
+    def __init__(self, tables: Tables, corpus: SampleStore, pixels: Pixels, encode: Encode) -> None:
         self.ids = CorpusIds()
         self.fills: dict[str, SpaceFill] = {}
         """The resident spaces."""
         self.live_space = ""
-        self.embedder = Embedder(corpus, pixels, encode, background_calls)
+        self.embedder = Embedder(corpus, pixels, encode)
+        self.woken = asyncio.Event()
+        """Something has changed: the next step is made at once."""
         self.changed = asyncio.Condition()
         """Notified when a space has become complete."""
         self.searchable_seconds: float | None = None
@@ -51,10 +53,9 @@ class Reconciler:
         self._deletions = DeletionFollower(tables, corpus, self.ids, self.in_thread)
         self._version = -1
         self._offsets: dict[str, int] = {}
-        self._wake = asyncio.Event()
         self._reported = (-1, "")
 
-    def reside(self, snapshot: ReleaseSnapshot) -> SpaceFill:
+    def add_space(self, snapshot: ReleaseSnapshot) -> SpaceFill:
         """Hold the snapshot's image space from now on."""
         fill = self.fills.get(snapshot.image_space)
         if fill is None:
@@ -62,25 +63,21 @@ class Reconciler:
             self.fills[snapshot.image_space] = fill
         return fill
 
-    def release(self, space: str) -> None:
+    def remove_space(self, space: str) -> None:
         """Hold a space no more."""
         self.fills.pop(space).cancel()
 
     def reopen(self, space: str) -> None:
-        """Look anew at a table that cannot be read: if it is gone, it is made anew."""
+        """Look again at a table that cannot be read: if it is gone, it is made again."""
         self._tables.forget(space)
         old = self.fills.pop(space, None)
         if old is not None:
             old.cancel()
-            self.reside(ReleaseSnapshot(0, old.clip, space, ""))
-        self.wake()
-
-    def wake(self) -> None:
-        """Something has changed: look at once."""
-        self._wake.set()
+            self.add_space(ReleaseSnapshot(0, old.clip, space, ""))
+        self.woken.set()
 
     def spaces(self) -> dict[str, bool]:
-        """The resident spaces, the live one first, and whether each has (or had) every row."""
+        """The resident spaces, the live one first, and true for each that has (or had) every row."""
         return {fill.space: fill.complete >= 0 for fill in self._ordered()}
 
     def complete(self) -> set[str]:
@@ -91,14 +88,6 @@ class Reconciler:
         """Embed these first for a space."""
         if samples and (fill := self.fills.get(space)) is not None:
             fill.coverage.prefer(self.ids.numbers(samples))
-
-    async def run(self) -> None:
-        """Reconcile for ever. A failure (store away, encoder restarting) is logged and tried again."""
-        try:
-            await self._run()
-        finally:
-            for fill in self.fills.values():
-                fill.cancel()
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call something in the one thread that writes tables."""
@@ -121,14 +110,18 @@ class Reconciler:
         for fill in fills:
             if fill.is_due() and self.fills.get(fill.space) is fill:  # a retired space's table must not come back
                 await self._store(fill)
-        for fill in fills:
-            await self._mark_complete(fill, version)
+        if completed := [fill for fill in fills if fill.is_complete and fill.complete != version]:
+            for fill in completed:
+                fill.complete = version
+            async with self.changed:
+                self.changed.notify_all()
         if worked or self._reported != (version, self.live_space):
             self._report()
             self._reported = (version, self.live_space)
         self.last_error = str(errors[0])[:300] if errors else ""
         if errors:
             raise errors[0]
+        answered(["store"])
         return worked
 
     async def _look(self, version: int) -> None:
@@ -158,13 +151,6 @@ class Reconciler:
         if rows is not None and fill.space == self.live_space and fill.complete >= 0:  # else it is a backfill
             self._record_delays(rows["ingested_at"].to_pylist())
 
-    async def _mark_complete(self, fill: SpaceFill, version: int) -> None:
-        if fill.complete == version or not fill.loaded or not fill.is_idle or fill.coverage.missing:
-            return
-        fill.complete = version
-        async with self.changed:
-            self.changed.notify_all()
-
     def _report(self) -> None:
         status = {fill.space: fill.status() for fill in self.fills.values()}
         live = status.get(self.live_space, {})
@@ -175,22 +161,6 @@ class Reconciler:
             sum(each["rows_per_second"] for each in status.values()),
             None if None in left else max(left, default=0.0),
         )
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                worked = await self.step()
-                answered(["store"])
-            except (RatchetError, OSError, RuntimeError) as error:
-                noted(error)
-                log.warning("reconcile: %s", error)
-                worked = False
-            except Exception:
-                log.exception("reconcile")
-                worked = False
-            if not worked:
-                await wait_for_wake(self._wake, IDLE_SECONDS)
-                self._wake.clear()
 
     def _record_delays(self, ingested: list[datetime | None]) -> None:
         """Samples became searchable under the live release."""
@@ -203,3 +173,86 @@ class Reconciler:
     def _ordered(self) -> list[SpaceFill]:
         """The live space first: what is searched now matters most."""
         return sorted(self.fills.values(), key=lambda fill: fill.space != self.live_space)
+
+
+class DeletionFollower:
+    """Takes out of every table on the disk, resident or not, what was deleted. Use from one event loop."""
+
+    def __init__(self, tables: Tables, corpus: SampleStore, ids: CorpusIds, in_thread: InThread) -> None:
+        self._tables = tables
+        self._corpus = corpus
+        self._ids = ids
+        self._in_thread = in_thread
+        self._count = 0
+        self._until = datetime.min.replace(tzinfo=UTC)
+        self._followed: set[tuple[str, datetime]] = set()
+        self._started = False
+        self._expunge_at = float("inf")
+        self._expunge_left = 0
+
+    async def follow(self, version: int, spaces: Mapping[str, SpaceCoverage]) -> None:
+        """Take out what was deleted since the last call. ``spaces``: those whose rows are known."""
+        if not self._started:
+            await self._take_stock(version)
+            self._started = True
+            return
+        count = (await self._in_thread(self._corpus.tally, version))["deleted"]
+        if count == self._count:
+            return
+        receipts = await self._receipts(version)
+        gone = {sample for sample, _ in receipts - self._followed}
+        again = await self._in_thread(
+            lambda: self._corpus.scan(version, columns=["id"], ids=sorted(gone), having="text")
+        )
+        for space in await self._in_thread(self._tables.spaces):
+            await self._remove(space, gone, spaces.get(space))
+        self._ids.remove(gone)
+        self._ids.add(again["id"].to_pylist())  # deleted, and sent again since: embedded again
+        self._count, self._followed = count, receipts
+        self._until = max([self._until, *(when for _, when in receipts)])
+
+    async def expunge(self) -> bool:
+        """Remove the bytes of deleted rows, once no search reads the versions that have them.
+
+        In two passes: the first rewrites the rows that stay, the second removes the versions from before the first.
+        Returns True when it was time for a pass.
+        """
+        if not self._expunge_left or time.monotonic() < self._expunge_at:
+            return False
+        self._expunge_at = time.monotonic() + EXPUNGE_SECONDS  # also when it fails: the loop goes on meanwhile
+        for space in await self._in_thread(self._tables.spaces):
+            await self._in_thread(self._tables.expunge, space, timedelta(seconds=EXPUNGE_SECONDS / 2))
+        self._expunge_left -= 1
+        return True
+
+    async def _take_stock(self, version: int) -> None:
+        """At the first look: take out what was deleted while no catalog ran, and note what there is to follow."""
+        for space in await self._in_thread(self._tables.spaces):
+            await self._remove(space, await self._in_thread(self._not_in_corpus, space), None)
+            self._expunge_soon()  # a catalog that removed rows may have died before their bytes were gone
+        self._count = (await self._in_thread(self._corpus.tally, version))["deleted"]
+        self._until = datetime.now(UTC)
+        self._followed = await self._receipts(version)
+
+    def _not_in_corpus(self, space: str) -> set[str]:
+        return {sample for batch in self._tables.id_batches(space) for sample in batch if sample not in self._ids}
+
+    async def _receipts(self, version: int) -> set[tuple[str, datetime]]:
+        rows = await self._in_thread(self._corpus.deleted, version, self._until - OVERLAP)
+        return set(zip(rows["id"].to_pylist(), rows["ingested_at"].to_pylist(), strict=True))
+
+    async def _remove(self, space: str, samples: set[str], coverage: SpaceCoverage | None) -> None:
+        numbers = np.empty(0, np.int64)
+        if coverage is not None:
+            numbers = coverage.holding(self._ids.numbers(samples))
+            samples = set(self._ids.names(numbers))
+        if not samples:
+            return
+        await self._in_thread(self._tables.remove, space, samples)
+        if coverage is not None:
+            coverage.drop(numbers)
+        log.info("%d deleted samples left the catalog of %s", len(samples), space)
+        self._expunge_soon()
+
+    def _expunge_soon(self) -> None:
+        self._expunge_at, self._expunge_left = time.monotonic() + EXPUNGE_SECONDS, 2

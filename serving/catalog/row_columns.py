@@ -1,6 +1,10 @@
-"""What hits say of their rows, in memory: arrays by position, and no Python object for a row.
+"""Rows of a catalog table as arrays: digests of ids, unit vectors, and what hits say, by position in an index.
 
-77 bytes a row, and its text. A position is never used twice; that of a removed row stays empty.
+Sample ids are SHA-256 digests in 64 hexadecimal digits; a key is the first 64 bits of one.
+
+>>> digests = digests_of(["00" * 7 + "2a" + "00" * 24])
+>>> digests.shape, keys_of(digests)
+((1, 32), array([42], dtype=uint64))
 """
 
 from __future__ import annotations
@@ -12,9 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from core.errors import StoreError
 from serving.catalog.queries import Filters, Hit
-from serving.catalog.sample_digests import DIGITS, Digests, Keys, digests_of, keys_of
 
+Digests = npt.NDArray[np.uint8]
+"""uint8 [n, 32]."""
+Keys = npt.NDArray[np.uint64]
+"""The first 64 bits of digests: two of a million samples share them with a probability of 3e-8."""
+DIGITS: Final = 64
+Vectors = npt.NDArray[np.float32]
+BATCH_ROWS: Final = 4096
+"""Rows that are read from a table at once."""
 Positions = npt.NDArray[np.int64]
 GROWTH: Final = 1.25
 LEAST_LENGTH: Final = 1024
@@ -28,8 +40,43 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
+def digests_of(ids: list[str] | pa.Array | pa.ChunkedArray) -> Digests:
+    """Digests [n, 32] of ids. Raises StoreError when one is not a digest."""
+    names = ids if isinstance(ids, list) else ids.to_pylist()
+    try:
+        data = bytes.fromhex("".join(names))
+    except (TypeError, ValueError):
+        data = b""
+    if len(data) != len(names) * DIGITS // 2 or any(len(name) != DIGITS for name in names):
+        raise StoreError("an id in the catalog is not a SHA-256 digest.", "Report this.")
+    return np.frombuffer(data, np.uint8).reshape(-1, DIGITS // 2)
+
+
+def keys_of(digests: Digests) -> Keys:
+    """Keys [n] of digests [n, 32]."""
+    return np.ascontiguousarray(digests[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
+
+
+def unit_rows(vectors: Vectors) -> Vectors:
+    """Vectors [n, dim] of unit length; those without a direction become zeros."""
+    vectors = np.asarray(vectors, np.float32)
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return np.ascontiguousarray(np.nan_to_num(unit, posinf=0.0, neginf=0.0), np.float32)
+
+
+def vectors_of(rows: pa.RecordBatch | pa.Table) -> Vectors:
+    """The vectors [n, dim] of some rows."""
+    column = rows.column("vector")
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat, np.float32).reshape(rows.num_rows, -1)
+
+
 class RowColumns:
-    """Digest, domain, source, time and text by position. One writer at a time."""
+    """Digest, domain, source, time and text by position, without a Python object for a row. One writer at a time.
+
+    77 bytes a row, and its text. A position is never used twice; that of a removed row stays empty.
+    """
 
     def __init__(self) -> None:
         self.end = 0
@@ -70,7 +117,7 @@ class RowColumns:
         """The next positions."""
         first, self.end = self.end, self.end + count
         for name in ("_digests", "_live", "_times", "_text_starts", "_text_sizes"):
-            setattr(self, name, _grown(getattr(self, name), self.end))
+            setattr(self, name, grown(getattr(self, name), self.end))
         return np.arange(first, self.end, dtype=np.int64)
 
     def write(self, positions: Positions, rows: pa.RecordBatch | pa.Table) -> None:
@@ -134,7 +181,7 @@ class RowColumns:
         sizes = np.asarray([len(part) for part in parts], np.int64)
         short = sizes <= MOST_TEXT_BYTES
         data = b"".join(part for part, is_short in zip(parts, short, strict=True) if is_short)
-        self._texts = _grown(self._texts, self._text_end + len(data))
+        self._texts = grown(self._texts, self._text_end + len(data))
         self._texts[self._text_end : self._text_end + len(data)] = np.frombuffer(data, np.uint8)
         lengths = np.where(short, sizes, 0)
         self._text_starts[positions] = self._text_end + np.cumsum(lengths) - lengths
@@ -155,7 +202,7 @@ class _Dictionary:
         encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).fill_null("")
         encoded = encoded.dictionary_encode()
         numbers = np.asarray([self._number(value) for value in encoded.dictionary.to_pylist()], np.int32)
-        self._codes = _grown(self._codes, end)
+        self._codes = grown(self._codes, end)
         self._codes[positions] = numbers[encoded.indices.to_numpy(zero_copy_only=False)]
 
     def values(self, positions: list[int]) -> list[str]:
@@ -204,7 +251,7 @@ class _KeyPlaces:
             self._pending.clear()
 
 
-def _grown(array: npt.NDArray[_Scalar], end: int) -> npt.NDArray[_Scalar]:
+def grown(array: npt.NDArray[_Scalar], end: int) -> npt.NDArray[_Scalar]:
     """The array, or a longer copy of it with zeros behind, that has ``end`` entries at least."""
     if end <= len(array):
         return array

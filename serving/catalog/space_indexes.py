@@ -10,7 +10,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection
-from typing import Final
 
 import lance
 import numpy as np
@@ -18,10 +17,9 @@ import pyarrow as pa
 
 from serving.catalog.index_files import COLUMNS, IndexFiles, build_index
 from serving.catalog.memory_index import Effort, MemoryIndex
-from serving.catalog.sample_digests import Keys, digests_of, keys_of, keys_of_ids
+from serving.catalog.row_columns import BATCH_ROWS, Keys, digests_of, keys_of
 
 log = logging.getLogger("ratchet.catalog")
-READ_ROWS: Final = 4096
 
 
 class SpaceIndex:
@@ -29,10 +27,10 @@ class SpaceIndex:
 
     def __init__(self) -> None:
         self.writing = threading.RLock()
-        """Held by who changes the index, or exchanges it. Searches do not take it."""
+        """Held to change the index, or to exchange it. Searches do not take it."""
         self.index: MemoryIndex | None = None
         self.effort: Effort | None = None
-        """How clients search through it; None: exactly."""
+        """Of searches of clients; None: they search exactly."""
         self.built_rows = 0
         """Rows that it was trained for."""
         self.version = -1
@@ -62,7 +60,7 @@ class SpaceIndexes:
             return self._spaces.setdefault(space, SpaceIndex())
 
     def usable(self, space: str) -> tuple[MemoryIndex, Effort] | None:
-        """What clients search with; None: they search exactly."""
+        """The index and effort that clients search with; None: they search exactly."""
         known = self._spaces.get(space)
         if known is None or (index := known.index) is None or (effort := known.effort) is None:
             return None
@@ -73,7 +71,7 @@ class SpaceIndexes:
         return sum(each.index.bytes for each in list(self._spaces.values()) if each.index is not None)
 
     def build(self, space: str, most_bytes: float) -> None:
-        """Make a space's index (anew). Until it is complete, searches and changes go to the old one.
+        """Make a space's index. Until it is complete, searches and changes go to the old one.
 
         Raises:
             IndexTooLarge: it does not fit into so many bytes.
@@ -124,7 +122,7 @@ class SpaceIndexes:
     def remove(self, space: str, ids: Collection[str]) -> None:
         """Rows that were removed from the table. The index that is kept on the disk goes: it holds them."""
         if ids:
-            self._change(space, lambda index: index.remove(keys_of_ids(sorted(ids))))
+            self._change(space, lambda index: index.remove(keys_of(digests_of(sorted(ids)))))
             self._forget_files(space)
 
     def present(self, space: str, ids: Collection[str]) -> set[str] | None:
@@ -137,7 +135,7 @@ class SpaceIndexes:
         with known.writing:
             index = known.index or index
             names = sorted(ids)
-            here = index.contains(keys_of_ids(names))
+            here = index.contains(keys_of(digests_of(names)))
             return {name for name, is_here in zip(names, here.tolist(), strict=True) if is_here}
 
     def forget(self, space: str, files: bool = False) -> None:
@@ -155,7 +153,7 @@ class SpaceIndexes:
             self._files.remove_others(set(spaces))
 
     def _change(self, space: str, change: Callable[[MemoryIndex], object]) -> None:
-        """What the table has already must not fail here: an index that cannot be changed is given up, and made anew."""
+        """What the table has must not fail here: an index that cannot be changed is given up, and made again."""
         known = self._spaces.get(space)
         if known is None:
             return
@@ -164,7 +162,7 @@ class SpaceIndexes:
                 if known.index is not None:
                     change(known.index)
             except Exception:
-                log.exception("the index of image space %s is made anew: it could not be changed", space)
+                log.exception("the index of image space %s is made again: it could not be changed", space)
                 known.index = None
                 self._forget_files(space)
 
@@ -197,10 +195,8 @@ class SpaceIndexes:
             return 0
         files = {each.fragment_id: each for each in dataset.get_fragments()}
         for number, file in files.items():
-            if number not in known.files:
-                keys = _keys(file)
-                if not index.contains(keys).all():
-                    _add(index, file)
+            if number not in known.files and not index.contains(_keys(file)).all():
+                _add(index, file)
         removed = _equalize(index, dataset) if dataset.count_rows() != index.rows else 0
         known.version, known.files = dataset.version, set(files)
         return removed
@@ -226,5 +222,5 @@ def _keys(rows: lance.LanceDataset | lance.LanceFragment) -> Keys:
 
 
 def _add(index: MemoryIndex, rows: lance.LanceDataset | lance.LanceFragment) -> None:
-    for batch in rows.to_batches(columns=COLUMNS, batch_size=READ_ROWS):
+    for batch in rows.to_batches(columns=COLUMNS, batch_size=BATCH_ROWS):
         index.add(batch)

@@ -1,4 +1,4 @@
-"""What is measured on the catalog now and then: its fragments, and drift. Recall is the index maintainer's.
+"""Measurements of the catalog, made now and then: its fragments, and drift. Recall is the index maintainer's.
 
 Everything is read from the table of the live image space. So after a release both windows of the drift are in the new
 space, and after a restart they are the same samples as before.

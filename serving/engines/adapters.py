@@ -65,7 +65,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter directory holds, after the checks that need no model."""
+    """The content of an adapter directory, after the checks that need no model."""
 
     name: str
     family: str
@@ -100,7 +100,7 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     plain["peft_type"] = "LORA"
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(plain[key] or {}, dict):
-            raise AdapterError(f"The adapter's configuration: {key} is no object.", AGAIN)
+            raise AdapterError(f"The adapter's configuration: {key} is not an object.", AGAIN)
     targets = plain["target_modules"]
     if isinstance(targets, list | tuple | set):
         plain["target_modules"] = sorted(map(str, targets))
@@ -161,7 +161,7 @@ def write_adapter(
         try:
             work.rename(target)
         except OSError:
-            # Somebody else was faster: fine if it is the same adapter.
+            # Another process was faster: fine if it is the same adapter.
             if not target.exists() or adapter_name(target) != name:
                 raise
     finally:
@@ -198,6 +198,17 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
     return AdapterFiles(name, family, base_digest, canonical_config(config), tensors, str(about.get("base", "")), heads)
 
 
+def read_adapter_of(base: ClipBase | VlmBase, name: str, directory: Path | str) -> AdapterFiles:
+    """The adapter in a directory, when it is ``name``, undamaged, and of this base. Raises :class:`AdapterError`."""
+    files = read_adapter(directory)
+    if files.name != name:
+        raise AdapterError(
+            f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
+        )
+    files.check_base(base)
+    return files
+
+
 def check_dim(files: AdapterFiles, dim: int) -> None:
     """Raise :class:`AdapterError` when a head is of vectors of another size than the base's."""
     for name, head in files.heads.items():
@@ -210,7 +221,7 @@ _SAVE = "Save it as float32, float16 or bfloat16."
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are. In one pass that writes nothing: ``isfinite`` makes a tensor of truth values."""
+    """True when all values are. In one pass that writes nothing: ``isfinite`` makes a tensor of truth values."""
     return tensor.numel() == 0 or all(math.isfinite(float(bound)) for bound in torch.aminmax(tensor))
 
 
@@ -221,9 +232,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it is larger than 1 MiB")
         value = json.loads(path.read_text(), parse_constant=_no_number)
         if not isinstance(value, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except FileNotFoundError as error:
-        raise AdapterError(f"{path.parent} is no adapter directory: {path.name} is missing.", AGAIN) from error
+        raise AdapterError(f"{path.parent} is not an adapter directory: {path.name} is missing.", AGAIN) from error
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}.", AGAIN) from error
     return value
@@ -238,16 +249,16 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         others = [p.name for p in path.parent.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
         hint = f" (there is {others[0]}: pickle files are never read)" if others else ""
         raise AdapterError(
-            f"{path.parent} is no adapter directory: {path.name} is missing{hint}.",
+            f"{path.parent} is not an adapter directory: {path.name} is missing{hint}.",
             "Save the adapter with safe_serialization=True." if others else AGAIN,
         )
     if path.stat().st_size > MAX_BYTES:
-        raise AdapterError(f"{path} is larger than {MAX_BYTES >> 30} GiB.", "That is no LoRA adapter.")
+        raise AdapterError(f"{path} is larger than {MAX_BYTES >> 30} GiB.", "That is not a LoRA adapter.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no iterator
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is no safetensors file, or was cut short: {error}.", AGAIN) from error
+        raise AdapterError(f"{path} is not a safetensors file, or was cut short: {error}.", AGAIN) from error
     if not tensors:
         raise AdapterError(f"{path} holds no tensors.", AGAIN)
     return tensors

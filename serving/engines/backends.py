@@ -1,25 +1,34 @@
-"""What runs the two towers of a CLIP: the interface, and the names that settings have for it.
+"""The interface of what runs the two towers of a CLIP, its names in the settings, and this machine's precisions.
 
 A backend belongs to one base in one process. It makes towers for the base and for each adapter, and shares between them
-what the library allows. :mod:`torch_backend` and :mod:`onnx_backend` implement it; :mod:`engine_choice` says which.
+what the library allows. :mod:`torch_backend` and :mod:`onnx_backend` implement it; :mod:`engine_choice` takes one, by a
+measurement: flags of a processor say what may be worth a try, and no more.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 EngineName = Literal["torch", "onnx"]
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
+AMPERE = (8, 0)
+"""Compute capability from which NVIDIA's tensor cores take bfloat16; float16 from 7.0."""
+VOLTA = (7, 0)
+GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")
+"""What a replica runs before it serves an adapter, and engines are compared on, with :func:`golden_pixels`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +43,11 @@ class EngineChoice:
 
 
 FLOAT32 = EngineChoice()
-"""What every base runs with, and what others are compared to."""
+"""Every base runs with it, and others are compared to it."""
 
 
 class Towers(Protocol):
     """The towers of a base or of an adapter on it, ready to run. Safe to call from several threads."""
-
-    @property
-    def bytes(self) -> int:
-        """Memory of their own: what they do not share with the base's."""
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The float32 module that runs; None where something else does."""
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """``float32 [n, dim]`` of ``uint8 [n, size, size, 3]``, as the tower gives it: not of unit length."""
@@ -63,3 +64,70 @@ class Backend(Protocol):
 
     def towers(self, changed: Mapping[str, Any]) -> Towers:
         """Towers in which these weights (from :meth:`convert`, by parameter name) replace the base's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """Flags that decide which precisions are worth a try."""
+
+    name: str
+    amx: bool = False
+    avx512_bf16: bool = False
+    cuda: tuple[int, int] | None = None
+    """Compute capability of the first GPU."""
+
+    @property
+    def half(self) -> Precision | None:
+        """The half precision that this processor has instructions for."""
+        if self.cuda is not None:
+            return "bfloat16" if self.cuda >= AMPERE else "float16" if self.cuda >= VOLTA else None
+        return "bfloat16" if self.amx or self.avx512_bf16 else None
+
+    @property
+    def multiplies_bfloat16_fast(self) -> bool:
+        """True when it has units for products of matrices: tensor cores, or AMX. AVX512-BF16 alone may be slower than
+        float32, which only a measurement tells."""
+        return self.half == "bfloat16" and (self.cuda is not None or self.amx)
+
+
+@cache
+def processor(device: str = "cpu") -> Processor:
+    """The processor that ``device`` (``cpu``, ``cuda``) names."""
+    if device == "cuda" and torch.cuda.is_available():
+        return Processor(torch.cuda.get_device_name(), cuda=torch.cuda.get_device_capability())
+    return Processor(_cpu_name(), _supports("_is_amx_tile_supported"), _supports("_is_avx512_bf16_supported"))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def _supports(check: str) -> bool:
+    function: Any = getattr(torch.cpu, check, None)
+    try:
+        return bool(function is not None and function())
+    except RuntimeError:  # of a build for another architecture
+        return False
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def golden_pixels(size: int) -> np.ndarray:
+    """``uint8 [4, size, size, 3]``: gradients and stripes made by integer arithmetic, the same everywhere."""
+    i, y, x, c = np.ogrid[1:5, 0:size, 0:size, 0:3]
+    pattern: np.ndarray = (x * 37 * i + y * 11 * (5 - i) + c * 83 + (x * y // 3) * i) % 256
+    return pattern.astype(np.uint8)

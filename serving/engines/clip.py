@@ -24,19 +24,15 @@ from torch import nn
 from core.errors import AdapterError
 from core.priority import breathe
 from core.settings import Settings
-from serving.engines.adapters import AdapterFiles, check_dim, read_adapter
-from serving.engines.backends import FLOAT32, EngineChoice, Towers
-from serving.engines.clip_base import ClipBase, load_base
-from serving.engines.conv_layout import ROWS
-from serving.engines.cuda_graphs import SIZES
+from serving.engines.adapters import AdapterFiles, check_dim, read_adapter_of
+from serving.engines.backends import FLOAT32, GOLDEN_TEXTS, EngineChoice, Towers, golden_pixels, usable_cores
+from serving.engines.clip_base import ClipBase, Spaces, load_base
 from serving.engines.engine_choice import choose_engine, make_backend
-from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.heads import Head
+from serving.engines.layers import ROWS, shell_of
 from serving.engines.lora import effective_weights, merge
-from serving.engines.processor import usable_cores
-from serving.engines.shared_weights import shell_of
-from serving.engines.spaces import Spaces
 from serving.engines.tokens import pad_rows
+from serving.engines.torch_backend import SIZES
 from serving.engines.towers import GPU_BUCKET, TextWidths
 
 WARM_LENGTHS = (8, 16, 24)
@@ -99,7 +95,7 @@ class ClipEngine:
         return cls(base, None, threads, choose_engine(base, settings.serve, settings.home, _device(None)))
 
     def load(self, name: str, directory: Path | str) -> Spaces:
-        """Make an adapter resident beside what is served and return its spaces; twice is once.
+        """Make an adapter resident next to what is served and return its spaces; twice is once.
 
         Raises :class:`AdapterError` when the directory is damaged, has another name, or fits another base.
         """
@@ -107,12 +103,7 @@ class ClipEngine:
             there = self._residents.get(name)
             if there is not None:
                 return there.spaces
-            files = read_adapter(directory)
-            if files.name != name:
-                raise AdapterError(
-                    f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
-                )
-            files.check_base(self.base)
+            files = read_adapter_of(self.base, name, directory)
             check_dim(files, self.base.dim)
             digests, converted = {}, {}
             for changed in merge(files, self._model):
@@ -138,11 +129,6 @@ class ClipEngine:
         return tuple(sorted(self._residents))
 
     @property
-    def resident_bytes(self) -> int:
-        """Memory that the resident adapters need beside the base."""
-        return sum(resident.towers.bytes for resident in self._residents.values())
-
-    @property
     def logit_scale(self) -> float:
         """Factor from cosine to logit (already exponentiated)."""
         return float(torch.as_tensor(self._model.logit_scale).detach().exp().reshape(-1)[0])
@@ -158,10 +144,8 @@ class ClipEngine:
 
     def model(self, adapter: str | None = None) -> nn.Module:
         """The effective model in float32 and eval mode. For reading: its tensors are shared with other adapters."""
-        resident = self._get(adapter)
-        if resident.towers.model is not None:
-            return resident.towers.model
-        return shell_of(self._model, self._changed(resident))
+        files = self._get(adapter).files
+        return shell_of(self._model, {} if files is None else effective_weights(files, self._model))
 
     def encode_images(self, pixels: np.ndarray, adapter: str | None = None) -> np.ndarray:
         """``float32 [n, dim]`` of unit length from ``uint8 [n, size, size, 3]`` (see ``Preprocess.pixels``)."""
@@ -182,7 +166,7 @@ class ClipEngine:
         Raises :class:`AdapterError` when a vector is not finite or has no length.
         """
         resident = self._get(adapter)
-        # One at a time: what is loaded beside requests gives way between its parts.
+        # One at a time: what is loaded while requests come gives way between its parts.
         images = _stack(self._raw_images(resident, image[None]) for image in golden_pixels(self.base.preprocess.size))
         texts = _stack(self._raw_texts(resident, [row]) for row in self.tokenizer.rows(list(GOLDEN_TEXTS)))
         for tower, raw in (("image", images), ("text", texts)):
@@ -220,9 +204,6 @@ class ClipEngine:
             towers.images(np.zeros((count, size, size, 3), np.uint8))
             for width in sorted({self.widths.width(length) for length in WARM_LENGTHS}):
                 towers.texts(torch.zeros(count, width, dtype=torch.long))
-
-    def _changed(self, resident: _Resident) -> Mapping[str, torch.Tensor]:
-        return {} if resident.files is None else effective_weights(resident.files, self._model)
 
     def _raw_images(self, resident: _Resident, pixels: np.ndarray) -> np.ndarray:
         self.base.preprocess.check(pixels)

@@ -19,14 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safetensors import SafetensorError
 
-from core.digests import digest12, digest_json
+from core.digests import digest12, digest_json, digest_tensor
 from core.errors import BaseModelError
 from serving.engines.preprocess import Preprocess
-from serving.engines.spaces import Spaces, make_spaces, tensor_digests, tower_of
 from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:  # most processes read only descriptions, and torch takes two seconds to import
@@ -37,7 +36,30 @@ WEIGHTS = "model.safetensors"
 DESCRIPTION = "base.json"
 TEXT_FILES = "text"
 """Folder of the tokenizer's and the text tower's Hugging Face files inside a base directory."""
+Tower = Literal["image", "text"]
+_OUTSIDE = ("logit_scale", "logit_bias")
+"""Parameters that scale logits: they change no vector."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """The two embedding spaces of a base or of an adapter on it: what makes two vectors comparable, as 12 hex digits.
+
+    An image space is the digest of the image tower's weights (buffers included), of what an adapter changes them by,
+    the preprocessing and the dimension; a text space that of everything else that makes a text vector. An adapter that
+    leaves one tower alone leaves that tower's space alone, and then nothing of the catalog has to be embedded again.
+    """
+
+    image: str
+    text: str
+
+
+def tower_of(name: str) -> Tower | None:
+    """The tower that owns a tensor or module of an open_clip model; None for logit scale and bias."""
+    if name in _OUTSIDE:
+        return None
+    return "image" if name.split(".", 1)[0] == "visual" else "text"
 
 
 @dataclass(frozen=True)
@@ -73,14 +95,14 @@ class ClipBase:
 
     def spaces_with(self, changed: Mapping[str, str]) -> Spaces:
         """Embedding spaces when these weights (by name) are changed by what has these digests."""
-        return make_spaces(
-            self.tensors,
-            self.preprocess.to_json(),
-            self.tokenizer_digest,
-            self.context_length,
-            self.dim,
-            changed,
-        )
+        digests = self.tensors | {name: digest_json([self.tensors[name], how]) for name, how in changed.items()}
+
+        def tower(which: Tower, how: Mapping[str, object]) -> str:
+            weights = {name: digest for name, digest in digests.items() if tower_of(name) == which}
+            return digest12(digest_json({"weights": weights, "how": how, "dim": self.dim}))
+
+        text = {"tokenizer": self.tokenizer_digest, "context_length": self.context_length}
+        return Spaces(tower("image", self.preprocess.to_json()), tower("text", text))
 
     def build_model(self) -> nn.Module:
         """The model in ``eval`` mode, float32, no gradients; weights are memory-mapped from the directory.
@@ -89,7 +111,7 @@ class ClipBase:
         """
         from safetensors.torch import load_file
 
-        from serving.engines.undrawn import Undrawn
+        from serving.engines.layers import SkipInit
 
         path = self.directory / WEIGHTS
         if not path.is_file() or path.stat().st_size != self.weights_bytes:
@@ -98,7 +120,7 @@ class ClipBase:
                 f"Base {self.name!r}: {path} {state}, expected {self.weights_bytes}.",
                 "Remove the directory and run `ratchet base build` (or `ratchet base add`) again.",
             )
-        with Undrawn():
+        with SkipInit():
             model = construct(self.model_cfg, self.directory)
         try:
             model.load_state_dict(load_file(path), strict=True, assign=True)
@@ -112,18 +134,6 @@ class ClipBase:
     def tokenizer(self) -> Tokenizer:
         """``list[str]`` -> ``int64 [n, at most context_length]``, trimmed to the longest text where the tower can."""
         return make_tokenizer(self.tokenizer_cfg, self.directory, self.context_length)
-
-    def verify(self) -> None:
-        """Hash every tensor on disk again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
-        from safetensors.torch import load_file
-
-        digests = tensor_digests(load_file(self.directory / WEIGHTS).items())
-        wrong = sorted(name for name in digests.keys() | self.tensors if digests.get(name) != self.tensors.get(name))
-        if wrong:
-            raise BaseModelError(
-                f"Base {self.name!r}: {len(wrong)} tensors differ from their recorded digest, first {wrong[0]!r}.",
-                "The file is damaged or was edited: remove the directory and register the base again.",
-            )
 
 
 def base_directory(home: Path | str, name: str) -> Path:
@@ -150,21 +160,10 @@ def load_base(home: Path | str, name: str) -> ClipBase:
             raise BaseModelError(f"Base {name!r} is not a CLIP.", "Set base.clip to a CLIP (`ratchet base list`).")
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']} is not {FORMAT}")
-        return ClipBase(
-            name=name,
-            directory=directory,
-            digest=value["digest"],
-            model_cfg=value["model_cfg"],
-            preprocess=Preprocess.from_json(value["preprocess"]),
-            context_length=value["context_length"],
-            dim=value["dim"],
-            lora_targets=value["lora_targets"],
-            tokenizer_cfg=value["tokenizer_cfg"],
-            tokenizer_digest=value["tokenizer_digest"],
-            tensors=value["tensors"],
-            weights_bytes=value["weights_bytes"],
-            about=value["about"],
-        )
+        plain = ("digest", "model_cfg", "context_length", "dim", "lora_targets", "tokenizer_cfg", "tokenizer_digest",
+                 "tensors", "weights_bytes", "about")  # fmt: skip
+        fields = {name: value[name] for name in plain}
+        return ClipBase(name=name, directory=directory, preprocess=Preprocess.from_json(value["preprocess"]), **fields)
     except (ValueError, KeyError, TypeError) as error:
         raise BaseModelError(
             f"{path} cannot be read: {error!r}.", "Remove the directory and register the base again."
@@ -173,8 +172,45 @@ def load_base(home: Path | str, name: str) -> ClipBase:
 
 def list_bases(home: Path | str, family: str | None = None) -> list[str]:
     """Names of the registered bases, of one family or of all."""
-    bases = {path.parent.name: _described(path.parent) for path in (Path(home) / "bases").glob(f"*/{DESCRIPTION}")}
-    return sorted(name for name, about in bases.items() if family in (None, about.get("family", "clip")))
+    described = _all_described(home)
+    return sorted(name for name, about in described.items() if family in (None, about.get("family", "clip")))
+
+
+def names_by_digest(home: Path | str) -> dict[str, str]:
+    """Digest to name of every registered base, CLIP and VLM; one whose description cannot be read is left out."""
+    return {str(about["digest"]): name for name, about in sorted(_all_described(home).items()) if "digest" in about}
+
+
+def base_of(home: Path, digest: str) -> ClipBase | None:
+    """The registered CLIP base with a digest, if there is one here. The ledger names bases by their digests."""
+    name = names_by_digest(home).get(digest)
+    return load_base(home, name) if name in list_bases(home, "clip") else None
+
+
+def digest_of(home: Path, name: str) -> str | None:
+    """The digest of a registered CLIP base; None where there is none of that name."""
+    return load_base(home, name).digest if name in list_bases(home, "clip") else None
+
+
+def shown(home: Path, digest: str) -> str:
+    """A base for people: its name, where it is registered here, and 12 digits of its digest."""
+    name = names_by_digest(home).get(digest)
+    return digest12(digest) if name is None else f"{name!r} ({digest12(digest)})"
+
+
+def need_base(home: Path, digest: str, name: str) -> ClipBase:
+    """The base with a digest. ``name``: what it was registered as. Raises BaseModelError."""
+    base = base_of(home, digest)
+    if base is None:
+        raise BaseModelError(
+            f"base {name!r} ({digest12(digest)}) is not registered in {home} any more.",
+            f"Register it again: `ratchet base add {name} ...`, or `ratchet base pull {name}`.",
+        )
+    return base
+
+
+def _all_described(home: Path | str) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: _described(path.parent) for path in (Path(home) / "bases").glob(f"*/{DESCRIPTION}")}
 
 
 def save_base(
@@ -190,7 +226,7 @@ def save_base(
     about: dict[str, Any] | None = None,
     replace: bool = False,
 ) -> ClipBase:
-    """Register a model as base ``name``: everything is written beside and moved into place in one step.
+    """Register a model as base ``name``: everything is written to a work folder and moved into place in one step.
 
     ``text_files`` is a folder of Hugging Face files to carry along (as ``text/``). A base of the same content
     is left as it is; another content under the same name is an error unless ``replace``.
@@ -222,7 +258,7 @@ def save_base(
             "tokenizer_digest": tokenizer_digest(tokenizer_cfg, work),
             "context_length": int(text_cfg.get("context_length", 77)),
             "dim": int(model_cfg["embed_dim"]),
-            "tensors": tensor_digests(state.items()),
+            "tensors": {key: digest_tensor(key, value) for key, value in state.items()},
         }
         digest = digest_json(described)
         described |= {
@@ -243,7 +279,7 @@ def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> Non
     """Rename a finished base into place. Raises :class:`BaseModelError` when other content has its name."""
     work.chmod(0o755)
     for _ in range(10):  # another process may register, or replace, the same name in between
-        there = _digest_in(target)
+        there = str(_described(target).get("digest", ""))
         if there == digest:
             return
         if target.exists():
@@ -252,7 +288,7 @@ def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> Non
                     f"Base {target.name!r} exists with other content ({digest12(there)}, not {digest12(digest)}).",
                     "Register under another name: adapters of the old one belong to its content.",
                 )
-            # Renamed away before it goes: nobody sees half a base, and mapped weights stay mapped.
+            # Renamed away before it goes: no one sees half a base, and mapped weights stay mapped.
             old = target.with_name(f"{work.name}-old")
             with contextlib.suppress(FileNotFoundError):
                 target.rename(old)
@@ -261,10 +297,6 @@ def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> Non
             work.rename(target)
             return
     raise BaseModelError(f"{target} cannot be written.", "Check the permissions of its folder.")
-
-
-def _digest_in(directory: Path) -> str:
-    return str(_described(directory).get("digest", ""))
 
 
 def _described(directory: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Which engine and precision a base runs with: what the settings say, and where they say ``auto``, what is measured.
+"""The engine and precision that a base runs with: what the settings say, and where they say ``auto``, what is measured.
 
-Flags of a processor are no measurement: one with AVX512-BF16 and without AMX may multiply bfloat16 slower than float32.
+Flags of a processor do not tell: one with AVX512-BF16 and without AMX may multiply bfloat16 slower than float32.
 Candidates run the same images and texts in turns; one that is clearly faster than torch in float32, and whose vectors
 stay within noise of it, is taken. The result is kept in ``home/engines`` by base, processor and versions, so that the
 gate and every encoder of a machine take the same. A small base is not measured: torch runs it in float32.
@@ -26,12 +26,18 @@ import torch
 from core.digests import digest12, digest_json
 from core.files import replace_file
 from core.settings.serving import Serve
-from serving.engines.backends import FLOAT32, Backend, EngineChoice, EngineName, Precision, Towers
-from serving.engines.clip_base import ClipBase
-from serving.engines.conv_layout import ROWS
-from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
-from serving.engines.processor import processor
-from serving.engines.spaces import Tower
+from serving.engines.backends import (
+    FLOAT32,
+    GOLDEN_TEXTS,
+    Backend,
+    EngineChoice,
+    EngineName,
+    Precision,
+    Towers,
+    golden_pixels,
+    processor,
+)
+from serving.engines.clip_base import ClipBase, Tower
 from serving.engines.tokens import pad_rows
 from serving.engines.towers import TextWidths
 
@@ -45,7 +51,7 @@ MIN_GAIN: Final = 1.1
 SMALL_BYTES = 200_000_000
 """Weights of a base below which there is little to gain: a pass is some milliseconds, of which products are a part."""
 WORKLOADS: Final[Sequence[tuple[Tower, int]]] = (("image", 8), ("text", 16), ("image", 1), ("text", 1))
-"""What is measured: items of a full batch, and of a request alone."""
+"""Measured are items of a full batch, and of a request alone."""
 ROUNDS: Final = 3
 
 
@@ -66,13 +72,20 @@ class Measurement:
         return WORKLOADS[workload][1] / self.seconds[workload]
 
     def speed_over(self, other: Measurement) -> float:
-        """How many times as fast as another one: the geometric mean over the workloads."""
+        """Speed as a multiple of another one's: the geometric mean over the workloads."""
         return float(np.exp(np.mean(np.log(other.seconds) - np.log(self.seconds))))
 
     @property
     def usable(self) -> bool:
-        """Whether it runs, and its vectors are within noise of float32's."""
+        """True when it runs, and its vectors are within noise of float32's."""
         return not self.error and self.cosine >= MIN_COSINE
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if self.error:
+            return f"{self.choice}: {self.error}"
+        rates = ", ".join(f"{self.rate(n):.1f} {kind}s/s by {count}" for n, (kind, count) in enumerate(WORKLOADS))
+        return f"{self.choice}: {rates}, cosine to float32 {self.cosine:.5f}"
 
 
 def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device) -> EngineChoice:
@@ -80,22 +93,28 @@ def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device
     candidates = possible(base, serve, device)
     if len(candidates) == 1:
         return candidates[0]
-    path = home / "engines" / f"{base.digest[:12]}.json"
-    key = _machine(candidates, device)
+    path = home / "engines" / f"{base.digest[:12]}-{_machine(candidates, device)}.json"
     with _locked(path):
-        known: dict[str, Any] = _read(path)
-        if key in known:
-            return EngineChoice(known[key]["engine"], known[key]["precision"])
-        measurements = measure(base, candidates, device)
+        try:
+            known = json.loads(path.read_text())
+            return EngineChoice(known["engine"], known["precision"])
+        except (OSError, ValueError, KeyError, TypeError):
+            measurements = measure(base, candidates, device)
         choice = best_of(measurements)
-        log.info("%s runs with %s: %s", base.name, choice, "; ".join(map(describe, measurements)))
-        known[key] = asdict(choice) | {"measured": [asdict(row) for row in measurements]}
-        _write(path, known)
+        log.info("%s runs with %s: %s", base.name, choice, "; ".join(map(str, measurements)))
+        found = asdict(choice) | {"measured": [asdict(row) for row in measurements]}
+        try:
+            replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the next process measures again", path, error)
     return choice
 
 
 def possible(base: ClipBase, serve: Serve, device: torch.device) -> list[EngineChoice]:
-    """What the settings leave open, the default first. On a GPU an engine ``auto`` is torch: TensorRT takes minutes."""
+    """The choices that the settings leave open, the default first.
+
+    On a GPU an engine ``auto`` is torch: TensorRT takes minutes.
+    """
     small = base.weights_bytes < SMALL_BYTES
     names, precisions = _installed(), _precisions(device)
     if serve.engine != "auto":
@@ -144,7 +163,8 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
     width = TextWidths.prove(model, tokenizer, base.context_length).width(max(map(len, rows)))
     ids = pad_rows(rows, width, tokenizer.pad_id)
     pixels = golden_pixels(base.preprocess.size)
-    inputs = [_repeated(pixels if kind == "image" else ids, count) for kind, count in WORKLOADS]
+    golden: dict[Tower, Any] = {"image": pixels, "text": ids}
+    inputs = [golden[kind][np.arange(count) % len(golden[kind])] for kind, count in WORKLOADS]
     plain = make_backend(FLOAT32, base, model, torch.device("cpu")).towers({})
     reference = _vectors(plain, pixels, ids)
     towers: dict[EngineChoice, Towers] = {}
@@ -181,21 +201,7 @@ def make_backend(choice: EngineChoice, base: ClipBase, model: Any, device: torch
     return TorchBackend(moved, base.preprocess, device, choice.precision)
 
 
-def describe(row: Measurement) -> str:
-    """One line for people."""
-    if row.error:
-        return f"{row.choice}: {row.error}"
-    rates = ", ".join(f"{row.rate(n):.1f} {kind}s/s by {count}" for n, (kind, count) in enumerate(WORKLOADS))
-    return f"{row.choice}: {rates}, cosine to float32 {row.cosine:.5f}"
-
-
-def _repeated(items: Any, count: int) -> Any:
-    """So many of the items, over and over."""
-    return items[np.arange(count) % len(items)]
-
-
 def _vectors(towers: Towers, pixels: np.ndarray, ids: torch.Tensor) -> np.ndarray:
-    assert len(ids) <= ROWS
     return np.concatenate([towers.images(pixels), towers.texts(ids)])
 
 
@@ -212,17 +218,14 @@ def _seconds(towers: Towers, kind: Tower, items: Any) -> float:
 
 
 def _machine(candidates: Sequence[EngineChoice], device: torch.device) -> str:
-    """What a measurement holds for."""
-    return digest12(
-        digest_json(
-            {
-                "processor": asdict(processor(device.type)),
-                "candidates": [str(choice) for choice in candidates],
-                "threads": torch.get_num_threads(),
-                "versions": {name: _version(name) for name in ("torch", "onnxruntime", "onnxruntime-ep-openvino")},
-            }
-        )
-    )
+    """12 digits of all that a measurement holds for."""
+    about = {
+        "processor": asdict(processor(device.type)),
+        "candidates": [str(choice) for choice in candidates],
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "onnxruntime", "onnxruntime-ep-openvino")},
+    }
+    return digest12(digest_json(about))
 
 
 def _version(package: str) -> str:
@@ -244,18 +247,3 @@ def _locked(path: Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    try:
-        replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
-    except OSError as error:
-        log.warning("%s cannot be written (%s): the next process measures again", path, error)

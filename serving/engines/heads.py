@@ -33,7 +33,7 @@ LEVEL = "/"
 """Between the levels of a label that is a path, as ``animal/bird/crane``."""
 MAX_CLASSES = 10_000
 _ARRAYS = ("means", "precision", "center")
-_AGAIN = "Fetch the adapter again, or train it anew."
+_AGAIN = "Fetch the adapter again, or train it again."
 
 Floats = npt.NDArray[np.float64]
 
@@ -88,7 +88,7 @@ class Head:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is not an array."""
+        """All that is not an array."""
         return {
             "labels": list(self.labels),
             "scale": self.scale,
@@ -158,7 +158,7 @@ def _head(name: str, about: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[
     dim = means.shape[-1]
     wanted = {"means": (len(labels), dim), "precision": (dim, dim), "center": (dim,)}
     if not re.fullmatch(HEAD_NAME, name):
-        raise ValueError(f"{name[:70]!r} is no name of a head")
+        raise ValueError(f"{name[:70]!r} is not a name of a head")
     if not 2 <= len(labels) <= MAX_CLASSES or len(set(labels)) < len(labels) or len(counts) != len(labels):
         raise ValueError(f"head {name} has {len(labels)} labels, some of them twice or none")
     for a, shape in wanted.items():

@@ -1,6 +1,6 @@
-"""What an adapter changes of a model: low rank added to weights, and weights that it replaces as a whole.
+"""The changes of a model by an adapter: low rank added to weights, and weights that it replaces as a whole.
 
-Names and shapes come from a file of somebody else's: whatever does not fit raises :class:`core.errors.AdapterError`.
+Names and shapes come from a file from outside: whatever does not fit raises :class:`core.errors.AdapterError`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tens
             continue
         match = _KEY.fullmatch(key)
         if match is None:
-            raise AdapterError(f"Adapter {files.name}: {key!r} is no LoRA tensor.", "Save it with PEFT's LoRA.")
+            raise AdapterError(f"Adapter {files.name}: {key!r} is not a LoRA tensor.", "Save it with PEFT's LoRA.")
         if tensor.dim() < 2:
             raise AdapterError(f"Adapter {files.name}: {key} has the shape {list(tensor.shape)}, no matrix.", AGAIN)
         sides.setdefault(match["module"], {})[match["side"]] = tensor
@@ -74,24 +74,12 @@ class ChangedWeight:
     name: str
     weight: torch.Tensor
     digest: str
-    """Of what it is made from beside the base. The weight itself is not the same everywhere: the last bits of a product
-    depend on the processor."""
-
-
-def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the adapter adds: names of the parameters that it touches, and ``s B A`` in the shape of each, float32, the
-    caller's to change. One at a time: together they are as large as the model.
-
-    Targets are Linear, convolutions without groups, and MultiheadAttention (``in_proj_weight`` and, through PEFT's
-    wrapper, ``out_proj.weight``). Raises :class:`AdapterError` when names or shapes do not fit the model.
-    """
-    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
-    for layer in _layers(files, model):
-        yield layer.parameter, layer.delta()
+    """Of what it is made from besides the base. The weight itself is not the same everywhere: the last bits of a
+    product depend on the processor."""
 
 
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What :func:`merge` yields, all at once, by name."""
+    """All that :func:`merge` yields, by name."""
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     return {changed.name: changed.weight for changed in merge(files, model)}
 
@@ -100,8 +88,10 @@ def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
     """``W + s B A`` of each parameter that really differs from the model's. One at a time: what is done with it at once
     finds it in the processor's cache.
 
-    W is the model's own, or the one that the adapter replaces it with.
-    Raises :class:`AdapterError` also when the sum overflows, or when a whole weight does not fit the model.
+    W is the model's own, or the one that the adapter replaces it with. Targets are Linear, convolutions without groups,
+    and MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``).
+
+    Raises :class:`AdapterError` when names or shapes do not fit the model, or the sum overflows.
     """
     parameters = dict(model.named_parameters())
     whole = whole_weights(files)
@@ -203,7 +193,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = _by_pattern(config["alpha_pattern"] or {}, owner, config["lora_alpha"])
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
         raise AdapterError(
-            f"The adapter's configuration has the alpha {str(alpha)[:40]} for {module}, which is no finite number.",
+            f"The adapter's configuration has the alpha {str(alpha)[:40]} for {module}, which is not a finite number.",
             AGAIN,
         )
     return alpha / rank**0.5 if config["use_rslora"] else alpha / rank
@@ -218,7 +208,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not _PLAIN.fullmatch(name):
             raise AdapterError(
-                f"The adapter's configuration selects layers by {key!r}, which is no plain name.",
+                f"The adapter's configuration selects layers by {key!r}, which is not a plain name.",
                 "Write rank_pattern and alpha_pattern with module names.",
             )
         if module == name or (not key.startswith("^") and module.endswith(f".{name}")):

@@ -1,14 +1,22 @@
 """Towers run by ONNX Runtime: OpenVINO's plugin or the default provider on a CPU, TensorRT or CUDA on a GPU.
 
-A session holds a compiled copy of its weights, whatever it was given: adapters share the graph and the base's float32
-tensors, not what was compiled from them. A tower that has no ONNX form is run by torch in float32.
+A tower's graph is exported once for a base, without its weights, and kept in its home. Weights keep the names of the
+model's parameters and are given to each session, so that a session of an adapter differs in the values that it is
+given, and in nothing else. A session holds a compiled copy of them: adapters share the graph and the base's float32
+tensors, not what was compiled from them.
+
+The exporter merges weights of equal value and folds constants; it is given random weights, which are never equal, and
+folds nothing. A graph that then lacks a weight of its tower (a batch norm that was folded into its convolution) cannot
+serve adapters. A tower that has no ONNX form is run by torch in float32.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -17,23 +25,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn import functional
 
 from core.errors import ConfigError
-from serving.engines.backends import Precision
-from serving.engines.clip_base import ClipBase
-from serving.engines.conv_layout import ROWS
-from serving.engines.onnx_export import INPUT, exported
-from serving.engines.spaces import Tower, tower_of
+from core.files import replacing
+from serving.engines.backends import Precision, Towers
+from serving.engines.clip_base import ClipBase, Tower, construct, tower_of
+from serving.engines.layers import ROWS, SkipInit, attend, is_self_attention
+from serving.engines.preprocess import Preprocess
 from serving.engines.torch_backend import TorchBackend
+from serving.engines.towers import encode_image, encode_text
 
 log = logging.getLogger("ratchet.engine")
 
 PLUGIN: Final = "OpenVINOPluginExecutionProvider"
 """Name under which OpenVINO's library is registered; devices call it OpenVINOExecutionProvider."""
 HINTS: Final[dict[Precision, str]] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-BYTES: Final[dict[Precision, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 WARNING_LEVEL: Final = 3
 """Errors only: the runtime warns of every initializer that it was given."""
+OPSET: Final = 17
+FORMAT: Final = 2
+"""Of the file; another one is exported again."""
+INPUT: Final[dict[Tower, str]] = {"image": "pixels", "text": "ids"}
+WEIGHTS_FILE: Final = "weights"
+"""Where the graph says that its weights are. There is no such file: sessions are given them."""
+_one_at_a_time = threading.Lock()
 
 
 class OnnxBackend:
@@ -42,14 +58,13 @@ class OnnxBackend:
     def __init__(self, base: ClipBase, model: nn.Module, device: torch.device, precision: Precision) -> None:
         """``model``: the base in float32 on the CPU. Raises ConfigError when the runtime or a provider is missing."""
         self.base = base
-        self.precision = precision
-        self.providers = Providers(device, precision, torch.get_num_threads())
-        self._weights = {
-            name: tensor.detach() for name, tensor in model.state_dict().items() if tensor.is_floating_point()
-        }
+        self._precision, self._threads = precision, torch.get_num_threads()
+        self._providers, self._device = _providers(device, precision)
         folder = base.directory.parent.parent / "engines"
         self._graphs: dict[Tower, Path] = {}
-        for tower in ("image", "text"):
+        self._weights: dict[Tower, dict[str, torch.Tensor]] = {}
+        for tower in INPUT:
+            self._weights[tower] = _weights_of(model, tower)
             try:
                 self._graphs[tower] = exported(base, tower, folder)
             except ConfigError as error:
@@ -65,26 +80,32 @@ class OnnxBackend:
 
     def towers(self, changed: Mapping[str, Any]) -> OnnxTowers:
         """See :meth:`Backend.towers`. Compiles a tower that the adapter changes (seconds), and shares the other one."""
-        sessions, size = dict(self._base_sessions), 0
+        sessions = dict(self._base_sessions)
         for tower in self._graphs:
             own = {name: tensor for name, tensor in changed.items() if tower_of(name) == tower}
             if own:
                 sessions[tower] = self._session(tower, own)
-                count = sum(tensor.numel() for name, tensor in self._weights.items() if tower_of(name) == tower)
-                size += count * BYTES[self.precision]
-        return OnnxTowers(self, self._torch, changed, sessions, size)
+        rest = None
+        if len(sessions) < len(INPUT):
+            rest = self._torch.towers({name: own for name, own in changed.items() if tower_of(name) not in sessions})
+        return OnnxTowers(self.base.preprocess, sessions, rest)
 
     def _session(self, tower: Tower, changed: Mapping[str, torch.Tensor]) -> Any:
         import onnxruntime as ort
 
-        options = self.providers.options()
-        weights = {name: tensor for name, tensor in self._weights.items() if tower_of(name) == tower} | dict(changed)
+        options = ort.SessionOptions()
+        options.log_severity_level = WARNING_LEVEL
+        options.intra_op_num_threads = self._threads
+        if self._device is not None:
+            hints = {"INFERENCE_PRECISION_HINT": HINTS[self._precision], "INFERENCE_NUM_THREADS": self._threads}
+            options.add_provider_for_devices([self._device], {"load_config": json.dumps({"CPU": hints})})
+        weights = self._weights[tower] | dict(changed)
         arrays = {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in weights.items()}
         options.add_external_initializers(
             [f"model.{name}" for name in arrays],
             [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()],
         )
-        session = ort.InferenceSession(str(self._graphs[tower]), options, providers=self.providers.names)
+        session = ort.InferenceSession(str(self._graphs[tower]), options, providers=self._providers)
         size = self.base.preprocess.size
         blank = np.zeros((1, 3, size, size), np.float32) if tower == "image" else np.zeros((1, 8), np.int64)
         session.run(None, {INPUT[tower]: blank})
@@ -94,31 +115,17 @@ class OnnxBackend:
 class OnnxTowers:
     """Implements :class:`serving.engines.backends.Towers`."""
 
-    def __init__(
-        self,
-        backend: OnnxBackend,
-        fallback: TorchBackend,
-        changed: Mapping[str, Any],
-        sessions: Mapping[Tower, Any],
-        size: int,
-    ) -> None:
-        self._preprocess = backend.base.preprocess
+    def __init__(self, preprocess: Preprocess, sessions: Mapping[Tower, Any], rest: Towers | None) -> None:
+        """``rest``: the tower that has no session."""
+        self._preprocess = preprocess
         self._sessions = sessions
-        missing = {name: weight for name, weight in changed.items() if tower_of(name) not in sessions}
-        self._fallback = fallback.towers(missing) if len(sessions) < len(INPUT) else None
-        self.bytes = size + (self._fallback.bytes if self._fallback is not None else 0)
-
-    @property
-    def model(self) -> None:
-        """See :class:`Towers`."""
-        return None
+        self._rest = rest
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """See :class:`Towers`."""
-        session = self._sessions.get("image")
-        if session is None:
-            assert self._fallback is not None
-            return self._fallback.images(pixels)
+        if (session := self._sessions.get("image")) is None:
+            assert self._rest is not None
+            return self._rest.images(pixels)
         parts = [
             session.run(None, {INPUT["image"]: self._preprocess.normalise(pixels[start : start + ROWS]).numpy()})[0]
             for start in range(0, len(pixels), ROWS)
@@ -127,56 +134,35 @@ class OnnxTowers:
 
     def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
         """See :class:`Towers`."""
-        session = self._sessions.get("text")
-        if session is None:
-            assert self._fallback is not None
-            return self._fallback.texts(ids)
+        if (session := self._sessions.get("text")) is None:
+            assert self._rest is not None
+            return self._rest.texts(ids)
         vectors: npt.NDArray[np.float32] = session.run(None, {INPUT["text"]: ids.numpy()})[0]
         return vectors
 
 
-class Providers:
-    """What executes the graphs on a device at a precision."""
+def _providers(device: torch.device, precision: Precision) -> tuple[list[Any] | None, Any]:
+    """The providers that execute graphs on a device at a precision, or OpenVINO's device in place of them.
 
-    def __init__(self, device: torch.device, precision: Precision, threads: int) -> None:
-        """Raises ConfigError when ONNX Runtime is not installed, or nothing of it computes at this precision here."""
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise ConfigError(
-                "serve.engine is onnx, and ONNX Runtime is not installed.",
-                "Install ratchet-server[onnx] (CPU) or ratchet-server[onnx-gpu], or set serve.engine to torch.",
-            ) from error
-        self.threads = threads
-        self.names: list[Any] | None = None
-        self._load_config = ""
-        self._device: Any = None
-        if device.type == "cuda":
-            self.names = _gpu_providers(ort, precision)
-            return
-        self._device = _openvino_device(ort)
-        if self._device is not None:
-            cpu = {"INFERENCE_PRECISION_HINT": HINTS[precision], "INFERENCE_NUM_THREADS": threads}
-            self._load_config = json.dumps({"CPU": cpu})
-        elif precision == "float32":
-            self.names = ["CPUExecutionProvider"]
-        else:
-            raise ConfigError(
-                f"On a CPU ONNX Runtime computes in {precision} with OpenVINO's plugin only, which is not installed or "
-                "does not know this processor.",
-                "Install ratchet-server[onnx], or set serve.precision to float32.",
-            )
-
-    def options(self) -> Any:
-        """Options of a new session."""
+    Raises ConfigError when ONNX Runtime is not installed, or nothing of it computes at this precision here.
+    """
+    try:
         import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = WARNING_LEVEL
-        options.intra_op_num_threads = self.threads
-        if self._device is not None:
-            options.add_provider_for_devices([self._device], {"load_config": self._load_config})
-        return options
+    except ImportError as error:
+        raise ConfigError(
+            "serve.engine is onnx, and ONNX Runtime is not installed.",
+            "Install ratchet-server[onnx] (CPU) or ratchet-server[onnx-gpu], or set serve.engine to torch.",
+        ) from error
+    if device.type == "cuda":
+        return _gpu_providers(ort, precision), None
+    openvino = _openvino_device(ort)
+    if openvino is None and precision != "float32":
+        raise ConfigError(
+            f"On a CPU ONNX Runtime computes in {precision} with OpenVINO's plugin only, which is not installed or "
+            "does not know this processor.",
+            "Install ratchet-server[onnx], or set serve.precision to float32.",
+        )
+    return ["CPUExecutionProvider"] if openvino is None else None, openvino
 
 
 def _openvino_device(ort: Any) -> Any:
@@ -210,3 +196,119 @@ def _gpu_providers(ort: Any, precision: Precision) -> list[Any]:
         f"ONNX Runtime has no provider for {precision} on this GPU ({', '.join(available)}).",
         "Install TensorRT, or set serve.engine to torch.",
     )
+
+
+class _Traced(nn.Module):
+    """One tower of a model."""
+
+    def __init__(self, model: nn.Module, encode: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.encode = encode
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.encode(self.model, inputs)
+
+
+class _TracedAttention(nn.Module):
+    """Self-attention with the weights of an ``nn.MultiheadAttention``, whose trace would hold the example's length."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = attention.out_proj
+        self.num_heads = attention.num_heads
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, *_: torch.Tensor, attn_mask: torch.Tensor | None = None, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        parts = functional.linear(key, self.in_proj_weight, self.in_proj_bias)
+        own = parts if query is key else functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attend(own, parts, self.num_heads, attn_mask)), None
+
+
+def _traceable(owner: nn.Module) -> None:
+    for name, module in list(owner.named_children()):
+        if isinstance(module, nn.MultiheadAttention) and is_self_attention(owner, module):
+            setattr(owner, name, _TracedAttention(module))
+        else:
+            _traceable(module)
+
+
+def exported(base: ClipBase, tower: Tower, folder: Path) -> Path:
+    """The graph of a tower in ``folder``, exported if it is not there (seconds).
+
+    Raises ConfigError when the tower cannot be exported so that adapters can be served, or when onnx is not installed.
+    """
+    path = folder / f"{base.digest[:12]}-{tower}-{FORMAT}-torch{torch.__version__.split('+')[0]}.onnx"
+    with _one_at_a_time:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _export(base, tower, path)
+    return path
+
+
+def _export(base: ClipBase, tower: Tower, path: Path) -> None:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ConfigError(
+            "serve.engine is onnx, and the package onnx is not installed.",
+            "Install ratchet-server[onnx], or set torch.",
+        ) from error
+    with SkipInit():
+        model = construct(base.model_cfg, base.directory).eval().requires_grad_(False)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    _traceable(model)
+    size = base.preprocess.size
+    example = torch.rand(2, 3, size, size) if tower == "image" else torch.randint(1, 100, (2, base.context_length))
+    axes = {0: "n"} if tower == "image" else {0: "n", 1: "width"}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no ONNX
+    try:
+        with replacing(path) as work, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing warns of every shape that is read
+            torch.onnx.export(
+                _Traced(model, encode_image if tower == "image" else encode_text), (example,), str(work), dynamo=False,
+                opset_version=OPSET, input_names=[INPUT[tower]], output_names=["vectors"], do_constant_folding=False,
+                dynamic_axes={INPUT[tower]: axes, "vectors": {0: "n"}},
+            )  # fmt: skip
+            proto = onnx.load(str(work))
+            _strip(proto, _weights_of(model, tower), onnx)
+            onnx.save(proto, str(work))
+    except ConfigError:
+        raise
+    except Exception as error:  # of an exporter that meets what it does not know, anything
+        raise ConfigError(
+            f"The {tower} tower of {base.name!r} has no ONNX form: {type(error).__name__}: {str(error)[:200]}.",
+            "Set serve.engine to torch.",
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _weights_of(model: nn.Module, tower: Tower) -> dict[str, torch.Tensor]:
+    """A tower's floating-point tensors."""
+    state = model.state_dict().items()
+    return {name: tensor.detach() for name, tensor in state if tower_of(name) == tower and tensor.is_floating_point()}
+
+
+def _strip(proto: Any, names: Mapping[str, Any], onnx: Any) -> None:
+    """Take the weights out of a graph, which have the names of the model."""
+    missing = {f"model.{name}" for name in names}
+    for initializer in proto.graph.initializer:
+        if initializer.name not in missing:
+            continue
+        missing.discard(initializer.name)
+        initializer.ClearField("raw_data")
+        initializer.ClearField("float_data")
+        initializer.data_location = onnx.TensorProto.EXTERNAL
+        del initializer.external_data[:]
+        initializer.external_data.add(key="location", value=WEIGHTS_FILE)
+    if missing:
+        raise ConfigError(
+            f"Exported to ONNX, the tower loses {len(missing)} weights, first {sorted(missing)[0]}.",
+            "Set serve.engine to torch.",
+        )

@@ -1,4 +1,4 @@
-"""What happens to an image between decoding and the image tower.
+"""Preprocessing: from a decoded image to the input of the image tower.
 
 Resizing ends in ``uint8`` so that decoded images are small to pass between processes (a quarter of float32),
 and is the same PIL resize that open_clip does: of a decoded image the result equals open_clip's own transform bit by
@@ -86,7 +86,7 @@ class Preprocess:
 
         The gate, the trainer, the catalog and the server all give encoded images, so that they see the same pixels.
 
-        Raises :class:`core.errors.RecordError` when it is no acceptable image.
+        Raises :class:`core.errors.RecordError` when it is not an acceptable image.
         """
         if isinstance(image, bytes):
             image = open_accepted(image)

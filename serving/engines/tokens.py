@@ -6,29 +6,42 @@ A tokenizer of a base is described by a small dict in ``base.json``:
     {"kind": "hf", "directory": "text", "trim": true, "mode": null, "kwargs": {}}
                                                          Hugging Face files inside the base directory
 
-Texts are cleaned first, by open_clip's functions (:data:`CLEAN`), without importing open_clip.
+Texts are cleaned first, by open_clip's functions (:data:`CLEAN`). Neither open_clip nor torch is imported: together
+they take seven seconds of a core, and the ingress, which makes the ids, needs nothing else of them.
 """
 
 from __future__ import annotations
 
+import gzip
+import heapq
 import html
 import importlib.util
 import json
 import string
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import ftfy
+import regex
 
 from core.digests import digest_bytes, digest_json
+from core.errors import BaseModelError
 
 if TYPE_CHECKING:
     import torch
 
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
+CACHED_WORDS: Final = 1 << 15
+CACHED_LENGTH: Final = 64
+"""Characters of the longest word that is cached: with :data:`CACHED_WORDS`, the cache stays below about 20 MiB."""
+END: Final = "</w>"
+MERGES: Final = 49152 - 256 - 2
+"""Of the vocabulary's file, the lines that OpenAI's models were trained with."""
+WORDS: Final = r"""|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def whitespace(text: str) -> str:
@@ -53,21 +66,28 @@ CLEAN: Final[Mapping[str, Callable[[str], str]]] = {
 """By open_clip's names."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Texts to token ids. Safe to call from several threads."""
 
-    def __call__(self, texts: list[str], /) -> torch.Tensor:
-        """``int64 [n, at most context_length]`` of n texts, padded."""
+    context_length: int
+    trim: bool = False
+    """Batches are as wide as their longest text, and not as the context."""
+    pad_id: int = 0
+    """The id that follows a row that is shorter than others of its batch."""
 
-    def rows(self, texts: list[str], /) -> list[list[int]]:
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """``int64 [n, at most context_length]`` of n texts, padded."""
+        rows = self.rows(texts)
+        width = max((len(row) for row in rows), default=1) if self.trim else self.context_length
+        return pad_rows(rows, width, self.pad_id)
+
+    @abstractmethod
+    def rows(self, texts: list[str]) -> list[list[int]]:
         """Ids that the model reads of each text: start and end included, cut to the context, without padding."""
 
-    def cuts(self, text: str, row: Sequence[int], /) -> bool:
-        """Whether ``row``, which :meth:`rows` made of the text, lacks a part of it."""
-
-    @property
-    def pad_id(self) -> int:
-        """What follows a row that is shorter than others of its batch."""
+    @abstractmethod
+    def cuts(self, text: str, row: Sequence[int]) -> bool:
+        """True when ``row``, which :meth:`rows` made of the text, lacks a part of it."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> torch.Tensor:
@@ -84,7 +104,10 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
     """The tokenizer that ``config`` describes; it reads only files of the base directory and of open_clip."""
     kwargs = dict(config.get("kwargs") or {})
     if config["kind"] == "simple":
-        return _simple(context_length, json.dumps(kwargs, sort_keys=True))
+        clean = kwargs.pop("clean", "lower")
+        if kwargs:
+            raise BaseModelError(f"The tokenizer's options {sorted(kwargs)} are not served.", "Use another model.")
+        return _simple(context_length, clean)
     files = directory / config["directory"]
     if (files / "tokenizer.json").is_file() and not config.get("mode") and set(kwargs) <= {"clean"}:
         return _Fast(files / "tokenizer.json", context_length, bool(config.get("trim")), **kwargs)
@@ -92,15 +115,13 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
 
 
 @cache
-def _simple(context_length: int, kwargs: str) -> Tokenizer:
+def _simple(context_length: int, clean: str) -> Tokenizer:
     """Read once: its vocabulary takes 0.1 s, and one update asks for it several times."""
-    from serving.engines.simple_tokenizer import BoundedTokenizer
-
-    return BoundedTokenizer(vocabulary(), context_length, **json.loads(kwargs))
+    return BoundedTokenizer(vocabulary(), context_length, clean)
 
 
 def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
-    """What the ids depend on: the description and the bytes of the vocabulary files. 64 hex digits."""
+    """64 hex digits of all that ids depend on: the description and the bytes of the vocabulary files."""
     if config["kind"] == "simple":
         return digest_bytes(digest_json(config).encode(), vocabulary().read_bytes())
     files = sorted(p for p in (directory / config["directory"]).iterdir() if p.is_file())
@@ -115,10 +136,114 @@ def vocabulary() -> Path:
     return Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
 
 
-class _Fast:
+class BoundedTokenizer(Tokenizer):
+    """CLIP's byte-pair encoding in bounded time and memory; the ids are those of open_clip's ``SimpleTokenizer``.
+
+    open_clip rebuilds a word for each merge, which is quadratic in its length, encodes what is cut off afterwards, and
+    keeps every word that it ever saw. Here the merges of a word come from a heap, a text is encoded only as far as its
+    context goes, and the cache is bounded. Safe to call from several threads.
+
+    >>> BoundedTokenizer(vocabulary(), context_length=8).rows(["a cat"])
+    [[49406, 320, 2368, 49407]]
+    """
+
+    def __init__(self, vocabulary: Path, context_length: int, clean: str = "lower") -> None:
+        """``vocabulary``: open_clip's file of merges; ``clean``: of :data:`CLEAN`."""
+        self.context_length = context_length
+        lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
+        merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
+        special = ("<start_of_text>", "<end_of_text>")
+        self._bytes = byte_characters()
+        characters = list(self._bytes.values())
+        symbols = [*characters, *(each + END for each in characters), *map("".join, merges), *special]
+        self.encoder = {symbol: number for number, symbol in enumerate(symbols)}
+        self.bpe_ranks = {(pair[0], pair[1]): rank for rank, pair in enumerate(merges)}
+        self._special = frozenset(special)
+        self._pattern = regex.compile("|".join(special) + WORDS, regex.IGNORECASE)
+        self._start, self._end = (self.encoder[token] for token in special)
+        self._clean = CLEAN[clean]
+        self._cached = lru_cache(maxsize=CACHED_WORDS)(self._merged)
+
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        """See :meth:`Tokenizer.rows`."""
+        room = self.context_length - 2
+        return [[self._start, *self._ids(text, room), self._end] for text in texts]
+
+    def cuts(self, text: str, row: Sequence[int]) -> bool:
+        """See :meth:`Tokenizer.cuts`."""
+        room = self.context_length - 2
+        return len(row) >= self.context_length and len(self._ids(text, room + 1)) > room
+
+    def bpe(self, token: str) -> str:
+        """The parts of a byte-encoded word, separated by spaces; the last one ends in ``</w>``."""
+        if token in self._special:
+            return token
+        return self._cached(token) if len(token) <= CACHED_LENGTH else self._merged(token)
+
+    def _merged(self, token: str) -> str:
+        return " ".join(merge((*token[:-1], token[-1] + END), self.bpe_ranks))
+
+    def _ids(self, text: str, room: int) -> list[int]:
+        ids: list[int] = []
+        for match in self._pattern.finditer(self._clean(text)):
+            word = "".join(self._bytes[byte] for byte in match.group().encode("utf-8"))
+            ids.extend(self.encoder[part] for part in self.bpe(word).split(" "))
+            if len(ids) >= room:
+                break
+        return ids[:room]
+
+
+def byte_characters() -> dict[int, str]:
+    """A printable character for each byte: the byte's own where it has one, else one beyond Latin-1 (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
+
+
+def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Byte-pair merges (Sennrich et al. 2016): the pair of lowest rank is merged wherever it occurs, from left to
+    right, until no pair has a rank. O(n log n).
+
+    Each round takes all places of one rank before it looks at the pairs that their merges made, as in the reference.
+    """
+    parts: list[str] = list(symbols)
+    count = len(parts)
+    following = [*range(1, count), -1]
+    previous = list(range(-1, count - 1))
+    heap = [
+        (rank, left) for left in range(count - 1) if (rank := ranks.get((parts[left], parts[left + 1]))) is not None
+    ]
+    heapq.heapify(heap)
+
+    def rank_at(left: int) -> int | None:
+        right = following[left]
+        return ranks.get((parts[left], parts[right])) if right >= 0 and parts[left] else None
+
+    while heap:
+        lowest = heap[0][0]
+        merged: list[int] = []
+        while heap and heap[0][0] == lowest:
+            _, left = heapq.heappop(heap)
+            if rank_at(left) != lowest:  # one of the two is part of another merge by now
+                continue
+            right = following[left]
+            parts[left] += parts[right]
+            parts[right] = ""
+            following[left] = following[right]
+            if following[right] >= 0:
+                previous[following[right]] = left
+            merged.append(left)
+        for left in merged:
+            for place in (previous[left], left):
+                if place >= 0 and (rank := rank_at(place)) is not None:
+                    heapq.heappush(heap, (rank, place))
+    return [part for part in parts if part]
+
+
+class _Fast(Tokenizer):
     """A ``tokenizer.json`` without transformers around it: 10 times faster, and free of its shared state.
 
-    transformers sets truncation and padding anew on each call, which fails with "Already borrowed" under threads.
+    transformers sets truncation and padding again on each call, which fails with "Already borrowed" under threads.
     """
 
     def __init__(self, file: Path, context_length: int, trim: bool, clean: str = "whitespace") -> None:
@@ -129,43 +254,28 @@ class _Fast:
         self.pad_id = int(padding["pad_id"]) if padding else _pad_id(file, self.inner)
         self.inner.no_padding()
         self.inner.enable_truncation(context_length)
-        self.width = context_length
+        self.context_length = context_length
         self.trim = trim
         self.clean = CLEAN[clean]
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        ids = self.rows(texts)
-        width = max((len(row) for row in ids), default=1) if self.trim else self.width
-        return pad_rows(ids, width, self.pad_id)
 
     def rows(self, texts: list[str]) -> list[list[int]]:
         return [self.inner.encode(self.clean(text)).ids for text in texts]
 
     def cuts(self, text: str, row: Sequence[int]) -> bool:
-        return len(row) >= self.width and bool(self.inner.encode(self.clean(text)).overflowing)
+        return len(row) >= self.context_length and bool(self.inner.encode(self.clean(text)).overflowing)
 
 
-class _Slow:
+class _Slow(Tokenizer):
     """open_clip's HFTokenizer, for tokenizers with options of their own. One call at a time."""
 
     def __init__(self, files: Path, context_length: int, trim: bool, mode: str | None, kwargs: dict[str, Any]) -> None:
         from open_clip.tokenizer import HFTokenizer
 
         self.inner = HFTokenizer(str(files), context_length=context_length, tokenizer_mode=mode, **kwargs)
+        self.context_length = context_length
         self.trim = trim and not mode
+        self.pad_id = int(self.inner.tokenizer.pad_token_id or 0)
         self.lock = threading.Lock()
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        with self.lock:
-            ids: torch.Tensor = self.inner(texts)
-        if not self.trim:
-            return ids
-        used = (ids != self.inner.tokenizer.pad_token_id).any(dim=0).nonzero()
-        return ids[:, : int(used.max()) + 1 if len(used) else 1]
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.inner.tokenizer.pad_token_id or 0)
 
     def rows(self, texts: list[str]) -> list[list[int]]:
         """Cut to length before anything is padded: the id of the padding may be one that texts have, too.
@@ -178,22 +288,20 @@ class _Slow:
             return padded
         cleaned = [self.inner.clean_fn(text) for text in texts]
         with self.lock:
-            ids = self.inner.tokenizer(cleaned, max_length=self.inner.context_length, truncation=True)["input_ids"]
+            ids = self.inner.tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
         stripped = self.inner.tokenizer.sep_token_id if self.inner.strip_sep_token else None
         return [[0 if token == stripped else token for token in row] for row in ids]
 
     def cuts(self, text: str, row: Sequence[int]) -> bool:
-        if len(row) < self.inner.context_length:
+        if len(row) < self.context_length:
             return False
         with self.lock:
             whole = self.inner.tokenizer(self.inner.clean_fn(text), truncation=False)["input_ids"]
-        return bool(len(whole) > self.inner.context_length)
+        return len(whole) > self.context_length
 
 
 def _pad_id(file: Path, inner: Any) -> int:
-    """The id of the pad token that ``tokenizer_config.json`` names beside ``tokenizer.json``."""
-    import json
-
+    """The id of the pad token that ``tokenizer_config.json`` names next to ``tokenizer.json``."""
     config = file.with_name("tokenizer_config.json")
     token: Any = json.loads(config.read_text())["pad_token"] if config.is_file() else "[PAD]"
     if isinstance(token, dict):

@@ -2,15 +2,17 @@
 
 The float32 model stays memory-mapped from the base's file; adapters are merged into it. Each weight of the base is
 converted once, and adapters share what they do not change. On a CPU linear layers are packed for oneDNN
-(:mod:`packed_linear`); a convolutional image tower stays float32 there, since its layers gain nothing. On a GPU batches
-have fixed sizes, run from CUDA graphs (:mod:`cuda_graphs`).
+(:mod:`layers`); a convolutional image tower stays float32 there, since its layers gain nothing. On a GPU batches have
+fixed sizes, run from CUDA graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +20,27 @@ import torch
 from torch import nn
 
 from serving.engines.backends import DTYPES, Precision
-from serving.engines.conv_layout import images_per_pass, is_convolutional, set_conv_layout
-from serving.engines.cuda_graphs import GraphedTower
-from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, is_self_attention, pack
+from serving.engines.layers import (
+    PackedAttention,
+    PackedLinear,
+    can_pack,
+    images_per_pass,
+    is_convolutional,
+    is_self_attention,
+    pack,
+    set_conv_layout,
+    shell_of,
+)
 from serving.engines.preprocess import Preprocess
-from serving.engines.shared_weights import private_bytes, shell_of
 from serving.engines.towers import encode_image, encode_text
 
+SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
+"""Rows of a batch on a GPU, up to :data:`~serving.engines.layers.ROWS`."""
+WARM_UP: Final = 3
+"""Calls before a capture: libraries choose kernels and reserve memory in them, which a graph cannot hold."""
+SLOTS: Final = 2
+"""Staging buffers of a shape: one is filled while the other is read."""
+Forward = Callable[[torch.Tensor], torch.Tensor]
 Form = Literal["same", "plain", "packed"]
 """As it is; in another precision; in oneDNN's layout, too."""
 Converted = dict[Form, torch.Tensor]
@@ -44,8 +60,8 @@ class TorchBackend:
         self.precision = precision
         visual = model.get_submodule("visual")
         self.channels_last = set_conv_layout(visual) or device.type == "cuda"
-        self.images_per_pass = images_per_pass(visual, device)
         wanted, cpu = DTYPES[precision], device.type == "cpu"
+        self.images_per_pass = images_per_pass(visual, device)
         self.image_dtype = torch.float32 if cpu and is_convolutional(visual) else wanted
         self._packs = cpu and can_pack(wanted)
         self._model = model
@@ -53,11 +69,6 @@ class TorchBackend:
         self._weights = ConvertedWeights(wanted, device) if self._packs or precision != "float32" else None
         if self._weights is not None:
             self._convert(shell_of(model, {}), self._weights)
-
-    @property
-    def keeps_model(self) -> bool:
-        """Whether towers run the float32 model as it is."""
-        return self._weights is None
 
     def convert(self, name: str, weight: torch.Tensor) -> Converted:
         """See :meth:`Backend.convert`."""
@@ -72,7 +83,7 @@ class TorchBackend:
         if self._weights is not None:
             own = {self._parameters[name]: forms for name, forms in changed.items() if name not in same}
             self._convert(shell, self._weights.replaced(own))
-        return TorchTowers(self, shell, sum(private_bytes(forms.values()) for forms in changed.values()))
+        return TorchTowers(self, shell)
 
     def _convert(self, shell: nn.Module, weights: ConvertedWeights) -> None:
         """Replace what a shell shares with the base by tensors of the wanted precision and layout."""
@@ -85,18 +96,12 @@ class TorchBackend:
 class TorchTowers:
     """Implements :class:`serving.engines.backends.Towers`."""
 
-    def __init__(self, backend: TorchBackend, module: nn.Module, own_bytes: int) -> None:
+    def __init__(self, backend: TorchBackend, module: nn.Module) -> None:
         self._backend = backend
         self._passes = passes = _Passes(backend, module)
-        self.bytes = own_bytes
         cuda = backend.device.type == "cuda"
         self._images: Any = GraphedTower(passes.images, backend.device) if cuda else passes.images
         self._texts: Any = GraphedTower(passes.texts, backend.device) if cuda else passes.texts
-
-    @property
-    def model(self) -> nn.Module | None:
-        """See :class:`Towers`."""
-        return self._passes.module if self._backend.keeps_model else None
 
     @torch.inference_mode()
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -134,6 +139,80 @@ class _Passes:
         return encode_text(self.module, ids.to(self._backend.device)).float()
 
 
+class GraphedTower:
+    """``[n, dim]`` of ``[n, ...]`` in host memory, n up to the largest size. Safe to call from several threads.
+
+    A CLIP tower at a small batch is hundreds of kernels of a few microseconds: launching them one by one from Python
+    costs more than running them. A CUDA graph launches them all at once, but has one shape and one place for its
+    inputs. So batches are padded to the next size, and each shape is captured once.
+    """
+
+    def __init__(self, forward: Forward, device: torch.device) -> None:
+        self._forward = forward
+        self._device = device
+        self._steps: dict[tuple[int, ...], CudaStep] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Outputs on the device, in memory of their own."""
+        count = len(batch)
+        shape = (next(size for size in SIZES if size >= count), *batch.shape[1:])
+        with self._lock:
+            step = self._steps.get(shape)
+            if step is None:
+                example = torch.zeros(shape, dtype=batch.dtype, device=self._device)
+                step = self._steps[shape] = CudaStep(self._forward, example)
+            return step.run(batch)[:count].clone()
+
+
+class CudaStep:
+    """A captured graph with its inputs, which go through pinned memory on a stream of their own, so that the copy of
+    one batch runs during the computation of the one before.
+    """
+
+    def __init__(self, forward: Forward, example: torch.Tensor) -> None:
+        self._inputs = example
+        cuda: Any = torch.cuda
+        self._copies = cuda.Stream()
+        side = cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                forward(example)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph: Any = torch.cuda.CUDAGraph()
+        # Of this thread only: an adapter is prepared while another thread serves.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = forward(example)
+        self._slots = deque(_Slot(example) for _ in range(SLOTS))
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        """Outputs ``[size, dim]`` of at most ``size`` rows in host memory; to be copied before the next run."""
+        self._slots.rotate()
+        slot = self._slots[0]
+        slot.read.synchronize()
+        slot.pinned[: len(batch)].copy_(batch)
+        with torch.cuda.stream(self._copies):
+            slot.staged.copy_(slot.pinned, non_blocking=True)
+            slot.filled.record(self._copies)
+        stream = torch.cuda.current_stream()
+        stream.wait_event(slot.filled)
+        self._inputs.copy_(slot.staged)
+        slot.read.record(stream)
+        self._graph.replay()
+        return self._outputs
+
+
+class _Slot:
+    """Pinned host memory, device memory, and the events at which they are filled and read."""
+
+    def __init__(self, example: torch.Tensor) -> None:
+        self.pinned = torch.zeros(example.shape, dtype=example.dtype, pin_memory=True)
+        self.staged = torch.zeros_like(example)
+        cuda: Any = torch.cuda
+        self.filled, self.read = cuda.Event(), cuda.Event()
+
+
 class ConvertedWeights:
     """The base's tensors in another precision, each converted once for each form that is asked for."""
 
@@ -142,13 +221,12 @@ class ConvertedWeights:
         self.device = device
         self._converted: dict[torch.Tensor, Converted] = {}
 
-    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Same layout. Integers keep their type."""
-        return self._once(tensor, "plain")
-
-    def packed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """oneDNN's layout of a matrix."""
-        return self._once(tensor, "packed")
+    def take(self, tensor: torch.Tensor, form: Form = "plain") -> torch.Tensor:
+        """A tensor in a form. Integers keep their type."""
+        forms = self._converted.setdefault(tensor, {})
+        if form not in forms:
+            forms[form] = self._convert(tensor, form)
+        return forms[form]
 
     def convert_like(self, tensor: torch.Tensor, other: torch.Tensor) -> Converted:
         """Another tensor in the forms that were asked for of this one."""
@@ -159,12 +237,6 @@ class ConvertedWeights:
         weights = ConvertedWeights(self.dtype, self.device)
         weights._converted = self._converted | dict(converted)
         return weights
-
-    def _once(self, tensor: torch.Tensor, form: Form) -> torch.Tensor:
-        forms = self._converted.setdefault(tensor, {})
-        if form not in forms:
-            forms[form] = self._convert(tensor, form)
-        return forms[form]
 
     def _convert(self, tensor: torch.Tensor, form: Form) -> torch.Tensor:
         plain = tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
@@ -192,16 +264,16 @@ def _convert(owner: nn.Module, weights: ConvertedWeights, packs: bool) -> None:
 def _convert_own(module: nn.Module, weights: ConvertedWeights) -> None:
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            module._parameters[name] = nn.Parameter(weights.plain(parameter), requires_grad=False)
+            module._parameters[name] = nn.Parameter(weights.take(parameter), requires_grad=False)
     for name, buffer in module._buffers.items():
         if buffer is not None:
-            module._buffers[name] = weights.plain(buffer)
+            module._buffers[name] = weights.take(buffer)
 
 
 def _packed(
     weight: torch.Tensor, bias: torch.Tensor | None, weights: ConvertedWeights, gelu: nn.GELU | None = None
 ) -> PackedLinear:
-    return PackedLinear(weights.packed(weight), None if bias is None else weights.plain(bias), gelu)
+    return PackedLinear(weights.take(weight, "packed"), None if bias is None else weights.take(bias), gelu)
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -79,11 +79,11 @@ def _plain_tower(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class TextWidths:
-    """How wide the ids of a batch must be."""
+    """The widths of the ids of a batch."""
 
     context_length: int
     trims: bool
-    """Whether shorter ids give the vectors of full length."""
+    """True when shorter ids give the vectors of full length."""
     bucket: int = 1
     """Widths are multiples of so many tokens."""
 
@@ -151,7 +151,7 @@ def _pools_class_token(visual: nn.Module) -> bool:
 
 
 def _has_plain_last_block(transformer: Any) -> bool:
-    """Whether a transformer ends with open_clip's own block of self-attention, rows first."""
+    """True when a transformer ends with open_clip's own block of self-attention, rows first."""
     from open_clip.transformer import ResidualAttentionBlock
 
     blocks = getattr(transformer, "resblocks", None)

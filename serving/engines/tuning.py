@@ -9,8 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Final
@@ -20,13 +20,10 @@ import torch
 
 from core.child_process import end_with_parent
 from core.errors import ConfigError
-from core.waiting import wait_until
-from serving.engines.backends import EngineChoice
+from serving.engines.backends import EngineChoice, golden_pixels, usable_cores
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.engine_choice import Measurement, all_choices, best_of, measure
-from serving.engines.golden_inputs import golden_pixels
-from serving.engines.processor import usable_cores
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 ENOUGH: Final = 0.95
@@ -35,10 +32,9 @@ WORTH: Final = 1.15
 """Gain for which another process with a copy of the adapters is worth its memory."""
 MAX_REPLICAS: Final = 8
 MEASURE_SECONDS: float = 3.0
-"""How long encoders are measured side by side; a batch size takes a third of it."""
+"""Time in which encoders are measured side by side; a batch size takes a third of it."""
 START_SECONDS: Final = 600.0
-"""Longest wait for an encoder process to load the base, on a machine that is busy with other things. One that ends is
-not waited for."""
+"""Longest wait of an encoder process for the others to load the base, on a machine that is busy with other things."""
 Report = Callable[[str], None]
 Objection = Callable[[EngineChoice], str]
 
@@ -54,7 +50,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured, and what follows from it."""
+    """Measurements, and what follows from them."""
 
     engines: list[Measurement]
     batches: dict[int, float]
@@ -121,7 +117,7 @@ def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda 
 
 
 def accepted(engines: Sequence[Measurement], objection: Objection) -> list[Measurement]:
-    """What was measured, with an error where the choice would fall on it and is objected to."""
+    """The measurements, with an error where the choice would fall on it and is objected to."""
     engines = list(engines)
     while (choice := best_of(engines)).precision != "float32" and (error := objection(choice)):
         place = next(number for number, row in enumerate(engines) if row.choice == choice)
@@ -153,44 +149,33 @@ def rate(engine: ClipEngine, size: int, seconds: float) -> float:
 def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batch: int, seconds: float) -> Layout:
     """Measure encoder processes side by side. Raises ConfigError when one ends, or does not start."""
     spawn = multiprocessing.get_context("spawn")
-    ready, results = spawn.Barrier(layout.replicas + 1), spawn.Queue()
-    arguments = (home, name, choice, layout.threads, batch, seconds, ready, results)
-    workers = [spawn.Process(target=_encode, args=arguments, daemon=True) for _ in range(layout.replicas)]
-    try:
-        for worker in workers:
-            worker.start()
+    arguments = (home, name, choice, layout.threads, spawn.Barrier(layout.replicas))
+    with ProcessPoolExecutor(layout.replicas, spawn, _load, arguments) as pool:
+        futures = [pool.submit(_measure, batch, seconds) for _ in range(layout.replicas)]
         try:
-            _wait_for(workers, ready)
-            ready.wait(START_SECONDS)
-            rates: Sequence[float] = [results.get(timeout=seconds * 10 + START_SECONDS) for _ in workers]
+            rates = [future.result() for future in futures]
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise ConfigError(
                 f"{layout.replicas} encoders with {layout.threads} threads did not start or end: {reason}.",
                 "Look at the memory that is free; set encoder_replicas and encoder_threads by hand.",
             ) from error
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
     return Layout(layout.replicas, layout.threads, sum(rates))
 
 
-def _wait_for(workers: Sequence[BaseProcess], ready: Barrier) -> None:
-    """Until all have loaded the base. Raises RuntimeError when one has ended, or they take too long."""
-
-    def ended() -> list[int]:
-        return [worker.exitcode for worker in workers if worker.exitcode is not None]
-
-    if not wait_until(lambda: ready.n_waiting == len(workers), START_SECONDS, alive=lambda: not ended()):
-        raise RuntimeError(f"one ended with {codes[0]}" if (codes := ended()) else f"not within {START_SECONDS:.0f} s")
+_encoder: tuple[ClipEngine, Barrier]
+"""Of an encoder process."""
 
 
-def _encode(
-    home: Path, name: str, choice: EngineChoice, threads: int, batch: int, seconds: float, ready: Barrier, results: Any
-) -> None:
+def _load(home: Path, name: str, choice: EngineChoice, threads: int, ready: Barrier) -> None:
+    global _encoder
     end_with_parent()
     engine = ClipEngine(load_base(home, name), threads=threads, choice=choice)
     engine.encode_images(golden_pixels(engine.base.preprocess.size))
+    _encoder = engine, ready
+
+
+def _measure(batch: int, seconds: float) -> float:
+    engine, ready = _encoder
     ready.wait(START_SECONDS)
-    results.put(rate(engine, batch, seconds))
+    return rate(engine, batch, seconds)

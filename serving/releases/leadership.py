@@ -25,7 +25,7 @@ from core.ledger.leases import CONTROLLER_LEASE
 from core.ledger.proposals import ENDED
 from core.ledger.rows import ProposalRow, ReleaseRow
 from core.settings import Settings
-from serving.engines.registered import base_of, digest_of, shown
+from serving.engines.clip_base import base_of, digest_of, shown
 
 log = logging.getLogger("ratchet.controller")
 LEASE_SECONDS: Final = 6.0

@@ -42,7 +42,7 @@ class CatalogReplica:
         configure_replica_logging(settings, "catalog")
         metrics.build.started("catalog")
         await wait_for_clip()
-        # Here and not above: LanceDB takes two seconds to import.
+        # Here and not above: Lance and faiss take two seconds to import.
         from serving.catalog.catalog import Catalog
         from serving.catalog.tables import Tables
         from serving.catalog.watch import Watcher

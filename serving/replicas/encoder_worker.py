@@ -28,8 +28,8 @@ import torch
 from core import metrics
 from core.errors import AdapterError, RatchetError
 from core.priority import idle_thread, nice_thread, pace_thread, return_free_memory
+from serving.engines.backends import usable_cores
 from serving.engines.clip import ClipEngine
-from serving.engines.processor import usable_cores
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality, joined
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders

@@ -10,8 +10,7 @@ from typing import Literal
 from torch import nn
 
 from core.errors import ConfigError
-from serving.engines.clip_base import ClipBase
-from serving.engines.spaces import tower_of
+from serving.engines.clip_base import ClipBase, tower_of
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters.parametrizations.parametrization import Selects
 from updater.recipes import Recipe, Tower

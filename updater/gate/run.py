@@ -39,8 +39,7 @@ def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Eva
     if isinstance(base, ClipBase):
         yield ClipEvaluator(ClipEngine.of(settings, base, threads=settings.updater.threads))
         return
-    from serving.engines.vlm.open import open_engine
-    from serving.engines.vlm.sync import SyncVlm
+    from serving.engines.vlm.open import SyncVlm, open_engine
 
     engine = open_engine(base, settings.serve)
     with ExitStack() as stack:

@@ -37,7 +37,7 @@ from updater.gate.suites import Family, Suite
 from updater.gate.verdict import Check, Regression
 
 if TYPE_CHECKING:  # it brings the engines
-    from serving.engines.vlm.sync import SyncVlm
+    from serving.engines.vlm.open import SyncVlm
 
 SPARE_TOKENS = 4
 """Room beyond the longest reference answer: a longer answer is cut, and it is wrong either way."""

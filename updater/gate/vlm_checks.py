@@ -17,7 +17,7 @@ from torch import nn
 
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import GenerationRequest
-from serving.engines.vlm.hf_batch import score
+from serving.engines.vlm.hf_worker import score
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.gate.answers import normalise, polarity
 from updater.gate.checks import check_drift

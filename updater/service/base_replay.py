@@ -17,8 +17,7 @@ from core.digests import digest12, digest_json
 from core.errors import BaseModelError, ConfigError, TrainingError
 from core.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from core.settings import Settings
-from serving.engines.clip_base import ClipBase, list_bases, load_base
-from serving.engines.registered import need_base, shown
+from serving.engines.clip_base import ClipBase, list_bases, load_base, need_base, shown
 from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
 from updater.data.mixture import plan_batches

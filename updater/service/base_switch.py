@@ -15,8 +15,7 @@ from core.ledger import Ledger, ReleaseRow
 from core.progress import step
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
-from serving.engines.clip_base import ClipBase, load_base
-from serving.engines.registered import digest_of
+from serving.engines.clip_base import ClipBase, digest_of, load_base
 from updater.adapters.recorded import fetch_recorded
 
 

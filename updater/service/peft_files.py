@@ -35,7 +35,7 @@ from serving.engines.adapters import (
 from serving.engines.clip_base import ClipBase, can_carry_lora
 from serving.engines.heads import read_heads
 from serving.engines.lora import INNER_OUT_PROJ, effective_weights, lora_layers
-from serving.engines.vlm.adapter_validation import linear_shapes
+from serving.engines.vlm.adapters import linear_shapes
 from serving.engines.vlm.vlm_base import VlmBase
 
 NAMED: Final = 10

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
+from serving.engines.backends import processor
 from serving.engines.clip_base import ClipBase
 from serving.engines.engine_choice import SMALL_BYTES
-from serving.engines.processor import processor
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.recipes import Recipe, TrainPrecision
 

@@ -1,8 +1,8 @@
-"""What vLLM's workers do differently here: LoRA on a CPU, by groups of rows.
+"""Changes of vLLM's workers: LoRA on a CPU, by groups of rows.
 
 vLLM's own CPU code gathers a copy of both matrices for every row, and takes the *last* slot for rows that have no
 adapter (index -1). Here each slot is applied once, to the rows that asked for it, and to no other. And where the
-output layer has weights of its own, its code for adapters of that layer ends the engine when somebody asks for the
+output layer has weights of its own, its code for adapters of that layer ends the engine when a request asks for the
 log-probabilities of a prompt: it takes rows of the prompt for rows of the batch. No adapter here has that layer.
 
 Loaded by vLLM inside its worker process (``worker_extension_cls``); on a GPU it changes nothing.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from serving.engines.vlm.probes import ZERO_ID
+from serving.engines.vlm.vllm_start import ZERO_ID
 
 Group = tuple[int, torch.Tensor | None]
 """A slot, and the rows that use it; None for all of them."""
@@ -25,10 +25,6 @@ Group = tuple[int, torch.Tensor | None]
 
 class RowMaskExtension:
     """Mixed into vLLM's worker class. Importing this module is what changes the CPU backend."""
-
-    def ratchet_rows(self) -> bool:
-        """Whether this worker applies LoRA by groups of rows."""
-        return PunicaWrapperCPU.add_lora_linear is add_lora_linear
 
 
 def groups_of(ids: Sequence[int], slots: Sequence[int | None]) -> list[Group]:

@@ -1,4 +1,6 @@
-"""What goes into a vision-language engine and what comes out. Imports no model code.
+"""Requests and answers of a vision-language engine, and the text of an answer as its tokens come.
+
+Imports no model code.
 
 Sampling parameters have the rules of vLLM's ``SamplingParams``, so that both engines answer a request alike, and no
 value reaches a tensor in which it is not a number or zero.
@@ -6,10 +8,9 @@ value reaches a tensor in which it is not a number or zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from serving.engines.vlm.vlm_base import VlmBase
 
+_UNFINISHED: Final = "\ufffd"
+"""What a decoder shows for the first bytes of a character whose last bytes have not come yet."""
 _LOWEST_TEMPERATURE: Final = 1e-2
 """A lower one is raised to it: logits divided by less overflow. 0 stays: it is greedy."""
 _HIGHEST_TEMPERATURE: Final = 2.0
@@ -37,50 +40,14 @@ MAX_IMAGES = 4
 Finish = Literal["", "stop", "length"]
 
 
-def _checked_temperature(value: float) -> float:
-    """The temperature to sample with. Raises :class:`InvalidRequest`: not a number, denormal, or not in [0, 2]."""
-    _check_number("temperature", value)
-    if not 0.0 <= value <= _HIGHEST_TEMPERATURE:
-        raise _out_of_range("temperature", value, f"from 0 to {_HIGHEST_TEMPERATURE:g}")
-    return max(value, _LOWEST_TEMPERATURE) if value > 0 else 0.0
-
-
-def _checked_top_p(value: float, temperature: float) -> float:
-    """The share of the likeliest tokens; 1, which is off, where the choice is greedy. Raises :class:`InvalidRequest`:
-    not a number, denormal, or not in (0, 1].
-    """
-    _check_number("top_p", value)
-    if not 0.0 < value <= 1.0:
-        raise _out_of_range("top_p", value, "above 0 and at most 1")
-    return value if temperature > 0 else 1.0
-
-
-def _check_max_tokens(value: int) -> None:
-    """Raises :class:`InvalidRequest` for none, or more than an engine counts."""
-    if not 1 <= value <= _MOST_TOKENS:
-        raise _out_of_range("max_tokens", value, "1 or more")
-
-
-def _check_seed(value: int | None) -> None:
-    """Raises :class:`InvalidRequest` for a seed that not every engine takes."""
-    if value is not None and not 0 <= value < SEEDS:
-        raise _out_of_range("seed", value, "from 0 to 2^63 - 1")
-
-
 def is_denormal(value: float) -> bool:
-    """Whether a value is too small for a float32 and not 0."""
+    """True for a value that is too small for a float32 and not 0."""
     return 0.0 < abs(value) < SMALLEST
 
 
-def _check_number(field: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise _out_of_range(field, value, "a finite number")
-    if is_denormal(value):
-        raise _out_of_range(field, value, f"0, or at least {SMALLEST:.3g}")
-
-
-def _out_of_range(field: str, value: float | None, allowed: str) -> InvalidRequest:
-    return InvalidRequest(f"{field}: {str(value)[:40]} is not {allowed}.", f"Send another {field}, or leave it out.")
+def _check(field: str, value: float, is_good: bool, allowed: str) -> None:
+    if not is_good or (isinstance(value, float) and is_denormal(value)):
+        raise InvalidRequest(f"{field}: {str(value)[:40]} is not {allowed}.", f"Send another {field}, or leave it out.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +77,18 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_max_tokens(self.max_tokens)
-        _check_seed(self.seed)
-        temperature = _checked_temperature(self.temperature)
-        object.__setattr__(self, "temperature", temperature)
-        object.__setattr__(self, "top_p", _checked_top_p(self.top_p, temperature))
+        temperature, top_p, seed = self.temperature, self.top_p, self.seed
+        _check("max_tokens", self.max_tokens, 1 <= self.max_tokens <= _MOST_TOKENS, "1 or more")
+        _check("seed", seed or 0, seed is None or 0 <= seed < SEEDS, "from 0 to 2^63 - 1")
+        _check("temperature", temperature, 0 <= temperature <= _HIGHEST_TEMPERATURE, "from 0 to 2")
+        _check("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
+        object.__setattr__(self, "temperature", max(temperature, _LOWEST_TEMPERATURE) if temperature > 0 else 0.0)
+        object.__setattr__(self, "top_p", top_p if temperature > 0 else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """What came since the last chunk. The last one has a ``finish``. Log-probabilities are natural, one per token."""
+    """Tokens since the last chunk. The last one has a ``finish``. Log-probabilities are natural, one per token."""
 
     text: str
     tokens: tuple[int, ...]
@@ -150,6 +119,64 @@ def question(image: Image, text: str, max_tokens: int = 32) -> GenerationRequest
     return GenerationRequest((Message("user", (0, text)),), (image,), max_tokens)
 
 
+class Detokenizer:
+    """The text of one answer. Text that was returned is never withdrawn: a part that could be the beginning of a stop
+    string, or of a character, waits for the tokens after it.
+
+    Everything that :meth:`take` returned, put together, is ``tokenizer.decode(tokens, skip_special_tokens=True)``, cut
+    before the first stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._backend = tokenizer._tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(text for text in stop if text)
+        self._hold = max((len(text) - 1 for text in self._stop), default=0)
+        self._tokens: list[int] = []
+        self._text = ""
+        self._sent = 0
+        self.stopped = False
+        """A stop string came; everything after it is dropped."""
+
+    def take(self, tokens: Sequence[int], last: bool) -> str:
+        """The text that became certain with these tokens. ``last``: no more tokens will come."""
+        if self.stopped:
+            return ""
+        searched = max(0, len(self._text) - self._hold)
+        for token in tokens:
+            self._tokens.append(token)
+            self._text += self._stream.step(self._backend, token) or ""
+        if last:
+            whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+            if whole.startswith(self._text[: self._sent]):
+                self._text = whole
+        stops = [index for index in (self._text.find(text, searched) for text in self._stop) if index >= 0]
+        if stops:
+            self.stopped = True
+            self._text = self._text[: min(stops)]
+        end = len(self._text) if last or self.stopped else max(self._sent, len(self._text) - self._hold)
+        certain = self._text[self._sent : end]
+        if not (last or self.stopped):
+            certain = certain.rstrip(_UNFINISHED)
+        self._sent += len(certain)
+        return certain
+
+
+async def whole(chunks: AsyncIterator[TokenChunk]) -> GenerationResult:
+    """A stream as one reply."""
+    parts = [chunk async for chunk in chunks]
+    return GenerationResult(
+        "".join(part.text for part in parts),
+        tuple(token for part in parts for token in part.tokens),
+        tuple(value for part in parts for value in part.logprobs),
+        parts[-1].prompt_tokens,
+        parts[-1].finish,
+    )
+
+
 class VlmEngine(Protocol):
     """One base and its resident adapters. Used from one event loop."""
 
@@ -165,7 +192,7 @@ class VlmEngine(Protocol):
         """When the last forward pass is known to have ended, on the monotonic clock; 0: none has."""
 
     async def start(self) -> None:
-        """Load the base (seconds to a minute), and find out whether tower adapters are applied."""
+        """Load the base (seconds to a minute), and find out which parts of it take adapters."""
 
     async def load(self, name: str, directory: Path) -> None:
         """Make an adapter resident; twice is once. Raises AdapterError; what was resident stays, and is served on."""

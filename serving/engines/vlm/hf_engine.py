@@ -1,7 +1,7 @@
 """The VLM engine on transformers alone: for machines without vLLM, and the numbers that vLLM is measured against.
 
-The base is held once; an adapter is a shell around it with the merged weights that differ (see ``engines.sharing``).
-Requests that wait for the same adapter are answered as one batch, in a thread; other requests wait for its end.
+The base is held once; an adapter is a shell around it with the merged weights that differ (:mod:`layers`). Requests
+that wait for the same adapter are answered as one batch, in a thread; other requests wait for its end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,22 +18,24 @@ from torch import nn
 
 from core.errors import RatchetError
 from core.settings.serving import Serve
+from serving.engines.layers import shell_of
 from serving.engines.lora import effective_weights
-from serving.engines.shared_weights import shell_of
-from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_validated_adapter
-from serving.engines.vlm.detokenizer import Detokenizer, whole
-from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
-from serving.engines.vlm.hf_batch import BatchRow, Scoring
-from serving.engines.vlm.hf_worker import Worker
-from serving.engines.vlm.probes import fingerprint, golden_requests
+from serving.engines.vlm.adapters import (
+    BASE,
+    Residents,
+    Shapes,
+    fingerprint,
+    golden_requests,
+    linear_shapes,
+    read_validated_adapter,
+)
+from serving.engines.vlm.generation import Detokenizer, Finish, GenerationRequest, GenerationResult, TokenChunk, whole
+from serving.engines.vlm.hf_worker import BatchRow, Worker
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
-from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
 T = TypeVar("T")
-BASE = ""
-"""Name of the base among the residents."""
 
 
 class TransformersEngine:
@@ -41,8 +43,6 @@ class TransformersEngine:
 
     kind: Literal["vllm", "transformers"] = "transformers"
     precision = "float32"
-    tower_lora = True
-    """Adapters of every part are applied."""
 
     def __init__(self, base: VlmBase, serve: Serve) -> None:
         self.base = base
@@ -52,7 +52,6 @@ class TransformersEngine:
         self._processor: Any = None
         self._reading = threading.Lock()
         self._shapes: Shapes = {}
-        self._running = 0
         self._worker: Worker | None = None
 
     async def start(self) -> None:
@@ -94,38 +93,23 @@ class TransformersEngine:
         await self._residents.add(name, lambda: asyncio.to_thread(merged))
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter when its last request has ended."""
-
-        async def drop(_: nn.Module) -> None:
-            """Its tensors go with the last reference."""
-
-        await self._residents.remove(name, drop)
+        """Forget an adapter when its last request has ended: its tensors go with the last reference."""
+        await self._residents.remove(name)
 
     def resident(self) -> frozenset[str]:
         """Names that requests may use."""
-        return self._residents.names() - {BASE}
-
-    @contextlib.contextmanager
-    def _using(self, adapter: str | None) -> Iterator[nn.Module]:
-        self._working()
-        with self._residents.using(adapter or BASE) as model:
-            self._running += 1
-            try:
-                yield model
-            finally:
-                self._running -= 1
+        return self._residents.names()
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         """Answer chunk by chunk."""
-        with self._using(adapter) as model:
+        worker = self._working()
+        with self._residents.using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
             events: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
-            post = _poster(events.put_nowait)
             most = min(request.max_tokens, self._serve.vlm_context - length)
-            row = BatchRow(request, most, lambda *token: post(token), post)
+            row = BatchRow(request, most, _poster(events.put_nowait))
             detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
             done = 0
-            worker = self._working()
             worker.put(model, row)
             try:
                 while True:
@@ -151,19 +135,10 @@ class TransformersEngine:
 
     async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
-        with self._using(adapter) as model:
+        worker = self._working()
+        with self._residents.using(adapter) as model:
             await asyncio.to_thread(self._length, request, choices)
-            result: asyncio.Queue[list[float] | RatchetError] = asyncio.Queue()
-            post = _poster(result.put_nowait)
-            worker, work = self._working(), Scoring(request, choices, post, post)
-            worker.put(model, work)
-            try:
-                values = await result.get()
-            finally:
-                worker.discard(work)
-            if isinstance(values, RatchetError):
-                raise values
-            return values
+            return await worker.score(model, request, choices)
 
     async def golden(self, adapter: str | None) -> str:
         """Answer fixed inputs."""
@@ -171,7 +146,7 @@ class TransformersEngine:
 
     def running(self) -> int:
         """Requests inside."""
-        return self._running
+        return self._residents.running()
 
     @property
     def passed_at(self) -> float:

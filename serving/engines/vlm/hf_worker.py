@@ -1,4 +1,4 @@
-"""The thread in which transformers answers: waiting requests of one model become one batch.
+"""The thread in which transformers answers, token by token: waiting requests of one model become one batch.
 
 When a batch fails, its halves go on where it was, down to a row alone; when that fails, one forward pass on a request
 that is known to be good tells whose fault it is: the row's, which ends alone, or the engine's, which ends.
@@ -6,103 +6,240 @@ that is known to be good tells whose fault it is: the row's, which ends alone, o
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from serving.engines.vlm.generation import PROBE
-from serving.engines.vlm.hf_batch import BatchRow, Scoring, answer, as_failure, score
-from serving.errors import EngineDead
+from core.errors import AdapterError, RatchetError
+from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest
+from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.errors import EngineDead, InvalidRequest
 
 log = logging.getLogger("ratchet.vlm")
 _RESTART = "Start a new engine."
 
 
+@dataclass(eq=False)
+class BatchRow:
+    """One request of a batch. ``tell`` gets each token, its log-probability, and at the end why it ended; or an error.
+
+    A row whose batch failed can be put into another batch: it goes on behind the tokens that it has.
+    """
+
+    request: GenerationRequest
+    most: int
+    """Tokens of the longest answer."""
+    tell: Callable[[tuple[int, float, Finish] | RatchetError], None]
+    aborted: bool = False
+    tokens: list[int] = field(default_factory=list)
+    """Of the answer so far."""
+    done: bool = False
+    chance: torch.Generator | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.request.temperature > 0:
+            self.chance = torch.Generator()
+            if self.request.seed is None:
+                self.chance.seed()
+            else:
+                self.chance.manual_seed(self.request.seed)
+
+    def choose(self, logprobs: torch.Tensor) -> int:
+        """The next token from natural log-probabilities [vocabulary] on the CPU.
+
+        Raises :class:`AdapterError` when none is finite, or one is not a number.
+        """
+        if not math.isfinite(float(logprobs.max())):
+            raise AdapterError(
+                "The model gives log-probabilities that are not finite.", "Do not release it; look at the training run."
+            )
+        if self.chance is None:
+            return int(logprobs.argmax())
+        chances = (logprobs / self.request.temperature).softmax(0)
+        if self.request.top_p < 1.0:
+            ordered, order = chances.sort(descending=True)
+            left_out = ordered.cumsum(0) - ordered >= self.request.top_p
+            left_out[0] = False
+            chances = torch.zeros_like(chances).scatter(0, order, ordered.masked_fill(left_out, 0.0))
+        return int(torch.multinomial(chances, 1, generator=self.chance))
+
+    def take(self, logprobs: torch.Tensor, ends: frozenset[int]) -> int:
+        """Choose, tell and count the next token, and end where the answer does."""
+        token = self.choose(logprobs)
+        self.tokens.append(token)
+        full = len(self.tokens) >= self.most
+        finish: Finish = "stop" if token in ends else "length" if full else ""
+        self.done = bool(finish)
+        self.tell((token, float(logprobs[token]), finish))
+        return token
+
+    def end(self, error: Exception) -> None:
+        """Fail alone: an error that is none of ours is blamed on the request."""
+        self.done = True
+        self.tell(as_failure(error))
+
+
+def as_failure(error: Exception) -> RatchetError:
+    """The error of a request whose own computation failed while the engine works."""
+    if isinstance(error, RatchetError):
+        return error
+    return InvalidRequest(
+        f"The model cannot answer the request: {str(error)[:200] or type(error).__name__}.",
+        "Change its parameters, messages or images.",
+    )
+
+
+class _Choice(LogitsProcessor):  # type: ignore[misc]
+    """Chooses for each row by its own rules, and leaves ``generate`` no other choice. A row that fails ends alone."""
+
+    def __init__(self, rows: Sequence[BatchRow], ends: frozenset[int]) -> None:
+        self._rows = rows
+        self._ends = ends
+        self._step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logprobs = scores.float().log_softmax(-1).cpu()
+        chosen = torch.zeros(len(self._rows), 1, dtype=torch.long)
+        for i, row in enumerate(self._rows):
+            row.done = row.done or row.aborted
+            if row.done:
+                continue
+            if self._step < len(row.tokens):  # told in a batch that failed
+                chosen[i] = row.tokens[self._step]
+                continue
+            try:
+                chosen[i] = row.take(logprobs[i], self._ends)
+            except Exception as error:
+                row.end(error)
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.to(scores.device), 0.0)
+
+
+class _Done(StoppingCriteria):  # type: ignore[misc]
+    def __init__(self, rows: Sequence[BatchRow], stopped: Callable[[], bool]) -> None:
+        self._rows = rows
+        self._stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        every = self._stopped()
+        return torch.tensor([every or row.done or row.aborted for row in self._rows], device=input_ids.device)
+
+
+@torch.inference_mode()
+def answer(
+    model: nn.Module, processor: Any, rows: Sequence[BatchRow], ends: frozenset[int], stopped: Callable[[], bool]
+) -> None:
+    """Generate for all ``rows`` at once (left padded, with a key-value cache) until each has ended, or ``stopped``."""
+    batch = inputs(processor, [row.request for row in rows], next(model.parameters()).device)
+    plan = GenerationConfig(max_new_tokens=max(row.most for row in rows), do_sample=False)
+    model.generate(  # type: ignore[operator]
+        **batch,
+        generation_config=plan,
+        logits_processor=[_Choice(rows, ends)],
+        stopping_criteria=[_Done(rows, stopped)],
+    )
+
+
+@torch.inference_mode()
+def score(model: nn.Module, processor: Any, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
+    """Log-probability of each choice with its end, after the prompt; right padded, so that positions are plain."""
+    device = next(model.parameters()).device
+    prompt = inputs(processor, [request])
+    start = prompt["input_ids"].shape[1]
+    answers = [answer_tokens(processor, choice) for choice in choices]
+    width = start + max(map(len, answers))
+    pad = processor.tokenizer.pad_token_id or 0
+    batch: dict[str, torch.Tensor] = {}
+    for key, value in prompt.items():
+        many = torch.cat([value] * len(choices))
+        if value.shape == prompt["input_ids"].shape:
+            fill = pad if key == "input_ids" else 0
+            many = torch.nn.functional.pad(many, (0, width - start), value=fill)
+        batch[key] = many
+    for i, tokens in enumerate(answers):
+        batch["input_ids"][i, start : start + len(tokens)] = torch.tensor(tokens)
+        batch["attention_mask"][i, start : start + len(tokens)] = 1
+    logits = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
+    logprobs = logits[:, start - 1 : -1].float().log_softmax(-1).cpu()
+    return [
+        float(logprobs[i, range(len(tokens)), tokens].sum())  # one value per token of the answer
+        for i, tokens in enumerate(answers)
+    ]
+
+
 class Worker:
-    """Takes rows and scorings in order; ends at the first error that is not of one request."""
+    """Answers rows and scores choices in the order in which they came, in one thread. Ends at the first error that is
+    not of one request.
+    """
 
     def __init__(self, processor: Any, ends: frozenset[int], batch: int, threads: int) -> None:
         """``ends``: tokens that end an answer; ``batch``: most rows at once; ``threads``: of torch on the CPU."""
         self._processor = processor
         self._ends = ends
         self._batch = batch
-        self._threads = threads
-        self._waiting: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
-        self._ready = threading.Condition()
+        self._rows: list[tuple[nn.Module, BatchRow]] = []
+        self._changing = threading.RLock()
+        self._thread = ThreadPoolExecutor(1, "vlm-answers", torch.set_num_threads, (threads,))
         self.last_error = ""
         self.passed_at = time.monotonic()
         """When the last forward pass ended."""
-        self._thread = threading.Thread(target=self._run, name="vlm-answers", daemon=True)
-        self._thread.start()
 
-    def put(self, model: nn.Module, work: BatchRow | Scoring) -> None:
-        """Queue work. Raises :class:`EngineDead` when the thread has ended."""
-        with self._ready:
-            if self.last_error:
-                raise EngineDead(self.last_error, _RESTART)
-            self._waiting.append((model, work))
-            self._ready.notify()
+    def put(self, model: nn.Module, row: BatchRow) -> None:
+        """Queue a row. Raises :class:`EngineDead` when the thread has ended."""
+        with self._changing:
+            self._alive()
+            self._rows.append((model, row))
+            self._thread.submit(self._answer_next)
 
-    def discard(self, work: BatchRow | Scoring) -> None:
-        """Forget work whose caller has gone, where it still waits: its images would stay in memory until its turn."""
-        with self._ready:
-            self._waiting = deque(pair for pair in self._waiting if pair[1] is not work)
+    def discard(self, row: BatchRow) -> None:
+        """Forget a row whose caller has gone, where it still waits: its images would stay in memory until its turn."""
+        with self._changing:
+            self._rows = [pair for pair in self._rows if pair[1] is not row]
+
+    async def score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
+        """Log-probability of each choice."""
+        with self._changing:
+            self._alive()
+            scores = asyncio.wrap_future(self._thread.submit(self._score, model, request, choices))
+        return await scores
 
     def stop(self, why: str) -> None:
         """End the thread after the token it is at; what waits fails with ``why``."""
-        with self._ready:
+        with self._changing:
             self.last_error = self.last_error or why
-            self._ready.notify()
+            self._thread.shutdown(wait=False)
+            rows, self._rows = self._rows, []
+        self._fail([row for _, row in rows])
 
     def join(self) -> None:
         """Wait for the thread's end."""
-        self._thread.join()
+        self._thread.shutdown()
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        now: Sequence[BatchRow | Scoring] = ()
+    def _answer_next(self) -> None:
+        """Answer the oldest row, and with it as many more rows of its model as fit into the batch."""
+        with self._changing:
+            model = self._rows[0][0] if self._rows else None
+            taken = [pair for pair in self._rows if pair[0] is model][: self._batch]
+            self._rows = [pair for pair in self._rows if pair not in taken]
+        rows = [row for _, row in taken]
+        if model is None:
+            return
         try:
-            while True:
-                with self._ready:
-                    self._ready.wait_for(lambda: self._waiting or self.last_error)
-                    if self.last_error:
-                        break
-                    model, now = self._take()
-                self._do(model, now)
+            self._answer(model, rows)
         except Exception as error:
             self.stop(f"transformers could not answer: {error!r}")
-        with self._ready:
-            left = [*now, *(work for _, work in self._waiting)]
-            self._waiting.clear()
-        for work in left:
-            work.fail(EngineDead(self.last_error, _RESTART))
-
-    def _take(self) -> tuple[nn.Module, Sequence[BatchRow | Scoring]]:
-        """The oldest work, and with a row as many more rows of its model as fit into the batch."""
-        model, first = self._waiting.popleft()
-        if isinstance(first, Scoring):
-            return model, [first]
-        rows: list[BatchRow | Scoring] = [first]
-        others: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
-        for other, work in self._waiting:
-            if other is model and isinstance(work, BatchRow) and len(rows) < self._batch:
-                rows.append(work)
-            else:
-                others.append((other, work))
-        self._waiting = others
-        return model, rows
-
-    def _do(self, model: nn.Module, work: Sequence[BatchRow | Scoring]) -> None:
-        self._answer(model, [one for one in work if isinstance(one, BatchRow)])
-        for one in work:
-            if isinstance(one, Scoring):
-                self._score(model, one)
+        if self.last_error:
+            self._fail(rows)
 
     def _answer(self, model: nn.Module, rows: Sequence[BatchRow]) -> None:
         rows = [row for row in rows if not (row.done or row.aborted)]
@@ -119,18 +256,21 @@ class Worker:
             for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
                 self._answer(model, half)
 
-    def _score(self, model: nn.Module, one: Scoring) -> None:
-        parts = [one.choices[i : i + self._batch] for i in range(0, len(one.choices), self._batch)]
+    def _score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
+        self._alive()
+        scores: list[float] = []
         try:
-            scores: list[float] = []
-            for part in parts:
-                scores += score(model, self._processor, one.request, part)
+            for start in range(0, len(choices), self._batch):
+                scores += score(model, self._processor, request, choices[start : start + self._batch])
                 self.passed_at = time.monotonic()
         except Exception as error:
-            self._check(model, error)
-            one.fail(as_failure(error))
-        else:
-            one.tell(scores)
+            try:
+                self._check(model, error)
+            except Exception:
+                self.stop(f"transformers could not answer: {error!r}")
+                self._alive()
+            raise as_failure(error) from error
+        return scores
 
     def _check(self, model: nn.Module, error: Exception) -> None:
         """Raise the error of a request again if the model cannot answer a good one either."""
@@ -143,3 +283,12 @@ class Worker:
         """Asked after each token."""
         self.passed_at = time.monotonic()
         return bool(self.last_error)
+
+    def _alive(self) -> None:
+        if self.last_error:
+            raise EngineDead(self.last_error, _RESTART)
+
+    def _fail(self, rows: Sequence[BatchRow]) -> None:
+        for row in rows:
+            if not row.done:
+                row.end(EngineDead(self.last_error, _RESTART))

@@ -65,7 +65,7 @@ def render(processor: Any, request: GenerationRequest) -> str:
 def inputs(
     processor: Any, asks: Sequence[GenerationRequest], device: str | torch.device | None = None
 ) -> dict[str, torch.Tensor]:
-    """What the transformers model takes, for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
+    """The inputs of the transformers model for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
     left, and the pixels of the images. Raises :class:`InvalidRequest`."""
     texts = [render(processor, request) for request in asks]
     # Not as arrays: of a picture 1 or 3 pixels high the processor would take the first axis for the channels.

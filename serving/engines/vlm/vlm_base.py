@@ -96,13 +96,6 @@ class VlmBase:
         """``image``, ``connector`` or ``text`` for a layer that can carry LoRA, else None."""
         return next((part for part, pattern in self.lora_targets.items() if re.fullmatch(pattern, module)), None)
 
-    def verify(self) -> None:
-        """Hash every file again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
-        digests = _file_digests(self.model)
-        wrong = sorted(name for name in digests.keys() | self.files if digests.get(name) != self.files.get(name))
-        if wrong:
-            raise BaseModelError(f"Base {self.name!r}: {wrong[0]!r} is not what was registered.", _AGAIN)
-
 
 def load_vlm_base(home: Path | str, name: str) -> VlmBase:
     """The registered VLM base ``name``. Raises :class:`BaseModelError` when there is none, or it is a CLIP."""
@@ -130,7 +123,7 @@ def load_vlm_base(home: Path | str, name: str) -> VlmBase:
 def save_vlm_base(
     home: Path | str, name: str, source: Path, *, about: dict[str, Any] | None = None, replace: bool = False
 ) -> VlmBase:
-    """Register a Hugging Face folder as base ``name``: copied beside and moved into place in one step.
+    """Register a Hugging Face folder as base ``name``: copied to a work folder and moved into place in one step.
 
     The same content again is left as it is; other content under the same name is an error unless ``replace``.
 
@@ -224,7 +217,7 @@ def _check_family(name: str, model: nn.Module, processor: Any, targets: dict[str
         with torch.inference_mode():
             batch = inputs(processor, [question(np.full((32, 48, 3), 127, np.uint8), "what is this?")])
             finite = bool(torch.isfinite(model(**batch).logits[0, -1]).all())
-    except Exception as error:  # of a processor or a model that nobody here has seen before
+    except Exception as error:  # of a processor or a model that was not tried before
         raise BaseModelError(
             f"Base {name!r} cannot be asked about a picture: {type(error).__name__}: {str(error)[:300]}", _KNOWN
         ) from error

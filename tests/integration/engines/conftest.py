@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from tests.support.vlm_reference import Peft, Reference, some_asks
 
 SAFE_MARGIN = 3e-3
 """A greedy choice that leads by so much is the same in every correct engine."""
-COMPILER = re.compile(r"(.*-)?(cc|c\d\d|gcc|g\+\+|c\+\+|cpp|ld|as|clang(\+\+)?)(-[\d.]+)?")
 PARTS = (("text",), ("text", "image", "connector"), ("image", "connector"))
 
 
@@ -66,25 +63,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> VlmCases:
     return VlmCases(base, directories, [asks[i] for i in kept], references, models)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where an engine would leave what it compiles. There is no compiler on the PATH."""
-    folder, cache = tmp_path_factory.mktemp("bin"), tmp_path_factory.mktemp("inductor")
-    for place in reversed(os.environ["PATH"].split(os.pathsep)):
-        for file in Path(place).glob("*"):
-            if not COMPILER.fullmatch(file.name):
-                link = folder / file.name
-                link.unlink(missing_ok=True)
-                link.symlink_to(file)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(folder))
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-        patch.delenv("CXX", raising=False)
-        yield cache
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["vllm", "transformers"])
-async def engine(request: pytest.FixtureRequest, cases: VlmCases, compiled: Path) -> AsyncIterator[VlmEngine]:
+async def engine(request: pytest.FixtureRequest, cases: VlmCases) -> AsyncIterator[VlmEngine]:
     engine = open_engine(cases.base, Serve(vlm_batch=8), kind=request.param)
     await engine.start()
     yield engine

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.settings.serving import Serve
-from serving.engines.vlm.open import open_engine
-from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.open import SyncVlm, open_engine
 from tests.integration.engines.conftest import VlmCases
 
 pytestmark = pytest.mark.integration

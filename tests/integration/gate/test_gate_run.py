@@ -23,7 +23,7 @@ from core.errors import AdapterError, GateError
 from core.settings.updates import Gate
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
-from serving.engines.packed_linear import PackedLinear
+from serving.engines.layers import PackedLinear
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import picture
 from updater.gate.clip import ClipEvaluator

@@ -145,7 +145,7 @@ async def vectors(batch: Any, clip: str | None) -> Any:
 @pytest.fixture
 def here(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
     monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
-    monkeypatch.setattr("serving.catalog.deletions.EXPUNGE_SECONDS", 0.0)
+    monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
     settings = broker.settings(tmp_path, maintain={"keep_seconds": 0}, ingest={"fresh_eval_share": 0.0})
     make_topics(settings)
     store, ledger = SampleStore(settings.lake), Ledger.open(settings.ledger)

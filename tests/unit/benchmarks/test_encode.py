@@ -24,8 +24,7 @@ from benchmarks.encode.peers.servers import openai_template
 from benchmarks.encode.run_encode import chosen_peers
 from benchmarks.encode.sides import Turn, ratchet_template
 from core.errors import ConfigError
-from serving.engines.simple_tokenizer import BoundedTokenizer
-from serving.engines.tokens import vocabulary
+from serving.engines.tokens import BoundedTokenizer, vocabulary
 from serving.http.schemas import EmbeddingsRequest
 from serving.messages import Modality
 

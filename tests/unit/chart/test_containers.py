@@ -53,7 +53,7 @@ def test_both_targets_end_as_a_user_without_rights_and_can_tell_their_health() -
 
 
 def test_the_image_for_processors_has_what_vllm_loads_and_no_compiler() -> None:
-    """Nothing is compiled there, see tests/integration/engines/test_vlm_engine.py."""
+    """Nothing is compiled there."""
     (packages,) = re.findall(r"--no-install-recommends (.*) \\$", stages()["cpu"], re.MULTILINE)
     assert packages == "libnuma1"
 

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from demo.clip import build_base, towers
 from demo.clip.shipped import ASSETS, PROJECTIONS, read_projections
 from serving.engines.adapters import write_adapter
+from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
-from serving.engines.golden_inputs import golden_pixels
 
 TEXTS = ["a red bus", "Côte d'Ivoire   flag", "x " * 200, ""]
 

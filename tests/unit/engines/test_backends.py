@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
-from serving.engines.backends import EngineChoice
+from serving.engines import torch_backend
+from serving.engines.backends import EngineChoice, golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.cuda_graphs import GraphedTower
-from serving.engines.golden_inputs import golden_pixels
+from serving.engines.preprocess import Preprocess
 from serving.engines.torch_backend import ConvertedWeights, TorchBackend
 from tests.support.tiny import tiny_adapter
 
@@ -46,45 +46,6 @@ def test_half_precision_gives_the_vectors_of_float32_within_its_rounding(
     assert cosines(half.encode_images(PIXELS), half.encode_images(PIXELS, name)).min() < 0.99
 
 
-@pytest.mark.parametrize("choice", HALF, ids=str)
-def test_adapters_share_what_they_do_not_change(base: ClipBase, tmp_path: Path, choice: EngineChoice) -> None:
-    engine = ClipEngine(base, "cpu", choice=choice)
-    name = tiny_adapter(base, tmp_path / "a", seed=1, towers=("image",))
-    engine.load(name, tmp_path / "a")
-    pairs = zip(engine.model().parameters(), engine.model(name).parameters(), strict=True)
-    changed = sum(theirs.numel() for theirs, mine in pairs if theirs is not mine)
-    assert engine.resident_bytes == 2 * changed
-    engine.unload(name)
-    assert engine.resident_bytes == 0
-
-
-def test_the_model_of_a_half_precision_engine_is_the_float32_one(base: ClipBase, folder: Path) -> None:
-    plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", choice=HALF[0])
-    name = tiny_adapter(base, folder, seed=1)
-    for engine in (plain, half):
-        engine.load(name, folder)
-    for adapter in (None, name):
-        theirs = half.model(adapter).state_dict()
-        assert all(torch.equal(value, theirs[key]) for key, value in plain.model(adapter).state_dict().items())
-
-
-def test_loading_an_adapter_leaves_the_base_and_others_alone(base: ClipBase, tmp_path: Path) -> None:
-    engine = ClipEngine(base, "cpu", choice=HALF[0])
-    names = [tiny_adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
-    expected = engine.encode_images(PIXELS)
-    differences: list[float] = []
-
-    def serve() -> None:
-        differences.extend(float(np.abs(engine.encode_images(PIXELS) - expected).max()) for _ in range(20))
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    for seed, name in zip((1, 2), names, strict=True):
-        engine.load(name, tmp_path / str(seed))
-    thread.join()
-    assert max(differences) == 0.0
-
-
 def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved() -> None:
     class Clip(nn.Module):
         def __init__(self) -> None:
@@ -94,8 +55,6 @@ def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved
 
         def encode_image(self, batch: torch.Tensor) -> torch.Tensor:
             return torch.as_tensor(self.visual(batch).flatten(1))
-
-    from serving.engines.preprocess import Preprocess
 
     model = Clip().eval()
     towers = TorchBackend(model, Preprocess(size=8), torch.device("cpu"), "bfloat16").towers({})
@@ -108,42 +67,39 @@ def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved
 def test_a_weight_of_the_base_is_converted_once() -> None:
     weights = ConvertedWeights(torch.bfloat16, torch.device("cpu"))
     weight, unused, other = torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4)
-    assert weights.plain(weight) is weights.plain(weight)
+    assert weights.take(weight) is weights.take(weight)
     assert weights.convert_like(unused, other) == {}
     own = weights.convert_like(weight, other)
     assert own.keys() == {"plain"}
     replaced = weights.replaced({weight: own})
-    assert replaced.plain(weight) is own["plain"]
-    assert replaced.plain(unused).dtype == torch.bfloat16
-    assert weights.plain(weight).sum() == 0
+    assert replaced.take(weight) is own["plain"]
+    assert replaced.take(unused).dtype == torch.bfloat16
+    assert weights.take(weight).sum() == 0
 
 
-class CountingStep:
-    """Runs eagerly on fixed buffers, as a captured graph does."""
+def test_batches_of_any_size_run_on_a_few_fixed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[tuple[int, ...]] = []
 
-    captured: ClassVar[list[tuple[int, ...]]] = []
+    class EagerStep:
+        """Runs on fixed buffers, as a captured graph does."""
 
-    def __init__(self, forward: object, example: torch.Tensor) -> None:
-        self.captured.append(tuple(example.shape))
-        self.forward, self.inputs = forward, example
+        def __init__(self, forward: Any, example: torch.Tensor) -> None:
+            captured.append(tuple(example.shape))
+            self.forward, self.inputs = forward, example
 
-    def run(self, batch: torch.Tensor) -> torch.Tensor:
-        self.inputs[: len(batch)] = batch
-        return self.forward(self.inputs)  # type: ignore[operator, no-any-return]
+        def run(self, batch: torch.Tensor) -> Any:
+            self.inputs[: len(batch)] = batch
+            return self.forward(self.inputs)
 
-
-def test_batches_of_any_size_run_on_a_few_fixed_ones() -> None:
-    CountingStep.captured = []
-    tower = GraphedTower(lambda batch: batch.float() * 2, torch.device("cpu"), (1, 4, 8), CountingStep)
-    for count in (3, 1, 8, 4, 2):
+    monkeypatch.setattr(torch_backend, "CudaStep", EagerStep)
+    tower = torch_backend.GraphedTower(lambda batch: batch.float() * 2, torch.device("cpu"))
+    for count in (3, 1, 8, 4, 7):
         batch = torch.arange(count * 5).reshape(count, 5)
         assert torch.equal(tower(batch), batch.float() * 2)
-    assert CountingStep.captured == [(4, 5), (1, 5), (8, 5)]
+    assert captured == [(4, 5), (1, 5), (8, 5)]
 
 
 def test_onnx_that_is_not_installed_is_named(base: ClipBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match="ONNX Runtime is not installed"):
         ClipEngine(base, "cpu", choice=EngineChoice("onnx"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, pack
+from serving.engines.layers import PackedAttention, PackedLinear, can_pack, pack
 from serving.engines.towers import encode_image, encode_text
 from tests.support.tiny import CONFIG
 

@@ -15,12 +15,12 @@ from torch import nn
 
 from core.errors import AdapterError
 from serving.engines.adapters import AdapterFiles, canonical_config, write_adapter
+from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
-from serving.engines.golden_inputs import golden_pixels
-from serving.engines.lora import delta_weights, effective_weights
+from serving.engines.layers import shell_of
+from serving.engines.lora import effective_weights
 from serving.engines.preprocess import Preprocess
-from serving.engines.shared_weights import shell_of
 from tests.support.tiny import CONFIG
 
 TEXTS = ["a cat", "two dogs on the beach at night"]
@@ -98,9 +98,11 @@ def test_single_layers_have_the_delta_that_peft_computes() -> None:
     wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=["0", "1"], init_lora_weights=False))
     config = canonical_config(wrapped.peft_config["default"].to_dict())
     files = AdapterFiles("clip-0", "clip", "", config, get_peft_model_state_dict(wrapped))
-    ours = dict(delta_weights(files, nn.Sequential(nn.Conv2d(6, 5, 1), nn.Linear(4, 3))))
-    for name, layer in (("0", wrapped.base_model.model[0]), ("1", wrapped.base_model.model[1])):
-        torch.testing.assert_close(ours[f"{name}.weight"], layer.get_delta_weight("default"))
+    plain = nn.Sequential(nn.Conv2d(6, 5, 1), nn.Linear(4, 3))
+    ours = effective_weights(files, plain)
+    for number, layer in enumerate(wrapped.base_model.model):
+        delta = ours[f"{number}.weight"] - plain[number].weight.detach()
+        torch.testing.assert_close(delta, layer.get_delta_weight("default"), atol=1e-5, rtol=1e-4)
 
 
 def test_lora_targets_reach_the_layers_that_can_learn(base: ClipBase) -> None:

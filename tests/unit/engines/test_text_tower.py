@@ -12,7 +12,6 @@ import torch
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.preprocess import Preprocess
-from serving.engines.tokens import pad_rows
 from serving.engines.towers import TextWidths
 from tests.support.tiny import CONFIG, tiny_adapter
 
@@ -63,8 +62,3 @@ def test_no_pass_has_more_rows_than_are_allowed() -> None:
     assert [len(indices) for _, indices in TextWidths(77, trims=True).passes([9] * 7, most=3)] == [3, 3, 1]
     assert list(TextWidths(77, trims=False).passes([9, 70], most=64)) == [(77, [0, 1])]
     assert list(TextWidths(77, trims=True).passes([], most=64)) == []
-
-
-def test_a_row_that_is_too_long_is_refused() -> None:
-    with pytest.raises(RuntimeError):
-        pad_rows([[1, 2, 3]], 2, 0)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
-from serving.engines import simple_tokenizer
-from serving.engines.simple_tokenizer import BoundedTokenizer, merge
-from serving.engines.tokens import CLEAN, make_tokenizer, pad_rows, vocabulary
+from core.errors import BaseModelError
+from serving.engines import tokens
+from serving.engines.tokens import CLEAN, BoundedTokenizer, make_tokenizer, merge, pad_rows, vocabulary
 
 CONTEXT = 24
 REFERENCE = SimpleTokenizer(context_length=CONTEXT)
@@ -60,27 +60,15 @@ def test_merges_follow_the_rounds_of_the_reference_whatever_the_order_of_ranks(w
     assert merge((*word[:-1], word[-1] + "</w>"), ranks) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction_mask": "simple"}])
-def test_it_knows_which_texts_it_cut(options: dict[str, Any]) -> None:
-    tokenizer = BoundedTokenizer(vocabulary(), CONTEXT, **options)
+def test_it_knows_which_texts_it_cut() -> None:
     texts = ["", "a cat", "word " * (CONTEXT - 2), "word " * (CONTEXT - 1), "word " * 60, "x" * 5000]
-    cut = [tokenizer.cuts(text, row) for text, row in zip(texts, tokenizer.rows(texts), strict=True)]
+    cut = [OURS.cuts(text, row) for text, row in zip(texts, OURS.rows(texts), strict=True)]
     assert cut == [False, False, False, True, True, True]
 
 
-def test_other_options_mean_what_they_mean_to_open_clip() -> None:
-    options = {"clean": "canonicalize", "additional_special_tokens": ["<pad>"]}
-    ours, theirs = (
-        BoundedTokenizer(vocabulary(), CONTEXT, **options),
-        SimpleTokenizer(context_length=CONTEXT, **options),
-    )
-    assert ours(ORDINARY).tolist() == theirs(ORDINARY).tolist()
-    masked = {"reduction_mask": "simple"}
-    short = ["a cat", "two dogs"]
-    assert (
-        BoundedTokenizer(vocabulary(), CONTEXT, **masked)(short).tolist()
-        == SimpleTokenizer(context_length=CONTEXT, **masked)(short).tolist()
-    )
+def test_options_that_are_not_served_are_named() -> None:
+    with pytest.raises(BaseModelError, match="reduction_mask"):
+        make_tokenizer({"kind": "simple", "kwargs": {"reduction_mask": "simple"}}, Path(), CONTEXT)
 
 
 class CountingRanks(dict[tuple[str, str], int]):
@@ -110,17 +98,11 @@ def test_what_is_cut_off_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simple_tokenizer, "CACHED_WORDS", 10)
+    monkeypatch.setattr(tokens, "CACHED_WORDS", 10)
     tokenizer = BoundedTokenizer(vocabulary(), CONTEXT)
     tokenizer([f"word{chr(97 + i)}{chr(97 + j)}" for i in range(10) for j in range(10)])
     tokenizer(["x" * 1000])
     assert tokenizer._cached.cache_info().currsize == 10
-
-
-@pytest.mark.parametrize(("text", "count"), [("", 2), ("a cat", 4), ("!", 3), ("! ! !", 5), ("word " * 60, CONTEXT)])
-def test_padding_is_not_counted_and_every_token_is(text: str, count: int) -> None:
-    tokenizer = make_tokenizer({"kind": "simple", "kwargs": {}}, Path(), CONTEXT)
-    assert len(tokenizer.rows([text, "a much longer text than that one"])[0]) == count
 
 
 @pytest.mark.parametrize("mode", [None, "slow"])

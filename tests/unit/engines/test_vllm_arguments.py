@@ -21,10 +21,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
 
 
 def test_arguments_of_the_settings_are_passed_on(base: VlmBase) -> None:
-    more = {"seed": 7, "kv_cache_dtype": "fp8"}
-    arguments = engine_arguments(base, Serve(vlm_arguments=more, vlm_quantization="fp8"))
-    assert arguments.items() >= more.items() and arguments["quantization"] == "fp8"
-    assert engine_arguments(base, Serve()).keys().isdisjoint({"seed", "quantization"})
+    more = {"seed": 7, "quantization": "fp8"}
+    assert engine_arguments(base, Serve(vlm_arguments=more)).items() >= more.items()
+    assert engine_arguments(base, Serve()).keys().isdisjoint(more)
 
 
 @pytest.mark.parametrize("name", ["enable_lora", "model", "max_model_len", "worker_extension_cls"])
@@ -36,10 +35,7 @@ def test_what_ratchet_sets_itself_is_refused(base: VlmBase, name: str) -> None:
 def test_a_name_that_vllm_does_not_know_is_refused_with_the_nearest(base: VlmBase) -> None:
     with pytest.raises(ConfigError, match="no such engine argument") as caught:
         engine_arguments(base, Serve(vlm_arguments={"kv_cache_dtyp": 2}))
-    assert caught.value.fix == "Did you mean kv_cache_dtype?"
-    with pytest.raises(ConfigError) as caught:
-        engine_arguments(base, Serve(vlm_arguments={"zzz": 2}))
-    assert "AsyncEngineArgs" in caught.value.fix
+    assert "such as kv_cache_dtype" in caught.value.fix
 
 
 def test_on_gpus_a_replica_is_divided_over_as_many_as_it_has(base: VlmBase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.engines.vlm.detokenizer import Detokenizer, whole
-from serving.engines.vlm.generation import TokenChunk
+from serving.engines.vlm.generation import Detokenizer, TokenChunk, whole
 from tests.support.tiny_vlm import tiny_vlm_base
 
 
@@ -35,11 +34,6 @@ def test_a_character_of_several_tokens_is_said_when_it_is_whole(tokenizer: Any) 
     tokens = tokenizer("né", add_special_tokens=False)["input_ids"]
     assert len(tokens) == 3  # the tiny tokenizer knows bytes only
     assert _said(tokenizer, tokens)[0] == ["n", "", "é"]
-
-
-def test_special_tokens_say_nothing(tokenizer: Any) -> None:
-    tokens = [*tokenizer("red")["input_ids"], tokenizer.eos_token_id]
-    assert "".join(_said(tokenizer, tokens)[0]) == "red"
 
 
 def _stops() -> Iterator[tuple[tuple[str, ...], str]]:

@@ -78,11 +78,3 @@ def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any)
     strict.chat_template = "{{ raise_exception('turns must alternate') }}"
     with pytest.raises(InvalidRequest, match="turns must alternate"):
         render(strict, question(PICTURE, "what?"))
-
-
-@pytest.mark.parametrize(
-    "how", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": -1}]
-)
-def test_ways_to_answer_that_are_none_are_refused(how: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest):
-        GenerationRequest((Message("user", ("hi",)),), **how)

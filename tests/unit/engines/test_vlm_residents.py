@@ -1,4 +1,4 @@
-"""Adapters come and go around their requests."""
+"""Adapters come and go around their requests; how one stays until its last request ends is tested with the engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from core.errors import AdapterError
-from serving.engines.vlm.residents import Residents
+from serving.engines.vlm.adapters import Residents
 
 
 class Shelf:
@@ -39,21 +39,6 @@ async def test_twice_is_once_even_at_the_same_time() -> None:
     assert shelf.made == ["a"]
     await shelf.remove("unknown")
     await asyncio.gather(shelf.remove("a"), shelf.remove("a"))
-    assert shelf.dropped == ["a"]
-
-
-async def test_what_is_leaving_takes_no_request_and_goes_with_its_last_one() -> None:
-    shelf = Shelf()
-    await shelf.add("a")
-    with shelf.residents.using("a"), shelf.residents.using("a") as value:
-        assert value == "a"
-        leaving = asyncio.create_task(shelf.remove("a"))
-        await asyncio.sleep(0)
-        assert shelf.residents.names() == frozenset()
-        with pytest.raises(AdapterError, match="not resident"), shelf.residents.using("a"):
-            pass
-        assert shelf.dropped == []
-    await leaving
     assert shelf.dropped == ["a"]
 
 

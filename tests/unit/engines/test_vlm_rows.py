@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("vllm")
 from serving.engines.vlm import extension
-from serving.engines.vlm.probes import ZERO_ID
+from serving.engines.vlm.vllm_start import ZERO_ID
 
 SLOTS = [7, None, ZERO_ID, 9]
 WIDTHS = (6, 3)

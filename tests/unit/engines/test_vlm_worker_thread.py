@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from torch import nn
 
 from core.errors import AdapterError
+from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, Message
-from serving.engines.vlm.hf_batch import BatchRow, Scoring
-from serving.engines.vlm.hf_worker import Worker
+from serving.engines.vlm.hf_engine import TransformersEngine
+from serving.engines.vlm.hf_worker import BatchRow, Worker
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from tests.support.tiny_vlm import tiny_vlm_base
+from tests.support.waiting import until
 
 TOKENS = 6
 PROMPTS = ["red?", "what is this?", "is there a red car?", "which colour?"]
@@ -58,7 +61,7 @@ def worker(base: VlmBase) -> Iterator[Worker]:
 async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worker, model: Any) -> None:
     passes: list[float] = []
     model.hook(lambda *_: passes.append(worker.passed_at))
-    row = BatchRow(GenerationRequest((Message("user", ("red?",)),)), TOKENS, lambda *_: None, lambda _: None)
+    row = BatchRow(GenerationRequest((Message("user", ("red?",)),)), TOKENS, lambda _: None)
     began = time.monotonic()
     worker.put(model, row)
     async with asyncio.timeout(60):
@@ -66,9 +69,7 @@ async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worke
             await asyncio.sleep(0.01)
     assert len(row.tokens) < 2 or passes[-1] > began
     before = worker.passed_at
-    told: queue.Queue[Any] = queue.Queue()
-    worker.put(model, Scoring(row.request, ["a"], told.put, told.put))
-    await asyncio.to_thread(told.get, True, 60)
+    await worker.score(model, row.request, ["a"])
     assert worker.passed_at > max(before, began)
 
 
@@ -90,9 +91,9 @@ def request(text: str, temperature: float = 0.0) -> GenerationRequest:
 def answers(worker: Worker, model: Any, requests: list[GenerationRequest]) -> list[list[Any]]:
     """What each row is told, up to its end; they are queued before the worker can take the first one alone."""
     told: list[queue.Queue[Any]] = [queue.Queue() for _ in requests]
-    with worker._ready:
+    with worker._changing:
         for one, out in zip(requests, told, strict=True):
-            worker.put(model, BatchRow(one, TOKENS, lambda *token, out=out: out.put(token), out.put))  # type: ignore[misc]
+            worker.put(model, BatchRow(one, TOKENS, out.put))
     results = []
     for out in told:
         items = [out.get(timeout=60)]
@@ -134,13 +135,11 @@ def test_a_batch_that_fails_on_its_way_goes_on_where_it_was(worker: Worker, mode
     assert next(calls) > TOKENS
 
 
-def test_a_scoring_that_fails_fails_alone(worker: Worker, model: Any, base: VlmBase) -> None:
+async def test_a_scoring_that_fails_fails_alone(worker: Worker, model: Any, base: VlmBase) -> None:
     model.hook(poisoned(base.processor()))
-    told: queue.Queue[Any] = queue.Queue()
-    for text in (f"red {POISON}?", "red?"):
-        worker.put(model, Scoring(request(text), ["yes", "no"], told.put, told.put))
-    assert isinstance(told.get(timeout=60), InvalidRequest)
-    assert len(told.get(timeout=60)) == 2
+    with pytest.raises(InvalidRequest, match="out of range"):
+        await worker.score(model, request(f"red {POISON}?"), ["yes", "no"])
+    assert len(await worker.score(model, request("red?"), ["yes", "no"])) == 2
 
 
 def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker: Worker, model: Any) -> None:
@@ -153,7 +152,7 @@ def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker
     worker.join()
     assert "illegal memory access" in worker.last_error
     with pytest.raises(EngineDead):
-        worker.put(model, BatchRow(request("red?"), TOKENS, lambda *_: None, lambda _: None))
+        worker.put(model, BatchRow(request("red?"), TOKENS, lambda _: None))
 
 
 def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worker, model: Any) -> None:
@@ -168,3 +167,29 @@ def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worke
     assert all(isinstance(items[-1], AdapterError) and len(items) == 1 for items in results)
     assert len(answers(worker, model, [request("red?")])[0]) >= 1
     assert worker.last_error == ""
+
+
+async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase) -> None:
+    engine = TransformersEngine(base, Serve())
+    await engine.start()
+    worker, busy, go = engine._working(), threading.Event(), threading.Event()
+
+    def stand_still(*_: Any) -> None:
+        busy.set()
+        assert go.wait(120)
+
+    hook = engine._model.register_forward_pre_hook(stand_still)
+    tasks = [asyncio.ensure_future(engine.reply(request("red?"), None))]
+    try:
+        await asyncio.to_thread(busy.wait, 60)
+        tasks += [asyncio.ensure_future(engine.reply(request("red?"), None)) for _ in range(5)]
+        await until(lambda: len(worker._rows) == 5)
+        for task in tasks[:3]:
+            task.cancel()
+        await asyncio.gather(*tasks[:3], return_exceptions=True)
+        assert (len(worker._rows), engine.running()) == (3, 3)
+    finally:
+        hook.remove()
+        go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await engine.close()

@@ -9,7 +9,7 @@ import pytest
 
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import question
-from serving.engines.vlm.hf_batch import score
+from serving.engines.vlm.hf_worker import score
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.verdict import Check
 from updater.gate.vlm_checks import (

@@ -11,10 +11,10 @@ import pytest
 from core.errors import StoreError
 from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import Catalog
-from serving.catalog.coverage import BackfillRate, CorpusIds, SpaceCoverage
 from serving.catalog.cross_version import rank_across
 from serving.catalog.embedding import CHUNK_ROWS, Pace
 from serving.catalog.queries import Filters, Hit
+from serving.catalog.space_fill import BackfillRate, CorpusIds, SpaceCoverage
 from serving.catalog.tables import Tables
 from streams.store.sample_store import SampleStore
 from tests.support.waiting import until
@@ -115,14 +115,6 @@ async def test_a_release_fails_when_its_backfill_stands_still(
     monkeypatch.setattr(catalog_module, "LOOK_SECONDS", 0.01)
     with pytest.raises(StoreError, match=r"stands still at 0.0%: no replica"):
         await catalog.cover(THERE)
-
-
-async def test_tables_of_proposed_releases_are_spared(tmp_path: Path, store: SampleStore) -> None:
-    catalog = open_catalog(tmp_path, store, Encoder())
-    await catalog.adopt([THERE, HERE])
-    await settle(catalog)
-    assert await catalog.retire([THERE], spare={"aaaa"}) == []
-    assert await catalog.retire([THERE]) == ["aaaa"]
 
 
 async def test_a_space_whose_verdict_allows_it_is_searched_before_it_is_complete(

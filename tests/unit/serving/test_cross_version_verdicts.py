@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from core.errors import LedgerUnavailable
-from serving.catalog.cross_version import CrossVersionVerdicts, usable
+from serving.catalog.cross_version import CrossVersionVerdicts
 from serving.releases.types import ReleaseSnapshot
 
 BASE = ReleaseSnapshot(1, None, "aaaa", "t")
@@ -44,10 +44,3 @@ async def test_without_a_verdict_that_allows_it_searches_wait() -> None:
     assert await cross_version({}, [BASE]) == {}
     assert await cross_version({"clip-new": {"allowed": False, "incumbent": None}}, [BASE]) == {}
     assert await cross_version({"clip-new": None}, [BASE]) == {}, "the ledger is away"
-
-
-def test_a_space_that_is_complete_is_searched_by_its_own_vectors() -> None:
-    assert usable({"bbbb": "aaaa"}, "bbbb", {"aaaa"}) == "aaaa"
-    assert usable({"bbbb": "aaaa"}, "bbbb", {"aaaa", "bbbb"}) is None
-    assert usable({"bbbb": "aaaa"}, "bbbb", set()) is None
-    assert usable({}, "bbbb", {"aaaa"}) is None

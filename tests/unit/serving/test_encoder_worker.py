@@ -20,8 +20,7 @@ from core.errors import ArtifactsUnavailable
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.simple_tokenizer import BoundedTokenizer
-from serving.engines.tokens import vocabulary
+from serving.engines.tokens import BoundedTokenizer, vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
 from serving.replicas import encoder_worker
 from serving.replicas.encoder_worker import EncoderWorker

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from serving.engines.packed_linear import can_pack
+from serving.engines.layers import can_pack
 from serving.replicas.encoder import SHAPES, VARIABLES, bound_kernel_caches
 
 PROGRAM = f"""
 from pathlib import Path
 import torch
 from serving.replicas.encoder import bound_kernel_caches
-from serving.engines.packed_linear import PackedLinear, pack
+from serving.engines.layers import PackedLinear, pack
 
 bound_kernel_caches()
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What is measured on a catalog, on real LanceDB: fragments and drift of the live space."""
+"""What is measured on a catalog, on real tables: fragments and drift of the live space, and the statistics of drift."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from prometheus_client import REGISTRY
 from core.settings.watching import Watch
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
-from serving.catalog.watch import Watcher
+from serving.catalog.watch import Moments, Watcher, frechet_distance, mean_shift
 from streams.store.sample_store import SampleStore
 from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle
 
+DIM = 64
 SMALL = Watch(drift_window=16, drift_reference=40)
 
 
@@ -26,14 +27,6 @@ def value(name: str, **labels: str) -> float | None:
 @pytest.fixture
 def catalog(tmp_path: Path, store: SampleStore) -> Iterator[Catalog]:
     yield Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
-
-
-async def test_fragments_of_the_live_space_are_counted(catalog: Catalog, store: SampleStore) -> None:
-    put(store, rows(0, 40), 40)
-    await catalog.adopt([HERE])
-    await settle(catalog)
-    await Watcher(catalog, SMALL).measure()
-    assert value("catalog_fragments") == catalog.tables.fragments(HERE.image_space) > 0
 
 
 async def test_samples_of_another_kind_are_drift_and_after_a_while_are_not(
@@ -63,6 +56,7 @@ async def test_windows_are_read_anew_in_the_space_that_is_live(catalog: Catalog,
     await settle(catalog)
     watcher = Watcher(catalog, SMALL)
     await watcher.measure()
+    assert value("catalog_fragments") == catalog.tables.fragments(HERE.image_space) > 0
     before = value("drift_frechet_distance", space="image")
     await watcher.measure()
     assert value("drift_frechet_distance", space="image") == before  # nothing new, nothing measured
@@ -79,3 +73,33 @@ async def test_few_samples_are_not_called_drift(catalog: Catalog, store: SampleS
     await settle(catalog)
     await Watcher(catalog, SMALL).measure()
     assert value("drift_mean_shift", space="image") == before
+
+
+def windows(shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> tuple[Moments, Moments]:
+    """512 and 128 vectors; dimensions depend on each other, as those of embeddings do."""
+    random = np.random.default_rng(seed)
+    mixing = random.normal(size=(DIM, DIM)) / np.sqrt(DIM)
+    before = random.normal(size=(512, DIM)) @ mixing
+    now = random.normal(size=(128, DIM)) @ mixing * scale + shift
+    return Moments.of(before.astype(np.float32)), Moments.of(now.astype(np.float32))
+
+
+def test_without_drift_the_mean_shift_is_about_one() -> None:
+    squares = [mean_shift(*windows(seed=seed)) ** 2 for seed in range(40)]
+    assert np.mean(squares) == pytest.approx(1.0, abs=0.1)
+
+
+def test_another_mean_is_seen_by_both_and_grows_with_the_shift() -> None:
+    calm, little, much = windows(), windows(shift=0.5), windows(shift=2.0)
+    assert mean_shift(*calm) < 1.5 < 4 < mean_shift(*little) < mean_shift(*much)
+    assert frechet_distance(*calm) < frechet_distance(*little) < frechet_distance(*much)
+    assert frechet_distance(*much) == pytest.approx(DIM * 2.0**2, rel=0.1)
+
+
+def test_the_frechet_distance_is_that_of_the_formula() -> None:
+    one = Moments(10, np.array([0.0, 1.0]), np.array([1.0, 4.0]))
+    other = Moments(10, np.array([3.0, 1.0]), np.array([4.0, 9.0]))
+    assert frechet_distance(one, other) == pytest.approx(3.0**2 + (1 - 2) ** 2 + (2 - 3) ** 2)
+    assert frechet_distance(one, one) == 0
+    same = Moments.of(np.ones((16, 4), np.float32))
+    assert mean_shift(same, same) == 0

@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from core.digests import digest12
 from ratchet_client.images import open_accepted
-from serving.engines.clip_base import ClipBase
-from serving.engines.conv_layout import images_per_pass, set_conv_layout
+from serving.engines.clip_base import ClipBase, tower_of
+from serving.engines.layers import images_per_pass, set_conv_layout
 from serving.engines.preprocess import Preprocess
-from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
 from updater.adapters.parametrizations import LORA, find
 from updater.budget.bound import Size

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from core.errors import AdapterError, ConfigError
 from serving.engines.adapters import read_adapter
+from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.golden_inputs import golden_pixels
+from serving.engines.layers import shell_of
 from serving.engines.lora import effective_weights
-from serving.engines.shared_weights import shell_of
 from tests.support.tiny import RANK, tiny_adapter, tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, WeightModel, merge, read_delta

@@ -127,7 +127,7 @@ def test_the_prefix_of_peft_may_be_missing(base: ClipBase, tmp_path: Path) -> No
         ({"r": "four"}, "r is 'four'"),
         ({"r": 8}, "says rank 8"),
         ({"use_rslora": "yes"}, "use_rslora is neither"),
-        ({"alpha_pattern": {"(a+)+$": 3}}, "no plain name"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "not a plain name"),
         ({"lora_alpha": 1e300}, "alpha"),
     ],
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from serving.engines.clip_base import tower_of
 from serving.engines.lora import effective_weights
-from serving.engines.spaces import tower_of
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 

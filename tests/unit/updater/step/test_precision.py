@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from core.errors import ConfigError, TrainingError
+from serving.engines.backends import Processor
 from serving.engines.clip_base import ClipBase
 from serving.engines.engine_choice import SMALL_BYTES
-from serving.engines.processor import Processor
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
