@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,8 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
-from serving.replicas import encoder_worker
-from serving.replicas.encoder_worker import EncoderWorker
+from serving.replicas import encoder as module
+from serving.replicas.encoder import EncoderWorker
 from tests.support.tiny import tiny_adapter, tiny_base
 
 
@@ -61,13 +62,13 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
-def test_the_status_names_engine_precision_base_and_what_is_resident(
+async def test_the_status_names_engine_precision_base_and_what_is_resident(
     base: ClipBase, artifacts: Artifacts, tmp_path: Path
 ) -> None:
     worker = EncoderWorker(ClipEngine(base, choice=EngineChoice("torch", "bfloat16")), artifacts, "r1")
     name = stored(base, artifacts, tmp_path, 1)
     worker.prepare_now(name)
-    found = worker.status()
+    found = await worker.status()
     assert (found["engine"], found["precision"], found["device"]) == ("torch", "bfloat16", worker.engine.device.type)
     assert (found["base"], found["base_digest"], found["resident"]) == (base.name, base.digest, [name])
 
@@ -83,7 +84,7 @@ async def test_a_batch_answers_each_request_under_its_adapter(
     for name in names:
         if name is not None:
             alone.load(name, artifacts.fetch(f"adapters/{name}"))
-        answers = await worker.encode([EncodeRequest(kind, payload, name, soon()) for payload in payloads])
+        answers = await worker.encode_batch([EncodeRequest(kind, payload, name, soon()) for payload in payloads])
         for payload, answer in zip(payloads, answers, strict=True):
             assert answer.adapter == name
             np.testing.assert_allclose(answer.vectors, encode(payload, name), atol=1e-5)
@@ -93,20 +94,20 @@ async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_nee
     worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = stored(base, artifacts, tmp_path, 3)
-    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
+    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), name, soon())])
     assert answer.code == ""
     assert worker.engine.resident == (name,)
     returned: list[None] = []
-    monkeypatch.setattr(encoder_worker, "return_free_memory", lambda: returned.append(None))
+    monkeypatch.setattr(module, "return_free_memory", lambda: returned.append(None))
     assert await worker.retire([None]) == [name]
     assert len(returned) == 1, "its memory goes back to the system"
     assert await worker.retire([None]) == [] and len(returned) == 1
-    (again,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
+    (again,) = await worker.encode_batch([EncodeRequest("text", ids("x"), name, soon())])
     np.testing.assert_array_equal(again.vectors, answer.vectors)
 
 
 async def test_an_adapter_that_does_not_exist_is_said_to_be_at_fault(worker: EncoderWorker) -> None:
-    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), "clip-000000000000", soon())])
+    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), "clip-000000000000", soon())])
     assert (answer.code, answer.vectors) == ("adapter", None)
 
 
@@ -122,10 +123,10 @@ async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
             return artifacts.fetch(key)
 
     worker = EncoderWorker(ClipEngine(base), Hanging(), "r1")
-    missing = asyncio.create_task(worker.load_missing("clip-000000000000"))
+    missing = asyncio.create_task(worker._load_missing("clip-000000000000"))
     await asyncio.to_thread(fetching.wait, 30)
-    assert await worker.load_missing(None) is None
-    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
+    assert await worker._load_missing(None) is None
+    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
     assert answer.vectors is not None and not missing.done()
     answers.set()
     refusal = await missing
@@ -156,11 +157,13 @@ async def test_the_request_whose_forward_pass_fails_fails_alone(
         return encode(rows, adapter)
 
     monkeypatch.setattr(worker.engine, "encode_tokens", poisoned)
-    answers = await worker.encode([EncodeRequest("text", ids(text), None, soon()) for text in ("a", "poison", "b")])
+    answers = await worker.encode_batch(
+        [EncodeRequest("text", ids(text), None, soon()) for text in ("a", "poison", "b")]
+    )
     assert [answer.code for answer in answers] == ["", "failed", ""]
     assert "index out of range" in answers[1].error
     for _ in range(5):
-        await worker.encode([EncodeRequest("text", ids("poison"), None, soon())])
+        await worker.encode_batch([EncodeRequest("text", ids("poison"), None, soon())])
     await worker.check_health()  # its own pass works: the requests were at fault
 
 
@@ -173,7 +176,7 @@ async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
     await worker.check_health()
     monkeypatch.setattr(worker.engine, "encode_tokens", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):  # so that the call is made again on another replica
-        await worker.encode(
+        await worker.encode_batch(
             [EncodeRequest("text", ids("x"), None, soon()), EncodeRequest("text", ids("y"), None, soon())]
         )
     with pytest.raises(RuntimeError, match="does not work any more"):
@@ -184,7 +187,7 @@ async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(wor
     with worker._lock:  # as a thread that loads an adapter does
         worker.engine._residents["clip-old"] = worker.engine._none
         retiring = asyncio.create_task(worker.retire([None]))
-        (answer,) = await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
+        (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
         assert answer.vectors is not None and not retiring.done()
     assert await retiring == ["clip-old"]
 
@@ -215,7 +218,7 @@ async def test_background_calls_take_turns_chunk_by_chunk(
     inside, most = 0, 0
     compute = worker.encode_now
 
-    def counted(requests: list[EncodeRequest]) -> list[EncodeResult]:
+    def counted(requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         nonlocal inside
         try:
             return compute(requests)
@@ -277,7 +280,7 @@ async def test_only_the_thread_of_the_passes_computes_with_several(
         worker = EncoderWorker(engine, artifacts, "r1")  # type: ignore[arg-type]
         assert not (await worker.prepare(name)).error
         for adapter in (None, name):
-            await worker.encode([EncodeRequest("image", pixels(1), adapter, soon())])
+            await worker.encode_batch([EncodeRequest("image", pixels(1), adapter, soon())])
     finally:
         torch.set_num_threads(before)
     assert engine.golden_threads == {1}
@@ -288,7 +291,7 @@ async def test_only_the_thread_of_the_passes_computes_with_several(
 def patient_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests come and a load gives way for as long as the slowest machine takes to load."""
     for name in ("BUSY_SECONDS", "PACED_SECONDS"):
-        monkeypatch.setattr(encoder_worker, name, 600.0)
+        monkeypatch.setattr(module, name, 600.0)
 
 
 @pytest.fixture
@@ -305,12 +308,12 @@ async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it(
     first, second, third = (stored(base, artifacts, tmp_path, seed) for seed in (1, 2, 3))
     assert not (await worker.prepare(first)).error
     assert not rests, "nobody asks for anything"
-    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
+    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
     assert not (await worker.prepare(second)).error
     assert len(rests) > 10, "each weight, its digest and each golden input is a part"
     rests.clear()
-    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
-    assert await worker.load_missing(third) is None
+    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
+    assert await worker._load_missing(third) is None
     assert not rests
 
 
@@ -331,7 +334,7 @@ async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_
 
     monkeypatch.setattr(worker.engine, "golden", noting)
     assert not (await worker.prepare(first)).error
-    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
+    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
     assert not (await worker.prepare(second)).error
     assert not (await worker.prepare(third)).error
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE, os.SCHED_IDLE, os.SCHED_OTHER]
@@ -342,7 +345,7 @@ async def test_a_load_that_takes_long_rests_no_more(
     worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, rests: list[float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(encoder_worker, "PACED_SECONDS", 0.0)
-    await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
+    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
+    await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
     assert not (await worker.prepare(stored(base, artifacts, tmp_path, 1))).error
     assert not rests
