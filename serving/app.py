@@ -154,12 +154,12 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
+    from serving.http.ingress import Ingress
     from serving.ray.ray_session import START_ATTEMPTS
     from serving.releases.broadcast import INGRESS, VLM
     from serving.releases.controller import ReleaseController
     from serving.replicas.catalog import CatalogReplica
     from serving.replicas.encoder import Encoder
-    from serving.replicas.ingress import Ingress
     from serving.replicas.vlm import VlmReplica
 
     server = settings.serve

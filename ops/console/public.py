@@ -13,8 +13,7 @@ from typing import Any, Final
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.http.client_address import TrustedProxies, set_client
-from serving.http.rate_limit import RateLimiter, address
+from serving.http.client_address import RateLimiter, TrustedProxies, address, set_client
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 SPEAKERS: Final = frozenset({"updater", "guard"})

@@ -12,7 +12,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ops.console.sessions import Session
-from serving.http.recent import Recent
+from serving.http.health import Recent
 
 SECONDS: Final = 5.0
 """How old an answer may be."""

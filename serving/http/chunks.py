@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from core import metrics
 from serving.engines.vlm.generation import Finish, GenerationResult, TokenChunk
 from serving.errors import DeadlineExceeded
 from serving.http import errors
-from serving.http.cancel_on_disconnect import ClientGone, cancel_on_disconnect
+from serving.http.bodies import ChatUsage, ResponseBody
+from serving.http.request_bodies import ClientGone, cancel_on_disconnect
 from serving.releases.release_snapshot import ReleaseSnapshot
 
-log = logging.getLogger("ratchet.http")
 DONE = b"data: [DONE]\n\n"
 GRACE_SECONDS = 2.0
 """Engines end an answer at its deadline and say so; a client that reads too slowly to hear it is cut off this much
@@ -37,6 +35,90 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; OpenAI uses the same number."""
+
+
+class TokenLogprob(ResponseBody):
+    """One token of the answer."""
+
+    token: str
+    logprob: float
+    """Natural logarithm of its probability; -9999 stands for minus infinity."""
+    bytes: list[int] | None
+    """UTF-8; null for a token that is a part of a character."""
+    top_logprobs: list[Any]
+    """Always empty."""
+
+
+class Logprobs(ResponseBody):
+    """Log-probabilities of the answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AssistantMessage(ResponseBody):
+    """The model's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class CompletionChoice(ResponseBody):
+    """The one answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+    """`stop`: it ended by itself or at a stop text; `length`: at the longest answer that was asked for."""
+
+
+class ChatCompletionBody(ResponseBody):
+    """An answer that is not streamed, as in the OpenAI API."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    """Seconds since 1970, UTC."""
+    model: str
+    """`vlm@` and the number of the release."""
+    system_fingerprint: str
+    """The adapter's name; `base`: the base alone."""
+    choices: list[CompletionChoice]
+    usage: ChatUsage
+
+
+class Delta(ResponseBody):
+    """What a chunk adds: the role in the first, text in the others, nothing in the last."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(ResponseBody):
+    """A piece of the one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    """Null in all chunks but the last."""
+
+
+class ChatCompletionChunk(ResponseBody):
+    """The data of one server-sent event of a streamed answer, as in the OpenAI API."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    """Seconds since 1970, UTC."""
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    """Empty in the chunk with the usage."""
+    usage: ChatUsage | None = None
+    """Only with `stream_options.include_usage`: null in all chunks but the last."""
 
 
 def dumps(value: Any) -> str:
@@ -51,11 +133,7 @@ def event(data: str, name: str = "") -> bytes:
 
 def failure(error: Exception) -> bytes:
     """The event that ends a stream which failed; its data is the error object of all other errors."""
-    description = errors.described(error)
-    metrics.http.refused(description.code or "other")
-    if description.code == "internal":
-        log.error("a stream failed", exc_info=error)
-    return event(dumps(description.content), "error")
+    return event(dumps(errors.told(error).content), "error")
 
 
 class EventStream(Response):

@@ -1,12 +1,23 @@
-"""What all requests hold together, and of which one caller holds a share at most: room that is waited for by turns, and
-budgets that are taken or refused at once.
+"""What all requests hold together, and of which one caller holds a share at most.
+
+:class:`FairRoom` is room that is waited for by turns, :class:`SharedBudget` is taken or refused at once, and
+:class:`DecodeQueue` runs work on images by both, with its bounds in pixels.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, OrderedDict, deque
-from typing import Literal
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from core.priority import nice_thread
+from serving.http.errors import ApiError
+from serving.messages import MODEL_NICE
 
 Refusal = Literal["caller", "all"]
 
@@ -102,3 +113,133 @@ class SharedBudget:
             self._by_caller[caller] = left
         else:
             self._by_caller.pop(caller, None)
+
+
+Result = TypeVar("Result")
+SMALL_PIXELS = 1_000_000
+"""Larger images go to the thread for large ones: a million takes about 25 ms, for which others wait at most."""
+ROOM = 0.25
+"""Of the pixels that may wait, those that are in memory at once; one request more is let in where there is any left."""
+SMALL_THREADS = 2
+LARGE_THREADS = 1
+LARGE_NICE = 10
+"""Linux: the thread for large images gets about a tenth of a processor that others want."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    work: Callable[[], Any]
+    result: asyncio.Future[Any]
+
+
+class DecodeQueue:
+    """Runs work on images in threads. Used from one event loop.
+
+    Args:
+        pixels: bound of what is reserved, over all callers.
+        share: of it that one caller may have.
+    """
+
+    def __init__(self, pixels: int, share: float) -> None:
+        self._budget = SharedBudget(pixels, share)
+        self._room = FairRoom(pixels * ROOM, share)
+        self._small = _FairPool(SMALL_THREADS, "image-loader", MODEL_NICE)
+        self._large = _FairPool(LARGE_THREADS, "large-images", LARGE_NICE)
+
+    @property
+    def pixels(self) -> int:
+        """What is reserved now."""
+        return self._budget.used
+
+    @contextlib.asynccontextmanager
+    async def reserved(self, caller: str, pixels: int) -> AsyncIterator[Callable[[int], None]]:
+        """Wait until there is room for the images of one request, and count them until the block ends. Call what this
+        yields with the pixels that are still in memory once the images are decoded and scaled down.
+
+        Raises:
+            ApiError: 429 when too many pixels wait already.
+        """
+        held = min(pixels, self._budget.caller_size)  # what is alone is always taken
+        if refusal := self._budget.take(caller, held):
+            whose = "your images" if refusal == "caller" else "images"
+            raise ApiError(
+                429, f"{whose} that wait to be decoded or answered have too many pixels (serve.decode_pixels); send "
+                "the request again later.", code="overloaded",
+            )  # fmt: skip
+
+        inside = 0
+
+        def keep(pixels: int) -> None:
+            nonlocal held, inside
+            freed, left = max(0, held - pixels), min(inside, pixels)
+            self._budget.give_back(caller, freed)
+            self._room.leave(caller, inside - left)
+            held, inside = held - freed, left
+
+        try:
+            inside = await self._room.enter(caller, held)
+            try:
+                yield keep
+            finally:
+                self._room.leave(caller, inside)
+        finally:
+            self._budget.give_back(caller, held)
+
+    async def run(self, caller: str, pixels: int, work: Callable[[], Result]) -> Result:
+        """Run work on an image of so many pixels when it is the caller's turn. Cancelling drops what still waits."""
+        return await (self._small if pixels <= SMALL_PIXELS else self._large).run(caller, work)
+
+
+class _FairPool:
+    """Threads that take the next job of each caller in turn."""
+
+    def __init__(self, threads: int, name: str, nice: int) -> None:
+        self._free = threads
+        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(threads, name, initializer=nice_thread, initargs=(nice,))
+
+    async def run(self, caller: str, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns."""
+        job = _Job(work, asyncio.get_running_loop().create_future())
+        self._waiting.setdefault(caller, deque()).append(job)
+        self._start()
+        try:
+            result: Result = await asyncio.shield(job.result)
+            return result
+        except asyncio.CancelledError:
+            self._forget(caller, job)
+            raise
+
+    def _start(self) -> None:
+        while self._free and self._waiting:
+            caller, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[caller] = jobs  # behind the others
+            self._free -= 1
+            running = self._threads.submit(job.work)
+            loop = job.result.get_loop()
+            running.add_done_callback(partial(_call, loop, self._ended, job))
+
+    def _ended(self, job: _Job, ended: Future[Any]) -> None:
+        self._free += 1
+        if not job.result.done():
+            if (error := ended.exception()) is not None:
+                job.result.set_exception(error)
+                job.result.exception()  # read here: a caller that was cancelled does not read it
+            else:
+                job.result.set_result(ended.result())
+        self._start()
+
+    def _forget(self, caller: str, job: _Job) -> None:
+        jobs = self._waiting.get(caller)
+        if jobs is not None and job in jobs:
+            jobs.remove(job)
+            if not jobs:
+                del self._waiting[caller]
+            job.result.cancel()
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed
+        loop.call_soon_threadsafe(function, *args)

@@ -28,8 +28,8 @@ from core.settings.serving import Serve
 from core.tracing import span
 from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
-from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
+from serving.http.fair_room import SMALL_THREADS, DecodeQueue
 from streams.records.fetching import ByteBudget, Fetcher, Rules
 
 Result = TypeVar("Result")

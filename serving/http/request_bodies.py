@@ -1,17 +1,19 @@
-"""What a request may bring: who may connect, and how large its body is and how fast it comes.
+"""What a request may bring, how large its body is and how fast it comes, and for how long its client waits.
 
 Pure ASGI. :class:`RequestLimits` is the outermost part: a request that it refuses costs nothing further.
 :class:`RequestBodies`, inside of authentication, reads the body of each request, within a time and a budget, before the
 request takes one of the slots. A client that is slow, or silent, holds no slot; what its body has so far counts against
-the bytes of all bodies, and is given back when the request ends.
+the bytes of all bodies, and is given back when the request ends. :func:`cancel_on_disconnect` ends the work for a
+client that leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -20,12 +22,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from core import metrics
 from core.settings.serving import Serve
 from core.tracing import span
+from serving.errors import DeadlineExceeded
 from serving.http import errors
-from serving.http.cancel_on_disconnect import ClientGone
-from serving.http.client_address import TrustedProxies, names_this_server, set_client
+from serving.http.client_address import TrustedProxies, address, names_this_server, set_client
 from serving.http.errors import ApiError
 from serving.http.fair_room import SharedBudget
-from serving.http.rate_limit import address
 
 log = logging.getLogger("ratchet.http")
 SEND_SECONDS = 30.0
@@ -82,9 +83,7 @@ class RequestBodies:
             finally:
                 slots.give_back(caller, 1)
         except ApiError as error:
-            await errors.answer(
-                error.status_code, error.detail, error.param, error.code, dict(error.headers or {})
-            )(scope, receive, send)  # fmt: skip
+            await errors.answer(error)(scope, receive, send)
         finally:
             body.close()
 
@@ -228,9 +227,7 @@ class RequestLimits:
             self._check(scope)
             await self.app(scope, receive, record_status)
         except ApiError as error:
-            await errors.answer(error.status_code, error.detail, code=error.code, headers=dict(error.headers or {}))(
-                scope, receive, record_status
-            )
+            await errors.answer(error)(scope, receive, record_status)
         finally:
             metrics.http.in_flight(-1)
             route = getattr(scope.get("route"), "path", "unmatched")
@@ -257,3 +254,58 @@ class RequestLimits:
         declared = headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self.settings.max_body_bytes:
             raise too_large(self.settings.max_body_bytes)
+
+
+BACKSTOP_SECONDS = 0.2
+"""After the deadline: whoever computes the answer ends by itself first, and knows why there is none."""
+GONE = 499
+"""nginx's status for a client that closed its connection: it is only ever seen in metrics."""
+
+
+class ClientGone(ApiError):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__(GONE, "the client went away before the answer was ready.", code="client_gone")
+
+
+@contextlib.asynccontextmanager
+async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterator[None]:
+    """Cancel the block when the client leaves or the deadline passes. The request's body must have been read before.
+
+    Args:
+        receive: the request's ASGI channel; nobody else may read from it meanwhile.
+        deadline: on the monotonic clock.
+
+    Raises:
+        DeadlineExceeded: the deadline passed.
+        ClientGone: the client closed its connection.
+    """
+    here = asyncio.current_task()
+    assert here is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        gone = True
+        here.cancel()
+
+    watcher = asyncio.create_task(watch())
+    limit = asyncio.timeout(deadline - time.monotonic() + BACKSTOP_SECONDS)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(
+            "the deadline passed before the answer was ready.", "Ask for less at once, or try later."
+        ) from None
+    except asyncio.CancelledError:
+        if gone and here.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()

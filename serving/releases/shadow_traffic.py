@@ -44,7 +44,7 @@ Encode = Callable[[Modality, Any, str | None], Awaitable[EncodeResult]]
 
 
 class Vlms(Protocol):
-    """The part of :class:`serving.http.vlm_calls.VlmCalls` that is needed here."""
+    """The part of :class:`serving.http.calls.VlmCalls` that is needed here."""
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer."""

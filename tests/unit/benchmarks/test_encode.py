@@ -26,7 +26,7 @@ from benchmarks.encode.sides import Turn, ratchet_template
 from core.errors import ConfigError
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
-from serving.http.schemas import EmbeddingsRequest
+from serving.http.embeddings import EmbeddingsRequest
 from serving.messages import Modality
 
 

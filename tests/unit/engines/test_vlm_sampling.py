@@ -16,7 +16,7 @@ from core.errors import AdapterError
 from serving.engines.vlm.generation import SMALLEST, GenerationRequest, Message
 from serving.engines.vlm.hf_batch import BatchRow, _Choice
 from serving.errors import InvalidRequest
-from serving.http.chat_schemas import ChatRequest
+from serving.http.chat import ChatRequest
 
 MESSAGES = (Message("user", ("hi",)),)
 VOCABULARY = 64

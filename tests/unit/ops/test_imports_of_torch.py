@@ -7,7 +7,7 @@ import sys
 
 PARTS = (
     "ops.cli.main", "streams.ingest.run", "streams.store.maintenance", "ops.console.run_console", "serving.app",
-    "serving.replicas.ingress", "serving.replicas.catalog", "serving.releases.controller",
+    "serving.http.ingress", "serving.replicas.catalog", "serving.releases.controller",
 )  # fmt: skip
 
 

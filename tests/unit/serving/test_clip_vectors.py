@@ -13,7 +13,7 @@ import pytest
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.errors import DeadlineExceeded
-from serving.http.clip_vectors import BATCHES_IN_WORK, ClipVectors, VectorCache, room_for
+from serving.http.clip_vectors import BATCHES_IN_WORK, ClipVectors, room_for
 from serving.http.image_loader import ImageLoader, ImageSource, InspectedImage
 from serving.messages import EncodeResult
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -21,7 +21,7 @@ from tests.support.waiting import until
 from tests.unit.serving.scripted_vlms import png
 
 LIVE = ReleaseSnapshot(1, None, "i", "t")
-SETTINGS = Serve(max_batch=4, caller_share=0.75)
+SETTINGS = Serve(max_batch=4, caller_share=0.75, cache_bytes=0)
 
 
 class Loader(ImageLoader):
@@ -51,7 +51,7 @@ async def test_images_of_a_flood_wait_unopened_and_others_go_ahead_of_them() -> 
     """192 requests with 32 small pictures each were all opened and decoded at once, beside a model that needed both
     cores: the image of another caller took 1.5 s."""
     loader, encoders = Loader(), Encoders()
-    vectors = ClipVectors(encoders, loader, None, VectorCache(0), room_for(SETTINGS))  # type: ignore[arg-type]
+    vectors = ClipVectors(encoders, loader, None, SETTINGS)  # type: ignore[arg-type]
     pictures: list[ImageSource] = [("image", png(4, 4))] * 4
 
     def ask(caller: str, seconds: float = 60.0) -> asyncio.Task[Any]:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from serving.http.decode_queue import LARGE_NICE, SMALL_PIXELS, SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError
+from serving.http.fair_room import LARGE_NICE, SMALL_PIXELS, SMALL_THREADS, DecodeQueue
 from serving.messages import MODEL_NICE
 
 LARGE = SMALL_PIXELS + 1

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serving.http.chat_schemas import ChatRequest, refuse_unknown
+from serving.http.bodies import MAX_MARKS, check_marks, fields_of
+from serving.http.chat import ChatRequest, refuse_unknown
+from serving.http.classify import ClassifyRequest
+from serving.http.embeddings import EmbeddingsRequest
 from serving.http.errors import ApiError, from_validation
-from serving.http.image_bodies import fields_of
-from serving.http.json_bodies import MAX_MARKS, check_marks
-from serving.http.schemas import ClassifyRequest, EmbeddingsRequest, SearchRequest, VqaRequest
+from serving.http.search import SearchRequest
+from serving.http.vqa import VqaRequest
 from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client
 
 MANY = [1] * 5000

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from serving.http.classify import probabilities
+from serving.http.classify import ClassifyRequest, probabilities
+from serving.http.embeddings import EmbeddingsRequest
 from serving.http.errors import ApiError, from_validation
 from serving.http.image_loader import from_data_uri
-from serving.http.schemas import ClassifyRequest, EmbeddingsRequest
 
 
 @pytest.mark.parametrize("tokens", [[1, 2], [[1, 2], [3]], 7])

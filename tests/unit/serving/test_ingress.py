@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from serving.replicas import ingress as module
-from serving.replicas.ingress import Ingress
+from serving.http import ingress as module
+from serving.http.ingress import Ingress
 
 
 class Idle:
@@ -23,11 +23,13 @@ class Idle:
     def probes(self) -> Idle:
         return self
 
+    state = probes
+
 
 def starting(monkeypatch: pytest.MonkeyPatch, refresh: Any) -> Any:
     replica: Any = object.__new__(Ingress)
-    replica._tasks, replica.vlm_start = {}, None
-    replica.shadow_traffic, replica.app_state = Idle(), Idle()
+    replica._tasks, replica.vlms = {}, None
+    replica.shadow_traffic, replica.app = Idle(), Idle()
     monkeypatch.setattr(replica, "refresh", refresh)
     for name in ("_follow", "_read_keys"):
         monkeypatch.setattr(replica, name, Idle().run)

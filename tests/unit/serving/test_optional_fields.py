@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serving.http.chat_schemas import ChatRequest, refuse_unknown
+from serving.http.bodies import is_empty
+from serving.http.chat import ChatRequest, refuse_unknown
+from serving.http.embeddings import EmbeddingsRequest
 from serving.http.errors import ApiError
-from serving.http.json_bodies import is_empty
-from serving.http.schemas import EmbeddingsRequest
 
 IMAGE = "data:image/png;base64,AAAA"
 SAID = {"role": "user", "content": "hello"}

@@ -7,9 +7,9 @@ import pytest
 from core.settings.section import MIB
 from core.settings.serving import Serve
 from serving.app import encoder_calls, encoder_scale, ingress_scale, vlm_scale
-from serving.http.rate_limit import RateLimiter
+from serving.http.client_address import RateLimiter
+from serving.http.ingress import SHARED, share_of
 from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
-from serving.replicas.ingress import SHARED, share_of
 
 
 def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> None:

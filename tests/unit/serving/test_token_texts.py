@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from serving.replicas.ingress import token_texts
+from serving.http.ingress import token_texts
 
 
 def test_tokens_put_together_are_the_text(tmp_path: Path) -> None:
