@@ -40,6 +40,10 @@ USUAL_SCANS = 10
 JOB_PIXELS = 2_000_000
 """Of several images that are decoded in one turn of their caller."""
 JOBS_A_THREAD = 2
+FETCHES = 16
+"""Images that are fetched at once by one process; more wait."""
+REQUEST_IMAGES = 2
+"""Pixels of all images of a request, in images of ``serve.max_pixels``."""
 LONGEST_SIDE = 2048
 """Pixels: what the largest VLMs look at. A larger picture is scaled down before it travels to a replica."""
 
@@ -96,10 +100,10 @@ class ImageLoader:
             fetched = await self._fetched(images)
             inspected = await self.queue.run(caller, 0, lambda: [self._inspected(*image) for image in fetched])
         total = sum(image.pixels for image in inspected)
-        if total > self.bounds.max_request_pixels:
+        if total > (most := REQUEST_IMAGES * self.bounds.max_pixels):
             raise ApiError(
-                413, f"{param}: the images have {total} pixels together, more than {self.bounds.max_request_pixels} "
-                "(serve.max_request_pixels).", param=param, code="too_many_pixels",
+                413, f"{param}: the images have {total} pixels together, more than {most} "
+                f"({REQUEST_IMAGES} x serve.max_pixels).", param=param, code="too_many_pixels",
             )  # fmt: skip
         return inspected
 
@@ -240,7 +244,7 @@ def fetcher_of(bounds: Serve) -> Fetcher | None:
     return Fetcher(
         Rules(
             bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, bounds.image_seconds,
-            bounds.image_fetches,
+            FETCHES,
         )
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ KEYS_SECONDS = 10.0
 """How often keys are read though nobody calls, so that the copies of them are not older than this."""
 FIRST_SECONDS = 20.0
 """How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
-SHARED = ("queue", "operator_queue", "decode_pixels", "image_fetches", "vlm_queue", "cache_bytes")
+SHARED = ("queue", "decode_pixels", "vlm_queue", "cache_bytes")
 """Bounds that all ingress processes divide among them."""
 _TOKENIZER_FILE = "tokenizer.json"
 _WORD_START = "\u2581"

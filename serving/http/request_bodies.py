@@ -33,6 +33,10 @@ SEND_SECONDS = 30.0
 """Longest time to send an answer, after the deadline by which it is made."""
 GRACE_SECONDS = 5.0
 """From when on the rate of a body counts."""
+BODY_SECONDS, BODY_BYTES_PER_SECOND = 30.0, 16_384
+"""Longest time for a whole body, and its slowest rate on average."""
+OPERATOR_SLOTS = 16
+"""Operator calls at once in one process."""
 FREE_ROUTES = ("/health/", "/metrics")
 """Take no slot: who looks why the server is busy must get in. Their answers are made once a second for everybody."""
 OPERATOR_ROUTES = "/admin/"
@@ -55,8 +59,8 @@ class RequestBodies:
         self.bytes = SharedBudget(settings.body_budget_bytes, settings.caller_share)
         self.slots = SharedBudget(settings.queue, settings.caller_share)
         self.search_slots = SharedBudget(settings.queue, settings.caller_share)
-        self.operator_slots = SharedBudget(settings.operator_queue)
-        self.rollback_slots = SharedBudget(settings.operator_queue)
+        self.operator_slots = SharedBudget(OPERATOR_SLOTS)
+        self.rollback_slots = SharedBudget(OPERATOR_SLOTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request when its body is there."""
@@ -123,15 +127,15 @@ class _Body:
         self.budget.give_back(self.caller, self.size)
 
     async def _next(self, receive: Receive, began: float) -> Message:
-        due = GRACE_SECONDS + self.size / self.settings.body_bytes_per_second
-        left = began + min(due, self.settings.body_seconds) - time.monotonic()
+        due = GRACE_SECONDS + self.size / BODY_BYTES_PER_SECOND
+        left = began + min(due, BODY_SECONDS) - time.monotonic()
         try:
             async with asyncio.timeout(left):
                 return await receive()
         except TimeoutError:
             raise ApiError(
-                408, f"the body came too slowly: {self.size} bytes in {time.monotonic() - began:.0f} s "
-                "(serve.body_seconds, serve.body_bytes_per_second).", code="body_timeout", headers=CLOSE,
+                408, f"the body came too slowly: {self.size} bytes in {time.monotonic() - began:.0f} s.",
+                code="body_timeout", headers=CLOSE,
             ) from None  # fmt: skip
 
     def _count(self, size: int) -> None:

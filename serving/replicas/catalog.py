@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ratchet.catalog")
 HEALTH_SECONDS = 10.0
 FOLLOW_SECONDS = 2.0
+MOST_WAIT_SECONDS = 600.0
+"""A release waits no longer for its catalog, where its verdict allows searches before."""
 
 
 class CatalogReplica:
@@ -68,7 +70,6 @@ class CatalogReplica:
         self._follow: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._adopting = asyncio.Lock()
-        self._most_wait_seconds = settings.catalog.most_wait_seconds
         self._verdicts = CrossVersionVerdicts(self._ledger)
         self._adopted = 0
         """The newest release that was adopted."""
@@ -128,7 +129,7 @@ class CatalogReplica:
             if wait:
                 await self._learn_cross_version([snapshot])
             at_once = usable(catalog.cross_version, snapshot.image_space, catalog.reconciler.complete()) is not None
-            return await catalog.cover(snapshot, wait, self._most_wait_seconds if at_once else None)
+            return await catalog.cover(snapshot, wait, MOST_WAIT_SECONDS if at_once else None)
         except RatchetError as error:
             return str(error)
 

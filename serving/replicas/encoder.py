@@ -88,16 +88,14 @@ class LoadPatienceOver(Exception):
 class EncoderWorker:
     """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
-    def __init__(
-        self, engine: ClipEngine, artifacts: AdapterFolders, replica: str, max_batch: int = 16, wait_seconds: float = 0
-    ) -> None:
-        """``max_batch`` (in images) and ``wait_seconds`` are those of :class:`FairBatches`."""
+    def __init__(self, engine: ClipEngine, artifacts: AdapterFolders, replica: str, max_batch: int = 16) -> None:
+        """``max_batch``: most images in a forward pass, or four times as many texts."""
         import torch
 
         self.engine = engine
         self.artifacts = artifacts
         self.replica = replica
-        self._batches = FairBatches(self.encode_batch, max_batch * IMAGE_COST, wait_seconds)
+        self._batches = FairBatches(self.encode_batch, max_batch * IMAGE_COST)
         self._compute = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (torch.get_num_threads(),))
         self._loading = ThreadPoolExecutor(1, "load", _begin_loading, (self._loading_gives_way,))
         self._yielding = ThreadPoolExecutor(1, "load-idle", _begin_yielding, (self._check_patience,))
@@ -343,7 +341,7 @@ class Encoder(EncoderWorker):
         with ThreadPoolExecutor(1, "start") as starting:  # its OpenMP threads end with it: see the module's docstring
             engine = starting.submit(self.make_engine, settings).result()
         replica = serve.get_replica_context().replica_tag
-        super().__init__(engine, self._adapters, replica, settings.serve.max_batch, settings.serve.batch_wait_seconds)
+        super().__init__(engine, self._adapters, replica, settings.serve.max_batch)
         self._follower = ResidencyFollower("encoder", source.read, self._load, source.keep)
         rows = source.newest()
         self._adapters.expect(source.adapters)

@@ -25,6 +25,8 @@ from core.tracing import record
 from serving.messages import EncodeRequest, EncodeResult, Modality, joined
 
 Group = tuple[Modality, str | None]
+WAIT_SECONDS = 0.005
+"""For a batch to fill."""
 TURN_SECONDS = 0.03
 """Of a batch, while several callers ask."""
 ASKS_SECONDS = 2.0
@@ -49,7 +51,7 @@ class FairBatches:
 
     def __init__(
         self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
-        wait_seconds: float, turn_seconds: float = TURN_SECONDS,
+        wait_seconds: float = WAIT_SECONDS, turn_seconds: float = TURN_SECONDS,
     ) -> None:  # fmt: skip
         """Args:
         run: encodes a batch; returns a result for each request, or raises for all of them.
