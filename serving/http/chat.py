@@ -261,15 +261,15 @@ async def chunk_events(
     chunk: TokenChunk | None = first
     head = answer.first()
     while chunk is not None:
-        text = head + answer.chunk(chunk)
-        head = ""
+        data = head + answer.chunk(chunk)
+        head = b""
         if chunk.finish:
-            yield text.encode() + answer.last(chunk.finish, chunk.prompt_tokens, chunk.completion_tokens)
+            yield data + answer.last(chunk.finish, chunk.prompt_tokens, chunk.completion_tokens)
             with contextlib.suppress(Exception):  # let it end by itself: closing it would abort what is done
                 await anext(chunks, None)
             return
-        if text:
-            yield text.encode()
+        if data:
+            yield data
         chunk = await anext(chunks, None)
     raise Unavailable("the answer broke off.", "Send the request again.")
 

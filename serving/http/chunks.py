@@ -1,7 +1,5 @@
 """OpenAI's objects for a chat answer, whole and in chunks, and the event stream that sends them.
 
-The parts of a chunk that stay the same are written once for each answer; each costs one ``json.dumps``.
-
 An event is one line ``data: {...}`` (``event: error`` before it when something went wrong) and an empty line. JSON is
 written in ASCII: some clients split lines at U+2028 and U+0085 too.
 """
@@ -29,10 +27,6 @@ DONE = b"data: [DONE]\n\n"
 GRACE_SECONDS = 2.0
 """Engines end an answer at its deadline and say so; a client that reads too slowly to hear it is cut off this much
 later."""
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; OpenAI uses the same number."""
 
@@ -123,7 +117,7 @@ class ChatCompletionChunk(ResponseBody):
 
 def dumps(value: Any) -> str:
     """JSON on one line, in ASCII."""
-    return _ENCODER.encode(value)
+    return json.dumps(value, separators=(",", ":"))
 
 
 def event(data: str, name: str = "") -> bytes:
@@ -162,7 +156,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, a failure or the deadline, or until the client has gone."""
-        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # there is nobody left to tell
+        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # no one is left to tell
             async with self.held, cancel_on_disconnect(receive, self.deadline + GRACE_SECONDS):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 while data := await self._next():
@@ -205,11 +199,6 @@ class ChatCompletion:
             "id": f"chatcmpl-{os.urandom(12).hex()}", "created": int(time.time()), "model": f"vlm@{snapshot.release}",
             "system_fingerprint": snapshot.vlm_adapter,
         }  # fmt: skip
-        head = dumps({"object": "chat.completion.chunk", **self.common})[:-1]
-        self._head = f"data: {head},"
-        self._delta = f'{self._head}"choices":[{{"index":0,"delta":'
-        self._tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
-        self._open = f',"logprobs":null,"finish_reason":null}}]{self._tail}'
 
     def whole(self, reply: GenerationResult) -> dict[str, Any]:
         """The object of an answer that is not streamed."""
@@ -221,23 +210,25 @@ class ChatCompletion:
         counted = usage(reply.prompt_tokens, len(reply.tokens))
         return {"object": "chat.completion", **self.common, "choices": [choice], "usage": counted}
 
-    def first(self) -> str:
+    def first(self) -> bytes:
         """The chunk before any text: who speaks."""
-        return f'{self._delta}{{"role":"assistant","content":""}}{self._open}'
+        return self._choice({"role": "assistant", "content": ""})
 
-    def chunk(self, chunk: TokenChunk) -> str:
-        """The object of one chunk as JSON; empty when the chunk says nothing."""
-        if self.text_of is None:
-            return f'{self._delta}{{"content":{dumps(chunk.text)}}}{self._open}' if chunk.text else ""
-        if not (chunk.text or chunk.tokens):
-            return ""
-        scores = dumps(listed(chunk.tokens, chunk.logprobs, self.text_of))
-        delta = f'{{"content":{dumps(chunk.text)}}}'
-        return f'{self._delta}{delta},"logprobs":{scores},"finish_reason":null}}]{self._tail}'
+    def chunk(self, chunk: TokenChunk) -> bytes:
+        """One chunk; empty when it says nothing."""
+        if not chunk.text and not (chunk.tokens and self.text_of):
+            return b""
+        logprobs = listed(chunk.tokens, chunk.logprobs, self.text_of) if self.text_of else None
+        return self._choice({"content": chunk.text}, logprobs)
 
     def last(self, finish: Finish, prompt: int, completion: int) -> bytes:
         """What ends a stream: why the answer ended, the usage if it was asked for, and [DONE]."""
-        end = f'{self._delta}{{}},"logprobs":null,"finish_reason":{dumps(finish)}}}]{self._tail}'
-        if self.include_usage:
-            end += f'{self._head}"choices":[],"usage":{dumps(usage(prompt, completion))}}}\n\n'
-        return end.encode() + DONE
+        counted = self._event([], usage(prompt, completion)) if self.include_usage else b""
+        return self._choice({}, finish=finish) + counted + DONE
+
+    def _choice(self, delta: dict[str, str], logprobs: Any = None, finish: Finish | None = None) -> bytes:
+        return self._event([{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
+
+    def _event(self, choices: list[Any], counted: dict[str, int] | None = None) -> bytes:
+        more = {"usage": counted} if self.include_usage else {}
+        return event(dumps({"object": "chat.completion.chunk", **self.common, "choices": choices, **more}))

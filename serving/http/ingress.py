@@ -42,7 +42,7 @@ from serving.releases.guard import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
-from serving.replicas.follower import residency_reader
+from serving.replicas.follower import keep_running, residency_reader
 
 log = logging.getLogger("ratchet.ingress")
 SWITCH_SECONDS = 0.001
@@ -155,15 +155,13 @@ class Ingress:
         """
         if not self._tasks:
             await asyncio.gather(self._adopt_first(), *([self.vlms.look()] if self.vlms is not None else []))
-        work_by_name = {
+        work = {
             "follow": self._follow, "compare": self.shadow_traffic.run, "keys": self._read_keys,
             "probe": self.app.state.probes.watch,
         }  # fmt: skip
         if self.vlms is not None and self.vlms.start_problem:
-            work_by_name["vlm"] = self.vlms.wait_started
-        for name, work in work_by_name.items():
-            if name not in self._tasks or self._tasks[name].done():
-                self._tasks[name] = asyncio.get_running_loop().create_task(work())
+            work["vlm"] = self.vlms.wait_started
+        keep_running(self._tasks, work)
 
     async def refresh(self) -> None:
         """Adopt what the ledger says."""

@@ -24,7 +24,7 @@ from serving.messages import EncodeResult
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.follower import residency_reader, wait_for_clip
+from serving.replicas.follower import keep_running, residency_reader, wait_for_clip
 
 if TYPE_CHECKING:
     from serving.catalog.catalog import Catalog
@@ -65,10 +65,7 @@ class CatalogReplica:
         self._home = settings.home
         self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)
-        self._loop: asyncio.Task[None] | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._follow: asyncio.Task[None] | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._adopting = asyncio.Lock()
         self._verdicts = CrossVersionVerdicts(self._ledger)
         self._adopted = 0
@@ -83,13 +80,9 @@ class CatalogReplica:
 
     async def _started(self) -> Catalog:
         """The catalog with its loops running and a residency adopted, which a replaced replica has not been told."""
-        loop = asyncio.get_running_loop()
-        if self._loop is None or self._loop.done():
-            self._loop = loop.create_task(self.catalog.run())
-        if self._watch is None or self._watch.done():
-            self._watch = loop.create_task(self._watcher.run())
-        if self._follow is None or self._follow.done():
-            self._follow = loop.create_task(self._follow_ledger())
+        keep_running(
+            self._tasks, {"reconcile": self.catalog.run, "watch": self._watcher.run, "follow": self._follow_ledger}
+        )
         if not self._adopted:
             await self._catch_up()
         return self.catalog
@@ -141,9 +134,7 @@ class CatalogReplica:
     async def _adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         await self.catalog.adopt(window)
         self._verdicts.remember(window)
-        self._reading = asyncio.get_running_loop().create_task(
-            self._learn_cross_version(window)
-        )  # no rollback waits for it
+        self._tasks["learn"] = asyncio.create_task(self._learn_cross_version(window))  # no rollback waits for it
         if window:
             self._adopted = max(self._adopted, window[0].release)
             metrics.release.live("catalog", self._adopted)
