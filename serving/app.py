@@ -1,4 +1,4 @@
-"""The Serve application: ingress -> encoders and VLM replicas, with the catalog and the release controller beside.
+"""The Serve application: ingress -> encoders and VLM replicas, next to the catalog and the release controller.
 
 >>> server = start(load_settings())      # returns when CLIP requests are answered
 >>> server.wait_ready()                  # when the VLM answers, too, where one is served
@@ -36,7 +36,6 @@ from core.logs import configure_logging, log_format
 from core.progress import say, step
 from core.settings import Settings
 from core.settings.serving import Serve
-from core.settings.watching import Logs
 from ratchet_client import Client
 from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
 from serving.ray import ray_session
@@ -252,7 +251,8 @@ def start(settings: Settings) -> Server:
         ConfigError: the home is served already, the port is taken, or CLIP cannot be started.
     """
     began = time.monotonic()
-    settings = settings.model_copy(update={"home": settings.home.resolve(), "logs": _same_log(settings.logs)})
+    logs = settings.logs.model_copy(update={"format": log_format(settings.logs.format)})  # as here, so do the replicas
+    settings = settings.model_copy(update={"home": settings.home.resolve(), "logs": logs})
     _migrate(settings)
     settings.operator_key()
     folder = ray_session.session_directory(settings)
@@ -266,11 +266,6 @@ def start(settings: Settings) -> Server:
     return server
 
 
-def _same_log(logs: Logs) -> Logs:
-    """As this process logs, so do the replicas, which see no terminal."""
-    return logs.model_copy(update={"format": log_format(logs.format)})
-
-
 def _migrate(settings: Settings) -> None:
     """Bring the ledger's schema up to date once, before many processes connect. While the ledger is away the server
     starts from a copy of the last known residency.
@@ -280,11 +275,8 @@ def _migrate(settings: Settings) -> None:
         ConfigError: every release has another base than the settings.
     """
     try:
-        ledger = Ledger.open(settings.ledger)
-        try:
+        with contextlib.closing(Ledger.open(settings.ledger)) as ledger:
             _check_base(settings, ledger)
-        finally:
-            ledger.close()
     except LedgerUnavailable as error:
         from serving.releases.residency import ResidencySource
 
@@ -323,46 +315,32 @@ def _start(settings: Settings, server: Server) -> None:
         start_ray(server.folder, settings.serve)
     _tell_of_keys(settings)
     with step("loading CLIP and its releases"):
+        from serving.ray.deployment_status import read_statuses
         from serving.releases.broadcast import APP
 
         deploy(build(settings), APP, settings.serve)
-        server.progress = _progress(settings, server)
+        models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(settings) else ("clip",)
+        server.progress = StartProgress(Client(server.url, retries=0), models, lambda: read_statuses(APP), server.began)
         server.progress.wait_for("clip", lambda: processor_seconds(os.getpid()))
     if settings.base.vlm and not serves_vlm(settings):
         say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
 
 
-def _progress(settings: Settings, server: Server) -> StartProgress:
-    from serving.ray.deployment_status import read_statuses
-    from serving.releases.broadcast import APP
-
-    models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(settings) else ("clip",)
-    return StartProgress(Client(server.url, retries=0), models, lambda: read_statuses(APP), server.began)
-
-
 def _tell_of_keys(settings: Settings) -> None:
-    """Say at the start what surprises later: that clients need a key, or that nobody does."""
+    """Say at the start what surprises later: that clients need a key, or that none is needed."""
     if settings.serve.on_loopback:
         return
-    ledger = Ledger.lazy(settings.ledger)
-    with contextlib.suppress(LedgerUnavailable):
-        _say_who_needs_a_key(ledger, settings)
-    ledger.close()
+    with contextlib.suppress(LedgerUnavailable), contextlib.closing(Ledger.lazy(settings.ledger)) as ledger:
+        if Access(ledger, settings).open:
+            say(
+                f"[red]no key is needed to ask the models on {settings.serve.host}[/red] (access.require_keys is never)"
+            )
+        elif not any({"infer", "search"} & set(key.scopes) for key in ledger.api_keys()):
+            say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer --scope search`")
 
 
-def _say_who_needs_a_key(ledger: Ledger, settings: Settings) -> None:
-    if Access(ledger, settings).open:
-        say(f"[red]whoever reaches {settings.serve.host} may ask the models[/red] (access.require_keys is never)")
-    elif not any({"infer", "search"} & set(key.scopes) for key in ledger.api_keys()):
-        say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer --scope search`")
-
-
-def serve_app(settings: Settings, blocking: bool = True) -> Server:
-    """What ``ratchet serve`` runs: start, and with ``blocking`` stay until SIGINT or SIGTERM. Says when CLIP answers,
-    and when the VLM does.
-    """
-    if not blocking:
-        return start(settings)
+def serve_app(settings: Settings) -> None:
+    """Start, and stay until SIGINT or SIGTERM: ``ratchet serve``. Says when CLIP answers, and when the VLM does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # while starting: clean up, then end
     server = start(settings)
     try:
@@ -374,7 +352,6 @@ def serve_app(settings: Settings, blocking: bool = True) -> Server:
             server.look()
     finally:
         server.stop()
-    return server
 
 
 def main(arguments: list[str]) -> None:

@@ -320,7 +320,7 @@ def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, mo
 
     assert told("127.0.0.1") == ""
     assert "ratchet keys create" in told("0.0.0.0")
-    assert "whoever reaches 0.0.0.0" in told("0.0.0.0", "never")
+    assert "no key is needed to ask the models on 0.0.0.0" in told("0.0.0.0", "never")
     ledger = Ledger.open(Settings(home=tmp_path).ledger)
     ledger.create_key("page", ["infer"], actor="t")
     ledger.close()
