@@ -120,23 +120,6 @@ async def _hold(
             held.remove(caller)
 
 
-async def test_a_flood_of_one_caller_leaves_room_in_memory_for_another_and_the_rest_waits() -> None:
-    queue, done, held = DecodeQueue(4000, 0.75), asyncio.Event(), list[str]()
-    flood = [asyncio.create_task(_hold(queue, "flood", 100, done, held)) for _ in range(25)]
-    await asyncio.sleep(0.01)
-    assert held == ["flood"] * 7, "of a room of 1,000 a share of 750"
-    other = asyncio.create_task(_hold(queue, "other", 100, done, held))
-    await asyncio.sleep(0.01)
-    assert held.count("other") == 1
-    for task in flood[4:20]:
-        task.cancel()
-    await asyncio.sleep(0.01)
-    assert held == ["flood"] * 4 + ["other"] + ["flood"] * 3, "what waited behind those that left"
-    done.set()
-    await asyncio.gather(other, *flood, return_exceptions=True)
-    assert queue.pixels == 0 and not held
-
-
 async def test_a_request_that_is_scaled_down_makes_room_for_the_next() -> None:
     queue, done, held = DecodeQueue(400, 1.0), asyncio.Event(), list[str]()
     async with queue.reserved("a", 100) as keep:

@@ -51,13 +51,6 @@ async def test_the_pixels_of_a_request_are_bounded_together_and_nothing_is_decod
         assert "2 x serve.max_pixels" in str(caught.value.detail)
 
 
-async def test_an_image_that_is_too_large_by_itself_is_named() -> None:
-    images = loader(max_pixels=10_000)
-    with pytest.raises(ApiError) as caught:
-        await images.pixels([("images.0", png(10, 10)), ("images.1", png(300, 200))])
-    assert (caught.value.code, caught.value.param) == ("image_too_many_pixels", "images.1")
-
-
 async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     images = loader(decode_pixels=30_000)
     go, begun = threading.Event(), asyncio.Event()

@@ -42,11 +42,6 @@ def test_a_field_of_an_embeddings_request_that_would_change_the_answer_is_named(
     assert caught.value.errors()[0]["loc"][0] == next(iter(fields))
 
 
-def test_token_ids_are_refused_with_what_to_set_in_langchain() -> None:
-    with pytest.raises(ValidationError, match="check_embedding_ctx_length=False"):
-        EmbeddingsRequest.model_validate({"input": [[1, 2]]})
-
-
 @pytest.mark.parametrize(
     "name", ["model", "n", "tools", "reasoning_effort", "stream_options", "seed", "audio", "what_comes_next_year"]
 )
