@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ratchet.app")
 START_SECONDS = 300.0
 CLIP_ATTEMPTS = 3
-"""How often a replica is started before Serve gives up, and :func:`start` with it."""
+"""Starts of a replica before Serve gives up, and :func:`start` with it."""
 GRACE_SECONDS = 5.0
 """After the last deadline: for an answer that is on its way, and for a stream that its client reads slowly."""
 DRAIN_CALL_SECONDS, DRAIN_PAUSE_SECONDS = 5.0, 0.1
@@ -62,7 +62,7 @@ class Server:
     folder: Path
     lock: int
     drain_seconds: float
-    """How long :meth:`stop` waits for requests in flight."""
+    """The longest that :meth:`stop` waits for requests in flight."""
     progress: StartProgress | None = field(default=None, repr=False)
     """Set once the application is deployed; None again when every model has answered."""
     began: float = field(default_factory=time.monotonic, repr=False)
@@ -130,7 +130,7 @@ async def drain(seconds: float) -> bool:
 
 
 def drain_seconds(settings: Settings) -> float:
-    """How long a replica that ends waits for what is in flight: until the last request's deadline."""
+    """The longest that a replica that ends waits for what is in flight: until the last request's deadline."""
     return settings.serve.deadline_seconds + GRACE_SECONDS
 
 
@@ -202,7 +202,7 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
 
 
 def ingress_scale(server: Serve) -> dict[str, Any]:
-    """How many ingress processes Serve runs, each for a quarter of what it takes before it answers 429."""
+    """The number of ingress processes that Serve runs, each for a quarter of what it takes before it answers 429."""
     least = server.ingress_replicas
     return _scale(least, server.ingress_max_replicas, max(1, server.queue // least // 4))
 
@@ -216,12 +216,12 @@ def encoder_calls(server: Serve) -> int:
 
 
 def encoder_scale(server: Serve) -> dict[str, Any]:
-    """How many encoders Serve runs, each for a batch that is computed while another one fills."""
+    """The number of encoders that Serve runs, each for a batch that is computed while another one fills."""
     return _scale(server.encoder_replicas, server.encoder_max_replicas, 2 * server.max_batch)
 
 
 def vlm_scale(server: Serve) -> dict[str, Any]:
-    """How many VLM replicas Serve runs, each for as many requests as it answers side by side."""
+    """The number of VLM replicas that Serve runs, each for as many requests as it answers side by side."""
     return _scale(server.vlm_replicas, server.vlm_max_replicas, server.vlm_batch)
 
 
@@ -238,7 +238,7 @@ def _scale(least: int, most: int, busy: int) -> dict[str, Any]:
 
 
 def serves_vlm(settings: Settings) -> bool:
-    """Whether the settings name a VLM base that is registered."""
+    """True where the settings name a VLM base that is registered."""
     from serving.engines.clip_base import list_bases
 
     return settings.base.vlm in list_bases(settings.home, "vlm")

@@ -31,7 +31,7 @@ class Listener(Section):
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """True where only this machine can reach it."""
         return is_loopback(self.host)
 
     @property

@@ -1,4 +1,4 @@
-"""What the routes share: admission, the models, the catalog, the controller, and the ledger for reading."""
+"""State that the routes share: admission, the models, the catalog, the controller, and the ledger for reading."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class AppState:
     vlms: VlmCalls | None = None
     """None: no VLM is served."""
     shadow_traffic: ShadowTraffic | None = None
-    """What clients ask VLMs is offered to it; :class:`EncoderCalls` offers what they have encoded."""
+    """Takes questions to VLMs; :class:`EncoderCalls` offers it what clients have encoded."""
     token_text: Callable[[int], str] = "token_id:{}".format
-    """What a token of the VLM reads as, for log-probabilities."""
+    """The text of a token of the VLM, for log-probabilities."""
     proxies: Sequence[str] = ()
     """Networks whose ``X-Forwarded-For`` counts."""
 
@@ -108,7 +108,7 @@ class AppState:
             self.admission.failed(snapshot.release)
 
     def deadline(self) -> float:
-        """When an answer to a request that comes now is too late; on the monotonic clock, which no one sets."""
+        """From when on an answer to a request that comes now is too late; on the monotonic clock, which no one sets."""
         return time.monotonic() + self.settings.deadline_seconds
 
     def check_texts(
@@ -140,7 +140,7 @@ def app_state(request: Request) -> AppState:
 
 
 def release_headers(snapshot: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
-    """Which release answered, by which adapter."""
+    """The release that answered, and its adapter."""
     return {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
 
 

@@ -1,6 +1,6 @@
 """Authentication: who calls, whether the key has the scope that the route needs, and how often it may.
 
-Pure ASGI and before every route, so a route that somebody adds is closed until :func:`needs` says otherwise.
+Pure ASGI and before every route, so a new route is closed until :func:`needs` says otherwise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ANY_KEY = ("/metrics", "/docs", "/openapi.json")
 
 
 def needs(path: str) -> tuple[KeyScope, ...]:
-    """The scopes of which a caller needs one; none for what is open to everybody."""
+    """The scopes of which a caller needs one; none for what is open."""
     if path.startswith("/health/"):
         return ()
     if path in ANY_KEY or path.startswith("/docs/"):
@@ -115,7 +115,7 @@ class AuthMiddleware:
         return caller
 
     async def _identify(self, token: str | None, came: float) -> Principal | None:
-        """One reading at a time serves all who wait for it; while one hangs, nobody waits for more of it.
+        """One reading at a time serves all who wait for it; while one hangs, no request waits for more of it.
 
         A known key that is in use waits for none: the keys are read again before they are too old. While the ledger
         does not answer they are read behind all known keys.
@@ -164,7 +164,7 @@ def bearer(headers: Headers) -> str | None:
 
 
 def principal(request: Request) -> Principal:
-    """Who makes this request. Only for routes that :func:`needs` names a scope for."""
+    """The caller of this request. Only for routes that :func:`needs` names a scope for."""
     caller: Any = request.state.principal
     if not isinstance(caller, Principal):
         raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)

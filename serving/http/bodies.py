@@ -115,7 +115,7 @@ def in_range(value: datetime | None) -> datetime | None:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, an empty text, list or object, or an object of such nulls."""
+    """True for a value that says nothing: null, an empty text, list or object, or an object of such nulls."""
     if isinstance(value, dict):
         return all(each is None for each in value.values())
     return value is None or value in ("", [])
@@ -167,7 +167,7 @@ async def read_parts(request: Request, max_files: int) -> list[FormField] | None
 
 
 def fields_of(parts: Iterable[FormField], lists: set[str]) -> dict[str, Any]:
-    """The fields that are no files; those in ``lists`` as lists."""
+    """The fields that are not files; those in ``lists`` as lists."""
     fields: dict[str, Any] = {}
     for name, value in parts:
         if isinstance(value, bytes):
@@ -258,7 +258,7 @@ def check_marks(data: bytes) -> None:
 
 
 def _has_too_many(data: bytes) -> bool:
-    """Stops where there are more: to count eight million takes a tenth of a second, in which nobody else is served."""
+    """Stops where there are more: to count eight million takes a tenth of a second, in which no one else is served."""
     found = 0
     for start in range(0, len(data), MAX_MARKS):
         found += sum(data.count(mark, start, start + MAX_MARKS) for mark in MARKS)

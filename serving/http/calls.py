@@ -33,7 +33,7 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import ReleaseResult
 
 CONTROLLER_SECONDS: Final = 20.0
-"""How long controllers that die are replaced by others in one call; and how long one may be silent."""
+"""The longest that one call tries controllers that die, and that one may be silent."""
 LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
 
 
@@ -49,7 +49,7 @@ class ControllerCalls:
             return outcome_of(await self._change(command))
 
     async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
-        """A controller that dies while it carries out a rollback is no reason to wait: another one is asked. What is
+        """When a controller dies while it carries out a rollback, another one is asked at once. What is
         live can only be replaced once, so asking twice does not go back twice.
         """
         attempts, died = Attempts(CONTROLLER_SECONDS, "release controller"), False
@@ -70,7 +70,7 @@ class ControllerCalls:
         raise attempts.over()
 
     async def _answered(self, response: Any) -> Any:
-        """What a call returns, which may take hours, as long as the controller answers others.
+        """The result of a call, which may take hours, as long as the controller answers others.
 
         Raises:
             Unavailable: it stands still.
@@ -100,7 +100,7 @@ class ControllerCalls:
             outcome_of(await self._asked_again(lambda: self.handle.hold.remote(command)))
 
     async def status(self) -> dict[str, Any]:
-        """What the controller does."""
+        """The controller's state."""
         status: dict[str, Any] = await self._asked_again(self.handle.status.remote)
         return status
 
@@ -237,7 +237,7 @@ class VlmCalls:
 
     @property
     def start_problem(self) -> str:
-        """Why requests cannot be answered yet; empty once the VLM has started."""
+        """The reason why requests cannot be answered yet; empty once the VLM has started."""
         if self._started:
             return ""
         return f"{STARTING} again, after it failed: {self._cause}" if self._cause else f"{STARTING}."

@@ -170,7 +170,7 @@ class ChatRequest(OpenAIBody):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """True where a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -275,7 +275,7 @@ async def chunk_events(
 
 
 def most_tokens(body: ChatRequest, limit: int) -> int:
-    """How long the answer may be. Raises ApiError when more is asked for than the server gives."""
+    """The longest answer, in tokens. Raises ApiError when more is asked for than the server gives."""
     newer, older = body.max_completion_tokens, body.max_tokens
     if newer is not None and older is not None and newer != older:
         raise ApiError(

@@ -222,7 +222,7 @@ class ChatCompletion:
         return self._choice({"content": chunk.text}, logprobs)
 
     def last(self, finish: Finish, prompt: int, completion: int) -> bytes:
-        """What ends a stream: why the answer ended, the usage if it was asked for, and [DONE]."""
+        """The end of a stream: why the answer ended, the usage if it was asked for, and [DONE]."""
         counted = self._event([], usage(prompt, completion)) if self.include_usage else b""
         return self._choice({}, finish=finish) + counted + DONE
 

@@ -156,7 +156,7 @@ async def classify(request: Request) -> Response:
 
 
 def _said(head: Head, answers: Answers, row: int, body: ClassifyRequest) -> dict[str, Any]:
-    """What a head says of one image."""
+    """A head's answer about one image."""
     shares = answers.alone[row] if body.multi_label else answers.probabilities[row]
     known = bool(answers.distance[row] <= 1)
     said: dict[str, Any] = {

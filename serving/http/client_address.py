@@ -1,4 +1,4 @@
-"""Which address a request came from, which names it may call the server by, and how often it may call."""
+"""Callers: the address that a request came from, the names of this server, and limits of rates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrustedProxies:
         self._networks: list[Network] = [ipaddress.ip_network(network, strict=False) for network in networks]
 
     def client(self, peer: str, forwarded: Sequence[str]) -> str:
-        """The last hop that is no proxy of ours.
+        """The last hop that is not one of our proxies.
 
         Args:
             peer: who holds the connection.
@@ -45,7 +45,7 @@ class TrustedProxies:
         return address
 
     def trusts(self, address: str) -> bool:
-        """Whether an address is that of a proxy."""
+        """True for the address of a proxy."""
         ip = _parsed(address)
         return ip is not None and any(ip in network for network in self._networks)
 
@@ -74,13 +74,13 @@ def came_from_here(scope: Scope) -> bool:
 
 
 def came_by_tls(scope: Scope) -> bool:
-    """Whether the client's connection has TLS, which may end at a proxy. A client can lie, to itself alone."""
+    """True where the client's connection has TLS, which may end at a proxy. A client can lie, to itself alone."""
     forwarded = Headers(scope=scope).get("x-forwarded-proto", "").partition(",")[0].strip().lower()
     return scope.get("scheme") == "https" or forwarded == "https"
 
 
 def names_this_server(host: str | None, allowed: Sequence[str]) -> bool:
-    """Whether a ``Host`` header is of loopback or one of ``allowed``. Absent is allowed: every browser sends one.
+    """True for a ``Host`` header that is of loopback or one of ``allowed``. Absent is allowed: every browser sends one.
 
     A page of another origin whose name was made to resolve to 127.0.0.1 (DNS rebinding) still sends its own name.
 
@@ -146,7 +146,7 @@ class RateLimiter:
 
 
 def address(scope: Scope) -> str:
-    """Whose bucket an anonymous request is taken from: its IPv4 address, or the /64 network that one IPv6 host has.
+    """The bucket that an anonymous request is taken from: its IPv4 address, or the /64 network that one IPv6 host has.
 
     Behind a proxy that is not in ``serve.trusted_proxies`` that is the proxy's address, so all anonymous callers share
     one bucket.

@@ -41,7 +41,7 @@ _CacheKey = tuple[Modality, str, bytes]
 """Image or text; the embedding space of that tower; SHA-256 of the content. An entry is of its space for ever, so no
 release can be answered with the vectors of another one."""
 ENTRY_BYTES: Final = 640
-"""What an entry takes beside its numbers: the array (112), the digest (65), key and entry (150), its place in two dicts
+"""An entry's size without its numbers: the array (112), the digest (65), key and entry (150), its place in two dicts
 and a linked list (300)."""
 BATCHES_IN_WORK = 6
 """For each encoder, from when images are opened and texts tokenized until their vectors are there."""
@@ -85,7 +85,7 @@ class VectorCache:
         return len(self._entries)
 
     def get(self, key: _CacheKey) -> CachedVector | None:
-        """What is kept for a key."""
+        """The entry of a key, if it is kept."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
@@ -115,7 +115,7 @@ class Vectors:
 
     @property
     def headers(self) -> dict[str, str]:
-        """How many texts were cut, where any was."""
+        """The number of texts that were cut, where any was."""
         return {TRUNCATED_HEADER: str(len(self.cut))} if self.cut else {}
 
 

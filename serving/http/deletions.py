@@ -23,7 +23,7 @@ Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 
 
 class SampleSelector(Body):
-    """What is to be deleted. All that is named has to hold, and one field beside `before` is named."""
+    """What is to be deleted. All that is named has to hold, and one field other than `before` is named."""
 
     id: str | None = Field(None, min_length=1, max_length=64, description="A sample's id, 64 hex digits.")
     source: Source | None = Field(None, description="As producers state it; also of refused records.")

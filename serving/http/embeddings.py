@@ -215,7 +215,7 @@ async def embeddings(request: Request) -> Response:
 
 
 async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequest, list[Input]]:
-    """What is asked for, and the inputs in their order. Raises ApiError."""
+    """The checked body, and the inputs in their order. Raises ApiError."""
     parts = await read_parts(request, state.settings.max_images)
     if parts is None:
         body = await json_body(request, EmbeddingsRequest)

@@ -84,7 +84,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Starting, no replica answered, or no room for bodies: try again."},
     504: {"model": ErrorBody, "description": "The deadline passed before the answer was ready."},
 }
-"""What every route may answer besides its result. There is no 500 that is meant."""
+"""Answers of every route other than its result. No 500 is intended."""
 
 
 def missing(description: str) -> dict[int | str, dict[str, Any]]:
@@ -123,7 +123,7 @@ def from_record(error: RecordError, param: str) -> ApiError:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a client is told about a failure."""
+    """The answer to a client about a failure."""
 
     status: int
     message: str
@@ -166,7 +166,7 @@ def _with_retry(
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether a failure counts against the release that was to answer. Load, deadlines and replicas that come and go
+    """True where a failure counts against the release that was to answer. Load, deadlines and replicas that come and go
     do not: they would fail any release.
     """
     return isinstance(error, AdapterUnservable) or described(error).status == 500

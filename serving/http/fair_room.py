@@ -1,4 +1,4 @@
-"""What all requests hold together, and of which one caller holds a share at most.
+"""Room and budgets that all requests share, and of which one caller holds a share at most.
 
 :class:`FairRoom` is room that is waited for by turns, :class:`SharedBudget` is taken or refused at once, and
 :class:`DecodeQueue` runs work on images by both, with its bounds in pixels.
@@ -148,7 +148,7 @@ class DecodeQueue:
 
     @property
     def pixels(self) -> int:
-        """What is reserved now."""
+        """Pixels that are reserved now."""
         return self._budget.used
 
     @contextlib.asynccontextmanager
@@ -199,7 +199,7 @@ class _FairPool:
         self._threads = ThreadPoolExecutor(threads, name, initializer=nice_thread, initargs=(nice,))
 
     async def run(self, caller: str, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns."""
+        """The result of ``work``."""
         job = _Job(work, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(caller, deque()).append(job)
         self._start()

@@ -177,12 +177,12 @@ COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
 PROBE_SECONDS = 10.0
 FRESH_SECONDS = 1.0
 WATCH_SECONDS = 10.0
-"""How often the metric that says what answers is brought up to date, though no one asks."""
+"""Between updates of the metric that says what answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentState:
-    """Whether a part answered."""
+    """The state of a part when it was asked last."""
 
     ready: bool
     detail: str = "ok"
@@ -194,12 +194,12 @@ class ComponentState:
 
     @property
     def starting(self) -> bool:
-        """Whether this part has not come up for the first time yet: a restart of the process would not help."""
+        """True while this part has not come up for the first time: a restart of the process would not help."""
         return not self.ready and self.code == VlmStarting.code
 
 
 class Probes:
-    """State of each part. A full queue is no outage, and a busy VLM is none: the part answers others' requests."""
+    """State of each part. A full queue or a busy VLM does not count as an outage: the part answers others' requests."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -213,7 +213,7 @@ class Probes:
         self._thread = OwnThreads("metrics")
 
     def parts(self) -> tuple[Component, ...]:
-        """What is served here."""
+        """The parts that are served here."""
         return COMPONENTS if self._state.vlms is not None else ("clip", "catalog")
 
     async def part(self, name: Component) -> ComponentState:
@@ -226,7 +226,7 @@ class Probes:
         return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
 
     def dependencies(self) -> dict[str, State]:
-        """What this process and the catalog noted last of each dependency that they have used."""
+        """The state that this process and the catalog noted last of each dependency that they have used."""
         return {**self._of_catalog, **{name: found.state for name, found in current().items()}}
 
     async def watch(self) -> None:

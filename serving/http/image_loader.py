@@ -77,7 +77,7 @@ class ImageLoader:
         self._fetcher = fetcher or fetcher_of(bounds)
 
     async def pixels(self, images: Sequence[ImageSource], caller: str = "") -> npt.NDArray[np.uint8]:
-        """What a CLIP looks at, [n, S, S, 3], in order: :meth:`inspect` and :meth:`decoded`."""
+        """Pixels for a CLIP, [n, S, S, 3], in order: :meth:`inspect` and :meth:`decoded`."""
         async with self.decoded(await self.inspect(images, caller), caller) as pixels:
             return pixels
 
@@ -109,7 +109,7 @@ class ImageLoader:
 
     @asynccontextmanager
     async def decoded(self, images: Sequence[InspectedImage], caller: str = "") -> AsyncIterator[npt.NDArray[np.uint8]]:
-        """What a CLIP looks at, [n, S, S, 3], in order. Stay in the block until the vectors are there. Raises
+        """Pixels for a CLIP, [n, S, S, 3], in order. Stay in the block until the vectors are there. Raises
         ApiError.
         """
         scaled = len(images) * self.preprocess.size**2
@@ -122,7 +122,7 @@ class ImageLoader:
     async def pictures(
         self, images: Sequence[ImageSource], caller: str = ""
     ) -> AsyncIterator[tuple[npt.NDArray[np.uint8], ...]]:
-        """What a VLM looks at, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
+        """Pixels for a VLM, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
         together at most ``max_pixels``, so that a request stays bounded in memory. Stay in the block until the VLM has
         answered.
 
@@ -238,7 +238,7 @@ def _png(size: int, opened: OpenedImage) -> bytes:
 
 
 def fetcher_of(bounds: Serve) -> Fetcher | None:
-    """What fetches images by URL; None where no host is listed."""
+    """The fetcher of images by URL; None where no host is listed."""
     if not bounds.image_hosts:
         return None
     return Fetcher(

@@ -47,12 +47,12 @@ from serving.replicas.follower import keep_running, residency_reader
 log = logging.getLogger("ratchet.ingress")
 SWITCH_SECONDS = 0.001
 """After so long a thread that computes in Python lets another one on (0.005 by default). Those that decode have a low
-priority: beside busy encoders 5 ms of theirs take 50, for which the event loop would wait several times a request."""
+priority: next to busy encoders 5 ms of theirs take 50, for which the event loop would wait several times a request."""
 FOLLOW_SECONDS = 1.0
 KEYS_SECONDS = 10.0
-"""How often keys are read though nobody calls, so that the copies of them are not older than this."""
+"""Between readings of the keys without any call, so that the copies of them are not older than this."""
 FIRST_SECONDS = 20.0
-"""How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
+"""The longest wait of a starting replica for the ledger and the encoders; after that it refuses until it knows."""
 SHARED = ("queue", "decode_pixels", "vlm_queue", "cache_bytes")
 """Bounds that all ingress processes divide among them."""
 _TOKENIZER_FILE = "tokenizer.json"
@@ -146,7 +146,7 @@ class Ingress:
         return self.admission.in_flight()
 
     async def observations(self) -> Observations:
-        """What was seen of the release that is watched; the controller adds it up over replicas."""
+        """Observations of the release that is watched; the controller adds it up over replicas."""
         return self.shadow_traffic.observations(self.admission.answered())
 
     async def check_health(self) -> None:

@@ -1,4 +1,4 @@
-"""Releases for everybody to read, and the operators' calls under /admin/v1."""
+"""The list of releases, and the operators' calls under /admin/v1."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ReleaseRequest(Body):
         return self
 
     def adapters(self) -> Adapters:
-        """What is to be released, by family."""
+        """The adapters to release, by family."""
         named: Adapters = {"clip": self.clip, "vlm": self.vlm}
         return {f: None if name == BASE else name for f, name in named.items() if f in self.model_fields_set}
 
@@ -381,7 +381,7 @@ def _needs_vlm(state: AppState, param: str) -> None:
 
 
 async def _live_number(state: AppState) -> int:
-    # What the operator could know when the call arrived: whoever releases in between makes this one a conflict.
+    # What the operator could know when the call arrived: a release in between makes this one a conflict.
     row = await OPERATOR_THREADS.run(state.ledger.live)
     return row.number if row else 0
 

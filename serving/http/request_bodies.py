@@ -1,4 +1,4 @@
-"""What a request may bring, how large its body is and how fast it comes, and for how long its client waits.
+"""Bounds of a request: its size, its speed, its place, and how long its client waits.
 
 Pure ASGI. :class:`RequestLimits` is the outermost part: a request that it refuses costs nothing further.
 :class:`RequestBodies`, inside of authentication, reads the body of each request, within a time and a budget, before the
@@ -38,7 +38,7 @@ BODY_SECONDS, BODY_BYTES_PER_SECOND = 30.0, 16_384
 OPERATOR_SLOTS = 16
 """Operator calls at once in one process."""
 FREE_ROUTES = ("/health/", "/metrics")
-"""Take no slot: who looks why the server is busy must get in. Their answers are made once a second for everybody."""
+"""Take no slot: checks of a busy server must get in. Their answers are made once a second for all callers."""
 OPERATOR_ROUTES = "/admin/"
 ROLLBACK_ROUTE = "/admin/v1/rollback"
 """Has slots of its own: releases that wait for the catalog, and looks at a status that does not come, may hold all
@@ -163,7 +163,7 @@ def too_large(limit: int) -> ApiError:
 
 
 def caller_of(request: Request) -> str:
-    """Who shares one caller's part of the budgets: a key, else an address."""
+    """The name under which a caller has its part of the budgets: its key, else its address."""
     return caller_of_scope(request.scope)
 
 
@@ -261,7 +261,7 @@ class RequestLimits:
 
 
 BACKSTOP_SECONDS = 0.2
-"""After the deadline: whoever computes the answer ends by itself first, and knows why there is none."""
+"""After the deadline: what computes the answer ends by itself first, and knows why there is none."""
 GONE = 499
 """nginx's status for a client that closed its connection: it is only ever seen in metrics."""
 
@@ -278,7 +278,7 @@ async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterat
     """Cancel the block when the client leaves or the deadline passes. The request's body must have been read before.
 
     Args:
-        receive: the request's ASGI channel; nobody else may read from it meanwhile.
+        receive: the request's ASGI channel; no one else may read from it meanwhile.
         deadline: on the monotonic clock.
 
     Raises:

@@ -32,7 +32,7 @@ TRACE_THREADS: Final = 2
 
 
 async def in_time(work: Awaitable[Result], seconds: float) -> Result:
-    """What the store answers. Raises StoreUnavailable when it does not within the time."""
+    """The store's answer. Raises StoreUnavailable when it does not within the time."""
     try:
         async with asyncio.timeout(seconds):
             return await work
@@ -102,7 +102,7 @@ class DeletionService:
         self._ledger_threads = OwnThreads("deletions")
 
     async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
-        """How many ``samples`` and ``refusals`` are selected now. One count at a time.
+        """The numbers of ``samples`` and ``refusals`` that are selected now. One count at a time.
 
         Raises:
             SelectorError, StoreUnavailable.
@@ -139,7 +139,7 @@ class DeletionService:
 
 
 class ReceiptService:
-    """What became of records. Both calls raise StoreUnavailable."""
+    """Receipts: what became of records. Both calls raise StoreUnavailable."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -147,13 +147,13 @@ class ReceiptService:
         self._store: Any = None
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
-        """What became of a record; at least one receipt."""
+        """Receipts of a record, at least one."""
         from streams.store.receipts import RecordQuery
 
         return await in_time(self._threads.run(self._read, RecordQuery(topic, partition, offset)), TRACE_SECONDS)
 
     async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
-        """What became of the records of a sample. Raises RecordError for what is not an ID."""
+        """Receipts of the records of a sample. Raises RecordError for what is not an ID."""
         return await in_time(self._threads.run(self._read, sample_id), TRACE_SECONDS)
 
     def _read(self, query: Any) -> list[dict[str, Any]]:

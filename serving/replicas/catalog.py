@@ -108,7 +108,7 @@ class CatalogReplica:
             log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
+        """Serve asks this every few seconds; an encoder that does not answer yet does not get this replica replaced."""
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 await self._started()

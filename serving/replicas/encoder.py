@@ -56,7 +56,7 @@ from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start
 from serving.replicas.forward_health import ForwardHealth, is_persistent
 
-if TYPE_CHECKING:  # whoever deploys this class imports this module, and needs no torch
+if TYPE_CHECKING:  # the process that deploys this class imports this module, and needs no torch
     from serving.engines.clip import ClipEngine
 
 log = logging.getLogger("ratchet.encoder")
@@ -256,7 +256,7 @@ class EncoderWorker:
         return EncodeResult(None, clip, code="adapter", error=prepared.error) if prepared.error else None
 
     def _loading_gives_way(self) -> bool:
-        """Whether requests come, and none of them waits for what is being loaded."""
+        """True while requests come, and none of them waits for what is being loaded."""
         now = time.monotonic()
         busy = self._running > 0 or now - self._last_pass < BUSY_SECONDS
         return busy and not self._hurrying and now < self._paced_until
@@ -284,7 +284,7 @@ class EncoderWorker:
         return await asyncio.to_thread(unload)
 
     async def status(self) -> dict[str, Any]:
-        """What an operator wants to know of this replica."""
+        """The state of this replica, for operators."""
         choice, base = self.engine.choice, self.engine.base
         return {
             "replica": self.replica, "engine": choice.engine, "precision": choice.precision,

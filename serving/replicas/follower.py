@@ -1,4 +1,4 @@
-"""How a replica starts, and stays in step with the ledger: covers for a broadcast that did not reach it."""
+"""The start of a replica, and a loop that keeps it in step with the ledger when a broadcast did not reach it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAG_SECONDS: Final = 60.0
 """A replica that could not load the live release for this long says so to Serve, which replaces it."""
 PREPARE_SECONDS: Final = 30.0
 UNSERVABLE_SECONDS: Final = 5.0
-"""How often an adapter whose files were gone or damaged is tried again."""
+"""Between tries of an adapter whose files were gone or damaged."""
 CLIP_SECONDS: Final = 30.0
 """The longest wait. CLIP takes some ten seconds to load, a VLM a minute of every core."""
 LOOK_SECONDS: Final = 0.2
@@ -44,7 +44,7 @@ def keep_running(
 
 def check_start(prepared: Sequence[Prepared], needed: Sequence[str | None]) -> None:
     """Refuse a start that could answer nothing, or whose failure another replica would not have. A live adapter that
-    is gone or damaged is no reason: an older release is served then.
+    is gone or damaged does not prevent the start: an older release is served then.
 
     Raises:
         RuntimeError: the replica cannot be used.
@@ -167,7 +167,7 @@ class ResidencyReader:
         self._gone: dict[str | None, float] = {}
 
     async def read(self, newer_than: int = 0) -> Residency | None:
-        """What is resident; None when nothing newer can be served.
+        """The residency; None when nothing newer can be served.
 
         Raises:
             RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.

@@ -42,7 +42,7 @@ from serving.replicas.forward_health import STALL_SECONDS, ForwardHealth
 
 log = logging.getLogger("ratchet.vlm")
 ROOM_SECONDS = 20.0
-"""How long a new adapter waits for a place. Long answers end by their deadline, which is about this."""
+"""The longest that a new adapter waits for a place. Long answers end by their deadline, which is about this."""
 INCOMING, LATE = 1, 1
 """Places for adapters next to those of the resident releases: one that is being prepared, one for late requests."""
 RETRY_SECONDS = 15.0
@@ -166,7 +166,7 @@ class VlmWorker:
                     metrics.vlm.tokens(last.prompt_tokens, last.completion_tokens)
 
     async def status(self) -> dict[str, Any]:
-        """What an operator wants to know of this replica."""
+        """The state of this replica, for operators."""
         return {
             "replica": self.replica, "engine": self.engine.kind, "precision": self.engine.precision,
             "base": self.engine.base.name,
@@ -291,7 +291,7 @@ class VlmWorker:
 
 @dataclass
 class _Ending:
-    """How a request ends, for the metrics. ``gone``: its client left."""
+    """The end of a request, for the metrics. ``gone``: its client left."""
 
     outcome: str = "gone"
 
@@ -320,7 +320,7 @@ def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
 
 
 async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIterator[TokenChunk]:
-    """What came since the last look, as one chunk: a reader that is slow makes few messages, not a long queue.
+    """Chunks that came since the last look, as one: a reader that is slow makes few messages, not a long queue.
 
     Closing this closes the source.
 
