@@ -39,6 +39,13 @@ from serving.own_threads import BoundedCall
 
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 ANY_KEY = ("/metrics", "/docs", "/openapi.json")
+log = logging.getLogger("ratchet.access")
+FORMAT: Final = 1
+KEY: Final = "keys.json"
+ARTIFACTS_SECONDS: Final = 5.0
+MAX_BYTES: Final = 16 << 20
+"""A key takes some 300 bytes; more is not read from the file."""
+_ROWS: Final = TypeAdapter(list[KeyRow])
 
 
 def needs(path: str) -> tuple[KeyScope, ...]:
@@ -198,15 +205,6 @@ def _utf8(header: str | None) -> str | None:
 
 def _either(scopes: tuple[KeyScope, ...]) -> str:
     return " or ".join(f"`{scope}`" for scope in scopes)
-
-
-log = logging.getLogger("ratchet.access")
-FORMAT: Final = 1
-KEY: Final = "keys.json"
-ARTIFACTS_SECONDS: Final = 5.0
-MAX_BYTES: Final = 16 << 20
-"""A key takes some 300 bytes; more is not read from the file."""
-_ROWS: Final = TypeAdapter(list[KeyRow])
 
 
 class KeyCopy:

@@ -35,6 +35,12 @@ from serving.releases.types import ReleaseResult
 CONTROLLER_SECONDS: Final = 20.0
 """The longest that one call tries controllers that die, and that one may be silent."""
 LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
+log = logging.getLogger("ratchet.ingress")
+LOOK_SECONDS: Final = 1.0
+FIRST_LOOK_SECONDS: Final = 2.0
+"""For the first look, which a process's first request waits for."""
+STATUS_SECONDS: Final = 30.0
+STARTING: Final = "the VLM is starting"
 
 
 class ControllerCalls:
@@ -137,14 +143,6 @@ class CatalogCalls:
 
     async def _call(self, call: Callable[[], Any]) -> Any:
         return await call_replica(call, Attempts(self.timeout_seconds, "catalog"), retry_full=True)
-
-
-log = logging.getLogger("ratchet.ingress")
-LOOK_SECONDS: Final = 1.0
-FIRST_LOOK_SECONDS: Final = 2.0
-"""For the first look, which a process's first request waits for."""
-STATUS_SECONDS: Final = 30.0
-STARTING: Final = "the VLM is starting"
 
 
 class VlmCalls:

@@ -14,6 +14,8 @@ MAX_HOPS = 16
 """Entries of ``X-Forwarded-For`` that are looked at, from the last one."""
 PROXY_HEADERS = ("forwarded", "via", "x-real-ip", "x-forwarded-host", "x-forwarded-proto")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+MAX_CALLERS = 10_000
+"""Buckets that are kept. Who has not called for longest is forgotten, and begins again with a full bucket."""
 
 
 class TrustedProxies:
@@ -108,10 +110,6 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
     except ValueError:
         return None
     return getattr(ip, "ipv4_mapped", None) or ip
-
-
-MAX_CALLERS = 10_000
-"""Buckets that are kept. Who has not called for longest is forgotten, and begins again with a full bucket."""
 
 
 class RateLimiter:

@@ -20,6 +20,15 @@ from serving.http.errors import ApiError
 from serving.messages import MODEL_NICE
 
 Refusal = Literal["caller", "all"]
+Result = TypeVar("Result")
+SMALL_PIXELS = 1_000_000
+"""Larger images go to the thread for large ones: a million takes about 25 ms, for which others wait at most."""
+ROOM = 0.25
+"""Of the pixels that may wait, those that are in memory at once; one request more is let in where there is any left."""
+SMALL_THREADS = 2
+LARGE_THREADS = 1
+LARGE_NICE = 10
+"""Linux: the thread for large images gets about a tenth of a processor that others want."""
 
 
 class FairRoom:
@@ -113,17 +122,6 @@ class SharedBudget:
             self._by_caller[caller] = left
         else:
             self._by_caller.pop(caller, None)
-
-
-Result = TypeVar("Result")
-SMALL_PIXELS = 1_000_000
-"""Larger images go to the thread for large ones: a million takes about 25 ms, for which others wait at most."""
-ROOM = 0.25
-"""Of the pixels that may wait, those that are in memory at once; one request more is let in where there is any left."""
-SMALL_THREADS = 2
-LARGE_THREADS = 1
-LARGE_NICE = 10
-"""Linux: the thread for large images gets about a tenth of a processor that others want."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,14 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such model is served here."},
     503: {"model": ErrorBody, "description": "It does not answer; the message says why."},
 }
+log = logging.getLogger("ratchet.http")
+Component = Literal["clip", "vlm", "catalog"]
+COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
+PROBE_SECONDS = 10.0
+FRESH_SECONDS = 1.0
+WATCH_SECONDS = 10.0
+"""Between updates of the metric that says what answers."""
+Value = TypeVar("Value")
 
 
 class Alive(ResponseBody):
@@ -171,15 +179,6 @@ async def prometheus(request: Request) -> Response:
     return Response(await _probes(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST)
 
 
-log = logging.getLogger("ratchet.http")
-Component = Literal["clip", "vlm", "catalog"]
-COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
-PROBE_SECONDS = 10.0
-FRESH_SECONDS = 1.0
-WATCH_SECONDS = 10.0
-"""Between updates of the metric that says what answers."""
-
-
 @dataclass(frozen=True, slots=True)
 class ComponentState:
     """The state of a part when it was asked last."""
@@ -280,9 +279,6 @@ async def _observed(work: Awaitable[object], release: int) -> ComponentState:
             log.error("a probe failed", exc_info=error)
         return ComponentState(False, description.message, release, time.perf_counter() - began)
     return ComponentState(True, "ok", release, time.perf_counter() - began)
-
-
-Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):

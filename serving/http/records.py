@@ -18,13 +18,14 @@ from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body,
 from serving.http.errors import ApiError, from_record, missing
 from streams.store.receipts import RecordOutcome
 
-router = APIRouter(tags=["Records"])
+router = APIRouter()
 Topic = Annotated[str, Path(max_length=260, pattern="^[^:]+$", description="As the delivery report names it.")]
 Partition = Annotated[int, Path(ge=0, lt=2**31)]
 Offset = Annotated[int, Path(ge=0, lt=2**63 - 1)]
 SampleId = Annotated[
     str, Query(min_length=8, max_length=64, description="A sample's id, or its first 8 digits or more.")
 ]
+MAX_ROWS = 500
 
 
 class ReceiptBody(ResponseBody):
@@ -58,6 +59,7 @@ class ReceiptList(ResponseBody):
 
 @router.get(
     "/v1/records/{topic}/{partition}/{offset}",
+    tags=["Records"],
     summary="What became of a record, by its position",
     response_model=ReceiptList,
     responses=missing("`not_read_yet`: ingest has not come so far."),
@@ -78,6 +80,7 @@ async def record(request: Request, topic: Topic, partition: Partition, offset: O
 
 @router.get(
     "/v1/records",
+    tags=["Records"],
     summary="What became of the records of a sample, by its id",
     response_model=ReceiptList,
     responses=missing("`record_not_found`: no record has this id; refused records have none."),
@@ -92,10 +95,6 @@ async def records(request: Request, id: SampleId) -> JSONResponse:
     if not receipts:
         raise ApiError(404, f"no record has the id {id}.", param="id", code="record_not_found")
     return JSONResponse({"object": "list", "data": receipts})
-
-
-router = APIRouter(tags=["Quarantine"])
-MAX_ROWS = 500
 
 
 class RefusedSelection(Body):
@@ -209,7 +208,12 @@ class ResubmissionReport(ResponseBody):
     """The first few reasons of these."""
 
 
-@router.get("/admin/v1/quarantine", summary="Refused records, newest first", response_model=QuarantineList)
+@router.get(
+    "/admin/v1/quarantine",
+    tags=["Quarantine"],
+    summary="Refused records, newest first",
+    response_model=QuarantineList,
+)
 async def quarantine(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,
@@ -229,6 +233,7 @@ async def quarantine(
 
 @router.post(
     "/admin/v1/quarantine/resubmit",
+    tags=["Quarantine"],
     summary="Send refused records again",
     response_model=Resubmission | ResubmissionReport,
     openapi_extra=json_schema(ResubmitRequest),

@@ -48,6 +48,10 @@ SEARCH_ROUTES = ("/v1/search", "/v1/samples/")
 """Have slots of their own: they wait for the catalog's store, and what needs no store goes on while it hangs."""
 CLOSE = {"Connection": "close"}
 LOOPBACK = ("127.", "::1", "::ffff:127.")
+BACKSTOP_SECONDS = 0.2
+"""After the deadline: what computes the answer ends by itself first, and knows why there is none."""
+GONE = 499
+"""nginx's status for a client that closed its connection: it is only ever seen in metrics."""
 
 
 class RequestBodies:
@@ -258,12 +262,6 @@ class RequestLimits:
         declared = headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self.settings.max_body_bytes:
             raise too_large(self.settings.max_body_bytes)
-
-
-BACKSTOP_SECONDS = 0.2
-"""After the deadline: what computes the answer ends by itself first, and knows why there is none."""
-GONE = 499
-"""nginx's status for a client that closed its connection: it is only ever seen in metrics."""
 
 
 class ClientGone(ApiError):
