@@ -10,10 +10,8 @@ import asyncio
 import contextlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
 
 from core.priority import nice_thread
 from serving.http.errors import ApiError
@@ -124,12 +122,6 @@ class SharedBudget:
             self._by_caller.pop(caller, None)
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    work: Callable[[], Any]
-    result: asyncio.Future[Any]
-
-
 class DecodeQueue:
     """Runs work on images in threads. Used from one event loop.
 
@@ -192,52 +184,12 @@ class _FairPool:
     """Threads that take the next job of each caller in turn."""
 
     def __init__(self, threads: int, name: str, nice: int) -> None:
-        self._free = threads
-        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
+        self._room = FairRoom(threads, 1.0)
         self._threads = ThreadPoolExecutor(threads, name, initializer=nice_thread, initargs=(nice,))
 
     async def run(self, caller: str, work: Callable[[], Result]) -> Result:
-        """The result of ``work``."""
-        job = _Job(work, asyncio.get_running_loop().create_future())
-        self._waiting.setdefault(caller, deque()).append(job)
-        self._start()
-        try:
-            result: Result = await asyncio.shield(job.result)
-            return result
-        except asyncio.CancelledError:
-            self._forget(caller, job)
-            raise
-
-    def _start(self) -> None:
-        while self._free and self._waiting:
-            caller, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[caller] = jobs  # behind the others
-            self._free -= 1
-            running = self._threads.submit(job.work)
-            loop = job.result.get_loop()
-            running.add_done_callback(partial(_call, loop, self._ended, job))
-
-    def _ended(self, job: _Job, ended: Future[Any]) -> None:
-        self._free += 1
-        if not job.result.done():
-            if (error := ended.exception()) is not None:
-                job.result.set_exception(error)
-                job.result.exception()  # read here: a caller that was cancelled does not read it
-            else:
-                job.result.set_result(ended.result())
-        self._start()
-
-    def _forget(self, caller: str, job: _Job) -> None:
-        jobs = self._waiting.get(caller)
-        if jobs is not None and job in jobs:
-            jobs.remove(job)
-            if not jobs:
-                del self._waiting[caller]
-            job.result.cancel()
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop was closed
-        loop.call_soon_threadsafe(function, *args)
+        """The result of ``work``. What runs already goes on when this is cancelled, and keeps its thread."""
+        inside = await self._room.enter(caller, 1)
+        job = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        job.add_done_callback(lambda _: self._room.leave(caller, inside))
+        return await asyncio.shield(job)
