@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -20,7 +19,7 @@ from serving.http.bodies import Body, Reason, ResponseBody, json_body, json_resp
 from serving.http.errors import ApiError, ErrorBody
 from serving.own_threads import OwnThreads
 from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
-from serving.releases.release_snapshot import BASE, ReleaseSnapshot
+from serving.releases.release_snapshot import BASE
 from serving.releases.rollback import ledger_answers
 from serving.releases.types import Adapters, ReleaseResult
 
@@ -246,16 +245,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RE
     newest: LastReleases = request.app.state.releases
     rows = await newest.get(limit)
     live, stable = state.admission.live, state.admission.stable
-    return Response(_list(tuple(rows), live, stable, tuple(state.admission.window)), media_type="application/json")
-
-
-@lru_cache(2)
-def _list(
-    rows: tuple[ReleaseRow, ...], live: ReleaseSnapshot | None, stable: ReleaseSnapshot | None,
-    window: tuple[ReleaseSnapshot, ...],
-) -> bytes:  # fmt: skip
-    """The answer, which is the same until a release is made or retired: 500 rows take milliseconds to write."""
-    resident = {snapshot.release: snapshot for snapshot in window}
+    resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [
         {
             **vars(row), "created_at": row.created_at.isoformat(), "live": bool(live and row.number == live.release),
@@ -265,8 +255,8 @@ def _list(
         }
         for row in rows
     ]  # fmt: skip
-    numbers = {"live": live.release if live else None, "stable": stable.release if stable else None, "data": data}
-    return bytes(json_response({"object": "list", **numbers}).body)
+    numbers = {"live": live.release if live else None, "stable": stable.release if stable else None}
+    return json_response({"object": "list", **numbers, "data": data})
 
 
 @router.post(
