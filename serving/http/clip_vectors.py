@@ -171,7 +171,8 @@ class EncoderCalls:
             return result
 
         step = max(1, self.budget // (IMAGE_COST if kind == "image" else TEXT_COST))
-        result = joined(await gathered(one(payload[start : start + step]) for start in range(0, len(payload), step)))
+        results = await gathered(one(payload[start : start + step]) for start in range(0, len(payload), step))
+        result = results[0] if len(results) == 1 else joined(results)
         if self.shadow_traffic is not None:
             self.shadow_traffic.clip(kind, payload)
         return result

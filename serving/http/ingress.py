@@ -99,7 +99,7 @@ class Ingress:
         self.shadow_traffic = ShadowTraffic(
             settings.rollout, unhurried, tokenizer.rows(list(TEXTS)), self.vlms, settings.serve.deadline_seconds
         )
-        self.app = build_app(
+        self.http_app = build_app(
             AppState(
                 settings=share,
                 dim=base.dim,
@@ -124,7 +124,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         settle()
-        return self.app
+        return self.http_app
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Stamp requests with these releases from the next one on; the newest is live."""
@@ -157,7 +157,7 @@ class Ingress:
             await asyncio.gather(self._adopt_first(), *([self.vlms.look()] if self.vlms is not None else []))
         work = {
             "follow": self._follow, "compare": self.shadow_traffic.run, "keys": self._read_keys,
-            "probe": self.app.state.probes.watch,
+            "probe": self.http_app.state.probes.watch,
         }  # fmt: skip
         if self.vlms is not None and self.vlms.start_problem:
             work["vlm"] = self.vlms.wait_started

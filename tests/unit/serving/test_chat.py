@@ -106,7 +106,7 @@ async def test_an_image_larger_than_a_model_looks_at_is_scaled_down() -> None:
 
 async def test_many_images_share_the_pixels_of_a_request() -> None:
     vlms = ScriptedVlms()
-    four = [message for _ in range(4) for message in about_image(image=uri(png(800, 800)))]
+    four = [message for _ in range(4) for message in about_image(image=uri(png(700, 700)))]
     assert (await post(vlms, {"messages": four})).status_code == 200
     assert sum(image.shape[0] * image.shape[1] for image in vlms.asked[0][0].images) <= SETTINGS.max_pixels
 

@@ -29,7 +29,7 @@ class Idle:
 def starting(monkeypatch: pytest.MonkeyPatch, refresh: Any) -> Any:
     replica: Any = object.__new__(Ingress)
     replica._tasks, replica.vlms = {}, None
-    replica.shadow_traffic, replica.app = Idle(), Idle()
+    replica.shadow_traffic, replica.http_app = Idle(), Idle()
     monkeypatch.setattr(replica, "refresh", refresh)
     for name in ("_follow", "_read_keys"):
         monkeypatch.setattr(replica, name, Idle().run)
