@@ -127,7 +127,6 @@ class Serve(Listener):
     vlm_gpus: int = Field(
         1, ge=1, le=64, description="GPUs that one VLM replica is divided over (tensor parallel); none on a CPU."
     )
-    vlm_quantization: str = Field("", description="How vLLM quantizes the VLM's weights, e.g. fp8; empty: not at all.")
     vlm_arguments: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="Further engine arguments of vLLM, by their names in AsyncEngineArgs."
     )
@@ -161,9 +160,6 @@ class Catalog(Section):
     )
     cache_gib: float = Field(
         2.0, gt=0, description="Memory for the indexes of all image spaces; vectors are coded so that it suffices."
-    )
-    background_calls: int = Field(
-        16, ge=1, le=1024, description="Pieces of 32 images that are embedded at once, over all encoders, at most."
     )
 
 

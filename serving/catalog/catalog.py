@@ -56,7 +56,7 @@ class Catalog:
         self.tables = tables
         self.corpus = corpus
         self.claims = SpaceClaims(tables.url, secrets.token_hex(16))
-        self.reconciler = Reconciler(tables, corpus, pixels, encode, settings.background_calls)
+        self.reconciler = Reconciler(tables, corpus, pixels, encode)
         self.maintainer = IndexMaintainer(tables, settings, self.reconciler.spaces, self.sample)
         self._awaited: Counter[str] = Counter()
         """Calls that wait for a space to be complete. It stays meanwhile: the release that it is prepared for is not

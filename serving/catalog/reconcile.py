@@ -27,20 +27,19 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.catalog")
 IDLE_SECONDS: Final = 0.5
+BACKGROUND_CALLS = 16
+"""Chunks that are embedded at once, over all encoders, at most."""
 
 
 class Reconciler:
     """Brings the tables of the resident spaces to the corpus. Use from one event loop."""
 
-    def __init__(self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode, background_calls: int) -> None:
-        """Args:
-        background_calls: most chunks that are embedded at once.
-        """
+    def __init__(self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode) -> None:
         self.ids = CorpusIds()
         self.fills: dict[str, SpaceFill] = {}
         """The resident spaces."""
         self.live_space = ""
-        self.embedder = Embedder(corpus, pixels, encode, background_calls)
+        self.embedder = Embedder(corpus, pixels, encode, BACKGROUND_CALLS)
         self.changed = asyncio.Condition()
         """Notified when a space has become complete."""
         self.searchable_seconds: float | None = None

@@ -140,8 +140,6 @@ def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
         "disable_log_stats": False,  # they are metrics: they come with those of the process that runs the engine
         "use_tqdm_on_load": False,
     }
-    if serve.vlm_quantization:
-        common["quantization"] = serve.vlm_quantization
     if not current_platform.is_cpu():
         divided = {"tensor_parallel_size": serve.vlm_gpus}
         return common | divided | {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY}
