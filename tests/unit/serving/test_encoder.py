@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -21,12 +23,34 @@ from core.errors import ArtifactsUnavailable
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
+from serving.engines.packed_linear import can_pack
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
 from serving.replicas import encoder as module
-from serving.replicas.encoder import EncoderWorker
+from serving.replicas.encoder import SHAPES, VARIABLES, EncoderWorker, bound_kernel_caches
 from tests.support.tiny import tiny_adapter, tiny_base
+
+PROGRAM = f"""
+from pathlib import Path
+import torch
+from serving.replicas.encoder import bound_kernel_caches
+from serving.engines.packed_linear import PackedLinear, pack
+
+bound_kernel_caches()
+torch.set_num_threads(1)
+linear = PackedLinear(pack(torch.ones(64, 16)), torch.zeros(64))
+
+def mebibytes_after(shapes):
+    with torch.inference_mode():
+        for rows in shapes:
+            linear(torch.ones(1, rows, 16))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
+
+before = mebibytes_after(range(1, {3 * SHAPES}))
+print(mebibytes_after(range({3 * SHAPES}, {7 * SHAPES})) - before)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -349,3 +373,18 @@ async def test_a_load_that_takes_long_rests_no_more(
     await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
     assert not (await worker.prepare(stored(base, artifacts, tmp_path, 1))).error
     assert not rests
+
+
+@pytest.mark.skipif(not (can_pack(torch.float32) and sys.platform == "linux"), reason="needs oneDNN, and /proc")
+def test_a_process_keeps_kernels_for_the_last_shapes_alone() -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < SHAPES * 0.7 / 2, "of four times as many shapes as are kept"
+
+
+def test_a_bound_that_an_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = VARIABLES
+    monkeypatch.delenv(ours, raising=False)
+    monkeypatch.setenv(theirs, "7")
+    bound_kernel_caches()
+    assert (os.environ[ours], os.environ[theirs]) == (str(SHAPES), "7")
