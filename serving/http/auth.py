@@ -1,4 +1,4 @@
-"""Authentication: who calls, whether the key has the scope that the route needs, and how often it may.
+"""Authentication: the caller, the scope that its key needs for a route, its rate, and the copy of the keys.
 
 Pure ASGI and before every route, so a new route is closed until :func:`needs` says otherwise.
 """
@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +34,7 @@ from serving.errors import Unavailable
 from serving.http import errors
 from serving.http.client_address import RateLimiter, address, came_from_here
 from serving.http.errors import ApiError
-from serving.own_threads import BoundedCall
+from serving.own_threads import BoundedCall, OwnThreads
 
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 ANY_KEY = ("/metrics", "/docs", "/openapi.json")
@@ -72,7 +71,7 @@ class AuthMiddleware:
         self.rates = RateLimiter() if rates is None else rates
         self._reading: asyncio.Task[None] | None = None
         self._reading_since = 0.0
-        self._thread = ThreadPoolExecutor(1, "keys")
+        self._thread = OwnThreads("keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it before its body is read."""
@@ -145,12 +144,10 @@ class AuthMiddleware:
     def _read(self) -> asyncio.Task[None]:
         """The reading of the keys that runs, or a new one."""
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.get_running_loop().create_task(self._refreshed(), context=detached())
+            reading = self._thread.run(self.access.refresh, READ_SECONDS)
+            self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
             self._reading_since = time.monotonic()
         return self._reading
-
-    async def _refreshed(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.access.refresh, READ_SECONDS)
 
     def _count(self, caller: Principal, scope: Scope) -> None:
         who = f"key:{caller.key_id}" if caller.kind == "key" else address(scope)
@@ -208,7 +205,14 @@ def _either(scopes: tuple[KeyScope, ...]) -> str:
 
 
 class KeyCopy:
-    """Keeps the keys that were read last. What cannot be written or read is logged. Use from one thread at a time."""
+    """A copy of the API keys, so that a server that starts while the ledger is away knows its clients.
+
+        {"format": 1, "hmac": "<of the rest>", "keys": [{"id": "0123abcd", "name": "ci-bot", "digest": "...", ...}]}
+
+    It has digests of the secrets, no secret. The artifacts have it for new nodes, and each node for itself. It is
+    signed with the operator key (HMAC-SHA-256), so that write access to the artifacts is not enough to make a key.
+    What cannot be written or read is logged. Use from one thread at a time.
+    """
 
     def __init__(self, path: Path, artifacts: Artifacts, secret: SecretStr) -> None:
         """Args:

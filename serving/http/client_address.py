@@ -113,7 +113,8 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 class RateLimiter:
-    """A caller with N requests a minute may make N at once, and gets one back every 60/N seconds.
+    """A token bucket for each caller, in the memory of each ingress process: a caller with N requests a minute may make
+    N at once, and gets one back every 60/N seconds.
 
     Args:
         replicas: processes over which callers' requests are spread; each grants its part of N, rounded up.

@@ -123,7 +123,12 @@ class SharedBudget:
 
 
 class DecodeQueue:
-    """Runs work on images in threads. Used from one event loop.
+    """Runs work on images in threads, by turns of the callers. Used from one event loop.
+
+    Small images have threads of their own, with the models' priority: next to two that have a higher one, a batch of
+    images took 1.0 s instead of 0.14. Large ones are decoded one at a time, by a thread with a lower priority: an image
+    of 40 million pixels costs about a second and several hundred megabytes. Requests whose pixels do not fit next to
+    those in memory wait as the bytes that came: 200 requests with 32 small pictures each are a gigabyte of pixels.
 
     Args:
         pixels: bound of what is reserved, over all callers.
