@@ -25,6 +25,7 @@ from serving.catalog.queries import Filters, Hit
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, Unavailable
 from serving.messages import Refusal
+from serving.own_threads import OwnThreads
 from serving.ray.deployment_status import DeploymentStatus
 from serving.ray.replica_calls import Attempts, call_another, call_replica, queue_full
 from serving.releases.commands import HoldingCommand, LiveCommand, RollbackCommand
@@ -162,6 +163,7 @@ class VlmCalls:
         self.limit = limit
         self.running = 0
         self._read_status = read_status
+        self._thread = OwnThreads("vlm-status")
         self._cause = ""
         self._started = False
 
@@ -244,7 +246,7 @@ class VlmCalls:
         """Find out from Serve whether a replica runs."""
         try:
             async with asyncio.timeout(seconds):
-                status = await asyncio.to_thread(self._read_status)
+                status = await self._thread.run(self._read_status)
         except Exception as error:  # Serve's controller is busy, or restarts
             log.info("no status of the VLM: %s: %s", type(error).__name__, error)
             return
