@@ -1,4 +1,4 @@
-"""The Serve application: ingress -> encoders and VLM replicas, with the catalog and the release controller beside.
+"""The Serve application: ingress -> encoders and VLM replicas, next to the catalog and the release controller.
 
 >>> server = start(load_settings())      # returns when CLIP requests are answered
 >>> server.wait_ready()                  # when the VLM answers, too, where one is served
@@ -36,7 +36,6 @@ from core.logs import configure_logging, log_format
 from core.progress import say, step
 from core.settings import Settings
 from core.settings.serving import Serve
-from core.settings.watching import Logs
 from ratchet_client import Client
 from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
 from serving.ray import ray_session
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ratchet.app")
 START_SECONDS = 300.0
 CLIP_ATTEMPTS = 3
-"""How often a replica is started before Serve gives up, and :func:`start` with it."""
+"""Starts of a replica before Serve gives up, and :func:`start` with it."""
 GRACE_SECONDS = 5.0
 """After the last deadline: for an answer that is on its way, and for a stream that its client reads slowly."""
 DRAIN_CALL_SECONDS, DRAIN_PAUSE_SECONDS = 5.0, 0.1
@@ -63,7 +62,7 @@ class Server:
     folder: Path
     lock: int
     drain_seconds: float
-    """How long :meth:`stop` waits for requests in flight."""
+    """The longest that :meth:`stop` waits for requests in flight."""
     progress: StartProgress | None = field(default=None, repr=False)
     """Set once the application is deployed; None again when every model has answered."""
     began: float = field(default_factory=time.monotonic, repr=False)
@@ -131,7 +130,7 @@ async def drain(seconds: float) -> bool:
 
 
 def drain_seconds(settings: Settings) -> float:
-    """How long a replica that ends waits for what is in flight: until the last request's deadline."""
+    """The longest that a replica that ends waits for what is in flight: until the last request's deadline."""
     return settings.serve.deadline_seconds + GRACE_SECONDS
 
 
@@ -154,12 +153,12 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
+    from serving.http.ingress import Ingress
     from serving.ray.ray_session import START_ATTEMPTS
     from serving.releases.broadcast import INGRESS, VLM
     from serving.releases.controller import ReleaseController
     from serving.replicas.catalog import CatalogReplica
     from serving.replicas.encoder import Encoder
-    from serving.replicas.ingress import Ingress
     from serving.replicas.vlm import VlmReplica
 
     server = settings.serve
@@ -203,7 +202,7 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
 
 
 def ingress_scale(server: Serve) -> dict[str, Any]:
-    """How many ingress processes Serve runs, each for a quarter of what it takes before it answers 429."""
+    """The number of ingress processes that Serve runs, each for a quarter of what it takes before it answers 429."""
     least = server.ingress_replicas
     return _scale(least, server.ingress_max_replicas, max(1, server.queue // least // 4))
 
@@ -217,12 +216,12 @@ def encoder_calls(server: Serve) -> int:
 
 
 def encoder_scale(server: Serve) -> dict[str, Any]:
-    """How many encoders Serve runs, each for a batch that is computed while another one fills."""
+    """The number of encoders that Serve runs, each for a batch that is computed while another one fills."""
     return _scale(server.encoder_replicas, server.encoder_max_replicas, 2 * server.max_batch)
 
 
 def vlm_scale(server: Serve) -> dict[str, Any]:
-    """How many VLM replicas Serve runs, each for as many requests as it answers side by side."""
+    """The number of VLM replicas that Serve runs, each for as many requests as it answers side by side."""
     return _scale(server.vlm_replicas, server.vlm_max_replicas, server.vlm_batch)
 
 
@@ -239,7 +238,7 @@ def _scale(least: int, most: int, busy: int) -> dict[str, Any]:
 
 
 def serves_vlm(settings: Settings) -> bool:
-    """Whether the settings name a VLM base that is registered."""
+    """True where the settings name a VLM base that is registered."""
     from serving.engines.clip_base import list_bases
 
     return settings.base.vlm in list_bases(settings.home, "vlm")
@@ -252,7 +251,8 @@ def start(settings: Settings) -> Server:
         ConfigError: the home is served already, the port is taken, or CLIP cannot be started.
     """
     began = time.monotonic()
-    settings = settings.model_copy(update={"home": settings.home.resolve(), "logs": _same_log(settings.logs)})
+    logs = settings.logs.model_copy(update={"format": log_format(settings.logs.format)})  # as here, so do the replicas
+    settings = settings.model_copy(update={"home": settings.home.resolve(), "logs": logs})
     _migrate(settings)
     settings.operator_key()
     folder = ray_session.session_directory(settings)
@@ -266,11 +266,6 @@ def start(settings: Settings) -> Server:
     return server
 
 
-def _same_log(logs: Logs) -> Logs:
-    """As this process logs, so do the replicas, which see no terminal."""
-    return logs.model_copy(update={"format": log_format(logs.format)})
-
-
 def _migrate(settings: Settings) -> None:
     """Bring the ledger's schema up to date once, before many processes connect. While the ledger is away the server
     starts from a copy of the last known residency.
@@ -280,11 +275,8 @@ def _migrate(settings: Settings) -> None:
         ConfigError: every release has another base than the settings.
     """
     try:
-        ledger = Ledger.open(settings.ledger)
-        try:
+        with contextlib.closing(Ledger.open(settings.ledger)) as ledger:
             _check_base(settings, ledger)
-        finally:
-            ledger.close()
     except LedgerUnavailable as error:
         from serving.releases.residency import ResidencySource
 
@@ -323,46 +315,32 @@ def _start(settings: Settings, server: Server) -> None:
         start_ray(server.folder, settings.serve)
     _tell_of_keys(settings)
     with step("loading CLIP and its releases"):
+        from serving.ray.deployment_status import read_statuses
         from serving.releases.broadcast import APP
 
         deploy(build(settings), APP, settings.serve)
-        server.progress = _progress(settings, server)
+        models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(settings) else ("clip",)
+        server.progress = StartProgress(Client(server.url, retries=0), models, lambda: read_statuses(APP), server.began)
         server.progress.wait_for("clip", lambda: processor_seconds(os.getpid()))
     if settings.base.vlm and not serves_vlm(settings):
         say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
 
 
-def _progress(settings: Settings, server: Server) -> StartProgress:
-    from serving.ray.deployment_status import read_statuses
-    from serving.releases.broadcast import APP
-
-    models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(settings) else ("clip",)
-    return StartProgress(Client(server.url, retries=0), models, lambda: read_statuses(APP), server.began)
-
-
 def _tell_of_keys(settings: Settings) -> None:
-    """Say at the start what surprises later: that clients need a key, or that nobody does."""
+    """Say at the start what surprises later: that clients need a key, or that none is needed."""
     if settings.serve.on_loopback:
         return
-    ledger = Ledger.lazy(settings.ledger)
-    with contextlib.suppress(LedgerUnavailable):
-        _say_who_needs_a_key(ledger, settings)
-    ledger.close()
+    with contextlib.suppress(LedgerUnavailable), contextlib.closing(Ledger.lazy(settings.ledger)) as ledger:
+        if Access(ledger, settings).open:
+            say(
+                f"[red]no key is needed to ask the models on {settings.serve.host}[/red] (access.require_keys is never)"
+            )
+        elif not any({"infer", "search"} & set(key.scopes) for key in ledger.api_keys()):
+            say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer --scope search`")
 
 
-def _say_who_needs_a_key(ledger: Ledger, settings: Settings) -> None:
-    if Access(ledger, settings).open:
-        say(f"[red]whoever reaches {settings.serve.host} may ask the models[/red] (access.require_keys is never)")
-    elif not any({"infer", "search"} & set(key.scopes) for key in ledger.api_keys()):
-        say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer --scope search`")
-
-
-def serve_app(settings: Settings, blocking: bool = True) -> Server:
-    """What ``ratchet serve`` runs: start, and with ``blocking`` stay until SIGINT or SIGTERM. Says when CLIP answers,
-    and when the VLM does.
-    """
-    if not blocking:
-        return start(settings)
+def serve_app(settings: Settings) -> None:
+    """Start, and stay until SIGINT or SIGTERM: ``ratchet serve``. Says when CLIP answers, and when the VLM does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # while starting: clean up, then end
     server = start(settings)
     try:
@@ -374,7 +352,6 @@ def serve_app(settings: Settings, blocking: bool = True) -> Server:
             server.look()
     finally:
         server.stop()
-    return server
 
 
 def main(arguments: list[str]) -> None:

@@ -30,7 +30,7 @@ class Listener(Section):
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """True where only this machine can reach it."""
         return is_loopback(self.host)
 
     @property
@@ -66,9 +66,6 @@ class Serve(Listener):
         1, ge=1, le=8, description="Release controllers. One leads by a lease; with two, one that ends is not missed."
     )
     max_batch: int = Field(16, ge=1, le=1024, description="Most images (or 4x texts) in one forward pass.")
-    batch_wait_seconds: float = Field(
-        0.005, ge=0, le=1, description="Longest wait for a batch to fill; a request alone does not wait."
-    )
     queue: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
     deadline_seconds: float = Field(30.0, gt=0, description="A request older than this is answered 504.")
     max_images: int = Field(32, ge=1, le=1024, description="Images in one request.")
@@ -77,7 +74,6 @@ class Serve(Listener):
     max_text_chars: int = Field(2000, ge=1, description="Longest text.")
     max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
-    max_request_pixels: int = Field(80_000_000, ge=1, description="Pixels of all images of one request together.")
     decode_pixels: int = Field(
         160_000_000,
         ge=1,
@@ -92,17 +88,12 @@ class Serve(Listener):
     caller_share: float = Field(
         0.75, gt=0, le=1, description="Share of the slots, bytes and pixels that one key or address may hold."
     )
-    operator_queue: int = Field(16, ge=1, description="Operator calls at once; they have slots of their own.")
     connections: int = Field(4096, ge=16, le=100_000, description="Open connections of HAProxy; more wait.")
     connections_per_address: int = Field(512, ge=1, description="Open connections of one address; more are closed.")
     header_seconds: float = Field(
         10.0, gt=0, description="Longest wait of HAProxy for the headers and the first 16 KB of a request."
     )
     idle_seconds: float = Field(60.0, gt=0, description="An open connection without a request is closed after this.")
-    body_seconds: float = Field(30.0, gt=0, description="Longest time for a whole body; then the answer is 408.")
-    body_bytes_per_second: int = Field(
-        16_384, ge=1, description="Slowest rate of a body, on average and after its first 5 s; below it is 408."
-    )
     probes_per_second: int = Field(50, ge=1, description="Most calls of /health from one address; more are 429.")
     allowed_hosts: list[str] = Field(
         default_factory=list,
@@ -118,7 +109,6 @@ class Serve(Listener):
         default_factory=list, description="Networks that image URLs may lead to although they are not public."
     )
     image_seconds: float = Field(5.0, gt=0, description="Longest time to fetch one image, redirects included.")
-    image_fetches: int = Field(16, ge=1, le=1024, description="Images fetched at once; more wait.")
     rollback_window: int = Field(2, ge=2, le=16, description="Releases kept resident, the live one included.")
     vlm_engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="What runs the VLM; auto takes vLLM where it is installed."
@@ -170,10 +160,6 @@ class Catalog(Section):
     cache_gib: float = Field(
         2.0, gt=0, description="Memory for the indexes of all image spaces; vectors are coded so that it suffices."
     )
-    most_wait_seconds: float = Field(
-        600.0, ge=0,
-        description="A release waits no longer for its catalog, where its verdict allows searches before.",
-    )  # fmt: skip
 
 
 class Console(Listener):

@@ -70,7 +70,7 @@ def serve(context: typer.Context) -> None:
     """
     from serving.app import serve_app
 
-    serve_app(ctx.of(context).settings, blocking=True)
+    serve_app(ctx.of(context).settings)
 
 
 def maintain(

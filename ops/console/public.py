@@ -17,9 +17,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ops.console.security import Session
-from serving.http.client_address import TrustedProxies, set_client
-from serving.http.rate_limit import RateLimiter, address
-from serving.http.recent import Recent
+from serving.http.client_address import RateLimiter, TrustedProxies, address, set_client
+from serving.http.health import Recent
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 SPEAKERS: Final = frozenset({"updater", "guard"})

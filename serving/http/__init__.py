@@ -1,4 +1,3 @@
-"""The HTTP surface: routes, schemas, authentication, limits, image loading.
-
-Ray is in the modules of calls alone (``encoder_calls``, ``vlm_calls``, ``catalog_calls``, ``controller_calls``).
+"""The HTTP surface: the ingress process, routes with their bodies, authentication, limits, image loading, calls to
+replicas.
 """

@@ -18,14 +18,15 @@ from serving.http import (
     errors,
     health,
     operations,
-    quarantine,
     records,
     search,
     vqa,
 )
 from serving.http.app_state import AppState
 from serving.http.auth import AuthMiddleware
-from serving.http.rate_limit import RateLimiter
+from serving.http.client_address import RateLimiter
+from serving.http.health import Probes
+from serving.http.operations import LastReleases
 from serving.http.request_bodies import RequestBodies, RequestLimits
 from serving.http.request_ids import ALPHABET, HEADER, MAX_CHARS, RequestIds
 
@@ -73,6 +74,8 @@ def build_app(state: AppState) -> FastAPI:
     app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # the routes of the schema are among them
     app.openapi_schema = made.openapi_schema
     app.state.ratchet = state
+    app.state.probes = Probes(state)
+    app.state.releases = LastReleases(lambda limit: state.ledger.releases(limit))
     errors.install(app)
     app.add_middleware(RequestBodies, settings=state.settings)  # the innermost: what is added last comes first
     rates = RateLimiter(replicas=state.settings.ingress_replicas)
@@ -92,7 +95,7 @@ def openapi() -> dict[str, Any]:
 def _with_routes() -> FastAPI:
     """Made once: half a second passes before FastAPI knows all models."""
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
-    for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
+    for part in (chat, embeddings, vqa, classify, search, operations, records, deletions):
         # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)

@@ -1,39 +1,33 @@
-"""What the routes share: admission, the models, the catalog, the controller, and the ledger for reading."""
+"""State that the routes share: admission, the models, the catalog, the controller, and the ledger for reading."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 from fastapi import Request
 
-from core import metrics
 from core.access import Access, Principal
 from core.ledger import Ledger
 from core.ledger.rows import Family
 from core.settings.serving import Serve
 from serving.engines.tokens import Tokenizer
+from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import VlmStarting
-from serving.http.catalog_calls import CatalogCalls
-from serving.http.clip_vectors import ClipVectors, VectorCache, room_for
-from serving.http.controller_calls import ControllerCalls
-from serving.http.encoder_calls import EncoderCalls, ReleaseHeads
+from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
+from serving.http.clip_vectors import ClipVectors, EncoderCalls
 from serving.http.errors import ApiError, is_fault
 from serving.http.image_loader import ImageLoader
-from serving.http.probes import Probes
-from serving.http.recent import LastReleases, Recent
+from serving.http.request_bodies import cancel_on_disconnect
 from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
-from serving.http.vlm_calls import MirroredVlms
 from serving.releases.admission import Admission
+from serving.releases.shadow_traffic import ShadowTraffic
 from serving.releases.types import ReleaseSnapshot
 
-OPERATOR_THREADS = 4
 CLIP: Family = "clip"
 VLM: Family = "vlm"
 _KEY_HEADER = "x-ratchet-key"
@@ -57,50 +51,21 @@ class AppState:
     quarantine: QuarantineService
     receipts: ReceiptService
     deletions: DeletionService
-    vlms: MirroredVlms | None = None
+    vlms: VlmCalls | None = None
     """None: no VLM is served."""
+    shadow_traffic: ShadowTraffic | None = None
+    """Takes questions to VLMs; :class:`EncoderCalls` offers it what clients have encoded."""
     token_text: Callable[[int], str] = "token_id:{}".format
-    """What a token of the VLM reads as, for log-probabilities."""
+    """The text of a token of the VLM, for log-probabilities."""
     proxies: Sequence[str] = ()
     """Networks whose ``X-Forwarded-For`` counts."""
 
     @cached_property
     def vectors(self) -> ClipVectors:
         """Vectors of texts and images, of the cache or of the encoders."""
-        cache, room = VectorCache(self.settings.cache_bytes), room_for(self.settings)
-        return ClipVectors(self.encoders, self.image_loader, self.tokenizer, cache, room)
+        return ClipVectors(self.encoders, self.image_loader, self.tokenizer, self.settings)
 
-    @cached_property
-    def heads(self) -> ReleaseHeads:
-        """The heads of the resident releases."""
-        return ReleaseHeads(self.encoders)
-
-    @cached_property
-    def probes(self) -> Probes:
-        """State of the models for probes."""
-        return Probes(self)
-
-    @cached_property
-    def metrics_page(self) -> Recent[bytes]:
-        """The metrics of all serving processes, in Prometheus' text format; one page for all who ask at once."""
-        thread = ThreadPoolExecutor(1, "metrics")
-
-        async def page() -> bytes:
-            return await asyncio.get_running_loop().run_in_executor(thread, metrics.exposition, "serve")
-
-        return Recent(page, seconds=0.0)
-
-    @cached_property
-    def releases(self) -> LastReleases:
-        """The newest releases of the ledger."""
-        return LastReleases(self.ledger.releases)
-
-    @cached_property
-    def operator_threads(self) -> ThreadPoolExecutor:
-        """For what operator calls read: no other call can keep them waiting."""
-        return ThreadPoolExecutor(OPERATOR_THREADS, "operator")
-
-    def need_vlms(self) -> MirroredVlms:
+    def need_vlms(self) -> VlmCalls:
         """The VLM's replicas. Raises ApiError where there are none, VlmStarting until one has started."""
         if self.vlms is None:
             raise ApiError(
@@ -113,6 +78,11 @@ class AppState:
             raise VlmStarting(problem, "Send the request again after the time in Retry-After; CLIP answers meanwhile.")
         return self.vlms
 
+    def offer(self, generation: GenerationRequest) -> None:
+        """Let the release that is watched answer this too, unseen, where one is."""
+        if self.shadow_traffic is not None:
+            self.shadow_traffic.vlm(generation)
+
     def admit(
         self, request: Request, model: str, family: Family = CLIP, user: str | None = None
     ) -> AbstractContextManager[ReleaseSnapshot]:
@@ -120,13 +90,25 @@ class AppState:
         key = routing_key(request, user) if self.admission.splits else ""
         return self.admission.admit(model, family, key, is_fault)
 
+    @asynccontextmanager
+    async def answering(
+        self, request: Request, model: str, family: Family = CLIP, user: str | None = None
+    ) -> AsyncIterator[tuple[ReleaseSnapshot, float]]:
+        """Stamp one request whose body was read, and work for it as long as its client waits and its deadline has not
+        passed. The block gets the release that answers, and the deadline.
+        """
+        deadline = self.deadline()
+        with self.admit(request, model, family, user) as snapshot:
+            async with cancel_on_disconnect(request.receive, deadline):
+                yield snapshot, deadline
+
     def failed(self, snapshot: ReleaseSnapshot, error: Exception) -> None:
         """A stream broke off after :meth:`admit`'s block had begun to answer."""
         if is_fault(error):
             self.admission.failed(snapshot.release)
 
     def deadline(self) -> float:
-        """When an answer to a request that comes now is too late; on the monotonic clock, which nobody sets."""
+        """From when on an answer to a request that comes now is too late; on the monotonic clock, which no one sets."""
         return time.monotonic() + self.settings.deadline_seconds
 
     def check_texts(
@@ -158,7 +140,7 @@ def app_state(request: Request) -> AppState:
 
 
 def release_headers(snapshot: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
-    """Which release answered, by which adapter."""
+    """The release that answered, and its adapter."""
     return {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
 
 

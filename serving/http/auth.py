@@ -1,37 +1,54 @@
-"""Authentication: who calls, whether the key has the scope that the route needs, and how often it may.
+"""Authentication: the caller, the scope that its key needs for a route, its rate, and the copy of the keys.
 
-Pure ASGI and before every route, so a route that somebody adds is closed until :func:`needs` says otherwise.
+Pure ASGI and before every route, so a new route is closed until :func:`needs` says otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
+import json
+import logging
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
 
 from fastapi import Request
+from pydantic import SecretStr, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core import metrics
 from core.access import READ_SECONDS, Access, Principal
+from core.artifacts import Artifacts
 from core.errors import AccessError
+from core.files import replace_file
 from core.ledger.keys import SCOPES
-from core.ledger.rows import KeyScope
+from core.ledger.rows import KeyRow, KeyScope
 from core.request_context import detached
+from core.settings import Settings
+from serving.errors import Unavailable
 from serving.http import errors
-from serving.http.client_address import came_from_here
+from serving.http.client_address import RateLimiter, address, came_from_here
 from serving.http.errors import ApiError
-from serving.http.rate_limit import RateLimiter, address
+from serving.own_threads import BoundedCall, OwnThreads
 
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 ANY_KEY = ("/metrics", "/docs", "/openapi.json")
+log = logging.getLogger("ratchet.access")
+FORMAT: Final = 1
+KEY: Final = "keys.json"
+ARTIFACTS_SECONDS: Final = 5.0
+MAX_BYTES: Final = 16 << 20
+"""A key takes some 300 bytes; more is not read from the file."""
+_ROWS: Final = TypeAdapter(list[KeyRow])
 
 
 def needs(path: str) -> tuple[KeyScope, ...]:
-    """The scopes of which a caller needs one; none for what is open to everybody."""
+    """The scopes of which a caller needs one; none for what is open."""
     if path.startswith("/health/"):
         return ()
     if path in ANY_KEY or path.startswith("/docs/"):
@@ -54,7 +71,7 @@ class AuthMiddleware:
         self.rates = RateLimiter() if rates is None else rates
         self._reading: asyncio.Task[None] | None = None
         self._reading_since = 0.0
-        self._thread = ThreadPoolExecutor(1, "keys")
+        self._thread = OwnThreads("keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it before its body is read."""
@@ -63,9 +80,7 @@ class AuthMiddleware:
                 caller = await self._admit(scope)
                 scope["state"] = {**scope.get("state", {}), "principal": caller}
             except ApiError as error:
-                await errors.answer(
-                    error.status_code, error.detail, error.param, error.code, dict(error.headers or {})
-                )(scope, receive, send)
+                await errors.answer(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -106,7 +121,7 @@ class AuthMiddleware:
         return caller
 
     async def _identify(self, token: str | None, came: float) -> Principal | None:
-        """One reading at a time serves all who wait for it; while one hangs, nobody waits for more of it.
+        """One reading at a time serves all who wait for it; while one hangs, no request waits for more of it.
 
         A known key that is in use waits for none: the keys are read again before they are too old. While the ledger
         does not answer they are read behind all known keys.
@@ -129,12 +144,10 @@ class AuthMiddleware:
     def _read(self) -> asyncio.Task[None]:
         """The reading of the keys that runs, or a new one."""
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.get_running_loop().create_task(self._refreshed(), context=detached())
+            reading = self._thread.run(self.access.refresh, READ_SECONDS)
+            self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
             self._reading_since = time.monotonic()
         return self._reading
-
-    async def _refreshed(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.access.refresh, READ_SECONDS)
 
     def _count(self, caller: Principal, scope: Scope) -> None:
         who = f"key:{caller.key_id}" if caller.kind == "key" else address(scope)
@@ -155,7 +168,7 @@ def bearer(headers: Headers) -> str | None:
 
 
 def principal(request: Request) -> Principal:
-    """Who makes this request. Only for routes that :func:`needs` names a scope for."""
+    """The caller of this request. Only for routes that :func:`needs` names a scope for."""
     caller: Any = request.state.principal
     if not isinstance(caller, Principal):
         raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)
@@ -189,3 +202,83 @@ def _utf8(header: str | None) -> str | None:
 
 def _either(scopes: tuple[KeyScope, ...]) -> str:
     return " or ".join(f"`{scope}`" for scope in scopes)
+
+
+class KeyCopy:
+    """A copy of the API keys, so that a server that starts while the ledger is away knows its clients.
+
+        {"format": 1, "hmac": "<of the rest>", "keys": [{"id": "0123abcd", "name": "ci-bot", "digest": "...", ...}]}
+
+    It has digests of the secrets, no secret. The artifacts have it for new nodes, and each node for itself. It is
+    signed with the operator key (HMAC-SHA-256), so that write access to the artifacts is not enough to make a key.
+    What cannot be written or read is logged. Use from one thread at a time.
+    """
+
+    def __init__(self, path: Path, artifacts: Artifacts, secret: SecretStr) -> None:
+        """Args:
+        path: this node's copy.
+        artifacts: have another copy; may be away.
+        secret: the operator key.
+        """
+        self._path = path
+        self._secret = secret
+        self._artifacts = artifacts
+        self._pending = self._written = b""
+        self._read_artifacts = BoundedCall(lambda: artifacts.read_bytes(KEY), ARTIFACTS_SECONDS)
+        self._write_artifacts = BoundedCall(lambda: artifacts.write_bytes(KEY, self._pending), ARTIFACTS_SECONDS)
+
+    @classmethod
+    def of(cls, settings: Settings) -> KeyCopy:
+        """The copy that the settings describe."""
+        return cls(key_copy_path(settings.home), Artifacts(settings.artifacts), settings.operator_key())
+
+    def keep(self, rows: Iterable[KeyRow]) -> None:
+        """Write the keys, where they differ from those that this process has written last."""
+        data = self._encode(rows)
+        if data == self._written:
+            return
+        try:
+            replace_file(self._path, data, mode=0o600)
+            self._pending = data
+            self._write_artifacts()
+            self._written = data
+        except Exception as error:
+            log.warning("the copy of the keys cannot be written, and is tried again: %s", error)
+
+    def read(self) -> list[KeyRow]:
+        """The keys of the artifacts' copy, else of the node's; none where no copy is whole and signed."""
+        for source, read in (("artifacts", self._read_artifacts), ("file", self._read_file)):
+            try:
+                return self._decode(read())
+            except Exception as error:
+                log.warning("no keys from the %s: %s: %s", source, type(error).__name__, str(error)[:200])
+        return []
+
+    def _read_file(self) -> bytes:
+        with self._path.open("rb") as file:
+            return file.read(MAX_BYTES)
+
+    def _encode(self, rows: Iterable[KeyRow]) -> bytes:
+        stable = [replace(row, last_used_at=None) for row in sorted(rows, key=lambda row: row.id)]
+        keys = _ROWS.dump_python(stable, mode="json")
+        return json.dumps({"format": FORMAT, "hmac": self._sign(keys), "keys": keys}, indent=1).encode()
+
+    def _decode(self, data: bytes) -> list[KeyRow]:
+        try:
+            content: Any = json.loads(data)
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']!r} is not {FORMAT}")
+            if not hmac.compare_digest(self._sign(content["keys"]), content["hmac"]):
+                raise ValueError("it is not signed with the operator key of this server")
+            return _ROWS.validate_python(content["keys"])
+        except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
+            raise Unavailable(f"the copy of the keys cannot be used: {str(error)[:200]}.") from None
+
+    def _sign(self, keys: Any) -> str:
+        text = json.dumps(keys, sort_keys=True, separators=(",", ":"))
+        return hmac.new(self._secret.get_secret_value().encode(), text.encode(), "sha256").hexdigest()
+
+
+def key_copy_path(home: Path) -> Path:
+    """This node's copy."""
+    return home / "serving" / "keys.json"

@@ -1,7 +1,5 @@
 """OpenAI's objects for a chat answer, whole and in chunks, and the event stream that sends them.
 
-The parts of a chunk that stay the same are written once for each answer; each costs one ``json.dumps``.
-
 An event is one line ``data: {...}`` (``event: error`` before it when something went wrong) and an empty line. JSON is
 written in ASCII: some clients split lines at U+2028 and U+0085 too.
 """
@@ -10,38 +8,116 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from core import metrics
 from serving.engines.vlm.generation import Finish, GenerationResult, TokenChunk
 from serving.errors import DeadlineExceeded
 from serving.http import errors
-from serving.http.cancel_on_disconnect import ClientGone, cancel_on_disconnect
+from serving.http.bodies import ChatUsage, ResponseBody
+from serving.http.request_bodies import ClientGone, cancel_on_disconnect
 from serving.releases.types import ReleaseSnapshot
 
-log = logging.getLogger("ratchet.http")
 DONE = b"data: [DONE]\n\n"
 GRACE_SECONDS = 2.0
 """Engines end an answer at its deadline and say so; a client that reads too slowly to hear it is cut off this much
 later."""
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; OpenAI uses the same number."""
 
 
+class TokenLogprob(ResponseBody):
+    """One token of the answer."""
+
+    token: str
+    logprob: float
+    """Natural logarithm of its probability; -9999 stands for minus infinity."""
+    bytes: list[int] | None
+    """UTF-8; null for a token that is a part of a character."""
+    top_logprobs: list[Any]
+    """Always empty."""
+
+
+class Logprobs(ResponseBody):
+    """Log-probabilities of the answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AssistantMessage(ResponseBody):
+    """The model's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class CompletionChoice(ResponseBody):
+    """The one answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+    """`stop`: it ended by itself or at a stop text; `length`: at the longest answer that was asked for."""
+
+
+class ChatCompletionBody(ResponseBody):
+    """An answer that is not streamed, as in the OpenAI API."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    """Seconds since 1970, UTC."""
+    model: str
+    """`vlm@` and the number of the release."""
+    system_fingerprint: str
+    """The adapter's name; `base`: the base alone."""
+    choices: list[CompletionChoice]
+    usage: ChatUsage
+
+
+class Delta(ResponseBody):
+    """What a chunk adds: the role in the first, text in the others, nothing in the last."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(ResponseBody):
+    """A piece of the one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    """Null in all chunks but the last."""
+
+
+class ChatCompletionChunk(ResponseBody):
+    """The data of one server-sent event of a streamed answer, as in the OpenAI API."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    """Seconds since 1970, UTC."""
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    """Empty in the chunk with the usage."""
+    usage: ChatUsage | None = None
+    """Only with `stream_options.include_usage`: null in all chunks but the last."""
+
+
 def dumps(value: Any) -> str:
     """JSON on one line, in ASCII."""
-    return _ENCODER.encode(value)
+    return json.dumps(value, separators=(",", ":"))
 
 
 def event(data: str, name: str = "") -> bytes:
@@ -51,11 +127,7 @@ def event(data: str, name: str = "") -> bytes:
 
 def failure(error: Exception) -> bytes:
     """The event that ends a stream which failed; its data is the error object of all other errors."""
-    description = errors.described(error)
-    metrics.http.refused(description.code or "other")
-    if description.code == "internal":
-        log.error("a stream failed", exc_info=error)
-    return event(dumps(description.content), "error")
+    return event(dumps(errors.told(error).content), "error")
 
 
 class EventStream(Response):
@@ -84,7 +156,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, a failure or the deadline, or until the client has gone."""
-        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # there is nobody left to tell
+        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # no one is left to tell
             async with self.held, cancel_on_disconnect(receive, self.deadline + GRACE_SECONDS):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 while data := await self._next():
@@ -127,11 +199,6 @@ class ChatCompletion:
             "id": f"chatcmpl-{os.urandom(12).hex()}", "created": int(time.time()), "model": f"vlm@{snapshot.release}",
             "system_fingerprint": snapshot.vlm_adapter,
         }  # fmt: skip
-        head = dumps({"object": "chat.completion.chunk", **self.common})[:-1]
-        self._head = f"data: {head},"
-        self._delta = f'{self._head}"choices":[{{"index":0,"delta":'
-        self._tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
-        self._open = f',"logprobs":null,"finish_reason":null}}]{self._tail}'
 
     def whole(self, reply: GenerationResult) -> dict[str, Any]:
         """The object of an answer that is not streamed."""
@@ -143,23 +210,25 @@ class ChatCompletion:
         counted = usage(reply.prompt_tokens, len(reply.tokens))
         return {"object": "chat.completion", **self.common, "choices": [choice], "usage": counted}
 
-    def first(self) -> str:
+    def first(self) -> bytes:
         """The chunk before any text: who speaks."""
-        return f'{self._delta}{{"role":"assistant","content":""}}{self._open}'
+        return self._choice({"role": "assistant", "content": ""})
 
-    def chunk(self, chunk: TokenChunk) -> str:
-        """The object of one chunk as JSON; empty when the chunk says nothing."""
-        if self.text_of is None:
-            return f'{self._delta}{{"content":{dumps(chunk.text)}}}{self._open}' if chunk.text else ""
-        if not (chunk.text or chunk.tokens):
-            return ""
-        scores = dumps(listed(chunk.tokens, chunk.logprobs, self.text_of))
-        delta = f'{{"content":{dumps(chunk.text)}}}'
-        return f'{self._delta}{delta},"logprobs":{scores},"finish_reason":null}}]{self._tail}'
+    def chunk(self, chunk: TokenChunk) -> bytes:
+        """One chunk; empty when it says nothing."""
+        if not chunk.text and not (chunk.tokens and self.text_of):
+            return b""
+        logprobs = listed(chunk.tokens, chunk.logprobs, self.text_of) if self.text_of else None
+        return self._choice({"content": chunk.text}, logprobs)
 
     def last(self, finish: Finish, prompt: int, completion: int) -> bytes:
-        """What ends a stream: why the answer ended, the usage if it was asked for, and [DONE]."""
-        end = f'{self._delta}{{}},"logprobs":null,"finish_reason":{dumps(finish)}}}]{self._tail}'
-        if self.include_usage:
-            end += f'{self._head}"choices":[],"usage":{dumps(usage(prompt, completion))}}}\n\n'
-        return end.encode() + DONE
+        """The end of a stream: why the answer ended, the usage if it was asked for, and [DONE]."""
+        counted = self._event([], usage(prompt, completion)) if self.include_usage else b""
+        return self._choice({}, finish=finish) + counted + DONE
+
+    def _choice(self, delta: dict[str, str], logprobs: Any = None, finish: Finish | None = None) -> bytes:
+        return self._event([{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
+
+    def _event(self, choices: list[Any], counted: dict[str, int] | None = None) -> bytes:
+        more = {"usage": counted} if self.include_usage else {}
+        return event(dumps({"object": "chat.completion.chunk", **self.common, "choices": choices, **more}))

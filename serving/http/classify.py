@@ -2,26 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
+from pydantic import ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from serving.engines.heads import Answers, Head, backed_off
 from serving.http.app_state import app_state, release_headers
-from serving.http.cancel_on_disconnect import cancel_on_disconnect
-from serving.http.image_bodies import body_schemas, read_body
-from serving.http.json_bodies import json_response
+from serving.http.bodies import (
+    MODEL,
+    TRUNCATE,
+    Body,
+    Name,
+    Picture,
+    ResponseBody,
+    body_schemas,
+    json_response,
+    read_body,
+)
 from serving.http.request_bodies import caller_of
-from serving.http.response_schemas import ClassificationList
-from serving.http.schemas import ClassifyRequest
 from serving.messages import PROMPTS_PER_TEXT
 
 router = APIRouter(tags=["Zero-shot"])
 LISTS = {"labels", "templates"}
 LIKELY = 0.5
 """Of several labels those are said that are likelier than not, where the request does not say how sure they must be."""
+
+
+class ClassifyRequest(Body):
+    """Classification: which of these labels fits each image, or which class of a head that the release has learned."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"images": ["data:image/png;base64,iVBORw0KGgo..."], "labels": ["cat", "dog"],
+                 "templates": ["a photo of a {}."]},
+                {"images": ["data:image/png;base64,iVBORw0KGgo..."], "head": "garments", "confidence": 0.5},
+            ],
+            "oneOf": [{"required": ["labels"]}, {"required": ["head"]}],
+            "dependentRequired": {"multi_label": ["head"], "confidence": ["head"]},
+        },
+    )  # fmt: skip
+    images: Annotated[list[Picture], FailFast()] = Field(min_length=1, description="Data URIs, or URLs.")
+    labels: Annotated[list[Name], FailFast()] = Field([], min_length=1, description="What it may be.")
+    templates: Annotated[list[Name], FailFast()] = Field(
+        ["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label."
+    )
+    head: str = Field("", min_length=1, max_length=64, description="A head of the release, in place of labels.")
+    multi_label: bool = Field(False, description="With a head: all classes that have the probability `confidence`.")
+    confidence: float | None = Field(
+        None, ge=0, le=1, description="With a head: a label needs this probability; else a level above it, or none."
+    )
+    truncate: bool = TRUNCATE
+    model: str = MODEL
+
+    @model_validator(mode="after")
+    def one_way(self) -> Self:
+        """Labels, or a head."""
+        if bool(self.labels) == bool(self.head):
+            raise PydanticCustomError("one_way", "give labels, or the name of a head", {"param": "labels"})
+        if not self.head and (self.multi_label or self.confidence is not None):
+            raise ValueError("multi_label and confidence are of a head")
+        return self
+
+    @field_validator("labels")
+    @classmethod
+    def distinct(cls, value: list[str]) -> list[str]:
+        """The same label twice would share its probability, and be shown once."""
+        if len(set(value)) < len(value):
+            raise ValueError("must differ from each other")
+        return value
+
+    @field_validator("templates")
+    @classmethod
+    def with_a_place(cls, value: list[str]) -> list[str]:
+        """Each template has exactly one place for the label."""
+        for template in value:
+            if template.count("{}") != 1:
+                raise ValueError("each template needs exactly one {} for the label")
+        return value
+
+
+class Classification(ResponseBody):
+    """One image's labels."""
+
+    label: str | None
+    """The likeliest; of a head null where it is none of its classes, or where no level of a label is sure enough."""
+    probabilities: dict[str, float | None]
+    """From 0 to 1 by label; they add up to 1, but for several labels: then each stands alone."""
+    labels: list[str] | None = None
+    """With several labels: those that are likelier than not, the likeliest first."""
+    distance: float | None = None
+    """Of a head: how far the image is from the nearest class; above 1 it is none of them."""
+
+
+class ClassificationList(ResponseBody):
+    """Labels in the order of the images."""
+
+    object: Literal["list"]
+    model: str
+    """`clip@` and the number of the release."""
+    data: list[Classification]
 
 
 @router.post(
@@ -42,61 +127,39 @@ async def classify(request: Request) -> Response:
     """
     state = app_state(request)
     body, uploads = await read_body(request, ClassifyRequest, "images", LISTS, state.settings.max_images)
-    sources: Sequence[str | bytes] = uploads or body.images
-    if body.head:
-        return await _by_head(request, body, sources)
-    state.check_texts(body.labels, "labels")
+    images = [(f"images.{index}", image) for index, image in enumerate(uploads or body.images)]
     prompts = [template.replace("{}", label) for label in body.labels for template in body.templates]
-    state.check_texts(prompts, "templates", state.settings.max_texts * PROMPTS_PER_TEXT)
-    deadline = state.deadline()
-    with state.admit(request, body.model) as snapshot:
-        async with cancel_on_disconnect(request.receive, deadline):
-            images = await state.vectors.of_images(
-                [(f"images.{index}", image) for index, image in enumerate(sources)], snapshot, deadline,
-                caller_of(request),
-            )  # fmt: skip
+    if not body.head:
+        state.check_texts(body.labels, "labels")
+        state.check_texts(prompts, "templates", state.settings.max_texts * PROMPTS_PER_TEXT)
+    caller = caller_of(request)
+    async with state.answering(request, body.model) as (snapshot, deadline):
+        headers = release_headers(snapshot)
+        if body.head:
+            head = await state.vectors.head(body.head, snapshot, deadline)
+            vectors = await state.vectors.of_images(images, snapshot, deadline, caller)
+            answers = await state.vectors.classify(head, vectors.rows)
+            data = [_said(head, answers, row, body) for row in range(len(images))]
+        else:
+            vectors = await state.vectors.of_images(images, snapshot, deadline, caller)
             whole = () if body.truncate else [f"labels.{n}" for n in range(len(body.labels)) for _ in body.templates]
-            texts = await state.vectors.of_texts(prompts, snapshot, deadline, caller_of(request), whole)
-        shares = probabilities(images.rows, texts.rows, len(body.templates), images.logit_scale)
-        results = [
-            {
-                "label": body.labels[int(row.argmax())],
-                "probabilities": dict(zip(body.labels, row.tolist(), strict=True)),
-            }
-            for row in shares
-        ]
-        return json_response(
-            {"object": "list", "model": f"clip@{snapshot.release}", "data": results},
-            release_headers(snapshot) | texts.headers,
-        )
+            texts = await state.vectors.of_texts(prompts, snapshot, deadline, caller, whole)
+            headers |= texts.headers
+            data = [
+                {
+                    "label": body.labels[int(row.argmax())],
+                    "probabilities": dict(zip(body.labels, row.tolist(), strict=True)),
+                }
+                for row in probabilities(vectors.rows, texts.rows, len(body.templates), vectors.logit_scale)
+            ]
+        return json_response({"object": "list", "model": f"clip@{snapshot.release}", "data": data}, headers)
 
 
-async def _by_head(request: Request, body: ClassifyRequest, sources: Sequence[str | bytes]) -> Response:
-    state = app_state(request)
-    deadline = state.deadline()
-    with state.admit(request, body.model) as snapshot:
-        async with cancel_on_disconnect(request.receive, deadline):
-            head = await state.heads.find(body.head, snapshot, deadline)
-            images = await state.vectors.of_images(
-                [(f"images.{index}", image) for index, image in enumerate(sources)], snapshot, deadline,
-                caller_of(request),
-            )  # fmt: skip
-            answers = await state.heads.classify(head, images.rows)
-        return json_response(
-            {
-                "object": "list",
-                "model": f"clip@{snapshot.release}",
-                "data": [_said(head, answers, row, body) for row in range(len(images.rows))],
-            },
-            release_headers(snapshot),
-        )
-
-
-def _said(head: Head, answers: Answers, row: int, body: ClassifyRequest) -> dict[str, object]:
-    """What a head says of one image."""
+def _said(head: Head, answers: Answers, row: int, body: ClassifyRequest) -> dict[str, Any]:
+    """A head's answer about one image."""
     shares = answers.alone[row] if body.multi_label else answers.probabilities[row]
     known = bool(answers.distance[row] <= 1)
-    said: dict[str, object] = {
+    said: dict[str, Any] = {
         "label": backed_off(head.labels, shares, body.confidence or 0.0)[0] if known else None,
         "probabilities": dict(zip(head.labels, shares.tolist(), strict=True)),
         "distance": float(answers.distance[row]),

@@ -1,9 +1,11 @@
-"""Which address a request came from, and which names it may call the server by."""
+"""Callers: the address that a request came from, the names of this server, and limits of rates."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -12,6 +14,8 @@ MAX_HOPS = 16
 """Entries of ``X-Forwarded-For`` that are looked at, from the last one."""
 PROXY_HEADERS = ("forwarded", "via", "x-real-ip", "x-forwarded-host", "x-forwarded-proto")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+MAX_CALLERS = 10_000
+"""Buckets that are kept. Who has not called for longest is forgotten, and begins again with a full bucket."""
 
 
 class TrustedProxies:
@@ -27,7 +31,7 @@ class TrustedProxies:
         self._networks: list[Network] = [ipaddress.ip_network(network, strict=False) for network in networks]
 
     def client(self, peer: str, forwarded: Sequence[str]) -> str:
-        """The last hop that is no proxy of ours.
+        """The last hop that is not one of our proxies.
 
         Args:
             peer: who holds the connection.
@@ -43,7 +47,7 @@ class TrustedProxies:
         return address
 
     def trusts(self, address: str) -> bool:
-        """Whether an address is that of a proxy."""
+        """True for the address of a proxy."""
         ip = _parsed(address)
         return ip is not None and any(ip in network for network in self._networks)
 
@@ -72,13 +76,13 @@ def came_from_here(scope: Scope) -> bool:
 
 
 def came_by_tls(scope: Scope) -> bool:
-    """Whether the client's connection has TLS, which may end at a proxy. A client can lie, to itself alone."""
+    """True where the client's connection has TLS, which may end at a proxy. A client can lie, to itself alone."""
     forwarded = Headers(scope=scope).get("x-forwarded-proto", "").partition(",")[0].strip().lower()
     return scope.get("scheme") == "https" or forwarded == "https"
 
 
 def names_this_server(host: str | None, allowed: Sequence[str]) -> bool:
-    """Whether a ``Host`` header is of loopback or one of ``allowed``. Absent is allowed: every browser sends one.
+    """True for a ``Host`` header that is of loopback or one of ``allowed``. Absent is allowed: every browser sends one.
 
     A page of another origin whose name was made to resolve to 127.0.0.1 (DNS rebinding) still sends its own name.
 
@@ -106,3 +110,51 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
     except ValueError:
         return None
     return getattr(ip, "ipv4_mapped", None) or ip
+
+
+class RateLimiter:
+    """A token bucket for each caller, in the memory of each ingress process: a caller with N requests a minute may make
+    N at once, and gets one back every 60/N seconds.
+
+    Args:
+        replicas: processes over which callers' requests are spread; each grants its part of N, rounded up.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, most: int = MAX_CALLERS, replicas: int = 1) -> None:
+        self._replicas = replicas
+        self._clock = clock
+        self._most = most
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def take(self, who: str, per_minute: int) -> float:
+        """Take one request from a caller's bucket. 0, or the seconds until there is one. No limit where it is 0."""
+        if not per_minute:
+            return 0.0
+        per_minute = -(-per_minute // self._replicas)
+        now = self._clock()
+        level, since = self._buckets.pop(who, (float(per_minute), now))
+        level = min(float(per_minute), level + (now - since) * per_minute / 60)
+        wait = 0.0 if level >= 1 else (1 - level) * 60 / per_minute
+        self._buckets[who] = (level - 1 if not wait else level, now)
+        if len(self._buckets) > self._most:
+            self._buckets.popitem(last=False)
+        return wait
+
+
+def address(scope: Scope) -> str:
+    """The bucket that an anonymous request is taken from: its IPv4 address, or the /64 network that one IPv6 host has.
+
+    Behind a proxy that is not in ``serve.trusted_proxies`` that is the proxy's address, so all anonymous callers share
+    one bucket.
+    """
+    client = scope.get("client")
+    try:
+        ip = ipaddress.ip_address(client[0] if client else "")
+    except ValueError:
+        return "address:unknown"
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
+        return f"address:{ipaddress.ip_network((ip, 64), strict=False)}"
+    return f"address:{getattr(ip, 'ipv4_mapped', None) or ip}"

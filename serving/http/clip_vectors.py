@@ -1,7 +1,8 @@
 """Vectors of a request's texts and images: those of the cache, and the encoders' for the rest.
 
-With a cache, content that comes twice in a request is encoded once. What is answered, and cached, is of the embedding
-space that the request's release has: an encoder that answers in another one is refused.
+:class:`ClipVectors` is what routes use, :class:`EncoderCalls` asks the encoder replicas. With a cache, content that
+comes twice in a request is encoded once. What is answered, and cached, is of the embedding space that the request's
+release has: an encoder that answers in another one is refused.
 
 Work begins on no more than what keeps the encoders busy; other requests wait as they came, and callers take turns. Two
 hundred requests with 32 small pictures each, all opened and decoded at once, kept two cores from the encoder for 1.5 s.
@@ -13,39 +14,45 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from ray.serve.handle import DeploymentHandle
 
 from core import metrics
 from core.settings.serving import Serve
+from serving.engines.heads import Answers, Head
 from serving.engines.tokens import Tokenizer
-from serving.errors import DeadlineExceeded, WrongSpace
-from serving.http.encoder_calls import EncoderCalls
+from serving.errors import AdapterUnservable, DeadlineExceeded, Unavailable, WrongSpace
 from serving.http.errors import ApiError
 from serving.http.fair_room import FairRoom
-from serving.http.image_loader import ImageLoader, ImageSource
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, Modality
+from serving.http.image_loader import ImageLoader, ImageSource, gathered
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality, joined
+from serving.own_threads import OwnThreads
+from serving.ray.replica_calls import Attempts, call_another
+from serving.releases.shadow_traffic import ShadowTraffic
 from serving.releases.types import ReleaseSnapshot
 
 _CacheKey = tuple[Modality, str, bytes]
 """Image or text; the embedding space of that tower; SHA-256 of the content. An entry is of its space for ever, so no
 release can be answered with the vectors of another one."""
 ENTRY_BYTES: Final = 640
-"""What an entry takes beside its numbers: the array (112), the digest (65), key and entry (150), its place in two dicts
+"""An entry's size without its numbers: the array (112), the digest (65), key and entry (150), its place in two dicts
 and a linked list (300)."""
 BATCHES_IN_WORK = 6
 """For each encoder, from when images are opened and texts tokenized until their vectors are there."""
 TOKENIZER_THREADS = 2
 """Of their own, so that nothing that waits for a store can keep texts waiting."""
+HEAD_THREADS = 2
 INLINE_CHARS = 4096
 """Texts up to here are tokenized at once, in less than a millisecond; longer ones in a thread."""
 TRUNCATED_HEADER = "x-ratchet-truncated"
+KEPT_HEADS = 8
+"""Adapters whose heads are kept: those of the resident releases, a few more than one. An adapter never changes."""
 Encoded = tuple[EncodeResult, list[int], list[bool]]
 """An encoder's answer, and of each item its tokens, and whether it was cut."""
 
@@ -78,7 +85,7 @@ class VectorCache:
         return len(self._entries)
 
     def get(self, key: _CacheKey) -> CachedVector | None:
-        """What is kept for a key."""
+        """The entry of a key, if it is kept."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
@@ -108,27 +115,94 @@ class Vectors:
 
     @property
     def headers(self) -> dict[str, str]:
-        """How many texts were cut, where any was."""
+        """The number of texts that were cut, where any was."""
         return {TRUNCATED_HEADER: str(len(self.cut))} if self.cut else {}
 
 
-class ClipVectors:
-    """Used from one event loop.
+class EncoderCalls:
+    """Calls to encoder replicas that survive the death of one: encoding is idempotent, so a call whose replica died is
+    made again on another one. Replicas answer expected failures as values; what is *raised* is the transport.
 
     Args:
-        cache: shared by texts and images.
-        room: for what is in work, as :func:`room_for`.
+        max_batch: most images of a batch; a larger request goes out in several pieces.
+        shadow_traffic: what was encoded is offered to it.
     """
 
-    def __init__(
-        self, encoders: EncoderCalls, images: ImageLoader, tokenizer: Tokenizer, cache: VectorCache, room: FairRoom
-    ) -> None:
+    def __init__(self, handle: DeploymentHandle, max_batch: int, shadow_traffic: ShadowTraffic | None = None) -> None:
+        self.handle = handle
+        self.shadow_traffic = shadow_traffic
+        self.budget = max_batch * IMAGE_COST
+
+    async def encode(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
+        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), every one by the snapshot's adapter.
+
+        Args:
+            deadline: on the monotonic clock.
+            caller: whose turn they take.
+
+        Raises:
+            QueueFull, DeadlineExceeded, Unavailable, WrongSpace.
+            ApiError: a value is not finite.
+        """
+        space = snapshot.image_space if kind == "image" else snapshot.text_space
+
+        def strays(result: EncodeResult) -> bool:
+            return not result.code and result.space(kind) != space
+
+        def refusal(result: EncodeResult) -> str | None:
+            return result.error if result.code in ("adapter", "failed") or strays(result) else None
+
+        async def one(items: Any) -> EncodeResult:
+            attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
+            call = lambda: self.handle.encode.remote(kind, items, snapshot.clip, caller, attempts.left)  # noqa: E731
+            result: EncodeResult = await call_another(call, attempts, refusal)
+            if result.code == "late":
+                raise attempts.over()
+            if result.code == "failed":
+                raise Unavailable(f"the forward pass failed ({result.error}).", "Try again; look at the encoders' log.")
+            if result.code:
+                raise _unservable(snapshot, result.error)
+            if strays(result):
+                raise WrongSpace(result.space(kind), space)
+            if not np.isfinite(result.vectors).all():
+                raise ApiError(500, "the model gave values that are not finite.", code="not_finite")
+            return result
+
+        step = max(1, self.budget // (IMAGE_COST if kind == "image" else TEXT_COST))
+        results = await gathered(one(payload[start : start + step]) for start in range(0, len(payload), step))
+        result = results[0] if len(results) == 1 else joined(results)
+        if self.shadow_traffic is not None:
+            self.shadow_traffic.clip(kind, payload)
+        return result
+
+    async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
+        """The heads of the snapshot's adapter, by name. Raises QueueFull, DeadlineExceeded, Unavailable."""
+        attempts = Attempts(deadline - time.monotonic(), "encoder", "Try again later.")
+        call = lambda: self.handle.heads.remote(snapshot.clip)  # noqa: E731
+        result: HeadsResult = await call_another(call, attempts, lambda result: result.error or None)
+        if result.error:
+            raise _unservable(snapshot, result.error)
+        return result.heads
+
+
+def _unservable(snapshot: ReleaseSnapshot, error: str) -> AdapterUnservable:
+    return AdapterUnservable(f"{snapshot.adapter} cannot be served: {error}.", "An operator must look at it.")
+
+
+class ClipVectors:
+    """Vectors, and what heads say of them. Used from one event loop; texts and images share the cache."""
+
+    def __init__(self, encoders: EncoderCalls, images: ImageLoader, tokenizer: Tokenizer, settings: Serve) -> None:
         self.encoders = encoders
         self.images = images
         self.tokenizer = tokenizer
-        self.cache = cache
-        self.room = room
-        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
+        self.cache = VectorCache(settings.cache_bytes)
+        self.room = room_for(settings)
+        self._tokenizing = OwnThreads("tokenizer", TOKENIZER_THREADS)
+        self._classifying = OwnThreads("heads", HEAD_THREADS)
+        self._heads: OrderedDict[str | None, Mapping[str, Head]] = OrderedDict()
 
     async def of_texts(
         self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float, caller: str, whole: Sequence[str] = ()
@@ -144,8 +218,14 @@ class ClipVectors:
             QueueFull, DeadlineExceeded, Unavailable.
         """
 
+        def tokenized(texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+            rows = self.tokenizer.rows(texts)
+            return rows, [self.tokenizer.cuts(text, row) for text, row in zip(texts, rows, strict=True)]
+
         async def encode(missing: list[int]) -> Encoded:
-            rows, cut = await self._tokens([texts[index] for index in missing])
+            chosen = [texts[index] for index in missing]
+            short = sum(len(text) for text in chosen) <= INLINE_CHARS
+            rows, cut = tokenized(chosen) if short else await self._tokenizing.run(tokenized, chosen)
             if whole and any(cut):
                 raise _too_long(whole[missing[cut.index(True)]])
             answer = await self.encoders.encode("text", rows, snapshot, deadline, caller)
@@ -191,21 +271,13 @@ class ClipVectors:
         finally:
             self.room.leave(caller, inside)
 
-    async def _tokens(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-        if sum(len(text) for text in texts) <= INLINE_CHARS:
-            return self._tokenized(texts)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._tokenized, texts)
-
-    def _tokenized(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-        rows = self.tokenizer.rows(texts)
-        return rows, [self.tokenizer.cuts(text, row) for text, row in zip(texts, rows, strict=True)]
-
     async def _vectors(
         self, kind: Modality, space: str, digests: Sequence[bytes], encode: Callable[[list[int]], Awaitable[Encoded]]
     ) -> Vectors:
         if not self.cache.max_bytes:
             answer, tokens, cut = await encode(list(range(len(digests))))
-            return Vectors(_checked(answer, kind, space), answer.logit_scale, sum(tokens), _places(cut))
+            assert answer.vectors is not None
+            return Vectors(answer.vectors, answer.logit_scale, sum(tokens), _places(cut))
         entries: dict[bytes, CachedVector] = {}
         missing: dict[bytes, int] = {}
         for index, digest in enumerate(digests):
@@ -218,16 +290,43 @@ class ClipVectors:
         metrics.http.cache_lookups(kind, len(digests) - len(missing), len(missing))
         if missing:
             answer, tokens, cut = await encode(list(missing.values()))
-            fresh = _entries(_checked(answer, kind, space), answer, tokens, cut)
-            for digest, entry in zip(missing, fresh, strict=True):
-                entries[digest] = entry
-                self.cache.put((kind, space, digest), entry)
+            assert answer.vectors is not None
+            for digest, vector, count, is_cut in zip(missing, answer.vectors, tokens, cut, strict=True):
+                # A copy, so that an entry does not hold the memory of a whole batch.
+                entries[digest] = CachedVector(vector.copy(), answer.logit_scale, count, is_cut)
+                self.cache.put((kind, space, digest), entries[digest])
             metrics.http.cached(self.cache.bytes)
         items = [entries[digest] for digest in digests]
         return Vectors(
             np.stack([item.vector for item in items]), items[0].logit_scale, sum(item.tokens for item in items),
             _places([item.cut for item in items]),
         )  # fmt: skip
+
+    async def head(self, name: str, snapshot: ReleaseSnapshot, deadline: float) -> Head:
+        """A head of the snapshot's adapter.
+
+        Raises:
+            ApiError: the release has none of this name; it says which it has.
+            QueueFull, DeadlineExceeded, Unavailable.
+        """
+        heads = self._heads.get(snapshot.clip)
+        if heads is None:
+            heads = self._heads[snapshot.clip] = await self.encoders.heads(snapshot, deadline)
+            while len(self._heads) > KEPT_HEADS:
+                self._heads.popitem(last=False)
+        if name not in heads:
+            there = (
+                f"It has {', '.join(sorted(heads))}." if heads else "It has none: see updater.heads in the settings."
+            )
+            raise ApiError(
+                404, f"head: release {snapshot.release} has no head {name!r}. {there}", param="head", code="no_head"
+            )
+        self._heads.move_to_end(snapshot.clip)
+        return heads[name]
+
+    async def classify(self, head: Head, vectors: npt.NDArray[np.float32]) -> Answers:
+        """See :meth:`Head.classify`; in a thread."""
+        return await self._classifying.run(head.classify, vectors)
 
 
 def room_for(settings: Serve) -> FairRoom:
@@ -245,24 +344,3 @@ def _too_long(name: str) -> ApiError:
         400, f"{name}: the text has more tokens than the model reads. Send a shorter one, or leave `truncate` out.",
         param=name, code="text_too_long",
     )  # fmt: skip
-
-
-def _entries(
-    vectors: npt.NDArray[np.float32], answer: EncodeResult, tokens: Sequence[int], cut: Sequence[bool]
-) -> list[CachedVector]:
-    """An answer's vectors, each an array of its own, so that an entry does not hold the memory of a whole batch."""
-    return [
-        CachedVector(vector.copy(), answer.logit_scale, count, is_cut)
-        for vector, count, is_cut in zip(vectors, tokens, cut, strict=True)
-    ]
-
-
-def _checked(answer: EncodeResult, kind: Modality, space: str) -> npt.NDArray[np.float32]:
-    """The vectors of an answer that succeeded, in the release's space. Raises ApiError and WrongSpace."""
-    if answer.vectors is None:
-        raise ApiError(500, answer.error or "the encoder gave no vectors.", code="internal")
-    if answer.space(kind) != space:
-        raise WrongSpace(answer.space(kind), space)
-    if not np.isfinite(answer.vectors).all():
-        raise ApiError(500, "the model gave values that are not finite.", code="not_finite")
-    return answer.vectors

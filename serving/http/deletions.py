@@ -7,19 +7,51 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
+from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
 from core.errors import SelectorError
 from core.ledger import DeletionState
 from serving.http.app_state import app_state
 from serving.http.auth import operator
+from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body, json_schema
 from serving.http.errors import ApiError, missing
-from serving.http.json_bodies import json_body, json_schema
-from serving.http.response_schemas import ResponseBody
-from serving.http.schemas import DeletionRequest
 
 router = APIRouter(tags=["Deletions"])
 MAX_ROWS: Final = 500
 DeletionId = Annotated[str, Path(max_length=300, json_schema_extra={"format": "deletion"})]
+Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+
+
+class SampleSelector(Body):
+    """What is to be deleted. All that is named has to hold, and one field other than `before` is named."""
+
+    id: str | None = Field(None, min_length=1, max_length=64, description="A sample's id, 64 hex digits.")
+    source: Source | None = Field(None, description="As producers state it; also of refused records.")
+    domain: Source | None = Field(None, description="As producers state it.")
+    concept: Source | None = Field(None, description="What is depicted, as producers state it.")
+    label: Source | None = Field(None, description="The class, as producers state it.")
+    key: str | None = Field(None, min_length=1, max_length=4096, description="The record's key, in hex.")
+    record: str | None = Field(None, min_length=1, max_length=300, description="`topic:partition:offset`.")
+    before: datetime | None = Field(None, description="Only what was ingested before this time, UTC.")
+
+    _in_range = field_validator("before")(in_range)
+
+    def fields(self) -> dict[str, str]:
+        """Those that are given, as :mod:`streams.store.deletion` takes them."""
+        given = self.model_dump(exclude_none=True)
+        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
+
+
+class DeletionRequest(Body):
+    """Samples and refused records to delete."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"selector": {"source": "crawler-7"}, "reason": "consent withdrawn"}]},
+    )
+    selector: SampleSelector = Field(description="What is to be deleted.")
+    reason: Reason
+    dry_run: bool = Field(False, description="Say how much is selected now, and delete nothing.")
 
 
 class LearnedFrom(ResponseBody):

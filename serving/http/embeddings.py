@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pybase64
 from fastapi import APIRouter, Request, Response
 from fastapi import Path as PathParameter
+from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag, field_validator
 
 from core.ledger.rows import Family
 from serving.http.app_state import CLIP, VLM, AppState, app_state, release_headers
-from serving.http.cancel_on_disconnect import cancel_on_disconnect
+from serving.http.bodies import (
+    MODEL,
+    TRUNCATE,
+    Body,
+    FormField,
+    ImageUrl,
+    OpenAIBody,
+    Picture,
+    ResponseBody,
+    Usage,
+    body_schemas,
+    checked,
+    fields_of,
+    json_body,
+    json_response,
+    read_parts,
+)
 from serving.http.clip_vectors import Vectors
 from serving.http.errors import ApiError
-from serving.http.image_bodies import FormField, body_schemas, fields_of, read_parts
 from serving.http.image_loader import ImageSource, gathered
-from serving.http.json_bodies import checked, json_body, json_response
 from serving.http.request_bodies import caller_of
-from serving.http.response_schemas import EmbeddingList, ModelBody, ModelList
-from serving.http.schemas import EmbeddingsRequest, ImageUrlItem, Item, TextItem
 from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
@@ -30,6 +43,142 @@ INPUT_NAMES = ("input", "input[]")
 FORM_INPUT: dict[str, Any] = {
     "type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string", "format": "binary"}, {"type": "string"}]},
 }  # fmt: skip
+MAX_INPUTS = 8192
+
+
+class ImageItem(OpenAIBody, Body):
+    """{"image": "data:image/png;base64,..."}"""
+
+    image: Picture
+
+
+class TextItem(OpenAIBody, Body):
+    """{"text": "a cat"}, or {"type": "text", "text": "a cat"}"""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class ImageUrlItem(OpenAIBody, Body):
+    """{"type": "image_url", "image_url": {"url": "data:..."}}"""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _kind_of(value: Any) -> str | None:
+    """The tag of what an input is meant to be, so that one error says what is wrong with it; None: nothing known."""
+    if isinstance(value, str):
+        return "<str>"
+    if not isinstance(value, dict):
+        return None
+    if "image_url" in value or value.get("type") == "image_url":
+        return "<image_url>"
+    return "<image>" if "image" in value else "<text>"
+
+
+Item = Annotated[
+    Annotated[str, Tag("<str>")]
+    | Annotated[ImageItem, Tag("<image>")]
+    | Annotated[ImageUrlItem, Tag("<image_url>")]
+    | Annotated[TextItem, Tag("<text>")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="input_type",
+        custom_error_message="must be a text, or an object with an image or a text",
+    ),
+]
+
+
+class EmbeddingsRequest(OpenAIBody, Body):
+    """Texts, images (as data URIs or URLs), or both, to embed."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"model": "clip", "input": ["a photo of a cat", "a red circle"]},
+                {"model": "clip", "input": [{"image": "data:image/png;base64,iVBORw0KGgo..."}]},
+            ]
+        },
+    )
+    input: Annotated[list[Item], FailFast()] = Field(description="A text, an image object, or a list of them.")
+    model: str = MODEL
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
+    dimensions: int | None = Field(None, description="Only the model's own dimension is taken.")
+    truncate: bool = TRUNCATE
+    user: str | None = Field(
+        None, max_length=200, description="Who asks: while a canary is live, one user is always answered by one side."
+    )
+
+    @field_validator("input", mode="before", json_schema_input_type=Item | list[Item])
+    @classmethod
+    def listed(cls, value: Any) -> Any:
+        """One input as a list of one. Token ids of another model's tokenizer mean nothing here."""
+        first = value[0] if isinstance(value, list) and value else value
+        inner = first[0] if isinstance(first, list) and first else first
+        if isinstance(inner, int | float) and not isinstance(inner, bool):
+            raise ValueError(
+                "arrays of token ids are not taken; send text (LangChain: check_embedding_ctx_length=False)"
+            )
+        if isinstance(value, list) and not 1 <= len(value) <= MAX_INPUTS:
+            raise ValueError(f"must hold 1 to {MAX_INPUTS} items")
+        return value if isinstance(value, list) else [value]
+
+
+class EmbeddingUsage(Usage):
+    """Tokens, and which texts were cut."""
+
+    truncated: list[int] = Field(default=[])
+    """Positions of the inputs that are texts with more tokens than the model reads: their vectors are of the beginning.
+    Left out where there are none."""
+
+
+class Embedding(ResponseBody):
+    """One vector of unit length."""
+
+    object: Literal["embedding"]
+    index: int
+    """Position of the input."""
+    embedding: list[float | None] | Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
+    """float32 numbers; with `encoding_format: base64` their little-endian bytes in base64."""
+
+
+class EmbeddingList(ResponseBody):
+    """Vectors in the order of the inputs, all from one release."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    """`clip@` and the number of the release."""
+    usage: EmbeddingUsage
+
+
+class ModelBody(ResponseBody):
+    """A name that requests may use, and the release behind it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    """Always 0: see `/v1/releases` for times."""
+    owned_by: str
+    family: Family
+    release: int
+    adapter: str
+    """The adapter's name; `base`: the base alone."""
+    image_space: str | None = None
+    """Digest of the image embedding space; of a CLIP."""
+    text_space: str | None = None
+    """Digest of the text embedding space; of a CLIP."""
+    dimensions: int | None = None
+    """Length of a vector; of a CLIP."""
+
+
+class ModelList(ResponseBody):
+    """What is live first, then the other resident releases."""
+
+    object: Literal["list"]
+    data: list[ModelBody]
 
 
 @router.post(
@@ -52,10 +201,8 @@ async def embeddings(request: Request) -> Response:
             400, f"dimensions: this model has {state.dim} dimensions and cannot be cut.", param="dimensions",
             code="unsupported_dimensions",
         )  # fmt: skip
-    deadline = state.deadline()
-    with state.admit(request, body.model, user=body.user) as snapshot:
-        async with cancel_on_disconnect(request.receive, deadline):
-            embedded = await embed(state, snapshot, inputs, deadline, caller_of(request), body.truncate)
+    async with state.answering(request, body.model, user=body.user) as (snapshot, deadline):
+        embedded = await embed(state, snapshot, inputs, deadline, caller_of(request), body.truncate)
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, body.encoding_format)}
             for index, row in enumerate(embedded.rows)
@@ -63,16 +210,12 @@ async def embeddings(request: Request) -> Response:
         usage: dict[str, Any] = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
         if embedded.cut:
             usage["truncated"] = embedded.cut
-        return json_response(
-            {
-                "object": "list", "data": data, "model": f"clip@{snapshot.release}", "usage": usage,
-            },
-            release_headers(snapshot) | embedded.headers,
-        )  # fmt: skip
+        answer = {"object": "list", "data": data, "model": f"clip@{snapshot.release}", "usage": usage}
+        return json_response(answer, release_headers(snapshot) | embedded.headers)
 
 
 async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequest, list[Input]]:
-    """What is asked for, and the inputs in their order. Raises ApiError."""
+    """The checked body, and the inputs in their order. Raises ApiError."""
     parts = await read_parts(request, state.settings.max_images)
     if parts is None:
         body = await json_body(request, EmbeddingsRequest)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -83,7 +84,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Starting, no replica answered, or no room for bodies: try again."},
     504: {"model": ErrorBody, "description": "The deadline passed before the answer was ready."},
 }
-"""What every route may answer besides its result. There is no 500 that is meant."""
+"""Answers of every route other than its result. No 500 is intended."""
 
 
 def missing(description: str) -> dict[int | str, dict[str, Any]]:
@@ -101,24 +102,6 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers)
         self.param = param
         self.code = code
-
-
-def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The error object."""
-    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def answer(
-    status: int, message: str, param: str | None = None, code: str | None = None,
-    headers: dict[str, str] | None = None, retry_after: int = RETRY_AFTER_SECONDS,
-) -> JSONResponse:  # fmt: skip
-    """The error as a response; 429 and 503 tell when to come back."""
-    metrics.http.refused(code or "other")
-    extra = dict(headers or {})
-    if status in (429, 503):
-        extra.setdefault("Retry-After", str(retry_after))
-    return JSONResponse(body(status, message, param, code), status, extra)
 
 
 def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
@@ -140,73 +123,79 @@ def from_record(error: RecordError, param: str) -> ApiError:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a client is told about a failure."""
+    """The answer to a client about a failure."""
 
     status: int
     message: str
     param: str | None
     code: str | None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """429 and 503 say when to come back."""
 
     @property
     def content(self) -> dict[str, Any]:
         """The error object."""
-        return body(self.status, self.message, self.param, self.code)
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def described(error: Exception) -> Described:
-    """Any failure as status and error object. What nobody foresaw is not shown to clients."""
-    if isinstance(error, ApiError):
-        return Described(error.status_code, str(error.detail), error.param, error.code)
+    """Any failure as status and error object. What was not foreseen is not shown to clients."""
+    if isinstance(error, HTTPException):
+        status, param = error.status_code, getattr(error, "param", None)
+        code = getattr(error, "code", None) or CODES.get(status, "invalid_request")
+        return Described(status, str(error.detail), param, code, _with_retry(status, error.headers))
     if isinstance(error, ServingError):
-        return Described(error.status, str(error), error.param, error.code)
+        headers = _with_retry(error.status, None, error.retry_after)
+        return Described(error.status, str(error), error.param, error.code, headers)
     if isinstance(error, RatchetError):
         for kind in type(error).__mro__:
             if kind in KNOWN:
                 status, code = KNOWN[kind]
-                return Described(status, str(error), PARAMS.get(kind), code)
+                return Described(status, str(error), PARAMS.get(kind), code, _with_retry(status))
         return Described(500, str(error), None, "internal")
-    return Described(500, f"the server made a mistake; its log says which{_in_the_log()}.", None, "internal")
-
-
-def _in_the_log() -> str:
     request = current()
-    return f" (request {request.request_id})" if request is not None and request.request_id else ""
+    which = f" (request {request.request_id})" if request is not None and request.request_id else ""
+    return Described(500, f"the server made a mistake; its log says which{which}.", None, "internal")
+
+
+def _with_retry(
+    status: int, headers: Mapping[str, str] | None = None, seconds: int = RETRY_AFTER_SECONDS
+) -> dict[str, str]:
+    return {**({"Retry-After": str(seconds)} if status in (429, 503) else {}), **(headers or {})}
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether a failure counts against the release that was to answer. Load, deadlines and replicas that come and go
+    """True where a failure counts against the release that was to answer. Load, deadlines and replicas that come and go
     do not: they would fail any release.
     """
-    if isinstance(error, AdapterUnservable):
-        return True
-    return described(error).status == 500
+    return isinstance(error, AdapterUnservable) or described(error).status == 500
+
+
+def told(error: Exception) -> Described:
+    """The same for a failure that a client is told now: it is counted, and logged where it is ours."""
+    description = described(error)
+    metrics.http.refused(description.code or "other")
+    if description.code == "internal":
+        log.error("unexpected error: %s", error, exc_info=error)
+    return description
+
+
+def answer(error: Exception) -> JSONResponse:
+    """A failure as a response."""
+    description = told(error)
+    return JSONResponse(description.content, description.status, description.headers)
 
 
 def install(app: FastAPI) -> None:
     """Let every failure of the app, expected or not, answer with the error object."""
 
-    @app.exception_handler(HTTPException)
-    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
-        param = getattr(error, "param", None)
-        code = getattr(error, "code", None) or CODES.get(error.status_code, "invalid_request")
-        return answer(error.status_code, str(error.detail), param, code, dict(error.headers or {}))
+    async def on_error(_: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):  # of a query or a path
+            first = error.errors()[0]
+            param = ".".join(str(part)[:SHOWN_CHARS] for part in first["loc"][1:])  # without "query" or "path"
+            error = ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
+        return answer(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def on_parameter(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(part)[:SHOWN_CHARS] for part in first["loc"][1:])  # without "query" or "path"
-        return answer(400, f"{param}: {first['msg']}", param, "invalid_value")
-
-    @app.exception_handler(RatchetError)
-    async def on_known(_: Request, error: RatchetError) -> JSONResponse:
-        description = described(error)
-        if description.code == "internal":
-            log.error("unexpected %s: %s", type(error).__name__, error)
-        seconds = error.retry_after if isinstance(error, ServingError) else RETRY_AFTER_SECONDS
-        return answer(description.status, description.message, description.param, description.code, retry_after=seconds)
-
-    @app.exception_handler(Exception)
-    async def on_unknown(_: Request, error: Exception) -> JSONResponse:
-        log.exception("unexpected error", exc_info=error)
-        description = described(error)
-        return answer(description.status, description.message, description.param, description.code)
+    for kind in (HTTPException, RequestValidationError, RatchetError, Exception):
+        app.add_exception_handler(kind, on_error)

@@ -1,20 +1,27 @@
-"""Health and metrics. What they answer is computed for everybody at once, that of probes at most once a second."""
+"""Health and metrics. What they answer is computed for all callers at once, that of probes at most once a second."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from core.dependencies import Dependency, State
-from serving.errors import VlmStarting
-from serving.http import errors
-from serving.http.app_state import app_state, release_headers
-from serving.http.errors import ErrorBody, ErrorDetail, answer
-from serving.http.probes import Component, ComponentState, Probes
-from serving.http.response_schemas import ResponseBody
+from core import metrics
+from core.dependencies import Dependency, State, current
+from core.request_context import detached
+from serving.errors import QueueFull, VlmStarting
+from serving.http.app_state import AppState, app_state, release_headers
+from serving.http.bodies import ResponseBody
+from serving.http.errors import RETRY_AFTER_SECONDS, ApiError, ErrorBody, ErrorDetail, answer, described
+from serving.own_threads import OwnThreads
 
 router = APIRouter(tags=["Health"])
 TEXT = {"type": "string"}
@@ -26,6 +33,14 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such model is served here."},
     503: {"model": ErrorBody, "description": "It does not answer; the message says why."},
 }
+log = logging.getLogger("ratchet.http")
+Component = Literal["clip", "vlm", "catalog"]
+COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
+PROBE_SECONDS = 10.0
+FRESH_SECONDS = 1.0
+WATCH_SECONDS = 10.0
+"""Between updates of the metric that says what answers."""
+Value = TypeVar("Value")
 
 
 class Alive(ResponseBody):
@@ -74,13 +89,13 @@ class DegradedState(ResponseBody):
 async def live(request: Request) -> JSONResponse:
     """200 when a text went through an encoder and a VLM under the live release; 503 otherwise. A VLM that answers
     other requests, and makes progress, is alive. One that has not come up yet does not count: what it waits for, a
-    restart of this node would only begin anew.
+    restart of this node would only begin again.
     """
     probes = _probes(request)
     states = {name: await probes.part(name) for name in probes.parts() if name != "catalog"}
     for name, state in states.items():
         if not state.ready and not state.starting:
-            return answer(503, f"{name}: {state.detail}", code="not_ready")
+            return answer(ApiError(503, f"{name}: {state.detail}", code="not_ready"))
     seconds = max(state.seconds for state in states.values())
     return _ok(request, {"status": "ok", "release": states["clip"].release, "seconds": round(seconds, 4)})
 
@@ -122,20 +137,20 @@ async def whole(request: Request) -> JSONResponse:
     away = [name for name, state in states.items() if not state.ready]
     if not away:
         return JSONResponse({"status": "ok", **details})
-    error = errors.body(503, f"not ready: {', '.join(away)}.", code="not_ready")
-    return JSONResponse({"status": "degraded", **details, **error}, 503)
+    error = described(ApiError(503, f"not ready: {', '.join(away)}.", code="not_ready"))
+    return JSONResponse({"status": "degraded", **details, **error.content}, 503)
 
 
 async def _ready(request: Request, model: Component) -> JSONResponse:
     probes = _probes(request)
     if model not in probes.parts():
-        return answer(404, f"no {model} is served here.", "model", "no_vlm")
+        return answer(ApiError(404, f"no {model} is served here.", param="model", code="no_vlm"))
     if app_state(request).admission.closed:
-        return answer(503, "the server is ending.", code="not_ready")
+        return answer(ApiError(503, "the server is ending.", code="not_ready"))
     state: ComponentState = await probes.part(model)
     if not state.ready:
-        seconds = VlmStarting.retry_after if state.starting else errors.RETRY_AFTER_SECONDS
-        return answer(503, state.detail, code=state.code, retry_after=seconds)
+        seconds = VlmStarting.retry_after if state.starting else RETRY_AFTER_SECONDS
+        return answer(ApiError(503, state.detail, code=state.code, headers={"Retry-After": str(seconds)}))
     return _ok(request, {"status": "ready", "release": state.release, "dependencies": probes.dependencies()})
 
 
@@ -145,7 +160,8 @@ def _ok(request: Request, body: dict[str, Any]) -> JSONResponse:
 
 
 def _probes(request: Request) -> Probes:
-    return app_state(request).probes
+    probes: Probes = request.app.state.probes
+    return probes
 
 
 @router.get(
@@ -160,4 +176,128 @@ def _probes(request: Request) -> Probes:
 )
 async def prometheus(request: Request) -> Response:
     """Text format."""
-    return Response(await app_state(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await _probes(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST)
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentState:
+    """The state of a part when it was asked last."""
+
+    ready: bool
+    detail: str = "ok"
+    """Why not, or that it is busy."""
+    release: int = 0
+    seconds: float = 0.0
+    code: str = "not_ready"
+    """Of the error, where it is not ready."""
+
+    @property
+    def starting(self) -> bool:
+        """True while this part has not come up for the first time: a restart of the process would not help."""
+        return not self.ready and self.code == VlmStarting.code
+
+
+class Probes:
+    """State of each part. A full queue or a busy VLM does not count as an outage: the part answers others' requests."""
+
+    def __init__(self, state: AppState) -> None:
+        self._state = state
+        self._probe: dict[Component, Callable[[], Awaitable[ComponentState]]] = {
+            "clip": partial(self._passed, "clip"), "vlm": partial(self._passed, "vlm"), "catalog": self._catalog,
+        }  # fmt: skip
+        self._of_catalog: dict[str, State] = {}
+        self._recent = {name: Recent(probe) for name, probe in self._probe.items()}
+        self.metrics_page = Recent(self._page, seconds=0.0)
+        """The metrics of all serving processes; one page for all who ask at once."""
+        self._thread = OwnThreads("metrics")
+
+    def parts(self) -> tuple[Component, ...]:
+        """The parts that are served here."""
+        return COMPONENTS if self._state.vlms is not None else ("clip", "catalog")
+
+    async def part(self, name: Component) -> ComponentState:
+        """State of one part, at most a second old."""
+        return await self._recent[name].get()
+
+    async def all(self) -> dict[Component, ComponentState]:
+        """State of every part that is served."""
+        names = self.parts()
+        return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
+
+    def dependencies(self) -> dict[str, State]:
+        """The state that this process and the catalog noted last of each dependency that they have used."""
+        return {**self._of_catalog, **{name: found.state for name, found in current().items()}}
+
+    async def watch(self) -> None:
+        """Export for ever what answers. What is asked here is not what callers are told: theirs is no older for it."""
+        while True:
+            for name in self.parts():
+                metrics.http.up(name, (await self._probe[name]()).ready)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _page(self) -> bytes:
+        return await self._thread.run(metrics.exposition, "serve")
+
+    async def _passed(self, name: Literal["clip", "vlm"]) -> ComponentState:
+        """One forward pass of a model under the live release."""
+        state = self._state
+        if state.admission.live is None:
+            await state.refresh()
+        snapshot = state.admission.live
+        if snapshot is None:
+            return ComponentState(False, "no release is live yet.")
+        deadline = time.monotonic() + PROBE_SECONDS
+        if name == "clip":
+            rows = state.tokenizer.rows(["alive"])
+            return await _observed(state.encoders.encode("text", rows, snapshot, deadline), snapshot.release)
+        try:
+            work = state.need_vlms().probe(snapshot, deadline)
+        except VlmStarting as error:
+            return ComponentState(False, error.message, snapshot.release, code=error.code)
+        return await _observed(work, snapshot.release)
+
+    async def _catalog(self) -> ComponentState:
+        live = self._state.admission.live
+        return await _observed(self._ask_catalog(), live.release if live else 0)
+
+    async def _ask_catalog(self) -> None:
+        self._of_catalog = (await self._state.index.status()).get("dependencies", {})
+
+
+async def _observed(work: Awaitable[object], release: int) -> ComponentState:
+    began = time.perf_counter()
+    try:
+        async with asyncio.timeout(PROBE_SECONDS):
+            await work
+    except QueueFull:
+        return ComponentState(True, "busy", release, time.perf_counter() - began)
+    except TimeoutError:
+        return ComponentState(False, f"no answer within {PROBE_SECONDS:g} s.", release)
+    except Exception as error:
+        description = described(error)
+        if description.code == "internal":
+            log.error("a probe failed", exc_info=error)
+        return ComponentState(False, description.message, release, time.perf_counter() - began)
+    return ComponentState(True, "ok", release, time.perf_counter() - began)
+
+
+class Recent(Generic[Value]):
+    """A value that is computed again when it is older than ``seconds``; all who ask meanwhile get the same one."""
+
+    def __init__(self, compute: Callable[[], Awaitable[Value]], seconds: float = FRESH_SECONDS) -> None:
+        self._compute = compute
+        self._seconds = seconds
+        self._task: asyncio.Task[Value] | None = None
+        self._ended = float("-inf")
+
+    async def get(self) -> Value:
+        """The value. Raises what computing it raised."""
+        if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
+            self._task = asyncio.get_running_loop().create_task(self._timed(), context=detached())
+        return await asyncio.shield(self._task)  # a caller that leaves does not end it for the others
+
+    async def _timed(self) -> Value:
+        try:
+            return await self._compute()
+        finally:
+            self._ended = time.monotonic()

@@ -1,8 +1,8 @@
 """Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a pool of threads.
 
 First all images of a request are looked at: their bytes, and by their headers how many pixels they have together. Only
-then each is decoded, when it is its caller's turn (:mod:`serving.http.decode_queue`). What was decoded counts against
-``serve.decode_pixels`` until the model has answered.
+then each is decoded, when it is its caller's turn (:class:`~serving.http.fair_room.DecodeQueue`). What was decoded
+counts against ``serve.decode_pixels`` until the model has answered.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from core.settings.serving import Serve
 from core.tracing import span
 from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
-from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
+from serving.http.fair_room import SMALL_THREADS, DecodeQueue
 from streams.records.fetching import ByteBudget, Fetcher, Rules
 
 Result = TypeVar("Result")
@@ -40,6 +40,10 @@ USUAL_SCANS = 10
 JOB_PIXELS = 2_000_000
 """Of several images that are decoded in one turn of their caller."""
 JOBS_A_THREAD = 2
+FETCHES = 16
+"""Images that are fetched at once by one process; more wait."""
+REQUEST_IMAGES = 2
+"""Pixels of all images of a request, in images of ``serve.max_pixels``."""
 LONGEST_SIDE = 2048
 """Pixels: what the largest VLMs look at. A larger picture is scaled down before it travels to a replica."""
 
@@ -73,7 +77,7 @@ class ImageLoader:
         self._fetcher = fetcher or fetcher_of(bounds)
 
     async def pixels(self, images: Sequence[ImageSource], caller: str = "") -> npt.NDArray[np.uint8]:
-        """What a CLIP looks at, [n, S, S, 3], in order: :meth:`inspect` and :meth:`decoded`."""
+        """Pixels for a CLIP, [n, S, S, 3], in order: :meth:`inspect` and :meth:`decoded`."""
         async with self.decoded(await self.inspect(images, caller), caller) as pixels:
             return pixels
 
@@ -96,16 +100,16 @@ class ImageLoader:
             fetched = await self._fetched(images)
             inspected = await self.queue.run(caller, 0, lambda: [self._inspected(*image) for image in fetched])
         total = sum(image.pixels for image in inspected)
-        if total > self.bounds.max_request_pixels:
+        if total > (most := REQUEST_IMAGES * self.bounds.max_pixels):
             raise ApiError(
-                413, f"{param}: the images have {total} pixels together, more than {self.bounds.max_request_pixels} "
-                "(serve.max_request_pixels).", param=param, code="too_many_pixels",
+                413, f"{param}: the images have {total} pixels together, more than {most} "
+                f"({REQUEST_IMAGES} x serve.max_pixels).", param=param, code="too_many_pixels",
             )  # fmt: skip
         return inspected
 
     @asynccontextmanager
     async def decoded(self, images: Sequence[InspectedImage], caller: str = "") -> AsyncIterator[npt.NDArray[np.uint8]]:
-        """What a CLIP looks at, [n, S, S, 3], in order. Stay in the block until the vectors are there. Raises
+        """Pixels for a CLIP, [n, S, S, 3], in order. Stay in the block until the vectors are there. Raises
         ApiError.
         """
         scaled = len(images) * self.preprocess.size**2
@@ -118,7 +122,7 @@ class ImageLoader:
     async def pictures(
         self, images: Sequence[ImageSource], caller: str = ""
     ) -> AsyncIterator[tuple[npt.NDArray[np.uint8], ...]]:
-        """What a VLM looks at, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
+        """Pixels for a VLM, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
         together at most ``max_pixels``, so that a request stays bounded in memory. Stay in the block until the VLM has
         answered.
 
@@ -234,13 +238,13 @@ def _png(size: int, opened: OpenedImage) -> bytes:
 
 
 def fetcher_of(bounds: Serve) -> Fetcher | None:
-    """What fetches images by URL; None where no host is listed."""
+    """The fetcher of images by URL; None where no host is listed."""
     if not bounds.image_hosts:
         return None
     return Fetcher(
         Rules(
             bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, bounds.image_seconds,
-            bounds.image_fetches,
+            FETCHES,
         )
     )  # fmt: skip
 

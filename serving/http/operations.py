@@ -1,41 +1,100 @@
-"""Releases for everybody to read, and the operators' calls under /admin/v1."""
+"""The list of releases, and the operators' calls under /admin/v1."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, model_validator
 
-from core.ledger.rows import ProposalKind, ReleaseRow, Scope
+from core.ledger.rows import Family, ProposalKind, ReleaseRow, Scope
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
+from serving.http.bodies import Body, Reason, ResponseBody, json_body, json_response, json_schema
 from serving.http.errors import ApiError, ErrorBody
-from serving.http.json_bodies import json_body, json_response, json_schema
-from serving.http.recent import MAX_RELEASES
-from serving.http.response_schemas import ResponseBody
-from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
+from serving.own_threads import OwnThreads
 from serving.releases.rollback import ledger_answers
 from serving.releases.types import (
+    BASE,
+    Adapters,
     HoldCommand,
     PromoteCommand,
     ReleaseCommand,
     ReleaseResult,
-    ReleaseSnapshot,
     ResumeCommand,
     RollbackCommand,
 )
 
 router = APIRouter(tags=["Operations"])
+MAX_RELEASES = 500
+"""That `/v1/releases` lists."""
+SHOWN_RELEASES = 50
+"""That it lists where the request does not say how many."""
+READ_SECONDS = 1.0
+"""Longest that a caller waits for a value of which an older one is known."""
+OPERATOR_THREADS = OwnThreads("operator", 4)
+"""For what operator calls read: no other call can keep them waiting."""
 CHANGES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
     422: {"model": ErrorBody, "description": "`release_failed`: a replica could not prepare it; what is live stays."},
 }
+
+
+class ReleaseRequest(Body):
+    """Release adapters that the ledger knows. A family that is not named keeps what is live; null is the base alone."""
+
+    clip: str | None = Field(None, max_length=200, description="CLIP adapter; null or `base`: the base alone.")
+    vlm: str | None = Field(None, max_length=200, description="VLM adapter; null or `base`: the base alone.")
+    reason: Reason
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+    share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Of the requests: 1 all, 0.1 a canary for a tenth, 0 a shadow that answers no client.",
+    )
+    force: bool = Field(False, description="Also adapters that no gate passed and that were never live.")
+
+    @model_validator(mode="after")
+    def names_one(self) -> ReleaseRequest:
+        """At least one family is named."""
+        if not self.model_fields_set & {"clip", "vlm"}:
+            raise ValueError("name `clip`, `vlm`, or both")
+        return self
+
+    def adapters(self) -> Adapters:
+        """The adapters to release, by family."""
+        named: Adapters = {"clip": self.clip, "vlm": self.vlm}
+        return {f: None if name == BASE else name for f, name in named.items() if f in self.model_fields_set}
+
+
+class RollbackRequest(Body):
+    """Go back: to the newest release with another adapter, or to release `to`; one family's adapter, or both."""
+
+    reason: Reason
+    to: int | None = Field(
+        None, ge=1, lt=2**63, description="Number of the release to go back to; unset: the one before."
+    )
+    family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+
+
+class PromoteRequest(Body):
+    """Let the canary or shadow that is live answer everybody."""
+
+    reason: Reason
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+
+
+class ReasonRequest(Body):
+    """Why."""
+
+    reason: Reason
 
 
 class ReleaseBody(ResponseBody):
@@ -183,25 +242,17 @@ class StatusBody(ResponseBody):
 
 
 @router.get("/v1/releases", summary="What was live, and is", response_model=ReleaseList)
-async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RELEASES)] = 50) -> Response:
+async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RELEASES)] = SHOWN_RELEASES) -> Response:
     """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`.
 
     While the `live` one is a canary or a shadow it answers its `share` of the requests, the `stable` one the others.
     While the ledger does not answer, these are the releases that it named last.
     """
     state = app_state(request)
-    rows = await state.releases.get(limit)
+    newest: LastReleases = request.app.state.releases
+    rows = await newest.get(limit)
     live, stable = state.admission.live, state.admission.stable
-    return Response(_list(tuple(rows), live, stable, tuple(state.admission.window)), media_type="application/json")
-
-
-@lru_cache(2)
-def _list(
-    rows: tuple[ReleaseRow, ...], live: ReleaseSnapshot | None, stable: ReleaseSnapshot | None,
-    window: tuple[ReleaseSnapshot, ...],
-) -> bytes:  # fmt: skip
-    """The answer, which is the same until a release is made or retired: 500 rows take milliseconds to write."""
-    resident = {snapshot.release: snapshot for snapshot in window}
+    resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [
         {
             **vars(row), "created_at": row.created_at.isoformat(), "live": bool(live and row.number == live.release),
@@ -211,8 +262,8 @@ def _list(
         }
         for row in rows
     ]  # fmt: skip
-    numbers = {"live": live.release if live else None, "stable": stable.release if stable else None, "data": data}
-    return bytes(json_response({"object": "list", **numbers}).body)
+    numbers = {"live": live.release if live else None, "stable": stable.release if stable else None}
+    return json_response({"object": "list", **numbers, "data": data})
 
 
 @router.post(
@@ -327,8 +378,8 @@ def _needs_vlm(state: AppState, param: str) -> None:
 
 
 async def _live_number(state: AppState) -> int:
-    # What the operator could know when the call arrived: whoever releases in between makes this one a conflict.
-    row = await asyncio.get_running_loop().run_in_executor(state.operator_threads, state.ledger.live)
+    # What the operator could know when the call arrived: a release in between makes this one a conflict.
+    row = await OPERATOR_THREADS.run(state.ledger.live)
     return row.number if row else 0
 
 
@@ -339,3 +390,30 @@ def _expected(named: int | None, live: int) -> int:
 def _done(outcome: ReleaseResult) -> JSONResponse:
     fields: dict[str, Any] = asdict(outcome)
     return JSONResponse({"object": "release", **fields})
+
+
+class LastReleases:
+    """The newest releases, by one reading at a time. While the ledger is silent or away, those that it named last.
+
+    Args:
+        read: the newest so many, newest first; blocks, may raise.
+    """
+
+    def __init__(self, read: Callable[[int], list[ReleaseRow]]) -> None:
+        self._read = read
+        self._thread = OwnThreads("releases")
+        self._known: list[ReleaseRow] | None = None
+
+    async def get(self, limit: int) -> list[ReleaseRow]:
+        """The newest releases. Fewer than ``limit`` may be known while the ledger does not answer.
+
+        Raises:
+            Exception: what the reading raised, where none is known.
+        """
+        try:
+            async with asyncio.timeout(None if self._known is None else READ_SECONDS):
+                self._known = await self._thread.run(self._read, max(limit, SHOWN_RELEASES))
+        except Exception:
+            if self._known is None:
+                raise
+        return self._known[:limit]

@@ -1,27 +1,31 @@
-"""Receipts: what became of a record that somebody sent."""
+"""Records: what became of one that was sent, those that were refused and why, and sending them again."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from core.errors import RecordError
-from serving.http.app_state import app_state
+from core.ledger.rows import ResubmissionState
+from ratchet_client.records import REASONS
+from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
+from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body, json_schema
 from serving.http.errors import ApiError, from_record, missing
-from serving.http.response_schemas import ResponseBody
 from streams.store.receipts import RecordOutcome
 
-router = APIRouter(tags=["Records"])
+router = APIRouter()
 Topic = Annotated[str, Path(max_length=260, pattern="^[^:]+$", description="As the delivery report names it.")]
 Partition = Annotated[int, Path(ge=0, lt=2**31)]
 Offset = Annotated[int, Path(ge=0, lt=2**63 - 1)]
 SampleId = Annotated[
     str, Query(min_length=8, max_length=64, description="A sample's id, or its first 8 digits or more.")
 ]
+MAX_ROWS = 500
 
 
 class ReceiptBody(ResponseBody):
@@ -55,6 +59,7 @@ class ReceiptList(ResponseBody):
 
 @router.get(
     "/v1/records/{topic}/{partition}/{offset}",
+    tags=["Records"],
     summary="What became of a record, by its position",
     response_model=ReceiptList,
     responses=missing("`not_read_yet`: ingest has not come so far."),
@@ -75,6 +80,7 @@ async def record(request: Request, topic: Topic, partition: Partition, offset: O
 
 @router.get(
     "/v1/records",
+    tags=["Records"],
     summary="What became of the records of a sample, by its id",
     response_model=ReceiptList,
     responses=missing("`record_not_found`: no record has this id; refused records have none."),
@@ -89,3 +95,175 @@ async def records(request: Request, id: SampleId) -> JSONResponse:
     if not receipts:
         raise ApiError(404, f"no record has the id {id}.", param="id", code="record_not_found")
     return JSONResponse({"object": "list", "data": receipts})
+
+
+class RefusedSelection(Body):
+    """Which refused records, the oldest first. Without any field: all."""
+
+    reason: str | None = Field(None, max_length=40, description="Only those refused for it.")
+    source: str | None = Field(None, max_length=256, description="Only those of this source; empty: of none known.")
+    since: datetime | None = Field(None, description="Refused at or after this time, UTC.")
+    limit: int = Field(100, ge=1, le=500, description="At most so many, of those that were not sent again before.")
+
+    _in_range = field_validator("since")(in_range)
+
+
+class ResubmitRequest(Body):
+    """A refused record to send again; or many, by a filter."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"place": "ratchet.samples:0:42", "reason": "the image is there now"},
+                {"filter": {"reason": "uri_unreachable", "limit": 100}, "reason": "the image server is back"},
+            ]
+        },
+    )
+    place: str | None = Field(
+        None, min_length=1, max_length=300, description="`topic:partition:offset`, as the list names it; or `filter`."
+    )
+    filter: RefusedSelection | None = Field(None, description="Which records; or `place`.")
+    reason: Reason
+    force: bool = Field(False, description="With `place`: also when it was sent again before.")
+    dry_run: bool = Field(False, description="With `filter`: say how many, and send none.")
+
+    @model_validator(mode="after")
+    def names_one(self) -> ResubmitRequest:
+        """A place or a filter, and what goes with it."""
+        if (self.place is None) == (self.filter is None):
+            raise ValueError("give `place` or `filter`")
+        if (self.force and self.place is None) or (self.dry_run and self.filter is None):
+            raise ValueError("`force` goes with `place`, `dry_run` with `filter`")
+        return self
+
+
+class ResubmissionBody(ResponseBody):
+    """The last time that a refused record was sent again."""
+
+    place: str
+    state: ResubmissionState
+    times: int
+    actor: str
+    reason: str
+    updated_at: datetime
+
+
+class RefusedRecordBody(ResponseBody):
+    """A refused record, without its bytes."""
+
+    place: str
+    """`topic:partition:offset`"""
+    reason: str
+    """A code; see the guide for producers."""
+    detail: str
+    source: str
+    """Who sent it, as its headers say; empty: they do not."""
+    refused_at: datetime
+    resubmission: ResubmissionBody | None
+
+
+class QuarantineCounts(ResponseBody):
+    """Refused records, the most frequent first."""
+
+    reason: dict[str, int]
+    source: dict[str, int]
+
+
+class QuarantineList(ResponseBody):
+    """Refused records, newest first."""
+
+    object: Literal["list"]
+    data: list[RefusedRecordBody]
+    counts: QuarantineCounts | None = None
+    """Only with `counts=true`."""
+
+
+class Resubmission(ResponseBody):
+    """Where the topic has the record now."""
+
+    object: Literal["resubmission"]
+    place: str
+    """Of the refused record."""
+    topic: str
+    partition: int
+    offset: int
+
+
+class ResubmissionReport(ResponseBody):
+    """What became of the records that a filter chose."""
+
+    object: Literal["resubmission.report"]
+    dry_run: bool
+    chosen: int
+    """They pass the filter, and were not sent again before."""
+    sent: int
+    before: int
+    """They pass the filter, and were sent again before."""
+    empty: int
+    """They have no value: there is nothing to send."""
+    failed: int
+    """The broker did not take them; they may be tried again."""
+    errors: list[str]
+    """The first few reasons of these."""
+
+
+@router.get(
+    "/admin/v1/quarantine",
+    tags=["Quarantine"],
+    summary="Refused records, newest first",
+    response_model=QuarantineList,
+)
+async def quarantine(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,
+    reason: str | None = None,
+    source: Annotated[str | None, Query(max_length=256, description="As their headers name it; empty: none.")] = None,
+    counts: Annotated[bool, Query(description="Also count all of them by reason and by source.")] = False,
+) -> JSONResponse:
+    """Each with its place, its reason and whether it was sent again. Needs the scope `publish` or `operate`."""
+    operator(request, "publish", "operate")
+    _check_reason(reason, "reason")
+    service = app_state(request).quarantine
+    body: dict[str, Any] = {"object": "list", "data": await service.newest(limit, reason, source)}
+    if counts:
+        body["counts"] = await service.counts(reason, source)
+    return JSONResponse(body)
+
+
+@router.post(
+    "/admin/v1/quarantine/resubmit",
+    tags=["Quarantine"],
+    summary="Send refused records again",
+    response_model=Resubmission | ResubmissionReport,
+    openapi_extra=json_schema(ResubmitRequest),
+)
+async def resubmit(request: Request) -> JSONResponse:
+    """Sends a record as it came, once: again is 409 unless forced. Needs the scope `publish` or `operate`.
+
+    With a `filter`, those that were not sent before are, and the answer counts them.
+    """
+    actor = operator(request, "publish", "operate")
+    body = await json_body(request, ResubmitRequest)
+    state = app_state(request)
+    if body.filter is not None:
+        return await _resubmit_many(state, body.filter, actor, body)
+    try:
+        sent = await state.quarantine.resubmit(body.place or "", actor=actor, reason=body.reason, force=body.force)
+    except RecordError as error:
+        raise from_record(error, "place") from None
+    return JSONResponse({"object": "resubmission", "place": body.place, **sent})
+
+
+async def _resubmit_many(state: AppState, chosen: RefusedSelection, actor: str, body: ResubmitRequest) -> JSONResponse:
+    from streams.ingest.resubmit import RefusalFilter
+
+    _check_reason(chosen.reason, "filter.reason")
+    which = RefusalFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)
+    report = await state.quarantine.resubmit_many(which, actor=actor, reason=body.reason, dry_run=body.dry_run)
+    return JSONResponse({"object": "resubmission.report", **report})
+
+
+def _check_reason(reason: str | None, param: str) -> None:
+    if reason is not None and reason not in REASONS:
+        raise ApiError(400, f"{param} must be one of {', '.join(sorted(REASONS))}.", param=param, code="invalid_value")

@@ -1,17 +1,19 @@
-"""What a request may bring: who may connect, and how large its body is and how fast it comes.
+"""Bounds of a request: its size, its speed, its place, and how long its client waits.
 
 Pure ASGI. :class:`RequestLimits` is the outermost part: a request that it refuses costs nothing further.
 :class:`RequestBodies`, inside of authentication, reads the body of each request, within a time and a budget, before the
 request takes one of the slots. A client that is slow, or silent, holds no slot; what its body has so far counts against
-the bytes of all bodies, and is given back when the request ends.
+the bytes of all bodies, and is given back when the request ends. :func:`cancel_on_disconnect` ends the work for a
+client that leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -20,20 +22,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from core import metrics
 from core.settings.serving import Serve
 from core.tracing import span
+from serving.errors import DeadlineExceeded
 from serving.http import errors
-from serving.http.cancel_on_disconnect import ClientGone
-from serving.http.client_address import TrustedProxies, names_this_server, set_client
+from serving.http.client_address import TrustedProxies, address, names_this_server, set_client
 from serving.http.errors import ApiError
 from serving.http.fair_room import SharedBudget
-from serving.http.rate_limit import address
 
 log = logging.getLogger("ratchet.http")
 SEND_SECONDS = 30.0
 """Longest time to send an answer, after the deadline by which it is made."""
 GRACE_SECONDS = 5.0
 """From when on the rate of a body counts."""
+BODY_SECONDS, BODY_BYTES_PER_SECOND = 30.0, 16_384
+"""Longest time for a whole body, and its slowest rate on average."""
+OPERATOR_SLOTS = 16
+"""Operator calls at once in one process."""
 FREE_ROUTES = ("/health/", "/metrics")
-"""Take no slot: who looks why the server is busy must get in. Their answers are made once a second for everybody."""
+"""Take no slot: checks of a busy server must get in. Their answers are made once a second for all callers."""
 OPERATOR_ROUTES = "/admin/"
 ROLLBACK_ROUTE = "/admin/v1/rollback"
 """Has slots of its own: releases that wait for the catalog, and looks at a status that does not come, may hold all
@@ -43,6 +48,10 @@ SEARCH_ROUTES = ("/v1/search", "/v1/samples/")
 """Have slots of their own: they wait for the catalog's store, and what needs no store goes on while it hangs."""
 CLOSE = {"Connection": "close"}
 LOOPBACK = ("127.", "::1", "::ffff:127.")
+BACKSTOP_SECONDS = 0.2
+"""After the deadline: what computes the answer ends by itself first, and knows why there is none."""
+GONE = 499
+"""nginx's status for a client that closed its connection: it is only ever seen in metrics."""
 
 
 class RequestBodies:
@@ -54,8 +63,8 @@ class RequestBodies:
         self.bytes = SharedBudget(settings.body_budget_bytes, settings.caller_share)
         self.slots = SharedBudget(settings.queue, settings.caller_share)
         self.search_slots = SharedBudget(settings.queue, settings.caller_share)
-        self.operator_slots = SharedBudget(settings.operator_queue)
-        self.rollback_slots = SharedBudget(settings.operator_queue)
+        self.operator_slots = SharedBudget(OPERATOR_SLOTS)
+        self.rollback_slots = SharedBudget(OPERATOR_SLOTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request when its body is there."""
@@ -82,9 +91,7 @@ class RequestBodies:
             finally:
                 slots.give_back(caller, 1)
         except ApiError as error:
-            await errors.answer(
-                error.status_code, error.detail, error.param, error.code, dict(error.headers or {})
-            )(scope, receive, send)  # fmt: skip
+            await errors.answer(error)(scope, receive, send)
         finally:
             body.close()
 
@@ -124,15 +131,15 @@ class _Body:
         self.budget.give_back(self.caller, self.size)
 
     async def _next(self, receive: Receive, began: float) -> Message:
-        due = GRACE_SECONDS + self.size / self.settings.body_bytes_per_second
-        left = began + min(due, self.settings.body_seconds) - time.monotonic()
+        due = GRACE_SECONDS + self.size / BODY_BYTES_PER_SECOND
+        left = began + min(due, BODY_SECONDS) - time.monotonic()
         try:
             async with asyncio.timeout(left):
                 return await receive()
         except TimeoutError:
             raise ApiError(
-                408, f"the body came too slowly: {self.size} bytes in {time.monotonic() - began:.0f} s "
-                "(serve.body_seconds, serve.body_bytes_per_second).", code="body_timeout", headers=CLOSE,
+                408, f"the body came too slowly: {self.size} bytes in {time.monotonic() - began:.0f} s.",
+                code="body_timeout", headers=CLOSE,
             ) from None  # fmt: skip
 
     def _count(self, size: int) -> None:
@@ -160,7 +167,7 @@ def too_large(limit: int) -> ApiError:
 
 
 def caller_of(request: Request) -> str:
-    """Who shares one caller's part of the budgets: a key, else an address."""
+    """The name under which a caller has its part of the budgets: its key, else its address."""
     return caller_of_scope(request.scope)
 
 
@@ -228,9 +235,7 @@ class RequestLimits:
             self._check(scope)
             await self.app(scope, receive, record_status)
         except ApiError as error:
-            await errors.answer(error.status_code, error.detail, code=error.code, headers=dict(error.headers or {}))(
-                scope, receive, record_status
-            )
+            await errors.answer(error)(scope, receive, record_status)
         finally:
             metrics.http.in_flight(-1)
             route = getattr(scope.get("route"), "path", "unmatched")
@@ -257,3 +262,52 @@ class RequestLimits:
         declared = headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self.settings.max_body_bytes:
             raise too_large(self.settings.max_body_bytes)
+
+
+class ClientGone(ApiError):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__(GONE, "the client went away before the answer was ready.", code="client_gone")
+
+
+@contextlib.asynccontextmanager
+async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterator[None]:
+    """Cancel the block when the client leaves or the deadline passes. The request's body must have been read before.
+
+    Args:
+        receive: the request's ASGI channel; no one else may read from it meanwhile.
+        deadline: on the monotonic clock.
+
+    Raises:
+        DeadlineExceeded: the deadline passed.
+        ClientGone: the client closed its connection.
+    """
+    here = asyncio.current_task()
+    assert here is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        gone = True
+        here.cancel()
+
+    watcher = asyncio.create_task(watch())
+    limit = asyncio.timeout(deadline - time.monotonic() + BACKSTOP_SECONDS)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(
+            "the deadline passed before the answer was ready.", "Ask for less at once, or try later."
+        ) from None
+    except asyncio.CancelledError:
+        if gone and here.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
+from pydantic import ConfigDict, FailFast, Field, field_validator
 
 from serving.catalog.queries import as_filters
 from serving.http.app_state import app_state, release_headers
-from serving.http.cancel_on_disconnect import cancel_on_disconnect
+from serving.http.bodies import (
+    MODEL,
+    TRUNCATE,
+    Body,
+    Name,
+    Picture,
+    ResponseBody,
+    Source,
+    body_schemas,
+    in_range,
+    json_response,
+    read_body,
+)
 from serving.http.errors import ApiError, ErrorBody
-from serving.http.image_bodies import body_schemas, read_body
-from serving.http.json_bodies import json_response
 from serving.http.request_bodies import caller_of
-from serving.http.response_schemas import SearchResults
-from serving.http.schemas import SearchRequest
 
 router = APIRouter(tags=["Search"])
 LISTS = {"domain", "source"}
@@ -29,6 +39,50 @@ PNG: dict[int | str, dict[str, Any]] = {
     410: {"model": ErrorBody, "description": "The stored image cannot be read."},
 }
 SAMPLE_ID = re.compile("[0-9a-f]{64}")
+
+
+class SearchRequest(Body):
+    """Find accepted samples by a text or by an image."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
+    )
+    text: str | None = Field(None, min_length=1, description="What to look for; or `image`.")
+    image: Picture | None = Field(None, description="A data URI, or a URL; or `text`.")
+    k: int = Field(10, ge=1, le=100, description="How many hits.")
+    domain: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Only these domains.")
+    source: Annotated[list[Source], FailFast()] = Field([], max_length=50, description="Only these sources.")
+    since: datetime | None = Field(None, description="Sample time, UTC, included.")
+    until: datetime | None = Field(None, description="Sample time, UTC, not included.")
+    truncate: bool = TRUNCATE
+    model: str = MODEL
+
+    _in_range = field_validator("since", "until")(in_range)
+
+
+class SearchHit(ResponseBody):
+    """A sample that was found."""
+
+    id: str
+    """SHA-256 of its content, 64 hex digits."""
+    score: float | None
+    """Cosine similarity, from -1 to 1."""
+    text: str
+    domain: str
+    source: str
+    time: datetime | None
+    """Of the sample, UTC."""
+
+
+class SearchResults(ResponseBody):
+    """Hits, the nearest first."""
+
+    object: Literal["list"]
+    model: str
+    """`clip@` and the number of the release."""
+    space: str
+    """Digest of the image embedding space that was searched."""
+    data: list[SearchHit]
 
 
 @router.post(
@@ -47,17 +101,16 @@ async def search(request: Request) -> Response:
     if (body.text is None) == (body.image is None):
         raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
     filters = as_filters(body.domain, body.source, body.since, body.until)
-    deadline = state.deadline()
-    with state.admit(request, body.model) as snapshot:
-        async with cancel_on_disconnect(request.receive, deadline):
-            if body.text is not None:
-                state.check_texts([body.text], "text")
-                whole = () if body.truncate else ("text",)
-                vectors = await state.vectors.of_texts([body.text], snapshot, deadline, caller_of(request), whole)
-            else:
-                source: str | bytes = uploads[0] if uploads else str(body.image)
-                vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller_of(request))
-            hits = await state.index.search(snapshot.image_space, vectors.rows[0], body.k, filters)
+    caller = caller_of(request)
+    async with state.answering(request, body.model) as (snapshot, deadline):
+        if body.text is not None:
+            state.check_texts([body.text], "text")
+            whole = () if body.truncate else ("text",)
+            vectors = await state.vectors.of_texts([body.text], snapshot, deadline, caller, whole)
+        else:
+            source: str | bytes = uploads[0] if uploads else str(body.image)
+            vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller)
+        hits = await state.index.search(snapshot.image_space, vectors.rows[0], body.k, filters)
         data = [
             {
                 "id": hit.id, "score": hit.score, "text": hit.text, "domain": hit.domain, "source": hit.source,
@@ -96,5 +149,5 @@ async def sample_image(
         if error.status_code == 429:
             raise
         raise ApiError(410, f"the image cannot be shown: {error.detail}", code=error.code) from None
-    # A cache would go on to show it to everybody, also when it was deleted.
+    # A cache would go on to show it, also when it was deleted.
     return Response(png, media_type="image/png", headers={"Cache-Control": "private, no-store"})

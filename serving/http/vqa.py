@@ -5,22 +5,74 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
 from serving.engines.vlm.generation import question
 from serving.http.app_state import VLM, app_state, release_headers
-from serving.http.cancel_on_disconnect import cancel_on_disconnect
+from serving.http.bodies import VLM_MODEL, Body, ChatUsage, Name, Picture, ResponseBody, body_schemas, read_body
 from serving.http.chunks import usage
 from serving.http.errors import ApiError
-from serving.http.image_bodies import body_schemas, read_body
 from serving.http.request_bodies import caller_of
-from serving.http.response_schemas import VqaAnswer
-from serving.http.schemas import VqaRequest
 
 router = APIRouter(tags=["Questions about images"])
+_Choice = Annotated[Name, StringConstraints(strip_whitespace=True)]
+
+
+class VqaRequest(Body):
+    """One question about one image."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"image": "data:image/png;base64,iVBORw0KGgo...", "question": "what colour is the bus?"},
+                {"image": "data:image/png;base64,iVBORw0KGgo...", "question": "is this a shoe?",
+                 "choices": ["yes", "no"]},
+            ]
+        },
+    )  # fmt: skip
+    image: Picture = Field(description="A data URI, or a URL.")
+    question: str = Field(min_length=1, description="What to ask.")
+    choices: Annotated[list[_Choice], Field(fail_fast=True)] | None = Field(
+        None, min_length=2, max_length=16, description="The answers to choose from; unset: the model's own words."
+    )
+    model: str = VLM_MODEL
+
+    @field_validator("choices")
+    @classmethod
+    def distinct(cls, value: list[str] | None) -> list[str] | None:
+        """The same choice twice would share its probability."""
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("must differ from each other")
+        return value
+
+
+class Choice(ResponseBody):
+    """A given answer and how likely it is."""
+
+    text: str
+    probability: float
+    """From 0 to 1; those of all choices add up to 1."""
+
+
+class VqaAnswer(ResponseBody):
+    """The answer to a question about an image."""
+
+    object: Literal["vqa"]
+    answer: str
+    choices: list[Choice]
+    """In the order of the request; empty where it gave none."""
+    usage: ChatUsage | None
+    """Null where the request gave choices: they are scored, not generated."""
+    model: str
+    """`vlm@` and the number of the release."""
+    release: int
+    adapter: str
+    """The adapter's name; `base`: the base alone."""
 
 
 @router.post(
@@ -39,22 +91,21 @@ async def vqa(request: Request) -> JSONResponse:
     vlms = state.need_vlms()
     body, uploads = await read_body(request, VqaRequest, "image", {"choices"}, max_files=1)
     state.check_length("question", body.question)
-    deadline = state.deadline()
-    with state.admit(request, body.model, VLM) as snapshot:
-        async with cancel_on_disconnect(request.receive, deadline):
-            images = [("image", uploads[0] if uploads else body.image)]
-            async with state.image_loader.pictures(images, caller_of(request)) as (picture,):
-                generation = question(picture, body.question)
-                generation = replace(generation, max_tokens=min(generation.max_tokens, state.settings.vlm_max_tokens))
-                answer: dict[str, Any]
-                if body.choices is None:
-                    reply = await vlms.reply(generation, snapshot, deadline)
-                    counted = usage(reply.prompt_tokens, len(reply.tokens))
-                    answer = {"answer": reply.text.strip(), "choices": [], "usage": counted}
-                else:
-                    shares = normalised(await vlms.score(generation, body.choices, snapshot, deadline))
-                    rows = [{"text": text, "probability": p} for text, p in zip(body.choices, shares, strict=True)]
-                    answer = {"answer": body.choices[shares.index(max(shares))], "choices": rows, "usage": None}
+    async with state.answering(request, body.model, VLM) as (snapshot, deadline):
+        images = [("image", uploads[0] if uploads else body.image)]
+        async with state.image_loader.pictures(images, caller_of(request)) as (picture,):
+            generation = question(picture, body.question)
+            generation = replace(generation, max_tokens=min(generation.max_tokens, state.settings.vlm_max_tokens))
+            answer: dict[str, Any]
+            if body.choices is None:
+                reply = await vlms.reply(generation, snapshot, deadline)
+                counted = usage(reply.prompt_tokens, len(reply.tokens))
+                answer = {"answer": reply.text.strip(), "choices": [], "usage": counted}
+            else:
+                shares = normalised(await vlms.score(generation, body.choices, snapshot, deadline))
+                rows = [{"text": text, "probability": p} for text, p in zip(body.choices, shares, strict=True)]
+                answer = {"answer": body.choices[shares.index(max(shares))], "choices": rows, "usage": None}
+            state.offer(generation)
         origin = {"model": f"vlm@{snapshot.release}", "release": snapshot.release, "adapter": snapshot.vlm_adapter}
         return JSONResponse({"object": "vqa", **answer, **origin}, headers=release_headers(snapshot, VLM))
 

@@ -124,7 +124,7 @@ def same_answer(incumbent: str, other: str, incumbent_score: float, other_score:
 
 
 class Vlms(Protocol):
-    """The part of :class:`serving.http.vlm_calls.VlmCalls` that is needed here."""
+    """The part of :class:`serving.http.calls.VlmCalls` that is needed here."""
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer."""

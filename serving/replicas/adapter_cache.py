@@ -40,7 +40,7 @@ class AdapterFolders(Protocol):
 
 
 class AdapterCache:
-    """A folder with copies of adapters, each beside its full digest, shared by the processes of a node.
+    """A folder with copies of adapters, each next to its full digest, shared by the processes of a node.
 
     Adapters never change, so a copy whose digest is right needs no look at the artifacts. Safe to use from several
     threads.

@@ -24,7 +24,7 @@ from serving.messages import EncodeResult
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.leadership import spaces_of_bases
 from serving.releases.types import ReleaseSnapshot
-from serving.replicas.follower import residency_reader, wait_for_clip
+from serving.replicas.follower import keep_running, residency_reader, wait_for_clip
 
 if TYPE_CHECKING:
     from serving.catalog.catalog import Catalog
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ratchet.catalog")
 HEALTH_SECONDS = 10.0
 FOLLOW_SECONDS = 2.0
+MOST_WAIT_SECONDS = 600.0
+"""A release waits no longer for its catalog, where its verdict allows searches before."""
 
 
 class CatalogReplica:
@@ -63,12 +65,8 @@ class CatalogReplica:
         self._home = settings.home
         self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)
-        self._loop: asyncio.Task[None] | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._follow: asyncio.Task[None] | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._adopting = asyncio.Lock()
-        self._most_wait_seconds = settings.catalog.most_wait_seconds
         self._verdicts = CrossVersionVerdicts(self._ledger)
         self._adopted = 0
         """The newest release that was adopted."""
@@ -82,13 +80,9 @@ class CatalogReplica:
 
     async def _started(self) -> Catalog:
         """The catalog with its loops running and a residency adopted, which a replaced replica has not been told."""
-        loop = asyncio.get_running_loop()
-        if self._loop is None or self._loop.done():
-            self._loop = loop.create_task(self.catalog.run())
-        if self._watch is None or self._watch.done():
-            self._watch = loop.create_task(self._watcher.run())
-        if self._follow is None or self._follow.done():
-            self._follow = loop.create_task(self._follow_ledger())
+        keep_running(
+            self._tasks, {"reconcile": self.catalog.run, "watch": self._watcher.run, "follow": self._follow_ledger}
+        )
         if not self._adopted:
             await self._catch_up()
         return self.catalog
@@ -114,7 +108,7 @@ class CatalogReplica:
             log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
+        """Serve asks this every few seconds; an encoder that does not answer yet does not get this replica replaced."""
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 await self._started()
@@ -128,7 +122,7 @@ class CatalogReplica:
             if wait:
                 await self._learn_cross_version([snapshot])
             at_once = usable(catalog.cross_version, snapshot.image_space, catalog.reconciler.complete()) is not None
-            return await catalog.cover(snapshot, wait, self._most_wait_seconds if at_once else None)
+            return await catalog.cover(snapshot, wait, MOST_WAIT_SECONDS if at_once else None)
         except RatchetError as error:
             return str(error)
 
@@ -140,9 +134,7 @@ class CatalogReplica:
     async def _adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         await self.catalog.adopt(window)
         self._verdicts.remember(window)
-        self._reading = asyncio.get_running_loop().create_task(
-            self._learn_cross_version(window)
-        )  # no rollback waits for it
+        self._tasks["learn"] = asyncio.create_task(self._learn_cross_version(window))  # no rollback waits for it
         if window:
             self._adopted = max(self._adopted, window[0].release)
             metrics.release.live("catalog", self._adopted)

@@ -1,34 +1,77 @@
-"""Encoder replicas: the Ray shell around :class:`serving.replicas.encoder_worker.EncoderWorker`."""
+"""Encoder replicas: requests in batches under named adapters, and one thread for all forward passes.
+
+:class:`EncoderWorker` is plain Python; :class:`Encoder` is the same as a Ray deployment that starts from the ledger and
+follows it. A request waits in :class:`FairBatches`, and its batch goes through the engine in one pass.
+
+All forward passes go through one thread: the engine uses its own threads inside a pass, and two passes at once would
+only make each other late. Work that no client waits for (the catalog's) goes in small chunks between the batches of
+clients.
+
+No other thread of the process computes with several threads. OpenMP keeps those of each thread that ever did; when they
+are more than the cores, libgomp lets all of them sleep between two products, and waking them up again at each product
+made a text of 16 ms take 32.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from ray import serve
 
 from core import metrics
 from core.artifacts import Artifacts
+from core.errors import AdapterError, RatchetError
 from core.ledger import Ledger
-from core.priority import nice_process
+from core.priority import idle_thread, nice_process, nice_thread, pace_thread, return_free_memory
 from core.request_context import note
 from core.settings import Settings
-from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, HeadsResult, Modality
+from serving.messages import (
+    IMAGE_COST,
+    MODEL_NICE,
+    TEXT_COST,
+    EncodeRequest,
+    EncodeResult,
+    HeadsResult,
+    Modality,
+    joined,
+)
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.residency import ResidencyRows, ResidencySource
-from serving.releases.types import BASE, Prepared
-from serving.replicas.adapter_cache import AdapterCache, adapters_path
+from serving.releases.types import BASE, Prepared, cause_of
+from serving.replicas.adapter_cache import AdapterCache, AdapterFolders, adapters_path
 from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start
+from serving.replicas.forward_health import ForwardHealth, is_persistent
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the process that deploys this class imports this module, and needs no torch
     from serving.engines.clip import ClipEngine
 
 log = logging.getLogger("ratchet.encoder")
+
+LOADING_NICE = 19
+"""Of threads that load adapters and run golden inputs."""
+LOADING_SHARE = 0.0125
+"""Of the machine's cores, for such a thread while requests come. It gives way at once on a core, and still slows down
+the passes on others: two replicas that load at a fortieth of two cores make each pass of a ViT-B/32 4% longer, at a
+quarter a sixth."""
+PACED_SECONDS = 120.0
+"""Of one load; then it begins again without rests, and gives way no more than any nice thread. Operators wait for it,
+and where other processes take all cores, what gives way at once never ends."""
+BUSY_SECONDS = 1.0
+"""Since the last pass: other requests may come."""
+BACKGROUND_COST = 4 * IMAGE_COST
+"""Of one background chunk: at 12 ms an image, a request waits at most 50 ms for four of them."""
 SHAPES = 64
 """Those of some 16 kinds of batches: a tower has four kinds of layers that multiply. Batches of ever new shapes took as
 long with 64, 256 and 1,024; an encoder of 256 had 50 MB more, and grew for a quarter of an hour."""
@@ -36,9 +79,251 @@ VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's own, and that of ideep, through which torch calls it. Read once, when the first kernel is made."""
 
 
-class Encoder:
-    """Holds the base once, and the adapters of the resident releases. Starts from the last known residency while the
-    ledger is away, and with the newest adapter that can be loaded where the live one's files are gone.
+class LoadPatienceOver(Exception):
+    """A load that gives way is to give way no more."""
+
+
+class EncoderWorker:
+    """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
+
+    def __init__(self, engine: ClipEngine, artifacts: AdapterFolders, replica: str, max_batch: int = 16) -> None:
+        """``max_batch``: most images in a forward pass, or four times as many texts."""
+        import torch
+
+        self.engine = engine
+        self.artifacts = artifacts
+        self.replica = replica
+        self._batches = FairBatches(self.encode_batch, max_batch * IMAGE_COST)
+        self._compute = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (torch.get_num_threads(),))
+        self._loading = ThreadPoolExecutor(1, "load", _begin_loading, (self._loading_gives_way,))
+        self._yielding = ThreadPoolExecutor(1, "load-idle", _begin_yielding, (self._check_patience,))
+        self._lock = threading.Lock()
+        self._probe_rows = engine.tokenizer.rows(["alive"])
+        self._prepared: dict[str | None, Prepared] = {}
+        self._inside = self._running = 0
+        self._last_pass = self._paced_until = -math.inf
+        self._hurrying = 0
+        self._background = asyncio.Lock()
+        self._health = ForwardHealth()
+
+    async def encode(
+        self, kind: Modality, payload: Any, adapter: str | None, caller: str, seconds: float
+    ) -> EncodeResult:
+        """Vectors of one request's items (uint8 [n, S, S, 3], or n lists of token ids), in batches with those of other
+        requests.
+
+        Args:
+            caller: whose turn they take.
+            seconds: time left.
+        """
+        deadline = time.monotonic() + seconds
+        note(adapter or BASE)
+        self._count(inside=1)
+        try:
+            if (refusal := await self._load_missing(adapter)) is not None:
+                return refusal
+            result = await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline, caller))
+            if result.code == "failed":  # the batch's own line is of several requests
+                log.warning("a request was not encoded: %s", result.error)
+            return result
+        finally:
+            self._count(inside=-1)
+
+    async def encode_batch(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
+        """Encode requests of one kind and under one adapter in one forward pass."""
+        self._count(running=len(requests))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, requests)
+        finally:
+            self._count(running=-len(requests))
+            self._last_pass = time.monotonic()
+
+    def encode_now(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
+        """The batch on the caller's thread. When the pass fails each request is tried alone, so that only the one at
+        fault fails.
+
+        Raises whatever the pass raised when the device is lost: the calls are made again on another replica.
+        """
+        kind, adapter = requests[0].kind, requests[0].adapter
+        began = time.perf_counter()
+        try:
+            vectors = self._forward(kind, adapter, [request.payload for request in requests])
+            spaces = self.engine.spaces(adapter)
+        except RatchetError as error:
+            return [EncodeResult(None, adapter, code="adapter", error=str(error))] * len(requests)
+        except Exception as error:
+            if len(requests) > 1 and not is_persistent(error):
+                return [result for request in requests for result in self.encode_now([request])]
+            self._health.failed(error)
+            log.warning("a forward pass failed: %s: %s", type(error).__name__, str(error)[:300])
+            if is_persistent(error):
+                raise
+            return [EncodeResult(None, adapter, code="failed", error=f"{type(error).__name__}: {error}"[:300])]
+        self._health.succeeded()
+        metrics.encoder.batch(kind, len(vectors), time.perf_counter() - began)
+        ends = np.cumsum([len(request.payload) for request in requests])[:-1]
+        scale = float(self.engine.logit_scale)
+        return [EncodeResult(part, adapter, spaces.image, spaces.text, scale) for part in np.split(vectors, ends)]
+
+    def _forward(self, kind: Modality, adapter: str | None, payloads: list[Any]) -> npt.NDArray[np.float32]:
+        items: Any = np.concatenate(payloads) if kind == "image" else [row for rows in payloads for row in rows]
+        run: Any = self.engine.encode_images if kind == "image" else self.engine.encode_tokens
+        try:
+            self._ensure(adapter)
+            vectors: npt.NDArray[np.float32] = run(items, adapter)
+        except AdapterError:  # unloaded in the moment between: load it again, once
+            self._ensure(adapter)
+            vectors = run(items, adapter)
+        return vectors
+
+    async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
+        """Encode items that no client waits for: small chunks, each when no batch waits (but at least one a second)."""
+        loop = asyncio.get_running_loop()
+        parts: list[EncodeResult] = []
+        size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
+        for start in range(0, len(payload), size):
+            request = EncodeRequest(kind, payload[start : start + size], adapter, math.inf)
+            async with self._background:  # of several calls, too, one chunk at a time: a batch waits for one at most
+                patience = time.monotonic() + 1.0
+                while self._running and time.monotonic() < patience:
+                    await asyncio.sleep(0.002)
+                parts += await loop.run_in_executor(self._compute, self.encode_now, [request])
+            if parts[-1].vectors is None:
+                return parts[-1]
+        return joined(parts)
+
+    async def heads(self, clip: str | None) -> HeadsResult:
+        """The heads of an adapter; the error where it cannot be loaded."""
+        if (refusal := await self._load_missing(clip)) is not None:
+            return HeadsResult({}, refusal.error)
+        try:
+            return HeadsResult(dict(self.engine.heads(clip)))
+        except AdapterError:  # unloaded in the moment between: who asks tries again
+            return HeadsResult({}, f"{clip} is being unloaded")
+
+    async def prepare(self, clip: str | None) -> Prepared:
+        """Hold the adapter next to what is served, and check its golden outputs. The answer says what is wrong.
+
+        What is held already is answered at once, also while another adapter's files do not come.
+        """
+        if (known := self._held(clip)) is not None:
+            return known
+        loop = asyncio.get_running_loop()
+        self._paced_until = time.monotonic() + PACED_SECONDS
+        if self._loading_gives_way():
+            with suppress(LoadPatienceOver):
+                return await loop.run_in_executor(self._yielding, self.prepare_now, clip)
+        return await loop.run_in_executor(self._loading, self.prepare_now, clip)
+
+    def prepare_at_start(self, clips: Iterable[str | None]) -> list[Prepared]:
+        """Same for several, before anything is asked."""
+        return list(self._compute.map(self.prepare_now, clips))
+
+    def prepare_now(self, clip: str | None) -> Prepared:
+        """Same, on the caller's thread."""
+        if (known := self._held(clip)) is not None:
+            return known
+        try:
+            self._ensure(clip)
+            self.engine.golden(clip)
+            spaces = self.engine.spaces(clip)
+        except LoadPatienceOver:
+            self._drop(clip)
+            raise
+        except Exception as error:
+            self._drop(clip)
+            reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
+            return Prepared(self.replica, clip, error=reason, cause=cause_of(error))
+        self._prepared[clip] = Prepared(self.replica, clip, spaces.image, spaces.text)
+        return self._prepared[clip]
+
+    def _held(self, clip: str | None) -> Prepared | None:
+        return self._prepared.get(clip) if clip is None or clip in self.engine.resident else None
+
+    async def _load_missing(self, clip: str | None) -> EncodeResult | None:
+        """Load an adapter that is not resident before a request for it is batched: artifacts that do not answer hold up
+        the one who asked for it, and not the forward passes of others. Returns the answer where it cannot be loaded.
+        """
+        if clip is None or clip in self.engine.resident:
+            return None
+        self._hurrying += 1
+        try:
+            prepared = await self.prepare(clip)
+        finally:
+            self._hurrying -= 1
+        return EncodeResult(None, clip, code="adapter", error=prepared.error) if prepared.error else None
+
+    def _loading_gives_way(self) -> bool:
+        """True while requests come, and none of them waits for what is being loaded."""
+        now = time.monotonic()
+        busy = self._running > 0 or now - self._last_pass < BUSY_SECONDS
+        return busy and not self._hurrying and now < self._paced_until
+
+    def _check_patience(self) -> bool:
+        """The same for a load that gives way at once. Raises LoadPatienceOver where it may not any more."""
+        if self._hurrying or time.monotonic() >= self._paced_until:
+            raise LoadPatienceOver
+        return self._loading_gives_way()
+
+    async def retire(self, keep: Sequence[str | None]) -> list[str]:
+        """Unload adapters that are not kept. One that a late request still needs is loaded again by that request.
+
+        In a thread: an adapter that is being loaded holds the lock for seconds.
+        """
+
+        def unload() -> list[str]:
+            gone = [name for name in self.engine.resident if name not in keep]
+            for name in gone:
+                self._drop(name)
+            if gone:
+                return_free_memory()
+            return gone
+
+        return await asyncio.to_thread(unload)
+
+    async def status(self) -> dict[str, Any]:
+        """The state of this replica, for operators."""
+        choice, base = self.engine.choice, self.engine.base
+        return {
+            "replica": self.replica, "engine": choice.engine, "precision": choice.precision,
+            "device": self.engine.device.type, "base": base.name, "base_digest": base.digest,
+            "resident": list(self.engine.resident),
+        }  # fmt: skip
+
+    async def check_health(self) -> None:
+        """Raise RuntimeError when forward passes fail again and again; run a small one now and then."""
+
+        def probe() -> None:  # through the base, whose weights every adapter shares
+            size = self.engine.base.preprocess.size
+            self.engine.encode_tokens(self._probe_rows)
+            self.engine.encode_images(np.zeros((1, size, size, 3), np.uint8))
+
+        run = asyncio.get_running_loop().run_in_executor
+        await self._health.check(lambda: run(self._compute, probe), busy=self._running > 0)
+
+    def _count(self, inside: int = 0, running: int = 0) -> None:
+        self._inside += inside
+        self._running += running
+        metrics.encoder.inside(min(self._running, self._inside), max(0, self._inside - self._running))
+
+    def _ensure(self, adapter: str | None) -> None:
+        if adapter is None or adapter in self.engine.resident:
+            return
+        with self._lock:
+            if adapter not in self.engine.resident:
+                self.engine.load(adapter, self.artifacts.fetch(f"adapters/{adapter}"))
+
+    def _drop(self, adapter: str | None) -> None:
+        self._prepared.pop(adapter, None)
+        with self._lock:
+            if adapter is not None and adapter in self.engine.resident:
+                self.engine.unload(adapter)
+
+
+class Encoder(EncoderWorker):
+    """The deployment: holds the base once, and the adapters of the resident releases. Starts from the last known
+    residency while the ledger is away, and with the newest adapter that can be loaded where the live one's files are
+    gone.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,100 +332,42 @@ class Encoder:
         configure_replica_logging(settings, "encoder")
         metrics.build.started("encoder")
         bound_kernel_caches()
-        # Here and not above, because whoever deploys this class imports this module.
-        from serving.replicas.encoder_worker import EncoderWorker
-
         self.settings = settings
         ledger = Ledger.lazy(settings.ledger)
-        adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home), ledger)
-        self._source = ResidencySource.of(settings, ledger, "encoder", adapters.digests)
-        with ThreadPoolExecutor(1, "start") as starting:  # its OpenMP threads end with it: see EncoderWorker
+        self._adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home), ledger)
+        source = ResidencySource.of(settings, ledger, "encoder", self._adapters.digests)
+        with ThreadPoolExecutor(1, "start") as starting:  # its OpenMP threads end with it: see the module's docstring
             engine = starting.submit(self.make_engine, settings).result()
-        self.worker = EncoderWorker(engine, adapters, serve.get_replica_context().replica_tag)
-        self._batches = FairBatches(self._run, settings.serve.max_batch * IMAGE_COST, settings.serve.batch_wait_seconds)
-        self._adapters = adapters
-        self._follower = ResidencyFollower("encoder", self._source.read, self._load, self._source.keep)
-        self._inside = self._running = 0
-        rows = self._source.newest()
-        adapters.expect(self._source.adapters)
+        replica = serve.get_replica_context().replica_tag
+        super().__init__(engine, self._adapters, replica, settings.serve.max_batch)
+        self._follower = ResidencyFollower("encoder", source.read, self._load, source.keep)
+        rows = source.newest()
+        self._adapters.expect(source.adapters)
         needed = rows.needed("clip")
-        check_start(self.worker.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
+        check_start(self.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
         settle()
 
     def make_engine(self, settings: Settings) -> ClipEngine:
-        """What computes."""
+        """Make what computes."""
         from serving.engines.clip import ClipEngine
 
         return ClipEngine.of(settings)
 
-    async def encode(
-        self, kind: Modality, payload: Any, adapter: str | None, caller: str, seconds: float
-    ) -> EncodeResult:
-        """Vectors of one request's items; batched with those of other requests, see :class:`FairBatches`. ``seconds``:
-        time left.
-        """
-        deadline = time.monotonic() + seconds
-        note(adapter or BASE)
-        self._inside += 1
-        self._record_load()
-        try:
-            if (refusal := await self.worker.load_missing(adapter)) is not None:
-                return refusal
-            result = await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline, caller))
-            if result.code == "failed":  # the batch's own line is of several requests
-                log.warning("a request was not encoded: %s", result.error)
-            return result
-        finally:
-            self._inside -= 1
-            self._record_load()
-
-    async def _run(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
-        self._running = len(requests)
-        self._record_load()
-        try:
-            return await self.worker.encode(requests)
-        finally:
-            self._running = 0
-            self._record_load()
-
-    async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
-        """Vectors for the catalog and for comparisons, at low priority."""
-        return await self.worker.encode_background(kind, payload, adapter)
-
-    async def heads(self, adapter: str | None) -> HeadsResult:
-        """The heads of an adapter, which is loaded where it is not resident."""
-        return await self.worker.heads(adapter)
-
-    async def prepare(self, clip: str | None) -> Prepared:
-        """Phase one of a release; see :meth:`EncoderWorker.prepare`."""
-        return await self.worker.prepare(clip)
-
     async def adopt(self, clips: Sequence[str | None]) -> str:
         """The controller committed: these adapters are resident, the live one first."""
         self._follower.mark_in_step()
-        return self.worker.replica
-
-    async def retire(self, keep: Sequence[str | None]) -> list[str]:
-        """Unload what left the rollback window."""
-        return await self.worker.retire(keep)
-
-    async def status(self) -> dict[str, Any]:
-        """What this replica runs; see :meth:`EncoderWorker.status`."""
-        return self.worker.status()
+        return self.replica
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds. Starts the follower, and raises when this replica lags behind for long,
         or when its forward passes fail.
         """
-        await self.worker.check_health()
+        await super().check_health()
         await self._follower.check()
-
-    def _record_load(self) -> None:
-        metrics.encoder.inside(min(self._running, self._inside), max(0, self._inside - self._running))
 
     async def _load(self, rows: ResidencyRows) -> list[Prepared]:
         self._adapters.protect([*rows.clips, *rows.vlms])
-        return [await self.worker.prepare(clip) for clip in rows.needed("clip")]
+        return [await self.prepare(clip) for clip in rows.needed("clip")]
 
 
 def bound_kernel_caches() -> None:
@@ -153,3 +380,18 @@ def bound_kernel_caches() -> None:
     """
     for name in VARIABLES:
         os.environ.setdefault(name, str(SHAPES))
+
+
+def _begin_yielding(gives_way: Callable[[], bool]) -> None:
+    idle_thread()
+    _begin_loading(gives_way)
+
+
+def _begin_loading(gives_way: Callable[[], bool]) -> None:
+    import torch
+
+    from serving.engines.backends import usable_cores
+
+    nice_thread(LOADING_NICE)
+    pace_thread(min(1.0, LOADING_SHARE * usable_cores()), gives_way)
+    torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far

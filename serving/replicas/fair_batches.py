@@ -25,6 +25,8 @@ from core.tracing import record
 from serving.messages import EncodeRequest, EncodeResult, Modality, joined
 
 Group = tuple[Modality, str | None]
+WAIT_SECONDS = 0.005
+"""For a batch to fill."""
 TURN_SECONDS = 0.03
 """Of a batch, while several callers ask."""
 ASKS_SECONDS = 2.0
@@ -34,7 +36,7 @@ ASKS_SECONDS = 2.0
 @dataclass(slots=True)
 class _Waiting:
     request: EncodeRequest
-    """What is left of it to encode."""
+    """The part of it that is left to encode."""
     result: asyncio.Future[EncodeResult]
     since: float
     parts: list[EncodeResult] = field(default_factory=list)
@@ -49,7 +51,7 @@ class FairBatches:
 
     def __init__(
         self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
-        wait_seconds: float, turn_seconds: float = TURN_SECONDS,
+        wait_seconds: float = WAIT_SECONDS, turn_seconds: float = TURN_SECONDS,
     ) -> None:  # fmt: skip
         """Args:
         run: encodes a batch; returns a result for each request, or raises for all of them.
@@ -65,7 +67,7 @@ class FairBatches:
         self.turns: dict[Modality, float] = {"image": 1.0, "text": 1.0}
         """The cost that takes so long, as the last batches have shown: it begins with one item."""
         self._groups: OrderedDict[Group, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
-        """What each caller waits for. None is empty; the next turn is the first one's."""
+        """Waiting requests of each caller. None is empty; the next turn is the first one's."""
         self._asked: dict[str, float] = {}
         """When each caller last asked or had its turn, in this order."""
         self._cost = 0
@@ -113,7 +115,7 @@ class FairBatches:
                 return
 
     def _take(self) -> list[tuple[_Waiting, EncodeRequest]]:
-        """The next batch, with what is encoded of each request; empty when nobody waits for what was taken."""
+        """The next batch, with what is encoded of each request; empty when no one waits for what was taken."""
         group, callers = self._groups.popitem(last=False)
         turn = self.turns[group[0]] if self._several_ask(callers) else math.inf
         batch: list[tuple[_Waiting, EncodeRequest]] = []

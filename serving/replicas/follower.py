@@ -1,12 +1,12 @@
-"""How a replica starts, and stays in step with the ledger: covers for a broadcast that did not reach it."""
+"""The start of a replica, and a loop that keeps it in step with the ledger when a broadcast did not reach it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Literal
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final, Literal
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -27,15 +27,24 @@ LAG_SECONDS: Final = 60.0
 """A replica that could not load the live release for this long says so to Serve, which replaces it."""
 PREPARE_SECONDS: Final = 30.0
 UNSERVABLE_SECONDS: Final = 5.0
-"""How often an adapter whose files were gone or damaged is tried again."""
+"""Between tries of an adapter whose files were gone or damaged."""
 CLIP_SECONDS: Final = 30.0
 """The longest wait. CLIP takes some ten seconds to load, a VLM a minute of every core."""
 LOOK_SECONDS: Final = 0.2
 
 
+def keep_running(
+    tasks: dict[str, asyncio.Task[None]], work: Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
+) -> None:
+    """Start what is not running, or has ended. ``tasks`` are those that run, by name."""
+    for name, each in work.items():
+        if name not in tasks or tasks[name].done():
+            tasks[name] = asyncio.get_running_loop().create_task(each())
+
+
 def check_start(prepared: Sequence[Prepared], needed: Sequence[str | None]) -> None:
     """Refuse a start that could answer nothing, or whose failure another replica would not have. A live adapter that
-    is gone or damaged is no reason: an older release is served then.
+    is gone or damaged does not prevent the start: an older release is served then.
 
     Raises:
         RuntimeError: the replica cannot be used.
@@ -77,7 +86,7 @@ class ResidencyFollower:
         self._behind_since: float | None = None
         self._last_error = ""
         self._last_problem = ""
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def mark_in_step(self) -> None:
         """The replica serves the live release at this moment."""
@@ -89,8 +98,7 @@ class ResidencyFollower:
         Raises:
             RuntimeError: the live release could not be loaded for :data:`LAG_SECONDS`.
         """
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._follow())
+        keep_running(self._tasks, {"follow": self._follow})
         if self._behind_since is not None and (lag := time.monotonic() - self._behind_since) > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._last_error}")
 
@@ -159,7 +167,7 @@ class ResidencyReader:
         self._gone: dict[str | None, float] = {}
 
     async def read(self, newer_than: int = 0) -> Residency | None:
-        """What is resident; None when nothing newer can be served.
+        """The residency; None when nothing newer can be served.
 
         Raises:
             RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.

@@ -1,4 +1,4 @@
-"""Whether a replica's forward passes work: a device that fails every pass fails fast, and would draw the load."""
+"""Health of a replica's forward passes: a device that fails every pass fails fast, and would draw the load."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Final
 MAX_FAILURES: Final = 3
 """Failures in a row, small passes with known inputs among them, after which the replica is replaced."""
 PROBE_SECONDS: Final = 10.0
-"""How often an idle replica runs a pass of its own."""
+"""Between passes that an idle replica runs of its own."""
 STALL_SECONDS: Final = 30.0
-"""How long a busy replica may be without a pass that works before it runs one of its own. A device that hangs raises
-nothing; a pass behind one that never ends does not end either.
+"""The longest that a busy replica may be without a pass that works before it runs one of its own. A device that hangs
+raises nothing; a pass behind one that never ends does not end either.
 """
 PROBE_LIMIT_SECONDS: Final = 20.0
 """Below Serve's own limit for a health check (30 s), so that the reason gets into the log."""
@@ -43,7 +43,7 @@ class ForwardHealth:
 
     @property
     def stalled(self) -> bool:
-        """Whether no pass has ended for so long that a busy replica may hang."""
+        """True when no pass has ended for so long that a busy replica may hang."""
         return time.monotonic() - self._passed_at >= self._stall_seconds
 
     def failed(self, error: BaseException) -> None:
@@ -80,6 +80,6 @@ class ForwardHealth:
 
 
 def is_persistent(error: BaseException) -> bool:
-    """Whether the device is lost to this process. A lack of memory passes."""
+    """True where the device is lost to this process. A lack of memory passes."""
     message = str(error)
     return "out of memory" not in message and any(part in message for part in PERSISTENT)

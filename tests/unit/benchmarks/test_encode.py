@@ -25,7 +25,7 @@ from benchmarks.encode.run_encode import chosen_peers
 from benchmarks.encode.sides import Turn, ratchet_template
 from core.errors import ConfigError
 from serving.engines.tokens import BoundedTokenizer, vocabulary
-from serving.http.schemas import EmbeddingsRequest
+from serving.http.embeddings import EmbeddingsRequest
 from serving.messages import Modality
 
 

@@ -91,7 +91,7 @@ def test_what_only_prepares_images_does_not_import_open_clip(base: ClipBase) -> 
 import sys
 from pathlib import Path
 from typing import Any
-import serving.replicas.catalog, serving.replicas.ingress
+import serving.replicas.catalog, serving.http.ingress
 from serving.engines.clip_base import load_base
 load_base(Path({str(base.directory.parents[1])!r}), {base.name!r})
 assert not {{"open_clip", "transformers", "torchvision"}} & sys.modules.keys()

@@ -7,7 +7,7 @@ import sys
 
 PARTS = (
     "ops.cli.main", "streams.ingest.run", "streams.store.maintenance", "ops.console.app", "serving.app",
-    "serving.replicas.ingress", "serving.replicas.catalog", "serving.releases.controller",
+    "serving.http.ingress", "serving.replicas.catalog", "serving.releases.controller",
 )  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.generation import MAX_IMAGES
-from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, fitted
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
@@ -66,14 +65,6 @@ async def test_grey_and_transparent_images_become_rgb_on_white() -> None:
         pass
     assert (grey == 100).all() and grey.shape == (4, 4, 3)
     assert (clear == 255).all()
-
-
-async def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
-    image_loader = ImageLoader(Preprocess(size=16), SETTINGS)
-    with pytest.raises(ApiError) as caught:
-        async with image_loader.pictures([("image", png(1001, 1000))]):
-            pass
-    assert (caught.value.status_code, caught.value.param) == (413, "image")
 
 
 async def test_more_images_than_a_vlm_takes_are_refused_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ async def test_chunks_put_together_are_the_answer(
 
 
 def test_minus_infinity_stays_json() -> None:
-    text = ChatCompletion(SNAPSHOT, str).chunk(TokenChunk("x", (1,), (float("-inf"),), 1, 1))
+    text = ChatCompletion(SNAPSHOT, str).chunk(TokenChunk("x", (1,), (float("-inf"),), 1, 1)).decode()
     assert objects(text)[0]["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
 
 

@@ -1,9 +1,10 @@
-"""Work on requests of a CLIP begins in turns of the callers, and on no more than keeps the encoders busy."""
+"""Vectors of a CLIP's requests: their turns, and the cache, bounded in bytes, keyed by space and content."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +14,19 @@ import pytest
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.errors import DeadlineExceeded
-from serving.http.clip_vectors import BATCHES_IN_WORK, ClipVectors, VectorCache, room_for
+from serving.http.clip_vectors import BATCHES_IN_WORK, ENTRY_BYTES, CachedVector, ClipVectors, VectorCache, room_for
+from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource, InspectedImage
-from serving.messages import EncodeResult
+from serving.messages import EncodeResult, Modality
 from serving.releases.types import ReleaseSnapshot
 from tests.support.waiting import until
 from tests.unit.serving.scripted_vlms import png
 
-LIVE = ReleaseSnapshot(1, None, "i", "t")
-SETTINGS = Serve(max_batch=4, caller_share=0.75)
+RELEASE = ReleaseSnapshot(1, None, "i", "t")
+SETTINGS = Serve(max_batch=4, caller_share=0.75, cache_bytes=0)
+DIM = 8
+LIVE = ReleaseSnapshot(1, None, "image-1", "text-1")
+TEXT_CHANGED = ReleaseSnapshot(2, "clip-b", "image-1", "text-2")
 
 
 class Loader(ImageLoader):
@@ -36,7 +41,7 @@ class Loader(ImageLoader):
         return await super().inspect(images, caller)
 
 
-class Encoders:
+class GatedEncoders:
     """Answer when ``go`` is set."""
 
     def __init__(self) -> None:
@@ -50,12 +55,12 @@ class Encoders:
 async def test_images_of_a_flood_wait_unopened_and_others_go_ahead_of_them() -> None:
     """192 requests with 32 small pictures each were all opened and decoded at once, beside a model that needed both
     cores: the image of another caller took 1.5 s."""
-    loader, encoders = Loader(), Encoders()
-    vectors = ClipVectors(encoders, loader, None, VectorCache(0), room_for(SETTINGS))  # type: ignore[arg-type]
+    loader, encoders = Loader(), GatedEncoders()
+    vectors = ClipVectors(encoders, loader, None, SETTINGS)  # type: ignore[arg-type]
     pictures: list[ImageSource] = [("image", png(4, 4))] * 4
 
     def ask(caller: str, seconds: float = 60.0) -> asyncio.Task[Any]:
-        return asyncio.create_task(vectors.of_images(pictures, LIVE, time.monotonic() + seconds, caller))
+        return asyncio.create_task(vectors.of_images(pictures, RELEASE, time.monotonic() + seconds, caller))
 
     flood = [ask("flood") for _ in range(40)]
     await until(lambda: len(loader.opened) == int(BATCHES_IN_WORK * 3 / 4))  # each request is a batch
@@ -73,3 +78,125 @@ def test_several_ingress_processes_share_what_keeps_the_encoders_busy() -> None:
     alone, one_of_two = room_for(SETTINGS), room_for(SETTINGS.model_copy(update={"ingress_replicas": 2}))
     assert alone.size == 2 * one_of_two.size
     assert room_for(SETTINGS.model_copy(update={"encoder_max_replicas": 3})).size == 3 * alone.size
+
+
+class Tokens:
+    """One token for each character up to twenty, and start and end."""
+
+    pad_id = 0
+
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        return [[1, *map(ord, text[:20]), 2] for text in texts]
+
+    def cuts(self, text: str, row: list[int]) -> bool:
+        return len(text) > 20
+
+
+class Encoders:
+    """A vector says which adapter made it, and of what."""
+
+    def __init__(self) -> None:
+        self.spaces = {None: ("image-1", "text-1"), "clip-b": ("image-1", "text-2")}
+        self.encoded: Counter[str] = Counter()
+
+    async def encode(
+        self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
+    ) -> EncodeResult:
+        self.encoded[kind] += len(payload)
+        vectors = np.zeros((len(payload), DIM), np.float32)
+        vectors[:, 0] = snapshot.release
+        vectors[:, 1] = [float(np.sum(item)) for item in payload]
+        return EncodeResult(vectors, snapshot.clip, *self.spaces[snapshot.clip], 7.0, sum(map(len, payload)))
+
+
+def clip_vectors(max_bytes: int = 1 << 20) -> tuple[ClipVectors, Encoders]:
+    encoders, tokens = Encoders(), Tokens()
+    loader = ImageLoader(Preprocess(size=16), Serve())
+    return ClipVectors(encoders, loader, tokens, Serve(cache_bytes=max_bytes)), encoders  # type: ignore[arg-type]
+
+
+def entry(number: float = 0.0) -> CachedVector:
+    return CachedVector(np.full(DIM, number, np.float32), 1.0, 0)
+
+
+def test_what_was_not_asked_for_the_longest_makes_room() -> None:
+    cache = VectorCache(3 * (ENTRY_BYTES + DIM * 4))
+    for name in (b"a", b"b", b"c"):
+        cache.put(("text", "space", name), entry())
+    assert cache.get(("text", "space", b"a")) is not None
+    cache.put(("text", "space", b"d"), entry())
+    assert [name for name in (b"a", b"b", b"c", b"d") if cache.get(("text", "space", name)) is None] == [b"b"]
+    assert (len(cache), cache.bytes) == (3, 3 * (ENTRY_BYTES + DIM * 4))
+
+
+def test_the_bound_covers_what_an_entry_really_takes() -> None:
+    import tracemalloc
+
+    cache = VectorCache(1 << 30)
+    tracemalloc.start()
+    try:
+        for number in range(2000):
+            cache.put(("image", "0123456789ab", number.to_bytes(32, "big")), entry(number))
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < cache.bytes
+
+
+async def test_a_text_that_comes_again_is_not_encoded_and_counts_its_tokens() -> None:
+    vectors, encoders = clip_vectors()
+    first = await vectors.of_texts(["cat", "a dog", "cat"], LIVE, 0.0, "")
+    again = await vectors.of_texts(["a dog", "cat", "cat"], LIVE, 0.0, "")
+    assert encoders.encoded == {"text": 2}
+    np.testing.assert_array_equal(again.rows, first.rows[[1, 0, 2]])
+    assert (first.tokens, again.tokens, again.logit_scale) == (5 + 7 + 5, 7 + 5 + 5, 7.0)
+
+
+async def test_a_release_is_answered_by_vectors_of_its_own_spaces_only() -> None:
+    vectors, encoders = clip_vectors()
+    picture = [("image", png(20, 20))]
+    for _ in range(2):
+        for snapshot in (LIVE, TEXT_CHANGED):
+            texts = await vectors.of_texts(["cat"], snapshot, 0.0, "")
+            images = await vectors.of_images(picture, snapshot, 0.0, "")
+            assert texts.rows[0, 0] == snapshot.release
+            assert images.rows[0, 0] == 1  # of both: the image tower is the same
+    assert encoders.encoded == {"text": 2, "image": 1}
+
+
+@pytest.mark.parametrize("max_bytes", [0, 1 << 20])
+async def test_texts_that_are_cut_are_named_also_when_they_come_again(max_bytes: int) -> None:
+    vectors, _ = clip_vectors(max_bytes)
+    texts = ["short", "x" * 21, "y" * 20, "x" * 21]
+    for _ in range(2):
+        answer = await vectors.of_texts(texts, LIVE, 0.0, "")
+        assert (answer.cut, answer.headers) == ((1, 3), {"x-ratchet-truncated": "2"})
+    assert (await vectors.of_texts(texts[:1], LIVE, 0.0, "")).headers == {}
+
+
+@pytest.mark.parametrize("seen", [False, True])
+async def test_a_text_that_may_not_be_cut_is_refused_by_its_name(seen: bool) -> None:
+    vectors, encoders = clip_vectors()
+    if seen:
+        await vectors.of_texts(["x" * 21], LIVE, 0.0, "")
+    before = encoders.encoded.total()
+    with pytest.raises(ApiError, match="more tokens") as caught:
+        await vectors.of_texts(["x" * 20, "x" * 21], LIVE, 0.0, "", ["input.0", "input.4"])
+    assert (caught.value.param, caught.value.code, caught.value.status_code) == ("input.4", "text_too_long", 400)
+    assert seen or encoders.encoded.total() == before
+
+
+async def test_an_image_that_is_cached_is_checked_all_the_same() -> None:
+    vectors, encoders = clip_vectors()
+    await vectors.of_images([("images.0", png(20, 20))], LIVE, 0.0, "")
+    with pytest.raises(ApiError, match=r"images\.1"):
+        await vectors.of_images([("images.0", png(20, 20)), ("images.1", b"text")], LIVE, 0.0, "")
+    both = await vectors.of_images([("images.0", png(21, 20)), ("images.1", png(20, 20))], LIVE, 0.0, "")
+    assert encoders.encoded == {"image": 2}
+    assert both.tokens == 0
+
+
+async def test_without_room_everything_is_encoded() -> None:
+    vectors, encoders = clip_vectors(max_bytes=0)
+    answer = await vectors.of_texts(["cat", "cat"], LIVE, 0.0, "")
+    assert (encoders.encoded["text"], answer.tokens, len(vectors.cache)) == (2, 10, 0)

@@ -11,8 +11,8 @@ from ray.exceptions import RayActorError
 
 from core.errors import ReleaseConflict
 from serving.errors import Unavailable
-from serving.http import controller_calls
-from serving.http.controller_calls import ControllerCalls
+from serving.http import calls as module
+from serving.http.calls import ControllerCalls
 from serving.releases.types import HoldCommand, ReleaseCommand, ReleaseResult, RollbackCommand
 
 ROLLBACK = RollbackCommand(actor="ann", reason="r", expected_live=2)
@@ -63,7 +63,7 @@ async def test_a_release_is_not_asked_for_twice() -> None:
 
 
 async def test_a_controller_that_stands_still_is_named_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller_calls, "CONTROLLER_SECONDS", 0.05)
+    monkeypatch.setattr(module, "CONTROLLER_SECONDS", 0.05)
     still = SimpleNamespace(remote=Forever)
     handle: Any = SimpleNamespace(change=still, status=still)
     for command in (ROLLBACK, RELEASE):
@@ -74,7 +74,7 @@ async def test_a_controller_that_stands_still_is_named_after_a_while(monkeypatch
 async def test_a_release_that_takes_long_is_waited_for_while_its_controller_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(controller_calls, "CONTROLLER_SECONDS", 0.02)
+    monkeypatch.setattr(module, "CONTROLLER_SECONDS", 0.02)
     prepared, looks = asyncio.Event(), 0
 
     async def change(_: Any) -> ReleaseResult:

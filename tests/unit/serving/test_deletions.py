@@ -109,14 +109,3 @@ async def test_only_operators_delete_and_see_deletions(auth_app: AuthApp, keys: 
         refused(await ask(auth_app, key, **body), 403, "insufficient_scope")
         refused(await auth_app.get(PATH, key), 403, "insufficient_scope")
     assert auth_app.ledger.deletions() == before
-
-
-async def test_the_schema_tells_what_a_deletion_is(auth_app: AuthApp) -> None:
-    schema = (await auth_app.get("/openapi.json", OPERATOR)).json()
-    call = schema["paths"][PATH]["post"]
-    assert call["responses"]["202"]["content"]["application/json"]["schema"]["$ref"].endswith("/DeletionBody")
-    fields = call["requestBody"]["content"]["application/json"]["schema"]["properties"]["selector"]["properties"]
-    assert set(fields) == {"id", "source", "domain", "concept", "label", "key", "record", "before"}
-    assert schema["components"]["schemas"]["DeletionBody"]["properties"]["state"]["enum"] == [
-        "requested", "removed", "held", "done",
-    ]  # fmt: skip

@@ -14,7 +14,7 @@ from core.artifacts import Artifacts
 from core.errors import LedgerUnavailable
 from core.ledger import KeyRow, Ledger
 from core.settings import Settings
-from serving.replicas.key_copy import KEY, KeyCopy
+from serving.http.auth import KEY, KeyCopy
 
 
 class Node:

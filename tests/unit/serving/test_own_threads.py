@@ -13,7 +13,8 @@ from typing import Any, cast
 import pytest
 
 from core.settings import Settings
-from serving.http.encoder_calls import ReleaseHeads
+from core.settings.serving import Serve
+from serving.http.clip_vectors import ClipVectors
 from serving.http.store_services import DeletionService, QuarantineService
 from serving.own_threads import OwnThreads
 from serving.releases.residency import ResidencyRows
@@ -46,7 +47,8 @@ def following() -> Awaitable[Any]:
 
 def heads() -> Awaitable[Any]:
     head = cast(Any, SimpleNamespace(classify=lambda _: "answers"))
-    return ReleaseHeads(cast(Any, None)).classify(head, cast(Any, None))
+    unused = cast(Any, None)
+    return ClipVectors(unused, unused, unused, Serve()).classify(head, unused)
 
 
 @pytest.mark.parametrize("purpose", [deletions, quarantine, reading, following, heads])

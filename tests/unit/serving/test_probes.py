@@ -14,9 +14,9 @@ from core import dependencies
 from core.errors import LedgerUnavailable
 from core.metrics import declared
 from serving.errors import QueueFull, Unavailable
-from serving.http import probes
+from serving.http import health
 from serving.http.app_state import AppState
-from serving.http.recent import Recent
+from serving.http.health import Recent
 from serving.releases.admission import Admission
 from tests.support.waiting import until
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
@@ -139,7 +139,7 @@ async def test_a_flood_of_probes_costs_one_forward_pass() -> None:
 
 async def test_a_value_is_computed_again_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"now": 0.0}
-    monkeypatch.setattr(probes.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(health.time, "monotonic", lambda: clock["now"])
     computed = iter(range(10))
 
     async def compute() -> int:
@@ -153,7 +153,7 @@ async def test_a_value_is_computed_again_when_it_is_old(monkeypatch: pytest.Monk
 
 async def test_what_answers_is_exported_though_nobody_asks() -> None:
     models = Models(catalog=DEAD)
-    watching = asyncio.create_task(state_of(models, ScriptedVlms(failure=DEAD)).probes.watch())
+    watching = asyncio.create_task(health.Probes(state_of(models, ScriptedVlms(failure=DEAD))).watch())
 
     def exported() -> dict[str, float]:
         samples = declared.SERVING_UP.collect()[0].samples

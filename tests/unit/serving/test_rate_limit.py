@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.http.auth import AuthMiddleware
-from serving.http.rate_limit import RateLimiter
+from serving.http.client_address import RateLimiter
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Clock, Keys, refusal
 
 

@@ -90,11 +90,3 @@ async def test_a_store_that_is_away_or_hangs_is_503(auth_app: AuthApp, monkeypat
     refused = await auth_app.get("/v1/records/t/0/0", OPERATOR)
     assert "did not answer" in refusal(refused, 503, "store")
     assert refused.headers["retry-after"]
-
-
-async def test_the_schema_tells_what_a_receipt_is(auth_app: AuthApp) -> None:
-    schema = (await auth_app.get("/openapi.json", OPERATOR)).json()
-    answer = schema["paths"]["/v1/records/{topic}/{partition}/{offset}"]["get"]["responses"]["200"]
-    assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/ReceiptList")
-    outcomes = schema["components"]["schemas"]["ReceiptBody"]["properties"]["outcome"]["enum"]
-    assert {"stored", "duplicate", "refused", "lost", "deleted"} <= set(outcomes)

@@ -11,8 +11,9 @@ from ray.serve.exceptions import BackPressureError
 
 from core.errors import ReleaseError
 from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable, WrongSpace
-from serving.http.catalog_calls import CatalogCalls
-from serving.http.encoder_calls import EncoderCalls
+from serving.http.calls import CatalogCalls
+from serving.http.clip_vectors import EncoderCalls
+from serving.http.errors import ApiError
 from serving.messages import EncodeResult
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.types import ReleaseSnapshot
@@ -90,6 +91,12 @@ async def test_an_encoder_that_answers_in_another_space_is_followed_by_another_o
     strays: Any = Handle(*[[stray] for _ in range(3)])
     with pytest.raises(WrongSpace, match="other"):
         await EncoderCalls(strays, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)
+
+
+async def test_values_that_are_not_finite_are_an_error() -> None:
+    handle: Any = Handle([EncodeResult(VECTOR * np.nan, "clip-a", "i", "t")])
+    with pytest.raises(ApiError, match="not finite"):
+        await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)
 
 
 async def test_items_of_a_large_request_are_joined_in_order() -> None:

@@ -56,13 +56,6 @@ async def test_refusals_before_any_route_have_one_too(closed: AuthApp) -> None:
     assert all(NEW.fullmatch(answer.headers["x-request-id"]) for answer in answers)
 
 
-async def test_a_starting_model_is_503_with_an_id() -> None:
-    async with client(ScriptedVlms(start_problem="the VLM is starting.")) as http:
-        answer = await http.post("/v1/chat/completions", json=CHAT)
-    assert answer.status_code == 503
-    assert NEW.fullmatch(answer.headers["x-request-id"])
-
-
 @pytest.mark.parametrize("sent", ["", "a" * 129, "two words", "<script>", 'a"b', "a;b", "\xe9", "a,b"])
 async def test_an_id_that_is_too_long_or_has_other_characters_is_replaced(sent: str) -> None:
     async with client() as http:

@@ -70,7 +70,8 @@ async def test_one_byte_a_second_is_too_slow_and_a_body_at_the_least_rate_is_not
 ) -> None:
     clock = {"now": 0.0}
     monkeypatch.setattr(request_bodies.time, "monotonic", lambda: clock["now"])
-    app = limited(EchoApp(), body_bytes_per_second=100)
+    monkeypatch.setattr(request_bodies, "BODY_BYTES_PER_SECOND", 100)
+    app = limited(EchoApp())
     slow, steady = RawRequest(app), RawRequest(app, length=2000)
     for second in range(1, 11):
         await settled()
@@ -86,7 +87,9 @@ async def test_one_byte_a_second_is_too_slow_and_a_body_at_the_least_rate_is_not
 async def test_a_whole_body_has_a_time_limit_whatever_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"now": 0.0}
     monkeypatch.setattr(request_bodies.time, "monotonic", lambda: clock["now"])
-    request = RawRequest(limited(EchoApp(), body_bytes_per_second=1, body_seconds=8), length=4000)
+    monkeypatch.setattr(request_bodies, "BODY_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(request_bodies, "BODY_SECONDS", 8)
+    request = RawRequest(limited(EchoApp()), length=4000)
     for second in (4, 7, 9):
         request.send_body(b"x" * 1000)
         await settled()
@@ -150,9 +153,10 @@ async def test_searches_that_wait_for_a_store_leave_embeddings_their_slots(path:
     assert [await request.status() for request in embeddings] == [200, 200, 200]
 
 
-async def test_a_rollback_has_a_slot_while_other_operator_calls_hold_theirs() -> None:
+async def test_a_rollback_has_a_slot_while_other_operator_calls_hold_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_bodies, "OPERATOR_SLOTS", 2)
     echo = EchoApp(waits=True)
-    app = limited(echo, operator_queue=2)
+    app = limited(echo)
     calls = [RawRequest(app, "/admin/v1/status", length=0) for _ in range(3)]
     rollback = RawRequest(app, "/admin/v1/rollback", length=0)
     for request in (*calls, rollback):

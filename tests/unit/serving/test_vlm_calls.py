@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError
 
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
-from serving.http.vlm_calls import VlmCalls
+from serving.http.calls import VlmCalls
 from serving.messages import Refusal
 from serving.releases.types import ReleaseSnapshot
 from tests.support.waiting import until

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import httpx
 import pytest
 
-from serving.http import vlm_calls
+from serving.http import calls as module
 from serving.http.app_state import AppState
-from serving.http.vlm_calls import VlmStart
+from serving.http.calls import VlmCalls
 from serving.ray.deployment_status import DeploymentStatus, cause_of
 from tests.support.waiting import until
 from tests.unit.serving.auth_app import refusal
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client
 from tests.unit.serving.test_probes import Models, state_of
+from tests.unit.serving.test_vlm_calls import Handle
 
 TRACEBACK = """A replica failed to start with exception. Retrying 999998 more time(s). Error:
 Traceback (most recent call last):
@@ -27,79 +28,58 @@ core.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing. Fix: 
 STARTING = "the VLM is starting."
 
 
-@dataclass
-class Replica:
-    """Answers once ``up`` is set; ``failures`` come first."""
+class Serve:
+    """Says ``status`` of the VLM's deployment, and counts how often it is asked."""
 
-    failures: list[Exception] = field(default_factory=list)
-    up: asyncio.Event = field(default_factory=asyncio.Event)
-    status: DeploymentStatus | None = None
-    looks: int = 0
+    def __init__(self, status: DeploymentStatus | None = None) -> None:
+        self.status = status
+        self.looks = 0
 
-    async def ask(self) -> None:
-        if self.failures:
-            raise self.failures.pop(0)
-        await self.up.wait()
-
-    def read_status(self) -> DeploymentStatus | None:
+    def read(self) -> DeploymentStatus | None:
         self.looks += 1
         return self.status
 
 
+RUNNING = DeploymentStatus({"RUNNING": 1}, False, "")
+
+
+def calls(read_status: Callable[[], DeploymentStatus | None]) -> VlmCalls:
+    return VlmCalls(Handle(), 1, read_status)  # type: ignore[arg-type]
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm_calls, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.001)
 
 
-async def test_it_has_started_once_a_replica_answers() -> None:
-    replica = Replica()
-    start = VlmStart(replica.ask, replica.read_status)
-    assert start.problem == STARTING
-    running = asyncio.create_task(start.run())
-    await until(lambda: replica.looks > 1)
-    assert start.problem == STARTING
-    replica.up.set()
-    await running
-    assert start.problem == ""
-    await start.run()  # asked again it has nothing to wait for
-
-
-async def test_a_replica_that_dies_while_it_is_asked_is_asked_again() -> None:
-    replica = Replica(failures=[RuntimeError("the actor died")])
-    replica.up.set()
-    start = VlmStart(replica.ask, replica.read_status)
-    await start.run()
-    assert start.started
-
-
-async def test_why_it_cannot_start_is_said_until_it_does(caplog: pytest.LogCaptureFixture) -> None:
-    replica = Replica(status=DeploymentStatus({"STARTING": 1}, False, "MemoryError: no room"))
-    start = VlmStart(replica.ask, replica.read_status)
-    running = asyncio.create_task(start.run())
-    await until(lambda: replica.looks > 3)
-    assert start.problem == "the VLM is starting again, after it failed: MemoryError: no room"
+async def test_why_it_cannot_start_is_said_until_a_replica_runs(caplog: pytest.LogCaptureFixture) -> None:
+    serve = Serve()
+    vlms = calls(serve.read)
+    assert vlms.start_problem == STARTING
+    waiting = asyncio.create_task(vlms.wait_started())
+    await until(lambda: serve.looks > 1)
+    assert vlms.start_problem == STARTING
+    serve.status = DeploymentStatus({"STARTING": 1}, False, "MemoryError: no room")
+    await until(lambda: serve.looks > 5)
+    assert vlms.start_problem == "the VLM is starting again, after it failed: MemoryError: no room"
     assert [record.levelname for record in caplog.records] == ["ERROR"]  # once, not with each look
-    replica.status = None  # Serve has begun the next start
-    replica.up.set()
-    await running
-    assert start.problem == ""
+    serve.status = RUNNING
+    await waiting
+    assert vlms.start_problem == ""
 
 
 async def test_a_process_that_takes_the_place_of_another_knows_at_once_that_the_vlm_runs() -> None:
-    replica = Replica(status=DeploymentStatus({"RUNNING": 1}, False, ""))
-    start = VlmStart(replica.ask, replica.read_status)
-    await start.look()
-    assert start.problem == ""
-    await start.run()
+    vlms = calls(lambda: RUNNING)
+    await vlms.look()
+    assert vlms.start_problem == ""
 
 
-async def test_serve_that_does_not_answer_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm_calls, "FIRST_LOOK_SECONDS", 0.01)
+async def test_serve_that_does_not_answer_holds_up_nothing() -> None:
     hangs = threading.Event()
-    start = VlmStart(Replica().ask, lambda: hangs.wait() and None)
-    await start.look()
+    vlms = calls(lambda: hangs.wait() and None)
+    await vlms.look(0.01)
     hangs.set()
-    assert start.problem == STARTING
+    assert vlms.start_problem == STARTING
 
 
 def test_the_cause_of_a_start_that_failed_is_its_last_exception() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
 from typing import Any
 
@@ -16,7 +14,7 @@ from serving.engines.vlm.generation import Message
 from serving.errors import QueueFull
 from serving.http.errors import ApiError
 from serving.http.vqa import normalised
-from tests.unit.serving.scripted_vlms import ScriptedVlms, Visitor, app_of, app_state, client, png, uri
+from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client, png, uri
 
 URL = "/v1/vqa"
 
@@ -98,18 +96,6 @@ async def test_failures_are_errors_of_the_api() -> None:
     assert (full.status_code, full.headers["retry-after"]) == (429, "1")
     assert (none.status_code, none.json()["error"]["code"]) == (404, "no_vlm")
     assert (broken.status_code, broken.json()["error"]["code"]) == (500, "not_finite")
-
-
-async def test_a_client_that_hangs_up_is_not_computed_for() -> None:
-    vlms = ScriptedVlms(hangs_at=0)
-    at = app_state(vlms)
-    visitor = Visitor(app_of(at), URL, json.dumps({"image": uri(), "question": "what?"}).encode())
-    task = visitor.start()
-    await vlms.waiting.wait()
-    visitor.gone.set()
-    await asyncio.wait_for(task, 5)
-    assert vlms.closed == 1
-    assert at.admission.in_flight() == {}
 
 
 @given(st.lists(st.floats(max_value=0, min_value=-1e6), min_size=2, max_size=16))

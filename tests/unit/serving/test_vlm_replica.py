@@ -12,8 +12,7 @@ from core.artifacts import Artifacts
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import EngineDead
 from serving.messages import Refusal
-from serving.replicas.stream_coalescing import coalesce, merge_chunks
-from serving.replicas.vlm_worker import VlmWorker
+from serving.replicas.vlm import VlmWorker, coalesce, merge_chunks
 from tests.support.waiting import until
 from tests.unit.serving.memory_vlm import MemoryVlm
 
@@ -76,7 +75,7 @@ async def test_a_served_adapter_that_fails_its_golden_inputs_again_is_not_taken_
     worker: VlmWorker, engine: MemoryVlm
 ) -> None:
     await worker.reply(ASK, "a", soon())
-    worker.adopt(["a"])
+    await worker.adopt(["a"])
     engine.bad.add("a")
     assert (await worker.prepare("a")).error
     assert "a" in engine.resident()
@@ -98,7 +97,7 @@ async def test_what_is_retired_goes_when_its_last_request_has_ended(worker: VlmW
 
 async def test_a_late_request_for_a_retired_adapter_loads_it_again(worker: VlmWorker, engine: MemoryVlm) -> None:
     await worker.prepare("a")
-    worker.adopt(["b"])
+    await worker.adopt(["b"])
     await worker.retire(["b"])
     assert engine.resident() == frozenset()
     reply = await worker.reply(ASK, "a", soon())
@@ -107,12 +106,12 @@ async def test_a_late_request_for_a_retired_adapter_loads_it_again(worker: VlmWo
 
 
 async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(worker: VlmWorker, engine: MemoryVlm) -> None:
-    worker.adopt(["a"])
+    await worker.adopt(["a"])
     await worker.prepare("a")
     await worker.prepare("b")
     await worker.reply(ASK, "c", soon())
     await until(lambda: engine.resident() == {"a", "b"})
-    worker.adopt(["b", "a"])
+    await worker.adopt(["b", "a"])
     await worker.reply(ASK, "b", soon())
     await asyncio.sleep(0.01)
     assert engine.resident() == {"a", "b"}
@@ -122,7 +121,7 @@ async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(worker: 
 async def test_a_full_engine_makes_room_of_idle_ones_and_waits_for_busy_ones(
     worker: VlmWorker, engine: MemoryVlm
 ) -> None:
-    worker.adopt(["a", "b"])
+    await worker.adopt(["a", "b"])
     for name in ("a", "b"):
         await worker.prepare(name)
     engine.gate = asyncio.Event()
@@ -149,7 +148,7 @@ async def test_swaps_under_requests_never_answer_with_another_adapter(worker: Vl
     for number in range(20):
         now, before = names[number % 6], names[(number - 1) % 6]
         assert (await worker.prepare(now)).error == ""
-        worker.adopt([now, before])
+        await worker.adopt([now, before])
         asked += [asyncio.create_task(ask(name)) for name in (now, before, now)]
         await asyncio.sleep(0)
         await worker.retire([now, before])
@@ -182,7 +181,7 @@ async def test_an_answer_that_takes_too_long_is_late_and_leaves_the_engine(
     late = await worker.reply(ASK, None, 0.05)
     assert isinstance(late, Refusal) and late.code == "late"
     assert await words(worker, None, 0.05) == ["late"]
-    assert (engine.running(), worker.status()["waiting"]) == (0, 0)
+    assert (engine.running(), (await worker.status())["waiting"]) == (0, 0)
 
 
 async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
@@ -205,7 +204,7 @@ async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
 async def test_a_busy_replica_that_makes_progress_says_so_and_one_that_hangs_does_not(
     artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.replicas.vlm_worker.STALL_SECONDS", 0.1)
+    monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
     worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
     assert isinstance(await worker.probe(None, soon()), GenerationResult)
     engine.gate = asyncio.Event()
@@ -225,7 +224,7 @@ async def test_a_replica_whose_requests_are_all_late_is_healthy_while_its_engine
     artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.forward_health.PROBE_LIMIT_SECONDS", 0.01)
-    monkeypatch.setattr("serving.replicas.vlm_worker.STALL_SECONDS", 0.1)
+    monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
     worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
     engine.gate = asyncio.Event()
     waiting = asyncio.create_task(worker.reply(ASK, None, soon()))
@@ -255,13 +254,13 @@ async def test_closing_a_stream_aborts_its_request(worker: VlmWorker, engine: Me
 async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWorker, engine: MemoryVlm) -> None:
     engine.gate = asyncio.Event()
     asked = [asyncio.create_task(worker.reply(ASK, None, soon())) for _ in range(5)]
-    await until(lambda: worker.status()["running"] == 5)
-    told = worker.status()
+    await until(lambda: engine.running() == 5)
+    told = await worker.status()
     assert (told["running"], told["waiting"], told["engine"], told["base"]) == (5, 3, "transformers", "memory")
     assert told["precision"] == "float32"
     engine.gate.set()
     await asyncio.gather(*asked)
-    assert worker.status()["running"] == 0
+    assert (await worker.status())["running"] == 0
 
 
 def test_merged_chunks_are_one_chunk() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +23,33 @@ from core.errors import ArtifactsUnavailable
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
+from serving.engines.layers import can_pack
 from serving.engines.tokens import BoundedTokenizer, vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
-from serving.replicas import encoder_worker
-from serving.replicas.encoder_worker import EncoderWorker
+from serving.replicas import encoder as module
+from serving.replicas.encoder import SHAPES, VARIABLES, EncoderWorker, bound_kernel_caches
 from tests.support.tiny import tiny_adapter, tiny_base
+
+PROGRAM = f"""
+from pathlib import Path
+import torch
+from serving.replicas.encoder import bound_kernel_caches
+from serving.engines.packed_linear import PackedLinear, pack
+
+bound_kernel_caches()
+torch.set_num_threads(1)
+linear = PackedLinear(pack(torch.ones(64, 16)), torch.zeros(64))
+
+def mebibytes_after(shapes):
+    with torch.inference_mode():
+        for rows in shapes:
+            linear(torch.ones(1, rows, 16))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
+
+before = mebibytes_after(range(1, {3 * SHAPES}))
+print(mebibytes_after(range({3 * SHAPES}, {7 * SHAPES})) - before)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +85,13 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
-def test_the_status_names_engine_precision_base_and_what_is_resident(
+async def test_the_status_names_engine_precision_base_and_what_is_resident(
     base: ClipBase, artifacts: Artifacts, tmp_path: Path
 ) -> None:
     worker = EncoderWorker(ClipEngine(base, choice=EngineChoice("torch", "bfloat16")), artifacts, "r1")
     name = stored(base, artifacts, tmp_path, 1)
     worker.prepare_now(name)
-    found = worker.status()
+    found = await worker.status()
     assert (found["engine"], found["precision"], found["device"]) == ("torch", "bfloat16", worker.engine.device.type)
     assert (found["base"], found["base_digest"], found["resident"]) == (base.name, base.digest, [name])
 
@@ -82,7 +107,7 @@ async def test_a_batch_answers_each_request_under_its_adapter(
     for name in names:
         if name is not None:
             alone.load(name, artifacts.fetch(f"adapters/{name}"))
-        answers = await worker.encode([EncodeRequest(kind, payload, name, soon()) for payload in payloads])
+        answers = await worker.encode_batch([EncodeRequest(kind, payload, name, soon()) for payload in payloads])
         for payload, answer in zip(payloads, answers, strict=True):
             assert answer.adapter == name
             np.testing.assert_allclose(answer.vectors, encode(payload, name), atol=1e-5)
@@ -92,20 +117,20 @@ async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_nee
     worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = stored(base, artifacts, tmp_path, 3)
-    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
+    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), name, soon())])
     assert answer.code == ""
     assert worker.engine.resident == (name,)
     returned: list[None] = []
-    monkeypatch.setattr(encoder_worker, "return_free_memory", lambda: returned.append(None))
+    monkeypatch.setattr(module, "return_free_memory", lambda: returned.append(None))
     assert await worker.retire([None]) == [name]
     assert len(returned) == 1, "its memory goes back to the system"
     assert await worker.retire([None]) == [] and len(returned) == 1
-    (again,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
+    (again,) = await worker.encode_batch([EncodeRequest("text", ids("x"), name, soon())])
     np.testing.assert_array_equal(again.vectors, answer.vectors)
 
 
 async def test_an_adapter_that_does_not_exist_is_said_to_be_at_fault(worker: EncoderWorker) -> None:
-    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), "clip-000000000000", soon())])
+    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), "clip-000000000000", soon())])
     assert (answer.code, answer.vectors) == ("adapter", None)
 
 
@@ -121,10 +146,10 @@ async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
             return artifacts.fetch(key)
 
     worker = EncoderWorker(ClipEngine(base), Hanging(), "r1")
-    missing = asyncio.create_task(worker.load_missing("clip-000000000000"))
+    missing = asyncio.create_task(worker._load_missing("clip-000000000000"))
     await asyncio.to_thread(fetching.wait, 30)
-    assert await worker.load_missing(None) is None
-    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
+    assert await worker._load_missing(None) is None
+    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
     assert answer.vectors is not None and not missing.done()
     answers.set()
     refusal = await missing
@@ -155,11 +180,13 @@ async def test_the_request_whose_forward_pass_fails_fails_alone(
         return encode(rows, adapter)
 
     monkeypatch.setattr(worker.engine, "encode_tokens", poisoned)
-    answers = await worker.encode([EncodeRequest("text", ids(text), None, soon()) for text in ("a", "poison", "b")])
+    answers = await worker.encode_batch(
+        [EncodeRequest("text", ids(text), None, soon()) for text in ("a", "poison", "b")]
+    )
     assert [answer.code for answer in answers] == ["", "failed", ""]
     assert "index out of range" in answers[1].error
     for _ in range(5):
-        await worker.encode([EncodeRequest("text", ids("poison"), None, soon())])
+        await worker.encode_batch([EncodeRequest("text", ids("poison"), None, soon())])
     await worker.check_health()  # its own pass works: the requests were at fault
 
 
@@ -172,7 +199,7 @@ async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
     await worker.check_health()
     monkeypatch.setattr(worker.engine, "encode_tokens", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):  # so that the call is made again on another replica
-        await worker.encode(
+        await worker.encode_batch(
             [EncodeRequest("text", ids("x"), None, soon()), EncodeRequest("text", ids("y"), None, soon())]
         )
     with pytest.raises(RuntimeError, match="does not work any more"):
@@ -183,7 +210,7 @@ async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(wor
     with worker._lock:  # as a thread that loads an adapter does
         worker.engine._residents["clip-old"] = worker.engine._none
         retiring = asyncio.create_task(worker.retire([None]))
-        (answer,) = await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
+        (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
         assert answer.vectors is not None and not retiring.done()
     assert await retiring == ["clip-old"]
 
@@ -214,7 +241,7 @@ async def test_background_calls_take_turns_chunk_by_chunk(
     inside, most = 0, 0
     compute = worker.encode_now
 
-    def counted(requests: list[EncodeRequest]) -> list[EncodeResult]:
+    def counted(requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         nonlocal inside
         try:
             return compute(requests)
@@ -276,7 +303,7 @@ async def test_only_the_thread_of_the_passes_computes_with_several(
         worker = EncoderWorker(engine, artifacts, "r1")  # type: ignore[arg-type]
         assert not (await worker.prepare(name)).error
         for adapter in (None, name):
-            await worker.encode([EncodeRequest("image", pixels(1), adapter, soon())])
+            await worker.encode_batch([EncodeRequest("image", pixels(1), adapter, soon())])
     finally:
         torch.set_num_threads(before)
     assert engine.golden_threads == {1}
@@ -287,7 +314,7 @@ async def test_only_the_thread_of_the_passes_computes_with_several(
 def patient_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests come and a load gives way for as long as the slowest machine takes to load."""
     for name in ("BUSY_SECONDS", "PACED_SECONDS"):
-        monkeypatch.setattr(encoder_worker, name, 600.0)
+        monkeypatch.setattr(module, name, 600.0)
 
 
 @pytest.fixture
@@ -304,12 +331,12 @@ async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it(
     first, second, third = (stored(base, artifacts, tmp_path, seed) for seed in (1, 2, 3))
     assert not (await worker.prepare(first)).error
     assert not rests, "nobody asks for anything"
-    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
+    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
     assert not (await worker.prepare(second)).error
     assert len(rests) > 10, "each weight, its digest and each golden input is a part"
     rests.clear()
-    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
-    assert await worker.load_missing(third) is None
+    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
+    assert await worker._load_missing(third) is None
     assert not rests
 
 
@@ -330,7 +357,7 @@ async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_
 
     monkeypatch.setattr(worker.engine, "golden", noting)
     assert not (await worker.prepare(first)).error
-    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
+    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
     assert not (await worker.prepare(second)).error
     assert not (await worker.prepare(third)).error
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE, os.SCHED_IDLE, os.SCHED_OTHER]
@@ -341,7 +368,22 @@ async def test_a_load_that_takes_long_rests_no_more(
     worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, rests: list[float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(encoder_worker, "PACED_SECONDS", 0.0)
-    await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
+    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
+    await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
     assert not (await worker.prepare(stored(base, artifacts, tmp_path, 1))).error
     assert not rests
+
+
+@pytest.mark.skipif(not (can_pack(torch.float32) and sys.platform == "linux"), reason="needs oneDNN, and /proc")
+def test_a_process_keeps_kernels_for_the_last_shapes_alone() -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < SHAPES * 0.7 / 2, "of four times as many shapes as are kept"
+
+
+def test_a_bound_that_an_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = VARIABLES
+    monkeypatch.delenv(ours, raising=False)
+    monkeypatch.setenv(theirs, "7")
+    bound_kernel_caches()
+    assert (os.environ[ours], os.environ[theirs]) == (str(SHAPES), "7")

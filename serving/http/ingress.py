@@ -25,15 +25,14 @@ from serving.engines.clip_base import base_directory, load_base
 from serving.engines.vlm.vlm_base import MODEL
 from serving.http.app import build_app
 from serving.http.app_state import AppState
-from serving.http.catalog_calls import CatalogCalls
-from serving.http.controller_calls import ControllerCalls
-from serving.http.encoder_calls import EncoderCalls
+from serving.http.auth import KeyCopy
+from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
+from serving.http.clip_vectors import EncoderCalls
 from serving.http.image_loader import ImageLoader
 from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
-from serving.http.vlm_calls import MirroredVlms, VlmCalls, VlmStart
 from serving.messages import EncodeResult, Modality
 from serving.own_threads import OwnThreads
-from serving.ray.deployment_status import DeploymentStatus, read_statuses
+from serving.ray.deployment_status import read_statuses
 from serving.ray.ray_session import proxies
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
 from serving.releases.admission import Admission
@@ -41,29 +40,23 @@ from serving.releases.broadcast import APP, VLM
 from serving.releases.guard import Observations, find_guard_target
 from serving.releases.shadow_traffic import TEXTS, ShadowTraffic
 from serving.releases.types import ReleaseSnapshot
-from serving.replicas.follower import residency_reader
-from serving.replicas.key_copy import KeyCopy
+from serving.replicas.follower import keep_running, residency_reader
 
 log = logging.getLogger("ratchet.ingress")
 SWITCH_SECONDS = 0.001
 """After so long a thread that computes in Python lets another one on (0.005 by default). Those that decode have a low
-priority: beside busy encoders 5 ms of theirs take 50, for which the event loop would wait several times a request."""
+priority: next to busy encoders 5 ms of theirs take 50, for which the event loop would wait several times a request."""
 FOLLOW_SECONDS = 1.0
 KEYS_SECONDS = 10.0
-"""How often keys are read though nobody calls, so that the copies of them are not older than this."""
+"""Between readings of the keys without any call, so that the copies of them are not older than this."""
 FIRST_SECONDS = 20.0
-"""How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
-SHARED = ("queue", "operator_queue", "decode_pixels", "image_fetches", "vlm_queue", "cache_bytes")
+"""The longest wait of a starting replica for the ledger and the encoders; after that it refuses until it knows."""
+SHARED = ("queue", "decode_pixels", "vlm_queue", "cache_bytes")
 """Bounds that all ingress processes divide among them."""
 _TOKENIZER_FILE = "tokenizer.json"
 _WORD_START = "\u2581"
 """SentencePiece's mark of a space before a word, which decoding a token on its own drops."""
 _KEPT_TEXTS = 65_536
-
-
-def read_vlm_status() -> DeploymentStatus | None:
-    """What Serve knows of the VLM; None before it has made the deployment."""
-    return read_statuses(APP).get(VLM)
 
 
 @serve.ingress()
@@ -93,45 +86,43 @@ class Ingress:
         self._keys, self._watching = OwnThreads("keys"), OwnThreads("guard-target")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         share = share_of(settings.serve)
-        vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue)
-        self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, read_vlm_status)
+        self.vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue, lambda: read_statuses(APP).get(VLM))
 
         async def unhurried(kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
             answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)
             return answer
 
+        vlm_folder = None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL
         tokenizer = base.tokenizer()
         self.shadow_traffic = ShadowTraffic(
-            settings.rollout, unhurried, tokenizer.rows(list(TEXTS)), vlms, settings.serve.deadline_seconds
+            settings.rollout, unhurried, tokenizer.rows(list(TEXTS)), self.vlms, settings.serve.deadline_seconds
         )
-        self.app_state = AppState(
-            settings=share,
-            dim=base.dim,
-            tokenizer=tokenizer,
-            admission=self.admission,
-            encoders=EncoderCalls(encoder, settings.serve.max_batch, self.shadow_traffic),
-            index=CatalogCalls(catalog, settings.serve.deadline_seconds),
-            operations=ControllerCalls(controller),
-            image_loader=ImageLoader(base.preprocess, share),
-            access=self.access,
-            quarantine=QuarantineService(settings, self.ledger),
-            receipts=ReceiptService(settings),
-            deletions=DeletionService(settings, self.ledger),
-            ledger=self.ledger,
-            refresh=self.refresh,
-            vlms=(
-                None
-                if vlms is None or self.vlm_start is None
-                else MirroredVlms(vlms, self.shadow_traffic, self.vlm_start)
-            ),
-            proxies=proxies(settings.serve),
-            token_text=token_texts(None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL),
+        self.http_app = build_app(
+            AppState(
+                settings=share,
+                dim=base.dim,
+                tokenizer=tokenizer,
+                admission=self.admission,
+                encoders=EncoderCalls(encoder, settings.serve.max_batch, self.shadow_traffic),
+                index=CatalogCalls(catalog, settings.serve.deadline_seconds),
+                operations=ControllerCalls(controller),
+                image_loader=ImageLoader(base.preprocess, share),
+                access=self.access,
+                quarantine=QuarantineService(settings, self.ledger),
+                receipts=ReceiptService(settings),
+                deletions=DeletionService(settings, self.ledger),
+                ledger=self.ledger,
+                refresh=self.refresh,
+                vlms=self.vlms,
+                shadow_traffic=self.shadow_traffic,
+                proxies=proxies(settings.serve),
+                token_text=token_texts(vlm_folder),
+            )
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = build_app(self.app_state)
         settle()
-        return app
+        return self.http_app
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Stamp requests with these releases from the next one on; the newest is live."""
@@ -153,7 +144,7 @@ class Ingress:
         return self.admission.in_flight()
 
     async def observations(self) -> Observations:
-        """What was seen of the release that is watched; the controller adds it up over replicas."""
+        """Observations of the release that is watched; the controller adds it up over replicas."""
         return self.shadow_traffic.observations(self.admission.answered())
 
     async def check_health(self) -> None:
@@ -161,16 +152,14 @@ class Ingress:
         comparisons, the copy of the keys and the metric of what answers running, and waits for the VLM's start.
         """
         if not self._tasks:
-            await asyncio.gather(self._adopt_first(), *([self.vlm_start.look()] if self.vlm_start is not None else []))
-        work_by_name = {
+            await asyncio.gather(self._adopt_first(), *([self.vlms.look()] if self.vlms is not None else []))
+        work = {
             "follow": self._follow, "compare": self.shadow_traffic.run, "keys": self._read_keys,
-            "probe": self.app_state.probes.watch,
+            "probe": self.http_app.state.probes.watch,
         }  # fmt: skip
-        if self.vlm_start is not None:
-            work_by_name["vlm"] = self.vlm_start.run
-        for name, work in work_by_name.items():
-            if name not in self._tasks or self._tasks[name].done():
-                self._tasks[name] = asyncio.get_running_loop().create_task(work())
+        if self.vlms is not None and self.vlms.start_problem:
+            work["vlm"] = self.vlms.wait_started
+        keep_running(self._tasks, work)
 
     async def refresh(self) -> None:
         """Adopt what the ledger says."""

@@ -1,0 +1,299 @@
+"""Calls to the VLM, the catalog and the release controller that survive the death of a replica.
+
+An answer has no side effect, so a call whose replica died is made again on another one. A stream is asked again only
+before its first chunk: what a client has seen cannot be taken back. :mod:`serving.http.clip_vectors` calls encoders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from core import metrics
+from core.errors import RatchetError, ReleaseConflict, StoreError
+from serving.catalog.queries import Filters, Hit
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
+from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, Unavailable
+from serving.messages import Refusal
+from serving.own_threads import OwnThreads
+from serving.ray.deployment_status import DeploymentStatus
+from serving.ray.replica_calls import Attempts, call_another, call_replica, queue_full
+from serving.releases.controller import outcome_of
+from serving.releases.types import HoldingCommand, LiveCommand, ReleaseResult, ReleaseSnapshot, RollbackCommand
+
+CONTROLLER_SECONDS: Final = 20.0
+"""The longest that one call tries controllers that die, and that one may be silent."""
+LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
+log = logging.getLogger("ratchet.ingress")
+LOOK_SECONDS: Final = 1.0
+FIRST_LOOK_SECONDS: Final = 2.0
+"""For the first look, which a process's first request waits for."""
+STATUS_SECONDS: Final = 30.0
+STARTING: Final = "the VLM is starting"
+
+
+class ControllerCalls:
+    """Calls to the release controller. Expected errors come as values, and are raised here."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
+
+    async def change(self, command: LiveCommand) -> ReleaseResult:
+        """See :meth:`serving.releases.controller.ReleaseController.change`."""
+        with metrics.operator.action(command.action):
+            return outcome_of(await self._change(command))
+
+    async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
+        """When a controller dies while it carries out a rollback, another one is asked at once. What is
+        live can only be replaced once, so asking twice does not go back twice.
+        """
+        attempts, died = Attempts(CONTROLLER_SECONDS, "release controller"), False
+        while attempts.left > 0:
+            try:
+                result: ReleaseResult | RatchetError = await self._answered(self.handle.change.remote(command))
+            except BackPressureError:
+                raise queue_full() from None
+            except RayActorError as error:
+                if not isinstance(command, RollbackCommand):
+                    raise Unavailable("the release controller ended during the call.", LOOK) from None
+                died = True
+                await attempts.failed(error)
+                continue
+            if died and isinstance(result, ReleaseConflict):
+                raise Unavailable(f"the release controller ended during the call, and now {result.message}", LOOK)
+            return result
+        raise attempts.over()
+
+    async def _answered(self, response: Any) -> Any:
+        """The result of a call, which may take hours, as long as the controller answers others.
+
+        Raises:
+            Unavailable: it stands still.
+        """
+
+        async def answer() -> Any:
+            return await response
+
+        task = asyncio.ensure_future(answer())
+        try:
+            while not (await asyncio.wait([task], timeout=CONTROLLER_SECONDS))[0]:
+                try:
+                    await self.status()
+                except DeadlineExceeded:
+                    raise Unavailable(
+                        f"the release controller has not answered for {CONTROLLER_SECONDS:g} s.", LOOK
+                    ) from None
+                except RatchetError:
+                    continue  # it answers, or is replaced: then the call ends
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def hold(self, command: HoldingCommand) -> None:
+        """See :meth:`serving.releases.controller.ReleaseController.hold`."""
+        with metrics.operator.action(command.action):
+            outcome_of(await self._asked_again(lambda: self.handle.hold.remote(command)))
+
+    async def status(self) -> dict[str, Any]:
+        """The controller's state."""
+        status: dict[str, Any] = await self._asked_again(self.handle.status.remote)
+        return status
+
+    async def _asked_again(self, call: Callable[[], Any]) -> Any:
+        """For what may be done twice: a controller that dies is followed by another one."""
+        return await call_replica(call, Attempts(CONTROLLER_SECONDS, "release controller"))
+
+
+class CatalogCalls:
+    """Reads of the catalog, which are made again when its replica is replaced."""
+
+    def __init__(self, handle: DeploymentHandle, timeout_seconds: float) -> None:
+        self.handle = handle
+        self.timeout_seconds = timeout_seconds
+
+    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
+        """The nearest samples. Raises StoreError, Unavailable."""
+        hits: list[Hit] | str = await self._call(lambda: self.handle.search.remote(space, vector, k, filters))
+        if isinstance(hits, str):
+            raise StoreError(hits)
+        return hits
+
+    async def image(self, sample_id: str) -> bytes | None:
+        """An encoded image, or None. Raises StoreError, Unavailable."""
+        image: bytes | str | None = await self._call(lambda: self.handle.image.remote(sample_id))
+        if isinstance(image, str):
+            raise StoreError(image)
+        return image
+
+    async def status(self) -> dict[str, Any]:
+        """Rows and coverage."""
+        status: dict[str, Any] = await self._call(self.handle.status.remote)
+        return status
+
+    async def _call(self, call: Callable[[], Any]) -> Any:
+        return await call_replica(call, Attempts(self.timeout_seconds, "catalog"), retry_full=True)
+
+
+class VlmCalls:
+    """Calls to VLM replicas; bounds the requests that wait or run. All are answered by the snapshot's VLM adapter.
+
+    Until :meth:`wait_started` has seen a first replica, requests are to be refused with :attr:`start_problem`. Later
+    the VLM counts as started, also while a replica is replaced: a request waits for the next one then, within its
+    deadline, as it does for an encoder.
+    """
+
+    def __init__(
+        self, handle: DeploymentHandle, limit: int, read_status: Callable[[], DeploymentStatus | None] = lambda: None
+    ) -> None:
+        """``read_status``: what Serve knows of the VLM's deployment; called in a thread."""
+        self.handle = handle
+        self.streams = handle.options(stream=True)
+        self.limit = limit
+        self.running = 0
+        self._read_status = read_status
+        self._thread = OwnThreads("vlm-status")
+        self._cause = ""
+        self._started = False
+
+    async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
+        """The whole answer, by the snapshot's adapter.
+
+        Args:
+            deadline: on the monotonic clock.
+
+        Raises:
+            InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
+        """
+        with self._place():
+            attempts = _attempts(deadline)
+            call = lambda: self.handle.reply.remote(request, snapshot.vlm, attempts.left)  # noqa: E731
+            result: GenerationResult = await _ask(call, attempts, snapshot)
+            return result
+
+    async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
+        """Have a replica make a token, whatever waits. Raises as :meth:`reply`, QueueFull from one that is busy."""
+        attempts = _attempts(deadline)
+        await _ask(lambda: self.handle.probe.remote(snapshot.vlm, attempts.left), attempts, snapshot)
+
+    async def score(
+        self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
+        """Log-probability of each choice as the whole answer. Raises as :meth:`reply`."""
+        with self._place():
+            attempts = _attempts(deadline)
+            call = lambda: self.handle.score.remote(request, tuple(choices), snapshot.vlm, attempts.left)  # noqa: E731
+            scores: list[float] = await _ask(call, attempts, snapshot)
+            return scores
+
+    async def stream(
+        self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
+    ) -> AsyncIterator[TokenChunk]:
+        """The answer chunk by chunk; the last one has a ``finish``. Closing it aborts the request.
+
+        Raises as :meth:`reply`: before the first chunk, or in the middle when the replica died or the time is over.
+        """
+        with self._place():
+            attempts = _attempts(deadline)
+            while attempts.left > 0:
+                response, last = self.streams.stream.remote(request, snapshot.vlm, attempts.left), None
+                try:
+                    while True:
+                        async with asyncio.timeout(attempts.left):
+                            chunk = _value(await anext(response, None), snapshot)
+                        if chunk is None:
+                            break
+                        last = chunk
+                        yield chunk
+                    if last is not None and last.finish:
+                        return
+                    raise EOFError("the stream ended too early")
+                except BackPressureError:
+                    raise queue_full() from None
+                except TimeoutError:
+                    break
+                except (InvalidRequest, DeadlineExceeded, Unavailable):
+                    raise
+                except Exception as error:
+                    if last is not None:
+                        raise Unavailable(
+                            f"the answer broke off ({type(error).__name__}).", "Ask again; nothing was kept."
+                        ) from None
+                    await attempts.failed(error)
+                finally:
+                    response.cancel()
+            raise attempts.over()
+
+    @property
+    def start_problem(self) -> str:
+        """The reason why requests cannot be answered yet; empty once the VLM has started."""
+        if self._started:
+            return ""
+        return f"{STARTING} again, after it failed: {self._cause}" if self._cause else f"{STARTING}."
+
+    async def look(self, seconds: float = FIRST_LOOK_SECONDS) -> None:
+        """Find out from Serve whether a replica runs."""
+        try:
+            async with asyncio.timeout(seconds):
+                status = await self._thread.run(self._read_status)
+        except Exception as error:  # Serve's controller is busy, or restarts
+            log.info("no status of the VLM: %s: %s", type(error).__name__, error)
+            return
+        if status is None:
+            return
+        if status.cause and status.cause != self._cause:
+            log.error("the VLM cannot start, and is tried again: %s", status.cause)
+        self._cause = status.cause or self._cause
+        self._started = self._started or status.running > 0
+
+    async def wait_started(self) -> None:
+        """Return when a replica runs."""
+        began = time.monotonic()
+        while not self._started:
+            await self.look(STATUS_SECONDS)
+            await asyncio.sleep(0 if self._started else LOOK_SECONDS)
+        log.warning("the VLM answers after %.0f s", time.monotonic() - began)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self.running >= self.limit:
+            raise queue_full()
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+
+def _attempts(deadline: float) -> Attempts:
+    return Attempts(deadline - time.monotonic(), "VLM", "Ask for fewer tokens, or try again later.")
+
+
+async def _ask(call: Callable[[], Any], attempts: Attempts, snapshot: ReleaseSnapshot) -> Any:
+    def refusal(answer: Any) -> str | None:
+        return answer.message if isinstance(answer, Refusal) and answer.code == "adapter" else None
+
+    return _value(await call_another(call, attempts, refusal), snapshot)
+
+
+def _value(answer: Any, snapshot: ReleaseSnapshot) -> Any:
+    if not isinstance(answer, Refusal):
+        return answer
+    if answer.code == "ask":
+        raise InvalidRequest(answer.message, answer.fix)
+    if answer.code == "busy":
+        raise queue_full()
+    if answer.code == "late":
+        raise DeadlineExceeded(answer.message, answer.fix)
+    raise AdapterUnservable(
+        f"{snapshot.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it."
+    )

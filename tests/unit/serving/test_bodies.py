@@ -1,0 +1,251 @@
+"""Bodies of requests: what is taken, what is named as wrong, and what costs little to send and much to check."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from serving.http.bodies import MAX_MARKS, check_marks, fields_of, is_empty
+from serving.http.chat import ChatRequest, refuse_unknown
+from serving.http.classify import ClassifyRequest, probabilities
+from serving.http.embeddings import EmbeddingsRequest
+from serving.http.errors import ApiError, from_validation
+from serving.http.image_loader import from_data_uri
+from serving.http.search import SearchRequest
+from serving.http.vqa import VqaRequest
+from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client
+
+IMAGE = "data:image/png;base64,AAAA"
+SAID = {"role": "user", "content": "hello"}
+MANY = [1] * 5000
+HEADERS = {"content-type": "application/json", "authorization": "Bearer key"}
+SHOWN = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [[1, 2], [3]], 7])
+def test_token_ids_are_refused_in_words(tokens: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        EmbeddingsRequest.model_validate({"input": tokens})
+    error = from_validation(caught.value)
+    assert "check_embedding_ctx_length=False" in str(error.detail)
+    assert error.param == "input"
+
+
+def test_one_input_and_a_list_are_the_same() -> None:
+    assert EmbeddingsRequest.model_validate({"input": "x"}).input == ["x"]
+    mixed = EmbeddingsRequest.model_validate({"input": ["x", {"image": "data:"}, {"type": "text", "text": "y"}]})
+    assert len(mixed.input) == 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "param"),
+    [
+        (["x", 5], "input.1"),
+        (["x", None], "input.1"),
+        (["x", {}], "input.1.text"),
+        (["x", {"image": 5}], "input.1.image"),
+        (["x", {"image": "data:", "caption": "x"}], "input.1.caption"),
+        (["x", "y", {"type": "image_url", "image_url": {"uri": "data:"}}], "input.2.image_url.url"),
+        (["x", {"type": "text"}], "input.1.text"),
+        ({"image": 5}, "input.0.image"),
+    ],
+)
+def test_an_error_in_one_of_the_inputs_names_it(inputs: Any, param: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        EmbeddingsRequest.model_validate({"input": inputs})
+    assert from_validation(caught.value).param == param
+
+
+def test_a_label_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ValidationError, match="differ"):
+        ClassifyRequest.model_validate({"images": ["x"], "labels": ["cat", "dog", "cat"]})
+
+
+def test_a_template_needs_one_place_for_the_label() -> None:
+    for templates in (["no place"], ["{} and {}"], []):
+        with pytest.raises(ValidationError):
+            ClassifyRequest.model_validate({"images": ["x"], "labels": ["a"], "templates": templates})
+
+
+@pytest.mark.parametrize(
+    ("uri", "code"),
+    [
+        ("file:///etc/passwd", "image_format"),
+        ("data:image/png,abc", "image_format"),
+        ("data:image/png;base64,@@@@", "image_format"),
+        ("data:image/png;base64," + "A" * 2000, "image_too_large"),
+    ],
+)
+def test_only_data_uris_within_bounds_are_taken(uri: str, code: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        from_data_uri(uri, "input.0", max_bytes=1000)
+    assert caught.value.code == code
+
+
+def test_a_data_uri_gives_its_bytes() -> None:
+    assert from_data_uri("data:image/png;base64," + base64.b64encode(b"abc").decode(), "x", 10) == b"abc"
+
+
+def test_probabilities_are_of_the_mean_over_templates() -> None:
+    images = np.eye(2, dtype=np.float32)
+    prompts = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
+    shares = probabilities(images, prompts, templates=2, scale=10.0)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    assert shares[0, 0] == pytest.approx(1 / (1 + np.exp(-10)))
+
+
+def chat(**fields: Any) -> ChatRequest:
+    """A checked request."""
+    request = ChatRequest.model_validate({"messages": [SAID], **fields})
+    refuse_unknown(request)
+    return request
+
+
+@pytest.mark.parametrize("name", ["encoding_format", "dimensions", "user", "model", "input_type", "timeout"])
+def test_a_null_field_of_an_embeddings_request_counts_as_left_out(name: str) -> None:
+    assert EmbeddingsRequest.model_validate({"input": "x", name: None}) == EmbeddingsRequest(input="x")
+
+
+def test_nulls_inside_of_inputs_count_as_left_out() -> None:
+    shown = {"type": "image_url", "image_url": {"url": IMAGE, "detail": None, "format": None}, "text": None}
+    text = {"type": "text", "text": "x", "cache_control": None}
+    request = EmbeddingsRequest.model_validate({"input": [shown, text, {"image": IMAGE, "text": None}]})
+    assert [type(item).__name__ for item in request.input] == ["ImageUrlItem", "TextItem", "ImageItem"]
+
+
+@pytest.mark.parametrize("fields", [{"input_type": "query"}, {"encoding_format": "int8"}, {"input": None}])
+def test_a_field_of_an_embeddings_request_that_would_change_the_answer_is_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        EmbeddingsRequest.model_validate({"input": "x"} | fields)
+    assert caught.value.errors()[0]["loc"][0] == next(iter(fields))
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "n", "tools", "reasoning_effort", "stream_options", "seed", "audio", "what_comes_next_year"]
+)
+def test_a_null_field_of_a_chat_request_counts_as_left_out(name: str) -> None:
+    assert chat(**{name: None}) == chat()
+
+
+def test_nulls_inside_of_messages_and_stream_options_count_as_left_out() -> None:
+    parts = [
+        {"type": "text", "text": "x", "image_url": None, "cache_control": None},
+        {"type": "image_url", "image_url": {"url": IMAGE, "detail": None, "format": None}, "text": None},
+    ]
+    request = chat(
+        messages=[{"role": "user", "content": parts, "tool_calls": None}],
+        stream_options={"include_usage": None, "include_obfuscation": None},
+    )
+    assert [part.type for part in request.messages[0].content] == ["text", "image_url"]
+    assert request.include_usage is False
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_effort": "none"}, {"verbosity": "medium"}])
+def test_a_default_value_is_accepted(fields: dict[str, Any]) -> None:
+    chat(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_effort": "high"}, {"verbosity": "low"}, {"prediction": {}}])
+def test_a_value_that_cannot_be_honoured_is_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(**fields)
+    assert caught.value.param == next(iter(fields))
+
+
+def test_an_answer_is_taken_back_with_the_empty_fields_that_libraries_add() -> None:
+    added = {"provider_specific_fields": {"refusal": None}, "tool_calls": [], "reasoning_content": "", "audio": None}
+    request = chat(messages=[SAID, {"role": "assistant", "content": "hi", **added}, SAID])
+    assert request.messages[1].role == "assistant"
+
+
+@pytest.mark.parametrize("value", [0, False, "x", [None], {"a": 0}, {"a": {}}])
+def test_what_has_a_content_is_not_empty(value: Any) -> None:
+    assert not is_empty(value)
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (ClassifyRequest, {"images": ["x"], "labels": MANY}),
+        (ClassifyRequest, {"images": MANY, "labels": ["x"]}),
+        (ClassifyRequest, {"images": ["x"], "labels": ["x"], "templates": MANY}),
+        (EmbeddingsRequest, {"input": ["x", *MANY]}),
+        (EmbeddingsRequest, {"input": [{"image": 1}] * 5000}),
+        (VqaRequest, {"image": "x", "question": "x", "choices": MANY}),
+        (SearchRequest, {"text": "x", "domain": MANY}),
+        (SearchRequest, {"text": "x", "source": MANY}),
+        (ChatRequest, {"messages": MANY}),
+        (ChatRequest, {"messages": [{"role": "user", "content": MANY}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "x"}], "stop": MANY}),
+    ],
+)
+def test_a_list_of_wrong_elements_is_refused_at_the_first_one(model: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() < 10
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"images":["x"],"labels":[' + b"1," * MAX_MARKS + b"1]}",
+        b"{" + b",".join(b'"%d":1' % number for number in range(MAX_MARKS + 2)) + b"}",
+        b'{"metadata":' + b"[" * (MAX_MARKS + 1),
+        b'{"metadata":[' + b"{}," * MAX_MARKS + b"{}]}",
+        b"[" + b'"\\\\",' * (MAX_MARKS + 1) + b'""]',
+        b'"' * (5 * MAX_MARKS) + b"," * (MAX_MARKS + 1),
+    ],
+    ids=["elements", "keys", "nested", "objects", "after escaped backslashes", "quotes"],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings", "/v1/classify", "/admin/v1/hold"])
+async def test_a_body_of_more_values_than_any_request_has_is_refused_before_parsing(path: str, body: bytes) -> None:
+    async with client(app_state(ScriptedVlms())) as http:
+        answer = await http.post(path, content=body, headers=HEADERS)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_many_values")
+
+
+def test_a_form_s_list_of_more_values_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(ApiError, match="values"):
+        fields_of([("labels", json.dumps([1] * MAX_MARKS * 2))], {"labels"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": ['commas, [brackets] {braces} and "quotes" \\' * 2000] * 8},
+        {"input": [SHOWN] * 8192},
+    ],
+    ids=["punctuation", "the longest list"],
+)
+def test_what_texts_hold_does_not_count(body: dict[str, Any]) -> None:
+    check_marks(json.dumps(body).encode())
+    EmbeddingsRequest.model_validate(body)
+
+
+def test_an_unknown_key_is_shown_cut() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ClassifyRequest.model_validate({"images": ["x"], "labels": ["x"], "k" * 100_000: 1})
+    error = from_validation(caught.value)
+    assert error.param == "k" * 80
+    assert len(str(error.detail)) < 300
+
+
+@pytest.mark.parametrize("name", ["metadata", "store", "prompt_cache_options", "user", "safety_identifier"])
+def test_fields_of_a_chat_that_change_nothing_are_not_kept(name: str) -> None:
+    shape = [[{}] * 1000]
+    message = {"role": "user", "content": "x", "name": shape}
+    body = ChatRequest.model_validate({"messages": [message], name: shape})
+    refuse_unknown(body)
+    assert body.model_extra == {}
+    assert body.messages[0].model_extra == {}
+
+
+def test_who_asks_is_kept_of_a_chat() -> None:
+    body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "user": "me", "metadata": {}})
+    refuse_unknown(body)
+    assert body.caller == "me"
