@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from core.ledger import Family, Ledger, VerdictRow
 from core.settings import Settings
 from serving.releases.residency import read_residency
-from updater.gate.best_releases import best_by_suite
 from updater.gate.sample_suites import PREFIX as MEMORY
+from updater.gate.sample_suites import best_by_suite
 
 FRESH = "fresh"
 

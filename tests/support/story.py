@@ -16,10 +16,9 @@ from serving.releases.guard import look
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
-from updater.gate.diagnostics.results import Diagnostics, FeatureShift, TowerShift
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import write_report
-from updater.gate.verdict import Check, Regression, Verdict
+from updater.gate.verdict import Check, Diagnostics, FeatureShift, Regression, TowerShift, Verdict
 
 EVIL = '<script>document.title = "stolen"</script><img src=x onerror="document.title=\'stolen\'">'
 """A caption that wants to be a program."""

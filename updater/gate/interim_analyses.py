@@ -48,7 +48,7 @@ REACH = 8.0
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class InterimAnalysis:
     """One look at a candidate."""
 
     number: int
@@ -71,14 +71,10 @@ class Look:
     """Spent with this one."""
 
     @property
-    def left(self) -> float:
-        """What later looks at the candidate may spend."""
-        return self.alpha - self.spent
-
-    @property
     def next(self) -> int | None:
-        """Items with which the candidate is asked again if it is inconclusive; None after the last look."""
-        return next_look(self.items, self.needed)
+        """Items with which the candidate is asked again if it is inconclusive; None: it has had all that are needed."""
+        further = self.items + math.ceil(self.needed / LOOKS)
+        return None if self.items >= self.needed else min(self.needed, further)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +99,15 @@ class Plan:
         """The only look at the first candidate after a release."""
         return cls(candidate_alpha(alpha, 0), alpha, 1, only=True)
 
-    def look(self, items: int) -> Look:
-        """The next look, with so many items."""
+    def look(self, items: int) -> InterimAnalysis:
+        """The next look, with so many items. Where they are no more than before, its levels are 0."""
         items = max(1, items)
-        return look(self.alpha, self.loss_alpha, self.tested, items, items if self.only else self.needed)
+        needed, counts = items if self.only else self.needed, (*self.tested, items)
+        level, loss_level = (_levels(each, counts, needed)[-1] for each in (self.alpha, self.loss_alpha))
+        before, spent = (spending(self.alpha, max([0, *each]) / needed) for each in (self.tested, counts))
+        return InterimAnalysis(
+            len(counts), items, needed, self.alpha, level, self.loss_alpha, loss_level, before, spent
+        )  # fmt: skip
 
 
 def candidate_alpha(alpha: float, candidates: int) -> float:
@@ -143,39 +144,11 @@ def needed_items(
     return wanted if most is None else min(wanted, max(most, fewest))
 
 
-def next_look(items: int, needed: int) -> int | None:
-    """Items with which a candidate that was inconclusive with `items` of them is asked again.
-
-    None: it is given up, because it was asked with all that are needed.
-    """
-    return None if items >= needed else min(needed, items + math.ceil(needed / LOOKS))
-
-
 def spending(alpha: float, fraction: float) -> float:
     """What may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
     if fraction <= 0.0:
         return 0.0
     return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(min(1.0, fraction))))
-
-
-def look(alpha: float, loss_alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
-    """The next look at a candidate.
-
-    Args:
-        alpha: what all looks at the candidate may spend together on its gain.
-        loss_alpha: the same of each test that excludes a loss.
-        tested: items of the earlier looks at it, in their order.
-        items: those of this one. Where they are no more than before, its level is 0: it has nothing new to say.
-        needed: items of the last look, set with the first.
-
-    Raises:
-        ValueError: a number is not positive.
-    """
-    if min(items, needed, *tested) < 1:
-        raise ValueError(f"a look has {items} items after {list(tested)}, of {needed} needed: give positive numbers")
-    level, loss_level = (_levels(each, [*tested, items], needed)[-1] for each in (alpha, loss_alpha))
-    before, spent = (spending(alpha, max([0, *counts]) / needed) for counts in (tested, [*tested, items]))
-    return Look(len(tested) + 1, items, needed, alpha, level, loss_alpha, loss_level, before, spent)
 
 
 def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:

@@ -15,9 +15,8 @@ from typing import Any
 import jinja2
 
 from core.files import replace_file
-from updater.gate.diagnostics.results import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Diagnostics
 from updater.gate.plots import bars, forest
-from updater.gate.verdict import Verdict, jsonable
+from updater.gate.verdict import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Diagnostics, Verdict, jsonable
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"

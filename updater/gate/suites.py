@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from core.digests import digest_bytes, digest_json
 from core.errors import GateError, RecordError
 from streams.publish.folders import INDEX, FolderItem, read_folder
-from updater.gate.answers import polarity
 from updater.gate.suite_items import (
     Half,
     Item,
@@ -30,13 +29,17 @@ from updater.gate.suite_items import (
     image_clusters,
     limited,
     of_half,
+    polarity,
     question_item,
+    spread,
     without_lonely,
 )
 
 MAX_ITEMS = 2000
 """Most items where nothing else is said, as the setting gate.max_items: 12 s a model at 6 ms an image."""
 BUILTIN = Path(__file__).parent / "suites"
+PROBE = 64
+"""Items that the engineering checks look at."""
 _NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer"}
 
 Role = Literal["retention", "gain"]
@@ -196,6 +199,12 @@ class Suite(BaseModel):
 
     def _image_digests(self) -> list[str]:
         return [digest_bytes(_bytes(self, item)) for item in self.items()]
+
+
+def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
+    """A few items of every suite, about PROBE in all."""
+    share = max(2, PROBE // max(len(suites), 1))
+    return [(suite, spread(suite.items(), share)) for suite in suites]
 
 
 def load_suites(

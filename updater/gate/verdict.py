@@ -1,16 +1,25 @@
-"""A verdict as plain data: what the gate found, in a form that the ledger, the console and the report can read."""
+"""A verdict as plain data, which the ledger, the console and the report read; its diagnostics decide nothing.
+
+Shares, scores and differences are from 0 to 1 (0.05 = 5 points).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from core.ledger.rows import GateOutcome
-from updater.gate.diagnostics.results import Diagnostics, without_pictures
-from updater.gate.interim_analyses import Look, alpha_left
+from updater.gate.interim_analyses import InterimAnalysis, alpha_left
 
 Decision = Literal["passed", "failed", "inconclusive"]
+TAIL_BINS = ("never", "1-9", "10-99", "100+")
+"""How often a concept was seen, the rarest first."""
+PAIR_CHANCE = 0.25
+"""What guessing gets of pairs: both of two."""
+YES_BOUND = 0.1
+"""A share of "yes" that moved away from the truth by more than this is a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +104,7 @@ class PooledGain:
 
     def summary(self) -> dict[str, Any]:
         """What the ledger keeps."""
-        return {
-            "decision": self.decision, "units": self.units, "strata": self.strata, "margin": self.margin,
-            "spread": self.spread, "recall_spread": self.recall_spread,
-            "statistic": asdict(self.statistic), "recall": asdict(self.recall),
-        }  # fmt: skip
+        return {name: value for name, value in asdict(self).items() if name not in ("reason", "n", "alpha", "method")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,17 @@ class SuiteResult:
         lows = [self.ci_low, self.ci_base_low, *([self.best_release.ci_low] if self.best_release else [])]
         return min(lows) + self.margin if self.role == "retention" else None
 
+    def summary(self) -> dict[str, Any]:
+        """What the ledger keeps."""
+        names = ("role", "metric", "n", "units", "base", "before", "after", "difference", "margin", "margin_left")
+        changes = {name: getattr(self, name) for name in ("statistic", "recall", "best_release")}
+        return {
+            **{name: getattr(self, name) for name in (*names, "decision")},
+            "ci": [self.ci_low, self.ci_high],
+            **{name: asdict(change) for name, change in changes.items() if change},
+            **({"best": self.best} if self.best_release else {}),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
@@ -190,10 +206,140 @@ class CrossVersion:
 
     def summary(self) -> dict[str, float | int | bool]:
         """What the ledger keeps."""
-        return {
-            "n": self.n, "k": self.k, "old_old": self.old_old, "new_old": self.new_old, "new_new": self.new_new,
-            "ci_low": self.ci_low, "margin": self.margin, "allowed": self.allowed,
-        }  # fmt: skip
+        return {**asdict(self), "allowed": self.allowed}
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The candidate beside the incumbent. The interval holds 90%: 5% lie beyond each of its ends."""
+
+    before: float
+    after: float
+    difference: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class TailBin:
+    """The items of a suite whose concept the training data name about equally often."""
+
+    name: str
+    """One of TAIL_BINS."""
+    n: int
+    units: int
+    """Independent captions, images or items."""
+    score: Interval
+    """Of the suite's metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The results of suites by how often their concepts were seen in training."""
+
+    rows: int
+    """Training samples of the store."""
+    counted: int
+    """Of them, those that were looked at; counts are scaled up where these are fewer."""
+    suites: dict[str, tuple[TailBin, ...]]
+    """By suite, the bins that have items, the rarest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairImage:
+    """One image of a pair. A sample of the store has its id alone, see :class:`updater.gate.verdict.Regression`."""
+
+    text: str
+    thumbnail: str
+    sample: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPair:
+    """A pair that the candidate does not tell apart."""
+
+    first: PairImage
+    second: PairImage
+    image_similarity: float
+    """Cosine of both images by the base."""
+    right_before: bool
+    """Whether the incumbent did."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairAccuracy:
+    """Pairs of a retrieval suite that look alike to the base: the share of which both images find their own caption."""
+
+    n: int
+    base: float
+    score: Interval
+    improved: int
+    worsened: int
+    shown: tuple[ShownPair, ...] = ()
+    """Some that the candidate gets wrong; those that were right before come first."""
+
+
+@dataclass(frozen=True, slots=True)
+class YesShare:
+    """How often a VLM's answer to the yes/no questions of a suite begins with yes."""
+
+    n: int
+    truth: float
+    base: float
+    before: float
+    after: float
+
+    @property
+    def moved_away(self) -> float:
+        """By how much further it is from the truth than before; negative where it is nearer."""
+        return abs(self.after - self.truth) - abs(self.before - self.truth)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerShift:
+    """Features of one tower on retention items."""
+
+    n: int
+    """Images, or texts."""
+    from_incumbent: float
+    """Mean of 1 - cosine between the incumbent's and the candidate's feature of an item."""
+    from_base: float
+    rank_before: float
+    """Effective rank of the incumbent's features (:func:`updater.gate.checks.effective_rank`): how many directions
+    they use."""
+    rank_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureShift:
+    """How far an update moved the features of both towers, and how they lie to each other."""
+
+    towers: dict[str, TowerShift]
+    """Of "image" and "text"."""
+    gap_before: float
+    """Distance between the mean image and the mean text feature of the incumbent, from 0 to 2."""
+    gap_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """Everything of one verdict; what could not be asked is absent."""
+
+    tail: Tail | None = None
+    pairs: dict[str, PairAccuracy] = field(default_factory=dict)
+    """By retrieval suite."""
+    yes: dict[str, YesShare] = field(default_factory=dict)
+    """By suite with yes/no questions."""
+    shift: FeatureShift | None = None
+    warnings: tuple[str, ...] = ()
+    """What an operator should look at; also what could not be computed."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the ledger keeps: without the pairs that are shown."""
+        value = asdict(self)
+        for pair in value["pairs"].values():
+            del pair["shown"]
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +355,7 @@ class Verdict:
     suites: tuple[SuiteResult, ...]
     checks: tuple[Check, ...]
     alpha: float
-    look: Look
+    look: InterimAnalysis
     """Which look at the candidate this is, its level, and what looks have spent and may still spend."""
     candidates: int
     """Others that were looked at since the last release, before this one."""
@@ -253,53 +399,26 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values (NaN and infinity become None: JSON has no words for them)."""
-        value = jsonable({**asdict(self), "look": self.look_summary()})
-        value["caught_by"] = list(self.caught_by)
-        assert isinstance(value, dict)
-        return value
+        everything = {**asdict(self), "look": self.look_summary(), "caught_by": self.caught_by}
+        return {name: jsonable(value) for name, value in everything.items()}
 
     def summary(self) -> dict[str, Any]:
         """What the ledger keeps: short, without thumbnails."""
-        suites = {
-            suite.name: {
-                "role": suite.role,
-                "metric": suite.metric,
-                "n": suite.n,
-                "units": suite.units,
-                "base": suite.base,
-                "before": suite.before,
-                "after": suite.after,
-                "difference": suite.difference,
-                "ci": [suite.ci_low, suite.ci_high],
-                "margin": suite.margin,
-                "margin_left": suite.margin_left,
-                "decision": suite.decision,
-                **({"statistic": asdict(suite.statistic)} if suite.statistic else {}),
-                **({"recall": asdict(suite.recall)} if suite.recall else {}),
-                **({"best": suite.best, "best_release": asdict(suite.best_release)} if suite.best_release else {}),
-            }
-            for suite in self.suites
+        kept: dict[str, Any] = {
+            "outcome": self.outcome,
+            "reasons": self.reasons,
+            "caught_by": self.caught_by,
+            "alpha": self.alpha,
+            "look": self.look_summary(),
+            "spent": self.spent,
+            "seconds": self.seconds,
+            "suites": {suite.name: suite.summary() for suite in self.suites},
+            "gain": self.gain.summary() if self.gain else None,
+            "checks": {check.name: check.ok for check in self.checks},
+            "diagnostics": self.diagnostics.summary(),
+            "cross_version": self.cross_version and {**self.cross_version.summary(), "incumbent": self.incumbent},
         }
-        value = jsonable(
-            {
-                "outcome": self.outcome,
-                "reasons": list(self.reasons),
-                "caught_by": list(self.caught_by),
-                "alpha": self.alpha,
-                "look": self.look_summary(),
-                "spent": self.spent,
-                "seconds": self.seconds,
-                "suites": suites,
-                "gain": self.gain.summary() if self.gain else None,
-                "checks": {check.name: check.ok for check in self.checks},
-                "diagnostics": without_pictures(asdict(self.diagnostics)),
-                "cross_version": None
-                if self.cross_version is None
-                else {**self.cross_version.summary(), "incumbent": self.incumbent},
-            }
-        )
-        assert isinstance(value, dict)
-        return value
+        return {name: jsonable(value) for name, value in kept.items()}
 
 
 def jsonable(value: Any) -> Any:
@@ -313,3 +432,35 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return str(value)
+
+
+def diagnostics_lines(diagnostics: Mapping[str, Any]) -> Iterator[str]:
+    """What is told beside a verdict, from its summary or its report; nothing of a verdict of an earlier version."""
+    if not diagnostics:
+        return
+    for warning in diagnostics["warnings"]:
+        yield f"warning: {warning}"
+    for suite, bins in ((diagnostics["tail"] or {}).get("suites") or {}).items():
+        yield f"{suite}, concepts seen " + "; ".join(
+            f"{each['name']} ({each['n']} items): {_moved(each['score'])}" for each in bins
+        )
+    for suite, pairs in diagnostics["pairs"].items():
+        yield f"{suite}, {pairs['n']} pairs that look alike: {_moved(pairs['score'])}, base {pairs['base']:.1%}"
+    for suite, yes in diagnostics["yes"].items():
+        yield (
+            f'{suite}, share of "yes": {yes["before"]:.1%} -> {yes["after"]:.1%}; truth {yes["truth"]:.1%}, '
+            f"base {yes['base']:.1%}"
+        )
+    shift = diagnostics["shift"]
+    for tower, moved in (shift["towers"] if shift else {}).items():
+        yield (
+            f"{tower} features moved by {moved['from_incumbent']:.4f} from the incumbent, {moved['from_base']:.4f} "
+            f"from the base; effective rank {moved['rank_before']:.1f} -> {moved['rank_after']:.1f}"
+        )
+    if shift:
+        yield f"modality gap {shift['gap_before']:.3f} -> {shift['gap_after']:.3f}"
+
+
+def _moved(score: Mapping[str, float]) -> str:
+    change, low, high = (100 * score[name] for name in ("difference", "ci_low", "ci_high"))
+    return f"{score['before']:.1%} -> {score['after']:.1%} ({change:+.1f} [{low:+.1f}, {high:+.1f}])"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,32 @@ from core.errors import AdapterError
 from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from serving.engines.adapters import adapter_name
+from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import read_heads
+from serving.engines.registered import need_base
 from serving.engines.vlm.vlm_base import VlmBase
 from streams.store.sample_store import Having, SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING
-from updater.gate.best_releases import best_releases
-from updater.gate.clip import base_alone
-from updater.gate.diagnostics.diagnose import StoreCounts
-from updater.gate.held_out import TEXT_COLUMNS, HeldOut
+from updater.gate.clip import AcrossBasesEvaluator, base_alone
+from updater.gate.diagnostics import StoreCounts
 from updater.gate.report import write_report
-from updater.gate.run import open_across_bases, open_evaluator, run_gate
-from updater.gate.sample_suites import choose_memory, fresh_suites, head_suites, learned_before, memory_suites
+from updater.gate.run import Evaluator, open_evaluator, run_gate
+from updater.gate.sample_suites import (
+    TEXT_COLUMNS,
+    HeldOut,
+    best_by_suite,
+    choose_memory,
+    fresh_suites,
+    head_suites,
+    learned_before,
+    memory_suites,
+)
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 from updater.recipes import Family
-from updater.service import kept_candidates
-from updater.service.base_replay import new_base, old_base
+from updater.service import triggers
 from updater.step.learner import Base
 
 
@@ -94,15 +103,16 @@ def _gate(
         directory, meta["load_error"] = None, error.message
     names = [suite.name for suite in suites if suite.role == "retention"]
     released = base.digest if upgrade is None else upgrade.old_base
-    best = best_releases(ledger, base.family, released, names, update.incumbent)
+    best = best_by_suite(ledger.released_verdicts(base.family, released), names, update.incumbent)
     halved = bool(update.recipe.get("merge", {}).get("search"))
-    plan = kept_candidates.plan(settings.gate, ledger, base.family, update, halved=halved)
+    plan = triggers.plan(settings.gate, ledger, base.family, update, halved=halved)
     incumbent = update.incumbent
-    if upgrade is None:
-        opened = open_evaluator(settings, base)
-    else:
-        old, new = old_base(settings, upgrade), new_base(settings, upgrade)
-        opened = open_across_bases(settings, old, new, adapter)
+    opened: AbstractContextManager[Evaluator[Any]] = open_evaluator(settings, base)
+    if upgrade is not None:
+        old = need_base(settings.home, upgrade.old_base, upgrade.old_name)
+        new = need_base(settings.home, upgrade.new_base, upgrade.new_name)
+        engines = [ClipEngine.of(settings, each, threads=settings.updater.threads) for each in (old, new)]
+        opened = nullcontext(AcrossBasesEvaluator(engines[0], engines[1], adapter))
         incumbent = incumbent or base_alone(old)
         meta["upgrade"] = {"from": upgrade.old_name, "from_digest": upgrade.old_base, "to": upgrade.new_name}
     if halved:
@@ -181,7 +191,7 @@ def update_suites(
     if learned:  # else nothing was learned yet
         pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
         suites += _memory_suites(held_out, pending, family, 2 * min_items)
-    return suites, fresh_suites(fresh, family=family, min_items=min_items, limit=most, images=held_out)
+    return suites, fresh_suites(fresh, held_out, family=family, min_items=min_items, limit=most)
 
 
 def _memory_suites(held_out: HeldOut, pending: pa.Table, family: Family, min_units: int) -> list[Suite]:

@@ -26,7 +26,7 @@ from updater.heads import learn_heads, with_heads
 from updater.recipes import Recipe
 from updater.service import triggers
 from updater.service.gate_update import TuningScores
-from updater.service.ledger_metrics import export_budget
+from updater.service.learning_state import export_budget
 from updater.service.process import StopSignal
 from updater.step.learner import Base
 from updater.training.result import Limits, TrainResult, cost_of

@@ -25,12 +25,11 @@ from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.packed_linear import PackedLinear
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import picture
+from tests.unit.gate.builders import fresh_suite, picture
 from updater.gate.clip import ClipEvaluator
 from updater.gate.interim_analyses import Plan, candidate_alpha
 from updater.gate.report import write_report
 from updater.gate.run import run_gate
-from updater.gate.sample_suites import fresh_suite
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 

@@ -26,8 +26,7 @@ from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.recipes import load_recipe
 from updater.service import triggers
-from updater.service.commands import gate_import
-from updater.service.exchange import export_adapter, import_adapter
+from updater.service.exchange import export_adapter, gate_import, import_adapter
 from updater.service.process import only_one
 from updater.service.update_loop import UpdaterService
 

@@ -23,9 +23,8 @@ from updater.families.clip.learner import ClipLearner
 from updater.recipes import load_recipe
 from updater.service import triggers
 from updater.service import update_loop as service_module
-from updater.service.commands import run_update
 from updater.service.learning_state import learning_states
-from updater.service.update_loop import UpdaterService
+from updater.service.update_loop import UpdaterService, run_update
 
 pytestmark = pytest.mark.integration
 
@@ -105,7 +104,7 @@ def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rol
     service.ledger.commit_release(3, clip=first.adapter, vlm=None, actor="op", reason="back", proposal_id=None)
     ready = triggers.decide(settings, service.ledger, service.store, service.recipes["clip"], retry=True)
     assert isinstance(ready, triggers.Ready)
-    assert (ready.incumbent, ready.data_from) == (first.adapter, first.data_to)
+    assert (ready.learned.incumbent, ready.learned.data_from) == (first.adapter, first.data_to)
 
 
 def test_an_update_that_libraries_break_off_fails_with_its_reason_after_three_attempts(
@@ -298,8 +297,6 @@ def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settin
 def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_kill(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from updater.service import update_loop as service_module
-
     impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
     gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
     service = UpdaterService(settings.model_copy(update={"updater": impatient, "gate": gate}))

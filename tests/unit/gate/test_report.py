@@ -12,22 +12,24 @@ import pytest
 
 from tests.unit.gate.builders import changed, outcomes, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.diagnostics.results import (
+from updater.gate.interim_analyses import Plan
+from updater.gate.report import render, render_body, write_report
+from updater.gate.verdict import (
+    Check,
     Diagnostics,
     FeatureShift,
     Interval,
     PairAccuracy,
     PairImage,
+    Regression,
     ShownPair,
     Tail,
     TailBin,
     TowerShift,
+    Verdict,
     YesShare,
     diagnostics_lines,
 )
-from updater.gate.interim_analyses import Plan
-from updater.gate.report import render, render_body, write_report
-from updater.gate.verdict import Check, Regression, Verdict
 
 EVIL = '<script>alert("x")</script> & "quoted"'
 

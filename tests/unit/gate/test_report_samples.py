@@ -23,12 +23,11 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.console.test_pages import settings as console_settings
-from tests.unit.gate.builders import changed, outcomes, picture
+from tests.unit.gate.builders import changed, fresh_suite, outcomes, picture
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import Plan
 from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import samples_of, with_samples, write_report
-from updater.gate.sample_suites import fresh_suite
 from updater.gate.score import Outcomes
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Regression, Verdict

@@ -10,8 +10,8 @@ import pytest
 from scipy import optimize, stats
 
 from updater.gate import statistics
-from updater.gate.resampling import bootstrap, stratified
 from updater.gate.statistics import (
+    bootstrap,
     compare_accuracy,
     compare_clusters,
     holm,
@@ -19,6 +19,7 @@ from updater.gate.statistics import (
     mcnemar_superior,
     pool,
     reciprocal_log_rank,
+    stratified,
     tango_interval,
     tango_z,
 )
@@ -194,21 +195,21 @@ def test_the_same_outcomes_give_the_same_verdict() -> None:
 
 
 def test_holm_matches_its_definition() -> None:
-    refused, levels = holm([0.012, 0.2, 0.001, 0.02], 0.05)
-    assert refused == [True, False, True, True]
+    refused, levels = zip(*holm([0.012, 0.2, 0.001, 0.02], 0.05), strict=True)
+    assert refused == (True, False, True, True)
     assert levels == pytest.approx([0.05 / 3, 0.05, 0.05 / 4, 0.05 / 2])
 
 
 def test_holm_stops_at_the_first_that_is_not_shown() -> None:
-    refused, levels = holm([0.02, 0.03, 0.021], 0.05)
-    assert refused == [False, False, False]
+    refused, levels = zip(*holm([0.02, 0.03, 0.021], 0.05), strict=True)
+    assert refused == (False, False, False)
     assert levels == pytest.approx([0.05 / 3] * 3)
 
 
 def test_holm_controls_the_familywise_error() -> None:
     rng = np.random.default_rng(8)
     runs = 4000
-    wrong = sum(any(holm(list(p), 0.05)[0]) for p in rng.random((runs, 6)))
+    wrong = sum(any(shown for shown, _ in holm(list(p), 0.05)) for p in rng.random((runs, 6)))
     assert wrong / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
 
 

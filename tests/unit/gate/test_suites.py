@@ -9,8 +9,7 @@ import pytest
 
 from core.errors import GateError
 from core.settings.updates import Gate
-from tests.unit.gate.builders import folder_dataset, picture, question_rows, sample_rows
-from updater.gate.sample_suites import fresh_suite, fresh_suites
+from tests.unit.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, question_rows, sample_rows
 from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
 
 
