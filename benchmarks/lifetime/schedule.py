@@ -45,7 +45,7 @@ class Schedule:
         if not self.waiting:
             return Plan(alpha, self.settings.alpha, 1, (), self.candidates, only=True)
         needed = needed_items(
-            spread(self.verdicts), detect=self.settings.detect, alpha=alpha, power=self.settings.power,
+            spread(self.verdicts), detect=self.settings.detect, alpha=alpha,
             fewest=self.settings.min_items, most=self.settings.max_items,
         )  # fmt: skip
         return Plan(alpha, self.settings.alpha, needed, (), self.candidates)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from updater.gate.statistics import items_needed
+from updater.gate.statistics import POWER, items_needed
 
 PRIOR_SPREAD = 0.25
 """Standard deviation of one item's difference, as long as no verdict has one. On the safe side: of the hits of gentle
@@ -128,7 +128,7 @@ def alpha_left(alpha: float, candidates: int) -> float:
 
 
 def needed_items(
-    spread: float | None, *, detect: float, alpha: float, power: float, fewest: int = 1, most: int | None = None
+    spread: float | None, *, detect: float, alpha: float, power: float = POWER, fewest: int = 1, most: int | None = None
 ) -> int:
     """Items with which one look at `alpha` shows a true gain of `detect` with the chance `power`.
 

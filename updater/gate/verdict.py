@@ -435,7 +435,7 @@ def jsonable(value: Any) -> Any:
 
 
 def diagnostics_lines(diagnostics: Mapping[str, Any]) -> Iterator[str]:
-    """What is told beside a verdict, from its summary or its report; nothing of a verdict of an earlier version."""
+    """The diagnostics of a verdict's summary or report, for a terminal; of none, nothing."""
     if not diagnostics:
         return
     for warning in diagnostics["warnings"]:

@@ -136,7 +136,7 @@ def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> 
     new_rows = plan_batches(recipe.mixture, recipe.batch_size, sizes, 0).counts["new"]  # type: ignore[arg-type]
     steps = max(recipe.max_steps, math.ceil(samples / new_rows))
     longer = recipe.model_copy(update={"name": recipe.name[: 64 - len(SUFFIX)] + SUFFIX, "max_steps": steps})
-    seed, gflops = mixed_seed(settings.updater.seed, version), gflops or settings.budget.gflops_per_day
+    seed, gflops = mixed_seed(0, version), gflops or settings.budget.gflops_per_day
     limits = Limits(
         gflops=gflops, seconds=math.inf, threads=settings.updater.threads,
         work_bytes=settings.updater.work_gib * 2**30,

@@ -173,7 +173,7 @@ def _scores(verdict: VerdictRow) -> list[Score]:
 
 
 def _shifts(verdict: VerdictRow) -> dict[str, tuple[float, float]]:
-    """By tower; none of a VLM, nor of a candidate that was not scored, nor of an earlier version's verdict."""
+    """By tower; none of a VLM, nor of a candidate that was not scored."""
     shift = (verdict.summary.get("diagnostics") or {}).get("shift")
     towers = shift["towers"] if shift else {}
     return {tower: (moved["from_incumbent"], moved["from_base"]) for tower, moved in towers.items()}

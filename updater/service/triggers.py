@@ -345,15 +345,13 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
     own = [verdict.summary["look"] for verdict in verdicts if split_id(verdict.update_id)[0] == candidate]
     if own:
         first, looked_at = own[0], tuple(look["items"] for look in own)
-        loss_alpha = first.get("loss_alpha", first["alpha"])  # looks of earlier versions had one alpha
-        return Plan(first["alpha"], loss_alpha, first["needed"], looked_at, first["candidates"])
+        return Plan(first["alpha"], first["loss_alpha"], first["needed"], looked_at, first["candidates"])
     others = len({split_id(verdict.update_id)[0] for verdict in verdicts})
     alpha = candidate_alpha(settings.alpha, others)
     needed = needed_items(
         spread(ledger.verdicts_of(family)),
         detect=settings.detect,
         alpha=alpha,
-        power=settings.power,
         fewest=settings.min_items,
         most=settings.max_items // (2 if halved else 1),
     )

@@ -62,6 +62,12 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 """An update fails when it has been broken off so often by an error that is none of Ratchet's own, or when so many
 processes died in it at one place."""
+POLL_SECONDS = 5.0
+"""Between two looks at the triggers."""
+RETRY_SECONDS = 30.0
+"""After an error of storage or suites."""
+LEAST_DUTY_CYCLE = 0.25
+"""Share of time that the trainer keeps while requests take longer: with less an update would not end for hours."""
 ASK_SECONDS = 5.0
 """Between two looks at whether an operator has ended the update that is in training."""
 
@@ -112,7 +118,7 @@ class UpdaterService:
         )
         limits = settings.updater
         self._throttle = Throttle(
-            lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)
+            lambda: latencies(server), limits.max_latency_ratio, min(1.0, LEAST_DUTY_CYCLE / limits.duty_cycle)
         )
 
     def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
@@ -209,17 +215,17 @@ class UpdaterService:
                 outcome = self.step()
                 answered(["ledger", "store", "artifacts"])
                 reason = outcome.reason
-                wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
+                wait = 0.0 if outcome.update else POLL_SECONDS
             except RatchetError as error:
                 noted(error)
-                reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
+                reason, wait = str(error), RETRY_SECONDS
             if wait:
                 waiting_log.say(reason)
             time.sleep(wait)
 
     def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
         values, learned = recipe.model_dump(mode="json"), ready.learned
-        seed = mixed_seed(self.settings.updater.seed, learned.store_version)
+        seed = mixed_seed(0, learned.store_version)
         # with the newest update, so that a repeated attempt on the same data gets an id of its own
         previous = learned.updates[0].id if learned.updates else None
         what = [values, seed, learned.store_version, learned.data_from, learned.incumbent, previous]

@@ -130,10 +130,6 @@ def test_a_suite_asks_all_its_items_up_to_the_bound_of_the_settings_or_its_own(t
     assert Gate().max_items == MAX_ITEMS
 
 
-def test_the_built_in_suites_of_the_clip_ask_everything() -> None:
-    assert {suite.limit for suite in load_suites(home=Path("/home"), family="clip", max_items=1234)} == {1234}
-
-
 def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="does not exist") as missing:
         _suite(tmp_path, "task: retrieval\ndata: ${home}/nowhere\n").items()

@@ -74,7 +74,8 @@ class Lab:
         summary = {
             "spent": made,
             "look": {
-                "number": look.number, "items": fresh, "needed": look.needed, "alpha": look.alpha, "spent": look.spent,
+                "number": look.number, "items": fresh, "needed": look.needed, "alpha": look.alpha,
+                "loss_alpha": look.loss_alpha, "spent": look.spent,
                 "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made,
             },
         }  # fmt: skip
