@@ -29,7 +29,7 @@ CROSS_VERSION_ITEMS: Final = 600
 """Over all suites: images that the incumbent may have to embed once more, some seconds."""
 
 
-class ClipEvaluator:
+class ClipEvaluator(Scorer):
     """Asks the models in a `ClipEngine`. See :class:`updater.gate.run.Evaluator`."""
 
     family: Family = "clip"
@@ -37,9 +37,8 @@ class ClipEvaluator:
     def __init__(self, engine: ClipEngine, *, parity: c.Encode | None = None, cache: Path | None = None) -> None:
         """`parity`: the trainer's model, to compare with what the engine serves; `cache`: folder of kept scores,
         by default the suite's own, `home/cache/gate`."""
-        self.engine = engine
+        super().__init__(engine, cache)
         self.parity = parity
-        self.scorer = Scorer(engine, cache)
 
     @property
     def base(self) -> ClipBase:
@@ -52,27 +51,19 @@ class ClipEvaluator:
         if candidate:
             self.parity = trainer_encoder(self.base, directory)
 
-    def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
-        """Ranks of the right answers."""
-        return self.scorer.score(suite, adapter, label=label)
-
-    def chance(self, suite: Suite) -> float:
-        """Expected score of random answers."""
-        return self.scorer.chance(suite)
-
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
         """Pairs that look alike to the base, and how far the features moved."""
         suites = [each.suite for each in scores]
         retrieval = [suite for suite in suites if suite.task == "retrieval"]
-        pairs = {suite.name: pair_accuracy(self.scorer, suite, incumbent, candidate) for suite in retrieval}
+        pairs = {suite.name: pair_accuracy(self, suite, incumbent, candidate) for suite in retrieval}
         return Diagnostics(
             pairs={name: each for name, each in pairs.items() if each is not None},
-            shift=feature_shift(self.scorer, suites, incumbent, candidate),
+            shift=feature_shift(self, suites, incumbent, candidate),
         )
 
     def regressions(self, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Regression, ...]:
         """Hits that became misses."""
-        return worst_items(self.scorer, suite, before, after)
+        return worst_items(self, suite, before, after)
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
         """None: vectors tell all, before any suite is scored."""
@@ -82,20 +73,20 @@ class ClipEvaluator:
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
         """Of an update of the image tower."""
-        return measure_cross_version(self.scorer, suites, incumbent, candidate, margin=margin, level=level)
+        return measure_cross_version(self, suites, incumbent, candidate, margin=margin, level=level)
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
         """loads, finite, collapse of each tower, norm drift, parity, latency, size."""
-        engine, scorer = self.engine, self.scorer
+        engine = self.engine
         checks = [c.check_loads(candidate in engine.resident, candidate, facts)]
         few = list({item.id: item for _, items in probe(suites) for item in items}.values())[:PROBE]
         if not checks[0].ok or len(few) < 2:
             return checks
         texts = sorted({item.text for item in few})
-        pixels = np.stack([scorer.pixels(item) for item in few])
-        base_images, base_texts = scorer.images(few, None), scorer.texts(texts, None)
+        pixels = np.stack([self.pixels(item) for item in few])
+        base_images, base_texts = self.images(few, None), self.texts(texts, None)
         try:
-            images, words = scorer.images(few, candidate), scorer.texts(texts, candidate)
+            images, words = self.images(few, candidate), self.texts(texts, candidate)
             checks.append(c.check_finite(images, words))
             if not checks[-1].ok:
                 return checks

@@ -24,7 +24,6 @@ from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
-from updater.gate.clip import ClipEvaluator
 from updater.gate.diagnostics import HardPair, StoreCounts, hard_pairs
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
@@ -169,7 +168,7 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
             f"there is no retrieval suite {name[:64]!r}.", f"Name one of {', '.join(suite.name for suite in known)}."
         )
     engine = ClipEngine.of(settings, load_base(settings.home, settings.base.clip), threads=settings.updater.threads)
-    return hard_pairs(ClipEvaluator(engine).scorer, suite)
+    return hard_pairs(Scorer(engine), suite)
 
 
 def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:

@@ -121,6 +121,28 @@ class UpdaterService:
             lambda: latencies(server), limits.max_latency_ratio, min(1.0, LEAST_DUTY_CYCLE / limits.duty_cycle)
         )
 
+    def run_forever(self) -> None:
+        """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
+        for family in self.turns:
+            metrics.update.now(family, "waiting")
+        waiting_log = ThrottledLog()
+        while not self.stop():
+            try:
+                self._remove_finished()
+                export_budget(self.settings, self.ledger)
+                self._ledger_metrics.export(self.turns)
+                self._throttle.watch()
+                outcome = self.step()
+                answered(["ledger", "store", "artifacts"])
+                reason = outcome.reason
+                wait = 0.0 if outcome.update else POLL_SECONDS
+            except RatchetError as error:
+                noted(error)
+                reason, wait = str(error), RETRY_SECONDS
+            if wait:
+                waiting_log.say(reason)
+            time.sleep(wait)
+
     def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
         """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
 
@@ -200,28 +222,6 @@ class UpdaterService:
         except BaseModelError as error:
             return str(error)
         return None
-
-    def run_forever(self) -> None:
-        """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
-        for family in self.turns:
-            metrics.update.now(family, "waiting")
-        waiting_log = ThrottledLog()
-        while not self.stop():
-            try:
-                self._remove_finished()
-                export_budget(self.settings, self.ledger)
-                self._ledger_metrics.export(self.turns)
-                self._throttle.watch()
-                outcome = self.step()
-                answered(["ledger", "store", "artifacts"])
-                reason = outcome.reason
-                wait = 0.0 if outcome.update else POLL_SECONDS
-            except RatchetError as error:
-                noted(error)
-                reason, wait = str(error), RETRY_SECONDS
-            if wait:
-                waiting_log.say(reason)
-            time.sleep(wait)
 
     def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
         values, learned = recipe.model_dump(mode="json"), ready.learned
@@ -315,6 +315,50 @@ class UpdaterService:
         self.store.unpin(update.id)
         return update
 
+    def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
+        verdict = self.ledger.verdict_of(update.id)
+        for name, why in self.ledger.withdrawn([update.adapter]).items():
+            say(f"{update.id} made {name} again, which was withdrawn: {why}")
+            return self.ledger.advance_update(update.id, "failed", error=f"{name} was withdrawn: {why}")
+        if (upgrade := self.ledger.base_upgrade(update.id)) is not None:
+            outcome = verdict.outcome if verdict else "not judged"
+            passed = f"; release it with `ratchet base switch {upgrade.new_name}`" if outcome == "passed" else ""
+            say(f"{update.id} to the base {upgrade.new_name!r}: {outcome}{passed}")
+        elif verdict is not None and verdict.outcome == "passed":
+            proposal = self.ledger.propose(
+                "update",
+                family=family,
+                clip=update.adapter if family == "clip" else None,
+                vlm=update.adapter if family == "vlm" else None,
+                actor="updater",
+                reason=f"{update.id} passed the gate (recipe {update.recipe['name']})",
+                update_id=update.id,
+            )
+            say(f"{update.id} passed and is proposal {proposal.id}")
+        return self.ledger.advance_update(update.id, "done")
+
+    def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:
+        say(f"{update.id} failed: {error}")
+        cost: dict[str, Any] = {}
+        if isinstance(error, StepUnaffordable) and self.ledger.base_upgrade(update.id) is None:
+            self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
+            cost = triggers.affordability(self.settings, family, error.needed)
+        return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)
+
+    def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
+        """After an error that nobody expected: the update is tried again, and fails after :data:`ATTEMPTS`.
+
+        Raises TrainingError where it is tried again.
+        """
+        attempts = int(self.ledger.update(update.id).cost.get("attempts", 0)) + 1
+        why = f"{type(error).__name__}: {error}"
+        update = self.ledger.advance_update(update.id, update.state, cost={"attempts": attempts})
+        if attempts < ATTEMPTS:
+            raise TrainingError(
+                f"{update.id} broke off in attempt {attempts} of {ATTEMPTS}: {why}.", "It is tried again by itself."
+            ) from error
+        return self._fail(update, family, TrainingError(f"it broke off {attempts} times; the last reason is {why}."))
+
     def _count_death(self, update: UpdateRow) -> None:
         """Write down that this process begins; it takes that back unless it dies (SIGKILL, memory, the machine's end).
 
@@ -346,20 +390,6 @@ class UpdaterService:
             return self.ledger.is_finished(update_id) or update_id not in self.store.pins()
         return False
 
-    def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
-        """After an error that nobody expected: the update is tried again, and fails after :data:`ATTEMPTS`.
-
-        Raises TrainingError where it is tried again.
-        """
-        attempts = int(self.ledger.update(update.id).cost.get("attempts", 0)) + 1
-        why = f"{type(error).__name__}: {error}"
-        update = self.ledger.advance_update(update.id, update.state, cost={"attempts": attempts})
-        if attempts < ATTEMPTS:
-            raise TrainingError(
-                f"{update.id} broke off in attempt {attempts} of {ATTEMPTS}: {why}.", "It is tried again by itself."
-            ) from error
-        return self._fail(update, family, TrainingError(f"it broke off {attempts} times; the last reason is {why}."))
-
     def _data_is_gone(self, update: UpdateRow) -> bool:
         """Whether the store has forgotten the version that an update was pinned to."""
         latest = self.store.version()  # raises when the store cannot be read at all
@@ -386,36 +416,6 @@ class UpdaterService:
     def work_dir(self, update: UpdateRow) -> Path:
         """Checkpoints and measured costs of an unfinished update."""
         return self.settings.update_folders / update.id
-
-    def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
-        verdict = self.ledger.verdict_of(update.id)
-        for name, why in self.ledger.withdrawn([update.adapter]).items():
-            say(f"{update.id} made {name} again, which was withdrawn: {why}")
-            return self.ledger.advance_update(update.id, "failed", error=f"{name} was withdrawn: {why}")
-        if (upgrade := self.ledger.base_upgrade(update.id)) is not None:
-            outcome = verdict.outcome if verdict else "not judged"
-            passed = f"; release it with `ratchet base switch {upgrade.new_name}`" if outcome == "passed" else ""
-            say(f"{update.id} to the base {upgrade.new_name!r}: {outcome}{passed}")
-        elif verdict is not None and verdict.outcome == "passed":
-            proposal = self.ledger.propose(
-                "update",
-                family=family,
-                clip=update.adapter if family == "clip" else None,
-                vlm=update.adapter if family == "vlm" else None,
-                actor="updater",
-                reason=f"{update.id} passed the gate (recipe {update.recipe['name']})",
-                update_id=update.id,
-            )
-            say(f"{update.id} passed and is proposal {proposal.id}")
-        return self.ledger.advance_update(update.id, "done")
-
-    def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:
-        say(f"{update.id} failed: {error}")
-        cost: dict[str, Any] = {}
-        if isinstance(error, StepUnaffordable) and self.ledger.base_upgrade(update.id) is None:
-            self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
-            cost = triggers.affordability(self.settings, family, error.needed)
-        return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)
 
 
 def waits_for_base(ledger: Ledger, home: Path, base: Base) -> str | None:
