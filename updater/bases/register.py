@@ -18,7 +18,6 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +44,11 @@ _VLM_KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def add_base(
-    home: Path | str,
-    name: str,
-    model: str,
-    weights: Path | None = None,
-    preprocess: Mapping[str, Any] | None = None,
-) -> ClipBase:
+def add_base(home: Path | str, name: str, model: str, weights: Path | None = None) -> ClipBase:
     """Register an open_clip model as base ``name`` and return it; registering the same content again is fine.
 
     ``weights`` is a safetensors file of the whole model; needed for built-in names, and otherwise in place of what
-    the hub or folder has. ``preprocess`` overrides fields of open_clip's preprocessing (``size``, ``mean``, ...).
+    the hub or folder has.
     Raises :class:`BaseModelError` naming what is wrong and the way out.
     """
     if weights is not None:
@@ -67,7 +60,7 @@ def add_base(
         model_cfg = copy.deepcopy(config["model_cfg"])
         text_cfg = model_cfg["text_cfg"]
         tokenizer, text_files = _text_side(text_cfg, text_source, work)
-        prepared = dict(config.get("preprocess_cfg") or {}) | dict(preprocess or {})
+        prepared = dict(config.get("preprocess_cfg") or {})
         prepared.setdefault("size", model_cfg["vision_cfg"].get("image_size", 224))
         with step(f"loading {weights_file.name}"):
             built = construct(model_cfg, work)
