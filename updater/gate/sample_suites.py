@@ -28,12 +28,10 @@ from streams.store.rows import SAMPLE_SCHEMA
 from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.gate.suite_items import (
     Item,
-    asked_sample,
     caption_clusters,
-    captioned_sample,
     image_clusters,
-    labelled_sample,
     limited,
+    sample_item,
 )
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
@@ -170,11 +168,12 @@ def fresh_suites(
 def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
     """Items by domain, in the order in which domains appear."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
-    make = captioned_sample if family == "clip" else asked_sample
     for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
-        item = make(row, images)
-        if item is not None:
-            by_domain[row.get("domain") or ""].append(item)
+        text, question, answer = ((row.get(name) or "").strip() for name in ("text", "question", "answer"))
+        if family == "clip" and text:
+            by_domain[row.get("domain") or ""].append(sample_item(row, images, text))
+        elif family == "vlm" and question and answer:
+            by_domain[row.get("domain") or ""].append(sample_item(row, images, question, answer))
     return dict(by_domain)
 
 
@@ -272,7 +271,7 @@ def head_suites(settings: Settings, store: SampleStore, version: int, heads: Map
         head, labels = wanted[name], set(heads[name].labels)
         own = [r for r in rows if r["label"] in labels and (not head.domains or r["domain"] in head.domains)]
         own.sort(key=lambda row: hashlib.sha256(f"head {row['id']}".encode()).digest())
-        items = [labelled_sample(row, held_out) for row in own[: CAPACITY["clip"]]]
+        items = [sample_item(row, held_out, row["label"], key=row["id"]) for row in own[: CAPACITY["clip"]]]
         if len(items) < 2:
             raise AdapterError(
                 f"no held-out samples have the labels of the head {name!r}.", "Publish some with labels."

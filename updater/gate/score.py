@@ -97,14 +97,6 @@ class Scorer:
         path = folder and folder / f"{digest12(digest_json(self.key(suite, adapter)))}.npz"
         return Outcomes(*kept(path, ("ids", "ranks", "answers"), compute, fits), suite.k)
 
-    def forget(self, adapter: str) -> None:
-        """Drop an adapter's vectors, before it is unloaded; those of a space that it shares with the base stay."""
-        own, base = self.engine.spaces(adapter), self.engine.spaces(None)
-        if own.image != base.image:
-            self._images.pop(own.image, None)
-        if own.text != base.text:
-            self._texts.pop(own.text, None)
-
     def choices(self, suite: Suite) -> tuple[list[str], ...]:
         """For each view the possible answers: classes; or unique texts, and item ids."""
         items = suite.items()

@@ -74,6 +74,11 @@ class Item:
         return self.source.removeprefix(SAMPLE) if self.source.startswith(SAMPLE) else ""
 
 
+def make_item(name: str, source: str, text: str, key: str, read: Callable[[], bytes], **more: Any) -> Item:
+    """An item, named by its place and its text."""
+    return Item(digest12(digest_json([name, text])), text, key, name, source, read, **more)
+
+
 def captioned(row: FolderItem, place: str, text: str) -> Item:
     """An image of a folder with its caption or class."""
     # where the class is all there is to a concept, each picture goes to a half by itself
@@ -84,47 +89,18 @@ def captioned(row: FolderItem, place: str, text: str) -> Item:
 def question_item(row: FolderItem, place: str) -> Item:
     """An image of a folder with its question and answers."""
     answers = tuple(sorted(row.answers or (row.answer,), key=lambda answer: answer != row.answer))
-    key = row.concept or row.path.name
-    return make_item(place, str(row.path.absolute()), row.question, key, row.bytes, answers, row.concept)
+    key, source = row.concept or row.path.name, str(row.path.absolute())
+    return make_item(place, source, row.question, key, row.bytes, answers=answers, concept=row.concept)
 
 
-def captioned_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
-    """A sample with its text, or None if it has none. ``images``: by sample id."""
-    text = (row.get("text") or "").strip()
-    if not text:
-        return None
-    source = f"{SAMPLE}{row['id']}"
-    concept = row.get("concept") or ""
-    return make_item(source, source, text, concept or text, partial(images, row["id"]), concept=concept)
-
-
-def labelled_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item:
-    """A sample with its label as the class. ``images``: by sample id."""
-    source = f"{SAMPLE}{row['id']}"
-    return make_item(source, source, row["label"], row["id"], partial(images, row["id"]), concept=row["concept"] or "")
-
-
-def asked_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
-    """A sample with its question and answer, or None if it has none. ``images``: by sample id."""
-    question, answer = (row.get("question") or "").strip(), (row.get("answer") or "").strip()
-    if not question or not answer:
-        return None
-    source = f"{SAMPLE}{row['id']}"
-    concept = row.get("concept") or ""
-    return make_item(source, source, question, concept or source, partial(images, row["id"]), (answer,), concept)
-
-
-def make_item(
-    name: str,
-    source: str,
-    text: str,
-    key: str,
-    read: Callable[[], bytes],
-    answers: tuple[str, ...] = (),
-    concept: str = "",
+def sample_item(
+    row: Mapping[str, Any], images: Callable[[str], bytes], text: str, answer: str = "", key: str = ""
 ) -> Item:
-    """An item, named by its place and its text."""
-    return Item(digest12(digest_json([name, text])), text, key, name, source, read, answers, concept)
+    """A sample of the store with what it is asked. ``images``: by sample id; ``key``: its concept by default."""
+    source, concept = f"{SAMPLE}{row['id']}", row.get("concept") or ""
+    key = key or concept or (source if answer else text)
+    answers = (answer,) if answer else ()
+    return make_item(source, source, text, key, partial(images, row["id"]), answers=answers, concept=concept)
 
 
 def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:

@@ -207,17 +207,3 @@ def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> N
     (home / "broken.yaml").write_text("task: retrieval\ndata: ${home}/data/broken\n")
     with pytest.raises(GateError, match=r"item 2\.png"):
         Scorer(engine).score(load_suites([home / "broken.yaml"], home)[0], None)
-
-
-def test_a_forgotten_adapter_leaves_the_vectors_of_the_base(home: Path, engine: ClipEngine, suite: Suite) -> None:
-    name = tiny_adapter(engine.base, home / "words", 7, towers=("text",))
-    engine.load(name, home / "words")
-    scorer = Scorer(engine)
-    before = scorer.images(suite.items(), name)
-    scorer.texts(["a red car"], name)
-    spaces = engine.spaces(name)
-    scorer.forget(name)
-    assert spaces.text not in scorer._texts
-    assert np.array_equal(scorer.images(suite.items(), None), before)
-    assert spaces.image == engine.spaces(None).image and spaces.image in scorer._images
-    engine.unload(name)
