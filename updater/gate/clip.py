@@ -72,8 +72,30 @@ class ClipEvaluator(Scorer):
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
-        """Of an update of the image tower."""
-        return measure_cross_version(self, suites, incumbent, candidate, margin=margin, level=level)
+        """Recall across versions: texts of a candidate among images that the incumbent embedded.
+
+        A release that changes the image tower needs every image of the catalog embedded again, which takes hours for a
+        million. Where the candidate's texts find the incumbent's images as well as the incumbent's own texts do,
+        searches need not wait for that: they may begin with the vectors that are there.
+
+        Asks the retrieval suites. None where there is nothing to measure: both have one image space, or no suite is of
+        retrieval.
+
+        Args:
+            margin: loss of recall that must be excluded.
+            level: of the one-sided test.
+        """
+        retrieval = [suite for suite in suites if suite.task == "retrieval"]
+        if not retrieval or self.engine.spaces(incumbent).image == self.engine.spaces(candidate).image:
+            return None
+        most = max(2, CROSS_VERSION_ITEMS // len(retrieval))
+        hits = [_hits(self, suite, incumbent, candidate, most) for suite in retrieval]
+        old_old, new_old, new_new = (np.concatenate(column) for column in zip(*hits, strict=True))
+        comparison = compare_accuracy(old_old, new_old, margin=margin)
+        return CrossVersion(
+            n=len(old_old), k=min(suite.k for suite in retrieval), old_old=comparison.before, new_old=comparison.after,
+            new_new=float(new_new.mean()), ci_low=comparison.bounds(level)[0], margin=margin,
+        )  # fmt: skip
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
         """loads, finite, collapse of each tower, norm drift, parity, latency, size."""
@@ -120,37 +142,6 @@ class ClipEvaluator(Scorer):
             return c.check_latency(ask, candidate, what, ratio=c.LATENCY_RATIO, grace=c.GRACE_SECONDS, rounds=5)
         finally:
             torch.set_num_threads(threads)
-
-
-def measure_cross_version(
-    scorer: Scorer, suites: Sequence[Suite], incumbent: str | None, candidate: str, *, margin: float, level: float
-) -> CrossVersion | None:
-    """Recall across versions: texts of a candidate among images that the incumbent embedded.
-
-    A release that changes the image tower needs every image of the catalog embedded anew, which takes hours for a
-    million. Where the candidate's texts find the incumbent's images as well as the incumbent's own texts do, searches
-    need not wait for that: they may begin with the vectors that are there.
-
-    Asks the retrieval suites. None where there is nothing to measure: both have one image space, or no suite is of
-    retrieval.
-
-    Args:
-        margin: loss of recall that must be excluded.
-        level: of the one-sided test.
-    """
-    engine = scorer.engine
-    retrieval = [suite for suite in suites if suite.task == "retrieval"]
-    if not retrieval or engine.spaces(incumbent).image == engine.spaces(candidate).image:
-        return None
-    hits = [
-        _hits(scorer, suite, incumbent, candidate, max(2, CROSS_VERSION_ITEMS // len(retrieval))) for suite in retrieval
-    ]
-    old_old, new_old, new_new = (np.concatenate(column) for column in zip(*hits, strict=True))
-    comparison = compare_accuracy(old_old, new_old, margin=margin)
-    return CrossVersion(
-        n=len(old_old), k=min(suite.k for suite in retrieval), old_old=comparison.before, new_old=comparison.after,
-        new_new=float(new_new.mean()), ci_low=comparison.bounds(level)[0], margin=margin,
-    )  # fmt: skip
 
 
 def _hits(
