@@ -185,16 +185,10 @@ class VlmEvaluator:
             return Check("finite", False, error.message[:300])
         bad = total = 0
         for suite, few in probe(suites):
-            asks = [self._ask(item, self._tokens(suite)) for item in few]
-            replies = self._replies(asks, candidate, "probe, candidate", suite)
-            self._remember(suite, few, candidate, [_text(reply) for reply in replies])
+            replies = self._ask_all(suite, few, candidate, "probe, candidate")
             bad += sum(not _is_finite(reply) for reply in replies)
             total += len(replies)
-        detail = (
-            f"{bad} of {total} answers have a log-probability of NaN or infinity"
-            if bad
-            else (f"the log-probabilities of {total} answers are finite")
-        )
+        detail = f"{bad} of {total} answers have a log-probability of NaN or infinity"
         return Check("finite", not bad, detail, float(bad), 0.0)
 
     def _golden(self, suites: Sequence[Suite]) -> tuple[list[GenerationRequest], list[str]]:
@@ -211,17 +205,20 @@ class VlmEvaluator:
     def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
         """Answers in the order of the items; the engine is asked for those that are not known yet."""
         missing = [item for item in items if self._key(suite, item, adapter) not in self._known_texts]
-        for some in self._portions(missing):
-            asks = [self._ask(item, self._tokens(suite)) for item in some]
-            self._remember(suite, some, adapter, [_text(r) for r in self._replies(asks, adapter, label, suite)])
+        self._ask_all(suite, missing, adapter, label)
         return [self._known_texts[self._key(suite, item, adapter)] for item in items]
 
-    def _replies(
-        self, asks: Sequence[GenerationRequest], adapter: str | None, label: str, suite: Suite
-    ) -> list[GenerationResult]:
-        self.question_count += len(asks)
-        with _living(f"answering suite {suite.name}"):
-            return self.vlm.replies(asks, adapter, label=label)
+    def _ask_all(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[GenerationResult]:
+        """Ask the engine, in portions; what it answers is known from then on."""
+        replies: list[GenerationResult] = []
+        for some in self._portions(items):
+            asks = [self._ask(item, self._tokens(suite)) for item in some]
+            self.question_count += len(asks)
+            with _living(f"answering suite {suite.name}"):
+                own = self.vlm.replies(asks, adapter, label=label)
+            self._remember(suite, some, adapter, [_text(reply) for reply in own])
+            replies += own
+        return replies
 
     def _portions(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Items whose decoded images fit into KEEP_PIXELS together."""
