@@ -40,7 +40,7 @@ HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetenso
 _TEXT_KEPT = ("*.json", "*.txt", "*.model")
 """Vocabulary and configuration files of a text tower, as Hugging Face names them."""
 _VLM_KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""What is fetched of a hub repository; no pickled weights, no code."""
+"""Files that are fetched of a hub repository; no pickled weights, no code."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -289,7 +289,7 @@ def pull_base(home: Path, name: str, url: str) -> Path:
     """Bring a base from the artifacts into ``home``; readers of ``home`` see all of it or nothing.
 
     Raises:
-        BaseModelError: nobody pushed it, or ``home`` has another base of that name.
+        BaseModelError: it was never pushed, or ``home`` has another base of that name.
     """
     target = base_directory(home, name)
     target.parent.mkdir(parents=True, exist_ok=True)

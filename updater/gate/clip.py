@@ -1,4 +1,4 @@
-"""How a CLIP is gated: through `ClipEngine`, by classification and retrieval; within one base, or across two."""
+"""Gates a CLIP through `ClipEngine`, by classification and retrieval; within one base, or across two."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class ClipEvaluator(Scorer):
         return checks
 
     def latency(self, candidate: str, pixels: NDArray[np.uint8], texts: list[str]) -> Check:
-        """How long the candidate takes for a batch, on one thread: threads that wait for each other measure the
+        """Measure the time of a batch, on one thread: threads that wait for each other measure the
         machine, not the model."""
 
         def ask(adapter: str | None) -> None:
@@ -147,7 +147,7 @@ class ClipEvaluator(Scorer):
 def _hits(
     scorer: Scorer, suite: Suite, incumbent: str | None, candidate: str, most: int
 ) -> tuple[NDArray[np.float64], ...]:
-    """Whether each text of a suite has a right image among its k nearest, by the versions of both."""
+    """1 for each text of a suite that has a right image among its k nearest, by the versions of both."""
     items = spread(suite.items(), most)
     texts = sorted({item.text for item in items})
     right = np.array([[item.text == text for item in items] for text in texts])

@@ -47,7 +47,7 @@ MOST_REFERENCES = 3
 
 
 class ItemScores(Protocol):
-    """What one model got for its answers to a suite, whatever family it is of."""
+    """One model's scores of its answers to a suite, of either family."""
 
     @property
     def ids(self) -> NDArray[np.str_]:
@@ -55,7 +55,7 @@ class ItemScores(Protocol):
 
     @property
     def hits(self) -> NDArray[np.float64]:
-        """How right each answer is, in [0, 1]: [n, views]."""
+        """Score of each answer, in [0, 1]: [n, views]."""
 
     @property
     def ranks(self) -> NDArray[np.int32] | None:
@@ -71,7 +71,7 @@ class Scores:
     before: ItemScores
     after: ItemScores
     chance: float = 0.0
-    """What guessing would score."""
+    """Score of guessing."""
     worst: tuple[Regression, ...] = ()
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
@@ -83,13 +83,13 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the suites say."""
+    """Results of all suites."""
 
     results: tuple[SuiteResult, ...]
     gain: PooledGain | None
     """None where there is no gain suite."""
     tested: bool = False
-    """Whether everything that a pass needs could be tested: some retention suite, each with items enough, and a gain.
+    """True if everything that a pass needs could be tested: some retention suite, each with items enough, and a gain.
     It follows from how much there was to ask, and not from the answers."""
 
 
@@ -150,7 +150,7 @@ def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, 
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """The candidate beside each reference, by the suite's metric; `statistic` is what a gain is tested on."""
+    """The candidate compared with each reference, by the suite's metric; `statistic` is what a gain is tested on."""
 
     references: dict[str, Comparison]
     """By the reference's name in words; a model that is two references is compared once."""

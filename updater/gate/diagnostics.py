@@ -91,7 +91,7 @@ def interval(before: Floats, after: Floats, clusters: NDArray[np.int_] | None, s
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many samples name each concept."""
+    """The number of samples that name each concept."""
 
     of: Mapping[Words, int]
     rows: int
@@ -124,8 +124,8 @@ def measure_tail(scores: Sequence[Scores], counts: ConceptCounts) -> Tail | None
 
 
 def concept_of(suite: Suite, item: Item) -> str:
-    """What an item shows, in words: its class; its concept, or its caption where the data name none; of a question
-    without a concept its answer, or the question where that is yes or no."""
+    """The concept that an item shows, in words: its class; its concept, or its caption where the data name none; of a
+    question without a concept its answer, or the question where that is yes or no."""
     if suite.task == "classification":
         return suite.names.get(item.text, item.text)
     if item.concept or suite.task == "retrieval":
@@ -315,7 +315,7 @@ def mine_pairs(items: Sequence[Item], images: Vectors, texts: Vectors) -> list[H
 
 
 def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter: str | None) -> NDArray[np.bool_]:
-    """Whether one model tells each pair apart: bool [pairs]; kept with the suite's scores."""
+    """Pairs that one model tells apart: bool [pairs]; kept with the suite's scores."""
     label = f"{suite.name}, pairs"
 
     def compute() -> tuple[NDArray[np.bool_]]:
@@ -330,7 +330,7 @@ def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter
 
 
 def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) -> NDArray[np.bool_]:
-    """Whether both images of each pair are nearer to their own caption than to the other's: bool [pairs].
+    """Pairs of which both images are nearer to their own caption than to the other's: bool [pairs].
 
     Args:
         images: of the first and the second items of the pairs, L2-normalised [pairs, dim]; and so their `texts`.
@@ -363,8 +363,8 @@ def _shown(item: Item) -> PairImage:
 def feature_shift(
     scorer: Scorer, suites: Sequence[Suite], incumbent: str | None, candidate: str
 ) -> FeatureShift | None:
-    """How far an update moved the features of each tower, and whether they still spread; on a few items of every
-    retention suite, with the texts that it asks. None where there are fewer than two.
+    """Measure how far an update moved the features of each tower, and whether they still spread; on a few items of
+    every retention suite, with the texts that it asks. None where there are fewer than two.
 
     One tower that moves without the other is what RESTORE calls feature shift (Yang et al., Towards Feature Shift for
     Vision-Language Prompt Learning, 2024): image and text drift apart, and what the base could do goes.
@@ -408,10 +408,10 @@ def modality_gap(images: Vectors, texts: Vectors) -> float:
 
 
 def yes_share(suite: Suite, base: Sequence[str], before: Sequence[str], after: Sequence[str]) -> YesShare | None:
-    """How often a VLM says yes to the suite's yes/no questions: a model that drifts to one word keeps half of the
+    """Count how often a VLM says yes to the suite's yes/no questions: a model that drifts to one word keeps half of the
     points. None where there are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
 
-    POPE tells the share beside accuracy (Li et al., Evaluating Object Hallucination in Large Vision-Language Models,
+    POPE tells the share next to accuracy (Li et al., Evaluating Object Hallucination in Large Vision-Language Models,
     EMNLP 2023), and a language prior that takes over shows in it (M3ID: Favero et al., Multi-Modal Hallucination
     Control by Visual Information Grounding, CVPR 2024).
     """

@@ -1,5 +1,5 @@
-"""What the command line asks of the gate, as functions that a Python prompt can call too: `ratchet gate run`, `gate
-report` and `gate pairs`, and the scores by which `ratchet tune` judges half precision.
+"""The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and the scores by
+which `ratchet tune` judges half precision.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:
 
 @dataclass(frozen=True, slots=True)
 class EngineScore:
-    """What the base alone scores on one suite, in [0, 1]."""
+    """Scores of the base alone on one suite, in [0, 1]."""
 
     suite: str
     items: int
@@ -192,12 +192,12 @@ class EngineScore:
 
     @property
     def within_noise(self) -> bool:
-        """Whether both scores are equal but for what other items would have changed as well."""
+        """True if the scores differ by no more than other items would have made of them."""
         return abs(self.served - self.float32) <= self.noise
 
 
 def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
-    """The base's scores by an engine beside those by torch in float32: what is gated is what is served.
+    """The base's scores by an engine and by torch in float32: what is gated is what is served.
 
     Raises:
         GateError: an image of a suite cannot be read.

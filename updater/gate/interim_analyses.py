@@ -10,7 +10,7 @@ A look is one gate run whose tests could be made. Two rules keep the chance of a
   ones; a suite whose items stay the same is tested more strictly than needed (Slepian's inequality).
 - *Over the candidates* since the last release the tests for a gain have a series of shares that sums to alpha
   (:func:`candidate_alpha`). A candidate takes its share with its first look. What later looks did not spend of it goes
-  to nobody: whether there were any may depend on the answers, and then a share that is handed on is no chance any more.
+  to none: whether there were any may depend on the answers, and then a share that is handed on is no chance any more.
 
 The tests that exclude a loss have the whole alpha for each candidate, and share it over its looks alone. Retention
 suites have as many items as they have: under shares that go to zero an updater whose first candidates failed could
@@ -58,11 +58,11 @@ class InterimAnalysis:
     needed: int
     """Those of the last look, set with the first."""
     alpha: float
-    """What all looks at this candidate may spend together on its gain."""
+    """Budget of all looks at this candidate together for its gain."""
     level: float
     """Of the test for a gain: p values up to it are significant."""
     loss_alpha: float
-    """What all looks may spend together on each test that excludes a loss."""
+    """Budget of all looks together for each test that excludes a loss."""
     loss_level: float
     """Of each such test of this look."""
     before: float
@@ -79,12 +79,12 @@ class InterimAnalysis:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is settled about a candidate before its answers are looked at."""
+    """Everything that is settled about a candidate before its answers are looked at."""
 
     alpha: float
-    """What all looks at it may spend together on its gain."""
+    """Budget of all looks at it together for its gain."""
     loss_alpha: float
-    """What they may spend on each test that excludes a loss: ``gate.alpha``."""
+    """Their budget for each test that excludes a loss: ``gate.alpha``."""
     needed: int
     """Independent items of its last look."""
     tested: tuple[int, ...] = ()
@@ -111,7 +111,7 @@ class Plan:
 
 
 def candidate_alpha(alpha: float, candidates: int) -> float:
-    """What all looks at one candidate may spend on its gain, when `candidates` were looked at since the last release.
+    """The alpha that all looks at a candidate may spend on its gain, after `candidates` others since the last release.
 
     The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many candidates: however long an updater tries,
     the chance that one without a gain slips in before the next release stays below alpha. It starts at 0.61 alpha and
@@ -123,7 +123,7 @@ def candidate_alpha(alpha: float, candidates: int) -> float:
 
 
 def alpha_left(alpha: float, candidates: int) -> float:
-    """What is left for further candidates when so many have taken their shares since the last release."""
+    """The alpha left for further candidates when so many have taken their shares since the last release."""
     return alpha - sum(candidate_alpha(alpha, k) for k in range(candidates))
 
 
@@ -145,7 +145,7 @@ def needed_items(
 
 
 def spending(alpha: float, fraction: float) -> float:
-    """What may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
+    """The alpha that may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
     if fraction <= 0.0:
         return 0.0
     return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(min(1.0, fraction))))
@@ -173,7 +173,7 @@ def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:
 
 
 def _bound(places: NDArray[np.float64], masses: NDArray[np.float64], deviation: float, chance: float) -> float:
-    """What the motion exceeds after one more step with this chance."""
+    """The bound that the motion exceeds after one more step with this chance."""
 
     def excess(bound: float) -> float:
         return float(stats.norm.sf(bound, places, deviation) @ masses) - chance

@@ -40,7 +40,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def render_body(report: Mapping[str, Any]) -> str:
-    """What the page shows, for inclusion in another one that links :func:`styles`. Nothing in it is styled in place."""
+    """The body of the page, for inclusion in another one that links :func:`styles`. Nothing is styled in place."""
     return _fill("verdict.html", report)
 
 
@@ -116,7 +116,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Time", report["created_at"]),
     ]
     if (crossing := report["cross_version"]) is not None:
-        rows.append(("Search while the catalog is embedded anew", _crossing(crossing)))
+        rows.append(("Search while the catalog is embedded again", _crossing(crossing)))
     meta.pop("load_error", None)
     return [*rows, *((key.replace("_", " ").capitalize(), _value(value)) for key, value in meta.items())]
 

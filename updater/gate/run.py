@@ -62,13 +62,13 @@ class Evaluator(Protocol[M]):
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
-        """How the candidate's texts find images that the incumbent embedded. None where that is no question."""
+        """Recall of the candidate's texts among images that the incumbent embedded. None where that says nothing."""
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
         """Diagnostics of this family, after all suites were scored."""
 
     def chance(self, suite: Suite) -> float:
-        """What guessing scores."""
+        """Score of guessing."""
 
     def regressions(self, suite: Suite, before: M, after: M) -> tuple[Regression, ...]:
         """Items that were right before and are wrong now."""
@@ -191,7 +191,7 @@ def _suites(
     settings: GateSettings,
     look: InterimAnalysis,
 ) -> tuple[Findings, list[Check], list[Scores]]:
-    """What the suites say, checks of the answers, and the answers; none of those where the candidate failed."""
+    """Ask all suites: results, checks of the answers, and the answers; none of those where the candidate failed."""
     scores: list[Scores] = []
     for number, suite in enumerate(suites, start=1):
         say(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")

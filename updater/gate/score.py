@@ -143,7 +143,7 @@ class Scorer:
     ) -> Iterator[tuple[Sequence[T], Vectors]]:
         """Batches with their vectors, in order, on as many threads as torch was given, each computing alone.
 
-        Several threads in one forward pass wait for each other at every layer; beside a busy server that made a gate
+        Several threads in one forward pass wait for each other at every layer; next to a busy server that made a gate
         run four times as long. Whole batches side by side have nothing to wait for.
         """
         threads = torch.get_num_threads() if self.engine.device.type == "cpu" else 1
@@ -232,7 +232,7 @@ def prompt(template: str, suite: Suite, label: str) -> str:
 
 
 def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """How many wrong answers do not score below the best right one. Both arrays have shape [n, choices].
+    """The number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices].
 
     "Not below" and not "above": a tie or a NaN on either side counts against the model.
     """
@@ -269,7 +269,7 @@ def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
-    """The arrays of these names, or None if there is no file or it is damaged (it is then written anew)."""
+    """The arrays of these names, or None if there is no file or it is damaged (it is then written again)."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in names]

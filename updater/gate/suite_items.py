@@ -29,7 +29,7 @@ Half = Literal["all", "tuning", "hidden"]
 Result = TypeVar("Result")
 T = TypeVar("T")
 SAMPLE = "sample/"
-"""What the source of an item begins with that is a sample of the store; that of a folder is an absolute path."""
+"""Begins the source of an item that is a sample of the store; that of a folder is an absolute path."""
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_WORDS)}}
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -57,7 +57,7 @@ class Item:
     text: str
     """The caption; the class label in a classification suite; the question in a VQA suite."""
     key: str
-    """What decides the half: items of one concept are all tuned on, or all hidden."""
+    """Decides the half: items of one concept are all tuned on, or all hidden."""
     name: str
     """The image's place inside its folder, which survives a move of the home folder."""
     source: str
@@ -66,7 +66,7 @@ class Item:
     answers: tuple[str, ...] = ()
     """Reference answers of a question, as many as people gave; the main one comes first."""
     concept: str = ""
-    """What is shown, in words; empty where the data name none."""
+    """The thing shown, in words; empty where the data name none."""
 
     @property
     def sample_id(self) -> str:
@@ -159,7 +159,7 @@ def open_picture(item: Item) -> Image.Image:
 
 
 def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
-    """What ``read`` makes of the item's image. Raises GateError naming the item."""
+    """Apply ``read`` to the item's image. Raises GateError naming the item."""
     try:
         return read(open_accepted(item.read()))
     except (OSError, RecordError) as error:
@@ -181,7 +181,7 @@ def normalise(answer: str) -> str:
 
 
 def grade(metric: str, answer: str, references: Sequence[str]) -> float:
-    """What an answer earns, in [0, 1].
+    """Score of an answer, in [0, 1].
 
     exact_match   1 if it equals a reference
     vqa_accuracy  with three references or more: a third for each that it equals, at most 1; else as exact_match

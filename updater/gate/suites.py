@@ -51,13 +51,13 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
     "retrieval": ("recall@5", "recall@1", "recall@10"),
     "vqa": ("exact_match", "vqa_accuracy", "yes_no"),
 }
-"""What can be measured of each task; the first is taken where a suite names none."""
+"""Metrics of each task; the first is taken where a suite names none."""
 VIEWS: dict[Task, tuple[str, ...]] = {
     "classification": ("class",),
     "retrieval": ("image to text", "text to image"),
     "vqa": ("answer",),
 }
-"""What one item is asked."""
+"""Questions to one item."""
 
 
 class Suite(BaseModel):
@@ -126,7 +126,7 @@ class Suite(BaseModel):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """What one item is asked: its class, its text by image and its image by text, or its question."""
+        """The questions to one item: its class, its text by image and its image by text, or its question."""
         return VIEWS[self.task]
 
     @property
@@ -148,7 +148,7 @@ class Suite(BaseModel):
         return self._home / "cache" / "gate" if self._home else None
 
     def divisible(self, min_items: int) -> bool:
-        """Whether both halves have items enough to say something; else the suite stays whole for the gate."""
+        """True if both halves have items enough to say something; else the suite stays whole for the gate."""
         halves: tuple[Half, Half] = ("tuning", "hidden")
         self.items()  # read once: both halves are made of it
         return all(len(self.half(half).items()) >= max(min_items, 2) for half in halves)

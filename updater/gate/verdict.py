@@ -15,9 +15,9 @@ from updater.gate.interim_analyses import InterimAnalysis, alpha_left
 
 Decision = Literal["passed", "failed", "inconclusive"]
 TAIL_BINS = ("never", "1-9", "10-99", "100+")
-"""How often a concept was seen, the rarest first."""
+"""Bins by the number of times that a concept was seen, the rarest first."""
 PAIR_CHANCE = 0.25
-"""What guessing gets of pairs: both of two."""
+"""Score of guessing pairs: both of two."""
 YES_BOUND = 0.1
 """A share of "yes" that moved away from the truth by more than this is a warning."""
 
@@ -45,7 +45,7 @@ class Regression:
     text: str
     """Caption, class or question."""
     view: str
-    """How it was asked: "class", "image to text", "text to image" or "answer"."""
+    """The question: "class", "image to text", "text to image" or "answer"."""
     rank_before: int
     """0-based rank of the right answer; 0 is right. Of a free answer 0 if it is right, 1 if it is not."""
     rank_after: int
@@ -67,7 +67,7 @@ class Change:
     """One quantity before and after, over one suite or several."""
 
     name: str
-    """What is measured: a metric, or the rank statistic."""
+    """The quantity: a metric, or the rank statistic."""
     before: float
     after: float
     difference: float
@@ -80,7 +80,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class PooledGain:
-    """What all gain suites say together; it decides whether there is a gain."""
+    """The test over all gain suites together; it decides whether there is a gain."""
 
     decision: Decision
     reason: str
@@ -90,7 +90,7 @@ class PooledGain:
     strata: dict[str, int]
     """Units of each suite: its weight in the mean."""
     statistic: Change
-    """What must become better."""
+    """The measure that must become better."""
     recall: Change
     """The metric that users see; a loss of `margin` must be excluded."""
     margin: float
@@ -103,13 +103,13 @@ class PooledGain:
     """The same of `recall`."""
 
     def summary(self) -> dict[str, Any]:
-        """What the ledger keeps."""
+        """The part that the ledger keeps."""
         return {name: value for name, value in asdict(self).items() if name not in ("reason", "n", "alpha", "method")}
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """What one suite found. Scores and differences are shares (0.05 = 5 points)."""
+    """The result of one suite. Scores and differences are shares (0.05 = 5 points)."""
 
     name: str
     role: str
@@ -146,7 +146,7 @@ class SuiteResult:
     needed: int
     """Items with which non-inferiority could be expected to be shown, had nothing changed; 0 for gain suites."""
     chance: float = 0.0
-    """What guessing would score."""
+    """Score of guessing."""
     by_view: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Score before and after for each way of asking."""
     improved: int = 0
@@ -164,12 +164,12 @@ class SuiteResult:
 
     @property
     def margin_left(self) -> float | None:
-        """What the worst of the lower bounds leaves of the margin; below 0 it is used up. None for a gain suite."""
+        """The part of the margin that the lowest bound leaves; below 0 it is used up. None for a gain suite."""
         lows = [self.ci_low, self.ci_base_low, *([self.best_release.ci_low] if self.best_release else [])]
         return min(lows) + self.margin if self.role == "retention" else None
 
     def summary(self) -> dict[str, Any]:
-        """What the ledger keeps."""
+        """The part that the ledger keeps."""
         names = ("role", "metric", "n", "units", "base", "before", "after", "difference", "margin", "margin_left")
         changes = {name: getattr(self, name) for name in ("statistic", "recall", "best_release")}
         return {
@@ -201,17 +201,17 @@ class CrossVersion:
 
     @property
     def allowed(self) -> bool:
-        """Whether searches may begin before the backfill: a loss of the margin is excluded."""
+        """True if searches may begin before the backfill: a loss of the margin is excluded."""
         return self.ci_low > -self.margin
 
     def summary(self) -> dict[str, float | int | bool]:
-        """What the ledger keeps."""
+        """The part that the ledger keeps."""
         return {**asdict(self), "allowed": self.allowed}
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """The candidate beside the incumbent. The interval holds 90%: 5% lie beyond each of its ends."""
+    """The candidate compared with the incumbent. The interval holds 90%: 5% lie beyond each of its ends."""
 
     before: float
     after: float
@@ -263,7 +263,7 @@ class ShownPair:
     image_similarity: float
     """Cosine of both images by the base."""
     right_before: bool
-    """Whether the incumbent did."""
+    """The incumbent did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +281,7 @@ class PairAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class YesShare:
-    """How often a VLM's answer to the yes/no questions of a suite begins with yes."""
+    """Shares of a VLM's answers to the yes/no questions of a suite that begin with yes."""
 
     n: int
     truth: float
@@ -312,7 +312,7 @@ class TowerShift:
 
 @dataclass(frozen=True, slots=True)
 class FeatureShift:
-    """How far an update moved the features of both towers, and how they lie to each other."""
+    """Distances that an update moved the features of both towers, and between them."""
 
     towers: dict[str, TowerShift]
     """Of "image" and "text"."""
@@ -332,10 +332,10 @@ class Diagnostics:
     """By suite with yes/no questions."""
     shift: FeatureShift | None = None
     warnings: tuple[str, ...] = ()
-    """What an operator should look at; also what could not be computed."""
+    """For an operator to look at; also about measurements that failed."""
 
     def summary(self) -> dict[str, Any]:
-        """What the ledger keeps: without the pairs that are shown."""
+        """The part that the ledger keeps: without the pairs that are shown."""
         value = asdict(self)
         for pair in value["pairs"].values():
             del pair["shown"]
@@ -366,14 +366,14 @@ class Verdict:
     cost: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     cross_version: CrossVersion | None = None
-    """How the candidate's texts find images that the incumbent embedded; None where the image tower is the same."""
+    """Recall of the candidate's texts among images that the incumbent embedded; None where both have one image tower."""
     gain: PooledGain | None = None
     """The test over all gain suites; None where there is none, or nothing was scored."""
     spent: bool = True
-    """Whether the look was made, and spent its part of alpha: it could have passed by its tests. False where a check
+    """True if the look was made, and spent its part of alpha: it could have passed by its tests. False where a check
     that looks at no answers failed, or there were too few items for a test that a pass needs."""
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
-    """What is told beside, and decides nothing."""
+    """They decide nothing."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
@@ -403,7 +403,7 @@ class Verdict:
         return {name: jsonable(value) for name, value in everything.items()}
 
     def summary(self) -> dict[str, Any]:
-        """What the ledger keeps: short, without thumbnails."""
+        """The part that the ledger keeps: short, without thumbnails."""
         kept: dict[str, Any] = {
             "outcome": self.outcome,
             "reasons": self.reasons,

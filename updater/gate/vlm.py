@@ -1,4 +1,4 @@
-"""How a vision-language model is gated: it is asked questions about images, through the engine that serves it.
+"""Gates a vision-language model: it is asked questions about images, through the engine that serves it.
 
 All questions of a suite are asked at once (the engine batches them) and greedily. Each answer is asked for once: the
 checks and the suites share what came, and what a base or an incumbent said to a suite is kept on disk.
@@ -54,7 +54,7 @@ class Answers:
     texts: tuple[str, ...]
     """As the model gave them; empty where a log-probability was not finite."""
     hits: NDArray[np.float64]
-    """What each earned, in [0, 1]: [n, 1]."""
+    """Score of each, in [0, 1]: [n, 1]."""
     ranks: None = None
     """An answer in words has none."""
 
@@ -84,7 +84,7 @@ class VlmEvaluator:
         self._directories[name] = directory
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Answers:
-        """What one model earns. Raises GateError: the engine died, or a question or an image cannot be asked."""
+        """One model's answers with their scores. Raises GateError: the engine died, or an item cannot be asked."""
         items, folder = suite.items(), self.cache or suite.cache
         ids = np.array([item.id for item in items], dtype=np.str_)
 
@@ -102,7 +102,7 @@ class VlmEvaluator:
         return Answers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
 
     def chance(self, suite: Suite) -> float:
-        """What the most common answer earns when it is given to every question."""
+        """Score of the most common answer when it is given to every question."""
         return majority(str(suite.metric), [item.answers for item in suite.items()])[1]
 
     def cross_version(
@@ -111,7 +111,7 @@ class VlmEvaluator:
         """None: nothing that it computes is kept."""
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """The share of "yes" beside yes/no questions."""
+        """The share of "yes" to yes/no questions."""
         shares = {
             each.suite.name: yes_share(each.suite, each.base.texts, each.before.texts, each.after.texts)
             for each in scores
@@ -255,8 +255,9 @@ class VlmEvaluator:
 
 @contextmanager
 def _living(doing: str) -> Iterator[None]:
-    """An engine that dies is no fault of the candidate: the update waits, and is judged again. Nor is a question that
-    the engine does not take."""
+    """Turn the death of the engine into a GateError: it is not the candidate's fault, so the update waits, and is judged
+    again. The same for a question that the engine does not take.
+    """
     try:
         yield
     except InvalidRequest as error:

@@ -1,4 +1,4 @@
-"""Another CLIP base: an upgrade that learns anew what was learned on the old one, and the release that switches to it.
+"""Another CLIP base: an upgrade that learns again what was learned on the old one, and the release that switches to it.
 
 An upgrade is an update whose data begin at nothing, and end where the live adapter's do. The updater trains, judges and
 stores it as its own; what it passes is not proposed, because the encoders that run have the old base: a switch releases
@@ -53,7 +53,7 @@ SUFFIX = ".upgrade"
 
 @dataclass(frozen=True)
 class UpgradePlan:
-    """What an upgrade would train, and what it would cost."""
+    """Data, recipe and cost of an upgrade."""
 
     old: ClipBase
     new: ClipBase
@@ -96,7 +96,7 @@ class UpgradePlan:
 
 
 def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> UpgradePlan:
-    """What an upgrade from the live base to the registered base ``name`` would train and cost; nothing is recorded.
+    """Plan an upgrade from the live base to the registered base ``name``, and measure its cost; nothing is recorded.
 
     Data are what the live adapter has learned; where that is nothing, all that is in the store. The recipe is the one
     of the settings, with steps enough to visit each sample once. One batch is measured on the new base, which takes
@@ -253,7 +253,7 @@ def cancel_upgrade(settings: Settings, name: str) -> UpdateRow:
 
 @dataclass(frozen=True)
 class Switch:
-    """What would be released."""
+    """A release that would change the base."""
 
     live: ReleaseRow
     live_base: str
@@ -264,7 +264,7 @@ class Switch:
 
 
 def plan_switch(settings: Settings, ledger: Ledger, name: str) -> Switch:
-    """What a switch to the base ``name`` would release: the newest upgrade to it that passed the gate or, where there
+    """Find the release of a switch to the base ``name``: the newest upgrade to it that passed the gate or, where there
     is none, the adapter of its newest plain release.
 
     Raises:

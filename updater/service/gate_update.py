@@ -151,11 +151,11 @@ def _family(update: UpdateRow) -> Family:
 def update_suites(
     settings: Settings, store: SampleStore, update: UpdateRow, learned: Mapping[str, int] | None = None
 ) -> tuple[list[Suite], list[Suite]]:
-    """What an update is judged by: the suites of its family with those of what was learned before, and fresh ones.
+    """The suites that judge an update: those of its family with those of what was learned before, and fresh ones.
 
     Args:
         learned: where the data end that the updates which led to the incumbent have learned; by default where the
-            update's own begin. Of one that learns them anew, held-out samples of them are in both kinds of suite.
+            update's own begin. Of one that learns them again, held-out samples of them are in both kinds of suite.
 
     Raises GateError when a suite cannot be read.
     """

@@ -1,4 +1,4 @@
-"""How learning stands: fresh items and alpha of each model, what is missing to judge an update or to hold it in place,
+"""The state of learning: fresh items and alpha of each model, what is missing to judge an update or hold it in place,
 and the gauges of what the ledger knows.
 
 The last verdict and the last update's cost stay true when the updater restarts, and when another process made them
@@ -41,7 +41,7 @@ class LearningState:
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
     lacks: str = ""
-    """What is missing to judge an update, so that none begins."""
+    """The part that is missing to judge an update, so that none begins."""
 
     @property
     def spent(self) -> float:
@@ -159,7 +159,7 @@ class LedgerMetrics:
 
 
 def export_budget(settings: Settings, ledger: Ledger) -> None:
-    """How full the bucket is, and what the next update takes from it."""
+    """Export the level of the bucket, and the share that the next update takes from it."""
     rate, capacity = triggers.bucket(settings)
     level = ledger.bucket_level(time.time(), rate, capacity)
     metrics.update.budget(level, capacity, triggers.planned_gflops(settings))

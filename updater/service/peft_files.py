@@ -44,7 +44,7 @@ NAMED: Final = 10
 """Names in an error; of the others the number is told."""
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _OUR_TARGETS = re.compile(r"\(\?:[\w\\.|-]*\)")
-"""What the trainer writes: alternatives of escaped names. No other expression from outside is kept."""
+"""Targets as the trainer writes them: alternatives of escaped names. No other expression from outside is kept."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _PLAIN_START = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base's weights as they are; PiSSA, OLoRA, CorDA, MiCA, LoftQ and
@@ -64,7 +64,7 @@ _OTHER_BASE = "It was trained for another model: import it where that is the bas
 
 @dataclass(frozen=True)
 class Named:
-    """What a directory says of itself in ``ratchet.json``; all None where there is none, as in one that PEFT wrote."""
+    """A directory's own description in ``ratchet.json``; all None where there is none, as in one that PEFT wrote."""
 
     family: str | None = None
     base_digest: str | None = None
@@ -244,7 +244,7 @@ def _plain(files: AdapterFiles) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 def _targets(targets: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Names stay; an expression only where the trainer wrote it. No other regular expression from outside reaches
-    whoever reads the adapter later: the names of the layers that the tensors are of stand for it.
+    any program that reads the adapter later: the names of the layers that the tensors are of stand for it.
     """
     if (isinstance(targets, str) and _OUR_TARGETS.fullmatch(targets)) or (isinstance(targets, list) and targets):
         return targets

@@ -151,7 +151,7 @@ def _with_heads(
 
 
 def _carry_over(artifacts: Artifacts, incumbent: str | None) -> Path | None:
-    """What the update that made the incumbent left behind, if it left something."""
+    """The files that the update of the incumbent left for the next one, if there are any."""
     key = f"memories/{incumbent}"
     return artifacts.fetch(key) if incumbent and artifacts.exists(key) else None
 

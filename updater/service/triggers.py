@@ -48,12 +48,12 @@ ONLY_LOOK = "only_look"
 
 @dataclass(frozen=True)
 class Learned:
-    """How far a model has learned from the store."""
+    """The part of the store that a model has learned."""
 
     updates: list[UpdateRow]
     """Of its family, the newest first."""
     incumbent: str | None
-    """The adapter that updates begin from and are compared with (beside a canary, the stable one); None is the base."""
+    """The adapter that updates begin from and are compared with (during a canary, the stable one); None is the base."""
     data_from: dict[str, int]
     """Where the data end that the incumbent has learned; after a rollback that is further back, and an imported adapter
     has learned none of it."""
@@ -100,7 +100,7 @@ class FreshItems:
 
     @property
     def enough(self) -> bool:
-        """Whether the wait is over."""
+        """True when the wait is over."""
         return self.items >= (self.needed if self.candidate is None else self.candidate.next_items)
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ class Waiting:
 def decide(
     settings: Settings, ledger: Ledger, store: SampleStore, recipe: Recipe, *, now: bool = False, retry: bool = False
 ) -> Ready | Reevaluate | Waiting:
-    """Whether an update of the recipe's family begins.
+    """Decide if an update of the recipe's family begins.
 
     Data to learn is what the live adapter has not learned: everything after the update that made it that a family can
     learn from. The trigger counts only what came after the last finished update of this recipe, so that rejected data
@@ -202,7 +202,7 @@ def decide(
 
 
 def waits_for_release(ledger: Ledger, family: Family) -> str | None:
-    """Why nothing of a family may be trained or judged now: what it is compared with is not decided."""
+    """The reason to train and judge nothing of a family now: what it is compared with is not decided. None: go on."""
     own = {update.id for update in ledger.updates(HISTORY, family)}
     open_proposals = [p for p in ledger.pending_proposals() if p.update_id in own]
     if open_proposals:
@@ -231,7 +231,7 @@ def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int], hav
 
 
 def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
-    """Whether no fresh item has come for long since a candidate was asked: there may be none any more."""
+    """True if no fresh item has come for long since a candidate was asked: there may be none any more."""
     assert fresh.candidate is not None
     age = (datetime.now(UTC) - fresh.candidate.verdict.created_at.astimezone(UTC)).total_seconds()
     return fresh.items <= fresh.candidate.seen and age >= settings.updater.max_wait_seconds
@@ -241,7 +241,7 @@ def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
 
 
 def planned_gflops(settings: Settings) -> float:
-    """What one update is charged before it trains; the difference to what it spent goes back after."""
+    """The charge of one update before it trains; the difference to what it spent goes back after."""
     return min(settings.budget.gflops_per_update, settings.budget.gflops_per_day)
 
 
@@ -251,7 +251,7 @@ def bucket(settings: Settings) -> tuple[float, float]:
 
 
 def affordability(settings: Settings, family: Family, needed: float) -> dict[str, Any]:
-    """What the ledger keeps of an update whose budget did not pay for one step: none like it begins again."""
+    """The ledger's note of an update whose budget did not pay for one step: none like it begins again."""
     return {NEEDED: needed, "base": _base_name(settings, family)}
 
 
@@ -334,7 +334,7 @@ def split_id(update_id: str) -> tuple[str, int]:
 
 
 def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow | None, *, halved: bool) -> Plan:
-    """What is settled about a candidate before its next look; the first look settles it for all.
+    """Settle a candidate's plan before its next look; the first look settles it for all.
 
     Args:
         update: the look; None: of a candidate that will be trained.

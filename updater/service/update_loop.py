@@ -74,7 +74,7 @@ ASK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one call of :meth:`UpdaterService.step` did: nothing (``update`` is None), or one whole update."""
+    """The result of :meth:`UpdaterService.step`: nothing (``update`` is None), or one whole update."""
 
     update: UpdateRow | None
     reason: str
@@ -201,7 +201,7 @@ class UpdaterService:
         return StepResult(done, done.error or done.state)
 
     def _lacks(self, recipe: Recipe, ready: Ready) -> str:
-        """What is missing to hold an update in place and to judge it: nothing is spent before it is there."""
+        """Name what is missing to hold an update in place and to judge it: nothing is spent before it is there."""
         try:
             check_suites(self.settings, recipe.family, learned=bool(ready.learned.data_from))
             if recipe.mixture.reference > 0:
@@ -213,7 +213,7 @@ class UpdaterService:
         return ""
 
     def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
-        """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""
+        """The reason to train nothing now. An upgrade needs both of its bases: one may be pulled again."""
         home = self.settings.home
         if upgrade is None:
             return waits_for_base(self.ledger, home, self.bases[family])
@@ -346,7 +346,7 @@ class UpdaterService:
         return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)
 
     def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
-        """After an error that nobody expected: the update is tried again, and fails after :data:`ATTEMPTS`.
+        """Handle an error that is none of Ratchet's: the update is tried again, and fails after :data:`ATTEMPTS`.
 
         Raises TrainingError where it is tried again.
         """
@@ -375,14 +375,14 @@ class UpdaterService:
         self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
 
     def _place(self, update: UpdateRow) -> str:
-        """How far an update has come: its state, its last checkpoint, and what is prepared."""
+        """The progress of an update: its state, its last checkpoint, and what is prepared."""
         work = self.work_dir(update)
         checkpoint = work / CHECKPOINT
         saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
         return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
 
     def _is_ended(self, update_id: str) -> bool:
-        """Whether an operator has ended an update, or a deletion waited too long for it; asked now and then."""
+        """True if an operator has ended an update, or a deletion waited too long for it; asked now and then."""
         if time.monotonic() - self._asked < ASK_SECONDS:
             return False
         self._asked = time.monotonic()
@@ -391,7 +391,7 @@ class UpdaterService:
         return False
 
     def _data_is_gone(self, update: UpdateRow) -> bool:
-        """Whether the store has forgotten the version that an update was pinned to."""
+        """True if the store has forgotten the version that an update was pinned to."""
         latest = self.store.version()  # raises when the store cannot be read at all
         try:
             self.store.count(version=update.store_version)
@@ -419,7 +419,7 @@ class UpdaterService:
 
 
 def waits_for_base(ledger: Ledger, home: Path, base: Base) -> str | None:
-    """Why nothing is trained on a base now: the live release has another one, or an upgrade waits to be released."""
+    """The reason to train nothing on a base now: the live release has another one, or an upgrade waits for its own."""
     if not isinstance(base, ClipBase):
         return None
     stable = ledger.stable()
