@@ -366,7 +366,7 @@ class Verdict:
     cost: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     cross_version: CrossVersion | None = None
-    """Recall of the candidate's texts among images that the incumbent embedded; None where both have one image tower."""
+    """Recall of the candidate's texts among images that the incumbent embedded; None where they share the tower."""
     gain: PooledGain | None = None
     """The test over all gain suites; None where there is none, or nothing was scored."""
     spent: bool = True
