@@ -141,7 +141,6 @@ def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: 
         "idle": at.idle,
         "threads": at.threads,
         "duty_cycle": at.duty_cycle,
-        "least_duty_cycle": at.least_duty_cycle,
         "max_latency_ratio": at.max_latency_ratio,
         "base": settings.base.clip,
         "machine": machine(),

@@ -124,8 +124,9 @@ def _served(folder: Path, found: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _judged(evaluator: VlmEvaluator, name: str, kind: str) -> dict[str, Any]:
+    fresh = fresh_suites(_table(), _Pictures(), family="vlm")
     verdict = run_gate(
-        evaluator=evaluator, candidate=name, incumbent=None, suites=[], fresh=fresh_suites(_table(), family="vlm"),
+        evaluator=evaluator, candidate=name, incumbent=None, suites=[], fresh=fresh,
         plan=Plan.alone(GATE.alpha), settings=GATE, meta={"rank": 8, "bytes": 50_000},
     )  # fmt: skip
     checks = {check.name: check for check in verdict.checks}
@@ -139,12 +140,22 @@ def _answers(vlm: SyncVlm, asks: Sequence[GenerationRequest], adapter: str | Non
     return [list(reply.tokens) for reply in vlm.replies(asks, adapter, label="answers")]
 
 
+class _Pictures:
+    """Images of :func:`_table`."""
+
+    def expect(self, ids: Sequence[str]) -> None:
+        """They are drawn when they are asked for."""
+
+    def __call__(self, sample: str) -> bytes:
+        return encoded_square(int(sample.removeprefix("new-")))
+
+
 def _table() -> pa.Table:
     """Rows of the sample store that no update saw."""
     numbers = range(1000, 1000 + PICTURES)
     return pa.table(
         {
-            "id": [f"new-{n}" for n in numbers], "image": [encoded_square(n) for n in numbers], "text": [""] * PICTURES,
+            "id": [f"new-{n}" for n in numbers], "text": [""] * PICTURES,
             "question": [ASKED] * PICTURES, "answer": [colour_of(n) for n in numbers], "domain": ["new"] * PICTURES,
             "concept": [""] * PICTURES,
         }

@@ -36,7 +36,7 @@ from core.progress import track
 from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from streams.publish.folders import read_folder
-from updater.bases.reference import reference_folders
+from updater.bases import reference_folders
 from updater.data.mixture import BatchPlan, plan_batches
 from updater.data.pools import Pair, Pools
 from updater.families import make_learner

@@ -30,7 +30,7 @@ from core.progress import step
 from core.settings import Settings
 from streams.publish.folders import FolderItem, write_folder
 from tests.support.inputs import pictures
-from updater.bases.reference import reference_folders
+from updater.bases import reference_folders
 from updater.service.triggers import planned_gflops
 
 SUITE_ITEMS = 120

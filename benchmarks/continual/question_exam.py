@@ -19,7 +19,7 @@ from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.open import SyncVlm
 from serving.engines.vlm.vlm_base import VlmBase
-from updater.gate.answers import grade
+from updater.gate.suite_items import grade
 from updater.training.checkpoint import write_json
 
 TOKENS = 12

@@ -74,7 +74,7 @@ class Asked:
 
     @property
     def metric(self) -> str:
-        """How it is graded, see :func:`updater.gate.answers.grade`."""
+        """How it is graded, see :func:`updater.gate.suite_items.grade`."""
         return "yes_no" if self.answers[0] in ("yes", "no") else "exact_match"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.gate.plans import KNOWN, Plan
 from core.digests import digest_json
 from streams.publish.folders import FolderItem, read_folder
-from updater.bases.reference import REFERENCE
+from updater.bases import REFERENCE
 from updater.data.pools import Pair, Pools
 
 REFERENCE_PAIRS = 160

@@ -108,7 +108,13 @@ class Workshop:
     def _answers(self, adapter: str, directory: Path) -> dict[str, Answers]:
         self.engine.load(adapter, directory)
         ranks = self._ranks(adapter)
-        self.scorer.forget(adapter)
+        own, base = self.engine.spaces(adapter), self.engine.spaces(None)
+        for known, space, shared in (
+            (self.scorer._images, own.image, base.image),
+            (self.scorer._texts, own.text, base.text),
+        ):
+            if space != shared:
+                known.pop(space, None)
         self.engine.unload(adapter)
         return ranks
 

@@ -12,7 +12,7 @@ from benchmarks.gate.cases import Answers, item_scores_of
 from benchmarks.lifetime.world import Model, World
 from core.settings.updates import Gate
 from updater.gate.decision import Findings, Scores, decide
-from updater.gate.interim_analyses import Look
+from updater.gate.interim_analyses import InterimAnalysis
 from updater.gate.sample_suites import choose_memory, fresh_suites, memory_suites
 from updater.gate.suites import Suite
 
@@ -69,7 +69,7 @@ def findings_of(
     incumbent: Model,
     candidate: Model,
     best: Mapping[str, tuple[str, Model]],
-    look: Look,
+    look: InterimAnalysis,
     settings: Gate,
     *,
     ranked: bool = True,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from core.ledger import VerdictRow
 from core.settings.updates import Gate
-from updater.gate.interim_analyses import Look, Plan, candidate_alpha, needed_items
-from updater.service.kept_candidates import spread
+from updater.gate.interim_analyses import InterimAnalysis, Plan, candidate_alpha, needed_items
+from updater.service.triggers import spread
 
 PATIENCE = 4
 """Triggers that a new sample waits, at most, for the items that a gain needs: as many as `updater.max_wait_seconds` has
@@ -45,12 +45,12 @@ class Schedule:
         if not self.waiting:
             return Plan(alpha, self.settings.alpha, 1, (), self.candidates, only=True)
         needed = needed_items(
-            spread(self.verdicts), detect=self.settings.detect, alpha=alpha, power=self.settings.power,
+            spread(self.verdicts), detect=self.settings.detect, alpha=alpha,
             fewest=self.settings.min_items, most=self.settings.max_items,
         )  # fmt: skip
         return Plan(alpha, self.settings.alpha, needed, (), self.candidates)
 
-    def triggered(self, items: int) -> Look | None:
+    def triggered(self, items: int) -> InterimAnalysis | None:
         """A trigger has come: the look that is made with so many fresh items; None: wait."""
         if self.due is not None:
             assert self._plan is not None, "it was asked before"
@@ -62,7 +62,7 @@ class Schedule:
         self._plan, self._waited = plan, 0
         return plan.look(items)
 
-    def looked(self, look: Look, verdict: VerdictRow, *, tested: bool) -> None:
+    def looked(self, look: InterimAnalysis, verdict: VerdictRow, *, tested: bool) -> None:
         """A look was made. ``tested``: whether its tests could be made, so that it has spent."""
         assert self._plan is not None, "it was planned"
         self.verdicts.insert(0, verdict)

@@ -12,9 +12,9 @@ from benchmarks.lifetime.schedule import Schedule
 from benchmarks.lifetime.world import FORGOTTEN, ITEMS, Model, World
 from core.ledger import VerdictRow
 from core.settings.updates import Gate
-from updater.gate.best_releases import best_by_suite
 from updater.gate.decision import conclude
-from updater.gate.interim_analyses import Look
+from updater.gate.interim_analyses import InterimAnalysis
+from updater.gate.sample_suites import best_by_suite
 
 TRIGGERS = 12
 """After so many the stream brings something else."""
@@ -173,7 +173,7 @@ class Stream:
             for domain in self.world.static
         )
 
-    def _judge(self, candidate: Model, look: Look) -> tuple[VerdictRow, bool]:
+    def _judge(self, candidate: Model, look: InterimAnalysis) -> tuple[VerdictRow, bool]:
         """The verdict, and whether its tests could be made."""
         suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
         findings = findings_of(

@@ -51,11 +51,9 @@ class Updater(Section):
     work_gib: float = Field(
         16.0, gt=0, description="Disk that one update may take in home/updates for what it computes once per sample."
     )
-    poll_seconds: float = Field(5.0, gt=0, description="How often the triggers are checked.")
     reference: list[Path] = Field(
         default_factory=list, description="Folder datasets of the reference pool; unset: the shipped base's own."
     )
-    seed: int = Field(0, ge=0, description="Seed of training.")
     threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer, of each of its workers.")
     workers: int = Field(
         1,
@@ -79,7 +77,6 @@ class Updater(Section):
     max_latency_ratio: float = Field(
         1.25, ge=1, description="The trainer gives way while a route takes this multiple of what it did before."
     )
-    least_duty_cycle: float = Field(0.25, gt=0, le=1, description="Share of time it keeps when it gives way.")
     checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
     heads: list[LearnedHead] = Field(
         default_factory=list,
@@ -111,7 +108,6 @@ class Gate(Section):
     detect: float = Field(
         0.03, gt=0, lt=1, description="Gain that the gate is to see: updates wait for the fresh items that show it."
     )
-    power: float = Field(0.8, ge=0.5, lt=1, description="Chance with which the gate sees a true gain of gate.detect.")
     margin: float = Field(0.05, gt=0, lt=1, description="Loss that a retention suite must exclude (0.05 = 5 points).")
     min_items: int = Field(
         50, ge=2, description="Fewer independent items (captions, images) than this are inconclusive."

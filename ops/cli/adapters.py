@@ -31,8 +31,7 @@ def import_(
 
     Examples:  ratchet adapters import my-adapter/ --base shipped    |    ratchet adapters import exported/ --judge
     """
-    from updater.service.commands import gate_import
-    from updater.service.exchange import import_adapter
+    from updater.service.exchange import gate_import, import_adapter
 
     settings = ctx.of(context).settings
     imported = import_adapter(settings, directory, actor=ctx.person(), base=base)

@@ -39,24 +39,24 @@ def upgrade(
     Examples:  ratchet base upgrade b16 --dry-run    |    ratchet base upgrade b16 --budget 400000    |
     ratchet base upgrade b16 --cancel
     """
-    from updater.service.commands import begin_command, begun, cancel_command, plan_command
+    from updater.service.base_upgrade import begin_upgrade, begun, cancel_upgrade, plan_upgrade
 
     settings = ctx.of(context).settings
     if family != "clip":
         raise ConfigError(f"--family {family}: only the base of a clip can be upgraded.", "Leave the option out.")
     if cancel:
-        typer.echo(f"{cancel_command(settings, name).id} is dropped")
+        typer.echo(f"{cancel_upgrade(settings, name).id} is dropped")
         return
     update = begun(settings, name)
     if update is None or dry_run:
-        plan = plan_command(settings, name, budget)
+        plan = plan_upgrade(settings, name, budget)
         table = Table("what", "value", title=f"Upgrade to {name}", show_header=False)
         for row in plan.rows():
             table.add_row(*row)
         Console().print(table)
         if dry_run:
             return
-        update = begin_command(settings, plan, ctx.person())
+        update = begin_upgrade(settings, plan, ctx.person())
     elif budget is not None:
         raise ConfigError(f"{update.id} has a budget already.", "Leave --budget out, or drop the upgrade: --cancel.")
     typer.echo(f"{update.id} is recorded ({update.state})")
@@ -75,7 +75,7 @@ def switch(
     Examples:  ratchet base switch b16 --reason "better on all domains"    |
     ratchet base switch shipped --reason "searches are worse"
     """
-    from updater.service.base_switch import switch_base
+    from updater.service.base_upgrade import switch_base
 
     settings = ctx.of(context).settings
     row = switch_base(settings, name, actor=ctx.person(), reason=reason)
@@ -84,11 +84,11 @@ def switch(
 
 
 def _finish(settings: Settings, name: str, update_id: str) -> None:
-    from updater.service.commands import finish_command
+    from updater.service.base_upgrade import finish_upgrade
     from updater.service.process import UpdaterBusy
 
     try:
-        update, verdict = finish_command(settings, update_id)
+        update, verdict = finish_upgrade(settings, update_id)
     except UpdaterBusy:
         typer.echo("the updater that runs here does it next: see `ratchet status`")
         return

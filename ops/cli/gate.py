@@ -31,8 +31,8 @@ def run(
 
     Examples:  ratchet gate run clip-0123456789ab    |    ratchet gate run my-adapter/ --incumbent base --out report/
     """
-    from updater.gate.diagnostics.results import diagnostics_lines
     from updater.gate.gate_command import gate_command
+    from updater.gate.verdict import diagnostics_lines
 
     verdict, page = gate_command(
         ctx.of(context).settings, candidate, incumbent=incumbent, suites=suites or None, out=out
@@ -61,7 +61,7 @@ def pairs(
         "images", "captions", "first", "second", title=f"{len(listed)} pairs of {suite} (cosines by the base)"
     )
     for each in listed[:limit]:
-        cosines = f"{each.pair.image_similarity:.3f}", f"{each.pair.text_similarity:.3f}"
+        cosines = f"{each.image_similarity:.3f}", f"{each.text_similarity:.3f}"
         add_texts(table, *cosines, *(f"{item.text[:200]}\n{item.name}" for item in (each.first, each.second)))
     Console().print(table)
 

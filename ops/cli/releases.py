@@ -76,7 +76,7 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
 
     Example:  ratchet releases show 3
     """
-    from updater.gate.diagnostics.results import diagnostics_lines
+    from updater.gate.verdict import diagnostics_lines
 
     ledger = Ledger.open(ctx.of(context).settings.ledger)
     release = ledger.release(number)

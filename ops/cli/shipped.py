@@ -32,7 +32,7 @@ def make_ready(settings: Settings) -> None:
 def needed_data(settings: Settings) -> list[DemoData]:
     """What gate and trainer use of the demo data: of a domain that only suites ask about, their split."""
     from demo.data import QUESTIONS, DemoData
-    from updater.bases.reference import REFERENCE, VLM_REFERENCE
+    from updater.bases import REFERENCE, VLM_REFERENCE
 
     suites = suite_data(settings)
     needed = []

@@ -38,7 +38,7 @@ def update(
     be_nice(settings.updater.nice, settings.updater.idle)  # before imports that take seconds, and start threads
     use_environment()
 
-    from updater.service.commands import run_update
+    from updater.service.update_loop import run_update
 
     run_update(settings, once=once, recipe=recipe, family=family, retry=retry)
 

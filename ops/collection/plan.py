@@ -23,8 +23,8 @@ from core.ledger.collection import AdapterUse, JudgedUpdate
 from core.settings import Settings
 from serving.engines.clip_base import names_by_digest
 from serving.releases.residency import read_residency
-from updater.gate.best_releases import best_by_suite
 from updater.gate.sample_suites import PREFIX as MEMORY
+from updater.gate.sample_suites import best_by_suite
 from updater.service.process import work_folders
 
 Kind = Literal["adapter", "carry-over", "report", "work folder", "score cache", "engine cache"]

@@ -45,7 +45,7 @@ log = logging.getLogger("ratchet.engine")
 
 MIN_COSINE: Final = 0.999
 """Of a golden vector with its float32 twin; bfloat16 gives 0.9999 for ViT-B-32. The gate rejects a candidate whose
-served vectors are further than this from the trainer's, which are float32 (parity, ``updater.gate.checks.Limits``)."""
+served vectors are further than this from the trainer's, which are float32 (parity, ``updater.gate.checks.PARITY``)."""
 MIN_GAIN: Final = 1.1
 """Speed over float32 that pays for the precision: below it, what is measured is mostly noise."""
 SMALL_BYTES = 200_000_000

@@ -117,7 +117,6 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
                 "updater": {
                     "metrics_port": free_port(),
                     "min_new_samples": TRIGGER,
-                    "poll_seconds": 0.5,
                     "recipe": str(home / "quick.yaml"),
                     "reference": [str(home / "data" / "old")],
                     "threads": 1,

@@ -15,10 +15,9 @@ from core.settings.serving import Rollout
 from serving.releases.guard import ComparisonCounts, Observations, RequestCounts, look
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
-from updater.gate.diagnostics.results import Diagnostics, FeatureShift, TowerShift
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import write_report
-from updater.gate.verdict import Check, Regression, Verdict
+from updater.gate.verdict import Check, Diagnostics, FeatureShift, Regression, TowerShift, Verdict
 
 EVIL = '<script>document.title = "stolen"</script><img src=x onerror="document.title=\'stolen\'">'
 """A caption that wants to be a program."""

@@ -18,7 +18,6 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +40,15 @@ HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetenso
 _TEXT_KEPT = ("*.json", "*.txt", "*.model")
 """Vocabulary and configuration files of a text tower, as Hugging Face names them."""
 _VLM_KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""What is fetched of a hub repository; no pickled weights, no code."""
+"""Files that are fetched of a hub repository; no pickled weights, no code."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def add_base(
-    home: Path | str,
-    name: str,
-    model: str,
-    weights: Path | None = None,
-    preprocess: Mapping[str, Any] | None = None,
-) -> ClipBase:
+def add_base(home: Path | str, name: str, model: str, weights: Path | None = None) -> ClipBase:
     """Register an open_clip model as base ``name`` and return it; registering the same content again is fine.
 
     ``weights`` is a safetensors file of the whole model; needed for built-in names, and otherwise in place of what
-    the hub or folder has. ``preprocess`` overrides fields of open_clip's preprocessing (``size``, ``mean``, ...).
+    the hub or folder has.
     Raises :class:`BaseModelError` naming what is wrong and the way out.
     """
     if weights is not None:
@@ -67,7 +60,7 @@ def add_base(
         model_cfg = copy.deepcopy(config["model_cfg"])
         text_cfg = model_cfg["text_cfg"]
         tokenizer, text_files = _text_side(text_cfg, text_source, work)
-        prepared = dict(config.get("preprocess_cfg") or {}) | dict(preprocess or {})
+        prepared = dict(config.get("preprocess_cfg") or {})
         prepared.setdefault("size", model_cfg["vision_cfg"].get("image_size", 224))
         with step(f"loading {weights_file.name}"):
             built = construct(model_cfg, work)
@@ -296,7 +289,7 @@ def pull_base(home: Path, name: str, url: str) -> Path:
     """Bring a base from the artifacts into ``home``; readers of ``home`` see all of it or nothing.
 
     Raises:
-        BaseModelError: nobody pushed it, or ``home`` has another base of that name.
+        BaseModelError: it was never pushed, or ``home`` has another base of that name.
     """
     target = base_directory(home, name)
     target.parent.mkdir(parents=True, exist_ok=True)

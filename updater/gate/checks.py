@@ -1,50 +1,62 @@
 """Engineering checks: what a candidate must be before anybody asks how good it is.
 
-Each takes plain arrays or numbers and returns a `Check`; a broken candidate gives a failed check, never an exception.
+Each takes plain arrays, numbers or answers and returns a `Check`; a broken candidate gives a failed check, never an
+exception. The bounds are wide: they catch what is broken, the suites judge what is good.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
+from torch import nn
 
-from serving.engines.clip import ClipEngine
+from serving.engines.lora import effective_weights
+from serving.engines.vlm.generation import GenerationRequest
+from serving.engines.vlm.hf_worker import score
+from serving.engines.vlm.vlm_base import VlmBase
+from updater.gate.suite_items import normalise, polarity
 from updater.gate.verdict import Check
 
 Vectors = NDArray[np.float32]
 Encode = Callable[[NDArray[np.uint8], list[str]], tuple[Vectors, Vectors]]
 """The trainer's model: (pixels uint8 [n, S, S, 3], texts) -> L2-normalised image and text vectors."""
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of the checks. They are wide: they catch what is broken, the suites judge what is good."""
-
-    rank_ratio: float = 0.5
-    """Effective rank of the features, relative to the base's. A healthy update stays near 1."""
-    crowding: float = 0.5
-    """Share of the base's room (1 - mean pairwise cosine) that may be lost: at 1 all vectors are the same."""
-    weight_drift: float = 1.0
-    """Norm of the change relative to the norm of the changed weights: at 1 the change is as large as they are."""
-    parity: float = 1e-3
-    """Largest cosine distance between the trainer's and the engine's vector of one input."""
-    latency_ratio: float = 2.0
-    """Candidate over base. Merged weights cost nothing, so more than noise means they are not merged."""
-    rank: int = 512
-    """LoRA rank."""
-    megabytes: float = 512.0
-    """Size of the adapter on disk."""
-
-
-LIMITS = Limits()
-GRACE_SECONDS = 0.005
-"""Slower by no more than this is noise, whatever the ratio."""
+RANK_RATIO = 0.5
+"""Effective rank of the features, relative to the base's. A healthy update stays near 1."""
+ROOM = 0.5
+"""Share of the base's room (1 - mean pairwise cosine) that must be left: at 0 all vectors are the same."""
+WEIGHT_DRIFT = 1.0
+"""Norm of the change relative to the norm of the changed weights: at 1 the change is as large as they are."""
+PARITY = 1e-3
+"""Largest cosine distance between the trainer's and the engine's vector of one input; of a VLM largest difference of an
+answer's log-probability, relative where that is above 1."""
+MOST_NOISE = 0.3
+"""Bound on what half precision may explain of the latter."""
+LATENCY_RATIO, GRACE_SECONDS = 2.0, 0.005
+"""Candidate over base: merged weights cost nothing, so more than noise means that they are not merged. Slower by no
+more than the grace is noise, whatever the ratio."""
+VLM_LATENCY_RATIO, VLM_GRACE_SECONDS = 4.0, 0.05
+"""LoRA layers cost something in every VLM engine, and more than this is broken."""
+RANK, MEGABYTES = 512, 512.0
+"""Largest LoRA rank, and size of an adapter on disk."""
+FEWEST = 20
+"""Answers from which anything is concluded about their mixture."""
+SAMENESS = 0.5
+"""Share of the room for different answers (1 - share of the most common one) that must be left."""
+VARIETY = 0.25
+"""Share of the different answers that must be left."""
+ONE_SIDED = 0.25
+"""Share of the references' "yes" (and of their "no") that must be said."""
 
 
 def check_loads(resident: bool, candidate: str, facts: Mapping[str, Any]) -> Check:
@@ -53,6 +65,73 @@ def check_loads(resident: bool, candidate: str, facts: Mapping[str, Any]) -> Che
         reason = str(facts.get("load_error") or f"{candidate} is not resident in the engine")
         return Check("loads", False, reason[:300])
     return Check("loads", True, "the adapter is complete, fits the base and has the digest it is named by")
+
+
+def check_size(rank: int | None, size_bytes: int | None) -> Check:
+    """Rank and bytes of the adapter, where the trainer tells them."""
+    megabytes = (size_bytes or 0) / 1e6
+    ok = (rank or 0) <= RANK and megabytes <= MEGABYTES
+    detail = f"rank {rank if rank is not None else 'not given'}, {megabytes:.1f} MB"
+    return Check("size", ok, f"{detail} (at most {RANK} and {MEGABYTES:.0f} MB)", megabytes)
+
+
+def check_latency(
+    ask: Callable[[str | None], object],
+    candidate: str,
+    what: str,
+    *,
+    ratio: float,
+    grace: float,
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+) -> Check:
+    """Compare the fastest of `rounds` turns each, base and candidate in alternation; `ask` does the same work for both.
+
+    A busy machine must not reject a candidate: what looks slow is measured up to five times as long before it is
+    believed, and a difference of `grace` seconds is never held against it. By processor time, the time in which others
+    have the processor does not count. (A wait for a GPU is processor time, too: CUDA spins.)
+    """
+    best: dict[str | None, float] = {}
+
+    def fast() -> bool:
+        return best[candidate] <= ratio * best[None] or best[candidate] - best[None] <= grace
+
+    for turn in range(1 + 5 * rounds):  # the first turn warms up
+        for adapter in (None, candidate):
+            started = clock()
+            ask(adapter)
+            seconds = clock() - started
+            best[adapter] = min(best.get(adapter, math.inf), seconds) if turn else math.inf
+        if turn >= rounds and fast():
+            break
+    relative = best[candidate] / best[None]
+    detail = f"{what} {1000 * best[candidate]:.1f} ms, {relative:.2f} of the base (at most {ratio})"
+    return Check("latency", fast(), detail, relative, ratio)
+
+
+def check_drift(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Check:
+    """||dW|| / ||W|| over all changed weights together; the largest single one is named.
+
+    Takes the state dicts of the base and the candidate as the engine holds them; unchanged tensors are shared.
+    """
+    squares = {
+        name: (float((after[name] - weight).double().pow(2).sum()), float(weight.double().pow(2).sum()))
+        for name, weight in before.items()
+        if weight.is_floating_point() and after[name].data_ptr() != weight.data_ptr()
+    }
+    if not squares:
+        return Check("norm_drift", True, "the candidate changes no weight", 0.0, WEIGHT_DRIFT)
+    drift = float(np.sqrt(sum(c for c, _ in squares.values()) / max(sum(w for _, w in squares.values()), 1e-30)))
+    name, (change, weight) = max(squares.items(), key=lambda entry: entry[1][0] / max(entry[1][1], 1e-30))
+    largest = float(np.sqrt(change / max(weight, 1e-30)))
+    detail = (
+        f"the {len(squares)} changed weights moved by {drift:.3f} of their norm "
+        f"(at most {WEIGHT_DRIFT}), most {name} by {largest:.3f}"
+    )
+    return Check("norm_drift", bool(drift <= WEIGHT_DRIFT), detail, drift, WEIGHT_DRIFT)
+
+
+# A CLIP's vectors
 
 
 def check_finite(images: Vectors, texts: Vectors) -> Check:
@@ -85,48 +164,19 @@ def mean_cosine(vectors: Vectors) -> float:
     return float((total @ total - np.einsum("ij,ij->", vectors, vectors, dtype=np.float64)) / (n * (n - 1)))
 
 
-def check_collapse(tower: str, base: Vectors, candidate: Vectors, limits: Limits = LIMITS) -> Check:
+def check_collapse(tower: str, base: Vectors, candidate: Vectors) -> Check:
     """Vectors of different inputs keep their distance: effective rank and room against the base's."""
     ratio = effective_rank(candidate) / effective_rank(base)
     room = (1.0 - mean_cosine(candidate)) / max(1.0 - mean_cosine(base), 1e-9)
-    ok = ratio >= limits.rank_ratio and room >= 1.0 - limits.crowding
     detail = (
-        f"effective rank of the {tower} features is {ratio:.2f} of the base's (at least {limits.rank_ratio}), "
-        f"their spread {room:.2f} (at least {1.0 - limits.crowding})"
+        f"effective rank of the {tower} features is {ratio:.2f} of the base's (at least {RANK_RATIO}), "
+        f"their spread {room:.2f} (at least {ROOM})"
     )
-    return Check(f"collapse_{tower}", ok, detail, ratio, limits.rank_ratio)
-
-
-def check_drift(
-    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], limits: Limits = LIMITS
-) -> Check:
-    """||dW|| / ||W|| over all changed weights together; the largest single one is named.
-
-    Takes the state dicts of the base and the candidate as the engine holds them; unchanged tensors are shared.
-    """
-    squares = {
-        name: (float((after[name] - weight).double().pow(2).sum()), float(weight.double().pow(2).sum()))
-        for name, weight in before.items()
-        if weight.is_floating_point() and after[name].data_ptr() != weight.data_ptr()
-    }
-    if not squares:
-        return Check("norm_drift", True, "the candidate changes no weight", 0.0, limits.weight_drift)
-    drift = float(np.sqrt(sum(c for c, _ in squares.values()) / max(sum(w for _, w in squares.values()), 1e-30)))
-    name, (change, weight) = max(squares.items(), key=lambda entry: entry[1][0] / max(entry[1][1], 1e-30))
-    largest = float(np.sqrt(change / max(weight, 1e-30)))
-    detail = (
-        f"the {len(squares)} changed weights moved by {drift:.3f} of their norm "
-        f"(at most {limits.weight_drift}), most {name} by {largest:.3f}"
-    )
-    return Check("norm_drift", bool(drift <= limits.weight_drift), detail, drift, limits.weight_drift)
+    return Check(f"collapse_{tower}", ratio >= RANK_RATIO and room >= ROOM, detail, ratio, RANK_RATIO)
 
 
 def check_parity(
-    trainer: Encode,
-    pixels: NDArray[np.uint8],
-    texts: Sequence[str],
-    served: tuple[Vectors, Vectors],
-    limits: Limits = LIMITS,
+    trainer: Encode, pixels: NDArray[np.uint8], texts: Sequence[str], served: tuple[Vectors, Vectors]
 ) -> Check:
     """The trainer's model and the serving engine give the same vectors: what was trained is what is served."""
     try:
@@ -139,65 +189,92 @@ def check_parity(
             return Check("parity", False, f"trainer gives shape {mine.shape}, server {theirs.shape}")
         distances.append(1.0 - np.einsum("ij,ij->i", mine, theirs, dtype=np.float64))
     worst = float(np.concatenate(distances).max())
-    detail = f"trainer and server differ by a cosine distance of at most {worst:.1e} (limit {limits.parity:.0e})"
-    return Check("parity", bool(worst <= limits.parity), detail, worst, limits.parity)
+    detail = f"trainer and server differ by a cosine distance of at most {worst:.1e} (limit {PARITY:.0e})"
+    return Check("parity", bool(worst <= PARITY), detail, worst, PARITY)
 
 
-def check_latency(
-    engine: ClipEngine,
-    candidate: str,
-    pixels: NDArray[np.uint8],
-    texts: Sequence[str],
-    rounds: int = 5,
-    limits: Limits = LIMITS,
+# A VLM's answers
+
+
+def check_vlm_drift(model: nn.Module, directory: Path) -> Check:
+    """:func:`check_drift` of the weights of the base `model` that the adapter changes."""
+    after = effective_weights(directory, model)
+    return check_drift({name: weight.detach() for name, weight in model.named_parameters() if name in after}, after)
+
+
+def check_vlm_parity(
+    base: VlmBase,
+    model: nn.Module,
+    directory: Path,
+    asks: Sequence[GenerationRequest],
+    answers: Sequence[str],
+    served: Sequence[Sequence[float]],
 ) -> Check:
-    """Least processor time of `rounds` turns each, base and candidate in alternation.
+    """The engine gives an answer the log-probability that transformers and PEFT give it: what was trained is served.
 
-    A busy machine must not reject a candidate: the time in which others have the processor does not count, what looks
-    slow is measured up to five times as long before it is believed, and a difference of a few milliseconds is never
-    held against it. (A wait for a GPU is processor time, too: CUDA spins.)
+    `served` are the engine's log-probabilities of one answer to each ask, by the base and by the candidate. An engine
+    that computes in half precision differs with the base too; three times that much is then allowed.
+
+    PEFT changes `model` for good.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other measure the machine, not the model
-    try:
-        best = _fastest(engine, candidate, pixels, texts, rounds, limits)
-    finally:
-        torch.set_num_threads(threads)
-    ratio = best[candidate] / best[None]
+    processor = base.processor()
+    trained = cast(Any, PeftModel.from_pretrained(model, str(directory))).eval()
+    differences = []
+    for switched, theirs in zip((trained.disable_adapter(), nullcontext()), served, strict=True):
+        with switched, torch.inference_mode():
+            own = [score(trained, processor, ask, [text])[0] for ask, text in zip(asks, answers, strict=True)]
+        differences.append(np.max(np.abs(np.subtract(own, theirs)) / np.maximum(1.0, np.abs(own))))
+    noise, worst = (float(value) for value in differences)
+    limit = max(PARITY, min(3.0 * noise, MOST_NOISE))
     detail = (
-        f"{len(pixels)} images and {len(texts)} texts take {1000 * best[candidate]:.1f} ms, "
-        f"{ratio:.2f} of the base (at most {limits.latency_ratio})"
+        f"log-probabilities of {len(asks)} answers differ by at most {worst:.1e} between transformers and the engine "
+        f"(limit {limit:.0e}; {noise:.1e} with the base)"
     )
-    ok = ratio <= limits.latency_ratio or best[candidate] - best[None] <= GRACE_SECONDS
-    return Check("latency", ok, detail, ratio, limits.latency_ratio)
+    return Check("parity", bool(worst <= limit), detail, worst, limit)
 
 
-def _fastest(
-    engine: ClipEngine,
-    candidate: str,
-    pixels: NDArray[np.uint8],
-    texts: Sequence[str],
-    rounds: int,
-    limits: Limits,
-) -> dict[str | None, float]:
-    """Processor seconds of the fastest turn of base (None) and candidate."""
-    best: dict[str | None, float] = {}
-    for turn in range(1 + 5 * rounds):  # the first turn warms up
-        for adapter in (None, candidate):
-            started = time.process_time()
-            engine.encode_images(pixels, adapter)
-            engine.encode_texts(list(texts), adapter)
-            seconds = time.process_time() - started
-            best[adapter] = min(best.get(adapter, float("inf")), seconds) if turn else float("inf")
-        slower = best[candidate] - best[None]
-        if turn >= rounds and (best[candidate] <= limits.latency_ratio * best[None] or slower <= GRACE_SECONDS):
-            break
-    return best
+def check_sameness(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:
+    """Different questions keep different answers; all three are aligned, for questions that are not yes/no.
+
+    Compared with the base or the references, whichever ask for less: a base that babbles is no measure.
+    """
+    most, common, kinds = _mixture(candidate)
+    room = min(1.0 - _mixture(base)[0], 1.0 - _mixture(references)[0]) * SAMENESS
+    variety = min(_mixture(base)[2], _mixture(references)[2]) * VARIETY
+    ok = 1.0 - most >= room and kinds >= variety
+    detail = (
+        f"{kinds} different answers to {len(candidate)} questions (at least {math.ceil(variety)}); the most common, "
+        f"{common[:40]!r}, is {most:.0%} of them (at most {1.0 - room:.0%})"
+    )
+    return Check("collapse", ok, detail, most, 1.0 - room)
 
 
-def check_size(rank: int | None, size_bytes: int | None, limits: Limits = LIMITS) -> Check:
-    """Rank and bytes of the adapter, where the trainer tells them."""
-    megabytes = (size_bytes or 0) / 1e6
-    ok = (rank or 0) <= limits.rank and megabytes <= limits.megabytes
-    detail = f"rank {rank if rank is not None else 'not given'}, {megabytes:.1f} MB"
-    return Check("size", ok, f"{detail} (at most {limits.rank} and {limits.megabytes:.0f} MB)", megabytes)
+def _mixture(answers: Sequence[str]) -> tuple[float, str, int]:
+    """Share of the most common answer, that answer, and the number of different ones."""
+    counts = Counter(normalise(answer) for answer in answers)
+    common, most = counts.most_common(1)[0]
+    return most / len(answers), common, len(counts)
+
+
+def check_polarity(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:
+    """Both yes and no are said to yes/no questions; all three are aligned.
+
+    A base that says one of them too rarely itself lowers what is asked for: the candidate may stay as it is.
+    """
+    parts = []
+    for word in ("yes", "no"):
+        expected = share_of(word, references)
+        bound = min(ONE_SIDED * expected, 0.5 * share_of(word, base))
+        given = share_of(word, candidate)
+        parts.append((given - bound, word, given, expected, bound))
+    left, word, given, expected, bound = min(parts)
+    detail = (
+        f"{word!r} is {given:.0%} of the answers to {len(references)} yes/no questions; it is right for {expected:.0%} "
+        f"(at least {bound:.0%})"
+    )
+    return Check("yes_no", left >= 0.0, detail, given, bound)
+
+
+def share_of(word: str, answers: Sequence[str]) -> float:
+    """Share of the answers that begin with "yes", or with "no"."""
+    return sum(polarity(answer) == word for answer in answers) / len(answers)

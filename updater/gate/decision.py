@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from core.ledger.rows import GateOutcome
 from updater.gate.interim_analyses import LEAST_LEVEL
-from updater.gate.resampling import Floats
 from updater.gate.statistics import (
     Comparison,
+    Floats,
     compare_accuracy,
     compare_clusters,
     holm,
@@ -47,7 +47,7 @@ MOST_REFERENCES = 3
 
 
 class ItemScores(Protocol):
-    """What one model got for its answers to a suite, whatever family it is of."""
+    """One model's scores of its answers to a suite, of either family."""
 
     @property
     def ids(self) -> NDArray[np.str_]:
@@ -55,7 +55,7 @@ class ItemScores(Protocol):
 
     @property
     def hits(self) -> NDArray[np.float64]:
-        """How right each answer is, in [0, 1]: [n, views]."""
+        """Score of each answer, in [0, 1]: [n, views]."""
 
     @property
     def ranks(self) -> NDArray[np.int32] | None:
@@ -71,7 +71,7 @@ class Scores:
     before: ItemScores
     after: ItemScores
     chance: float = 0.0
-    """What guessing would score."""
+    """Score of guessing."""
     worst: tuple[Regression, ...] = ()
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
@@ -83,13 +83,13 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the suites say."""
+    """Results of all suites."""
 
     results: tuple[SuiteResult, ...]
     gain: PooledGain | None
     """None where there is no gain suite."""
     tested: bool = False
-    """Whether everything that a pass needs could be tested: some retention suite, each with items enough, and a gain.
+    """True if everything that a pass needs could be tested: some retention suite, each with items enough, and a gain.
     It follows from how much there was to ask, and not from the answers."""
 
 
@@ -105,9 +105,9 @@ def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin:
     smallest = {"retention": loss_level, "gain": min(level, loss_level)}
     sides = [_Sides.of(s, margin, smallest[s.suite.role], MOST_REFERENCES * len(scores)) for s in scores]
     able = [i for i, side in enumerate(sides) if side.units >= min_items]
-    worse = _holm([sides[i].p_worse(loss_level) for i in able], able, loss_level)
+    worse = dict(zip(able, holm([sides[i].p_worse(loss_level) for i in able], loss_level), strict=True))
     gains = [i for i in able if scores[i].suite.role == "gain"]
-    gained = _holm([sides[i].statistic.p_superior for i in gains], gains, level)
+    gained = dict(zip(gains, holm([sides[i].statistic.p_superior for i in gains], level), strict=True))
     results = []
     for i, (s, side) in enumerate(zip(scores, sides, strict=True)):
         is_worse = worse.get(i, (False, loss_level))[0]
@@ -150,7 +150,7 @@ def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, 
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """The candidate beside each reference, by the suite's metric; `statistic` is what a gain is tested on."""
+    """The candidate compared with each reference, by the suite's metric; `statistic` is what a gain is tested on."""
 
     references: dict[str, Comparison]
     """By the reference's name in words; a model that is two references is compared once."""
@@ -219,11 +219,6 @@ def _seed(suite: Suite) -> int:
     return zlib.crc32(suite.name.encode())
 
 
-def _holm(p_values: list[float], places: Sequence[int], level: float) -> dict[int, tuple[bool, float]]:
-    refused, levels = holm(p_values, level)
-    return {i: (shown, local) for i, shown, local in zip(places, refused, levels, strict=True)}
-
-
 def _result(
     scores: Scores, sides: _Sides, local: float, loss_level: float, decided: tuple[Decision, str]
 ) -> SuiteResult:
@@ -269,9 +264,11 @@ def _result(
         worsened=int(np.sum(after < before)),
         worst=scores.worst,
         best=scores.best_name,
-        best_release=None if sides.best is None else _noninferiority(metric, sides.best, loss_level),
-        statistic=None if retention else _superiority(_statistic_name(suite, sides), sides.statistic, local),
-        recall=None if retention else _noninferiority(metric, against, loss_level),
+        best_release=None if sides.best is None else _change(metric, sides.best, loss_level, sides.best.p_noninferior),
+        statistic=None
+        if retention
+        else _change(_statistic_name(suite, sides), sides.statistic, local, sides.statistic.p_superior),
+        recall=None if retention else _change(metric, against, loss_level, against.p_noninferior),
     )
 
 
@@ -341,8 +338,8 @@ def _pooled(
         n=metric.n,
         units=metric.units,
         strata={suite.name: sides.units for suite, sides in strata},
-        statistic=_superiority(names[0], statistic, level),
-        recall=_noninferiority(names[1], metric, loss_level),
+        statistic=_change(names[0], statistic, level, statistic.p_superior),
+        recall=_change(names[1], metric, loss_level, metric.p_noninferior),
         margin=margin,
         alpha=level,
         method=statistic.method,
@@ -355,17 +352,8 @@ def _statistic_name(suite: Suite, sides: _Sides) -> str:
     return str(suite.metric) if sides.statistic is sides.incumbent else RANK_STATISTIC
 
 
-def _superiority(name: str, side: Comparison, level: float) -> Change:
-    return _change(name, side, level, side.p_superior)
-
-
-def _noninferiority(name: str, side: Comparison, level: float) -> Change:
-    return _change(name, side, level, side.p_noninferior)
-
-
 def _change(name: str, side: Comparison, level: float, p: float) -> Change:
-    low, high = side.bounds(level)
-    return Change(name, side.before, side.after, side.difference, low, high, p)
+    return Change(name, side.before, side.after, side.difference, *side.bounds(level), p)
 
 
 def _moved(side: Comparison) -> str:

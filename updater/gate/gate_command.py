@@ -1,15 +1,14 @@
-"""What the command line asks of the gate, as functions that a Python prompt can call too: `ratchet gate run`, `gate
-report` and `gate pairs`, and the scores by which `ratchet tune` judges half precision.
+"""The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and the scores by
+which `ratchet tune` judges half precision.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,16 +24,12 @@ from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
-from updater.gate.clip import ClipEvaluator
-from updater.gate.diagnostics.diagnose import StoreCounts
-from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs
-from updater.gate.held_out import TEXT_COLUMNS, HeldOut
+from updater.gate.diagnostics import HardPair, StoreCounts, hard_pairs
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import open_evaluator, run_gate
-from updater.gate.sample_suites import fresh_suites, head_suites
+from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites, head_suites
 from updater.gate.score import Scorer
-from updater.gate.suite_items import Item
 from updater.gate.suites import Family, Suite, load_suites
 from updater.gate.verdict import Verdict
 
@@ -66,13 +61,10 @@ def gate_command(
     artifacts = Artifacts(settings.artifacts)
     family = _family(candidate)
     base = _base(settings, family)
-    paths, most = suites if suites is not None else settings.gate.suites, settings.gate.max_items
-    loaded = load_suites(paths, settings.home, family, most)
-    store = SampleStore(settings.lake)
-    held_out = HeldOut(store, store.version(), HAVING[family])
-    fresh = fresh_suites(
-        held_out.rows(TEXT_COLUMNS), family=family, min_items=settings.gate.min_items, limit=most, images=held_out
-    )
+    paths = suites if suites is not None else settings.gate.suites
+    loaded = load_suites(paths, settings.home, family, settings.gate.max_items)
+    held_out, fresh = _fresh(settings, family)
+    counted = held_out.store, held_out.version, held_out.having
     before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
     name = candidate
@@ -82,9 +74,10 @@ def gate_command(
             evaluator.load(before, directory)
         try:
             name, directory = _locate(artifacts, candidate)
-            loaded += head_suites(settings, store, held_out.version, read_heads(directory))
+            loaded += head_suites(settings, held_out.store, held_out.version, read_heads(directory))
             evaluator.load(name, directory)
-            meta |= _about(directory)
+            size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+            meta |= {"rank": int(read_adapter(directory).config.get("r") or 0), "bytes": size}
         except AdapterError as error:
             if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
                 raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict
@@ -95,7 +88,7 @@ def gate_command(
             incumbent=before,
             suites=loaded,
             fresh=fresh,
-            counts=StoreCounts(store, held_out.version, held_out.having, settings.home / "cache" / "gate"),
+            counts=StoreCounts(*counted, settings.home / "cache" / "gate"),
             plan=Plan.alone(settings.gate.alpha),
             settings=settings.gate,
             meta=meta,
@@ -111,20 +104,16 @@ def report_command(settings: Settings, update: str | None = None, out: Path | No
     Raises:
         GateError: there is no verdict yet, or none for this update.
     """
-    ledger = Ledger.open(settings.ledger)
-    try:
-        verdicts = ledger.verdicts(limit=1) if update is None else [ledger.verdict_of(update)]
-    finally:
-        ledger.close()
-    if not verdicts or verdicts[0] is None:
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        verdict = ledger.verdict_of(update) if update else next(iter(ledger.verdicts(limit=1)), None)
+    if verdict is None:
         what = f"of update {update}" if update else "yet"
         raise GateError(f"there is no verdict {what}.", "See `ratchet status` for updates.")
-    update_id = verdicts[0].update_id
     artifacts = Artifacts(settings.artifacts)
-    folder = out or settings.home / "gate" / update_id
+    folder = out or settings.home / "gate" / verdict.update_id
     folder.mkdir(parents=True, exist_ok=True)
     for name in (JSON_NAME, HTML_NAME):
-        (folder / name).write_bytes(artifacts.read_bytes(f"reports/{update_id}/{name}"))
+        (folder / name).write_bytes(artifacts.read_bytes(f"reports/{verdict.update_id}/{name}"))
     return folder / HTML_NAME
 
 
@@ -133,7 +122,7 @@ def _family(candidate: str) -> Family:
     directory = Path(candidate)
     name = directory.name
     if directory.is_dir():
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong with it is the gate's to say
+        with suppress(OSError, ValueError, AttributeError):  # what is wrong with it is the gate's to say
             name = str(json.loads((directory / ABOUT).read_text()).get("name"))
     return "vlm" if name.startswith("vlm-") else "clip"
 
@@ -147,14 +136,9 @@ def _base(settings: Settings, family: Family) -> ClipBase | VlmBase:
 
 
 def _live(settings: Settings, family: Family) -> str | None:
-    ledger = Ledger.open(settings.ledger)
-    try:
-        live = ledger.stable()
-    finally:
-        ledger.close()
-    if live is None:
-        return None
-    return live.clip if family == "clip" else live.vlm
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        stable = ledger.stable()
+    return stable.adapter(family) if stable else None
 
 
 def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:
@@ -165,22 +149,7 @@ def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:
     return adapter, artifacts.fetch(f"adapters/{adapter}")
 
 
-def _about(directory: Path) -> dict[str, Any]:
-    files = read_adapter(directory)
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    return {"rank": int(files.config.get("r") or 0), "bytes": size}
-
-
-@dataclass(frozen=True, slots=True)
-class ListedPair:
-    """A pair with its items."""
-
-    pair: HardPair
-    first: Item
-    second: Item
-
-
-def pairs_command(settings: Settings, name: str) -> list[ListedPair]:
+def pairs_command(settings: Settings, name: str) -> list[HardPair]:
     """Pairs of a retrieval suite that the CLIP base cannot tell apart, the most similar first.
 
     Args:
@@ -189,36 +158,30 @@ def pairs_command(settings: Settings, name: str) -> list[ListedPair]:
     Raises:
         GateError: there is no such suite, or it cannot be read. BaseModelError: the base is not there.
     """
-    suite = _suite(settings, name)
-    evaluator = ClipEvaluator(
-        ClipEngine.of(settings, load_base(settings.home, settings.base.clip), threads=settings.updater.threads)
-    )
-    items = suite.items()
-    return [ListedPair(pair, items[pair.first], items[pair.second]) for pair in hard_pairs(evaluator.scorer, suite)]
-
-
-def _suite(settings: Settings, name: str) -> Suite:
     suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
     known = [suite for suite in suites if suite.task == "retrieval"]
-    for suite in chain(known, _fresh(settings) if name not in {suite.name for suite in known} else ()):
-        if suite.name == name:
-            return suite
-    raise GateError(
-        f"there is no retrieval suite {name[:64]!r}.",
-        f"Name one of {', '.join(suite.name for suite in known) or 'gate.suites'}, or fresh.DOMAIN.",
-    )
+    if name not in {suite.name for suite in known}:
+        known += _fresh(settings, "clip")[1]
+    suite = next((suite for suite in known if suite.name == name), None)
+    if suite is None:
+        raise GateError(
+            f"there is no retrieval suite {name[:64]!r}.", f"Name one of {', '.join(suite.name for suite in known)}."
+        )
+    engine = ClipEngine.of(settings, load_base(settings.home, settings.base.clip), threads=settings.updater.threads)
+    return hard_pairs(Scorer(engine), suite)
 
 
-def _fresh(settings: Settings) -> list[Suite]:
-    store = SampleStore(settings.lake)
-    held_out = HeldOut(store, store.version(), HAVING["clip"])
-    gate = settings.gate
-    return fresh_suites(held_out.rows(TEXT_COLUMNS), min_items=gate.min_items, limit=gate.max_items, images=held_out)
+def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:
+    """Held-out samples of the newest version of the store, and gain suites over all of them."""
+    store, gate = SampleStore(settings.lake), settings.gate
+    held_out = HeldOut(store, store.version(), HAVING[family])
+    rows = held_out.rows(TEXT_COLUMNS)
+    return held_out, fresh_suites(rows, held_out, family=family, min_items=gate.min_items, limit=gate.max_items)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineScore:
-    """What the base alone scores on one suite, in [0, 1]."""
+    """Scores of the base alone on one suite, in [0, 1]."""
 
     suite: str
     items: int
@@ -229,12 +192,12 @@ class EngineScore:
 
     @property
     def within_noise(self) -> bool:
-        """Whether both scores are equal but for what other items would have changed as well."""
+        """True if the scores differ by no more than other items would have made of them."""
         return abs(self.served - self.float32) <= self.noise
 
 
 def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
-    """The base's scores by an engine beside those by torch in float32: what is gated is what is served.
+    """The base's scores by an engine and by torch in float32: what is gated is what is served.
 
     Raises:
         GateError: an image of a suite cannot be read.

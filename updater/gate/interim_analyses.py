@@ -10,7 +10,7 @@ A look is one gate run whose tests could be made. Two rules keep the chance of a
   ones; a suite whose items stay the same is tested more strictly than needed (Slepian's inequality).
 - *Over the candidates* since the last release the tests for a gain have a series of shares that sums to alpha
   (:func:`candidate_alpha`). A candidate takes its share with its first look. What later looks did not spend of it goes
-  to nobody: whether there were any may depend on the answers, and then a share that is handed on is no chance any more.
+  to none: whether there were any may depend on the answers, and then a share that is handed on is no chance any more.
 
 The tests that exclude a loss have the whole alpha for each candidate, and share it over its looks alone. Retention
 suites have as many items as they have: under shares that go to zero an updater whose first candidates failed could
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from updater.gate.statistics import items_needed
+from updater.gate.statistics import POWER, items_needed
 
 PRIOR_SPREAD = 0.25
 """Standard deviation of one item's difference, as long as no verdict has one. On the safe side: of the hits of gentle
@@ -48,7 +48,7 @@ REACH = 8.0
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class InterimAnalysis:
     """One look at a candidate."""
 
     number: int
@@ -58,11 +58,11 @@ class Look:
     needed: int
     """Those of the last look, set with the first."""
     alpha: float
-    """What all looks at this candidate may spend together on its gain."""
+    """Budget of all looks at this candidate together for its gain."""
     level: float
     """Of the test for a gain: p values up to it are significant."""
     loss_alpha: float
-    """What all looks may spend together on each test that excludes a loss."""
+    """Budget of all looks together for each test that excludes a loss."""
     loss_level: float
     """Of each such test of this look."""
     before: float
@@ -71,24 +71,20 @@ class Look:
     """Spent with this one."""
 
     @property
-    def left(self) -> float:
-        """What later looks at the candidate may spend."""
-        return self.alpha - self.spent
-
-    @property
     def next(self) -> int | None:
-        """Items with which the candidate is asked again if it is inconclusive; None after the last look."""
-        return next_look(self.items, self.needed)
+        """Items with which the candidate is asked again if it is inconclusive; None: it has had all that are needed."""
+        further = self.items + math.ceil(self.needed / LOOKS)
+        return None if self.items >= self.needed else min(self.needed, further)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is settled about a candidate before its answers are looked at."""
+    """Everything that is settled about a candidate before its answers are looked at."""
 
     alpha: float
-    """What all looks at it may spend together on its gain."""
+    """Budget of all looks at it together for its gain."""
     loss_alpha: float
-    """What they may spend on each test that excludes a loss: ``gate.alpha``."""
+    """Their budget for each test that excludes a loss: ``gate.alpha``."""
     needed: int
     """Independent items of its last look."""
     tested: tuple[int, ...] = ()
@@ -103,14 +99,19 @@ class Plan:
         """The only look at the first candidate after a release."""
         return cls(candidate_alpha(alpha, 0), alpha, 1, only=True)
 
-    def look(self, items: int) -> Look:
-        """The next look, with so many items."""
+    def look(self, items: int) -> InterimAnalysis:
+        """The next look, with so many items. Where they are no more than before, its levels are 0."""
         items = max(1, items)
-        return look(self.alpha, self.loss_alpha, self.tested, items, items if self.only else self.needed)
+        needed, counts = items if self.only else self.needed, (*self.tested, items)
+        level, loss_level = (_levels(each, counts, needed)[-1] for each in (self.alpha, self.loss_alpha))
+        before, spent = (spending(self.alpha, max([0, *each]) / needed) for each in (self.tested, counts))
+        return InterimAnalysis(
+            len(counts), items, needed, self.alpha, level, self.loss_alpha, loss_level, before, spent
+        )  # fmt: skip
 
 
 def candidate_alpha(alpha: float, candidates: int) -> float:
-    """What all looks at one candidate may spend on its gain, when `candidates` were looked at since the last release.
+    """The alpha that all looks at a candidate may spend on its gain, after `candidates` others since the last release.
 
     The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many candidates: however long an updater tries,
     the chance that one without a gain slips in before the next release stays below alpha. It starts at 0.61 alpha and
@@ -122,12 +123,12 @@ def candidate_alpha(alpha: float, candidates: int) -> float:
 
 
 def alpha_left(alpha: float, candidates: int) -> float:
-    """What is left for further candidates when so many have taken their shares since the last release."""
+    """The alpha left for further candidates when so many have taken their shares since the last release."""
     return alpha - sum(candidate_alpha(alpha, k) for k in range(candidates))
 
 
 def needed_items(
-    spread: float | None, *, detect: float, alpha: float, power: float, fewest: int = 1, most: int | None = None
+    spread: float | None, *, detect: float, alpha: float, power: float = POWER, fewest: int = 1, most: int | None = None
 ) -> int:
     """Items with which one look at `alpha` shows a true gain of `detect` with the chance `power`.
 
@@ -143,39 +144,11 @@ def needed_items(
     return wanted if most is None else min(wanted, max(most, fewest))
 
 
-def next_look(items: int, needed: int) -> int | None:
-    """Items with which a candidate that was inconclusive with `items` of them is asked again.
-
-    None: it is given up, because it was asked with all that are needed.
-    """
-    return None if items >= needed else min(needed, items + math.ceil(needed / LOOKS))
-
-
 def spending(alpha: float, fraction: float) -> float:
-    """What may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
+    """The alpha that may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
     if fraction <= 0.0:
         return 0.0
     return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(min(1.0, fraction))))
-
-
-def look(alpha: float, loss_alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
-    """The next look at a candidate.
-
-    Args:
-        alpha: what all looks at the candidate may spend together on its gain.
-        loss_alpha: the same of each test that excludes a loss.
-        tested: items of the earlier looks at it, in their order.
-        items: those of this one. Where they are no more than before, its level is 0: it has nothing new to say.
-        needed: items of the last look, set with the first.
-
-    Raises:
-        ValueError: a number is not positive.
-    """
-    if min(items, needed, *tested) < 1:
-        raise ValueError(f"a look has {items} items after {list(tested)}, of {needed} needed: give positive numbers")
-    level, loss_level = (_levels(each, [*tested, items], needed)[-1] for each in (alpha, loss_alpha))
-    before, spent = (spending(alpha, max([0, *counts]) / needed) for counts in (tested, [*tested, items]))
-    return Look(len(tested) + 1, items, needed, alpha, level, loss_alpha, loss_level, before, spent)
 
 
 def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:
@@ -200,7 +173,7 @@ def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:
 
 
 def _bound(places: NDArray[np.float64], masses: NDArray[np.float64], deviation: float, chance: float) -> float:
-    """What the motion exceeds after one more step with this chance."""
+    """The bound that the motion exceeds after one more step with this chance."""
 
     def excess(bound: float) -> float:
         return float(stats.norm.sf(bound, places, deviation) @ masses) - chance

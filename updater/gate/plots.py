@@ -42,11 +42,8 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def forest(suites: Suites) -> str:
     """Each suite's difference in points with its interval, zero, and the margin of a retention suite."""
-    height = 0.55 + ROW * len(suites)
-    plot = figure(height)
-    axes = plot.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
-    for row, suite in enumerate(suites):
-        y = len(suites) - 1 - row
+    plot, axes = _rows(suites)
+    for y, suite in zip(reversed(range(len(suites))), suites, strict=True):
         colour = COLOURS[suite["decision"]]
         middle, low, high = (100 * suite[key] for key in ("difference", "ci_low", "ci_high"))
         if suite["role"] == "retention":
@@ -59,40 +56,38 @@ def forest(suites: Suites) -> str:
         axes.plot([low, high], [y, y], color=colour, linewidth=2.6, solid_capstyle="round")
         axes.plot(middle, y, "o", color=colour, markersize=6.5)
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_yticks(range(len(suites) - 1, -1, -1), [_label(suite["name"]) for suite in suites])
-    axes.set_ylim(-0.6, len(suites) - 0.4)
     axes.set_xlabel("after − before, points", color=MUTED)
-    style(axes)
     return drawn(plot, "Difference of every suite with its interval and margin", "f")
 
 
 def bars(suites: Suites) -> str:
     """Score of the incumbent and of the candidate, per suite, with the base as a tick."""
+    plot, axes = _rows(suites)
+    for y, suite in zip(reversed(range(len(suites))), suites, strict=True):
+        base = 100 * suite["base"]
+        for offset, key, colour in ((0.19, "before", BEFORE), (-0.19, "after", COLOURS[suite["decision"]])):
+            value = 100 * suite[key]
+            axes.barh(y + offset, value, height=0.34, color=colour)
+            place = max(value, base), y + offset
+            axes.annotate(
+                f"{value:.1f}", place, (4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
+            )
+        axes.plot([base, base], [y - 0.4, y + 0.4], color=INK, linewidth=1.4)
+    axes.set_xlim(0, max(10.0, 112 * max(max(s["before"], s["after"], s["base"]) for s in suites)))
+    axes.set_xlabel("accuracy or recall, %", color=MUTED)
+    return drawn(plot, "Score of every suite before and after", "b")
+
+
+def _rows(suites: Suites) -> tuple[Figure, Any]:
+    """A drawing with a row for each suite, the first at the top, which is at the highest y."""
     height = 0.55 + ROW * len(suites)
     plot = figure(height)
     axes = plot.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
-    for row, suite in enumerate(suites):
-        y = len(suites) - 1 - row
-        axes.barh(y + 0.19, 100 * suite["before"], height=0.34, color=BEFORE)
-        axes.barh(y - 0.19, 100 * suite["after"], height=0.34, color=COLOURS[suite["decision"]])
-        axes.plot([100 * suite["base"]] * 2, [y - 0.4, y + 0.4], color=INK, linewidth=1.4)
-        for offset, key in ((0.19, "before"), (-0.19, "after")):
-            value = 100 * suite[key]
-            axes.annotate(
-                f"{value:.1f}",
-                (max(value, 100 * suite["base"]), y + offset),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=MUTED,
-            )
-    axes.set_yticks(range(len(suites) - 1, -1, -1), [_label(suite["name"]) for suite in suites])
+    names = [name if len(name) <= 26 else name[:25] + "…" for name in (suite["name"] for suite in suites)]
+    axes.set_yticks(range(len(suites) - 1, -1, -1), names)
     axes.set_ylim(-0.6, len(suites) - 0.4)
-    axes.set_xlim(0, max(10.0, 112 * max(max(s["before"], s["after"], s["base"]) for s in suites)))
-    axes.set_xlabel("accuracy or recall, %", color=MUTED)
     style(axes)
-    return drawn(plot, "Score of every suite before and after", "b")
+    return plot, axes
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
@@ -112,10 +107,6 @@ def style(axes: Any) -> None:
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0, colors=INK, labelsize=9.5)
     axes.tick_params(axis="x", length=0, colors=MUTED, labelsize=8.5)
-
-
-def _label(name: str) -> str:
-    return name if len(name) <= 26 else name[:25] + "…"
 
 
 def drawn(plot: Figure, title: str, prefix: str) -> str:

@@ -59,7 +59,7 @@ def worst_answers(
 
 
 def _choices(scorer: Scorer, suite: Suite, view: int) -> Sequence[Item | str]:
-    """What can be answered in a view: items where it is their image, or their caption and they are samples."""
+    """Possible answers in a view: items where it is their image, or their caption and they are samples."""
     items = suite.items()
     if suite.views[view] == "text to image":
         return items

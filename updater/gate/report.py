@@ -7,23 +7,22 @@ report, and those that show it say so.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from core.files import replace_file
-from updater.gate.diagnostics.results import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Diagnostics
 from updater.gate.plots import bars, forest
-from updater.gate.verdict import Verdict, jsonable
+from updater.gate.verdict import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Verdict, jsonable
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 NO_LOOK = "none: it could not have passed, and spent no alpha"
 TEMPLATES = Path(__file__).parent / "templates"
-SAMPLES = ("sample", "sample_before", "sample_after")
+BOTH = ("before", "after")
+SAMPLES = ("sample", *(f"sample_{when}" for when in BOTH))
 """Fields of :class:`updater.gate.verdict.Regression` that name a sample."""
 
 
@@ -41,7 +40,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def render_body(report: Mapping[str, Any]) -> str:
-    """What the page shows, for inclusion in another one that links :func:`styles`. Nothing in it is styled in place."""
+    """The body of the page, for inclusion in another one that links :func:`styles`. Nothing is styled in place."""
     return _fill("verdict.html", report)
 
 
@@ -59,22 +58,20 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "value": _value}
-    retention = [suite for suite in report["suites"] if suite["role"] == "retention"]
-    gains = [suite for suite in report["suites"] if suite["role"] == "gain"]
-    missing = {"statistic": None, "best_release": None}  # in reports of earlier versions
-    suites = [{**missing, **suite} for suite in gains + retention]
+    gains, retention = ([s for s in report["suites"] if s["role"] == role] for role in ("gain", "retention"))
+    suites = gains + retention
     return environment.get_template(template).render(
-        r={"gain": None, **report, "suites": suites},
+        r={**report, "suites": suites},
         forest=forest(suites) if suites else "",
         bars=bars(suites) if suites else "",
-        beside=report.get("diagnostics") or asdict(Diagnostics()),
+        beside=report["diagnostics"],
         bins=TAIL_BINS,
         pair_chance=PAIR_CHANCE,
         yes_bound=YES_BOUND,
         cost=_cost(report),
         facts=_facts(report),
-        retention=[suite for suite in suites if suite["role"] == "retention"],
-        gains=[suite for suite in suites if suite["role"] == "gain"],
+        retention=retention,
+        gains=gains,
     )
 
 
@@ -83,9 +80,6 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     labels = {
         "gflops_planned": ("Compute planned (MAF)", "GFLOPs"),
         "gflops_spent": ("Compute spent (MAF)", "GFLOPs"),
-        "maf_planned": ("Compute planned (MAF)", "GFLOPs"),
-        "maf_spent": ("Compute spent (MAF)", "GFLOPs"),
-        "maf_per_step": ("Compute of a step (MAF)", "GFLOPs"),
         "memory_ratio": ("Memory, of full fine-tuning", ""),
         "seconds": ("Training time", "s"),
         "samples": ("Samples seen", ""),
@@ -105,38 +99,26 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the facts table: who was judged, against whom, on what data and at which level."""
-    meta = dict(report["meta"])
+    """Rows of the facts table: who was judged, against whom, on what data, at which level, and what comes next."""
+    meta, look = dict(report["meta"]), report["look"]
+    number = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
+    left = f"{look['left_for_others']:.2g} left for later ones"
+    following = f"with {look['next']:,} items, if it is inconclusive" if look["next"] else "none, this is the last"
     rows = [
         ("Candidate", report["candidate"]),
         ("Incumbent", report["incumbent"] or "the base alone"),
         ("Base", f"{report['base']} ({str(meta.pop('base_digest', ''))[:12]})"),
-        *(_look(report["look"], report["alpha"]) if "look" in report else ()),  # not in reports of earlier versions
-        ("Time", report["created_at"]),
-    ]
-    if (crossing := report.get("cross_version")) is not None:
-        rows.append(("Search while the catalog is embedded anew", _crossing(crossing)))
-    meta.pop("load_error", None)
-    for key, value in meta.items():
-        rows.append((key.replace("_", " ").capitalize(), _value(value)))
-    return rows
-
-
-def _look(look: Mapping[str, Any], alpha: float) -> list[tuple[str, str]]:
-    """Rows about alpha, and about what comes next."""
-    before, left = look["candidates"], look["left_for_others"]
-    number = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
-    following = f"with {look['next']:,} items, if it is inconclusive" if look["next"] else "none, this is the last"
-    return [
         ("Look", f"{number}; {look['items']:,} of {look['needed']:,} independent items of new data"),
-        (
-            "Level of this look",
-            f"{look['level']:.2g} for the gain, {look.get('loss_level', look['level']):.2g} for losses",
-        ),
+        ("Level of this look", f"{look['level']:.2g} for the gain, {look['loss_level']:.2g} for losses"),
         ("Spent on its gain", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
         ("Next look", following),
-        ("Before the next release", f"α = {alpha:g}; candidate {before + 1}, {left:.2g} left for later ones"),
+        ("Before the next release", f"α = {report['alpha']:g}; candidate {look['candidates'] + 1}, {left}"),
+        ("Time", report["created_at"]),
     ]
+    if (crossing := report["cross_version"]) is not None:
+        rows.append(("Search while the catalog is embedded again", _crossing(crossing)))
+    meta.pop("load_error", None)
+    return [*rows, *((key.replace("_", " ").capitalize(), _value(value)) for key, value in meta.items())]
 
 
 def _crossing(crossing: Mapping[str, Any]) -> str:
@@ -171,9 +153,10 @@ def _value(value: Any) -> str:
 
 def samples_of(report: Mapping[str, Any]) -> set[str]:
     """Ids of the samples that a report names."""
-    named = {str(worse[name]) for worse in _worst(report) for name in SAMPLES if worse.get(name)}
-    images = (pair[side] for pair in _pairs(report) for side in ("first", "second"))
-    return named | {str(image["sample"]) for image in images if image["sample"]}
+    worst = (worse for suite in report["suites"] for worse in suite["worst"])
+    shown = (pair for pairs in report["diagnostics"]["pairs"].values() for pair in pairs["shown"])
+    named = {str(worse[name]) for worse in worst for name in SAMPLES}
+    return (named | {str(pair[side]["sample"]) for pair in shown for side in ("first", "second")}) - {""}
 
 
 def with_samples(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], picture: str) -> dict[str, Any]:
@@ -184,63 +167,29 @@ def with_samples(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]
         rows: by id the samples that the store has, with ``text``, ``question`` and ``answer``.
         picture: where a sample's thumbnail is, with ``{}`` for its id.
     """
-    return {
-        **report,
-        "suites": [
-            {**suite, "worst": [_filled(worse, rows, picture) for worse in suite.get("worst") or ()]}
-            for suite in report.get("suites") or ()
-        ],
-        **_with_pairs(report, rows, picture),
-    }
 
-
-def _with_pairs(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], picture: str) -> dict[str, Any]:
-    """The diagnostics with the texts and pictures of their pairs; nothing of a report of an earlier version."""
-    diagnostics = report.get("diagnostics")
-    if not diagnostics:
-        return {}
-
-    def filled(image: Mapping[str, Any]) -> dict[str, Any]:
-        if not image["sample"]:
-            return dict(image)
-        row = rows.get(image["sample"])
+    def filled(shown: Mapping[str, Any]) -> dict[str, Any]:
+        """An item that became worse, or an image of a pair."""
+        sample = shown["sample"]
+        if not sample:
+            return dict(shown)
+        row = rows.get(sample)
         if row is None:
-            return {**image, "text": "a sample that was deleted"}
-        return {**image, "text": row["text"], "thumbnail": picture.format(image["sample"])}
+            return {**shown, "text": "a sample that was deleted"}
+        found = {**shown, "text": row["text"], "thumbnail": picture.format(sample)}
+        if "view" not in shown:
+            return found
+        if shown["view"] == "answer":
+            found |= {"text": row["question"], "expected": row["answer"]}
+        answers = {f"answer_{when}": rows.get(shown[f"sample_{when}"], {}).get("text", "") for when in BOTH}
+        return found | answers
 
+    diagnostics = report["diagnostics"]
     pairs = {
-        suite: {
-            **result,
-            "shown": [{**p, "first": filled(p["first"]), "second": filled(p["second"])} for p in result["shown"]],
-        }
-        for suite, result in diagnostics["pairs"].items()
-    }
-    return {"diagnostics": {**diagnostics, "pairs": pairs}}
-
-
-def _filled(worse: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], picture: str) -> dict[str, Any]:
-    sample = worse.get("sample")
-    if not sample:
-        return dict(worse)
-    row = rows.get(sample)
-    if row is None:
-        return {**worse, "text": "a sample that was deleted"}
-    is_question = worse["view"] == "answer"
-    return {
-        **worse,
-        "text": row["question"] if is_question else row["text"],
-        "expected": row["answer"] if is_question else "",
-        "thumbnail": picture.format(sample),
-        "answer_before": rows.get(worse["sample_before"], {}).get("text", ""),
-        "answer_after": rows.get(worse["sample_after"], {}).get("text", ""),
-    }
-
-
-def _worst(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for suite in report.get("suites") or ():
-        yield from suite.get("worst") or ()
-
-
-def _pairs(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for result in (report.get("diagnostics") or {}).get("pairs", {}).values():
-        yield from result["shown"]
+        suite: {**found, "shown": [
+            {**pair, "first": filled(pair["first"]), "second": filled(pair["second"])} for pair in found["shown"]
+        ]}
+        for suite, found in diagnostics["pairs"].items()
+    }  # fmt: skip
+    suites = [{**suite, "worst": [filled(worse) for worse in suite["worst"]]} for suite in report["suites"]]
+    return {**report, "suites": suites, "diagnostics": {**diagnostics, "pairs": pairs}}

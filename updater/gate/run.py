@@ -1,6 +1,7 @@
 """One gate run: candidate, incumbent and base answer the same suites through the serving engine -> Verdict.
 
-The engine is opened for one run, and closed after it whatever happens.
+The engine is opened for one run, and closed after it whatever happens. What differs between families of models is in
+:class:`Evaluator`; everything else is shared.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from core.errors import AdapterError, GateError
+from core.errors import AdapterError, GateError, RatchetError
 from core.progress import say
 from core.settings import Settings
 from core.settings.updates import Gate as GateSettings
@@ -19,14 +22,56 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead
-from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator
-from updater.gate.decision import Findings, Scores, conclude, decide
-from updater.gate.diagnostics.diagnose import ConceptCounts, diagnose
-from updater.gate.evaluator import Evaluator, M
-from updater.gate.interim_analyses import Look, Plan
-from updater.gate.suites import Suite
-from updater.gate.verdict import Check, Verdict
+from updater.gate.clip import ClipEvaluator
+from updater.gate.decision import Findings, ItemScores, Scores, conclude, decide
+from updater.gate.diagnostics import ConceptCounts, measure_tail
+from updater.gate.interim_analyses import InterimAnalysis, Plan
+from updater.gate.suites import Family, Suite
+from updater.gate.verdict import YES_BOUND, Check, CrossVersion, Diagnostics, Regression, Verdict
 from updater.gate.vlm import VlmEvaluator
+
+M = TypeVar("M", bound=ItemScores)
+
+
+class Evaluator(Protocol[M]):
+    """One serving engine of a base and its resident adapters: what is gated is what is served."""
+
+    @property
+    def family(self) -> Family:
+        """Of the suites that it answers."""
+
+    @property
+    def base(self) -> ClipBase | VlmBase:
+        """The base of all its models."""
+
+    def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
+        """Make an adapter resident. Raises AdapterError; GateError when the engine is dead.
+
+        A `candidate` that the trainer made is compared with the trainer's model.
+        """
+
+    def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
+        """Engineering checks before anything is scored; those named `loads` and `finite` decide whether it is."""
+
+    def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> M:
+        """One model's answers to one suite; None is the base. Raises GateError for what no model could answer."""
+
+    def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
+        """Engineering checks that look at the answers to all suites, after they were scored."""
+
+    def cross_version(
+        self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
+    ) -> CrossVersion | None:
+        """Recall of the candidate's texts among images that the incumbent embedded. None where that says nothing."""
+
+    def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
+        """Diagnostics of this family, after all suites were scored."""
+
+    def chance(self, suite: Suite) -> float:
+        """Score of guessing."""
+
+    def regressions(self, suite: Suite, before: M, after: M) -> tuple[Regression, ...]:
+        """Items that were right before and are wrong now."""
 
 
 @contextmanager
@@ -50,20 +95,13 @@ def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Eva
         yield VlmEvaluator(vlm, engine, settings.serve, cache=settings.home / "cache" / "gate")
 
 
-@contextmanager
-def open_across_bases(settings: Settings, old: ClipBase, new: ClipBase, candidate: str) -> Iterator[Evaluator[Any]]:
-    """Two engines of this process, one for each base; see :class:`AcrossBasesEvaluator`."""
-    engines = [ClipEngine.of(settings, base, threads=settings.updater.threads) for base in (old, new)]
-    yield AcrossBasesEvaluator(engines[0], engines[1], candidate)
-
-
 def run_gate(
     *,
     evaluator: Evaluator[M],
     candidate: str,
     incumbent: str | None,
     suites: Sequence[Suite],
-    fresh: Suite | Sequence[Suite],
+    fresh: Sequence[Suite],
     plan: Plan,
     settings: GateSettings,
     best: Mapping[str, str] | None = None,
@@ -78,7 +116,7 @@ def run_gate(
         candidate: adapter name. If it is not resident (it would not load), the verdict says so.
         incumbent: adapter of the live release; None is the base alone.
         suites: retention suites, and gain suites of the user, all of the evaluator's family.
-        fresh: gain suite(s) from `fresh_eval`, see `fresh_suites`.
+        fresh: gain suites from `fresh_eval`, see `fresh_suites`.
         plan: what the looks at this candidate may spend, and those that were made; `Plan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine; a suite without one, or
             whose best is the incumbent, is compared with incumbent and base.
@@ -95,7 +133,7 @@ def run_gate(
     """
     started = time.monotonic()
     facts = dict(meta or {})
-    gated = [_hidden_half(suite, facts) for suite in (*suites, *_sequence(fresh))]
+    gated = [_hidden_half(suite, facts) for suite in (*suites, *fresh)]
     for suite in gated:
         if suite.family != evaluator.family:
             raise GateError(
@@ -150,9 +188,9 @@ def _suites(
     suites: Sequence[Suite],
     best: Mapping[str, str],
     settings: GateSettings,
-    look: Look,
+    look: InterimAnalysis,
 ) -> tuple[Findings, list[Check], list[Scores]]:
-    """What the suites say, checks of the answers, and the answers; none of those where the candidate failed."""
+    """Ask all suites: results, checks of the answers, and the answers; none of those where the candidate failed."""
     scores: list[Scores] = []
     for number, suite in enumerate(suites, start=1):
         say(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
@@ -186,6 +224,38 @@ def _suites(
     return findings, evaluator.answer_checks(candidate, suites), scores
 
 
+def diagnose(
+    evaluator: Evaluator[M],
+    scores: Sequence[Scores],
+    incumbent: str | None,
+    candidate: str,
+    counts: ConceptCounts | None,
+) -> Diagnostics:
+    """Diagnostics decide nothing, so what cannot be computed becomes a warning; so does a share of "yes" that leaves
+    the truth.
+
+    Args:
+        scores: all suites; none where the candidate could not be scored.
+        counts: of concepts in the training data; None: there are none, and results are not split by them.
+    """
+    found, warnings = Diagnostics(), []
+    try:
+        found = evaluator.diagnostics(scores, incumbent, candidate) if scores else found
+    except (RatchetError, RuntimeError, ValueError) as error:
+        warnings.append(f"features and answers could not be compared: {error}")
+    try:
+        found = replace(found, tail=measure_tail(scores, counts) if scores and counts else None)
+    except RatchetError as error:
+        warnings.append(f"results are not split by how often concepts were seen: {error.message}")
+    moved_away = [
+        f'{name}: "yes" is {share.after:.0%} of the answers, before {share.before:.0%}; it is right for '
+        f"{share.truth:.0%} (a warning from {YES_BOUND:.0%} further away)"
+        for name, share in found.yes.items()
+        if share.moved_away > YES_BOUND
+    ]
+    return replace(found, warnings=(*moved_away, *warnings))
+
+
 def _rival(suite: Suite, best: Mapping[str, str], incumbent: str | None, candidate: str) -> str:
     """The best release by a retention suite, if it is another adapter than both that are compared; else empty."""
     name = best.get(suite.name, "") if suite.role == "retention" else ""
@@ -196,7 +266,3 @@ def _hidden_half(suite: Suite, facts: Mapping[str, Any]) -> Suite:
     """A suite that the recipe was tuned on is judged on its hidden half."""
     tuned: Iterable[str] = facts.get("tuned_on") or ()
     return suite.half("hidden") if suite.name in set(tuned) else suite
-
-
-def _sequence(fresh: Suite | Sequence[Suite]) -> Sequence[Suite]:
-    return (fresh,) if isinstance(fresh, Suite) else fresh

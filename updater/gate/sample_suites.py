@@ -1,33 +1,37 @@
-"""Suites from held-out (`fresh_eval`) rows of the sample store.
+"""Suites from held-out (`fresh_eval`) rows of the sample store, and the best release so far by each suite.
 
 Gain suites are of the newest rows: where an update may show that it learned something. Once the update is released they
 become memory: retention suites of what earlier updates learned, a bounded reservoir for each domain, drawn by a hash of
 the sample's id, so that the same rows of the store make the same suite, a further row displaces at most one, and a
 deleted one is gone. A candidate's heads have retention suites of labelled rows.
+
+An update may have a hundred thousand held-out samples, of which the gate asks some thousands. Which ones follows from
+ids, domains and texts: those are read at once, an image when it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from core.errors import AdapterError
+from core.errors import AdapterError, GateError, StoreError
+from core.ledger import VerdictRow
 from core.settings import Settings
 from serving.engines.heads import Head
-from streams.store.sample_store import SampleStore
-from updater.gate.held_out import TEXT_COLUMNS, HeldOut, Images, TableImages
+from streams.store.rows import SAMPLE_SCHEMA
+from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.gate.suite_items import (
     Item,
-    asked_sample,
     caption_clusters,
-    captioned_sample,
     image_clusters,
-    labelled_sample,
     limited,
+    sample_item,
 )
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
@@ -36,63 +40,127 @@ CAPACITY: dict[Family, int] = {"clip": 1000, "vlm": 400}
 with some 160 where nothing was lost; where updates since took 3 points from the best release, it takes 1,000."""
 MOST_DOMAINS = 12
 """Suites of single domains. All must pass, and each is asked of the candidate."""
+MOST_FRESH = 6
+"""Gain suites of single domains."""
 PREFIX = "memory"
 COLUMNS = ("id", "label", "domain", "concept")
+WORDS_ROWS = 1024
+"""Rows whose words are read at once."""
+TEXT_COLUMNS = ("id", "text", "question", "answer", "domain", "concept")
+PAGE = 16
+"""Images that are read at once."""
+PAGES = 8
+"""Pages that are kept, for as many threads: of images of 8 MiB, the largest that are ingested, 1 GiB."""
+MOST_RIVALS = 2
+"""Best releases that are compared: each is resident in the gate's engine with incumbent and candidate."""
 
 
-def fresh_suite(
-    rows: pa.Table,
-    domain: str | None = None,
-    *,
-    family: Family = "clip",
-    limit: int = MAX_ITEMS,
-    seed: int = 0,
-    images: Images | None = None,
-) -> Suite:
-    """A gain suite from rows with the columns id, domain, concept and text (or question and answer), and image where
-    there are no ``images``.
+class Images(Protocol):
+    """Encoded images by sample id."""
 
-    A CLIP is asked for retrieval both ways, where items with the same text count as each other's hits; a VLM is
-    asked the questions, and its answers must match. Rows without a text (a question) are left out. `domain` takes
-    only the rows of one domain.
+    def expect(self, ids: Sequence[str]) -> None:
+        """These will be asked for, in this order: neighbours may be read together."""
+
+    def __call__(self, sample: str) -> bytes:
+        """One of them. Raises GateError."""
+
+
+class HeldOut:
+    """The split ``fresh_eval`` of one version of the store; also gives the images of the rows that were read. For
+    several threads.
+
+    Args:
+        version: one that is pinned, or that is kept for as long as the images are asked for.
+        having: only samples that have a text, or a question; None: all.
     """
-    images = images or TableImages(rows)
-    by_domain = items_by_domain(rows, family, images)
-    return _suite(by_domain.get(domain, []) if domain else _all(by_domain), domain, family, limit, seed, images)
+
+    def __init__(self, store: SampleStore, version: int, having: Having | None) -> None:
+        self.store, self.version, self.having = store, version, having
+        self._addresses: dict[str, int] = {}
+        self._pages: list[list[str]] = []
+        self._page_of: dict[str, int] = {}
+        self._cached_pages: OrderedDict[int, dict[str, bytes]] = OrderedDict()
+        self._lock = Lock()
+
+    def rows(self, columns: Sequence[str], after: Mapping[str, int] | None = None) -> pa.Table:
+        """All rows, or those at or after some offsets, in no order. ``columns``: id, and others than the image."""
+        schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
+        parts = [schema.empty_table()]
+        for batch in self.store.addresses(columns, self.version, "fresh_eval", self.having, after):
+            self._addresses.update(zip(batch["id"].to_pylist(), batch[ADDRESS].to_pylist(), strict=True))
+            parts.append(pa.Table.from_batches([batch.select(list(columns))]))
+        return pa.concat_tables(parts)
+
+    def some(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """Other columns of rows that :meth:`rows` has given, in the order of ``ids``."""
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(ids), WORDS_ROWS):
+            addresses = [self._addresses[each] for each in ids[start : start + WORDS_ROWS]]
+            rows += self.store.rows_at(addresses, columns, self.version)
+        return pa.Table.from_pylist(rows, pa.schema([SAMPLE_SCHEMA.field(name) for name in columns]))
+
+    def expect(self, ids: Sequence[str]) -> None:
+        """Read neighbours in ``ids`` together, but for those that were expected before."""
+        new = [each for each in dict.fromkeys(ids) if each not in self._page_of]
+        for start in range(0, len(new), PAGE):
+            page = new[start : start + PAGE]
+            self._page_of.update(dict.fromkeys(page, len(self._pages)))
+            self._pages.append(page)
+
+    def __call__(self, sample: str) -> bytes:
+        """The image of a row that :meth:`rows` has given. Raises GateError when the store cannot be read."""
+        if sample not in self._page_of:
+            self.expect([sample])
+        number = self._page_of[sample]
+        with self._lock:
+            if number not in self._cached_pages:
+                self._cached_pages[number] = self._read(self._pages[number])
+            self._cached_pages.move_to_end(number)
+            while len(self._cached_pages) > PAGES:
+                self._cached_pages.popitem(last=False)
+            return self._cached_pages[number][sample]
+
+    def _read(self, page: Sequence[str]) -> dict[str, bytes]:
+        try:
+            rows = self.store.rows_at([self._addresses[each] for each in page], ["image"], self.version)
+        except StoreError as error:
+            raise GateError(f"images of held-out samples cannot be read: {error.message}", error.fix) from error
+        return {each: row["image"] for each, row in zip(page, rows, strict=True)}
 
 
 def fresh_suites(
     rows: pa.Table,
+    images: Images,
     *,
     family: Family = "clip",
     min_items: int = 50,
     limit: int = MAX_ITEMS,
-    most: int = 6,
-    images: Images | None = None,
 ) -> list[Suite]:
     """One gain suite for each domain that asks at least `min_items` fresh captions (or images with questions), the
-    largest `most` of them, and one over the rest, if it asks as many.
+    largest MOST_FRESH of them, and one over the rest, if it asks as many.
 
     If no domain has enough, one suite over all rows together; none if there are no rows. So hardly any row is left
     out, and with a further row there are not fewer items. Images are read of none but the items that are drawn.
 
+    A CLIP is asked for retrieval both ways, where items with the same text count as each other's hits; a VLM is
+    asked the questions, and its answers must match. Rows without a text (a question) are left out.
+
     Args:
+        rows: columns id, domain, concept and text, or question and answer.
         limit: items of a suite.
-        images: those of the rows; None where they have a column of them.
     """
-    images = images or TableImages(rows)
     by_domain = items_by_domain(rows, family, images)
     suites: list[Suite] = []
     covered: set[str] = set()
     for domain in sorted(by_domain, key=lambda domain: (-len(by_domain[domain]), domain)):
-        if len(by_domain[domain]) < min_items or len(suites) == most:
+        if len(by_domain[domain]) < min_items or len(suites) == MOST_FRESH:
             break
-        suite = _suite(by_domain[domain], domain, family, limit, 0, images)
+        suite = fresh_suite(by_domain[domain], domain, family, limit, images)
         if domain and suite.units() >= min_items:
             suites.append(suite)
             covered.add(domain)
-    others = _all({domain: items for domain, items in by_domain.items() if domain not in covered})
-    rest = _suite(others, None, family, limit, 0, images)
+    others = [item for domain, items in by_domain.items() if domain not in covered for item in items]
+    rest = fresh_suite(others, "", family, limit, images)
     suites += [rest] if not suites or rest.units() >= min_items else []
     return [suite for suite in suites if len(suite.items()) >= 2]
 
@@ -100,16 +168,13 @@ def fresh_suites(
 def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
     """Items by domain, in the order in which domains appear."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
-    make = captioned_sample if family == "clip" else asked_sample
     for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
-        item = make(row, images)
-        if item is not None:
-            by_domain[row.get("domain") or ""].append(item)
+        text, question, answer = ((row.get(name) or "").strip() for name in ("text", "question", "answer"))
+        if family == "clip" and text:
+            by_domain[row.get("domain") or ""].append(sample_item(row, images, text))
+        elif family == "vlm" and question and answer:
+            by_domain[row.get("domain") or ""].append(sample_item(row, images, question, answer))
     return dict(by_domain)
-
-
-def _all(by_domain: Mapping[str, Sequence[Item]]) -> list[Item]:
-    return [item for items in by_domain.values() for item in items]
 
 
 def units(items: Sequence[Item], family: Family) -> int:
@@ -118,27 +183,21 @@ def units(items: Sequence[Item], family: Family) -> int:
 
 
 def store_suite(
-    items: Sequence[Item],
-    name: str,
-    role: Role,
-    family: Family,
-    limit: int,
-    seed: int,
-    description: str,
-    images: Images,
+    items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: Images
 ) -> Suite:
     """A suite over items of the sample store, at most `limit` of them."""
     task: Task = "retrieval" if family == "clip" else "vqa"
-    suite = Suite(name=name, role=role, task=task, limit=limit, seed=seed, description=description)
-    suite._items = tuple(limited(items, limit, seed))
+    suite = Suite(name=name, role=role, task=task, limit=limit, description=description)
+    suite._items = tuple(limited(items, limit, suite.seed))
     images.expect([item.sample_id for item in suite._items])
     return suite
 
 
-def _suite(items: Sequence[Item], domain: str | None, family: Family, limit: int, seed: int, images: Images) -> Suite:
+def fresh_suite(items: Sequence[Item], domain: str, family: Family, limit: int, images: Images) -> Suite:
+    """A gain suite over items of one domain, or of several where it is empty."""
     name = slug(f"fresh.{domain}" if domain else "fresh")
     description = f"New {domain or 'samples'} that were never trained on."
-    return store_suite(items, name, "gain", family, limit, seed, description, images)
+    return store_suite(items, name, "gain", family, limit, description, images)
 
 
 def slug(name: str) -> str:
@@ -172,12 +231,11 @@ def reservoir(ids: Sequence[str], capacity: int) -> list[str]:
 
 
 def memory_suites(
-    rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: Images | None = None
+    rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: Images
 ) -> list[Suite]:
     """The suites of :func:`choose_memory` from the rows that it chose. Those with fewer independent items than
-    `min_units` are left out. `images`: those of the rows; None where they have a column of them.
+    `min_units` are left out.
     """
-    images = images or TableImages(rows)
     by_id = {item.sample_id: item for items in items_by_domain(rows, family, images).values() for item in items}
     suites = []
     for name, ids in chosen.items():
@@ -186,7 +244,7 @@ def memory_suites(
         if len(items) >= 2 and units(items, family) >= min_units:
             about = f"Samples of {name.removeprefix(f'{PREFIX}.')} that" if name != PREFIX else "Other samples that"
             description = f"{about} released updates were judged by, and that were never trained on."
-            suites.append(store_suite(items, name, "retention", family, CAPACITY[family], 0, description, images))
+            suites.append(store_suite(items, name, "retention", family, CAPACITY[family], description, images))
     return suites
 
 
@@ -213,7 +271,7 @@ def head_suites(settings: Settings, store: SampleStore, version: int, heads: Map
         head, labels = wanted[name], set(heads[name].labels)
         own = [r for r in rows if r["label"] in labels and (not head.domains or r["domain"] in head.domains)]
         own.sort(key=lambda row: hashlib.sha256(f"head {row['id']}".encode()).digest())
-        items = [labelled_sample(row, held_out) for row in own[: CAPACITY["clip"]]]
+        items = [sample_item(row, held_out, row["label"], key=row["id"]) for row in own[: CAPACITY["clip"]]]
         if len(items) < 2:
             raise AdapterError(
                 f"no held-out samples have the labels of the head {name!r}.", "Publish some with labels."
@@ -230,3 +288,34 @@ def head_suites(settings: Settings, store: SampleStore, version: int, heads: Map
         held_out.expect([item.sample_id for item in items])
         suites.append(suite)
     return suites
+
+
+def best_by_suite(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbent: str | None) -> dict[str, str]:
+    """By suite the adapter that was released with the highest score in its verdict, less the base's in the same one: a
+    candidate is compared with it, so that small losses cannot add up.
+
+    A score is compared by its distance to the base because the items of a memory suite change as data are learned. The
+    incumbent is not named, as it is a reference anyway. Of more than MOST_RIVALS adapters those that are best on most
+    suites are named.
+
+    Args:
+        verdicts: released ones of one family and base, the newest first; adapters of another base do not compare.
+        suites: names of retention suites. That of a memory suite also stands for the fresh suite of its domain, by
+            which the domain was judged when it was new.
+    """
+    best: dict[str, str] = {}
+    for name in suites:
+        scored = [(score, verdict.adapter) for verdict in verdicts if (score := _score(verdict, name)) is not None]
+        if scored:  # the newest first: of equal ones it is taken
+            best[name] = max(scored, key=lambda pair: pair[0])[1]
+    best = {name: adapter for name, adapter in best.items() if adapter != incumbent}
+    named = {adapter for adapter, _ in Counter(best.values()).most_common(MOST_RIVALS)}
+    return {name: adapter for name, adapter in best.items() if adapter in named}
+
+
+def _score(verdict: VerdictRow, name: str) -> float | None:
+    suites: Mapping[str, Mapping[str, Any]] = verdict.summary.get("suites", {})
+    suite = suites.get(name)
+    if suite is None and name.startswith(PREFIX):
+        suite = suites.get(f"fresh{name.removeprefix(PREFIX)}")
+    return None if suite is None else float(suite["after"]) - float(suite["base"])

@@ -33,6 +33,8 @@ from updater.gate.suites import Suite
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
+View = tuple[NDArray[np.floating], NDArray[np.bool_]]
+"""Of one way of asking: similarities [n, choices], and which choices are right."""
 
 IMAGE_BATCH = 8
 TEXT_BATCH = 16
@@ -72,8 +74,6 @@ class Scorer:
     def __init__(self, engine: ClipEngine, cache: Path | None = None) -> None:
         self.engine = engine
         self.cache = cache
-        self.hits = 0
-        """Suites answered from disk."""
         self._images: dict[str, dict[str, Vectors]] = {}
         self._texts: dict[str, dict[str, Vectors]] = {}
         self._pixels: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
@@ -81,27 +81,21 @@ class Scorer:
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
-        path = self._path(suite, adapter)
-        if path is not None and (cached := _load(path, suite)) is not None:
-            self.hits += 1
-            return cached
-        items = suite.items()
-        what = label or adapter or "base"
-        if suite.task == "classification":
-            outcomes = self._classify(suite, items, adapter, what)
-        else:
-            outcomes = self._retrieve(suite, items, adapter, what)
-        if path is not None:
-            store_arrays(path, ids=outcomes.ids, ranks=outcomes.ranks, answers=outcomes.answers)
-        return outcomes
+        items, folder = suite.items(), self.folder(suite)
+        ids = np.array([item.id for item in items], dtype=np.str_)
+        shape = (len(items), len(suite.views))
 
-    def forget(self, adapter: str) -> None:
-        """Drop an adapter's vectors, before it is unloaded; those of a space that it shares with the base stay."""
-        own, base = self.engine.spaces(adapter), self.engine.spaces(None)
-        if own.image != base.image:
-            self._images.pop(own.image, None)
-        if own.text != base.text:
-            self._texts.pop(own.text, None)
+        def compute() -> tuple[NDArray[Any], ...]:
+            ask = self._classify if suite.task == "classification" else self._retrieve
+            views = ask(suite, items, adapter, label or adapter or "base")
+            ranks = np.stack([rank_of_best(similarity, right) for similarity, right in views], axis=1)
+            return ids, ranks, np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1).astype(np.int32)
+
+        def fits(known: Sequence[NDArray[Any]]) -> bool:
+            return known[0].tolist() == ids.tolist() and known[1].shape == known[2].shape == shape
+
+        path = folder and folder / f"{digest12(digest_json(self.key(suite, adapter)))}.npz"
+        return Outcomes(*kept(path, ("ids", "ranks", "answers"), compute, fits), suite.k)
 
     def choices(self, suite: Suite) -> tuple[list[str], ...]:
         """For each view the possible answers: classes; or unique texts, and item ids."""
@@ -149,7 +143,7 @@ class Scorer:
     ) -> Iterator[tuple[Sequence[T], Vectors]]:
         """Batches with their vectors, in order, on as many threads as torch was given, each computing alone.
 
-        Several threads in one forward pass wait for each other at every layer; beside a busy server that made a gate
+        Several threads in one forward pass wait for each other at every layer; next to a busy server that made a gate
         run four times as long. Whole batches side by side have nothing to wait for.
         """
         threads = torch.get_num_threads() if self.engine.device.type == "cpu" else 1
@@ -178,14 +172,14 @@ class Scorer:
                 self._pixels.popitem(last=False)
         return pixels
 
-    def _classify(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> Outcomes:
+    def _classify(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[View]:
         (classes,) = self.choices(suite)
         by_head = self._by_head(suite, items, adapter, label)
         similarity = self._by_prompts(suite, classes, items, adapter, label) if by_head is None else by_head
         index = {name: i for i, name in enumerate(classes)}
         right = np.zeros(similarity.shape, dtype=bool)
         right[np.arange(len(items)), [index[item.text] for item in items]] = True
-        return _outcomes(items, [(similarity, right)], suite.k)
+        return [(similarity, right)]
 
     def _by_head(
         self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str
@@ -211,14 +205,14 @@ class Scorer:
         heads = heads / np.linalg.norm(heads, axis=1, keepdims=True)
         return np.asarray(self.images(items, adapter, label) @ heads.T, np.float64)
 
-    def _retrieve(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> Outcomes:
+    def _retrieve(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[View]:
         unique, _ = self.choices(suite)
         index = {text: i for i, text in enumerate(unique)}
         own = np.array([index[item.text] for item in items])
         similarity = self.images(items, adapter, label) @ self.texts(unique, adapter, label).T
         to_text = own[:, None] == np.arange(len(unique))[None, :]
         to_image = own[:, None] == own[None, :]
-        return _outcomes(items, [(similarity, to_text), (similarity.T[own], to_image)], suite.k)
+        return [(similarity, to_text), (similarity.T[own], to_image)]
 
     def folder(self, suite: Suite) -> Path | None:
         """Where its answers are kept; None: nowhere."""
@@ -231,48 +225,38 @@ class Scorer:
         head = self.engine.heads(adapter).get(suite.head) if suite.head else None
         return [*key, heads_digest({suite.head: head})] if head else key
 
-    def _path(self, suite: Suite, adapter: str | None) -> Path | None:
-        folder = self.folder(suite)
-        return None if folder is None else folder / f"{digest12(digest_json(self.key(suite, adapter)))}.npz"
-
-
-def _outcomes(
-    items: Sequence[Item], views: Sequence[tuple[NDArray[np.floating], NDArray[np.bool_]]], k: int
-) -> Outcomes:
-    return Outcomes(
-        ids=np.array([item.id for item in items], dtype=np.str_),
-        ranks=np.stack([rank_of_best(similarity, right) for similarity, right in views], axis=1),
-        answers=np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1).astype(np.int32),
-        k=k,
-    )
-
 
 def prompt(template: str, suite: Suite, label: str) -> str:
     """A class as a suite's template asks for it."""
     return template.replace("{}", suite.names.get(label, label.replace("_", " ")))
 
 
-def _load(path: Path, suite: Suite) -> Outcomes | None:
-    """Cached answers, or None if there are none that fit."""
-    arrays = load_arrays(path, ("ids", "ranks", "answers"))
-    if arrays is None:
-        return None
-    ids, ranks, answers = arrays
-    expected = [item.id for item in suite.items()]
-    shape = (len(expected), len(suite.views))
-    if ids.tolist() != expected or ranks.shape != shape or answers.shape != shape:
-        return None
-    return Outcomes(ids=ids, ranks=ranks, answers=answers, k=suite.k)
-
-
 def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """How many wrong answers do not score below the best right one. Both arrays have shape [n, choices].
+    """The number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices].
 
     "Not below" and not "above": a tie or a NaN on either side counts against the model.
     """
     best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
     ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
     return ranks
+
+
+def kept(
+    path: Path | None,
+    names: Sequence[str],
+    compute: Callable[[], Sequence[NDArray[Any]]],
+    fits: Callable[[Sequence[NDArray[Any]]], bool],
+) -> Sequence[NDArray[Any]]:
+    """The arrays that a file keeps under these names; where there is none that fits, they are computed and kept.
+
+    `path` None: they are kept nowhere.
+    """
+    arrays: Sequence[NDArray[Any]] | None = load_arrays(path, names) if path else None
+    if arrays is None or not fits(arrays):
+        arrays = compute()
+        if path:
+            store_arrays(path, **dict(zip(names, arrays, strict=True)))
+    return arrays
 
 
 def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
@@ -285,7 +269,7 @@ def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
-    """The arrays of these names, or None if there is no file or it is damaged (it is then written anew)."""
+    """The arrays of these names, or None if there is no file or it is damaged (it is then written again)."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in names]

@@ -1,7 +1,13 @@
-"""Items of suites: where they come from, what names them, and which of them are drawn."""
+"""Items of suites: where they come from, which of them are drawn, and what a free-text answer to one earns.
+
+Answers are normalised as in the evaluation of VQA v2 (Antol et al., ICCV 2015; Goyal et al., CVPR 2017; rules at
+https://visualqa.org/evaluation.html): lower case, number words as digits, no articles, no punctuation but the
+points of decimal numbers and apostrophes, contractions with their apostrophe. Answer and references go through it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +29,23 @@ Half = Literal["all", "tuning", "hidden"]
 Result = TypeVar("Result")
 T = TypeVar("T")
 SAMPLE = "sample/"
-"""What the source of an item begins with that is a sample of the store; that of a folder is an absolute path."""
+"""Begins the source of an item that is a sample of the store; that of a folder is an absolute path."""
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_WORDS)}}
+_ARTICLES = frozenset({"a", "an", "the"})
+_CONTRACTED = (
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't how'd how's isn't it'd it'll "
+    "let's might've mightn't must've mustn't needn't shan't she's should've shouldn't somebody's someone's that's "
+    "there'd there're there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've "
+    "when's where'd where's who'd who'll who's who've why's won't would've wouldn't y'all you'd you'll you're you've"
+)
+_CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
+"""Only those that are no other word without the apostrophe: `its`, `well` and `hell` stay."""
+_GROUPING = re.compile(r"(?<=\d),(?=\d)")
+_POINT = re.compile(r"\.(?!\d)")
+_MARKS = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!:*#]")
+AGREEING = 3
+"""Answers of people that must agree before an answer counts in full (VQA v2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +57,7 @@ class Item:
     text: str
     """The caption; the class label in a classification suite; the question in a VQA suite."""
     key: str
-    """What decides the half: items of one concept are all tuned on, or all hidden."""
+    """Decides the half: items of one concept are all tuned on, or all hidden."""
     name: str
     """The image's place inside its folder, which survives a move of the home folder."""
     source: str
@@ -44,12 +66,17 @@ class Item:
     answers: tuple[str, ...] = ()
     """Reference answers of a question, as many as people gave; the main one comes first."""
     concept: str = ""
-    """What is shown, in words; empty where the data name none."""
+    """The thing shown, in words; empty where the data name none."""
 
     @property
     def sample_id(self) -> str:
         """Its id in the sample store; empty for an item of a folder."""
         return self.source.removeprefix(SAMPLE) if self.source.startswith(SAMPLE) else ""
+
+
+def make_item(name: str, source: str, text: str, key: str, read: Callable[[], bytes], **more: Any) -> Item:
+    """An item, named by its place and its text."""
+    return Item(digest12(digest_json([name, text])), text, key, name, source, read, **more)
 
 
 def captioned(row: FolderItem, place: str, text: str) -> Item:
@@ -62,47 +89,18 @@ def captioned(row: FolderItem, place: str, text: str) -> Item:
 def question_item(row: FolderItem, place: str) -> Item:
     """An image of a folder with its question and answers."""
     answers = tuple(sorted(row.answers or (row.answer,), key=lambda answer: answer != row.answer))
-    key = row.concept or row.path.name
-    return make_item(place, str(row.path.absolute()), row.question, key, row.bytes, answers, row.concept)
+    key, source = row.concept or row.path.name, str(row.path.absolute())
+    return make_item(place, source, row.question, key, row.bytes, answers=answers, concept=row.concept)
 
 
-def captioned_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
-    """A sample with its text, or None if it has none. ``images``: by sample id."""
-    text = (row.get("text") or "").strip()
-    if not text:
-        return None
-    source = f"{SAMPLE}{row['id']}"
-    concept = row.get("concept") or ""
-    return make_item(source, source, text, concept or text, partial(images, row["id"]), concept=concept)
-
-
-def labelled_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item:
-    """A sample with its label as the class. ``images``: by sample id."""
-    source = f"{SAMPLE}{row['id']}"
-    return make_item(source, source, row["label"], row["id"], partial(images, row["id"]), concept=row["concept"] or "")
-
-
-def asked_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
-    """A sample with its question and answer, or None if it has none. ``images``: by sample id."""
-    question, answer = (row.get("question") or "").strip(), (row.get("answer") or "").strip()
-    if not question or not answer:
-        return None
-    source = f"{SAMPLE}{row['id']}"
-    concept = row.get("concept") or ""
-    return make_item(source, source, question, concept or source, partial(images, row["id"]), (answer,), concept)
-
-
-def make_item(
-    name: str,
-    source: str,
-    text: str,
-    key: str,
-    read: Callable[[], bytes],
-    answers: tuple[str, ...] = (),
-    concept: str = "",
+def sample_item(
+    row: Mapping[str, Any], images: Callable[[str], bytes], text: str, answer: str = "", key: str = ""
 ) -> Item:
-    """An item, named by its place and its text."""
-    return Item(digest12(digest_json([name, text])), text, key, name, source, read, answers, concept)
+    """A sample of the store with what it is asked. ``images``: by sample id; ``key``: its concept by default."""
+    source, concept = f"{SAMPLE}{row['id']}", row.get("concept") or ""
+    key = key or concept or (source if answer else text)
+    answers = (answer,) if answer else ()
+    return make_item(source, source, text, key, partial(images, row["id"]), answers=answers, concept=concept)
 
 
 def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
@@ -161,7 +159,7 @@ def open_picture(item: Item) -> Image.Image:
 
 
 def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
-    """What ``read`` makes of the item's image. Raises GateError naming the item."""
+    """Apply ``read`` to the item's image. Raises GateError naming the item."""
     try:
         return read(open_accepted(item.read()))
     except (OSError, RecordError) as error:
@@ -169,3 +167,47 @@ def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
             f"the image of suite item {item.name[:300]} cannot be read: {error}",
             "Replace or remove that row of data.csv, or delete that sample.",
         ) from error
+
+
+def normalise(answer: str) -> str:
+    """One answer in its comparable form.
+
+    >>> normalise("The two red-brown dogs, dont you see?")
+    "2 red brown dogs don't you see"
+    """
+    text = _GROUPING.sub("", answer.lower().replace("’", "'"))
+    words = _MARKS.sub(" ", _POINT.sub("", text)).split()
+    return " ".join(_CONTRACTIONS.get(w, w) for w in (_NUMBERS.get(w, w) for w in words) if w not in _ARTICLES)
+
+
+def grade(metric: str, answer: str, references: Sequence[str]) -> float:
+    """Score of an answer, in [0, 1].
+
+    exact_match   1 if it equals a reference
+    vqa_accuracy  with three references or more: a third for each that it equals, at most 1; else as exact_match
+    yes_no        1 if its first word is the "yes" or "no" of the (first) reference
+    """
+    if metric == "yes_no":
+        answered = polarity(answer)
+        return float(bool(answered) and answered == polarity(references[0]))
+    own = normalise(answer)
+    matches = sum(own == normalise(reference) for reference in references) if own else 0
+    if metric == "vqa_accuracy" and len(references) >= AGREEING:
+        return min(matches / AGREEING, 1.0)
+    return float(matches > 0)
+
+
+def polarity(answer: str) -> str:
+    """`yes` or `no` if the answer begins with it, else empty."""
+    first, *_ = normalise(answer).split() or [""]
+    return first if first in ("yes", "no") else ""
+
+
+def majority(metric: str, references: Sequence[Sequence[str]]) -> tuple[str, float]:
+    """The one answer that earns most when it is given to every question, and its mean: what needs no image at all."""
+    best, most = "", 0.0
+    for answer in sorted({normalise(reference) for own in references for reference in own}):
+        earned = sum(grade(metric, answer, own) for own in references) / len(references)
+        if earned > most:
+            best, most = answer, earned
+    return best, most

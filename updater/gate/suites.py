@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from core.digests import digest_bytes, digest_json
 from core.errors import GateError, RecordError
 from streams.publish.folders import INDEX, FolderItem, read_folder
-from updater.gate.answers import polarity
 from updater.gate.suite_items import (
     Half,
     Item,
@@ -30,13 +29,17 @@ from updater.gate.suite_items import (
     image_clusters,
     limited,
     of_half,
+    polarity,
     question_item,
+    spread,
     without_lonely,
 )
 
 MAX_ITEMS = 2000
 """Most items where nothing else is said, as the setting gate.max_items: 12 s a model at 6 ms an image."""
 BUILTIN = Path(__file__).parent / "suites"
+PROBE = 64
+"""Items that the engineering checks look at."""
 _NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer"}
 
 Role = Literal["retention", "gain"]
@@ -48,13 +51,13 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
     "retrieval": ("recall@5", "recall@1", "recall@10"),
     "vqa": ("exact_match", "vqa_accuracy", "yes_no"),
 }
-"""What can be measured of each task; the first is taken where a suite names none."""
+"""Metrics of each task; the first is taken where a suite names none."""
 VIEWS: dict[Task, tuple[str, ...]] = {
     "classification": ("class",),
     "retrieval": ("image to text", "text to image"),
     "vqa": ("answer",),
 }
-"""What one item is asked."""
+"""Questions to one item."""
 
 
 class Suite(BaseModel):
@@ -123,7 +126,7 @@ class Suite(BaseModel):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """What one item is asked: its class, its text by image and its image by text, or its question."""
+        """The questions to one item: its class, its text by image and its image by text, or its question."""
         return VIEWS[self.task]
 
     @property
@@ -145,7 +148,7 @@ class Suite(BaseModel):
         return self._home / "cache" / "gate" if self._home else None
 
     def divisible(self, min_items: int) -> bool:
-        """Whether both halves have items enough to say something; else the suite stays whole for the gate."""
+        """True if both halves have items enough to say something; else the suite stays whole for the gate."""
         halves: tuple[Half, Half] = ("tuning", "hidden")
         self.items()  # read once: both halves are made of it
         return all(len(self.half(half).items()) >= max(min_items, 2) for half in halves)
@@ -196,6 +199,12 @@ class Suite(BaseModel):
 
     def _image_digests(self) -> list[str]:
         return [digest_bytes(_bytes(self, item)) for item in self.items()]
+
+
+def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
+    """A few items of every suite, about PROBE in all."""
+    share = max(2, PROBE // max(len(suites), 1))
+    return [(suite, spread(suite.items(), share)) for suite in suites]
 
 
 def load_suites(

@@ -1,4 +1,4 @@
-"""How a vision-language model is gated: it is asked questions about images, through the engine that serves it.
+"""Gates a vision-language model: it is asked questions about images, through the engine that serves it.
 
 All questions of a suite are asked at once (the engine batches them) and greedily. Each answer is asked for once: the
 checks and the suites share what came, and what a base or an incumbent said to a suite is kept on disk.
@@ -7,6 +7,7 @@ checks and the suites share what came, and what a base or an incumbent said to a
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,17 +25,14 @@ from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine, question
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
-from updater.gate import vlm_checks as c
-from updater.gate.answers import grade, majority, polarity
-from updater.gate.checks import check_loads, check_size
+from updater.gate import checks as c
 from updater.gate.decision import Scores
-from updater.gate.diagnostics.results import Diagnostics, YesShare
-from updater.gate.evaluator import probe
+from updater.gate.diagnostics import yes_share
 from updater.gate.regressions import worst_answers
-from updater.gate.score import load_arrays, store_arrays
-from updater.gate.suite_items import Item, open_picture, spread
-from updater.gate.suites import Family, Suite
-from updater.gate.verdict import Check, Regression
+from updater.gate.score import kept
+from updater.gate.suite_items import Item, grade, majority, open_picture, polarity, spread
+from updater.gate.suites import Family, Suite, probe
+from updater.gate.verdict import Check, Diagnostics, Regression
 
 if TYPE_CHECKING:  # it brings the engines
     from serving.engines.vlm.open import SyncVlm
@@ -46,8 +44,6 @@ KEEP_PIXELS = 256 * 1024 * 1024
 GOLDEN = 6
 """Answers whose log-probabilities are compared with the trainer's model."""
 LATENCY_BATCH = 8
-FEWEST = 20
-"""Yes/no questions from which a share says anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +54,13 @@ class Answers:
     texts: tuple[str, ...]
     """As the model gave them; empty where a log-probability was not finite."""
     hits: NDArray[np.float64]
-    """What each earned, in [0, 1]: [n, 1]."""
+    """Score of each, in [0, 1]: [n, 1]."""
     ranks: None = None
     """An answer in words has none."""
 
 
 class VlmEvaluator:
-    """Asks the models in a VLM engine. See :class:`updater.gate.evaluator.Evaluator`."""
+    """Asks the models in a VLM engine. See :class:`updater.gate.run.Evaluator`."""
 
     family: Family = "vlm"
 
@@ -88,22 +84,25 @@ class VlmEvaluator:
         self._directories[name] = directory
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Answers:
-        """What one model earns. Raises GateError: the engine died, or a question or an image cannot be asked."""
-        path = self._path(suite, adapter)
-        items = suite.items()
+        """One model's answers with their scores. Raises GateError: the engine died, or an item cannot be asked."""
+        items, folder = suite.items(), self.cache or suite.cache
         ids = np.array([item.id for item in items], dtype=np.str_)
-        cached = load_arrays(path, ("ids", "texts")) if path is not None else None
-        there = cached is not None and _same(cached, ids)
-        if cached is not None and there:
-            self._remember(suite, items, adapter, [str(text) for text in cached[1]])
-        texts = self._texts(suite, items, adapter, label or adapter or "base")
-        if path is not None and not there:
-            store_arrays(path, ids=ids, texts=np.array(texts, dtype=np.str_))
+
+        def compute() -> tuple[NDArray[np.str_], ...]:
+            return ids, np.array(self._texts(suite, items, adapter, label or adapter or "base"), dtype=np.str_)
+
+        def fits(known: Sequence[NDArray[Any]]) -> bool:
+            return known[0].tolist() == ids.tolist() and known[1].shape == ids.shape
+
+        what = [suite.digest(), self.base.digest, adapter or "base", self.kind, self._tokens(suite)]
+        path = folder and folder / f"{digest12(digest_json(what))}.npz"
+        texts = [str(text) for text in kept(path, ("ids", "texts"), compute, fits)[1]]
+        self._remember(suite, items, adapter, texts)
         earned = [grade(str(suite.metric), text, item.answers) for text, item in zip(texts, items, strict=True)]
         return Answers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
 
     def chance(self, suite: Suite) -> float:
-        """What the most common answer earns when it is given to every question."""
+        """Score of the most common answer when it is given to every question."""
         return majority(str(suite.metric), [item.answers for item in suite.items()])[1]
 
     def cross_version(
@@ -112,7 +111,7 @@ class VlmEvaluator:
         """None: nothing that it computes is kept."""
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """The share of "yes" beside yes/no questions."""
+        """The share of "yes" to yes/no questions."""
         shares = {
             each.suite.name: yes_share(each.suite, each.base.texts, each.before.texts, each.after.texts)
             for each in scores
@@ -127,7 +126,7 @@ class VlmEvaluator:
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
         """loads, finite, norm drift, parity, latency, size."""
         directory = self._directories.get(candidate)
-        checks = [check_loads(directory is not None, candidate, facts)]
+        checks = [c.check_loads(directory is not None, candidate, facts)]
         if directory is None or not suites:
             return checks
         try:
@@ -135,19 +134,30 @@ class VlmEvaluator:
             if not checks[-1].ok:
                 return checks
             model = self.base.build_model()
-            checks.append(c.check_delta(model, directory))
+            checks.append(c.check_vlm_drift(model, directory))
             asks, answers = self._golden(suites)
             with _living("comparing log-probabilities"):
                 served = [self._log_probabilities(asks, answers, name) for name in (None, candidate)]
-                checks.append(c.check_parity(self.base, model, directory, asks, answers, served))
+                checks.append(c.check_vlm_parity(self.base, model, directory, asks, answers, served))
                 asks, answers = (asks * LATENCY_BATCH)[:LATENCY_BATCH], (answers * LATENCY_BATCH)[:LATENCY_BATCH]
-                checks.append(c.check_latency(lambda name: self._log_probabilities(asks, answers, name), candidate))
-            checks.append(check_size(facts.get("rank"), facts.get("bytes")))
+                checks.append(self._latency(candidate, asks, answers))
+            checks.append(c.check_size(facts.get("rank"), facts.get("bytes")))
         except GateError:
             raise
         except Exception as error:  # a candidate that breaks is rejected, with a report
             checks.append(Check("finite", False, f"the candidate failed on the probe: {error!r}"[:300]))
         return checks
+
+    def _latency(self, candidate: str, asks: Sequence[GenerationRequest], answers: Sequence[str]) -> Check:
+        return c.check_latency(
+            lambda adapter: self._log_probabilities(asks, answers, adapter),
+            candidate,
+            "a batch of questions takes",
+            ratio=c.VLM_LATENCY_RATIO,
+            grace=c.VLM_GRACE_SECONDS,
+            rounds=3,
+            clock=time.perf_counter,  # the engine may be another process
+        )
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
         """Neither the same answer to everything, nor always yes or always no."""
@@ -160,7 +170,7 @@ class VlmEvaluator:
             after += self.score(suite, candidate).texts
         closed = np.array([bool(polarity(reference)) for reference in references])
         checks = []
-        for check, wanted in ((c.check_collapse, ~closed), (c.check_polarity, closed)):
+        for check, wanted in ((c.check_sameness, ~closed), (c.check_polarity, closed)):
             if wanted.sum() >= c.FEWEST:
                 own, first, second = (list(compress(texts, wanted)) for texts in (references, base, after))
                 checks.append(check(own, first, second))
@@ -175,16 +185,10 @@ class VlmEvaluator:
             return Check("finite", False, error.message[:300])
         bad = total = 0
         for suite, few in probe(suites):
-            asks = [self._ask(item, self._tokens(suite)) for item in few]
-            replies = self._replies(asks, candidate, "probe, candidate", suite)
-            self._remember(suite, few, candidate, [_text(reply) for reply in replies])
+            replies = self._ask_all(suite, few, candidate, "probe, candidate")
             bad += sum(not _is_finite(reply) for reply in replies)
             total += len(replies)
-        detail = (
-            f"{bad} of {total} answers have a log-probability of NaN or infinity"
-            if bad
-            else (f"the log-probabilities of {total} answers are finite")
-        )
+        detail = f"{bad} of {total} answers have a log-probability of NaN or infinity"
         return Check("finite", not bad, detail, float(bad), 0.0)
 
     def _golden(self, suites: Sequence[Suite]) -> tuple[list[GenerationRequest], list[str]]:
@@ -201,17 +205,20 @@ class VlmEvaluator:
     def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
         """Answers in the order of the items; the engine is asked for those that are not known yet."""
         missing = [item for item in items if self._key(suite, item, adapter) not in self._known_texts]
-        for some in self._portions(missing):
-            asks = [self._ask(item, self._tokens(suite)) for item in some]
-            self._remember(suite, some, adapter, [_text(r) for r in self._replies(asks, adapter, label, suite)])
+        self._ask_all(suite, missing, adapter, label)
         return [self._known_texts[self._key(suite, item, adapter)] for item in items]
 
-    def _replies(
-        self, asks: Sequence[GenerationRequest], adapter: str | None, label: str, suite: Suite
-    ) -> list[GenerationResult]:
-        self.question_count += len(asks)
-        with _living(f"answering suite {suite.name}"):
-            return self.vlm.replies(asks, adapter, label=label)
+    def _ask_all(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[GenerationResult]:
+        """Ask the engine, in portions; what it answers is known from then on."""
+        replies: list[GenerationResult] = []
+        for some in self._portions(items):
+            asks = [self._ask(item, self._tokens(suite)) for item in some]
+            self.question_count += len(asks)
+            with _living(f"answering suite {suite.name}"):
+                own = self.vlm.replies(asks, adapter, label=label)
+            self._remember(suite, some, adapter, [_text(reply) for reply in own])
+            replies += own
+        return replies
 
     def _portions(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Items whose decoded images fit into KEEP_PIXELS together."""
@@ -245,18 +252,12 @@ class VlmEvaluator:
         for item, text in zip(items, texts, strict=True):
             self._known_texts[self._key(suite, item, adapter)] = text
 
-    def _path(self, suite: Suite, adapter: str | None) -> Path | None:
-        folder = self.cache or suite.cache
-        if folder is None:
-            return None
-        what = [suite.digest(), self.base.digest, adapter or "base", self.kind, self._tokens(suite)]
-        return folder / f"{digest12(digest_json(what))}.npz"
-
 
 @contextmanager
 def _living(doing: str) -> Iterator[None]:
-    """An engine that dies is no fault of the candidate: the update waits, and is judged again. Nor is a question that
-    the engine does not take."""
+    """Turn the death of the engine into a GateError: it is not the candidate's fault, so the update waits, and is
+    judged again. The same for a question that the engine does not take.
+    """
     try:
         yield
     except InvalidRequest as error:
@@ -268,33 +269,9 @@ def _living(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _same(cached: Sequence[NDArray[Any]], ids: NDArray[np.str_]) -> bool:
-    return cached[0].tolist() == ids.tolist() and cached[1].shape == ids.shape
-
-
 def _is_finite(reply: GenerationResult) -> bool:
     return all(math.isfinite(value) for value in reply.logprobs)
 
 
 def _text(reply: GenerationResult) -> str:
     return reply.text.strip() if _is_finite(reply) else ""
-
-
-def yes_share(suite: Suite, base: Sequence[str], before: Sequence[str], after: Sequence[str]) -> YesShare | None:
-    """How often a VLM says yes to the suite's yes/no questions: a model that drifts to one word keeps half of the
-    points. None where there are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
-
-    POPE tells the share beside accuracy (Li et al., Evaluating Object Hallucination in Large Vision-Language Models,
-    EMNLP 2023), and a language prior that takes over shows in it (M3ID: Favero et al., Multi-Modal Hallucination
-    Control by Visual Information Grounding, CVPR 2024).
-    """
-    references = [item.answers[0] if item.answers else "" for item in suite.items()]
-    closed = [bool(polarity(reference)) for reference in references]
-    if sum(closed) < FEWEST:
-        return None
-    shares = [_share(list(compress(texts, closed))) for texts in (references, base, before, after)]
-    return YesShare(sum(closed), *shares)
-
-
-def _share(answers: Sequence[str]) -> float:
-    return sum(polarity(answer) == "yes" for answer in answers) / len(answers)

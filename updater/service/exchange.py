@@ -2,20 +2,21 @@
 
 An imported adapter becomes an update that is trained already: the updater judges and proposes it as its own. The update
 has learned no data of this store: ``data_to`` is empty, so that once it is live the next update begins with all of it.
-What it is compared with is set when it is judged (:func:`compare`): another release may come before.
+What it is compared with is set when it is judged: another release may come before.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Final
 
 from core.artifacts import Artifacts, directory_digest
-from core.errors import AdapterError
-from core.ledger import AdapterRow, Ledger, UpdateRow
+from core.errors import AdapterError, TrainingError
+from core.ledger import AdapterRow, Ledger, UpdateRow, VerdictRow
 from core.settings import Settings
 from serving.engines.adapters import MAX_RANK, adapter_name, read_adapter
 from serving.engines.lora import whole_weights
@@ -23,22 +24,15 @@ from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.families import FAMILIES, family_base, spaces_of
 from updater.recipes import Family
-from updater.service import triggers
-from updater.service.kept_candidates import ONLY_LOOK
 from updater.service.peft_files import convert, named
+from updater.service.process import only_one
+from updater.service.triggers import IMPORTED, ONLY_LOOK, Learned
+from updater.service.update_loop import UpdaterService
 from updater.step.learner import Base
 
-IMPORTED: Final = "imported"
-"""Name in the place of a recipe's."""
 CARD: Final = "README.md"
 RELEASES: Final = 1000
 """Releases that are looked through for the adapter."""
-
-
-class _Comparison(TypedDict):
-    store_version: int
-    data_from: dict[str, int]
-    incumbent: str | None
 
 
 @dataclass(frozen=True)
@@ -47,11 +41,6 @@ class Import:
 
     update: UpdateRow
     known: bool
-
-
-def is_import(update: UpdateRow) -> bool:
-    """Whether an update's adapter came from elsewhere."""
-    return update.recipe.get("name") == IMPORTED
 
 
 def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str | None = None) -> Import:
@@ -67,19 +56,23 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
         LedgerError, ArtifactsUnavailable: a store is away.
     """
     family, frozen = _base_of(settings, directory, base)
-    artifacts, ledger = Artifacts(settings.artifacts), Ledger.open(settings.ledger)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            converted = Path(folder) / "adapter"
-            name = convert(directory, frozen, settings.serve.vlm_max_rank if family == "vlm" else MAX_RANK, converted)
-            _check_name(directory, name)
-            known, key = ledger.update_of(name), f"adapters/{name}"
-            if known is not None:
-                if ledger.collected([name]):
-                    _bring_back(ledger, artifacts, name, converted, actor)
-                return Import(known, known=True)
-            if not artifacts.exists(key):  # an import that was interrupted may have stored it
-                artifacts.put_directory(converted, key)
+    artifacts = Artifacts(settings.artifacts)
+    with closing(Ledger.open(settings.ledger)) as ledger, tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder) / "adapter"
+        name = convert(directory, frozen, settings.serve.vlm_max_rank if family == "vlm" else MAX_RANK, converted)
+        claimed = named(directory).name
+        if claimed is not None and claimed != name:
+            raise AdapterError(
+                f"{directory}: its name is {claimed[:40]!r}, and its files are {name}; they are damaged or changed.",
+                "Export it again; if it was changed on purpose, remove ratchet.json and give --base.",
+            )
+        known, key = ledger.update_of(name), f"adapters/{name}"
+        if known is not None:
+            if ledger.collected([name]):
+                _bring_back(ledger, artifacts, name, converted, actor)
+            return Import(known, known=True)
+        if not artifacts.exists(key):  # an import that was interrupted may have stored it
+            artifacts.put_directory(converted, key)
         stored = artifacts.fetch(key)
         if adapter_name(stored) != name:
             raise AdapterError(f"artifact {key!r} holds another adapter.", "Restore it from a backup.")
@@ -89,19 +82,20 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
             name, family, frozen.digest, image_space, text_space, origin, digest=directory_digest(stored)
         )
         ledger.audit(actor, "import adapter", f"adapter {name}", {**origin, "base": frozen.name})
+        learned = Learned.of(ledger, SampleStore(settings.lake), family)
         update = ledger.begin_update(
             f"import-{name}",
             family=family,
             recipe={"name": IMPORTED, "family": family, "by": actor, "from": origin["from"]},
             seed=0,
+            store_version=learned.store_version,
+            data_from=learned.data_from,
             data_to={},
+            incumbent=learned.incumbent,
             adapter=name,
             cost={ONLY_LOOK: True},
-            **_comparison(ledger, SampleStore(settings.lake), family),
         )
         return Import(update, known=False)
-    finally:
-        ledger.close()
 
 
 def _bring_back(ledger: Ledger, artifacts: Artifacts, name: str, directory: Path, actor: str) -> None:
@@ -116,15 +110,29 @@ def _bring_back(ledger: Ledger, artifacts: Artifacts, name: str, directory: Path
     ledger.audit(actor, "bring back adapter", f"adapter {name}", {"from": str(directory)})
 
 
-def compare(ledger: Ledger, store: SampleStore, update: UpdateRow, family: Family) -> UpdateRow:
-    """Let an import be judged against what is live now, on the fresh samples that this has not learned."""
-    return ledger.compare_update(update.id, **_comparison(ledger, store, family))
+def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, VerdictRow | None]:
+    """Judge and propose an imported adapter, unless that was done before.
 
-
-def _comparison(ledger: Ledger, store: SampleStore, family: Family) -> _Comparison:
-    incumbent = triggers.incumbent_of(ledger, family)
-    data_from = triggers.learned(ledger.updates(triggers.HISTORY, family), incumbent)
-    return {"store_version": store.version(), "data_from": data_from, "incumbent": incumbent}
+    Raises:
+        TrainingError: an updater works here, an older update is not finished, or what it would be compared with is
+            not decided: the updater judges it when it can.
+    """
+    update = imported.update
+    family: Family = "vlm" if update.family == "vlm" else "clip"
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        if not ledger.is_finished(update.id):
+            with only_one(settings.home, wait=False):
+                oldest = ledger.unfinished_update(family)
+                if oldest is not None and oldest.id != update.id:
+                    raise TrainingError(
+                        f"{oldest.id} is not finished.", "Start the updater: it finishes both, one after the other."
+                    )
+                outcome = UpdaterService(settings, family=family).step()
+            if outcome.update is None:
+                raise TrainingError(
+                    f"{update.id} cannot be judged now: {outcome.reason}.", "The updater does it later."
+                )
+        return ledger.update(update.id), ledger.verdict_of(update.id)
 
 
 def _base_of(settings: Settings, directory: Path, name: str | None) -> tuple[Family, Base]:
@@ -153,15 +161,6 @@ def _base_of(settings: Settings, directory: Path, name: str | None) -> tuple[Fam
     return families[0], base
 
 
-def _check_name(directory: Path, name: str) -> None:
-    claimed = named(directory).name
-    if claimed is not None and claimed != name:
-        raise AdapterError(
-            f"{directory}: its name is {claimed[:40]!r}, and its files are {name}; they are damaged or were changed.",
-            "Export it again; if it was changed on purpose, remove ratchet.json and give --base.",
-        )
-
-
 def export_adapter(settings: Settings, name: str, target: Path) -> Path:
     """Write an adapter of the ledger to the new directory ``target``; `ratchet adapters import` takes it back as the
     same adapter.
@@ -172,13 +171,10 @@ def export_adapter(settings: Settings, name: str, target: Path) -> Path:
     """
     if target.exists():
         raise AdapterError(f"{target} exists already.", "Name a new directory.")
-    ledger = Ledger.open(settings.ledger)
-    try:
+    with closing(Ledger.open(settings.ledger)) as ledger:
         row = ledger.adapter(name)
         source = fetch_recorded(Artifacts(settings.artifacts), ledger, name)
         card = model_card(ledger, row, source)
-    finally:
-        ledger.close()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
     try:

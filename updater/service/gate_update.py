@@ -4,45 +4,45 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from core import metrics
 from core.artifacts import Artifacts
 from core.errors import AdapterError
-from core.ledger import Ledger, UpdateRow
+from core.ledger import Ledger, UpdateRow, VerdictRow
 from core.settings import Settings
 from serving.engines.adapters import adapter_name
-from serving.engines.clip_base import ClipBase
+from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import need_base
 from serving.engines.heads import read_heads
-from serving.engines.vlm.vlm_base import VlmBase
-from streams.store.sample_store import Having, SampleStore
+from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING
-from updater.gate.best_releases import best_releases
-from updater.gate.clip import base_alone
-from updater.gate.diagnostics.diagnose import StoreCounts
-from updater.gate.held_out import TEXT_COLUMNS, HeldOut
+from updater.gate.clip import AcrossBasesEvaluator, base_alone
+from updater.gate.diagnostics import StoreCounts
 from updater.gate.report import write_report
-from updater.gate.run import open_across_bases, open_evaluator, run_gate
-from updater.gate.sample_suites import choose_memory, fresh_suites, head_suites, learned_before, memory_suites
+from updater.gate.run import Evaluator, open_evaluator, run_gate
+from updater.gate.sample_suites import (
+    TEXT_COLUMNS,
+    HeldOut,
+    best_by_suite,
+    choose_memory,
+    fresh_suites,
+    head_suites,
+    learned_before,
+    memory_suites,
+)
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 from updater.recipes import Family
-from updater.service import kept_candidates
-from updater.service.base_replay import new_base, old_base
+from updater.service import triggers
 from updater.step.learner import Base
 
 
 def gate_update(
-    settings: Settings,
-    ledger: Ledger,
-    artifacts: Artifacts,
-    store: SampleStore,
-    base: ClipBase | VlmBase,
-    update: UpdateRow,
+    settings: Settings, ledger: Ledger, artifacts: Artifacts, store: SampleStore, base: Base, update: UpdateRow
 ) -> UpdateRow:
     """Gate the adapter of a trained update and record what came out. Safe to repeat: a verdict is recorded once.
 
@@ -53,29 +53,33 @@ def gate_update(
         GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
             ``trained``.
     """
-    adapter = str(update.adapter)
-    if ledger.verdict_of(update.id) is None:
-        verdict = _gate(settings, ledger, artifacts, store, base, update, adapter)
+    row = ledger.verdict_of(update.id)
+    if row is None:
+        verdict = _gate(settings, ledger, artifacts, store, base, update)
         key = f"reports/{update.id}"
         with tempfile.TemporaryDirectory() as folder:
             write_report(verdict, Path(folder))
             for file in sorted(Path(folder).iterdir()):
                 # Written file by file: a repeated gate has another duration, and replaces the report of a lost verdict.
                 artifacts.write_bytes(f"{key}/{file.name}", file.read_bytes())
-        ledger.record_verdict(update.id, adapter, verdict.outcome, key, verdict.summary())
-        _count(verdict, update)
-    return ledger.advance_update(update.id, "gated", cost=_gate_cost(ledger, update))
+        row = ledger.record_verdict(update.id, verdict.candidate, verdict.outcome, key, verdict.summary())
+        again = verdict.outcome == "inconclusive" and verdict.look.next is not None
+        outcome = "kept" if again else verdict.outcome
+        metrics.gate.decided(update.family, outcome, verdict.seconds, _gflops(row, update))
+    cost = {"gate_seconds": row.summary.get("seconds"), "gate_gflops": _gflops(row, update)}
+    return ledger.advance_update(update.id, "gated", cost=cost)
+
+
+def _gflops(verdict: VerdictRow, update: UpdateRow) -> float:
+    """Forward passes of the candidate over all suites, in GFLOPs; base and incumbent are scored once and kept."""
+    items = int(sum(suite["n"] for suite in verdict.summary.get("suites", {}).values()))
+    return items * float(update.cost.get("sample_gflops", 0.0))
 
 
 def _gate(
-    settings: Settings,
-    ledger: Ledger,
-    artifacts: Artifacts,
-    store: SampleStore,
-    base: ClipBase | VlmBase,
-    update: UpdateRow,
-    adapter: str,
+    settings: Settings, ledger: Ledger, artifacts: Artifacts, store: SampleStore, base: Base, update: UpdateRow
 ) -> Verdict:
+    adapter = str(update.adapter)
     meta: dict[str, Any] = {
         "update": update.id,
         "recipe": update.recipe.get("name"),
@@ -94,15 +98,16 @@ def _gate(
         directory, meta["load_error"] = None, error.message
     names = [suite.name for suite in suites if suite.role == "retention"]
     released = base.digest if upgrade is None else upgrade.old_base
-    best = best_releases(ledger, base.family, released, names, update.incumbent)
+    best = best_by_suite(ledger.released_verdicts(base.family, released), names, update.incumbent)
     halved = bool(update.recipe.get("merge", {}).get("search"))
-    plan = kept_candidates.plan(settings.gate, ledger, base.family, update, halved=halved)
+    plan = triggers.plan(settings.gate, ledger, base.family, update, halved=halved)
     incumbent = update.incumbent
-    if upgrade is None:
-        opened = open_evaluator(settings, base)
-    else:
-        old, new = old_base(settings, upgrade), new_base(settings, upgrade)
-        opened = open_across_bases(settings, old, new, adapter)
+    opened: AbstractContextManager[Evaluator[Any]] = open_evaluator(settings, base)
+    if upgrade is not None:
+        old = need_base(settings.home, upgrade.old_base, upgrade.old_name)
+        new = need_base(settings.home, upgrade.new_base, upgrade.new_name)
+        engines = [ClipEngine.of(settings, each, threads=settings.updater.threads) for each in (old, new)]
+        opened = nullcontext(AcrossBasesEvaluator(engines[0], engines[1], adapter))
         incumbent = incumbent or base_alone(old)
         meta["upgrade"] = {"from": upgrade.old_name, "from_digest": upgrade.old_base, "to": upgrade.new_name}
     if halved:
@@ -131,7 +136,7 @@ def _gate(
             suites=suites,
             fresh=fresh,
             best=best,
-            counts=StoreCounts(store, update.store_version, _having(update), settings.home / "cache" / "gate"),
+            counts=StoreCounts(store, update.store_version, HAVING[_family(update)], settings.home / "cache" / "gate"),
             plan=plan,
             settings=settings.gate,
             cost=update.cost,
@@ -139,55 +144,33 @@ def _gate(
         )
 
 
-def _having(update: UpdateRow) -> Having:
-    return HAVING["vlm" if update.family == "vlm" else "clip"]
-
-
-def _count(verdict: Verdict, update: UpdateRow) -> None:
-    again = verdict.outcome == "inconclusive" and verdict.look.next is not None
-    outcome = "kept" if again else verdict.outcome
-    metrics.gate.decided(update.family, outcome, verdict.seconds, _gflops(verdict.summary(), update))
-
-
-def _gate_cost(ledger: Ledger, update: UpdateRow) -> dict[str, Any]:
-    verdict = ledger.verdict_of(update.id)
-    assert verdict is not None
-    return {"gate_seconds": verdict.summary.get("seconds"), "gate_gflops": _gflops(verdict.summary, update)}
-
-
-def _gflops(summary: dict[str, Any], update: UpdateRow) -> float:
-    """Forward passes of the candidate over all suites, in GFLOPs; base and incumbent are scored once and kept."""
-    items = int(sum(suite["n"] for suite in summary.get("suites", {}).values()))
-    return items * float(update.cost.get("sample_gflops", 0.0))
+def _family(update: UpdateRow) -> Family:
+    return "vlm" if update.family == "vlm" else "clip"
 
 
 def update_suites(
     settings: Settings, store: SampleStore, update: UpdateRow, learned: Mapping[str, int] | None = None
 ) -> tuple[list[Suite], list[Suite]]:
-    """What an update is judged by: the suites of its family with those of what was learned before, and fresh ones.
+    """The suites that judge an update: those of its family with those of what was learned before, and fresh ones.
 
     Args:
         learned: where the data end that the updates which led to the incumbent have learned; by default where the
-            update's own begin. Of one that learns them anew, held-out samples of them are in both kinds of suite.
+            update's own begin. Of one that learns them again, held-out samples of them are in both kinds of suite.
 
     Raises GateError when a suite cannot be read.
     """
     learned = update.data_from if learned is None else learned
-    family: Family = "vlm" if update.family == "vlm" else "clip"
+    family = _family(update)
     held_out = HeldOut(store, update.store_version, HAVING[family])
     fresh = held_out.rows(TEXT_COLUMNS, update.data_from)
     min_items, most = settings.gate.min_items, settings.gate.max_items
     suites = load_suites(settings.gate.suites, settings.home, family, most)
     if learned:  # else nothing was learned yet
         pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
-        suites += _memory_suites(held_out, pending, family, 2 * min_items)
-    return suites, fresh_suites(fresh, family=family, min_items=min_items, limit=most, images=held_out)
-
-
-def _memory_suites(held_out: HeldOut, pending: pa.Table, family: Family, min_units: int) -> list[Suite]:
-    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), family, min_units)
-    wanted = [each for ids in chosen.values() for each in ids]
-    return memory_suites(held_out.some(wanted, TEXT_COLUMNS), chosen, family, min_units, held_out)
+        chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), family, 2 * min_items)
+        rows = held_out.some([each for ids in chosen.values() for each in ids], TEXT_COLUMNS)
+        suites += memory_suites(rows, chosen, family, 2 * min_items, held_out)
+    return suites, fresh_suites(fresh, held_out, family=family, min_items=min_items, limit=most)
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:

@@ -1,24 +1,34 @@
-"""How learning stands, for the command line and the console: fresh items and alpha of each model, and what is missing
-to judge an update or to hold it in place.
+"""The state of learning: fresh items and alpha of each model, what is missing to judge an update or hold it in place,
+and the gauges of what the ledger knows.
+
+The last verdict and the last update's cost stay true when the updater restarts, and when another process made them
+(`ratchet update --once`); so they are exported from the ledger, and not by the process that wrote them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core import metrics
 from core.errors import ConfigError, GateError, RatchetError
-from core.ledger import Ledger
+from core.ledger import Ledger, VerdictRow
+from core.metrics.learning import Score
 from core.settings import Settings
 from serving.engines.clip_base import list_bases
 from streams.store.sample_store import SampleStore
 from updater.gate.interim_analyses import Plan, alpha_left
 from updater.gate.suites import load_suites
 from updater.recipes import Family, load_recipe
-from updater.service import kept_candidates, triggers
-from updater.service.triggers import FreshItems
+from updater.service import triggers
+from updater.service.triggers import FreshItems, Learned
+
+VERDICTS = 500
+"""Verdicts that are looked through for the last one with each outcome."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class LearningState:
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
     lacks: str = ""
-    """What is missing to judge an update, so that none begins."""
+    """The part that is missing to judge an update, so that none begins."""
 
     @property
     def spent(self) -> float:
@@ -69,13 +79,15 @@ def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> d
 
 
 def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Family) -> LearningState:
-    halved = _searches(settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe)
-    fresh = triggers.fresh_of(settings, ledger, store, family, halved=halved)
-    plan = kept_candidates.plan(
-        settings.gate, ledger, family, fresh.candidate.update if fresh.candidate else None, halved=halved
-    )
-    learned = bool(triggers.learned(ledger.updates(triggers.HISTORY, family), triggers.incumbent_of(ledger, family)))
-    return LearningState(fresh, plan, settings.gate.alpha, _lacks(settings, family, learned))
+    halved = False
+    with suppress(RatchetError):  # a recipe that cannot be read: the updater says so
+        recipe = settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe
+        halved = bool(load_recipe(recipe).merge.search)
+    learned = Learned.of(ledger, store, family)
+    fresh = triggers.fresh_items(settings.gate, ledger, store, family, learned, halved=halved)
+    looked_at = fresh.candidate.update if fresh.candidate else None
+    plan = triggers.plan(settings.gate, ledger, family, looked_at, halved=halved)
+    return LearningState(fresh, plan, settings.gate.alpha, _lacks(settings, family, bool(learned.data_from)))
 
 
 def _lacks(settings: Settings, family: Family, learned: bool) -> str:
@@ -85,13 +97,6 @@ def _lacks(settings: Settings, family: Family, learned: bool) -> str:
     except (GateError, ConfigError) as error:
         return str(error)
     return ""
-
-
-def _searches(recipe: str) -> bool:
-    try:
-        return bool(load_recipe(recipe).merge.search)
-    except RatchetError:  # the updater says so
-        return False
 
 
 def check_suites(settings: Settings, family: Family, *, learned: bool = False, read: bool = True) -> int:
@@ -125,3 +130,50 @@ def check_reference(folders: Sequence[Path]) -> None:
             raise ConfigError(
                 f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
             )
+
+
+class LedgerMetrics:
+    """Exports them when they have changed."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._exported: tuple[Any, ...] = ()
+
+    def export(self, families: Iterable[Family]) -> None:
+        """Look at the ledger, and export what is new."""
+        newest = [(row.id, row.state) for row in self.ledger.updates(1)], [row.id for row in self.ledger.verdicts(1)]
+        if newest == self._exported:
+            return
+        verdicts = self.ledger.verdicts(VERDICTS)
+        for family in families:
+            costs = [row.cost for row in self.ledger.updates(family=family) if "gflops_spent" in row.cost]
+            if costs:
+                metrics.update.cost(family, costs[0]["gflops_planned"], costs[0]["gflops_spent"])
+            own = [row for row in verdicts if row.adapter.startswith(f"{family}-")]
+            if own:
+                metrics.gate.scored(family, _scores(own[0]))
+                metrics.gate.shifted(family, _shifts(own[0]))
+            for row in reversed(own):
+                metrics.gate.last(family, row.outcome, row.created_at.timestamp())
+        self._exported = newest
+
+
+def export_budget(settings: Settings, ledger: Ledger) -> None:
+    """Export the level of the bucket, and the share that the next update takes from it."""
+    rate, capacity = triggers.bucket(settings)
+    level = ledger.bucket_level(time.time(), rate, capacity)
+    metrics.update.budget(level, capacity, triggers.planned_gflops(settings))
+
+
+def _scores(verdict: VerdictRow) -> list[Score]:
+    return [
+        Score(name, suite["role"], suite["base"], suite["before"], suite["after"], suite.get("margin_left"))
+        for name, suite in verdict.summary.get("suites", {}).items()
+    ]
+
+
+def _shifts(verdict: VerdictRow) -> dict[str, tuple[float, float]]:
+    """By tower; none of a VLM, nor of a candidate that was not scored."""
+    shift = (verdict.summary.get("diagnostics") or {}).get("shift")
+    towers = shift["towers"] if shift else {}
+    return {tower: (moved["from_incumbent"], moved["from_base"]) for tower, moved in towers.items()}

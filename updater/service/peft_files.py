@@ -29,6 +29,7 @@ from serving.engines.adapters import (
     AdapterFiles,
     canonical_config,
     check_dim,
+    is_finite,
     read_json,
     write_adapter,
 )
@@ -38,11 +39,12 @@ from serving.engines.lora import INNER_OUT_PROJ, effective_weights, lora_layers
 from serving.engines.vlm.adapters import linear_shapes
 from serving.engines.vlm.vlm_base import VlmBase
 
+Shapes = Mapping[str, tuple[int, ...]]
 NAMED: Final = 10
 """Names in an error; of the others the number is told."""
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _OUR_TARGETS = re.compile(r"\(\?:[\w\\.|-]*\)")
-"""What the trainer writes: alternatives of escaped names. No other expression from outside is kept."""
+"""Targets as the trainer writes them: alternatives of escaped names. No other expression from outside is kept."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _PLAIN_START = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base's weights as they are; PiSSA, OLoRA, CorDA, MiCA, LoftQ and
@@ -62,7 +64,7 @@ _OTHER_BASE = "It was trained for another model: import it where that is the bas
 
 @dataclass(frozen=True)
 class Named:
-    """What a directory says of itself in ``ratchet.json``; all None where there is none, as in one that PEFT wrote."""
+    """A directory's own description in ``ratchet.json``; all None where there is none, as in one that PEFT wrote."""
 
     family: str | None = None
     base_digest: str | None = None
@@ -136,7 +138,7 @@ def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _base_shapes(base: ClipBase | VlmBase) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def _base_shapes(base: ClipBase | VlmBase) -> tuple[Shapes, Shapes]:
     """Shapes of the weights of layers that can carry LoRA, and of parameters that may be replaced as a whole."""
     if isinstance(base, VlmBase):
         return dict(linear_shapes(base)), {}
@@ -149,9 +151,7 @@ def _base_shapes(base: ClipBase | VlmBase) -> tuple[dict[str, tuple[int, ...]], 
     return layers, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]], max_rank: int
-) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, layers: Shapes, parameters: Shapes, max_rank: int) -> dict[str, torch.Tensor]:
     """Tensors under PEFT's names; names, shapes and types are checked in the header, then values are read."""
     if not path.is_file():
         others = [p.name for p in path.parent.glob("adapter_model.*")]
@@ -165,35 +165,34 @@ def _read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            headers = {key: file.get_slice(key) for key in keys}
-            _check_names(keys, shapes, parameters)
-            for key, header in headers.items():
+            _check_names(keys, layers, parameters)
+            for key in keys:
+                header = file.get_slice(key)
                 if header.get_dtype() not in _DTYPES:
                     raise AdapterError(
                         f"{key} is {header.get_dtype()}, which is not served.", "Save it as float32 or half precision."
                     )
-                _check_shape(key, tuple(header.get_shape()), shapes, parameters, max_rank)
+                module, side = _module(key)
+                weight = (layers if side else parameters)[module]
+                _check_shape(key, side, tuple(header.get_shape()), weight, max_rank)
             tensors = {_peft_name(key): file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is no safetensors file, or was cut short: {error}.", _AGAIN) from error
     for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise AdapterError(
                 f"{key} holds values that are not finite numbers.", "The training diverged: lower its learning rate."
             )
     return tensors
 
 
-def _check_names(
-    keys: list[str], shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_names(keys: list[str], layers: Shapes, parameters: Shapes) -> None:
     if not keys:
         raise AdapterError(f"{WEIGHTS} holds no tensors.", _AGAIN)
     if len({_peft_name(key) for key in keys}) < len(keys):
         raise AdapterError(f"{WEIGHTS} has a tensor twice, with and without {PREFIX!r}.", _AGAIN)
-    unknown = sorted({
-        module for key in keys for module, side in (_module(key),) if module not in (shapes if side else parameters)
-    })  # fmt: skip
+    modules = {_module(key) for key in keys}
+    unknown = sorted({module for module, side in modules if module not in (layers if side else parameters)})
     if unknown:
         listed = ", ".join(name[:100] for name in unknown[:NAMED])
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
@@ -213,21 +212,9 @@ def _module(key: str) -> tuple[str, str]:
     return ".".join(part for part in match["module"].split(".") if part != "base_layer"), match["side"]
 
 
-def _check_shape(
-    key: str,
-    shape: tuple[int, ...],
-    shapes: Mapping[str, tuple[int, ...]],
-    parameters: Mapping[str, tuple[int, ...]],
-    max_rank: int,
-) -> None:
-    module, side = _module(key)
-    weight = (shapes if side else parameters)[module]
+def _check_shape(key: str, side: str, shape: tuple[int, ...], weight: tuple[int, ...], max_rank: int) -> None:
     rank = shape[0 if side == "A" else 1] if side and len(shape) == len(weight) else 0
-    wanted = {
-        "A": (rank, *weight[1:]),
-        "B": (weight[0], rank, *[1] * (len(weight) - 2)),
-        "": weight,
-    }[side]
+    wanted = {"A": (rank, *weight[1:]), "B": (weight[0], rank, *[1] * (len(weight) - 2)), "": weight}[side]
     if shape != wanted or (side and rank < 1):
         raise AdapterError(
             f"{key} has the shape {list(shape)}, which does not fit {list(weight)} of the base.", _OTHER_BASE
@@ -257,7 +244,7 @@ def _plain(files: AdapterFiles) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 def _targets(targets: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Names stay; an expression only where the trainer wrote it. No other regular expression from outside reaches
-    whoever reads the adapter later: the names of the layers that the tensors are of stand for it.
+    any program that reads the adapter later: the names of the layers that the tensors are of stand for it.
     """
     if (isinstance(targets, str) and _OUR_TARGETS.fullmatch(targets)) or (isinstance(targets, list) and targets):
         return targets

@@ -18,7 +18,7 @@ from core.priority import idle_thread, nice_process, nice_session
 from core.progress import say
 
 QUIET_SECONDS = 60.0
-"""How often the reason for waiting is repeated when it stays the same."""
+"""After this long the reason for waiting is repeated."""
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -26,11 +26,11 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
-"""What the C libraries read once, before Python runs.
+"""Read once by the C libraries, before Python runs.
 
 glibc keeps freed memory: otherwise each step gives its activations back to the kernel and pays for fresh, zeroed pages
 again, which was 40% of the whole time on two cores. OpenMP's threads sleep while they wait for each other: when they
-spin, two of them beside a busy server burn the time slice that the other one needs, and a step took 7 s instead of 1.6.
+spin, two of them on a busy server burn the time slice that the other one needs, and a step took 7 s instead of 1.6.
 With work space of a fixed size cuBLAS adds up in the same order each time.
 """
 
@@ -120,7 +120,7 @@ class StopSignal:
 
 
 class ThrottledLog:
-    """Why the updater waits, said when the reason is another one, and else once a minute.
+    """Logs why the updater waits, when the reason is another one, and else once a minute.
 
     The figures in a reason change with every look: they alone are no news.
     """

@@ -26,7 +26,7 @@ from updater.heads import learn_heads, with_heads
 from updater.recipes import Recipe
 from updater.service import triggers
 from updater.service.gate_update import TuningScores
-from updater.service.ledger_metrics import export_budget
+from updater.service.learning_state import export_budget
 from updater.service.process import StopSignal
 from updater.step.learner import Base
 from updater.training.result import Limits, TrainResult, cost_of
@@ -151,7 +151,7 @@ def _with_heads(
 
 
 def _carry_over(artifacts: Artifacts, incumbent: str | None) -> Path | None:
-    """What the update that made the incumbent left behind, if it left something."""
+    """The files that the update of the incumbent left for the next one, if there are any."""
     key = f"memories/{incumbent}"
     return artifacts.fetch(key) if incumbent and artifacts.exists(key) else None
 

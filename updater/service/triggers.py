@@ -1,7 +1,14 @@
-"""When an update begins, and on which data; and when a candidate is asked again, by the fresh items that there are."""
+"""When an update begins, and on which data; and when a candidate that was inconclusive is asked again.
+
+Such a candidate is kept, and asked again when more fresh items have arrived. Each further look is an update of its own
+that is trained already, as an import is: same adapter, recipe and data, another version of the store. So nothing of it
+is lost or repeated when the updater is killed, and each look has its verdict and its report.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,43 +18,109 @@ from typing import Any
 
 from core import metrics
 from core.digests import digest_json
-from core.ledger import Ledger, UpdateRow
+from core.ledger import Ledger, UpdateRow, VerdictRow
 from core.ledger.learning import FINISHED
 from core.settings import Settings
 from core.settings.updates import Gate as GateSettings
 from streams.store.sample_store import Having, SampleStore
 from updater.data.draw import HAVING
-from updater.gate.held_out import TEXT_COLUMNS, HeldOut
-from updater.gate.sample_suites import fresh_suites
+from updater.gate.interim_analyses import RANK_EFFICIENCY, Plan, candidate_alpha, needed_items
+from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites
 from updater.recipes import Family, Recipe
-from updater.service import kept_candidates
-from updater.service.kept_candidates import KeptCandidate
 
 HISTORY = 10_000
 """Updates that are looked through; far more than a daily budget pays for within the life of a base."""
-
-
-NEEDED = "gflops_needed"
-"""In the cost of an update that failed because its budget did not pay for one step: what would have."""
 PLENTY = 20
 """So many times the items that an update needs are not read to be counted. Where their captions are that few, the gate
 says so."""
+RECENT = 10
+"""Verdicts from which the spread of the rank statistic is taken."""
+LOOK = re.compile(r"^(?P<first>.+)-look-(?P<number>\d+)$")
+NEEDED = "gflops_needed"
+"""In the cost of an update that failed because its budget did not pay for one step: what would have."""
+TRAINED_BY = "trained_by"
+"""In the cost of a further look: the update that trained the candidate, and whose cost it is."""
+IMPORTED = "imported"
+"""Name in the place of a recipe's, of an update whose adapter came from elsewhere."""
+ONLY_LOOK = "only_look"
+"""In the cost of an update that is judged once, by what there is, and not kept, as an import is: see :class:`Ready`."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The part of the store that a model has learned."""
+
+    updates: list[UpdateRow]
+    """Of its family, the newest first."""
+    incumbent: str | None
+    """The adapter that updates begin from and are compared with (during a canary, the stable one); None is the base."""
+    data_from: dict[str, int]
+    """Where the data end that the incumbent has learned; after a rollback that is further back, and an imported adapter
+    has learned none of it."""
+    store_version: int
+
+    @classmethod
+    def of(cls, ledger: Ledger, store: SampleStore, family: Family) -> Learned:
+        """Raises LedgerError, StoreError."""
+        updates, stable = ledger.updates(HISTORY, family), ledger.stable()
+        incumbent = stable.adapter(family) if stable else None
+        made = next((update for update in updates if incumbent is not None and update.adapter == incumbent), None)
+        return cls(updates, incumbent, dict(made.data_to) if made else {}, store.version())
+
+
+@dataclass(frozen=True)
+class KeptCandidate:
+    """An inconclusive candidate that is asked again."""
+
+    update: UpdateRow
+    """Its newest look."""
+    verdict: VerdictRow
+    next_items: int
+    """Fresh items with which that is due."""
+    needed: int
+    """Those of the last look."""
+    seen: int
+    """Those of the newest look."""
+
+    @property
+    def next_id(self) -> str:
+        """Id of the update that is the next look."""
+        first, number = split_id(self.update.id)
+        return f"{first}-look-{number + 1}"
+
+
+@dataclass(frozen=True)
+class FreshItems:
+    """Independent fresh items since the live adapter's data."""
+
+    items: int
+    needed: int
+    candidate: KeptCandidate | None
+    """The candidate that waits for them; None: the next update does."""
+
+    @property
+    def enough(self) -> bool:
+        """True when the wait is over."""
+        return self.items >= (self.needed if self.candidate is None else self.candidate.next_items)
+
+    def __str__(self) -> str:
+        count = f"{self.items:,} of {self.needed:,} fresh items"
+        if self.candidate is None:
+            return count
+        adapter, due = self.candidate.update.adapter, self.candidate.next_items
+        return f"{count}: {adapter} was inconclusive, and is asked again with {due:,}"
 
 
 @dataclass(frozen=True)
 class Ready:
     """An update may begin."""
 
-    store_version: int
-    data_from: dict[str, int]
+    learned: Learned
     data_to: dict[str, int]
-    incumbent: str | None
-    previous: str | None
-    """Id of the newest update, so that a repeated attempt on the same data gets an id of its own."""
     new_samples: int
     fresh: FreshItems
     """With fewer than needed the gate may not see a gain of ``gate.detect``."""
-    once: bool = False
+    once: bool
     """It is judged once, with the items that there are: an operator wants it now, or ``updater.wait_for_items`` is
     off."""
 
@@ -71,11 +144,11 @@ class Waiting:
 def decide(
     settings: Settings, ledger: Ledger, store: SampleStore, recipe: Recipe, *, now: bool = False, retry: bool = False
 ) -> Ready | Reevaluate | Waiting:
-    """Whether an update of the recipe's family begins.
+    """Decide if an update of the recipe's family begins.
 
-    Data to learn is what the live adapter (beside a canary, the stable one) has not learned: everything after the
-    update that made it that a family can learn from. The trigger counts only what came after the last finished update
-    of this recipe, so that rejected data is not tried for ever. Only the family's own proposals are waited for.
+    Data to learn is what the live adapter has not learned: everything after the update that made it that a family can
+    learn from. The trigger counts only what came after the last finished update of this recipe, so that rejected data
+    is not tried for ever. Only the family's own proposals are waited for.
 
     It also waits for as many fresh items as the gate needs to show a gain of ``gate.detect``; when the oldest new
     sample has waited for ``updater.max_wait_seconds``, it begins without them. While an inconclusive candidate is kept
@@ -90,16 +163,11 @@ def decide(
     unreleased = waits_for_release(ledger, family)
     if unreleased is not None:
         return Waiting(unreleased)
-    updates = ledger.updates(HISTORY, family)
-    incumbent = incumbent_of(ledger, family)
-    version = store.version()
-    data_from = learned(updates, incumbent)
-    seen = data_from if retry else _later(data_from, _tried(updates, recipe))
+    learned = Learned.of(ledger, store, family)
+    version = learned.store_version
+    seen = learned.data_from if retry else _later(learned.data_from, _tried(learned.updates, recipe))
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
-    fresh = _fresh_items(
-        settings.gate, ledger, store, updates, family=family, version=version, data_from=data_from,
-        incumbent=incumbent, halved=bool(recipe.merge.search),
-    )  # fmt: skip
+    fresh = fresh_items(settings.gate, ledger, store, family, learned, halved=bool(recipe.merge.search))
     metrics.update.new_samples(family, count)
     metrics.update.fresh_items(family, fresh.items, fresh.needed)
     waits = settings.updater.wait_for_items and not (now or retry)
@@ -116,85 +184,25 @@ def decide(
         if age < settings.updater.max_wait_seconds:
             missing = f"{count} of {settings.updater.min_new_samples} new samples" if few else str(fresh)
             return Waiting(f"{missing}, the oldest sample waiting for {age:.0f} s")
-    refused = None if retry else _unaffordable(settings, updates, recipe)
-    if refused is not None:
+    unaffordable = None if retry else _unaffordable(settings, learned.updates, recipe)
+    if unaffordable is not None:
         return Waiting(
-            f"{refused.id} needed {refused.cost[NEEDED]:,.1f} MAF-GFLOPs for a single step, and an update may spend "
-            f"{planned_gflops(settings):,.1f}: raise budget.gflops_per_update and gflops_per_day, or change the recipe"
+            f"{unaffordable.id} needed {unaffordable.cost[NEEDED]:,.1f} MAF-GFLOPs for a single step, and an update "
+            f"may spend {planned_gflops(settings):,.1f}: raise budget.gflops_per_update and gflops_per_day, or change "
+            "the recipe"
         )
-    lacking = missing_budget(settings, ledger)
+    rate, capacity = bucket(settings)
+    lacking = planned_gflops(settings) - ledger.bucket_level(time.time(), rate, capacity)
     if lacking > 0:
         return Waiting(f"the budget lacks {lacking:,.0f} MAF-GFLOPs")
-    return Ready(
-        store_version=version,
-        data_from=data_from,
-        data_to=store.offsets(version),
-        incumbent=incumbent,
-        previous=updates[0].id if updates else None,
-        new_samples=count,
-        fresh=fresh,
-        once=not waits,
-    )
+    return Ready(learned, store.offsets(version), count, fresh, once=not waits)
 
 
-def fresh_of(settings: Settings, ledger: Ledger, store: SampleStore, family: Family, *, halved: bool) -> FreshItems:
-    """The fresh items that a family's next update waits for, or a candidate of it that is kept.
-
-    Args:
-        halved: whether the recipe searches for a weight, on half of them.
-    """
-    updates = ledger.updates(HISTORY, family)
-    incumbent = incumbent_of(ledger, family)
-    return _fresh_items(
-        settings.gate, ledger, store, updates, family=family, version=store.version(),
-        data_from=learned(updates, incumbent), incumbent=incumbent, halved=halved,
-    )  # fmt: skip
-
-
-def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
-    """Whether no fresh item has come for long since a candidate was asked: there may be none any more."""
-    assert fresh.candidate is not None
-    age = (datetime.now(UTC) - fresh.candidate.verdict.created_at.astimezone(UTC)).total_seconds()
-    return fresh.items <= fresh.candidate.seen and age >= settings.updater.max_wait_seconds
-
-
-def planned_gflops(settings: Settings) -> float:
-    """What one update is charged before it trains; the difference to what it spent goes back after."""
-    return min(settings.budget.gflops_per_update, settings.budget.gflops_per_day)
-
-
-def bucket(settings: Settings) -> tuple[float, float]:
-    """Refill in MAF-GFLOPs a second, and the most that can be saved up."""
-    return settings.budget.gflops_per_day / 86_400, settings.budget.gflops_per_day
-
-
-def missing_budget(settings: Settings, ledger: Ledger) -> float:
-    """MAF-GFLOPs that the bucket lacks for one update; 0 or less when there is enough."""
-    rate, capacity = bucket(settings)
-    return planned_gflops(settings) - ledger.bucket_level(time.time(), rate, capacity)
-
-
-def affordability(settings: Settings, family: Family, needed: float) -> dict[str, Any]:
-    """What the ledger keeps of an update whose budget did not pay for one step: none like it begins again."""
-    return {NEEDED: needed, "base": _base_name(settings, family)}
-
-
-def _unaffordable(settings: Settings, updates: Sequence[UpdateRow], recipe: Recipe) -> UpdateRow | None:
-    """The last update of this very recipe and base, where it needed more for one step than an update may spend now."""
-    digest = digest_json(recipe.model_dump(mode="json"))
-    own = (each for each in updates if each.state in FINISHED and digest_json(each.recipe) == digest)
-    last = next(own, None)
-    if last is None or last.cost.get("base") != _base_name(settings, recipe.family):
-        return None
-    return last if float(last.cost.get(NEEDED, 0.0)) > planned_gflops(settings) else None
-
-
-def _base_name(settings: Settings, family: Family) -> str:
-    return settings.base.clip if family == "clip" else settings.base.vlm
+# Why nothing begins
 
 
 def waits_for_release(ledger: Ledger, family: Family) -> str | None:
-    """Why nothing of a family may be trained or judged now: what it is compared with is not decided."""
+    """The reason to train and judge nothing of a family now: what it is compared with is not decided. None: go on."""
     own = {update.id for update in ledger.updates(HISTORY, family)}
     open_proposals = [p for p in ledger.pending_proposals() if p.update_id in own]
     if open_proposals:
@@ -205,20 +213,6 @@ def waits_for_release(ledger: Ledger, family: Family) -> str | None:
     if live is not None and not live.plain and stable is not None and live.adapter(family) != stable.adapter(family):
         return f"release {live.number} is on trial: an update begins from what comes of it"
     return None
-
-
-def incumbent_of(ledger: Ledger, family: Family) -> str | None:
-    """The adapter that updates begin from and are compared with; None is the base."""
-    stable = ledger.stable()
-    return stable.adapter(family) if stable else None
-
-
-def learned(updates: list[UpdateRow], incumbent: str | None) -> dict[str, int]:
-    """Where the data that the live adapter has learned end; after a rollback that is further back, and an imported
-    adapter has learned none of it."""
-    if incumbent is None:
-        return {}
-    return next((dict(update.data_to) for update in updates if update.adapter == incumbent), {})
 
 
 def _tried(updates: list[UpdateRow], recipe: Recipe) -> dict[str, int]:
@@ -236,47 +230,64 @@ def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int], hav
     return 0.0 if oldest is None else (datetime.now(UTC) - oldest.astimezone(UTC)).total_seconds()
 
 
-@dataclass(frozen=True)
-class FreshItems:
-    """Independent fresh items since the live adapter's data."""
-
-    items: int
-    needed: int
-    candidate: KeptCandidate | None
-    """The candidate that waits for them; None: the next update does."""
-
-    @property
-    def enough(self) -> bool:
-        """Whether the wait is over."""
-        return self.items >= (self.needed if self.candidate is None else self.candidate.next_items)
-
-    def __str__(self) -> str:
-        count = f"{self.items:,} of {self.needed:,} fresh items"
-        if self.candidate is None:
-            return count
-        adapter, due = self.candidate.update.adapter, self.candidate.next_items
-        return f"{count}: {adapter} was inconclusive, and is asked again with {due:,}"
+def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
+    """True if no fresh item has come for long since a candidate was asked: there may be none any more."""
+    assert fresh.candidate is not None
+    age = (datetime.now(UTC) - fresh.candidate.verdict.created_at.astimezone(UTC)).total_seconds()
+    return fresh.items <= fresh.candidate.seen and age >= settings.updater.max_wait_seconds
 
 
-def _fresh_items(
-    settings: GateSettings, ledger: Ledger, store: SampleStore, updates: list[UpdateRow], *, family: Family,
-    version: int, data_from: Mapping[str, int], incumbent: str | None, halved: bool,
-) -> FreshItems:  # fmt: skip
-    """What the gate could ask at a version of the store. Arguments as in :class:`Ready`.
+# The budget
+
+
+def planned_gflops(settings: Settings) -> float:
+    """The charge of one update before it trains; the difference to what it spent goes back after."""
+    return min(settings.budget.gflops_per_update, settings.budget.gflops_per_day)
+
+
+def bucket(settings: Settings) -> tuple[float, float]:
+    """Refill in MAF-GFLOPs a second, and the most that can be saved up."""
+    return settings.budget.gflops_per_day / 86_400, settings.budget.gflops_per_day
+
+
+def affordability(settings: Settings, family: Family, needed: float) -> dict[str, Any]:
+    """The ledger's note of an update whose budget did not pay for one step: none like it begins again."""
+    return {NEEDED: needed, "base": _base_name(settings, family)}
+
+
+def _unaffordable(settings: Settings, updates: Sequence[UpdateRow], recipe: Recipe) -> UpdateRow | None:
+    """The last update of this very recipe and base, where it needed more for one step than an update may spend now."""
+    digest = digest_json(recipe.model_dump(mode="json"))
+    own = (each for each in updates if each.state in FINISHED and digest_json(each.recipe) == digest)
+    last = next(own, None)
+    if last is None or last.cost.get("base") != _base_name(settings, recipe.family):
+        return None
+    return last if float(last.cost.get(NEEDED, 0.0)) > planned_gflops(settings) else None
+
+
+def _base_name(settings: Settings, family: Family) -> str:
+    return settings.base.clip if family == "clip" else settings.base.vlm
+
+
+# Fresh items, and looks at a candidate
+
+
+def fresh_items(
+    settings: GateSettings, ledger: Ledger, store: SampleStore, family: Family, learned: Learned, *, halved: bool
+) -> FreshItems:
+    """The fresh items that a family's next update waits for, or a candidate of it that is kept.
 
     Args:
-        updates: of the family, newest first.
-        halved: a search looks at half of them, see :func:`updater.service.gate_update.tuned_on`.
+        halved: whether the recipe searches for a weight, on half of them: see
+            :func:`updater.service.gate_update.tuned_on`.
     """
-    candidate = kept_candidates.kept_candidate(ledger, updates, incumbent)
-    if candidate is not None:
-        needed = candidate.needed
-    else:
-        needed = kept_candidates.plan(settings, ledger, family, None, halved=halved).needed
-    rows = store.count(version=version, split="fresh_eval", after=dict(data_from), having=HAVING[family])
+    candidate = kept_candidate(ledger, learned)
+    needed = candidate.needed if candidate else plan(settings, ledger, family, None, halved=halved).needed
+    version, after = learned.store_version, learned.data_from
+    rows = store.count(version=version, split="fresh_eval", after=after, having=HAVING[family])
     if rows == 0 or (candidate is None and rows > PLENTY * needed):
         return FreshItems(rows, needed, candidate)
-    places = tuple(sorted(data_from.items()))
+    places = tuple(sorted(after.items()))
     items = _units(store, family, version, places, settings.min_items, settings.max_items, halved)
     return FreshItems(items, needed, candidate)
 
@@ -294,6 +305,73 @@ def _units(
     """Independent items of the fresh suites that the gate would make."""
     held_out = HeldOut(store, version, HAVING[family])
     rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
-    suites = fresh_suites(rows, family=family, min_items=min_items, limit=max_items, images=held_out)
+    suites = fresh_suites(rows, held_out, family=family, min_items=min_items, limit=max_items)
     gated = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]
     return sum(suite.units() for suite in gated)
+
+
+def kept_candidate(ledger: Ledger, learned: Learned) -> KeptCandidate | None:
+    """The candidate that is asked again; None where there is none.
+
+    It is the newest update's: a newer one ends it, and so does another incumbent, a look with all the items that are
+    needed, and a guard that withdrew it.
+    """
+    update = learned.updates[0] if learned.updates else None
+    if update is None or update.state != "done" or update.incumbent != learned.incumbent:
+        return None
+    verdict = ledger.verdict_of(update.id)
+    look = verdict.summary.get("look") if verdict is not None and verdict.outcome == "inconclusive" else None
+    if verdict is None or look is None or look["next"] is None or ledger.withdrawn([update.adapter]):
+        return None
+    others = look["items"] - look["fresh"]  # of the user's gain suites: they stay
+    return KeptCandidate(update, verdict, max(0, look["next"] - others), max(0, look["needed"] - others), look["fresh"])
+
+
+def split_id(update_id: str) -> tuple[str, int]:
+    """The update that trained or imported a candidate, and which time it is asked: 1 by that update itself."""
+    match = LOOK.match(update_id)
+    return (match["first"], int(match["number"])) if match else (update_id, 1)
+
+
+def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow | None, *, halved: bool) -> Plan:
+    """Settle a candidate's plan before its next look; the first look settles it for all.
+
+    Args:
+        update: the look; None: of a candidate that will be trained.
+        halved: only half of the fresh items are asked, because a search looks at the other half.
+    """
+    verdicts = ledger.looks_since_release(family)
+    candidate = None if update is None else split_id(update.id)[0]
+    own = [verdict.summary["look"] for verdict in verdicts if split_id(verdict.update_id)[0] == candidate]
+    if own:
+        first, looked_at = own[0], tuple(look["items"] for look in own)
+        return Plan(first["alpha"], first["loss_alpha"], first["needed"], looked_at, first["candidates"])
+    others = len({split_id(verdict.update_id)[0] for verdict in verdicts})
+    alpha = candidate_alpha(settings.alpha, others)
+    needed = needed_items(
+        spread(ledger.verdicts_of(family)),
+        detect=settings.detect,
+        alpha=alpha,
+        fewest=settings.min_items,
+        most=settings.max_items // (2 if halved else 1),
+    )
+    # an upgrade to another base is looked at once, too: further looks are updates, and those are of the live base
+    only = update is not None and (bool(update.cost.get(ONLY_LOOK)) or ledger.base_upgrade(update.id) is not None)
+    return Plan(alpha, settings.alpha, needed, (), others, only=only)
+
+
+def spread(verdicts: Sequence[VerdictRow]) -> float | None:
+    """Standard deviation of one item's difference, pooled over the newest verdicts that have one; None: none has.
+
+    It is the larger one of the statistic's and of the hits' over what the statistic is worth: ``gate.detect`` is in
+    points that users see, and a gain of 3 points of recall can be less than 3 points of 1/log2(2 + rank).
+    """
+    gains: list[Mapping[str, Any]] = [verdict.summary.get("gain") or {} for verdict in verdicts]
+    measured = [gain for gain in gains if gain.get("spread") and gain["units"] > 1][:RECENT]
+    units = sum(gain["units"] for gain in measured)
+    if not units:
+        return None
+    variances = (
+        max(gain["spread"] ** 2, gain["recall_spread"] ** 2 / RANK_EFFICIENCY) * gain["units"] for gain in measured
+    )
+    return math.sqrt(sum(variances) / units)

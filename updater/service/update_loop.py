@@ -1,9 +1,9 @@
 """The updater: waits for data and budget, trains, gates, proposes. Every step can be repeated after a kill.
 
-           a candidate that was inconclusive is asked again as an update that is trained already (kept_candidates.py)
 training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
            leaves for the next one (its carry-over), then the ledger
-trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here
+trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here, and
+           so does a candidate that was inconclusive and is asked again
 gated      the verdict and its report are stored; what passed is proposed
 done       or failed, with the reason
 """
@@ -39,21 +39,19 @@ from core.ledger.learning import BEGAN, FINISHED
 from core.progress import say
 from core.settings import Settings
 from ratchet_client import Client
+from serving.engines.clip_base import ClipBase, need_base, shown
 from streams.store.sample_store import SampleStore
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import mixed_seed
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
-from updater.recipes import Family, Recipe
-from updater.service import kept_candidates, triggers
-from updater.service.base_replay import new_base, old_base, waits_for_base
-from updater.service.exchange import compare, is_import
+from updater.recipes import Family, Recipe, load_recipe
+from updater.service import triggers
 from updater.service.gate_update import gate_update
-from updater.service.learning_state import check_reference, check_suites
-from updater.service.ledger_metrics import LedgerMetrics, export_budget
-from updater.service.process import StopSignal, ThrottledLog, work_folders
+from updater.service.learning_state import LedgerMetrics, check_reference, check_suites, export_budget
+from updater.service.process import StopSignal, ThrottledLog, only_one, work_folders
 from updater.service.train_update import BucketEmpty, train_update
-from updater.service.triggers import Ready, Reevaluate, Waiting
+from updater.service.triggers import IMPORTED, Learned, Ready, Reevaluate, Waiting
 from updater.step.learner import Base
 from updater.training.checkpoint import NAME as CHECKPOINT
 from updater.training.run import PREPARED
@@ -63,13 +61,19 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 """An update fails when it has been broken off so often by an error that is none of Ratchet's own, or when so many
 processes died in it at one place."""
+POLL_SECONDS = 5.0
+"""Between two looks at the triggers."""
+RETRY_SECONDS = 30.0
+"""After an error of storage or suites."""
+LEAST_DUTY_CYCLE = 0.25
+"""Share of time that the trainer keeps while requests take longer: with less an update would not end for hours."""
 ASK_SECONDS = 5.0
 """Between two looks at whether an operator has ended the update that is in training."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one call of :meth:`UpdaterService.step` did: nothing (``update`` is None), or one whole update."""
+    """The result of :meth:`UpdaterService.step`: nothing (``update`` is None), or one whole update."""
 
     update: UpdateRow | None
     reason: str
@@ -113,8 +117,30 @@ class UpdaterService:
         )
         limits = settings.updater
         self._throttle = Throttle(
-            lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)
+            lambda: latencies(server), limits.max_latency_ratio, min(1.0, LEAST_DUTY_CYCLE / limits.duty_cycle)
         )
+
+    def run_forever(self) -> None:
+        """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
+        for family in self.turns:
+            metrics.update.now(family, "waiting")
+        waiting_log = ThrottledLog()
+        while not self.stop():
+            try:
+                self._remove_finished()
+                export_budget(self.settings, self.ledger)
+                self._ledger_metrics.export(self.turns)
+                self._throttle.watch()
+                outcome = self.step()
+                answered(["ledger", "store", "artifacts"])
+                reason = outcome.reason
+                wait = 0.0 if outcome.update else POLL_SECONDS
+            except RatchetError as error:
+                noted(error)
+                reason, wait = str(error), RETRY_SECONDS
+            if wait:
+                waiting_log.say(reason)
+            time.sleep(wait)
 
     def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
         """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
@@ -142,11 +168,17 @@ class UpdaterService:
     def _step_of(self, family: Family, now: bool, retry: bool) -> StepResult:
         update = self.ledger.unfinished_update(family)
         if update is not None:
-            if update.state == "trained" and is_import(update):
+            if update.state == "trained" and update.recipe.get("name") == IMPORTED:
                 unreleased = triggers.waits_for_release(self.ledger, family)
                 if unreleased is not None:
                     return StepResult(None, unreleased)
-                update = compare(self.ledger, self.store, update, family)
+                learned = Learned.of(self.ledger, self.store, family)  # what is live now, and what it has not learned
+                update = self.ledger.compare_update(
+                    update.id,
+                    store_version=learned.store_version,
+                    data_from=learned.data_from,
+                    incumbent=learned.incumbent,
+                )
             if waits := self._waits_for_base(family, self.ledger.base_upgrade(update.id)):
                 return StepResult(None, waits)
             if update.state == "training" and self._data_is_gone(update):
@@ -168,9 +200,9 @@ class UpdaterService:
         return StepResult(done, done.error or done.state)
 
     def _lacks(self, recipe: Recipe, ready: Ready) -> str:
-        """What is missing to hold an update in place and to judge it: nothing is spent before it is there."""
+        """Name what is missing to hold an update in place and to judge it: nothing is spent before it is there."""
         try:
-            check_suites(self.settings, recipe.family, learned=bool(ready.data_from))
+            check_suites(self.settings, recipe.family, learned=bool(ready.learned.data_from))
             if recipe.mixture.reference > 0:
                 check_reference(reference_of(self.settings, recipe.family))
         except (GateError, ConfigError) as error:
@@ -180,51 +212,32 @@ class UpdaterService:
         return ""
 
     def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
-        """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""
+        """The reason to train nothing now. An upgrade needs both of its bases: one may be pulled again."""
+        home = self.settings.home
         if upgrade is None:
-            return waits_for_base(self.ledger, self.settings.home, self.bases[family])
+            return waits_for_base(self.ledger, home, self.bases[family])
         try:
-            new_base(self.settings, upgrade), old_base(self.settings, upgrade)
+            need_base(home, upgrade.new_base, upgrade.new_name), need_base(home, upgrade.old_base, upgrade.old_name)
         except BaseModelError as error:
             return str(error)
         return None
 
-    def run_forever(self) -> None:
-        """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
-        for family in self.turns:
-            metrics.update.now(family, "waiting")
-        waiting_log = ThrottledLog()
-        while not self.stop():
-            try:
-                self._remove_finished()
-                export_budget(self.settings, self.ledger)
-                self._ledger_metrics.export(self.turns)
-                self._throttle.watch()
-                outcome = self.step()
-                answered(["ledger", "store", "artifacts"])
-                reason = outcome.reason
-                wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
-            except RatchetError as error:
-                noted(error)
-                reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
-            if wait:
-                waiting_log.say(reason)
-            time.sleep(wait)
-
     def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
-        values = recipe.model_dump(mode="json")
-        seed = mixed_seed(self.settings.updater.seed, ready.store_version)
-        what = [values, seed, ready.store_version, ready.data_from, ready.incumbent, ready.previous]
+        values, learned = recipe.model_dump(mode="json"), ready.learned
+        seed = mixed_seed(0, learned.store_version)
+        # with the newest update, so that a repeated attempt on the same data gets an id of its own
+        previous = learned.updates[0].id if learned.updates else None
+        what = [values, seed, learned.store_version, learned.data_from, learned.incumbent, previous]
         update = self.ledger.begin_update(
             f"update-{digest12(digest_json(what))}",
             family=recipe.family,
             recipe=values,
             seed=seed,
-            store_version=ready.store_version,
-            data_from=ready.data_from,
+            store_version=learned.store_version,
+            data_from=learned.data_from,
             data_to=ready.data_to,
-            incumbent=ready.incumbent,
-            cost={kept_candidates.ONLY_LOOK: True} if ready.once else None,
+            incumbent=learned.incumbent,
+            cost={triggers.ONLY_LOOK: True} if ready.once else None,
         )
         self.store.pin(update.id, update.store_version)  # again, where it was abandoned: the version is still there
         say(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
@@ -249,7 +262,7 @@ class UpdaterService:
             data_to=last.data_to,
             incumbent=last.incumbent,
             adapter=last.adapter,
-            cost={**last.cost, kept_candidates.TRAINED_BY: kept_candidates.split_id(last.id)[0]},
+            cost={**last.cost, triggers.TRAINED_BY: triggers.split_id(last.id)[0]},
         )
         self.store.pin(update.id, update.store_version)
         say(f"{update.id}: {update.adapter} is asked again, {due.fresh}")
@@ -260,7 +273,9 @@ class UpdaterService:
         work, upgrade = self.work_dir(update), self.ledger.base_upgrade(update.id)
         try:
             self._count_death(update)
-            base = self.bases[family] if upgrade is None else new_base(self.settings, upgrade)
+            base: Base = self.bases[family]
+            if upgrade is not None:
+                base = need_base(self.settings.home, upgrade.new_base, upgrade.new_name)
             if update.state == "training":
                 metrics.update.now(family, "training")
                 update = train_update(
@@ -299,78 +314,6 @@ class UpdaterService:
         self.store.unpin(update.id)
         return update
 
-    def _count_death(self, update: UpdateRow) -> None:
-        """Write down that this process begins; it takes that back unless it dies (SIGKILL, memory, the machine's end).
-
-        Raises TrainingError where others have died at the very place where it would begin. One that comes further
-        before it dies begins at another place.
-        """
-        died, place = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}, self._place(update)
-        deaths = int(died["died"]) + 1 if died.get("place", place) == place else 0
-        if deaths >= ATTEMPTS:
-            raise TrainingError(
-                f"the process ended {deaths} times in it ({update.state}) without saying why: killed, for memory?",
-                "Look for `Out of memory` in the system's log; `ratchet update retry` tries it again.",
-            )
-        self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
-
-    def _place(self, update: UpdateRow) -> str:
-        """How far an update has come: its state, its last checkpoint, and what is prepared."""
-        work = self.work_dir(update)
-        checkpoint = work / CHECKPOINT
-        saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
-        return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
-
-    def _is_ended(self, update_id: str) -> bool:
-        """Whether an operator has ended an update, or a deletion waited too long for it; asked now and then."""
-        if time.monotonic() - self._asked < ASK_SECONDS:
-            return False
-        self._asked = time.monotonic()
-        with suppress(LedgerError, StoreError):
-            return self.ledger.is_finished(update_id) or update_id not in self.store.pins()
-        return False
-
-    def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
-        """After an error that nobody expected: the update is tried again, and fails after :data:`ATTEMPTS`.
-
-        Raises TrainingError where it is tried again.
-        """
-        attempts = int(self.ledger.update(update.id).cost.get("attempts", 0)) + 1
-        why = f"{type(error).__name__}: {error}"
-        update = self.ledger.advance_update(update.id, update.state, cost={"attempts": attempts})
-        if attempts < ATTEMPTS:
-            raise TrainingError(
-                f"{update.id} broke off in attempt {attempts} of {ATTEMPTS}: {why}.", "It is tried again by itself."
-            ) from error
-        return self._fail(update, family, TrainingError(f"it broke off {attempts} times; the last reason is {why}."))
-
-    def _data_is_gone(self, update: UpdateRow) -> bool:
-        """Whether the store has forgotten the version that an update was pinned to."""
-        latest = self.store.version()  # raises when the store cannot be read at all
-        try:
-            self.store.count(version=update.store_version)
-        except StoreError:
-            return latest > update.store_version
-        return False
-
-    def _abandon(self, update: UpdateRow) -> UpdateRow:
-        error = f"version {update.store_version} of the sample store is not kept any more"
-        say(f"{update.id} is abandoned: {error}")
-        metrics.update.finished(update.family, "abandoned")
-        shutil.rmtree(self.work_dir(update), ignore_errors=True)
-        self.store.unpin(update.id)
-        return self.ledger.advance_update(update.id, "abandoned", error=error)
-
-    def _remove_finished(self) -> None:
-        """Delete the work folders of updates that are over. Raises LedgerUnavailable."""
-        for path in work_folders(self.settings.home):
-            if self.ledger.is_finished(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def work_dir(self, update: UpdateRow) -> Path:
-        """Checkpoints and measured costs of an unfinished update."""
-        return self.settings.update_folders / update.id
-
     def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
         verdict = self.ledger.verdict_of(update.id)
         for name, why in self.ledger.withdrawn([update.adapter]).items():
@@ -400,3 +343,133 @@ class UpdaterService:
             self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
             cost = triggers.affordability(self.settings, family, error.needed)
         return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)
+
+    def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
+        """Handle an error that is none of Ratchet's: the update is tried again, and fails after :data:`ATTEMPTS`.
+
+        Raises TrainingError where it is tried again.
+        """
+        attempts = int(self.ledger.update(update.id).cost.get("attempts", 0)) + 1
+        why = f"{type(error).__name__}: {error}"
+        update = self.ledger.advance_update(update.id, update.state, cost={"attempts": attempts})
+        if attempts < ATTEMPTS:
+            raise TrainingError(
+                f"{update.id} broke off in attempt {attempts} of {ATTEMPTS}: {why}.", "It is tried again by itself."
+            ) from error
+        return self._fail(update, family, TrainingError(f"it broke off {attempts} times; the last reason is {why}."))
+
+    def _count_death(self, update: UpdateRow) -> None:
+        """Write down that this process begins; it takes that back unless it dies (SIGKILL, memory, the machine's end).
+
+        Raises TrainingError where others have died at the very place where it would begin. One that comes further
+        before it dies begins at another place.
+        """
+        died, place = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}, self._place(update)
+        deaths = int(died["died"]) + 1 if died.get("place", place) == place else 0
+        if deaths >= ATTEMPTS:
+            raise TrainingError(
+                f"the process ended {deaths} times in it ({update.state}) without saying why: killed, for memory?",
+                "Look for `Out of memory` in the system's log; `ratchet update retry` tries it again.",
+            )
+        self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
+
+    def _place(self, update: UpdateRow) -> str:
+        """The progress of an update: its state, its last checkpoint, and what is prepared."""
+        work = self.work_dir(update)
+        checkpoint = work / CHECKPOINT
+        saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+        return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
+
+    def _is_ended(self, update_id: str) -> bool:
+        """True if an operator has ended an update, or a deletion waited too long for it; asked now and then."""
+        if time.monotonic() - self._asked < ASK_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        with suppress(LedgerError, StoreError):
+            return self.ledger.is_finished(update_id) or update_id not in self.store.pins()
+        return False
+
+    def _data_is_gone(self, update: UpdateRow) -> bool:
+        """True if the store has forgotten the version that an update was pinned to."""
+        latest = self.store.version()  # raises when the store cannot be read at all
+        try:
+            self.store.count(version=update.store_version)
+        except StoreError:
+            return latest > update.store_version
+        return False
+
+    def _abandon(self, update: UpdateRow) -> UpdateRow:
+        error = f"version {update.store_version} of the sample store is not kept any more"
+        say(f"{update.id} is abandoned: {error}")
+        metrics.update.finished(update.family, "abandoned")
+        shutil.rmtree(self.work_dir(update), ignore_errors=True)
+        self.store.unpin(update.id)
+        return self.ledger.advance_update(update.id, "abandoned", error=error)
+
+    def _remove_finished(self) -> None:
+        """Delete the work folders of updates that are over. Raises LedgerUnavailable."""
+        for path in work_folders(self.settings.home):
+            if self.ledger.is_finished(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def work_dir(self, update: UpdateRow) -> Path:
+        """Checkpoints and measured costs of an unfinished update."""
+        return self.settings.update_folders / update.id
+
+
+def waits_for_base(ledger: Ledger, home: Path, base: Base) -> str | None:
+    """The reason to train nothing on a base now: the live release has another one, or an upgrade waits for its own."""
+    if not isinstance(base, ClipBase):
+        return None
+    stable = ledger.stable()
+    if stable is not None and stable.clip_base not in (None, base.digest):
+        return (
+            f"release {stable.number} has the base {shown(home, str(stable.clip_base))}, and this updater has "
+            f"{base.name!r} ({digest12(base.digest)}): set base.clip to the live one and start again"
+        )
+    approved = ledger.approved_upgrade()
+    if approved is not None and approved.old_base == base.digest:
+        return (
+            f"{approved.update_id} to the base {approved.new_name!r} passed the gate: `ratchet base switch "
+            f"{approved.new_name}` releases it, `ratchet base upgrade {approved.new_name} --cancel` drops it"
+        )
+    return None
+
+
+def run_update(
+    settings: Settings,
+    *,
+    once: bool = False,
+    recipe: str | None = None,
+    family: Family | None = None,
+    retry: bool = False,
+) -> StepResult | None:
+    """Run the updater until SIGTERM; with ``once``, one update.
+
+    Args:
+        recipe: train with this one, and only its family.
+        family: train only this family, with the recipe of the settings.
+
+    Raises:
+        ConfigError: ``recipe`` is of another family than ``family``.
+        TrainingError: with ``once``, when there is nothing to train, or the update failed.
+    """
+    stop = StopSignal()
+    stop.install()
+    with only_one(settings.home):
+        service = UpdaterService(settings, load_recipe(recipe) if recipe else None, family=family, stop=stop)
+        try:
+            if not once:
+                metrics.build.started("update")
+                metrics.listen("update", settings.updater.metrics_port, settings.metrics_host)
+                service.run_forever()
+                return None
+            outcome = service.step(now=True, retry=retry)
+        except Stopped:
+            say("updater stops; the update goes on from its checkpoint next time")
+            return None
+    if outcome.update is None:
+        raise TrainingError(f"no update was trained: {outcome.reason}.", "Publish new samples, or use --retry.")
+    if outcome.update.state != "done":
+        raise TrainingError(f"{outcome.update.id} {outcome.update.state}: {outcome.update.error}")
+    return outcome

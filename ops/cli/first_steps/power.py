@@ -13,7 +13,7 @@ from updater.gate.suites import Suite
 
 @dataclass(frozen=True)
 class SuitePower:
-    """What one retention suite can show with the chance ``gate.power``."""
+    """What one retention suite can show with the usual chance (POWER)."""
 
     suite: Suite
     items: int
@@ -28,7 +28,7 @@ class SuitePower:
 
     @property
     def enough(self) -> bool:
-        """Whether an update that changes nothing passes it, with the chance ``gate.power``."""
+        """Whether an update that changes nothing passes it, with the usual chance."""
         return self.units >= max(self.needed, self.min_items)
 
     @property
@@ -51,9 +51,9 @@ def suite_power(suite: Suite, gate: Gate) -> SuitePower:
         suite=suite,
         items=len(suite.items()),
         units=units,
-        excludes=smallest_difference(PRIOR_SPREAD, units, level, gate.power),
+        excludes=smallest_difference(PRIOR_SPREAD, units, level),
         margin=margin,
-        needed=items_needed(PRIOR_SPREAD, margin, level, gate.power),
+        needed=items_needed(PRIOR_SPREAD, margin, level),
         min_items=gate.min_items,
     )
 
@@ -61,6 +61,4 @@ def suite_power(suite: Suite, gate: Gate) -> SuitePower:
 def fresh_needed(gate: Gate) -> int:
     """Held-out new pairs with which the first candidate's gain of ``gate.detect`` shows."""
     level = candidate_alpha(gate.alpha, 0)
-    return needed_items(
-        None, detect=gate.detect, alpha=level, power=gate.power, fewest=gate.min_items, most=gate.max_items
-    )
+    return needed_items(None, detect=gate.detect, alpha=level, fewest=gate.min_items, most=gate.max_items)

@@ -11,6 +11,7 @@ from ops.cli.cells import printable
 from ops.cli.first_steps.labelled import LabelledSample
 from ops.cli.first_steps.power import SuitePower, fresh_needed
 from ops.cli.first_steps.suite_files import Division
+from updater.gate.statistics import POWER
 
 EXAMPLES = 3
 """Rows that cannot be used of which the reason is shown."""
@@ -35,9 +36,7 @@ def tell_suites(console: Console, settings: Settings, powers: list[SuitePower]) 
         shown = f"{100 * each.excludes:.1f} points", f"{100 * each.margin:.1f}", "yes" if each.enough else "no"
         table.add_row(each.suite.name, f"{each.items:,}", f"{each.units:,}", *shown)
     console.print(table)
-    console.print(
-        Text(f"         with a chance of {gate.power:.0%}, where an update changes nothing; a larger loss shows")
-    )
+    console.print(Text(f"         with a chance of {POWER:.0%}, where an update changes nothing; a larger loss shows"))
     for each in powers:
         if each.advice:
             console.print(Text(f"         {each.suite.name}: {each.advice}", style="yellow"))

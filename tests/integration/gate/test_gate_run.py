@@ -25,12 +25,11 @@ from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.layers import PackedLinear
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import picture
+from tests.unit.gate.builders import fresh_suite, picture
 from updater.gate.clip import ClipEvaluator
 from updater.gate.interim_analyses import Plan, candidate_alpha
 from updater.gate.report import write_report
 from updater.gate.run import run_gate
-from updater.gate.sample_suites import fresh_suite
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 
@@ -88,6 +87,15 @@ def fresh_from(pairs: list[tuple[bytes, str]]) -> Suite:
     )
 
 
+def judge(engine: ClipEngine, candidate: str, suite: Suite, **how: Any) -> Verdict:
+    """One gate run; ``fresh``: a gain suite, ``parity`` and ``cache``: of the evaluator."""
+    fresh = [how.pop("fresh")] if "fresh" in how else []
+    own = {name: how.pop(name) for name in ("parity", "cache") if name in how}
+    defaults: dict[str, Any] = {"incumbent": None, "plan": Plan.alone(SETTINGS.alpha), "settings": SETTINGS}
+    evaluator = ClipEvaluator(engine, **own)
+    return run_gate(evaluator=evaluator, candidate=candidate, suites=[suite], fresh=fresh, **(defaults | how))
+
+
 @pytest.fixture(scope="module")
 def retention(home: Path, engine: ClipEngine) -> Suite:
     """What the base can do."""
@@ -114,15 +122,7 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
     engine: ClipEngine, retention: Suite, harsh: str
 ) -> None:
     learnt = fresh_from(deal(engine, harsh, range(1000, 1000 + COUNT), "new"))
-    verdict = run_gate(
-        evaluator=ClipEvaluator(engine),
-        candidate=harsh,
-        incumbent=None,
-        suites=[retention],
-        fresh=learnt,
-        plan=Plan.alone(SETTINGS.alpha),
-        settings=SETTINGS,
-    )
+    verdict = judge(engine, harsh, retention, fresh=learnt)
     known, new = verdict.suites
     assert verdict.outcome == "rejected"
     assert verdict.caught_by == ("known",)
@@ -142,15 +142,7 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
     candidate = load(engine, home, "gentle-too", seed=1, scale=0.02)
     kept = folder_suite(home, "kept", deal(engine, None, range(2000, 2000 + COUNT), "kept"))
     learnt = fresh_from(deal(engine, candidate, range(3000, 3000 + COUNT), "new"))
-    verdict = run_gate(
-        evaluator=ClipEvaluator(engine),
-        candidate=candidate,
-        incumbent=incumbent,
-        suites=[kept],
-        fresh=learnt,
-        plan=Plan.alone(SETTINGS.alpha),
-        settings=SETTINGS,
-    )
+    verdict = judge(engine, candidate, kept, fresh=learnt, incumbent=incumbent)
     assert verdict.outcome == "passed", verdict.reasons
     assert verdict.caught_by == () and verdict.spent
     assert [s.decision for s in verdict.suites] == ["passed", "passed"]
@@ -158,15 +150,7 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
 
 def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     nothing_new = fresh_from(deal(engine, None, range(4000, 4000 + COUNT), "same"))
-    verdict = run_gate(
-        evaluator=ClipEvaluator(engine),
-        candidate=gentle,
-        incumbent=None,
-        suites=[retention],
-        fresh=nothing_new,
-        plan=Plan.alone(SETTINGS.alpha),
-        settings=SETTINGS,
-    )
+    verdict = judge(engine, gentle, retention, fresh=nothing_new)
     assert verdict.outcome == "inconclusive"
     assert verdict.suites[0].decision == "passed"
     assert verdict.caught_by == ("gain",)
@@ -175,15 +159,7 @@ def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, rete
 def test_later_candidates_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     levels = []
     for plan in (Plan.alone(0.05), Plan(candidate_alpha(0.05, 5), 0.05, 50, candidates=5)):
-        verdict = run_gate(
-            evaluator=ClipEvaluator(engine),
-            candidate=gentle,
-            incumbent=None,
-            suites=[retention],
-            fresh=[],
-            plan=plan,
-            settings=SETTINGS,
-        )
+        verdict = judge(engine, gentle, retention, plan=plan)
         levels.append((verdict.look.alpha, verdict.suites[0].ci_low))
         assert not verdict.spent, "without fresh samples nothing can pass"
     assert levels[1][0] < levels[0][0] / 20
@@ -193,16 +169,7 @@ def test_later_candidates_are_judged_more_strictly(engine: ClipEngine, retention
 def test_a_suite_the_recipe_was_tuned_on_is_judged_on_its_hidden_half(
     engine: ClipEngine, retention: Suite, gentle: str
 ) -> None:
-    verdict = run_gate(
-        evaluator=ClipEvaluator(engine),
-        candidate=gentle,
-        incumbent=None,
-        suites=[retention],
-        fresh=[],
-        plan=Plan.alone(SETTINGS.alpha),
-        settings=SETTINGS,
-        meta={"tuned_on": ["known"]},
-    )
+    verdict = judge(engine, gentle, retention, meta={"tuned_on": ["known"]})
     assert verdict.suites[0].half == "hidden"
     assert verdict.suites[0].n == len(retention.half("hidden").items()) < COUNT
 
@@ -224,16 +191,7 @@ def test_a_candidate_of_nans_gets_a_verdict_and_a_report(home: Path, engine: Cli
         engine.load(name, directory)
     except AdapterError as error:
         name, reason = "clip-000000000000", error.message
-    verdict = run_gate(
-        evaluator=ClipEvaluator(engine),
-        candidate=name,
-        incumbent=None,
-        suites=[retention],
-        fresh=[],
-        plan=Plan.alone(SETTINGS.alpha),
-        settings=SETTINGS,
-        meta={"load_error": reason},
-    )
+    verdict = judge(engine, name, retention, meta={"load_error": reason})
     assert verdict.outcome == "rejected"
     assert set(verdict.caught_by) <= {"loads", "finite"} and verdict.caught_by
     write_report(verdict, home / "nan-report")
@@ -251,15 +209,7 @@ def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
     for layer in running._passes.module.get_submodule("visual").modules():
         if isinstance(layer, PackedLinear | nn.Linear) and layer.bias is not None:
             layer.bias = nn.Parameter(torch.full_like(layer.bias, float("inf")), requires_grad=False)
-    verdict = run_gate(
-        evaluator=ClipEvaluator(engine),
-        candidate=name,
-        incumbent=None,
-        suites=[retention],
-        fresh=[],
-        plan=Plan.alone(SETTINGS.alpha),
-        settings=SETTINGS,
-    )
+    verdict = judge(engine, name, retention)
     assert verdict.outcome == "rejected"
     assert verdict.caught_by == ("finite",)
     assert verdict.suites == () and not verdict.spent
@@ -276,15 +226,7 @@ def test_a_candidate_that_breaks_the_engine_is_rejected(
         return original(texts, adapter)
 
     monkeypatch.setattr(engine, "encode_texts", break_for_candidate)
-    verdict = run_gate(
-        evaluator=ClipEvaluator(engine),
-        candidate=gentle,
-        incumbent=None,
-        suites=[retention],
-        fresh=[],
-        plan=Plan.alone(SETTINGS.alpha),
-        settings=SETTINGS,
-    )
+    verdict = judge(engine, gentle, retention)
     assert verdict.outcome == "rejected"
     assert "out of memory" in verdict.reasons[0]
 
@@ -305,39 +247,11 @@ def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
         )
 
 
-def test_parity_compares_the_trainers_model_with_the_server(engine: ClipEngine, retention: Suite, gentle: str) -> None:
-    def parity_of(adapter: str | None) -> Verdict:
-        def trainer(pixels: np.ndarray, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-            return engine.encode_images(pixels, adapter), engine.encode_texts(texts, adapter)
-
-        return run_gate(
-            evaluator=ClipEvaluator(engine, parity=trainer),
-            candidate=gentle,
-            incumbent=None,
-            suites=[retention],
-            fresh=[],
-            plan=Plan.alone(SETTINGS.alpha),
-            settings=SETTINGS,
-        )
-
-    assert next(c for c in parity_of(gentle).checks if c.name == "parity").ok
-    wrong = parity_of("harsh" if "harsh" in engine.resident else None)
-    assert wrong.outcome == "rejected" or next(c for c in wrong.checks if c.name == "parity").value < 1e-3  # type: ignore
-
-
 def test_the_same_candidate_gets_the_same_verdict(
     engine: ClipEngine, retention: Suite, gentle: str, home: Path
 ) -> None:
     def run(cache: Path) -> dict[str, object]:
-        verdict = run_gate(
-            evaluator=ClipEvaluator(engine, cache=cache),
-            candidate=gentle,
-            incumbent=None,
-            suites=[retention],
-            fresh=[],
-            plan=Plan.alone(SETTINGS.alpha),
-            settings=SETTINGS,
-        )
+        verdict = judge(engine, gentle, retention, cache=cache)
         return verdict.summary()["suites"]  # type: ignore[no-any-return]
 
     assert run(home / "cache-a") == run(home / "cache-b")

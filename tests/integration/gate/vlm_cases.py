@@ -12,9 +12,9 @@ from core.settings import Settings
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.integration.gate.taught_vlm import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from tests.support.tiny_vlm import tiny_vlm_adapter
+from tests.unit.gate.builders import fresh_suites
 from updater.gate.interim_analyses import Plan
 from updater.gate.run import open_evaluator, run_gate
-from updater.gate.sample_suites import fresh_suites
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 from updater.gate.vlm import VlmEvaluator

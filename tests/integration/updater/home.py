@@ -49,7 +49,6 @@ def make_home(home: Path, **overrides: Any) -> Settings:
             "updater.wait_for_items": False,
             "updater.threads": 1,
             "updater.nice": 0,
-            "updater.poll_seconds": 0.1,
             "updater.checkpoint_steps": 2,
             "updater.metrics_port": 0,
             "gate.suites": [home / "suites"],

@@ -13,8 +13,7 @@ from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.sudden_death import die
 from updater.service import gate_update
-from updater.service.commands import run_update
-from updater.service.update_loop import UpdaterService
+from updater.service.update_loop import UpdaterService, run_update
 from updater.step.learner import Learner
 
 import_ahead(__name__)

@@ -17,8 +17,7 @@ from tests.integration.updater.home import add_samples, make_home
 from tests.support.tiny import tiny_base
 from updater.gate.verdict import Verdict
 from updater.service import gate_update
-from updater.service.base_switch import switch_base
-from updater.service.commands import begin_command, cancel_command, finish_command, plan_command
+from updater.service.base_upgrade import begin_upgrade, cancel_upgrade, finish_upgrade, plan_upgrade, switch_base
 from updater.service.process import only_one
 from updater.service.update_loop import UpdaterService
 
@@ -64,8 +63,8 @@ def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
 
 
 def upgraded(settings: Settings, name: str = "wide", gflops: float | None = None) -> UpdateRow:
-    update = begin_command(settings, plan_command(settings, name, gflops), "ann")
-    return finish_command(settings, update.id)[0]
+    update = begin_upgrade(settings, plan_upgrade(settings, name, gflops), "ann")
+    return finish_upgrade(settings, update.id)[0]
 
 
 def on(settings: Settings, base: str) -> Settings:
@@ -80,7 +79,7 @@ def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_bac
     add_samples(settings, 5)  # pending: not learned by the incumbent, so not by the upgrade
     ledger = Ledger.open(settings.ledger)
 
-    plan = plan_command(settings, "wide")
+    plan = plan_upgrade(settings, "wide")
     told = dict(plan.rows())
     assert told["dimension"] == "32 -> 48" and told["to learn anew"] == "12 samples"
     assert plan.training.steps > 0 and plan.training.visited == 12
@@ -132,7 +131,7 @@ def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropp
     settings: Settings, verdicts: list[Verdict]
 ) -> None:
     learn(settings)
-    update = begin_command(settings, plan_command(settings, "wide"), "ann")
+    update = begin_upgrade(settings, plan_upgrade(settings, "wide"), "ann")
     tiny_base(settings.home, "third", seed=9)
     with pytest.raises(TrainingError, match="'wide' is not finished"):
         CliRunner().invoke(app, _flags(settings, "third"), catch_exceptions=False)
@@ -141,7 +140,7 @@ def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropp
     assert told.exit_code == 0 and "the updater that runs here does it next" in told.output
     done = UpdaterService(settings).step().update
     assert done is not None and (done.id, done.state) == (update.id, "done")
-    assert cancel_command(settings, "wide").state == "abandoned"
+    assert cancel_upgrade(settings, "wide").state == "abandoned"
     assert Ledger.open(settings.ledger).approved_upgrade() is None
     with pytest.raises(ReleaseError, match="no upgrade to the base 'wide' has passed"):
         switch_base(settings, "wide", actor="ann", reason="r")
@@ -150,14 +149,14 @@ def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropp
 def test_what_cannot_be_upgraded_is_said_before_anything_is_recorded(settings: Settings) -> None:
     wide = tiny_base(settings.home, "wide")
     with pytest.raises(BaseModelError, match="no base 'nothing'; registered CLIPs: tiny, wide"):
-        plan_command(settings, "nothing")
+        plan_upgrade(settings, "nothing")
     with pytest.raises(BaseModelError, match="'tiny' is the one that is live"):
-        plan_command(settings, "tiny")
+        plan_upgrade(settings, "tiny")
     with pytest.raises(TrainingError, match="no training sample"):
-        plan_command(settings, "wide")
+        plan_upgrade(settings, "wide")
     add_samples(settings, 12)
     with pytest.raises(ConfigError, match="is no budget"):
-        plan_command(settings, "wide", -1.0)
+        plan_upgrade(settings, "wide", -1.0)
     told = CliRunner().invoke(app, [*_flags(settings, "wide"), "--dry-run"])
     assert told.exit_code == 0 and "32 -> 48" in told.output and "12 samples" in told.output
     assert Ledger.open(settings.ledger).updates() == []

@@ -23,9 +23,8 @@ from updater.families.clip.learner import ClipLearner
 from updater.recipes import load_recipe
 from updater.service import triggers
 from updater.service import update_loop as service_module
-from updater.service.commands import run_update
 from updater.service.learning_state import learning_states
-from updater.service.update_loop import UpdaterService
+from updater.service.update_loop import UpdaterService, run_update
 
 pytestmark = pytest.mark.integration
 
@@ -57,17 +56,6 @@ def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Setting
     assert service.ledger.spent(update.id) == pytest.approx(update.cost["gflops_spent"])
     assert update.cost["gate_gflops"] > 0
     assert not service.work_dir(update).exists()
-
-
-def test_it_waits_until_enough_is_new(settings: Settings) -> None:
-    service = UpdaterService(settings)
-    assert service.step().reason == "there are no new samples"
-    add_samples(settings, 9)
-    outcome = service.step()
-    assert outcome.update is None and outcome.reason.startswith("9 of 10 new samples")
-    waited = settings.model_copy(update={"updater": settings.updater.model_copy(update={"max_wait_seconds": 1e-3})})
-    ready = triggers.decide(waited, service.ledger, service.store, service.recipes["clip"])
-    assert isinstance(ready, triggers.Ready)
 
 
 def test_rejected_data_is_not_tried_again_by_itself_but_by_another_recipe_or_on_request(
@@ -105,7 +93,7 @@ def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rol
     service.ledger.commit_release(3, clip=first.adapter, vlm=None, actor="op", reason="back", proposal_id=None)
     ready = triggers.decide(settings, service.ledger, service.store, service.recipes["clip"], retry=True)
     assert isinstance(ready, triggers.Ready)
-    assert (ready.incumbent, ready.data_from) == (first.adapter, first.data_to)
+    assert (ready.learned.incumbent, ready.learned.data_from) == (first.adapter, first.data_to)
 
 
 def test_an_update_that_libraries_break_off_fails_with_its_reason_after_three_attempts(
@@ -298,8 +286,6 @@ def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settin
 def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_kill(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from updater.service import update_loop as service_module
-
     impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
     gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
     service = UpdaterService(settings.model_copy(update={"updater": impatient, "gate": gate}))

@@ -17,7 +17,7 @@ from serving.engines.vlm.hf_worker import score
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.support.vlm_families import FAMILIES, write_family
 from updater.bases.register import add_vlm
-from updater.gate.vlm_checks import check_parity
+from updater.gate.checks import check_vlm_parity
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_what_the_trainer_says_of_an_answer_is_compared_where_tokens_have_types(
     model = base.build_model()
     asks, answers = [question(np.full((32, 32, 3), 90, np.uint8), "which colour?")], ["a round apple"]
     served = [score(model, base.processor(), asks[0], answers)] * 2
-    check = check_parity(base, model, tmp_path / "adapter", asks, answers, served)
+    check = check_vlm_parity(base, model, tmp_path / "adapter", asks, answers, served)
     assert check.value is not None and check.value > 1e-3, "the adapter says something else than the base"
     assert not check.ok
 

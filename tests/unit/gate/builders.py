@@ -6,14 +6,43 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from updater.gate import sample_suites
 from updater.gate.decision import Scores
 from updater.gate.score import Outcomes
-from updater.gate.suites import Suite
+from updater.gate.suites import MAX_ITEMS, Family, Suite
+
+
+class TableImages:
+    """Images of a table with the columns id and image."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        self._rows = dict(zip(rows["id"].to_pylist(), rows["image"], strict=True))
+
+    def expect(self, ids: Sequence[str]) -> None:
+        """All are here."""
+
+    def __call__(self, sample: str) -> bytes:
+        image: bytes = self._rows[sample].as_py()
+        return image
+
+
+def fresh_suite(rows: pa.Table, domain: str = "", *, family: Family = "clip", limit: int = MAX_ITEMS) -> Suite:
+    """One gain suite over rows with their images; ``domain``: its rows alone."""
+    images = TableImages(rows)
+    by_domain = sample_suites.items_by_domain(rows, family, images)
+    items = by_domain.get(domain, []) if domain else [item for own in by_domain.values() for item in own]
+    return sample_suites.fresh_suite(items, domain, family, limit, images)
+
+
+def fresh_suites(rows: pa.Table, **how: Any) -> list[Suite]:
+    """The gain suites of rows with their images."""
+    return sample_suites.fresh_suites(rows, TableImages(rows), **how)
 
 
 def picture(seed: int, side: int = 32) -> bytes:

@@ -11,11 +11,11 @@ from core.errors import AdapterError
 from core.settings.updates import Gate
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import sample_rows
+from tests.unit.gate.builders import TableImages, fresh_suite, sample_rows
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.interim_analyses import Plan
 from updater.gate.run import run_gate
-from updater.gate.sample_suites import choose_memory, fresh_suite, memory_suites
+from updater.gate.sample_suites import choose_memory, memory_suites
 
 
 def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
         assert np.array_equal(ranks, plain[base].score(suite, asked).ranks)
     assert not np.array_equal(evaluator.score(suite, None).ranks, evaluator.score(suite, base_alone(old)).ranks)
 
-    memory = memory_suites(rows, choose_memory(rows, "clip", 10), "clip", 10)
+    memory = memory_suites(rows, choose_memory(rows, "clip", 10), "clip", 10, TableImages(rows))
     verdict = run_gate(
         evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=suite,
         plan=Plan.alone(0.05), settings=Gate(min_items=5),

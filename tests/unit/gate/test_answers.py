@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from updater.gate.answers import grade, majority, normalise, polarity
+from updater.gate.suite_items import grade, majority, normalise, polarity
 
 
 @pytest.mark.parametrize(

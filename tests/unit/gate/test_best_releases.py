@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from core.ledger import Ledger
-from updater.gate.best_releases import MOST, best_releases
+from updater.gate.sample_suites import MOST_RIVALS, best_by_suite
 
 BASE = "b" * 64
 
@@ -35,23 +35,27 @@ def judged(ledger: Ledger, name: str, scores: dict[str, float], base: str = BASE
         ledger.commit_release(number, clip=name, vlm=None, actor="a", reason="r", proposal_id=None, share=share)
 
 
+def best_releases(ledger: Ledger, suites: list[str], incumbent: str | None) -> dict[str, str]:
+    return best_by_suite(ledger.released_verdicts("clip", BASE), suites, incumbent)
+
+
 def test_each_suite_has_the_release_with_the_highest_score_above_the_base(ledger: Ledger) -> None:
     judged(ledger, "clip-1", {"flags": 0.2, "emoji": 0.0})
     judged(ledger, "clip-2", {"flags": 0.1, "emoji": 0.1})
     judged(ledger, "clip-3", {"flags": 0.1, "emoji": 0.05})
-    found = best_releases(ledger, "clip", BASE, ["flags", "emoji", "new"], "clip-3")
+    found = best_releases(ledger, ["flags", "emoji", "new"], "clip-3")
     assert found == {"flags": "clip-1", "emoji": "clip-2"}
 
 
 def test_the_incumbent_is_not_named_a_second_time(ledger: Ledger) -> None:
     judged(ledger, "clip-1", {"flags": 0.2})
-    assert best_releases(ledger, "clip", BASE, ["flags"], "clip-1") == {}
+    assert best_releases(ledger, ["flags"], "clip-1") == {}
 
 
 def test_a_memory_suite_looks_back_to_when_its_domain_was_new(ledger: Ledger) -> None:
     judged(ledger, "clip-1", {"fresh.flags": 0.2})
     judged(ledger, "clip-2", {"memory.flags": 0.1})
-    assert best_releases(ledger, "clip", BASE, ["memory.flags"], "clip-2") == {"memory.flags": "clip-1"}
+    assert best_releases(ledger, ["memory.flags"], "clip-2") == {"memory.flags": "clip-1"}
 
 
 def test_only_what_answered_everybody_on_this_base_and_was_not_withdrawn_counts(ledger: Ledger) -> None:
@@ -61,12 +65,12 @@ def test_only_what_answered_everybody_on_this_base_and_was_not_withdrawn_counts(
     ledger.withdraw(["clip-bad"], actor="guard", subject="release 2", reason="errors", evidence={})
     judged(ledger, "clip-good", {"flags": 0.1})
     judged(ledger, "clip-trial", {"flags": 0.6}, share=0.1)
-    assert best_releases(ledger, "clip", BASE, ["flags"], None) == {"flags": "clip-good"}
+    assert best_releases(ledger, ["flags"], None) == {"flags": "clip-good"}
 
 
 def test_the_number_of_further_adapters_is_bounded(ledger: Ledger) -> None:
     names = [f"s{n}" for n in range(6)]
     for number, own in enumerate((names[:3], names[3:5], names[5:])):
         judged(ledger, f"clip-{number}", dict.fromkeys(own, 0.2))
-    found = best_releases(ledger, "clip", BASE, names, None)
-    assert len(set(found.values())) == MOST and set(found) == set(names[: 3 if MOST == 1 else 5])
+    found = best_releases(ledger, names, None)
+    assert len(set(found.values())) == MOST_RIVALS == 2 and set(found) == set(names[:5])

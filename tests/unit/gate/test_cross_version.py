@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from updater.gate.clip import measure_cross_version
+from updater.gate.clip import ClipEvaluator
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
 
@@ -47,7 +47,7 @@ def suite() -> Suite:
 
 def measure(candidate: float, **settings: Any) -> Any:
     scorer: Any = GivenVectors({None: 0.0, "clip-new": candidate})
-    return measure_cross_version(scorer, [suite()], None, "clip-new", **{**LEVEL, **settings})
+    return ClipEvaluator.cross_version(scorer, [suite()], None, "clip-new", **{**LEVEL, **settings})
 
 
 def test_a_space_that_hardly_moved_may_be_searched_at_once() -> None:

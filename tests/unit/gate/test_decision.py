@@ -121,11 +121,6 @@ def test_no_gain_is_no_release() -> None:
     assert "no gain shown" in reasons[0]
 
 
-def test_one_shown_gain_of_several_is_enough() -> None:
-    other = scores("other", hits(200, 0.4, 2, seed=3), hits(200, 0.4, 2, seed=3), role="gain")
-    assert conclude(findings(KEPT, other, LEARNT), FINE)[0] == "passed"
-
-
 def test_a_loss_on_new_data_rejects() -> None:
     worse = scores("worse", hits(300, 0.5, 2), changed(hits(300, 0.5, 2), 90, 10), role="gain")
     found = findings(KEPT, LEARNT, worse)
@@ -134,16 +129,10 @@ def test_a_loss_on_new_data_rejects() -> None:
     assert conclude(found, FINE)[0] == "rejected"
 
 
-def test_without_retention_suites_nothing_passes() -> None:
-    outcome, reasons = conclude(findings(LEARNT), FINE)
-    assert outcome == "inconclusive"
-    assert "not protected" in reasons[0]
-
-
-def test_without_fresh_samples_nothing_passes() -> None:
-    outcome, reasons = conclude(findings(KEPT), FINE)
-    assert outcome == "inconclusive"
-    assert "no fresh samples" in reasons[0]
+@pytest.mark.parametrize(("asked", "reason"), [(LEARNT, "not protected"), (KEPT, "no fresh samples")])
+def test_without_retention_suites_or_fresh_samples_nothing_passes(asked: Scores, reason: str) -> None:
+    outcome, reasons = conclude(findings(asked), FINE)
+    assert outcome == "inconclusive" and reason in reasons[0]
 
 
 def test_a_failed_check_rejects_before_anything_is_scored() -> None:
@@ -212,15 +201,6 @@ def test_questions_are_compared_by_image_and_too_few_images_are_too_few() -> Non
     (few,) = judge(asked_twice(before, before), min_items=81, margin=0.1)
     assert few.decision == "inconclusive"
     assert few.reason == "only 80 images (160 questions); at least 81 are asked for"
-
-
-def test_a_vqa_suite_can_fail_and_be_a_weak_guard() -> None:
-    before = hits(400, 0.6)
-    (lost,) = judge(asked_twice(before, changed(before, 90, 0)))
-    assert lost.decision == "failed"
-    poor = hits(400, 0.27)
-    (guard,) = judge(asked_twice(poor, poor))
-    assert "weak guard" in guard.reason
 
 
 def test_min_items_counts_captions_and_not_their_items() -> None:

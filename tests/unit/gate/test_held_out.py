@@ -18,7 +18,7 @@ from core.settings import Settings
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.unit.gate.builders import picture
-from updater.gate.held_out import PAGE, TEXT_COLUMNS, HeldOut
+from updater.gate.sample_suites import PAGE, TEXT_COLUMNS, HeldOut
 from updater.service.gate_update import update_suites
 
 LEARNED, FRESH, LIMIT = 420, 300, 50

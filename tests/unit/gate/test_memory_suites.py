@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from tests.unit.gate.builders import question_rows, sample_rows
+from tests.unit.gate.builders import TableImages, question_rows, sample_rows
 from updater.gate.sample_suites import CAPACITY, MOST_DOMAINS, choose_memory, learned_before, memory_suites, reservoir
 
 TABLE = ("id", "domain")
@@ -24,16 +24,16 @@ def rows(**domains: int) -> pa.Table:
 
 def test_a_domain_that_was_learned_is_a_retention_suite() -> None:
     held = sample_rows(30, "flags")
-    (suite,) = memory_suites(held, choose_memory(held.select(TABLE), "clip", 20), "clip", 20)
+    (suite,) = memory_suites(held, choose_memory(held.select(TABLE), "clip", 20), "clip", 20, TableImages(held))
     assert (suite.name, suite.role, suite.task, len(suite.items())) == ("memory.flags", "retention", "retrieval", 30)
     assert {item.sample_id for item in suite.items()} == set(held["id"].to_pylist())
 
 
 def test_questions_that_were_learned_are_a_suite_of_the_vlm() -> None:
     held = question_rows(40, "shop", images=20)
-    (suite,) = memory_suites(held, choose_memory(held.select(TABLE), "vlm", 20), "vlm", 20)
+    (suite,) = memory_suites(held, choose_memory(held.select(TABLE), "vlm", 20), "vlm", 20, TableImages(held))
     assert (suite.name, suite.task, len(suite.items())) == ("memory.shop", "vqa", 40)
-    assert memory_suites(held, choose_memory(held.select(TABLE), "vlm", 21), "vlm", 21) == [], (
+    assert memory_suites(held, choose_memory(held.select(TABLE), "vlm", 21), "vlm", 21, TableImages(held)) == [], (
         "twenty images are not 21"
     )
 
@@ -81,5 +81,5 @@ def test_what_is_fresh_is_no_memory() -> None:
 def test_a_chosen_row_that_is_gone_is_left_out(count: int) -> None:
     held = sample_rows(30, "flags")
     chosen = choose_memory(held.select(TABLE), "clip", 20)
-    suites = memory_suites(held.slice(0, count), chosen, "clip", 20)
+    suites = memory_suites(held.slice(0, count), chosen, "clip", 20, TableImages(held))
     assert [len(suite.items()) for suite in suites] == ([30] if count else [])

@@ -10,15 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.gate.builders import picture, question_rows, sample_rows
-from updater.gate.clip import feature_shift, mean_shift, modality_gap
-from updater.gate.diagnostics.diagnose import diagnose
-from updater.gate.diagnostics.hard_pairs import hard_pairs, mine_pairs, pair_accuracy, told_apart
-from updater.gate.diagnostics.results import Diagnostics, YesShare
-from updater.gate.sample_suites import fresh_suite
+from tests.unit.gate.builders import fresh_suite, picture, question_rows, sample_rows
+from updater.gate.diagnostics import (
+    feature_shift,
+    hard_pairs,
+    mean_shift,
+    mine_pairs,
+    modality_gap,
+    pair_accuracy,
+    told_apart,
+    yes_share,
+)
+from updater.gate.run import diagnose
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
-from updater.gate.vlm import yes_share
+from updater.gate.verdict import Diagnostics, YesShare
 
 N, DIM, TWINS = 80, 64, 12
 """Items; the first TWINS of them look like the next TWINS."""
@@ -67,15 +73,14 @@ def suite(count: int = N) -> Suite:
     return fresh_suite(sample_rows(count, texts=[f"kind{n} shape{n} {n}" for n in range(count)]))
 
 
-def pair_names(found: Suite, pairs: Any) -> set[tuple[int, ...]]:
-    texts = [item.text for item in found.items()]
-    return {tuple(sorted((_number(texts[pair.first]), _number(texts[pair.second])))) for pair in pairs}
+def pair_names(pairs: Any) -> set[tuple[int, ...]]:
+    return {tuple(sorted((_number(pair.first.text), _number(pair.second.text)))) for pair in pairs}
 
 
 def test_pairs_are_images_that_look_alike_and_whose_captions_differ() -> None:
     asked = suite()
     pairs = hard_pairs(GivenVectors({None: 0.1}), asked)  # type: ignore[arg-type]
-    assert pair_names(asked, pairs) == {(n, n + TWINS) for n in range(TWINS)}
+    assert pair_names(pairs) == {(n, n + TWINS) for n in range(TWINS)}
     assert all(pair.image_similarity > 0.9 and pair.text_similarity < 0.1 for pair in pairs)
 
 
@@ -86,7 +91,7 @@ def test_copies_of_one_image_and_captions_of_the_same_words_are_no_pairs() -> No
     items = [Item(f"i{n}", f"word{n} thing{n}", "", "", f"s{n}", bytes) for n in range(40)]
 
     def found(images: np.ndarray, items: list[Item], texts: np.ndarray = texts) -> bool:
-        return (0, 1) in {(pair.first, pair.second) for pair in mine_pairs(items, images, texts)}
+        return ("i0", "i1") in {(pair.first.id, pair.second.id) for pair in mine_pairs(items, images, texts)}
 
     texts[1] = -texts[0]
     assert found(images, items)
@@ -106,7 +111,7 @@ def test_an_item_is_in_one_pair_at_most_and_a_broken_model_has_none() -> None:
     images, texts = (unit(np.random.default_rng(seed).normal(size=(200, 8))) for seed in (3, 4))
     items = [Item(f"i{n}", f"word{n} thing{n}", "", "", f"s{n}", bytes) for n in range(200)]
     pairs = mine_pairs(items, images, texts)
-    members = [place for pair in pairs for place in (pair.first, pair.second)]
+    members = [item.id for pair in pairs for item in (pair.first, pair.second)]
     assert len(members) == len(set(members)) > 20
     cosines = [pair.image_similarity for pair in pairs]
     assert cosines == sorted(cosines, reverse=True)

@@ -23,12 +23,11 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.console.test_pages import settings as console_settings
-from tests.unit.gate.builders import changed, outcomes, picture
+from tests.unit.gate.builders import changed, fresh_suite, outcomes, picture
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import Plan
 from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import samples_of, with_samples, write_report
-from updater.gate.sample_suites import fresh_suite
 from updater.gate.score import Outcomes
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Regression, Verdict
@@ -118,7 +117,6 @@ def test_samples_of_a_pair_are_named_and_filled_in_until_they_are_deleted() -> N
     assert shown["shown"][0]["second"] == {
         "text": TEXTS[1], "thumbnail": f"/samples/{there['id']}.png", "sample": there["id"]
     }  # fmt: skip
-    assert with_samples({"suites": []}, {}, "") == {"suites": []}, "a report of an earlier version"
 
 
 def test_an_item_of_a_folder_is_shown_in_the_report_itself(tmp_path: Path) -> None:

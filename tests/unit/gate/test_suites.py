@@ -9,8 +9,7 @@ import pytest
 
 from core.errors import GateError
 from core.settings.updates import Gate
-from tests.unit.gate.builders import folder_dataset, picture, question_rows, sample_rows
-from updater.gate.sample_suites import fresh_suite, fresh_suites
+from tests.unit.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, question_rows, sample_rows
 from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
 
 
@@ -129,10 +128,6 @@ def test_a_suite_asks_all_its_items_up_to_the_bound_of_the_settings_or_its_own(t
     assert len(fresh_suite(rows).items()) == 500, "four hundred show 3 points, and nothing smaller"
     assert [len(suite.items()) for suite in fresh_suites(rows, limit=450)] == [450]
     assert Gate().max_items == MAX_ITEMS
-
-
-def test_the_built_in_suites_of_the_clip_ask_everything() -> None:
-    assert {suite.limit for suite in load_suites(home=Path("/home"), family="clip", max_items=1234)} == {1234}
 
 
 def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:

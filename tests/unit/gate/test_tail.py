@@ -12,10 +12,9 @@ import pytest
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
-from tests.unit.gate.builders import outcomes, question_rows, sample_rows
+from tests.unit.gate.builders import fresh_suite, outcomes, question_rows, sample_rows
 from updater.gate.decision import Scores
-from updater.gate.diagnostics import diagnose
-from updater.gate.diagnostics.diagnose import (
+from updater.gate.diagnostics import (
     Counts,
     StoreCounts,
     concept_of,
@@ -24,7 +23,6 @@ from updater.gate.diagnostics.diagnose import (
     interval,
     measure_tail,
 )
-from updater.gate.sample_suites import fresh_suite
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
 
@@ -63,7 +61,7 @@ def test_of_more_samples_than_the_bound_every_nth_is_looked_at_and_counts_are_sc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, version = store_of(tmp_path, ["a fox"] * 100)
-    monkeypatch.setattr(diagnose, "MAX_ROWS", 30)
+    monkeypatch.setattr("updater.gate.diagnostics.MAX_ROWS", 30)
     monkeypatch.setattr("streams.store.sample_store.BATCH_ROWS", 7)
     seen = StoreCounts(store, version, "text")(["fox"])
     assert (seen["fox"], seen.rows, seen.counted) == (100, 100, 25)

@@ -179,8 +179,8 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
     assert (shown.items, shown.units, shown.needed, shown.enough) == (90, 90, 39, True)
     level = gate.alpha  # all candidates have it for their losses
     for items in (39, 90, 2000):
-        distance = smallest_difference(0.25, items, level, gate.power)
-        assert items_needed(0.25, distance + 1e-9, level, gate.power) == items
+        distance = smallest_difference(0.25, items, level)
+        assert items_needed(0.25, distance + 1e-9, level) == items
     assert shown.excludes == pytest.approx(0.0655, abs=0.0005)
     assert not suite_power(suite.model_copy(update={"margin": 0.05}), gate).enough
     assert "--margin 0.07" in suite_power(suite.model_copy(update={"margin": 0.05}), gate).advice
@@ -188,7 +188,7 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
     defaults = suite_power(suite.model_copy(update={"margin": None}), Gate())
     assert f"it takes {defaults.needed}" in page
     assert f"ten points shows with {fresh_needed(Gate(detect=0.1))}, one of three with {fresh_needed(Gate())}" in page
-    assert f"400          {100 * smallest_difference(0.25, 400, level, gate.power):.1f} points" in page
+    assert f"400          {100 * smallest_difference(0.25, 400, level):.1f} points" in page
     assert fresh_needed(Gate(detect=0.2)) < fresh_needed(gate) == 513
 
 

@@ -75,7 +75,7 @@ def test_the_reference_pool_of_a_vlm_is_what_asks_something(tmp_path: Path) -> N
 
 def test_without_one_the_shipped_vlm_brings_the_folders_that_it_was_trained_on(tmp_path: Path) -> None:
     from core.settings.serving import SHIPPED_VLM
-    from updater.bases.reference import VLM_REFERENCE
+    from updater.bases import VLM_REFERENCE
 
     shipped = settings(tmp_path, **{"base.vlm": SHIPPED_VLM})
     assert reference_of(shipped, "vlm") == []  # not there yet

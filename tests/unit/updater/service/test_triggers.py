@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples
 from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items
 from updater.recipes import Recipe, load_recipe
-from updater.service import kept_candidates, triggers
+from updater.service import triggers
 from updater.service.learning_state import learning_states
-from updater.service.triggers import Ready, Reevaluate, Waiting
+from updater.service.triggers import Learned, Ready, Reevaluate, Waiting
 
 NEEDED = 16
 FIRST = candidate_alpha(0.05, 0)
@@ -46,6 +47,13 @@ class Lab:
         """What the updater would do."""
         return triggers.decide(self.settings, self.ledger, self.store, self.recipe, **how)
 
+    def learned(self) -> Learned:
+        return Learned.of(self.ledger, self.store, "clip")
+
+    def kept(self, **changes: Any) -> Any:
+        """The candidate that would be asked again."""
+        return triggers.kept_candidate(self.ledger, replace(self.learned(), **changes))
+
     def judged(
         self, name: str, outcome: GateOutcome = "inconclusive", fresh: int = 8, made: bool = True, **cost: Any
     ) -> None:
@@ -53,20 +61,21 @@ class Lab:
         add_samples(self.settings, 1)
         update = self.ledger.begin_update(
             name, family="clip", recipe=self.recipe.model_dump(mode="json"), seed=0, store_version=self.store.version(),
-            data_from={}, data_to=self.store.offsets(), incumbent=triggers.incumbent_of(self.ledger, "clip"),
-            adapter=f"clip-{kept_candidates.split_id(name)[0]}", cost=cost,
+            data_from={}, data_to=self.store.offsets(), incumbent=self.learned().incumbent,
+            adapter=f"clip-{triggers.split_id(name)[0]}", cost=cost,
         )  # fmt: skip
         self.record(update.id, outcome, fresh, made)
 
     def record(self, update_id: str, outcome: GateOutcome, fresh: int, made: bool = True) -> None:
         """The verdict of an update."""
         update = self.ledger.update(update_id)
-        plan = kept_candidates.plan(self.settings.gate, self.ledger, "clip", update, halved=False)
+        plan = triggers.plan(self.settings.gate, self.ledger, "clip", update, halved=False)
         look = plan.look(fresh)
         summary = {
             "spent": made,
             "look": {
-                "number": look.number, "items": fresh, "needed": look.needed, "alpha": look.alpha, "spent": look.spent,
+                "number": look.number, "items": fresh, "needed": look.needed, "alpha": look.alpha,
+                "loss_alpha": look.loss_alpha, "spent": look.spent,
                 "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made,
             },
         }  # fmt: skip
@@ -158,18 +167,18 @@ def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_upda
 @pytest.mark.parametrize("outcome", ["passed", "rejected"])
 def test_a_candidate_that_was_decided_is_not_kept(lab: Lab, outcome: GateOutcome) -> None:
     lab.judged("u1", outcome)
-    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+    assert lab.kept() is None
 
 
 def test_a_candidate_is_kept_until_there_is_a_newer_one_another_incumbent_or_a_withdrawal(lab: Lab) -> None:
     lab.judged("u1")
-    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is not None
-    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), "clip-other") is None
+    assert lab.kept() is not None
+    assert lab.kept(incumbent="clip-other") is None
     lab.ledger.register_adapter("clip-u1", "clip", "b", "i", "t", {})
     lab.ledger.withdraw(["clip-u1"], actor="guard", subject="s", reason="slow", evidence={})
-    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+    assert lab.kept() is None
     lab.judged("u2", "rejected")
-    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+    assert lab.kept() is None
 
 
 def test_an_operator_may_train_anew_while_a_candidate_is_kept(lab: Lab) -> None:
@@ -202,7 +211,7 @@ def test_a_stream_without_fresh_items_keeps_no_candidate_for_ever(lab: Lab) -> N
 def test_looks_at_one_candidate_share_what_it_may_spend_and_the_next_candidate_has_a_smaller_share(lab: Lab) -> None:
     def plan(name: str | None = None) -> Any:
         update = None if name is None else lab.ledger.update(name)
-        return kept_candidates.plan(lab.settings.gate, lab.ledger, "clip", update, halved=False)
+        return triggers.plan(lab.settings.gate, lab.ledger, "clip", update, halved=False)
 
     assert (plan().alpha, plan().needed, plan().candidates) == (FIRST, NEEDED, 0)
     lab.judged("u1", fresh=4, made=False)
@@ -227,7 +236,7 @@ def test_what_an_operator_asked_for_is_judged_once_with_what_there_is(lab: Lab) 
     assert verdict is not None
     look = verdict.summary["look"]
     assert (look["needed"], look["spent"], look["next"]) == (9, pytest.approx(FIRST), None)
-    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+    assert lab.kept() is None
 
 
 def test_the_spread_is_taken_from_the_newest_verdicts_that_have_one(lab: Lab) -> None:
@@ -241,11 +250,9 @@ def test_the_spread_is_taken_from_the_newest_verdicts_that_have_one(lab: Lab) ->
             name, family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
         )
         lab.ledger.record_verdict(name, f"clip-{name}", "rejected", "r", {"gain": gain, "spent": False})
-    assert kept_candidates.spread(lab.ledger.verdicts_of("clip")) == pytest.approx(
-        ((100 * 0.01 + 300 * 0.04) / 400) ** 0.5
-    )
-    assert kept_candidates.spread(lab.ledger.verdicts_of("vlm")) is None
-    assert kept_candidates.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False).needed < NEEDED
+    assert triggers.spread(lab.ledger.verdicts_of("clip")) == pytest.approx(((100 * 0.01 + 300 * 0.04) / 400) ** 0.5)
+    assert triggers.spread(lab.ledger.verdicts_of("vlm")) is None
+    assert triggers.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False).needed < NEEDED
 
 
 def test_the_state_of_learning_says_what_is_there_and_what_was_spent(lab: Lab) -> None:
@@ -256,7 +263,7 @@ def test_the_state_of_learning_says_what_is_there_and_what_was_spent(lab: Lab) -
     facts = state.to_json()
     assert facts["fresh_items"] == 8 and facts["fresh_items_needed"] > NEEDED
     assert facts["kept"]["adapter"] == "clip-u1" and facts["kept"]["looks"] == 1
-    following = kept_candidates.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False)
+    following = triggers.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False)
     assert following.loss_alpha == 0.05, "each candidate's, whatever failed before"
     assert facts["alpha_spent"] == pytest.approx(candidate_alpha(0.05, 0) + candidate_alpha(0.05, 1))
     assert state.alpha_line.startswith("alpha 0.05 for gains until the next release: 0.038 spent, 0.012 left")

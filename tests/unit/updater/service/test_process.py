@@ -30,10 +30,6 @@ def after(*words: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_cublas_adds_up_in_the_same_order_each_time() -> None:
-    assert process.ENVIRONMENT["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-
-
 def test_the_trainer_is_nice_as_a_process_and_as_a_session_and_never_goes_back_up() -> None:
     nice, session, policy = after()
     assert int(nice) == max(15, os.nice(0))

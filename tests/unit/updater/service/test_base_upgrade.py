@@ -13,8 +13,8 @@ from core.settings.serving import BaseModels
 from serving.engines.adapters import read_adapter
 from tests.support.tiny import tiny_adapter, tiny_base
 from updater.adapters import read_delta
-from updater.service.base_replay import waits_for_base
-from updater.service.base_switch import plan_switch
+from updater.service.base_upgrade import plan_switch
+from updater.service.update_loop import waits_for_base
 
 
 class TwoBases:

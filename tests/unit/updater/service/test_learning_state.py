@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 
 from core.ledger import Ledger
 from core.ledger.rows import GateOutcome
-from updater.service.ledger_metrics import LedgerMetrics
+from updater.service.learning_state import LedgerMetrics
 
 
 def value(name: str, **labels: str) -> float | None:
