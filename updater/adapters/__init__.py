@@ -2,8 +2,8 @@
 
 from updater.adapters.lora import LoraModel, read_delta, trainer_encoder
 from updater.adapters.model import AdapterModel
+from updater.adapters.parametrizations import WeightModel
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, combine, compress, merge
-from updater.adapters.weights import WeightModel
 
 __all__ = [
     "AdapterModel",

@@ -13,7 +13,7 @@ from core.errors import ConfigError
 from serving.engines.clip_base import ClipBase
 from serving.engines.spaces import tower_of
 from serving.engines.vlm.vlm_base import VlmBase
-from updater.adapters.parametrizations.parametrization import Selects
+from updater.adapters.parametrizations import Selects
 from updater.recipes import Recipe, Tower
 
 BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")

@@ -1,4 +1,4 @@
-"""The typed form of a recipe. A recipe is data: it names objectives and schedules, which live in their own files."""
+"""The typed form of a recipe. A recipe is data: it names objectives, merge rules and the like, which are code."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    """What learns in the layers that learn, found by name in ``updater/adapters/parametrizations``."""
+    """What learns in the layers that learn, by name."""
 
     kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
 class Optimizer(Section):
-    """What moves the parameters, found by name in ``updater/optimizers``."""
+    """What moves the parameters, by name: see ``updater/methods/optimizers.py``."""
 
     kind: str = "adamw"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
@@ -94,7 +94,7 @@ class Views(Section):
 
 
 class Term(Section):
-    """One term of the loss, found by name in ``updater/objectives``, or in ``updater/regularizers``."""
+    """One term of the loss: an objective (``updater/methods/objectives.py``) or a regularizer, by name."""
 
     name: str
     weight: float = Field(1.0, ge=0)
@@ -120,10 +120,10 @@ class Schedule(Section):
 class Merge(Section):
     """What is served after an update: the incumbent's delta and the trained one, merged by a rule.
 
-    Rules are found by name in ``updater/merging``; ``none`` serves what was trained. ``start`` is what the next update
-    trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot merge).
-    ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites takes the place of
-    ``weight``, and the gate then judges by the hidden half.
+    Rules are in ``updater/methods/merging.py``, or installed; ``none`` serves what was trained. ``start`` is what the
+    next update trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot
+    merge). ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites takes the
+    place of ``weight``, and the gate then judges by the hidden half.
     """
 
     rule: str = "linear"

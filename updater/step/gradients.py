@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from updater.methods.objectives import Features
+from updater.methods.batches import Features
 from updater.recipes import Part
 from updater.step.team import ALONE
 

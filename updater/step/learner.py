@@ -29,7 +29,8 @@ from updater.budget.bound import Size
 from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
 from updater.methods import objectives, optimizers, regularizers
-from updater.methods.objectives import Batch, Features, Objective
+from updater.methods.batches import Batch, Features
+from updater.methods.objectives import Objective
 from updater.recipes import Part, Recipe, Term
 from updater.step.averaging import Average, Momentum
 from updater.step.gradients import CachedPasses, harmonized_backward, without_conflicts

@@ -18,8 +18,7 @@ from updater.adapters import WeightDelta
 from updater.data.pools import Pair, Pools, Question
 from updater.families.vlm.learner import VlmLearner
 from updater.methods import objectives
-from updater.methods.objectives import Answers, Batch, Features, Sides
-from updater.methods.objectives.token_distillation import summarise
+from updater.methods.batches import Answers, Batch, Features, Sides, summarise
 from updater.recipes import Family, Part, Recipe, Term, load_recipe
 from updater.training.result import Limits, TrainResult
 from updater.training.train import train

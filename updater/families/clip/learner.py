@@ -22,12 +22,13 @@ from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
-from updater.adapters.parametrizations import LORA, find
+from updater.adapters.parametrizations import LORA, PARAMETRIZATIONS
 from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
 from updater.families.clip.towers import SplitTower, TowerPass, stack_boundaries
 from updater.families.trained_layers import Which, clip_layers, clip_parameters, first_touched
-from updater.methods.objectives import Features, Objective, Sides, Texts
+from updater.methods.batches import Features, Sides, Texts
+from updater.methods.objectives import Objective
 from updater.recipes import PLACE, Part, Recipe, Views
 from updater.step.learner import CHUNK, Learner
 from updater.step.shards import Fetched, Shards, Values, spans
@@ -304,7 +305,7 @@ def adapted_model(
     if kind == LORA:
         layers = clip_layers(base, plain, recipe)
         return layers, LoraModel(base, layers, recipe.rank, recipe.alpha, start, seed, device)
-    weights = clip_parameters(base, plain, recipe, find(kind).selects)
+    weights = clip_parameters(base, plain, recipe, PARAMETRIZATIONS.find(kind).selects)
     options = recipe.adapter.options
     return weights, WeightModel(base, weights, kind, options, recipe.rank, recipe.alpha, start, seed, device)
 

@@ -25,8 +25,7 @@ from updater.budget.bound import Size
 from updater.data.pools import Question
 from updater.families.trained_layers import sees, vlm_layers
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
-from updater.methods.objectives import Answers, OwnAnswers, Teacher
-from updater.methods.objectives.token_distillation import summarise
+from updater.methods.batches import Answers, OwnAnswers, Teacher, summarise
 from updater.recipes import Recipe
 from updater.step.learner import CHUNK, STAND_IN, Learner
 from updater.step.shards import Values

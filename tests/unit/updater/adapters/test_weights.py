@@ -20,10 +20,10 @@ from tests.support.tiny import RANK, tiny_adapter, tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, WeightModel, merge, read_delta
 from updater.adapters.model import dense_delta
-from updater.adapters.parametrizations import LORA, find, names
+from updater.adapters.parametrizations import LORA, PARAMETRIZATIONS
 from updater.families.trained_layers import clip_parameters
 
-KINDS = [name for name in names() if name != LORA]
+KINDS = [name for name in PARAMETRIZATIONS.names() if name != LORA]
 OUT_PROJ = "visual.transformer.resblocks.1.attn.base_layer.out_proj"
 TEXTS = ["a cat", "two dogs on the beach"]
 
@@ -47,7 +47,7 @@ def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def model_of(base: ClipBase, kind: str, start: WeightDelta, seed: int = 0, **changes: Any) -> WeightModel:
     """All of the towers learn, unless ``changes`` of the recipe say otherwise."""
     plan = recipe("full", **changes)
-    trained = clip_parameters(base, base.build_model(), plan, find(kind).selects)
+    trained = clip_parameters(base, base.build_model(), plan, PARAMETRIZATIONS.find(kind).selects)
     return WeightModel(base, trained, kind, {}, RANK, 8.0, start, seed)
 
 

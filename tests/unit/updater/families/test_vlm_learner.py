@@ -21,7 +21,7 @@ from updater.budget.flops import counted
 from updater.data.pools import Pools, Question
 from updater.families.trained_layers import vlm_layers
 from updater.families.vlm.reader import shown
-from updater.methods.objectives.token_distillation import summarise
+from updater.methods.batches import summarise
 from updater.training.measure import measure
 
 

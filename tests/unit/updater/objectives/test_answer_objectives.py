@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from core.errors import ConfigError
+from ratchet_methods.objectives.self_distillation import SelfDistillation
 from tests.unit.updater.builders import answers, batch, total
 from updater.methods import objectives
-from updater.methods.objectives import OwnAnswers
-from updater.methods.objectives.answer_likelihood import AnswerLikelihood
-from updater.methods.objectives.self_distillation import SelfDistillation
-from updater.methods.objectives.token_distillation import TokenDistillation, divergence, summarise
+from updater.methods.batches import OwnAnswers, divergence, summarise
+from updater.methods.objectives import AnswerLikelihood, TokenDistillation
 from updater.recipes import Part, Term
 
 LENGTHS = [2, 1, 4]

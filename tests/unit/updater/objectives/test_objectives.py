@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.unit.updater.builders import batch, total
-from updater.methods.objectives.contrastive import Contrastive
-from updater.methods.objectives.feature_distillation import FeatureDistillation
+from updater.methods.objectives import Contrastive, FeatureDistillation
 from updater.recipes import Part, Term
 
 

@@ -16,9 +16,8 @@ from tests.unit.updater.builders import answers, batch, learner_of, pools, quest
 from updater.adapters import WeightDelta, read_delta
 from updater.families.clip.learner import ClipLearner
 from updater.methods import objectives
-from updater.methods.objectives import Sides
-from updater.methods.objectives.feature_distillation import FeatureDistillation
-from updater.methods.objectives.token_distillation import TokenDistillation, summarise
+from updater.methods.batches import Sides, summarise
+from updater.methods.objectives import FeatureDistillation, TokenDistillation
 from updater.recipes import Part, load_recipe
 from updater.step.learner import Learner
 

@@ -18,22 +18,20 @@ from updater.methods import merging, objectives, optimizers, regularizers
 from updater.recipes import load_recipe, plugin_registry, recipe_names
 
 TERM = """
-from updater.methods.objectives.contrastive import Contrastive
+from updater.methods.objectives import Contrastive
 
 class Half(Contrastive):
     def __call__(self, batch):
         return 0.5 * super().__call__(batch)
-
-TERM = Half
 """
 POINTS = """
 [ratchet.objectives]
-half_contrast = example_methods.half_contrast
-broken = example_methods.broken
-contrastive = example_methods.half_contrast
+half_contrast = example_methods.half_contrast:Half
+broken = example_methods.broken:Half
+contrastive = example_methods.half_contrast:Half
 
 [ratchet.regularizers]
-none_at_all = example_methods.half_contrast
+none_at_all = example_methods.half_contrast:Half
 
 [ratchet.recipes]
 example = example_methods.recipes
@@ -68,8 +66,9 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_its_methods_and_recipes_have_names_beside_ours(example: Path) -> None:
     assert "half_contrast" in objectives.names("clip") and "half_contrast" not in objectives.names("vlm")
-    assert "half" in recipe_names() and "none_at_all" in regularizers.names()
-    for names in (merging.names(), optimizers.names(), parametrizations.names()):
+    assert "half" in recipe_names() and "none_at_all" in regularizers.REGULARIZERS.names()
+    for methods in (merging.RULES, optimizers.OPTIMIZERS, parametrizations.PARAMETRIZATIONS):
+        names = methods.names()
         assert names == sorted(set(names)) and "half_contrast" not in names
 
 
@@ -84,7 +83,7 @@ def test_what_ratchet_has_is_not_replaced(example: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, "ratchet.recipes"):
         assert load_recipe("default").name == "default"
         kind = objectives.build(load_recipe("naive").objectives, "clip")[0][1]
-    assert type(kind).__module__ == "updater.methods.objectives.contrastive"
+    assert type(kind).__module__ == "updater.methods.objectives"
     assert "contrastive of example-methods is left out" in caplog.text
     assert "recipe default of" in caplog.text
     assert "ratchet.recipes 'broken' of example-methods cannot be imported" in caplog.text
@@ -98,9 +97,9 @@ def test_one_that_cannot_be_imported_ends_the_recipes_that_name_it_alone(example
     assert objectives.build(load_recipe("default").objectives, "clip")
 
 
-def test_a_module_without_what_its_group_wants_is_said_so(example: Path) -> None:
+def test_one_that_is_not_what_its_group_wants_is_said_so(example: Path) -> None:
     term = {"name": "none_at_all", "weight": 1.0}
-    with pytest.raises(ConfigError, match=r"example_methods\.half_contrast defines no REGULARIZER"):
+    with pytest.raises(ConfigError, match="'none_at_all' of example-methods is no Regularizer"):
         regularizers.build(recipe("naive", regularizers=[term], adapter={"kind": "full"}))
 
 

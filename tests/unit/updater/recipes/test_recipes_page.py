@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.support.recipe_table import PAGE, missing, told
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import picture, pools, run
 from updater.adapters import trainer_encoder
-from updater.recipes import Recipe, load_recipe, recipe_names
+from updater.recipes import Recipe, load_recipe, plugin_registry, recipe_names
 from updater.training.workers import Stopped
 
 METHODS = PAGE.with_name("methods.md")
@@ -42,41 +42,31 @@ def test_each_recipe_stands_beside_its_paper() -> None:
     assert all(len(cells) == 4 and all(cell.strip() for cell in cells) for cells in rows)
 
 
-def _files() -> dict[str, str]:
-    """Files of the example, by the path in their first line."""
-    found = {}
-    for block in Page(PAGE).blocks:
-        first, _, rest = block.text.partition("\n")
-        if place := re.fullmatch(r"# ([\w/-]+\.(?:py|yaml))", first):
-            found[place[1]] = rest
-    return found
-
-
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recipe]:
-    """The example's recipe, with its files where a package looks for them."""
-    before = set(sys.modules)
-    for name, text in _files().items():
-        file = tmp_path / name
+    """The example's recipe, its files as `pip install` leaves them."""
+    site = tmp_path / "site"
+    files = {f"{kind}/__init__.py": "" for kind in ("my_methods", "my_methods/recipes")}
+    for block in Page(PAGE).blocks:
+        first, _, rest = block.text.partition("\n")
+        if place := re.fullmatch(r"# (my_methods/[\w/-]+\.(?:py|yaml))", first):
+            files[place[1]] = rest
+        elif first == "# pyproject.toml":
+            groups = tomllib.loads(rest)["project"]["entry-points"]
+    points = [f"[{group}]\n" + "\n".join(map(" = ".join, names.items())) for group, names in groups.items()]
+    files["my_methods-1.0.dist-info/METADATA"] = "Metadata-Version: 2.1\nName: my-methods\nVersion: 1.0\n"
+    files["my_methods-1.0.dist-info/entry_points.txt"] = "\n".join(points)
+    for name, text in files.items():
+        file = site / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-        if file.suffix == ".py":
-            package = importlib.import_module(name.rpartition("/")[0].replace("/", "."))
-            monkeypatch.setattr(package, "__path__", [*package.__path__, str(file.parent)])
-    importlib.invalidate_caches()
-    values = load_recipe(tmp_path / "my-method.yaml").model_dump(mode="json")
+    monkeypatch.syspath_prepend(site)
+    plugin_registry._others.cache_clear()
+    values = load_recipe("my-method").model_dump(mode="json")
     yield Recipe.parse({**values, "max_steps": 4, "batch_size": 9})
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def test_the_example_is_whole() -> None:
-    folders = {name.rpartition("/")[0] for name in _files()}
-    assert folders == {
-        "updater/objectives", "updater/regularizers", "updater/adapters/parametrizations", "updater/merging",
-        "updater/optimizers", "",
-    }  # fmt: skip
+    plugin_registry._others.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("my_methods")]:
+        del sys.modules[name]
 
 
 def test_the_example_is_trained_served_stopped_and_resumed(example: Recipe, tmp_path: Path) -> None:

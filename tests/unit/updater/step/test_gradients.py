@@ -19,8 +19,8 @@ from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, recipe
 from updater.data.pools import Pair
 from updater.families.clip.learner import ClipLearner
-from updater.methods.objectives import Features
-from updater.methods.objectives.contrastive import Contrastive
+from updater.methods.batches import Features
+from updater.methods.objectives import Contrastive
 from updater.recipes import Part, Recipe, load_recipe
 from updater.step.gradients import agreement, harmonized_backward, without_conflicts
 

@@ -1,0 +1,1 @@
+"""Adapter kinds beside plain LoRA."""
