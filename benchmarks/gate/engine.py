@@ -21,7 +21,7 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
-from updater.families.clip.towers import SplitTower, stack_boundaries
+from updater.families.clip_towers import SplitTower, stack_boundaries
 from updater.families.trained_layers import Which, tower_blocks
 
 TOLERANCE = 1e-4

@@ -14,7 +14,6 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -146,22 +145,6 @@ def _concepts(rows: pa.RecordBatch, family: Family) -> Iterator[str]:
     kinds = rows["label"].to_pylist() if family == "vlm" else [None] * rows.num_rows
     for concept, domain, kind in zip(*columns, kinds, strict=True):
         yield f"{kind or ''} {concept or domain or ''}"
-
-
-class Candidate(NamedTuple):
-    """An earlier row that may be replayed."""
-
-    id: str
-    concept: str
-
-
-def reservoir(
-    rows: Sequence[Candidate], capacity: int, half_life: float, seed: int, balanced: bool = True
-) -> list[str]:
-    """Ids of at most ``capacity`` rows, as :func:`reservoir_order` draws them. ``rows`` are oldest first."""
-    keys = np.fromiter((draw_key(row.id, seed) for row in rows), np.uint64, len(rows))
-    order = reservoir_order(keys, [row.concept for row in rows], capacity, half_life, balanced)
-    return [rows[number].id for number in order]
 
 
 def reservoir_order(

@@ -103,7 +103,7 @@ class Term(Section):
 
 
 class Schedule(Section):
-    """Learning rate over steps; see ``updater/training/schedules.py``. No field is a horizon."""
+    """Learning rate over steps; see ``updater/methods/optimizers.py``. No field is a horizon."""
 
     kind: Literal["infinite", "rsqrt", "cosine"] = "infinite"
     peak: float = Field(1e-3, gt=0, description="Learning rate at the end of the warm-up.")

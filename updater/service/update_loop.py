@@ -56,7 +56,7 @@ from updater.service.train_update import BucketEmpty, train_update
 from updater.service.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
 from updater.training.checkpoint import NAME as CHECKPOINT
-from updater.training.run import PREPARED
+from updater.training.plan import PREPARED
 from updater.training.workers import Stopped
 
 log = logging.getLogger(__name__)

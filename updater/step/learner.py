@@ -1,7 +1,7 @@
 """One training step, whatever the model: rows of prepared examples in, loss and gradients out.
 
 What differs between a CLIP and a VLM is in ``updater/families``; the course of an update is in
-``updater/training/run.py``.
+``updater/training/trainer.py``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ from updater.data.pools import Pair, Question
 from updater.methods import objectives, optimizers, regularizers
 from updater.methods.batches import Batch, Features
 from updater.methods.objectives import Objective
+from updater.methods.optimizers import Average, Momentum
 from updater.recipes import Part, Recipe, Term
-from updater.step.averaging import Average, Momentum
-from updater.step.gradients import CachedPasses, harmonized_backward, without_conflicts
-from updater.step.precision import computing, training_precision
+from updater.step.passes import (
+    ALONE,
+    CachedPasses,
+    Team,
+    computing,
+    harmonized_backward,
+    training_precision,
+    without_conflicts,
+)
 from updater.step.shards import Fetched, Shards, Values, spans
-from updater.step.team import ALONE, Team
 
 Base = ClipBase | VlmBase
 E = TypeVar("E", Pair, Question)
@@ -101,7 +107,7 @@ class Learner(ABC, Generic[E]):
         """Tokens that are added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
         self.left_out: list[int] = []
-        """Rows that the last step left out for their conflicts, as :meth:`backward` was given them."""
+        """Rows that the last step left out for their conflicts, as :meth:`forward_backward` was given them."""
 
     def join(self, team: Team) -> None:
         """Share the work of each step with other processes. Called before :meth:`prepare`, whose folder they share.
@@ -287,7 +293,7 @@ class Learner(ABC, Generic[E]):
     def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
         """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
 
-    def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+    def forward_backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
         self.optimizer.zero_grad(set_to_none=True)
         self.passes.drop()
@@ -313,7 +319,7 @@ class Learner(ABC, Generic[E]):
         self.model.restore()
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 
-    def update(self, rate: float, step: int = 0, steps: int = 1) -> None:
+    def optimizer_step(self, rate: float, step: int = 0, steps: int = 1) -> None:
         """One optimizer step at a learning rate, the gradient's norm bounded, and what follows from it.
 
         Raises TrainingError, and changes nothing, where the gradient is not finite.

@@ -32,7 +32,7 @@ from core.errors import ConfigError, DiskFull
 from core.files import replacing
 from updater.budget.bound import Costs, Size
 from updater.budget.flops import counted
-from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
+from updater.step.passes import ALONE, ONE_FILE_SYSTEM, Team
 
 RESERVE_BYTES = 256 << 20
 """What a shard leaves free on the disk: for checkpoints, the adapter, and the embedded ledger that may be beside it."""

@@ -45,7 +45,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
 
     def counted_at(length: int) -> float:
         with counted() as flops, learner.padded(length - own):
-            learner.backward(rows)
+            learner.forward_backward(rows)
             known.add(learner.size(rows), flops.gflops)
         return flops.gflops
 

@@ -25,7 +25,7 @@ from core.errors import RatchetError, TrainingError
 from core.files import replacing
 from core.progress import say
 from core.settings import Settings
-from updater.step.team import Team, TorchTeam
+from updater.step.passes import Team, TorchTeam
 from updater.training.checkpoint import read_json, write_json
 
 CONTROL: Final = "control.json"

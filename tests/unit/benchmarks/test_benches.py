@@ -19,7 +19,7 @@ from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.unit.gate.builders import folder_dataset
-from updater.families.clip.learner import ClipLearner, adapted_model
+from updater.families.clip_learner import ClipLearner, adapted_model
 from updater.recipes import load_recipe
 
 

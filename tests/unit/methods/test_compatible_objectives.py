@@ -10,22 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from core.errors import ConfigError
 from ratchet_methods.objectives.backward_compatible import BackwardCompatible
 from ratchet_methods.objectives.compatible_momentum_contrast import CompatibleMomentumContrast
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots
-from updater.families.clip.learner import ClipLearner
-from updater.methods import objectives
+from updater.families.clip_learner import ClipLearner
 from updater.methods.batches import Features, Sides
-from updater.recipes import Part, Term
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
+from updater.recipes import Part
 
 
 def _taught(captions: list[int], seed: int = 0) -> Features:
@@ -120,33 +112,15 @@ def test_the_momentum_model_of_a_learner_lags_between_student_and_start(base: Cl
     learner.prepare(made.new, parts)  # type: ignore[arg-type]
     start = {name: value.detach().clone() for name, value in learner.parameters.items()}
     rows = list(range(6))
-    learner.backward(rows)
-    learner.update(0.1)
+    learner.forward_backward(rows)
+    learner.optimizer_step(0.1)
     for name, value in learner.parameters.items():
         expected = 0.75 * start[name] + 0.25 * value.detach()
         assert learner.momentum is not None and torch.allclose(learner.momentum.values[name], expected, atol=1e-6)
-    learner.backward(rows)
+    learner.forward_backward(rows)
     features = learner._last
     assert isinstance(features, Features)
     first = learner.objectives[0][1].state()
     assert not torch.allclose(features.teachers["momentum"].image, features.image, atol=1e-4), "it lags"
     assert not torch.allclose(features.teachers["momentum"].image, first["image"], atol=1e-4), "and moves"
     assert not features.teachers["momentum"].image.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "said"),
-    [
-        ("compatible_momentum_contrast", {"queue": 0}, "queue is 0"),
-        ("compatible_momentum_contrast", {"keep": 0.9, "new": 0.2}, "keep and new add up to 1.1"),
-        ("contrastive_distillation", {"temperature": 0.0}, "temperature is 0"),
-        ("topology_preservation", {"temperature": -1.0}, "temperature is -1"),
-        ("random_text_distillation", {"count": 0}, "count is 0"),
-        ("backward_compatible", {"teacher": "momentum"}, "teacher is 'momentum'"),
-    ],
-)
-def test_an_option_without_a_meaning_is_refused_by_name(
-    name: str, options: dict[str, float | int | str | bool], said: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"{name}.*{said}"):
-        objectives.build([Term(name=name, options=options)], "clip")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import ConfigError
 from updater.methods import optimizers
 from updater.recipes import Optimizer
 
@@ -94,8 +93,3 @@ def test_its_state_is_as_small_as_it_says() -> None:
     assert optimizers.state_bytes(optimizer, parameters[0]) < 0.1 * 2 * 4 * 40 * 30
     adamw = torch.optim.AdamW(parameters)
     assert optimizers.state_bytes(adamw, parameters[0]) == 2 * 4 * 40 * 30
-
-
-def test_a_rank_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="rank or every"):
-        made(nn.Parameter(torch.zeros(3, 3)), rank=0)

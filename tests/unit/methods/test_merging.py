@@ -12,9 +12,9 @@ from core.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
-from updater.methods.merging import RULES, merged, remembered
+from updater.methods.merging import merged, remembered
 from updater.recipes import Merge
-from updater.training.result import CarryOver
+from updater.training.checkpoint import CarryOver
 
 OUT, INNER = 6, 5
 
@@ -110,13 +110,6 @@ def test_an_update_takes_nothing_from_weights_that_it_leaves_alone() -> None:
     assert values(merged(rule, served, {"bias": Dense(new)}, {}), "bias") == (known + new).tolist()
 
 
-def test_ties_keeps_the_stronger_side_of_a_conflict_where_a_mean_would_cancel_both() -> None:
-    old = {"bias": Dense(torch.tensor([2.0, 1.0, 0.0, 0.0], dtype=torch.float64))}
-    new = {"bias": Dense(torch.tensor([-1.9, 1.0, 0.0, 0.1], dtype=torch.float64))}
-    both = values(merged(Merge(rule="ties", weight=1.0, options={"keep": 0.5}), old, new, {}), "bias")
-    assert both == pytest.approx([2.0, 1.0, 0.0, 0.0])
-
-
 def test_the_memory_of_a_merge_goes_into_the_next_update(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "home")
     plan = recipe("ties-merge", text={"locked": True}, max_steps=2)
@@ -130,14 +123,6 @@ def test_the_memory_of_a_merge_goes_into_the_next_update(tmp_path: Path) -> None
     later = CarryOver.read(second.carry_over).merge
     assert max(int(count.max()) for key, count in later.items() if key.endswith("/count")) == 2
     assert run(base, tmp_path / "without", **again).adapter != second.adapter
-
-
-def test_what_ties_makes_of_factors_is_exact_until_it_is_compressed() -> None:
-    wide = {"layer": LowRank(torch.randn(2, 9, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))}
-    part = merged(Merge(rule="ties", weight=1.0), {}, wide, {})["layer"]
-    assert isinstance(part, LowRank) and part.rank == 4
-    assert torch.allclose(compress(part, 4).dense(), part.dense(), atol=1e-12)
-    assert int((part.dense() != 0).sum()) == int(0.2 * 36)
 
 
 def test_task_arithmetic_adds_what_was_learned_since_the_start() -> None:
@@ -155,13 +140,6 @@ def test_the_other_end_of_the_line_is_what_is_served_or_the_base() -> None:
     rows = zip(values(OLD), values(NEW), strict=True)
     assert values(served) == pytest.approx([0.7 * old + 0.3 * new for old, new in rows])
     assert values(base) == pytest.approx([0.3 * new for new in values(NEW)])
-
-
-@pytest.mark.parametrize("rule", RULES.names())
-def test_a_rule_without_anything_served_is_a_share_of_what_was_trained(rule: str) -> None:
-    found = values(merged(Merge(rule=rule, weight=0.5), {}, {"layer": factor(2)}, {}))
-    assert all(value == 0 or value == pytest.approx(0.5 * new) for value, new in zip(found, values(NEW), strict=True))
-    assert any(found)
 
 
 @pytest.mark.parametrize(

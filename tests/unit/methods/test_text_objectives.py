@@ -12,18 +12,12 @@ from torch.nn import functional as F
 from ratchet_methods.objectives.language_guided import LanguageGuided
 from ratchet_methods.objectives.subcaptions import Subcaptions, split
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import COLOURS, batch, pairs, recipe
 from updater.data.pools import Pair, caption_number
-from updater.families.clip.learner import ClipLearner
+from updater.families.clip_learner import ClipLearner
 from updater.methods.batches import Features, Texts
 
 LONG = "A red car on a wet road, seen from above. Two men wait; a dog (brown) runs past them!"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -41,12 +35,6 @@ def test_short_parts_and_repeated_ones_are_left_out() -> None:
     assert split("a car, red, a car, on a very wet road", 9, 2) == ["a car", "on a very wet road"]
     assert split("one caption without an end", 9, 1) == []
     assert split("one caption with an end.", 9, 1) == []
-
-
-def test_of_many_parts_some_are_taken_from_all_over_the_caption() -> None:
-    assert split(". ".join(f"part {n}" for n in range(8)), 4, 1) == ["part 0", "part 2", "part 4", "part 6"]
-    with pytest.raises(TypeError, match="at least 1"):
-        Subcaptions(most=0)
 
 
 def with_parts(captions: list[str], features: Features, **options: int) -> tuple[Subcaptions, Features, list[str]]:
@@ -103,18 +91,6 @@ def test_both_towers_learn_that_image_and_part_belong_together() -> None:
     assert float(objective(step)) < float(objective(made))
 
 
-def test_captions_without_parts_count_nothing() -> None:
-    objective = Subcaptions()
-    objective.begin(["a car", "a tree"], [])
-    made = batch([0, 1])
-    assert objective.further_texts(["a car", "a tree"], [], ["new"] * 2) == []
-    value = objective(made)
-    value.backward()
-    assert float(value) == 0
-    assert made.image.grad is not None
-    assert float(made.image.grad.abs().max()) == 0
-
-
 def guided(objective: LanguageGuided, made: Features, count: int) -> Features:
     texts = Texts(unit(count, 8), {"base": unit(count, 9)}, torch.full((count,), -1), torch.arange(count))
     return replace(made, texts={"language_guided": texts})
@@ -151,17 +127,6 @@ def test_without_any_label_captions_are_the_classes() -> None:
     assert float(objective(made)) == float(labelled(replace(made, label=torch.tensor([0, 1, 0]))))
 
 
-def test_a_batch_without_labels_among_labelled_ones_counts_nothing() -> None:
-    objective = LanguageGuided()
-    objective.further_texts(["x"], ["car"], ["new"])
-    assert float(objective(guided(objective, batch([0, 1]), 1))) == 0
-
-
-def test_a_template_needs_a_place_for_the_label() -> None:
-    with pytest.raises(TypeError, match="template"):
-        LanguageGuided(template="a photo")
-
-
 def test_targets_stay_the_bases_own_and_images_move_to_them(base: ClipBase) -> None:
     terms = [{"name": "language_guided"}]
     learner = ClipLearner(base, recipe("language-guided", objectives=terms), {}, seed=0)
@@ -175,8 +140,8 @@ def test_targets_stay_the_bases_own_and_images_move_to_them(base: ClipBase) -> N
     assert torch.allclose(targets, expected, atol=1e-5)
     values = []
     for step in range(8):
-        values.append(learner.backward(rows)[0])
-        learner.update(1e-2, step, 8)
+        values.append(learner.forward_backward(rows)[0])
+        learner.optimizer_step(1e-2, step, 8)
     assert values[-1] < values[0]
     assert torch.equal(learner.batch(rows).texts["language_guided"].teachers["base"], targets)
     assert all(p.grad is None or not p.grad.any() for n, p in learner.parameters.items() if "visual" not in n)

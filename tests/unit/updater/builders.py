@@ -16,7 +16,7 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import WeightDelta
 from updater.data.pools import Pair, Pools, Question
-from updater.families.vlm.learner import VlmLearner
+from updater.families.vlm_learner import VlmLearner
 from updater.methods import objectives
 from updater.methods.batches import Answers, Batch, Features, Sides, summarise
 from updater.recipes import Family, Part, Recipe, Term, load_recipe

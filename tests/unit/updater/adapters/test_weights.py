@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import AdapterError, ConfigError
-from serving.engines.adapters import read_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.lora import effective_weights
 from serving.engines.shared_weights import shell_of
-from tests.support.tiny import RANK, tiny_adapter, tiny_base
+from tests.support.tiny import RANK, tiny_adapter
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, WeightModel, merge, read_delta
 from updater.adapters.model import dense_delta
@@ -24,13 +23,7 @@ from updater.adapters.parametrizations import LORA, PARAMETRIZATIONS
 from updater.families.trained_layers import clip_parameters
 
 KINDS = [name for name in PARAMETRIZATIONS.names() if name != LORA]
-OUT_PROJ = "visual.transformer.resblocks.1.attn.base_layer.out_proj"
 TEXTS = ["a cat", "two dogs on the beach"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +115,6 @@ def test_inside_base_the_model_is_the_base_bit_by_bit(
     assert not torch.allclose(before, outputs(base.build_model(), base), atol=1e-2)
 
 
-def test_the_factor_of_attentions_out_proj_is_half_of_its_difference(base: ClipBase) -> None:
-    """The file format counts it twice, as PEFT does."""
-    model = model_of(base, "nusa_cl", {})
-    move(model, 0.05)
-    name = "visual.transformer.resblocks.1.attn.out_proj.weight"
-    difference = in_training(model)[name] - dict(base.build_model().named_parameters())[name]
-    part = model.delta()[OUT_PROJ]
-    assert isinstance(part, LowRank)
-    torch.testing.assert_close(2 * part.dense().float(), difference, rtol=0, atol=1e-6)
-
-
 def test_ranks_that_add_up_are_written_whole_and_others_as_factors(
     base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path
 ) -> None:
@@ -157,18 +139,6 @@ def test_ranks_that_add_up_are_written_whole_and_others_as_factors(
     fourth.write(fourth.delta(), tmp_path / "four")
     plain = base.build_model()
     agree(in_training(fourth), dict(plain.named_parameters()) | effective_weights(tmp_path / "four", plain))
-
-
-def test_vera_never_outgrows_its_rank(base: ClipBase, tmp_path: Path) -> None:
-    start: WeightDelta = {}
-    for update in range(3):
-        model = model_of(base, "vera", start, seed=update)
-        move(model, 0.3, seed=update)
-        model.write(model.delta(), tmp_path / str(update))
-        start = read_delta(tmp_path / str(update), base)
-        assert all(isinstance(part, LowRank) and part.rank == RANK for part in start.values())
-        plain = base.build_model()
-        agree(in_training(model), dict(plain.named_parameters()) | effective_weights(tmp_path / str(update), plain))
 
 
 @pytest.mark.parametrize("kind", ["full", "bias", "nusa_cl"])
@@ -233,12 +203,6 @@ def _still() -> dict[str, Any]:
     return {"image": {}, "text": {}, "schedule": {"peak": 1e-30, "constant": 1e-30}}
 
 
-def test_the_seed_decides_what_is_drawn(base: ClipBase) -> None:
-    one, again, other = (model_of(base, "codyra", {}, seed=seed).parameters for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one)
-
-
 def test_what_a_kind_does_not_know_is_refused_by_name(base: ClipBase) -> None:
     with pytest.raises(ConfigError, match="no adapter kind 'lora2'"):
         model_of_kind(base, "lora2", {})
@@ -249,18 +213,6 @@ def test_what_a_kind_does_not_know_is_refused_by_name(base: ClipBase) -> None:
 def test_an_incumbent_of_another_base_is_refused_by_name(base: ClipBase) -> None:
     with pytest.raises(AdapterError, match=r"visual\.nowhere"):
         model_of(base, "full", {"visual.nowhere": LowRank(torch.ones(4, 8).double(), torch.ones(8, 4).double())})
-
-
-def test_whole_weights_are_named_as_the_parameters_are(base: ClipBase, tmp_path: Path) -> None:
-    model = model_of(base, "layer_norm", {}, image={"blocks": 1}, text={"locked": True})
-    move(model, 0.05)
-    model.write(model.delta(), tmp_path / "adapter")
-    tensors = read_adapter(tmp_path / "adapter").tensors
-    plain = {f"base_model.model.{n}": p.shape for n, p in base.build_model().named_parameters()}
-    assert tensors and all(plain[key] == tensor.shape for key, tensor in tensors.items())
-    assert {key.split(".resblocks.")[-1] for key in tensors} == {
-        f"1.ln_{number}.{side}" for number in (1, 2) for side in ("weight", "bias")
-    } | {f"base_model.model.visual.ln_post.{side}" for side in ("weight", "bias")}
 
 
 def model_of_kind(base: ClipBase, kind: str, options: dict[str, Any]) -> WeightModel:

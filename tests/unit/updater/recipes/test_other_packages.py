@@ -101,8 +101,3 @@ def test_one_that_is_not_what_its_group_wants_is_said_so(example: Path) -> None:
     term = {"name": "none_at_all", "weight": 1.0}
     with pytest.raises(ConfigError, match="'none_at_all' of example-methods is no Regularizer"):
         regularizers.build(recipe("naive", regularizers=[term], adapter={"kind": "full"}))
-
-
-def test_without_other_packages_the_names_are_ours() -> None:
-    plugin_registry._others.cache_clear()
-    assert "half" not in recipe_names() and "half_contrast" not in objectives.names("clip")

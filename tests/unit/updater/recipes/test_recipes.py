@@ -48,10 +48,24 @@ def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
         ({"image": {"locked": True}, "text": {"locked": True}}, "both towers are locked"),
         ({"name": "../escape"}, "name"),
         ({"objectives": []}, "objectives"),
+        ({"precision": "float16"}, "precision"),
+        ({"family": "audio"}, "family"),
+        ({"caption_templates": ["a photo"]}, r"caption_templates\.0"),
+        ({"caption_templates": ["{} and {}"]}, r"caption_templates\.0"),
+        ({"connector": {"locked": False}}, "no connector"),
+        ({"micro_batch": 4, "gradients": {"harmonize": True}}, "micro_batch gives the gradient of the loss"),
+        ({"family": "vlm", "text": {"locked": True}}, "nothing would learn"),
+        ({"family": "vlm", "views": {"count": 2}}, "are of a CLIP"),
+        ({"family": "vlm", "caption_templates": ["a {}"]}, "are of a CLIP"),
+        ({"family": "vlm", "gradients": {"drop": 0.1}}, r"gradients\.drop"),
+        ({"merge": {"rule": "none", "search": [0.5]}}, "merge.*search"),
+        ({"merge": {"search": [0.5, 0.5]}}, "merge.*search"),
+        ({"merge": {"search": [0.0, 1.0]}}, "merge.*search"),
     ],
 )
 def test_a_wrong_field_is_named(change: dict[str, object], named: str) -> None:
-    values = load_recipe("default").model_dump(mode="json")
+    """The image tower of a VLM is locked unless the recipe opens it."""
+    values = load_recipe("default").model_dump(mode="json", exclude={"image"})
     with pytest.raises(ConfigError, match=named):
         Recipe.parse({**values, **change})
 

@@ -13,7 +13,6 @@ import pytest
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.adapters import trainer_encoder
 from updater.budget.cost import Cost
@@ -33,16 +32,11 @@ CLIP = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
-
-
 @pytest.mark.parametrize("name", CLIP)
 def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
     base: ClipBase, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("updater.training.run.measure", _measured_once())
+    monkeypatch.setattr("updater.training.plan.measure", _measured_once())
     plan = recipe(name, max_steps=3)
     first = run(base, tmp_path / "first", recipe=plan)
     changed = effective_weights(first.directory, base.build_model())

@@ -13,18 +13,12 @@ from PIL import Image
 from core.errors import TrainingError
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from tests.support.tiny import tiny_base
 from tests.support.vlm_families import write_family
 from tests.unit.updater.builders import pairs, questions, recipe, run
 from updater.bases.register import add_vlm
 from updater.data.pools import Pools
 from updater.training.result import NAMED, cost_of
 from updater.training.workers import Stopped
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")

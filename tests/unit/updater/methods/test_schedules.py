@@ -7,20 +7,10 @@ import math
 
 import pytest
 
+from updater.methods.optimizers import learning_rate, meta_factor
 from updater.recipes import Schedule
-from updater.training.schedules import learning_rate, meta_factor
 
 INFINITE = Schedule(peak=1.0, constant=0.1, final=0.01, warmup_steps=10, cooldown_steps=20, anneal_steps=10)
-
-
-def test_infinite_warms_up_cools_down_stays_and_anneals() -> None:
-    rates = [learning_rate(INFINITE, step, 100, first=True) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[19] == pytest.approx((1.0 + 0.1) / 2)  # half of the cosine
-    assert rates[30:90] == pytest.approx([0.1] * 60)
-    assert rates[99] == pytest.approx(0.01)
-    ratios = [rates[i + 1] / rates[i] for i in range(90, 99)]
-    assert ratios == pytest.approx([ratios[0]] * 9)  # exponential
 
 
 @pytest.mark.parametrize("kind", ["infinite", "rsqrt"])
@@ -47,12 +37,6 @@ def test_a_short_update_warms_up_for_a_quarter_of_its_steps(kind: str, first: bo
     assert rates[1:] == pytest.approx([rates[1]] * 7)
     (only,) = [learning_rate(schedule, step, 1, first) for step in range(1)]
     assert only == pytest.approx(rates[1])
-
-
-def test_rsqrt_falls_with_the_root_of_the_step() -> None:
-    schedule = Schedule(kind="rsqrt", peak=1.0, warmup_steps=4, anneal_steps=0)
-    assert learning_rate(schedule, 3, 1000, first=True) == pytest.approx(1.0)
-    assert learning_rate(schedule, 99, 1000, first=True) == pytest.approx(math.sqrt(4 / 100))
 
 
 def test_an_update_shorter_than_its_anneal_still_ends_at_the_final_rate() -> None:

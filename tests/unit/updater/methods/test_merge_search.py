@@ -11,10 +11,9 @@ from core.errors import ConfigError
 from serving.engines.adapters import adapter_name
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
-from updater.recipes import Merge, Recipe, load_recipe
-from updater.training.linesearch import search
+from updater.methods.merging import search
+from updater.recipes import Merge, Recipe
 from updater.training.workers import Stopped
 
 WEIGHTS = (0.2, 0.6, 1.0)
@@ -35,11 +34,6 @@ class Picky:
         changed = effective_weights(directory, self.model)
         self.asked.append(float(torch.stack([(w - plain[n]).norm() for n, w in changed.items()]).norm()))
         return 1.0 if len(self.asked) == self.wanted else 0.5
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 def plan(**merge: object) -> Recipe:
@@ -98,10 +92,3 @@ def test_a_recipe_that_searches_wants_something_to_score_with(base: ClipBase, tm
     with pytest.raises(ConfigError, match=r"merge\.search"):
         run(base, tmp_path, recipe=plan(search=WEIGHTS), scored=None)
     assert not (tmp_path / "adapters").exists()
-
-
-@pytest.mark.parametrize("merge", [{"rule": "none", "search": [0.5]}, {"search": [0.5, 0.5]}, {"search": [0.0, 1.0]}])
-def test_weights_that_cannot_be_searched_are_refused(merge: dict[str, object]) -> None:
-    values = load_recipe("default").model_dump(mode="json")
-    with pytest.raises(ConfigError, match=r"merge.*search"):
-        Recipe.parse({**values, "merge": merge})

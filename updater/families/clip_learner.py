@@ -25,7 +25,7 @@ from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
 from updater.adapters.parametrizations import LORA, PARAMETRIZATIONS
 from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
-from updater.families.clip.towers import SplitTower, TowerPass, stack_boundaries
+from updater.families.clip_towers import SplitTower, TowerPass, stack_boundaries
 from updater.families.trained_layers import Which, clip_layers, clip_parameters, first_touched
 from updater.methods.batches import Features, Sides, Texts
 from updater.methods.objectives import Objective

@@ -24,7 +24,7 @@ from updater.adapters import LoraModel, WeightDelta
 from updater.budget.bound import Size
 from updater.data.pools import Question
 from updater.families.trained_layers import sees, vlm_layers
-from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
+from updater.families.vlm_reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
 from updater.methods.batches import Answers, OwnAnswers, Teacher, summarise
 from updater.recipes import Recipe
 from updater.step.learner import CHUNK, STAND_IN, Learner

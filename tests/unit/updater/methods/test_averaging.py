@@ -10,16 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import LowRank, read_delta
-from updater.step.averaging import Average
+from updater.methods.optimizers import Average
 from updater.step.learner import AnyLearner, Learner
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 def _walk(every: int, values: list[float]) -> float:
@@ -61,7 +55,7 @@ def test_an_update_hands_over_the_mean_of_its_parameters(
     def copy(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    original_update, original_settle = Learner.update, Learner.settle
+    original_update, original_settle = Learner.optimizer_step, Learner.settle
 
     def update(self: AnyLearner, rate: float, step: int = 0, steps: int = 1) -> None:
         if not passed:
@@ -73,7 +67,7 @@ def test_an_update_hands_over_the_mean_of_its_parameters(
         original_settle(self)
         handed.update(copy(self.parameters))
 
-    monkeypatch.setattr(Learner, "update", update)
+    monkeypatch.setattr(Learner, "optimizer_step", update)
     monkeypatch.setattr(Learner, "settle", settle)
     plan = recipe("zscl", average_every=2, max_steps=5)
     result = run(base, tmp_path, recipe=plan)
