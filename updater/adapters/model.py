@@ -21,7 +21,7 @@ OTHER_BASE = "It belongs to another base: release the base alone, and update fro
 
 
 class AdapterModel(ABC):
-    """What a learner trains. ``parameters`` are what the optimizer moves, by name."""
+    """The model that a learner trains. ``parameters`` are what the optimizer moves, by name."""
 
     frozen: ClipBase | VlmBase
     model: nn.Module
@@ -51,7 +51,7 @@ class AdapterModel(ABC):
         """Called after each step of the optimizer."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed update needs besides the parameters."""
+        """Further state that a resumed update needs, next to the parameters."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027

@@ -1,4 +1,4 @@
-"""What learns where that is not plain LoRA: a parametrization of each weight, and the base that learns through them.
+"""Adapter kinds other than plain LoRA: a parametrization of each weight, and the base that learns through them.
 
 Parametrizations are installed (:mod:`updater.recipes.plugin_registry`): the shipped recipes train LoRA alone, which is
 PEFT's (``updater/adapters/lora.py``) and never forms ΔW.
@@ -38,7 +38,7 @@ class Parametrization(nn.Module, ABC):
 
     selects: ClassVar[Selects] = "layers"
     in_place: ClassVar[bool] = False
-    """Whether W' could stand where W does, with nothing besides: what full fine-tuning needs is counted that way."""
+    """True if W' alone could stand where W does: the needs of full fine-tuning are counted that way."""
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Parametrization(nn.Module, ABC):
         """Called after each step of the optimizer."""
 
     def state(self) -> dict[str, Tensor]:
-        """What else a resumed update needs, beside parameters."""
+        """Further state that a resumed update needs, next to the parameters."""
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -83,7 +83,7 @@ PARAMETRIZATIONS: Final[Methods[type[Parametrization]]] = Methods(
 
 
 def keeps_coordinates(kind: str) -> bool:
-    """Whether parameters of this kind mean the same in the next update: differences of whole weights, not factors."""
+    """True if parameters of this kind mean the same in the next update: differences of whole weights, not factors."""
     return PARAMETRIZATIONS.find(kind).in_place
 
 

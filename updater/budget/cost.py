@@ -1,4 +1,4 @@
-"""What an update costs, the steps that a budget pays for, and what has been spent of it so far.
+"""The cost of an update, the steps that a budget pays for, and what has been spent of it so far.
 
 Memory-adjusted FLOPs (MAF) as in FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining":
 GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). How both are measured is in
@@ -19,8 +19,8 @@ from updater.data.mixture import BatchPlan
 from updater.recipes import Part
 
 TWICE = 1.5
-"""What a pass of one process may take of what it takes in several, and the other way round: micro-batches run the model
-forward once more, and a loss is computed in each process."""
+"""A pass of one process may take so much of what it takes in several, and the other way round: micro-batches run the
+model forward once more, and a loss is computed in each process."""
 
 ROUNDING = 1e-12
 """Share of a budget that sums in another order may differ by."""
@@ -41,7 +41,7 @@ class Cost:
     sample_gflops: float
     """Forward pass of one sample through the whole model."""
     row_gflops: Mapping[Part, float]
-    """What is computed once of an example, by its pool: teachers' passes, and what no step changes."""
+    """GFLOPs that are computed once of an example, by its pool: teachers' passes, and what no step changes."""
     texts_gflops: float
     """The same of texts that are in every batch."""
     peak_bytes: float
@@ -52,7 +52,7 @@ class Cost:
     closing: int = 0
     """Steps' worth of passes after the last step: gradients that regularizers measure."""
     known: Sequence[Any] = ()
-    """What was counted, by its size, each at its dearest: see :meth:`updater.budget.bound.Costs.to_json`."""
+    """The counted GFLOPs, by size, each at its dearest: see :meth:`updater.budget.bound.Costs.to_json`."""
 
     @property
     def memory_ratio(self) -> float:
@@ -73,7 +73,7 @@ class Cost:
         return prepared_gflops * self.memory_ratio + (steps + self.closing) * self.maf_per_step
 
     def prepare_gflops(self, steps: int, plan: BatchPlan) -> float:
-        """What is prepared for so many steps: the rows that they visit, and no others."""
+        """GFLOPs of preparing so many steps: the rows that they visit, and no others."""
         return self.texts_gflops + sum(self.row_gflops[part] * plan.visited(part, steps) for part in plan.counts)
 
     def planned(self, steps: int, plan: BatchPlan) -> float:

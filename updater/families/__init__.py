@@ -1,4 +1,4 @@
-"""What differs between the two kinds of models that are updated; everything else is the same code for both.
+"""The differences between the two kinds of models that are updated; everything else is the same code for both.
 
 A CLIP learns from pairs of an image and a text, a VLM from an image, a question and its answer. A recipe says which
 family it trains.

@@ -102,7 +102,7 @@ class TowerPass:
     tower: SplitTower
     learns: bool
     keep: bool = False
-    """Whether boundaries are kept: for a tower that learns and has a prefix, where there is room for them."""
+    """True if boundaries are kept: for a tower that learns and has a prefix, where there is room for them."""
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, teachers: Sequence[str]) -> Values:
@@ -144,8 +144,8 @@ class TowerPass:
 def stack_boundaries(rows: Sequence[Tensor], length: int | None, device: torch.device) -> Tensor:
     """Boundaries of a batch, [n, ...]; with ``length`` (texts) each cut or zero-padded to that many tokens.
 
-    Positions beyond a text's own tokens are masked in every tower that can be trimmed, so that what they hold is
-    nobody's business.
+    Positions beyond a text's own tokens are masked in every tower that can be trimmed, so that what they hold does
+    not matter.
     """
     if length is None:
         return torch.stack(list(rows)).to(device)

@@ -1,4 +1,4 @@
-"""Which layers of a model learn: the last blocks of its parts, as a recipe says."""
+"""The layers of a model that learn: the last blocks of its parts, as a recipe says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from updater.adapters.parametrizations import Selects
 from updater.recipes import Recipe, Tower
 
 BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")
-"""What timm, open_clip and transformers call the list of a tower's blocks."""
+"""Names of the list of a tower's blocks in timm, open_clip and transformers."""
 EYES = ("image", "connector")
 """Parts that work on images alone: what they give is the same for every question."""
 _BLOCK = re.compile(rf"(.*?\.(?:{'|'.join(BLOCK_LISTS)}))\.(\d+)\.")
@@ -116,7 +116,7 @@ def _vlm_blocks(names: Iterable[str]) -> tuple[str, int]:
 
 
 def sees(base: VlmBase, names: Iterable[str]) -> bool:
-    """Whether any of these layers works on images."""
+    """True if any of these layers works on images."""
     return any(base.part_of(name) in EYES for name in names)
 
 

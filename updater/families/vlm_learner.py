@@ -58,7 +58,7 @@ class Checked:
 
 
 class VlmLearner(Learner[Question]):
-    """Where image tower and connector do not learn, what they give is computed once per example."""
+    """The learner of a VLM. Where image tower and connector do not learn, they run once per example."""
 
     base: VlmBase
 
@@ -77,11 +77,11 @@ class VlmLearner(Learner[Question]):
         }  # fmt: skip
         self.seed = seed
         self._own: dict[int, Tensor] = {}
-        """What the model has just answered, by row."""
+        """The answers that the model has just given, by row."""
         self.keeps_features: bool | None = None
         self.longest_batch = 0
         self._unending = False
-        """Whether no answer of the model's own ends before :data:`OWN_TOKENS`."""
+        """True while no answer of the model's own ends before :data:`OWN_TOKENS`."""
 
     def takes(self, example: Question) -> bool:
         return self.reader.takes(example) and (not self.own_parts or self.reader.takes(shown(example)))
@@ -228,7 +228,7 @@ class VlmLearner(Learner[Question]):
         )
 
     def _own_answers(self, rows: Sequence[int]) -> OwnAnswers | None:
-        """What the model answers now, to the rows that an objective asks for; None where there is none."""
+        """The model's answers now, to the rows that an objective asks for; None where there is none."""
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.own_parts]
         if not places or self.momentum is None:
             return None
@@ -320,7 +320,7 @@ class VlmLearner(Learner[Question]):
         return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1].float()))
 
     def _see(self, images: Inputs, count: int) -> list[Tensor]:
-        """What the connector gives of each of ``count`` images, from the processor's outputs: [tiles, tokens, dim],
+        """The connector's outputs for each of ``count`` images, from the processor's outputs: [tiles, tokens, dim],
         or [tokens, dim] where the model keeps them apart. Empty where it is more than one tensor, and has to be
         computed at each step, or of several images that are cut into tiles."""
         inner = cast(Any, self.model.model).base_model
@@ -335,7 +335,7 @@ class VlmLearner(Learner[Question]):
         return [each.detach().cpu().clone() for each in given] if len(given) == count else []
 
     def _eyes(self, rows: Sequence[int]) -> Inputs:
-        """What the model takes of images, for a batch: features if they are kept, else pixels."""
+        """The model's inputs of a batch's images: features if they are kept, else pixels."""
         if not self.keeps_features:
             encoded = [image.numpy().tobytes() for image in self.shards.get("encoded", rows)]
             return self._read([self.examples[row] for row in rows], encoded).images

@@ -60,7 +60,7 @@ class Read:
     images: dict[str, Tensor]
 
     def beside_pixels(self) -> list[dict[str, Tensor]]:
-        """Example by example, what the language model takes of an image besides what the image tower made of it."""
+        """Example by example, what the language model takes of an image next to what the image tower made of it."""
         count = len(self.sequences)
         small = {
             key: value for key, value in self.images.items()
@@ -70,7 +70,7 @@ class Read:
 
 
 SHOWN = "{question} This is an example of an answer: {answer}. Now answer yourself: {question}"
-"""What a teacher is asked that has read the known answer (after the prompt of SDFT, Shenfeld et al. 2026)."""
+"""The prompt of a teacher that has read the known answer (after the prompt of SDFT, Shenfeld et al. 2026)."""
 
 
 def shown(example: Question) -> Question:
@@ -94,7 +94,7 @@ class Reader:
         return sorted(special - {end_token(self.processor), None})
 
     def takes(self, example: Question) -> bool:
-        """Whether a question can be asked at all, and is not too long with its answer."""
+        """True if a question can be asked at all, and is not too long with its answer."""
         return 0 < self.words(example) <= LONGEST
 
     def words(self, example: Question) -> int:

@@ -40,7 +40,7 @@ class Batch(ABC):
 
 @dataclass(frozen=True)
 class Sides:
-    """What another model made of the same pairs: unit features [n, dim] without gradients."""
+    """Another model's view of the same pairs: unit features [n, dim] without gradients."""
 
     image: Tensor
     text: Tensor
@@ -76,7 +76,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Features(Batch):
-    """What a CLIP made of pairs. All are L2-normalised float32 [n, dim]; gradients flow into the student's only.
+    """A CLIP's features of pairs. All are L2-normalised float32 [n, dim]; gradients flow into the student's only.
 
     ``caption`` int [n] holds one number per distinct caption, the same in every update: rows with the same number
     describe each other.
@@ -153,7 +153,7 @@ class OwnAnswers:
 
 @dataclass(frozen=True)
 class Answers(Batch):
-    """What a VLM made of answers: all answer tokens of all rows one after another, their end tokens included.
+    """A VLM's logits at answers: all answer tokens of all rows one after another, their end tokens included.
 
     ``logits`` float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token itself and
     ``row`` int [t] the row that it belongs to. ``teachers`` are by name, ``base`` or ``incumbent``; what they say of
@@ -170,7 +170,7 @@ class Answers(Batch):
         return self.logits.new_zeros(())
 
     def taught(self, teacher_of: Callable[[Part], str | None]) -> Teacher:
-        """What each row's own teacher says, which its part decides."""
+        """The distributions of each row's own teacher, which its part decides."""
         names = [teacher_of(part) for part in self.part]
         teacher = self.teachers[names[0] or ""]
         for name in dict.fromkeys(names[1:]):

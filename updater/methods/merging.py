@@ -1,4 +1,4 @@
-"""How the trained delta joins the one in service, by a rule that the recipe names.
+"""The merge of the trained delta with the one in service, by a rule that the recipe names.
 
 A rule is a function ``(served, trained, start, weight, **options) -> delta`` over
 :class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them. One
@@ -28,7 +28,7 @@ from updater.recipes.plugin_registry import Methods
 
 NONE = "none"
 Memory = Mapping[str, Tensor]
-"""What a rule keeps of the updates so far, in their carry-over; empty before the first one."""
+"""A rule's memory of the updates so far, in their carry-over; empty before the first one."""
 
 
 class RememberingRule(ABC):
@@ -42,7 +42,7 @@ class RememberingRule(ABC):
 
     @abstractmethod
     def __call__(self, served: WeightDelta, trained: WeightDelta, weight: float, memory: Memory) -> WeightDelta:
-        """What is served next. ``memory``: with this update."""
+        """The delta to serve next. ``memory``: with this update."""
 
 
 def linear(
@@ -64,7 +64,7 @@ RULES: Final[Methods[Any]] = Methods("merging", "merge rule", {"linear": linear}
 def merged(
     merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory | None = None
 ) -> WeightDelta:
-    """What is served after an update. Raises ConfigError for an unknown rule or option.
+    """The delta to serve after an update. Raises ConfigError for an unknown rule or option.
 
     Args:
         memory: what :func:`remembered` gave for this update; None: there was none before it.
@@ -82,7 +82,7 @@ def merged(
 def remembered(
     merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory
 ) -> dict[str, Tensor]:
-    """What the rule remembers of this update and those before; nothing for most rules."""
+    """The rule's memory of this update and those before; nothing for most rules."""
     rule = None if merge.rule == NONE else _rule(merge)
     return rule.remember(served, trained, start, memory) if isinstance(rule, RememberingRule) else {}
 
@@ -109,7 +109,7 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search came to. Without one, ``scores`` is empty and ``merge`` the recipe's."""
+    """The result of a search. Without one, ``scores`` is empty and ``merge`` the recipe's."""
 
     merge: Merge
     scores: dict[float, float]
@@ -117,7 +117,7 @@ class Searched:
     passes: int = 0
 
     def to_json(self, sample_gflops: float) -> dict[str, Any]:
-        """What the ledger tells of it; empty when there was none. Like the gate's, its passes are not charged."""
+        """Its cost for the ledger; empty when there was none. Like the gate's, its passes are not charged."""
         if not self.scores:
             return {}
         return {

@@ -34,10 +34,10 @@ class Objective(ABC, Generic[B]):
     momentum: tuple[float, float, float] = (0.9, 0.05, 0.05)
     """For a momentum teacher: the shares of itself, of the student and of the start in what it becomes by a step."""
     frozen_texts: bool = False
-    """Whether its further texts are needed as its teachers see them alone, so that the student never runs them."""
+    """True if its further texts are needed as its teachers see them alone, so that the student never runs them."""
 
     own_answers: bool = False
-    """Whether it needs answers that the student gives now, and what its momentum model, which has read the known
+    """True if it needs answers that the student gives now, and what its momentum model, which has read the known
     answer, thinks of them. A VLM's; the passes are charged."""
     replay_teacher: str | None = None
     """The teacher of replayed rows, where it is another one than ``teacher``."""
@@ -72,7 +72,7 @@ class Objective(ABC, Generic[B]):
     def further_texts(
         self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
     ) -> list[tuple[int, str]]:
-        """Texts that it needs besides the captions, each with the number of its example, -1 for one in every batch.
+        """Texts that it needs next to the captions, each with the number of its example, -1 for one in every batch.
 
         The arguments are those of :meth:`begin`, and the pool of each example.
         """
@@ -82,7 +82,7 @@ class Objective(ABC, Generic[B]):
         """Called after the optimizer's step on ``batch``, without gradients."""
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers: kept in checkpoints, and for the next update."""
+        """Its memory: kept in checkpoints, and for the next update."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -159,7 +159,7 @@ class ContrastiveDistillation(Objective[Features]):
     Args:
         temperature: T; above 1 the unlikely texts count more.
         teacher: ``base``, or ``incumbent``: the live adapter, with which the update begins.
-        captions: of the reference pool, so many distinct ones stand beside the batch's own texts in ``L_img``, as the
+        captions: of the reference pool, so many distinct ones stand next to the batch's own texts in ``L_img``, as the
             teacher sees them (ZSCL compares each image with the texts of the whole reference, all of them frozen);
             evenly spread where there are more.
     """

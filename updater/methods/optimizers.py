@@ -1,4 +1,4 @@
-"""What moves the parameters: an optimizer, its learning rate, and slow copies of them along the way.
+"""The movement of parameters: an optimizer, its learning rate, and slow copies of them along the way.
 
 An optimizer is AdamW, or installed: a function ``(groups, weight_decay, **options)`` that gives a
 ``torch.optim.Optimizer``. Its state must be tensors by parameter, so that a checkpoint can hold it without pickle.
@@ -8,7 +8,7 @@ Learning rates have no horizon by default: a stream has no last step, so that no
 *infinite* (Infinite LR): linear warm-up, cosine cool-down to a constant rate, constant for as long as it takes; an
 exponential anneal only before a candidate is handed over. Updates that start from an incumbent skip the peak and its
 cool-down: they warm up to the constant rate. *rsqrt*: linear warm-up, then peak x sqrt(W / step). Both end in the same
-anneal. *cosine*: linear warm-up, then down to ``final`` over the steps of the update, anew in each: the papers' usual
+anneal. *cosine*: linear warm-up, then down to ``final`` over the steps of the update, afresh in each: the papers' usual
 one, which has a horizon.
 
 Each update begins with an optimizer without moments, whose first steps are as long as the rate allows whatever the
@@ -146,7 +146,7 @@ class Average:
         return {name: value.lerp(parameters[name].detach(), share) for name, value in self.values.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed update needs."""
+        """State that a resumed update needs."""
         return {"steps": torch.tensor(self.steps)} | {f"value.{name}": value for name, value in self.values.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ class Regularizer(ABC):
     """One penalty. Keyword arguments of ``__init__`` are the recipe's ``options``; its weight is the recipe's."""
 
     fixed_coordinates: ClassVar[bool] = False
-    """Whether it needs parameters that mean the same in the next update: differences of whole weights, not factors."""
+    """True if it needs parameters that mean the same in the next update: differences of whole weights, not factors."""
 
     def begin(self, parameters: Parameters) -> None:  # noqa: B027
         """Called before the first step, with the parameters where the update starts."""
@@ -47,7 +47,7 @@ class Regularizer(ABC):
         return 0
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers: kept in checkpoints, and for the next update."""
+        """Its memory: kept in checkpoints, and for the next update."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027

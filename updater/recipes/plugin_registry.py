@@ -48,7 +48,8 @@ class Methods(Generic[T]):
         found: Any = _loaded(others[name])
         if not callable(found) or (self.base and not (isinstance(found, type) and issubclass(found, self.base))):
             wanted = self.base.__name__ if self.base else "function"
-            raise ConfigError(f"{self.noun} {name!r} of {_owner(others[name])} is no {wanted}.", "Update that package.")
+            owner = _owner(others[name])
+            raise ConfigError(f"{self.noun} {name!r} of {owner} is not a {wanted}.", "Update that package.")
         return found  # type: ignore[no-any-return]
 
     @contextmanager

@@ -20,7 +20,7 @@ ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 
 PLACE = "{}"
-"""Where a caption stands in a template."""
+"""The place of a caption in a template."""
 Template = Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=200)]
 
 
@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 class Tower(Section):
-    """Which modules of one part of a model learn."""
+    """The modules of one part of a model that learn."""
 
     locked: bool = Field(False, description="Nothing in this part learns; a CLIP tower keeps its embedding space.")
     blocks: int | None = Field(
@@ -41,14 +41,14 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    """What learns in the layers that learn, by name."""
+    """The kind of adapter in the layers that learn, by name."""
 
     kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
 class Optimizer(Section):
-    """What moves the parameters, by name: see ``updater/methods/optimizers.py``."""
+    """The optimizer, by name: see ``updater/methods/optimizers.py``."""
 
     kind: str = "adamw"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
@@ -77,7 +77,7 @@ class Mixture(Section):
 
 
 class Batches(Section):
-    """Which examples of a pool are in a batch together."""
+    """The examples of a pool that are in a batch together."""
 
     domains: Literal["mixed", "grouped"] = Field(
         "mixed", description="grouped: runs of one domain, whose rows are each other's (hard) negatives."
@@ -118,7 +118,7 @@ class Schedule(Section):
 
 
 class Merge(Section):
-    """What is served after an update: the incumbent's delta and the trained one, merged by a rule.
+    """The merge of the incumbent's delta with the trained one, which is served after an update.
 
     Rules are in ``updater/methods/merging.py``, or installed; ``none`` serves what was trained. ``start`` is what the
     next update trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot

@@ -57,20 +57,20 @@ def _grey_picture() -> bytes:
 STAND_IN: Final = _grey_picture()
 """Takes the place of a picture that cannot be prepared, in what is computed of its neighbours; no step sees it."""
 CHUNK = 48
-"""Most examples in one pass of what is computed once, and in a shard where nobody says otherwise."""
+"""Most examples in one pass of what is computed once, and in a shard where no pool says otherwise."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Where a learner keeps what it computes once per example."""
+    """The place of what a learner computes once per example."""
 
     folder: Path
     key: str = ""
-    """Names what is computed beside the examples: base, recipe, incumbent. Shards of another one are made again."""
+    """Names what is computed, apart from the examples: base, recipe, incumbent. Those of another are made again."""
     rows: Mapping[str, int] = field(default_factory=dict)
     """Examples that a step visits, by their pool: they are in shards of their own."""
     room: float = math.inf
-    """Bytes on disk for one example; boundaries of frozen blocks that need more are computed anew at each step."""
+    """Bytes on disk for one example; boundaries of frozen blocks that need more are computed at each step."""
     threads: int = 1
     """Threads that decode images."""
 
@@ -137,7 +137,7 @@ class Learner(ABC, Generic[E]):
         return computing(self.precision, self.model.device)
 
     def takes(self, example: E) -> bool:
-        """Whether the model can learn from an example at all; others are left out of every pool."""
+        """True if the model can learn from an example at all; others are left out of every pool."""
         return True
 
     def prepare(
@@ -171,7 +171,7 @@ class Learner(ABC, Generic[E]):
 
     @property
     def settled(self) -> str:
-        """What was decided in :meth:`begin` of what shards hold: of another decision they are made again."""
+        """The decisions of :meth:`begin` about what shards hold: with other ones they are made again."""
         return ""
 
     @property
@@ -181,21 +181,21 @@ class Learner(ABC, Generic[E]):
 
     @abstractmethod
     def decode(self, example: E, image: bytes) -> Any:
-        """What is made of an example's encoded image before the model sees it, in any thread. What it raises says that
+        """Decode an example's image for the model, in any thread. What it raises says that
         the model cannot learn from this example."""
 
     @abstractmethod
     def compute(self, rows: range, images: Sequence[Any]) -> Values:
-        """What no step changes of some examples of one pool, from their decoded images; without gradients, and with the
+        """Compute what no step changes of some examples of one pool, from their images; without gradients, and with the
         model at its start."""
 
     @abstractmethod
     def shard_size(self, rows: range, images: Sequence[Any]) -> Size:
-        """What the cost of :meth:`compute` grows with."""
+        """The size that the cost of :meth:`compute` grows with."""
 
     @abstractmethod
     def size(self, rows: Sequence[int]) -> Size:
-        """What the cost of a step on some examples grows with, which are ready."""
+        """The size that the cost of a step on some examples grows with, which are ready."""
 
     def ready(self, rows: Sequence[int]) -> None:
         """Make what is missing of what no step changes, for some examples. Raises DiskFull, and what :attr:`afford`
@@ -208,7 +208,7 @@ class Learner(ABC, Generic[E]):
         return usable if any(self.parts[row] == "new" for row in usable) else []
 
     def prepared_gflops(self) -> float:
-        """What was computed so far of what no step changes, in all attempts; the same in any order of the shards."""
+        """GFLOPs of what no step changes, as computed so far in all attempts; the same in any order of shards."""
         return math.fsum(self.shards.gflops.values())
 
     def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
@@ -234,7 +234,7 @@ class Learner(ABC, Generic[E]):
 
     @property
     def answers_itself(self) -> bool:
-        """Whether what a step takes depends on what the model says in it."""
+        """True if the cost of a step depends on what the model says in it."""
         return False
 
     def dearest(self) -> AbstractContextManager[None]:
@@ -287,7 +287,7 @@ class Learner(ABC, Generic[E]):
 
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:
-        """What the objectives compare, of some examples, which are made ready."""
+        """The batch that objectives see of some examples, which are made ready."""
 
     @abstractmethod
     def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
@@ -351,7 +351,7 @@ class Learner(ABC, Generic[E]):
             self.average.settle(self.parameters)
 
     def remembered(self) -> dict[str, Tensor]:
-        """What objectives and regularizers keep for the next update, by name."""
+        """State of objectives and regularizers for the next update, by name."""
         state = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
         state |= {
             f"regularizer.{t.name}.{key}": value for t, r in self.regularizers for key, value in r.state().items()

@@ -33,14 +33,14 @@ from updater.recipes import Part, Recipe, TrainPrecision
 
 T = TypeVar("T")
 ONE_FILE_SYSTEM: Final = "Processes that train one update need one file system for home."
-"""What to do where one does not see what another has written."""
+"""The remedy where one does not see what another has written."""
 NEW: tuple[Part, ...] = ("new",)
 Run = Callable[[Sequence[int]], Tensor]
 """Outputs of some rows, [n, ...], in the order of the rows; a row may have several."""
 
 
 def training_precision(recipe: Recipe, base: ClipBase | VlmBase, device: torch.device) -> TrainPrecision:
-    """What the recipe says. ``auto`` is bfloat16 on a processor that multiplies it fast, but for a small base: there
+    """The recipe's precision. ``auto`` is bfloat16 on a processor that multiplies it fast, but for a small base: there
     products are a small part of a pass, as in serving.
     """
     if recipe.precision != "auto":
@@ -51,7 +51,7 @@ def training_precision(recipe: Recipe, base: ClipBase | VlmBase, device: torch.d
 
 @contextmanager
 def computing(precision: TrainPrecision, device: torch.device) -> Iterator[None]:
-    """Inside, passes run in this precision. Outputs may be bfloat16; whoever takes them makes them float32."""
+    """Inside, passes run in this precision. Outputs may be bfloat16; their users make them float32."""
     if precision == "float32":
         yield
         return
@@ -82,7 +82,7 @@ class Team:
         """Put the sum over all processes in place of each parameter's gradient; the same bits everywhere."""
 
     def agree(self, value: T) -> T:
-        """What the first process says."""
+        """The first process's value."""
         return value
 
     def total(self, value: float) -> float:
@@ -150,7 +150,7 @@ class _Pass:
     output: Tensor
     """Of all rows."""
     first: int
-    """Where the outputs of these rows begin in it."""
+    """The place at which the outputs of these rows begin in it."""
 
 
 class CachedPasses:
@@ -172,7 +172,7 @@ class CachedPasses:
         self._open: list[_Pass] = []
 
     def __call__(self, run: Run, rows: Sequence[int]) -> Tensor:
-        """What ``run`` gives of all rows. With gradients, :meth:`backward` has to follow the loss's own."""
+        """The outputs of ``run`` for all rows. With gradients, :meth:`backward` has to follow the loss's own."""
         shared = 1 < self.team.size <= len(rows)
         mine = self.team.share(rows) if shared else rows
         size = self.size or len(mine)
@@ -241,7 +241,7 @@ def _flat(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def agreement(loss: Tensor, batch: Features) -> Tensor:
-    """How far each row's gradient points where those of the other rows do: cosines [n] in [-1, 1].
+    """The agreement of each row's gradient with those of the other rows: cosines [n] in [-1, 1].
 
     Row i's gradient is that of ``loss`` with respect to a linear map W right after each tower, z + W (z - mean z), at
     W = 0: the outer product of g_i, the gradient with respect to the row's feature z_i (tangential to the sphere), with

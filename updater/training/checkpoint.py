@@ -31,7 +31,7 @@ CARRY_OVER = "memory.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an update stands. ``run`` names what is computed: a checkpoint of another run is not taken."""
+    """The progress of an update. ``run`` names what is computed: a checkpoint of another run is not taken."""
 
     run: str
     step: int
@@ -41,12 +41,12 @@ class Progress:
     seconds: float
     """Wall-clock seconds spent in training, over all attempts."""
     truncated: bool = False
-    """Whether the wall-clock bound ended it."""
+    """True if the wall-clock bound ended it."""
     budget_spent: bool = False
-    """Whether the next step might have cost more than was left."""
+    """True if the next step might have cost more than was left."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     gflops: list[float] = field(default_factory=list)
-    """What each step took, of all processes."""
+    """GFLOPs of each step, of all processes."""
     known: list[list[Any]] = field(default_factory=list)
     """Of steps by their sizes, see :meth:`updater.budget.bound.Costs.to_json`."""
     excess: float = 1.0
@@ -91,7 +91,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote, or None when there is nothing or it is damaged."""
+    """Read what :func:`write_json` wrote; None when there is nothing or it is damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def run_precision(work_dir: Path, run: str, precision: TrainPrecision) -> TrainP
 
 @dataclass(frozen=True)
 class CarryOver:
-    """What the next update from the same adapter wants to know: one safetensors file in a directory of its own, kept
+    """State for the next update from the same adapter: one safetensors file in a directory of its own, kept
     under the adapter's name. An update that starts from another adapter, after a rollback say, finds that one's.
 
     ``start``: the delta to train from, where that is not what is served. ``terms``: tensors by name.
@@ -155,7 +155,7 @@ class CarryOver:
 
     @classmethod
     def read(cls, directory: Path) -> CarryOver:
-        """What :meth:`write` wrote. Raises TrainingError when it is damaged."""
+        """Read what :meth:`write` wrote. Raises TrainingError when it is damaged."""
         try:
             tensors = load_file(directory / CARRY_OVER)
         except (OSError, SafetensorError) as error:

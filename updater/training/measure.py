@@ -1,4 +1,4 @@
-"""What training costs, counted and not guessed: FLOPs of the real step, and its peak memory.
+"""The cost of training, counted and not guessed: FLOPs of the real step, and its peak memory.
 
 Memory is counted in one way for the step and for full fine-tuning, on a CPU and on a GPU: weights, gradients and
 optimizer state of what learns, and the most that autograd keeps at once for the backward pass. No allocator is asked.
@@ -75,7 +75,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
         sample_gflops=sample_gflops,
         row_gflops=learner.row_gflops(rows),
         texts_gflops=learner.texts_gflops(),
-        # Gradient and optimizer state of what learns, beside weights and what autograd keeps.
+        # Gradient and optimizer state of what learns, next to weights and what autograd keeps.
         peak_bytes=weights + trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
         row_bytes=learner.row_bytes(),
@@ -151,7 +151,7 @@ class _Saved:
 
 
 class _AttentionExtras(TorchDispatchMode):
-    """Excludes what an attention kernel returns beside its output: the normalisers of its softmax, seeds, paddings.
+    """Excludes what an attention kernel returns next to its output: the normalisers of its softmax, seeds, paddings.
 
     They are small, and differ between the kernels of a CPU and of a GPU.
     """
@@ -202,5 +202,5 @@ def _address(tensor: Tensor) -> int:
 
 
 def replaced_weights(model: nn.Module) -> list[nn.Module]:
-    """What forms a whole weight in place of a parameter of the base."""
+    """The modules that form a whole weight in place of a parameter of the base."""
     return [module for module in model.modules() if isinstance(module, Parametrization) and module.in_place]

@@ -1,4 +1,4 @@
-"""What the budget of an update pays for: the cost of a step, how many there are, and the rows that they visit.
+"""The steps that the budget of an update pays for: the cost of one, how many there are, and the rows that they visit.
 
 The first batch is measured; from that follow the steps, and from these the rows of each pool. No other row is prepared,
 and each when the first step asks for it.
@@ -34,7 +34,7 @@ MEASURED = 100
 
 @dataclass(frozen=True)
 class Visits:
-    """What some number of steps visit: that many examples of each pool, and how batches go through them."""
+    """The examples of each pool that some number of steps visit, and the batches that go through them."""
 
     pools: Pools
     batches: BatchPlan
@@ -56,7 +56,7 @@ class Visits:
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the measured batch."""
+    """The plan that follows from the measured batch."""
 
     run: str
     """Names everything that decides what is computed once per example."""
@@ -64,7 +64,7 @@ class Plan:
     steps: int
     work: Work
     measured: Visits
-    """What the first :data:`MEASURED` steps visit."""
+    """Visits of the first :data:`MEASURED` steps."""
     whole: BatchPlan
     """The batches as if the model could learn from all of what was drawn, in every view."""
 
@@ -106,7 +106,7 @@ class Planner:
         return Plan(run, cost, steps, work, measured, whole)
 
     def visits(self, steps: int) -> Visits:
-        """What so many steps visit of each pool, of what the model can learn from.
+        """The visits of so many steps, to what the model can learn from.
 
         Raises TrainingError when nothing new is left.
         """
@@ -147,7 +147,7 @@ class Planner:
         return cost
 
     def _usable(self, batches: Sequence[list[int]], examples: Sequence[Example]) -> list[int]:
-        """What can be prepared of the first batch of which something new can. Raises TrainingError."""
+        """The rows that can be prepared of the first batch that has a new one among them. Raises TrainingError."""
         for batch in batches:
             self.learner.ready(batch)
             if rows := self.learner.usable(batch):

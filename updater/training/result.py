@@ -1,4 +1,4 @@
-"""What one update may use, and what it came to."""
+"""Limits and results of an update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMED = 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What one update may use."""
+    """Resources that one update may use."""
 
     gflops: float
     """Memory-adjusted GFLOPs, which no update exceeds; the number of planned steps follows from them."""
@@ -30,7 +30,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What an update came to."""
+    """The result of an update."""
 
     adapter: str
     directory: Path
@@ -42,7 +42,7 @@ class TrainResult:
     seconds: float
     truncated: bool
     budget_spent: bool
-    """Whether it ended before the planned steps, since the next one might have cost more than was left."""
+    """True if it ended before the planned steps, since the next one might have cost more than was left."""
     losses: dict[str, list[float]]
     """Every term at every step, unweighted, and ``loss``, their weighted sum."""
     cost: dict[str, Any]
@@ -60,7 +60,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training run would come to, by one measured batch."""
+    """The estimated result of a training run, by one measured batch."""
 
     steps: int
     """That the budget pays for, at most those of the recipe."""
@@ -75,7 +75,7 @@ class Estimate:
 
 
 def cost_of(result: TrainResult) -> dict[str, Any]:
-    """What the ledger and the report tell of a training run."""
+    """The cost of a training run, as the ledger and the report have it."""
     return {
         "gflops_planned": result.maf_planned,
         "gflops_spent": result.maf,

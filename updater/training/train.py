@@ -80,8 +80,8 @@ def train(
 
 
 def take_steps(job: Job, team: Team, control: Control) -> None:
-    """What each process of a team does of :func:`train`, after its caller has measured a step: take all steps. What
-    they come to is in the checkpoint.
+    """The part of each process of a team in :func:`train`, after its caller has measured a step: take all steps. The
+    result is in the checkpoint.
 
     Raises: what :func:`train` does.
     """
@@ -93,7 +93,7 @@ def take_steps(job: Job, team: Team, control: Control) -> None:
 def estimate(
     base: Base, recipe: Recipe, pools: Pools, *, seed: int, limits: Limits, work_dir: Path, device: str | None = None
 ) -> Estimate:
-    """What :func:`train` would come to from the base: one batch is measured and one step taken, which is thrown away.
+    """Estimate :func:`train` from the base: one batch is measured and one step taken, which is thrown away.
 
     What is prepared for it stays in ``work_dir``; training with the same arguments uses it.
 

@@ -49,13 +49,13 @@ class Job:
     work_dir: Path
     """Keeps checkpoints and measured costs."""
     carry_over: Path | None = None
-    """What the update that made the incumbent left for this one."""
+    """Left for this update by the one that made the incumbent."""
     device: str | None = None
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What others are asked and told between steps."""
+    """Calls to others between steps."""
 
     stop: Callable[[], bool] = lambda: False
     """True ends in a checkpoint and :class:`Stopped`."""
@@ -89,7 +89,7 @@ class Trainer:
         self.learner.remember(self.received.terms)
         self.planner = Planner(self.learner, self.recipe, job.pools, job.seed, self.limits, job.work_dir)
         self.progress: Progress | None = None
-        """Where the steps stand while they are taken: what is kept when the update is stopped."""
+        """The progress while steps are taken: it is saved when the update is stopped."""
         self.began = self.slept = time.monotonic()
 
     def __enter__(self) -> Trainer:
@@ -238,7 +238,7 @@ class Trainer:
         return loss, terms
 
     def plan(self) -> Plan:
-        """What a step costs, and how many the budget pays for."""
+        """Measure a step, and plan as many as the budget pays for."""
         return self.planner.plan(self.run, self._between)
 
     def estimate(self) -> Estimate:

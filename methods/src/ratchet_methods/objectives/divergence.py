@@ -1,4 +1,4 @@
-"""How far one model's distributions are from another's, row by row."""
+"""The divergence of one model's distributions from another's, row by row."""
 
 from __future__ import annotations
 

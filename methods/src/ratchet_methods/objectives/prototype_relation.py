@@ -1,4 +1,4 @@
-"""How samples lie to the prototypes of what was learned before stays as it was."""
+"""Relations of samples to the prototypes of what was learned before stay as they were."""
 
 from __future__ import annotations
 

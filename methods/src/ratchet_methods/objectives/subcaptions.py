@@ -15,7 +15,7 @@ from updater.methods.objectives import Objective
 from updater.recipes import Family, Part
 
 END = re.compile(r"[.,;:!?]+(?:\s+|$)|\n+")
-"""Where a caption is split: at marks with a space after them, so that 3.5 and U.S. stay whole."""
+"""The places at which a caption is split: at marks with a space after them, so that 3.5 and U.S. stay whole."""
 
 
 class Subcaptions(Objective[Features]):

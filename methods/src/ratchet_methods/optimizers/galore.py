@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class GaLore(torch.optim.Optimizer):
     """G [m, n] with m <= n becomes R = P^T G [rank, n], the update is ``lr scale P Adam(R)``; G^T otherwise.
 
-    P holds the first left singular vectors of the gradient, taken anew every ``every`` steps; moments stay as they are
+    P holds the first left singular vectors of the gradient, taken again every ``every`` steps; moments stay as they are
     then, as in the paper. Vectors, and matrices of no more than ``rank`` rows or columns, have plain AdamW.
     """
 

@@ -1,1 +1,1 @@
-"""Adapter kinds beside plain LoRA."""
+"""Adapter kinds other than plain LoRA."""

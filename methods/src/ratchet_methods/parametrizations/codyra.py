@@ -13,7 +13,7 @@ class Codyra(Parametrization):
 
     In the second half of an update each step ends with ``g <- sign(g) max(|g| - t, 0)``, the proximal step of an l1
     penalty; the threshold t grows linearly. What is left is merged into the weights, so that the next update starts
-    with all ranks anew.
+    with all ranks again.
 
     Args:
         shrinkage: all thresholds of an update together, whatever its steps: the published code's (250 steps, t up to

@@ -99,5 +99,5 @@ def test_one_that_cannot_be_imported_ends_the_recipes_that_name_it_alone(example
 
 def test_one_that_is_not_what_its_group_wants_is_said_so(example: Path) -> None:
     term = {"name": "none_at_all", "weight": 1.0}
-    with pytest.raises(ConfigError, match="'none_at_all' of example-methods is no Regularizer"):
+    with pytest.raises(ConfigError, match="'none_at_all' of example-methods is not a Regularizer"):
         regularizers.build(recipe("naive", regularizers=[term], adapter={"kind": "full"}))
