@@ -36,11 +36,11 @@ from core.progress import track
 from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from streams.publish.folders import read_folder
+from updater.adapters.kinds import KINDS
 from updater.bases.reference import reference_folders
 from updater.data.mixture import BatchPlan, plan_batches
 from updater.data.pools import Pair, Pools
 from updater.families import make_learner
-from updater.families.clip_learner import adapted_model
 from updater.methods.optimizers import learning_rate
 from updater.recipes import Part, Recipe, TrainPrecision, load_recipe
 from updater.service.process import use_environment
@@ -108,7 +108,7 @@ def run(
     try:
         prepared = {each: _prepare(base, plan.model_copy(update={"precision": each}), examples) for each in PRECISIONS}
         batches = _Batches(base, prepared["float32"])
-        _, adapted = adapted_model(base, base.build_model(), plan, {}, seed=0, device="cpu")
+        _, adapted = KINDS.find(plan.adapter.kind).build(base, base.build_model(), plan, {}, 0, "cpu")
         small, full = _OpenClip(adapted.model), _OpenClip(base.build_model().requires_grad_(True))
         turns: list[_Turn] = []
         for each in PRECISIONS:

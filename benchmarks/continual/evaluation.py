@@ -21,9 +21,9 @@ from core.files import replacing
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
 from serving.engines.spaces import tower_of
+from updater.adapters.trained_layers import Which, first_touched
 from updater.data.pools import Pair
 from updater.families.clip_towers import SplitTower, stack_boundaries
-from updater.families.trained_layers import Which, first_touched
 from updater.gate.score import IMAGE_BATCH, TEXT_BATCH, rank_of_best
 
 Vectors = NDArray[np.float32]

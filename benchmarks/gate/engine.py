@@ -21,8 +21,8 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
+from updater.adapters.trained_layers import Which, tower_blocks
 from updater.families.clip_towers import SplitTower, stack_boundaries
-from updater.families.trained_layers import Which, tower_blocks
 
 TOLERANCE = 1e-4
 """Largest difference of a component of a unit vector from that of the whole tower; rounding makes about 1e-6."""

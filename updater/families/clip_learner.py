@@ -21,12 +21,12 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import tower_of
-from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
-from updater.adapters.parametrizations import LORA, PARAMETRIZATIONS
+from updater.adapters import WeightDelta
+from updater.adapters.kinds import KINDS
+from updater.adapters.trained_layers import Which, first_touched
 from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
 from updater.families.clip_towers import SplitTower, TowerPass, stack_boundaries
-from updater.families.trained_layers import Which, clip_layers, clip_parameters, first_touched
 from updater.methods.batches import Features, Sides, Texts
 from updater.methods.objectives import Objective
 from updater.recipes import PLACE, Part, Recipe, Views
@@ -61,7 +61,8 @@ class ClipLearner(Learner[Pair]):
 
     def __init__(self, base: ClipBase, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
-        trained, model = adapted_model(base, plain, recipe, start, seed, device)
+        kind = KINDS.find(recipe.adapter.kind)
+        trained, model = kind.build(base, plain, recipe, start, seed, device)
         set_conv_layout(model.model.get_submodule("visual"))
         super().__init__(base, recipe, model)
         touched = self.model.base_names
@@ -295,19 +296,6 @@ class ClipLearner(Learner[Pair]):
 def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
     for name, rows in more.items():
         values.setdefault(f"{tower}.{name}" if tower else name, []).extend(rows)
-
-
-def adapted_model(
-    base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
-) -> tuple[list[str], AdapterModel]:
-    """Names of what learns, and the model in which it does."""
-    kind = recipe.adapter.kind
-    if kind == LORA:
-        layers = clip_layers(base, plain, recipe)
-        return layers, LoraModel(base, layers, recipe.rank, recipe.alpha, start, seed, device)
-    weights = clip_parameters(base, plain, recipe, PARAMETRIZATIONS.find(kind).selects)
-    options = recipe.adapter.options
-    return weights, WeightModel(base, weights, kind, options, recipe.rank, recipe.alpha, start, seed, device)
 
 
 def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from updater.adapters import AdapterModel
-from updater.families.trained_layers import Which, tower_blocks
+from updater.adapters.trained_layers import Which, tower_blocks
 from updater.recipes import TrainPrecision
 from updater.step.passes import computing
 from updater.step.shards import Values

@@ -21,9 +21,9 @@ from ratchet_client.images import open_accepted
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import LoraModel, WeightDelta
+from updater.adapters.trained_layers import sees, vlm_layers
 from updater.budget.bound import Size
 from updater.data.pools import Question
-from updater.families.trained_layers import sees, vlm_layers
 from updater.families.vlm_reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
 from updater.methods.batches import Answers, OwnAnswers, Teacher, summarise
 from updater.recipes import Recipe

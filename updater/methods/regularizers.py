@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from updater.adapters.parametrizations import keeps_coordinates
+from updater.adapters.kinds import KINDS
 from updater.recipes import Recipe, Term
 from updater.recipes.plugin_registry import Methods
 
@@ -74,7 +74,7 @@ def build(recipe: Recipe) -> Sequence[tuple[Term, Regularizer]]:
     built = []
     for term in recipe.regularizers:
         kind = REGULARIZERS.find(term.name)
-        if kind.fixed_coordinates and not keeps_coordinates(recipe.adapter.kind):
+        if kind.fixed_coordinates and not KINDS.find(recipe.adapter.kind).whole:
             raise ConfigError(
                 f"regularizer {term.name!r} compares weights between updates, and the factors of "
                 f"{recipe.adapter.kind!r} are not the same ones in the next update.",

@@ -1,7 +1,7 @@
 """Methods and recipes that installed packages bring, next to those of Ratchet.
 
 A package names each of its methods in an entry point, ``hinge = "my_methods.hinge:Hinge"``, whose group is
-``ratchet.`` and the kind (objectives, regularizers, merging, optimizers, parametrizations). Packages with recipes (YAML
+``ratchet.`` and the kind (objectives, regularizers, merging, optimizers, adapters). Packages with recipes (YAML
 files) are in the group ``ratchet.recipes``. The papers' methods come so, from ``ratchet-methods``.
 """
 

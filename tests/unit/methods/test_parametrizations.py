@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from updater.adapters.parametrizations import PARAMETRIZATIONS, Parametrization
+from ratchet_methods.parametrizations.parametrization import Parametrization
+from updater.adapters.kinds import KINDS
 
 Matrix = list[list[float]]
 
@@ -18,7 +19,7 @@ def parametrization(
     name: str, weight: Tensor, rank: int = 2, alpha: float = 6.0, moved: bool = True, **options: Any
 ) -> Parametrization:
     """A parametrization on a weight, its parameters moved from where they start unless told otherwise."""
-    layer = PARAMETRIZATIONS.find(name)(weight, rank, alpha, torch.Generator().manual_seed(1), **options)
+    layer = KINDS.find(name)(weight, rank, alpha, torch.Generator().manual_seed(1), **options)
     shift = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -110,9 +111,7 @@ def test_doras_gradient_takes_the_norm_as_a_constant() -> None:
 
 
 def test_vera_shares_its_matrices_by_shape_and_its_updates_add_up_to_one_rank() -> None:
-    one, other = (
-        PARAMETRIZATIONS.find("vera")(weight(12, 9), 3, 6.0, torch.Generator().manual_seed(seed)) for seed in (4, 5)
-    )
+    one, other = (KINDS.find("vera")(weight(12, 9), 3, 6.0, torch.Generator().manual_seed(seed)) for seed in (4, 5))
     frozen = [{n: p for n, p in layer.named_parameters() if not p.requires_grad} for layer in (one, other)]
     assert frozen[0].keys() == frozen[1].keys() == {"a", "b"}
     assert all(torch.equal(frozen[0][name], frozen[1][name]) for name in "ab")

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.parametrizations import Parametrization, Selects
+from ratchet_methods.parametrizations.parametrization import Parametrization, Selects
 
 
 class Full(Parametrization):
@@ -16,7 +16,7 @@ class Full(Parametrization):
     """
 
     selects: ClassVar[Selects] = "all"
-    in_place: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()

@@ -9,8 +9,8 @@ import torch
 
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe
+from updater.adapters.trained_layers import clip_layers, first_touched, tower_blocks
 from updater.families.clip_towers import SplitTower, stack_boundaries
-from updater.families.trained_layers import clip_layers, first_touched, tower_blocks
 
 
 @pytest.mark.parametrize("which", ["image", "text"])

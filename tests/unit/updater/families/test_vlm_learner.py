@@ -17,8 +17,8 @@ from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.updater.builders import learner_of, picture, question_pools, questions, recipe
 from updater.adapters import read_delta
+from updater.adapters.trained_layers import vlm_layers
 from updater.data.pools import Question
-from updater.families.trained_layers import vlm_layers
 from updater.families.vlm_reader import shown
 from updater.methods.batches import summarise
 

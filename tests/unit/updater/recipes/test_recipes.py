@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from core.errors import ConfigError
@@ -12,13 +10,9 @@ from updater.recipes import Recipe, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_shipped_recipe_survives_the_way_through_yaml(name: str, tmp_path: Path) -> None:
+def test_every_recipe_has_its_files_name_and_objectives_that_are_there(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    file = tmp_path / "copy.yaml"
-    file.write_text(recipe.to_yaml())
-    assert load_recipe(file) == recipe
-    assert load_recipe(file).digest == recipe.digest
     assert objectives.build(recipe.objectives, recipe.family)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from tests.support.pages import Page
 from tests.support.recipe_table import PAGE, missing, told
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import picture, pools, run
+from tests.unit.updater.recipes.conftest import Install
 from updater.adapters import trainer_encoder
-from updater.recipes import Recipe, load_recipe, plugin_registry, recipe_names
+from updater.recipes import Recipe, load_recipe, recipe_names
 from updater.training.workers import Stopped
 
 METHODS = PAGE.with_name("methods.md")
@@ -38,30 +38,19 @@ def test_each_recipe_stands_beside_its_paper() -> None:
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recipe]:
-    """The example's recipe, its files as `pip install` leaves them."""
-    site = tmp_path / "site"
-    files = {f"{kind}/__init__.py": "" for kind in ("my_methods", "my_methods/recipes")}
+def example(install: Install) -> Recipe:
+    """The recipe of the page's example, whose files are installed."""
+    files, points = {}, ""
     for block in Page(PAGE).blocks:
         first, _, rest = block.text.partition("\n")
         if place := re.fullmatch(r"# (my_methods/[\w/-]+\.(?:py|yaml))", first):
             files[place[1]] = rest
         elif first == "# pyproject.toml":
-            groups = tomllib.loads(rest)["project"]["entry-points"]
-    points = [f"[{group}]\n" + "\n".join(map(" = ".join, names.items())) for group, names in groups.items()]
-    files["my_methods-1.0.dist-info/METADATA"] = "Metadata-Version: 2.1\nName: my-methods\nVersion: 1.0\n"
-    files["my_methods-1.0.dist-info/entry_points.txt"] = "\n".join(points)
-    for name, text in files.items():
-        file = site / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    monkeypatch.syspath_prepend(site)
-    plugin_registry._others.cache_clear()
+            for group, names in tomllib.loads(rest)["project"]["entry-points"].items():
+                points += f"[{group}]\n" + "".join(f"{name} = {where}\n" for name, where in names.items())
+    install("my_methods", files, points)
     values = load_recipe("my-method").model_dump(mode="json")
-    yield Recipe.parse({**values, "max_steps": 4, "batch_size": 9})
-    plugin_registry._others.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("my_methods")]:
-        del sys.modules[name]
+    return Recipe.parse({**values, "max_steps": 4, "batch_size": 9})
 
 
 def test_the_example_is_trained_served_stopped_and_resumed(example: Recipe, tmp_path: Path) -> None:

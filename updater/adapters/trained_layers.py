@@ -13,7 +13,6 @@ from core.errors import ConfigError
 from serving.engines.clip_base import ClipBase
 from serving.engines.spaces import tower_of
 from serving.engines.vlm.vlm_base import VlmBase
-from updater.adapters.parametrizations import Selects
 from updater.recipes import Recipe, Tower
 
 BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")
@@ -21,7 +20,6 @@ BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")
 EYES = ("image", "connector")
 """Parts that work on images alone: what they give is the same for every question."""
 _BLOCK = re.compile(rf"(.*?\.(?:{'|'.join(BLOCK_LISTS)}))\.(\d+)\.")
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 Which = Literal["image", "text"]
 
 
@@ -41,45 +39,8 @@ def clip_layers(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[str]:
     for which, tower in wanted.items():
         pattern = re.compile(base.lora_targets[which])
         names = [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
-        chosen += _late_layers(names, which, tower, *tower_blocks(model, which), recipe)
-    return _some(chosen, recipe, base.name)
-
-
-def clip_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects: Selects) -> list[str]:
-    """Names of the parameters that learn under a recipe whose adapter kind works on whole weights.
-
-    Where a tower's last blocks learn, what comes before its blocks (stems, embeddings) does not.
-    Raises ConfigError when that is none.
-    """
-    if selects == "layers":
-        modules = dict(model.named_modules())
-        return [name for layer in clip_layers(base, model, recipe) for name in _weights(layer, modules[layer])]
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    norms = {name for name, module in model.named_modules() if isinstance(module, NORMS)}
-    wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
-    chosen: list[str] = []
-    for which, tower in wanted.items():
-        blocks, count = tower_blocks(model, which)
-        names = [
-            name
-            for name, _ in model.named_parameters()
-            if tower_of(name) == which
-            and (selects == "all" or (name.endswith("bias") if selects == "biases" else _layer_of(name) in norms))
-            and (tower.blocks is None or order[_layer_of(name)] > order.get(blocks, 0))
-        ]
-        chosen += _late_layers(names, which, tower, blocks, count, recipe)
-    return _some(chosen, recipe, base.name)
-
-
-def _weights(layer: str, module: nn.Module) -> list[str]:
-    """The parameters of a layer that LoRA would change."""
-    if isinstance(module, nn.MultiheadAttention):
-        return [f"{layer}.in_proj_weight", f"{layer}.out_proj.weight"]
-    return [f"{layer}.weight"]
-
-
-def _layer_of(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
+        chosen += late_layers(names, which, tower, *tower_blocks(model, which), recipe)
+    return chosen_names(chosen, recipe, base.name)
 
 
 def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
@@ -102,8 +63,8 @@ def vlm_layers(base: VlmBase, model: nn.Module, recipe: Recipe) -> list[str]:
     chosen: list[str] = []
     for part, tower in wanted.items():
         names = [name for name, _ in model.named_modules() if base.part_of(name) == part]
-        chosen += _late_layers(names, part, tower, *_vlm_blocks(names), recipe)
-    return _some(chosen, recipe, base.name)
+        chosen += late_layers(names, part, tower, *_vlm_blocks(names), recipe)
+    return chosen_names(chosen, recipe, base.name)
 
 
 def _vlm_blocks(names: Iterable[str]) -> tuple[str, int]:
@@ -126,7 +87,7 @@ def _block_number(name: str, blocks: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, count: int, recipe: Recipe) -> list[str]:
+def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, count: int, recipe: Recipe) -> list[str]:
     """Of the layers of one part those that learn: in its last blocks, or outside them.
 
     Args:
@@ -150,7 +111,7 @@ def _late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, cou
     return [name for name, number in numbers.items() if number is None or number >= first]
 
 
-def _some(chosen: Sequence[str], recipe: Recipe, base: str) -> list[str]:
+def chosen_names(chosen: Sequence[str], recipe: Recipe, base: str) -> list[str]:
     """The layers that learn, in order. Raises ConfigError when there are none."""
     if not chosen:
         raise ConfigError(f"recipe {recipe.name}: no layer of base {base!r} would learn.", "Raise `blocks`.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import AdapterError, ConfigError
+from ratchet_methods.parametrizations.parametrization import WeightModel, dense_delta
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
@@ -17,12 +18,10 @@ from serving.engines.lora import effective_weights
 from serving.engines.shared_weights import shell_of
 from tests.support.tiny import RANK, tiny_adapter
 from tests.unit.updater.builders import recipe, run
-from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, WeightModel, merge, read_delta
-from updater.adapters.model import dense_delta
-from updater.adapters.parametrizations import LORA, PARAMETRIZATIONS
-from updater.families.trained_layers import clip_parameters
+from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, merge, read_delta
+from updater.adapters.kinds import KINDS
 
-KINDS = [name for name in PARAMETRIZATIONS.names() if name != LORA]
+NAMES = [name for name in KINDS.names() if name != "lora"]
 TEXTS = ["a cat", "two dogs on the beach"]
 
 
@@ -39,9 +38,10 @@ def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def model_of(base: ClipBase, kind: str, start: WeightDelta, seed: int = 0, **changes: Any) -> WeightModel:
     """All of the towers learn, unless ``changes`` of the recipe say otherwise."""
-    plan = recipe("full", **changes)
-    trained = clip_parameters(base, base.build_model(), plan, PARAMETRIZATIONS.find(kind).selects)
-    return WeightModel(base, trained, kind, {}, RANK, 8.0, start, seed)
+    plan = recipe("full", adapter={"kind": kind}, rank=RANK, alpha=8.0, **changes)
+    _, model = KINDS.find(kind).build(base, base.build_model(), plan, start, seed, "cpu")
+    assert isinstance(model, WeightModel)
+    return model
 
 
 def move(model: WeightModel, size: float, seed: int = 3) -> None:
@@ -81,7 +81,7 @@ def agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, other[name], rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("begin", ["base", "factors", "whole"])
 def test_what_is_in_training_is_what_it_says_and_what_is_served(
     base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, kind: str, begin: str
@@ -101,7 +101,7 @@ def test_what_is_in_training_is_what_it_says_and_what_is_served(
     assert torch.allclose(outputs(model.model, base), outputs(served, base), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("begin", ["factors", "whole"])
 def test_inside_base_the_model_is_the_base_bit_by_bit(
     base: ClipBase, starts: dict[str, WeightDelta], kind: str, begin: str

@@ -1,16 +1,12 @@
-"""Adapter kinds other than plain LoRA: a parametrization of each weight, and the base that learns through them.
-
-Parametrizations are installed (:mod:`updater.recipes.plugin_registry`): the shipped recipes train LoRA alone, which is
-PEFT's (``updater/adapters/lora.py``) and never forms ΔW.
-"""
+"""The contract of a parametrization, the weights that it is put on, and the base that learns through them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +15,20 @@ from torch.nn.utils import parametrize
 from core.errors import AdapterError
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import INNER_OUT_PROJ, OUT_PROJ_TIMES
-from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
-from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, combine, fits
-from updater.recipes.plugin_registry import Methods
+from serving.engines.spaces import tower_of
+from updater.adapters import AdapterModel, Dense, LowRank, WeightDelta, combine
+from updater.adapters.kinds import KINDS, AdapterKind
+from updater.adapters.model import OTHER_BASE, WholeWeights, parameter_of, write_delta
+from updater.adapters.trained_layers import Which, chosen_names, clip_layers, late_layers, tower_blocks
+from updater.adapters.weight_deltas import fits
+from updater.recipes import Recipe, Tower
 
-LORA: Final = "lora"
-
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 Selects = Literal["layers", "norms", "biases", "all"]
 """The weights that are parametrized: of layers that take LoRA, of normalisations, biases, or every parameter."""
 
 
-class Parametrization(nn.Module, ABC):
+class Parametrization(nn.Module, AdapterKind):
     """One weight's parametrization, registered with ``torch.nn.utils.parametrize``.
 
     ``__init__`` takes the weight as the update finds it, the recipe's rank and alpha, a seeded generator, and the
@@ -37,8 +36,16 @@ class Parametrization(nn.Module, ABC):
     """
 
     selects: ClassVar[Selects] = "layers"
-    in_place: ClassVar[bool] = False
-    """True if W' alone could stand where W does: the needs of full fine-tuning are counted that way."""
+    """``whole``, of an adapter kind, says that W' alone could stand where W does."""
+
+    @classmethod
+    def build(
+        cls, base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
+    ) -> tuple[list[str], AdapterModel]:
+        weights = chosen_parameters(base, plain, recipe, cls.selects)
+        return weights, WeightModel(
+            base, weights, recipe.adapter.kind, recipe.adapter.options, recipe.rank, recipe.alpha, start, seed, device
+        )
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
@@ -67,24 +74,6 @@ def matrix(weight: Tensor) -> Tensor:
 def normal(shape: tuple[int, ...], std: float, generator: torch.Generator, like: Tensor) -> nn.Parameter:
     """A parameter drawn from N(0, std)."""
     return nn.Parameter((torch.randn(shape, generator=generator) * std).to(like.device, like.dtype))
-
-
-class _PlainLora(Parametrization):
-    """Stands for PEFT's among the names."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-PARAMETRIZATIONS: Final[Methods[type[Parametrization]]] = Methods(
-    "parametrizations", "adapter kind", {LORA: _PlainLora}, Parametrization
-)
-"""By the names that a recipe's ``adapter.kind`` may have."""
-
-
-def keeps_coordinates(kind: str) -> bool:
-    """True if parameters of this kind mean the same in the next update: differences of whole weights, not factors."""
-    return PARAMETRIZATIONS.find(kind).in_place
 
 
 class WeightModel(AdapterModel):
@@ -117,8 +106,8 @@ class WeightModel(AdapterModel):
             owner, _, attribute = name.rpartition(".")
             weight = getattr(self._modules[owner], attribute)
             generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-            with PARAMETRIZATIONS.options_of(kind):
-                learning = PARAMETRIZATIONS.find(kind)
+            with KINDS.options_of(kind):
+                learning = cast("type[Parametrization]", KINDS.find(kind))
                 parametrization = learning(weight.detach().clone(), rank, alpha, generator, **options)
             switch = _Switch(parametrization)
             parametrize.register_parametrization(self._modules[owner], attribute, switch)
@@ -135,6 +124,10 @@ class WeightModel(AdapterModel):
     @property
     def base_names(self) -> list[str]:
         return sorted({name.rpartition(".")[0] for name in (*self.parametrizations, *self._start_dense)})
+
+    @property
+    def replaced(self) -> list[nn.Module]:
+        return [each for each in self.parametrizations.values() if each.whole]
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -240,3 +233,53 @@ def _dense(start: WeightDelta, model: nn.Module, base: ClipBase) -> dict[str, Te
         raise AdapterError(
             f"The incumbent changes {error}, which base {base.name!r} does not have.", OTHER_BASE
         ) from None
+
+
+def chosen_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects: Selects) -> list[str]:
+    """Names of the parameters that learn under a recipe whose adapter kind works on whole weights.
+
+    Where a tower's last blocks learn, what comes before its blocks (stems, embeddings) does not.
+    Raises ConfigError when that is none.
+    """
+    if selects == "layers":
+        modules = dict(model.named_modules())
+        return [name for layer in clip_layers(base, model, recipe) for name in _weights(layer, modules[layer])]
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    norms = {name for name, module in model.named_modules() if isinstance(module, NORMS)}
+    wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
+    chosen: list[str] = []
+    for which, tower in wanted.items():
+        blocks, count = tower_blocks(model, which)
+        names = [
+            name
+            for name, _ in model.named_parameters()
+            if tower_of(name) == which
+            and (selects == "all" or (name.endswith("bias") if selects == "biases" else _layer_of(name) in norms))
+            and (tower.blocks is None or order[_layer_of(name)] > order.get(blocks, 0))
+        ]
+        chosen += late_layers(names, which, tower, blocks, count, recipe)
+    return chosen_names(chosen, recipe, base.name)
+
+
+def _weights(layer: str, module: nn.Module) -> list[str]:
+    """The parameters of a layer that LoRA would change."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [f"{layer}.in_proj_weight", f"{layer}.out_proj.weight"]
+    return [f"{layer}.weight"]
+
+
+def _layer_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def dense_delta(delta: WeightDelta, model: nn.Module) -> dict[str, Tensor]:
+    """ΔW of every parameter that a delta touches, by parameter name, float64 in the parameter's shape."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules())
+    dense: dict[str, Tensor] = {}
+    for name, part in delta.items():
+        parameter = parameter_of(name, modules) if isinstance(part, LowRank) else name
+        times = OUT_PROJ_TIMES if name.endswith(INNER_OUT_PROJ) else 1.0
+        value = times * part.dense().reshape(shapes[parameter]) if isinstance(part, LowRank) else part.value
+        dense[parameter] = dense[parameter] + value if parameter in dense else value
+    return dense
