@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
-from itertools import count
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from serving.engines.clip import ClipEngine
 from tests.support.pages import Page
 from tests.support.recipe_table import PAGE, missing, told
 from tests.support.tiny import tiny_base
-from tests.unit.updater.builders import picture, pools, run
+from tests.unit.updater.builders import assert_served_as_trained, pools, resumed, run
 from tests.unit.updater.recipes.conftest import Install
-from updater.adapters import trainer_encoder
 from updater.recipes import Recipe, load_recipe, recipe_names
-from updater.training.workers import Stopped
 
 METHODS = PAGE.with_name("methods.md")
 
@@ -61,18 +56,6 @@ def test_the_example_is_trained_served_stopped_and_resumed(example: Recipe, tmp_
     again = {"recipe": example, "pools": pools(replay=12), "incumbent": first.directory, "seed": 5}
     second = run(base, tmp_path / "second", **again)
     assert second.adapter != first.adapter
-    engine = ClipEngine(base)
-    engine.load(second.adapter, second.directory)
-    pixels = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)])
-    images, texts = trainer_encoder(base, second.directory)(pixels, ["a red car", "a tree"])
-    assert np.allclose(images, engine.encode_images(pixels, second.adapter), atol=1e-5)
-    assert np.allclose(texts, engine.encode_texts(["a red car", "a tree"], second.adapter), atol=1e-5)
-    assert not np.allclose(images, engine.encode_images(pixels), atol=1e-5)
-    with pytest.raises(Stopped):
-        run(base, tmp_path / "stopped", **again, stop=_soon())
-    assert run(base, tmp_path / "stopped", **again).adapter == second.adapter
-
-
-def _soon() -> Callable[[], bool]:
-    asked = count()
-    return lambda: next(asked) >= 4
+    assert_served_as_trained(base, second)
+    stopped = resumed(partial(run, base, tmp_path / "stopped", **again), 4)
+    assert stopped.adapter == second.adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,17 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.vlm_base import VlmBase
-from tests.unit.updater.builders import LIMITS, pairs, picture, pools, question_pools, recipe, run
-from updater.adapters import read_delta, trainer_encoder
+from tests.unit.updater.builders import (
+    LIMITS,
+    assert_served_as_trained,
+    pairs,
+    pools,
+    question_pools,
+    recipe,
+    resumed,
+    run,
+)
+from updater.adapters import read_delta
 from updater.adapters.weight_deltas import kept_share
 from updater.data.pools import Pools
 from updater.families.clip_learner import ClipLearner
@@ -29,7 +38,6 @@ from updater.step.learner import AnyLearner, Learner
 from updater.training import checkpoint
 from updater.training.checkpoint import load_checkpoint
 from updater.training.result import TrainResult
-from updater.training.workers import Stopped
 
 
 class Kind(NamedTuple):
@@ -66,17 +74,9 @@ def test_a_stopped_update_goes_on_and_ends_in_the_same_adapter(
     first = kind.train(tmp_path / "first").directory
     again = {"recipe": kind.recipe(image=image), "incumbent": first, "pools": kind.pools(replay=12)}
     whole = kind.train(tmp_path / "whole", **again)
-    stops = 0
-    for _ in range(20):
-        asked = count(1)
-        try:  # three chunks of preparation or fewer, then between steps
-            resumed = kind.train(tmp_path / "parts", **again, stop=lambda asked=asked: next(asked) == 4)
-            break
-        except Stopped:
-            stops += 1
-    assert stops >= 2
-    assert resumed.adapter == whole.adapter
-    assert resumed.losses == whole.losses
+    parts = resumed(partial(kind.train, tmp_path / "parts", **again), 4, least=2)  # after three shards
+    assert parts.adapter == whole.adapter
+    assert parts.losses == whole.losses
 
 
 def test_an_update_goes_on_from_the_incumbent(kind: Kind, tmp_path: Path) -> None:
@@ -114,11 +114,7 @@ def test_training_lowers_the_loss_and_writes_what_the_engine_serves(base: ClipBa
     engine = ClipEngine(base)
     spaces = engine.load(result.adapter, result.directory)
     assert spaces.image != base.spaces.image and spaces.text != base.spaces.text
-    pixels = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)])
-    images, texts = trainer_encoder(base, result.directory)(pixels, ["a red car", "a tree"])
-    assert np.allclose(images, engine.encode_images(pixels, result.adapter), atol=1e-5)
-    assert np.allclose(texts, engine.encode_texts(["a red car", "a tree"], result.adapter), atol=1e-5)
-    assert not np.allclose(images, engine.encode_images(pixels), atol=1e-3)
+    assert_served_as_trained(base, result)
 
 
 def test_a_damaged_checkpoint_starts_the_update_again(base: ClipBase, tmp_path: Path) -> None:
