@@ -245,7 +245,8 @@ def load_recipe(name: str | Path) -> Recipe:
     elif path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise ConfigError(
             f"there is no recipe {str(name)!r}.",
-            f"Use one of {', '.join(recipe_names())}, or the path of a YAML file.",
+            f"Use one of {', '.join(recipe_names())}, or the path of a YAML file; the papers' recipes are in"
+            " the package ratchet-methods (docs/recipes.md).",
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -132,14 +132,6 @@ class Learner(ABC, Generic[E]):
         """The recipe's factor on the learning rate of a parameter."""
         return 1.0
 
-    def computing(self) -> AbstractContextManager[None]:
-        """Inside, passes of the model run in the recipe's precision."""
-        return computing(self.precision, self.model.device)
-
-    def takes(self, example: E) -> bool:
-        """True if the model can learn from an example at all; others are left out of every pool."""
-        return True
-
     def prepare(
         self, examples: Sequence[E], parts: Sequence[Part], work: Work | None = None,
         between: Callable[[], None] = lambda: None,
@@ -169,34 +161,6 @@ class Learner(ABC, Generic[E]):
     def begin(self, between: Callable[[], None]) -> None:
         """Called by :meth:`prepare` when the examples are known, before any shard is made."""
 
-    @property
-    def settled(self) -> str:
-        """The decisions of :meth:`begin` about what shards hold: with other ones they are made again."""
-        return ""
-
-    @property
-    @abstractmethod
-    def longest(self) -> int:
-        """Most tokens of an example, as :meth:`length` counts them."""
-
-    @abstractmethod
-    def decode(self, example: E, image: bytes) -> Any:
-        """Decode an example's image for the model, in any thread. What it raises says that
-        the model cannot learn from this example."""
-
-    @abstractmethod
-    def compute(self, rows: range, images: Sequence[Any]) -> Values:
-        """Compute what no step changes of some examples of one pool, from their images; without gradients, and with the
-        model at its start."""
-
-    @abstractmethod
-    def shard_size(self, rows: range, images: Sequence[Any]) -> Size:
-        """The size that the cost of :meth:`compute` grows with."""
-
-    @abstractmethod
-    def size(self, rows: Sequence[int]) -> Size:
-        """The size that the cost of a step on some examples grows with, which are ready."""
-
     def ready(self, rows: Sequence[int]) -> None:
         """Make what is missing of what no step changes, for some examples. Raises DiskFull, and what :attr:`afford`
         does."""
@@ -207,91 +171,9 @@ class Learner(ABC, Generic[E]):
         usable = [row for row in rows if row not in self.shards.left_out]
         return usable if any(self.parts[row] == "new" for row in usable) else []
 
-    def prepared_gflops(self) -> float:
-        """GFLOPs of what no step changes, as computed so far in all attempts; the same in any order of shards."""
-        return math.fsum(self.shards.gflops.values())
-
-    def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
-        """The same for one example of each pool, on average over those of ``rows``, which are ready."""
-        result: dict[Part, float] = {}
-        for part in PARTS:
-            if own := [row for row in rows if self.parts[row] == part]:
-                result[part] = self.shards.mean_gflops(own)
-        return result
-
-    def texts_gflops(self) -> float:
-        """The same for texts that are in every batch."""
-        return 0.0
-
-    def row_bytes(self) -> float:
-        """Disk that was taken for an example so far, on average."""
-        count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
-        return sum(self.shards.sizes.values()) / count
-
-    def close(self) -> None:
-        """End what is read in advance."""
-        self.shards.close()
-
-    @property
-    def answers_itself(self) -> bool:
-        """True if the cost of a step depends on what the model says in it."""
-        return False
-
-    def dearest(self) -> AbstractContextManager[None]:
-        """Inside, a step takes the most that one of its size may take, where :attr:`answers_itself`."""
-        return nullcontext()
-
-    @contextmanager
-    def padded(self, tokens: int) -> Iterator[None]:
-        """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
-        self.extra = tokens
-        try:
-            yield
-        finally:
-            self.extra = 0
-
-    @contextmanager
-    def at_start(self) -> Iterator[None]:
-        """Inside, the model is what the update began with, whatever it has learned since."""
-        if self._start is None:
-            yield
-            return
-        with self.model.holding(self._start):
-            yield
-
-    def _compute_at_start(self, rows: range, images: Sequence[Any]) -> Values:
-        with self.at_start():
-            return self.compute(rows, images)
-
-    def _fetch(self, rows: range) -> Fetched:
-        """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
-        chosen = [self.examples[row] for row in rows]
-        encoded = [example.read() for example in chosen]
-        left_out: dict[int, str] = {}
-
-        def decoded(row: int, example: E, image: bytes) -> Any:
-            try:
-                return self.decode(example, image)
-            except MemoryError:
-                raise
-            except Exception as error:  # of an image library or a processor; one example must not end all others
-                left_out[row] = f"{type(error).__name__}: {error}"[:300]
-                return self.decode(example, STAND_IN)
-
-        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
-            return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
-
-    @abstractmethod
-    def length(self, row: int) -> int:
-        """Tokens of an example's words; a batch takes as long as its longest."""
-
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:
         """The batch that objectives see of some examples, which are made ready."""
-
-    @abstractmethod
-    def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
-        """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
 
     def forward_backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
@@ -403,6 +285,124 @@ class Learner(ABC, Generic[E]):
             self.average.load_state(_under(tensors, "average."))
         self.model.load_state(_under(tensors, "model."))
         self.remember(tensors)
+
+    def takes(self, example: E) -> bool:
+        """True if the model can learn from an example at all; others are left out of every pool."""
+        return True
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Most tokens of an example, as :meth:`length` counts them."""
+
+    @abstractmethod
+    def length(self, row: int) -> int:
+        """Tokens of an example's words; a batch takes as long as its longest."""
+
+    @abstractmethod
+    def decode(self, example: E, image: bytes) -> Any:
+        """Decode an example's image for the model, in any thread. What it raises says that
+        the model cannot learn from this example."""
+
+    @abstractmethod
+    def compute(self, rows: range, images: Sequence[Any]) -> Values:
+        """Compute what no step changes of some examples of one pool, from their images; without gradients, and with the
+        model at its start."""
+
+    @abstractmethod
+    def shard_size(self, rows: range, images: Sequence[Any]) -> Size:
+        """The size that the cost of :meth:`compute` grows with."""
+
+    @abstractmethod
+    def size(self, rows: Sequence[int]) -> Size:
+        """The size that the cost of a step on some examples grows with, which are ready."""
+
+    @abstractmethod
+    def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
+        """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
+
+    @property
+    def settled(self) -> str:
+        """The decisions of :meth:`begin` about what shards hold: with other ones they are made again."""
+        return ""
+
+    @property
+    def answers_itself(self) -> bool:
+        """True if the cost of a step depends on what the model says in it."""
+        return False
+
+    def dearest(self) -> AbstractContextManager[None]:
+        """Inside, a step takes the most that one of its size may take, where :attr:`answers_itself`."""
+        return nullcontext()
+
+    def prepared_gflops(self) -> float:
+        """GFLOPs of what no step changes, as computed so far in all attempts; the same in any order of shards."""
+        return math.fsum(self.shards.gflops.values())
+
+    def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
+        """The same for one example of each pool, on average over those of ``rows``, which are ready."""
+        result: dict[Part, float] = {}
+        for part in PARTS:
+            if own := [row for row in rows if self.parts[row] == part]:
+                result[part] = self.shards.mean_gflops(own)
+        return result
+
+    def texts_gflops(self) -> float:
+        """The same for texts that are in every batch."""
+        return 0.0
+
+    def row_bytes(self) -> float:
+        """Disk that was taken for an example so far, on average."""
+        count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
+        return sum(self.shards.sizes.values()) / count
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, passes of the model run in the recipe's precision."""
+        return computing(self.precision, self.model.device)
+
+    @contextmanager
+    def padded(self, tokens: int) -> Iterator[None]:
+        """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
+        self.extra = tokens
+        try:
+            yield
+        finally:
+            self.extra = 0
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Inside, the model is what the update began with, whatever it has learned since."""
+        if self._start is None:
+            yield
+            return
+        with self.model.holding(self._start):
+            yield
+
+    def _compute_at_start(self, rows: range, images: Sequence[Any]) -> Values:
+        with self.at_start():
+            return self.compute(rows, images)
+
+    def _fetch(self, rows: range) -> Fetched:
+        """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
+        chosen = [self.examples[row] for row in rows]
+        encoded = [example.read() for example in chosen]
+        left_out: dict[int, str] = {}
+
+        def decoded(row: int, example: E, image: bytes) -> Any:
+            try:
+                return self.decode(example, image)
+            except MemoryError:
+                raise
+            except Exception as error:  # of an image library or a processor; one example must not end all others
+                left_out[row] = f"{type(error).__name__}: {error}"[:300]
+                return self.decode(example, STAND_IN)
+
+        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+            return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
+
+    def close(self) -> None:
+        """End what is read in advance."""
+        self.shards.close()
 
 
 def _taught(terms: Sequence[tuple[Term, Objective[Any]]]) -> dict[str, set[Part]]:
