@@ -52,15 +52,6 @@ def test_slerp_equals_the_plain_formula(name: str) -> None:
     assert values(merged(Merge(rule="slerp", weight=0.3), OLD, NEW, {}), name) == pytest.approx(expected)
 
 
-def test_slerp_keeps_the_length_that_the_straight_line_loses() -> None:
-    left, right = torch.eye(INNER, dtype=torch.float64)[:2].split(1)
-    one, other = LowRank(left, factor(1).b[:, :1]), LowRank(right, factor(1).b[:, :1])  # orthogonal, equally long
-    between = values(merged(Merge(rule="slerp", weight=0.5), {"layer": one}, {"layer": other}, {}))
-    straight = values(merged(Merge(rule="linear", weight=0.5), {"layer": one}, {"layer": other}, {}))
-    assert length(between) == pytest.approx(length(values({"layer": one})))
-    assert length(straight) == pytest.approx(math.sqrt(0.5) * length(between))
-
-
 def test_slerp_of_one_direction_or_of_one_alone_is_the_straight_line() -> None:
     twice = {"layer": LowRank(2 * factor(1).a, factor(1).b)}
     assert values(merged(Merge(rule="slerp", weight=0.5), {"layer": factor(1)}, twice, {})) == pytest.approx(

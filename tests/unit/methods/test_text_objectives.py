@@ -76,21 +76,6 @@ def test_a_selection_of_rows_keeps_its_own_parts() -> None:
     assert float(objective(made.select([1, 2]))) == pytest.approx(float(alone(few)), rel=1e-5)
 
 
-def test_both_towers_learn_that_image_and_part_belong_together() -> None:
-    captions = ["a big tree, in the park", "a red house. a small door"]
-    objective, made, _ = with_parts(captions, batch([0, 1]))
-    text = made.texts["subcaptions"].text
-    objective(made).backward()
-    assert made.image.grad is not None
-    assert text.grad is not None
-    step = replace(
-        made,
-        image=F.normalize(made.image - 0.05 * made.image.grad, dim=1),
-        texts={"subcaptions": replace(made.texts["subcaptions"], text=F.normalize(text - 0.05 * text.grad, dim=1))},
-    )
-    assert float(objective(step)) < float(objective(made))
-
-
 def guided(objective: LanguageGuided, made: Features, count: int) -> Features:
     texts = Texts(unit(count, 8), {"base": unit(count, 9)}, torch.full((count,), -1), torch.arange(count))
     return replace(made, texts={"language_guided": texts})
