@@ -36,7 +36,7 @@ chart: $(FOR_TESTS)
 docs: $(FOR_TESTS)
 	@$(BIN)/python -m docs.site
 
-$(VENV)/.installed-%: pyproject.toml client/pyproject.toml install.py
+$(VENV)/.installed-%: pyproject.toml client/pyproject.toml methods/pyproject.toml install.py
 	@echo "installing what '$*' needs into $(VENV) (one to three minutes)"
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, and $(PYTHON) is " \
 	  + sys.version.split()[0] + ".\nfix: name another one, as in: make PYTHON=python3.11")'

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 UV = Path(sysconfig.get_path("scripts")) / "uv"
 PLACES = ("pyproject.toml", "*/pyproject.toml", "helm/*/Chart.yaml")
-STATED = re.compile(r'(?m)^(version = "|version: |appVersion: "| *"ratchet-client==)(\d+\.\d+\.\d+)')
+STATED = re.compile(r'(?m)^(version = "|version: |appVersion: "| *"ratchet-(?:client|methods)==)(\d+\.\d+\.\d+)')
 UNRELEASED = re.compile(r"(?ms)^## Unreleased[^\n]*\n(.*?)(?=^## |\Z)")
 
 

@@ -36,17 +36,17 @@ from core.progress import track
 from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from streams.publish.folders import read_folder
+from updater.adapters.kinds import KINDS
 from updater.bases import reference_folders
 from updater.data.mixture import BatchPlan, plan_batches
 from updater.data.pools import Pair, Pools
 from updater.families import make_learner
-from updater.families.clip.learner import adapted_model
+from updater.methods.optimizers import learning_rate
 from updater.recipes import Part, Recipe, TrainPrecision, load_recipe
 from updater.service.process import use_environment
 from updater.step.learner import AnyLearner
-from updater.step.precision import training_precision
+from updater.step.passes import training_precision
 from updater.training.measure import measure
-from updater.training.schedules import learning_rate
 
 WARM_UP = 3
 FAST: dict[str, Any] = {"steps": 2, "pairs": 48, "batch": 24}
@@ -108,7 +108,7 @@ def run(
     try:
         prepared = {each: _prepare(base, plan.model_copy(update={"precision": each}), examples) for each in PRECISIONS}
         batches = _Batches(base, prepared["float32"])
-        _, adapted = adapted_model(base, base.build_model(), plan, {}, seed=0, device="cpu")
+        _, adapted = KINDS.find(plan.adapter.kind).build(base, base.build_model(), plan, {}, 0, "cpu")
         small, full = _OpenClip(adapted.model), _OpenClip(base.build_model().requires_grad_(True))
         turns: list[_Turn] = []
         for each in PRECISIONS:
@@ -167,15 +167,15 @@ class _Batches:
 
 
 class _Ours:
-    """The recipe's step, as in ``updater/training/run.py``."""
+    """The recipe's step, as in ``updater/training/trainer.py``."""
 
     def __init__(self, prepared: Prepared, recipe: Recipe, steps: int) -> None:
         self.prepared, self.recipe, self.steps = prepared, recipe, steps
 
     def step(self, number: int, images: Tensor, texts: Tensor) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self.prepared.learner.backward(self.prepared.rows(number))
-        self.prepared.learner.update(learning_rate(self.recipe.schedule, number, self.steps, first=True))
+        self.prepared.learner.forward_backward(self.prepared.rows(number))
+        self.prepared.learner.optimizer_step(learning_rate(self.recipe.schedule, number, self.steps, first=True))
         torch.use_deterministic_algorithms(False)
 
 

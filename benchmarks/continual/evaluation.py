@@ -20,9 +20,9 @@ from benchmarks.continual.stream import RECALL_AT, Suite, names_of
 from core.files import replacing
 from serving.engines.clip_base import ClipBase, tower_of
 from serving.engines.lora import effective_weights
+from updater.adapters.trained_layers import Which, first_touched
 from updater.data.pools import Pair
-from updater.families.clip.towers import SplitTower, stack_boundaries
-from updater.families.trained_layers import Which, first_touched
+from updater.families.clip_towers import SplitTower, stack_boundaries
 from updater.gate.score import IMAGE_BATCH, TEXT_BATCH, rank_of_best
 
 Vectors = NDArray[np.float32]

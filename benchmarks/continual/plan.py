@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
+import numpy as np
+
 from benchmarks.continual.protocol import Protocol
 from core.digests import digest12, digest_json
 from updater.budget.cost import Cost
-from updater.data.draw import Candidate, reservoir
+from updater.data.draw import draw_key, reservoir_order
 from updater.data.mixture import plan_batches
 from updater.data.pools import Example, Pools
 from updater.families import make_learner
@@ -46,8 +48,11 @@ def draw(lessons: Lessons, order: list[str], number: int, recipe: Recipe, protoc
     order, as a draw from the sample store is.
     """
     earlier = [pair for name in order[:number] for pair in lessons.updates[name]]
-    candidates = [Candidate(pair.id, pair.text.lower()) for pair in earlier] if recipe.mixture.replay > 0 else []
-    replayed = set(reservoir(candidates, protocol.replay, recipe.replay_half_life, seed, recipe.replay_balanced))
+    candidates = list(earlier) if recipe.mixture.replay > 0 else []
+    keys = np.fromiter((draw_key(pair.id, seed) for pair in candidates), np.uint64, len(candidates))
+    concepts = [pair.text.lower() for pair in candidates]
+    drawn = reservoir_order(keys, concepts, protocol.replay, recipe.replay_half_life, recipe.replay_balanced)
+    replayed = {candidates[place].id for place in drawn}
     return Pools(
         new=lessons.updates[order[number]],
         reference=lessons.reference if recipe.mixture.reference > 0 else (),

@@ -30,8 +30,8 @@ from serving.engines.preprocess import Preprocess
 from serving.engines.tokens import make_tokenizer
 from streams.publish.folders import FolderItem, read_folder
 from updater.data.pools import caption_number
+from updater.methods.optimizers import learning_rate
 from updater.recipes import Schedule
-from updater.training.schedules import learning_rate
 
 NAME = "vit"
 SIDE, PATCH, WIDTH, HEAD_WIDTH, LAYERS, CONTEXT = 96, 16, 192, 48, 6, 48

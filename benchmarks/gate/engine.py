@@ -20,8 +20,8 @@ from serving.engines.backends import GOLDEN_TEXTS, golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, Spaces
 from serving.engines.layers import shell_of
-from updater.families.clip.towers import SplitTower, stack_boundaries
-from updater.families.trained_layers import Which, tower_blocks
+from updater.adapters.trained_layers import Which, tower_blocks
+from updater.families.clip_towers import SplitTower, stack_boundaries
 
 TOLERANCE = 1e-4
 """Largest difference of a component of a unit vector from that of the whole tower; rounding makes about 1e-6."""

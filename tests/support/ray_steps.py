@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from updater.step.team import Team
+from updater.step.passes import Team
 from updater.training.workers import Control
 
 

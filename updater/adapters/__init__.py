@@ -3,7 +3,6 @@
 from updater.adapters.lora import LoraModel, read_delta, trainer_encoder
 from updater.adapters.model import AdapterModel
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, combine, compress, merge
-from updater.adapters.weights import WeightModel
 
 __all__ = [
     "AdapterModel",
@@ -11,7 +10,6 @@ __all__ = [
     "LoraModel",
     "LowRank",
     "WeightDelta",
-    "WeightModel",
     "combine",
     "compress",
     "merge",

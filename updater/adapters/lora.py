@@ -23,11 +23,11 @@ from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, write
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
 NEGLIGIBLE = 1e-9
-"""A singular value below this share of the largest is no direction: it starts anew instead of being stuck at zero."""
+"""A singular value below this share of the largest is not a direction: it starts afresh, or it would stay zero."""
 
 
 def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, LowRank | Dense]:
-    """What an adapter directory changes of its base. Raises AdapterError, also when it is an adapter of another one."""
+    """The changes of an adapter directory to its base. Raises AdapterError, also when it is of another one."""
     files = read_adapter(directory)
     files.check_base(base)
     return delta_of(files, base)
@@ -59,7 +59,7 @@ def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, LowRank
 
 
 class LoraModel(AdapterModel):
-    """A base with LoRA layers on ``trained`` modules, and frozen ones on what the incumbent has besides.
+    """A base with LoRA layers on ``trained`` modules, and frozen ones on what else the incumbent has.
 
     The same module is the teacher: inside :meth:`base` the adapter is switched off.
     """

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from serving.engines.adapters import PREFIX, write_adapter
 from serving.engines.clip_base import ClipBase
-from serving.engines.lora import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
@@ -21,7 +20,7 @@ OTHER_BASE = "It belongs to another base: release the base alone, and update fro
 
 
 class AdapterModel(ABC):
-    """What a learner trains. ``parameters`` are what the optimizer moves, by name."""
+    """The model that a learner trains. ``parameters`` are what the optimizer moves, by name."""
 
     frozen: ClipBase | VlmBase
     model: nn.Module
@@ -47,11 +46,16 @@ class AdapterModel(ABC):
     def write(self, delta: WeightDelta, directory: Path) -> str:
         """Write ``delta`` as an adapter directory, compressed to the rank; returns the adapter's name."""
 
+    @property
+    def replaced(self) -> list[nn.Module]:
+        """Modules that form a whole weight in place of a parameter of the base: they count no more than it does."""
+        return []
+
     def stepped(self, step: int, steps: int) -> None:  # noqa: B027 - most have nothing to do then
         """Called after each step of the optimizer."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed update needs besides the parameters."""
+        """Further state that a resumed update needs, next to the parameters."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
@@ -100,19 +104,6 @@ class WholeWeights:
 def applied(plain: Tensor, part: Dense) -> Tensor:
     """A parameter's value under a whole difference; exact where the difference was taken of float32 values."""
     return (plain.double().cpu() + part.value).to(plain.device, plain.dtype)
-
-
-def dense_delta(delta: WeightDelta, model: nn.Module) -> dict[str, Tensor]:
-    """ΔW of every parameter that a delta touches, by parameter name, float64 in the parameter's shape."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    modules = dict(model.named_modules())
-    dense: dict[str, Tensor] = {}
-    for name, part in delta.items():
-        parameter = parameter_of(name, modules) if isinstance(part, LowRank) else name
-        times = OUT_PROJ_TIMES if name.endswith(INNER_OUT_PROJ) else 1.0
-        value = times * part.dense().reshape(shapes[parameter]) if isinstance(part, LowRank) else part.value
-        dense[parameter] = dense[parameter] + value if parameter in dense else value
-    return dense
 
 
 def parameter_of(layer: str, modules: Mapping[str, nn.Module]) -> str:

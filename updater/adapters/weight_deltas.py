@@ -39,7 +39,7 @@ class LowRank:
         return cls(eye, matrix) if inner <= out else cls(matrix, eye)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it is made of."""
+        """Its tensors."""
         return self.a, self.b
 
 
@@ -50,7 +50,7 @@ class Dense:
     value: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it is made of."""
+        """Its tensors."""
         return (self.value,)
 
 
@@ -81,7 +81,7 @@ def combine(shares: Sequence[tuple[float, WeightDelta]]) -> dict[str, LowRank | 
 
 
 def fits(factor: LowRank, rank: int) -> bool:
-    """Whether :func:`compress` to ``rank`` loses nothing that float32 could hold."""
+    """True if :func:`compress` to ``rank`` loses nothing that float32 could hold."""
     if factor.rank <= rank:
         return True
     dense = factor.dense()

@@ -1,1 +1,1 @@
-"""What training costs, what a budget pays for, and the share of time that serving leaves to it."""
+"""The cost of training, the steps that a budget pays for, and the share of time that serving leaves to it."""

@@ -1,4 +1,4 @@
-"""What a pass costs at most, by its size and by what others cost: an update stops before what it cannot pay for.
+"""The most that a pass costs, by its size and by what others cost: an update stops before what it cannot pay for.
 
 The FLOPs of a pass are a polynomial of its sizes whose coefficients are not negative: of second degree in lengths
 (attention), and of second degree in counts (a loss that compares every row with every other). So where no count is
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 MARGIN = 1.01
-"""What a pass may take above its bound: terms of a loss that see more rows than before, a queue that fills. They are a
-small part of any step, and they grow slowly: what the steps before took above theirs is allowed for, too."""
+"""A pass may take so much above its bound: terms of a loss that see more rows than before, a queue that fills. They
+are a small part of any step, and they grow slowly: what the steps before took above theirs is allowed for, too."""
 
 KEPT = 32
 """Sizes whose costs are remembered, the last ones: each pair of them is looked at before each step."""
 
 
 class BudgetSpent(Exception):
-    """What comes next may cost more than is left.
+    """The next pass may cost more than is left.
 
     ``broken_off``: GFLOPs of what was begun of it. ``needed``: what it may cost with all that was spent before.
     """
@@ -37,7 +37,7 @@ class BudgetSpent(Exception):
 
 @dataclass(frozen=True)
 class Size:
-    """What the cost of a pass grows with."""
+    """The size of a pass, which its cost grows with."""
 
     counts: tuple[float, ...] = ()
     """Numbers of things that run side by side: rows, texts."""
@@ -45,7 +45,7 @@ class Size:
     """Tokens of the longest text, and of the longest of another kind, values of all pictures. 0 where there is none,
     which then took no more than one as long as the first."""
     gflops: float = 0.0
-    """What is known to grow with something else alone, at most: a head that is asked about some tokens."""
+    """The part that is known to grow with something else alone, at most: a head that is asked about some tokens."""
 
     def to_json(self) -> list[Any]:
         """Plain values."""
@@ -53,18 +53,18 @@ class Size:
 
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> Size:
-        """What :meth:`to_json` gave."""
+        """Read what :meth:`to_json` gave."""
         counts, lengths, gflops = values
         return cls(tuple(counts), tuple(lengths), float(gflops))
 
     def growth(self, other: Size) -> float:
-        """How many times as much as a pass of another size one of this size takes, at most."""
+        """The factor on the cost of another size at which this size costs no more."""
         counts = max(map(_ratio, self.counts, other.counts), default=1.0)
         lengths = max(map(_ratio, self.lengths, (each or other.lengths[0] for each in other.lengths)), default=1.0)
         return max(1.0, counts) ** 2 * max(1.0, lengths) ** 2
 
     def between(self, small: Size, large: Size) -> float:
-        """How far from a small size to a large one this size lies, 0 to 1; infinite where it is not between them."""
+        """The place of this size between a small and a large one, 0 to 1; infinite where it is not between them."""
         far = 0.0
         for own, one, other in zip(*(s.counts + s.lengths for s in (self, small, large)), strict=True):
             if own > other or one > other:
@@ -87,14 +87,14 @@ class Costs:
         """``known``: of :meth:`to_json`."""
         self._known = {Size.from_json(size): float(gflops) for size, gflops in known}
         self.excess = excess
-        """What a pass took of its bound without the margin, at most, and at least 1."""
+        """The largest ratio of a pass's cost to its bound without the margin, at least 1."""
 
     def most(self, size: Size) -> float:
-        """What a pass of this size takes at most; 0 where nothing is known, so that a first one is measured."""
+        """The most that a pass of this size takes; 0 where nothing is known, so that a first one is measured."""
         return MARGIN * self.excess * self._bound(size)
 
     def least(self, size: Size) -> float:
-        """What it takes at least: as much as any that was smaller in everything."""
+        """The least that it takes: as much as any that was smaller in everything."""
         return max((gflops for known, gflops in self._known.items() if size.between(known, size) <= 1), default=0.0)
 
     def add(self, size: Size, gflops: float, known: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What an update costs, and the steps that a budget pays for.
+"""The cost of an update, the steps that a budget pays for, and what has been spent of it so far.
 
 Memory-adjusted FLOPs (MAF) as in FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining":
 GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). How both are measured is in
@@ -7,14 +7,23 @@ GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). How 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.errors import BudgetError
+from updater.budget.bound import BudgetSpent, Costs, Size
 from updater.data.mixture import BatchPlan
 from updater.recipes import Part
+
+TWICE = 1.5
+"""A pass of one process may take so much of what it takes in several, and the other way round: micro-batches run the
+model forward once more, and a loss is computed in each process."""
+
+ROUNDING = 1e-12
+"""Share of a budget that sums in another order may differ by."""
 
 
 class StepUnaffordable(BudgetError):
@@ -32,7 +41,7 @@ class Cost:
     sample_gflops: float
     """Forward pass of one sample through the whole model."""
     row_gflops: Mapping[Part, float]
-    """What is computed once of an example, by its pool: teachers' passes, and what no step changes."""
+    """GFLOPs that are computed once of an example, by its pool: teachers' passes, and what no step changes."""
     texts_gflops: float
     """The same of texts that are in every batch."""
     peak_bytes: float
@@ -43,7 +52,7 @@ class Cost:
     closing: int = 0
     """Steps' worth of passes after the last step: gradients that regularizers measure."""
     known: Sequence[Any] = ()
-    """What was counted, by its size, each at its dearest: see :meth:`updater.budget.bound.Costs.to_json`."""
+    """The counted GFLOPs, by size, each at its dearest: see :meth:`updater.budget.bound.Costs.to_json`."""
 
     @property
     def memory_ratio(self) -> float:
@@ -64,7 +73,7 @@ class Cost:
         return prepared_gflops * self.memory_ratio + (steps + self.closing) * self.maf_per_step
 
     def prepare_gflops(self, steps: int, plan: BatchPlan) -> float:
-        """What is prepared for so many steps: the rows that they visit, and no others."""
+        """GFLOPs of preparing so many steps: the rows that they visit, and no others."""
         return self.texts_gflops + sum(self.row_gflops[part] * plan.visited(part, steps) for part in plan.counts)
 
     def planned(self, steps: int, plan: BatchPlan) -> float:
@@ -97,3 +106,71 @@ class Cost:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+class Spending:
+    """GFLOPs of an update, of all its attempts, and the promise that they never exceed its budget.
+
+    What comes next is bounded from above (:mod:`updater.budget.bound`), with what the passes after the last step will
+    take put aside.
+
+    Args:
+        budget: memory-adjusted GFLOPs.
+        steps: what each step took that was taken.
+        costs: of steps by their size.
+        prepared: what was prepared so far, in all attempts.
+        alone: one process computes, which can break a pass off; several stop before it.
+        repeats: steps of one size take the same; without it, what a step takes depends on what the model says.
+    """
+
+    def __init__(
+        self, budget: float, cost: Cost, steps: Sequence[float], costs: Costs, prepared: Callable[[], float],
+        alone: bool = True, repeats: bool = True,
+    ) -> None:  # fmt: skip
+        self._budget, self._cost = budget / cost.memory_ratio * (1 - ROUNDING), cost
+        self._prepared, self._alone, self._repeats = prepared, alone, repeats
+        self._again = 1.0 if alone else TWICE
+        self.steps, self.costs = list(steps), costs
+
+    def afford(self, most: float, least: float) -> float:
+        """GFLOPs under which something may be prepared that takes so much. Raises BudgetSpent."""
+        return self._within(self._left(self.steps), most, least)
+
+    def afford_step(self, size: Size) -> float:
+        """GFLOPs under which a step of this size may be taken. Raises BudgetSpent."""
+        number = len(self.steps)
+        again = sum(batch == number for batch in self._closing(number + 1))
+        left = self._left([*self.steps, 0.0]) / (1 + self._again * again)
+        left = min(left, self._left(self.steps)) if number else left  # if it is broken off, the others are the last
+        most = self.costs.most(size) * (1 if number else self._again)  # what was measured is the step of one process
+        # Where steps do not repeat, the dearest says nothing about the others.
+        return self._within(left, most, self.costs.least(size) if self._repeats else 0.0)
+
+    def stepped(self, size: Size, gflops: float) -> None:
+        """A step was taken. Where its cost depends on what the model said, no other one is compared with it."""
+        self.steps.append(gflops)
+        self.costs.add(size, gflops, known=self._repeats)
+
+    def skipped(self) -> None:
+        """A step of which no row could be used."""
+        self.steps.append(0.0)
+
+    def spent(self) -> float:
+        """GFLOPs so far, without the passes after the last step."""
+        return math.fsum([self._prepared(), *self.steps])
+
+    def _left(self, steps: Sequence[float]) -> float:
+        """GFLOPs, if the update ends with these steps."""
+        closing = math.fsum(steps[number] for number in self._closing(len(steps)))
+        return self._budget - self.spent() - self._again * closing
+
+    def _within(self, left: float, most: float, least: float) -> float:
+        if most <= left:
+            return math.inf
+        if not self._alone or least > left:
+            raise BudgetSpent(needed=self.spent() + most)
+        return left
+
+    def _closing(self, steps: int) -> list[int]:
+        """Numbers of the steps whose batches are seen again after the last one."""
+        return [number % steps for number in range(self._cost.closing)] if steps else []

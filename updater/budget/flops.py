@@ -54,7 +54,7 @@ class FlopCount(TorchDispatchMode):
 
 
 def _shape_after(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation will give, without its values, where its formula asks for that."""
+    """An operation's output without its values, where its formula asks for that."""
     if func.overloadpacket not in (torch.ops.aten.convolution, torch.ops.aten._convolution):
         return None
     with _disable_current_modes():  # another counter must not count it

@@ -1,4 +1,4 @@
-"""How far the trainer gives way to serving: it computes less of the time while requests take longer than before.
+"""The trainer gives way to serving: it computes less of the time while requests take longer than before.
 
 The server's own count of latencies is read between steps. A route is slow when its requests of the last moments took,
 on average, more than so many times what they did in the minutes before the update began. Then the share of time that
@@ -27,7 +27,7 @@ POLL_SECONDS = 5.0
 WINDOW_REQUESTS = 50
 """Requests of one route whose mean is compared."""
 WINDOW_SECONDS = 60.0
-"""After this long without enough requests, nobody is there who could be slowed down."""
+"""After this long without enough requests, no one is there to be slowed down."""
 BEFORE_SECONDS = 600.0
 """Requests of so long before an update are what later ones are compared with: a busy hour of yesterday is not."""
 GROWTH = 0.1
@@ -105,7 +105,7 @@ class Throttle:
         return self.share
 
     def _look(self, totals: Latencies | None) -> None:
-        if totals is None:  # nobody is served, so that nobody is in the way
+        if totals is None:  # no one is served, so that nothing is in the way
             self._set(1.0, "the server does not answer")
             return
         if self._window is None or _restarted(totals, self._window):
@@ -141,7 +141,7 @@ class Throttle:
 
 
 def latencies(client: Client) -> Latencies | None:
-    """What a server tells of its API's routes at ``/metrics``; None when it does not answer."""
+    """Latencies of a server's API routes from ``/metrics``; None when it does not answer."""
     try:
         page = client.metrics()
     except ServerError:
@@ -162,5 +162,5 @@ def _since(now: Took, then: Took) -> Took:
 
 
 def _restarted(now: Latencies, then: Latencies) -> bool:
-    """Whether the server counts anew."""
+    """True if the server has restarted its counters."""
     return any(now.get(route, Took()).requests < took.requests for route, took in then.items())

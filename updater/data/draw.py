@@ -1,4 +1,4 @@
-"""Which rows of the sample store an update may learn from, and in what order: by their addresses, without their words.
+"""The rows of the sample store that an update may learn from, in order: by their addresses, without their words.
 
 What is pending (D) comes in the order of the setting ``updater.draw``: ``uniform`` by a hash of seed and id, so that
 the first m rows are m drawn from all of them; ``newest`` by the time at which they were stored. How many are visited
@@ -14,7 +14,6 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.recipes import Family, Recipe
 
 HAVING: Mapping[Family, Having] = {"clip": "text", "vlm": "question"}
-"""What a sample must have for a family to learn from it."""
+"""The field that a sample must have for a family to learn from it."""
 PLACE = ("topic", "partition", "offset")
 PARTITIONS = 1 << 32
 
@@ -69,7 +68,7 @@ def _batches(store: SampleStore, family: Family, version: int) -> Iterator[pa.Re
 
 
 def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
-    """Whether each row lies at or after the offset from which its partition is new, bool [n]."""
+    """True for each row at or after the offset from which its partition is new, bool [n]."""
     topics = batch["topic"].dictionary_encode()
     codes, partition = (
         each.to_numpy(zero_copy_only=False).astype(np.int64) for each in (topics.indices, batch["partition"])
@@ -141,27 +140,11 @@ def _codes(names: Iterable[str], known: dict[str, int]) -> np.ndarray:
 
 
 def _concepts(rows: pa.RecordBatch, family: Family) -> Iterator[str]:
-    """What replay is balanced over; for questions also their kind."""
+    """The concepts that replay is balanced over; for questions also their kind."""
     columns = [rows[name].to_pylist() for name in ("concept", "domain")]
     kinds = rows["label"].to_pylist() if family == "vlm" else [None] * rows.num_rows
     for concept, domain, kind in zip(*columns, kinds, strict=True):
         yield f"{kind or ''} {concept or domain or ''}"
-
-
-class Candidate(NamedTuple):
-    """An earlier row that may be replayed."""
-
-    id: str
-    concept: str
-
-
-def reservoir(
-    rows: Sequence[Candidate], capacity: int, half_life: float, seed: int, balanced: bool = True
-) -> list[str]:
-    """Ids of at most ``capacity`` rows, as :func:`reservoir_order` draws them. ``rows`` are oldest first."""
-    keys = np.fromiter((draw_key(row.id, seed) for row in rows), np.uint64, len(rows))
-    order = reservoir_order(keys, [row.concept for row in rows], capacity, half_life, balanced)
-    return [rows[number].id for number in order]
 
 
 def reservoir_order(

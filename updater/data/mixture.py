@@ -1,4 +1,4 @@
-"""Which rows make up a batch: a pure function of seed and step, so that a resumed run sees the same batches."""
+"""The rows of a batch: a pure function of seed and step, so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 class BatchPlan:
     """Rows of each pool in one batch, and the order in which the pools are gone through.
 
-    A pool is gone through in epochs: first in its own order, that of its draw, and shuffled anew for each later one. So
-    the rows that steps visit first are always the next ones, and a longer pool has the same first batches.
+    A pool is gone through in epochs: first in its own order, that of its draw, and shuffled again for each later one.
+    So the rows that steps visit first are always the next ones, and a longer pool has the same first batches.
     """
 
     counts: Mapping[Part, int]
     sizes: Mapping[Part, int]
     seed: int
     runs: Mapping[Part, tuple[int, ...]] = field(default_factory=dict)
-    """Where runs of rows begin that stay together in later epochs, by the pools that have them."""
+    """The first rows of runs that stay together in later epochs, by the pools that have them."""
 
     @property
     def rows(self) -> int:

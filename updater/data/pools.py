@@ -1,4 +1,4 @@
-"""What an update is trained on: three pools of examples, pinned by the store's version and a seed.
+"""The examples of an update: three pools of examples, pinned by the store's version and a seed.
 
 Each pool is in the order of its draw, so that its first m examples are a draw of m: an update visits as many of them as
 its budget pays for. The order of visits (views of images, runs of one domain) is a function of what was drawn, of the
@@ -112,7 +112,7 @@ class Pools:
         return [part for part in PARTS for _ in self.of(part)]
 
     def rows(self, batch: Sequence[tuple[Part, int]]) -> list[int]:
-        """Where the (pool, row) of a batch are among :attr:`examples`."""
+        """Numbers of a batch's (pool, row) among :attr:`examples`."""
         ends = accumulate(self.sizes.values(), initial=0)
         first = dict(zip(PARTS, ends, strict=False))
         return [first[part] + row for part, row in batch]
@@ -304,7 +304,7 @@ def grouped(domains: Sequence[str], size: int) -> list[int]:
 
 
 def run_starts(domains: Sequence[str], size: int) -> tuple[int, ...]:
-    """Where runs of one domain, of at most ``size`` rows, begin in an order of rows."""
+    """The first rows of runs of one domain, of at most ``size`` rows, in an order of rows."""
     starts: list[int] = []
     for place, domain in enumerate(domains):
         if not starts or domain != domains[place - 1] or place - starts[-1] == size:

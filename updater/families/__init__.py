@@ -1,4 +1,4 @@
-"""What differs between the two kinds of models that are updated; everything else is the same code for both.
+"""The differences between the two kinds of models that are updated; everything else is the same code for both.
 
 A CLIP learns from pairs of an image and a text, a VLM from an image, a question and its answer. A recipe says which
 family it trains.
@@ -19,8 +19,8 @@ from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.publish.folders import read_folder
 from updater.adapters import WeightDelta
 from updater.bases import VLM_REFERENCE, reference_folders, shipped_folders
-from updater.families.clip.learner import ClipLearner
-from updater.families.vlm.learner import VlmLearner
+from updater.families.clip_learner import ClipLearner
+from updater.families.vlm_learner import VlmLearner
 from updater.recipes import Family, Recipe, load_recipe
 from updater.step.learner import AnyLearner, Base
 

@@ -1,1 +1,1 @@
-"""The methods that recipes name, one file each: objectives, regularizers, merging and optimizers."""
+"""The methods that the shipped recipes name, and the protocols of those that other packages bring."""

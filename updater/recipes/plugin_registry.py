@@ -1,41 +1,67 @@
-"""Plugins of recipes: our packages with one small file for each method, and what installed packages bring.
+"""Methods and recipes that installed packages bring, next to those of Ratchet.
 
-A package of somebody else names a module for each of its methods in an entry point, whose group is ``ratchet.`` and the
-name of our package (objectives, regularizers, merging, optimizers, parametrizations); the module defines what a file of
-ours defines. Packages with recipes (YAML files) are in the group ``ratchet.recipes``.
+A package names each of its methods in an entry point, ``hinge = "my_methods.hinge:Hinge"``, whose group is
+``ratchet.`` and the kind (objectives, regularizers, merging, optimizers, adapters). Packages with recipes (YAML
+files) are in the group ``ratchet.recipes``. The papers' methods come so, from ``ratchet-methods``.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
-import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from core.errors import ConfigError
 
 log = logging.getLogger("ratchet.recipes")
+T = TypeVar("T")
 
 
-def method_names(package: str) -> list[str]:
-    """Names of a package's methods, in order: its files, and what other packages bring for it."""
-    own = _files(package)
-    return sorted({*own, *_others(_group(package), frozenset(own))})
+class Methods(Generic[T]):
+    """The methods of one kind by name: ours, and those of installed packages.
 
+    Args:
+        kind: names the group of entry points.
+        noun: what an error calls one of them.
+        own: Ratchet's, which no package can replace.
+        base: the class that those of other packages derive from; without it they may be anything that can be called.
+    """
 
-def method_module(package: str, name: str) -> ModuleType:
-    """The module of a method. Raises ConfigError when that of another package cannot be imported."""
-    own = f"{package}.{name}"
-    if importlib.util.find_spec(own) is not None:
-        return importlib.import_module(own)
-    return _loaded(_others(_group(package), frozenset(_files(package)))[name])
+    def __init__(self, kind: str, noun: str, own: Mapping[str, T], base: type | None = None) -> None:
+        self.group, self.noun, self.own, self.base = f"ratchet.{kind}", noun, own, base
+
+    def names(self) -> list[str]:
+        """Names that a recipe may use, in order."""
+        return sorted({*self.own, *self._others()})
+
+    def find(self, name: str) -> T:
+        """The method of that name. Raises ConfigError for an unknown one, and for one that cannot be imported."""
+        others = self._others()
+        if name in self.own:
+            return self.own[name]
+        if name not in others:
+            raise ConfigError(f"there is no {self.noun} {name!r}.", f"Use one of {', '.join(self.names())}.")
+        found: Any = _loaded(others[name])
+        if not callable(found) or (self.base and not (isinstance(found, type) and issubclass(found, self.base))):
+            wanted = self.base.__name__ if self.base else "function"
+            owner = _owner(others[name])
+            raise ConfigError(f"{self.noun} {name!r} of {owner} is not a {wanted}.", "Update that package.")
+        return found  # type: ignore[no-any-return]
+
+    @contextmanager
+    def options_of(self, name: str) -> Iterator[None]:
+        """Inside, a TypeError is a wrong option of a recipe: ConfigError says so."""
+        try:
+            yield
+        except TypeError as error:
+            raise ConfigError(f"{self.noun} {name!r}: {error}.", "See its file for its options.") from None
+
+    def _others(self) -> dict[str, EntryPoint]:
+        return _others(self.group, frozenset(self.own))
 
 
 def recipe_files(shipped: Path) -> dict[str, Path]:
@@ -55,32 +81,6 @@ def recipe_files(shipped: Path) -> dict[str, Path]:
     return theirs | ours
 
 
-def find(package: str, attribute: str, what: str, name: str, known: Sequence[str]) -> Any:
-    """What a method defines under ``attribute``. Raises ConfigError, which lists the ``known``, for another name."""
-    if name not in known:
-        raise ConfigError(f"there is no {what} {name!r}.", f"Use one of {', '.join(known)}.")
-    module = method_module(package, name)
-    if not hasattr(module, attribute):
-        raise ConfigError(f"{what} {name!r}: {module.__name__} defines no {attribute}.", "See the files of ours.")
-    return getattr(module, attribute)
-
-
-@contextmanager
-def options_of(what: str, name: str) -> Iterator[None]:
-    """Inside, a TypeError is a wrong option of a recipe: ConfigError says so."""
-    try:
-        yield
-    except TypeError as error:
-        raise ConfigError(f"{what} {name!r}: {error}.", "See its file for its options.") from None
-
-
-def _files(package: str) -> list[str]:
-    """What files share is in packages, and in the file that has the package's name in the singular: those are none."""
-    shared = _leaf(package).removesuffix("s")
-    modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
-    return sorted(module.name for module in modules if module.name != shared and not module.ispkg)
-
-
 @cache
 def _others(group: str, taken: frozenset[str]) -> dict[str, EntryPoint]:
     """Of installed packages, by name. Ours come first: a name that is taken cannot be replaced."""
@@ -93,26 +93,15 @@ def _others(group: str, taken: frozenset[str]) -> dict[str, EntryPoint]:
     return found
 
 
-def _loaded(point: EntryPoint) -> ModuleType:
+def _loaded(point: EntryPoint) -> Any:
     try:
-        module = point.load()
+        return point.load()
     except Exception as error:  # code of others
         raise ConfigError(
             f"{point.group} {point.name!r} of {_owner(point)} cannot be imported: {type(error).__name__}: {error}",
             "Update or remove that package.",
         ) from error
-    if not isinstance(module, ModuleType):
-        raise ConfigError(f"{point.group} {point.name!r} of {_owner(point)} is no module.", "Name a module.")
-    return module
 
 
 def _owner(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
-
-
-def _group(package: str) -> str:
-    return f"ratchet.{_leaf(package)}"
-
-
-def _leaf(package: str) -> str:
-    return package.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The typed form of a recipe. A recipe is data: it names objectives and schedules, which live in their own files."""
+"""The typed form of a recipe. A recipe is data: it names objectives, merge rules and the like, which are code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 
 PLACE = "{}"
-"""Where a caption stands in a template."""
+"""The place of a caption in a template."""
 Template = Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=200)]
 
 
@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 class Tower(Section):
-    """Which modules of one part of a model learn."""
+    """The modules of one part of a model that learn."""
 
     locked: bool = Field(False, description="Nothing in this part learns; a CLIP tower keeps its embedding space.")
     blocks: int | None = Field(
@@ -41,14 +41,14 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    """What learns in the layers that learn, found by name in ``updater/adapters/parametrizations``."""
+    """The kind of adapter in the layers that learn, by name."""
 
     kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
 class Optimizer(Section):
-    """What moves the parameters, found by name in ``updater/optimizers``."""
+    """The optimizer, by name: see ``updater/methods/optimizers.py``."""
 
     kind: str = "adamw"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
@@ -77,7 +77,7 @@ class Mixture(Section):
 
 
 class Batches(Section):
-    """Which examples of a pool are in a batch together."""
+    """The examples of a pool that are in a batch together."""
 
     domains: Literal["mixed", "grouped"] = Field(
         "mixed", description="grouped: runs of one domain, whose rows are each other's (hard) negatives."
@@ -94,7 +94,7 @@ class Views(Section):
 
 
 class Term(Section):
-    """One term of the loss, found by name in ``updater/objectives``, or in ``updater/regularizers``."""
+    """One term of the loss: an objective (``updater/methods/objectives.py``) or a regularizer, by name."""
 
     name: str
     weight: float = Field(1.0, ge=0)
@@ -103,7 +103,7 @@ class Term(Section):
 
 
 class Schedule(Section):
-    """Learning rate over steps; see ``updater/training/schedules.py``. No field is a horizon."""
+    """Learning rate over steps; see ``updater/methods/optimizers.py``. No field is a horizon."""
 
     kind: Literal["infinite", "rsqrt", "cosine"] = "infinite"
     peak: float = Field(1e-3, gt=0, description="Learning rate at the end of the warm-up.")
@@ -118,12 +118,12 @@ class Schedule(Section):
 
 
 class Merge(Section):
-    """What is served after an update: the incumbent's delta and the trained one, merged by a rule.
+    """The merge of the incumbent's delta with the trained one, which is served after an update.
 
-    Rules are found by name in ``updater/merging``; ``none`` serves what was trained. ``start`` is what the next update
-    trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot merge).
-    ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites takes the place of
-    ``weight``, and the gate then judges by the hidden half.
+    Rules are in ``updater/methods/merging.py``, or installed; ``none`` serves what was trained. ``start`` is what the
+    next update trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot
+    merge). ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites takes the
+    place of ``weight``, and the gate then judges by the hidden half.
     """
 
     rule: str = "linear"
@@ -245,7 +245,8 @@ def load_recipe(name: str | Path) -> Recipe:
     elif path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise ConfigError(
             f"there is no recipe {str(name)!r}.",
-            f"Use one of {', '.join(recipe_names())}, or the path of a YAML file.",
+            f"Use one of {', '.join(recipe_names())}, or the path of a YAML file; the papers' recipes are in"
+            " the package ratchet-methods (docs/recipes.md).",
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -180,7 +180,7 @@ def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
 
 class TuningScores:
     """Scores merged adapters of one update on the tuning half of its suites, through the engine that serves: an
-    :class:`updater.training.linesearch.Scored`. The verdict then falls on the hidden half.
+    :class:`updater.methods.merging.Scored`. The verdict then falls on the hidden half.
 
     PAINT's measure: the mean of what must not be lost (retention suites) and of what is to be learned (gain suites).
     """

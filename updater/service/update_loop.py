@@ -54,7 +54,7 @@ from updater.service.train_update import BucketEmpty, train_update
 from updater.service.triggers import IMPORTED, Learned, Ready, Reevaluate, Waiting
 from updater.step.learner import Base
 from updater.training.checkpoint import NAME as CHECKPOINT
-from updater.training.run import PREPARED
+from updater.training.plan import PREPARED
 from updater.training.workers import Stopped
 
 log = logging.getLogger(__name__)

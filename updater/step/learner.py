@@ -1,7 +1,7 @@
 """One training step, whatever the model: rows of prepared examples in, loss and gradients out.
 
 What differs between a CLIP and a VLM is in ``updater/families``; the course of an update is in
-``updater/training/run.py``.
+``updater/training/trainer.py``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,20 @@ from updater.budget.bound import Size
 from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
 from updater.methods import objectives, optimizers, regularizers
-from updater.methods.objectives import Batch, Features, Objective
+from updater.methods.batches import Batch, Features
+from updater.methods.objectives import Objective
+from updater.methods.optimizers import Average, Momentum
 from updater.recipes import Part, Recipe, Term
-from updater.step.averaging import Average, Momentum
-from updater.step.gradients import CachedPasses, harmonized_backward, without_conflicts
-from updater.step.precision import computing, training_precision
+from updater.step.passes import (
+    ALONE,
+    CachedPasses,
+    Team,
+    computing,
+    harmonized_backward,
+    training_precision,
+    without_conflicts,
+)
 from updater.step.shards import Fetched, Shards, Values, spans
-from updater.step.team import ALONE, Team
 
 Base = ClipBase | VlmBase
 E = TypeVar("E", Pair, Question)
@@ -50,20 +57,20 @@ def _grey_picture() -> bytes:
 STAND_IN: Final = _grey_picture()
 """Takes the place of a picture that cannot be prepared, in what is computed of its neighbours; no step sees it."""
 CHUNK = 48
-"""Most examples in one pass of what is computed once, and in a shard where nobody says otherwise."""
+"""Most examples in one pass of what is computed once, and in a shard where no pool says otherwise."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Where a learner keeps what it computes once per example."""
+    """The place of what a learner computes once per example."""
 
     folder: Path
     key: str = ""
-    """Names what is computed beside the examples: base, recipe, incumbent. Shards of another one are made again."""
+    """Names what is computed, apart from the examples: base, recipe, incumbent. Those of another are made again."""
     rows: Mapping[str, int] = field(default_factory=dict)
     """Examples that a step visits, by their pool: they are in shards of their own."""
     room: float = math.inf
-    """Bytes on disk for one example; boundaries of frozen blocks that need more are computed anew at each step."""
+    """Bytes on disk for one example; boundaries of frozen blocks that need more are computed at each step."""
     threads: int = 1
     """Threads that decode images."""
 
@@ -100,7 +107,7 @@ class Learner(ABC, Generic[E]):
         """Tokens that are added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
         self.left_out: list[int] = []
-        """Rows that the last step left out for their conflicts, as :meth:`backward` was given them."""
+        """Rows that the last step left out for their conflicts, as :meth:`forward_backward` was given them."""
 
     def join(self, team: Team) -> None:
         """Share the work of each step with other processes. Called before :meth:`prepare`, whose folder they share.
@@ -124,14 +131,6 @@ class Learner(ABC, Generic[E]):
     def rate_of(self, parameter: str) -> float:
         """The recipe's factor on the learning rate of a parameter."""
         return 1.0
-
-    def computing(self) -> AbstractContextManager[None]:
-        """Inside, passes of the model run in the recipe's precision."""
-        return computing(self.precision, self.model.device)
-
-    def takes(self, example: E) -> bool:
-        """Whether the model can learn from an example at all; others are left out of every pool."""
-        return True
 
     def prepare(
         self, examples: Sequence[E], parts: Sequence[Part], work: Work | None = None,
@@ -162,34 +161,6 @@ class Learner(ABC, Generic[E]):
     def begin(self, between: Callable[[], None]) -> None:
         """Called by :meth:`prepare` when the examples are known, before any shard is made."""
 
-    @property
-    def settled(self) -> str:
-        """What was decided in :meth:`begin` of what shards hold: of another decision they are made again."""
-        return ""
-
-    @property
-    @abstractmethod
-    def longest(self) -> int:
-        """Most tokens of an example, as :meth:`length` counts them."""
-
-    @abstractmethod
-    def decode(self, example: E, image: bytes) -> Any:
-        """What is made of an example's encoded image before the model sees it, in any thread. What it raises says that
-        the model cannot learn from this example."""
-
-    @abstractmethod
-    def compute(self, rows: range, images: Sequence[Any]) -> Values:
-        """What no step changes of some examples of one pool, from their decoded images; without gradients, and with the
-        model at its start."""
-
-    @abstractmethod
-    def shard_size(self, rows: range, images: Sequence[Any]) -> Size:
-        """What the cost of :meth:`compute` grows with."""
-
-    @abstractmethod
-    def size(self, rows: Sequence[int]) -> Size:
-        """What the cost of a step on some examples grows with, which are ready."""
-
     def ready(self, rows: Sequence[int]) -> None:
         """Make what is missing of what no step changes, for some examples. Raises DiskFull, and what :attr:`afford`
         does."""
@@ -200,93 +171,11 @@ class Learner(ABC, Generic[E]):
         usable = [row for row in rows if row not in self.shards.left_out]
         return usable if any(self.parts[row] == "new" for row in usable) else []
 
-    def prepared_gflops(self) -> float:
-        """What was computed so far of what no step changes, in all attempts; the same in any order of the shards."""
-        return math.fsum(self.shards.gflops.values())
-
-    def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
-        """The same for one example of each pool, on average over those of ``rows``, which are ready."""
-        result: dict[Part, float] = {}
-        for part in PARTS:
-            if own := [row for row in rows if self.parts[row] == part]:
-                result[part] = self.shards.mean_gflops(own)
-        return result
-
-    def texts_gflops(self) -> float:
-        """The same for texts that are in every batch."""
-        return 0.0
-
-    def row_bytes(self) -> float:
-        """Disk that was taken for an example so far, on average."""
-        count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
-        return sum(self.shards.sizes.values()) / count
-
-    def close(self) -> None:
-        """End what is read in advance."""
-        self.shards.close()
-
-    @property
-    def answers_itself(self) -> bool:
-        """Whether what a step takes depends on what the model says in it."""
-        return False
-
-    def dearest(self) -> AbstractContextManager[None]:
-        """Inside, a step takes the most that one of its size may take, where :attr:`answers_itself`."""
-        return nullcontext()
-
-    @contextmanager
-    def padded(self, tokens: int) -> Iterator[None]:
-        """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
-        self.extra = tokens
-        try:
-            yield
-        finally:
-            self.extra = 0
-
-    @contextmanager
-    def at_start(self) -> Iterator[None]:
-        """Inside, the model is what the update began with, whatever it has learned since."""
-        if self._start is None:
-            yield
-            return
-        with self.model.holding(self._start):
-            yield
-
-    def _compute_at_start(self, rows: range, images: Sequence[Any]) -> Values:
-        with self.at_start():
-            return self.compute(rows, images)
-
-    def _fetch(self, rows: range) -> Fetched:
-        """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
-        chosen = [self.examples[row] for row in rows]
-        encoded = [example.read() for example in chosen]
-        left_out: dict[int, str] = {}
-
-        def decoded(row: int, example: E, image: bytes) -> Any:
-            try:
-                return self.decode(example, image)
-            except MemoryError:
-                raise
-            except Exception as error:  # of an image library or a processor; one example must not end all others
-                left_out[row] = f"{type(error).__name__}: {error}"[:300]
-                return self.decode(example, STAND_IN)
-
-        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
-            return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
-
-    @abstractmethod
-    def length(self, row: int) -> int:
-        """Tokens of an example's words; a batch takes as long as its longest."""
-
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:
-        """What the objectives compare, of some examples, which are made ready."""
+        """The batch that objectives see of some examples, which are made ready."""
 
-    @abstractmethod
-    def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
-        """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
-
-    def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+    def forward_backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
         self.optimizer.zero_grad(set_to_none=True)
         self.passes.drop()
@@ -312,7 +201,7 @@ class Learner(ABC, Generic[E]):
         self.model.restore()
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 
-    def update(self, rate: float, step: int = 0, steps: int = 1) -> None:
+    def optimizer_step(self, rate: float, step: int = 0, steps: int = 1) -> None:
         """One optimizer step at a learning rate, the gradient's norm bounded, and what follows from it.
 
         Raises TrainingError, and changes nothing, where the gradient is not finite.
@@ -344,7 +233,7 @@ class Learner(ABC, Generic[E]):
             self.average.settle(self.parameters)
 
     def remembered(self) -> dict[str, Tensor]:
-        """What objectives and regularizers keep for the next update, by name."""
+        """State of objectives and regularizers for the next update, by name."""
         state = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
         state |= {
             f"regularizer.{t.name}.{key}": value for t, r in self.regularizers for key, value in r.state().items()
@@ -396,6 +285,124 @@ class Learner(ABC, Generic[E]):
             self.average.load_state(_under(tensors, "average."))
         self.model.load_state(_under(tensors, "model."))
         self.remember(tensors)
+
+    def takes(self, example: E) -> bool:
+        """True if the model can learn from an example at all; others are left out of every pool."""
+        return True
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Most tokens of an example, as :meth:`length` counts them."""
+
+    @abstractmethod
+    def length(self, row: int) -> int:
+        """Tokens of an example's words; a batch takes as long as its longest."""
+
+    @abstractmethod
+    def decode(self, example: E, image: bytes) -> Any:
+        """Decode an example's image for the model, in any thread. What it raises says that
+        the model cannot learn from this example."""
+
+    @abstractmethod
+    def compute(self, rows: range, images: Sequence[Any]) -> Values:
+        """Compute what no step changes of some examples of one pool, from their images; without gradients, and with the
+        model at its start."""
+
+    @abstractmethod
+    def shard_size(self, rows: range, images: Sequence[Any]) -> Size:
+        """The size that the cost of :meth:`compute` grows with."""
+
+    @abstractmethod
+    def size(self, rows: Sequence[int]) -> Size:
+        """The size that the cost of a step on some examples grows with, which are ready."""
+
+    @abstractmethod
+    def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
+        """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
+
+    @property
+    def settled(self) -> str:
+        """The decisions of :meth:`begin` about what shards hold: with other ones they are made again."""
+        return ""
+
+    @property
+    def answers_itself(self) -> bool:
+        """True if the cost of a step depends on what the model says in it."""
+        return False
+
+    def dearest(self) -> AbstractContextManager[None]:
+        """Inside, a step takes the most that one of its size may take, where :attr:`answers_itself`."""
+        return nullcontext()
+
+    def prepared_gflops(self) -> float:
+        """GFLOPs of what no step changes, as computed so far in all attempts; the same in any order of shards."""
+        return math.fsum(self.shards.gflops.values())
+
+    def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
+        """The same for one example of each pool, on average over those of ``rows``, which are ready."""
+        result: dict[Part, float] = {}
+        for part in PARTS:
+            if own := [row for row in rows if self.parts[row] == part]:
+                result[part] = self.shards.mean_gflops(own)
+        return result
+
+    def texts_gflops(self) -> float:
+        """The same for texts that are in every batch."""
+        return 0.0
+
+    def row_bytes(self) -> float:
+        """Disk that was taken for an example so far, on average."""
+        count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
+        return sum(self.shards.sizes.values()) / count
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, passes of the model run in the recipe's precision."""
+        return computing(self.precision, self.model.device)
+
+    @contextmanager
+    def padded(self, tokens: int) -> Iterator[None]:
+        """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
+        self.extra = tokens
+        try:
+            yield
+        finally:
+            self.extra = 0
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Inside, the model is what the update began with, whatever it has learned since."""
+        if self._start is None:
+            yield
+            return
+        with self.model.holding(self._start):
+            yield
+
+    def _compute_at_start(self, rows: range, images: Sequence[Any]) -> Values:
+        with self.at_start():
+            return self.compute(rows, images)
+
+    def _fetch(self, rows: range) -> Fetched:
+        """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
+        chosen = [self.examples[row] for row in rows]
+        encoded = [example.read() for example in chosen]
+        left_out: dict[int, str] = {}
+
+        def decoded(row: int, example: E, image: bytes) -> Any:
+            try:
+                return self.decode(example, image)
+            except MemoryError:
+                raise
+            except Exception as error:  # of an image library or a processor; one example must not end all others
+                left_out[row] = f"{type(error).__name__}: {error}"[:300]
+                return self.decode(example, STAND_IN)
+
+        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+            return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
+
+    def close(self) -> None:
+        """End what is read in advance."""
+        self.shards.close()
 
 
 def _taught(terms: Sequence[tuple[Term, Objective[Any]]]) -> dict[str, set[Part]]:

@@ -1,4 +1,4 @@
-"""What is computed once per example, on disk: in shards, each made when a step first asks for one of its rows.
+"""Values that are computed once per example, on disk: in shards, each made when a step first asks for one of its rows.
 
 A shard is a file of safetensors with the values of a few consecutive examples, written whole or not at all. What it
 holds depends on its examples and on the model at its start, never on the step that asks: so a resumed update reads the
@@ -32,10 +32,10 @@ from core.errors import ConfigError, DiskFull
 from core.files import replacing
 from updater.budget.bound import Costs, Size
 from updater.budget.flops import counted
-from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
+from updater.step.passes import ALONE, ONE_FILE_SYSTEM, Team
 
 RESERVE_BYTES = 256 << 20
-"""What a shard leaves free on the disk: for checkpoints, the adapter, and the embedded ledger that may be beside it."""
+"""Free space that a shard leaves on the disk: for checkpoints, the adapter, and an embedded ledger next to it."""
 _OF_ONE_ROW = re.compile(r"\.\d+$")
 Values = Mapping[str, Sequence[Tensor]]
 """Values of some rows, by name one tensor for each row. Their shapes may differ from row to row."""
@@ -79,7 +79,7 @@ def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Sp
 
 @dataclass(frozen=True)
 class Fetched:
-    """What the rows of a shard need, read."""
+    """The inputs of a shard's rows, read."""
 
     values: Any = None
     left_out: Mapping[int, str] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Shards:
         self.folder, self.layout, self.fetch, self.compute, self.between = folder, layout, fetch, compute, between
         self.contents, self.size, self.team, self.afford = contents, size, team, afford
         self.gflops: dict[int, float] = {}
-        """What each shard took that is there, by its number."""
+        """GFLOPs of each shard that is there, by its number."""
         self.sizes: dict[int, int] = {}
         """Its bytes."""
         self.left_out: dict[int, str] = {}
@@ -177,7 +177,7 @@ class Shards:
         return [result[row] for row in rows]
 
     def mean_gflops(self, rows: Sequence[int]) -> float:
-        """What one of these rows took, which are ready, on average over their shards; 0 for none."""
+        """GFLOPs of one of these rows, which are ready, on average over their shards; 0 for none."""
         numbers = self.numbers(rows)
         count = sum(len(self.layout[number].rows) for number in numbers)
         return sum(self.gflops[number] for number in numbers) / count if count else 0.0

@@ -1,4 +1,4 @@
-"""What training costs, counted and not guessed: FLOPs of the real step, and its peak memory.
+"""The cost of training, counted and not guessed: FLOPs of the real step, and its peak memory.
 
 Memory is counted in one way for the step and for full fine-tuning, on a CPU and on a GPU: weights, gradients and
 optimizer state of what learns, and the most that autograd keeps at once for the backward pass. No allocator is asked.
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from updater.adapters.parametrizations import Parametrization
 from updater.budget.bound import Costs
 from updater.budget.cost import Cost
 from updater.budget.flops import counted
@@ -37,7 +36,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
     first batch is counted at three lengths, by padding. ``batches`` are those whose lengths count; of the others than
     the first no row is prepared.
     """
-    model, optimizer, rows = learner.model.model, learner.optimizer, batches[0]
+    model, replaced, optimizer, rows = learner.model.model, learner.model.replaced, learner.optimizer, batches[0]
     learner.ready(rows)
     lengths = [max(learner.length(row) for row in batch) for batch in batches]
     own, most = lengths[0], max(lengths)
@@ -45,11 +44,11 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
 
     def counted_at(length: int) -> float:
         with counted() as flops, learner.padded(length - own):
-            learner.backward(rows)
+            learner.forward_backward(rows)
             known.add(learner.size(rows), flops.gflops)
         return flops.gflops
 
-    with peak_saved_bytes(model) as peak:
+    with peak_saved_bytes(model, replaced) as peak:
         costs = {most: counted_at(most)}
     if min(lengths) < most:
         others = {own, (own + most) // 2} if own < most else {own + STRETCH, own + 2 * STRETCH}
@@ -63,7 +62,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
     step = _mean_cost(costs, lengths)
     optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) + optimizers.state_bytes(optimizer, p) for p in learner.parameters.values())
-    twice = sum(_bytes(p) for kind in replaced_weights(model) for p in kind.parameters())
+    twice = sum(_bytes(p) for kind in replaced for p in kind.parameters())
     weights = sum(_bytes(p) for p in model.parameters()) - twice
     small, sample_gflops = _full(learner, examples[:SMALL])
     large, _ = _full(learner, (list(examples[:LARGE]) * LARGE)[:LARGE])
@@ -75,7 +74,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
         sample_gflops=sample_gflops,
         row_gflops=learner.row_gflops(rows),
         texts_gflops=learner.texts_gflops(),
-        # Gradient and optimizer state of what learns, beside weights and what autograd keeps.
+        # Gradient and optimizer state of what learns, next to weights and what autograd keeps.
         peak_bytes=weights + trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
         row_bytes=learner.row_bytes(),
@@ -151,7 +150,7 @@ class _Saved:
 
 
 class _AttentionExtras(TorchDispatchMode):
-    """Excludes what an attention kernel returns beside its output: the normalisers of its softmax, seeds, paddings.
+    """Excludes what an attention kernel returns next to its output: the normalisers of its softmax, seeds, paddings.
 
     They are small, and differ between the kernels of a CPU and of a GPU.
     """
@@ -171,20 +170,17 @@ class _AttentionExtras(TorchDispatchMode):
 
 
 @contextmanager
-def peak_saved_bytes(model: nn.Module) -> Iterator[Callable[[], float]]:
+def peak_saved_bytes(model: nn.Module, replaced: Sequence[nn.Module] = ()) -> Iterator[Callable[[], float]]:
     """Most bytes that are kept at once for backward passes inside, on every device by the same count.
 
     An allocator's figure would hold temporary buffers, caches and rounding, which no CPU reports, and which depend on
-    the GPU: its ratio to what is counted elsewhere means nothing. Weights of the model that could stand where a
-    parameter does count no more than parameters.
+    the GPU: its ratio to what is counted elsewhere means nothing. What ``replaced`` modules form stands where a
+    parameter does, and counts no more than parameters.
     """
     saved_bytes = _SavedBytes()
     for parameter in model.parameters():  # of which layers save views: a linear layer its transpose
         saved_bytes.exclude(parameter)
-    hooks = [
-        kind.register_forward_hook(lambda _, __, weight: saved_bytes.exclude(weight))
-        for kind in replaced_weights(model)
-    ]
+    hooks = [kind.register_forward_hook(lambda _, __, weight: saved_bytes.exclude(weight)) for kind in replaced]
     try:
         with saved_tensors_hooks(saved_bytes.pack, _unpack), _AttentionExtras(saved_bytes):
             yield lambda: float(saved_bytes.most)
@@ -199,8 +195,3 @@ def _unpack(saved: Tensor | _Saved) -> Tensor:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def replaced_weights(model: nn.Module) -> list[nn.Module]:
-    """What forms a whole weight in place of a parameter of the base."""
-    return [module for module in model.modules() if isinstance(module, Parametrization) and module.in_place]

@@ -1,31 +1,20 @@
-"""What one update may use, what it came to, and what it leaves for the next one."""
+"""Limits and results of an update."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from core.digests import digest_tensors
-from core.errors import TrainingError
-from core.files import replacing
-from updater.adapters import Dense, LowRank, WeightDelta
 from updater.recipes import Part
 
-CARRY_OVER = "memory.safetensors"
 NAMED = 20
 """Samples that were left out which the ledger names; the log names all."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one update may use."""
+    """Resources that one update may use."""
 
     gflops: float
     """Memory-adjusted GFLOPs, which no update exceeds; the number of planned steps follows from them."""
@@ -41,7 +30,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What an update came to."""
+    """The result of an update."""
 
     adapter: str
     directory: Path
@@ -53,7 +42,7 @@ class TrainResult:
     seconds: float
     truncated: bool
     budget_spent: bool
-    """Whether it ended before the planned steps, since the next one might have cost more than was left."""
+    """True if it ended before the planned steps, since the next one might have cost more than was left."""
     losses: dict[str, list[float]]
     """Every term at every step, unweighted, and ``loss``, their weighted sum."""
     cost: dict[str, Any]
@@ -71,7 +60,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training run would come to, by one measured batch."""
+    """The estimated result of a training run, by one measured batch."""
 
     steps: int
     """That the budget pays for, at most those of the recipe."""
@@ -86,7 +75,7 @@ class Estimate:
 
 
 def cost_of(result: TrainResult) -> dict[str, Any]:
-    """What the ledger and the report tell of a training run."""
+    """The cost of a training run, as the ledger and the report have it."""
     return {
         "gflops_planned": result.maf_planned,
         "gflops_spent": result.maf,
@@ -106,70 +95,3 @@ def cost_of(result: TrainResult) -> dict[str, Any]:
         **{f"samples_{part}": count for part, count in result.samples.items()},
         **result.cost,
     }
-
-
-@dataclass(frozen=True)
-class CarryOver:
-    """What the next update from the same adapter wants to know: one safetensors file in a directory of its own, kept
-    under the adapter's name. An update that starts from another adapter, after a rollback say, finds that one's.
-
-    ``start``: the delta to train from, where that is not what is served. ``terms``: tensors by name.
-
-    ``updates``: how many came before, where the schedule looks at that. ``merge``: what the merge rule remembers.
-    """
-
-    start: WeightDelta = field(default_factory=dict)
-    terms: Mapping[str, Tensor] = field(default_factory=dict)
-    updates: int = 0
-    merge: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it by name."""
-        tensors = {f"term/{name}": value for name, value in self.terms.items()}
-        tensors |= {f"merge/{name}": value for name, value in self.merge.items()}
-        if self.updates:
-            tensors["updates"] = torch.tensor(self.updates)
-        for name, part in self.start.items():
-            if isinstance(part, LowRank):
-                tensors |= {f"start/{name}/a": part.a, f"start/{name}/b": part.b}
-            else:
-                tensors[f"start/{name}/whole"] = part.value
-        return {name: value.contiguous().clone() for name, value in tensors.items()}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the tensors, 64 hex digits; of nothing, the empty text."""
-        return digest_tensors(self.tensors) if self.tensors else ""
-
-    def write(self, directory: Path) -> Path | None:
-        """Write it, and return the directory; None when there is nothing to remember."""
-        if not self.tensors:
-            return None
-        with replacing(directory / CARRY_OVER) as staging:
-            save_file(self.tensors, staging)
-        return directory
-
-    @classmethod
-    def read(cls, directory: Path) -> CarryOver:
-        """What :meth:`write` wrote. Raises TrainingError when it is damaged."""
-        try:
-            tensors = load_file(directory / CARRY_OVER)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                f"the memory of the last update in {directory} cannot be read: {error}.",
-                "Delete it: the update then starts from the adapter alone.",
-            ) from None
-        terms, merge = (
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            for prefix in ("term/", "merge/")
-        )
-        start: dict[str, LowRank | Dense] = {}
-        for key, value in tensors.items():
-            kind, _, rest = key.partition("/")
-            name, _, side = rest.rpartition("/")
-            if kind == "start" and side == "whole":
-                start[name] = Dense(value)
-            elif kind == "start" and side == "a":
-                start[name] = LowRank(value, tensors[f"start/{name}/b"])
-        return cls(start, terms, int(tensors.get("updates", 0)), merge)

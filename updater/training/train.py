@@ -6,27 +6,26 @@
 
 A killed run goes on from its last checkpoint in ``work_dir`` and ends in the same adapter.
 
-The first batch is measured; from that follow the steps that the budget pays for, and the rows of each pool that these
-visit. No other row is prepared, and each when the first step asks for it.
+Its course is in :class:`updater.training.trainer.Trainer`, what its budget pays for in :mod:`updater.training.plan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from updater.data.pools import Pools
+from updater.methods.merging import Scored, check_searchable
 from updater.recipes import Recipe
 from updater.step.learner import Base
-from updater.step.team import Team
-from updater.training.linesearch import Scored, check_searchable
+from updater.step.passes import Team
 from updater.training.result import Estimate, Limits, TrainResult
-from updater.training.run import Run
+from updater.training.trainer import Hooks, Job, Trainer
 from updater.training.workers import Control, Workers
 
 
@@ -68,50 +67,41 @@ def train(
         Stopped: see ``stop``.
     """
     check_searchable(recipe, scored)
-    given: dict[str, Any] = {"seed": seed, "limits": limits, "work_dir": work_dir, "carry_over": carry_over}
-    begun = partial(
-        Run, base, recipe, pools, incumbent, **given, out_dir=out_dir, stop=stop, duty_cycle=duty_cycle, device=device
-    )
+    job = Job(base, recipe, pools, incumbent, seed, limits, work_dir, carry_over, device)
+    hooks = Hooks(stop, duty_cycle)
     with _reproducible(limits.threads):
         if workers is not None:
-            with begun() as run:
-                run.plan_steps()  # measures a step, which is kept in the work folder
-            del run  # its model must not stay in memory while the workers have theirs
-            workers.run(partial(take_steps, base, recipe, pools, incumbent, **given), work_dir, stop, duty_cycle)
-        with begun() as run:
-            return run.train(scored)
+            with Trainer(job, hooks) as trainer:
+                trainer.plan()  # measures a step, which is kept in the work folder
+            del trainer  # its model must not stay in memory while the workers have theirs
+            workers.run(partial(take_steps, job), work_dir, stop, duty_cycle)
+        with Trainer(job, hooks) as trainer:
+            return trainer.train(out_dir, scored)
 
 
-def take_steps(
-    base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, team: Team, control: Control, *, seed: int,
-    limits: Limits, work_dir: Path, carry_over: Path | None,
-) -> None:  # fmt: skip
-    """What each process of a team does of :func:`train`, after its caller has measured a step: take all steps. What
-    they come to is in the checkpoint.
+def take_steps(job: Job, team: Team, control: Control) -> None:
+    """The part of each process of a team in :func:`train`, after its caller has measured a step: take all steps. The
+    result is in the checkpoint.
 
     Raises: what :func:`train` does.
     """
-    with _reproducible(limits.threads), Run(
-        base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir, carry_over=carry_over,
-        stop=control.stop, duty_cycle=control.duty_cycle, team=team, report=control.report,
-    ) as run:  # fmt: skip
-        run.take_steps()
+    hooks = Hooks(control.stop, control.duty_cycle, control.report)
+    with _reproducible(job.limits.threads), Trainer(replace(job, device=None), hooks, team) as trainer:
+        trainer.take_steps()
 
 
 def estimate(
     base: Base, recipe: Recipe, pools: Pools, *, seed: int, limits: Limits, work_dir: Path, device: str | None = None
 ) -> Estimate:
-    """What :func:`train` would come to from the base: one batch is measured and one step taken, which is thrown away.
+    """Estimate :func:`train` from the base: one batch is measured and one step taken, which is thrown away.
 
     What is prepared for it stays in ``work_dir``; training with the same arguments uses it.
 
     Raises: what :func:`train` does before its first step.
     """
-    with (
-        _reproducible(limits.threads),
-        Run(base, recipe, pools, None, seed=seed, limits=limits, work_dir=work_dir, device=device) as run,
-    ):
-        return run.estimate()
+    job = Job(base, recipe, pools, None, seed, limits, work_dir, device=device)
+    with _reproducible(limits.threads), Trainer(job) as trainer:
+        return trainer.estimate()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from core.errors import RatchetError, TrainingError
 from core.files import replacing
 from core.progress import say
 from core.settings import Settings
-from updater.step.team import Team, TorchTeam
+from updater.step.passes import Team, TorchTeam
 from updater.training.checkpoint import read_json, write_json
 
 CONTROL: Final = "control.json"
@@ -48,7 +48,7 @@ class Stopped(Exception):
 
 
 class Control:
-    """What the updater and its workers tell each other."""
+    """Messages between the updater and its workers."""
 
     def __init__(self, work_dir: Path) -> None:
         self._path = work_dir / CONTROL
@@ -63,7 +63,7 @@ class Control:
             self._written = values
 
     def stop(self) -> bool:
-        """Whether to end."""
+        """True if the workers are to end."""
         return bool(self._read().get("stop", False))
 
     def duty_cycle(self) -> float:
@@ -76,7 +76,7 @@ class Control:
             staging.write_text(line)
 
     def reported(self) -> str:
-        """What was reported last; empty before that."""
+        """The last report; empty before the first."""
         with suppress(FileNotFoundError):
             return self._progress.read_text()
         return ""
@@ -98,7 +98,7 @@ class Workers:
 
     @classmethod
     def of(cls, settings: Settings) -> Workers | None:
-        """What the settings ask for; None: this process alone."""
+        """The workers of the settings; None: this process alone."""
         updater = settings.updater
         if updater.workers == 1:
             return None
@@ -199,7 +199,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _raised_by_worker(error: BaseException) -> RatchetError | None:
-    """What a worker raised of its own accord."""
+    """The error that a worker raised of its own accord."""
     for failure in getattr(error, "worker_failures", {}).values():
         each: BaseException | None = failure
         while each is not None:

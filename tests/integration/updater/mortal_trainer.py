@@ -17,12 +17,12 @@ from updater.service.update_loop import UpdaterService, run_update
 from updater.step.learner import Learner
 
 import_ahead(__name__)
-backward, put_directory, advance_update = Learner.backward, Artifacts.put_directory, Ledger.advance_update
+backward, put_directory, advance_update = Learner.forward_backward, Artifacts.put_directory, Ledger.advance_update
 SLOW_STEP_SECONDS = 0.3
 
 
 def die_at_step(number: int) -> Callable[..., Any]:
-    """``Learner.backward``, but the process dies in this step of training."""
+    """``Learner.forward_backward``, but the process dies in this step of training."""
     calls = 0
 
     def call(*args: Any) -> Any:
@@ -36,7 +36,7 @@ def die_at_step(number: int) -> Callable[..., Any]:
 
 
 def slow_step(*args: Any) -> Any:
-    """``Learner.backward`` that leaves time to send a signal."""
+    """``Learner.forward_backward`` that leaves time to send a signal."""
     time.sleep(SLOW_STEP_SECONDS)
     return backward(*args)
 
@@ -57,14 +57,14 @@ def advance_until_trained(self: Ledger, update_id: str, state: Any = None, **val
 
 #: Where it dies, or is slow: name -> object, attribute and what takes its place.
 POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "in the middle of training": (Learner, "backward", die_at_step(4)),
+    "in the middle of training": (Learner, "forward_backward", die_at_step(4)),
     "before the adapter is stored": (Artifacts, "put_directory", die),
     "between the adapter and the ledger": (Ledger, "register_adapter", die),
     "between the adapter's row and the update's": (Ledger, "advance_update", advance_until_trained),
     "in the gate": (gate_update, "run_gate", die),
     "between verdict and proposal": (UpdaterService, "_propose", die),
     "before the memory is stored": (Artifacts, "put_directory", put_all_but_memories),
-    "nowhere, but slowly": (Learner, "backward", slow_step),
+    "nowhere, but slowly": (Learner, "forward_backward", slow_step),
 }
 
 

@@ -21,7 +21,7 @@ from tests.unit.updater.builders import recipe
 from updater.adapters import read_delta
 from updater.service import train_update
 from updater.service.update_loop import UpdaterService
-from updater.training.result import CarryOver
+from updater.training.checkpoint import CarryOver
 
 __all__ = ["verdict"]
 

@@ -19,7 +19,7 @@ from ops.cli.checks import examine
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
 from tests.unit.gate.builders import folder_dataset
-from updater.families.clip.learner import ClipLearner
+from updater.families.clip_learner import ClipLearner
 from updater.recipes import load_recipe
 from updater.service import triggers
 from updater.service import update_loop as service_module
@@ -198,7 +198,7 @@ def test_an_operator_ends_an_update_in_training_and_its_samples_are_learned_late
         return backward(learner, rows, regularized)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClipLearner, "backward", ended_meanwhile)
+        patch.setattr(ClipLearner, "forward_backward", ended_meanwhile)
         update = service.step().update
     assert update is not None and (update.state, update.error) == ("failed", "abandoned by ann: broken pictures")
     assert not service.work_dir(update).exists() and update.id not in service.store.pins()

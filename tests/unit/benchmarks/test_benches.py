@@ -19,7 +19,8 @@ from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.unit.gate.builders import folder_dataset
-from updater.families.clip.learner import ClipLearner, adapted_model
+from updater.adapters.kinds import KINDS
+from updater.families.clip_learner import ClipLearner
 from updater.recipes import load_recipe
 
 
@@ -60,7 +61,7 @@ def test_open_clips_step_trains_what_the_recipe_trains(tmp_path: Path) -> None:
     base = tiny_base(tmp_path)
     recipe = load_recipe("default")
     learner = ClipLearner(base, recipe, {}, seed=0)
-    _, adapted = adapted_model(base, base.build_model(), recipe, {}, seed=0, device="cpu")
+    _, adapted = KINDS.find(recipe.adapter.kind).build(base, base.build_model(), recipe, {}, 0, "cpu")
     side = step._OpenClip(adapted.model)
     before = {name: parameter.detach().clone() for name, parameter in adapted.model.named_parameters()}
     trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}

@@ -34,7 +34,7 @@ from serving.engines.preprocess import Preprocess
 from tests.support.tiny import tiny_base
 from tests.unit.benchmarks.builders import PROTOCOL, labelled, stream
 from tests.unit.updater.builders import pairs
-from updater.families.clip.towers import SplitTower
+from updater.families.clip_towers import SplitTower
 from updater.recipes import load_recipe
 from updater.training.workers import Stopped
 

@@ -75,6 +75,7 @@ def test_both_kinds_have_the_same_methods_with_the_same_arguments(one: type, oth
 def test_its_version_is_the_server_s() -> None:
     root = Path(server_errors.__file__).parents[1]
     versions = [re.findall(r'^version = "(.*)"', (root / path).read_text(), re.MULTILINE) for path in
-                ("pyproject.toml", "client/pyproject.toml")]  # fmt: skip
-    assert versions[0] == versions[1]
-    assert f'"ratchet-client=={versions[0][0]}"' in (root / "pyproject.toml").read_text()
+                ("pyproject.toml", "client/pyproject.toml", "methods/pyproject.toml")]  # fmt: skip
+    assert versions[0] == versions[1] == versions[2]
+    for name in ("client", "methods"):
+        assert f'"ratchet-{name}=={versions[0][0]}"' in (root / "pyproject.toml").read_text()

@@ -23,7 +23,7 @@ SECTIONS = {name.split(".")[0] for name in DEFAULTS if "." in name}
 VALUES: dict[str, Any] = yaml.safe_load((ROOT / "helm" / "ratchet" / "values.yaml").read_text())
 SOURCE = "\n".join(
     path.read_text()
-    for folder in ("client/src", "core", "demo", "ops", "serving", "streams", "updater", "benchmarks")
+    for folder in ("client/src", "methods/src", "core", "demo", "ops", "serving", "streams", "updater", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".yaml", ".html")
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,18 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from updater.adapters import WeightDelta
+from updater.adapters import WeightDelta, trainer_encoder
 from updater.data.pools import Pair, Pools, Question
-from updater.families.vlm.learner import VlmLearner
+from updater.families.vlm_learner import VlmLearner
 from updater.methods import objectives
-from updater.methods.objectives import Answers, Batch, Features, Sides
-from updater.methods.objectives.token_distillation import summarise
+from updater.methods.batches import Answers, Batch, Features, Sides, summarise
 from updater.recipes import Family, Part, Recipe, Term, load_recipe
 from updater.training.result import Limits, TrainResult
 from updater.training.train import train
+from updater.training.workers import Stopped
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 LIMITS = Limits(gflops=1e6, seconds=120, threads=1, checkpoint_steps=2)
@@ -78,6 +81,31 @@ def run(base: ClipBase | VlmBase, folder: Path, **options: Any) -> TrainResult:
         "out_dir": folder / "adapters", "work_dir": folder / "work", "device": "cpu", **options,
     }  # fmt: skip
     return train(base, **given)
+
+
+def resumed(train: Callable[..., TrainResult], question: int, least: int = 1) -> TrainResult:
+    """An update that is stopped at the so-manieth question of each attempt, ``least`` times at least, and goes on."""
+    stops = 0
+    while True:
+        asked = count(1)
+        try:
+            result = train(stop=lambda asked=asked: next(asked) == question)
+        except Stopped:
+            stops += 1
+            assert stops < 30
+            continue
+        assert stops >= least
+        return result
+
+
+def assert_served_as_trained(base: ClipBase, result: TrainResult) -> None:
+    """The engine gives the vectors of the trainer, which are not the base's."""
+    engine = ClipEngine(base)
+    engine.load(result.adapter, result.directory)
+    pixels, words = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)]), ["a red car", "a tree"]
+    images, texts = trainer_encoder(base, result.directory)(pixels, words)
+    assert np.allclose(images, engine.encode_images(pixels, result.adapter), atol=1e-5)
+    assert np.allclose(texts, engine.encode_texts(words, result.adapter), atol=1e-5)
 
 
 def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, seed: int = 0) -> Features:

@@ -43,13 +43,6 @@ def test_a_merge_is_the_weighted_sum_of_both_deltas() -> None:
     assert torch.allclose(merged["only new"].dense(), 0.3 * new.dense())
 
 
-def test_weight_one_is_the_trained_delta_alone() -> None:
-    old, new = factor(9, 7, 3, seed=3), factor(9, 7, 2, seed=4)
-    merged = merge({"x": old}, {"x": new}, 1.0)
-    assert merged["x"].rank == 2
-    assert torch.equal(merged["x"].dense(), new.dense())
-
-
 def test_what_a_lower_rank_keeps_is_said_as_a_share_of_the_squared_norm() -> None:
     """Against the singular values of the whole matrices; a rank that holds everything keeps all of it."""
     large, small = factor(30, 20, 12, seed=5), factor(10, 8, 3, seed=6)

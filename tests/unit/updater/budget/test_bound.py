@@ -9,27 +9,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import LIMITS, picture, pools, recipe, run
 from updater.budget.bound import MARGIN, BudgetSpent, Costs, Size
-from updater.budget.cost import Cost, StepUnaffordable
+from updater.budget.cost import Cost, Spending, StepUnaffordable
 from updater.budget.flops import counted
 from updater.data.pools import Pools, Question
 from updater.recipes import Recipe
 from updater.step.learner import AnyLearner, Learner
-from updater.step.team import ALONE
 from updater.training import measure
-from updater.training import run as course
-from updater.training.checkpoint import Progress
+from updater.training import plan as planning
 from updater.training.result import TrainResult
-from updater.training.spending import Spending
 
 
 def test_a_pass_of_a_known_size_takes_what_it_took_and_of_an_unknown_kind_nothing_is_known() -> None:
@@ -67,7 +62,7 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.steps: list[float] = []
         self.waiting: list[float] = []
-        backward, update = Learner.backward, Learner.update
+        backward, update = Learner.forward_backward, Learner.optimizer_step
 
         def counting(learner: AnyLearner, rows: list[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
             learner.ready(rows)
@@ -81,8 +76,8 @@ class Counted:
             self.waiting.clear()
             update(learner, *given)  # type: ignore[arg-type]
 
-        patch.setattr(Learner, "backward", counting)
-        patch.setattr(Learner, "update", updating)
+        patch.setattr(Learner, "forward_backward", counting)
+        patch.setattr(Learner, "optimizer_step", updating)
 
     def spent(self, result: TrainResult) -> float:
         """Memory-adjusted, by this count."""
@@ -94,11 +89,6 @@ class Counted:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     yield Counted(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
-    return tiny_vlm_base(tmp_path_factory.mktemp("home"))
 
 
 def asked(count: int, words: random.Random | None = None, long_after: int | None = None) -> tuple[Question, ...]:
@@ -119,7 +109,7 @@ def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its
     vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan looks at the first batches alone: 4.6 times the budget was spent."""
-    monkeypatch.setattr(course, "MEASURED", 10)
+    monkeypatch.setattr(planning, "MEASURED", 10)
     questions = Pools(asked(200, long_after=22))
     plan = recipe("vlm-naive", max_steps=120, batch_size=2)
     free = run(vlm, tmp_path / "free", recipe=recipe("vlm-naive", max_steps=1, batch_size=2), pools=questions)
@@ -135,9 +125,6 @@ def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its
 
 class Pretended:
     """A learner whose batches have random sizes, and take what a random polynomial says."""
-
-    answers_itself = False
-    team = ALONE
 
     def __init__(self, chance: random.Random) -> None:
         self.chance, self.prepared, self.closing = chance, 0.0, chance.choice([0, 0, 3, 8])
@@ -176,8 +163,7 @@ def pretend(number: int) -> tuple[float, float, str]:
     learner = Pretended(chance)
     cost, most = learner.cost(), chance.randint(1, 60)
     budget = cost.adjusted(cost.known[0][1] * 10 ** chance.uniform(0, 3.5))
-    progress = Progress("run", 0, most, 0.0)
-    spending = Spending(budget, cost, progress, cast(AnyLearner, learner))
+    spending = Spending(budget, cost, (), Costs(cost.known), learner.prepared_gflops)
     outcome, broken_off = "whole", 0.0
     for step in range(most):
         size, taken = learner.batch(step)
@@ -195,11 +181,8 @@ def pretend(number: int) -> tuple[float, float, str]:
         outcome = "whole"
         spending.stepped(size, taken)
         if chance.random() < 0.2:  # killed, and begun again from the checkpoint
-            progress = replace(
-                progress, step=step + 1, gflops=spending.steps, known=spending.costs.to_json(),
-                excess=spending.costs.excess,
-            )  # fmt: skip
-            spending = Spending(budget, cost, progress, cast(AnyLearner, learner))
+            costs = Costs(spending.costs.to_json(), spending.costs.excess)
+            spending = Spending(budget, cost, spending.steps, costs, learner.prepared_gflops)
     steps = spending.steps
     closing = [steps[each % len(steps)] for each in range(learner.closing)] if steps else []
     return budget, cost.adjusted(learner.prepared + sum(steps) + sum(closing) + broken_off), outcome
@@ -236,7 +219,7 @@ def test_over_random_draws_no_real_update_spends_more_than_its_budget(
     vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Budgets, lengths, batches, teachers, seeds."""
-    monkeypatch.setattr(course, "MEASURED", 2)
+    monkeypatch.setattr(planning, "MEASURED", 2)
     monkeypatch.setattr(measure, "_full", lambda *_: (1e7, 1e-3))  # the same base each time
     outcomes: Counter[str] = Counter()
     for number in range(16):
@@ -252,7 +235,7 @@ def test_passes_after_the_last_step_are_within_the_budget(
     tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_base(tmp_path / "home")
-    monkeypatch.setattr(course, "MEASURED", 1)
+    monkeypatch.setattr(planning, "MEASURED", 1)
     monkeypatch.setattr(measure, "_full", lambda *_: (1e7, 1e-3))
     outcomes: Counter[str] = Counter()
     for number in range(5):

@@ -17,7 +17,7 @@ from updater.budget.cost import Cost, StepUnaffordable
 from updater.budget.flops import counted
 from updater.data.mixture import BatchPlan
 from updater.data.pools import Pools
-from updater.families.clip.learner import ClipLearner
+from updater.families.clip_learner import ClipLearner
 from updater.recipes import Part
 from updater.training.measure import measure, peak_saved_bytes
 from updater.training.result import Limits
@@ -104,9 +104,9 @@ class _OnGpu(ClipLearner):
         super().ready(rows)
         self.model.device = device
 
-    def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+    def forward_backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         self.model.device = torch.device("cpu")
-        result = super().backward(rows, regularized)
+        result = super().forward_backward(rows, regularized)
         self.model.device = torch.device("cuda")
         return result
 
@@ -224,6 +224,6 @@ def test_a_later_step_costs_what_the_measured_one_did(tmp_path: Path, name: str)
     planned = measure(learner, list(pool.new), [rows])
     for step in range(3):
         with counted() as flops:
-            learner.backward(rows)
-        learner.update(1e-3, step, 3)
+            learner.forward_backward(rows)
+        learner.optimizer_step(1e-3, step, 3)
         assert flops.gflops == pytest.approx(planned.step_gflops, rel=1e-9)

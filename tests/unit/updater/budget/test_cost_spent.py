@@ -10,20 +10,14 @@ from typing import Any
 import pytest
 
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.budget.flops import counted
 from updater.data.pools import Pools, Question
-from updater.families.clip.learner import ClipLearner
-from updater.families.vlm.learner import VlmLearner
+from updater.families.clip_learner import ClipLearner
+from updater.families.vlm_learner import VlmLearner
 from updater.recipes import Recipe
 from updater.step.learner import AnyLearner
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, kind: type[AnyLearner], name: str) -> list[float]:
@@ -63,7 +57,7 @@ def test_an_update_spends_what_it_planned_within_two_percent(
     """Also in preparation, where a locked tower that an incumbent has changed is run twice."""
     start = run(base, tmp_path / "before").directory if incumbent else None
     prepared = recorded(monkeypatch, ClipLearner, "ready")
-    steps = recorded(monkeypatch, ClipLearner, "backward")
+    steps = recorded(monkeypatch, ClipLearner, "forward_backward")
     pool = pools(new=14, reference=0 if plan.name == "naive" else 14, replay=0 if plan.name == "naive" else 10)
     result = run(base, tmp_path, recipe=plan, pools=pool, incumbent=start)
     probe, taken = steps[0], steps[-result.steps :]
@@ -78,7 +72,7 @@ def test_batches_that_are_as_long_as_their_longest_question_cost_what_they_cost_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One question in twelve is four times as long: about half of the batches have none of those."""
-    steps = recorded(monkeypatch, VlmLearner, "backward")
+    steps = recorded(monkeypatch, VlmLearner, "forward_backward")
     questions = tuple(
         Question(f"{i}", "which colour is it?" + " look again!" * (i % 12 == 0) * 8, "red", partial(picture, i))
         for i in range(48)

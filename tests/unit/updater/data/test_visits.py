@@ -13,24 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.errors import ConfigError
 from serving.engines.clip_base import ClipBase
 from serving.engines.preprocess import Preprocess
-from tests.support.tiny import tiny_base
-from tests.unit.updater.builders import pairs, picture, pools, question_pools, recipe, run
+from tests.unit.updater.builders import pairs, picture, recipe, run
 from updater.data.mixture import BatchPlan
 from updater.data.pools import Pair, Pools, grouped, run_starts, visits
-from updater.families.clip.learner import ClipLearner, phrased, view_pixels
+from updater.families.clip_learner import phrased, view_pixels
 from updater.recipes import Batches, Views
 from updater.training.workers import Stopped
 
 MIXED = Batches()
 TEMPLATES = ["a photo of a {}", "a drawing of a {}", "{}"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 def of_domains(names: str) -> tuple[Pair, ...]:
@@ -51,13 +44,6 @@ def test_runs_are_of_one_domain_and_keep_its_order() -> None:
     assert Counter(lengths)[8] >= 200 // 8 - 3
     for start, end in pairwise((*run_starts(seen, 8), 200)):
         assert len(set(seen[start:end])) == 1
-
-
-def test_what_is_visited_first_holds_each_domain_by_its_share() -> None:
-    domains = ["a", "b", "a", "c"] * 100
-    first = [domains[row] for row in grouped(domains, 10)[:200]]
-    for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25)):
-        assert abs(first.count(name) / 200 - share) <= 10 / 200
 
 
 def test_a_batch_is_made_of_runs_in_every_epoch() -> None:
@@ -125,15 +111,6 @@ def test_a_short_caption_is_put_into_a_template_by_its_id_and_view() -> None:
     assert phrased(pair, ()) == "red kite"
 
 
-def test_captions_that_differ_in_their_template_describe_each_other(base: ClipBase) -> None:
-    made = ClipLearner(base, recipe(caption_templates=TEMPLATES), {}, seed=0)
-    pool = pools(new=12)
-    made.prepare(pool.examples, pool.parts)
-    assert len(set(made.texts[:12:6])) + len(set(made.texts[1:12:6])) > 2
-    batch = made.batch([0, 6, 1])
-    assert batch.caption[0] == batch.caption[1] != batch.caption[2]
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -169,16 +146,3 @@ def test_a_view_is_charged_when_it_is_made(base: ClipBase, tmp_path: Path) -> No
     assert costs[2] == pytest.approx(3 * costs[0], rel=0.1)
     few = run(base, tmp_path / "few", recipe=recipe(views={"count": 3}, max_steps=1), pools=Pools(pairs("car", 60)))
     assert few.cost["prepare_gflops"] < costs[0], "no view is made that no step visits"
-
-
-def test_a_vlm_has_neither_views_nor_templates() -> None:
-    assert question_pools().new[0].domain == ""
-    for changes in ({"views": {"count": 2}}, {"caption_templates": TEMPLATES}):
-        with pytest.raises(ConfigError, match="are of a CLIP"):
-            recipe("vlm-default", **changes)
-
-
-@pytest.mark.parametrize("template", ["a photo", "{} and {}", "a {thing}", "{}" + "x" * 200])
-def test_a_template_names_the_caption_once(template: str) -> None:
-    with pytest.raises(ConfigError, match=r"caption_templates\.0"):
-        recipe(caption_templates=[template])

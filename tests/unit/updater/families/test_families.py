@@ -97,24 +97,3 @@ def test_reference_questions_are_drawn_from_each_kind_in_turn_and_pairs_beside_t
     assert [each.id for each in again] == [each.id for each in asked]
     pairs = draw_pools(store, recipe(reference_limit=100), [mixed], 0, {}, seed=1).reference
     assert len(pairs) == 27 and all(type(each) is Pair and each.text == "a thing" for each in pairs)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"connector": {"locked": False}}, "no connector"),
-        ({"family": "vlm", "text": {"locked": True}}, "nothing would learn"),
-        ({"family": "audio"}, "family"),
-    ],
-)
-def test_what_a_family_cannot_do_is_refused(change: dict[str, Any], named: str) -> None:
-    values = load_recipe("default").model_dump(mode="json", exclude={"image"})
-    with pytest.raises(ConfigError, match=named):
-        type(load_recipe("default")).parse({**values, **change})
-
-
-def test_the_image_tower_of_a_vlm_is_locked_unless_the_recipe_opens_it() -> None:
-    values = load_recipe("vlm-default").model_dump(mode="json", exclude={"image"})
-    parse = type(load_recipe("default")).parse
-    assert parse(values).image.locked
-    assert not parse({**values, "image": {}}).image.locked

@@ -14,20 +14,18 @@ from ratchet_client.images import decode_image
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import inputs
 from serving.engines.vlm.vlm_base import VlmBase
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.updater.builders import learner_of, picture, question_pools, questions, recipe
 from updater.adapters import read_delta
-from updater.budget.flops import counted
-from updater.data.pools import Pools, Question
-from updater.families.trained_layers import vlm_layers
-from updater.families.vlm.reader import shown
-from updater.methods.objectives.token_distillation import summarise
-from updater.training.measure import measure
+from updater.adapters.trained_layers import vlm_layers
+from updater.data.pools import Question
+from updater.families.vlm_reader import shown
+from updater.methods.batches import summarise
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
-    return tiny_vlm_base(tmp_path_factory.mktemp("home"))
+@pytest.fixture
+def base(vlm: VlmBase) -> VlmBase:
+    return vlm
 
 
 def _by_hand(base: VlmBase, model: torch.nn.Module, each: Question) -> tuple[torch.Tensor, list[int]]:
@@ -59,7 +57,7 @@ def test_features_that_are_kept_and_pixels_that_are_not_give_the_same(base: VlmB
     assert kept.keeps_features and not anew.keeps_features
     rows = [0, 3, 7, 10]
     assert torch.allclose(kept.batch(rows).logits, anew.batch(rows).logits, atol=1e-4)
-    anew.backward(rows)
+    anew.forward_backward(rows)
     eyes = [p.grad for name, p in anew.parameters.items() if base.part_of(name.rsplit(".lora", 1)[0]) != "text"]
     assert eyes and any(grad is not None and float(grad.abs().sum()) > 0 for grad in eyes)
 
@@ -106,55 +104,6 @@ def test_what_cannot_be_asked_or_is_too_long_is_not_taken(base: VlmBase) -> None
         assert not learner.takes(Question("bad", words, "yes", lambda: picture(1)))
 
 
-def test_a_locked_image_tower_is_cheaper(base: VlmBase) -> None:
-    pools = question_pools(new=6, reference=6)
-    examples = [*pools.new, *pools.reference]
-    rows = list(range(12))
-    locked = learner_of(base, pools)
-    open_eyes = learner_of(base, pools, image={"locked": False})
-    late = learner_of(base, pools, text={"blocks": 1})
-    costs = {
-        name: measure(each, examples, [rows])
-        for name, each in (("locked", locked), ("eyes", open_eyes), ("late", late))
-    }
-    assert costs["late"].step_gflops < costs["locked"].step_gflops < costs["eyes"].step_gflops
-    assert costs["late"].memory_ratio < costs["locked"].memory_ratio < costs["eyes"].memory_ratio < 1
-    assert costs["locked"].sample_gflops == costs["eyes"].sample_gflops
-
-
-def test_each_further_teacher_is_charged(base: VlmBase) -> None:
-    pools = question_pools(new=6, reference=6)
-
-    def gflops(*teachers: str) -> float:
-        taught = [{"name": "token_distillation", "over": ["reference"], "options": {"teacher": t}} for t in teachers]
-        with counted() as flops:
-            learner_of(base, pools, objectives=[{"name": "answer_likelihood"}, *taught]).ready(range(12))
-        return flops.gflops
-
-    none, one, both = gflops(), gflops("base"), gflops("base", "incumbent")
-    assert one > 1.5 * none
-    assert both - one == pytest.approx(one - none, rel=0.15)  # the incumbent's goes through its adapter as well
-
-
-def test_each_image_is_read_once(base: VlmBase) -> None:
-    reads: dict[str, int] = {}
-
-    def counted(each: Question) -> Question:
-        def read() -> bytes:
-            reads[each.id] = reads.get(each.id, 0) + 1
-            return each.read()
-
-        return Question(each.id, each.question, each.answer, read)
-
-    learner = learner_of(
-        base, Pools(tuple(map(counted, questions("car", 9))), tuple(map(counted, questions("house", 9))))
-    )
-    for _ in range(3):
-        learner.backward(list(range(18)))
-    first = reads.pop("car-0")  # is looked at once more: whether what its image gives can be kept
-    assert first == 2 and len(reads) == 17 and set(reads.values()) == {1}
-
-
 SDFT = [{"name": "self_distillation", "over": ["new"], "options": {"keep": 0.5}}]
 
 
@@ -165,8 +114,8 @@ def test_a_model_that_distils_itself_answers_and_its_teacher_has_read_the_answer
     learner = learner_of(base, pools, objectives=SDFT)
     rows = [0, 3, 6, 2]
     for _ in range(3):  # the student moves away from its momentum model
-        learner.backward(rows)
-        learner.update(0.05)
+        learner.forward_backward(rows)
+        learner.optimizer_step(0.05)
     answers = learner.batch(rows).own
     assert answers is not None and answers.row.unique().tolist() == [0, 1, 3], "the reference's row is not asked"
     assert not answers.teacher.requires_grad
@@ -187,22 +136,10 @@ def test_distilling_itself_in_micro_batches_has_the_same_gradient(base: VlmBase)
     pools = question_pools(new=6, reference=2)
     whole, parts = (learner_of(base, pools, objectives=SDFT, micro_batch=size) for size in (0, 2))
     rows = [0, 5, 1, 4]
-    assert whole.backward(rows)[0] == pytest.approx(parts.backward(rows)[0], rel=1e-4)
+    assert whole.forward_backward(rows)[0] == pytest.approx(parts.forward_backward(rows)[0], rel=1e-4)
     for name, parameter in whole.parameters.items():
         assert parameter.grad is not None and parts.parameters[name].grad is not None
         assert torch.allclose(parameter.grad, cast(torch.Tensor, parts.parameters[name].grad), atol=1e-5)
-
-
-@pytest.mark.long
-def test_by_distilling_itself_a_model_comes_to_answer_as_after_an_example(base: VlmBase) -> None:
-    """The teacher stands still here: what is left between the two falls."""
-    terms = [{"name": "self_distillation", "over": ["new"], "options": {"keep": 1.0}}]
-    learner = learner_of(base, question_pools(new=4, reference=0), objectives=terms)
-    losses = []
-    for _ in range(30):
-        losses.append(learner.backward([0, 1, 2, 3])[0])
-        learner.update(0.02)
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 def _at(base: VlmBase, model: torch.nn.Module, each: Question, answer: list[int]) -> torch.Tensor:

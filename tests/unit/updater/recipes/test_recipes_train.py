@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
-from tests.support.tiny import tiny_base
-from tests.unit.updater.builders import picture, pools, recipe, run
-from updater.adapters import trainer_encoder
+from tests.unit.updater.builders import assert_served_as_trained, pools, recipe, resumed, run
 from updater.budget.cost import Cost
 from updater.recipes import load_recipe, recipe_names
 from updater.step.learner import AnyLearner
 from updater.training.measure import measure
-from updater.training.workers import Stopped
 
 RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
 """Stopped and resumed, too: one for each kind of state that a checkpoint holds."""
@@ -33,16 +29,11 @@ CLIP = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
-
-
 @pytest.mark.parametrize("name", CLIP)
 def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
     base: ClipBase, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("updater.training.run.measure", _measured_once())
+    monkeypatch.setattr("updater.training.plan.measure", _measured_once())
     plan = recipe(name, max_steps=3)
     first = run(base, tmp_path / "first", recipe=plan)
     changed = effective_weights(first.directory, base.build_model())
@@ -58,16 +49,9 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
     second = run(base, tmp_path / "second", **again)
     assert first.adapter != second.adapter
     if name in RESUMED:
-        with pytest.raises(Stopped):
-            run(base, tmp_path / "stopped", **again, stop=_soon())
-        assert run(base, tmp_path / "stopped", **again).adapter == second.adapter
+        assert resumed(partial(run, base, tmp_path / "stopped", **again), 4).adapter == second.adapter
     assert all(np.isfinite(values).all() for values in second.losses.values())
-    engine = ClipEngine(base)
-    engine.load(second.adapter, second.directory)
-    pixels = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)])
-    images, texts = trainer_encoder(base, second.directory)(pixels, ["a red car", "a tree"])
-    assert np.allclose(images, engine.encode_images(pixels, second.adapter), atol=1e-5)
-    assert np.allclose(texts, engine.encode_texts(["a red car", "a tree"], second.adapter), atol=1e-5)
+    assert_served_as_trained(base, second)
 
 
 def _measured_once() -> Callable[..., Cost]:
@@ -81,9 +65,3 @@ def _measured_once() -> Callable[..., Cost]:
         return found[parts]
 
     return measured
-
-
-def _soon() -> Callable[[], bool]:
-    """True some steps after the preparation."""
-    asked = count()
-    return lambda: next(asked) >= 4

@@ -21,17 +21,12 @@ from serving.engines.heads import write_heads
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.heads import random_head
-from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny import tiny_adapter
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.adapters import read_delta
 from updater.service.peft_files import convert
 
 TARGETS = ["visual.transformer.resblocks.0.mlp.c_fc", "transformer.resblocks.1.mlp.c_proj"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")

@@ -9,23 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
-from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
-from updater.families.clip.learner import ClipLearner
-from updater.step.gradients import CachedPasses
+from tests.unit.updater.builders import learner_of, pools, question_pools, recipe
+from updater.families.clip_learner import ClipLearner
 from updater.step.learner import Learner
+from updater.step.passes import CachedPasses
 from updater.training.measure import measure
 
 ROWS = [0, 13, 2, 25, 14, 5, 27, 16, 8, 21, 1]
 """Of pools with 12 new, 8 reference and 8 replayed examples; 11 rows do not divide into micro-batches of 4."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 def learner(base: ClipBase, name: str, **changes: Any) -> ClipLearner:
@@ -40,7 +33,7 @@ def learner(base: ClipBase, name: str, **changes: Any) -> ClipLearner:
 
 
 def gradients(made: Learner[Any], rows: list[int]) -> dict[str, Tensor]:
-    made.backward(rows)
+    made.forward_backward(rows)
     return {name: p.grad.clone() for name, p in made.parameters.items() if p.grad is not None}
 
 
@@ -53,17 +46,10 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", ["default", "locked-image", "ctp", "dreamlip", "vr-lwf", "dora", "full"])
 def test_the_gradient_is_that_of_the_whole_batch(base: ClipBase, name: str) -> None:
     whole, cached = learner(base, name), learner(base, name, micro_batch=4)
-    losses = whole.backward(ROWS), cached.backward(ROWS)
+    losses = whole.forward_backward(ROWS), cached.forward_backward(ROWS)
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
     assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-3, abs=1e-5)
     assert same(gradients(whole, ROWS), gradients(cached, ROWS))
-
-
-def test_the_sum_over_micro_batches_would_be_another_gradient(base: ClipBase) -> None:
-    made = learner(base, "default")
-    parts = [gradients(made, ROWS[start : start + 4]) for start in range(0, len(ROWS), 4)]
-    summed = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-    assert not same(gradients(made, ROWS), summed)  # type: ignore[arg-type]
 
 
 def test_rows_that_conflict_are_left_out_of_it_too(base: ClipBase) -> None:
@@ -71,12 +57,6 @@ def test_rows_that_conflict_are_left_out_of_it_too(base: ClipBase) -> None:
     whole, cached = learner(base, "default", **changes), learner(base, "default", micro_batch=4, **changes)
     assert same(gradients(whole, ROWS), gradients(cached, ROWS))
     assert whole.left_out and whole.left_out == cached.left_out
-
-
-def test_a_batch_that_fits_runs_at_once(base: ClipBase) -> None:
-    whole, cached = learner(base, "default"), learner(base, "default", micro_batch=len(ROWS))
-    expected, found = gradients(whole, ROWS), gradients(cached, ROWS)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_passes_without_a_backward_pass_are_forgotten(base: ClipBase) -> None:
@@ -106,18 +86,6 @@ def test_it_takes_less_memory_and_one_forward_pass_more(base: ClipBase) -> None:
     assert 1.2 < costs[1].step_gflops / costs[0].step_gflops < 1.6
     # Beside its rows each pass runs one picture through the stem.
     assert costs[1].step_gflops < costs[2].step_gflops < 1.05 * costs[1].step_gflops
-
-
-def test_an_update_ends_where_one_with_the_whole_batch_does(base: ClipBase, tmp_path: Path) -> None:
-    whole, cached = (run(base, tmp_path / str(size), recipe=recipe(micro_batch=size, max_steps=3)) for size in (0, 4))
-    for name, values in whole.losses.items():
-        assert cached.losses[name] == pytest.approx(values, rel=1e-3, abs=1e-6)
-    assert cached.steps == whole.steps == 3
-
-
-def test_gradients_of_single_terms_are_not_to_be_had() -> None:
-    with pytest.raises(ConfigError, match="micro_batch gives the gradient of the loss"):
-        recipe("harmonized", micro_batch=4)
 
 
 def test_without_gradients_nothing_is_kept_for_a_backward_pass() -> None:

@@ -8,30 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from core.errors import ConfigError, TrainingError
+from core.errors import TrainingError
 from serving.engines.backends import Processor
 from serving.engines.clip_base import ClipBase
 from serving.engines.engine_choice import SMALL_BYTES
-from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
-from updater.families.clip.learner import ClipLearner
-from updater.step import precision
+from updater.families.clip_learner import ClipLearner
+from updater.step import passes
 from updater.step.learner import Learner
-from updater.step.precision import training_precision
+from updater.step.passes import training_precision
 from updater.training.workers import Stopped
 
 ROWS = [0, 13, 2, 25, 14, 5, 27, 16, 8, 21, 1]
 TOLERANCE = 0.02
 """Of losses, relative: bfloat16 has eight bits of mantissa, an error of 0.004 in each product."""
 FAST = Processor("Xeon", amx=True, avx512_bf16=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 def learner(base: ClipBase, name: str = "default", **changes: Any) -> ClipLearner:
@@ -45,13 +38,13 @@ def steps(made: Learner[Any], count: int) -> list[float]:
     """Losses of some steps on the same rows."""
     losses = []
     for step in range(count):
-        losses.append(made.backward(ROWS)[0])
-        made.update(0.01, step, count)
+        losses.append(made.forward_backward(ROWS)[0])
+        made.optimizer_step(0.01, step, count)
     return losses
 
 
 def gradient(made: Learner[Any]) -> torch.Tensor:
-    made.backward(ROWS)
+    made.forward_backward(ROWS)
     return torch.cat([p.grad.flatten() for p in made.parameters.values() if p.grad is not None])
 
 
@@ -97,13 +90,6 @@ def test_a_vlm_agrees_too(tmp_path: Path) -> None:
         assert half.batch(ROWS).logits.dtype == torch.float32
 
 
-def test_the_candidate_is_float32(base: ClipBase, tmp_path: Path) -> None:
-    result = run(base, tmp_path, recipe=recipe(precision="bfloat16"))
-    tensors = load_file(result.directory / "adapter_model.safetensors")
-    assert {value.dtype for value in tensors.values()} == {torch.float32}
-    assert result.cost["precision"] == "bfloat16"
-
-
 def test_auto_is_bfloat16_where_the_processor_multiplies_it_fast_and_the_base_is_large(
     base: ClipBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,26 +102,21 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it_fast_and_the_base_is
         (Processor("T4", cuda=(7, 5)), "float32"),
         (Processor("H100", cuda=(9, 0)), "bfloat16"),
     ):
-        monkeypatch.setattr(precision, "processor", lambda device, found=processor: found)
+        monkeypatch.setattr(passes, "processor", lambda device, found=processor: found)
         assert training_precision(recipe(), large, cpu) == expected
         assert training_precision(recipe(), base, cpu) == "float32"
         assert training_precision(recipe(precision="bfloat16"), base, cpu) == "bfloat16"
         assert training_precision(recipe(precision="float32"), large, cpu) == "float32"
 
 
-def test_another_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match="precision"):
-        recipe(precision="float16")
-
-
 def test_a_resumed_update_keeps_its_precision(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(base, tmp_path / "whole", recipe=recipe(precision="bfloat16"))
-    monkeypatch.setattr(precision, "SMALL_BYTES", 0)
-    monkeypatch.setattr(precision, "processor", lambda device: FAST)
+    monkeypatch.setattr(passes, "SMALL_BYTES", 0)
+    monkeypatch.setattr(passes, "processor", lambda device: FAST)
     asked = iter(range(100))
     with pytest.raises(Stopped):
         run(base, tmp_path / "parts", stop=lambda: next(asked) == 4)
-    monkeypatch.setattr(precision, "processor", lambda device: Processor("EPYC"))
+    monkeypatch.setattr(passes, "processor", lambda device: Processor("EPYC"))
     resumed = run(base, tmp_path / "parts")
     assert resumed.cost["precision"] == "bfloat16"
     assert resumed.losses == whole.losses
@@ -144,10 +125,10 @@ def test_a_resumed_update_keeps_its_precision(base: ClipBase, tmp_path: Path, mo
 
 def test_a_gradient_that_is_not_finite_ends_the_update(base: ClipBase) -> None:
     made = learner(base)
-    made.backward(ROWS)
+    made.forward_backward(ROWS)
     before = {name: p.detach().clone() for name, p in made.parameters.items()}
     first = next(iter(made.parameters.values()))
     first.grad = torch.full_like(first, torch.inf)
     with pytest.raises(TrainingError, match="gradient of step 3 is not finite"):
-        made.update(0.01, step=3, steps=5)
+        made.optimizer_step(0.01, step=3, steps=5)
     assert all(torch.equal(before[name], p) for name, p in made.parameters.items())

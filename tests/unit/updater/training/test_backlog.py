@@ -11,21 +11,15 @@ import torch
 
 from core.errors import ConfigError
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, pairs, recipe, run
 from updater.adapters import read_delta
 from updater.data.pools import Pair, Pools
-from updater.families.clip.learner import ClipLearner
+from updater.families.clip_learner import ClipLearner
 from updater.step.learner import Work
 from updater.training.measure import SMALL
 from updater.training.workers import Stopped
 
 LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 class Reads:
@@ -86,8 +80,8 @@ def test_the_incumbent_teaches_what_it_was_at_the_start_whenever_it_is_asked(bas
     moved, fresh = (ClipLearner(base, recipe("lwf", **LAST), start, seed=0) for _ in range(2))
     for learner in (moved, fresh):
         learner.prepare(pairs("car", 12), ["new"] * 12, Work(tmp_path / str(id(learner)), rows={"new": 6}))
-    moved.backward(range(6))
-    moved.update(0.5)
+    moved.forward_backward(range(6))
+    moved.optimizer_step(0.5)
     later = range(6, 12)
     for name in ("image.incumbent", "text.incumbent", "image.boundary"):
         moved.ready(later)

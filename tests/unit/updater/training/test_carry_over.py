@@ -9,16 +9,10 @@ import torch
 
 from core.errors import TrainingError
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater.adapters import Dense, LowRank
-from updater.training import run as run_module
-from updater.training.result import CARRY_OVER, CarryOver
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
+from updater.training import trainer as run_module
+from updater.training.checkpoint import CARRY_OVER, CarryOver
 
 
 def test_a_memory_survives_its_file(tmp_path: Path) -> None:

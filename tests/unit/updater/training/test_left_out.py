@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,11 @@ from PIL import Image
 from core.errors import TrainingError
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from tests.support.tiny import tiny_base
 from tests.support.vlm_families import write_family
-from tests.unit.updater.builders import pairs, questions, recipe, run
+from tests.unit.updater.builders import pairs, questions, recipe, resumed, run
 from updater.bases.register import add_vlm
 from updater.data.pools import Pools
 from updater.training.result import NAMED, cost_of
-from updater.training.workers import Stopped
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +58,7 @@ def test_damaged_pictures_are_left_out_and_named(base: ClipBase, tmp_path: Path)
 def test_an_update_that_is_stopped_leaves_out_the_same(base: ClipBase, tmp_path: Path) -> None:
     bad = tuple(replace(each, read=broken) if n in (1, 6) else each for n, each in enumerate(pairs("car", 16)))
     whole = run(base, tmp_path / "whole", recipe=LEARNED, pools=Pools(bad))
-    for _ in range(20):
-        asked = iter([False, False, True])
-        try:
-            parts = run(base, tmp_path, recipe=LEARNED, pools=Pools(bad), stop=lambda asked=asked: next(asked))
-            break
-        except Stopped:
-            pass
+    parts = resumed(partial(run, base, tmp_path, recipe=LEARNED, pools=Pools(bad)), 3)
     assert (parts.adapter, parts.left_out, parts.maf) == (whole.adapter, whole.left_out, whole.maf)
 
 

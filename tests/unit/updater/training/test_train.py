@@ -1,10 +1,13 @@
-"""One update on a tiny base: what it writes, what it refuses, and that it gives the same again."""
+"""One update on tiny bases of both families: what it writes, what it refuses, and that it gives the same again."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,21 +18,91 @@ from core.errors import BudgetError, DiskFull, TrainingError
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
-from tests.support.tiny import tiny_base
-from tests.unit.updater.builders import LIMITS, pairs, picture, pools, recipe, run
-from updater.adapters import read_delta, trainer_encoder
+from serving.engines.vlm.vlm_base import VlmBase
+from tests.unit.updater.builders import (
+    LIMITS,
+    assert_served_as_trained,
+    pairs,
+    pools,
+    question_pools,
+    recipe,
+    resumed,
+    run,
+)
+from updater.adapters import read_delta
 from updater.adapters.weight_deltas import kept_share
-from updater.data.pools import Pair, Pools
-from updater.families.clip.learner import ClipLearner
+from updater.data.pools import Pools
+from updater.families.clip_learner import ClipLearner
+from updater.recipes import Recipe
 from updater.step.learner import AnyLearner, Learner
 from updater.training import checkpoint
 from updater.training.checkpoint import load_checkpoint
-from updater.training.workers import Stopped
+from updater.training.result import TrainResult
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
+class Kind(NamedTuple):
+    """A family: what is trained by which recipe on what."""
+
+    base: ClipBase | VlmBase
+    name: str
+    pools: Callable[..., Pools]
+
+    def train(self, folder: Path, **options: Any) -> TrainResult:
+        return run(self.base, folder, **{"recipe": self.recipe(), "pools": self.pools(), **options})
+
+    def recipe(self, **changes: Any) -> Recipe:
+        return recipe(self.name, **changes)
+
+
+@pytest.fixture(params=["clip", "vlm"])
+def kind(request: pytest.FixtureRequest, base: ClipBase, vlm: VlmBase) -> Kind:
+    return Kind(vlm, "vlm-default", question_pools) if request.param == "vlm" else Kind(base, "default", pools)
+
+
+def test_the_same_inputs_give_the_same_adapter_and_others_another(kind: Kind, tmp_path: Path) -> None:
+    one = kind.train(tmp_path / "one").adapter
+    assert kind.train(tmp_path / "two").adapter == one
+    assert kind.train(tmp_path / "seed", seed=4).adapter != one
+    assert kind.train(tmp_path / "data", pools=kind.pools(new=14)).adapter != one
+
+
+@pytest.mark.parametrize("image", [{"blocks": 1}, {"locked": False}])
+def test_a_stopped_update_goes_on_and_ends_in_the_same_adapter(
+    kind: Kind, tmp_path: Path, image: dict[str, Any]
+) -> None:
+    """Stopped after each single step in turn, with an incumbent that teaches: attention weights must not drift."""
+    first = kind.train(tmp_path / "first").directory
+    again = {"recipe": kind.recipe(image=image), "incumbent": first, "pools": kind.pools(replay=12)}
+    whole = kind.train(tmp_path / "whole", **again)
+    parts = resumed(partial(kind.train, tmp_path / "parts", **again), 4, least=2)  # after three shards
+    assert parts.adapter == whole.adapter
+    assert parts.losses == whole.losses
+
+
+def test_an_update_goes_on_from_the_incumbent(kind: Kind, tmp_path: Path) -> None:
+    """With almost no learning the candidate is the incumbent again."""
+    first = kind.train(tmp_path / "first")
+    still = {"peak": 1e-9, "constant": 1e-9, "final": 1e-9}
+    second = kind.train(tmp_path / "second", incumbent=first.directory, recipe=kind.recipe(schedule=still))
+    model = kind.base.build_model()
+    before, after = (effective_weights(r.directory, model) for r in (first, second))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert torch.allclose(after[name], weight, atol=1e-6)
+
+
+def test_the_budget_decides_the_number_of_steps(kind: Kind, tmp_path: Path) -> None:
+    """Two steps and the rows that they visit; no other is prepared."""
+    one, two, free = (kind.train(tmp_path / f"{n}", recipe=kind.recipe(max_steps=n)) for n in (1, 2, 5))
+    assert one.maf < two.maf < free.maf
+    per_step = free.cost["maf_per_step"]
+    enough_for_two = two.maf + 0.1 * per_step
+    bound = kind.train(tmp_path / "bound", limits=replace(LIMITS, gflops=enough_for_two))
+    assert (bound.steps, bound.planned_steps) == (2, 2)
+    assert bound.maf <= enough_for_two
+    assert bound.samples == {"new": 6, "reference": 12, "replay": 0}
+    with pytest.raises(BudgetError, match="does not pay for one step with its own rows"):
+        kind.train(tmp_path / "poor", limits=replace(LIMITS, gflops=one.maf - 0.5 * per_step))
 
 
 def test_training_lowers_the_loss_and_writes_what_the_engine_serves(base: ClipBase, tmp_path: Path) -> None:
@@ -41,45 +114,7 @@ def test_training_lowers_the_loss_and_writes_what_the_engine_serves(base: ClipBa
     engine = ClipEngine(base)
     spaces = engine.load(result.adapter, result.directory)
     assert spaces.image != base.spaces.image and spaces.text != base.spaces.text
-    pixels = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)])
-    images, texts = trainer_encoder(base, result.directory)(pixels, ["a red car", "a tree"])
-    assert np.allclose(images, engine.encode_images(pixels, result.adapter), atol=1e-5)
-    assert np.allclose(texts, engine.encode_texts(["a red car", "a tree"], result.adapter), atol=1e-5)
-    assert not np.allclose(images, engine.encode_images(pixels), atol=1e-3)
-
-
-def test_the_same_inputs_give_the_same_adapter_and_others_another(base: ClipBase, tmp_path: Path) -> None:
-    one = run(base, tmp_path / "one").adapter
-    assert run(base, tmp_path / "two").adapter == one
-    assert run(base, tmp_path / "seed", seed=4).adapter != one
-    assert run(base, tmp_path / "data", pools=pools(new=14)).adapter != one
-
-
-@pytest.mark.parametrize("blocks", [{"image": {"blocks": 1}, "text": {"blocks": 1}}, {"image": {}, "text": {}}])
-def test_a_stopped_update_goes_on_and_ends_in_the_same_adapter(
-    base: ClipBase, tmp_path: Path, blocks: dict[str, dict[str, int]]
-) -> None:
-    """Stopped after each single step in turn: attention weights must not drift either."""
-    plan = recipe(**blocks)
-    whole = run(base, tmp_path / "whole", recipe=plan)
-    asked = 0
-
-    def stop_at_second_question_in_training() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == 3  # two chunks of preparation or fewer, then between steps
-
-    stops = 0
-    for _ in range(20):
-        asked = 0
-        try:
-            resumed = run(base, tmp_path / "parts", recipe=plan, stop=stop_at_second_question_in_training)
-            break
-        except Stopped:
-            stops += 1
-    assert stops >= 2
-    assert resumed.adapter == whole.adapter
-    assert resumed.losses == whole.losses
+    assert_served_as_trained(base, result)
 
 
 def test_a_damaged_checkpoint_starts_the_update_again(base: ClipBase, tmp_path: Path) -> None:
@@ -111,18 +146,6 @@ def test_a_checkpoint_of_another_run_is_not_taken(base: ClipBase, tmp_path: Path
     assert load_checkpoint(tmp_path / "work", "another run") is None
 
 
-def test_an_update_goes_on_from_the_incumbent(base: ClipBase, tmp_path: Path) -> None:
-    """With almost no learning the candidate is the incumbent again."""
-    first = run(base, tmp_path / "first")
-    still = {"peak": 1e-9, "constant": 1e-9, "final": 1e-9}
-    second = run(base, tmp_path / "second", incumbent=first.directory, recipe=recipe(schedule=still))
-    model = base.build_model()
-    before, after = (effective_weights(r.directory, model) for r in (first, second))
-    assert before.keys() == after.keys()
-    for name, weight in before.items():
-        assert torch.allclose(after[name], weight, atol=1e-6)
-
-
 def test_an_incumbent_of_a_higher_rank_is_cut_to_the_recipes_and_what_is_kept_is_said(
     base: ClipBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,20 +175,6 @@ def test_a_locked_tower_keeps_its_embedding_space_also_over_an_incumbent(base: C
         assert spaces != before
 
 
-def test_the_budget_decides_the_number_of_steps(base: ClipBase, tmp_path: Path) -> None:
-    """Two steps and the rows that they visit; no other is prepared."""
-    free = run(base, tmp_path / "free")
-    one, two = (run(base, tmp_path / f"{n}", recipe=recipe(max_steps=n)).maf for n in (1, 2))
-    assert one < two < free.maf
-    enough_for_two = two + 0.1 * free.cost["maf_per_step"]
-    bound = run(base, tmp_path / "bound", limits=replace(LIMITS, gflops=enough_for_two))
-    assert (bound.steps, bound.planned_steps) == (2, 2)
-    assert bound.maf <= enough_for_two
-    assert bound.samples == {"new": 6, "reference": 12, "replay": 0}
-    with pytest.raises(BudgetError, match="does not pay for one step with its own rows"):
-        run(base, tmp_path / "poor", limits=replace(LIMITS, gflops=one - 0.5 * free.cost["maf_per_step"]))
-
-
 def test_the_wall_clock_bound_is_recorded(base: ClipBase, tmp_path: Path) -> None:
     result = run(base, tmp_path, limits=replace(LIMITS, seconds=1e-6))
     assert result.truncated
@@ -175,12 +184,12 @@ def test_the_wall_clock_bound_is_recorded(base: ClipBase, tmp_path: Path) -> Non
 def test_a_loss_that_is_not_finite_stops_the_update_and_writes_nothing(
     base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Learner.backward
+    real = Learner.forward_backward
 
     def broken(self: AnyLearner, rows: list[int]) -> tuple[float, dict[str, float]]:
         return float("nan"), real(self, rows)[1]
 
-    monkeypatch.setattr(Learner, "backward", broken)
+    monkeypatch.setattr(Learner, "forward_backward", broken)
     with pytest.raises(TrainingError, match="step 0 is nan"):
         run(base, tmp_path)
     assert not list(tmp_path.glob("adapters/clip-*"))
@@ -193,30 +202,10 @@ def test_parameters_that_are_not_finite_are_never_written(
         with torch.no_grad():
             next(iter(self.parameters.values())).fill_(float("inf"))
 
-    monkeypatch.setattr(Learner, "update", poison)
+    monkeypatch.setattr(Learner, "optimizer_step", poison)
     with pytest.raises(TrainingError):
         run(base, tmp_path, recipe=recipe(max_steps=1))
     assert not list(tmp_path.glob("adapters/clip-*"))
-
-
-def test_each_image_is_read_once(base: ClipBase, tmp_path: Path) -> None:
-    """Teacher features and boundaries are kept per sample; later steps read nothing.
-
-    Six are measured as full fine-tuning, and the rows of one step were read in advance when the first was measured.
-    """
-    reads: dict[str, int] = {}
-
-    def counted(pair: Pair) -> Pair:
-        def read() -> bytes:
-            reads[pair.id] = reads.get(pair.id, 0) + 1
-            return pair.read()
-
-        return Pair(pair.id, pair.text, read)
-
-    counting = Pools(tuple(map(counted, pairs("car", 20))), tuple(map(counted, pairs("house", 20))))
-    run(base, tmp_path, recipe=recipe(max_steps=10), pools=counting)
-    assert len(reads) == 40
-    assert sum(reads.values()) <= 40 + 6 + 9
 
 
 def test_the_incumbent_teaches_from_the_boundary_on_what_it_says_of_the_whole_input(

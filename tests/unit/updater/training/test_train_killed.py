@@ -26,7 +26,7 @@ from updater.step.learner import Learner
 
 home, steps, every = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 base = tiny_base(home)
-real_backward, real_save = Learner.backward, checkpoint.save_file
+real_backward, real_save = Learner.forward_backward, checkpoint.save_file
 steps_taken = saves = 0
 
 def die():
@@ -50,7 +50,7 @@ def in_child(folder, dies_in_backward=None, dies_in_save=None):
                 os.truncate(path, os.path.getsize(path) // 2)
                 die()
             saves += 1
-        Learner.backward, checkpoint.save_file = backward, save
+        Learner.forward_backward, checkpoint.save_file = backward, save
         made = run(base, folder, recipe=recipe(max_steps=steps), limits=replace(LIMITS, checkpoint_steps=every))
         result.write_text(json.dumps([made.adapter, made.losses["loss"], steps_taken]))
         os._exit(0)

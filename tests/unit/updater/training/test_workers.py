@@ -25,13 +25,12 @@ from serving.engines.clip_base import ClipBase
 from streams.store.sample_store import SampleStore
 from tests.support.forked import ForkedProcess, import_ahead
 from tests.support.ray_steps import killed_once
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, recipe, run
 from updater.adapters import read_delta
 from updater.data.pools import StoredExamples
-from updater.families.clip.learner import ClipLearner
+from updater.families.clip_learner import ClipLearner
 from updater.step.learner import Learner
-from updater.step.team import Team
+from updater.step.passes import Team
 from updater.training.result import TrainResult
 from updater.training.workers import Control, Steps, Stopped, Workers, _raised_by_worker, _work
 
@@ -39,19 +38,14 @@ import_ahead("updater.training.train", "updater.families", "tests.unit.updater.b
 STEPS = 6
 PLAN = {"max_steps": STEPS, "batch_size": 9}  # of which one process has four rows, and the other one five
 EACH = replace(LIMITS, checkpoint_steps=1, threads=1)
-UPDATE = Learner.update
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
+UPDATE = Learner.optimizer_step
 
 
 @pytest.fixture(scope="module", autouse=True)
 def taken_elsewhere() -> Iterator[pytest.MonkeyPatch]:
     """No step is taken in this process, unless a test says so."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "update", lambda *_: pytest.fail("a step is taken here"))
+        patch.setattr(Learner, "optimizer_step", lambda *_: pytest.fail("a step is taken here"))
         yield patch
 
 
@@ -90,7 +84,7 @@ class MortalWorkers(ForkedWorkers):
 
 
 def _mortal(mark: Path, steps: Steps, team: Team, control: Control) -> None:
-    update = Learner.update
+    update = Learner.optimizer_step
 
     def deadly(self: Learner[Any], *args: Any, **options: Any) -> None:
         update(self, *args, **options)
@@ -98,7 +92,7 @@ def _mortal(mark: Path, steps: Steps, team: Team, control: Control) -> None:
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Learner.update = deadly  # type: ignore[method-assign]
+    Learner.optimizer_step = deadly  # type: ignore[method-assign]
     steps(team, control)
 
 
@@ -116,7 +110,7 @@ def test_two_processes_come_to_the_adapter_of_one(
     base: ClipBase, tmp_path: Path, undisturbed: TrainResult, taken_elsewhere: pytest.MonkeyPatch
 ) -> None:
     with taken_elsewhere.context() as here:
-        here.setattr(Learner, "update", UPDATE)
+        here.setattr(Learner, "optimizer_step", UPDATE)
         alone = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH)
     assert undisturbed.steps == alone.steps == STEPS
     assert undisturbed.maf == pytest.approx(alone.maf, rel=0.05) and undisturbed.visited == alone.visited

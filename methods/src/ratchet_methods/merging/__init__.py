@@ -1,0 +1,1 @@
+"""Rules by which what was trained joins what is served."""

@@ -1,0 +1,13 @@
+"""Task arithmetic: what an update learned is added to what is served (Ilharco et al. 2023)."""
+
+from __future__ import annotations
+
+from updater.adapters import WeightDelta, combine
+
+
+def task_arithmetic(served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float) -> WeightDelta:
+    """ΔW = ΔW_served + weight (ΔW_trained - ΔW_start), exactly.
+
+    With ``start: base`` the sum of all task vectors so far, each with its weight; nothing that was learned fades.
+    """
+    return combine([(1.0, served), (weight, trained), (-weight, start)])

@@ -1,0 +1,44 @@
+"""Backward compatibility: a new query finds its old document, in an index of old, mixed or new vectors."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from updater.methods.batches import Features
+from updater.methods.objectives import Objective, known_teacher
+from updater.recipes import Family
+
+
+class BackwardCompatible(Objective[Features]):
+    """The new-to-old contrastive term of hot-refresh training (RACT, Zhang et al. 2022), between the towers.
+
+    A new text's positive is its image's *old* vector; its negatives are the other images' old vectors and their new
+    ones, as it meets both while an index is refreshed. The same for new images and old texts. Pairs with equal
+    captions are positives of each other.
+
+    Args:
+        teacher: ``incumbent``: the live adapter, whose vectors are in the index; or ``base``.
+    """
+
+    family: ClassVar[Family] = "clip"
+
+    def __init__(self, teacher: str = "incumbent") -> None:
+        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Mean over both directions, in nats."""
+        old = batch.teachers[self.teacher]
+        positive = batch.caption[:, None] == batch.caption[None, :]
+        new = batch.scale * batch.image @ batch.text.T
+        image = _contrast(batch.scale * batch.image @ old.text.T, new, positive)
+        text = _contrast(batch.scale * batch.text @ old.image.T, new.T, positive)
+        return 0.5 * (image + text)
+
+
+def _contrast(to_old: Tensor, to_new: Tensor, positive: Tensor) -> Tensor:
+    """Mean over rows of minus the mean log probability of a row's positives, among all old and the negative new."""
+    norm = torch.cat([to_old, to_new.masked_fill(positive, -torch.inf)], dim=1).logsumexp(dim=1)
+    return (norm - (to_old * positive).sum(dim=1) / positive.sum(dim=1)).mean()

@@ -1,0 +1,73 @@
+"""Compatible momentum contrast: image-text contrast with a slow model that is also held near the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from updater.methods.batches import Features, Sides
+from updater.methods.objectives import Objective, positive
+from updater.recipes import Family
+
+
+class CompatibleMomentumContrast(Objective[Features]):
+    """The student's images against the momentum model's texts and a queue of earlier ones, and the other way (CTP).
+
+    The momentum model becomes ``keep`` of itself, ``new`` of the student and the rest of the model with which the
+    update began (Zhu et al. 2023), so that what the student is drawn to stays compatible with both. Keys that carry
+    the row's caption are positives, in the queue as well: samples come again within one update.
+
+    Args:
+        temperature: of the softmax.
+        queue: pairs kept from the steps before.
+        keep, new: see above.
+    """
+
+    family: ClassVar[Family] = "clip"
+    teacher: str = "momentum"
+
+    def __init__(self, temperature: float = 0.07, queue: int = 1024, keep: float = 0.9, new: float = 0.05) -> None:
+        positive(temperature=temperature, queue=queue, keep=keep, new=new)
+        if keep + new > 1:
+            raise TypeError(f"keep and new add up to {keep + new:g}, and the start has the rest of 1")
+        self.temperature = temperature
+        self.size = queue
+        self.momentum = (keep, new, 1 - keep - new)
+        self.queue: Sides | None = None
+        self.caption = torch.zeros(0, dtype=torch.long)
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Mean over both directions, in nats."""
+        keys, caption = self._keys(batch)
+        positive = batch.caption[:, None] == caption[None, :]
+        target = positive / positive.sum(dim=1, keepdim=True)
+        image = F.cross_entropy(batch.image @ keys.text.T / self.temperature, target)
+        text = F.cross_entropy(batch.text @ keys.image.T / self.temperature, target)
+        return 0.5 * (image + text)
+
+    def stepped(self, batch: Features) -> None:
+        """The momentum model's features of the step join the queue; the oldest leave it."""
+        keys, caption = self._keys(batch)
+        self.queue = Sides(keys.image[: self.size], keys.text[: self.size])
+        self.caption = caption[: self.size]
+
+    def _keys(self, batch: Features) -> tuple[Sides, Tensor]:
+        """The batch's, and then the queue's, newest first."""
+        teacher = batch.teachers[self.teacher]
+        if self.queue is None:
+            return teacher, batch.caption
+        keys = Sides(torch.cat([teacher.image, self.queue.image]), torch.cat([teacher.text, self.queue.text]))
+        return keys, torch.cat([batch.caption, self.caption])
+
+    def state(self) -> dict[str, Tensor]:
+        if self.queue is None:
+            return {}
+        return {"image": self.queue.image, "text": self.queue.text, "caption": self.caption}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        image, text, self.caption = (tensors[name][: self.size] for name in ("image", "text", "caption"))
+        self.queue = Sides(image, text)

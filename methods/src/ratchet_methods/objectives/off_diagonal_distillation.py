@@ -1,0 +1,44 @@
+"""Off-diagonal distillation: how near an image is to the texts of the others stays as it was."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ratchet_methods.objectives.divergence import row_divergence
+from updater.methods.batches import Features
+from updater.methods.objectives import Objective, known_teacher
+from updater.recipes import Family
+
+
+class OffDiagonalDistillation(Objective[Features]):
+    """``1/2 (KL_i + KL_t)`` of Mod-X (Ni et al. 2023), between old and new similarity rows without their positives.
+
+    Rows that the teacher got wrong, its nearest text being another's, are not worth keeping: the paper puts the
+    student's own row in their place, so that they add neither to the value nor to the gradient. Pairs with equal
+    captions are positives of each other. Similarities are cosines, as in the published code, without the model's
+    temperature. That code adds rows up, and we take their mean: the paper's alpha is the term's weight divided by the
+    rows of a batch there (64).
+
+    Args:
+        teacher: ``incumbent``: the live adapter, with which the update begins; or ``base``.
+    """
+
+    family: ClassVar[Family] = "clip"
+
+    def __init__(self, teacher: str = "incumbent") -> None:
+        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Mean over both directions and all rows, those left out counting 0; in nats."""
+        teacher = batch.teachers[self.teacher]
+        positive = batch.caption[:, None] == batch.caption[None, :]
+        old = teacher.image @ teacher.text.T
+        new = batch.image @ batch.text.T
+        return 0.5 * (_mean_divergence(old, new, positive) + _mean_divergence(old.T, new.T, positive))
+
+
+def _mean_divergence(old: Tensor, new: Tensor, positive: Tensor) -> Tensor:
+    right = positive.gather(1, old.argmax(dim=1, keepdim=True))[:, 0]
+    return (row_divergence(old, new, positive) * right).mean()

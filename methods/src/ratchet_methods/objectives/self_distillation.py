@@ -1,0 +1,39 @@
+"""On-policy self-distillation: the model answers as it would have answered after reading the right answer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from updater.methods.batches import Answers, mean_over_rows
+from updater.methods.objectives import Objective
+from updater.recipes import Family
+
+
+class SelfDistillation(Objective[Answers]):
+    """KL(student || teacher) at each token of an answer that the student has just given.
+
+    The teacher is a running mean of the student that has read the known answer as an example before it is asked
+    (SDFT, Shenfeld et al. 2026, "Self-Distillation Enables Continual Learning"). It teaches no more than the model can
+    take from an example: one that cannot learns nothing.
+
+    Args:
+        keep: share of itself that the teacher keeps at each step, 0 to 1.
+    """
+
+    family: ClassVar[Family] = "vlm"
+    own_answers = True
+
+    def __init__(self, keep: float = 0.99) -> None:
+        if not 0 <= keep <= 1:
+            raise TypeError(f"keep is {keep}, not from 0 to 1")
+        self.momentum = (keep, 1 - keep, 0.0)
+
+    def __call__(self, batch: Answers) -> Tensor:
+        """Mean over rows of the mean over a row's tokens, in nats."""
+        if batch.own is None:
+            return batch.zero()
+        student, teacher = batch.own.logits.log_softmax(dim=1), batch.own.teacher.log_softmax(dim=1)
+        divergence = (student.exp() * (student - teacher)).sum(dim=1)
+        return mean_over_rows(divergence, batch.own.row, len(batch.part))

@@ -1,0 +1,47 @@
+"""Supervised contrast: images of one class meet, images of others part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from updater.methods.batches import Features
+from updater.methods.objectives import Objective, positive
+from updater.recipes import Family
+
+
+class SupervisedContrast(Objective[Features]):
+    """SupCon (Khosla et al. 2020), of images: for each one the mean over the others of its class of their log-share in
+    the softmax over all other images of the batch.
+
+    A class is a label; where no example of an update has one, each distinct caption is. Images that are alone in their
+    class are not pulled, and push.
+
+    Args:
+        temperature: of the softmax.
+    """
+
+    family: ClassVar[Family] = "clip"
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        positive(temperature=temperature)
+        self.temperature = temperature
+        self._labelled = True
+
+    def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
+        self._labelled = bool(labels)
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Mean over images that have another of their class, in nats; 0 where none has."""
+        classes = batch.label if self._labelled else batch.caption
+        itself = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
+        same = (classes[:, None] == classes[None, :]) & (classes[:, None] >= 0) & ~itself
+        counts = same.sum(dim=1)
+        if not bool(counts.any()):
+            return batch.zero()
+        logits = (batch.image @ batch.image.T / self.temperature).masked_fill(itself, -float("inf"))
+        shares = logits.log_softmax(dim=1).masked_fill(~same, 0.0)
+        return -(shares.sum(dim=1)[counts > 0] / counts[counts > 0]).mean()

@@ -1,0 +1,89 @@
+"""Relations to prototypes stay as two teachers see them, each as far as it can be trusted with a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ratchet_methods.objectives.prototypes import Prototypes
+from updater.methods.batches import Features
+from updater.methods.objectives import Objective
+from updater.recipes import Family
+
+TEACHERS = ("base", "incumbent")
+SIDES = ("image", "text")
+
+
+class TwoTeacherRelations(Objective[Features]):
+    """Distillation of intra- and inter-modal relations from two teachers (MulKI, Zhang et al. 2024).
+
+    A teacher's prototypes are running means of its image and text features, per label, or per caption where a pair has
+    no label. A feature's relations are the softmax of its similarities to all image prototypes, and to all text
+    prototypes. The student's image and text keep those that the teacher's image and text have:
+
+        sum over teachers m of w_m(i) * mean over the 4 relations r of KL(r_m(i) || r_student(i))
+
+    with w(i) = softmax over m of the similarity of m's own image and text of pair i: the base is followed where the
+    incumbent has forgotten, and the incumbent where it has learned. All similarities are divided by the model's
+    temperature. Before the first step of a first update there are no prototypes, and the value is 0.
+
+    Args:
+        most: concepts that are kept, those seen last.
+        window: samples that a mean goes over.
+    """
+
+    family: ClassVar[Family] = "clip"
+
+    def __init__(self, most: int = 512, window: int = 100) -> None:
+        self.prototypes = Prototypes([f"{name}.{side}" for name in TEACHERS for side in SIDES], most, window, True)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        return TEACHERS
+
+    def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
+        self.prototypes.begin(labels)
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Mean over rows, in nats."""
+        if not self.prototypes.means:
+            return batch.zero()
+        rows = torch.zeros_like(batch.image[:, 0])
+        for weight, name in zip(trust(batch), TEACHERS, strict=True):
+            teacher = batch.teachers[name]
+            anchors = [self.prototypes.of(f"{name}.{side}").T for side in SIDES]
+            divergences = [
+                _divergence(batch.scale * old @ anchor, batch.scale * new @ anchor)
+                for new, old in ((batch.image, teacher.image), (batch.text, teacher.text))
+                for anchor in anchors
+            ]
+            rows = rows + weight * torch.stack(divergences).mean(dim=0)
+        return rows.mean()
+
+    def stepped(self, batch: Features) -> None:
+        sides = {name: batch.teachers[name] for name in TEACHERS}
+        self.prototypes.add(
+            batch,
+            {f"{name}.{side}": s.image if side == "image" else s.text for name, s in sides.items() for side in SIDES},
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return self.prototypes.state()
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.prototypes.load_state(tensors)
+
+
+def trust(batch: Features) -> Tensor:
+    """The weight of each teacher on each pair, [teachers, n]; over teachers they add up to 1."""
+    sides = [batch.teachers[name] for name in TEACHERS]
+    return (batch.scale * torch.stack([(s.image * s.text).sum(dim=1) for s in sides])).softmax(dim=0)
+
+
+def _divergence(old: Tensor, new: Tensor) -> Tensor:
+    """KL(softmax(old) || softmax(new)) of each row, from logits [n, k]."""
+    before = old.log_softmax(dim=1)
+    return (before.exp() * (before - new.log_softmax(dim=1))).sum(dim=1)

@@ -1,0 +1,1 @@
+"""Adapter kinds other than plain LoRA."""

@@ -1,0 +1,1 @@
+"""Recipes (YAML files) that use these methods, or vary the shipped recipes."""

@@ -1,1 +1,0 @@
-"""How a CLIP learns from pairs of an image and a text."""

@@ -1,0 +1,240 @@
+"""Batches: what an objective sees of the rows of one step, and what teachers say of them.
+
+A CLIP's batch is :class:`Features`, a VLM's :class:`Answers`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from updater.recipes import Part
+
+
+@dataclass(frozen=True)
+class Batch(ABC):
+    """The rows of one step. ``part`` names, row by row, where an example came from."""
+
+    part: tuple[Part, ...]
+
+    def rows(self, parts: Collection[Part]) -> list[int]:
+        """Numbers of the rows that came from one of ``parts``."""
+        return [row for row, part in enumerate(self.part) if part in parts]
+
+    def select(self, rows: list[int]) -> Self:
+        """The batch of these rows alone."""
+        return self if len(rows) == len(self.part) else self._select(rows)
+
+    @abstractmethod
+    def zero(self) -> Tensor:
+        """A scalar 0 where the batch is."""
+
+    @abstractmethod
+    def _select(self, rows: list[int]) -> Self: ...
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Another model's view of the same pairs: unit features [n, dim] without gradients."""
+
+    image: Tensor
+    text: Tensor
+
+    def __getitem__(self, index: Tensor) -> Sides:
+        """The same of some of the rows."""
+        return Sides(self.image[index], self.text[index])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Further texts of an objective's own: the student's features [m, dim] and each teacher's, of unit length.
+
+    ``row`` int [m] is the row of the batch that a text belongs to, -1 for one that is in every batch. ``number`` int
+    [m] is its place in what the objective asked for. With ``Objective.frozen_texts``, ``text`` is of the incumbent.
+    """
+
+    text: Tensor
+    teachers: Mapping[str, Tensor]
+    row: Tensor
+    number: Tensor
+
+    def select(self, rows: Sequence[int], size: int) -> Texts:
+        """Those of some rows of a batch of ``size``, renumbered, and those of no row."""
+        place = torch.full((size + 1,), -2, device=self.row.device)
+        place[torch.tensor(rows, device=place.device)] = torch.arange(len(rows), device=place.device)
+        place[-1] = -1
+        new = place[self.row]
+        index = (new >= -1).nonzero().flatten()
+        teachers = {name: features[index] for name, features in self.teachers.items()}
+        return Texts(self.text[index], teachers, new[index], self.number[index])
+
+
+@dataclass(frozen=True)
+class Features(Batch):
+    """A CLIP's features of pairs. All are L2-normalised float32 [n, dim]; gradients flow into the student's only.
+
+    ``caption`` int [n] holds one number per distinct caption, the same in every update: rows with the same number
+    describe each other.
+    ``label`` int [n] holds one number per distinct label, -1 where a pair has none. ``scale`` is 1 / temperature.
+    ``teachers`` are by name, those that an objective asks for: ``base``, ``incumbent`` (the model with which the update
+    begins), ``momentum`` (a running mean of the student). ``texts`` are by objective.
+    """
+
+    image: Tensor
+    text: Tensor
+    teachers: Mapping[str, Sides]
+    caption: Tensor
+    label: Tensor
+    scale: float
+    texts: Mapping[str, Texts] = field(default_factory=dict)
+
+    def taught(self, teacher_of: Callable[[Part], str | None]) -> Sides:
+        """Each row's features by its own teacher, which its part decides."""
+        names = [teacher_of(part) for part in self.part]
+        sides = self.teachers[names[0] or ""]
+        for name in dict.fromkeys(names[1:]):
+            own = torch.tensor([each == name for each in names], device=self.image.device)[:, None]
+            other = self.teachers[name or ""]
+            sides = Sides(torch.where(own, other.image, sides.image), torch.where(own, other.text, sides.text))
+        return sides
+
+    def zero(self) -> Tensor:
+        # With gradients, all 0: a step in which no term has rows to see is a step like others, and costs as much.
+        return 0.0 * (self.image.sum() + self.text.sum())
+
+    def _select(self, rows: list[int]) -> Self:
+        index = torch.tensor(rows, device=self.image.device)
+        return type(self)(
+            part=tuple(self.part[row] for row in rows),
+            image=self.image[index],
+            text=self.text[index],
+            teachers={name: sides[index] for name, sides in self.teachers.items()},
+            caption=self.caption[index],
+            label=self.label[index],
+            scale=self.scale,
+            texts={name: texts.select(rows, len(self.part)) for name, texts in self.texts.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher's distribution over the next token, at answer tokens: its most probable tokens, and the rest as one.
+
+    ``tokens`` int [t, k] and ``logprobs`` float32 [t, k], natural, most probable first; ``rest`` float32 [t] is the
+    log-probability of all others together, -inf when k is the whole vocabulary.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    rest: Tensor
+
+    def __getitem__(self, index: Tensor) -> Teacher:
+        """The same at some of the tokens."""
+        return Teacher(self.tokens[index], self.logprobs[index], self.rest[index])
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """Answers that a VLM gives now to some rows of a batch, all tokens one after another.
+
+    ``logits`` float32 [t, vocabulary] are the student's before each token, ``teacher`` those of the momentum model that
+    has read the known answer before, without gradients. ``row`` int [t] is the row of the batch.
+    """
+
+    logits: Tensor
+    teacher: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Answers(Batch):
+    """A VLM's logits at answers: all answer tokens of all rows one after another, their end tokens included.
+
+    ``logits`` float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token itself and
+    ``row`` int [t] the row that it belongs to. ``teachers`` are by name, ``base`` or ``incumbent``; what they say of
+    rows that no objective compares is undefined. ``own`` is there where an objective asks for it.
+    """
+
+    logits: Tensor
+    target: Tensor
+    row: Tensor
+    teachers: Mapping[str, Teacher]
+    own: OwnAnswers | None = None
+
+    def zero(self) -> Tensor:
+        return self.logits.new_zeros(())
+
+    def taught(self, teacher_of: Callable[[Part], str | None]) -> Teacher:
+        """The distributions of each row's own teacher, which its part decides."""
+        names = [teacher_of(part) for part in self.part]
+        teacher = self.teachers[names[0] or ""]
+        for name in dict.fromkeys(names[1:]):
+            own = torch.tensor([each == name for each in names], device=self.row.device)[self.row]
+            other = self.teachers[name or ""]
+            teacher = Teacher(
+                torch.where(own[:, None], other.tokens, teacher.tokens),
+                torch.where(own[:, None], other.logprobs, teacher.logprobs),
+                torch.where(own, other.rest, teacher.rest),
+            )
+        return teacher
+
+    def mean_over_rows(self, values: Tensor) -> Tensor:
+        """See :func:`mean_over_rows`, of values at the known answers' tokens."""
+        return mean_over_rows(values, self.row, len(self.part))
+
+    def _select(self, rows: list[int]) -> Self:
+        place = torch.full((len(self.part),), -1, device=self.row.device)
+        place[torch.tensor(rows, device=place.device)] = torch.arange(len(rows), device=place.device)
+        index = (place[self.row] >= 0).nonzero().flatten()
+        return type(self)(
+            part=tuple(self.part[row] for row in rows),
+            logits=self.logits[index],
+            target=self.target[index],
+            row=place[self.row[index]],
+            teachers={name: teacher[index] for name, teacher in self.teachers.items()},
+            own=None if self.own is None else _own_of(self.own, place),
+        )
+
+
+def mean_over_rows(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Each row's mean over its tokens, and then the mean over rows: long answers count as much as short ones.
+
+    ``values`` [t] are at the tokens of all rows, ``row`` int [t] says of which.
+    """
+    sums = values.new_zeros(rows).index_add(0, row, values)
+    return (sums / torch.bincount(row, minlength=rows)).mean()
+
+
+def _own_of(own: OwnAnswers, place: Tensor) -> OwnAnswers:
+    """Those of the rows that have a place, int [rows of the batch], among those that were selected."""
+    index = (place[own.row] >= 0).nonzero().flatten()
+    return OwnAnswers(own.logits[index], own.teacher[index], place[own.row[index]])
+
+
+def summarise(logits: Tensor, k: int) -> Teacher:
+    """The ``k`` most probable tokens of logits [t, vocabulary], and the rest as one."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    top = logprobs.topk(min(k, logits.shape[-1]), dim=-1)
+    return Teacher(top.indices, top.values, _others(logprobs, top.indices))
+
+
+def divergence(teacher: Teacher, logits: Tensor) -> Tensor:
+    """KL(teacher || student) at each token [t], from the student's logits [t, vocabulary]."""
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, teacher.tokens)
+    known = (teacher.logprobs.exp() * (teacher.logprobs - chosen)).sum(dim=1)
+    if teacher.tokens.shape[1] == logits.shape[1]:
+        return known
+    return known + teacher.rest.exp() * (teacher.rest - _others(logprobs, teacher.tokens))
+
+
+def _others(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of all tokens but these, together [t]; -inf when there are none."""
+    if tokens.shape[1] == logprobs.shape[1]:
+        return logprobs.new_full((len(logprobs),), -torch.inf)
+    return logprobs.scatter(1, tokens, -torch.inf).logsumexp(dim=1)

@@ -1,0 +1,284 @@
+"""The loss of an update: terms that add up, found by name.
+
+What a term is (:class:`Objective`), and those that the shipped recipes use. Others are installed, see
+:mod:`updater.recipes.plugin_registry`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.errors import ConfigError
+from updater.methods.batches import Answers, Batch, Features, divergence
+from updater.recipes import Family, Part, Term
+from updater.recipes.plugin_registry import Methods
+
+log = logging.getLogger("ratchet.recipes")
+B = TypeVar("B", bound=Batch)
+
+
+class Objective(ABC, Generic[B]):
+    """One term of the loss. Keyword arguments of ``__init__`` are the recipe's ``options``."""
+
+    family: ClassVar[Family]
+    """The models whose batches it takes."""
+    teacher: str | None = None
+    """The teacher that it compares with (``base``, ``incumbent`` or ``momentum``); its passes are charged."""
+    momentum: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    """For a momentum teacher: the shares of itself, of the student and of the start in what it becomes by a step."""
+    frozen_texts: bool = False
+    """True if its further texts are needed as its teachers see them alone, so that the student never runs them."""
+
+    own_answers: bool = False
+    """True if it needs answers that the student gives now, and what its momentum model, which has read the known
+    answer, thinks of them. A VLM's; the passes are charged."""
+    replay_teacher: str | None = None
+    """The teacher of replayed rows, where it is another one than ``teacher``."""
+
+    def teacher_of(self, part: Part) -> str | None:
+        """The teacher of rows that came from ``part``."""
+        return self.replay_teacher if part == "replay" and self.replay_teacher else self.teacher
+
+    def teachers_of(self, part: Part) -> tuple[str, ...]:
+        """All teachers that it compares rows from ``part`` with."""
+        if self.replay_teacher is None:
+            return self.teachers
+        own = self.teacher_of(part)
+        return (own,) if own else ()
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All teachers that it compares with, for one that has several."""
+        return tuple(dict.fromkeys(name for name in (self.teacher, self.replay_teacher) if name))
+
+    @abstractmethod
+    def __call__(self, batch: B) -> Tensor:
+        """The term's value: a scalar, a mean over rows, so that it does not grow with the batch."""
+
+    def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
+        """Called before the first step; what an earlier update left is loaded by then.
+
+        Called twice: with the examples of the first batches, of which one is measured, and with all that steps visit.
+        ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
+        """
+
+    def further_texts(
+        self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
+    ) -> list[tuple[int, str]]:
+        """Texts that it needs next to the captions, each with the number of its example, -1 for one in every batch.
+
+        The arguments are those of :meth:`begin`, and the pool of each example.
+        """
+        return []
+
+    def stepped(self, batch: B) -> None:
+        """Called after the optimizer's step on ``batch``, without gradients."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Its memory: kept in checkpoints, and for the next update."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave, in this update or in the one before."""
+
+
+def known_teacher(name: str, *allowed: str) -> str:
+    """The name, if it is one of those allowed. Raises TypeError, as for a wrong argument."""
+    if name not in allowed:
+        raise TypeError(f"teacher is {name!r}, not one of {', '.join(allowed)}")
+    return name
+
+
+def positive(**options: float) -> None:
+    """Raise TypeError, as for a wrong argument, for an option that is not above 0."""
+    for name, value in options.items():
+        if not value > 0:
+            raise TypeError(f"{name} is {value}, and must be above 0")
+
+
+class Contrastive(Objective[Features]):
+    """Cross entropy of each row and each column of the similarity matrix against its positives.
+
+    Row i's target is uniform over the rows that carry the same caption (DreamLIP's multi-positive form): with plain
+    one-hot targets two pictures of "a red apple" would push each other's caption away.
+    """
+
+    family: ClassVar[Family] = "clip"
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Mean over both directions, in nats."""
+        logits = batch.scale * batch.image @ batch.text.T
+        target = (batch.caption[:, None] == batch.caption[None, :]).to(logits.dtype)
+        target = target / target.sum(dim=1, keepdim=True)  # symmetric: equal captions have equal counts
+        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+class FeatureDistillation(Objective[Features]):
+    """Mean squared distance on the unit sphere to the teacher's features, of images and of texts.
+
+    Both towers are held: with only the image tower distilled, the texts are free to drift.
+
+    Args:
+        image: weight of the image tower's part.
+        text: weight of the text tower's part.
+        teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
+        replay: the same for replayed rows, where they have another teacher. Held to the base, they are pulled back to
+            what they were before they were learned.
+    """
+
+    family: ClassVar[Family] = "clip"
+
+    def __init__(self, image: float = 1.0, text: float = 1.0, teacher: str = "base", replay: str | None = None) -> None:
+        self.image = image
+        self.text = text
+        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.replay_teacher = known_teacher(replay, "base", "incumbent") if replay is not None else None
+
+    def __call__(self, batch: Features) -> Tensor:
+        """``|x - x0|^2`` averaged over rows and towers: 0 when nothing moved, 4 at the opposite pole."""
+        teacher = batch.taught(self.teacher_of)
+        image = (batch.image - teacher.image).square().sum(dim=1).mean()
+        text = (batch.text - teacher.text).square().sum(dim=1).mean()
+        return (self.image * image + self.text * text) / 2
+
+
+class ContrastiveDistillation(Objective[Features]):
+    """``L_img + L_txt`` of ZSCL (Zheng et al. 2023); over new rows, with the incumbent as teacher, it is LwF's.
+
+    ``L_img = T^2 CE(softmax(z0 / T), softmax(z / T))`` with ``z = scale image @ text.T`` of the student and ``z0`` of
+    the teacher, row by row; ``L_txt`` is the same of ``z.T``. Both factors of ``z`` are the student's: with the
+    teacher's texts in it, nothing would hold the text tower.
+
+    Args:
+        temperature: T; above 1 the unlikely texts count more.
+        teacher: ``base``, or ``incumbent``: the live adapter, with which the update begins.
+        captions: of the reference pool, so many distinct ones stand next to the batch's own texts in ``L_img``, as the
+            teacher sees them (ZSCL compares each image with the texts of the whole reference, all of them frozen);
+            evenly spread where there are more.
+    """
+
+    family: ClassVar[Family] = "clip"
+
+    def __init__(self, temperature: float = 2.0, teacher: str = "base", captions: int = 0) -> None:
+        positive(temperature=temperature)
+        if captions < 0:
+            raise TypeError(f"captions is {captions}, and must be at least 0")
+        self.temperature = temperature
+        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.captions = captions
+        self.frozen_texts = captions > 0
+
+    def further_texts(
+        self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
+    ) -> list[tuple[int, str]]:
+        distinct = list(
+            dict.fromkeys(c.strip().lower() for c, part in zip(captions, parts, strict=True) if part == "reference")
+        )
+        count = min(self.captions, len(distinct))
+        return [(-1, distinct[number * len(distinct) // count]) for number in range(count)]
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Sum over both directions of the mean over rows, in nats. Where nothing moved, it is T^2 times the teacher's
+        entropy, and its gradient is 0."""
+        teacher = batch.teachers[self.teacher]
+        sharpness = batch.scale / self.temperature
+        old = sharpness * teacher.image @ teacher.text.T
+        new = sharpness * batch.image @ batch.text.T
+        text = F.cross_entropy(new.T, old.T.softmax(dim=1))
+        if self.captions and (further := batch.texts.get("contrastive_distillation")) is not None:
+            frozen = further.teachers[self.teacher]
+            old = torch.cat([old, sharpness * teacher.image @ frozen.T], dim=1)
+            new = torch.cat([new, sharpness * batch.image @ frozen.T], dim=1)
+        image = F.cross_entropy(new, old.softmax(dim=1))
+        return self.temperature**2 * (image + text)
+
+
+class AnswerLikelihood(Objective[Answers]):
+    """Cross entropy of each answer token and of the answer's end; the question and the image are only read."""
+
+    family: ClassVar[Family] = "vlm"
+
+    def __call__(self, batch: Answers) -> Tensor:
+        """Mean over rows of the mean over a row's tokens, in nats."""
+        return batch.mean_over_rows(F.cross_entropy(batch.logits, batch.target, reduction="none"))
+
+
+class TokenDistillation(Objective[Answers]):
+    """KL(teacher || student) over the next token, at each token of the known answer (Hinton et al. 2015, at T = 1).
+
+    The teacher is kept as its most probable tokens and one bucket for all others, which the student's others are
+    compared with: a lower bound of the whole KL, and equal to it when every token is kept.
+
+    Args:
+        teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
+        replay: the same for replayed rows, where they have another teacher. Held to the base, they are pulled back to
+            what they were before they were learned.
+    """
+
+    family: ClassVar[Family] = "vlm"
+
+    def __init__(self, teacher: str = "base", replay: str | None = None) -> None:
+        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.replay_teacher = known_teacher(replay, "base", "incumbent") if replay is not None else None
+
+    def __call__(self, batch: Answers) -> Tensor:
+        """Mean over rows of the mean over a row's tokens, in nats."""
+        return batch.mean_over_rows(divergence(batch.taught(self.teacher_of), batch.logits))
+
+
+OBJECTIVES: Final[Methods[type[Objective[Any]]]] = Methods(
+    "objectives",
+    "objective",
+    {
+        "contrastive": Contrastive,
+        "feature_distillation": FeatureDistillation,
+        "contrastive_distillation": ContrastiveDistillation,
+        "answer_likelihood": AnswerLikelihood,
+        "token_distillation": TokenDistillation,
+    },
+    Objective,
+)
+
+
+def names(family: Family) -> list[str]:
+    """Names of the objectives that a recipe of a family may use; without those that cannot be imported."""
+    found = []
+    for name in OBJECTIVES.names():
+        try:
+            if OBJECTIVES.find(name).family == family:
+                found.append(name)
+        except ConfigError as error:  # only recipes that name it end with its error
+            log.warning("%s", error)
+    return found
+
+
+def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[Any]]]:
+    """The objectives of a recipe. Raises ConfigError for a name or an option that its family does not have."""
+    built = []
+    for term in terms:
+        kind = OBJECTIVES.find(term.name)
+        if kind.family != family:
+            raise ConfigError(
+                f"there is no objective {term.name!r} for a {family.upper()}.",
+                f"Use one of {', '.join(names(family))}.",
+            )
+        with OBJECTIVES.options_of(term.name):
+            built.append((term, kind(**term.options)))
+    return built
+
+
+def values(objectives: Sequence[tuple[Term, Objective[Any]]], batch: Batch) -> list[tuple[Term, Tensor]]:
+    """Each term that has a weight and rows to see, with its value, unweighted."""
+    weighted = []
+    for term, objective in objectives:
+        rows = batch.rows(term.over)
+        if term.weight > 0 and rows:
+            weighted.append((term, objective(batch.select(rows))))
+    return weighted

@@ -1,1 +1,0 @@
-"""What several objectives share; no objective itself."""
