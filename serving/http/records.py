@@ -13,7 +13,7 @@ from serving.http.app_state import app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record, missing
 from serving.http.response_schemas import ResponseBody
-from streams.store.receipts import RecordOutcome
+from streams.store.sample_queries import RecordOutcome
 
 router = APIRouter(tags=["Records"])
 Topic = Annotated[str, Path(max_length=260, pattern="^[^:]+$", description="As the delivery report names it.")]

@@ -160,7 +160,7 @@ class ReceiptService:
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
         """What became of a record; at least one receipt."""
-        from streams.store.receipts import RecordQuery
+        from streams.store.sample_queries import RecordQuery
 
         return await self._trace(RecordQuery(topic, partition, offset))
 
@@ -179,7 +179,7 @@ class ReceiptService:
             ) from None
 
     def _read(self, query: Any) -> list[dict[str, Any]]:
-        from streams.store.receipts import trace
+        from streams.store.sample_queries import trace
         from streams.store.sample_store import SampleStore
 
         if self._store is None:

@@ -1,4 +1,4 @@
-"""The consumer: from the topic into the sample store.
+"""``ratchet ingest``: from the topic into the sample store.
 
 Read, validate, store samples and offsets in one commit, publish the refusals, and only then tell Kafka. What Kafka
 remembers is for others to look at (lag); where to go on is read from the store. Killed at any instant, every record is
@@ -10,32 +10,50 @@ that cannot be read any more as a gap. Only what is away is waited for: the brok
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
+from core import metrics
 from core.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
 from core.progress import say
 from core.settings import Settings
 from ratchet_client.broker import explain
-from streams.ingest.assignment import Reading, new_generation, start_position
-from streams.ingest.batch import CommitResult
-from streams.ingest.consumer_parts import ConsumerParts
-from streams.ingest.ingest_report import IngestReport, IngestStatus
-from streams.ingest.membership import CONNECT_SECONDS, POLL_SECONDS, LogLost, Membership, gap
-from streams.ingest.quality.validate import Received, refuse
-from streams.ingest.validators import crashed
+from streams.ingest.batch import Batch, CommitResult
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.ingest_report import IngestReport, IngestStatus, ThrottledLog
+from streams.ingest.look import SplitRule
+from streams.ingest.membership import (
+    CONNECT_SECONDS,
+    POLL_RECORDS,
+    POLL_SECONDS,
+    LogLost,
+    Membership,
+    Reading,
+    gap,
+    new_generation,
+    start_position,
+)
+from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.validate import Received, refuse
+from streams.ingest.validators import ValidationPool, Work, crashed, start_validators
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import Admin, check_rights, connection, ingest_rights
 from streams.store.rows import RecordPosition, position_of
 from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 #: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
@@ -72,10 +90,12 @@ class Consumer:
         self._report = IngestReport(self.store, self.kafka.group, on_change)
         self._stopping = threading.Event()
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
-        self._group: Membership
-        self._connected = False
-        self._parts: ConsumerParts | None = None
         self._processes = processes
+        self._opened = False
+        """Whether the parts are there that outlive a connection to the broker: see :meth:`_open`."""
+        self._group: Membership | None = None
+        self._indexing: Future[Any] | None = None
+        self._indexer = ThreadPoolExecutor(1, "duplicate-index")
         self._idle_since: float | None = None
         """The first of the polls in a row that brought nothing."""
 
@@ -142,30 +162,55 @@ class Consumer:
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        """Join the group. Raises BrokerError, StoreUnavailable."""
-        if self._parts is None:
-            self._parts = parts = ConsumerParts.open(self.settings, self.store, self._processes)
-            self._guard, self._writer, self._batch = parts.guard, parts.writer, parts.batch
-            self._pool, self._publisher, self._indexing = parts.pool, parts.publisher, parts.indexing
-        self._indexing.start()
-        self._group = Membership.join(self.kafka, self._admin, self.store)
-        self._consumer, self._assignment, self._log = self._group.consumer, self._group.assignment, self._group.log
-        self._connected = True
+    def _open(self) -> None:
+        """Open what outlives a connection to the broker. Raises StoreUnavailable."""
+        limits, kafka, folder = self.settings.ingest, self.kafka, self.settings.home / "ingest"
+        name, split_key = self.store.table.identity()
+        if limits.split_key is not None:
+            split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
+        split = SplitRule(split_key, limits.fresh_eval_share)
+        index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
+        self._guard, validators = start_validators(Work(limits, kafka), self._processes, folder)
+        self._pool = ValidationPool(validators, 2 * kafka.batch_bytes, 2 * kafka.batch_records + POLL_RECORDS)
+        self._writer = StoreWriter(self.store.table)
+        self._batch = Batch(kafka, self._writer, index)
+        self._publisher = RefusalPublisher(kafka, self.store)
+        self._opened = True
 
     def _close(self) -> None:
-        if self._parts is not None:
-            self._parts.close()
+        if self._opened:
+            self._pool.close()
+            self._publisher.close()
+            self._batch.index.interrupt()
+            self._indexer.shutdown(wait=True, cancel_futures=True)
+            self._batch.index.close()
+            self._guard.close()
         self._admin.close()
 
+    def _connect(self) -> None:
+        """Join the group. Raises BrokerError, StoreUnavailable."""
+        if not self._opened:
+            self._open()
+        if self._indexing is None or self._indexing.done():
+            self._indexing = self._indexer.submit(self._index)
+        self._group = Membership.join(self.kafka, self._admin, self.store)
+        self._consumer, self._assignment, self._log = self._group.consumer, self._group.assignment, self._group.log
+
+    def _index(self) -> None:
+        """Read into the index what the store holds, on a thread of its own: some 10 s for each million samples where
+        there is no index yet. The loop polls meanwhile, without claiming anything, so that the group keeps this member.
+        """
+        with self._batch.index.deciding():
+            self._batch.index.follow(self.store.table)
+
     def _disconnect(self) -> None:
-        if not self._connected:
+        if self._group is None:
             return
         if not self._stopping.is_set():
             self._pool.finish()
         self._salvage()
-        self._connected = False
-        self._group.leave(lambda: self.status.state != "waiting")
+        group, self._group = self._group, None
+        group.leave(lambda: self.status.state != "waiting")
         self._drop(lambda reading: False)
         self._log.forget_lag()
 
@@ -175,7 +220,8 @@ class Consumer:
         """Take over the partitions that the group has given to this process."""
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
-        if partitions and self._indexing.done():
+        if partitions and self._indexing is not None and self._indexing.done():
+            self._indexing.result()  # raises what the index failed with; the next connection begins again
             self._patiently(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
@@ -288,7 +334,7 @@ class Consumer:
             self._report.committed(outcome, self._log.lag(self._assignment.all()), seconds)
 
     def _give_up(self, error: Superseded) -> None:
-        """Others have claimed partitions of ours; if the group still says that they are ours, they are claimed anew."""
+        """Others claimed partitions of ours; those that the group still gives to us are claimed again."""
         log.warning("%s", error)
         for reading in self._assignment.all():
             if reading.claim.key in error.keys:
@@ -416,10 +462,10 @@ class Consumer:
             known = self._missing_rights() or known
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
-        if dependency == "broker" and self._connected:
+        if dependency == "broker" and self._group is not None:
             self._salvage()
         self._stopping.wait(seconds)
-        if dependency != "broker" and self._connected:
+        if dependency != "broker" and self._group is not None:
             self._group.stay()
 
     def _missing_rights(self) -> BrokerError | None:
@@ -443,3 +489,20 @@ class Consumer:
             self._store()
         except AWAY as error:
             log.warning("what was read is stored later: %s", error)
+
+
+SWITCH_SECONDS: Final = 0.0005
+"""How long a thread may keep the GIL that another one waits for: reading, committing and publishing take turns."""
+
+
+def run_ingest(settings: Settings) -> None:
+    """Read the topic until SIGTERM or SIGINT, then store what has been read, and return."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    processes = settings.ingest.processes or os.cpu_count() or 1
+    consumer = Consumer(settings, on_change=ThrottledLog(), processes=processes)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: consumer.stop())
+    metrics.build.started("ingest")
+    metrics.listen("ingest", settings.ingest.metrics_port, settings.metrics_host)
+    say(f"ingest: {settings.kafka.topic} at {settings.kafka.bootstrap} -> {consumer.store.url}")
+    consumer.run()

@@ -38,7 +38,7 @@ from core.dependencies import answered, noted
 from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded, Headers
-from streams.ingest.assignment import Reading
+from streams.ingest.membership import Reading
 from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry
 from streams.store.rows import Position, RecordPosition, name_of, position_of
 from streams.store.sample_store import SampleStore

@@ -15,10 +15,6 @@ whatever an earlier sender with this id still sends, also when that process was 
 on later. Two faults of the embedded broker (Tansu 0.6.0) matter here: records of an aborted transaction are visible to
 all consumers, and a commit with an outdated epoch is answered by closing the connection, which kafka-python retries for
 ever; so the commit has a time limit.
-
-A broker without transactions (older than 0.11, or an imitation of Kafka) gets an idempotent producer instead. Then
-only the check of ``still_owner`` just before sending keeps an older process out: one that is stopped between the check
-and the sending can send twice.
 """
 
 from __future__ import annotations
@@ -36,14 +32,12 @@ from typing import Any, TypeVar
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import (
     InvalidProducerEpochError,
-    KafkaConfigurationError,
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
     ProducerFencedError,
     RecordListTooLargeError,
     TransactionalIdAuthorizationFailedError,
-    UnsupportedVersionError,
 )
 
 from core.errors import BrokerError, Fenced, RecordTooLarge
@@ -113,7 +107,7 @@ class Outbox:
             self._deliveries.pop(each, None)
 
     def close(self) -> None:
-        """Let the connection go; the next :meth:`publish` begins anew."""
+        """Let the connection go; the next :meth:`publish` begins again."""
         self.sender.close()
         self._deliveries = {}
 
@@ -152,8 +146,6 @@ class FencedSender:
         """``still_owner`` is asked before each sending; False raises Fenced. ``seconds``: time limit of one call."""
         self.kafka = kafka
         self.transactional_id = transactional_id
-        self.transactional = True
-        """Whether the broker fences; False once it turned out to know no transactions."""
         self._still_owner = still_owner
         self._seconds = seconds
         self._client: Any = None
@@ -167,26 +159,18 @@ class FencedSender:
         """Fence every earlier sender with the same transactional id; its open transaction is aborted.
 
         Raises:
-            BrokerError: no broker answers, or it does not allow the transactional id.
+            BrokerError: no broker answers, or it does not allow the transactional id, or has no transactions.
         """
         self.close()
         try:
-            self._client = self._connect(self.transactional)
-            if self.transactional:
-                self._client.init_transactions()
-        except (UnsupportedVersionError, KafkaConfigurationError) as error:
-            self.close()
-            if not self.transactional:
-                raise explain(error, connection(self.kafka), "connecting a producer") from error
-            log.warning("the broker knows no transactions (%s): only the lease keeps a second sender out", error)
-            self.transactional = False
-            self.open()
+            self._client = self._connect()
+            self._client.init_transactions()
         except (KafkaError, OSError) as error:
             self.close()
             raise self._explain_open(error) from error
 
     def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
-        """Send records, all or none (where the broker has transactions); where each one is, in the order given.
+        """Send records, all or none; where each one is, in the order given.
 
         Raises:
             Fenced: another sender with the same id was opened later, or ``still_owner`` says no.
@@ -212,7 +196,7 @@ class FencedSender:
             with suppress(KafkaError):
                 client.close(timeout=1.0)
 
-    def _connect(self, transactional: bool) -> Any:
+    def _connect(self) -> Any:
         bounds: dict[str, Any] = {
             "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
             "delivery_timeout_ms": int(self._seconds * 1000),
@@ -224,17 +208,15 @@ class FencedSender:
             **client_options(connection(self.kafka), KafkaProducer.DEFAULT_CONFIG),
             "acks": "all",
             "enable_idempotence": True,
+            "transactional_id": self.transactional_id,
+            "transaction_timeout_ms": int(TRANSACTION_SECONDS * 1000),
         }
-        if transactional:
-            bounds["transactional_id"] = self.transactional_id
-            bounds["transaction_timeout_ms"] = int(TRANSACTION_SECONDS * 1000)
         return KafkaProducer(**bounds)
 
     def _send(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
         index = 0
         try:
-            if self.transactional:
-                self._client.begin_transaction()
+            self._client.begin_transaction()
             queued = []
             for index in range(len(records)):
                 record = records[index]
@@ -245,8 +227,7 @@ class FencedSender:
             for index in range(len(queued)):
                 metadata = queued[index].get(timeout=1)
                 deliveries.append(Delivery(metadata.topic, metadata.partition, metadata.offset))
-            if self.transactional:
-                _within(self._seconds, self._client.commit_transaction)
+            _within(self._seconds, self._client.commit_transaction)
             return deliveries
         except (KafkaError, OSError) as error:
             raise self._explain_send(error, topic, index) from error

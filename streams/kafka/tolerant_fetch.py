@@ -44,7 +44,6 @@ it.)
 
 from __future__ import annotations
 
-import inspect
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +66,6 @@ from streams.kafka.record_batches import (
     Corrupt,
     DamagedBatch,
     TolerantBatch,
-    TolerantLegacyBatch,
     most_records,
 )
 
@@ -109,6 +107,21 @@ def complete_joins(consumer: KafkaConsumer) -> None:
         _reject(f"{type(coordinator).__qualname__}._join_task")
     needed = coordinator.need_rejoin
     coordinator.need_rejoin = lambda: coordinator._join_task is not None or needed()
+
+
+def make_no_topics(consumer: KafkaConsumer) -> None:
+    """Let a consumer ask for a topic that is lost without making it again, with the broker's number of partitions.
+
+    kafka-python 3.0 takes this option of a consumer and does not hand it on.
+    """
+    consumer._client.cluster.config["allow_auto_create_topics"] = False
+
+
+def expect_partitions(consumer: KafkaConsumer, topic: str, count: int) -> None:
+    """Make a consumer that knows fewer partitions of a topic ask for them now, not after up to five minutes."""
+    cluster = consumer._client.cluster
+    if count > len(cluster.partitions_for_topic(topic) or ()):
+        cluster.request_update()
 
 
 class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
@@ -199,34 +212,18 @@ def position(consumer: KafkaConsumer, partition: TopicPartition) -> OffsetAndMet
 
 def check_library() -> None:
     """Raises ConfigError if kafka-python is not built as this module relies on."""
-    expected: list[tuple[Any, str, list[str]]] = [
-        (Fetcher, "_parse_fetched_data", ["self", "completed_fetch"]),
-        (
-            Fetcher.PartitionRecords,
-            "_unpack_records",
-            ["self", "tp", "records", "key_deserializer", "value_deserializer"],
-        ),
-        (Fetcher.PartitionRecords, "drain", ["self"]),
-        (DefaultRecordBatch, "__init__", ["self", "buffer"]),
-        (DefaultRecordBatch, "_maybe_uncompress", ["self"]),
-        (DefaultRecordBatch, "_read_msg", ["self", "decode_varint"]),
-        (LegacyRecordBatch, "__init__", ["self", "buffer", "magic"]),
-        (LegacyRecordBatch, "_decompress", ["self", "key_offset"]),
-        (LegacyRecordBatch, "_read_key_value", ["self", "pos"]),
-        (SubscriptionState, "seek", ["self", "partition", "offset"]),
-    ]
-    for owner, name, parameters in expected:
-        function = getattr(owner, name, None)
-        if function is None or list(inspect.signature(function).parameters) != parameters:
-            _reject(f"{owner.__qualname__}.{name}({', '.join(parameters)})")
-    slots = {"_buffer", "_pos", "_num_records", "_next_record_index", "_decompressed"}
-    for owner, names, needed in (
-        (DefaultRecordBatch, DefaultRecordBatch.__slots__, slots),
-        (ConsumerRecord, ConsumerRecord._fields, {"checksum", "leader_epoch"}),
-        (CompletedFetch, CompletedFetch._fields, {"topic_partition", "fetched_offset", "partition_data"}),
-    ):
-        for missing in needed - set(names):
-            _reject(f"{owner.__qualname__}.{missing}")
+    relied_on: dict[Any, tuple[str, ...]] = {
+        Fetcher: ("_parse_fetched_data",),
+        Fetcher.PartitionRecords: ("_unpack_records", "drain"),
+        DefaultRecordBatch: ("_maybe_uncompress", "_read_msg", "_buffer", "_pos", "_num_records", "_next_record_index"),
+        ConsumerRecord: ("checksum", "leader_epoch"),
+        CompletedFetch: ("topic_partition", "fetched_offset", "partition_data"),
+        SubscriptionState: ("seek",),
+    }
+    for owner, names in relied_on.items():
+        for name in names:
+            if not hasattr(owner, name):
+                _reject(f"{owner.__qualname__}.{name}")
 
 
 def _reject(what: str) -> None:
@@ -345,7 +342,7 @@ class FetchedBatches:
                 raise Unreliable(f"its offsets {base} to {last} do not fit the log, which ends at {self.end}")
         magic = view[MAGIC_AT]
         if magic < 2:
-            return TolerantLegacyBatch(view, magic, self.partition, self.position, self.limit), last
+            return LegacyRecordBatch(view, magic), last  # before Kafka 0.11: only in topics from then
         batch = TolerantBatch(view, self.partition, self.position, self.limit)
         if batch.unreadable_control:
             raise UnreadableMarker("it should end a transaction, and has no record that says which way")

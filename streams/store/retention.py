@@ -12,7 +12,7 @@ Refused records have no reservoir. One that is not known to be in the quarantine
 from __future__ import annotations
 
 import hashlib
-import heapq
+from array import array
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -28,8 +28,6 @@ IDS_AT_ONCE: Final = 2000
 MOST_AT_ONCE: Final = 100_000
 """Samples, and refused records, that one run removes at most: some seconds of work. The next run goes on."""
 _COLUMNS: Final = ["id", "concept", "domain"]
-_Heaps = dict[str, list[tuple[int, str]]]
-"""By concept: (negative hash, id) of those with the lowest hashes, the highest of them first."""
 
 
 def expire(store: SampleStore, rules: Retention, now: datetime | None = None) -> int:
@@ -41,10 +39,11 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
     limit = _limit(store, rules, now or datetime.now(UTC))
     if limit is None:
         return 0
-    expired = _over(store, limit)
-    retained = _reservoir(store, limit, rules.keep_samples) if rules.keep_samples else set()
+    _, secret = store.table.identity()
+    retained = _reservoir(store, secret, limit, rules.keep_samples) if rules.keep_samples else set()
+    expired = (name for name, _ in _over(store, limit) if _hash(secret, name) not in retained)
     removed = 0
-    for ids in _chunks((name for name, _ in expired if name not in retained), IDS_AT_ONCE):
+    for ids in _chunks(expired, IDS_AT_ONCE):
         where = f"kind = 'sample' AND id IN ({', '.join(map(quoted, ids))})"
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
@@ -109,36 +108,21 @@ def _over(store: SampleStore, limit: datetime) -> Iterator[tuple[str, str]]:
             yield row["id"], row["concept"] or row["domain"] or ""
 
 
-def _reservoir(store: SampleStore, limit: datetime, capacity: int) -> set[str]:
-    """Ids of those that stay. Memory: some twice the capacity, whatever the store holds."""
-    _, secret = store.table.identity()
-    heaps: _Heaps = {}
-    held = 0
+def _reservoir(store: SampleStore, secret: bytes, limit: datetime, capacity: int) -> set[int]:
+    """Hashes of the ids of those that stay. Memory: 12 bytes a sample over the limit, for this moment."""
+    numbers: dict[str, int] = {}
+    hashes, concepts = array("Q"), array("I")
     for name, concept in _over(store, limit):
-        heapq.heappush(heaps.setdefault(concept, []), (-_hash(secret, name), name))
-        held += 1
-        if held > 2 * capacity + 1:
-            heaps = _cut(heaps, capacity)
-            held = sum(map(len, heaps.values()))
-    level = _level(map(len, heaps.values()), capacity)
-    retained, rest = [], []
-    for heap in heaps.values():
-        ordered = sorted(heap, reverse=True)
-        retained += ordered[:level]
-        rest += ordered[level : level + 1]
-    retained += heapq.nlargest(capacity - len(retained), rest)
-    return {name for _, name in retained}
-
-
-def _cut(heaps: _Heaps, capacity: int) -> _Heaps:
-    """Drop what cannot be among the ``capacity`` any more, however much is still to come."""
-    level = _level(map(len, heaps.values()), capacity)
-    for heap in heaps.values():
-        while len(heap) > level + 1:
-            heapq.heappop(heap)
-    if level > 0:
-        return heaps
-    return {concept: heaps[concept] for concept in heapq.nlargest(capacity, heaps, key=lambda each: max(heaps[each]))}
+        hashes.append(_hash(secret, name))
+        concepts.append(numbers.setdefault(concept, len(numbers)))
+    order = np.lexsort((hashes, concepts))
+    keys, groups = np.asarray(hashes, np.uint64)[order], np.asarray(concepts, np.uint32)[order]
+    sizes = np.bincount(groups)
+    ranks = np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    level = _level(sizes.tolist(), capacity)
+    retained = keys[ranks < level]
+    rest = np.sort(keys[ranks == level])[: max(0, capacity - len(retained))]
+    return {*retained.tolist(), *rest.tolist()}
 
 
 def _level(sizes: Iterable[int], capacity: int) -> int:

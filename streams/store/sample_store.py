@@ -21,17 +21,22 @@ import pyarrow.compute as pc
 
 from core.errors import StoreError
 from streams.store.rows import (
+    ROOT,
     SAMPLE_COLUMNS,
     SAMPLE_SCHEMA,
     SCHEMA,
     Position,
+    SampleTable,
     Tally,
     at_offset,
+    fences,
     moment,
+    outage,
+    positions,
     quoted,
+    reading_store,
     refused,
 )
-from streams.store.table import ROOT, SampleTable, fences, outage, positions, reading
 from streams.store.writer import Rows, StoreWriter
 
 Having = Literal["text", "question"]
@@ -139,7 +144,7 @@ class SampleStore:
         if dataset is None:
             return 0
         if after:
-            with reading(self.url):
+            with reading_store(self.url):
                 return int(dataset.count_rows(filter=self._where(dataset, split, after, having)))
         tally = self.tally(version)
         splits = ("train", "fresh_eval") if split is None else (split,)
@@ -175,7 +180,7 @@ class SampleStore:
         read = [*wanted, *(name for name in _ORDER if name not in wanted)]
         where = self._where(dataset, split, after, having)
         filters = [where] if ids is None else [f"({where}) AND {part}" for part in _id_filters(ids)]
-        with reading(self.url):
+        with reading_store(self.url):
             parts = [dataset.to_table(columns=read, filter=each) for each in filters]
         if not parts:
             return schema.empty_table()
@@ -212,7 +217,7 @@ class SampleStore:
         if dataset is None or not len(addresses):
             return []
         where = f"{ADDRESS} IN ({', '.join(str(int(each)) for each in addresses)})"
-        with reading(self.url):
+        with reading_store(self.url):
             table = dataset.to_table(columns=list(columns), filter=where, with_row_address=True)
         rows = {row.pop(ADDRESS): row for row in table.to_pylist()}
         if missing := {int(each) for each in addresses} - rows.keys():
@@ -234,7 +239,7 @@ class SampleStore:
         dataset = self.table.open(version)
         if dataset is None:
             return []
-        with reading(self.url):
+        with reading_store(self.url):
             rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns), filter=where, limit=limit).to_pylist()
         return rows
 
@@ -243,7 +248,7 @@ class SampleStore:
         dataset = self.table.open()
         if dataset is None:
             return 0
-        with reading(self.url):
+        with reading_store(self.url):
             return int(dataset.count_rows(filter=where))
 
     def batches(
@@ -260,7 +265,7 @@ class SampleStore:
         bounds = {"batch_size": size, "batch_readahead": 2, "fragment_readahead": 2, "io_buffer_size": IO_BUFFER_BYTES}
         batches = iter(dataset.to_batches(columns=list(columns), filter=where, with_row_address=addresses, **bounds))
         while True:
-            with reading(self.url):  # not around the yield: what the caller raises is no outage
+            with reading_store(self.url):  # not around the yield: what the caller raises is no outage
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -294,7 +299,7 @@ class SampleStore:
         dataset = self.table.open(version)
         if dataset is None:
             return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
-        with reading(self.url):
+        with reading_store(self.url):
             table = dataset.to_table(columns=columns, filter="kind != 'position'")
         return table.sort_by([(name, "ascending") for name in _ORDER])
 
@@ -336,7 +341,7 @@ class SampleStore:
         where = "kind = 'deleted' AND id IS NOT NULL"
         if since is not None:
             where += f" AND ingested_at > {moment(since)}"
-        with reading(self.url):
+        with reading_store(self.url):
             return dataset.to_table(columns=["id", "ingested_at"], filter=where)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:

@@ -28,16 +28,19 @@ from core.errors import StoreUnavailable, Superseded
 from streams.store.rows import (
     CLAIM,
     POSITION_SCHEMA,
+    ROOT,
     SCHEMA,
     Position,
     RecordPosition,
+    SampleTable,
     deletion_row,
     duplicate_row,
+    outage,
     position_of,
+    positions,
     quoted,
     tally_of,
 )
-from streams.store.table import ROOT, SampleTable, outage, positions
 
 Rows = Sequence[Mapping[str, Any]]
 CONTENT: Final = "kind IN ('sample', 'quarantine')"

@@ -37,8 +37,8 @@ from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Prepared, ReleaseResult, Residency
 from streams.ingest.resubmit import ResubmitReport
-from streams.store.receipts import Receipt
 from streams.store.rows import Position
+from streams.store.sample_queries import Receipt
 from streams.store.sample_store import SampleStore
 from tests.support.inputs import pictures
 from tests.support.tiny import tiny_base

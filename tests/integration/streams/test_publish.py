@@ -17,8 +17,7 @@ from webdataset import ShardWriter
 from core.errors import ConfigError, RecordError, StoreUnavailable
 from core.settings import Settings
 from ops.cli.main import app
-from streams.publish.publish_progress import MAX_ROWS, SAVE_ROWS, wait_until_stored
-from streams.publish.publisher import publish
+from streams.publish.publisher import MAX_ROWS, SAVE_ROWS, publish, wait_until_stored
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, read_topic, reading, wait_for

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PARTS = (
-    "ops.cli.main", "streams.ingest.run", "streams.store.maintenance", "ops.console.run_console", "serving.app",
+    "ops.cli.main", "streams.ingest.consumer", "streams.store.maintenance", "ops.console.run_console", "serving.app",
     "serving.replicas.ingress", "serving.replicas.catalog", "serving.releases.controller",
 )  # fmt: skip
 

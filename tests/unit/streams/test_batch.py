@@ -13,10 +13,10 @@ import pytest
 
 from core.errors import StoreFull, StoreUnavailable, Superseded
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading, start_position
 from streams.ingest.batch import Batch, CommitResult
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.validate import Accepted, Received, Rules, StoreRow, validate
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.membership import Reading, start_position
+from streams.ingest.validate import Accepted, Received, Rules, StoreRow, validate
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.kafka import good

@@ -32,8 +32,8 @@ from core.settings import Settings
 from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
 from streams.ingest.membership import LogLost, LogWatch
-from streams.ingest.quality.validate import Received, Rules, validate
 from streams.ingest.quarantine import message
+from streams.ingest.validate import Received, Rules, validate
 from streams.kafka.broker import EmbeddedBroker
 from streams.kafka.clients import Admin, connect_producer, connection
 from streams.publish.publisher import publish
@@ -64,7 +64,7 @@ def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
         ("auto_offset_reset", "the sample store"),
         ("enable_auto_commit", "stored"),
         ("group_id", "kafka.group"),
-        ("isolation_level", "kafka.isolation_level"),
+        ("isolation_level", "aborted transactions"),
         ("transactional_id", "fences"),
         ("acks", "replicas"),
     ],

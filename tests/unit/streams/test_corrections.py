@@ -10,15 +10,14 @@ import pytest
 
 from core.ledger import Ledger
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading
 from streams.ingest.batch import Batch, CommitResult
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.sides import SplitRule
-from streams.ingest.quality.validate import Accepted, Received, Rules, validate
-from streams.store import compaction, deletion
-from streams.store.deletion import remove_together
-from streams.store.receipts import RecordQuery, trace
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.look import SplitRule
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Accepted, Received, Rules, validate
+from streams.store import deletion, maintenance
 from streams.store.rows import Position
+from streams.store.sample_queries import RecordQuery, trace
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.kafka import picture
@@ -184,7 +183,7 @@ def test_a_worker_with_another_index_sees_a_correction_and_keeps_it(tmp_path: Pa
     first.take(1, label="bus")
     first.take(2)
     first.commit()
-    compaction.compact(first.store, expunge=True)
+    maintenance.compact(first.store, expunge=True)
     second.take(1, label="tram", at=0)
     second.take(2, at=0)
     assert second.commit().samples.total() == 0
@@ -228,7 +227,7 @@ def tombstone(worker: Worker, ledger: Ledger, key: str) -> None:
     worker.batch.add(worker.reading, worker.reading.next, row, 100)
     worker.commit()
     deletion.take_tombstones(worker.store, ledger)
-    remove_together(worker.store, ledger, ledger.deletions(states=["requested"]))
+    deletion.remove(worker.store, ledger, ledger.deletions(states=["requested"]))
 
 
 @pytest.fixture
@@ -269,7 +268,7 @@ def test_a_deletion_by_id_or_of_all_senders_leaves_nothing(worker: Worker, ledge
     worker.commit()
     for selector in ({"id": id_of(worker, 1)}, {"source": "crawler"}):
         asked = deletion.request_deletion(ledger, selector, actor="ann", reason="asked to")
-        deletion.remove(worker.store, ledger, asked)
+        deletion.remove(worker.store, ledger, [asked])
     assert (worker.samples(), worker.store.count_rows("kind IN ('sample', 'duplicate')")) == ([], 0)
 
 

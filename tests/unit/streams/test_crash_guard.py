@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import StoreFull, StoreUnavailable
-from streams.ingest.crash_guard import DEATHS, CrashGuard
+from streams.ingest.validators import DEATHS, CrashGuard
 
 POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)
 
@@ -24,7 +24,7 @@ def die(folder: Path, how: str, *positions: tuple[str, int, int]) -> None:
         with ExitStack() as stack:
             guard = CrashGuard(folder, 4)
             for position in positions:
-                stack.enter_context(guard.validating(position))
+                stack.enter_context(guard.notes.validating(position))
             os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == (3 if how == "exit" else -signal.SIGKILL)
@@ -53,9 +53,9 @@ def test_neighbours_of_one_death_are_not_poison_and_are_forgotten_once_stored(tm
 
 def test_what_ended_well_or_raised_is_no_death(tmp_path: Path) -> None:
     with closing(CrashGuard(tmp_path, 1)) as guard:
-        with guard.validating(POISON):
+        with guard.notes.validating(POISON):
             pass
-        with pytest.raises(ValueError, match="bad"), guard.validating(POISON):
+        with pytest.raises(ValueError, match="bad"), guard.notes.validating(POISON):
             raise ValueError("bad")
     with closing(CrashGuard(tmp_path, 1)) as guard:
         assert guard.deaths(POISON) == 0
@@ -66,7 +66,7 @@ def test_a_process_that_is_stopped_while_a_record_is_validated_has_not_died_of_i
     guard = CrashGuard(tmp_path, 1)
 
     def work() -> None:
-        with guard.validating(POISON):
+        with guard.notes.validating(POISON):
             inside.set()
             go_on.wait(20)
 
@@ -81,8 +81,8 @@ def test_a_process_that_is_stopped_while_a_record_is_validated_has_not_died_of_i
 
 
 def test_workers_that_live_beside_each_other_do_not_count_each_others_records(tmp_path: Path) -> None:
-    with closing(CrashGuard(tmp_path, 2)) as one, one.validating(POISON):
-        with closing(CrashGuard(tmp_path, 2)) as other, other.validating(NEIGHBOUR):
+    with closing(CrashGuard(tmp_path, 2)) as one, one.notes.validating(POISON):
+        with closing(CrashGuard(tmp_path, 2)) as other, other.notes.validating(NEIGHBOUR):
             assert other.deaths(POISON) == 0
         with closing(CrashGuard(tmp_path, 2)) as third:
             assert (third.deaths(POISON), third.deaths(NEIGHBOUR)) == (0, 0)
@@ -92,7 +92,7 @@ def test_one_that_takes_over_with_fewer_threads_counts_all_that_was_left(tmp_pat
     die(tmp_path, "kill", *(("t", 0, number) for number in range(4)))
     with closing(CrashGuard(tmp_path, 1)) as guard:
         assert [guard.deaths(("t", 0, number)) for number in range(5)] == [1, 1, 1, 1, 0]
-        with guard.validating(POISON):
+        with guard.notes.validating(POISON):
             pass
 
 
@@ -105,7 +105,7 @@ def test_damaged_counts_are_begun_anew(tmp_path: Path, content: bytes) -> None:
 
 def test_the_longest_topic_name_fits(tmp_path: Path) -> None:
     position = ("t" * 249 + "@4000000000", 2**31 - 1, 2**63 - 1)
-    with closing(CrashGuard(tmp_path, 1)) as guard, guard.validating(position):
+    with closing(CrashGuard(tmp_path, 1)) as guard, guard.notes.validating(position):
         content = (tmp_path / "validating-0").read_bytes()
     assert content.rstrip(b"\0").decode() == ":".join(map(str, position))
 
@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("os.posix_fallocate", "streams.ingest.crash_guard._save"):
+    for name in ("os.posix_fallocate", "streams.ingest.validators.replace_file"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             for _ in range(3):

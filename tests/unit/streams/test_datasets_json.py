@@ -1,9 +1,8 @@
-"""COCO captions, VQAv2 and LLaVA: read like their own tools read them, and bounded."""
+"""COCO captions and LLaVA: read like their own tools read them."""
 
 from __future__ import annotations
 
 import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from pycocotools.coco import COCO
 
 from core.errors import RecordError
 from streams.publish.datasets import detect
-from streams.publish.datasets.json_stream import DiskIndex, elements
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 
@@ -91,59 +89,6 @@ def test_a_wrong_annotation_is_named(tmp_path: Path, changes: dict[str, Any], sa
     assert said in error_of(coco(tmp_path, **changes), format="coco").message
 
 
-def vqa(root: Path) -> tuple[Path, Path]:
-    """The layout of VQAv2."""
-    image(root / "train2014/COCO_train2014_000000000009.jpg")
-    about = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}, "data_subtype": "train2014"}
-    asked = [
-        {"image_id": 9, "question": "What colour is it?", "question_id": 9000},
-        {"image_id": 9, "question": "Is it round?", "question_id": 9001},
-    ]
-    said = [["red", "red", "crimson"], ["no", "no", "no"]]
-    answers = [
-        {
-            "question_type": "what",
-            "multiple_choice_answer": texts[0],
-            "answers": [{"answer": t, "answer_confidence": "yes", "answer_id": n} for n, t in enumerate(texts, 1)],
-            "image_id": 9,
-            "answer_type": "other",
-            "question_id": 9000 + number,
-        }
-        for number, texts in enumerate(said)
-    ]
-    return (
-        document(root / "v2_OpenEnded_mscoco_train2014_questions.json", {**about, "questions": asked}),
-        document(root / "v2_mscoco_train2014_annotations.json", {**about, "annotations": answers}),
-    )
-
-
-def test_vqa_questions_and_annotations_are_joined(tmp_path: Path) -> None:
-    for path in (tmp_path, *vqa(tmp_path)):
-        assert detect(path).name == "vqa"
-        items = items_of(path)
-        assert [(item.question, item.answer) for item in items] == [
-            ("What colour is it?", "red"),
-            ("Is it round?", "no"),
-        ]
-        assert (items[0].answers, items[0].label, items[0].split) == (("red", "crimson"), "other", "train")
-        assert items[0].bytes() == png()
-
-
-def test_half_of_a_vqa_data_set_is_refused(tmp_path: Path) -> None:
-    questions, annotations = vqa(tmp_path)
-    annotations.unlink()
-    with pytest.raises(RecordError, match="half of a VQA data set"):
-        items_of(questions)
-
-
-def test_answers_to_no_question_are_named(tmp_path: Path) -> None:
-    questions, annotations = vqa(tmp_path)
-    content = json.loads(questions.read_text())
-    document(questions, content | {"questions": content["questions"][1:]})
-    items, [error] = items_and_errors(annotations)
-    assert len(items) == 1 and "annotation 1, field 'question_id': 9000 is none of the questions" in error.message
-
-
 LLAVA = {
     "id": "000000000009",
     "image": "coco/train2017/000000000009.jpg",
@@ -189,39 +134,6 @@ def test_a_document_that_breaks_off_ends_the_reading_with_its_place(tmp_path: Pa
     file.write_text(file.read_text()[:-30])
     with pytest.raises(RecordError, match="after element 1: not JSON"):
         items_and_errors(file, format="llava")
-
-
-@pytest.mark.parametrize("content", ["[" * 100_000, '[{"a":' * 100_000, '{"a": [' * 40 + "]}" * 40])
-def test_a_document_that_is_too_deep_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(RecordError, match="nested deeper"):
-        list(elements(tmp_path / "a.json", ("",)))
-
-
-def test_an_element_that_is_too_large_is_refused_before_it_is_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("streams.publish.datasets.json_stream.MAX_ELEMENT_BYTES", 2**20)
-    with (tmp_path / "a.json").open("w") as stream:
-        stream.write('[{"a": "')
-        for _ in range(16):
-            stream.write("x" * 2**20)
-        stream.write('"}]')
-    tracemalloc.start()
-    try:
-        with pytest.raises(RecordError, match="an element of more than"):
-            list(elements(tmp_path / "a.json", ("",)))
-        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
-    finally:
-        tracemalloc.stop()
-
-
-def test_the_index_on_disk_finds_what_was_put() -> None:
-    with DiskIndex() as index:
-        for number in range(25_000):
-            index.put(number, f"value {number}")
-        index.put(7, "newer")
-        assert (index.get(24_999), index.get(7), index.get("no")) == ("value 24999", "newer", None)
 
 
 def test_a_folder_of_unknown_json_is_no_data_set(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading
 from streams.ingest.batch import Batch
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.validate import Received, Rules, validate
-from streams.store import compaction
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Received, Rules, validate
+from streams.store import maintenance
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -176,7 +176,7 @@ def test_what_was_merged_before_a_worker_looked_is_known_to_it(workers: tuple[Wo
         busy.take(seed)
         busy.commit()
     StoreWriter(busy.store.table).remove("partition = 1", "deletion", "d")
-    parts = [each.id for each in compaction._fragments(busy.store)]
+    parts = [each.id for each in maintenance._fragments(busy.store)]
     assert StoreWriter(busy.store.table).merge(parts, 64) > 0
     idle.take(1, 9)
     idle.commit()

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from core.errors import StoreFull, StoreUnavailable
-from streams.ingest.quality import duplicates as module
-from streams.ingest.quality.duplicates import OFF, Duplicate, DuplicateIndex, Sample
-from streams.ingest.quality.look import look_of
+from streams.ingest import duplicates as module
+from streams.ingest.duplicates import OFF, Duplicate, DuplicateIndex, Sample
+from streams.ingest.look import look_of
 from streams.store.rows import Position, words_hash
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
@@ -294,7 +294,7 @@ def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     """A hundred thousand samples, whose index is larger than its cache, within some megabytes of the process."""
     script = """
 import resource, sys
-from streams.ingest.quality import duplicates
+from streams.ingest import duplicates
 duplicates.CACHE_KIB = 2048
 index = duplicates.DuplicateIndex(sys.argv[1], "store")
 def fill(numbers):
@@ -341,7 +341,7 @@ def test_a_sample_at_two_positions_is_reported_however_many_are_staged_at_once(
         put(store, [sample(0, 1) | {"partition": partition, "offset": 5}], Position(TOPIC, partition, 6))
     reports = []
     for staged in (1, 1000):
-        monkeypatch.setattr("streams.ingest.quality.staging.STAGED_ROWS", staged)
+        monkeypatch.setattr("streams.ingest.duplicates.STAGED_ROWS", staged)
         index = DuplicateIndex(":memory:", "store")
         follow(index, store)
         reports.append(index.settled())

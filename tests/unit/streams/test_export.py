@@ -12,7 +12,7 @@ import pytest
 from core.errors import ConfigError
 from core.settings import Settings
 from ratchet_client.records import Sample
-from streams.ingest.quality.duplicates import OFF, near_duplicates
+from streams.ingest.duplicates import OFF, near_duplicates
 from streams.publish.datasets import read_dataset
 from streams.publish.export import export
 from streams.publish.folders import FolderItem

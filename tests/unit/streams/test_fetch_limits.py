@@ -8,15 +8,9 @@ from datetime import UTC, datetime
 import pytest
 
 from core.errors import RecordError
-from streams.records import fetch_limits
-from streams.records.fetch_limits import (
-    MAX_HOSTS,
-    PROBE_SECONDS,
-    FetchLimits,
-    TransientFetchError,
-    parse_retry_after,
-    pause_before,
-)
+from streams.records import uris
+from streams.records.fetching import TransientFetchError, parse_retry_after
+from streams.records.uris import MAX_HOSTS, PROBE_SECONDS, FetchLimits, pause_before
 
 HOST = "cdn.test:80"
 
@@ -33,7 +27,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(fetch_limits, "time", made)
+    monkeypatch.setattr(uris, "time", made)
     return made
 
 

@@ -13,14 +13,14 @@ import pytest
 
 from core.errors import StoreError
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading, start_position
 from streams.ingest.batch import Batch, CommitResult
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.sides import SplitRule
-from streams.ingest.quality.validate import Received, Rules, validate
-from streams.store import compaction
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.look import SplitRule
+from streams.ingest.membership import Reading, start_position
+from streams.ingest.validate import Received, Rules, validate
+from streams.store import maintenance
+from streams.store.rows import FORMAT
 from streams.store.sample_store import SampleStore
-from streams.store.table import FORMAT
 from streams.store.writer import StoreWriter
 from tests.support.kafka import picture
 from tests.support.written_state import DATA, TOPIC, contents, unpack
@@ -127,10 +127,10 @@ def test_maintenance_merges_and_indexes_files_of_both_formats(
     store, _ = written
     ingest(store, received(0, 29, picture(900), b"new", text="a new picture"))
     before = contents(store)
-    monkeypatch.setattr(compaction, "FULL_ROWS", 64)
-    StoreWriter(store.table).merge([each.id for each in compaction._fragments(store)], 64)
-    compaction.index(store)
-    compaction.clean(store, timedelta(0))
+    monkeypatch.setattr(maintenance, "FULL_ROWS", 64)
+    StoreWriter(store.table).merge([each.id for each in maintenance._fragments(store)], 64)
+    maintenance.index(store)
+    maintenance.clean(store, timedelta(0))
     assert contents(store) == before and store.fragments() == 1
     assert ingest(store, received(0, 30, picture(901), b"newer", text="another")).samples.total() == 1
     assert store.select("key = X'6e6577'", ["text"]) == [{"text": "a new picture"}]

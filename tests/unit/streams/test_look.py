@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageColor, ImageDraw
 
 from ratchet_client.images import decode_image
-from streams.ingest.quality.look import COLOUR_TOLERANCE, LOOK_BYTES, Look, buckets, look_of, similar
+from streams.ingest.look import COLOUR_TOLERANCE, LOOK_BYTES, Look, buckets, look_of, similar
 
 SHIRTS = ["red", "green", "blue", "yellow", "purple", "orange"]
 Copy = Callable[[Image.Image], Image.Image]

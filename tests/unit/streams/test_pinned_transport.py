@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from core.allow_rules import AllowRule
 from core.settings.serving import Serve
-from streams.records.pinned_transport import is_allowed, networks_of
+from streams.records.fetching import is_allowed, networks_of
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700:4700::1111", "2a00:1450:4001:82b::200e"]
 INSIDE = {

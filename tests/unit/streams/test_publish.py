@@ -23,8 +23,7 @@ from ops.cli.main import app
 from streams.kafka.clients import connect_producer
 from streams.publish.datasets import FORMATS
 from streams.publish.folders import FolderItem
-from streams.publish.publish_progress import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
-from streams.publish.publisher import _checked, publish
+from streams.publish.publisher import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile, _checked, publish
 from tests.support.pictures import png
 
 PICTURE = base64.b64encode(png()).decode()

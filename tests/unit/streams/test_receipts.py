@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from core.errors import RecordError, StoreUnavailable
-from streams.store.receipts import MAX_RECEIPTS, RecordQuery, trace
 from streams.store.rows import Position
+from streams.store.sample_queries import MAX_RECEIPTS, RecordQuery, trace
 from streams.store.sample_store import SampleStore
 
 A, B, C = "a" * 64, "ab" * 32, "c" * 64

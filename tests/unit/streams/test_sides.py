@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from streams.ingest.quality.duplicates import DuplicateIndex, Sample
-from streams.ingest.quality.look import buckets, look_of
-from streams.ingest.quality.sides import FEW, SplitRule
+from streams.ingest.duplicates import DuplicateIndex, Sample
+from streams.ingest.look import FEW, SplitRule, buckets, look_of
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
@@ -119,7 +118,7 @@ def test_look_alikes_stay_together_while_they_are_few() -> None:
 
 
 def buckets_of(look: bytes) -> tuple[bytes, bytes, bytes]:
-    from streams.ingest.quality.look import Look
+    from streams.ingest.look import Look
 
     return buckets(Look.parse(look))
 

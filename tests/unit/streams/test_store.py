@@ -9,9 +9,8 @@ import lance
 import pytest
 
 from core.errors import StoreError, StoreUnavailable
-from streams.store.rows import SAMPLE_COLUMNS, Position, newest_of_topic, parse_stream, stream_name
+from streams.store.rows import FORMAT, SAMPLE_COLUMNS, Position, newest_of_topic, parse_stream, stream_name
 from streams.store.sample_store import SampleStore
-from streams.store.table import FORMAT
 from tests.support.samples import TOPIC, put, refusal, sample
 
 

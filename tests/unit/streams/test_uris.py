@@ -18,7 +18,7 @@ LOOPBACK = ["127.0.0.1/32"]
 
 def fetch(uri: str, allowed: Sequence[str], max_bytes: int, networks: Sequence[str] = ()) -> bytes:
     """What a fetcher with these limits gets."""
-    limits = {**Ingest().model_dump(), "allowed_uris": allowed, "allowed_networks": networks, "uri_retries": 0}
+    limits = {**Ingest().model_dump(), "allowed_uris": allowed, "allowed_networks": networks}
     fetcher = UriFetcher(Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes}))  # smaller than is valid
     try:
         return fetcher.fetch(uri)

@@ -17,9 +17,9 @@ import pytest
 from core.errors import RegistryUnavailable
 from core.settings.streams import Ingest
 from ratchet_client.records import REASONS
-from streams.ingest.quality import validate as module
-from streams.ingest.quality.validate import Accepted, Received, Rules, record_time, refuse, validate
+from streams.ingest import validate as module
 from streams.ingest.quarantine import message, original
+from streams.ingest.validate import Accepted, Received, Rules, record_time, refuse, validate
 from streams.store.rows import Position, record_key
 from streams.store.sample_store import SampleStore
 from tests.support.kafka import good, picture

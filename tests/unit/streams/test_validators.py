@@ -17,11 +17,17 @@ import pytest
 
 from core.settings.streams import Ingest, Kafka
 from streams.ingest import validators
-from streams.ingest.assignment import Reading
-from streams.ingest.crash_guard import CrashGuard, Notes
-from streams.ingest.quality.validate import Accepted, Received, StoreRow, validate
-from streams.ingest.validation_pool import ValidationPool
-from streams.ingest.validators import ProcessValidators, ThreadValidators, Work, restore
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Accepted, Received, StoreRow, validate
+from streams.ingest.validators import (
+    CrashGuard,
+    Notes,
+    ProcessValidators,
+    ThreadValidators,
+    ValidationPool,
+    Work,
+    _restore,
+)
 from streams.store.rows import Position
 from streams.store.writer import Claim
 from tests.support.kafka import good, picture, wait_for
@@ -125,7 +131,7 @@ def test_deaths_of_processes_are_counted_over_a_restart_of_their_consumer(tmp_pa
         with guarded(tmp_path, MortalProcesses) as validators:
             with pytest.raises(BrokenProcessPool):
                 validators.submit([deadly]).result()
-            validators._restart()
+            validators._count_deaths()
             assert validators._guard.deaths(deadly.record_position) == deaths
     with guarded(tmp_path) as validators:
         assert plain(validators.alone(deadly))["reason"] == "crashed", "it is not validated once more"
@@ -156,7 +162,7 @@ def test_processes_end_when_their_consumer_is_killed(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.crash_guard import CrashGuard
+from streams.ingest.validators import CrashGuard
 from streams.ingest.validators import ProcessValidators, Work
 if __name__ == "__main__":
     guard = CrashGuard(Path(__file__).parent, 2)
@@ -185,7 +191,7 @@ def test_what_was_left_out_is_put_back() -> None:
     record = received(1)
     accepted = validate(record, WORK.rules())
     assert isinstance(accepted, Accepted)
-    whole = restore(record, Accepted({**accepted.row, "image": None}))
+    whole = _restore(record, Accepted({**accepted.row, "image": None}))
     assert isinstance(whole, Accepted) and whole.row == accepted.row and whole.record is record
 
 

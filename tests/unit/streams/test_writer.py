@@ -15,9 +15,8 @@ from lance.commit import CommitConflictError
 
 from core.errors import StoreError, StoreFull, StoreUnavailable, Superseded
 from streams.store import writer as writer_module
-from streams.store.rows import POSITION_COLUMNS, Position, tally_of
+from streams.store.rows import POSITION_COLUMNS, Position, SampleTable, fences, positions, tally_of
 from streams.store.sample_store import SampleStore
-from streams.store.table import SampleTable, fences, positions
 from streams.store.writer import Claim, StoreWriter
 from tests.support.samples import TOPIC, put, refusal, sample
 

@@ -18,7 +18,7 @@ from core.errors import BrokerError, RecordError, StoreError
 from core.settings.streams import Ingest as Limits
 from ratchet_client.images import decode_image
 from ratchet_client.records import Sample, check_text
-from streams.ingest.quality.look import look_of
+from streams.ingest.look import look_of
 from streams.records.codecs import Fetch, decode
 from streams.records.registry import SchemaRegistry
 from streams.store.rows import RecordPosition, record_key, words_hash
