@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -113,25 +113,33 @@ def resubmit(
     record = quarantined(settings, place)
     if not record.value:
         raise RecordError("empty", f"record {place} has no value.", "There is nothing to send again.")
-    with closing(_sender(settings)) as sender:
-        return _send(sender, settings.kafka.topic, ledger, place, record, actor=actor, reason=reason, force=force)
+    with _claimed(ledger, place, actor=actor, reason=reason, force=force), closing(_sender(settings)) as sender:
+        return _deliver(sender, settings.kafka.topic, place, record)
 
 
 def _sender(settings: Settings) -> RecordSender:
     return RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
 
 
-def _send(sender: RecordSender, topic: str, ledger: Ledger, place: str, record: Encoded, **who: Any) -> Delivery:
-    """Claim a place, send its record with its own headers and where it was refused, and settle the claim."""
+@contextmanager
+def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
+    """Claim a place before its record is sent, and settle the claim after."""
     ledger.begin_resubmission(place, **who)
+    try:
+        yield
+    except RatchetError as error:
+        ledger.end_resubmission(place, str(error))
+        raise
+    ledger.end_resubmission(place)
+
+
+def _deliver(sender: RecordSender, topic: str, place: str, record: Encoded) -> Delivery:
+    """Send a refused record with its own headers, and where it was refused. Raises BrokerError."""
     headers: Headers = [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
     try:
-        delivery = sender.send(topic, Encoded(record.key, record.value, headers)).result(timeout=PUBLISH_SECONDS + 5)
-    except (RatchetError, TimeoutError) as error:
-        ledger.end_resubmission(place, str(error) or "the broker did not answer in time.")
-        raise error if isinstance(error, RatchetError) else BrokerError("the broker did not answer in time.") from error
-    ledger.end_resubmission(place)
-    return delivery
+        return sender.send(topic, Encoded(record.key, record.value, headers)).result(timeout=PUBLISH_SECONDS + 5)
+    except TimeoutError as error:
+        raise BrokerError("the broker did not answer in time.", "Try again.") from error
 
 
 LIMIT: Final = 1000
@@ -261,7 +269,8 @@ def resubmit_many(
             time.sleep(max(0.0, next_at - now))
             next_at = max(now, next_at) + 1.0 / max(per_second, 1e-3)
             try:
-                _send(sender, settings.kafka.topic, ledger, name, record, actor=actor, reason=reason)
+                with _claimed(ledger, name, actor=actor, reason=reason):
+                    _deliver(sender, settings.kafka.topic, name, record)
             except AlreadyResubmitted:  # somebody was faster
                 report.chosen, report.before = report.chosen - 1, report.before + 1
             except BrokerError as error:

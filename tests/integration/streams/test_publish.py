@@ -89,12 +89,6 @@ def test_a_limit_goes_on_from_run_to_run(settings: Settings, tmp_path: Path) -> 
     assert texts(settings, 10) == expected(range(10))
 
 
-def test_without_resume_all_rows_are_sent_again(settings: Settings, tmp_path: Path) -> None:
-    file = rows(tmp_path / "a.jsonl", 3)
-    assert [publish(settings, file).delivered for _ in range(2)] == [3, 3]
-    assert set(texts(settings, 6).values()) == {2}
-
-
 def test_a_data_set_that_changed_is_not_resumed(settings: Settings, tmp_path: Path) -> None:
     file = rows(tmp_path / "a.jsonl", 10)
     publish(settings, file)

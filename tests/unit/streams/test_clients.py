@@ -26,7 +26,7 @@ from kafka.errors import (
 )
 
 from core.addresses import free_port
-from core.errors import BrokerError, ConfigError, RecordError
+from core.errors import BrokerError, ConfigError
 from core.loading import load_settings
 from core.settings import Settings
 from core.settings.streams import OWNED_OPTIONS, Kafka
@@ -36,7 +36,6 @@ from streams.ingest.quarantine import message
 from streams.ingest.validate import Received, Rules, validate
 from streams.kafka.broker import EmbeddedBroker
 from streams.kafka.clients import Admin, connect_producer, connection
-from streams.publish.publisher import publish
 from streams.store.rows import position_of
 from tests.support.kafka import picture
 
@@ -154,12 +153,6 @@ def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_kee
     assert answering(0).topic_id("t") == ""
 
 
-def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
-    kafka = Kafka(client={"sasl_mechanism": "PLAIN", "sasl_plain_password": "hush"})
-    error = explain(KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting")
-    assert "password" in error.fix and "hush" not in str(error)
-
-
 @pytest.fixture
 def secure_port(tmp_path: Path) -> Iterator[int]:
     """A port that speaks TLS, with a certificate for localhost of the authority in ``ca.pem``."""
@@ -214,11 +207,6 @@ def test_a_broker_that_is_not_there_is_reported_in_time() -> None:
     with pytest.raises(BrokerError, match=kafka.bootstrap):
         Admin(kafka, connect_seconds=0.5).topic_id("t")
     assert time.monotonic() - started < 20
-
-
-def test_a_path_that_is_no_dataset_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
-    with pytest.raises(RecordError):
-        publish(Settings(home=tmp_path), tmp_path / "none")
 
 
 def test_without_the_extra_the_embedded_broker_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,14 +89,6 @@ def test_a_byte_is_written_three_times_more_at_most_and_no_full_file_again(
     assert store.fragments() <= 20 + len(full), "the number of small files stays bounded"
 
 
-def test_an_idle_store_is_not_written(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch)
-    commit_each(store, range(0, 200, 10))
-    compact(store)
-    version = store.version()
-    assert (compact(store), store.version()) == (0, version)
-
-
 def test_merging_changes_no_row_and_no_position(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     commit_each(store, range(0, 100, 5), 5)
@@ -240,16 +232,3 @@ def test_what_the_index_finds_is_right_after_merges_deletions_and_new_rows(
         assert store.count(after={f"{TOPIC}:0": 250}) == 102
         compact(store)
         index(store)
-
-
-def test_indexes_of_many_runs_are_merged(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch, rows=16)
-    monkeypatch.setattr(maintenance, "MOST_DELTAS", 3)
-    for start in range(0, 6 * 16, 16):
-        commit_each(store, [start], 16)
-        index(store)
-    dataset = store.table.open()
-    assert dataset is not None
-    deltas = [each for each in dataset.list_indices() if each["name"] == "by_id"]
-    assert 1 <= len(deltas) <= 3
-    assert store.scan(ids=[sample(0, n)["id"] for n in range(96)], columns=["id"]).num_rows == 96

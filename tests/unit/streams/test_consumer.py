@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -316,18 +315,6 @@ def test_records_that_were_deleted_unread_are_a_gap(settings: Settings, store: S
     assert store.tally()["gap_offsets"] == 4
 
 
-def test_records_that_are_deleted_while_it_reads_are_a_gap_behind_what_was_read(
-    settings: Settings, store: SampleStore, kafka: FakeKafka
-) -> None:
-    kafka.send(good(0), good(1))
-    with run(settings, 2):
-        with kafka.changed:
-            kafka.send(*(good(n) for n in range(2, 6)))
-            kafka.delete_before(5)
-        seen(store, 3)
-    assert rows(store)[2:] == [("t", 2, "gap"), ("t", 5, "sample")]
-
-
 def test_a_log_that_was_cut_off_is_a_new_generation_from_the_divergence(
     settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
@@ -582,30 +569,6 @@ def test_an_idle_ingest_tells_that_the_store_is_away(
         wait_for(lambda: consumer.status.state == "reading", "the end of the outage", 20)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
-def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: Path, kafka: FakeKafka, settings: Settings) -> None:
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    if os.system(f"mount -t tmpfs -o size=4m tmpfs {mounted} 2>/dev/null"):
-        pytest.skip("mounting is not allowed here")
-    try:
-        small = settings.model_copy(update={"home": mounted, "lake_url": f"{mounted}/lake"})
-        store = SampleStore(f"{mounted}/lake")
-        kafka.send(good(0))
-        with run(small, 1) as consumer:
-            filler = mounted / "filler"
-            free = os.statvfs(mounted).f_bavail * os.statvfs(mounted).f_frsize
-            filler.write_bytes(bytes(free - 200_000))
-            kafka.send(POISON, *((b"x" * 30_000, []) for _ in range(20)), good(1))
-            wait_for(lambda: consumer.status.waiting_for == "store", "the full disk", 20)
-            filler.unlink()
-            seen(store, 23)
-        assert [offset for _, offset, _ in rows(store)] == list(range(23))
-        assert kafka.names() == [f"t:0:{n}" for n in range(1, 22)]
-    finally:
-        os.system(f"umount -l {mounted}")
-
-
 @pytest.mark.parametrize("error", [StoreFull("full"), StoreUnavailable("away")])
 def test_one_that_is_asked_to_stop_while_the_store_takes_nothing_tries_no_more(
     settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch, error: StoreUnavailable
@@ -764,17 +727,3 @@ def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neigh
     assert not any(2 in each for each in together), "it was validated once more"
     assert [each for each in together if each & {0, 1, 3}] == [{0}, {1}, {3}]
     assert not (settings.home / "ingest" / "crashes.json").read_text().strip("{}"), "all are stored, and forgotten"
-
-
-@pytest.mark.parametrize("processes", [0, 1])
-def test_a_record_with_three_deaths_is_refused_by_threads_and_by_processes(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, processes: int
-) -> None:
-    for _ in range(DEATHS):
-        die(settings.home / "ingest", "kill", ("t", 0, 1))
-    kafka.send(*(good(n) for n in range(3)))
-    with reading(settings, processes=processes) as consumer:
-        wait_for(lambda: records_seen(consumer.status) >= 3, "3 records", 60)
-    assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
-    refused = store.refusal("t", 0, 1)
-    assert refused is not None and (refused["reason"], "3 times" in refused["detail"]) == ("crashed", True)

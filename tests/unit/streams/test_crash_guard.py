@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import StoreFull, StoreUnavailable
+from core.errors import StoreFull
 from streams.ingest.validators import DEATHS, CrashGuard
 
 POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)
@@ -94,26 +94,6 @@ def test_one_that_takes_over_with_fewer_threads_counts_all_that_was_left(tmp_pat
         assert [guard.deaths(("t", 0, number)) for number in range(5)] == [1, 1, 1, 1, 0]
         with guard.notes.validating(POISON):
             pass
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"t:0:7": "x"}', b"\xff\xfe", b"null"])
-def test_damaged_counts_are_begun_anew(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "crashes.json").write_bytes(content)
-    with closing(CrashGuard(tmp_path, 1)) as guard:
-        assert guard.deaths(POISON) == 0
-
-
-def test_the_longest_topic_name_fits(tmp_path: Path) -> None:
-    position = ("t" * 249 + "@4000000000", 2**31 - 1, 2**63 - 1)
-    with closing(CrashGuard(tmp_path, 1)) as guard, guard.notes.validating(position):
-        content = (tmp_path / "validating-0").read_bytes()
-    assert content.rstrip(b"\0").decode() == ":".join(map(str, position))
-
-
-def test_a_folder_that_cannot_be_written_is_an_outage(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreUnavailable, match="Check `home`"):
-        CrashGuard(tmp_path / "file", 1)
 
 
 def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(

@@ -32,12 +32,6 @@ def test_class_folders_are_those_of_torchvision(tmp_path: Path) -> None:
     assert {item.text for item in items_of(tmp_path)} == {"red fox", "crane"}
 
 
-def test_split_folders_are_no_classes(tmp_path: Path) -> None:
-    images(tmp_path, "train/crane/1.png", "test/crane/2.png")
-    assert {(item.label, item.split) for item in items_of(tmp_path)} == {("crane", "train"), ("crane", "test")}
-    assert [item.path.name for item in items_of(tmp_path, split="test")] == ["2.png"]
-
-
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_metadata_is_what_hugging_face_reads(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -98,9 +92,3 @@ def test_a_format_can_be_forced_and_its_name_is_checked(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="'zip' is no format") as caught:
         items_of(tmp_path, format="zip")
     assert all(name in caught.value.fix for name in FORMATS)
-
-
-def test_the_order_is_the_same_each_time(tmp_path: Path) -> None:
-    images(tmp_path, *(f"{label}/{number}.png" for label in "cab" for number in (2, 10, 1)))
-    order = [item.path for item in items_of(tmp_path)]
-    assert order == [item.path for item in items_of(tmp_path)] == sorted(order)

@@ -134,10 +134,3 @@ def test_a_document_that_breaks_off_ends_the_reading_with_its_place(tmp_path: Pa
     file.write_text(file.read_text()[:-30])
     with pytest.raises(RecordError, match="after element 1: not JSON"):
         items_and_errors(file, format="llava")
-
-
-def test_a_folder_of_unknown_json_is_no_data_set(tmp_path: Path) -> None:
-    document(tmp_path / "package.json", {"name": "x", "images": "y"})
-    with pytest.raises(RecordError, match="no data set that is known") as caught:
-        detect(tmp_path)
-    assert "webdataset" in caught.value.fix

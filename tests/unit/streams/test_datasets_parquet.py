@@ -10,11 +10,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from core.errors import RecordError
-from streams.publish.datasets import detect, read_dataset
+from streams.publish.datasets import detect
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 
@@ -53,39 +53,12 @@ def test_numbers_of_classes_become_their_names(tmp_path: Path) -> None:
     assert [(item.label, item.text) for item in items_of(file)] == [("crane", "crane"), ("sky_lark", "sky lark")]
 
 
-def test_the_image_column_is_the_one_that_the_schema_declares(tmp_path: Path) -> None:
-    features = Features({"scan": Image(), "text": Value("string"), "image": Value("binary")})
-    rows = {"scan": [picture("red")], "text": ["x"], "image": [b"a mask"]}
-    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
-    [item] = items_of(tmp_path / "a.parquet")
-    assert item.bytes()[:4] == b"\x89PNG"
-
-
-def test_each_of_several_captions_is_a_sample_of_the_image(tmp_path: Path) -> None:
-    rows = {"image": [picture("red")], "caption": [["a square", " ", "something red"]]}
-    file = hugging_face(tmp_path / "a.parquet", rows, caption=Sequence(Value("string")))
-    items = items_of(file)
-    assert [item.text for item in items] == ["a square", "something red"]
-    assert items[0].bytes() == items[1].bytes()
-
-
 def test_questions_with_the_answers_of_many_take_what_most_said(tmp_path: Path) -> None:
     answers = [{"answer": text, "answer_id": n} for n, text in enumerate(["two", "2", "two"])]
     rows = {"image": [picture("red")], "question": ["how many?"], "answers": [answers]}
     kind = [{"answer": Value("string"), "answer_id": Value("int64")}]
     [item] = items_of(hugging_face(tmp_path / "a.parquet", rows, question=Value("string"), answers=kind))
     assert (item.question, item.answer, item.answers) == ("how many?", "two", ("two", "2"))
-
-
-def test_conversations_become_a_sample_for_each_turn(tmp_path: Path) -> None:
-    said = ["<image>\nwhat is it?", "a square", "which colour?", "red"]
-    turns = [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, said, strict=True)]
-    kind = [{"from": Value("string"), "value": Value("string")}]
-    file = hugging_face(
-        tmp_path / "a.parquet", {"image": [picture("red")], "conversations": [turns]}, conversations=kind
-    )
-    pairs = [(item.question, item.answer) for item in items_of(file)]
-    assert pairs == [("what is it?", "a square"), ("which colour?", "red")]
 
 
 def test_what_img2dataset_could_not_download_is_named() -> None:
@@ -152,13 +125,3 @@ def test_other_peoples_meaning_of_a_name_does_not_refuse_the_row(tmp_path: Path)
     others = {"source": [3], "time": ["noon"], "tags": [[1, 2]], "domain": [{"a": 1}], "concept": [1.5]}
     [item] = items_of(table(tmp_path / "a.parquet", image=[png()], text=["x"], **others))
     assert (item.source, item.time, item.tags, item.domain, item.concept) == ("", "", (), "a", "")
-
-
-def test_memory_is_that_of_a_batch_and_not_of_a_row_group(tmp_path: Path) -> None:
-    file = table(tmp_path / "a.parquet", image=[bytes([n % 256]) * 50_000 for n in range(3_000)], text=["x"] * 3_000)
-    before = pa.total_allocated_bytes()
-    most = 0
-    for row in read_dataset(file):
-        assert not isinstance(row.content, RecordError)
-        most = max(most, pa.total_allocated_bytes() - before)
-    assert most < 100 * 2**20

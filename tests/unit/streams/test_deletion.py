@@ -15,7 +15,6 @@ from core.settings.streams import Ingest
 from streams.ingest.validate import Received, Rules, validate
 from streams.store.deletion import (
     Selected,
-    condition,
     count_selected,
     is_tombstone,
     remove,
@@ -114,21 +113,6 @@ def test_a_wrong_selector_is_refused_by_its_field_and_nothing_is_recorded(
     with pytest.raises(ConfigError, match=named):
         ask(ledger, **selector)
     assert ledger.deletions() == []
-
-
-@pytest.mark.parametrize(
-    "selector",
-    [
-        {"source": "x'; --", "before": "0001-01-01"},
-        {"source": "\x00\n\"'", "before": "9999-12-31T23:59:59.999999"},
-        {"record": f"t:{2**31 - 1}:{2**63 - 1}"},
-        {"key": "00" * 2000},
-        {"label": "ю" * 4000, "until": "t:0:5"},
-    ],
-)
-def test_what_is_accepted_can_be_carried_out(store: SampleStore, selector: dict[str, str]) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    assert store.select(condition(selector), ["offset"]) == []
 
 
 @pytest.mark.parametrize("key", [b"user-17", b"https://cdn.example/" + b"x" * 300])
@@ -264,15 +248,6 @@ def test_the_receipt_names_the_adapters_that_learned_from_it(store: SampleStore,
     assert after is not None and after.adapters == {
         "learned": ["clip-learned", "vlm-learned"], "may_have_replayed": ["clip-later"],
     }  # fmt: skip
-
-
-def test_what_was_only_evaluated_on_was_learned_by_nobody(store: SampleStore, ledger: Ledger) -> None:
-    put(store, [sample(0, 4, source="cam", split="fresh_eval")], Position(TOPIC, 0, 5))
-    learn(ledger, "clip-a", "clip", 0, 5)
-    row = ask(ledger, source="cam")
-    remove(store, ledger, [row])
-    after = ledger.deletion(row.id)
-    assert after is not None and after.adapters == {"learned": [], "may_have_replayed": []}
 
 
 def test_a_crash_between_the_store_and_the_ledger_loses_nothing_of_the_receipt(

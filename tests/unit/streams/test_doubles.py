@@ -182,32 +182,3 @@ def test_what_was_merged_before_a_worker_looked_is_known_to_it(workers: tuple[Wo
     idle.commit()
     rows = [(row["offset"], row["kind"]) for row in idle.store.records().to_pylist() if row["partition"] == 1]
     assert rows == [(0, "deleted"), (1, "duplicate"), (2, "sample")]
-
-
-def test_forgetting_many_asks_the_store_a_few_times(
-    workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = workers[0]
-    worker.take(1)
-    worker.commit()
-    [row] = worker.store.select("kind = 'sample'", ["id", "look", "words", "topic", "partition", "ingested_at"])
-    rows = [{**row, "kind": "sample", "split": "train", "id": f"{n:064x}", "partition": 1, "offset": n}
-            for n in range(1200)]  # fmt: skip
-    worker.store.put(rows, [Position("t", 1, 1200)])
-    worker.take(2)
-    worker.commit()
-    StoreWriter(worker.store.table).remove("partition = 1", "retention", "old")
-    dataset = worker.store.table.open()
-    assert dataset is not None
-    asked: list[str] = []
-    to_table = type(dataset).to_table
-
-    def counted(self: Any, **how: Any) -> Any:
-        asked.append(str(how.get("filter")))
-        return to_table(self, **how)
-
-    monkeypatch.setattr(type(dataset), "to_table", counted)
-    worker.take(3)
-    worker.commit()
-    assert sum("id IN" in each for each in asked) == 3
-    assert len(worker.index) == 3

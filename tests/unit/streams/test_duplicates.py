@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
 
 from core.errors import StoreFull, StoreUnavailable
 from streams.ingest import duplicates as module
 from streams.ingest.duplicates import OFF, Duplicate, DuplicateIndex, Sample
-from streams.ingest.look import look_of
 from streams.store.rows import Position, words_hash
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
@@ -69,33 +67,6 @@ def test_every_look_within_the_distance_is_found_whichever_bits_differ(distance:
         assert index.find(item(name(2), look(bits ^ (1 << (start + 1) % 64)), WORDS)) is None
 
 
-def test_other_words_are_never_a_perceptual_duplicate() -> None:
-    index = DuplicateIndex(":memory:", "store", 16)
-    index.add(item(name(1), look(0), WORDS))
-    assert index.find(item(name(2), look(0), ("a boat", "what?", "a boat"))) is None
-    assert index.find(item(name(2), look(0), ("", "a boat", ""))) is None
-    assert index.find(item(name(2), look(0), ("a bo", "at", ""))) is None
-    assert index.find(item(name(2), look(0), WORDS)) is not None
-
-
-def shirt(colour: str) -> Image.Image:
-    image = Image.new("RGB", (96, 96), "white")
-    outline = [(20, 20), (76, 20), (90, 40), (70, 45), (70, 90), (26, 90), (26, 45), (6, 40)]
-    ImageDraw.Draw(image).polygon(outline, colour)
-    return image
-
-
-def test_shirts_in_six_colours_and_plain_pictures_are_not_one() -> None:
-    index = DuplicateIndex(":memory:", "store")
-    pictures = [shirt(colour) for colour in ("red", "green", "blue", "yellow", "purple", "orange")]
-    pictures += [Image.new("RGB", (64, 64), colour) for colour in ("black", "white", "grey", "red", "navy")]
-    for number, picture in enumerate(pictures):
-        own = look_of(picture).data
-        assert index.find(item(name(number), own, WORDS)) is None, f"picture {number}"
-        index.add(item(name(number), own, WORDS))
-        assert index.find(item(name(99), own, WORDS)) == Duplicate("perceptual", name(number))
-
-
 def test_looks_are_not_compared_when_that_is_off() -> None:
     index = DuplicateIndex(":memory:", "store", OFF)
     index.add(item(name(1), look(0), WORDS))
@@ -143,17 +114,6 @@ def test_the_index_takes_in_only_what_is_new_in_the_store(
     assert index.find(item(sample(1, 2)["id"], look(77), WORDS)) == Duplicate("exact", sample(1, 2)["id"])
 
 
-def test_a_later_start_reads_what_was_stored_meanwhile_and_no_more(tmp_path: Path, store: SampleStore) -> None:
-    stored(store, *range(5))
-    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as first:
-        follow(first, store)
-    stored(store, 5)
-    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as second:
-        assert len(second) == 5, "it is on disk"
-        follow(second, store)
-        assert len(second) == 6
-
-
 def corrupt_whole(path: Path) -> None:
     path.write_bytes(b"this is no database, and was never one " * 100)
 
@@ -189,25 +149,6 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
             except StoreUnavailable:
                 continue
         assert (len(index), duplicate) == (50, Duplicate("exact", sample(0, 7)["id"]))
-
-
-def test_damage_that_shows_while_it_is_used_costs_one_try(tmp_path: Path, store: SampleStore) -> None:
-    path = tmp_path / "d.db"
-    stored(store, *range(2000))
-    with closing(DuplicateIndex(path, "store")) as index:
-        follow(index, store)
-        index._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        data = bytearray(path.read_bytes())
-        data[4096:] = b"\xa5" * (len(data) - 4096)
-        path.write_bytes(data)
-        index._db.execute("PRAGMA shrink_memory")
-        with pytest.raises(StoreUnavailable), index.deciding():
-            for number in range(2000):
-                index.find(item(sample(0, number)["id"], look(number), WORDS))
-                index.add(item(name(number), look(number), WORDS))
-        follow(index, store)
-        assert len(index) == 2000
-        assert index.find(item(sample(0, 1999)["id"], look(5), WORDS)) is not None
 
 
 @pytest.mark.parametrize(("store_name", "distance"), [("another", 0), ("store", 3), ("store", OFF)])
@@ -269,12 +210,6 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
         assert len(index) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_an_outage(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreUnavailable, match="duplicate index"):
-        DuplicateIndex(tmp_path / "file" / "d.db", "store")
-
-
 def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateIndex) -> None:
     with index.deciding():
         index.add(item(name(1), look(1), WORDS))
@@ -288,33 +223,6 @@ def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateInd
     with index.deciding():
         index.add(item(name(2), look(2), WORDS))
     assert len(index) == 2
-
-
-def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    """A hundred thousand samples, whose index is larger than its cache, within some megabytes of the process."""
-    script = """
-import resource, sys
-from streams.ingest import duplicates
-duplicates.CACHE_KIB = 2048
-index = duplicates.DuplicateIndex(sys.argv[1], "store")
-def fill(numbers):
-    with index.deciding():
-        for n in numbers:
-            id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
-            index.add(duplicates.Sample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
-fill(range(2000))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for start in range(2000, 42000, 2000):
-    fill(range(start, start + 2000))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(index))
-"""
-    answer = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "d.db")], capture_output=True, text=True, check=True
-    )
-    grown_kib, count = map(int, answer.stdout.split())
-    assert count == 42_000
-    assert grown_kib < 8 * 1024, "twenty times the samples"
-    assert (tmp_path / "d.db").stat().st_size > 4 << 20
 
 
 @pytest.mark.parametrize("distance", [0, 3])

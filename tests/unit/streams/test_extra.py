@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any
-from uuid import UUID
 
 import pytest
 
 from core.errors import RecordError
 from ratchet_client.encoding import encode
-from ratchet_client.extra import MAX_BYTES, MAX_DEPTH, MAX_FIELDS, check_extra, dump_extra
+from ratchet_client.extra import MAX_BYTES, MAX_DEPTH, MAX_FIELDS, dump_extra
 from ratchet_client.records import FIELDS, SCHEMA, Sample
 from streams.records.codecs import decode
 from tests.support.kafka import picture
@@ -56,13 +53,6 @@ def test_extensions_of_an_event_that_are_not_ours_are_kept() -> None:
 def test_a_header_counts_more_than_the_record_and_that_more_than_its_event() -> None:
     event = {**EVENT, "a": 1, "b": 1, "c": 1, "data": {"image": B64, "text": "t", "b": 2, "c": 2}}
     assert decode(json.dumps(event).encode(), [("ratchet_c", b"3")]).extra == {"a": 1, "b": 2, "c": "3"}
-
-
-def test_an_object_named_extra_is_opened_and_anything_else_of_that_name_is_a_field() -> None:
-    assert read({"extra": {"a": 1}, "b": 2}).extra == {"a": 1, "b": 2}
-    assert read({}, ("ratchet_extra", b'{"a": [1]}')).extra == {"a": [1]}
-    for other in ("text", 7, ["x"]):
-        assert read({"extra": other}).extra == {"extra": other}
 
 
 def test_headers_of_the_quarantine_topic_are_no_fields_of_a_record_that_is_sent_again() -> None:
@@ -109,22 +99,6 @@ def test_a_field_over_a_bound_is_refused_by_its_name(extra: dict[str, Any], name
         read(extra)
     assert caught.value.reason == "schema"
     str(caught.value).encode()
-
-
-def test_what_is_just_within_the_bounds_is_kept() -> None:
-    for extra in (
-        {f"f{number}": 1 for number in range(MAX_FIELDS)},
-        {"deep": nested(MAX_DEPTH)},
-        {"x" * 256: "y" * 16_000},
-    ):
-        assert read(extra).extra == extra
-
-
-def test_values_that_json_has_no_form_for_are_written_as_protobuf_does() -> None:
-    given = {"b": b"\x00\x01", "t": datetime(2026, 1, 2, tzinfo=UTC), "d": Decimal("1.50"), "u": UUID(int=1), "n": (1,)}
-    given |= {"nan": float("nan"), "inf": float("inf"), "low": float("-inf")}
-    expected = {"b": "AAE=", "t": "2026-01-02T00:00:00+00:00", "d": "1.50", "u": str(UUID(int=1)), "n": [1]}
-    assert check_extra(given) == {**expected, "nan": "NaN", "inf": "Infinity", "low": "-Infinity"}
 
 
 def test_extra_is_no_part_of_the_id_and_one_column_of_the_row() -> None:

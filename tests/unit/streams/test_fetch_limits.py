@@ -10,7 +10,7 @@ import pytest
 from core.errors import RecordError
 from streams.records import uris
 from streams.records.fetching import TransientFetchError, parse_retry_after
-from streams.records.uris import MAX_HOSTS, PROBE_SECONDS, FetchLimits, pause_before
+from streams.records.uris import PROBE_SECONDS, FetchLimits, pause_before
 
 HOST = "cdn.test:80"
 
@@ -84,23 +84,6 @@ async def test_a_host_that_is_down_is_tried_by_one_at_a_time_and_refused_to_othe
     clock.now += PROBE_SECONDS
     await use(limits)  # the next probe is answered
     await use(limits)
-
-
-async def test_a_failure_of_long_ago_says_nothing_about_now(clock: Clock) -> None:
-    limits = FetchLimits(8, 30.0)
-    await fail(limits)
-    clock.now += 3600
-    await fail(limits)
-    await use(limits)
-
-
-async def test_only_so_many_hosts_are_remembered() -> None:
-    limits = FetchLimits(8, 30.0)
-    async with limits.seat(HOST):
-        for number in range(MAX_HOSTS + 10):
-            await use(limits, host=f"{number}.test")
-        assert len(limits._hosts) <= MAX_HOSTS
-        assert HOST in limits._hosts
 
 
 def test_pauses_grow_are_spread_and_are_at_least_what_the_server_asks() -> None:

@@ -119,26 +119,7 @@ def test_other_pictures_do_not_look_alike() -> None:
     assert not any(similar(one, other, 4) for n, one in enumerate(looks) for other in looks[:n])
 
 
-def test_the_distance_counts_bits() -> None:
-    one, other = Look(0b1111, bytes(27)), Look(0b1000, bytes(27))
-    assert [similar(one, other, distance) for distance in (0, 2, 3, 4)] == [False, False, True, True]
-
-
-def test_a_look_is_written_and_read() -> None:
-    for look in (look_of(shirt("red")), Look(0, bytes(27)), Look(2**64 - 1, b"\xff" * 27)):
-        assert len(look.data) == LOOK_BYTES
-        assert Look.parse(look.data) == look
-    for data in (b"", bytes(LOOK_BYTES - 1), bytes(8), bytes(LOOK_BYTES + 1)):
-        with pytest.raises(ValueError, match="look"):
-            Look.parse(data)
-
-
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_pictures_of_any_mode_and_shape_have_a_look(mode: str) -> None:
     for size in ((1, 1), (1, 400), (400, 1), (31, 33), (700, 20)):
         assert len(look_of(Image.new(mode, size)).data) == LOOK_BYTES
-
-
-def test_plain_pictures_of_many_colours_are_in_many_buckets() -> None:
-    colours = np.random.default_rng(2).integers(0, 256, (200, 3))
-    assert len({buckets(Look(0, bytes(map(int, colour)) * 9))[0] for colour in colours}) > 100

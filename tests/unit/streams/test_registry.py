@@ -117,17 +117,6 @@ def test_an_avro_value_may_be_the_image(server: Registry, registry: SchemaRegist
     assert decode(value, [("ratchet_text", b"t")], registry=registry).image == PNG
 
 
-def test_a_schema_is_fetched_once_whatever_the_number_of_threads(server: Registry, registry: SchemaRegistry) -> None:
-    value = write_avro(server.url, {"image": PNG, "text": "t", "tags": [], "boxes": []})
-    server.calls.clear()
-    threads = [threading.Thread(target=decode, args=(value,), kwargs={"registry": registry}) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.calls == ["GET /schemas/ids/1"]
-
-
 def test_user_and_password_are_sent_and_never_shown(server: Registry) -> None:
     settings = Kafka(schema_registry=server.url, schema_registry_auth="us:hush")  # type: ignore[arg-type]
     registry = SchemaRegistry.of(settings)
@@ -196,13 +185,6 @@ def test_a_registry_that_answers_nonsense_is_an_outage(
     assert isinstance(caught.value, BrokerError) and "kafka.schema_registry" in caught.value.fix
     server.always = None
     assert decode(value, registry=registry).text == "t"
-
-
-def test_a_hiccup_is_not_noticed(server: Registry, registry: SchemaRegistry) -> None:
-    value = framed(add(server, {"type": "object"}, "JSON"), json.dumps({"image": B64, "text": "t"}).encode())
-    server.answers = [(500, b""), (503, b"")]
-    assert decode(value, registry=registry).text == "t"
-    assert len(server.calls) == module.TRIES
 
 
 def test_a_registry_that_is_away_is_an_outage_and_is_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,13 +288,3 @@ def test_protobuf_fields_beside_the_image_are_bounded(server: Registry, registry
     assert reason(write_protobuf(server.url, message), registry) == "schema"
     message = message_types()["Sample"](image=b"x" * 600_000, text="t")
     assert len(registry.read(write_protobuf(server.url, message))["image"]) == 600_000
-
-
-def test_only_so_many_schemas_are_kept(
-    server: Registry, registry: SchemaRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MAX_SCHEMAS", 2)
-    numbers = [add(server, {"type": "object", "title": str(title)}, "JSON") for title in range(3)]
-    for number in (*numbers, numbers[2]):
-        registry.read(framed(number, b"{}"))
-    assert len(registry._decoders) <= 2 and server.calls == [f"GET /schemas/ids/{number}" for number in (1, 2, 3)]

@@ -37,13 +37,6 @@ def concepts(store: SampleStore) -> Counter[str]:
     return Counter(store.scan(columns=["concept"])["concept"].to_pylist())
 
 
-def test_without_limits_nothing_goes(store: SampleStore) -> None:
-    fill(store, range(4), days_old=10_000)
-    version = store.version()
-    assert expire(store, rules(), NOW) == 0
-    assert store.version() == version
-
-
 def test_samples_over_the_age_go_and_leave_a_receipt(store: SampleStore) -> None:
     fill(store, range(3), days_old=8)
     fill(store, range(3, 5), days_old=6)
@@ -92,13 +85,6 @@ def test_the_oldest_samples_over_the_bytes_go(store: SampleStore) -> None:
     assert left(store) == [0, 1, 2, 6, 7, 8]
     assert store.tally()["bytes"] <= 650
     assert expire(store, rules(max_bytes=650), NOW) == 0
-
-
-def test_the_stricter_limit_holds(store: SampleStore) -> None:
-    fill(store, range(4), days_old=9)
-    fill(store, range(4, 8), days_old=5)
-    assert expire(store, rules(max_age_days=20, max_bytes=400), NOW) == 4
-    assert expire(store, rules(max_age_days=4, max_bytes=10_000), NOW) == 4
 
 
 def test_a_reservoir_stays_that_has_equally_many_of_each_concept(store: SampleStore) -> None:

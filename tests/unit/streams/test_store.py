@@ -9,7 +9,7 @@ import lance
 import pytest
 
 from core.errors import StoreError, StoreUnavailable
-from streams.store.rows import FORMAT, SAMPLE_COLUMNS, Position, newest_of_topic, parse_stream, stream_name
+from streams.store.rows import FORMAT, SAMPLE_COLUMNS, Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
 
@@ -67,12 +67,6 @@ def test_a_pinned_version_outlives_a_cleanup_and_an_unpinned_one_does_not(store:
     assert store.pins() == {}
 
 
-def test_an_unknown_version_is_named(store: SampleStore) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    with pytest.raises(StoreError, match="no version 77"):
-        store.count(version=77)
-
-
 def test_after_leaves_out_what_lies_before_the_offsets(store: SampleStore) -> None:
     put(store, [sample(0, n) for n in range(3)], Position(TOPIC, 0, 3))
     before = store.offsets()
@@ -96,13 +90,6 @@ def test_splits_ids_and_columns_select(store: SampleStore) -> None:
     assert store.scan(ids=ids[:1], split="fresh_eval", columns=["id"]).num_rows == 0
     with pytest.raises(StoreError, match="no column"):
         store.scan(columns=["kind"])
-
-
-def test_a_split_name_cannot_escape_its_quotes(store: SampleStore) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    assert store.scan(split="x' OR 'a' = 'a").num_rows == 0
-    assert store.count(split="x' OR 'a' = 'a", after={"samples:0": 0}) == 0
-    assert store.count(split="x' OR 'a' = 'a") == 0
 
 
 @pytest.mark.parametrize("split", [None, "train", "fresh_eval"])
@@ -157,17 +144,6 @@ def test_a_gap_is_a_row_with_its_ends_and_its_cause(store: SampleStore) -> None:
     [gap] = store.gaps()
     assert (gap["offset"], gap["until"], gap["reason"]) == (4, 9, "retention")
     assert (store.tally()["gap"], store.tally()["gap_offsets"]) == (1, 5)
-
-
-def test_only_the_newest_generation_of_a_topic_is_read_on() -> None:
-    positions = [Position(TOPIC, 0, 9), Position("samples@2", 0, 1), Position("samples@10", 0, 4)]
-    positions += [Position(TOPIC, 1, 5), Position("other", 0, 3)]
-    assert newest_of_topic(positions, TOPIC) == {0: positions[2], 1: positions[3]}
-
-
-def test_stream_names_go_both_ways() -> None:
-    assert stream_name("t", 0) == "t"
-    assert parse_stream(stream_name("t.x-y", 3)) == ("t.x-y", 3)
 
 
 def test_the_size_is_that_of_the_files_of_the_latest_version(store: SampleStore) -> None:

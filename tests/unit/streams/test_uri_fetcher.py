@@ -138,27 +138,11 @@ def test_what_may_pass_is_tried_again(web: WebServer, make: Make, failure: Answe
     assert len(web.asked) == 3
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [reply(status="404 x"), reply(status="403 x"), reply(b"<html>", content_type="text/html"), b"SSH-2.0-x\r\n\r\n",
-     reply(PICTURE, content_encoding="gzip"), reply(b"x" * 2000)],
-)  # fmt: skip
-def test_what_stays_is_tried_once(web: WebServer, make: Make, answer: bytes) -> None:
-    web.pages["/b.png"] = answer
-    refusal(make(web, max_image_bytes=1024), url(web, "/b.png"))
-    assert len(web.asked) == 1
-
-
 def test_the_number_of_tries_is_bounded_and_told(web: WebServer, make: Make) -> None:
     web.pages["/b.png"] = reply(status="503 x")
     error = refusal(make(web), url(web, "/b.png"))
     assert (error.reason, len(web.asked)) == ("uri_unreachable", 4)
     assert "answers 503. Tries: 4." in error.message
-
-
-def test_a_wait_longer_than_the_deadline_is_not_begun(web: WebServer, make: Make) -> None:
-    web.pages["/b.png"] = reply(status="429 x", retry_after="3600")
-    assert "Tries: 1" in refusal(make(web), url(web, "/b.png")).message
 
 
 def test_a_server_that_stalls_is_tried_again_within_the_deadline(web: WebServer, make: Make) -> None:

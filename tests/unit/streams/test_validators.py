@@ -23,10 +23,8 @@ from streams.ingest.validators import (
     CrashGuard,
     Notes,
     ProcessValidators,
-    ThreadValidators,
     ValidationPool,
     Work,
-    _restore,
 )
 from streams.store.rows import Position
 from streams.store.writer import Claim
@@ -180,24 +178,6 @@ if __name__ == "__main__":
     consumer.kill()
     consumer.wait()
     wait_for(lambda: not any(map(_runs, children)), "the end of the processes")
-
-
-def test_all_processes_start_before_there_is_a_record(tmp_path: Path) -> None:
-    with guarded(tmp_path) as validators:
-        assert len(validators._pool._processes) == 2
-
-
-def test_what_was_left_out_is_put_back() -> None:
-    record = received(1)
-    accepted = validate(record, WORK.rules())
-    assert isinstance(accepted, Accepted)
-    whole = _restore(record, Accepted({**accepted.row, "image": None}))
-    assert isinstance(whole, Accepted) and whole.row == accepted.row and whole.record is record
-
-
-def test_threads_validate_a_record_alone_as_any_other(tmp_path: Path) -> None:
-    with closing(CrashGuard(tmp_path, 1)) as guard, closing(ThreadValidators(WORK, 1, guard)) as validators:
-        assert plain(validators.alone(received(1)))["kind"] == "sample"
 
 
 def _runs(pid: int) -> bool:
