@@ -93,7 +93,8 @@ class Consumer:
         self._processes = processes
         self._opened = False
         """Whether the parts are there that outlive a connection to the broker: see :meth:`_open`."""
-        self._group: Membership | None = None
+        self._group: Membership
+        self._connected = False
         self._indexing: Future[Any] | None = None
         self._indexer = ThreadPoolExecutor(1, "duplicate-index")
         self._idle_since: float | None = None
@@ -194,7 +195,8 @@ class Consumer:
         if self._indexing is None or self._indexing.done():
             self._indexing = self._indexer.submit(self._index)
         self._group = Membership.join(self.kafka, self._admin, self.store)
-        self._consumer, self._assignment, self._log = self._group.consumer, self._group.assignment, self._group.log
+        self._consumer, self._assignment = self._group.consumer, self._group.assignment
+        self._connected = True
 
     def _index(self) -> None:
         """Read into the index what the store holds, on a thread of its own: some 10 s for each million samples where
@@ -204,15 +206,15 @@ class Consumer:
             self._batch.index.follow(self.store.table)
 
     def _disconnect(self) -> None:
-        if self._group is None:
+        if not self._connected:
             return
         if not self._stopping.is_set():
             self._pool.finish()
         self._salvage()
-        group, self._group = self._group, None
-        group.leave(lambda: self.status.state != "waiting")
+        self._connected = False
+        self._group.leave(lambda: self.status.state != "waiting")
         self._drop(lambda reading: False)
-        self._log.forget_lag()
+        self._group.forget_lag()
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
@@ -226,8 +228,8 @@ class Consumer:
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
         topic, known = self.kafka.topic, list(self.store.positions().values())
-        firsts = {number: self._log.range(number)[0] for number in partitions}
-        starts = [start_position(known, topic, self._log.topic_id, number, firsts[number]) for number in partitions]
+        firsts = {number: self._group.range(number)[0] for number in partitions}
+        starts = [start_position(known, topic, self._group.topic_id, number, firsts[number]) for number in partitions]
         for claim in self._writer.claim(starts):
             position = claim.position
             reading = Reading.of(claim)
@@ -259,7 +261,7 @@ class Consumer:
         except LogTruncationError as error:
             self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
             return
-        if (polled or self._log.due) and not self._patiently(self._look):
+        if (polled or self._group.look_due) and not self._patiently(self._look):
             return  # asked to stop while the broker was away: what was polled stays in the log
         for partition, records in polled.items():
             reading = readings.get(partition.partition)
@@ -331,7 +333,7 @@ class Consumer:
             seconds = time.monotonic() - started
             self._publish(outcome)
             self._group.tell_kafka(outcome.readings)
-            self._report.committed(outcome, self._log.lag(self._assignment.all()), seconds)
+            self._report.committed(outcome, self._group.lag(), seconds)
 
     def _give_up(self, error: Superseded) -> None:
         """Others claimed partitions of ours; those that the group still gives to us are claimed again."""
@@ -377,9 +379,9 @@ class Consumer:
     # -- the log ----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        self._log.look()
+        self._group.look()
         joined = self._assignment.joined
-        self._report.connected(joined, self._log.lag(self._assignment.all()) if joined else None)
+        self._report.connected(joined, self._group.lag() if joined else None)
 
     def _collect_all(self) -> bool:
         """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
@@ -393,7 +395,7 @@ class Consumer:
     def _find_range(self) -> None:
         """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
         for reading in self._assignment.all():
-            first, end = self._log.range(reading.partition)
+            first, end = self._group.range(reading.partition)
             if reading.next > end:
                 self._cut_off(reading, None, end)
             else:
@@ -403,7 +405,7 @@ class Consumer:
         """Records that were read are gone, and others stand in their place (KIP-320)."""
         for reading in self._assignment.all():
             if reading.partition in divergences:
-                self._cut_off(reading, divergences[reading.partition], self._log.range(reading.partition)[1])
+                self._cut_off(reading, divergences[reading.partition], self._group.range(reading.partition)[1])
 
     def _skip_to(self, reading: Reading, first: int) -> None:
         """Go on at ``first``; what lies before it was deleted unread, and is lost: a gap, which is a row."""
@@ -416,7 +418,7 @@ class Consumer:
     def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
         """Read on as a new generation of the topic from where the log diverges, or from its beginning where that is not
         known. What was read before is stored already."""
-        first = self._log.range(reading.partition)[0]  # before anything is stored, which must not be repeated
+        first = self._group.range(reading.partition)[0]  # before anything is stored, which must not be repeated
         if not self._collect_all() or not self._assignment.holds(reading):
             return
         start = min(end if divergence is None else divergence, reading.next)
@@ -462,10 +464,10 @@ class Consumer:
             known = self._missing_rights() or known
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
-        if dependency == "broker" and self._group is not None:
+        if dependency == "broker" and self._connected:
             self._salvage()
         self._stopping.wait(seconds)
-        if dependency != "broker" and self._group is not None:
+        if dependency != "broker" and self._connected:
             self._group.stay()
 
     def _missing_rights(self) -> BrokerError | None:

@@ -192,14 +192,26 @@ SESSION_SECONDS: Final = 6.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Membership:
-    """A membership in the consumer group."""
+LOOK_SECONDS: Final = 2.0
+"""How often the log is looked at while no records come, which is also how soon a lost broker is noticed."""
 
-    consumer: Any
-    """The :class:`kafka.KafkaConsumer`."""
-    assignment: Assignment
-    log: LogWatch
+
+class LogLost(BrokerError):
+    """The topic is not the one that has been read so far."""
+
+
+class Membership:
+    """A membership in the consumer group, and a look at the topic's log. Use from the consumer's thread."""
+
+    def __init__(self, consumer: Any, assignment: Assignment, admin: Admin, topic_id: str) -> None:
+        """``consumer``: the :class:`kafka.KafkaConsumer`. ``topic_id``: of the log that is read."""
+        self.consumer = consumer
+        self.assignment = assignment
+        self.topic_id = topic_id
+        self._admin = admin
+        self._topic = assignment.topic
+        self._looked_at = time.monotonic()
+        self._measured: set[int] = set()
 
     @classmethod
     def join(cls, kafka: Kafka, admin: Admin, store: SampleStore) -> Membership:
@@ -224,11 +236,10 @@ class Membership:
         tolerant_fetch.complete_joins(consumer)
         tolerant_fetch.make_no_topics(consumer)
         assignment = Assignment(consumer, kafka.topic)
-        log = LogWatch(admin, consumer, kafka.topic, topic_id)
         consumer.subscribe([kafka.topic], listener=assignment)
         # A member that joins before it knows the topic is assigned nothing, and joins a second time.
         consumer.partitions_for_topic(kafka.topic)
-        return cls(consumer, assignment, log)
+        return cls(consumer, assignment, admin, topic_id)
 
     def leave(self, wait_while: Callable[[], bool]) -> None:
         """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever.
@@ -251,7 +262,7 @@ class Membership:
         """Poll without taking anything: a member that does not poll for minutes is put out of the group."""
         readings = self.assignment.all()
         try:
-            self.consumer.pause(*(TopicPartition(self.assignment.topic, each.partition) for each in readings))
+            self.consumer.pause(*(TopicPartition(self._topic, each.partition) for each in readings))
             self.consumer.poll(timeout_ms=0)
         except KafkaError as error:
             log.info("the group could not be asked while waiting: %s", error)
@@ -262,43 +273,27 @@ class Membership:
     def follow_positions(self) -> None:
         """Step over offsets of which no reader gets a record. All that was polled is taken."""
         for reading in self.assignment.all():
-            partition = TopicPartition(self.assignment.topic, reading.partition)
+            partition = TopicPartition(self._topic, reading.partition)
             position = tolerant_fetch.position(self.consumer, partition)
             if position is not None and position.offset > reading.next and self.assignment.holds(reading):
                 reading.next, reading.next_epoch = position.offset, max(position.leader_epoch, reading.next_epoch)
 
     def tell_kafka(self, readings: Sequence[Reading]) -> None:
         """Commit what is stored of them as the group's offsets."""
-        topic = self.assignment.topic
-        offsets = {TopicPartition(topic, each.partition): OffsetAndMetadata(each.stored, "", -1) for each in readings}
+        offsets = {
+            TopicPartition(self._topic, each.partition): OffsetAndMetadata(each.stored, "", -1) for each in readings
+        }
         try:
             self.consumer.commit(offsets, timeout_ms=5000)
         except KafkaError as error:  # a rebalance, or a broker that is away: the store is what counts
             log.info("offsets were stored, and could not be told to Kafka: %s", error)
 
-
-class LogLost(BrokerError):
-    """The topic is not the one that has been read so far."""
-
-
-class LogWatch:
-    """Looks at the topic that a consumer reads. Use from the consumer's thread."""
-
-    #: How often it is looked at while no records come, which is also how soon a lost broker is noticed.
-    SECONDS: Final = 2.0
-
-    def __init__(self, admin: Admin, consumer: Any, topic: str, topic_id: str) -> None:
-        self._admin = admin
-        self._consumer = consumer
-        self._topic = topic
-        self.topic_id = topic_id
-        self._looked_at = time.monotonic()
-        self._measured: set[int] = set()
+    # -- the log ----------------------------------------------------------------------------------------------------
 
     @property
-    def due(self) -> bool:
-        """Whether it is time to look."""
-        return time.monotonic() - self._looked_at > self.SECONDS
+    def look_due(self) -> bool:
+        """Whether it is time to :meth:`look`."""
+        return time.monotonic() - self._looked_at > LOOK_SECONDS
 
     def look(self) -> None:
         """Make sure that what was just polled is from the log that has been read so far.
@@ -318,22 +313,22 @@ class LogWatch:
                 f"topic {self._topic} has lost its log (its id was {self.topic_id}, is {now}).",
                 "The new one is read from its beginning.",
             )
-        tolerant_fetch.expect_partitions(self._consumer, self._topic, topic.partitions)
+        tolerant_fetch.expect_partitions(self.consumer, self._topic, topic.partitions)
 
     def range(self, partition: int) -> tuple[int, int]:
         """First and end offset of a partition's log."""
         key = TopicPartition(self._topic, partition)
-        return self._consumer.beginning_offsets([key])[key], self._consumer.end_offsets([key])[key]
+        return self.consumer.beginning_offsets([key])[key], self.consumer.end_offsets([key])[key]
 
-    def lag(self, readings: Iterable[Reading]) -> int | None:
+    def lag(self) -> int | None:
         """How far the store is behind, by what the broker said with the last fetch of each partition.
 
         None while that is not known of any. The metric of a partition that is not read here any more goes.
         """
         lags = {}
-        for reading in readings:
+        for reading in self.assignment.all():
             try:
-                end = self._consumer.highwater(TopicPartition(self._topic, reading.partition))
+                end = self.consumer.highwater(TopicPartition(self._topic, reading.partition))
             except IllegalStateError:  # just revoked
                 continue
             if end is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
@@ -124,24 +125,15 @@ class Admin:
             return
         defaults = self.ask(f"describing the configuration of topic {topic}", partial(_defaults, topic=topic))
         self._warned.add(topic)
-        size = defaults.get("max.message.bytes", TOPIC_RECORD_BYTES)
+        size, wrong = defaults.get("max.message.bytes", TOPIC_RECORD_BYTES), []
         if size < TOPIC_RECORD_BYTES:
-            log.warning(
-                "topic %s takes records of at most %s bytes, Kafka's default: set its max.message.bytes to what"
-                " producers send (an image of 8 MiB is 11 MiB as base64)",
-                topic, f"{size:,}",
-            )  # fmt: skip
+            wrong.append(f"takes records of at most {size:,} bytes (an image of 8 MiB is 11 MiB as base64)")
         if found.replicas > 2 and defaults.get("min.insync.replicas", 2) < 2:
-            log.warning(
-                "topic %s has %d replicas and min.insync.replicas = 1, Kafka's default: records that one node alone has"
-                " count as sent; set it to 2",
-                topic, found.replicas,
-            )  # fmt: skip
+            wrong.append(f"has {found.replicas} replicas and min.insync.replicas = 1: what one node alone has is sent")
         if found.partitions < partitions:
-            log.warning(
-                "topic %s has %d partition(s), and `kafka.partitions` is %d: as many processes can share it at most",
-                topic, found.partitions, partitions,
-            )  # fmt: skip
+            wrong.append(f"has {found.partitions} partition(s), so as many processes can share it, not {partitions}")
+        for each in wrong:
+            log.warning("topic %s was left at Kafka's defaults and %s", topic, each)
 
     def close(self) -> None:
         """Give up the connection."""
@@ -204,11 +196,8 @@ def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict
 
 def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:
     """Create the topics that are not there. Raises BrokerError."""
-    admin = Admin(kafka)
-    try:
+    with closing(Admin(kafka)) as admin:
         admin.ensure_topics(topics, partitions)
-    finally:
-        admin.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,6 @@ class Run:
     """Rows that deletions and retention took out."""
     freed: int = 0
     """Bytes of files removed with old versions."""
-    events: int = 0
     waiting: bool = False
     """Another process holds the lease: nothing was done."""
 
@@ -102,7 +101,8 @@ class Maintainer:
         self.events = EventPublisher(settings, self.ledger)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._collect_garbage = collect
-        self._cleaned_at = self._expired_at = self._pruned_at = self._collected_at = self._unlocked_at = -math.inf
+        self._done_at: dict[str, float] = {}
+        """When something that is done now and then was done last, by its name."""
         self._gaps = 0
 
     def run_once(self) -> Run:
@@ -173,6 +173,9 @@ class Maintainer:
             self._count_deletions()
         return Run(written, removed, freed)
 
+    def _due(self, name: str, seconds: float) -> bool:
+        return time.monotonic() - self._done_at.get(name, -math.inf) >= seconds
+
     def _deletions(self, *states: DeletionState) -> list[DeletionRow]:
         return self.ledger.deletions(DELETIONS_AT_ONCE, states, oldest_first=True)
 
@@ -193,11 +196,11 @@ class Maintainer:
 
     def _expire(self) -> int:
         """Take out what is over the limits of retention."""
-        if time.monotonic() - self._expired_at < EXPIRE_SECONDS:
+        if not self._due("expire", EXPIRE_SECONDS):
             return 0
         expired = retention.expire(self.store, self.settings.retention)
         if expired < retention.MOST_AT_ONCE:  # else there is more
-            self._expired_at = time.monotonic()
+            self._done_at["expire"] = time.monotonic()
         metrics.maintain.deleted(expired, "retention")
         return expired
 
@@ -218,18 +221,17 @@ class Maintainer:
 
     def _prune_events(self) -> None:
         """Take events out of the ledger that were published long ago: whoever wants them reads the topic."""
-        if time.monotonic() - self._pruned_at < PRUNE_SECONDS:
+        if not self._due("prune", PRUNE_SECONDS):
             return
         self.ledger.prune_events(datetime.now(UTC) - timedelta(days=KEEP_EVENTS_DAYS))
-        self._pruned_at = time.monotonic()
+        self._done_at["prune"] = time.monotonic()
 
     def _clean(self, pending: list[DeletionRow]) -> int:
         """Remove old versions: now and then, and at each run while a deletion waits for it."""
         keep = timedelta(seconds=self.settings.maintain.keep_seconds)
-        due = time.monotonic() - self._cleaned_at > keep.total_seconds() * CLEAN_SHARE
-        if not (due or pending):
+        if not (pending or self._due("clean", keep.total_seconds() * CLEAN_SHARE)):
             return 0
-        self._cleaned_at = time.monotonic()
+        self._done_at["clean"] = time.monotonic()
         self._unpin(pending)
         self._drop_pins()
         freed = clean(self.store, keep)
@@ -264,10 +266,9 @@ class Maintainer:
 
     def _collect(self) -> None:
         hours = self.settings.gc.hours
-        if self._collect_garbage is None or not hours or time.monotonic() - self._collected_at < hours * 3600:
-            return
-        self._collect_garbage()
-        self._collected_at = time.monotonic()
+        if self._collect_garbage is not None and hours and self._due("collect", hours * 3600):
+            self._collect_garbage()
+            self._done_at["collect"] = time.monotonic()
 
     def _finish(self, pending: list[DeletionRow]) -> None:
         """A deletion is done when no version of the store is left that has what it deleted, and none of an object."""
@@ -295,9 +296,9 @@ class Maintainer:
     def _unlocked(self) -> list[DeletionRow]:
         """Deletions whose lock in the bucket is over, or has no end that is known: those now and then."""
         now = datetime.now(UTC)
-        if time.monotonic() - self._unlocked_at < UNLOCK_SECONDS:
+        if not self._due("unlock", UNLOCK_SECONDS):
             return []
-        self._unlocked_at = time.monotonic()
+        self._done_at["unlock"] = time.monotonic()
         return [each for each in self._deletions("held") if each.remains_until is None or each.remains_until <= now]
 
     def _count_deletions(self) -> None:

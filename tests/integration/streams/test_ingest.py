@@ -250,7 +250,7 @@ def test_one_that_is_stopped_while_it_joins_the_group_leaves_it_to_the_next(brok
     make_topics(settings)
     places = produce(settings.kafka, [good(n) for n in range(4)])
     with reading(settings) as first:
-        wait_for(lambda: first._group is not None, "the first begins to join")
+        wait_for(lambda: first._connected, "the first begins to join")
     with reading(settings) as second:
         wait_for(lambda: first.status.samples + second.status.samples == 4, "4 samples")
     rows = SampleStore(settings.lake).records().select(["topic", "partition", "offset"]).to_pylist()

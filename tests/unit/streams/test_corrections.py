@@ -94,22 +94,6 @@ def test_a_record_with_a_corrected_label_takes_the_place_of_the_one_before(worke
     assert worker.commit().duplicates == {"exact": 1}, "the correction again is a duplicate"
 
 
-def test_another_key_or_none_or_another_source_corrects_nothing(worker: Worker) -> None:
-    worker.take(1, label="tram")
-    worker.take(1, key="other", label="bus")
-    worker.take(1, key=None, label="bus")
-    worker.take(1, label="bus", source="another crawler")
-    outcome = worker.commit()
-    assert (outcome.corrected, outcome.duplicates) == (0, {"exact": 3})
-    assert worker.samples("label") == [(0, "tram")]
-
-
-def test_a_key_alone_replaces_nothing_that_differs(worker: Worker) -> None:
-    for seed in range(5):
-        worker.take(seed, key="camera-7")
-    assert worker.commit().samples.total() == 5
-
-
 @pytest.mark.parametrize("by", ["key", "id"])
 def test_a_corrected_text_replaces_what_its_header_names(worker: Worker, between: Any, by: str) -> None:
     worker.take(1, text="a tram")
@@ -122,14 +106,6 @@ def test_a_corrected_text_replaces_what_its_header_names(worker: Worker, between
     [first] = trace(worker.store, RecordQuery("t", 0, 0))
     assert (first.outcome, first.reason, first.detail) == ("deleted", "corrected", "by t:0:2")
     assert worker.store.scan(columns=["extra"])["extra"].to_pylist() == ["", ""]
-
-
-def test_another_source_takes_the_place_where_the_header_says_so(worker: Worker, between: Any) -> None:
-    worker.take(1, source="old")
-    between()
-    worker.take(1, source="new", replaces=id_of(worker, 1))
-    assert worker.commit().corrected == 1
-    assert worker.samples("source") == [(1, "new")]
 
 
 def test_a_corrected_sample_stays_on_its_side(worker: Worker) -> None:
@@ -286,15 +262,6 @@ def test_what_another_sent_too_stays_when_it_is_corrected(worker: Worker, betwee
     assert worker.commit().samples.total() == 0
 
 
-def test_the_sample_passes_with_the_newest_words_of_who_sent_it_next(worker: Worker, ledger: Ledger) -> None:
-    worker.take(1, label="of k")
-    for key, label in (("other", "a tram"), ("third", "of third"), ("other", "a bus")):
-        worker.take(1, key=key, label=label)
-    worker.commit()
-    tombstone(worker, ledger, "k")
-    assert worker.samples("label") == [(3, "a bus")]
-
-
 def test_who_sent_a_sample_second_and_corrects_it_holds_on_to_it_no_more(
     worker: Worker, ledger: Ledger, between: Any
 ) -> None:
@@ -309,10 +276,3 @@ def test_who_sent_a_sample_second_and_corrects_it_holds_on_to_it_no_more(
     tombstone(worker, ledger, "third")
     tombstone(worker, ledger, "k")
     assert worker.samples("text") == [(2, "other words")]
-
-
-def test_a_header_that_names_nothing_is_refused() -> None:
-    for key, value in ((b"k", b"everything"), (b"k", b"0" * 63), (None, b"key")):
-        headers = [("ratchet_text", b"a"), ("ratchet_replaces", value)]
-        result = validate(Received("t", 0, 0, picture(1), key, headers), RULES)
-        assert not isinstance(result, Accepted) and result["reason"] == "headers"

@@ -268,16 +268,6 @@ def test_a_crash_between_the_store_and_the_ledger_loses_nothing_of_the_receipt(
     assert after.removed_version == store.version()
 
 
-def test_calling_again_changes_nothing(store: SampleStore, ledger: Ledger) -> None:
-    put(store, [sample(0, 0, source="cam"), sample(0, 1)], Position(TOPIC, 0, 2))
-    row = ask(ledger, source="cam")
-    remove(store, ledger, [row])
-    ledger.deletions_rewritten([row.id], store.version())
-    first, version = ledger.deletion(row.id), store.version()
-    assert first is not None and remove(store, ledger, [first]) == 0
-    assert (ledger.deletion(row.id), store.version()) == (first, version)
-
-
 def test_a_receipt_in_the_store_has_nothing_of_the_content(store: SampleStore, ledger: Ledger) -> None:
     put(store, [sample(0, 0, source="cam", text="secret words", key=b"ann@example.org")], Position(TOPIC, 0, 1))
     row = ask(ledger, source="cam")

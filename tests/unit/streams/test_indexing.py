@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.errors import StoreUnavailable
 from core.settings import Settings
-from streams.ingest import consumer as consumer_module
 from streams.ingest import duplicates as module
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.look import SplitRule
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from tests.support.fake_kafka import FakeKafka, install
+from tests.support.fake_kafka import FakeKafka
 from tests.support.kafka import good, reading, wait_for
 from tests.support.samples import TOPIC, put, sample
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path, kafka={"topic": "t", "batch_seconds": 0.02, "bootstrap": "127.0.0.1:1"})
-
-
-@pytest.fixture
-def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
-    broker = FakeKafka("t")
-    install(broker, monkeypatch)
-    monkeypatch.setattr(consumer_module, "BACKOFF_SECONDS", (0.02,))
-    return broker
 
 
 class SlowTable:
