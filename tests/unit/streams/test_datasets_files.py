@@ -1,4 +1,4 @@
-"""Data sets of image files: folders, metadata and tar shards, as torchvision, Hugging Face and webdataset write them."""
+"""Data sets of image files: folders, metadata and tar shards, as others write them."""
 
 from __future__ import annotations
 
