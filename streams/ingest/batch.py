@@ -16,7 +16,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any, Final
 
 import pyarrow as pa
@@ -33,6 +32,7 @@ from streams.store.rows import (
     Position,
     RecordPosition,
     SampleTable,
+    chunks,
     deletion_row,
     duplicate_row,
     hexadecimal,
@@ -285,8 +285,8 @@ class Corrections:
         dataset = table.open() if ids or keys else None
         named = (("kind = 'sample' AND id", map(quoted, ids)),
                  ("(kind = 'sample' OR reason = 'duplicate_exact') AND key", map(hexadecimal, keys)))  # fmt: skip
-        for column, values in named:
-            while dataset is not None and (some := list(islice(values, NAMES_PER_QUERY))):
+        for column, values in named if dataset is not None else ():
+            for some in chunks(values, NAMES_PER_QUERY):
                 where = f"{column} IN ({', '.join(some)})"
                 with reading_store(table.url):
                     rows = dataset.to_table(columns=_COLUMNS, filter=where).to_pylist()

@@ -42,7 +42,6 @@ from streams.ingest.membership import (
     LogLost,
     Membership,
     Reading,
-    gap,
     new_generation,
     start_position,
 )
@@ -51,7 +50,7 @@ from streams.ingest.validate import Received, refuse
 from streams.ingest.validators import ValidationPool, Work, crashed, start_validators
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import Admin, check_rights, connection, ingest_rights
-from streams.store.rows import RecordPosition, position_of
+from streams.store.rows import RecordPosition, gap_row, position_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
@@ -72,11 +71,7 @@ class Consumer:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        store: SampleStore | None = None,
-        on_change: Callable[[IngestStatus], None] | None = None,
-        processes: int = 0,
+        self, settings: Settings, on_change: Callable[[IngestStatus], None] | None = None, processes: int = 0
     ) -> None:
         """
         Args:
@@ -86,7 +81,7 @@ class Consumer:
         """
         self.settings = settings
         self.kafka = settings.kafka
-        self.store = store or SampleStore(settings.lake)
+        self.store = SampleStore(settings.lake)
         self._report = IngestReport(self.store, self.kafka.group, on_change)
         self._stopping = threading.Event()
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
@@ -125,7 +120,12 @@ class Consumer:
                 try:
                     self._connect()
                     while not self._stopping.is_set():
-                        self._step()
+                        self._claim()
+                        self._poll()
+                        self._collect()
+                        if self._batch.due:
+                            self._commit()
+                        self._mark_published()
                     self._finish()
                 except LogLost as error:
                     say(f"ingest: [yellow]{error}[/yellow]")
@@ -138,15 +138,6 @@ class Consumer:
         finally:
             self._close()
             self._report.stopped()
-
-    def _step(self) -> None:
-        """One turn of the loop."""
-        self._claim()
-        self._poll()
-        self._collect()
-        if self._batch.due:
-            self._commit()
-        self._mark_published()
 
     def _finish(self) -> None:
         """Asked to stop: store what is validated, and leave the rest to the next owner."""
@@ -379,6 +370,7 @@ class Consumer:
     # -- the log ----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
+        """Make sure that what was polled is from the log that was read so far, and say how far it is behind."""
         self._group.look()
         joined = self._assignment.joined
         self._report.connected(joined, self._group.lag() if joined else None)
@@ -411,7 +403,9 @@ class Consumer:
         """Go on at ``first``; what lies before it was deleted unread, and is lost: a gap, which is a row."""
         if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
             return
-        self._batch.add(reading, first, gap(reading, reading.next, first), 0)
+        why = "the broker deleted them before they were read"
+        row = gap_row(reading.stream, reading.partition, reading.next, first, "retention", why)
+        self._batch.add(reading, first, row, 0)
         reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
         self._assignment.begin(reading)
 
@@ -461,7 +455,10 @@ class Consumer:
         """Say what is away, store what can be stored, and wait: longer after more failures."""
         known = error if isinstance(error, RatchetError) else explain(error, connection(self.kafka), "reading")
         if isinstance(known, BrokerError) and known.state == "refused":
-            known = self._missing_rights() or known
+            try:
+                check_rights(self._admin, ingest_rights(self.kafka))
+            except BrokerError as named:  # the rights that are missing, by their names
+                known = named if named.state == "refused" else known
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
         if dependency == "broker" and self._connected:
@@ -469,14 +466,6 @@ class Consumer:
         self._stopping.wait(seconds)
         if dependency != "broker" and self._connected:
             self._group.stay()
-
-    def _missing_rights(self) -> BrokerError | None:
-        """The error that names the rights that the broker does not give; None where none is known to be missing."""
-        try:
-            check_rights(self._admin, ingest_rights(self.kafka))
-        except BrokerError as error:
-            return error if error.state == "refused" else None
-        return None
 
     def _salvage(self) -> None:
         """Store what has been read though the broker is away; its refusals are published when it is back."""

@@ -30,6 +30,7 @@ from streams.store.rows import (
     RecordPosition,
     SampleTable,
     Split,
+    chunks,
     fences,
     name_of,
     parse_position,
@@ -280,8 +281,8 @@ class DuplicateIndex:
     def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
         """Where some samples are stored now, by id."""
         places: dict[str, set[str]] = {each: set() for each in ids}
-        for start in range(0, len(ids), IDS_PER_QUERY):
-            names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+        for some in chunks(ids, IDS_PER_QUERY):
+            names = ", ".join(map(quoted, some))
             columns = ["id", "topic", "partition", "offset"]
             with reading_store(dataset.uri):
                 stored = dataset.to_table(columns=columns, filter=f"kind = 'sample' AND id IN ({names})")

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
@@ -21,7 +20,6 @@ from core import metrics
 from core.errors import BrokerError
 from core.settings.streams import Kafka
 from ratchet_client.broker import MAX_RECORD_BYTES, client_options
-from streams.ingest.validate import StoreRow
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import Admin, connection
 from streams.kafka.tolerant_fetch import seek
@@ -344,20 +342,6 @@ class Membership:
         for partition in list(self._measured if partitions is None else partitions):
             metrics.ingest.no_lag(partition)
             self._measured.discard(partition)
-
-
-def gap(reading: Reading, start: int, until: int) -> StoreRow:
-    """The row that says that the broker deleted the offsets from ``start`` to before ``until`` unread."""
-    return {
-        "kind": "gap",
-        "topic": reading.stream,
-        "partition": reading.partition,
-        "offset": start,
-        "until": until,
-        "reason": "retention",
-        "detail": f"{until - start} offsets: the broker deleted them before they were read",
-        "ingested_at": datetime.now(UTC),
-    }
 
 
 def _ensure_topics(kafka: Kafka, admin: Admin, store: SampleStore) -> str:

@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 import pyarrow as pa
-from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
+from kafka import TopicPartition
 
 from core.errors import (
     AlreadyResubmitted,
@@ -39,14 +38,23 @@ from core.errors import (
 from core.ledger import Ledger, ResubmissionRow
 from core.settings import Settings
 from core.settings.streams import Kafka
-from ratchet_client.broker import CONNECT_SECONDS, client_options, explain
+from ratchet_client.broker import CONNECT_SECONDS
 from ratchet_client.encoding import Encoded, Headers
 from ratchet_client.producer import Delivery, RecordSender
 from ratchet_client.records import REASONS
 from streams.ingest.membership import start_position
 from streams.ingest.quarantine import original
-from streams.kafka.clients import Admin, connection
-from streams.store.rows import SCHEMA, Position, RecordPosition, name_of, position_of, refused, tally_of
+from streams.kafka.clients import Admin, connection, reading_alone
+from streams.store.rows import (
+    SCHEMA,
+    Position,
+    RecordPosition,
+    gap_row,
+    name_of,
+    position_of,
+    refused,
+    tally_of,
+)
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
@@ -292,8 +300,8 @@ def _choose(store: SampleStore, ledger: Ledger, which: RefusalFilter, report: Re
     table = pa.Table.from_batches(batches, schema=schema)
     table = table.sort_by([(name, "ascending") for name in ("ingested_at", *_ORDER)]).select(_ORDER)
     chosen: list[RecordPosition] = []
-    for start in range(0, table.num_rows, CLAIMED_PER_QUERY):
-        batch = [position_of(row) for row in table.slice(start, CLAIMED_PER_QUERY).to_pylist()]
+    for rows in table.to_batches(max_chunksize=CLAIMED_PER_QUERY):
+        batch = [position_of(row) for row in rows.to_pylist()]
         again = ledger.resubmissions([name_of(place) for place in batch])
         for place in batch:
             known = again.get(name_of(place))
@@ -373,11 +381,7 @@ def _move(writer: StoreWriter, start: Position, to: int, end: int, why: str) -> 
     [claim] = writer.claim([start])
     position = claim.position
     _check(position, to, end)
-    row = {
-        "kind": "gap", "topic": position.stream, "partition": position.partition, "offset": position.next, "until": to,
-        "reason": "skipped", "detail": f"{to - position.next} offsets: skipped by {why}"[:500],
-        "ingested_at": datetime.now(UTC),
-    }  # fmt: skip
+    row = gap_row(position.stream, position.partition, position.next, to, "skipped", f"skipped by {why}")
     # `published` stays: refusals before the gap that are not in their topic yet are published by the next owner.
     moved = replace(position, next=to, leader_epoch=-1, tally=position.tally + tally_of([row]))
     writer.commit([row], [(claim, moved)])
@@ -405,22 +409,10 @@ def _describe(kafka: Kafka, number: int) -> tuple[str, int, int]:
         topic_id = admin.topic_id(kafka.topic)
     if topic_id is None:
         raise SkipRefused(f"there is no topic {kafka.topic}.", "See `kafka.topic` and `kafka.bootstrap`.")
-    options = {
-        "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-        **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG),
-        "group_id": None,
-    }
     partition = TopicPartition(kafka.topic, number)
-    consumer: Any = None
-    try:
-        consumer = KafkaConsumer(**options)
+    with reading_alone(kafka, "looking at the log") as consumer:
         if number not in (consumer.partitions_for_topic(kafka.topic) or ()):
             raise SkipRefused(f"topic {kafka.topic} has no partition {number}.", "Partitions count from 0.")
         [first] = consumer.beginning_offsets([partition]).values()
         [end] = consumer.end_offsets([partition]).values()
-    except (KafkaError, OSError) as error:
-        raise explain(error, connection(kafka), "looking at the log") from error
-    finally:
-        if consumer is not None:
-            consumer.close(timeout_ms=2000)
     return topic_id, first, end

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
 from kafka.errors import (
     AuthorizationError,
@@ -198,6 +198,26 @@ def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> N
     """Create the topics that are not there. Raises BrokerError."""
     with closing(Admin(kafka)) as admin:
         admin.ensure_topics(topics, partitions)
+
+
+@contextmanager
+def reading_alone(kafka: Kafka, doing: str, **options: Any) -> Iterator[Any]:
+    """A :class:`kafka.KafkaConsumer` without a group. ``doing`` names in the error what is done with it.
+
+    Raises:
+        BrokerError: the broker is away, or refuses.
+    """
+    known = client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)
+    bounds = {"bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000), **known, **options, "group_id": None}
+    consumer: Any = None
+    try:
+        consumer = KafkaConsumer(**bounds)
+        yield consumer
+    except (KafkaError, OSError) as error:
+        raise explain(error, connection(kafka), doing) from error
+    finally:
+        if consumer is not None:
+            consumer.close(timeout_ms=2000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer, TopicPartition
 from kafka.errors import (
     InvalidProducerEpochError,
     KafkaError,
@@ -45,7 +45,7 @@ from core.settings.streams import Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import BATCH_BYTES, Delivery
-from streams.kafka.clients import connection
+from streams.kafka.clients import connection, reading_alone
 
 log = logging.getLogger(__name__)
 SEND_SECONDS = 20.0
@@ -291,23 +291,9 @@ def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
     Raises:
         BrokerError: the broker cannot be reached, or the end was not reached within :data:`READ_BACK_SECONDS`.
     """
-    options = {
-        "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-        **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG),
-        "enable_auto_commit": False,
-        "auto_offset_reset": "earliest",
-        "isolation_level": "read_committed",
-        "group_id": None,
-    }
-    consumer: Any = None
-    try:
-        consumer = KafkaConsumer(**options)
+    options = {"enable_auto_commit": False, "auto_offset_reset": "earliest", "isolation_level": "read_committed"}
+    with reading_alone(kafka, f"reading topic {topic} back", **options) as consumer:
         yield from _read(consumer, topic, since)
-    except (KafkaError, OSError) as error:
-        raise explain(error, connection(kafka), f"reading topic {topic} back") from error
-    finally:
-        if consumer is not None:
-            consumer.close(timeout_ms=2000)
 
 
 def _read(consumer: Any, topic: str, since: datetime) -> Iterator[Any]:

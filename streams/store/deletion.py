@@ -34,7 +34,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any, Final
 
 from core.artifacts.object_store import open_filesystem
@@ -44,6 +43,7 @@ from core.ledger import DeletionRow, Ledger
 from streams.store.rows import (
     RecordPosition,
     at_offset,
+    chunks,
     hexadecimal,
     moment,
     name_of,
@@ -162,9 +162,9 @@ def remove(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow])
     for each in changed:
         if each.state == "removed":
             ledger.deletion_reopened(each.id)
-    removed, left = 0, iter(found.items())
-    while some := dict(islice(left, ROWS_AT_ONCE)):
-        removed += len(StoreWriter(store.table).remove_rows(some))
+    removed = 0
+    for some in chunks(found.items(), ROWS_AT_ONCE):
+        removed += len(StoreWriter(store.table).remove_rows(dict(some)))
     record_receipts(store, ledger, [each.id for each in changed])
     return removed
 

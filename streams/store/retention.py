@@ -15,12 +15,12 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from core.settings.streams import Retention
-from streams.store.rows import moment, quoted
+from streams.store.rows import chunks, moment, quoted
 from streams.store.sample_store import SampleStore
 from streams.store.writer import CONTENT, StoreWriter
 
@@ -43,7 +43,7 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
     retained = _reservoir(store, secret, limit, rules.keep_samples) if rules.keep_samples else set()
     expired = (name for name, _ in _over(store, limit) if _hash(secret, name) not in retained)
     removed = 0
-    for ids in _chunks(expired, IDS_AT_ONCE):
+    for ids in chunks(expired, IDS_AT_ONCE):
         where = f"kind = 'sample' AND id IN ({', '.join(map(quoted, ids))})"
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
@@ -67,7 +67,7 @@ def _expire_refusals(store: SampleStore, limit: datetime) -> int:
             break
     removed = 0
     for (stream, partition), each in offsets.items():
-        for chunk in _chunks(iter(each), IDS_AT_ONCE):
+        for chunk in chunks(each, IDS_AT_ONCE):
             where = (
                 f"kind = 'quarantine' AND topic = {quoted(stream)} AND partition = {partition}"
                 f" AND offset IN ({', '.join(map(str, chunk))})"
@@ -138,14 +138,3 @@ def _level(sizes: Iterable[int], capacity: int) -> int:
 
 def _hash(secret: bytes, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), key=secret, digest_size=8).digest(), "big")
-
-
-def _chunks(names: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for name in names:
-        chunk.append(name)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

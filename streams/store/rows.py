@@ -36,7 +36,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any, Final, Literal
+from itertools import islice
+from typing import Any, Final, Literal, TypeVar
 
 import lance
 import pyarrow as pa
@@ -47,6 +48,7 @@ from core.dependencies import storage_state
 from core.errors import StoreError, StoreFull, StoreUnavailable
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 Split = Literal["train", "fresh_eval"]
 RecordPosition = tuple[str, int, int]
 """Stream, partition and offset of a record."""
@@ -273,6 +275,27 @@ def deletion_row(
         "detail": detail,
         "ingested_at": when,
     }
+
+
+def gap_row(stream: str, partition: int, start: int, until: int, reason: str, why: str) -> dict[str, Any]:
+    """The row that says that the offsets from ``start`` to before ``until`` are not read."""
+    return {
+        "kind": "gap",
+        "topic": stream,
+        "partition": partition,
+        "offset": start,
+        "until": until,
+        "reason": reason,
+        "detail": f"{until - start} offsets: {why}"[:500],
+        "ingested_at": datetime.now(UTC),
+    }
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items, so many at a time."""
+    left = iter(items)
+    while some := list(islice(left, size)):
+        yield some
 
 
 def quoted(text: str) -> str:

@@ -25,6 +25,7 @@ from streams.store.rows import (
     Split,
     Tally,
     at_offset,
+    chunks,
     in_gap,
     moment,
     parse_stream,
@@ -242,8 +243,7 @@ def newest_samples(
 
 def with_images(store: SampleStore, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Each row with its image, read a few at a time; those that are gone meanwhile are passed over."""
-    for start in range(0, len(rows), IMAGE_ROWS):
-        group = rows[start : start + IMAGE_ROWS]
+    for group in chunks(rows, IMAGE_ROWS):
         images = store.image([row["id"] for row in group])
         for row in group:
             if row["id"] in images:

@@ -28,6 +28,7 @@ from streams.store.rows import (
     SampleTable,
     Tally,
     at_offset,
+    chunks,
     fences,
     moment,
     outage,
@@ -371,7 +372,5 @@ class SampleStore:
 
 
 def _id_filters(ids: Sequence[str]) -> Iterator[str]:
-    valid = sorted({each for each in ids if _ID.fullmatch(each)})
-    for start in range(0, len(valid), IDS_PER_QUERY):
-        names = ", ".join(quoted(each) for each in valid[start : start + IDS_PER_QUERY])
-        yield f"id IN ({names})"
+    for some in chunks(sorted({each for each in ids if _ID.fullmatch(each)}), IDS_PER_QUERY):
+        yield f"id IN ({', '.join(map(quoted, some))})"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -33,6 +33,7 @@ from streams.store.rows import (
     Position,
     RecordPosition,
     SampleTable,
+    chunks,
     deletion_row,
     duplicate_row,
     outage,
@@ -113,10 +114,7 @@ class StoreWriter:
                     raise
                 continue  # somebody claims the same partitions, or makes others: in turn
             return claimed
-        raise StoreUnavailable(
-            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.",
-            "Are there more ingest processes than partitions? Stop some.",
-        )
+        raise self._contended("Are there more ingest processes than partitions? Stop some.")
 
     def commit(
         self,
@@ -251,9 +249,11 @@ class StoreWriter:
             except CommitConflictError:
                 continue
             return rows, version
-        raise StoreUnavailable(
-            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
-        )
+        raise self._contended()
+
+    def _contended(self, fix: str = "Try again.") -> StoreUnavailable:
+        words = f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row."
+        return StoreUnavailable(words, fix)
 
     def merge(self, fragments: Sequence[int], rows_at_once: int) -> int:
         """Write the rows of some fragments into one, without those that were deleted. Returns the bytes written.
@@ -344,9 +344,7 @@ class StoreWriter:
                     raise CommitConflictError(str(error)) from error
                 failure = error
                 outages += not _is_conflict(error)
-        raise failure or StoreUnavailable(
-            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
-        )
+        raise failure or self._contended()
 
 
 def _passed_on(
@@ -357,7 +355,7 @@ def _passed_on(
     leaving = {row["_rowaddr"] for row in rows}
     samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
     heirs: dict[str, dict[str, Any]] = {}
-    for ids in _chunks(list(samples)):
+    for ids in chunks(samples, IDS_PER_QUERY):
         where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
         table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
         for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], position_of(row))):
@@ -367,17 +365,13 @@ def _passed_on(
             if (first["key"], first["source"]) == (row["key"], row["source"]):
                 heirs[row["id"]] = row
     passed = []
-    for ids in _chunks(list(heirs)):
+    for ids in chunks(heirs, IDS_PER_QUERY):
         places = _at(position_of(samples[each]) for each in ids)
         for sample in dataset.to_table(columns=SCHEMA.names, filter=f"kind = 'sample' AND ({places})").to_pylist():
             heir = heirs[sample["id"]]
             claim = {name: heir[name] for name in CLAIM if heir[name] is not None or name in ("key", "sent_at")}
             passed.append((heir, {**sample, **claim}))
     return passed
-
-
-def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[start : start + IDS_PER_QUERY] for start in range(0, len(ids), IDS_PER_QUERY))
 
 
 def _at(places: Iterable[RecordPosition]) -> str:
