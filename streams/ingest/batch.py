@@ -53,7 +53,7 @@ Watermark = Callable[[Reading], int | None]
 
 @dataclass
 class CommitResult:
-    """What became of the records of a batch."""
+    """The outcome of a batch."""
 
     version: int = 0
     """The store's version that holds them."""
@@ -64,7 +64,7 @@ class CommitResult:
     corrected: int = 0
     """Samples that records of it replaced."""
     rows: list[StoreRow] = field(default_factory=list)
-    """What was stored."""
+    """The stored rows."""
     readings: list[Reading] = field(default_factory=list)
     records: int = 0
     size: int = 0
@@ -101,7 +101,7 @@ class Batch:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to commit."""
+        """True if it is time to commit."""
         return bool(self._entries) and (
             len(self._entries) >= self.kafka.batch_records
             or self._bytes >= self.kafka.batch_bytes
@@ -242,7 +242,7 @@ def _misfit(row: StoreRow) -> str:
 
 
 def _position(reading: Reading, behind: tuple[int, int], rows: list[StoreRow], unpublished: int | None) -> Position:
-    """Where the partition stands behind the batch. Refusals are published after it."""
+    """The position of the partition behind the batch. Refusals are published after it."""
     position, (end, epoch) = reading.claim.position, behind
     own = [row for row in rows if _is_of(row, position)]
     first = min((row["offset"] for row in own if row["kind"] == "quarantine"), default=end)
@@ -262,7 +262,7 @@ _COLUMNS: Final = [
 
 
 class Corrections:
-    """What the records of one batch replace: stored samples, and those that are before them in the batch."""
+    """Samples that the records of one batch replace: stored ones, and those that are before them in the batch."""
 
     def __init__(self, table: SampleTable, index: DuplicateIndex, records: Sequence[Accepted]) -> None:
         """Read what they may replace.
@@ -315,7 +315,7 @@ class Corrections:
 
     def replace(self, old: StoreRow, new: StoreRow) -> None:
         """Let a receipt stand for a sample or a duplicate."""
-        stays = old["id"] == new["id"] or old["kind"] == "duplicate"  # stored as before, so nobody is to forget it
+        stays = old["id"] == new["id"] or old["kind"] == "duplicate"  # stored as before, so no index is to forget it
         receipt = deletion_row(old, CORRECTED, f"by {name_of(position_of(new))}", datetime.now(UTC), stays)
         self.replaced[position_of(old)] = {**receipt, "sent_at": new["sent_at"]}
         if self._by_id.get(old["id"]) is old:
@@ -346,7 +346,7 @@ class Corrections:
 
 
 def is_newer(stored: StoreRow, record: StoreRow) -> bool:
-    """Whether a stored sample was sent after a record. One of an earlier version of Ratchet is taken for older."""
+    """True if a stored sample was sent after a record. One of an earlier version of Ratchet is taken for older."""
     return bool(stored["sent_at"] is not None and stored["sent_at"] > record["sent_at"])
 
 

@@ -87,7 +87,7 @@ class Consumer:
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
         self._processes = processes
         self._opened = False
-        """Whether the parts are there that outlive a connection to the broker: see :meth:`_open`."""
+        """True if the parts are there that outlive a connection to the broker: see :meth:`_open`."""
         self._group: Membership
         self._connected = False
         self._indexing: Future[Any] | None = None
@@ -97,7 +97,7 @@ class Consumer:
 
     @property
     def status(self) -> IngestStatus:
-        """Where it stands."""
+        """Its present state."""
         return self._report.status
 
     def stop(self) -> None:
@@ -149,7 +149,7 @@ class Consumer:
         self._mark_published()
 
     def _gives_up(self) -> bool:
-        """Whether it was asked to stop while the store takes nothing: another try may take longer than it is given."""
+        """True if it was asked to stop while the store takes nothing: another try may take longer than it is given."""
         return self._stopping.is_set() and self.status.waiting_for == "store"
 
     # -- beginning and end ------------------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ class Consumer:
 
 
 SWITCH_SECONDS: Final = 0.0005
-"""How long a thread may keep the GIL that another one waits for: reading, committing and publishing take turns."""
+"""Time for which a thread may keep the GIL that others wait for: reading, committing and publishing take turns."""
 
 
 def run_ingest(settings: Settings) -> None:

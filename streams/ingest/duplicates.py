@@ -67,7 +67,7 @@ _COLUMNS: Final = [
 
 
 class Sample(NamedTuple):
-    """What the index is made of."""
+    """An entry of the index."""
 
     id: bytes
     """SHA-256, 32 bytes."""
@@ -79,7 +79,7 @@ class Sample(NamedTuple):
     """Of :func:`words_hash`."""
     domain: str = ""
     asks: bool = False
-    """Whether it has a question."""
+    """True if it has a question."""
     sent: datetime | None = None
     """When its record was made."""
 
@@ -131,7 +131,7 @@ class DuplicateIndex:
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
-        """What is added inside is kept when the block ends well, and forgotten when it raises.
+        """A transaction: what is added inside is kept when the block ends well, and forgotten when it raises.
 
         Other processes that share the file wait meanwhile.
 
@@ -181,7 +181,7 @@ class DuplicateIndex:
             return side
 
     def has(self, sample_id: str) -> bool:
-        """Whether a sample is stored."""
+        """True if a sample is stored."""
         with self._in_use():
             return self._has(bytes.fromhex(sample_id))
 
@@ -196,7 +196,7 @@ class DuplicateIndex:
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
 
     def stored(self, version: int, fragment: int) -> None:
-        """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
+        """Note that what was added since :meth:`follow` is in this version of the store, with ``fragment`` the newest one.
 
         It need not be read from there, unless another process stored something in between.
         """
@@ -239,7 +239,7 @@ class DuplicateIndex:
             self._set_meta("version", int(dataset.version))
         return dataset
 
-    def _take(self, dataset: Any, fragment: Any, staging: Staging, anew: bool) -> None:
+    def _take(self, dataset: Any, fragment: Any, staging: Staging, first: bool) -> None:
         for batch in _batches(dataset, fragment):
             if self._interrupted:
                 raise StoreUnavailable(
@@ -252,7 +252,7 @@ class DuplicateIndex:
             corrected = table.filter((pc.field("kind") == "deleted") & (pc.field("reason") == CORRECTED))
             given = zip(corrected["id"].to_pylist(), corrected["sent_at"].to_pylist(), strict=True)
             self._note_corrections([(bytes.fromhex(id_), _micros(sent)) for id_, sent in given if id_ and sent])
-            if not anew:  # else there is nothing to forget: what is read here is not deleted
+            if not first:  # else there is nothing to forget: what is read here is not deleted
                 self._forget(
                     dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
                 )
@@ -279,7 +279,7 @@ class DuplicateIndex:
         self._drop([id_ for id_, places in self._places(dataset, deleted).items() if not places])
 
     def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
-        """Where some samples are stored now, by id."""
+        """The positions of some stored samples, by id."""
         places: dict[str, set[str]] = {each: set() for each in ids}
         for some in chunks(ids, IDS_PER_QUERY):
             names = ", ".join(map(quoted, some))
@@ -314,7 +314,7 @@ class DuplicateIndex:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
 
     def _open(self) -> None:
-        """Open the file; make it anew where it is missing, damaged or of another store."""
+        """Open the file; make it again where it is missing, damaged or of another store."""
         with _alone(self.path):
             try:
                 self._db = self._connect()
@@ -350,7 +350,7 @@ class DuplicateIndex:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Errors of the file become outages; after damage the next :meth:`deciding` makes it anew."""
+        """Errors of the file become outages; after damage the next :meth:`deciding` makes it again."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
@@ -461,7 +461,7 @@ class Staging:
 
     @property
     def full(self) -> bool:
-        """Whether to merge now, so that the temporary file stays small."""
+        """True if it is time to merge, so that the temporary file stays small."""
         return self._rows >= STAGED_ROWS
 
     def add(self, samples: pa.Table) -> None:

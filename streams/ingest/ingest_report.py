@@ -1,4 +1,4 @@
-"""What ingest tells: its status, its metrics, and its lines on the screen."""
+"""The status of ingest, its metrics, and its lines on the screen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ State = Literal["starting", "joining", "reading", "waiting", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class IngestStatus:
-    """Where ingest stands."""
+    """The state of ingest, and counts since its start."""
 
     state: State = "starting"
     """``joining`` is of the consumer group; ``waiting`` is for :attr:`waiting_for`."""

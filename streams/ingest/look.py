@@ -1,4 +1,4 @@
-"""What a picture looks like, in a few bytes that another encoding hardly changes; and what is decided by it.
+"""The look of a picture, in a few bytes that another encoding hardly changes; and what is decided by it.
 
 A picture is scaled once, to 32x32. Its **perceptual hash** is the signs of the 8x8 lowest coefficients of the discrete
 cosine transform of its brightness, as in pHash (Zauner, "Implementation and benchmarking of perceptual image hash
@@ -118,7 +118,7 @@ def look_of(image: Image.Image) -> Look:
 
 
 def similar(one: Look, other: Look, distance: int) -> bool:
-    """Whether two pictures look alike.
+    """True if two pictures look alike.
 
     Args:
         one: a look.
@@ -131,7 +131,7 @@ def similar(one: Look, other: Look, distance: int) -> bool:
 
 
 def buckets(look: Look) -> tuple[bytes, bytes, bytes]:
-    """What a picture shares with those that look alike, from coarse to fine; the last is the look itself.
+    """Names that a picture shares with those that look alike, from coarse to fine; the last is the look itself.
 
     Equal pixels have one look. Of copies that lost something, 1.2% are in another coarse bucket (JPEG at quality 70
     1.1%, at 90 0.7%, WebP 1.5%, half the size 0.8%): it has only the signs of the 12 lowest frequencies, and the mean
@@ -196,7 +196,7 @@ TABLES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class SplitRule:
-    """How an installation splits."""
+    """The split of an installation."""
 
     key: bytes = b""
     """Secret of the installation, so that no producer can choose a side by computing it."""
@@ -225,7 +225,7 @@ class SplitRule:
     def _decide(
         self, db: sqlite3.Connection, coarse: int | None, fine: int | None, exact: int | None, group: int | None
     ) -> bool:
-        """Whether it is held out."""
+        """True if it is held out."""
         found = db.execute("SELECT name, held, seen FROM sides WHERE name IN (?, ?, ?)", (coarse, fine, exact))
         known = {name: (bool(held), seen) for name, held, seen in found}
         if exact in known:

@@ -69,7 +69,7 @@ class Reading:
 
 
 def start_position(known: Iterable[Position], topic: str, topic_id: str, partition: int, first: int) -> Position:
-    """Where to go on with a partition whose log begins at offset ``first``.
+    """The position from which a partition is read whose log begins at offset ``first``.
 
     A topic whose id is not the one in the store has lost its log (an embedded broker that was restarted, a topic that
     was deleted and made again): its offsets mean other records now, so it is read from its beginning, as a new
@@ -94,7 +94,7 @@ def start_position(known: Iterable[Position], topic: str, topic_id: str, partiti
 
 
 def new_generation(known: Iterable[Position], position: Position, start: int) -> Position:
-    """Where to go on with a log that was cut off at ``start``, behind which other records stand now."""
+    """The position from which a log is read on that was cut off at ``start``, behind which other records stand now."""
     topic, _ = parse_stream(position.stream)
     highest = max(parse_stream(each.stream)[1] for each in (*known, position))
     stream = stream_name(topic, highest + 1)
@@ -113,7 +113,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.consumer = consumer
         self.topic = topic
         self.joined = False
-        """Whether the group has said what is ours, be it nothing; not while it is being joined, again or at first."""
+        """True if the group has said what is ours, be it nothing; not while it is being joined, again or at first."""
         self._lock = threading.Lock()
         self._assigned: set[int] = set()
         self._readings: dict[int, Reading] = {}
@@ -141,7 +141,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.on_partitions_revoked(lost)
 
     def unclaimed(self) -> list[int]:
-        """Partitions that are ours and that nobody reads yet."""
+        """Partitions that are ours and not read yet."""
         with self._lock:
             return sorted(self._assigned - self._readings.keys())
 
@@ -170,7 +170,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
             return self._readings.get(partition)
 
     def holds(self, reading: Reading) -> bool:
-        """Whether what was read under ``reading`` is still ours to store."""
+        """True if what was read under ``reading`` is still ours to store."""
         return self.reading(reading.partition) is reading
 
     def all(self) -> list[Reading]:
@@ -191,7 +191,7 @@ log = logging.getLogger(__name__)
 
 
 LOOK_SECONDS: Final = 2.0
-"""How often the log is looked at while no records come, which is also how soon a lost broker is noticed."""
+"""Time between two looks at the log while no records come, after which a lost broker is noticed, too."""
 
 
 class LogLost(BrokerError):
@@ -290,7 +290,7 @@ class Membership:
 
     @property
     def look_due(self) -> bool:
-        """Whether it is time to :meth:`look`."""
+        """True if it is time to :meth:`look`."""
         return time.monotonic() - self._looked_at > LOOK_SECONDS
 
     def look(self) -> None:
@@ -319,7 +319,7 @@ class Membership:
         return self.consumer.beginning_offsets([key])[key], self.consumer.end_offsets([key])[key]
 
     def lag(self) -> int | None:
-        """How far the store is behind, by what the broker said with the last fetch of each partition.
+        """Records that the store is behind, by what the broker said with the last fetch of each partition.
 
         None while that is not known of any. The metric of a partition that is not read here any more goes.
         """

@@ -1,4 +1,4 @@
-"""What an operator does about single records: send refused ones again as they came, and skip offsets.
+"""An operator's means for single records: send refused ones again as they came, and skip offsets.
 
 A refused record is named by its *place*, ``topic:partition:offset`` of where it was refused. It is read from the sample
 store, which has every refused record with its bytes, and sent to the topic again with a header that tells where it was.
@@ -73,7 +73,7 @@ class RefusedRecord:
     """One of :data:`ratchet_client.records.REASONS`."""
     detail: str
     source: str
-    """Who sent it, as far as its headers say."""
+    """The sender, as far as the headers name it."""
     refused_at: datetime
     resubmission: ResubmissionRow | None
     """The last time that it was sent again."""
@@ -164,7 +164,7 @@ _ORDER: Final = ("topic", "partition", "offset")
 
 @dataclass(frozen=True, slots=True)
 class RefusalFilter:
-    """Which refused records, the oldest first. None: any.
+    """A choice of refused records, the oldest first. None: any.
 
     Raises:
         ConfigError: a reason that is none, or a limit out of bounds.
@@ -188,7 +188,7 @@ class RefusalFilter:
 
 @dataclass
 class ResubmitReport:
-    """What became of the refused records that a filter chose."""
+    """The outcome for the refused records that a filter chose."""
 
     dry_run: bool = False
     chosen: int = 0

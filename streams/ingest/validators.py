@@ -94,7 +94,7 @@ class ValidationPool:
 
     @property
     def has_room(self) -> bool:
-        """Whether another poll's records may be added."""
+        """True if another poll's records may be added."""
         return self._bytes < self._max_bytes and self._records < self._max_records
 
     def add(self, reading: Reading, received: Received, leader_epoch: int, result: StoreRow | None = None) -> None:
@@ -178,7 +178,7 @@ class ValidationPool:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a process needs to begin."""
+    """The settings that a process needs to begin."""
 
     limits: Ingest
     kafka: Kafka
@@ -363,7 +363,7 @@ class Notes:
 
     @contextmanager
     def validating(self, position: RecordPosition) -> Iterator[None]:
-        """What is done inside is done to this record."""
+        """A context in which this record is validated."""
         with self._lock:
             slot = self._free.pop()
         self._write(slot, name_of(position).encode())
@@ -427,11 +427,11 @@ class CrashGuard:
             raise StoreUnavailable(f"the folder {folder} cannot be written: {error}.", "Check `home`.") from error
 
     def deaths(self, position: RecordPosition) -> int:
-        """How often a process died while it validated this record."""
+        """Number of processes that died while they validated this record."""
         return self._counts[name_of(position)]
 
     def is_poison(self, position: RecordPosition) -> bool:
-        """Whether it is to be refused instead."""
+        """True if it is to be refused instead."""
         return self.deaths(position) >= DEATHS
 
     def count(self, names: Sequence[str]) -> None:

@@ -54,7 +54,7 @@ def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any)
 
 
 def producer_limits(ingest: Ingest) -> Limits:
-    """What these settings demand of a sample."""
+    """Bounds of a sample by these settings."""
     return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side, ingest.max_text_chars)
 
 
@@ -79,7 +79,7 @@ class Admin:
         self._warned: set[str] = set()
 
     def topic(self, topic: str) -> Topic | None:
-        """What the broker says of a topic; None when there is no such topic.
+        """A topic as the broker describes it; None when there is no such topic.
 
         Raises:
             BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
@@ -142,7 +142,7 @@ class Admin:
             client.close()
 
     def ask(self, doing: str, question: Callable[[KafkaAdminClient], Answer]) -> Answer:
-        """What a question to the client returns. ``doing`` names it in the error.
+        """The answer to a question to the client. ``doing`` names it in the error.
 
         Raises:
             BrokerError: the broker is away, or refuses.
@@ -175,7 +175,7 @@ def describe_topic(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | 
 
 
 def _defaults(client: KafkaAdminClient, topic: str) -> dict[str, int]:
-    """Numbers of a topic's configuration that nobody has set; empty where this user may not see them."""
+    """Numbers of a topic's configuration that were left at their defaults; empty where this user may not see them."""
     resource = ConfigResource(ConfigResourceType.TOPIC, topic)
     try:
         configs = client.describe_configs([resource], config_filter="default")["topic"][topic]

@@ -68,7 +68,7 @@ def event_id_of(record: Any, source: str) -> str | None:
 
 
 def transactional_id(kafka: Kafka) -> str:
-    """What fences publishers of the same events, and no others."""
+    """The transactional id that publishers of the same events share, and no others."""
     return f"ratchet-events:{kafka.events_topic}:{kafka.events_source}"
 
 
@@ -93,7 +93,7 @@ class EventPublisher:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a topic for events."""
+        """True if there is a topic for events."""
         return bool(self.kafka.events_topic)
 
     def run(self, stopping: threading.Event) -> None:

@@ -32,7 +32,7 @@ _JSON: Final = {"accept": "application/json"}
 MAX_TOKEN_CHARS: Final = 64 * 1024
 REFRESH_AT: Final = 0.8
 DEFAULT_LIFE_SECONDS: Final = 300.0
-"""Where the endpoint does not say how long a token lasts."""
+"""The life of a token for which the endpoint names none."""
 
 
 class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]

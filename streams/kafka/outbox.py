@@ -54,7 +54,7 @@ TRANSACTION_SECONDS = 30.0
 READ_BACK_SECONDS = 120.0
 QUIET_POLLS = 2  # the embedded broker's end offsets can be too low, so the end is where nothing more comes
 POLL_MS = 500
-#: Records are searched by the time at which they were sent, by the clock of whoever sent them.
+#: Records are searched by the time at which they were sent, by the clock of their sender.
 CLOCK_SKEW_SECONDS = 3600
 
 Result = TypeVar("Result")
@@ -62,8 +62,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class OutboxEntry:
-    """What is to be in the topic once. ``id`` is made from the fact, never at random; it was not sent before ``time``
-    (UTC)."""
+    """A record that is to be in the topic once.
+
+    ``id`` is made from the fact, never at random; it was not sent before ``time`` (UTC).
+    """
 
     id: str
     record: Encoded
@@ -152,7 +154,7 @@ class FencedSender:
 
     @property
     def opened(self) -> bool:
-        """Whether :meth:`send_all` may be called."""
+        """True if :meth:`send_all` may be called."""
         return self._client is not None
 
     def open(self) -> None:

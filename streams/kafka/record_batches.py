@@ -149,12 +149,12 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
     @property
     def is_control_batch(self) -> bool:
-        """Whether it marks the end of a transaction; not if compaction removed the marker and left it empty."""
+        """True if it marks the end of a transaction; not if compaction removed the marker and left it empty."""
         return bool(super().is_control_batch) and bool(self.records_count)
 
     @property
     def unreadable_control(self) -> bool:
-        """Whether it should mark the end of a transaction, and does not."""
+        """True if it should mark the end of a transaction, and does not."""
         if not self.is_control_batch:
             return False
         start = self._pos
@@ -208,7 +208,7 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
     @property
     def _complete(self) -> bool:
-        """Whether no record was removed by compaction, so that offsets follow each other."""
+        """True if no record was removed by compaction, so that offsets follow each other."""
         return bool(self.records_count == self.last_offset_delta + 1)
 
     def _rest(self, expected: int, error: Exception) -> Iterator[CorruptRecord]:

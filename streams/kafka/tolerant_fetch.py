@@ -264,7 +264,7 @@ class Suspects:
         """Position, fetches of it in a row, and the digest of what the last one brought."""
 
     def confirmed(self, partition: TopicPartition, position: int, view: memoryview) -> bool:
-        """Whether the fetch before this one brought the same bytes, or several fetches other damaged ones."""
+        """True if the fetch before this one brought the same bytes, or several fetches other damaged ones."""
         last_position, fetches, digest = self._seen.get(partition, (-1, 0, 0))
         return last_position == position and (zlib.crc32(view) == digest or fetches >= MAX_FETCHES - 1)
 
@@ -359,7 +359,7 @@ class FetchedBatches:
             return None
 
     def _damaged(self, view: memoryview, problem: Unreliable) -> DamagedBatch | None:
-        """What comes out for bytes that cannot be trusted: None at first, then a batch of corrupt records."""
+        """The batch for bytes that cannot be trusted: None at first, then a batch of corrupt records."""
         detail = f"a batch of {len(view)} bytes at offset {self.position} cannot be read: {problem}"
         if self.end <= self.position:
             raise CorruptRecordError(f"{detail}, and the log of {self.partition} ends at {self.end}")
@@ -378,7 +378,7 @@ class FetchedBatches:
         return DamagedBatch(self.partition, offsets, detail, view)
 
     def _base_at(self, start: int) -> int | None:
-        """What the batch at ``start`` names as its first offset, if it is all there."""
+        """The first offset that the batch at ``start`` names, if it is all there."""
         view = self._frame(start)
         return None if view is None else int(struct.unpack_from(">q", view)[0])
 

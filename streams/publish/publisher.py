@@ -272,7 +272,7 @@ class PublishReport:
         return SOME_REFUSED if self.delivered or self.before else ALL_REFUSED
 
     def progress(self, since: float) -> str:
-        """How far it is, for people; ``since`` is a time of the monotonic clock."""
+        """The progress so far, for people; ``since`` is a time of the monotonic clock."""
         refused = f", {self.refused.total()} refused" if self.refused else ""
         return f"{self.delivered} rows, {self.size / 1e6:.1f} MB, {self._speed(time.monotonic() - since)}{refused}"
 
@@ -372,7 +372,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run came: the content of the file."""
+    """The content of the file."""
 
     path: str
     format: str
@@ -395,7 +395,7 @@ class ProgressFile:
         self._saved = 0
 
     def load(self) -> Progress:
-        """What an earlier run left; nothing done where there is none. Raises ConfigError for a damaged file."""
+        """The progress of an earlier run; nothing done where there is none. Raises ConfigError for a damaged file."""
         try:
             progress = Progress(**json.loads(self.file.read_bytes()))
             if not isinstance(progress.done, int) or progress.done < 0:

@@ -93,7 +93,7 @@ def decode(
 def glimpse(
     value: bytes | None, headers: Iterable[tuple[str, bytes | None]] = (), *, max_image_bytes: int = MAX_BYTES
 ) -> tuple[bytes | None, dict[str, str]]:
-    """What can be made out of a record that may be no valid one: its image, if it carries one, and its texts.
+    """The image, if there is one, and the texts of a record that may be invalid.
 
     Never raises; for showing refused records to people. The image may be broken, or none at all.
     """

@@ -40,7 +40,7 @@ MAX_ADDRESSES = 4
 """Addresses of one name that are tried, in the resolver's order."""
 REDIRECTS = (301, 302, 303, 307, 308)
 OPAQUE = ("application/octet-stream", "binary/octet-stream")
-"""What object stores call a file that nobody gave a type."""
+"""The type that object stores give to a file without one."""
 FAILURES = (
     httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError,
 )  # fmt: skip
@@ -53,7 +53,7 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What may be fetched."""
+    """Bounds of fetching."""
 
     places: Sequence[str]
     """Entries as in :mod:`core.allow_rules`; none: nothing is fetched."""
@@ -69,7 +69,7 @@ class Rules:
     """Longest time for a connection, or without a byte; half of ``seconds`` where it is None."""
     rules_setting: str = "serve.image_hosts"
     networks_setting: str = "serve.image_networks"
-    """What these two are called in the settings, for messages."""
+    """Names of these two in the settings, for messages."""
 
 
 class ByteBudget:
@@ -289,7 +289,7 @@ def shown(url: str) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a failure of the network is one that another try may not meet."""
+    """True if a failure of the network is one that another try may not meet."""
     if isinstance(error, httpcore.RemoteProtocolError):  # httpcore and h11 call a connection that broke by that, too
         return str(error).startswith(("Server disconnected", "peer closed connection"))
     if isinstance(error, socket.gaierror):
@@ -325,7 +325,7 @@ def networks_of(texts: Sequence[str]) -> list[Network]:
 
 
 def is_allowed(address: str, networks: Sequence[Network] = ()) -> bool:
-    """Whether ``address`` is public, or in one of ``networks``.
+    """True if ``address`` is public, or in one of ``networks``.
 
     An IPv4 address inside of an IPv6 one has to be allowed too: naming NAT64's prefix opens no private address.
     """

@@ -44,9 +44,9 @@ _NOT_FOUND: Final = frozenset({"40401", "40402", "40403"})
 MAX_SCHEMAS: Final = 512
 """Schemas whose decoders, and failures, are kept."""
 REFUSED_SECONDS: Final = 30.0
-"""How long a schema that is not there, or not usable, is not asked for again: it may be registered late."""
+"""Time for which a schema that is not there, or not usable, is not asked for again: it may be registered late."""
 AWAY_SECONDS: Final = 1.0
-"""How long a registry that was away is not asked again, so that threads do not all wait for its timeouts in turn."""
+"""Time for which a registry that was away is not asked again: threads do not all wait for its timeouts in turn."""
 DEADLINE_SECONDS: Final = 600.0
 """A schema holds up its partition for so long while the registry answers, but not with it: longer than a restart or a
 deployment of the registry takes."""
@@ -163,7 +163,7 @@ class SchemaRegistry:
         return decoder
 
     def _given_up(self, number: int, error: RegistryUnavailable, now: float) -> bool:
-        """Whether the registry has answered, but not with this schema, for the deadline. Counts the failure."""
+        """True if the registry has answered, but not with this schema, for the deadline. Counts the failure."""
         since, last = self._failing.get(number, (now, now))
         if now - last > FORGET_SECONDS:
             since = now

@@ -155,7 +155,7 @@ def _refusal(what: str) -> RecordError:
 
 
 MAX_INDEXES: Final = 16
-"""How deep the type of a message may be nested in others."""
+"""Depth to which the type of a message may be nested in others."""
 MAX_FIELDS_BYTES: Final = 512 * 1024
 """All fields but the image."""
 _MAIN: Final = "ratchet-registry-schema.proto"
@@ -209,7 +209,7 @@ def protobuf_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes]
 
 
 def read_indexes(value: bytes) -> tuple[tuple[int, ...], int]:
-    """Which message of the file a value is of (a path through nested types), and where the message begins.
+    """The message of the file that a value is of (a path through nested types), and where the message begins.
 
     Numbers are zigzag varints: how many there are, then each; one zero stands for the first message of the file.
     """

@@ -76,7 +76,7 @@ _NUMBERS: Final = (2**31, 2**63)
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """How much a selector selects."""
+    """Numbers of rows that a selector selects."""
 
     samples: int
     refusals: int
@@ -97,7 +97,7 @@ def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str,
 
 
 def count_selected(store: SampleStore, selector: Mapping[str, str]) -> Selected:
-    """How many samples and refusals a selector selects now. Raises SelectorError, StoreError."""
+    """Numbers of samples and refusals that a selector selects now. Raises SelectorError, StoreError."""
     where = condition({name: value for name, value in selector.items() if value})
     return Selected(*(store.count_rows(f"kind = '{kind}' AND {where}") for kind in ("sample", "quarantine")))
 
@@ -311,12 +311,12 @@ def _time(value: str) -> datetime:
 
 
 def is_tombstone(deletion: DeletionRow) -> bool:
-    """Whether a deletion selects by a key or an id alone, with the bounds that ingest gave it."""
+    """True if a deletion selects by a key or an id alone, with the bounds that ingest gave it."""
     return deletion.id.startswith(TOMBSTONES) and set(deletion.selector) in _SELECTORS
 
 
 def _tombstone_rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tuple[RecordPosition, str]]:
-    """Where each row is that one of them selects, with the id of the first that does."""
+    """The position of each row that one of them selects, with the id of the first that does."""
     if not deletions:
         return
     by_name: dict[str | bytes, list[DeletionRow]] = defaultdict(list)
@@ -342,7 +342,7 @@ def _tombstone_rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Ite
 
 
 def _covers(selector: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Whether a row came before a tombstone: by its offset in the same partition, by the clock in others."""
+    """True if a row came before a tombstone: by its offset in the same partition, by the clock in others."""
     topic, partition, offset = parse_position(selector["until"])
     if (row["topic"], row["partition"]) == (topic, partition):
         return bool(row["offset"] < offset)
@@ -375,7 +375,7 @@ class OldVersion:
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """What is left of what was deleted."""
+    """The remains of what was deleted."""
 
     words: str
     until: datetime | None = None
@@ -416,7 +416,7 @@ class OldVersions:
         self._left = self._list() if old else []
 
     def left(self, before: datetime) -> Remains | None:
-        """What :meth:`purge` left of files that were written before some time; None where it left nothing."""
+        """The remains that :meth:`purge` left of files from before some time; None where it left nothing."""
         left = sorted((each for each in self._left if each.modified < before), key=lambda each: each.modified)
         if not left:
             return None

@@ -56,7 +56,7 @@ EXPIRE_SECONDS: Final = 600.0
 """Retention looks so often: a look reads the times of all samples."""
 PRUNE_SECONDS: Final = 600.0
 KEEP_EVENTS_DAYS: Final = 7.0
-"""How long the ledger keeps events that were published: the topic keeps them without a limit."""
+"""Time for which the ledger keeps events that were published: the topic keeps them without a limit."""
 SETTLE_SECONDS: Final = 60.0
 """A deletion is not done before that: what was validated before it may be stored after it, and is looked for again."""
 UNLOCK_SECONDS: Final = 3600.0
@@ -68,7 +68,7 @@ PIN_HOURS: Final = 24.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run of maintenance did."""
+    """The outcome of a run of maintenance."""
 
     written: int = 0
     """Bytes of data files written again."""
@@ -220,7 +220,7 @@ class Maintainer:
         self._gaps = gaps
 
     def _prune_events(self) -> None:
-        """Take events out of the ledger that were published long ago: whoever wants them reads the topic."""
+        """Take events out of the ledger that were published long ago: they are in the topic."""
         if not self._due("prune", PRUNE_SECONDS):
             return
         self.ledger.prune_events(datetime.now(UTC) - timedelta(days=KEEP_EVENTS_DAYS))
@@ -371,7 +371,7 @@ ROWS_AT_ONCE: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """What planning needs to know of a data file."""
+    """A data file, as far as planning needs to know it."""
 
     id: int
     rows: int
@@ -491,5 +491,5 @@ def _fragments(store: SampleStore) -> list[Fragment]:
 
 
 def has_deleted_rows(store: SampleStore) -> bool:
-    """Whether a data file of the newest version still has the bytes of rows that were deleted."""
+    """True if a data file of the newest version still has the bytes of rows that were deleted."""
     return any(each.deleted for each in _fragments(store))

@@ -1,4 +1,4 @@
-"""How long samples and refused records are kept: by age and by bytes, with a reservoir of the samples that have to go.
+"""Limits for samples and refused records: by age and by bytes, with a reservoir of the samples that have to go.
 
 Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
 ``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
@@ -77,7 +77,7 @@ def _expire_refusals(store: SampleStore, limit: datetime) -> int:
 
 
 def _limit(store: SampleStore, rules: Retention, now: datetime) -> datetime | None:
-    """What was ingested before this is over a limit."""
+    """The time before which what was ingested is over a limit."""
     limits = []
     if rules.max_age_days:
         limits.append(now - timedelta(days=rules.max_age_days))
@@ -126,7 +126,7 @@ def _reservoir(store: SampleStore, secret: bytes, limit: datetime, capacity: int
 
 
 def _level(sizes: Iterable[int], capacity: int) -> int:
-    """How many each may have at most, so that all fit into the capacity together."""
+    """The most that each may have, so that all fit into the capacity together."""
     ordered, left = sorted(sizes), capacity
     for index, size in enumerate(ordered):
         share = left // (len(ordered) - index)

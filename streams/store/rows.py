@@ -138,7 +138,7 @@ def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
 
 
 def record_key(key: bytes | None) -> bytes | None:
-    """What is stored of a record's key, for deletions by it: a key over :data:`KEY_BYTES` as its SHA-256."""
+    """The form in which a record's key is stored, for deletions by it: a key over :data:`KEY_BYTES` as its SHA-256."""
     return key if key is None or len(key) <= KEY_BYTES else hashlib.sha256(key).digest()
 
 
@@ -178,7 +178,7 @@ def parse_stream(stream: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far one partition of one stream has been read."""
+    """The progress of reading one partition of one stream."""
 
     stream: str
     partition: int
@@ -191,7 +191,7 @@ class Position:
     leader_epoch: int = -1
     """Kafka's leader epoch of the record before ``next``, or -1: tells a truncated log from a whole one (KIP-320)."""
     epoch: int = 0
-    """How often the partition has been claimed. A commit under an older claim fails."""
+    """Number of times that the partition has been claimed. A commit under an older claim fails."""
     tally: Tally = field(default_factory=Counter)
     """All rows of this partition since its beginning."""
 
@@ -238,8 +238,8 @@ CLAIM: Final = (
     "id", "topic", "partition", "offset", "ingested_at", "sent_at", "key", "source", "domain", "concept", "label",
     "tags", "extra",
 )  # fmt: skip
-"""What a record adds to the content of its sample: kept also of a duplicate, to which the sample passes when the record
-that brought it first is deleted."""
+"""Columns that a record adds to the content of its sample: kept also of a duplicate, to which the sample passes when
+the record that brought it first is deleted."""
 
 
 def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
@@ -351,7 +351,7 @@ once; its tally holds what deletions took away."""
 
 
 class SampleTable:
-    """Where the samples are: ``<lake url>/samples.lance``."""
+    """The table of the samples: ``<lake url>/samples.lance``."""
 
     def __init__(self, lake: str) -> None:
         self.url = f"{lake.rstrip('/')}/samples.lance"

@@ -87,7 +87,7 @@ class RecordQuery:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of one record. Strings are empty where there is no value."""
+    """The outcome of one record. Strings are empty where there is no value."""
 
     stream: str
     """The topic, with its generation if it was made again (topic@1)."""
@@ -118,7 +118,7 @@ class Receipt:
 
 
 def trace(store: SampleStore, query: RecordQuery | str) -> list[Receipt]:
-    """What became of a record, by its position; or of a sample and of all records that repeat it, by its id.
+    """The receipts of a record, by its position; or of a sample and of all records that repeat it, by its id.
 
     By position there is always one receipt, and there are more where more happened: a record that was read before its
     log was cut off, a sample that was deleted since, a topic of this name that was made again. The last one is first.
@@ -202,14 +202,14 @@ MAX_VALUES: Final = 50_000
 
 @dataclass(frozen=True, slots=True)
 class SampleFilter:
-    """Which samples. None: any."""
+    """A choice of samples. None: any."""
 
     split: Split | None = None
     domain: str | None = None
     source: str | None = None
     concept: str | None = None
     text: str | None = None
-    """What text, question or answer contains, in upper or lower case."""
+    """Words that text, question or answer contain, in upper or lower case."""
     since: datetime | None = None
     """Stored at or after this time."""
 
@@ -230,7 +230,7 @@ class SampleFilter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it lets every sample pass."""
+        """True if it lets every sample pass."""
         return self == SampleFilter()
 
 
@@ -263,7 +263,7 @@ def stream_samples(store: SampleStore, which: SampleFilter, version: int | None 
 
 
 def count_samples(store: SampleStore, which: SampleFilter, version: int | None = None) -> int:
-    """How many pass; known without a scan where all do."""
+    """Number of samples that pass; known without a scan where all do."""
     if which.is_empty:
         return store.count(version)
     return sum(batch.num_rows for batch in store.batches(which.where(), ["offset"], version=version))
@@ -271,7 +271,7 @@ def count_samples(store: SampleStore, which: SampleFilter, version: int | None =
 
 @dataclass
 class ValueCounts:
-    """How often each value of a column is there, the rarest left out where there are too many to count."""
+    """Counts of the values of a column, the rarest left out where there are too many to count."""
 
     counts: Counter[str] = field(default_factory=Counter)
     omitted: int = 0
@@ -295,7 +295,7 @@ class ValueCounts:
 
 @dataclass
 class StoreStats:
-    """What the store holds."""
+    """The contents of the store, counted."""
 
     version: int
     tally: Tally
@@ -324,7 +324,7 @@ def refusal_counts(
 def count_values(
     store: SampleStore, where: str, columns: Sequence[str], version: int | None = None
 ) -> dict[str, ValueCounts]:
-    """How often each value of the columns is there."""
+    """Counts of the values of each column."""
     counts = {name: ValueCounts() for name in columns}
     for batch in store.batches(where, columns, version=version):
         for name, values in counts.items():

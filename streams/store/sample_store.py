@@ -45,7 +45,7 @@ BATCH_ROWS: Final = 8192
 BACKUP_PIN: Final = "backup-"
 """Pins of backups begin with it; those of updates are their ids."""
 IO_BUFFER_BYTES: Final = 64 << 20
-"""What Lance reads ahead in a scan; its default is 2 GiB."""
+"""Bytes that Lance reads ahead in a scan; its default is 2 GiB."""
 ADDRESS: Final = "_rowaddr"
 """Lance's name for where a row is: its fragment and its place there, in one number."""
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -110,7 +110,7 @@ class SampleStore:
         return [] if dataset is None else [int(each["version"]) for each in dataset.versions()]
 
     def positions(self, version: int | None = None) -> dict[str, Position]:
-        """How far each partition has been read, by its key. Costs the same whatever is stored."""
+        """The progress of reading each partition, by its key. Costs the same whatever is stored."""
         dataset = self.table.open(version)
         known = [] if dataset is None else [position for _, position in positions(dataset)]
         return {position.key: position for position in known if position.key != ROOT.key}
@@ -238,7 +238,7 @@ class SampleStore:
             return dataset.to_table(columns=list(columns), filter=where, **options)
 
     def count_rows(self, where: str) -> int:
-        """How many rows of any kind meet a condition in Lance's SQL."""
+        """Number of rows of any kind that meet a condition in Lance's SQL."""
         dataset = self.table.open()
         if dataset is None:
             return 0
@@ -288,7 +288,7 @@ class SampleStore:
     # -- records ----------------------------------------------------------------------------------------------------
 
     def records(self, version: int | None = None) -> pa.Table:
-        """What became of every record: kind, position, id, reason, detail, duplicate_of, until."""
+        """The outcome of every record: kind, position, id, reason, detail, duplicate_of, until."""
         columns = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until"]
         return self._table(columns, "kind != 'position'", version).sort_by([(name, "ascending") for name in _ORDER])
 

@@ -55,7 +55,7 @@ IDS_PER_QUERY: Final = 500
 MOVED: Final = {"ratchet": "moved"}
 """Property of a transaction that writes no row that was not there before."""
 ATTEMPTS: Final = 30
-"""Lance's own retries pass a conflict of names on; ours begin anew from the newest version: some 10 ms each."""
+"""Lance's own retries pass a conflict of names on; ours begin again from the newest version: some 10 ms each."""
 OUTAGES: Final = 2
 """Of these, those that fail for another reason than a conflict: each may take as long as Lance's own retries."""
 
@@ -143,7 +143,7 @@ class StoreWriter:
             known = replaced[position_of(row)]
             return {**known, "id": None, "duplicate_of": row["id"]} if stays else known
 
-        corrected = {row["id"] for row in rows if row["kind"] == "sample"}  # stored anew, so nothing passes on
+        corrected = {row["id"] for row in rows if row["kind"] == "sample"}  # stored again, so nothing passes on
         return self._swap(where, receipt, rows, moves, True, corrected)[1]
 
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
@@ -386,7 +386,7 @@ def _at(places: Iterable[RecordPosition]) -> str:
 
 
 def _is_conflict(error: Exception) -> bool:
-    """Whether somebody else's commit came first. Lance says so by a type of its own, or in an OSError's words."""
+    """True if somebody else's commit came first. Lance says so by a type of its own, or in an OSError's words."""
     return isinstance(error, CommitConflictError) or "commit conflict" in str(error).lower()
 
 

@@ -41,7 +41,7 @@ MAX_DEPTH: Final = 16
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder has metadata files, or folders with images in them."""
+    """True if a folder has metadata files, or folders with images in them."""
     if not path.is_dir():
         return False
     return bool(_metadata_files(path)) or any(image.parent != path for image in images_under(path))
@@ -135,7 +135,7 @@ _LOOKED_AT: Final = 16
 
 
 def _is_sidecars(path: Path) -> bool:
-    """Whether one of the first images of a folder has a text next to it."""
+    """True if one of the first images of a folder has a text next to it."""
     return path.is_dir() and any(
         image.with_suffix(".txt").is_file() for image in islice(images_under(path), _LOOKED_AT)
     )

@@ -51,7 +51,7 @@ def elements(path: Path, prefix: str) -> Iterator[Any]:
 
 
 def _shape_of(path: Path) -> _Shape:
-    """What a JSON file holds, by the names in its first bytes; empty for something else."""
+    """The kind of a JSON file, by the names in its first bytes; empty for something else."""
     try:
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES).decode(errors="replace").lstrip("\ufeff \t\r\n")

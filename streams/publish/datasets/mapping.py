@@ -53,9 +53,9 @@ class Format:
 
     name: str
     holds: str
-    """What it is, for people."""
+    """Its description, for people."""
     matches: Callable[[Path], bool]
-    """Whether a path holds one. Reads a bounded part of it; never raises for what is in it."""
+    """True if a path holds one. Reads a bounded part of it; never raises for what is in it."""
     read: Callable[[Source], Iterator[DatasetRow]]
     """Its rows, one at a time. Raises RecordError when nothing more of it can be read."""
 
@@ -108,7 +108,7 @@ def rows_of(where: Where, items: Iterable[FolderItem]) -> Iterator[DatasetRow]:
 
 
 def has_words(columns: Sequence[str]) -> bool:
-    """Whether columns of these names can make a sample."""
+    """True if columns of these names can make a sample."""
     names = {name.lower() for name in columns}
     return bool(names & {*TEXT, *LABEL, *CONVERSATIONS}) or bool(names & set(QUESTION) and names & {*ANSWER, "answers"})
 

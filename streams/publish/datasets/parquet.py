@@ -35,7 +35,7 @@ from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 IMAGE: Final = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 STATUS: Final = ("status", "error_message")
-"""What img2dataset says of each download."""
+"""Columns of img2dataset about each download."""
 BATCH_BYTES: Final = 16 * 2**20
 MAX_BATCH_ROWS: Final = 256
 BUFFER_BYTES: Final = 2**20
@@ -44,7 +44,7 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError)
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Which columns of a file are read, and as what."""
+    """The columns of a file that are read, and their meaning."""
 
     image: str
     columns: tuple[str, ...]
@@ -52,7 +52,7 @@ class _Layout:
 
 
 def matches(path: Path) -> bool:
-    """Whether a path is a parquet file, or a folder of which the first has a column of images."""
+    """True if a path is a parquet file, or a folder of which the first has a column of images."""
     if path.is_dir():
         try:
             first = next(iter(files_under(path, ".parquet")), None)

@@ -86,7 +86,7 @@ def _shards_of(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
-    """Whether a path names tar files."""
+    """True if a path names tar files."""
     return bool(files_under(path, *SUFFIXES)) if path.is_dir() else path.name.lower().endswith(SUFFIXES)
 
 
