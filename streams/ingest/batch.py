@@ -283,9 +283,11 @@ class Corrections:
         ids |= {each.replaces for each in records if each.replaces not in ("", BY_KEY)}
         keys = {each.row["key"] for each in records if each.replaces == BY_KEY}
         dataset = table.open() if ids or keys else None
+        if dataset is None:
+            return
         named = (("kind = 'sample' AND id", map(quoted, ids)),
                  ("(kind = 'sample' OR reason = 'duplicate_exact') AND key", map(hexadecimal, keys)))  # fmt: skip
-        for column, values in named if dataset is not None else ():
+        for column, values in named:
             for some in chunks(values, NAMES_PER_QUERY):
                 where = f"{column} IN ({', '.join(some)})"
                 with reading_store(table.url):

@@ -196,7 +196,7 @@ class DuplicateIndex:
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
 
     def stored(self, version: int, fragment: int) -> None:
-        """Note that what was added since :meth:`follow` is in this version of the store, with ``fragment`` the newest one.
+        """Note that what was added since :meth:`follow` is in this version of the store; ``fragment`` is its newest.
 
         It need not be read from there, unless another process stored something in between.
         """
