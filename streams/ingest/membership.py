@@ -27,6 +27,18 @@ from streams.store.rows import Position, newest_of_topic, parse_stream, stream_n
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim
 
+log = logging.getLogger(__name__)
+POLL_SECONDS: Final = 0.25
+POLL_RECORDS: Final = 256
+"""Records of one poll: they wait in memory while those before them are validated and committed."""
+CONNECT_SECONDS: Final = 3.0
+#: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
+JOIN_SECONDS: Final = 6.0
+SESSION_SECONDS: Final = 6.0
+"""A process that was killed is noticed after this long, and its partitions go to another."""
+LOOK_SECONDS: Final = 2.0
+"""Time between two looks at the log while no records come, after which a lost broker is noticed, too."""
+
 
 @dataclass(eq=False, slots=True)
 class Reading:
@@ -177,21 +189,6 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         """All readings."""
         with self._lock:
             return [self._readings[number] for number in sorted(self._readings)]
-
-
-POLL_SECONDS: Final = 0.25
-POLL_RECORDS: Final = 256
-"""Records of one poll: they wait in memory while those before them are validated and committed."""
-CONNECT_SECONDS: Final = 3.0
-#: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
-JOIN_SECONDS: Final = 6.0
-SESSION_SECONDS: Final = 6.0
-"""A process that was killed is noticed after this long, and its partitions go to another."""
-log = logging.getLogger(__name__)
-
-
-LOOK_SECONDS: Final = 2.0
-"""Time between two looks at the log while no records come, after which a lost broker is noticed, too."""
 
 
 class LogLost(BrokerError):

@@ -338,8 +338,12 @@ class FetchedBatches:
             if last >= self.end or (follows is not None and follows[0] <= last):
                 raise Unreliable(f"its offsets {base} to {last} do not fit the log, which ends at {self.end}")
         magic = view[MAGIC_AT]
-        if magic < 2:
-            return LegacyRecordBatch(view, magic), last  # before Kafka 0.11: only in topics from then
+        if magic < 2:  # before Kafka 0.11: only in topics from then
+            try:
+                list(LegacyRecordBatch(view, magic))
+            except Exception as error:
+                raise Unreliable(f"its messages cannot be read: {error}") from error
+            return LegacyRecordBatch(view, magic), last
         batch = TolerantBatch(view, self.partition, self.position, self.limit)
         if batch.unreadable_control:
             raise UnreadableMarker("it should end a transaction, and has no record that says which way")

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import random
 import struct
+import zlib
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -299,7 +300,7 @@ def test_a_library_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("magic", [0, 1])
-def test_sound_message_sets_of_old_brokers_are_read(magic: int) -> None:
+def test_message_sets_of_old_brokers_are_read_and_broken_ones_stepped_over(magic: int) -> None:
     builder = MemoryRecordsBuilder(magic, 1, 1 << 20, offset=0)
     for number in range(3):
         builder.append(1_000 + number if magic else None, b"key", b"value %d " % number * 9)
@@ -307,6 +308,10 @@ def test_sound_message_sets_of_old_brokers_are_read(magic: int) -> None:
     log = RecordLog()
     log.append(bytearray(builder.buffer()), 3)
     assert offsets(read(log)) == [0, 1, 2]
+    batch = log.batches[0]
+    batch[-9] ^= 1
+    struct.pack_into(">I", batch, EPOCH, zlib.crc32(batch[MAGIC:]))
+    assert corrupt_offsets(read(log)) == [0, 1, 2]
 
 
 Topic = OffsetForLeaderEpochResponse.OffsetForLeaderTopicResult
