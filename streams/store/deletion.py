@@ -197,8 +197,8 @@ def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, 
     """By id of a deleted sample the receipts of records that brought it, too, and were deleted before it was."""
     columns = ["topic", "partition", "offset", "split", "tags", "duplicate_of"]
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for start in range(0, len(ids), IDS_PER_QUERY):
-        names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+    for some in chunks(ids, IDS_PER_QUERY):
+        names = ", ".join(map(quoted, some))
         for row in store.select(f"kind = 'deleted' AND duplicate_of IN ({names})", columns, version=version):
             found[row["duplicate_of"]].append(row)
     return found
@@ -407,8 +407,8 @@ class OldVersions:
         if self._store is None:
             return
         old = self._list()
-        for start in range(0, len(old), AT_ONCE):
-            batch = [{"Key": each.key, "VersionId": each.id} for each in old[start : start + AT_ONCE]]
+        for some in chunks(old, AT_ONCE):
+            batch = [{"Key": each.key, "VersionId": each.id} for each in some]
             try:
                 self._call("delete_objects", Delete={"Objects": batch, "Quiet": True})
             except PermissionError:

@@ -20,9 +20,9 @@ from typing import Final
 import numpy as np
 
 from core.settings.streams import Retention
-from streams.store.rows import chunks, moment, quoted
+from streams.store.rows import RecordPosition, chunks, moment, position_of, quoted
 from streams.store.sample_store import SampleStore
-from streams.store.writer import CONTENT, StoreWriter
+from streams.store.writer import CONTENT, StoreWriter, at_positions
 
 IDS_AT_ONCE: Final = 2000
 MOST_AT_ONCE: Final = 100_000
@@ -57,22 +57,15 @@ def _expire_refusals(store: SampleStore, limit: datetime) -> int:
         for each in store.positions().values()
     ]
     over = f"kind = 'quarantine' AND ingested_at < {moment(limit)} AND ({' OR '.join(published) or 'false'})"
-    offsets: dict[tuple[str, int], list[int]] = {}
-    found = 0
+    found: list[RecordPosition] = []
     for batch in store.batches(over, ["topic", "partition", "offset"]):
-        for row in batch.to_pylist():
-            offsets.setdefault((row["topic"], row["partition"]), []).append(row["offset"])
-        found += batch.num_rows
-        if found >= MOST_AT_ONCE:
+        found += map(position_of, batch.to_pylist())
+        if len(found) >= MOST_AT_ONCE:
             break
     removed = 0
-    for (stream, partition), each in offsets.items():
-        for chunk in chunks(each, IDS_AT_ONCE):
-            where = (
-                f"kind = 'quarantine' AND topic = {quoted(stream)} AND partition = {partition}"
-                f" AND offset IN ({', '.join(map(str, chunk))})"
-            )
-            removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
+    for some in chunks(found, IDS_AT_ONCE):
+        where = f"kind = 'quarantine' AND ({at_positions(some)})"
+        removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
     return removed
 
 

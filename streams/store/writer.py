@@ -33,6 +33,7 @@ from streams.store.rows import (
     Position,
     RecordPosition,
     SampleTable,
+    at_offset,
     chunks,
     deletion_row,
     duplicate_row,
@@ -137,7 +138,7 @@ class StoreWriter:
         """
         if not replaced:
             return self._commit(rows, moves, base)
-        where = f"{SENT} AND ({_at(replaced)})"
+        where = f"{SENT} AND ({at_positions(replaced)})"
 
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
             known = replaced[position_of(row)]
@@ -190,15 +191,11 @@ class StoreWriter:
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
             return deletion_row(row, DELETION, details[position_of(row)], now, stays)
 
-        return self._swap(f"{SENT} AND ({_at(details)})", receipt, pass_on=True)[0] if details else []
+        return self._swap(f"{SENT} AND ({at_positions(details)})", receipt, pass_on=True)[0] if details else []
 
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
-        stream, partition, offset = position
-        where = (
-            f"kind = 'sample' AND id = {quoted(sample_id)} AND topic = {quoted(stream)} AND partition = {partition}"
-            f" AND offset = {offset}"
-        )
+        where = f"kind = 'sample' AND id = {quoted(sample_id)} AND {at_offset(*position)}"
         return bool(self._swap(where, lambda row, _: duplicate_row(row, "exact", sample_id))[0])
 
     def _swap(
@@ -228,7 +225,11 @@ class StoreWriter:
                 return [], self._commit(new, moves) if moves else int(dataset.version)
             passed = _passed_on(dataset, rows, kept) if pass_on else []
             gone = [*rows, *(duplicate for duplicate, _ in passed)]
-            theirs = f"kind = 'duplicate' AND ({_at(position_of(each) for each, _ in passed)})" if passed else "false"
+            theirs = (
+                f"kind = 'duplicate' AND ({at_positions(position_of(each) for each, _ in passed)})"
+                if passed
+                else "false"
+            )
             parts = {int(row["_rowaddr"]) >> 32 for row in gone}
             every = f"({where}) OR ({theirs})"
             changed = {number: dataset.get_fragment(number).delete(every) for number in sorted(parts)}
@@ -366,7 +367,7 @@ def _passed_on(
                 heirs[row["id"]] = row
     passed = []
     for ids in chunks(heirs, IDS_PER_QUERY):
-        places = _at(position_of(samples[each]) for each in ids)
+        places = at_positions(position_of(samples[each]) for each in ids)
         for sample in dataset.to_table(columns=SCHEMA.names, filter=f"kind = 'sample' AND ({places})").to_pylist():
             heir = heirs[sample["id"]]
             claim = {name: heir[name] for name in CLAIM if heir[name] is not None or name in ("key", "sent_at")}
@@ -374,7 +375,7 @@ def _passed_on(
     return passed
 
 
-def _at(places: Iterable[RecordPosition]) -> str:
+def at_positions(places: Iterable[RecordPosition]) -> str:
     """The rows at some positions, in Lance's SQL."""
     offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
     for stream, partition, offset in places:
