@@ -225,11 +225,7 @@ class StoreWriter:
                 return [], self._commit(new, moves) if moves else int(dataset.version)
             passed = _passed_on(dataset, rows, kept) if pass_on else []
             gone = [*rows, *(duplicate for duplicate, _ in passed)]
-            theirs = (
-                f"kind = 'duplicate' AND ({at_positions(position_of(each) for each, _ in passed)})"
-                if passed
-                else "false"
-            )
+            theirs = f"kind = 'duplicate' AND ({at_positions(position_of(each) for each, _ in passed) or 'false'})"
             parts = {int(row["_rowaddr"]) >> 32 for row in gone}
             every = f"({where}) OR ({theirs})"
             changed = {number: dataset.get_fragment(number).delete(every) for number in sorted(parts)}
