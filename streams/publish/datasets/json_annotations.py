@@ -115,21 +115,22 @@ def _read_coco(source: Source) -> Iterator[DatasetRow]:
         raise dataset_error(f"{source.path} has no JSON with images and annotations", "name the captions_*.json file")
     for file in [each for each in files if each.name.startswith("captions")] or files:
         finder, split = _ImageFinder(file), split_of(file.stem)
-        names = {image.get("id"): image.get("file_name") for image in elements(file, "images.item")}
+        images = (each for each in elements(file, "images.item") if isinstance(each, dict))
+        names = {str(each.get("id")): each.get("file_name") for each in images}
         for number, annotation in enumerate(elements(file, "annotations.item"), start=1):
             where = Where(file, f"annotation {number}")
             yield from rows_of(where, _caption(annotation, names, finder, where, source.domain, split))
 
 
 def _caption(
-    annotation: Any, names: dict[Any, Any], finder: _ImageFinder, where: Where, domain: str, split: str
+    annotation: Any, names: dict[str, Any], finder: _ImageFinder, where: Where, domain: str, split: str
 ) -> Iterator[FolderItem]:
     if not isinstance(annotation, dict):
         raise where.row_error("is no object", "write {image_id, caption}")
     caption = annotation.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise where.error("caption", "there is none", "name the captions file; boxes and key points have no texts")
-    name = names.get(annotation.get("image_id"))
+    name = names.get(str(annotation.get("image_id")))
     if not isinstance(name, str):
         problem = f"{annotation.get('image_id')!r} is none of the images of the file"
         raise where.error("image_id", problem[:200], "add it to `images`, or take the caption out")
