@@ -12,7 +12,7 @@ from PIL import Image
 
 from core.digests import digest12, digest_json
 from core.progress import track
-from streams.ingest.quality.look import COLOUR_TOLERANCE, LOOK_BYTES, look_of
+from streams.ingest.look import COLOUR_TOLERANCE, LOOK_BYTES, look_of
 from updater.data.pools import Pair
 from updater.training.checkpoint import read_json, write_json
 

@@ -17,8 +17,7 @@ from PIL import Image
 from core.progress import track
 from core.settings import Settings
 from streams.store.maintenance import Maintainer
-from streams.store.rows import SCHEMA, Position, Tally, words_hash
-from streams.store.table import SampleTable
+from streams.store.rows import SCHEMA, Position, SampleTable, Tally, words_hash
 from streams.store.writer import StoreWriter
 
 COMMIT_ROWS = 50_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -23,7 +23,7 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = {
     "enable_idempotence": "a retry must not send a record twice",
     "fetch_max_bytes": "set `kafka.batch_bytes`",
     "group_id": "set `kafka.group`",
-    "isolation_level": "set `kafka.isolation_level`",
+    "isolation_level": "records of aborted transactions are no samples",
     "key_deserializer": "records are decoded by ingest",
     "key_serializer": "records are encoded by Ratchet",
     "max_partition_fetch_bytes": "set `kafka.batch_bytes`",
@@ -48,20 +48,12 @@ class Kafka(Section):
     )
     group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
     partitions: int = Field(2, ge=1, le=1024, description="Partitions when Ratchet creates the topic.")
-    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
-        "read_committed", description="Whether records of transactions that were aborted are left out."
-    )
     batch_bytes: int = Field(16 * MIB, ge=1024, description="Most bytes of records in one commit.")
     batch_records: int = Field(512, ge=1, le=100_000, description="Most records in one commit.")
     batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
     client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
     oauth: OAuth = Field(default_factory=OAuth)
     schema_registry: str = Field("", description="URL of a Confluent-compatible schema registry; empty: none.")
-    schema_deadline_seconds: float = Field(
-        600.0,
-        ge=0,
-        description="A record whose schema the registry fails at for so long is refused; 0: it is waited for.",
-    )
     schema_registry_auth: SecretStr | None = Field(None, description="user:password for the schema registry.")
 
     _url = field_validator("schema_registry")(http_url)
@@ -106,7 +98,6 @@ class Ingest(Section):
     )
     uri_concurrency: int = Field(32, ge=1, le=1024, description="Images fetched at once by image_uri; more wait.")
     uri_seconds: float = Field(30.0, gt=0, le=3600, description="Longest time to fetch one image, all tries included.")
-    uri_retries: int = Field(3, ge=0, le=10, description="Further tries after failures that may pass.")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
 
 
@@ -117,9 +108,6 @@ class Maintain(Section):
     metrics_port: int = Field(9466, ge=0, le=65535, description="Prometheus port of maintenance; 0 is off.")
     keep_seconds: float = Field(
         3600.0, ge=0, description="How long versions of the sample store are kept that no update is pinned to."
-    )
-    keep_events_days: float = Field(
-        7.0, ge=0, description="How long the ledger keeps events that were published; 0: no limit."
     )
 
 

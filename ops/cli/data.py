@@ -22,7 +22,7 @@ def publish(
     format: Annotated[
         str | None,
         typer.Option(
-            help="folder, webdataset, parquet, csv, llava, jsonl, coco, vqa, sidecars or imagefolder; found by itself."
+            help="folder, webdataset, parquet, csv, llava, jsonl, coco, sidecars or imagefolder; found by itself."
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only rows of this split, and those that name none.")] = None,
@@ -72,7 +72,7 @@ def publish(
     )
     Console().print(str(report), highlight=False, markup=False)
     if wait is not None and report.last:
-        from streams.publish.publish_progress import wait_until_stored
+        from streams.publish.publisher import wait_until_stored
 
         wait_until_stored(settings, report.last, wait)
     raise typer.Exit(report.exit_status)

@@ -18,7 +18,7 @@ def ingest(context: typer.Context) -> None:
     Example:  ratchet --set kafka.bootstrap=kafka-1:9092 ingest
     """
     if context.invoked_subcommand is None:
-        from streams.ingest.run import run_ingest
+        from streams.ingest.consumer import run_ingest
 
         run_ingest(ctx.of(context).settings)
 
@@ -37,7 +37,7 @@ def skip(
     Example:  ratchet ingest skip ratchet.samples:0 --to 4711 --reason "a burst of test records"
     """
     from core.ledger import Ledger
-    from streams.ingest.skip import skip as skip_offsets
+    from streams.ingest.resubmit import skip as skip_offsets
 
     settings = ctx.of(context).settings
     skipped = skip_offsets(settings, Ledger.open(settings.ledger), partition, to, actor=ctx.person(), reason=reason)

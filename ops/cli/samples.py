@@ -58,8 +58,8 @@ def trace(
 
     Examples:  ratchet samples trace ratchet.samples:0:42    |    ratchet samples trace --id 0123456789ab
     """
-    from streams.store.receipts import RecordQuery
-    from streams.store.receipts import trace as receipts_of
+    from streams.store.sample_queries import RecordQuery
+    from streams.store.sample_queries import trace as receipts_of
 
     if (record is None) == (sample_id is None):
         raise typer.BadParameter("give a position, or --id")
@@ -170,7 +170,7 @@ def stats(
 
     Examples:  ratchet samples stats --json    |    ratchet samples stats --near-duplicates 0
     """
-    from streams.ingest.quality.duplicates import near_duplicates
+    from streams.ingest.duplicates import near_duplicates
     from streams.store.sample_queries import store_stats
 
     store = _store(context)

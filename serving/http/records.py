@@ -16,7 +16,7 @@ from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body, json_schema
 from serving.http.errors import ApiError, from_record, missing
-from streams.store.receipts import RecordOutcome
+from streams.store.sample_queries import RecordOutcome
 
 router = APIRouter()
 Topic = Annotated[str, Path(max_length=260, pattern="^[^:]+$", description="As the delivery report names it.")]

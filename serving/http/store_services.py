@@ -147,8 +147,8 @@ class ReceiptService:
         self._store: Any = None
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
-        """Receipts of a record, at least one."""
-        from streams.store.receipts import RecordQuery
+        """What became of a record; at least one receipt."""
+        from streams.store.sample_queries import RecordQuery
 
         return await in_time(self._threads.run(self._read, RecordQuery(topic, partition, offset)), TRACE_SECONDS)
 
@@ -157,7 +157,7 @@ class ReceiptService:
         return await in_time(self._threads.run(self._read, sample_id), TRACE_SECONDS)
 
     def _read(self, query: Any) -> list[dict[str, Any]]:
-        from streams.store.receipts import trace
+        from streams.store.sample_queries import trace
         from streams.store.sample_store import SampleStore
 
         if self._store is None:

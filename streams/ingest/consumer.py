@@ -1,4 +1,4 @@
-"""The consumer: from the topic into the sample store.
+"""``ratchet ingest``: from the topic into the sample store.
 
 Read, validate, store samples and offsets in one commit, publish the refusals, and only then tell Kafka. What Kafka
 remembers is for others to look at (lag); where to go on is read from the store. Killed at any instant, every record is
@@ -10,32 +10,49 @@ that cannot be read any more as a gap. Only what is away is waited for: the brok
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
+from core import metrics
 from core.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
 from core.progress import say
 from core.settings import Settings
 from ratchet_client.broker import explain
-from streams.ingest.assignment import Reading, new_generation, start_position
-from streams.ingest.batch import CommitResult
-from streams.ingest.consumer_parts import ConsumerParts
-from streams.ingest.ingest_report import IngestReport, IngestStatus
-from streams.ingest.membership import CONNECT_SECONDS, POLL_SECONDS, LogLost, Membership, gap
-from streams.ingest.quality.validate import Received, refuse
-from streams.ingest.validators import crashed
+from streams.ingest.batch import Batch, CommitResult
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.ingest_report import IngestReport, IngestStatus, ThrottledLog
+from streams.ingest.look import SplitRule
+from streams.ingest.membership import (
+    CONNECT_SECONDS,
+    POLL_RECORDS,
+    POLL_SECONDS,
+    LogLost,
+    Membership,
+    Reading,
+    new_generation,
+    start_position,
+)
+from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.validate import Received, refuse
+from streams.ingest.validators import ValidationPool, Work, crashed, start_validators
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import Admin, check_rights, connection, ingest_rights
-from streams.store.rows import RecordPosition, position_of
+from streams.store.rows import RecordPosition, gap_row, position_of
 from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 #: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
@@ -54,11 +71,7 @@ class Consumer:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        store: SampleStore | None = None,
-        on_change: Callable[[IngestStatus], None] | None = None,
-        processes: int = 0,
+        self, settings: Settings, on_change: Callable[[IngestStatus], None] | None = None, processes: int = 0
     ) -> None:
         """
         Args:
@@ -68,20 +81,23 @@ class Consumer:
         """
         self.settings = settings
         self.kafka = settings.kafka
-        self.store = store or SampleStore(settings.lake)
+        self.store = SampleStore(settings.lake)
         self._report = IngestReport(self.store, self.kafka.group, on_change)
         self._stopping = threading.Event()
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
+        self._processes = processes
+        self._opened = False
+        """True if the parts are there that outlive a connection to the broker: see :meth:`_open`."""
         self._group: Membership
         self._connected = False
-        self._parts: ConsumerParts | None = None
-        self._processes = processes
+        self._indexing: Future[Any] | None = None
+        self._indexer = ThreadPoolExecutor(1, "duplicate-index")
         self._idle_since: float | None = None
         """The first of the polls in a row that brought nothing."""
 
     @property
     def status(self) -> IngestStatus:
-        """Where it stands."""
+        """Its present state."""
         return self._report.status
 
     def stop(self) -> None:
@@ -104,7 +120,12 @@ class Consumer:
                 try:
                     self._connect()
                     while not self._stopping.is_set():
-                        self._step()
+                        self._claim()
+                        self._poll()
+                        self._collect()
+                        if self._batch.due:
+                            self._commit()
+                        self._mark_published()
                     self._finish()
                 except LogLost as error:
                     say(f"ingest: [yellow]{error}[/yellow]")
@@ -118,15 +139,6 @@ class Consumer:
             self._close()
             self._report.stopped()
 
-    def _step(self) -> None:
-        """One turn of the loop."""
-        self._claim()
-        self._poll()
-        self._collect()
-        if self._batch.due:
-            self._commit()
-        self._mark_published()
-
     def _finish(self) -> None:
         """Asked to stop: store what is validated, and leave the rest to the next owner."""
         if self._gives_up():
@@ -137,26 +149,52 @@ class Consumer:
         self._mark_published()
 
     def _gives_up(self) -> bool:
-        """Whether it was asked to stop while the store takes nothing: another try may take longer than it is given."""
+        """True if it was asked to stop while the store takes nothing: another try may take longer than it is given."""
         return self._stopping.is_set() and self.status.waiting_for == "store"
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        """Join the group. Raises BrokerError, StoreUnavailable."""
-        if self._parts is None:
-            self._parts = parts = ConsumerParts.open(self.settings, self.store, self._processes)
-            self._guard, self._writer, self._batch = parts.guard, parts.writer, parts.batch
-            self._pool, self._publisher, self._indexing = parts.pool, parts.publisher, parts.indexing
-        self._indexing.start()
-        self._group = Membership.join(self.kafka, self._admin, self.store)
-        self._consumer, self._assignment, self._log = self._group.consumer, self._group.assignment, self._group.log
-        self._connected = True
+    def _open(self) -> None:
+        """Open what outlives a connection to the broker. Raises StoreUnavailable."""
+        limits, kafka, folder = self.settings.ingest, self.kafka, self.settings.home / "ingest"
+        name, split_key = self.store.table.identity()
+        if limits.split_key is not None:
+            split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
+        split = SplitRule(split_key, limits.fresh_eval_share)
+        index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
+        self._guard, validators = start_validators(Work(limits, kafka), self._processes, folder)
+        self._pool = ValidationPool(validators, 2 * kafka.batch_bytes, 2 * kafka.batch_records + POLL_RECORDS)
+        self._writer = StoreWriter(self.store.table)
+        self._batch = Batch(kafka, self._writer, index)
+        self._publisher = RefusalPublisher(kafka, self.store)
+        self._opened = True
 
     def _close(self) -> None:
-        if self._parts is not None:
-            self._parts.close()
+        if self._opened:
+            self._pool.close()
+            self._publisher.close()
+            self._batch.index.interrupt()
+            self._indexer.shutdown(wait=True, cancel_futures=True)
+            self._batch.index.close()
+            self._guard.close()
         self._admin.close()
+
+    def _connect(self) -> None:
+        """Join the group. Raises BrokerError, StoreUnavailable."""
+        if not self._opened:
+            self._open()
+        if self._indexing is None or self._indexing.done():
+            self._indexing = self._indexer.submit(self._index)
+        self._group = Membership.join(self.kafka, self._admin, self.store)
+        self._consumer, self._assignment = self._group.consumer, self._group.assignment
+        self._connected = True
+
+    def _index(self) -> None:
+        """Read into the index what the store holds, on a thread of its own: some 10 s for each million samples where
+        there is no index yet. The loop polls meanwhile, without claiming anything, so that the group keeps this member.
+        """
+        with self._batch.index.deciding():
+            self._batch.index.follow(self.store.table)
 
     def _disconnect(self) -> None:
         if not self._connected:
@@ -167,7 +205,7 @@ class Consumer:
         self._connected = False
         self._group.leave(lambda: self.status.state != "waiting")
         self._drop(lambda reading: False)
-        self._log.forget_lag()
+        self._group.forget_lag()
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
@@ -175,13 +213,14 @@ class Consumer:
         """Take over the partitions that the group has given to this process."""
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
-        if partitions and self._indexing.done():
+        if partitions and self._indexing is not None and self._indexing.done():
+            self._indexing.result()  # raises what the index failed with; the next connection begins again
             self._patiently(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
         topic, known = self.kafka.topic, list(self.store.positions().values())
-        firsts = {number: self._log.range(number)[0] for number in partitions}
-        starts = [start_position(known, topic, self._log.topic_id, number, firsts[number]) for number in partitions]
+        firsts = {number: self._group.range(number)[0] for number in partitions}
+        starts = [start_position(known, topic, self._group.topic_id, number, firsts[number]) for number in partitions]
         for claim in self._writer.claim(starts):
             position = claim.position
             reading = Reading.of(claim)
@@ -213,7 +252,7 @@ class Consumer:
         except LogTruncationError as error:
             self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
             return
-        if (polled or self._log.due) and not self._patiently(self._look):
+        if (polled or self._group.look_due) and not self._patiently(self._look):
             return  # asked to stop while the broker was away: what was polled stays in the log
         for partition, records in polled.items():
             reading = readings.get(partition.partition)
@@ -285,10 +324,10 @@ class Consumer:
             seconds = time.monotonic() - started
             self._publish(outcome)
             self._group.tell_kafka(outcome.readings)
-            self._report.committed(outcome, self._log.lag(self._assignment.all()), seconds)
+            self._report.committed(outcome, self._group.lag(), seconds)
 
     def _give_up(self, error: Superseded) -> None:
-        """Others have claimed partitions of ours; if the group still says that they are ours, they are claimed anew."""
+        """Others claimed partitions of ours; those that the group still gives to us are claimed again."""
         log.warning("%s", error)
         for reading in self._assignment.all():
             if reading.claim.key in error.keys:
@@ -331,9 +370,10 @@ class Consumer:
     # -- the log ----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        self._log.look()
+        """Make sure that what was polled is from the log that was read so far, and say how far it is behind."""
+        self._group.look()
         joined = self._assignment.joined
-        self._report.connected(joined, self._log.lag(self._assignment.all()) if joined else None)
+        self._report.connected(joined, self._group.lag() if joined else None)
 
     def _collect_all(self) -> bool:
         """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
@@ -347,7 +387,7 @@ class Consumer:
     def _find_range(self) -> None:
         """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
         for reading in self._assignment.all():
-            first, end = self._log.range(reading.partition)
+            first, end = self._group.range(reading.partition)
             if reading.next > end:
                 self._cut_off(reading, None, end)
             else:
@@ -357,20 +397,22 @@ class Consumer:
         """Records that were read are gone, and others stand in their place (KIP-320)."""
         for reading in self._assignment.all():
             if reading.partition in divergences:
-                self._cut_off(reading, divergences[reading.partition], self._log.range(reading.partition)[1])
+                self._cut_off(reading, divergences[reading.partition], self._group.range(reading.partition)[1])
 
     def _skip_to(self, reading: Reading, first: int) -> None:
         """Go on at ``first``; what lies before it was deleted unread, and is lost: a gap, which is a row."""
         if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
             return
-        self._batch.add(reading, first, gap(reading, reading.next, first), 0)
+        why = "the broker deleted them before they were read"
+        row = gap_row(reading.stream, reading.partition, reading.next, first, "retention", why)
+        self._batch.add(reading, first, row, 0)
         reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
         self._assignment.begin(reading)
 
     def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
         """Read on as a new generation of the topic from where the log diverges, or from its beginning where that is not
         known. What was read before is stored already."""
-        first = self._log.range(reading.partition)[0]  # before anything is stored, which must not be repeated
+        first = self._group.range(reading.partition)[0]  # before anything is stored, which must not be repeated
         if not self._collect_all() or not self._assignment.holds(reading):
             return
         start = min(end if divergence is None else divergence, reading.next)
@@ -413,7 +455,10 @@ class Consumer:
         """Say what is away, store what can be stored, and wait: longer after more failures."""
         known = error if isinstance(error, RatchetError) else explain(error, connection(self.kafka), "reading")
         if isinstance(known, BrokerError) and known.state == "refused":
-            known = self._missing_rights() or known
+            try:
+                check_rights(self._admin, ingest_rights(self.kafka))
+            except BrokerError as named:  # the rights that are missing, by their names
+                known = named if named.state == "refused" else known
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
         if dependency == "broker" and self._connected:
@@ -421,14 +466,6 @@ class Consumer:
         self._stopping.wait(seconds)
         if dependency != "broker" and self._connected:
             self._group.stay()
-
-    def _missing_rights(self) -> BrokerError | None:
-        """The error that names the rights that the broker does not give; None where none is known to be missing."""
-        try:
-            check_rights(self._admin, ingest_rights(self.kafka))
-        except BrokerError as error:
-            return error if error.state == "refused" else None
-        return None
 
     def _salvage(self) -> None:
         """Store what has been read though the broker is away; its refusals are published when it is back."""
@@ -443,3 +480,20 @@ class Consumer:
             self._store()
         except AWAY as error:
             log.warning("what was read is stored later: %s", error)
+
+
+SWITCH_SECONDS: Final = 0.0005
+"""Time for which a thread may keep the GIL that others wait for: reading, committing and publishing take turns."""
+
+
+def run_ingest(settings: Settings) -> None:
+    """Read the topic until SIGTERM or SIGINT, then store what has been read, and return."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    processes = settings.ingest.processes or os.cpu_count() or 1
+    consumer = Consumer(settings, on_change=ThrottledLog(), processes=processes)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: consumer.stop())
+    metrics.build.started("ingest")
+    metrics.listen("ingest", settings.ingest.metrics_port, settings.metrics_host)
+    say(f"ingest: {settings.kafka.topic} at {settings.kafka.bootstrap} -> {consumer.store.url}")
+    consumer.run()

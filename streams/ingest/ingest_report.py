@@ -1,4 +1,4 @@
-"""What ingest tells: its status, its metrics, and its lines on the screen."""
+"""The status of ingest, its metrics, and its lines on the screen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.dependencies import Dependency, answered, noted
 from core.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
 from core.progress import say
 from streams.ingest.batch import CommitResult
-from streams.ingest.quality.validate import StoreRow
+from streams.ingest.validate import StoreRow
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim
 
@@ -22,7 +22,7 @@ State = Literal["starting", "joining", "reading", "waiting", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class IngestStatus:
-    """Where ingest stands."""
+    """The state of ingest, and counts since its start."""
 
     state: State = "starting"
     """``joining`` is of the consumer group; ``waiting`` is for :attr:`waiting_for`."""
@@ -204,3 +204,24 @@ def _silent(store: SampleStore) -> StoreUnavailable:
         "Records wait in the topic until it does.",
         "slow",
     )
+
+
+class ThrottledLog:
+    """Says what ingest does, at most every five seconds."""
+
+    EVERY_SECONDS: Final = 5.0
+
+    def __init__(self) -> None:
+        self._last = IngestStatus()
+        self._logged_at = 0.0
+
+    def __call__(self, status: IngestStatus) -> None:
+        now = time.monotonic()
+        if status.state == self._last.state and now - self._logged_at < self.EVERY_SECONDS:
+            return
+        self._last, self._logged_at = status, now
+        lost = f", {status.gap_offsets} offsets lost" if status.gap_offsets else ""
+        say(
+            f"ingest: {status.state}; {status.samples} samples, {status.duplicates} duplicates,"
+            f" {status.quarantined} quarantined{lost}, lag {'unknown' if status.lag is None else status.lag}"
+        )

@@ -26,7 +26,6 @@ import base64
 import json
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from core.dependencies import answered, noted
 from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded, Headers
-from streams.ingest.assignment import Reading
+from streams.ingest.membership import Reading
 from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry
 from streams.store.rows import Position, RecordPosition, name_of, position_of
 from streams.store.sample_store import SampleStore
@@ -48,7 +47,7 @@ RefusalRow = Mapping[str, Any]
 
 
 def message(row: RefusalRow) -> Encoded:
-    """What is published for a refused record's row."""
+    """The message for a refused record's row."""
     record = original(row)
     # Brokers take a record with neither key nor value; the client does not send one.
     value = b"" if record.value is None and record.key is None else record.value
@@ -58,7 +57,7 @@ def message(row: RefusalRow) -> Encoded:
 
 
 def claim_check(row: RefusalRow) -> Encoded:
-    """What is published for a row whose record the topic does not take."""
+    """The message for a row whose record the topic does not take."""
     size = len(row["original"] or b"")
     text = json.dumps({"record": name_of(position_of(row)), "reason": row["reason"], "bytes": size})
     check = ("ratchet_claim_check", name_of(position_of(row)).encode())
@@ -74,7 +73,7 @@ def original(row: RefusalRow) -> Encoded:
 
 
 def refused_position(record: Any) -> RecordPosition | None:
-    """Where the original of a message in the topic was; None for a message that is none of ours."""
+    """The position of the original of a message in the topic; None for a message that is none of ours."""
     headers = dict(record.headers)
     try:
         stream = headers["ratchet_topic"].decode()
@@ -151,12 +150,9 @@ class RefusalPublisher:
             return next((job.start for job in self._jobs if job.reading is reading), None)
 
     def wait_until_published(self, seconds: float) -> bool:
-        """Whether everything was published within this time."""
-        deadline = time.monotonic() + seconds
+        """True if everything was published within this time."""
         with self._changed:
-            while self._jobs and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
-            return not self._jobs
+            return self._changed.wait_for(lambda: not self._jobs, seconds)
 
     def close(self) -> None:
         """End the thread; what still waits is in the store, and is published by the next owner."""
@@ -179,8 +175,7 @@ class RefusalPublisher:
         failures = 0
         while True:
             with self._changed:
-                while not self._jobs and not self._ending:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._jobs or self._ending)
                 if self._ending:
                     break
                 job = self._jobs[0]
@@ -203,7 +198,7 @@ class RefusalPublisher:
         except Fenced:
             if not self._owns(job.reading):
                 self._forget(job.reading)
-            # else a former owner woke up and opened its sender: ours is opened anew, and fences it
+            # else a former owner woke up and opened its sender: ours is opened again, and fences it
         except RecordTooLarge:
             if job.page > 1:
                 job.page = 1  # which one it is shows when they are sent one by one
@@ -218,10 +213,8 @@ class RefusalPublisher:
         noted(error)
         key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
         log.warning("refusals of %s are published later: %s", key, error, exc_info=None if known else error)
-        deadline = time.monotonic() + BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]
         with self._changed:
-            while not self._ending and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
+            self._changed.wait_for(lambda: self._ending, BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
     def _publish(self, job: _Job) -> None:
         """Publish the first page of a job, and shorten it by that; the last page ends it."""
@@ -250,7 +243,7 @@ class RefusalPublisher:
         return list(self.store.outbox(part, job.page))
 
     def _outbox(self, reading: Reading) -> Outbox:
-        """The outbox of a reading. That of an earlier reading of the partition is closed: nothing needs it any more."""
+        """The outbox of a reading. That of an earlier reading of the partition is closed: it is not needed any more."""
         known = self._outboxes.get(reading.claim.key)
         if known is not None and known[0] is reading:
             return known[1]
@@ -264,7 +257,7 @@ class RefusalPublisher:
         return outbox
 
     def _owns(self, reading: Reading) -> bool:
-        """Whether nobody has claimed the partition since."""
+        """True if no other process has claimed the partition since."""
         newest = self.store.positions().get(reading.claim.key)
         return newest is not None and newest.epoch == reading.claim.position.epoch
 

@@ -1,37 +1,62 @@
-"""Refused records: looking at them, and sending them again as they came, once what refused them has been mended.
+"""An operator's means for single records: send refused ones again as they came, and skip offsets.
 
-A record is named by its *place*, ``topic:partition:offset`` of where it was refused. It is read from the sample store,
-which has every refused record with its bytes, and sent to the topic again with a header that tells where it was.
-
+A refused record is named by its *place*, ``topic:partition:offset`` of where it was refused. It is read from the sample
+store, which has every refused record with its bytes, and sent to the topic again with a header that tells where it was.
 The place is claimed in the ledger before and settled after: a second call is refused. A process that dies in between
 leaves the claim, and only ``force`` sends again. Whatever is sent twice all the same is found by ingest: equal samples
 are stored once. Many records, chosen by reason, source and time, are each claimed like a single one. Records refused
 again return to quarantine, as other records.
+
+**Skipping**: the partition is claimed, as another worker would claim it, and its position is moved in the commit that
+stores the gap. A worker that reads it finds out with its next commit, which stores nothing, and goes on from the new
+position.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
 import pyarrow as pa
+from kafka import TopicPartition
 
-from core.errors import AlreadyResubmitted, BrokerError, ConfigError, RatchetError, RecordError, UnknownRecord
+from core.errors import (
+    AlreadyResubmitted,
+    BrokerError,
+    ConfigError,
+    RatchetError,
+    RecordError,
+    SkipRefused,
+    Superseded,
+    UnknownRecord,
+)
 from core.ledger import Ledger, ResubmissionRow
 from core.settings import Settings
+from core.settings.streams import Kafka
 from ratchet_client.broker import CONNECT_SECONDS
 from ratchet_client.encoding import Encoded, Headers
 from ratchet_client.producer import Delivery, RecordSender
 from ratchet_client.records import REASONS
+from streams.ingest.membership import start_position
 from streams.ingest.quarantine import original
-from streams.kafka.clients import connection
-from streams.store.rows import SCHEMA, position_of, refused
+from streams.kafka.clients import Admin, connection, reading_alone
+from streams.store.rows import (
+    SCHEMA,
+    Position,
+    RecordPosition,
+    gap_row,
+    name_of,
+    position_of,
+    refused,
+    tally_of,
+)
 from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
 
 PUBLISH_SECONDS: Final = 20.0
 #: Header of a record that was sent again: the place where it was refused. Decoders pass it by: it is no field.
@@ -48,7 +73,7 @@ class RefusedRecord:
     """One of :data:`ratchet_client.records.REASONS`."""
     detail: str
     source: str
-    """Who sent it, as far as its headers say."""
+    """The sender, as far as the headers name it."""
     refused_at: datetime
     resubmission: ResubmissionRow | None
     """The last time that it was sent again."""
@@ -59,7 +84,7 @@ def list_quarantine(
 ) -> list[RefusedRecord]:
     """The newest refused records, newest first; of a reason, of a source (empty: of none). Raises StoreError."""
     rows = SampleStore(settings.lake).refusals(limit, reason, source)
-    places = [f"{row['topic']}:{row['partition']}:{row['offset']}" for row in rows]
+    places = [name_of(position_of(row)) for row in rows]
     again = ledger.resubmissions(places)
     return [
         RefusedRecord(place, row["reason"], row["detail"], row["source"] or "", row["ingested_at"], again.get(place))
@@ -73,8 +98,10 @@ def quarantined(settings: Settings, place: str) -> Encoded:
     Raises:
         UnknownRecord: nothing was refused there.
     """
-    stream, partition, offset = _parse(place)
-    row = SampleStore(settings.lake).refusal(stream, partition, offset)
+    match = _PLACE.fullmatch(place)
+    if match is None:
+        raise UnknownRecord(f"{place[:300]!r} is no place.", "A place reads topic:partition:offset.")
+    row = SampleStore(settings.lake).refusal(match[1], int(match[2]), int(match[3]))
     if row is None:
         raise UnknownRecord(f"no record was refused at {place[:300]}.", "See `GET /admin/v1/quarantine` for places.")
     return original(row)
@@ -94,36 +121,33 @@ def resubmit(
     record = quarantined(settings, place)
     if not record.value:
         raise RecordError("empty", f"record {place} has no value.", "There is nothing to send again.")
-    ledger.begin_resubmission(place, actor=actor, reason=reason, force=force)
+    with _claimed(ledger, place, actor=actor, reason=reason, force=force), closing(_sender(settings)) as sender:
+        return _deliver(sender, settings.kafka.topic, place, record)
+
+
+def _sender(settings: Settings) -> RecordSender:
+    return RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
+
+
+@contextmanager
+def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
+    """Claim a place before its record is sent, and settle the claim after."""
+    ledger.begin_resubmission(place, **who)
     try:
-        delivery = _send_one(settings, Encoded(record.key, record.value, _headers_of(record, place)))
+        yield
     except RatchetError as error:
         ledger.end_resubmission(place, str(error))
         raise
     ledger.end_resubmission(place)
-    return delivery
 
 
-def _headers_of(record: Encoded, place: str) -> Headers:
-    """The headers under which a refused record is sent again: its own, and where it was refused."""
-    return [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
-
-
-def _send_one(settings: Settings, record: Encoded) -> Delivery:
-    sender = RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
+def _deliver(sender: RecordSender, topic: str, place: str, record: Encoded) -> Delivery:
+    """Send a refused record with its own headers, and where it was refused. Raises BrokerError."""
+    headers: Headers = [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
     try:
-        sent = sender.send(settings.kafka.topic, record)
-        sender.flush(PUBLISH_SECONDS)
-        return sent.result(timeout=1)
-    finally:
-        sender.close(timeout=1.0)
-
-
-def _parse(place: str) -> tuple[str, int, int]:
-    match = _PLACE.fullmatch(place)
-    if match is None:
-        raise UnknownRecord(f"{place[:300]!r} is no place.", "A place reads topic:partition:offset.")
-    return match[1], int(match[2]), int(match[3])
+        return sender.send(topic, Encoded(record.key, record.value, headers)).result(timeout=PUBLISH_SECONDS + 5)
+    except TimeoutError as error:
+        raise BrokerError("the broker did not answer in time.", "Try again.") from error
 
 
 LIMIT: Final = 1000
@@ -140,7 +164,7 @@ _ORDER: Final = ("topic", "partition", "offset")
 
 @dataclass(frozen=True, slots=True)
 class RefusalFilter:
-    """Which refused records, the oldest first. None: any.
+    """A choice of refused records, the oldest first. None: any.
 
     Raises:
         ConfigError: a reason that is none, or a limit out of bounds.
@@ -164,7 +188,7 @@ class RefusalFilter:
 
 @dataclass
 class ResubmitReport:
-    """What became of the refused records that a filter chose."""
+    """The outcome for the refused records that a filter chose."""
 
     dry_run: bool = False
     chosen: int = 0
@@ -224,7 +248,7 @@ def resubmit_many(
         actor: who does it.
         reason: why.
         dry_run: only count.
-        per_second: at most so many, so that ingest has room for what comes besides.
+        per_second: at most so many, so that ingest has room for other records.
         on_progress: called after each record.
 
     Raises:
@@ -238,42 +262,50 @@ def resubmit_many(
     places = _choose(store, ledger, which, report)
     if dry_run or not places:
         return report
-    pace = _Pace(per_second)
-    with ExitStack() as stack:
-        sender = RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
-        stack.callback(sender.close, timeout=1.0)
+    next_at = 0.0
+    with closing(_sender(settings)) as sender:
         for place in places:
             row = store.refusal(*place)
             if row is None:
                 report.chosen -= 1  # deleted meanwhile
                 continue
-            record = original(row)
+            record, name = original(row), name_of(place)
             if not record.value:
                 report.empty += 1
+                continue
+            now = time.monotonic()
+            time.sleep(max(0.0, next_at - now))
+            next_at = max(now, next_at) + 1.0 / max(per_second, 1e-3)
+            try:
+                with _claimed(ledger, name, actor=actor, reason=reason):
+                    _deliver(sender, settings.kafka.topic, name, record)
+            except AlreadyResubmitted:  # somebody was faster
+                report.chosen, report.before = report.chosen - 1, report.before + 1
+            except BrokerError as error:
+                report.failed, report.failures = report.failed + 1, report.failures + 1
+                report.errors = [*report.errors, f"{name}: {error}"][:MAX_ERRORS]
             else:
-                pace.wait()
-                _send(sender, settings.kafka.topic, ledger, place, record, report, actor=actor, reason=reason)
+                report.sent, report.failures = report.sent + 1, 0
             on_progress(report)
             if report.failures >= MAX_FAILURES:
                 raise BrokerError(f"it ended early: {report}.", "Ask again when the broker answers.")
     return report
 
 
-def _choose(
-    store: SampleStore, ledger: Ledger, which: RefusalFilter, report: ResubmitReport
-) -> list[tuple[str, int, int]]:
+def _choose(store: SampleStore, ledger: Ledger, which: RefusalFilter, report: ResubmitReport) -> list[RecordPosition]:
     """Positions of the records to send, the oldest first; counts into the report."""
     columns = [*_ORDER, "ingested_at"]
     schema = pa.schema([SCHEMA.field(name) for name in columns])
     batches = store.batches(refused(which.reason, which.source, which.since), columns)
     table = pa.Table.from_batches(batches, schema=schema)
     table = table.sort_by([(name, "ascending") for name in ("ingested_at", *_ORDER)]).select(_ORDER)
-    chosen: list[tuple[str, int, int]] = []
-    for batch in _chunks(table):
-        names = [_name(place) for place in batch]
-        again = ledger.resubmissions(names)
-        for place, name in zip(batch, names, strict=True):
-            if name in again and again[name].state != "failed":
+    chosen: list[RecordPosition] = []
+    for rows in table.to_batches(max_chunksize=CLAIMED_PER_QUERY):
+        batch = [position_of(row) for row in rows.to_pylist()]
+        again = ledger.resubmissions([name_of(place) for place in batch])
+        for place in batch:
+            known = again.get(name_of(place))
+            if known is not None and known.state != "failed":
                 report.before += 1
             elif len(chosen) < which.limit:
                 chosen.append(place)
@@ -283,54 +315,104 @@ def _choose(
     return chosen
 
 
-def _chunks(table: pa.Table) -> Iterator[Sequence[tuple[str, int, int]]]:
-    for start in range(0, table.num_rows, CLAIMED_PER_QUERY):
-        rows = table.slice(start, CLAIMED_PER_QUERY).to_pylist()
-        yield [position_of(row) for row in rows]
+# -- skipping -----------------------------------------------------------------------------------------------------
+
+ATTEMPTS: Final = 5
+"""A worker may claim the partition between our claim and our commit."""
+_PARTITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9})")
 
 
-def _send(
-    sender: RecordSender,
-    topic: str,
-    ledger: Ledger,
-    place: tuple[str, int, int],
-    record: Encoded,
-    report: ResubmitReport,
-    **who: Any,
-) -> None:
-    name = _name(place)
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Offsets that will not be read."""
+
+    stream: str
+    partition: int
+    start: int
+    """The first of them."""
+    until: int
+    """Next offset to read."""
+
+
+def skip(settings: Settings, ledger: Ledger, partition: str, to: int, *, actor: str, reason: str) -> Skipped:
+    """Go on with a partition at offset ``to``, and record what lies before it as a gap with the reason ``skipped``.
+
+    Args:
+        settings: of the installation whose ingest reads the topic.
+        ledger: gets an audit row, before anything changes.
+        partition: ``topic:partition``.
+        to: the next offset to read.
+        actor: who does it.
+        reason: why.
+
+    Raises:
+        RecordError: ``partition`` is none, or the topic is another one than ingest reads.
+        SkipRefused: the partition has been read further already, or its log ends before ``to``.
+        BrokerError, StoreUnavailable: nothing was skipped.
+    """
+    match = _PARTITION.fullmatch(partition)
+    if match is None:
+        raise RecordError("position", f"{partition[:300]!r} is no partition.", "It reads topic:partition.")
+    if match[1] != settings.kafka.topic:
+        reads = f"ingest reads the topic {settings.kafka.topic}, not {match[1]}."
+        raise RecordError("position", reads, "See `kafka.topic`.")
+    number = int(match[2])
+    topic_id, first, end = _describe(settings.kafka, number)
+    store = SampleStore(settings.lake)
+    writer = StoreWriter(store.table)
+    known = store.positions().values()
+    start = start_position(known, settings.kafka.topic, topic_id, number, first)
+    _check(start, to, end)  # before a worker is disturbed
+    subject = f"partition {partition}"
+    ledger.audit(actor, "skip", subject, {"reason": reason, "stream": start.stream, "from": start.next, "to": to})
     try:
-        ledger.begin_resubmission(name, **who)
-    except AlreadyResubmitted:  # somebody was faster
-        report.chosen -= 1
-        report.before += 1
-        return
-    try:
-        sent = sender.send(topic, Encoded(record.key, record.value, _headers_of(record, name)))
-        sent.result(timeout=PUBLISH_SECONDS + 5)
-    except (BrokerError, TimeoutError) as error:
-        ledger.end_resubmission(name, str(error) or "the broker did not answer in time.")
-        report.failed, report.failures = report.failed + 1, report.failures + 1
-        if len(report.errors) < MAX_ERRORS:
-            report.errors.append(f"{name}: {error}")
-        return
-    ledger.end_resubmission(name)
-    report.sent, report.failures = report.sent + 1, 0
+        for _ in range(ATTEMPTS):
+            try:
+                return _move(writer, start, to, end, f"{actor}: {reason}")
+            except Superseded:
+                continue
+        raise SkipRefused(f"{partition} is claimed by others all the time.", "Stop the workers that fight over it.")
+    except RatchetError as error:
+        ledger.audit(actor, "skip failed", subject, {"error": str(error)[:1000]})
+        raise
 
 
-def _name(place: tuple[str, int, int]) -> str:
-    return ":".join(map(str, place))
+def _move(writer: StoreWriter, start: Position, to: int, end: int, why: str) -> Skipped:
+    [claim] = writer.claim([start])
+    position = claim.position
+    _check(position, to, end)
+    row = gap_row(position.stream, position.partition, position.next, to, "skipped", f"skipped by {why}")
+    # `published` stays: refusals before the gap that are not in their topic yet are published by the next owner.
+    moved = replace(position, next=to, leader_epoch=-1, tally=position.tally + tally_of([row]))
+    writer.commit([row], [(claim, moved)])
+    return Skipped(position.stream, position.partition, position.next, to)
 
 
-class _Pace:
-    """At most so many a second, one after another."""
+def _check(position: Position, to: int, end: int) -> None:
+    if to <= position.next:
+        raise SkipRefused(
+            f"{position.key} has been read up to offset {position.next} already.", "Name a later offset: what was read"
+            " stays as it is.",
+        )  # fmt: skip
+    if to > end:
+        raise SkipRefused(f"the log of {position.key} ends at offset {end}.", f"Name at most {end}.")
 
-    def __init__(self, per_second: float) -> None:
-        self._seconds = 1.0 / max(per_second, 1e-3)
-        self._next = 0.0
 
-    def wait(self) -> None:
-        now = time.monotonic()
-        if self._next > now:
-            time.sleep(self._next - now)
-        self._next = max(now, self._next) + self._seconds
+def _describe(kafka: Kafka, number: int) -> tuple[str, int, int]:
+    """The topic's id, and the first and the end offset of a partition's log.
+
+    Raises:
+        BrokerError: the broker does not answer.
+        SkipRefused: the topic has no such partition.
+    """
+    with closing(Admin(kafka)) as admin:
+        topic_id = admin.topic_id(kafka.topic)
+    if topic_id is None:
+        raise SkipRefused(f"there is no topic {kafka.topic}.", "See `kafka.topic` and `kafka.bootstrap`.")
+    partition = TopicPartition(kafka.topic, number)
+    with reading_alone(kafka, "looking at the log") as consumer:
+        if number not in (consumer.partitions_for_topic(kafka.topic) or ()):
+            raise SkipRefused(f"topic {kafka.topic} has no partition {number}.", "Partitions count from 0.")
+        [first] = consumer.beginning_offsets([partition]).values()
+        [end] = consumer.end_offsets([partition]).values()
+    return topic_id, first, end

@@ -1,34 +1,184 @@
-"""What validates records for a consumer: processes, or threads of the consumer's own.
+"""Validating several records at once, in processes or threads, and getting the results in the order of each partition.
 
 Several threads of one process decode images at once, but wait for each other to run Python; processes do not. A record
-that kills the process that validates it does not kill the consumer, either; its deaths are counted all the same, by
-:mod:`streams.ingest.crash_guard`.
+that kills the process that validates it does not kill the consumer, either.
+
+**A record that kills the process** is known after the third death, and refused. While a record is validated, a file
+says which one. The file is mapped into memory, so that its content survives the process (not the machine). A death is
+counted for each record that the file names: by the consumer, when a process that validates for it has died; by the
+next consumer, when the consumer itself has. A record with a death is validated alone from then on, so that no other one
+is blamed for it.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
+import mmap
 import os
 import signal
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from core.child_process import end_with_parent, kill_workers
+from core.errors import StoreFull, StoreUnavailable
+from core.files import replace_file
 from core.logs import LogConfig, inherit, inherited
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.crash_guard import CrashGuard, Notes
-from streams.ingest.quality.validate import Accepted, Received, Rules, StoreRow, refuse, validate
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Accepted, Received, Rules, StoreRow, refuse, validate
 from streams.records.registry import SchemaRegistry
 from streams.records.uris import UriFetcher
+from streams.store.rows import RecordPosition, name_of
+
+CHUNK_RECORDS: Final = 8
+CHUNK_BYTES: Final = 256 << 10
+"""Records that are handed over at once: handing over costs some 50 us, as much as a tenth of a small image."""
+DEATHS: Final = 3
+SLOT_BYTES: Final = 512
+"""A topic name has at most 249 characters."""
+Result = Accepted | StoreRow
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """A record with its result."""
+
+    reading: Reading
+    end: int
+    """The next offset to read behind it."""
+    leader_epoch: int
+    size: int
+    result: Result
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Records of one partition in their order, with their leader epochs, and the results that were known before."""
+
+    reading: Reading
+    records: list[tuple[Received, int, StoreRow | None]] = field(default_factory=list)
+    size: int = 0
+    future: Future[list[Result]] = field(default_factory=Future)
+
+    @property
+    def unknown(self) -> list[Received]:
+        """The records whose results were not known before."""
+        return [received for received, _, known in self.records if known is None]
+
+
+class ValidationPool:
+    """Records that are being validated, in chunks."""
+
+    def __init__(self, validators: Validators, max_bytes: int, max_records: int) -> None:
+        """``max_bytes`` and ``max_records``: of the records inside; :attr:`has_room` says whether more may come."""
+        self._validators = validators
+        self._max_bytes = max_bytes
+        self._max_records = max_records
+        self._pending: dict[Reading, deque[_Chunk]] = {}
+        self._filling: _Chunk | None = None
+        self._bytes = 0
+        self._records = 0
+
+    def __len__(self) -> int:
+        return self._records
+
+    @property
+    def has_room(self) -> bool:
+        """True if another poll's records may be added."""
+        return self._bytes < self._max_bytes and self._records < self._max_records
+
+    def add(self, reading: Reading, received: Received, leader_epoch: int, result: StoreRow | None = None) -> None:
+        """Take in a record, perhaps with its result. It is validated after :meth:`flush`, or when a chunk is full."""
+        if self._filling is not None and self._filling.reading is not reading:
+            self.flush()
+        chunk = self._filling = self._filling or _Chunk(reading)
+        chunk.records.append((received, leader_epoch, result))
+        chunk.size += received.size
+        self._bytes += received.size
+        self._records += 1
+        if len(chunk.records) >= CHUNK_RECORDS or chunk.size >= CHUNK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Let everything that was added be validated."""
+        chunk, self._filling = self._filling, None
+        if chunk is not None:
+            chunk.future = self._validators.submit(chunk.unknown)
+            self._pending.setdefault(chunk.reading, deque()).append(chunk)
+
+    def take(self) -> list[Validated]:
+        """The next results of some partition, in its order; none while no partition has any.
+
+        Raises:
+            RatchetError: what validation needs is away. The records stay the next of their partition, and are validated
+                once more.
+        """
+        ready = next((queue for queue in self._pending.values() if queue[0].future.done()), None)
+        if ready is None:
+            return []
+        chunk = ready[0]
+        try:
+            results = chunk.future.result()
+        except BrokenProcessPool:
+            results = [self._validators.alone(received) for received in chunk.unknown]
+        except BaseException:
+            chunk.future = self._validators.submit(chunk.unknown)
+            raise
+        ready.popleft()
+        if not ready:
+            del self._pending[chunk.reading]
+        self._forget(chunk)
+        fresh = iter(results)
+        return [
+            Validated(chunk.reading, record.offset + 1, epoch, record.size, known or _restore(record, next(fresh)))
+            for record, epoch, known in chunk.records
+        ]
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the next results of some partition are there, or for ``seconds``."""
+        if self._pending:
+            wait([queue[0].future for queue in self._pending.values()], seconds, FIRST_COMPLETED)
+
+    def finish(self) -> None:
+        """Wait until everything inside is validated."""
+        self.flush()
+        wait([chunk.future for queue in self._pending.values() for chunk in queue])
+
+    def drop(self, holds: Callable[[Reading], bool]) -> None:
+        """Forget the records of readings that do not hold any more."""
+        if self._filling is not None and not holds(self._filling.reading):
+            self._forget(self._filling)
+            self._filling = None
+        for reading in [each for each in self._pending if not holds(each)]:
+            for chunk in self._pending.pop(reading):
+                chunk.future.cancel()
+                self._forget(chunk)
+
+    def close(self) -> None:
+        """End; what is inside is given up."""
+        self._validators.close()
+
+    def _forget(self, chunk: _Chunk) -> None:
+        self._bytes -= chunk.size
+        self._records -= len(chunk.records)
+
+
+# -- processes and threads ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a process needs to begin."""
+    """The settings that a process needs to begin."""
 
     limits: Ingest
     kafka: Kafka
@@ -39,7 +189,7 @@ class Work:
         return self.limits.uri_concurrency if self.limits.allowed_uris else 1
 
     def rules(self) -> Rules:
-        """What records are held against. Its fetcher and its registry live as long as the process."""
+        """The rules that records are held against. Their fetcher and registry live as long as the process."""
         fetcher, registry = UriFetcher(self.limits), SchemaRegistry.of(self.kafka)
 
         def end() -> None:
@@ -48,6 +198,16 @@ class Work:
                 registry.close()
 
         return Rules(self.limits, fetcher.fetch, registry, end)
+
+
+def start_validators(work: Work, processes: int, folder: Path) -> tuple[CrashGuard, Validators]:
+    """``processes`` that validate; with 0, threads of this process do. Raises StoreUnavailable."""
+    if processes:
+        guard = CrashGuard(folder, processes * work.threads)
+        return guard, ProcessValidators(work, processes, guard)
+    threads = (os.cpu_count() or 1) + work.threads - 1
+    guard = CrashGuard(folder, threads)
+    return guard, ThreadValidators(work, threads, guard)
 
 
 class ProcessValidators:
@@ -60,15 +220,16 @@ class ProcessValidators:
         self._guard = guard
         self._begin()
 
-    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
+    def submit(self, records: Sequence[Received]) -> Future[list[Result]]:
         """Validate some records. The future raises BrokenProcessPool when one of the processes dies meanwhile."""
         try:
             return self._pool.submit(validate_all, records)
         except BrokenProcessPool:
-            self._restart()
+            self._count_deaths()
+            self._begin()
             return self._pool.submit(validate_all, records)
 
-    def alone(self, received: Received) -> Accepted | StoreRow:
+    def alone(self, received: Received) -> Result:
         """Validate a record while no other one is: if a process dies again, it was this one. Waits for it."""
         self._count_deaths()
         while not self._guard.is_poison(received.record_position):
@@ -76,9 +237,10 @@ class ProcessValidators:
             try:
                 return self.submit([received]).result()[0]
             except BrokenProcessPool:
-                self._restart()
+                self._count_deaths()
+                self._begin()
                 if self._guard.deaths(received.record_position) == deaths:
-                    self._guard.died(received.record_position)
+                    self._guard.count([name_of(received.record_position)])  # it had not the time to note it
         return crashed(received, self._guard)
 
     def close(self) -> None:
@@ -87,19 +249,14 @@ class ProcessValidators:
         """
         kill_workers(self._pool)
 
-    def _restart(self) -> None:
-        """Replace processes of which one has died, and count whose deaths these were."""
-        self._count_deaths()
-        self._begin()
-
     def _count_deaths(self) -> None:
         if self._pool._broken:
             self._pool.shutdown(wait=True, cancel_futures=True)  # the others are ended, too
-            self._guard.count_deaths()
+            self._guard.count(self._guard.notes.take())
 
     def _begin(self) -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process for each core: more threads wait for each other
-        # Spawned: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that nobody will release.
+        # Spawned: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that no thread will release.
         context = get_context("spawn")
         arguments = (self._work, self._guard.path, context.Value("i", 0), inherited())
         self._pool = ProcessPoolExecutor(self._count, context, _begin, arguments)
@@ -107,20 +264,31 @@ class ProcessValidators:
             self._pool.submit(validate_all, ())  # each piece of work for which none is idle
 
 
-def validate_all(records: Sequence[Received]) -> list[Accepted | StoreRow]:
-    """In the process: validate some records, those that name an image to fetch at once.
+class ThreadValidators:
+    """Validates on threads of this process, which start at once and share its GIL: about half as fast as processes."""
 
-    An image that is the record's own value is left out of the row: the consumer has it.
-    """
-    results = _threads.map(_validate, records) if _threads is not None else map(_validate, records)
-    return list(results)
+    def __init__(self, work: Work, count: int, guard: CrashGuard) -> None:
+        """``guard`` has a slot for each of the ``count`` threads."""
+        self._notes = guard.notes
+        self._rules = work.rules()
+        self._threads = ThreadPoolExecutor(count, "validate")
+
+    def submit(self, records: Sequence[Received]) -> Future[list[Result]]:
+        """Validate some records, in the background."""
+        return self._threads.submit(lambda: [self.alone(received) for received in records])
+
+    def alone(self, received: Received) -> Result:
+        """Validate a record here."""
+        with self._notes.validating(received.record_position):
+            return validate(received, self._rules)
+
+    def close(self) -> None:
+        """Let the threads end; what is being validated is given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._rules.end()
 
 
-def crashed(received: Received, guard: CrashGuard) -> StoreRow:
-    """The refusal of a record at which too many processes died."""
-    deaths = guard.deaths(received.record_position)
-    return refuse(received, "crashed", f"a process died {deaths} times while it validated this record.")
-
+Validators = ProcessValidators | ThreadValidators
 
 _rules: Rules
 _notes: Notes
@@ -128,7 +296,7 @@ _threads: ThreadPoolExecutor | None = None
 
 
 def _begin(work: Work, path: Path, started: Any, log: LogConfig | None) -> None:
-    """``started``: a shared number of the processes that began before."""
+    """In a new process. ``started``: a shared number of the processes that began before."""
     global _rules, _notes, _threads
     inherit(log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the consumer, which stores what was validated
@@ -141,7 +309,16 @@ def _begin(work: Work, path: Path, started: Any, log: LogConfig | None) -> None:
         _threads = ThreadPoolExecutor(work.threads, "validate")
 
 
-def _validate(received: Received) -> Accepted | StoreRow:
+def validate_all(records: Sequence[Received]) -> list[Result]:
+    """In the process: validate some records, those that name an image to fetch at once.
+
+    An image that is the record's own value is left out of the row: the consumer has it.
+    """
+    results = _threads.map(_validate, records) if _threads is not None else map(_validate, records)
+    return list(results)
+
+
+def _validate(received: Received) -> Result:
     with _notes.validating(received.record_position):
         result = validate(received, _rules)
     if not isinstance(result, Accepted):
@@ -150,7 +327,7 @@ def _validate(received: Received) -> Accepted | StoreRow:
     return replace(result, row=row, record=None)
 
 
-def restore(received: Received, result: Accepted | StoreRow) -> Accepted | StoreRow:
+def _restore(received: Received, result: Result) -> Result:
     """In the consumer: put back what was left out."""
     if isinstance(result, Accepted):
         row = result.row if result.row["image"] is not None else {**result.row, "image": received.value}
@@ -160,28 +337,148 @@ def restore(received: Received, result: Accepted | StoreRow) -> Accepted | Store
     return result
 
 
-class ThreadValidators:
-    """Validates on threads of this process, which start at once and share its GIL: about half as fast as processes."""
+# -- records that kill the process --------------------------------------------------------------------------------
 
-    def __init__(self, work: Work, count: int, guard: CrashGuard) -> None:
-        """``guard`` has a slot for each of the ``count`` threads."""
-        self._guard = guard
-        self._rules = work.rules()
-        self._threads = ThreadPoolExecutor(count, "validate")
 
-    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
-        """Validate some records, in the background."""
-        return self._threads.submit(lambda: [self._validate(received) for received in records])
+def crashed(received: Received, guard: CrashGuard) -> StoreRow:
+    """The refusal of a record at which too many processes died."""
+    deaths = guard.deaths(received.record_position)
+    return refuse(received, "crashed", f"a process died {deaths} times while it validated this record.")
 
-    def alone(self, received: Received) -> Accepted | StoreRow:
-        """Validate a record here."""
-        return self._validate(received)
+
+class Notes:
+    """Slots of a mapped file that say what is being validated. Thread safe."""
+
+    def __init__(self, content: mmap.mmap, slots: Iterable[int]) -> None:
+        self._content = content
+        self._lock = threading.Lock()
+        self._free = list(slots)
+        self._closed = False
+
+    @classmethod
+    def of_process(cls, path: Path, number: int, threads: int) -> Notes:
+        """In a process that validates: its slots in the file of its consumer, which has some for each ``number``."""
+        with path.open("r+b") as file:
+            return cls(mmap.mmap(file.fileno(), 0), range(number * threads, (number + 1) * threads))
+
+    @contextmanager
+    def validating(self, position: RecordPosition) -> Iterator[None]:
+        """A context in which this record is validated."""
+        with self._lock:
+            slot = self._free.pop()
+        self._write(slot, name_of(position).encode())
+        try:
+            yield
+        finally:
+            self._write(slot, b"")
+            with self._lock:
+                self._free.append(slot)
+
+    def take(self) -> list[str]:
+        """The records that all slots of the file name, which are empty from then on."""
+        with self._lock:
+            named = _named(self._content[:])
+            self._content[:] = bytes(len(self._content))
+        return named
 
     def close(self) -> None:
-        """Let the threads end; what is being validated is given up."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._rules.end()
+        """Empty the slots: what is still being validated is given up by a stop, and did not kill anything."""
+        with self._lock:
+            self._closed = True
+            self._content[:] = bytes(len(self._content))
+            self._content.close()
 
-    def _validate(self, received: Received) -> Accepted | StoreRow:
-        with self._guard.validating(received.record_position):
-            return validate(received, self._rules)
+    def _write(self, slot: int, text: bytes) -> None:
+        with self._lock:
+            if not self._closed:
+                self._content[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES] = text[:SLOT_BYTES].ljust(SLOT_BYTES, b"\0")
+
+
+class CrashGuard:
+    """Knows what was being validated when a process died. Thread safe."""
+
+    def __init__(self, folder: Path, slots: int) -> None:
+        """
+        Args:
+            folder: of this installation's consumers on this machine, who take over from each other.
+            slots: most records that are validated at once.
+
+        Raises:
+            StoreUnavailable: the folder cannot be written.
+        """
+        self._counts_file = folder / "crashes.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file, self.path = _lock_file(folder)
+            try:
+                self._counts = _load(self._counts_file)
+                if left := _named(os.pread(self._file, os.fstat(self._file).st_size, 0)):  # by its dead owner
+                    self._counts.update(left)
+                    self._save()
+                os.ftruncate(self._file, 0)
+                os.posix_fallocate(self._file, 0, slots * SLOT_BYTES)  # or writing to it on a full disk is a SIGBUS
+                self.notes = Notes(mmap.mmap(self._file, slots * SLOT_BYTES), range(slots))
+            except OSError:
+                os.close(self._file)
+                raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFull(f"the disk of the folder {folder} is full.", "Free space; nothing is lost.") from error
+            raise StoreUnavailable(f"the folder {folder} cannot be written: {error}.", "Check `home`.") from error
+
+    def deaths(self, position: RecordPosition) -> int:
+        """Number of processes that died while they validated this record."""
+        return self._counts[name_of(position)]
+
+    def is_poison(self, position: RecordPosition) -> bool:
+        """True if it is to be refused instead."""
+        return self.deaths(position) >= DEATHS
+
+    def count(self, names: Sequence[str]) -> None:
+        """Count a death for these records, by their positions' names."""
+        self._counts.update(names)
+        with suppress(OSError):  # a full disk: it is remembered with the next one
+            self._save()
+
+    def forget(self, positions: Iterable[RecordPosition]) -> None:
+        """These records are stored, and are not validated again."""
+        if self._counts and (known := [key for key in map(name_of, positions) if key in self._counts]):
+            for key in known:
+                del self._counts[key]
+            with suppress(OSError):
+                self._save()
+
+    def close(self) -> None:
+        """Let the file go."""
+        self.notes.close()
+        os.close(self._file)
+
+    def _save(self) -> None:
+        replace_file(self._counts_file, json.dumps(self._counts).encode())
+
+
+def _lock_file(folder: Path) -> tuple[int, Path]:
+    """A file that no living consumer holds."""
+    number = 0
+    while True:
+        path = folder / f"validating-{number}"
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file, path
+        except BlockingIOError:
+            os.close(file)
+            number += 1
+
+
+def _named(content: bytes) -> list[str]:
+    """The records that slots name."""
+    slots = (content[start : start + SLOT_BYTES] for start in range(0, len(content), SLOT_BYTES))
+    return [text for slot in slots if (text := slot.rstrip(b"\0").decode(errors="replace"))]
+
+
+def _load(path: Path) -> Counter[str]:
+    try:
+        return Counter({str(key): int(count) for key, count in json.loads(path.read_text()).items()})
+    except (OSError, ValueError, AttributeError):
+        return Counter()

@@ -42,7 +42,7 @@ class EmbeddedBroker:
 
     @property
     def running(self) -> bool:
-        """Whether its process lives."""
+        """True if its process lives."""
         return self.process is not None and self.process.poll() is None
 
     def start(self) -> EmbeddedBroker:

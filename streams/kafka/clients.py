@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
 from kafka.errors import (
     AuthorizationError,
@@ -53,7 +54,7 @@ def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any)
 
 
 def producer_limits(ingest: Ingest) -> Limits:
-    """What these settings demand of a sample."""
+    """Bounds of a sample by these settings."""
     return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side, ingest.max_text_chars)
 
 
@@ -78,7 +79,7 @@ class Admin:
         self._warned: set[str] = set()
 
     def topic(self, topic: str) -> Topic | None:
-        """What the broker says of a topic; None when there is no such topic.
+        """A topic as the broker describes it; None when there is no such topic.
 
         Raises:
             BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
@@ -124,24 +125,15 @@ class Admin:
             return
         defaults = self.ask(f"describing the configuration of topic {topic}", partial(_defaults, topic=topic))
         self._warned.add(topic)
-        size = defaults.get("max.message.bytes", TOPIC_RECORD_BYTES)
+        size, wrong = defaults.get("max.message.bytes", TOPIC_RECORD_BYTES), []
         if size < TOPIC_RECORD_BYTES:
-            log.warning(
-                "topic %s takes records of at most %s bytes, Kafka's default: set its max.message.bytes to what"
-                " producers send (an image of 8 MiB is 11 MiB as base64)",
-                topic, f"{size:,}",
-            )  # fmt: skip
+            wrong.append(f"takes records of at most {size:,} bytes (an image of 8 MiB is 11 MiB as base64)")
         if found.replicas > 2 and defaults.get("min.insync.replicas", 2) < 2:
-            log.warning(
-                "topic %s has %d replicas and min.insync.replicas = 1, Kafka's default: records that one node alone has"
-                " count as sent; set it to 2",
-                topic, found.replicas,
-            )  # fmt: skip
+            wrong.append(f"has {found.replicas} replicas and min.insync.replicas = 1: what one node alone has is sent")
         if found.partitions < partitions:
-            log.warning(
-                "topic %s has %d partition(s), and `kafka.partitions` is %d: as many processes can share it at most",
-                topic, found.partitions, partitions,
-            )  # fmt: skip
+            wrong.append(f"has {found.partitions} partition(s), so as many processes can share it, not {partitions}")
+        for each in wrong:
+            log.warning("topic %s was left at Kafka's defaults and %s", topic, each)
 
     def close(self) -> None:
         """Give up the connection."""
@@ -150,7 +142,7 @@ class Admin:
             client.close()
 
     def ask(self, doing: str, question: Callable[[KafkaAdminClient], Answer]) -> Answer:
-        """What a question to the client returns. ``doing`` names it in the error.
+        """The answer to a question to the client. ``doing`` names it in the error.
 
         Raises:
             BrokerError: the broker is away, or refuses.
@@ -183,7 +175,7 @@ def describe_topic(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | 
 
 
 def _defaults(client: KafkaAdminClient, topic: str) -> dict[str, int]:
-    """Numbers of a topic's configuration that nobody has set; empty where this user may not see them."""
+    """Numbers of a topic's configuration that were left at their defaults; empty where this user may not see them."""
     resource = ConfigResource(ConfigResourceType.TOPIC, topic)
     try:
         configs = client.describe_configs([resource], config_filter="default")["topic"][topic]
@@ -204,11 +196,28 @@ def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict
 
 def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:
     """Create the topics that are not there. Raises BrokerError."""
-    admin = Admin(kafka)
-    try:
+    with closing(Admin(kafka)) as admin:
         admin.ensure_topics(topics, partitions)
+
+
+@contextmanager
+def reading_alone(kafka: Kafka, doing: str, **options: Any) -> Iterator[Any]:
+    """A :class:`kafka.KafkaConsumer` without a group. ``doing`` names in the error what is done with it.
+
+    Raises:
+        BrokerError: the broker is away, or refuses.
+    """
+    known = client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)
+    bounds = {"bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000), **known, **options, "group_id": None}
+    consumer: Any = None
+    try:
+        consumer = KafkaConsumer(**bounds)
+        yield consumer
+    except (KafkaError, OSError) as error:
+        raise explain(error, connection(kafka), doing) from error
     finally:
-        admin.close()
+        if consumer is not None:
+            consumer.close(timeout_ms=2000)
 
 
 @dataclass(frozen=True, slots=True)

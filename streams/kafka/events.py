@@ -68,7 +68,7 @@ def event_id_of(record: Any, source: str) -> str | None:
 
 
 def transactional_id(kafka: Kafka) -> str:
-    """What fences publishers of the same events, and no others."""
+    """The transactional id that publishers of the same events share, and no others."""
     return f"ratchet-events:{kafka.events_topic}:{kafka.events_source}"
 
 
@@ -93,7 +93,7 @@ class EventPublisher:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a topic for events."""
+        """True if there is a topic for events."""
         return bool(self.kafka.events_topic)
 
     def run(self, stopping: threading.Event) -> None:
@@ -101,9 +101,14 @@ class EventPublisher:
         last_error = ""
         try:
             while self.enabled and not stopping.is_set():
-                error = self._try()
-                if error and error != last_error:
-                    log.warning("events are not published: %s", error)
+                error = ""
+                try:
+                    self.publish_pending()
+                except (RatchetError, SQLAlchemyError) as failure:
+                    noted(failure)
+                    error = str(failure)
+                    if error != last_error:
+                        log.warning("events are not published: %s", error)
                 last_error = error
                 stopping.wait(RETRY_SECONDS if error else POLL_SECONDS)
         finally:
@@ -148,15 +153,6 @@ class EventPublisher:
         """Say how many wait, before they are sent too: a broker that is away lets no more be said."""
         if self.enabled:
             metrics.events.waiting(self.ledger.count_waiting_events())
-
-    def _try(self) -> str:
-        """Publish what waits; the text of the error that hindered it."""
-        try:
-            self.publish_pending()
-        except (RatchetError, SQLAlchemyError) as error:
-            noted(error)
-            return str(error)
-        return ""
 
     def _publish(self, rows: Sequence[EventRow]) -> int:
         if not self._topic_made:

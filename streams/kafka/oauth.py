@@ -10,7 +10,6 @@ its end.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -29,11 +28,11 @@ from core.settings.streams import Kafka
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS: Final = 5.0
 """kafka-python does no heartbeats while it waits for a token; a session lasts 45 s."""
-MAX_RESPONSE_BYTES: Final = 256 * 1024
+_JSON: Final = {"accept": "application/json"}
 MAX_TOKEN_CHARS: Final = 64 * 1024
 REFRESH_AT: Final = 0.8
 DEFAULT_LIFE_SECONDS: Final = 300.0
-"""Where the endpoint does not say how long a token lasts."""
+"""The life of a token for which the endpoint names none."""
 
 
 class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
@@ -106,12 +105,19 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         form = {"grant_type": "client_credentials", **({"scope": self.oauth.scope} if self.oauth.scope else {})}
         auth = httpx.BasicAuth(quote_plus(self.oauth.client_id), quote_plus(secret.get_secret_value()))
         try:
-            status, body = self._post(form, auth)
+            response = httpx.post(
+                self.oauth.token_url, data=form, auth=auth, headers=_JSON, timeout=self._timeout_seconds
+            )
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise KafkaConnectionError(
                 f"kafka.oauth.token_url {self.oauth.token_url} does not answer ({type(error).__name__})"
             ) from None
-        answer = _object(body)
+        status = response.status_code
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
+        answer = answer if isinstance(answer, dict) else {}
         if 400 <= status < 500 and status != 429:
             code = str(answer.get("error", ""))[:80]
             raise SaslAuthenticationFailedError(
@@ -125,28 +131,6 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
             return _checked(answer.get("access_token")), life if 0 < life < 1e9 else DEFAULT_LIFE_SECONDS
         except (ValueError, TypeError, OverflowError) as error:
             raise KafkaConnectionError(f"kafka.oauth.token_url {self.oauth.token_url} {error}") from None
-
-    def _post(self, form: dict[str, str], auth: httpx.BasicAuth) -> tuple[int, bytes]:
-        headers = {"accept": "application/json", "accept-encoding": "identity"}
-        deadline = time.monotonic() + self._timeout_seconds
-        body = bytearray()
-        with (
-            httpx.Client(timeout=self._timeout_seconds) as client,
-            client.stream("POST", self.oauth.token_url, data=form, auth=auth, headers=headers) as response,
-        ):
-            for chunk in response.iter_raw():
-                body += chunk
-                if len(body) > MAX_RESPONSE_BYTES or time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the answer is too long")
-            return response.status_code, bytes(body)
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return answer if isinstance(answer, dict) else {}
 
 
 def _checked(token: object) -> str:

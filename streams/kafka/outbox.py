@@ -15,10 +15,6 @@ whatever an earlier sender with this id still sends, also when that process was 
 on later. Two faults of the embedded broker (Tansu 0.6.0) matter here: records of an aborted transaction are visible to
 all consumers, and a commit with an outdated epoch is answered by closing the connection, which kafka-python retries for
 ever; so the commit has a time limit.
-
-A broker without transactions (older than 0.11, or an imitation of Kafka) gets an idempotent producer instead. Then
-only the check of ``still_owner`` just before sending keeps an older process out: one that is stopped between the check
-and the sending can send twice.
 """
 
 from __future__ import annotations
@@ -33,17 +29,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer, TopicPartition
 from kafka.errors import (
     InvalidProducerEpochError,
-    KafkaConfigurationError,
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
     ProducerFencedError,
     RecordListTooLargeError,
     TransactionalIdAuthorizationFailedError,
-    UnsupportedVersionError,
 )
 
 from core.errors import BrokerError, Fenced, RecordTooLarge
@@ -51,7 +45,7 @@ from core.settings.streams import Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import BATCH_BYTES, Delivery
-from streams.kafka.clients import connection
+from streams.kafka.clients import connection, reading_alone
 
 log = logging.getLogger(__name__)
 SEND_SECONDS = 20.0
@@ -60,7 +54,7 @@ TRANSACTION_SECONDS = 30.0
 READ_BACK_SECONDS = 120.0
 QUIET_POLLS = 2  # the embedded broker's end offsets can be too low, so the end is where nothing more comes
 POLL_MS = 500
-#: Records are searched by the time at which they were sent, by the clock of whoever sent them.
+#: Records are searched by the time at which they were sent, by the clock of their sender.
 CLOCK_SKEW_SECONDS = 3600
 
 Result = TypeVar("Result")
@@ -68,8 +62,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class OutboxEntry:
-    """What is to be in the topic once. ``id`` is made from the fact, never at random; it was not sent before ``time``
-    (UTC)."""
+    """A record that is to be in the topic once.
+
+    ``id`` is made from the fact, never at random; it was not sent before ``time`` (UTC).
+    """
 
     id: str
     record: Encoded
@@ -113,7 +109,7 @@ class Outbox:
             self._deliveries.pop(each, None)
 
     def close(self) -> None:
-        """Let the connection go; the next :meth:`publish` begins anew."""
+        """Let the connection go; the next :meth:`publish` begins again."""
         self.sender.close()
         self._deliveries = {}
 
@@ -152,41 +148,31 @@ class FencedSender:
         """``still_owner`` is asked before each sending; False raises Fenced. ``seconds``: time limit of one call."""
         self.kafka = kafka
         self.transactional_id = transactional_id
-        self.transactional = True
-        """Whether the broker fences; False once it turned out to know no transactions."""
         self._still_owner = still_owner
         self._seconds = seconds
         self._client: Any = None
 
     @property
     def opened(self) -> bool:
-        """Whether :meth:`send_all` may be called."""
+        """True if :meth:`send_all` may be called."""
         return self._client is not None
 
     def open(self) -> None:
         """Fence every earlier sender with the same transactional id; its open transaction is aborted.
 
         Raises:
-            BrokerError: no broker answers, or it does not allow the transactional id.
+            BrokerError: no broker answers, or it does not allow the transactional id, or has no transactions.
         """
         self.close()
         try:
-            self._client = self._connect(self.transactional)
-            if self.transactional:
-                self._client.init_transactions()
-        except (UnsupportedVersionError, KafkaConfigurationError) as error:
-            self.close()
-            if not self.transactional:
-                raise explain(error, connection(self.kafka), "connecting a producer") from error
-            log.warning("the broker knows no transactions (%s): only the lease keeps a second sender out", error)
-            self.transactional = False
-            self.open()
+            self._client = self._connect()
+            self._client.init_transactions()
         except (KafkaError, OSError) as error:
             self.close()
             raise self._explain_open(error) from error
 
     def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
-        """Send records, all or none (where the broker has transactions); where each one is, in the order given.
+        """Send records, all or none; where each one is, in the order given.
 
         Raises:
             Fenced: another sender with the same id was opened later, or ``still_owner`` says no.
@@ -212,7 +198,7 @@ class FencedSender:
             with suppress(KafkaError):
                 client.close(timeout=1.0)
 
-    def _connect(self, transactional: bool) -> Any:
+    def _connect(self) -> Any:
         bounds: dict[str, Any] = {
             "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
             "delivery_timeout_ms": int(self._seconds * 1000),
@@ -224,17 +210,15 @@ class FencedSender:
             **client_options(connection(self.kafka), KafkaProducer.DEFAULT_CONFIG),
             "acks": "all",
             "enable_idempotence": True,
+            "transactional_id": self.transactional_id,
+            "transaction_timeout_ms": int(TRANSACTION_SECONDS * 1000),
         }
-        if transactional:
-            bounds["transactional_id"] = self.transactional_id
-            bounds["transaction_timeout_ms"] = int(TRANSACTION_SECONDS * 1000)
         return KafkaProducer(**bounds)
 
     def _send(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
         index = 0
         try:
-            if self.transactional:
-                self._client.begin_transaction()
+            self._client.begin_transaction()
             queued = []
             for index in range(len(records)):
                 record = records[index]
@@ -245,8 +229,7 @@ class FencedSender:
             for index in range(len(queued)):
                 metadata = queued[index].get(timeout=1)
                 deliveries.append(Delivery(metadata.topic, metadata.partition, metadata.offset))
-            if self.transactional:
-                _within(self._seconds, self._client.commit_transaction)
+            _within(self._seconds, self._client.commit_transaction)
             return deliveries
         except (KafkaError, OSError) as error:
             raise self._explain_send(error, topic, index) from error
@@ -310,23 +293,9 @@ def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
     Raises:
         BrokerError: the broker cannot be reached, or the end was not reached within :data:`READ_BACK_SECONDS`.
     """
-    options = {
-        "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-        **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG),
-        "enable_auto_commit": False,
-        "auto_offset_reset": "earliest",
-        "isolation_level": "read_committed",
-        "group_id": None,
-    }
-    consumer: Any = None
-    try:
-        consumer = KafkaConsumer(**options)
+    options = {"enable_auto_commit": False, "auto_offset_reset": "earliest", "isolation_level": "read_committed"}
+    with reading_alone(kafka, f"reading topic {topic} back", **options) as consumer:
         yield from _read(consumer, topic, since)
-    except (KafkaError, OSError) as error:
-        raise explain(error, connection(kafka), f"reading topic {topic} back") from error
-    finally:
-        if consumer is not None:
-            consumer.close(timeout_ms=2000)
 
 
 def _read(consumer: Any, topic: str, since: datetime) -> Iterator[Any]:

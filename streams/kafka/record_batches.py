@@ -22,7 +22,6 @@ import snappy
 import zstandard
 from kafka import TopicPartition
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
-from kafka.record.legacy_records import LegacyRecordBatch
 from kafka.record.util import decode_varint
 from lz4.frame import LZ4FrameDecompressor
 
@@ -150,12 +149,12 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
     @property
     def is_control_batch(self) -> bool:
-        """Whether it marks the end of a transaction; not if compaction removed the marker and left it empty."""
+        """True if it marks the end of a transaction; not if compaction removed the marker and left it empty."""
         return bool(super().is_control_batch) and bool(self.records_count)
 
     @property
     def unreadable_control(self) -> bool:
-        """Whether it should mark the end of a transaction, and does not."""
+        """True if it should mark the end of a transaction, and does not."""
         if not self.is_control_batch:
             return False
         start = self._pos
@@ -209,7 +208,7 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
     @property
     def _complete(self) -> bool:
-        """Whether no record was removed by compaction, so that offsets follow each other."""
+        """True if no record was removed by compaction, so that offsets follow each other."""
         return bool(self.records_count == self.last_offset_delta + 1)
 
     def _rest(self, expected: int, error: Exception) -> Iterator[CorruptRecord]:
@@ -225,51 +224,6 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
             self._buffer = decompress(self.compression_type, body, self._limit)
             self._pos = 0
         self._decompressed = True
-
-
-class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
-    """A message (which may hold others) of the formats before Kafka 0.11, magic 0 and 1, whose checksum is right."""
-
-    def __init__(self, view: memoryview, magic: int, partition: TopicPartition, start: int, limit: int) -> None:
-        super().__init__(view, magic)
-        self._source = view
-        self._partition = partition
-        self._from = start
-        self._limit = limit
-
-    def validate_crc(self) -> bool:
-        """Checked before anything else was read."""
-        return True
-
-    def __iter__(self) -> Iterator[Any]:
-        expected = 0
-        try:
-            for record in super().__iter__():
-                if not expected <= record.offset <= self.base_offset or not record.validate_crc():
-                    raise ValueError(f"the message of offset {record.offset} is damaged")
-                yield record
-                expected = record.offset + 1
-        except MemoryError:
-            raise
-        except Exception as error:
-            first = max(expected, self._from)
-            most = most_records(len(self._source), bool(self.compression_type), self._limit)
-            offsets = range(first, min(self.base_offset + 1, first + most))
-            detail = f"the message set up to offset {self.base_offset} cannot be read: {_message_of(error)}"
-            yield from corrupt_records(self._partition, offsets, detail, self._source)
-
-    def _decompress(self, key_offset: int) -> bytearray:
-        _, value = self._read_key_value(key_offset)
-        if value is None:
-            raise ValueError("a compressed message without a value")
-        messages = decompress(self.compression_type, memoryview(value), self._limit)
-        start = 0
-        while start < len(messages):  # kafka-python would follow a negative size backwards, for ever
-            _, size = struct.unpack_from(">qi", messages, start)
-            if size < MIN_LEGACY_BYTES - 12:
-                raise ValueError(f"a message of {size} bytes")
-            start += 12 + size
-        return messages
 
 
 def _message_of(error: Exception) -> str:

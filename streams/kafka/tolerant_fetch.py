@@ -44,10 +44,9 @@ it.)
 
 from __future__ import annotations
 
-import inspect
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +66,6 @@ from streams.kafka.record_batches import (
     Corrupt,
     DamagedBatch,
     TolerantBatch,
-    TolerantLegacyBatch,
     most_records,
 )
 
@@ -109,6 +107,21 @@ def complete_joins(consumer: KafkaConsumer) -> None:
         _reject(f"{type(coordinator).__qualname__}._join_task")
     needed = coordinator.need_rejoin
     coordinator.need_rejoin = lambda: coordinator._join_task is not None or needed()
+
+
+def make_no_topics(consumer: KafkaConsumer) -> None:
+    """Let a consumer ask for a topic that is lost without making it again, with the broker's number of partitions.
+
+    kafka-python 3.0 takes this option of a consumer and does not hand it on.
+    """
+    consumer._client.cluster.config["allow_auto_create_topics"] = False
+
+
+def expect_partitions(consumer: KafkaConsumer, topic: str, count: int) -> None:
+    """Make a consumer that knows fewer partitions of a topic ask for them now, not after up to five minutes."""
+    cluster = consumer._client.cluster
+    if count > len(cluster.partitions_for_topic(topic) or ()):
+        cluster.request_update()
 
 
 class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
@@ -199,34 +212,18 @@ def position(consumer: KafkaConsumer, partition: TopicPartition) -> OffsetAndMet
 
 def check_library() -> None:
     """Raises ConfigError if kafka-python is not built as this module relies on."""
-    expected: list[tuple[Any, str, list[str]]] = [
-        (Fetcher, "_parse_fetched_data", ["self", "completed_fetch"]),
-        (
-            Fetcher.PartitionRecords,
-            "_unpack_records",
-            ["self", "tp", "records", "key_deserializer", "value_deserializer"],
-        ),
-        (Fetcher.PartitionRecords, "drain", ["self"]),
-        (DefaultRecordBatch, "__init__", ["self", "buffer"]),
-        (DefaultRecordBatch, "_maybe_uncompress", ["self"]),
-        (DefaultRecordBatch, "_read_msg", ["self", "decode_varint"]),
-        (LegacyRecordBatch, "__init__", ["self", "buffer", "magic"]),
-        (LegacyRecordBatch, "_decompress", ["self", "key_offset"]),
-        (LegacyRecordBatch, "_read_key_value", ["self", "pos"]),
-        (SubscriptionState, "seek", ["self", "partition", "offset"]),
-    ]
-    for owner, name, parameters in expected:
-        function = getattr(owner, name, None)
-        if function is None or list(inspect.signature(function).parameters) != parameters:
-            _reject(f"{owner.__qualname__}.{name}({', '.join(parameters)})")
-    slots = {"_buffer", "_pos", "_num_records", "_next_record_index", "_decompressed"}
-    for owner, names, needed in (
-        (DefaultRecordBatch, DefaultRecordBatch.__slots__, slots),
-        (ConsumerRecord, ConsumerRecord._fields, {"checksum", "leader_epoch"}),
-        (CompletedFetch, CompletedFetch._fields, {"topic_partition", "fetched_offset", "partition_data"}),
-    ):
-        for missing in needed - set(names):
-            _reject(f"{owner.__qualname__}.{missing}")
+    relied_on: dict[Any, tuple[str, ...]] = {
+        Fetcher: ("_parse_fetched_data",),
+        Fetcher.PartitionRecords: ("_unpack_records", "drain"),
+        DefaultRecordBatch: ("_maybe_uncompress", "_read_msg", "_buffer", "_pos", "_num_records", "_next_record_index"),
+        ConsumerRecord: ("checksum", "leader_epoch"),
+        CompletedFetch: ("topic_partition", "fetched_offset", "partition_data"),
+        SubscriptionState: ("seek",),
+    }
+    for owner, names in relied_on.items():
+        for name in names:
+            if not hasattr(owner, name):
+                _reject(f"{owner.__qualname__}.{name}")
 
 
 def _reject(what: str) -> None:
@@ -263,21 +260,18 @@ class Suspects:
     """Damage that the last fetch of each partition showed, to be told from damage on the way by the next one."""
 
     def __init__(self) -> None:
-        self._seen: dict[TopicPartition, tuple[int, int, set[int]]] = {}
+        self._seen: dict[TopicPartition, tuple[int, int, int]] = {}
+        """Position, fetches of it in a row, and the digest of what the last one brought."""
 
     def confirmed(self, partition: TopicPartition, position: int, view: memoryview) -> bool:
-        """Whether the fetch before this one brought the same bytes, or several fetches other damaged ones."""
-        last_position, fetches, digests = self._seen.get(partition, (-1, 0, set()))
-        return zlib.crc32(view) in digests or (last_position == position and fetches >= MAX_FETCHES - 1)
+        """True if the fetch before this one brought the same bytes, or several fetches other damaged ones."""
+        last_position, fetches, digest = self._seen.get(partition, (-1, 0, 0))
+        return last_position == position and (zlib.crc32(view) == digest or fetches >= MAX_FETCHES - 1)
 
-    def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
-        """Remember the damaged batches of a fetch that is read no further than ``position``."""
-        last_position, fetches, _ = self._seen.get(partition, (-1, 0, set()))
-        self._seen[partition] = (
-            position,
-            fetches + 1 if last_position == position else 1,
-            {zlib.crc32(each) for each in views},
-        )
+    def put(self, partition: TopicPartition, position: int, view: memoryview) -> None:
+        """Remember the damaged batch at which the reading of a fetch has stopped."""
+        last_position, fetches, _ = self._seen.get(partition, (-1, 0, 0))
+        self._seen[partition] = (position, fetches + 1 if last_position == position else 1, zlib.crc32(view))
 
 
 class FetchedBatches:
@@ -344,8 +338,12 @@ class FetchedBatches:
             if last >= self.end or (follows is not None and follows[0] <= last):
                 raise Unreliable(f"its offsets {base} to {last} do not fit the log, which ends at {self.end}")
         magic = view[MAGIC_AT]
-        if magic < 2:
-            return TolerantLegacyBatch(view, magic, self.partition, self.position, self.limit), last
+        if magic < 2:  # before Kafka 0.11: only in topics from then
+            try:
+                list(LegacyRecordBatch(view, magic))
+            except Exception as error:
+                raise Unreliable(f"its messages cannot be read: {error}") from error
+            return LegacyRecordBatch(view, magic), last
         batch = TolerantBatch(view, self.partition, self.position, self.limit)
         if batch.unreadable_control:
             raise UnreadableMarker("it should end a transaction, and has no record that says which way")
@@ -365,14 +363,14 @@ class FetchedBatches:
             return None
 
     def _damaged(self, view: memoryview, problem: Unreliable) -> DamagedBatch | None:
-        """What comes out for bytes that cannot be trusted: None at first, then a batch of corrupt records."""
+        """The batch for bytes that cannot be trusted: None at first, then a batch of corrupt records."""
         detail = f"a batch of {len(view)} bytes at offset {self.position} cannot be read: {problem}"
         if self.end <= self.position:
             raise CorruptRecordError(f"{detail}, and the log of {self.partition} ends at {self.end}")
         written = isinstance(problem, UnreadableMarker)
         if not written and not self.suspects.confirmed(self.partition, self.position, view):
             self._stopped = True
-            self.suspects.put(self.partition, self.position, [view, *self._damage_behind(len(view))])
+            self.suspects.put(self.partition, self.position, view)
             return None
         offsets = self._damaged_offsets(view)
         # Behind a lost marker, which of a producer's records were taken back is known to a new fetch only.
@@ -384,19 +382,9 @@ class FetchedBatches:
         return DamagedBatch(self.partition, offsets, detail, view)
 
     def _base_at(self, start: int) -> int | None:
-        """What the batch at ``start`` names as its first offset, if it is all there."""
+        """The first offset that the batch at ``start`` names, if it is all there."""
         view = self._frame(start)
         return None if view is None else int(struct.unpack_from(">q", view)[0])
-
-    def _damage_behind(self, size: int) -> Iterator[memoryview]:
-        """Damaged batches behind one of so many bytes, so that one more fetch is enough for all of them."""
-        start = self._at + size
-        while (view := self._frame(start)) is not None:
-            try:
-                checked(view)
-            except Unreliable:
-                yield view
-            start += len(view)
 
     def _damaged_offsets(self, view: memoryview) -> range:
         follows = self._following(len(view))

@@ -1,30 +1,51 @@
-"""``ratchet publish``: a data set to the topic, row by row, in memory that does not depend on its size."""
+"""``ratchet publish``: a data set to the topic, row by row, in memory that does not depend on its size.
+
+Rows are numbered from 1 in the order of reading. All up to some number are done (acknowledged, or refused), and that
+number is in a small file from which a later run goes on; at most :data:`MAX_ROWS` behind it are in flight. The file is
+written whenever :data:`SAVE_ROWS` more are done, so after a kill at most these, and what was in flight, are sent again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from core.errors import BrokerError, ConfigError, RatchetError, RecordError
+from core.errors import BrokerError, ConfigError, RatchetError, RecordError, StoreUnavailable
+from core.files import replace_file
 from core.progress import meter, say
 from core.settings import Settings
 from ratchet_client.encoding import Encoding
 from ratchet_client.producer import Delivery, check_sample
 from ratchet_client.records import Sample, make_sample
-from streams.kafka.clients import connect_producer, producer_limits
+from streams.kafka.clients import Admin, connect_producer, producer_limits
 from streams.publish.datasets import choose, read_dataset
 from streams.publish.folders import DatasetRow, FolderItem
-from streams.publish.publish_progress import InFlight, ProgressFile
+from streams.store.rows import newest_of_topic
+from streams.store.sample_store import SampleStore
+
+MAX_ROWS: Final = 256
+"""Rows in flight. With `SAVE_ROWS` no more than the sender itself lets wait for acknowledgements (512)."""
+MAX_BYTES: Final = 32 * 2**20
+"""Bytes of the images in flight; one larger image alone is let through."""
+SAVE_ROWS: Final = 256
+PAUSE_SECONDS: Final = 0.5
+MAX_EXAMPLES: Final = 5
+MAX_SHOWN_CHARS: Final = 300
+DELIVERED: Final = 0
+"""Every row was acknowledged (or, in a dry run, would have been sent)."""
+SOME_REFUSED: Final = 3
+ALL_REFUSED: Final = 4
 
 
 def publish(
@@ -62,17 +83,15 @@ def publish(
         BrokerError: the broker cannot be reached, or a row was not delivered.
         ConfigError: the file of progress, or of rejects, cannot be used; or the data set changed since.
     """
-    chosen = choose(path, format)
-    report = PublishReport(settings.kafka.topic, chosen.name, dry_run)
+    chosen, kafka = choose(path, format), settings.kafka
+    report = PublishReport(kafka.topic, chosen.name, dry_run)
     rows = read_dataset(path, chosen.name, split, settings.ingest.max_image_bytes)
-    kafka = settings.kafka
     progress = ProgressFile(
         settings.home, str(Path(path).resolve()), chosen.name, kafka.topic, split or "", kafka.bootstrap
     )
     if resume:
         report.before = _skip(rows, progress)
-    with ExitStack() as stack:
-        refused = stack.enter_context(open_rejects(rejects, append=resume))
+    with _open_rejects(rejects, append=resume) as refused:
         run = _Run(settings, report, refused, source, skip_bad or dry_run)
         if dry_run:
             run.check(islice(rows, limit))
@@ -104,7 +123,7 @@ class _Run:
     """One run over the rows."""
 
     def __init__(
-        self, settings: Settings, report: PublishReport, rejects: RejectsFile, source: str | None, skip_bad: bool
+        self, settings: Settings, report: PublishReport, rejects: TextIO | None, source: str | None, skip_bad: bool
     ) -> None:
         self._settings = settings
         self._report = report
@@ -115,75 +134,79 @@ class _Run:
 
     def check(self, rows: Iterator[DatasetRow]) -> None:
         """Do everything but send."""
-        started = time.monotonic()
+        report, started = self._report, time.monotonic()
         with meter("checking") as show:
-            for number, row in enumerate(rows, start=self._report.before + 1):
+            for number, row in enumerate(rows, start=report.before + 1):
                 sample = self._sample(number, row)
                 if sample is not None and isinstance(row.content, FolderItem):
                     self._count(len(sample.image))
-                    self._report.show(row, row.content)
-                show(partial(self._report.progress, started))
-        self._report.seconds = time.monotonic() - started
+                    if len(report.samples) < MAX_EXAMPLES:
+                        item = row.content
+                        words = item.text or f"{item.question} -> {item.answer}"
+                        label = f" [{item.label}]" if item.label else ""
+                        report.samples.append(f"{row.place}: {words[:MAX_SHOWN_CHARS]}{label}")
+                show(partial(report.progress, started))
+        report.seconds = time.monotonic() - started
 
     def send(self, rows: Iterator[DatasetRow], progress: ProgressFile, encoding: Encoding, resume: bool) -> None:
         """Send the rows; what is acknowledged is in the file of progress, however this ends."""
-        started = time.monotonic()
-        first = self._report.before + 1
-        in_flight = InFlight(self._report.before)
-        settings = self._settings
+        report, settings, started = self._report, self._settings, time.monotonic()
+        in_flight = InFlight(report.before)
         producer = connect_producer(settings.kafka, settings.ingest, encoding=encoding, on_delivery=lambda _: None)
         try:
             if not resume:
                 progress.reset()
             with meter(f"publishing to {settings.kafka.topic}") as show:
-                for number, row in enumerate(rows, start=first):
+                for number, row in enumerate(rows, start=report.before + 1):
                     sample = self._sample(number, row)
                     progress.note(number, row.place)
                     if sample is None:
                         in_flight.pass_over(number)
                     else:
-                        in_flight.add(number, len(sample.image))
-                        future = producer.send_checked(sample)
                         size = len(sample.image)
+                        in_flight.add(number, size)
+                        future = producer.send_checked(sample)
                         future.add_done_callback(partial(self._delivered, in_flight, number, row.place, size))
                     progress.save(in_flight.done)
-                    show(partial(self._report.progress, started))
+                    show(partial(report.progress, started))
             producer.flush()
             in_flight.wait_empty(producer.delivery_seconds)
         except (RatchetError, KeyboardInterrupt):
             with suppress(BrokerError):  # the error that ends it is told, not what follows from it
                 producer.flush()
                 in_flight.wait_empty(1.0)
-            say(f"ended early: {self._report.progress(started)}; --resume goes on behind them")
+            say(f"ended early: {report.progress(started)}; --resume goes on behind them")
             raise
         finally:
             producer.close()
             progress.save(in_flight.done, every=1)
-            self._report.seconds = time.monotonic() - started
+            report.seconds = time.monotonic() - started
 
     def _sample(self, number: int, row: DatasetRow) -> Sample | None:
         """The sample of a row; None where it is refused and such rows are skipped. Raises RecordError otherwise."""
-        if isinstance(row.content, RecordError):
-            self._refuse(number, row, row.content)
-            return None
         try:
+            if isinstance(row.content, RecordError):
+                raise row.content
             return _checked(row.content, row.place, self._settings, self._source)
         except RecordError as error:
-            self._refuse(number, row, error)
+            if self._rejects is not None:
+                told = {"reason": error.reason, "message": error.message, "fix": error.fix}
+                # Names and texts may hold bytes that were no UTF-8; JSON escapes them.
+                self._rejects.write(json.dumps({"row": number, "place": row.place, **told}) + "\n")
+            if not self._skip_bad:
+                fix = f"{error.fix} Or leave out rows like this: --skip-bad."
+                raise RecordError(error.reason, error.message, fix) from error
+            self._report.refused[error.reason] += 1
+            if len(self._report.examples) < MAX_EXAMPLES:
+                self._report.examples.append(str(error))
             return None
-
-    def _refuse(self, number: int, row: DatasetRow, error: RecordError) -> None:
-        self._rejects.write(number, row.place, error)
-        if not self._skip_bad:
-            fix = f"{error.fix} Or leave out rows like this: --skip-bad."
-            raise RecordError(error.reason, error.message, fix) from error
-        self._report.refuse(error)
 
     def _delivered(self, in_flight: InFlight, number: int, place: str, size: int, future: Future[Delivery]) -> None:
         error = future.exception()
         if error is not None:
-            named = BrokerError(f"{place}: {error.message}", error.fix) if isinstance(error, BrokerError) else error
-            in_flight.failed(named)
+            in_flight.failed(
+                BrokerError(f"{place}: {error.message}", error.fix) if isinstance(error, BrokerError) else error
+            )
             return
         self._count(size, future.result())
         in_flight.acknowledged(number)
@@ -211,19 +234,9 @@ def _checked(item: FolderItem, place: str, settings: Settings, source: str | Non
         check_sample(sample, producer_limits(settings.ingest))
     except RecordError as error:
         about, _, _ = error.reason.partition("_")
-        field = f", field '{about}'" if about in ("image", "text") else ""
-        raise RecordError(error.reason, f"{place}{field}: {error.message}", error.fix) from error
+        named = f", field '{about}'" if about in ("image", "text") else ""
+        raise RecordError(error.reason, f"{place}{named}: {error.message}", error.fix) from error
     return sample
-
-
-DELIVERED: Final = 0
-"""Every row was acknowledged (or, in a dry run, would have been sent)."""
-FAILED: Final = 1
-"""Nothing more could be done: an error of the broker, of the settings, or of a row while bad rows were not skipped."""
-SOME_REFUSED: Final = 3
-ALL_REFUSED: Final = 4
-MAX_EXAMPLES: Final = 5
-MAX_SHOWN_CHARS: Final = 300
 
 
 @dataclass
@@ -258,35 +271,20 @@ class PublishReport:
             return DELIVERED
         return SOME_REFUSED if self.delivered or self.before else ALL_REFUSED
 
-    def refuse(self, error: RecordError) -> None:
-        """Count a row that is no valid sample."""
-        self.refused[error.reason] += 1
-        if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(str(error))
-
-    def show(self, row: DatasetRow, item: FolderItem) -> None:
-        """Keep a valid row as an example."""
-        if len(self.samples) < MAX_EXAMPLES:
-            words = item.text or f"{item.question} -> {item.answer}"
-            label = f" [{item.label}]" if item.label else ""
-            self.samples.append(f"{row.place}: {words[:MAX_SHOWN_CHARS]}{label}")
-
     def progress(self, since: float) -> str:
-        """How far it is, for people; ``since`` is a time of the monotonic clock."""
-        seconds = max(time.monotonic() - since, 1e-6)
-        megabytes = self.size / 1e6
+        """The progress so far, for people; ``since`` is a time of the monotonic clock."""
         refused = f", {self.refused.total()} refused" if self.refused else ""
-        return (
-            f"{self.delivered} rows, {megabytes:.1f} MB, {self.delivered / seconds:.0f} rows/s,"
-            f" {megabytes / seconds:.1f} MB/s{refused}"
-        )
+        return f"{self.delivered} rows, {self.size / 1e6:.1f} MB, {self._speed(time.monotonic() - since)}{refused}"
+
+    def _speed(self, seconds: float) -> str:
+        seconds = max(seconds, 1e-6)
+        return f"{self.delivered / seconds:.0f} rows/s, {self.size / 1e6 / seconds:.1f} MB/s"
 
     def __rich__(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
-        rate = self.delivered / self.seconds if self.seconds else 0.0
-        speed = f"{rate:.0f} rows/s, {self.size / 1e6 / self.seconds if self.seconds else 0.0:.1f} MB/s"
+        speed = self._speed(self.seconds)
         amount = f"{self.delivered} samples ({self.size / 1e6:.1f} MB)"
         spread = ", ".join(f"{number}: {count}" for number, count in sorted(self.partitions.items()))
         if self.dry_run:
@@ -303,36 +301,166 @@ class PublishReport:
         return "\n".join(lines)
 
 
-class RejectsFile:
-    """Rows that were refused, a JSON object a line: ``row``, ``place``, ``reason``, ``message``, ``fix``."""
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-
-    def write(self, number: int, place: str, error: RecordError) -> None:
-        """Add a row; ``number`` counts from 1."""
-        if self._stream is not None:
-            entry = {
-                "row": number,
-                "place": place,
-                "reason": error.reason,
-                "message": error.message,
-                "fix": error.fix,
-            }
-            # Names and texts may hold bytes that were no UTF-8; JSON escapes them.
-            self._stream.write(json.dumps(entry) + "\n")
-
-
-@contextmanager
-def open_rejects(path: Path | None, append: bool) -> Iterator[RejectsFile]:
-    """The file that refused rows are written to, if there is one. Raises ConfigError when it cannot be written."""
+def _open_rejects(path: Path | None, append: bool) -> Any:
+    """A context with the file that refused rows are written to, or None. Raises ConfigError when it cannot be
+    written."""
     if path is None:
-        yield RejectsFile(None)
-        return
+        return nullcontext()
     try:
-        stream = path.open("a" if append else "w", encoding="utf-8", buffering=1)
+        return path.open("a" if append else "w", encoding="utf-8", buffering=1)
     except OSError as error:
         problem = f"{path} cannot be written: {error.strerror or error}."
         raise ConfigError(problem, "Name another file with --rejects.") from error
-    with stream:
-        yield RejectsFile(stream)
+
+
+class InFlight:
+    """Rows that were sent and are not acknowledged, bounded by count and bytes. Thread safe."""
+
+    def __init__(self, done: int = 0) -> None:
+        """``done`` rows were dealt with before."""
+        self._change = threading.Condition()
+        self._sizes: dict[int, int] = {}
+        self._bytes = 0
+        self._failed: BaseException | None = None
+        self._last = done
+
+    def add(self, number: int, size: int) -> None:
+        """Take a row in, in the order of numbers; waits for room. Raises what a delivery failed with."""
+        with self._change:
+            self._change.wait_for(lambda: self._has_room(size) or self._failed is not None)
+            if self._failed is not None:
+                raise self._failed
+            self._sizes[number] = size
+            self._bytes += size
+            self._last = number
+
+    def pass_over(self, number: int) -> None:
+        """A row that is not sent."""
+        with self._change:
+            self._last = number
+
+    def acknowledged(self, number: int) -> None:
+        """The broker has a row."""
+        with self._change:
+            self._bytes -= self._sizes.pop(number)
+            self._change.notify()
+
+    def failed(self, error: BaseException) -> None:
+        """A row was not delivered. It stays in the window, so that neither it nor what follows counts as done."""
+        with self._change:
+            self._failed = self._failed or error
+            self._change.notify()
+
+    def wait_empty(self, seconds: float) -> None:
+        """Wait until every row is acknowledged. Raises what a delivery failed with; BrokerError after ``seconds``."""
+        with self._change:
+            in_time = self._change.wait_for(lambda: not self._sizes or self._failed is not None, seconds)
+            if self._failed is not None:
+                raise self._failed
+            if not in_time:
+                raise BrokerError(f"{len(self._sizes)} rows were not acknowledged.", "Publish again with --resume.")
+
+    @property
+    def done(self) -> int:
+        """All rows up to this number are acknowledged or refused."""
+        with self._change:
+            return next(iter(self._sizes), self._last + 1) - 1  # in the order of numbers
+
+    def _has_room(self, size: int) -> bool:
+        return not self._sizes or (len(self._sizes) < MAX_ROWS and self._bytes + size <= MAX_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The content of the file."""
+
+    path: str
+    format: str
+    topic: str
+    split: str
+    done: int = 0
+    """Rows that need not be sent again."""
+    place: str = ""
+    """File and row of the last of these; another one there means that the data set has changed."""
+
+
+class ProgressFile:
+    """The file of one data set, format, split, topic and broker, written atomically. Not thread safe."""
+
+    def __init__(self, home: Path, path: str, format: str, topic: str, split: str, bootstrap: str) -> None:
+        self._empty = Progress(path, format, topic, split)
+        key = json.dumps([path, format, topic, split, bootstrap])
+        self.file = home / "publish" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        self._places: dict[int, str] = {}
+        self._saved = 0
+
+    def load(self) -> Progress:
+        """The progress of an earlier run; nothing done where there is none. Raises ConfigError for a damaged file."""
+        try:
+            progress = Progress(**json.loads(self.file.read_bytes()))
+            if not isinstance(progress.done, int) or progress.done < 0:
+                raise ValueError("done is no count")
+        except FileNotFoundError:
+            return self._empty
+        except (OSError, ValueError, TypeError) as error:
+            problem = f"{self.file} cannot be read ({error})."
+            raise ConfigError(problem, "Delete it, and publish from the first row.") from error
+        self._saved = progress.done
+        return progress
+
+    def note(self, number: int, place: str) -> None:
+        """Remember where a row is from until it is done."""
+        self._places[number] = place
+
+    def save(self, done: int, every: int = SAVE_ROWS) -> None:
+        """Write how far it is, if that is ``every`` rows further than the file says."""
+        if done - self._saved < every or done not in self._places:
+            return
+        content = {**asdict(self._empty), "done": done, "place": self._places[done]}
+        self._change(lambda: replace_file(self.file, json.dumps(content).encode()))
+        self._saved = done
+        self._places = {number: place for number, place in self._places.items() if number >= done}
+
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        self._saved = 0
+        self._change(lambda: self.file.unlink(missing_ok=True))
+
+    def _change(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            problem = f"{self.file} cannot be written: {error.strerror or error}."
+            raise ConfigError(problem, "Make room, or set `home` to a folder that can be written.") from error
+
+
+def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: float) -> None:
+    """Return when ingest has stored, or refused, everything up to these offsets.
+
+    Args:
+        last: by partition of ``kafka.topic``.
+
+    Raises:
+        StoreUnavailable: it has not within so many seconds.
+        BrokerError, StoreError: the topic or the store cannot be read.
+    """
+    topic = settings.kafka.topic
+    with closing(Admin(settings.kafka)) as admin:
+        topic_id = admin.topic_id(topic)
+    store, deadline = SampleStore(settings.lake), time.monotonic() + seconds
+    with meter("waiting for ingest") as show:
+        while behind := _behind(store, topic, topic_id, last):
+            if time.monotonic() >= deadline:
+                raise StoreUnavailable(
+                    f"ingest has not stored everything after {seconds:g} s: {behind:,} records are left.",
+                    "All was delivered, and waits in the topic. Is `ratchet ingest` running?",
+                )
+            show(partial("{:,} records are left".format, behind))
+            time.sleep(PAUSE_SECONDS)
+
+
+def _behind(store: SampleStore, topic: str, topic_id: str | None, last: Mapping[int, int]) -> int:
+    """Records up to the offsets that were not read yet, counted from the beginning where nothing was."""
+    newest = newest_of_topic(store.positions().values(), topic)
+    read = {number: each.next for number, each in newest.items() if each.topic_id == topic_id}
+    return sum(max(0, offset + 1 - read.get(number, 0)) for number, offset in last.items())

@@ -93,7 +93,7 @@ def decode(
 def glimpse(
     value: bytes | None, headers: Iterable[tuple[str, bytes | None]] = (), *, max_image_bytes: int = MAX_BYTES
 ) -> tuple[bytes | None, dict[str, str]]:
-    """What can be made out of a record that may be no valid one: its image, if it carries one, and its texts.
+    """The image, if there is one, and the texts of a record that may be invalid.
 
     Never raises; for showing refused records to people. The image may be broken, or none at all.
     """
@@ -211,8 +211,7 @@ def _parse(value: bytes) -> dict[str, Any]:
 def _make(fields: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> Sample:
     check_schema(fields.pop("schema", SCHEMA))
     digest = fields.pop("image_digest", None)
-    if digest is not None:
-        parse_digest(digest)  # before anything is fetched
+    algorithm, stated = _parse_digest(digest) if digest is not None else ("", "")  # before anything is fetched
     uri = fields.pop("image_uri", None)
     if uri is not None and fields.get("image"):
         raise RecordError("schema", "the record has both `image` and `image_uri`.", "Keep one of them.")
@@ -224,8 +223,14 @@ def _make(fields: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> 
         fields["image"] = fetch(uri)
     elif fields.get("image") and not isinstance(fields["image"], bytes):
         fields["image"] = _from_base64(fields["image"], max_image_bytes)
-    if digest is not None and fields.get("image"):
-        check_digest(fields["image"], digest)
+    if algorithm and fields.get("image"):
+        actual = hashlib.new(algorithm, fields["image"]).hexdigest()
+        if actual != stated:
+            raise RecordError(
+                "uri_digest",
+                f"the image has the {algorithm} {actual[:12]}..., the record states {algorithm}:{stated[:12]}....",
+                "State the digest of the encoded image as it is sent or stored, or send the record again.",
+            )
     return make_sample(fields)
 
 
@@ -296,7 +301,7 @@ def _open_structured(event: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 _DIGEST_FORMS: Final = {"sha256": re.compile("[0-9a-f]{64}"), "sha512": re.compile("[0-9a-f]{128}")}
 
 
-def parse_digest(text: object) -> tuple[str, str]:
+def _parse_digest(text: object) -> tuple[str, str]:
     """Algorithm and lower-case hex digits of a digest.
 
     Raises:
@@ -311,19 +316,3 @@ def parse_digest(text: object) -> tuple[str, str]:
             "Give sha256:<64 hex digits> or sha512:<128 hex digits> of the encoded image.",
         )
     return algorithm, digits
-
-
-def check_digest(image: bytes, text: str) -> None:
-    """Compare an image with its stated digest.
-
-    Raises:
-        RecordError: ``uri_digest``, the bytes are others; ``schema``, the digest is none that is known.
-    """
-    algorithm, stated = parse_digest(text)
-    actual = hashlib.new(algorithm, image).hexdigest()
-    if actual != stated:
-        raise RecordError(
-            "uri_digest",
-            f"the image has the digest {algorithm}:{actual[:12]}..., the record states {algorithm}:{stated[:12]}....",
-            "State the digest of the encoded image as it is sent or stored, or send the record again.",
-        )

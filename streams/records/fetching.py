@@ -2,12 +2,12 @@
 
 Every hop, redirects included, goes through the same checks: the address is in the operator's list
 (:mod:`core.addresses`); its name is looked up once; every address that it has is public or in a named network
-(:mod:`streams.records.pinned_transport`); and the connection goes to those very addresses, so that a second look-up
+(:func:`is_allowed`); and the connection goes to those very addresses, so that a second look-up
 cannot lead elsewhere. ``Host``, SNI and the certificate stay with the name. Proxies and credentials from the
 environment play no part.
 
-Bytes are counted while they come, and one deadline holds for all hops. Bodies are taken as they are: a compressed one,
-or one of another length than it declared, is refused.
+Bytes are counted while they come, and one deadline holds for all hops. Bodies are taken as they are: a compressed one
+is refused.
 
 >>> rules = Rules(places=["cdn.example.org"], networks=[], max_bytes=8 << 20, seconds=5.0)
 >>> data = await Fetcher(rules).fetch("https://cdn.example.org/bus.png")
@@ -16,20 +16,22 @@ or one of another length than it declared, is refused.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpcore
 import httpx
 
 from core.addresses import PORTS, AllowRule
 from core.errors import RecordError
-from streams.records.fetch_limits import RETRIED_STATUSES, TransientFetchError, parse_retry_after
-from streams.records.pinned_transport import PinnedBackend, is_allowed, networks_of
 
 log = logging.getLogger(__name__)
 MAX_URL_CHARS = 2048
@@ -38,17 +40,20 @@ MAX_ADDRESSES = 4
 """Addresses of one name that are tried, in the resolver's order."""
 REDIRECTS = (301, 302, 303, 307, 308)
 OPAQUE = ("application/octet-stream", "binary/octet-stream")
-"""What object stores call a file that nobody gave a type."""
+"""The type that object stores give to a file without one."""
 FAILURES = (
     httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError,
 )  # fmt: skip
+
+RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
+"""Answers that another try may change (RFC 9110, RFC 6585, RFC 8470)."""
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What may be fetched."""
+    """Bounds of fetching."""
 
     places: Sequence[str]
     """Entries as in :mod:`core.addresses`; none: nothing is fetched."""
@@ -64,7 +69,7 @@ class Rules:
     """Longest time for a connection, or without a byte; half of ``seconds`` where it is None."""
     rules_setting: str = "serve.image_hosts"
     networks_setting: str = "serve.image_networks"
-    """What these two are called in the settings, for messages."""
+    """Names of these two in the settings, for messages."""
 
 
 class ByteBudget:
@@ -180,23 +185,20 @@ class Fetcher:
             ) as pool,
             pool.stream("GET", target, headers=headers, extensions={"timeout": steps}) as response,
         ):
-            pinned.body_begins()
             head = {name.lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status in REDIRECTS and b"location" in head:
                 return head[b"location"]
-            declared = self._accepted(url, response.status, head)
+            self._check_head(url, response.status, head)
             data = bytearray()
             async for chunk in response.aiter_stream():
                 data += chunk
                 budget.spend(len(chunk))
                 if len(data) > self.rules.max_bytes:
                     raise self._too_large(url)
-            if declared is not None and pinned.arrived != declared:  # too few bytes are a protocol error already
-                raise _unreachable(f"{shown(str(url))} sends more than the {declared} bytes that it declares.")
             return bytes(data)
 
-    def _accepted(self, url: httpx.URL, status: int, head: dict[bytes, str]) -> int | None:
-        """Refuses an answer that is no image by its head. Returns the declared length."""
+    def _check_head(self, url: httpx.URL, status: int, head: dict[bytes, str]) -> None:
+        """Refuses an answer whose head says that it is not an image, or too large."""
         if status in RETRIED_STATUSES:
             retry_after = parse_retry_after(head.get(b"retry-after", ""))
             raise TransientFetchError(f"{shown(str(url))} answers {status}.", retry_after)
@@ -207,14 +209,8 @@ class Fetcher:
             raise RecordError("image_format", f"{shown(str(url))} is {kind[:80]!r}.", "Give the URL of an image.")
         if head.get(b"content-encoding", "identity").strip().lower() != "identity":
             raise _unreachable(f"{shown(str(url))} is sent compressed, which was not asked for.")
-        if b"transfer-encoding" in head and b"content-length" in head:
-            raise _unreachable(f"{shown(str(url))} declares its length in two ways.")
-        if b"content-length" not in head:
-            return None
-        declared = int(head[b"content-length"])
-        if declared > self.rules.max_bytes:
+        if int(head.get(b"content-length", "0")) > self.rules.max_bytes:
             raise self._too_large(url)
-        return declared
 
     async def _addresses(self, url: httpx.URL, port: int) -> list[str]:
         host = url.raw_host.decode("ascii")
@@ -258,6 +254,32 @@ class SystemResolver:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+class TransientFetchError(RecordError):
+    """An image could not be fetched now, and perhaps can be later. ``reason`` is ``uri_unreachable``.
+
+    Args:
+        message: what happened.
+        retry_after: seconds that the server asked to wait.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__("uri_unreachable", message, "Check the address, or send the image itself.")
+        self.retry_after = retry_after
+
+
+def parse_retry_after(text: str, now: datetime | None = None) -> float | None:
+    """Seconds of a ``Retry-After`` header (a number or an HTTP date); None where it is neither."""
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        then = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    aware = then.replace(tzinfo=UTC) if then.tzinfo is None else then
+    return max(0.0, (aware - (now or datetime.now(UTC))).total_seconds())
+
+
 def shown(url: str) -> str:
     """A URL for messages and logs: without its query, which often is a key, and without credentials."""
     bare = url.partition("?")[0].partition("#")[0]
@@ -267,7 +289,7 @@ def shown(url: str) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a failure of the network is one that another try may not meet."""
+    """True if a failure of the network is one that another try may not meet."""
     if isinstance(error, httpcore.RemoteProtocolError):  # httpcore and h11 call a connection that broke by that, too
         return str(error).startswith(("Server disconnected", "peer closed connection"))
     if isinstance(error, socket.gaierror):
@@ -278,3 +300,77 @@ def _may_pass(error: Exception) -> bool:
 
 def _unreachable(message: str) -> RecordError:
     return RecordError("uri_unreachable", message, "Check the address, or send the image itself.")
+
+
+# Public unicast addresses are allowed; loopback, private, link-local (cloud metadata), multicast, reserved and
+# documentation addresses are not, and neither are those that carry an IPv4 address inside (mapped, 6to4, Teredo,
+# NAT64): a gateway would take the connection on to that one. An operator can name networks that are allowed as well.
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
+_TRANSITION = (*_NAT64, ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Network("2002::/16"),
+               ipaddress.IPv6Network("2001::/32"))  # fmt: skip
+_SPECIAL: tuple[Network, ...] = (
+    ipaddress.IPv4Network("192.88.99.0/24"),  # 6to4 relays
+    ipaddress.IPv4Network("168.63.129.16/32"),  # a public address, but Azure's machines reach their host's agent there
+    ipaddress.IPv6Network("3fff::/20"),  # documentation; newer than Python's own list
+)
+
+
+def networks_of(texts: Sequence[str]) -> list[Network]:
+    """Networks as an operator writes them. Raises ValueError."""
+    return [ipaddress.ip_network(text) for text in texts]
+
+
+def is_allowed(address: str, networks: Sequence[Network] = ()) -> bool:
+    """True if ``address`` is public, or in one of ``networks``.
+
+    An IPv4 address inside of an IPv6 one has to be allowed too: naming NAT64's prefix opens no private address.
+    """
+    parsed = ipaddress.ip_address(address)
+    return all(_is_public(each) or any(each in network for network in networks) for each in _with_embedded(parsed))
+
+
+def _with_embedded(address: Address) -> Iterator[Address]:
+    yield address
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = (address.ipv4_mapped, address.sixtofour, *(address.teredo or ()))
+        yield from (each for each in inner if each is not None)
+        if any(address in network for network in _NAT64):
+            yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+
+
+def _is_public(address: Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address) and (
+        address not in _UNICAST or address.scope_id or any(address in network for network in _TRANSITION)
+    ):
+        return False
+    special = address.is_multicast or address.is_reserved or any(address in network for network in _SPECIAL)
+    return address.is_global and not special
+
+
+class PinnedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to the first of ``addresses`` that answers, whatever the host is called. For one connection."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self.addresses = addresses
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """A connection to one of the addresses. Raises httpcore's ConnectError or ConnectTimeout for the last one."""
+        *others, last = self.addresses
+        for address in others:
+            try:
+                return await self._network.connect_tcp(address, port, timeout)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return await self._network.connect_tcp(last, port, timeout)

@@ -15,39 +15,47 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import random
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import fsspec
+from anyio import CancelScope
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from core.addresses import ObjectRule, is_object
 from core.errors import RecordError
 from core.settings.streams import Ingest
-from streams.records.codecs import check_digest, parse_digest
-from streams.records.fetch_limits import FetchLimits, TransientFetchError, pause_before
-
-if TYPE_CHECKING:
-    from streams.records.fetching import Fetcher
+from streams.records.fetching import Fetcher, Rules, TransientFetchError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+PROBE_SECONDS = 5.0
+MAX_HOSTS = 1024
+"""Hosts that are remembered. Where more are named, those with nothing in flight are forgotten."""
+RETRIES = 3
+"""Further tries after a failure that may pass; ``uri_seconds`` ends them as well."""
+FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 8.0
 
 
 class UriFetcher:
     """Fetches images by URI for many threads, on one event loop of its own. Thread safe.
 
     At most ``uri_concurrency`` images are in flight; what may pass (timeouts, broken connections, 408, 425, 429, 5xx)
-    is tried ``uri_retries`` times more, with growing pauses or those that the server asks for. ``uri_seconds`` bounds
+    is tried :data:`RETRIES` times more, with growing pauses or those that the server asks for. ``uri_seconds`` bounds
     one image from the beginning of its first try. Hosts that fail do not hold up others
-    (:mod:`streams.records.fetch_limits`). Memory: at most ``uri_concurrency`` times ``max_image_bytes``.
+    (:class:`FetchLimits`). Memory: at most ``uri_concurrency`` times ``max_image_bytes``.
 
     >>> fetcher = UriFetcher(settings.ingest)
-    >>> image = fetcher.fetch("https://cdn.example.org/images/bus.png", "sha256:2cf24dba...")
+    >>> image = fetcher.fetch("https://cdn.example.org/images/bus.png")
     >>> fetcher.close()
     """
 
@@ -60,29 +68,23 @@ class UriFetcher:
         self._seats = FetchLimits(limits.uri_concurrency, limits.uri_seconds)
         self._reader = _ObjectReader(limits.max_image_bytes, self._stall_seconds, limits.uri_concurrency)
         self._fetcher = self._http_fetcher() if self._hosts else None
-        self._loop = _LoopThread("uris", self._reader.close)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._running = ExitStack()
+        self._portal: BlockingPortal | None = None
+        """To the event loop, whose thread starts with the first fetch."""
 
-    def fetch(self, uri: str, digest: str | None = None) -> bytes:
-        """The bytes behind ``uri``. Waits for them.
-
-        Args:
-            uri: file, http, https, s3 or gs.
-            digest: what the bytes must have, ``sha256:<hex>``.
+    def fetch(self, uri: str) -> bytes:
+        """The bytes behind ``uri`` (file, http, https, s3 or gs). Waits for them.
 
         Raises:
-            RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``uri_digest``, ``image_too_large``,
-                ``image_format``, or ``schema`` for a malformed digest.
+            RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``image_too_large`` or ``image_format``.
             asyncio.CancelledError: the fetcher was closed meanwhile. No ``Exception``: the record is not to blame.
         """
-        if digest is not None:
-            parse_digest(digest)
         try:
-            image = self.submit(uri).result()
+            return self.submit(uri).result()
         except CancelledError:
             raise asyncio.CancelledError("the fetcher was closed") from None
-        if digest is not None:
-            check_digest(image, digest)
-        return image
 
     def submit(self, uri: str) -> Future[bytes]:
         """Start to fetch; the future has the bytes or :meth:`fetch`'s RecordError. A file is read at once."""
@@ -94,20 +96,34 @@ class UriFetcher:
             if is_object(uri):
                 place = self._object(uri)
                 origin = f"{place.scheme}://{place.bucket}"
-                return self._loop.submit(self._patiently(origin, lambda: self._reader.read(place)))
+                return self._start(origin, lambda: self._reader.read(place))
             if self._fetcher is None:
                 raise _not_allowed(uri)
             fetcher = self._fetcher
-            return self._loop.submit(self._patiently(fetcher.origin(uri), lambda: fetcher.fetch(uri)))
+            return self._start(fetcher.origin(uri), lambda: fetcher.fetch(uri))
         except RecordError as error:
             done.set_exception(error)
             return done
 
     def close(self) -> None:
         """Cancel what is in flight, close all connections and end the thread."""
-        self._loop.close()
+        with self._lock:
+            self._closed = True
+        if self._portal is not None:
+            with suppress(RuntimeError):  # closed before
+                self._portal.call(self._portal.stop, True)
+            self._running.close()
         if self._fetcher is not None:
             self._fetcher.close()
+
+    def _start(self, origin: str, attempt: Callable[[], Awaitable[bytes]]) -> Future[bytes]:
+        with self._lock:
+            if self._closed:
+                raise asyncio.CancelledError("the fetcher was closed")
+            if self._portal is None:
+                self._portal = self._running.enter_context(start_blocking_portal(name="uris"))
+                self._portal.start_task_soon(self._reader.close_at_end)
+            return self._portal.start_task_soon(self._patiently, origin, attempt)
 
     async def _patiently(self, origin: str, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
         """Try until it is there, cannot come, or the time is over."""
@@ -124,7 +140,7 @@ class UriFetcher:
             except TimeoutError:
                 failure = TransientFetchError(f"{origin!r} took longer than {self.limits.uri_seconds:g} s.")
             pause = pause_before(tries, failure.retry_after)
-            if tries > self.limits.uri_retries or clock() + pause >= (deadline or 0.0):
+            if tries > RETRIES or clock() + pause >= (deadline or 0.0):
                 raise TransientFetchError(f"{failure.message} Tries: {tries}.", failure.retry_after)
             await asyncio.sleep(pause)
         raise AssertionError("count() has no end")
@@ -139,8 +155,6 @@ class UriFetcher:
         return place
 
     def _http_fetcher(self) -> Fetcher:
-        from streams.records.fetching import Fetcher, Rules  # only deployments that allow URLs pay for it
-
         limits = self.limits
         return Fetcher(
             Rules(
@@ -250,10 +264,14 @@ class _ObjectReader:
             raise self._too_large(uri)
         return data
 
-    async def close(self) -> None:
-        """Close the connections."""
-        for session in self._sessions:
-            await session.close()
+    async def close_at_end(self) -> None:
+        """Close the connections when the loop ends, which cancels this."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            with CancelScope(shield=True):
+                for session in self._sessions:
+                    await session.close()
 
     async def _store(self, scheme: str) -> Any:
         async with self._opening:
@@ -304,48 +322,102 @@ def _refusal(message: str) -> RecordError:
     return RecordError("uri_unreachable", message, "Check the address and the rights of ingest, or send the image.")
 
 
-class _LoopThread:
-    """Runs coroutines of all threads on one event loop. Thread safe; the thread starts with the first coroutine.
+@dataclass(slots=True)
+class _Host:
+    window: int
+    active: int = 0
+    waiting: int = 0
+    failing_since: float | None = None
+    failed_at: float = 0.0
+    probe_at: float = 0.0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, and replaced by a new one, when a waiter may go on."""
+
+
+class FetchLimits:
+    """Seats for fetches. For one event loop.
 
     Args:
-        name: of the thread.
-        at_end: awaited on the loop by :meth:`close`, after everything that was running is cancelled.
+        seats: fetches in flight.
+        down_seconds: a host that has only failed for so long is down.
     """
 
-    def __init__(self, name: str, at_end: Callable[[], Awaitable[None]]) -> None:
-        self._at_end = at_end
-        self._lock = threading.Lock()
-        self._started = threading.Event()
-        self._closed = False
-        self._loop: asyncio.AbstractEventLoop
-        self._stop: asyncio.Event
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name=name, daemon=True)
+    def __init__(self, seats: int, down_seconds: float) -> None:
+        self.seats = seats
+        self.down_seconds = down_seconds
+        self._all = asyncio.Semaphore(seats)
+        self._hosts: dict[str, _Host] = {}
 
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start ``work``. Its future is cancelled when the loop is closed first. Raises RuntimeError after that."""
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise RuntimeError(f"{self._thread.name} is closed")
-            if not self._started.is_set():
-                self._thread.start()
-                self._started.wait()
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+    @asynccontextmanager
+    async def seat(self, name: str) -> AsyncIterator[None]:
+        """Wait for a seat of host ``name``, and hold it for the block, whose outcome tells how the host is doing.
 
-    def close(self) -> None:
-        """Cancel what is running and end the thread. Calling it again does nothing."""
-        with self._lock:
-            first, self._closed = not self._closed, True
-        if first and self._started.is_set():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
+        Raises:
+            RecordError: ``uri_unreachable``, the host is down.
+        """
+        host = self._host(name)
+        await self._enter(name, host)
+        try:
+            async with self._all:
+                yield
+            self._answered(host)
+        except (TransientFetchError, TimeoutError, asyncio.CancelledError):
+            self._failed(host)
+            raise
+        except RecordError:  # a refusal is an answer, too
+            self._answered(host)
+            raise
+        finally:
+            host.active -= 1
+            host.changed.set()
+            host.changed = asyncio.Event()
 
-    async def _main(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._started.set()
-        await self._stop.wait()
-        running = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        await self._at_end()
+    async def _enter(self, name: str, host: _Host) -> None:
+        host.waiting += 1
+        try:
+            while host.active >= host.window and not self._is_down(host):
+                await host.changed.wait()
+        finally:
+            host.waiting -= 1
+        if self._is_down(host):
+            now = time.monotonic()
+            if host.active or now < host.probe_at:
+                raise RecordError(
+                    "uri_unreachable",
+                    f"{name!r} has not answered for {now - (host.failing_since or now):.0f} s.",
+                    "Send the record again from quarantine when the host answers.",
+                )
+            host.probe_at = now + PROBE_SECONDS
+        host.active += 1
+
+    def _host(self, name: str) -> _Host:
+        if name not in self._hosts and len(self._hosts) >= MAX_HOSTS:
+            self._hosts = {key: each for key, each in self._hosts.items() if each.active or each.waiting}
+        return self._hosts.setdefault(name, _Host(max(1, self.seats // 4)))
+
+    def _is_down(self, host: _Host) -> bool:
+        now = time.monotonic()
+        long = host.failing_since is not None and now - host.failing_since > self.down_seconds
+        return long and now - host.failed_at <= self.down_seconds  # what failed long ago says nothing about now
+
+    def _answered(self, host: _Host) -> None:
+        host.failing_since = None
+        host.window = min(self.seats, host.window * 2)
+
+    def _failed(self, host: _Host) -> None:
+        now = time.monotonic()
+        if host.failing_since is None or now - host.failed_at > self.down_seconds:
+            host.failing_since = now
+        host.failed_at = now
+        host.window = 1
+
+
+def pause_before(retry: int, retry_after: float | None = None) -> float:
+    """Seconds before try ``retry`` (1 for the first repetition).
+
+    Exponential, with half of it random, so that images that failed together do not come back together; at least what
+    the server asked for.
+    """
+    longest = min(FIRST_PAUSE_SECONDS * 2.0 ** (retry - 1), LONGEST_PAUSE_SECONDS)
+    pause = longest * random.uniform(0.5, 1.0)  # noqa: S311
+    return max(pause, retry_after or 0.0)

@@ -27,24 +27,27 @@ makes for refusals keep them for a week), and the weights of adapters that learn
 
 from __future__ import annotations
 
+import errno
 import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any, Final
 
+from core.artifacts.object_store import open_filesystem
 from core.digests import digest12, digest_json
 from core.errors import SelectorError
 from core.ledger import DeletionRow, Ledger
 from streams.store.rows import (
     RecordPosition,
     at_offset,
+    chunks,
     hexadecimal,
     moment,
     name_of,
+    outage,
     parse_position,
     position_of,
     quoted,
@@ -59,8 +62,12 @@ BOUNDS: Final = ("before", "until")
 TOMBSTONES: Final = "tombstone "
 MAX_CHARS: Final = 4096
 """Of a field. Keys of records may be long; texts of samples are shorter."""
+ROWS_AT_ONCE: Final = 2000
+"""Rows that one commit removes."""
 UPDATES: Final = 10_000
 """The newest updates that are looked through for what learned from a sample."""
+_COLUMNS: Final = ["kind", "topic", "partition", "offset", "id", "key", "original_key", "ingested_at"]
+_SELECTORS: Final = ({"key", "before", "until"}, {"id", "before", "until"})
 _HEX = re.compile(r"(?:[0-9a-f]{2})+")
 _ID = re.compile(r"[0-9a-f]{64}")
 _NUMBERS: Final = (2**31, 2**63)
@@ -69,7 +76,7 @@ _NUMBERS: Final = (2**31, 2**63)
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """How much a selector selects."""
+    """Numbers of rows that a selector selects."""
 
     samples: int
     refusals: int
@@ -90,7 +97,7 @@ def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str,
 
 
 def count_selected(store: SampleStore, selector: Mapping[str, str]) -> Selected:
-    """How many samples and refusals a selector selects now. Raises SelectorError, StoreError."""
+    """Numbers of samples and refusals that a selector selects now. Raises SelectorError, StoreError."""
     where = condition({name: value for name, value in selector.items() if value})
     return Selected(*(store.count_rows(f"kind = '{kind}' AND {where}") for kind in ("sample", "quarantine")))
 
@@ -129,24 +136,37 @@ def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
     return new
 
 
-def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
-    """Take what a deletion selects out of the newest version of the store. Returns the number of rows.
+def remove(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
+    """Take what some deletions select out of the newest version of the store. Returns the number of rows.
 
-    To be called again until the deletion is done: records that were validated before it may be stored after it. What
-    the ledger is told follows from the receipts in the store, so a crash in between loses nothing.
+    To be called again until they are done: records that were validated before a deletion may be stored after it. What
+    the ledger is told follows from the receipts in the store, so a crash in between loses nothing. The tombstones among
+    them cost one scan together.
+
+    Args:
+        store: where they are removed.
+        ledger: is told what was removed.
+        deletions: in the order in which they were requested.
 
     Raises:
-        SelectorError: the selector is not one.
+        SelectorError: a selector is not one.
         StoreUnavailable: to be tried again.
     """
-    selection = condition(deletion.selector)
-    if deletion.state == "removed":
-        if deletion.version is not None and not store.count_rows(f"{SENT} AND {selection}"):
-            return 0
-        ledger.deletion_reopened(deletion.id)
-    rows = StoreWriter(store.table).remove(selection, DELETION, deletion.id)
-    record_receipts(store, ledger, [deletion.id])
-    return len(rows)
+    found = dict(_tombstone_rows(store, [each for each in deletions if is_tombstone(each)]))
+    for each in deletions:
+        if not is_tombstone(each):
+            for batch in store.batches(f"{SENT} AND {condition(each.selector)}", ["topic", "partition", "offset"]):
+                found |= {position: each.id for row in batch.to_pylist() if (position := position_of(row)) not in found}
+    hit = set(found.values())
+    changed = [each for each in deletions if each.state != "removed" or each.version is None or each.id in hit]
+    for each in changed:
+        if each.state == "removed":
+            ledger.deletion_reopened(each.id)
+    removed = 0
+    for some in chunks(found.items(), ROWS_AT_ONCE):
+        removed += len(StoreWriter(store.table).remove_rows(dict(some)))
+    record_receipts(store, ledger, [each.id for each in changed])
+    return removed
 
 
 def record_receipts(store: SampleStore, ledger: Ledger, deletions: Sequence[str]) -> None:
@@ -177,8 +197,8 @@ def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, 
     """By id of a deleted sample the receipts of records that brought it, too, and were deleted before it was."""
     columns = ["topic", "partition", "offset", "split", "tags", "duplicate_of"]
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for start in range(0, len(ids), IDS_PER_QUERY):
-        names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+    for some in chunks(ids, IDS_PER_QUERY):
+        names = ", ".join(map(quoted, some))
         for row in store.select(f"kind = 'deleted' AND duplicate_of IN ({names})", columns, version=version):
             found[row["duplicate_of"]].append(row)
     return found
@@ -290,45 +310,15 @@ def _time(value: str) -> datetime:
         ) from None
 
 
-ROWS_AT_ONCE: Final = 2000
-"""Rows that one commit removes."""
-_COLUMNS: Final = ["kind", "topic", "partition", "offset", "id", "key", "original_key", "ingested_at"]
-_SELECTORS: Final = ({"key", "before", "until"}, {"id", "before", "until"})
-
-
 def is_tombstone(deletion: DeletionRow) -> bool:
-    """Whether :func:`remove_together` can carry out a deletion."""
+    """True if a deletion selects by a key or an id alone, with the bounds that ingest gave it."""
     return deletion.id.startswith(TOMBSTONES) and set(deletion.selector) in _SELECTORS
 
 
-def remove_together(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
-    """Like :func:`remove` for each of them. Returns the number of rows.
-
-    Args:
-        store: where they are removed.
-        ledger: is told what was removed.
-        deletions: for which :func:`is_tombstone` holds, in the order in which they were requested.
-
-    Raises:
-        StoreUnavailable: to be tried again.
-    """
+def _tombstone_rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tuple[RecordPosition, str]]:
+    """The position of each row that one of them selects, with the id of the first that does."""
     if not deletions:
-        return 0
-    found = dict(_rows(store, deletions))
-    hit = set(found.values())
-    changed = [each for each in deletions if each.state != "removed" or each.version is None or each.id in hit]
-    for each in changed:
-        if each.state == "removed":
-            ledger.deletion_reopened(each.id)
-    removed, left = 0, iter(found.items())
-    while some := dict(islice(left, ROWS_AT_ONCE)):
-        removed += len(StoreWriter(store.table).remove_rows(some))
-    record_receipts(store, ledger, [each.id for each in changed])
-    return removed
-
-
-def _rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tuple[RecordPosition, str]]:
-    """Where each row is that one of them selects, with the id of the first that does."""
+        return
     by_name: dict[str | bytes, list[DeletionRow]] = defaultdict(list)
     for each in deletions:
         selector = each.selector
@@ -352,8 +342,131 @@ def _rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tupl
 
 
 def _covers(selector: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Whether a row came before a tombstone: by its offset in the same partition, by the clock in others."""
+    """True if a row came before a tombstone: by its offset in the same partition, by the clock in others."""
     topic, partition, offset = parse_position(selector["until"])
     if (row["topic"], row["partition"]) == (topic, partition):
         return bool(row["offset"] < offset)
     return bool(row["ingested_at"] < datetime.fromisoformat(selector["before"]))
+
+
+AT_ONCE: Final = 1000
+"""Most that S3 deletes in a call."""
+ASKED: Final = 20
+"""The retention of so many versions is asked for, the last written first: those are locked the longest."""
+ELSEWHERE: Final = (
+    "Old versions of objects were not looked for, which is done in s3:// only: see to versioning and soft delete."
+)
+UNLISTED: Final = (
+    "Old versions of objects were not looked for: the right s3:ListBucketVersions is missing. "
+    "If the bucket has versioning, they are still there."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OldVersion:
+    """A version of an object that is not the current one."""
+
+    key: str
+    id: str
+    size: int
+    """Bytes."""
+    modified: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """The remains of what was deleted."""
+
+    words: str
+    until: datetime | None = None
+    """When it may be deleted, where that is known."""
+
+
+class OldVersions:
+    """The old versions of all objects of a lake.
+
+    Every method raises StoreUnavailable when the object store does not answer.
+    """
+
+    def __init__(self, lake: str) -> None:
+        self.unknown = ""
+        """Why they cannot be looked for; empty where they can."""
+        self._lake = lake
+        self._left: list[OldVersion] = []
+        self._store: Any = None
+        scheme = lake.partition("://")[0] if "://" in lake else "file"
+        if scheme in ("s3", "s3a"):
+            self._store, root = open_filesystem(lake)
+            self._bucket, _, below = root.partition("/")
+            self._prefix = f"{below.rstrip('/')}/" if below else ""
+        elif scheme not in ("file", "memory"):
+            self.unknown = ELSEWHERE
+
+    def purge(self) -> None:
+        """Delete them, as far as the bucket allows it."""
+        if self._store is None:
+            return
+        old = self._list()
+        for some in chunks(old, AT_ONCE):
+            batch = [{"Key": each.key, "VersionId": each.id} for each in some]
+            try:
+                self._call("delete_objects", Delete={"Objects": batch, "Quiet": True})
+            except PermissionError:
+                break
+        self._left = self._list() if old else []
+
+    def left(self, before: datetime) -> Remains | None:
+        """The remains that :meth:`purge` left of files from before some time; None where it left nothing."""
+        left = sorted((each for each in self._left if each.modified < before), key=lambda each: each.modified)
+        if not left:
+            return None
+        count = f"{len(left):,} old versions of objects ({sum(each.size for each in left):,} bytes) in {self._lake}"
+        locks = [self._lock(each) for each in reversed(left[-ASKED:])]
+        times = [each for each in locks if isinstance(each, datetime)]
+        if "held" in locks:
+            return Remains(f"{count}: under a legal hold.")
+        if times:
+            return Remains(f"{count}: under object lock.", max(times))
+        return Remains(f"{count}: they could not be deleted. Allow s3:DeleteObjectVersion.")
+
+    def _list(self) -> list[OldVersion]:
+        try:
+            return [
+                OldVersion(each["Key"], each["VersionId"], int(each.get("Size") or 0), each["LastModified"])
+                for page in self._pages()
+                for each in page.get("Versions") or ()
+                if not each["IsLatest"]
+            ]
+        except PermissionError:
+            self.unknown = UNLISTED
+            return []
+
+    def _pages(self) -> Iterator[dict[str, Any]]:
+        after: dict[str, str] = {}
+        while True:
+            page = self._call("list_object_versions", Prefix=self._prefix, **after)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            after = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page.get("NextVersionIdMarker") or ""}
+
+    def _lock(self, version: OldVersion) -> datetime | str:
+        """Until when it is locked, ``held`` for a legal hold, and nothing where the store tells of neither."""
+        try:
+            told = self._store.call_s3("head_object", Bucket=self._bucket, Key=version.key, VersionId=version.id)
+        except OSError:
+            return ""
+        held = told.get("ObjectLockLegalHoldStatus") == "ON"
+        until: datetime | str = told.get("ObjectLockRetainUntilDate") or ""
+        return "held" if held else until
+
+    def _call(self, method: str, **options: Any) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = self._store.call_s3(method, Bucket=self._bucket, **options)
+        except PermissionError:
+            raise
+        except Exception as error:  # botocore and aiohttp have trees of their own
+            if getattr(error, "errno", None) == errno.ENOSYS:  # of a server that knows no versions
+                return {}
+            raise outage(self._lake, "searched for old versions", error) from error
+        return answer

@@ -1,9 +1,15 @@
-"""``ratchet maintain``: what keeps the sample store compact and its promises kept, beside the workers that write it.
+"""``ratchet maintain``: keeps the sample store compact and its promises kept, next to the workers that write it.
 
 One run after another: tombstones become deletions, deletions and retention remove rows, small data files are merged and
 indexed, old versions go, gaps are told to others, events that were published long ago leave the ledger, and garbage is
 collected (:mod:`ops.collection`, which is above this module and handed in). One process does it at a time, by a lease
 in the ledger; a second one waits. Nothing here holds up reading, and a run that fails is tried again.
+
+**Compaction.** Fragments grow in tiers, as in a log-structured merge tree: the small ones that commits leave are merged
+when together they fill a medium one, and those when they fill a large one, which is never rewritten but for deletions.
+So each byte is written three times more after its commit at most, whatever the store holds, and the number of fragments
+stays small. Indexes cover what is compacted: the id, the key, the offset and the kind of a row. Each run adds what is
+new as an index of its own; those are merged when there are many.
 """
 
 from __future__ import annotations
@@ -17,27 +23,29 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from lance.commit import CommitConflictError
+
 from core import metrics
 from core.dependencies import answered, noted
 from core.digests import digest12
-from core.errors import ConfigError, LedgerUnavailable, RatchetError
+from core.errors import ConfigError, LedgerUnavailable, RatchetError, StoreUnavailable
 from core.ledger import DeletionRow, DeletionState, Ledger
 from core.ledger.collection import COLLECT_LEASE
 from core.ledger.leases import renewing
 from core.progress import say
 from core.settings import Settings
 from streams.kafka.events import EventPublisher
-from streams.store import compaction, deletion, retention
-from streams.store.deletion import is_tombstone, remove_together
-from streams.store.object_versions import OldVersions
-from streams.store.rows import name_of, position_of
+from streams.store import deletion, retention
+from streams.store.deletion import OldVersions, is_tombstone
+from streams.store.rows import fences, name_of, outage, position_of
 from streams.store.sample_store import BACKUP_PIN, SampleStore
+from streams.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 LEASE: Final = "maintain"
@@ -47,26 +55,27 @@ CLEAN_SHARE: Final = 1 / 6
 EXPIRE_SECONDS: Final = 600.0
 """Retention looks so often: a look reads the times of all samples."""
 PRUNE_SECONDS: Final = 600.0
+KEEP_EVENTS_DAYS: Final = 7.0
+"""Time for which the ledger keeps events that were published: the topic keeps them without a limit."""
 SETTLE_SECONDS: Final = 60.0
 """A deletion is not done before that: what was validated before it may be stored after it, and is looked for again."""
 UNLOCK_SECONDS: Final = 3600.0
 """Deletions that the bucket held are looked after so often: a look lists all versions of all objects."""
 DELETIONS_AT_ONCE: Final = 1000
 PIN_HOURS: Final = 24.0
-"""An update that is pinned to a version from before a deletion has this long; then the pin goes, and it begins anew."""
+"""An update that is pinned to a version from before a deletion has this long; then the pin goes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run of maintenance did."""
+    """The outcome of a run of maintenance."""
 
     written: int = 0
-    """Bytes of data files written anew."""
+    """Bytes of data files written again."""
     removed: int = 0
     """Rows that deletions and retention took out."""
     freed: int = 0
     """Bytes of files removed with old versions."""
-    events: int = 0
     waiting: bool = False
     """Another process holds the lease: nothing was done."""
 
@@ -92,7 +101,8 @@ class Maintainer:
         self.events = EventPublisher(settings, self.ledger)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._collect_garbage = collect
-        self._cleaned_at = self._expired_at = self._pruned_at = self._collected_at = self._unlocked_at = -math.inf
+        self._done_at: dict[str, float] = {}
+        """When something that is done now and then was done last, by its name."""
         self._gaps = 0
 
     def run_once(self) -> Run:
@@ -148,11 +158,11 @@ class Maintainer:
         removed = self._delete() + self._expire()
         self._tell_gaps()
         pending = self._deletions("removed")
-        written = compaction.compact(self.store, expunge=bool(pending))
-        if pending and not compaction.has_deleted_rows(self.store):
+        written = compact(self.store, expunge=bool(pending))
+        if pending and not has_deleted_rows(self.store):
             self.ledger.deletions_rewritten([each.id for each in pending], self.store.version())
             pending = self._deletions("removed")
-        compaction.index(self.store)
+        index(self.store)
         metrics.maintain.written(written)
         self._prune_events()
         self._collect()
@@ -163,6 +173,9 @@ class Maintainer:
             self._count_deletions()
         return Run(written, removed, freed)
 
+    def _due(self, name: str, seconds: float) -> bool:
+        return time.monotonic() - self._done_at.get(name, -math.inf) >= seconds
+
     def _deletions(self, *states: DeletionState) -> list[DeletionRow]:
         return self.ledger.deletions(DELETIONS_AT_ONCE, states, oldest_first=True)
 
@@ -170,12 +183,12 @@ class Maintainer:
         """Take out what deletions select; also what came to the store since they were carried out."""
         deletion.take_tombstones(self.store, self.ledger)
         waiting = [*self._deletions("requested"), *self._deletions("removed")]
-        removed = remove_together(self.store, self.ledger, [each for each in waiting if is_tombstone(each)])
+        removed = deletion.remove(self.store, self.ledger, [each for each in waiting if is_tombstone(each)])
         for each in waiting:
             if is_tombstone(each):
                 continue
             try:
-                removed += deletion.remove(self.store, self.ledger, each)
+                removed += deletion.remove(self.store, self.ledger, [each])
             except ConfigError as error:  # of another version of Ratchet; the others are not to wait for it
                 say(f"maintain: {each.id} cannot be carried out: {error}")
         metrics.maintain.deleted(removed, "deletion")
@@ -183,11 +196,11 @@ class Maintainer:
 
     def _expire(self) -> int:
         """Take out what is over the limits of retention."""
-        if time.monotonic() - self._expired_at < EXPIRE_SECONDS:
+        if not self._due("expire", EXPIRE_SECONDS):
             return 0
         expired = retention.expire(self.store, self.settings.retention)
         if expired < retention.MOST_AT_ONCE:  # else there is more
-            self._expired_at = time.monotonic()
+            self._done_at["expire"] = time.monotonic()
         metrics.maintain.deleted(expired, "retention")
         return expired
 
@@ -207,23 +220,21 @@ class Maintainer:
         self._gaps = gaps
 
     def _prune_events(self) -> None:
-        """Take events out of the ledger that were published long ago: whoever wants them reads the topic."""
-        days = self.settings.maintain.keep_events_days
-        if not days or time.monotonic() - self._pruned_at < PRUNE_SECONDS:
+        """Take events out of the ledger that were published long ago: they are in the topic."""
+        if not self._due("prune", PRUNE_SECONDS):
             return
-        self.ledger.prune_events(datetime.now(UTC) - timedelta(days=days))
-        self._pruned_at = time.monotonic()
+        self.ledger.prune_events(datetime.now(UTC) - timedelta(days=KEEP_EVENTS_DAYS))
+        self._done_at["prune"] = time.monotonic()
 
     def _clean(self, pending: list[DeletionRow]) -> int:
         """Remove old versions: now and then, and at each run while a deletion waits for it."""
         keep = timedelta(seconds=self.settings.maintain.keep_seconds)
-        due = time.monotonic() - self._cleaned_at > keep.total_seconds() * CLEAN_SHARE
-        if not (due or pending):
+        if not (pending or self._due("clean", keep.total_seconds() * CLEAN_SHARE)):
             return 0
-        self._cleaned_at = time.monotonic()
+        self._done_at["clean"] = time.monotonic()
         self._unpin(pending)
         self._drop_pins()
-        freed = compaction.clean(self.store, keep)
+        freed = clean(self.store, keep)
         metrics.maintain.versions(len(self.store.versions()))
         return freed
 
@@ -233,7 +244,7 @@ class Maintainer:
         versions = [each.version or 0 for each in pending if each.removed_at is not None and each.removed_at < late]
         for name, version in self.store.pins().items():
             if versions and version < max(versions):
-                say(f"maintain: {name} is pinned to samples that were deleted; it has to begin anew")
+                say(f"maintain: {name} is pinned to samples that were deleted; it has to begin again")
                 self._let_go(name)
 
     def _drop_pins(self) -> None:
@@ -255,10 +266,9 @@ class Maintainer:
 
     def _collect(self) -> None:
         hours = self.settings.gc.hours
-        if self._collect_garbage is None or not hours or time.monotonic() - self._collected_at < hours * 3600:
-            return
-        self._collect_garbage()
-        self._collected_at = time.monotonic()
+        if self._collect_garbage is not None and hours and self._due("collect", hours * 3600):
+            self._collect_garbage()
+            self._done_at["collect"] = time.monotonic()
 
     def _finish(self, pending: list[DeletionRow]) -> None:
         """A deletion is done when no version of the store is left that has what it deleted, and none of an object."""
@@ -286,9 +296,9 @@ class Maintainer:
     def _unlocked(self) -> list[DeletionRow]:
         """Deletions whose lock in the bucket is over, or has no end that is known: those now and then."""
         now = datetime.now(UTC)
-        if time.monotonic() - self._unlocked_at < UNLOCK_SECONDS:
+        if not self._due("unlock", UNLOCK_SECONDS):
             return []
-        self._unlocked_at = time.monotonic()
+        self._done_at["unlock"] = time.monotonic()
         return [each for each in self._deletions("held") if each.remains_until is None or each.remains_until <= now]
 
     def _count_deletions(self) -> None:
@@ -337,3 +347,149 @@ def wait_for_ledger(settings: Settings, stopping: threading.Event) -> Ledger | N
                 say(f"maintain waits: [yellow]{error}[/yellow]")
             stopping.wait(settings.maintain.seconds)
     return None
+
+
+FULL_ROWS: Final = 65_536
+FULL_BYTES: Final = 256 << 20
+"""A fragment of this size is full: at ten million samples of 20 KB there are 800 of them, and each version's manifest
+takes 200 KB."""
+TIERS: Final = (1 / 512, 1 / 16, 1.0)
+"""Sizes, as shares of a full fragment, at which smaller ones are merged. The first is for streams that
+bring a few records with each commit."""
+MANY: Final = 64
+"""So many fragments below the first tier are merged whatever their size."""
+HOLES: Final = 0.5
+"""Share of deleted rows from which on a fragment is written again for the space that this frees."""
+INDEXES: Final = {
+    "by_id": ("id", "BTREE"), "by_key": ("key", "BTREE"), "by_offset": ("offset", "ZONEMAP"),
+    "by_kind": ("kind", "BITMAP"),
+}  # fmt: skip
+MOST_DELTAS: Final = 8
+ROWS_AT_ONCE: Final = 64
+"""Rows in memory while a fragment is rewritten: at 8 MiB an image, half a gibibyte at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A data file, as far as planning needs to know it."""
+
+    id: int
+    rows: int
+    """Deleted ones included."""
+    size: int
+    deleted: int
+    """Rows of it that were deleted; their bytes are still there."""
+
+    @property
+    def share(self) -> float:
+        """Of a full fragment."""
+        return max(self.rows / FULL_ROWS, self.size / FULL_BYTES)
+
+
+def plan(fragments: Sequence[Fragment], expunge: bool = False) -> list[list[int]]:
+    """Sets of fragments to merge, each into one.
+
+    One of which half was deleted is written again, so that retention costs less than a byte for each that it removes;
+    with ``expunge`` each with any deleted row.
+    """
+    most = 0 if expunge else HOLES
+    sets = [[each.id] for each in fragments if each.deleted > most * each.rows]
+    taken = {number for each in sets for number in each}
+    for bound in TIERS:
+        group: list[Fragment] = []
+        for fragment in fragments:
+            if fragment.share >= bound or fragment.id in taken:
+                continue
+            group.append(fragment)
+            enough = sum(each.share for each in group) >= bound or (bound == TIERS[0] and len(group) >= MANY)
+            if enough and len(group) > 1:
+                sets.append([each.id for each in group])
+                taken.update(sets[-1])
+                group = []
+    return sets
+
+
+def compact(store: SampleStore, expunge: bool = False) -> int:
+    """Merge what :func:`plan` says. Returns the bytes written.
+
+    Safe next to running workers: they never touch what is merged here, and positions are left alone.
+
+    Raises:
+        StoreUnavailable: the store cannot be read or written.
+    """
+    written = 0
+    while sets := plan(_fragments(store), expunge):
+        size = StoreWriter(store.table).merge(sets[0], ROWS_AT_ONCE)
+        if not size:
+            break  # somebody else changes these; next time
+        written += size
+    return written
+
+
+def index(store: SampleStore) -> None:
+    """Let the indexes cover every full fragment."""
+    dataset = store.table.open()
+    if dataset is None:
+        return
+    full = {each.id for each in _fragments(store) if each.share >= TIERS[-1] / 2}
+    described: dict[str, list[set[int]]] = {name: [] for name in INDEXES}
+    for each in dataset.list_indices():
+        described.setdefault(each["name"], []).append(set(each["fragment_ids"]))
+    for name, (column, kind) in INDEXES.items():
+        deltas = described[name]
+        if not full - set().union(*deltas):
+            continue
+        try:
+            if not deltas:
+                dataset.create_scalar_index(column, kind, name=name)
+            else:
+                merged = len(deltas) if len(deltas) >= MOST_DELTAS else 0
+                dataset.optimize.optimize_indices(num_indices_to_merge=merged, index_names=[name])
+        except CommitConflictError as error:
+            log.info("index %s is brought up to date later: %s", name, error)
+        except (OSError, RuntimeError) as error:
+            raise outage(store.url, "indexed", error) from error
+
+
+def clean(store: SampleStore, keep: timedelta) -> int:
+    """Remove versions older than ``keep`` that are not pinned, and the files that only they had. Returns their bytes.
+
+    Raises:
+        StoreUnavailable: the store cannot be read, or does not let some of the files be deleted.
+    """
+    dataset = store.table.open()
+    if dataset is None:
+        return 0
+    try:
+        stats = dataset.cleanup_old_versions(older_than=keep, error_if_tagged_old_versions=False)
+    except (OSError, RuntimeError) as error:
+        raise outage(store.url, "cleaned", error) from error
+    if stats.failed_deletes:
+        raise StoreUnavailable(
+            f"{stats.failed_deletes} files of old versions of the sample store {store.url} were not deleted.",
+            "Allow the credentials to delete objects under `lake_url` (S3: s3:DeleteObject).",
+            "refused",
+        )
+    return int(stats.bytes_removed)
+
+
+def _fragments(store: SampleStore) -> list[Fragment]:
+    dataset = store.table.open()
+    if dataset is None:
+        return []
+    positions = {each.fragment_id for each in fences(dataset)}
+    return [
+        Fragment(
+            int(each.fragment_id),
+            int(each.metadata.physical_rows),
+            sum(file.file_size_bytes or 0 for file in each.data_files()),
+            each.num_deletions,
+        )
+        for each in dataset.get_fragments()
+        if each.fragment_id not in positions
+    ]
+
+
+def has_deleted_rows(store: SampleStore) -> bool:
+    """True if a data file of the newest version still has the bytes of rows that were deleted."""
+    return any(each.deleted for each in _fragments(store))

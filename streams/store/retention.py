@@ -1,4 +1,4 @@
-"""How long samples and refused records are kept: by age and by bytes, with a reservoir of the samples that have to go.
+"""Limits for samples and refused records: by age and by bytes, with a reservoir of the samples that have to go.
 
 Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
 ``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
@@ -12,24 +12,22 @@ Refused records have no reservoir. One that is not known to be in the quarantine
 from __future__ import annotations
 
 import hashlib
-import heapq
+from array import array
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from core.settings.streams import Retention
-from streams.store.rows import moment, quoted
+from streams.store.rows import RecordPosition, chunks, moment, position_of, quoted
 from streams.store.sample_store import SampleStore
-from streams.store.writer import CONTENT, StoreWriter
+from streams.store.writer import CONTENT, StoreWriter, at_positions
 
 IDS_AT_ONCE: Final = 2000
 MOST_AT_ONCE: Final = 100_000
 """Samples, and refused records, that one run removes at most: some seconds of work. The next run goes on."""
 _COLUMNS: Final = ["id", "concept", "domain"]
-_Heaps = dict[str, list[tuple[int, str]]]
-"""By concept: (negative hash, id) of those with the lowest hashes, the highest of them first."""
 
 
 def expire(store: SampleStore, rules: Retention, now: datetime | None = None) -> int:
@@ -41,10 +39,11 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
     limit = _limit(store, rules, now or datetime.now(UTC))
     if limit is None:
         return 0
-    expired = _over(store, limit)
-    retained = _reservoir(store, limit, rules.keep_samples) if rules.keep_samples else set()
+    _, secret = store.table.identity()
+    retained = _reservoir(store, secret, limit, rules.keep_samples) if rules.keep_samples else set()
+    expired = (name for name, _ in _over(store, limit) if _hash(secret, name) not in retained)
     removed = 0
-    for ids in _chunks((name for name, _ in expired if name not in retained), IDS_AT_ONCE):
+    for ids in chunks(expired, IDS_AT_ONCE):
         where = f"kind = 'sample' AND id IN ({', '.join(map(quoted, ids))})"
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
@@ -58,27 +57,20 @@ def _expire_refusals(store: SampleStore, limit: datetime) -> int:
         for each in store.positions().values()
     ]
     over = f"kind = 'quarantine' AND ingested_at < {moment(limit)} AND ({' OR '.join(published) or 'false'})"
-    offsets: dict[tuple[str, int], list[int]] = {}
-    found = 0
+    found: list[RecordPosition] = []
     for batch in store.batches(over, ["topic", "partition", "offset"]):
-        for row in batch.to_pylist():
-            offsets.setdefault((row["topic"], row["partition"]), []).append(row["offset"])
-        found += batch.num_rows
-        if found >= MOST_AT_ONCE:
+        found += map(position_of, batch.to_pylist())
+        if len(found) >= MOST_AT_ONCE:
             break
     removed = 0
-    for (stream, partition), each in offsets.items():
-        for chunk in _chunks(iter(each), IDS_AT_ONCE):
-            where = (
-                f"kind = 'quarantine' AND topic = {quoted(stream)} AND partition = {partition}"
-                f" AND offset IN ({', '.join(map(str, chunk))})"
-            )
-            removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
+    for some in chunks(found, IDS_AT_ONCE):
+        where = f"kind = 'quarantine' AND ({at_positions(some)})"
+        removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
     return removed
 
 
 def _limit(store: SampleStore, rules: Retention, now: datetime) -> datetime | None:
-    """What was ingested before this is over a limit."""
+    """The time before which what was ingested is over a limit."""
     limits = []
     if rules.max_age_days:
         limits.append(now - timedelta(days=rules.max_age_days))
@@ -109,40 +101,25 @@ def _over(store: SampleStore, limit: datetime) -> Iterator[tuple[str, str]]:
             yield row["id"], row["concept"] or row["domain"] or ""
 
 
-def _reservoir(store: SampleStore, limit: datetime, capacity: int) -> set[str]:
-    """Ids of those that stay. Memory: some twice the capacity, whatever the store holds."""
-    _, secret = store.table.identity()
-    heaps: _Heaps = {}
-    held = 0
+def _reservoir(store: SampleStore, secret: bytes, limit: datetime, capacity: int) -> set[int]:
+    """Hashes of the ids of those that stay. Memory: 12 bytes a sample over the limit, for this moment."""
+    numbers: dict[str, int] = {}
+    hashes, concepts = array("Q"), array("I")
     for name, concept in _over(store, limit):
-        heapq.heappush(heaps.setdefault(concept, []), (-_hash(secret, name), name))
-        held += 1
-        if held > 2 * capacity + 1:
-            heaps = _cut(heaps, capacity)
-            held = sum(map(len, heaps.values()))
-    level = _level(map(len, heaps.values()), capacity)
-    retained, rest = [], []
-    for heap in heaps.values():
-        ordered = sorted(heap, reverse=True)
-        retained += ordered[:level]
-        rest += ordered[level : level + 1]
-    retained += heapq.nlargest(capacity - len(retained), rest)
-    return {name for _, name in retained}
-
-
-def _cut(heaps: _Heaps, capacity: int) -> _Heaps:
-    """Drop what cannot be among the ``capacity`` any more, however much is still to come."""
-    level = _level(map(len, heaps.values()), capacity)
-    for heap in heaps.values():
-        while len(heap) > level + 1:
-            heapq.heappop(heap)
-    if level > 0:
-        return heaps
-    return {concept: heaps[concept] for concept in heapq.nlargest(capacity, heaps, key=lambda each: max(heaps[each]))}
+        hashes.append(_hash(secret, name))
+        concepts.append(numbers.setdefault(concept, len(numbers)))
+    order = np.lexsort((hashes, concepts))
+    keys, groups = np.asarray(hashes, np.uint64)[order], np.asarray(concepts, np.uint32)[order]
+    sizes = np.bincount(groups)
+    ranks = np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    level = _level(sizes.tolist(), capacity)
+    retained = keys[ranks < level]
+    rest = np.sort(keys[ranks == level])[: max(0, capacity - len(retained))]
+    return {*retained.tolist(), *rest.tolist()}
 
 
 def _level(sizes: Iterable[int], capacity: int) -> int:
-    """How many each may have at most, so that all fit into the capacity together."""
+    """The most that each may have, so that all fit into the capacity together."""
     ordered, left = sorted(sizes), capacity
     for index, size in enumerate(ordered):
         share = left // (len(ordered) - index)
@@ -154,14 +131,3 @@ def _level(sizes: Iterable[int], capacity: int) -> int:
 
 def _hash(secret: bytes, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), key=secret, digest_size=8).digest(), "big")
-
-
-def _chunks(names: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for name in names:
-        chunk.append(name)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

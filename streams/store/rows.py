@@ -1,4 +1,4 @@
-"""Rows of the sample store's table, and the positions they come from.
+"""The Lance table of the sample store: its rows, and the positions they come from.
 
 Every record of the topic becomes one row, so that each can be accounted for:
 
@@ -15,6 +15,9 @@ Every record of the topic becomes one row, so that each can be accounted for:
                                                                                  duplicate_of (where the id stays)
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
+A position is a row in a fragment of its own, written with the columns of a position alone. The manifest tells which
+fragments have only those, so finding the positions costs as little at ten million samples as at ten.
+
 Readers of the store see samples only. Conditions on rows are Lance's SQL; what comes from outside is written as a
 literal.
 """
@@ -23,15 +26,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import random
+import secrets
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any, Final, Literal
+from itertools import islice
+from typing import Any, Final, Literal, TypeVar
 
+import lance
 import pyarrow as pa
+from lance.file import LanceFileSession
+from lance.fragment import write_fragments
 
+from core.dependencies import storage_state
+from core.errors import StoreError, StoreFull, StoreUnavailable
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Split = Literal["train", "fresh_eval"]
 RecordPosition = tuple[str, int, int]
 """Stream, partition and offset of a record."""
@@ -75,7 +92,7 @@ SCHEMA: Final = pa.schema(
         ("kind", pa.string()),
         *SAMPLE_SCHEMA,
         ("key", pa.binary()),  # see record_key
-        ("look", pa.binary(35)),  # see streams.ingest.quality.look.Look
+        ("look", pa.binary(35)),  # see streams.ingest.look.Look
         ("words", pa.int64()),  # see words_hash
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -121,7 +138,7 @@ def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
 
 
 def record_key(key: bytes | None) -> bytes | None:
-    """What is stored of a record's key, for deletions by it: a key over :data:`KEY_BYTES` as its SHA-256."""
+    """The form in which a record's key is stored, for deletions by it: a key over :data:`KEY_BYTES` as its SHA-256."""
     return key if key is None or len(key) <= KEY_BYTES else hashlib.sha256(key).digest()
 
 
@@ -148,7 +165,7 @@ def words_hash(text: str, question: str, answer: str) -> int:
 
 
 def stream_name(topic: str, generation: int) -> str:
-    """Name of one generation of a topic. A topic that was lost and made anew starts its offsets again at 0, so its
+    """Name of one generation of a topic. A topic that was lost and made again starts its offsets again at 0, so its
     second log is ``topic@1``, the next ``topic@2``; ``@`` is not allowed in topic names, so these are unambiguous."""
     return f"{topic}@{generation}" if generation else topic
 
@@ -161,7 +178,7 @@ def parse_stream(stream: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far one partition of one stream has been read."""
+    """The progress of reading one partition of one stream."""
 
     stream: str
     partition: int
@@ -174,7 +191,7 @@ class Position:
     leader_epoch: int = -1
     """Kafka's leader epoch of the record before ``next``, or -1: tells a truncated log from a whole one (KIP-320)."""
     epoch: int = 0
-    """How often the partition has been claimed. A commit under an older claim fails."""
+    """Number of times that the partition has been claimed. A commit under an older claim fails."""
     tally: Tally = field(default_factory=Counter)
     """All rows of this partition since its beginning."""
 
@@ -221,13 +238,13 @@ CLAIM: Final = (
     "id", "topic", "partition", "offset", "ingested_at", "sent_at", "key", "source", "domain", "concept", "label",
     "tags", "extra",
 )  # fmt: skip
-"""What a record adds to the content of its sample: kept also of a duplicate, to which the sample passes when the record
-that brought it first is deleted."""
+"""Columns that a record adds to the content of its sample: kept also of a duplicate, to which the sample passes when
+the record that brought it first is deleted."""
 
 
 def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
     """The row that stands for a sample which repeats the sample ``of``, or is ``older`` than it: see
-    :data:`streams.ingest.quality.duplicates.DuplicateKind`."""
+    :data:`streams.ingest.duplicates.DuplicateKind`."""
     return {
         **{name: row[name] for name in CLAIM},
         "kind": "duplicate",
@@ -258,6 +275,27 @@ def deletion_row(
         "detail": detail,
         "ingested_at": when,
     }
+
+
+def gap_row(stream: str, partition: int, start: int, until: int, reason: str, why: str) -> dict[str, Any]:
+    """The row that says that the offsets from ``start`` to before ``until`` are not read."""
+    return {
+        "kind": "gap",
+        "topic": stream,
+        "partition": partition,
+        "offset": start,
+        "until": until,
+        "reason": reason,
+        "detail": f"{until - start} offsets: {why}"[:500],
+        "ingested_at": datetime.now(UTC),
+    }
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items, so many at a time."""
+    left = iter(items)
+    while some := list(islice(left, size)):
+        yield some
 
 
 def quoted(text: str) -> str:
@@ -297,3 +335,161 @@ def refused(reason: str | None = None, source: str | None = None, since: datetim
     if since is not None:
         clauses.append(f"ingested_at >= {moment(since)}")
     return " AND ".join(clauses)
+
+
+#: Lance's caches of one process. Their defaults are of the size of a server's memory.
+METADATA_CACHE_BYTES: Final = 32 << 20
+INDEX_CACHE_BYTES: Final = 64 << 20
+FORMAT: Final = "3"
+MIGRATED: Final = "2"
+"""The format before, which lacks the column ``sent_at``: read as it is, and migrated by the first process that writes.
+Versions from before that keep it."""
+MIGRATION_ATTEMPTS: Final = 30
+ROOT: Final = Position("", -1, 0)
+"""The position of no partition. Who makes the first position of a partition replaces it, so that two cannot do so at
+once; its tally holds what deletions took away."""
+
+
+class SampleTable:
+    """The table of the samples: ``<lake url>/samples.lance``."""
+
+    def __init__(self, lake: str) -> None:
+        self.url = f"{lake.rstrip('/')}/samples.lance"
+        self._session = lance.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES)
+
+    def open(self, version: int | None = None) -> Any | None:
+        """A version as a Lance data set; the newest by default, None where there is no table yet.
+
+        Raises:
+            StoreUnavailable: it cannot be read now.
+            StoreError: the version is not kept any more, or the table is of another Ratchet.
+        """
+        if version == 0:
+            return None
+        try:
+            dataset = lance.dataset(self.url, version=version, session=self._session)
+        except (ValueError, OSError) as error:
+            text = str(error).lower()
+            if "not found" not in text or "nosuchbucket" in text or "bucket does not exist" in text:
+                raise outage(self.url, "read", error) from error
+            if version is None:
+                return None
+            raise StoreError(
+                f"the sample store {self.url} has no version {version} (any more).",
+                "Old versions are removed unless an update is pinned to them; start again from the latest.",
+            ) from error
+        if _format(dataset) not in (FORMAT, MIGRATED):
+            raise StoreError(
+                f"the sample store {self.url} was made by another version of Ratchet.",
+                "Use that version, or a newer one (docs/deployer.md, Upgrade).",
+            )
+        return dataset
+
+    def create(self) -> Any:
+        """Make the table where there is none, and migrate one of the format before. Of processes that start at once
+        one does it, and the others take it.
+        """
+        dataset = self.open()
+        if dataset is not None:
+            return dataset if _format(dataset) == FORMAT else self._migrate(dataset)
+        identity = {
+            "ratchet.format": FORMAT,
+            "ratchet.store": secrets.token_hex(16),
+            "ratchet.split_key": secrets.token_hex(32),
+        }
+        schema = SCHEMA.with_metadata(identity)
+        root = pa.Table.from_pylist([ROOT.row()], schema=schema)
+        try:
+            # Not write_dataset(mode="create"): that one, when it loses the race, overwrites the winner's table. With no
+            # retries the commit writes version 1 or fails.
+            fragments = write_fragments(root, self.url, schema=schema, mode="create")
+            lance.LanceDataset.commit(self.url, lance.LanceOperation.Overwrite(schema, fragments), max_retries=0)
+        except OSError as error:
+            if self.open() is None:
+                raise outage(self.url, "made", error) from error
+        return self.open()
+
+    def _migrate(self, dataset: Any) -> Any:
+        """Bring a table of the format before up to date: nothing that is stored is written again.
+
+        The column first: a process that dies in between leaves a table that it is added to no second time.
+
+        Raises:
+            StoreUnavailable: to be tried again.
+        """
+        log.warning("the sample store %s is migrated from format %s to %s", self.url, _format(dataset), FORMAT)
+        failure: Exception | None = None
+        for _ in range(MIGRATION_ATTEMPTS):
+            dataset = self.open()
+            if _format(dataset) == FORMAT:
+                return dataset
+            try:
+                if "sent_at" in dataset.schema.names:
+                    dataset.update_schema_metadata({"ratchet.format": FORMAT})
+                else:
+                    dataset.add_columns(pa.schema([SCHEMA.field("sent_at")]))
+            except (OSError, RuntimeError, ValueError) as error:  # another process may have been faster
+                failure = error
+                time.sleep(random.uniform(0.01, 0.1))  # noqa: S311  (spreads the tries)
+        raise outage(self.url, "migrated", failure or RuntimeError("others change it all the time"))
+
+    def identity(self) -> tuple[str, bytes]:
+        """Name of this store, and the key of its split, which no producer can know. Makes the table."""
+        metadata = self.create().schema.metadata
+        return metadata[b"ratchet.store"].decode(), bytes.fromhex(metadata[b"ratchet.split_key"].decode())
+
+    def discard(self, files: Iterable[str]) -> None:
+        """Remove data files that no version of the table has, by their names in its folder of data."""
+        session = LanceFileSession(f"{self.url}/data")
+        for name in files:
+            try:
+                session.delete_file(name)
+            except (OSError, RuntimeError, ValueError) as error:
+                log.warning("%s is left for Lance to clean up: %s", name, error)
+
+
+def _format(dataset: Any) -> str:
+    return str(dict(dataset.schema.metadata or {}).get(b"ratchet.format", b"").decode())
+
+
+def fences(dataset: Any) -> list[Any]:
+    """The fragments that hold positions: those without other columns, and the first, with which the table was made."""
+    names = {dataset.lance_schema.field(name).id() for name in POSITION_COLUMNS}
+    return [
+        fragment
+        for fragment in dataset.get_fragments()
+        if fragment.fragment_id == 0 or all(set(file.fields) <= names for file in fragment.data_files())
+    ]
+
+
+def positions(dataset: Any) -> Iterator[tuple[int, Position]]:
+    """Fragment and position of every partition, :data:`ROOT` among them."""
+    fragments = fences(dataset)
+    if not fragments:
+        return
+    with reading_store(dataset.uri):
+        table = dataset.scanner(columns=list(POSITION_COLUMNS), fragments=fragments, with_row_address=True).to_table()
+    for row in table.to_pylist():
+        yield int(row["_rowaddr"]) >> 32, Position.parse(row)
+
+
+@contextmanager
+def reading_store(url: str) -> Iterator[None]:
+    """Errors of a scan become an outage of the store. Arrow wraps those of Lance's input and output as ArrowInvalid.
+
+    Raises:
+        StoreUnavailable
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise outage(url, "read", error) from error
+
+
+def outage(url: str, doing: str, error: Exception) -> StoreError:
+    """A message that helps, for an error of Lance: a full disk is told from a store that is away, or refuses."""
+    state, cause = storage_state(error)
+    if state == "full":
+        return StoreFull(f"the disk of the sample store {url} is full: {cause}.", "Free space; nothing is lost.")
+    fix = "Check `lake_url`, its credentials and permissions."
+    return StoreUnavailable(f"the sample store {url} cannot be {doing}: {cause}.", fix, state)

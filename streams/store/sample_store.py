@@ -21,17 +21,22 @@ import pyarrow.compute as pc
 
 from core.errors import StoreError
 from streams.store.rows import (
+    ROOT,
     SAMPLE_COLUMNS,
-    SAMPLE_SCHEMA,
     SCHEMA,
     Position,
+    SampleTable,
     Tally,
     at_offset,
+    chunks,
+    fences,
     moment,
+    outage,
+    positions,
     quoted,
+    reading_store,
     refused,
 )
-from streams.store.table import ROOT, SampleTable, fences, outage, positions, reading
 from streams.store.writer import Rows, StoreWriter
 
 Having = Literal["text", "question"]
@@ -40,7 +45,7 @@ BATCH_ROWS: Final = 8192
 BACKUP_PIN: Final = "backup-"
 """Pins of backups begin with it; those of updates are their ids."""
 IO_BUFFER_BYTES: Final = 64 << 20
-"""What Lance reads ahead in a scan; its default is 2 GiB."""
+"""Bytes that Lance reads ahead in a scan; its default is 2 GiB."""
 ADDRESS: Final = "_rowaddr"
 """Lance's name for where a row is: its fragment and its place there, in one number."""
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -105,7 +110,7 @@ class SampleStore:
         return [] if dataset is None else [int(each["version"]) for each in dataset.versions()]
 
     def positions(self, version: int | None = None) -> dict[str, Position]:
-        """How far each partition has been read, by its key. Costs the same whatever is stored."""
+        """The progress of reading each partition, by its key. Costs the same whatever is stored."""
         dataset = self.table.open(version)
         known = [] if dataset is None else [position for _, position in positions(dataset)]
         return {position.key: position for position in known if position.key != ROOT.key}
@@ -139,7 +144,7 @@ class SampleStore:
         if dataset is None:
             return 0
         if after:
-            with reading(self.url):
+            with reading_store(self.url):
                 return int(dataset.count_rows(filter=self._where(dataset, split, after, having)))
         tally = self.tally(version)
         splits = ("train", "fresh_eval") if split is None else (split,)
@@ -168,17 +173,10 @@ class SampleStore:
         wanted = list(SAMPLE_COLUMNS if columns is None else columns)
         if unknown := set(wanted) - set(SAMPLE_COLUMNS):
             raise StoreError(f"samples have no column {sorted(unknown)}.", f"Columns: {', '.join(SAMPLE_COLUMNS)}.")
-        dataset = self.table.open(version)
-        schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in wanted])
-        if dataset is None:
-            return schema.empty_table()
         read = [*wanted, *(name for name in _ORDER if name not in wanted)]
-        where = self._where(dataset, split, after, having)
+        where = self._where(self.table.open(version), split, after, having)
         filters = [where] if ids is None else [f"({where}) AND {part}" for part in _id_filters(ids)]
-        with reading(self.url):
-            parts = [dataset.to_table(columns=read, filter=each) for each in filters]
-        if not parts:
-            return schema.empty_table()
+        parts = [self._table(read, each, version) for each in filters or ["false"]]
         table = pa.concat_tables(parts)
         order = pc.sort_indices(table.select(_ORDER), sort_keys=[(name, "ascending") for name in _ORDER])
         return table.take(order).select(wanted)
@@ -208,16 +206,14 @@ class SampleStore:
 
         Raises StoreError when one of them is not there.
         """
-        dataset = self.table.open(version)
-        if dataset is None or not len(addresses):
+        if not len(addresses):
             return []
         where = f"{ADDRESS} IN ({', '.join(str(int(each)) for each in addresses)})"
-        with reading(self.url):
-            table = dataset.to_table(columns=list(columns), filter=where, with_row_address=True)
+        table = self._table(columns, where, version, with_row_address=True)
         rows = {row.pop(ADDRESS): row for row in table.to_pylist()}
         if missing := {int(each) for each in addresses} - rows.keys():
             raise StoreError(
-                f"version {dataset.version} of the sample store {self.url} lacks {len(missing)} rows that it had.",
+                f"version {version} of the sample store {self.url} lacks {len(missing)} rows that it had.",
                 "Addresses are good for one version: ask for them again.",
             )
         return [rows[int(each)] for each in addresses]
@@ -231,19 +227,22 @@ class SampleStore:
         self, where: str, columns: Sequence[str], limit: int | None = None, version: int | None = None
     ) -> list[dict[str, Any]]:
         """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.store.rows` helps to build."""
-        dataset = self.table.open(version)
-        if dataset is None:
-            return []
-        with reading(self.url):
-            rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns), filter=where, limit=limit).to_pylist()
+        rows: list[dict[str, Any]] = self._table(columns, where, version, limit=limit).to_pylist()
         return rows
 
+    def _table(self, columns: Sequence[str], where: str, version: int | None, **options: Any) -> pa.Table:
+        dataset = self.table.open(version)
+        if dataset is None:
+            return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
+        with reading_store(self.url):
+            return dataset.to_table(columns=list(columns), filter=where, **options)
+
     def count_rows(self, where: str) -> int:
-        """How many rows of any kind meet a condition in Lance's SQL."""
+        """Number of rows of any kind that meet a condition in Lance's SQL."""
         dataset = self.table.open()
         if dataset is None:
             return 0
-        with reading(self.url):
+        with reading_store(self.url):
             return int(dataset.count_rows(filter=where))
 
     def batches(
@@ -260,7 +259,7 @@ class SampleStore:
         bounds = {"batch_size": size, "batch_readahead": 2, "fragment_readahead": 2, "io_buffer_size": IO_BUFFER_BYTES}
         batches = iter(dataset.to_batches(columns=list(columns), filter=where, with_row_address=addresses, **bounds))
         while True:
-            with reading(self.url):  # not around the yield: what the caller raises is no outage
+            with reading_store(self.url):  # not around the yield: what the caller raises is no outage
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -289,14 +288,9 @@ class SampleStore:
     # -- records ----------------------------------------------------------------------------------------------------
 
     def records(self, version: int | None = None) -> pa.Table:
-        """What became of every record: kind, position, id, reason, detail, duplicate_of, until."""
+        """The outcome of every record: kind, position, id, reason, detail, duplicate_of, until."""
         columns = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until"]
-        dataset = self.table.open(version)
-        if dataset is None:
-            return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
-        with reading(self.url):
-            table = dataset.to_table(columns=columns, filter="kind != 'position'")
-        return table.sort_by([(name, "ascending") for name in _ORDER])
+        return self._table(columns, "kind != 'position'", version).sort_by([(name, "ascending") for name in _ORDER])
 
     def record(self, stream: str, partition: int, offset: int) -> list[dict[str, Any]]:
         """The rows of one record: one, or two after its sample was deleted; none where it was not read yet."""
@@ -330,14 +324,12 @@ class SampleStore:
 
     def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
         """Ids of deleted samples and when they were deleted (``ingested_at`` of the receipt); those after ``since``."""
-        dataset = self.table.open(version)
-        if dataset is None or not self.tally(version)["deleted"]:
-            return pa.schema([SCHEMA.field(name) for name in ("id", "ingested_at")]).empty_table()
         where = "kind = 'deleted' AND id IS NOT NULL"
         if since is not None:
             where += f" AND ingested_at > {moment(since)}"
-        with reading(self.url):
-            return dataset.to_table(columns=["id", "ingested_at"], filter=where)
+        if not self.tally(version)["deleted"]:
+            where = "false"
+        return self._table(["id", "ingested_at"], where, version)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
         """The newest gaps, newest first: position, until, reason and time."""
@@ -369,7 +361,7 @@ class SampleStore:
         if split is not None:
             clauses.append(f"split = {quoted(split)}")
         if after:
-            known = {position.key for _, position in positions(dataset)}
+            known = {position.key for _, position in positions(dataset)} if dataset is not None else set()
             ranges = {**dict.fromkeys(known, 0), **after}  # a choice of ranges, which the index on the offset can prune
             parts = []
             for key, offset in sorted(ranges.items()):
@@ -380,7 +372,5 @@ class SampleStore:
 
 
 def _id_filters(ids: Sequence[str]) -> Iterator[str]:
-    valid = sorted({each for each in ids if _ID.fullmatch(each)})
-    for start in range(0, len(valid), IDS_PER_QUERY):
-        names = ", ".join(quoted(each) for each in valid[start : start + IDS_PER_QUERY])
-        yield f"id IN ({names})"
+    for some in chunks(sorted({each for each in ids if _ID.fullmatch(each)}), IDS_PER_QUERY):
+        yield f"id IN ({', '.join(map(quoted, some))})"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -28,16 +28,21 @@ from core.errors import StoreUnavailable, Superseded
 from streams.store.rows import (
     CLAIM,
     POSITION_SCHEMA,
+    ROOT,
     SCHEMA,
     Position,
     RecordPosition,
+    SampleTable,
+    at_offset,
+    chunks,
     deletion_row,
     duplicate_row,
+    outage,
     position_of,
+    positions,
     quoted,
     tally_of,
 )
-from streams.store.table import ROOT, SampleTable, outage, positions
 
 Rows = Sequence[Mapping[str, Any]]
 CONTENT: Final = "kind IN ('sample', 'quarantine')"
@@ -51,7 +56,7 @@ IDS_PER_QUERY: Final = 500
 MOVED: Final = {"ratchet": "moved"}
 """Property of a transaction that writes no row that was not there before."""
 ATTEMPTS: Final = 30
-"""Lance's own retries pass a conflict of names on; ours begin anew from the newest version: some 10 ms each."""
+"""Lance's own retries pass a conflict of names on; ours begin again from the newest version: some 10 ms each."""
 OUTAGES: Final = 2
 """Of these, those that fail for another reason than a conflict: each may take as long as Lance's own retries."""
 
@@ -110,10 +115,7 @@ class StoreWriter:
                     raise
                 continue  # somebody claims the same partitions, or makes others: in turn
             return claimed
-        raise StoreUnavailable(
-            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.",
-            "Are there more ingest processes than partitions? Stop some.",
-        )
+        raise self._contended("Are there more ingest processes than partitions? Stop some.")
 
     def commit(
         self,
@@ -136,13 +138,13 @@ class StoreWriter:
         """
         if not replaced:
             return self._commit(rows, moves, base)
-        where = f"{SENT} AND ({_at(replaced)})"
+        where = f"{SENT} AND ({at_positions(replaced)})"
 
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
             known = replaced[position_of(row)]
             return {**known, "id": None, "duplicate_of": row["id"]} if stays else known
 
-        corrected = {row["id"] for row in rows if row["kind"] == "sample"}  # stored anew, so nothing passes on
+        corrected = {row["id"] for row in rows if row["kind"] == "sample"}  # stored again, so nothing passes on
         return self._swap(where, receipt, rows, moves, True, corrected)[1]
 
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
@@ -189,15 +191,11 @@ class StoreWriter:
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
             return deletion_row(row, DELETION, details[position_of(row)], now, stays)
 
-        return self._swap(f"{SENT} AND ({_at(details)})", receipt, pass_on=True)[0] if details else []
+        return self._swap(f"{SENT} AND ({at_positions(details)})", receipt, pass_on=True)[0] if details else []
 
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
-        stream, partition, offset = position
-        where = (
-            f"kind = 'sample' AND id = {quoted(sample_id)} AND topic = {quoted(stream)} AND partition = {partition}"
-            f" AND offset = {offset}"
-        )
+        where = f"kind = 'sample' AND id = {quoted(sample_id)} AND {at_offset(*position)}"
         return bool(self._swap(where, lambda row, _: duplicate_row(row, "exact", sample_id))[0])
 
     def _swap(
@@ -227,7 +225,7 @@ class StoreWriter:
                 return [], self._commit(new, moves) if moves else int(dataset.version)
             passed = _passed_on(dataset, rows, kept) if pass_on else []
             gone = [*rows, *(duplicate for duplicate, _ in passed)]
-            theirs = f"kind = 'duplicate' AND ({_at(position_of(each) for each, _ in passed)})" if passed else "false"
+            theirs = f"kind = 'duplicate' AND ({at_positions(position_of(each) for each, _ in passed) or 'false'})"
             parts = {int(row["_rowaddr"]) >> 32 for row in gone}
             every = f"({where}) OR ({theirs})"
             changed = {number: dataset.get_fragment(number).delete(every) for number in sorted(parts)}
@@ -248,9 +246,11 @@ class StoreWriter:
             except CommitConflictError:
                 continue
             return rows, version
-        raise StoreUnavailable(
-            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
-        )
+        raise self._contended()
+
+    def _contended(self, fix: str = "Try again.") -> StoreUnavailable:
+        words = f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row."
+        return StoreUnavailable(words, fix)
 
     def merge(self, fragments: Sequence[int], rows_at_once: int) -> int:
         """Write the rows of some fragments into one, without those that were deleted. Returns the bytes written.
@@ -341,9 +341,7 @@ class StoreWriter:
                     raise CommitConflictError(str(error)) from error
                 failure = error
                 outages += not _is_conflict(error)
-        raise failure or StoreUnavailable(
-            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
-        )
+        raise failure or self._contended()
 
 
 def _passed_on(
@@ -354,7 +352,7 @@ def _passed_on(
     leaving = {row["_rowaddr"] for row in rows}
     samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
     heirs: dict[str, dict[str, Any]] = {}
-    for ids in _chunks(list(samples)):
+    for ids in chunks(samples, IDS_PER_QUERY):
         where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
         table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
         for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], position_of(row))):
@@ -364,8 +362,8 @@ def _passed_on(
             if (first["key"], first["source"]) == (row["key"], row["source"]):
                 heirs[row["id"]] = row
     passed = []
-    for ids in _chunks(list(heirs)):
-        places = _at(position_of(samples[each]) for each in ids)
+    for ids in chunks(heirs, IDS_PER_QUERY):
+        places = at_positions(position_of(samples[each]) for each in ids)
         for sample in dataset.to_table(columns=SCHEMA.names, filter=f"kind = 'sample' AND ({places})").to_pylist():
             heir = heirs[sample["id"]]
             claim = {name: heir[name] for name in CLAIM if heir[name] is not None or name in ("key", "sent_at")}
@@ -373,11 +371,7 @@ def _passed_on(
     return passed
 
 
-def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[start : start + IDS_PER_QUERY] for start in range(0, len(ids), IDS_PER_QUERY))
-
-
-def _at(places: Iterable[RecordPosition]) -> str:
+def at_positions(places: Iterable[RecordPosition]) -> str:
     """The rows at some positions, in Lance's SQL."""
     offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
     for stream, partition, offset in places:
@@ -389,7 +383,7 @@ def _at(places: Iterable[RecordPosition]) -> str:
 
 
 def _is_conflict(error: Exception) -> bool:
-    """Whether somebody else's commit came first. Lance says so by a type of its own, or in an OSError's words."""
+    """True if somebody else's commit came first. Lance says so by a type of its own, or in an OSError's words."""
     return isinstance(error, CommitConflictError) or "commit conflict" in str(error).lower()
 
 

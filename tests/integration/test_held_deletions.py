@@ -14,9 +14,8 @@ from core.ledger import DeletionRow, Ledger
 from core.settings import Settings
 from core.waiting import wait_until
 from streams.store import deletion, maintenance
-from streams.store.deletion import as_json
+from streams.store.deletion import OldVersions, as_json
 from streams.store.maintenance import Maintainer
-from streams.store.object_versions import OldVersions
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.s3 import Server, s3_server

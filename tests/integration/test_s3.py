@@ -19,9 +19,8 @@ from core.errors import AdapterError, ArtifactsUnavailable, BaseModelError, Reco
 from core.settings.streams import Ingest
 from serving.engines.clip_base import load_base
 from streams.records.uris import UriFetcher
-from streams.store.rows import Position, tally_of
+from streams.store.rows import Position, SampleTable, tally_of
 from streams.store.sample_store import SampleStore
-from streams.store.table import SampleTable
 from streams.store.writer import StoreWriter
 from tests.support.s3 import s3_server
 from tests.support.samples import TOPIC, put, sample
@@ -150,7 +149,7 @@ def test_images_are_fetched_from_listed_prefixes_within_their_bounds() -> None:
     client = boto3.client("s3")
     for key, size in {"photos/a b%20.png": 1000, "photos/big.png": 1025, "photos/none": 0, "secret/a.png": 9}.items():
         client.put_object(Bucket=BUCKET, Key=key, Body=b"x" * size)
-    fetcher = UriFetcher(Ingest(allowed_uris=[f"s3://{BUCKET}/photos/"], max_image_bytes=1024, uri_retries=1))
+    fetcher = UriFetcher(Ingest(allowed_uris=[f"s3://{BUCKET}/photos/"], max_image_bytes=1024))
     try:
         uris = [f"s3://{BUCKET}/photos/a b%20.png"] * 50
         with ThreadPoolExecutor(50) as workers:
@@ -170,7 +169,7 @@ def test_images_are_fetched_from_listed_prefixes_within_their_bounds() -> None:
 
 def test_a_store_that_is_away_is_tried_again_and_its_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    fetcher = UriFetcher(Ingest(allowed_uris=[f"s3://{BUCKET}"], uri_retries=1))
+    fetcher = UriFetcher(Ingest(allowed_uris=[f"s3://{BUCKET}"]))
     with pytest.raises(RecordError, match=r"cannot be read now\. Tries: 2") as caught:
         fetcher.fetch(f"s3://{BUCKET}/photos/a.png")
     fetcher.close()

@@ -27,7 +27,7 @@ from ops import dependency_checks
 from ops.cli import checks
 from ops.cli.main import app
 from ops.dependency_checks import look
-from streams.store.compaction import clean
+from streams.store.maintenance import clean
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter

@@ -45,8 +45,8 @@ from serving.releases.types import (
     RollbackCommand,
 )
 from streams.ingest.resubmit import ResubmitReport
-from streams.store.receipts import Receipt
 from streams.store.rows import Position
+from streams.store.sample_queries import Receipt
 from streams.store.sample_store import SampleStore
 from tests.support.inputs import pictures
 from tests.support.tiny import tiny_base

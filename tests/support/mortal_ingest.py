@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from core.settings import Settings
-from streams.ingest.consumer import Consumer
+from streams.ingest.consumer import Consumer, run_ingest
+from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.membership import Membership
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.run import run_ingest
 from streams.kafka.outbox import FencedSender, Outbox
 from streams.store.writer import StoreWriter
 from tests.support.sudden_death import die

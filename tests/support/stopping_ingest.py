@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from core.settings import Settings
+from streams.ingest.consumer import run_ingest
 from streams.ingest.quarantine import RefusalPublisher
-from streams.ingest.run import run_ingest
 from streams.kafka.outbox import FencedSender
 from streams.store.writer import StoreWriter
 

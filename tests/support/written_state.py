@@ -28,11 +28,11 @@ from PIL import Image
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading, start_position
 from streams.ingest.batch import Batch
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.sides import SplitRule
-from streams.ingest.quality.validate import Received, Rules, validate
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.look import SplitRule
+from streams.ingest.membership import Reading, start_position
+from streams.ingest.validate import Received, Rules, validate
 from streams.store import deletion
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -104,7 +104,7 @@ def write_lake(folder: Path) -> dict[str, Any]:
     with TemporaryDirectory() as scratch, closing(Ledger.open(f"sqlite:///{scratch}/ledger.db")) as ledger:
         deletion.take_tombstones(store, ledger)
         for each in ledger.deletions(10, ["requested"], oldest_first=True):
-            deletion.remove(store, ledger, each)
+            deletion.remove(store, ledger, [each])
     return contents(store)
 
 

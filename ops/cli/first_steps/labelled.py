@@ -13,7 +13,7 @@ from core.progress import track
 from core.settings.streams import Ingest
 from ratchet_client.images import OpenedImage, open_image
 from streams.publish.datasets import imagefolder
-from streams.publish.datasets.source import Source
+from streams.publish.datasets.mapping import Source
 from streams.publish.folders import INDEX, DatasetRow, FolderItem
 
 MAX_ROWS = 200_000

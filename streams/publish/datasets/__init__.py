@@ -1,7 +1,7 @@
 """Data sets that people have, read as a stream: :func:`detect` finds the format, :func:`read_dataset` the rows.
 
 Formats are in modules: ``shards`` (WebDataset, img2dataset), ``parquet`` (Hugging Face, img2dataset), ``imagefolder``
-(also with a text file next to each image) and ``json_annotations`` (COCO, LLaVA, VQAv2). Ratchet's own are here: the
+(also with a text file next to each image) and ``json_annotations`` (COCO, LLaVA). Ratchet's own are here: the
 folder dataset (:mod:`streams.publish.folders`), and single CSV and JSON Lines files of its columns. All yield
 :class:`~streams.publish.folders.DatasetRow`: a sample, or the error that names file, row, field and fix. Memory does
 not grow with the number of rows.
@@ -15,9 +15,8 @@ from typing import Final
 
 from ratchet_client.images import MAX_BYTES
 from streams.publish.datasets import imagefolder, json_annotations, parquet, shards
-from streams.publish.datasets.source import Format, Source
-from streams.publish.folders import INDEX, DatasetRow, read_index, select_split
-from streams.publish.row_files import dataset_error
+from streams.publish.datasets.mapping import Format, Source
+from streams.publish.folders import INDEX, DatasetRow, dataset_error, read_index, select_split
 
 
 def _read_index_file(source: Source) -> Iterator[DatasetRow]:
@@ -28,23 +27,21 @@ def _read_index_file(source: Source) -> Iterator[DatasetRow]:
     return read_index(index)
 
 
-def _is_folder(path: Path) -> bool:
-    return (path / INDEX).is_file()
-
-
-def _is_csv(path: Path) -> bool:
-    return path.suffix.lower() == ".csv" and path.is_file()
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file()
-
-
-FOLDER: Final = Format("folder", "a folder of images with data.csv", _is_folder, _read_index_file)
-CSV: Final = Format("csv", "a CSV file with the columns of data.csv", _is_csv, _read_index_file)
-JSONL: Final = Format("jsonl", "a JSON Lines file with the fields of data.csv", _is_jsonl, _read_index_file)
-
-
+FOLDER: Final = Format(
+    "folder", "a folder of images with data.csv", lambda path: (path / INDEX).is_file(), _read_index_file
+)
+CSV: Final = Format(
+    "csv",
+    "a CSV file with the columns of data.csv",
+    lambda path: path.suffix.lower() == ".csv" and path.is_file(),
+    _read_index_file,
+)
+JSONL: Final = Format(
+    "jsonl",
+    "a JSON Lines file with the fields of data.csv",
+    lambda path: path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file(),
+    _read_index_file,
+)
 _ORDERED: Final = (
     FOLDER,
     shards.FORMAT,
@@ -53,7 +50,6 @@ _ORDERED: Final = (
     json_annotations.LLAVA,
     JSONL,
     json_annotations.COCO,
-    json_annotations.VQA,
     imagefolder.SIDECARS,
     imagefolder.FORMAT,
 )

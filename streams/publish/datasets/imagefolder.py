@@ -15,17 +15,25 @@ Memory: the names in one folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from core.errors import RecordError
-from streams.publish.datasets.mapping import ImageRef, has_words, items_of
+from streams.publish.datasets.mapping import (
+    IMAGE_SUFFIXES,
+    MAX_TEXT_BYTES,
+    Format,
+    ImageRef,
+    Source,
+    has_words,
+    items_of,
+    rows_of,
+    split_of,
+)
 from streams.publish.datasets.shards import values_of
-from streams.publish.datasets.source import IMAGE_SUFFIXES, MAX_TEXT_BYTES, Format, Source, split_of
-from streams.publish.folders import DatasetRow, FolderItem
-from streams.publish.row_files import Where, csv_rows, dataset_error, inside, jsonl_rows
+from streams.publish.folders import DatasetRow, FolderItem, Where, csv_rows, dataset_error, inside, jsonl_rows
 
 METADATA: Final = ("metadata.csv", "metadata.jsonl")
 FILE: Final = ("file_name", "file", "image")
@@ -33,7 +41,7 @@ MAX_DEPTH: Final = 16
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder has metadata files, or folders with images in them."""
+    """True if a folder has metadata files, or folders with images in them."""
     if not path.is_dir():
         return False
     return bool(_metadata_files(path)) or any(image.parent != path for image in images_under(path))
@@ -87,21 +95,19 @@ def read_metadata(index: Path, source: Source, root: Path | None = None) -> Iter
 
     split = split_of(index.parent.name)
     for where, row in jsonl_rows(index) if index.suffix.lower() in (".jsonl", ".ndjson") else csv_rows(index, check):
-        try:
-            if isinstance(row, RecordError):
-                raise row
-            column = next((name for name in FILE if row.get(name)), FILE[0])
-            name = row.get(column)
-            if not isinstance(name, str):
-                raise where.error(FILE[0], "is missing", "name an image file, relative to the metadata")
-            inside(folder, name, where)
-            image = ImageRef(folder / name)
-            items = list(items_of(row, image, where, domain=source.domain, split=split))
-        except RecordError as error:
-            yield DatasetRow(str(where), error)
-            continue
-        for item in items:
-            yield DatasetRow(str(where), item)
+        yield from rows_of(where, _metadata_items(row, folder, where, source.domain, split))
+
+
+def _metadata_items(
+    row: Mapping[str, Any] | RecordError, folder: Path, where: Where, domain: str, split: str
+) -> Iterator[FolderItem]:
+    if isinstance(row, RecordError):
+        raise row
+    name = next((row[name] for name in FILE if row.get(name)), None)
+    if not isinstance(name, str):
+        raise where.error(FILE[0], "is missing", "name an image file, relative to the metadata")
+    inside(folder, name, where)
+    yield from items_of(row, ImageRef(folder / name), where, domain=domain, split=split)
 
 
 def _classes(source: Source) -> Iterator[DatasetRow]:
@@ -109,19 +115,16 @@ def _classes(source: Source) -> Iterator[DatasetRow]:
     for image in images_under(root):
         parts = image.relative_to(root).parts
         split = split_of(parts[0]) if len(parts) > 2 and split_of(parts[0]) == parts[0].lower() else ""
-        where = Where(image, "the file")
-        if len(parts) < 2:
-            error = where.row_error("is in no class folder", "move it to a folder named after its class")
-            yield DatasetRow(str(image), error)
-            continue
-        try:
-            inside(root, image.relative_to(root).as_posix(), where)
-        except RecordError as error:
-            yield DatasetRow(str(image), error)
-            continue
-        label = parts[1] if split else parts[0]
-        text = label.replace("_", " ")
-        yield DatasetRow(str(image), FolderItem(image, text, label, split=split, domain=source.domain))
+        yield from rows_of(Where(image, "the file"), _class_items(image, root, parts, split, source.domain))
+
+
+def _class_items(image: Path, root: Path, parts: Sequence[str], split: str, domain: str) -> Iterator[FolderItem]:
+    where = Where(image, "the file")
+    if len(parts) < 2:
+        raise where.row_error("is in no class folder", "move it to a folder named after its class")
+    inside(root, image.relative_to(root).as_posix(), where)
+    label = parts[1] if split else parts[0]
+    yield FolderItem(image, label.replace("_", " "), label, split=split, domain=domain)
 
 
 FORMAT: Final = Format("imagefolder", "image files with metadata.csv or .jsonl, or a folder a class", matches, read)
@@ -132,27 +135,24 @@ _LOOKED_AT: Final = 16
 
 
 def _is_sidecars(path: Path) -> bool:
-    """Whether one of the first images of a folder has a text beside it."""
+    """True if one of the first images of a folder has a text next to it."""
     return path.is_dir() and any(
         image.with_suffix(".txt").is_file() for image in islice(images_under(path), _LOOKED_AT)
     )
 
 
 def _read_sidecars(source: Source) -> Iterator[DatasetRow]:
-    """Each image with the words beside it."""
+    """Each image with the words next to it."""
     for image in images_under(source.path):
         where = Where(image, "the file")
-        try:
-            inside(source.path, image.relative_to(source.path).as_posix(), where)
-            parts = {suffix: text for suffix in ("txt", "json") if (text := _beside(image, suffix, where)) is not None}
-            split = split_of(image.parent.name)
-            row = values_of(parts, where)
-            items = list(items_of(row, ImageRef(image), where, domain=source.domain, split=split))
-        except RecordError as error:
-            yield DatasetRow(str(image), error)
-            continue
-        for item in items:
-            yield DatasetRow(str(image), item)
+        yield from rows_of(where, _sidecar_items(image, source, where))
+
+
+def _sidecar_items(image: Path, source: Source, where: Where) -> Iterator[FolderItem]:
+    inside(source.path, image.relative_to(source.path).as_posix(), where)
+    parts = {suffix: text for suffix in ("txt", "json") if (text := _beside(image, suffix, where)) is not None}
+    split = split_of(image.parent.name)
+    yield from items_of(values_of(parts, where), ImageRef(image), where, domain=source.domain, split=split)
 
 
 def _beside(image: Path, suffix: str, where: Where) -> bytes | None:
@@ -168,5 +168,5 @@ def _beside(image: Path, suffix: str, where: Where) -> bytes | None:
 
 
 SIDECARS: Final = Format(
-    "sidecars", "image files with a .txt beside each (img2dataset files)", _is_sidecars, _read_sidecars
+    "sidecars", "image files with a .txt next to each (img2dataset files)", _is_sidecars, _read_sidecars
 )

@@ -9,8 +9,9 @@ What a sample is made of (texts, questions, answers, classes) must be of its typ
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -19,18 +20,66 @@ from pathlib import Path
 from typing import Any, Final
 
 from core.errors import RecordError
-from streams.publish.folders import FolderItem
-from streams.publish.row_files import Where, iso_time, list_field
+from ratchet_client.images import MAX_BYTES
+from streams.publish.folders import DatasetRow, FolderItem, Where, iso_time, list_field
+
+IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+"""File names of the formats that :mod:`ratchet_client.images` decodes."""
+MAX_TEXT_BYTES: Final = 2**20
+"""Longest text, JSON object or other field of a row that is read at all."""
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A data set to read."""
+
+    path: Path
+    """A file, a folder, or (shards alone) a pattern such as ``shards/{000..010}.tar``."""
+    max_image_bytes: int = MAX_BYTES
+    """A larger image is an error of its row; it is not read where its size is known before."""
+
+    @property
+    def domain(self) -> str:
+        """Name of the data set: the domain of rows that have none of their own."""
+        if self.path.is_dir():
+            return self.path.resolve().name
+        return self.path.parent.resolve().name if "{" in self.path.name else self.path.name.split(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A kind of data set."""
+
+    name: str
+    holds: str
+    """Its description, for people."""
+    matches: Callable[[Path], bool]
+    """True if a path holds one. Reads a bounded part of it; never raises for what is in it."""
+    read: Callable[[Source], Iterator[DatasetRow]]
+    """Its rows, one at a time. Raises RecordError when nothing more of it can be read."""
+
+
+def split_of(name: str) -> str:
+    """The split that a file or folder is named after (``train`` in ``train-00000-of-00002``); empty if none."""
+    match = _SPLIT.search(name.lower())
+    return match.group(1) if match else ""
+
+
+def files_under(root: Path, *suffixes: str) -> list[Path]:
+    """Files with one of the suffixes in ``root`` and two levels below it, in order of their paths."""
+    patterns = (f"{level}*{suffix}" for level in ("", "*/", "*/*/") for suffix in suffixes)
+    return sorted(path for pattern in patterns for path in root.glob(pattern) if path.is_file())
+
 
 TEXT: Final = ("text", "caption", "captions", "sentence", "sentences", "description", "alt_text", "alt")
 QUESTION: Final = ("question", "query")
 ANSWER: Final = ("answer", "multiple_choice_answer")
-ANSWERS: Final = ("answers",)
 LABEL: Final = ("label", "class", "category", "labels", "fine_label")
 SOURCE: Final = ("source", "url", "image_url")
 CONVERSATIONS: Final = ("conversations", "conversation")
 PLAIN: Final = ("concept", "domain", "split", "time", "tags")
-COLUMNS: Final = (*TEXT, *QUESTION, *ANSWER, *ANSWERS, *LABEL, *SOURCE, *CONVERSATIONS, *PLAIN)
+COLUMNS: Final = (*TEXT, *QUESTION, *ANSWER, "answers", *LABEL, *SOURCE, *CONVERSATIONS, *PLAIN)
 """All columns that are read; others are passed over."""
 MAX_SAMPLES: Final = 256
 """Most samples of one row: captions, or turns of a conversation."""
@@ -47,10 +96,21 @@ class ImageRef:
     inline: bytes | None = None
 
 
+def rows_of(where: Where, items: Iterable[FolderItem]) -> Iterator[DatasetRow]:
+    """The rows of some items that are made now; the one that says what is wrong where that raises RecordError."""
+    try:
+        made = list(items)
+    except RecordError as error:
+        yield DatasetRow(str(where), error)
+        return
+    for item in made:
+        yield DatasetRow(str(where), item)
+
+
 def has_words(columns: Sequence[str]) -> bool:
-    """Whether columns of these names can make a sample."""
+    """True if columns of these names can make a sample."""
     names = {name.lower() for name in columns}
-    return bool(names & {*TEXT, *LABEL, *CONVERSATIONS}) or bool(names & set(QUESTION) and names & {*ANSWER, *ANSWERS})
+    return bool(names & {*TEXT, *LABEL, *CONVERSATIONS}) or bool(names & set(QUESTION) and names & {*ANSWER, "answers"})
 
 
 def items_of(
@@ -77,7 +137,7 @@ def items_of(
     """
     values = {name.lower(): value for name, value in row.items() if value is not None}
     label = _label(values, label_names or {}, where)
-    texts = _texts(values, where)
+    texts = next((found for name in TEXT if (found := _strings(values, name, where))), [])
     pairs = _pairs(values, where)
     if not texts and not pairs:
         if not label or label.isdecimal():
@@ -140,38 +200,26 @@ def turns(conversation: Any, where: Where) -> list[Pair]:
     return pairs
 
 
-def best_answer(answers: Sequence[str]) -> str:
-    """The answer that most people gave; of several, the first."""
-    return Counter(answers).most_common(1)[0][0] if answers else ""
-
-
-def _texts(values: Mapping[str, Any], where: Where) -> list[str]:
-    for name in TEXT:
-        if texts := _strings(values, name, where):
-            return texts
-    return []
-
-
 def _pairs(values: Mapping[str, Any], where: Where) -> list[Pair]:
     for name in CONVERSATIONS:
         if values.get(name):
             return turns(values[name], where)
-    question = _first_string(values, QUESTION, where)
+    question = next((text for name in QUESTION for text in _strings(values, name, where)), "")
     if not question:
         return []  # an answer alone is no example of anything
     best = [text for name in ANSWER for text in _strings(values, name, where)]
     answers = _answers(values, where) or best[1:]
     if not best and not answers:
         raise where.error("answer", "is empty, its question is not", "give both question and answer")
-    return [(question, best[0] if best else best_answer(answers), tuple(dict.fromkeys(answers)))]
+    return [(question, best[0] if best else Counter(answers).most_common(1)[0][0], tuple(dict.fromkeys(answers)))]
 
 
 def _answers(values: Mapping[str, Any], where: Where) -> list[str]:
-    given = values.get(ANSWERS[0])
+    given = values.get("answers")
     if isinstance(given, list):  # VQA has an object for each answer
         given = [each.get("answer") if isinstance(each, Mapping) else each for each in given]
-        return _strings({ANSWERS[0]: given}, ANSWERS[0], where)
-    return list(list_field(values, ANSWERS[0], where))
+        return _strings({"answers": given}, "answers", where)
+    return list(list_field(values, "answers", where))
 
 
 def _label(values: Mapping[str, Any], names: Mapping[str, Sequence[str]], where: Where) -> str:
@@ -194,17 +242,6 @@ def _strings(values: Mapping[str, Any], name: str, where: Where) -> list[str]:
         if each is not None and not isinstance(each, str):
             raise where.error(name, f"is a {type(each).__name__}", "write it as a string")
     return [text for each in given if each and (text := each.strip())]
-
-
-def _string(values: Mapping[str, Any], name: str, where: Where) -> str:
-    value = values.get(name)
-    if value is not None and not isinstance(value, str):
-        raise where.error(name, f"is a {type(value).__name__}", "write it as a string")
-    return (value or "").strip()
-
-
-def _first_string(values: Mapping[str, Any], names: Sequence[str], where: Where) -> str:
-    return next((text for name in names if (text := _string(values, name, where))), "")
 
 
 def _metadata(values: Mapping[str, Any], name: str) -> str:

@@ -5,7 +5,7 @@ its values are bytes, or structs of ``bytes`` and ``path``. Other columns are fo
 (:mod:`streams.publish.datasets.mapping`); numbers of a ``ClassLabel`` become the names in the metadata. A row that
 img2dataset could not download is a wrong one.
 
-Memory: one batch of rows, some `BATCH_BYTES` by the sizes in the file's own metadata, beside the pages that are being
+Memory: one batch of rows, some `BATCH_BYTES` by the sizes in the file's own metadata, and the pages that are being
 decoded. Columns are read through a buffer, not a row group at once.
 """
 
@@ -20,26 +20,31 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from core.errors import RecordError
-from streams.publish.datasets.mapping import COLUMNS, ImageRef, has_words, items_of
-from streams.publish.datasets.source import Format, Source, files_under, split_of
-from streams.publish.folders import DatasetRow
-from streams.publish.row_files import Where, dataset_error, inside
+from streams.publish.datasets.mapping import (
+    COLUMNS,
+    Format,
+    ImageRef,
+    Source,
+    files_under,
+    has_words,
+    items_of,
+    rows_of,
+    split_of,
+)
+from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error, inside
 
 IMAGE: Final = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 STATUS: Final = ("status", "error_message")
-"""What img2dataset says of each download."""
+"""Columns of img2dataset about each download."""
 BATCH_BYTES: Final = 16 * 2**20
 MAX_BATCH_ROWS: Final = 256
-MAX_ROW_BYTES: Final = 128 * 2**20
-"""Largest average row of a row group that is read at all."""
 BUFFER_BYTES: Final = 2**20
 _DAMAGE = (pa.ArrowException, OSError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Which columns of a file are read, and as what."""
+    """The columns of a file that are read, and their meaning."""
 
     image: str
     columns: tuple[str, ...]
@@ -47,7 +52,7 @@ class _Layout:
 
 
 def matches(path: Path) -> bool:
-    """Whether a path is a parquet file, or a folder of which the first has a column of images."""
+    """True if a path is a parquet file, or a folder of which the first has a column of images."""
     if path.is_dir():
         try:
             first = next(iter(files_under(path, ".parquet")), None)
@@ -66,46 +71,35 @@ def read(source: Source) -> Iterator[DatasetRow]:
         try:
             with pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
                 layout = _layout(table.schema_arrow, file)
-                for batch, index in _raw_rows(table, layout, file):
+                for batch, index in _raw_rows(table, layout):
                     number += 1
-                    yield from _rows(batch, index, layout, Where(file, f"row {number}"), source, split)
+                    where = Where(file, f"row {number}")
+                    yield from rows_of(where, _items(batch, index, layout, where, source, split))
         except _DAMAGE as error:
             where = Where(file, f"after row {number}")
             problem = f"damaged ({str(error)[:200] or type(error).__name__})"
             yield DatasetRow(str(where), where.row_error(problem, "copy the file again"))
 
 
-def _raw_rows(table: pq.ParquetFile, layout: _Layout, file: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
+def _raw_rows(table: pq.ParquetFile, layout: _Layout) -> Iterator[tuple[pa.RecordBatch, int]]:
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
-        average = about.total_byte_size // max(1, about.num_rows)
-        if average > MAX_ROW_BYTES:
-            raise dataset_error(f"{file}: rows of {average} bytes on average", "write smaller images")
-        size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(1, average)))
-        batches = table.iter_batches(size, row_groups=[group], columns=list(layout.columns), use_threads=False)
-        for batch in batches:
+        size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
+        for batch in table.iter_batches(size, row_groups=[group], columns=list(layout.columns), use_threads=False):
             for index in range(batch.num_rows):
                 yield batch, index
 
 
-def _rows(
+def _items(
     batch: pa.RecordBatch, index: int, layout: _Layout, where: Where, source: Source, split: str
-) -> Iterator[DatasetRow]:
-    try:
-        row = _values(batch, index, where)
-        status = row.pop("status", None)
-        message = row.pop("error_message", None)
-        if isinstance(status, str) and status != "success":
-            problem = f"was not downloaded: {status}{f' ({message})' if message else ''}"
-            raise where.error(layout.image, problem[:300], "leave it out (--skip-bad), or download it again")
-        image = _image(row.pop(layout.image), layout.image, where, source.max_image_bytes)
-        names = layout.label_names
-        items = list(items_of(row, image, where, domain=source.domain, split=split, label_names=names))
-    except RecordError as error:
-        yield DatasetRow(str(where), error)
-        return
-    for item in items:
-        yield DatasetRow(str(where), item)
+) -> Iterator[FolderItem]:
+    row = _values(batch, index, where)
+    status, message = row.pop("status", None), row.pop("error_message", None)
+    if isinstance(status, str) and status != "success":
+        problem = f"was not downloaded: {status}{f' ({message})' if message else ''}"
+        raise where.error(layout.image, problem[:300], "leave it out (--skip-bad), or download it again")
+    image = _image(row.pop(layout.image), layout.image, where, source.max_image_bytes)
+    yield from items_of(row, image, where, domain=source.domain, split=split, label_names=layout.label_names)
 
 
 def _values(batch: pa.RecordBatch, index: int, where: Where) -> dict[str, Any]:
@@ -146,8 +140,12 @@ def _layout(schema: pa.Schema, file: Path) -> _Layout:
         names = ", ".join(schema.names[:40])
         fix = "name a column text, caption or label, or two question and answer"
         raise dataset_error(f"{file} has no column of texts; it has: {names}", fix)
-    names_of = {name.lower(): names for name, names in _class_labels(schema).items() if name in columns}
-    return _Layout(image, (image, *columns), names_of)
+    label_names = {
+        name.lower(): [str(each) for each in feature["names"]]
+        for name, feature in _features(schema).items()
+        if name in columns and feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+    }
+    return _Layout(image, (image, *columns), label_names)
 
 
 def _image_column(schema: pa.Schema) -> str | None:
@@ -166,15 +164,6 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(kind.get_field_index(name) >= 0 for name in ("bytes", "path"))
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
-    labels = {}
-    for name, feature in _features(schema).items():
-        names = feature.get("names")
-        if feature.get("_type") == "ClassLabel" and isinstance(names, list):
-            labels[name] = [str(each) for each in names]
-    return labels
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:

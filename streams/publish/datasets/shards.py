@@ -1,10 +1,10 @@
 """WebDataset shards: tar files in which neighbours of one name are a sample (``000.jpg``, ``000.txt``, ``000.json``).
 
-Also what img2dataset writes with ``output_format=webdataset``; the parquet files beside its shards repeat the JSON
+Also what img2dataset writes with ``output_format=webdataset``; the parquet files next to its shards repeat the JSON
 members and are not needed. Members are read one after another and nothing is ever unpickled: members of other names
 are passed over unread, whatever a decoder of theirs would do. Read: an image (jpg, jpeg, png, webp, gif, bmp),
 ``txt``, ``cls`` and ``json`` (columns as in :mod:`streams.publish.datasets.mapping`). Names of the classes in ``cls``
-are the lines of ``classes.txt`` or ``classnames.txt`` beside the shards.
+are the lines of ``classes.txt`` or ``classnames.txt`` next to the shards.
 
 Memory: the members of one sample, so at most an image and three texts.
 """
@@ -23,31 +23,25 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from core.errors import RecordError
-from streams.publish.datasets.mapping import ImageRef, items_of
-from streams.publish.datasets.source import IMAGE_SUFFIXES, MAX_TEXT_BYTES, Format, Source, files_under, split_of
-from streams.publish.folders import DatasetRow
-from streams.publish.row_files import Where, dataset_error
+from streams.publish.datasets.mapping import (
+    IMAGE_SUFFIXES,
+    MAX_TEXT_BYTES,
+    Format,
+    ImageRef,
+    Source,
+    files_under,
+    items_of,
+    rows_of,
+    split_of,
+)
+from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
-MAX_HEADER_BYTES: Final = 2**20
-"""Longest extended header of a member; Python's tarfile reads one whole."""
 MAX_SHARDS: Final = 100_000
-MAX_MEMBERS: Final = 256
-"""Most members of one sample."""
-_TEXTS: Final = ("txt", "text", "caption")
+_PARTS: Final = {"txt": "txt", "text": "txt", "caption": "txt", "cls": "cls", "json": "json"}
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _BRACES = re.compile(r"\{[^{}]*\}")
 _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, LZMAError)
-
-
-class _BoundedTarInfo(tarfile.TarInfo):
-    """A member whose extended headers are bounded."""
-
-    def _proc_member(self, tar: tarfile.TarFile) -> Any:
-        if self.size < 0 or (not self.isreg() and self.size > MAX_HEADER_BYTES):
-            raise tarfile.ReadError(f"a header of {self.size} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 @dataclass(slots=True)
@@ -56,7 +50,6 @@ class _Group:
 
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
-    members: int = 0
     problem: tuple[str, str, str] | None = None
     """Field, what is wrong, what to do."""
 
@@ -81,7 +74,7 @@ def _choices(brace: str, path: Path) -> list[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
-def shards_of(path: Path) -> list[Path]:
+def _shards_of(path: Path) -> list[Path]:
     """The shards that a file, a folder or a pattern names, in order. Raises RecordError when one is not there."""
     if path.is_dir():
         return files_under(path, *SUFFIXES)
@@ -93,27 +86,27 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
-    """Whether a path names tar files."""
+    """True if a path names tar files."""
     return bool(files_under(path, *SUFFIXES)) if path.is_dir() else path.name.lower().endswith(SUFFIXES)
 
 
 def read(source: Source) -> Iterator[DatasetRow]:
     """Samples of all shards. A damaged shard is one wrong row; the next one is read."""
-    for shard in shards_of(source.path):
+    for shard in _shards_of(source.path):
         classes = {"label": _class_names(shard.parent)}
         try:
             for group in _groups(shard, source.max_image_bytes):
-                yield from _rows(group, shard, source.domain, classes)
+                where = Where(shard, f"sample {group.key[:200]}")
+                yield from rows_of(where, _items(group, where, source.domain, classes))
         except _DAMAGE as error:
             where = Where(shard, "whole file")
-            yield DatasetRow(
-                str(where), where.row_error(f"damaged ({str(error)[:200] or type(error).__name__})", "copy it again")
-            )
+            damage = str(error)[:200] or type(error).__name__
+            yield DatasetRow(str(where), where.row_error(f"damaged ({damage})", "copy it again"))
 
 
 def _groups(shard: Path, max_image_bytes: int) -> Iterator[_Group]:
-    group: _Group | None = None
-    with tarfile.open(shard, "r|*", tarinfo=_BoundedTarInfo) as tar:
+    group = _Group("")
+    with tarfile.open(shard, "r|*") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # or it remembers each one
             folder, _, name = member.name.rpartition("/")
@@ -121,24 +114,18 @@ def _groups(shard: Path, max_image_bytes: int) -> Iterator[_Group]:
             if not member.isreg() or not stem or not dot:
                 continue
             key = f"{folder}/{stem}" if folder else stem
-            if group is None or group.key != key:
-                if group is not None:
-                    yield group
+            if group.key != key:
+                yield group
                 group = _Group(key)
             _take(group, extension.lower(), member, tar, max_image_bytes)
-        if group is not None:
-            yield group
+    yield group
 
 
 def _take(group: _Group, extension: str, member: tarfile.TarInfo, tar: tarfile.TarFile, max_image_bytes: int) -> None:
-    image = f".{extension}" in IMAGE_SUFFIXES
-    group.members += 1
-    if group.members > MAX_MEMBERS:
-        group.problem = ("members", f"more than {MAX_MEMBERS} have this name", "give each sample a name of its own")
-    if group.problem or not (image or extension in (*_TEXTS, "cls", "json")):
+    part = "image" if f".{extension}" in IMAGE_SUFFIXES else _PARTS.get(extension)
+    if group.problem or part is None:
         return
-    part = "image" if image else "txt" if extension in _TEXTS else extension
-    limit = max_image_bytes if image else MAX_TEXT_BYTES
+    limit = max_image_bytes if part == "image" else MAX_TEXT_BYTES
     if part in group.parts:
         group.problem = (part, "the sample has two", "give each sample a name of its own")
     elif member.size > limit:
@@ -148,25 +135,17 @@ def _take(group: _Group, extension: str, member: tarfile.TarInfo, tar: tarfile.T
         group.parts[part] = stream.read() if stream is not None else b""
 
 
-def _rows(group: _Group, shard: Path, domain: str, classes: dict[str, list[str]]) -> Iterator[DatasetRow]:
-    where = Where(shard, f"sample {group.key[:200]}")
+def _items(group: _Group, where: Where, domain: str, classes: dict[str, list[str]]) -> Iterator[FolderItem]:
     if not group.parts and group.problem is None:
         return  # none of its members is of a sample: __key__ files, licences
-    try:
-        if group.problem is not None:
-            raise where.error(*group.problem)
-        image = group.parts.get("image")
-        if image is None:
-            raise where.error("image", "there is none", f"add a member {group.key}.jpg (or png, webp)")
-        row = values_of(group.parts, where)
-        name = ImageRef(Path(f"{shard.name}#{group.key}"), image)
-        split = split_of(shard.name) or split_of(shard.parent.name)
-        items = list(items_of(row, name, where, domain=domain, split=split, label_names=classes))
-    except RecordError as error:
-        yield DatasetRow(str(where), error)
-        return
-    for item in items:
-        yield DatasetRow(str(where), item)
+    if group.problem is not None:
+        raise where.error(*group.problem)
+    image = group.parts.get("image")
+    if image is None:
+        raise where.error("image", "there is none", f"add a member {group.key}.jpg (or png, webp)")
+    name = ImageRef(Path(f"{where.file.name}#{group.key}"), image)
+    split = split_of(where.file.name) or split_of(where.file.parent.name)
+    yield from items_of(values_of(group.parts, where), name, where, domain=domain, split=split, label_names=classes)
 
 
 def values_of(parts: dict[str, bytes], where: Where) -> dict[str, Any]:
@@ -192,7 +171,7 @@ def values_of(parts: dict[str, bytes], where: Where) -> dict[str, Any]:
 
 def _class_names(folder: Path) -> list[str]:
     for name in ("classes.txt", "classnames.txt"):
-        if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_TEXT_BYTES:
+        if (folder / name).is_file():
             return (folder / name).read_text("utf-8", errors="replace").splitlines()
     return []
 

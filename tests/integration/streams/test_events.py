@@ -99,15 +99,6 @@ def test_a_release_becomes_a_cloud_event(settings: Settings, ledger: Ledger, pub
     assert declared.EVENTS_WAITING._value.get() == 0
 
 
-def test_more_events_than_one_transaction_takes_are_published_in_order(
-    settings: Settings, ledger: Ledger, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("streams.kafka.events.BATCH", 7)
-    record(ledger, *range(24))
-    assert publisher.publish_pending() == 24
-    check(settings, ledger, 24)
-
-
 @pytest.mark.parametrize("point", mortal_publisher.POINTS)
 def test_what_a_killed_publisher_left_is_published_once(
     settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str
@@ -182,15 +173,6 @@ def test_an_event_waits_until_the_broker_takes_it(
     assert publisher.publish_pending() == 1
     assert declared.EVENTS_WAITING._value.get() == 0
     check(settings, ledger, 1)
-
-
-def test_without_a_topic_events_stay_in_the_ledger(settings: Settings, ledger: Ledger) -> None:
-    off = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"events_topic": ""})})
-    publisher = EventPublisher(off, ledger)
-    record(ledger, 0)
-    assert publisher.publish_pending() == 0
-    publisher.run(threading.Event())
-    assert ledger.count_waiting_events() == 1
 
 
 def test_the_consumer_on_the_page_reads_what_is_published(

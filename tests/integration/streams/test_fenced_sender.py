@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaProducer
-from kafka.errors import MessageSizeTooLargeError, UnsupportedVersionError
+from kafka.errors import MessageSizeTooLargeError
 
 from core.errors import BrokerError, Fenced, RecordTooLarge
 from core.settings.streams import Kafka
@@ -59,7 +59,6 @@ def test_records_are_sent_in_order_and_each_offset_is_where_its_record_is(
     places = sender.send_all(topic, records(*texts[:30])) + sender.send_all(topic, records(*texts[30:]))
     found = {r.offset: r.value.decode() for r in read_back(Kafka(bootstrap=broker.address), topic, EARLY)}
     assert [found[place.offset] for place in places] == texts == list(found.values())
-    assert sender.transactional
 
 
 def test_a_newer_sender_fences_an_older_one(broker: Broker, topic: str, senders: Any) -> None:
@@ -120,24 +119,6 @@ def test_a_sender_that_lost_its_lease_sends_nothing(broker: Broker, topic: str, 
     with pytest.raises(Fenced, match="lease"):
         sender.send_all(topic, records("a"))
     assert values(broker, topic) == []
-
-
-def test_without_transactions_an_idempotent_producer_and_the_lease_are_used(
-    broker: Broker, topic: str, senders: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(_: KafkaProducer) -> None:
-        raise UnsupportedVersionError
-
-    monkeypatch.setattr(KafkaProducer, "init_transactions", unsupported)
-    owner = [True]
-    sender = senders(still_owner=lambda: owner[0])
-    sender.open()
-    assert not sender.transactional
-    assert [place.offset for place in sender.send_all(topic, records("a", "b"))] == [0, 1]
-    owner[0] = False
-    with pytest.raises(Fenced):
-        sender.send_all(topic, records("c"))
-    assert values(broker, topic) == ["a", "b"]
 
 
 def test_a_record_that_is_too_large_is_named_and_the_sender_can_be_opened_again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,11 +16,9 @@ from prometheus_client import REGISTRY
 
 from core.addresses import free_port
 from core.settings import Settings
-from ratchet_client import Sample
-from ratchet_client.encoding import encode
 from streams.ingest.consumer import Consumer
 from streams.kafka.broker import EmbeddedBroker
-from streams.kafka.clients import Admin, connect_producer
+from streams.kafka.clients import Admin
 from streams.publish.folders import FolderItem, write_folder
 from streams.publish.publisher import publish
 from streams.store.sample_store import SampleStore
@@ -38,7 +35,6 @@ from tests.support.kafka import (
     records_seen,
     wait_for,
 )
-from tests.support.kcat import kcat_folder
 from tests.support.tcp_relay import TcpRelay
 
 pytestmark = pytest.mark.integration
@@ -143,32 +139,6 @@ def test_a_published_folder_is_in_the_store_with_all_its_fields(running: Running
     }
 
 
-@pytest.mark.parametrize("encoding", ["json", "raw", "cloudevents", "cloudevents-binary"])
-def test_each_encoding_arrives(running: Running, encoding: Any) -> None:
-    image = picture(hash(encoding) % 10_000 + 2000)
-    sample = Sample(image=image, question="What ist das?", answer="Ein Bild: 画像", source="urn:x", tags=("é",))
-    message = encode(sample, encoding)
-    [row] = running.take(1, lambda: produce(running.settings.kafka, [(message.value, message.headers)]))
-    stored = running.sample(row)
-    assert (stored["id"], stored["image"], stored["question"]) == (sample.id, image, sample.question)
-    assert (stored["answer"], stored["source"], stored["tags"]) == (sample.answer, "urn:x", ["é"])
-
-
-def test_an_image_is_fetched_from_an_allowed_folder_only(running: Running) -> None:
-    home = running.settings.home
-    (home / "allowed").mkdir()
-    for place, seed in (("allowed/in.png", 3000), ("out.png", 3001)):
-        (home / place).write_bytes(picture(seed))
-    (home / "allowed" / "link.png").symlink_to(home / "out.png")
-    uris = ["allowed/in.png", "out.png", "allowed/../out.png", "allowed/link.png", "allowed/none.png"]
-    messages: list[Message] = [
-        (json.dumps({"image_uri": f"file://{home}/{name}", "text": name}).encode(), []) for name in uris
-    ]
-    rows = running.take(5, lambda: produce(running.settings.kafka, messages, partition=0))
-    assert [row["reason"] for row in rows] == [None, *["uri_not_allowed"] * 3, "uri_unreachable"]
-    assert running.sample(rows[0])["image"] == picture(3000)
-
-
 def test_poison_between_good_records_is_quarantined_with_its_reason_and_bytes(running: Running) -> None:
     poison: dict[str, Message] = {
         "not_json": (b"\xff\xfe{not json", [("x-trace", b"\x00\xff")]),
@@ -196,42 +166,6 @@ def test_poison_between_good_records_is_quarantined_with_its_reason_and_bytes(ru
         assert (got["ratchet_reason"].decode(), got["ratchet_topic"].decode()) == (reason, place[0])
         assert got["ratchet_detail"]
         assert all(got[name] == each for name, each in headers if not name.startswith("ratchet_"))
-
-
-def test_a_repeated_sample_is_recorded_as_a_duplicate_and_stored_once(running: Running) -> None:
-    again = (encode(Sample(image=picture(5000), text="same look", domain="other"), "json").value, [])
-    relook = (picture(5000, kind="BMP"), [("ratchet_text", b"same look")])
-    other = (picture(5000, kind="BMP"), [("ratchet_text", b"other words")])
-    first = (picture(5000), [("ratchet_text", b"same look")])
-    rows = running.take(5, lambda: produce(running.settings.kafka, [first, again, relook, other, first], partition=0))
-    assert [(row["kind"], row["reason"]) for row in rows] == [
-        ("sample", None),
-        ("duplicate", "duplicate_exact"),
-        ("sample", None),  # looks are compared only where that is switched on
-        ("sample", None),
-        ("duplicate", "duplicate_exact"),
-    ]
-    assert {row["duplicate_of"] for row in rows} == {None, rows[0]["id"]}
-
-
-def test_kcat_publishes_plain_json_and_image_files(running: Running, tmp_path: Path) -> None:
-    kafka = running.settings.kafka
-    lines = "\n".join(
-        json.dumps({"image": base64.b64encode(picture(6000 + n)).decode(), "text": f"from kcat {n}"}) for n in range(3)
-    )
-    file = tmp_path / "one.png"
-    file.write_bytes(picture(6010))
-
-    def send() -> None:
-        base = [str(kcat_folder(tmp_path) / "kcat"), "-P", "-b", kafka.bootstrap, "-t", kafka.topic]
-        subprocess.run(base, input=lines.encode(), check=True, timeout=300)
-        headers = ["-H", "ratchet_text=a file from kcat", "-H", "ratchet_domain=kcat"]
-        subprocess.run([*base, *headers, str(file)], check=True, timeout=300)
-
-    rows = running.take(4, send)
-    stored = {each["text"]: each for each in map(running.sample, rows)}
-    assert set(stored) == {"from kcat 0", "from kcat 1", "from kcat 2", "a file from kcat"}
-    assert (stored["a file from kcat"]["image"], stored["a file from kcat"]["domain"]) == (picture(6010), "kcat")
 
 
 def test_a_restart_goes_on_where_the_store_is_though_kafka_remembers_nothing(broker: Broker, tmp_path: Path) -> None:
@@ -362,17 +296,3 @@ def test_two_processes_share_the_partitions_and_one_takes_over(broker: Broker, t
     got = rows.select(["topic", "partition", "offset"]).to_pylist()
     assert [tuple(row.values()) for row in got] == sorted(places)
     assert set(rows["kind"].to_pylist()) == {"sample"}
-
-
-def test_the_producer_reports_each_delivery(broker: Broker, tmp_path: Path) -> None:
-    settings = broker.settings(tmp_path)
-    make_topics(settings)
-    reports: list[Any] = []
-    with connect_producer(settings.kafka, on_delivery=reports.append) as producer:
-        futures = [producer.send(image=picture(n), text="t") for n in range(8)]
-        again = producer.send(image=picture(0), text="t")
-    got = [future.result(timeout=0) for future in futures]
-    assert {each.topic for each in got} == {settings.kafka.topic}
-    assert len({(each.partition, each.offset) for each in got}) == 8
-    assert again.result(timeout=0).partition == got[0].partition
-    assert sorted(each.sample_id for each in reports) == sorted(each.sample_id for each in [*got, again.result()])

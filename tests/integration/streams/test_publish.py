@@ -17,8 +17,7 @@ from webdataset import ShardWriter
 from core.errors import ConfigError, RecordError, StoreUnavailable
 from core.settings import Settings
 from ops.cli.main import app
-from streams.publish.publish_progress import MAX_ROWS, SAVE_ROWS, wait_until_stored
-from streams.publish.publisher import publish
+from streams.publish.publisher import MAX_ROWS, SAVE_ROWS, publish, wait_until_stored
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, read_topic, reading, wait_for
@@ -88,12 +87,6 @@ def test_a_limit_goes_on_from_run_to_run(settings: Settings, tmp_path: Path) -> 
     assert [(report.before, report.delivered) for report in reports] == [(0, 4), (4, 4), (8, 2), (10, 0)]
     assert {report.exit_status for report in reports} == {0}
     assert texts(settings, 10) == expected(range(10))
-
-
-def test_without_resume_all_rows_are_sent_again(settings: Settings, tmp_path: Path) -> None:
-    file = rows(tmp_path / "a.jsonl", 3)
-    assert [publish(settings, file).delivered for _ in range(2)] == [3, 3]
-    assert set(texts(settings, 6).values()) == {2}
 
 
 def test_a_data_set_that_changed_is_not_resumed(settings: Settings, tmp_path: Path) -> None:

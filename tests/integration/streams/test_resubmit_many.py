@@ -111,7 +111,7 @@ def test_a_broker_that_is_gone_ends_it_and_what_failed_may_be_tried_again(
         def send(self, *_: object) -> Any:
             raise BrokerError("the broker refuses it.")
 
-        def close(self, timeout: float) -> None: ...
+        def close(self) -> None: ...
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "RecordSender", Refusing)

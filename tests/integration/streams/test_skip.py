@@ -10,8 +10,8 @@ from kafka import KafkaProducer
 from core.errors import RatchetError, RecordError, SkipRefused
 from core.ledger import Ledger
 from core.settings import Settings
-from streams.ingest.skip import skip
-from streams.store.receipts import RecordQuery, trace
+from streams.ingest.resubmit import skip
+from streams.store.sample_queries import RecordQuery, trace
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import good, make_topics, reading, wait_for

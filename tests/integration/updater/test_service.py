@@ -350,7 +350,7 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
 ) -> None:
     from datetime import timedelta
 
-    from streams.store import compaction
+    from streams.store import maintenance
 
     add_samples(settings, 12)
     service = UpdaterService(settings)
@@ -360,7 +360,7 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
     monkeypatch.undo()
     add_samples(settings, 12)
     service.store.unpin(service.ledger.updates(1)[0].id)
-    compaction.clean(service.store, keep=timedelta(0))
+    maintenance.clean(service.store, keep=timedelta(0))
     update = service.step().update
     assert update is not None and update.state == "abandoned"
     assert "not kept" in str(update.error)

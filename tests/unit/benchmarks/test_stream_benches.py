@@ -23,7 +23,7 @@ from core.loading import load_settings
 from core.settings import Settings
 from core.settings.streams import Ingest, Kafka
 from ratchet_client.images import decode_image
-from streams.ingest.quality.validate import Accepted, Received, Rules, validate
+from streams.ingest.validate import Accepted, Received, Rules, validate
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 

@@ -17,7 +17,7 @@ from ops.console.app import build_console
 from ops.console.data import ConsoleData, short_texts
 from ops.console.pages.overview import backfills, problems
 from ops.console.template_filters import ago, duration, number, pairs, percent, points
-from streams.store.table import SampleTable
+from streams.store.rows import SampleTable
 from tests.unit.console.test_pages import settings
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PARTS = (
-    "ops.cli.main", "streams.ingest.run", "streams.store.maintenance", "ops.console.app", "serving.app",
+    "ops.cli.main", "streams.ingest.consumer", "streams.store.maintenance", "ops.console.app", "serving.app",
     "serving.http.ingress", "serving.replicas.catalog", "serving.releases.controller",
 )  # fmt: skip
 

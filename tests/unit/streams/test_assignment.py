@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from kafka import TopicPartition
 
-from streams.ingest.assignment import Assignment, Reading, new_generation, start_position
+from streams.ingest.membership import Assignment, Reading, new_generation, start_position
 from streams.store.rows import Position
 from streams.store.writer import Claim
 

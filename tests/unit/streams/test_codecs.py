@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import fields
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ from hypothesis import strategies as st
 
 from core.errors import RecordError
 from ratchet_client.encoding import encode
-from ratchet_client.records import METADATA, REASONS, SCHEMA, Sample, check_text, make_sample
+from ratchet_client.extra import MAX_BYTES, MAX_DEPTH, MAX_FIELDS
+from ratchet_client.records import SCHEMA, Sample
 from streams.records.codecs import decode
 from tests.support.kafka import picture
 
@@ -57,19 +57,6 @@ def test_what_is_encoded_is_decoded(encoding: Any) -> None:
         assert message.key == sample.id.encode()
 
     round_trip()
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    st.binary(max_size=80)
-    | st.recursive(st.none() | TEXT | st.integers(), st.lists).map(lambda v: json.dumps(v).encode()),
-    st.lists(st.tuples(st.sampled_from(["ce_type", "ratchet_text", "content-type", "x"]), st.binary(max_size=9))),
-)
-def test_any_bytes_are_decoded_or_refused_with_a_known_reason(value: bytes, headers: Any) -> None:
-    try:
-        decode(value, headers)
-    except RecordError as error:
-        assert error.reason in REASONS
 
 
 def test_plain_json_needs_no_headers() -> None:
@@ -134,41 +121,85 @@ def test_a_bad_record_is_refused_with_its_reason(record: Any, reason: str) -> No
     assert caught.value.fix
 
 
-@pytest.mark.parametrize("value", [b"[" * 100_000, b"\xff\xfe", b'{"image": ', b"1" * 10_000])
-def test_what_is_no_json_is_refused(value: bytes) -> None:
-    with pytest.raises(RecordError) as caught:
-        decode(value)
-    assert caught.value.reason == "not_json"
+EVENT = {"specversion": "1.0", "type": SCHEMA, "source": "urn:cam", "id": "1"}
 
 
-def test_the_name_of_a_wrong_field_is_told() -> None:
-    with pytest.raises(RecordError, match="'txet'"):
-        make_sample({"image": PNG, "text": "t", "txet": "?"})
-    with pytest.raises(RecordError, match="'txet'") as caught:
-        decode(PNG, [("ratchet_txet", b"a red boat")])
-    assert caught.value.reason == "text_missing"
+def read(record: dict[str, Any], *headers: tuple[str, bytes]) -> Sample:
+    return decode(json.dumps({"image": B64, "text": "t", **record}).encode(), headers)
 
 
-def test_the_id_is_of_what_is_learned_from_only() -> None:
-    one = Sample(image=PNG, text="t", domain="a", tags=("x",), concept="c")
-    assert one.id == Sample(image=PNG, text="t", domain="b").id
-    assert len({one.id, Sample(image=PNG, text="u").id, Sample(image=PNG, question="t", answer="").id}) == 3
+def nested(depth: int) -> Any:
+    value: Any = "x"
+    for _ in range(depth - 1):
+        value = [value]
+    return value
 
 
-def test_times_are_utc() -> None:
-    local = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=2)))
-    for time in (local, datetime(2026, 1, 1, 10), "2026-01-01T12:00:00+02:00"):
-        assert Sample(image=PNG, text="t", time=time).time == datetime(2026, 1, 1, 10, tzinfo=UTC)
+def test_unknown_keys_of_a_json_record_are_kept() -> None:
+    sample = read({"colour": "red", "boxes": [{"x": 1.5}], "Text": "T", "none": None, "schema": f"{SCHEMA}.7"})
+    assert sample.extra == {"colour": "red", "boxes": [{"x": 1.5}], "Text": "T", "none": None}
+    assert sample.text == "t"
 
 
-@pytest.mark.parametrize("name", ["text", "question", "answer"])
-def test_long_texts_are_refused(name: str) -> None:
-    sample = Sample(image=PNG, **{"text": "t", name: "x" * 11})
-    with pytest.raises(RecordError, match=name) as caught:
-        check_text(sample, 10)
-    assert caught.value.reason == "text_too_long"
-    check_text(sample, 11)
+def test_unknown_headers_are_kept_under_the_name_that_they_have() -> None:
+    sample = decode(PNG, [("Ratchet_Text", b"t"), ("ratchet_Colour", b"red"), ("ratchet_grün", b"1"), ("trace", b"x")])
+    assert (sample.text, sample.extra) == ("t", {"Colour": "red", "grün": "1"})
 
 
-def test_metadata_names_every_field_but_the_image() -> None:
-    assert set(METADATA) == {field.name for field in fields(Sample)} - {"image"}
+def test_extensions_of_an_event_that_are_not_ours_are_kept() -> None:
+    binary = [(f"ce_{name}", text.encode()) for name, text in EVENT.items()]
+    headers = [*binary, ("ce_traceparent", b"00-1"), ("ce_text", b"t"), ("ce_subject", b"7"), ("ce_dataschema", b"s")]
+    assert decode(PNG, headers).extra == {"traceparent": "00-1", "subject": "7"}
+    event = {**EVENT, "traceparent": "00-2", "data": {"image": B64, "text": "t", "colour": "red"}}
+    assert decode(json.dumps(event).encode()).extra == {"traceparent": "00-2", "colour": "red"}
+
+
+def test_a_header_counts_more_than_the_record_and_that_more_than_its_event() -> None:
+    event = {**EVENT, "a": 1, "b": 1, "c": 1, "data": {"image": B64, "text": "t", "b": 2, "c": 2}}
+    assert decode(json.dumps(event).encode(), [("ratchet_c", b"3")]).extra == {"a": 1, "b": 2, "c": "3"}
+
+
+def test_headers_of_the_quarantine_topic_are_no_fields_of_a_record_that_is_sent_again() -> None:
+    names = ("reason", "detail", "topic", "partition", "offset", "refused_at")
+    assert read({}, *((f"ratchet_{name}", b"1") for name in names)).extra == {}
+    assert read({}, ("ratchet_topic", b"boats")).extra == {"topic": "boats"}
+
+
+@pytest.mark.parametrize("name", ["image", "image_uri", "IMAGE"])
+def test_an_image_in_a_header_is_refused(name: str) -> None:
+    with pytest.raises(RecordError, match=name.lower()) as caught:
+        decode(PNG, [("ratchet_text", b"t"), (f"ratchet_{name}", b"x")])
+    assert caught.value.reason == "headers"
+
+
+@pytest.mark.parametrize("schema", [b"ratchet.sample.v1", b"ratchet.sample.v1.12"])
+def test_a_minor_version_is_read_and_a_major_one_refused_in_headers_too(schema: bytes) -> None:
+    assert decode(PNG, [("ratchet_text", b"t"), ("ratchet_schema", schema)]).text == "t"
+    event = [(f"ce_{name}", text.encode()) for name, text in {**EVENT, "text": "t", "type": schema.decode()}.items()]
+    assert decode(PNG, event).text == "t"
+    with pytest.raises(RecordError, match="v2"):
+        decode(PNG, [("ratchet_text", b"t"), ("ratchet_schema", b"ratchet.sample.v2")])
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({f"f{number}": 1 for number in range(MAX_FIELDS + 1)}, f"f{MAX_FIELDS}"),
+        ({"small": 1, "large": "x" * MAX_BYTES}, "large"),
+        ({"wide": [{}] * MAX_BYTES}, "wide"),
+        ({"a": "x" * 9000, "b": "x" * 9000}, "b"),
+        ({"escaped": "ä" * (MAX_BYTES // 4)}, "escaped"),
+        ({"deep": nested(MAX_DEPTH + 1)}, "deep"),
+        ({"deep": nested(900)}, "deep"),
+        ({"half": "\ud800"}, "half"),
+        ({"half\ud800": 1}, "half"),
+        ({"nest": {"\udfff": 1}}, "nest"),
+        ({"x" * 257: 1}, "xxx"),
+        ({"": 1}, "''"),
+    ],
+)
+def test_a_field_over_a_bound_is_refused_by_its_name(extra: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecordError, match=named) as caught:
+        read(extra)
+    assert caught.value.reason == "schema"
+    str(caught.value).encode()

@@ -11,19 +11,18 @@ from typing import Any
 
 import pytest
 
-from streams.store import compaction
+from streams.store import maintenance
 from streams.store import writer as writer_module
-from streams.store.compaction import Fragment, clean, compact, has_deleted_rows, index, plan
-from streams.store.rows import Position
+from streams.store.maintenance import Fragment, clean, compact, has_deleted_rows, index, plan
+from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
-from streams.store.table import SampleTable
 from streams.store.writer import StoreWriter
 from tests.support.disk import holds
 from tests.support.samples import TOPIC, put, refusal, sample
 
 
 def fragment(number: int, share: float, deleted: int = 0) -> Fragment:
-    return Fragment(number, int(share * compaction.FULL_ROWS), 0, deleted)
+    return Fragment(number, int(share * maintenance.FULL_ROWS), 0, deleted)
 
 
 def commit_each(store: SampleStore, offsets: Iterable[int], size: int = 10, **fields: Any) -> None:
@@ -33,8 +32,8 @@ def commit_each(store: SampleStore, offsets: Iterable[int], size: int = 10, **fi
 
 def small(monkeypatch: pytest.MonkeyPatch, rows: int = 64) -> None:
     """Full fragments have this many rows."""
-    monkeypatch.setattr(compaction, "FULL_ROWS", rows)
-    monkeypatch.setattr(compaction, "TIERS", (1 / 16, 1 / 4, 1.0))
+    monkeypatch.setattr(maintenance, "FULL_ROWS", rows)
+    monkeypatch.setattr(maintenance, "TIERS", (1 / 16, 1 / 4, 1.0))
 
 
 def data(store: SampleStore) -> set[str]:
@@ -45,7 +44,7 @@ def data(store: SampleStore) -> set[str]:
 
 
 def test_small_fragments_wait_until_together_they_fill_the_next_size() -> None:
-    tier = compaction.TIERS[0]
+    tier = maintenance.TIERS[0]
     few = [fragment(n, tier / 4) for n in range(3)]
     assert plan(few) == []
     assert plan([*few, fragment(3, tier / 4)]) == [[0, 1, 2, 3]]
@@ -54,12 +53,12 @@ def test_small_fragments_wait_until_together_they_fill_the_next_size() -> None:
 def test_a_full_fragment_is_never_touched() -> None:
     fragments = [fragment(0, 1.0), fragment(1, 1.5), *(fragment(n, 0.5) for n in (2, 3))]
     assert plan(fragments) == [[2, 3]]
-    big = Fragment(9, 10, compaction.FULL_BYTES, 0)
+    big = Fragment(9, 10, maintenance.FULL_BYTES, 0)
     assert plan([big, big]) == [], "few rows, and as large as a file gets"
 
 
 def test_many_tiny_fragments_of_a_slow_stream_are_merged_whatever_their_size() -> None:
-    tiny = [Fragment(n, 1, 100, 0) for n in range(compaction.MANY)]
+    tiny = [Fragment(n, 1, 100, 0) for n in range(maintenance.MANY)]
     assert plan(tiny[:-1]) == []
     assert plan(tiny) == [[each.id for each in tiny]]
 
@@ -82,20 +81,12 @@ def test_a_byte_is_written_three_times_more_at_most_and_no_full_file_again(
         put(store, rows, Position(TOPIC, 0, start + size))
         committed += store.size() - before
         written += compact(store)
-        fragments = compaction._fragments(store)
+        fragments = maintenance._fragments(store)
         assert full <= {each.id for each in fragments}, "a full fragment was rewritten"
         full |= {each.id for each in fragments if each.share >= 1}
     assert store.count() == 60 * size
     assert written <= 3 * committed
     assert store.fragments() <= 20 + len(full), "the number of small files stays bounded"
-
-
-def test_an_idle_store_is_not_written(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch)
-    commit_each(store, range(0, 200, 10))
-    compact(store)
-    version = store.version()
-    assert (compact(store), store.version()) == (0, version)
 
 
 def test_merging_changes_no_row_and_no_position(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +137,7 @@ def test_commits_beside_compaction_lose_nothing(store: SampleStore, monkeypatch:
 
 def test_a_merge_that_lost_a_conflict_leaves_no_file(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     commit_each(store, range(0, 40, 10))
-    parts = [each.id for each in compaction._fragments(store)]
+    parts = [each.id for each in maintenance._fragments(store)]
     write: Any = vars(writer_module)["write_fragments"]
 
     def delete_meanwhile(*given: Any, **options: Any) -> Any:
@@ -207,12 +198,12 @@ def test_full_fragments_are_indexed_and_ids_are_looked_up_there(
     commit_each(store, range(0, 640, 32), 32)
     compact(store)
     index(store)
-    full = {each.id for each in compaction._fragments(store) if each.share >= 1}
+    full = {each.id for each in maintenance._fragments(store) if each.share >= 1}
     assert len(full) == 10
     dataset = store.table.open()
     assert dataset is not None
     covered = {each["name"]: set(each["fragment_ids"]) for each in dataset.list_indices()}
-    assert set(covered) == set(compaction.INDEXES)
+    assert set(covered) == set(maintenance.INDEXES)
     assert all(full <= fragments for fragments in covered.values())
     wanted = sample(0, 77)["id"]
     explained = dataset.scanner(filter=f"id = '{wanted}'", columns=["offset"]).explain_plan()
@@ -241,16 +232,3 @@ def test_what_the_index_finds_is_right_after_merges_deletions_and_new_rows(
         assert store.count(after={f"{TOPIC}:0": 250}) == 102
         compact(store)
         index(store)
-
-
-def test_indexes_of_many_runs_are_merged(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch, rows=16)
-    monkeypatch.setattr(compaction, "MOST_DELTAS", 3)
-    for start in range(0, 6 * 16, 16):
-        commit_each(store, [start], 16)
-        index(store)
-    dataset = store.table.open()
-    assert dataset is not None
-    deltas = [each for each in dataset.list_indices() if each["name"] == "by_id"]
-    assert 1 <= len(deltas) <= 3
-    assert store.scan(ids=[sample(0, n)["id"] for n in range(96)], columns=["id"]).num_rows == 96

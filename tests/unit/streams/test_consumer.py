@@ -2,88 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 
-from core.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
+from core.errors import BrokerError, StoreUnavailable
 from core.settings import Settings
-from streams.ingest import consumer as module
-from streams.ingest import ingest_report, validators
-from streams.ingest.assignment import Reading
-from streams.ingest.consumer import Consumer
-from streams.ingest.crash_guard import DEATHS
-from streams.ingest.quality.validate import Received, validate
+from streams.ingest import validators
+from streams.ingest.membership import Reading
 from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.validate import Received, validate
 from streams.kafka import tolerant_fetch
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from streams.store.table import SampleTable
 from streams.store.writer import StoreWriter
-from tests.support.fake_kafka import FakeConsumer, FakeKafka, FakeSender, install
-from tests.support.kafka import Message, good, reading, records_seen, wait_for
+from tests.support.consumer import POISON, metric, rows, run, seen
+from tests.support.fake_kafka import FakeConsumer, FakeKafka, FakeSender
+from tests.support.kafka import good, wait_for
 from tests.support.samples import refusal
-from tests.unit.streams.test_crash_guard import die
-
-POISON: Message = (b"poison", [])
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    kafka = {"topic": "t", "batch_seconds": 0.02, "bootstrap": "127.0.0.1:1"}
-    return Settings(home=tmp_path, kafka=kafka, ingest={"processes": 2})
-
-
-@pytest.fixture
-def store(settings: Settings) -> SampleStore:
-    return SampleStore(settings.lake)
-
-
-@pytest.fixture
-def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
-    broker = FakeKafka("t")
-    install(broker, monkeypatch)
-    monkeypatch.setattr(module, "BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.ingest.quarantine.BACKOFF_SECONDS", (0.02,))
-    monkeypatch.setattr("streams.ingest.membership.LogWatch.SECONDS", 0.0)
-    return broker
-
-
-@contextmanager
-def run(settings: Settings, wanted: int = 0) -> Iterator[Consumer]:
-    """A consumer that has seen so many records."""
-    with reading(settings) as consumer:
-        wait_for(lambda: records_seen(consumer.status) >= wanted, f"{wanted} records", 20)
-        yield consumer
-
-
-def rows(store: SampleStore) -> list[tuple[str, int, str]]:
-    """Stream, offset and kind of every row, one partition after another."""
-    return [(row["topic"], row["offset"], row["kind"]) for row in store.records().to_pylist()]
-
-
-def metric(name: str, **labels: str) -> float | None:
-    return REGISTRY.get_sample_value(f"ratchet_ingest_{name}", labels)
-
-
-def dependency_state(name: str) -> str | None:
-    """The word for a dependency in this process's metrics."""
-    states = {each: REGISTRY.get_sample_value("ratchet_dependency_state", {"dependency": name, "state": each})
-              for each in ("ok", "away", "slow", "refused", "full")}  # fmt: skip
-    return next((state for state, value in states.items() if value), None)
-
-
-def seen(store: SampleStore, count: int) -> None:
-    wait_for(
-        lambda: sum(store.tally()[kind] for kind in ("sample", "duplicate", "quarantine")) >= count, f"{count}", 20
-    )
-
 
 # -- the plain path ------------------------------------------------------------------------------------------------
 
@@ -134,12 +71,6 @@ def test_only_records_of_committed_transactions_are_asked_for(settings: Settings
     with run(settings, 1):
         assert kafka.options["isolation_level"] == "read_committed"
         assert kafka.options["auto_offset_reset"] == "none" and kafka.options["enable_auto_commit"] is False
-    dirty = settings.model_copy(
-        update={"kafka": settings.kafka.model_copy(update={"isolation_level": "read_uncommitted"})}
-    )
-    kafka.send(good(2))
-    with run(dirty, 1):
-        assert kafka.options["isolation_level"] == "read_uncommitted"
 
 
 def test_a_record_that_the_log_gives_twice_is_taken_once(
@@ -197,7 +128,7 @@ def test_records_stay_in_order_though_they_are_validated_at_once(
         return real(received, rules)
 
     monkeypatch.setattr(validators, "validate", slow)
-    monkeypatch.setattr("streams.ingest.validation_pool.CHUNK_RECORDS", 1)
+    monkeypatch.setattr("streams.ingest.validators.CHUNK_RECORDS", 1)
     kafka.send(*(good(n) for n in range(12)))
     with run(settings, 12):
         pass
@@ -323,18 +254,6 @@ def test_records_that_were_deleted_unread_are_a_gap(settings: Settings, store: S
     assert store.tally()["gap_offsets"] == 4
 
 
-def test_records_that_are_deleted_while_it_reads_are_a_gap_behind_what_was_read(
-    settings: Settings, store: SampleStore, kafka: FakeKafka
-) -> None:
-    kafka.send(good(0), good(1))
-    with run(settings, 2):
-        with kafka.changed:
-            kafka.send(*(good(n) for n in range(2, 6)))
-            kafka.delete_before(5)
-        seen(store, 3)
-    assert rows(store)[2:] == [("t", 2, "gap"), ("t", 5, "sample")]
-
-
 def test_a_log_that_was_cut_off_is_a_new_generation_from_the_divergence(
     settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
@@ -457,331 +376,3 @@ def test_a_deleted_topic_is_waited_for_and_not_made_again(
             kafka.send(good(2), POISON)
         seen(store, 3)
     assert store.offsets() == {"t:0": 1, "t@1:0": 2} and kafka.names() == ["t@1:0:1"]
-
-
-# -- lag -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(
-    settings: Settings, store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broker = FakeKafka("t", 2)
-    install(broker, monkeypatch)
-    monkeypatch.setattr("streams.ingest.membership.LogWatch.SECONDS", 0.0)
-    broker.assign()
-    lags: list[tuple[str, int | None]] = []
-    for number in range(2):
-        broker.send(good(number), partition=number)
-    consumer = Consumer(settings, on_change=lambda status: lags.append((status.state, status.lag)))
-    thread = threading.Thread(target=consumer.run)
-    thread.start()
-    try:
-        wait_for(lambda: consumer.status.state == "joining", "joining", 20)
-        broker.assign(0, 1)
-        wait_for(lambda: metric("lag_records", partition="1") == 0, "a lag of 0", 20)
-        assert metric("lag_records", partition="0") == 0
-        broker.assign(0)
-        wait_for(lambda: metric("lag_records", partition="1") is None, "the lag is gone", 20)
-        wait_for(lambda: metric("lag_records", partition="0") == 0, "the other's is there again", 20)
-        assert metric("lag_records", partition="1") is None
-    finally:
-        consumer.stop()
-        thread.join(20)
-    assert {lag for state, lag in lags if state == "joining"} == {None}
-    assert metric("lag_records", partition="0") is None
-
-
-# -- outages -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "dependency", "state"),
-    [
-        (StoreFull("the disk is full"), "store", "full"),
-        (StoreUnavailable("no such bucket", state="refused"), "store", "refused"),
-        (OSError("broken pipe"), "broker", "away"),
-    ],
-)
-@pytest.mark.parametrize("step", ["commit", "claim"])
-def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch,
-    error: Exception, dependency: str, state: str, step: str,
-) -> None:  # fmt: skip
-    away = threading.Event()
-    away.set()
-    real = getattr(StoreWriter, step)
-
-    def unsteady(self: StoreWriter, *args: Any) -> Any:
-        if away.is_set():
-            raise error
-        return real(self, *args)
-
-    monkeypatch.setattr(StoreWriter, step, unsteady)
-    kafka.send(good(1), POISON, good(2))
-    with run(settings) as consumer:
-        wait_for(lambda: consumer.status.waiting_for == dependency, dependency, 20)
-        assert consumer.status.state == "waiting" and str(error) in consumer.status.problem
-        assert metric("waiting", **{"for": dependency}) == 1
-        assert dependency_state(dependency) == state
-        away.clear()
-        kafka.send(good(3))
-        seen(store, 4)
-        wait_for(lambda: consumer.status.state == "reading", "reading again", 20)
-        assert (consumer.status.waiting_for, consumer.status.problem) == ("", "")
-        assert metric("waiting", **{"for": dependency}) == 0
-        assert dependency_state(dependency) == "ok"
-    assert [(offset, kind) for _, offset, kind in rows(store)] == list(
-        enumerate(["sample", "quarantine", "sample", "sample"])
-    )
-    assert kafka.names() == ["t:0:1"]
-
-
-def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lance tries for minutes again, and the thread that reads the topic waits for it."""
-    monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
-    hangs, answers = threading.Event(), threading.Event()
-    real = SampleTable.open
-
-    def silent(self: SampleTable, version: int | None = None) -> Any:
-        if hangs.is_set():
-            answers.wait(60)
-        return real(self, version)
-
-    monkeypatch.setattr(SampleTable, "open", silent)
-    kafka.send(good(1))
-    with run(settings, 1) as consumer:
-        hangs.set()
-        kafka.send(good(2))
-        wait_for(lambda: metric("waiting", **{"for": "store"}) == 1, "the outage", 20)
-        assert (consumer.status.waiting_for, dependency_state("store")) == ("store", "slow")
-        assert "does not answer" in consumer.status.problem
-        hangs.clear()
-        answers.set()
-        seen(store, 2)
-        wait_for(lambda: consumer.status.state == "reading" and dependency_state("store") == "ok", "the end", 20)
-        assert metric("waiting", **{"for": "store"}) == 0
-
-
-def test_an_idle_ingest_tells_that_the_store_is_away(
-    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
-    real = SampleStore.version
-    away = threading.Event()
-
-    def unsteady(self: SampleStore) -> int:
-        if away.is_set():
-            raise StoreUnavailable("no route to the store.")
-        return real(self)
-
-    monkeypatch.setattr(SampleStore, "version", unsteady)
-    kafka.send(good(1))
-    with run(settings, 1) as consumer:
-        away.set()
-        wait_for(lambda: consumer.status.waiting_for == "store", "the outage", 20)
-        assert (dependency_state("store"), dependency_state("broker")) == ("away", "ok")
-        polls = kafka.polls
-        wait_for(lambda: kafka.polls > polls + 20, "it asks the broker on and on", 20)
-        assert consumer.status.state == "waiting", "what the broker answers says nothing of the store"
-        away.clear()
-        wait_for(lambda: consumer.status.state == "reading", "the end of the outage", 20)
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
-def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: Path, kafka: FakeKafka, settings: Settings) -> None:
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    if os.system(f"mount -t tmpfs -o size=4m tmpfs {mounted} 2>/dev/null"):
-        pytest.skip("mounting is not allowed here")
-    try:
-        small = settings.model_copy(update={"home": mounted, "lake_url": f"{mounted}/lake"})
-        store = SampleStore(f"{mounted}/lake")
-        kafka.send(good(0))
-        with run(small, 1) as consumer:
-            filler = mounted / "filler"
-            free = os.statvfs(mounted).f_bavail * os.statvfs(mounted).f_frsize
-            filler.write_bytes(bytes(free - 200_000))
-            kafka.send(POISON, *((b"x" * 30_000, []) for _ in range(20)), good(1))
-            wait_for(lambda: consumer.status.waiting_for == "store", "the full disk", 20)
-            filler.unlink()
-            seen(store, 23)
-        assert [offset for _, offset, _ in rows(store)] == list(range(23))
-        assert kafka.names() == [f"t:0:{n}" for n in range(1, 22)]
-    finally:
-        os.system(f"umount -l {mounted}")
-
-
-@pytest.mark.parametrize("error", [StoreFull("full"), StoreUnavailable("away")])
-def test_one_that_is_asked_to_stop_while_the_store_takes_nothing_tries_no_more(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch, error: StoreUnavailable
-) -> None:
-    """A try takes as long as Lance's own ones, and whoever stops a process kills it after a minute."""
-    late: list[str] = []
-    kafka.send(good(1), POISON)
-    with run(settings, 2) as consumer, monkeypatch.context() as patch:
-
-        def fails(*_: Any, **__: Any) -> None:
-            if consumer._stopping.is_set():
-                late.append("a try")
-            raise error
-
-        patch.setattr(StoreWriter, "_commit", fails)
-        kafka.send(good(2))
-        wait_for(lambda: consumer.status.state == "waiting", "it waits", 20)
-        consumer.stop()
-        wait_for(lambda: consumer.status.state == "stopped", "it ends", 20)
-    assert late == []
-    with run(settings):
-        seen(store, 3)
-    assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
-
-
-def test_a_broker_that_is_away_is_named_and_what_was_read_is_stored(
-    settings: Settings, store: SampleStore, kafka: FakeKafka
-) -> None:
-    kafka.send(good(1), POISON)
-    with run(settings, 2) as consumer:
-        kafka.away = True
-        wait_for(lambda: consumer.status.waiting_for == "broker", "the outage", 20)
-        kafka.send(good(2), POISON)
-        kafka.away = False
-        seen(store, 4)
-    assert [offset for _, offset, _ in rows(store)] == [0, 1, 2, 3]
-    assert kafka.names() == ["t:0:1", "t:0:3"]
-
-
-def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    away = threading.Event()
-    away.set()
-    real = validate
-
-    def needs_registry(received: Received, rules: Any) -> Any:
-        if received.offset == 1 and away.is_set():
-            raise RegistryUnavailable("the registry is away.")
-        return real(received, rules)
-
-    monkeypatch.setattr(validators, "validate", needs_registry)
-    kafka.send(good(0), good(1), good(2))
-    with run(settings) as consumer:
-        wait_for(lambda: consumer.status.waiting_for == "registry", "the registry's outage", 20)
-        kafka.away = True
-        wait_for(lambda: consumer.status.waiting_for == "broker", "the broker's outage", 20)
-        kafka.away = False
-        wait_for(lambda: consumer.status.waiting_for == "registry", "the registry's outage again", 20)
-        away.clear()
-        seen(store, 3)
-    assert rows(store) == [("t", n, "sample") for n in range(3)]
-
-
-def test_a_gap_waits_for_the_records_before_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the registry is away a record waits; what retention deletes behind it is not to be stored before it."""
-    away = threading.Event()
-    away.set()
-    real = validate
-
-    def needs_registry(received: Received, rules: Any) -> Any:
-        if received.offset == 0 and away.is_set():
-            raise RegistryUnavailable("the registry is away.")
-        return real(received, rules)
-
-    monkeypatch.setattr(validators, "validate", needs_registry)
-    kafka.send(good(0), good(1))
-    with run(settings) as consumer:
-        wait_for(lambda: consumer.status.waiting_for == "registry", "the outage", 20)
-        with kafka.changed:
-            kafka.send(*(good(n) for n in range(2, 6)))
-            kafka.delete_before(5)
-        polls = kafka.polls
-        wait_for(lambda: kafka.polls > polls + 20, "it looks again and again", 20)
-        assert store.offsets() == {"t:0": 0}
-        away.clear()
-        seen(store, 3)
-    assert rows(store) == [("t", 0, "sample"), ("t", 1, "sample"), ("t", 2, "gap"), ("t", 5, "sample")]
-    assert len(store.gaps()) == 1
-
-
-def test_one_that_lost_its_partition_claims_it_anew_and_stores_nothing_twice(
-    settings: Settings, store: SampleStore, kafka: FakeKafka
-) -> None:
-    kafka.send(good(1), POISON)
-    with run(settings, 2):
-        wait_for(lambda: store.positions()["t:0"].published == 2, "the refusal published", 20)
-        other = StoreWriter(SampleTable(settings.lake))
-        for _ in range(3):
-            other.claim([store.positions()["t:0"]])
-            kafka.send(good(2), POISON)
-            seen(store, store.tally()["sample"] + store.tally()["quarantine"] + store.tally()["duplicate"] + 2)
-    assert [offset for _, offset, _ in rows(store)] == list(range(8))
-    assert kafka.names() == [f"t:0:{n}" for n in (1, 3, 5, 7)]
-
-
-def test_one_that_lost_its_partition_publishes_what_waited_though_no_record_comes(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send = FakeSender.send_all
-
-    def away(*_: Any) -> Any:
-        raise BrokerError("the quarantine topic is away.")
-
-    monkeypatch.setattr(FakeSender, "send_all", away)
-    kafka.send(POISON)
-    with run(settings, 1):
-        StoreWriter(SampleTable(settings.lake)).claim([store.positions()["t:0"]])
-        monkeypatch.setattr(FakeSender, "send_all", send)
-        wait_for(lambda: store.positions()["t:0"].published == 1, "the refusal published", 20)
-    assert kafka.names() == ["t:0:0"]
-
-
-# -- records that kill ---------------------------------------------------------------------------------------------
-
-
-def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neighbours_are_stored(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of those that were validated at the first death each is alone from then on, so that only one can die again."""
-    names = [("t", 0, number) for number in range(4)]
-    die(settings.home / "ingest", "kill", *names)
-    for _ in range(DEATHS - 1):
-        die(settings.home / "ingest", "kill", names[2])
-    inside: set[int] = set()
-    together: list[set[int]] = []
-    real = validate
-
-    def watch(received: Received, rules: Any) -> Any:
-        inside.add(received.offset)
-        together.append(set(inside))
-        result = real(received, rules)
-        inside.discard(received.offset)
-        return result
-
-    monkeypatch.setattr(validators, "validate", watch)
-    kafka.send(*(good(n) for n in range(8)))
-    with run(settings, 8):
-        pass
-    assert [kind for *_, kind in rows(store)] == ["sample", "sample", "quarantine", *["sample"] * 5]
-    refused = store.refusal("t", 0, 2)
-    assert refused is not None and (refused["reason"], refused["original"]) == ("crashed", good(2)[0])
-    assert "3 times" in refused["detail"] and kafka.names() == ["t:0:2"]
-    assert not any(2 in each for each in together), "it was validated once more"
-    assert [each for each in together if each & {0, 1, 3}] == [{0}, {1}, {3}]
-    assert not (settings.home / "ingest" / "crashes.json").read_text().strip("{}"), "all are stored, and forgotten"
-
-
-@pytest.mark.parametrize("processes", [0, 1])
-def test_a_record_with_three_deaths_is_refused_by_threads_and_by_processes(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, processes: int
-) -> None:
-    for _ in range(DEATHS):
-        die(settings.home / "ingest", "kill", ("t", 0, 1))
-    kafka.send(*(good(n) for n in range(3)))
-    with reading(settings, processes=processes) as consumer:
-        wait_for(lambda: records_seen(consumer.status) >= 3, "3 records", 60)
-    assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
-    refused = store.refusal("t", 0, 1)
-    assert refused is not None and (refused["reason"], "3 times" in refused["detail"]) == ("crashed", True)

@@ -10,15 +10,14 @@ import pytest
 
 from core.ledger import Ledger
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading
 from streams.ingest.batch import Batch, CommitResult
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.sides import SplitRule
-from streams.ingest.quality.validate import Accepted, Received, Rules, validate
-from streams.store import compaction, deletion
-from streams.store.deletion import remove_together
-from streams.store.receipts import RecordQuery, trace
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.look import SplitRule
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Accepted, Received, Rules, validate
+from streams.store import deletion, maintenance
 from streams.store.rows import Position
+from streams.store.sample_queries import RecordQuery, trace
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.kafka import picture
@@ -95,22 +94,6 @@ def test_a_record_with_a_corrected_label_takes_the_place_of_the_one_before(worke
     assert worker.commit().duplicates == {"exact": 1}, "the correction again is a duplicate"
 
 
-def test_another_key_or_none_or_another_source_corrects_nothing(worker: Worker) -> None:
-    worker.take(1, label="tram")
-    worker.take(1, key="other", label="bus")
-    worker.take(1, key=None, label="bus")
-    worker.take(1, label="bus", source="another crawler")
-    outcome = worker.commit()
-    assert (outcome.corrected, outcome.duplicates) == (0, {"exact": 3})
-    assert worker.samples("label") == [(0, "tram")]
-
-
-def test_a_key_alone_replaces_nothing_that_differs(worker: Worker) -> None:
-    for seed in range(5):
-        worker.take(seed, key="camera-7")
-    assert worker.commit().samples.total() == 5
-
-
 @pytest.mark.parametrize("by", ["key", "id"])
 def test_a_corrected_text_replaces_what_its_header_names(worker: Worker, between: Any, by: str) -> None:
     worker.take(1, text="a tram")
@@ -123,14 +106,6 @@ def test_a_corrected_text_replaces_what_its_header_names(worker: Worker, between
     [first] = trace(worker.store, RecordQuery("t", 0, 0))
     assert (first.outcome, first.reason, first.detail) == ("deleted", "corrected", "by t:0:2")
     assert worker.store.scan(columns=["extra"])["extra"].to_pylist() == ["", ""]
-
-
-def test_another_source_takes_the_place_where_the_header_says_so(worker: Worker, between: Any) -> None:
-    worker.take(1, source="old")
-    between()
-    worker.take(1, source="new", replaces=id_of(worker, 1))
-    assert worker.commit().corrected == 1
-    assert worker.samples("source") == [(1, "new")]
 
 
 def test_a_corrected_sample_stays_on_its_side(worker: Worker) -> None:
@@ -184,7 +159,7 @@ def test_a_worker_with_another_index_sees_a_correction_and_keeps_it(tmp_path: Pa
     first.take(1, label="bus")
     first.take(2)
     first.commit()
-    compaction.compact(first.store, expunge=True)
+    maintenance.compact(first.store, expunge=True)
     second.take(1, label="tram", at=0)
     second.take(2, at=0)
     assert second.commit().samples.total() == 0
@@ -228,7 +203,7 @@ def tombstone(worker: Worker, ledger: Ledger, key: str) -> None:
     worker.batch.add(worker.reading, worker.reading.next, row, 100)
     worker.commit()
     deletion.take_tombstones(worker.store, ledger)
-    remove_together(worker.store, ledger, ledger.deletions(states=["requested"]))
+    deletion.remove(worker.store, ledger, ledger.deletions(states=["requested"]))
 
 
 @pytest.fixture
@@ -269,7 +244,7 @@ def test_a_deletion_by_id_or_of_all_senders_leaves_nothing(worker: Worker, ledge
     worker.commit()
     for selector in ({"id": id_of(worker, 1)}, {"source": "crawler"}):
         asked = deletion.request_deletion(ledger, selector, actor="ann", reason="asked to")
-        deletion.remove(worker.store, ledger, asked)
+        deletion.remove(worker.store, ledger, [asked])
     assert (worker.samples(), worker.store.count_rows("kind IN ('sample', 'duplicate')")) == ([], 0)
 
 
@@ -287,15 +262,6 @@ def test_what_another_sent_too_stays_when_it_is_corrected(worker: Worker, betwee
     assert worker.commit().samples.total() == 0
 
 
-def test_the_sample_passes_with_the_newest_words_of_who_sent_it_next(worker: Worker, ledger: Ledger) -> None:
-    worker.take(1, label="of k")
-    for key, label in (("other", "a tram"), ("third", "of third"), ("other", "a bus")):
-        worker.take(1, key=key, label=label)
-    worker.commit()
-    tombstone(worker, ledger, "k")
-    assert worker.samples("label") == [(3, "a bus")]
-
-
 def test_who_sent_a_sample_second_and_corrects_it_holds_on_to_it_no_more(
     worker: Worker, ledger: Ledger, between: Any
 ) -> None:
@@ -310,10 +276,3 @@ def test_who_sent_a_sample_second_and_corrects_it_holds_on_to_it_no_more(
     tombstone(worker, ledger, "third")
     tombstone(worker, ledger, "k")
     assert worker.samples("text") == [(2, "other words")]
-
-
-def test_a_header_that_names_nothing_is_refused() -> None:
-    for key, value in ((b"k", b"everything"), (b"k", b"0" * 63), (None, b"key")):
-        headers = [("ratchet_text", b"a"), ("ratchet_replaces", value)]
-        result = validate(Received("t", 0, 0, picture(1), key, headers), RULES)
-        assert not isinstance(result, Accepted) and result["reason"] == "headers"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 
 from core.errors import ConfigError
-from core.ledger import DeletionRow, Ledger
+from core.ledger import Ledger
 from core.settings.streams import Ingest
-from streams.ingest.quality.validate import Received, Rules, validate
+from streams.ingest.validate import Received, Rules, validate
 from streams.store.deletion import (
     Selected,
-    condition,
     count_selected,
     is_tombstone,
     remove,
-    remove_together,
     request_deletion,
     take_tombstones,
 )
@@ -82,7 +80,7 @@ def test_each_field_selects_what_it_names(
     put(store, rows, Position(TOPIC, 0, 7))
     assert count_selected(store, selector) == Selected(len(gone - {5}), len(gone & {5}))
     row = ask(ledger, **selector)
-    assert remove(store, ledger, row) == len(gone)
+    assert remove(store, ledger, [row]) == len(gone)
     assert left(store) == [(0, offset) for offset in range(7) if offset not in gone]
     after = ledger.deletion(row.id)
     assert after is not None
@@ -117,26 +115,10 @@ def test_a_wrong_selector_is_refused_by_its_field_and_nothing_is_recorded(
     assert ledger.deletions() == []
 
 
-@pytest.mark.parametrize(
-    "selector",
-    [
-        {"source": "x'; --", "before": "0001-01-01"},
-        {"source": "\x00\n\"'", "before": "9999-12-31T23:59:59.999999"},
-        {"record": f"t:{2**31 - 1}:{2**63 - 1}"},
-        {"key": "00" * 2000},
-        {"label": "ю" * 4000, "until": "t:0:5"},
-    ],
-)
-def test_what_is_accepted_can_be_carried_out(store: SampleStore, selector: dict[str, str]) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    assert store.select(condition(selector), ["offset"]) == []
-
-
 @pytest.mark.parametrize("key", [b"user-17", b"https://cdn.example/" + b"x" * 300])
 @pytest.mark.parametrize("of_this_version", [True, False])
-@pytest.mark.parametrize("together", [True, False])
 def test_a_tombstone_removes_refused_records_whatever_the_length_of_their_key(
-    store: SampleStore, ledger: Ledger, key: bytes, of_this_version: bool, together: bool
+    store: SampleStore, ledger: Ledger, key: bytes, of_this_version: bool
 ) -> None:
     rules = Rules(Ingest())
     row = validate(Received(TOPIC, 0, 0, b"private", key), rules)
@@ -148,8 +130,7 @@ def test_a_tombstone_removes_refused_records_whatever_the_length_of_their_key(
     put(store, [row, other, tombstone], Position(TOPIC, 0, 3))
     assert take_tombstones(store, ledger) == 1
     [deletion] = ledger.deletions()
-    removed = remove_together(store, ledger, [deletion]) if together else remove(store, ledger, deletion)
-    assert removed == 1
+    assert remove(store, ledger, [deletion]) == 1
     assert left(store) == [(0, 1)]
 
 
@@ -158,7 +139,7 @@ def test_only_what_came_before_the_request_is_deleted(store: SampleStore, ledger
     row = ask(ledger, source="cam")
     later = datetime.now(UTC) + timedelta(seconds=1)
     put(store, [sample(0, 1, source="cam", ingested_at=later)], Position(TOPIC, 0, 2))
-    assert remove(store, ledger, row) == 1
+    assert remove(store, ledger, [row]) == 1
     assert left(store) == [(0, 1)]
 
 
@@ -167,12 +148,12 @@ def test_what_was_validated_before_and_stored_after_is_found_by_the_next_call(
 ) -> None:
     put(store, [sample(0, 0, source="cam")], Position(TOPIC, 0, 1))
     row = ask(ledger, source="cam")
-    remove(store, ledger, row)
+    remove(store, ledger, [row])
     ledger.deletions_rewritten([row.id], store.version())
     put(store, [sample(0, 1, source="cam")], Position(TOPIC, 0, 2))
     again = ledger.deletion(row.id)
     assert again is not None and again.version is not None
-    assert remove(store, ledger, again) == 1
+    assert remove(store, ledger, [again]) == 1
     after = ledger.deletion(row.id)
     assert after is not None and (after.samples, after.version) == (2, None), "its bytes are in new files"
     assert left(store) == []
@@ -181,10 +162,6 @@ def test_what_was_validated_before_and_stored_after_is_found_by_the_next_call(
 def tombstone(partition: int, offset: int, **fields: Any) -> dict[str, Any]:
     base = {"kind": "tombstone", "topic": TOPIC, "partition": partition, "offset": offset, "ingested_at": LONG_AGO}
     return {**base, **fields}
-
-
-def one_by_one(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
-    return sum(remove(store, ledger, each) for each in deletions)
 
 
 def test_many_tombstones_cost_as_many_scans_as_one(
@@ -200,23 +177,20 @@ def test_many_tombstones_cost_as_many_scans_as_one(
     monkeypatch.setattr(SampleStore, "batches", lambda *a, **k: scans.append(a) or batches(*a, **k))
     waiting = ledger.deletions(states=["requested"], oldest_first=True)
     assert all(map(is_tombstone, waiting))
-    assert remove_together(store, ledger, waiting) == 30
+    assert remove(store, ledger, waiting) == 30
     assert len(scans) == 3 and store.version() == version + 1
     assert left(store) == [(0, n) for n in range(30, 40)]
     assert {(each.state, each.samples) for each in ledger.deletions()} == {("removed", 1)}
-    # Found again, as by `remove`, though data files have been written anew since.
+    # Found again, though data files have been written again since.
     put(store, [sample(1, 0, key=b"7", ingested_at=LONG_AGO - timedelta(1))], Position(TOPIC, 1, 1))
     ledger.deletions_rewritten([each.id for each in waiting], store.version())
-    assert remove_together(store, ledger, ledger.deletions(states=["removed"])) == 1
+    assert remove(store, ledger, ledger.deletions(states=["removed"])) == 1
     [again] = [each for each in ledger.deletions() if each.samples == 2]
     assert again.version is None
-    assert remove_together(store, ledger, ()) == 0
+    assert remove(store, ledger, ()) == 0
 
 
-@pytest.mark.parametrize("carry_out", [one_by_one, remove_together])
-def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(
-    store: SampleStore, ledger: Ledger, carry_out: Callable[..., int]
-) -> None:
+def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(store: SampleStore, ledger: Ledger) -> None:
     early, late = LONG_AGO - timedelta(seconds=1), LONG_AGO + timedelta(seconds=1)
     rows = [
         sample(0, 0, key=b"a", ingested_at=early),
@@ -231,7 +205,7 @@ def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(
     ]
     put(store, rows, Position(TOPIC, 0, 5), Position(TOPIC, 1, 5))
     assert take_tombstones(store, ledger) == 3
-    assert carry_out(store, ledger, ledger.deletions(states=["requested"])) == 3
+    assert remove(store, ledger, ledger.deletions(states=["requested"])) == 3
     # Between partitions there is no order but that of clocks: what came after the tombstone by them stays.
     assert left(store) == [(0, 2), (0, 4), (1, 1)]
     assert {row.actor for row in ledger.deletions()} == {"producer"}
@@ -269,20 +243,11 @@ def test_the_receipt_names_the_adapters_that_learned_from_it(store: SampleStore,
     learn(ledger, "vlm-none", "vlm", 0, 12)
     learn(ledger, "vlm-learned", "vlm", 12, 13)
     row = ask(ledger, source="cam")
-    remove(store, ledger, row)
+    remove(store, ledger, [row])
     after = ledger.deletion(row.id)
     assert after is not None and after.adapters == {
         "learned": ["clip-learned", "vlm-learned"], "may_have_replayed": ["clip-later"],
     }  # fmt: skip
-
-
-def test_what_was_only_evaluated_on_was_learned_by_nobody(store: SampleStore, ledger: Ledger) -> None:
-    put(store, [sample(0, 4, source="cam", split="fresh_eval")], Position(TOPIC, 0, 5))
-    learn(ledger, "clip-a", "clip", 0, 5)
-    row = ask(ledger, source="cam")
-    remove(store, ledger, row)
-    after = ledger.deletion(row.id)
-    assert after is not None and after.adapters == {"learned": [], "may_have_replayed": []}
 
 
 def test_a_crash_between_the_store_and_the_ledger_loses_nothing_of_the_receipt(
@@ -294,29 +259,19 @@ def test_a_crash_between_the_store_and_the_ledger_loses_nothing_of_the_receipt(
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "deletion_removed", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
-            remove(store, ledger, row)
+            remove(store, ledger, [row])
     assert left(store) == [] and ledger.deletions()[0].state == "requested"
-    assert remove(store, ledger, row) == 0
+    assert remove(store, ledger, [row]) == 0
     after = ledger.deletions()[0]
     assert (after.state, after.samples, after.refusals) == ("removed", 1, 1)
     assert after.adapters["learned"] == ["clip-a"]
     assert after.removed_version == store.version()
 
 
-def test_calling_again_changes_nothing(store: SampleStore, ledger: Ledger) -> None:
-    put(store, [sample(0, 0, source="cam"), sample(0, 1)], Position(TOPIC, 0, 2))
-    row = ask(ledger, source="cam")
-    remove(store, ledger, row)
-    ledger.deletions_rewritten([row.id], store.version())
-    first, version = ledger.deletion(row.id), store.version()
-    assert first is not None and remove(store, ledger, first) == 0
-    assert (ledger.deletion(row.id), store.version()) == (first, version)
-
-
 def test_a_receipt_in_the_store_has_nothing_of_the_content(store: SampleStore, ledger: Ledger) -> None:
     put(store, [sample(0, 0, source="cam", text="secret words", key=b"ann@example.org")], Position(TOPIC, 0, 1))
     row = ask(ledger, source="cam")
-    remove(store, ledger, row)
+    remove(store, ledger, [row])
     dataset = store.table.open()
     assert dataset is not None
     [receipt] = dataset.to_table(filter="kind = 'deleted'").to_pylist()
@@ -342,6 +297,6 @@ def test_a_deletion_beside_a_worker_that_commits_loses_neither(
         return version
 
     monkeypatch.setattr(StoreWriter, "_commit", commit_with_a_worker_between)
-    assert remove(store, ledger, row) == 3
+    assert remove(store, ledger, [row]) == 3
     assert left(store) == [(0, 0), (0, 2), (0, 4), (1, 0)]
     assert store.tally()["sample"] == 4 and store.tally()["deleted"] == 3

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
 
 from core.errors import StoreFull, StoreUnavailable
-from streams.ingest.quality import duplicates as module
-from streams.ingest.quality.duplicates import OFF, Duplicate, DuplicateIndex, Sample
-from streams.ingest.quality.look import look_of
+from core.settings.streams import Ingest, Kafka
+from streams.ingest import duplicates as module
+from streams.ingest.batch import Batch
+from streams.ingest.duplicates import OFF, Duplicate, DuplicateIndex, Sample
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Received, Rules, validate
+from streams.store import maintenance
 from streams.store.rows import Position, words_hash
 from streams.store.sample_store import SampleStore
+from streams.store.writer import StoreWriter
+from tests.support.kafka import good
 from tests.support.samples import TOPIC, put, sample
 
 WORDS = ("a boat", "", "")
@@ -69,33 +74,6 @@ def test_every_look_within_the_distance_is_found_whichever_bits_differ(distance:
         assert index.find(item(name(2), look(bits ^ (1 << (start + 1) % 64)), WORDS)) is None
 
 
-def test_other_words_are_never_a_perceptual_duplicate() -> None:
-    index = DuplicateIndex(":memory:", "store", 16)
-    index.add(item(name(1), look(0), WORDS))
-    assert index.find(item(name(2), look(0), ("a boat", "what?", "a boat"))) is None
-    assert index.find(item(name(2), look(0), ("", "a boat", ""))) is None
-    assert index.find(item(name(2), look(0), ("a bo", "at", ""))) is None
-    assert index.find(item(name(2), look(0), WORDS)) is not None
-
-
-def shirt(colour: str) -> Image.Image:
-    image = Image.new("RGB", (96, 96), "white")
-    outline = [(20, 20), (76, 20), (90, 40), (70, 45), (70, 90), (26, 90), (26, 45), (6, 40)]
-    ImageDraw.Draw(image).polygon(outline, colour)
-    return image
-
-
-def test_shirts_in_six_colours_and_plain_pictures_are_not_one() -> None:
-    index = DuplicateIndex(":memory:", "store")
-    pictures = [shirt(colour) for colour in ("red", "green", "blue", "yellow", "purple", "orange")]
-    pictures += [Image.new("RGB", (64, 64), colour) for colour in ("black", "white", "grey", "red", "navy")]
-    for number, picture in enumerate(pictures):
-        own = look_of(picture).data
-        assert index.find(item(name(number), own, WORDS)) is None, f"picture {number}"
-        index.add(item(name(number), own, WORDS))
-        assert index.find(item(name(99), own, WORDS)) == Duplicate("perceptual", name(number))
-
-
 def test_looks_are_not_compared_when_that_is_off() -> None:
     index = DuplicateIndex(":memory:", "store", OFF)
     index.add(item(name(1), look(0), WORDS))
@@ -143,17 +121,6 @@ def test_the_index_takes_in_only_what_is_new_in_the_store(
     assert index.find(item(sample(1, 2)["id"], look(77), WORDS)) == Duplicate("exact", sample(1, 2)["id"])
 
 
-def test_a_later_start_reads_what_was_stored_meanwhile_and_no_more(tmp_path: Path, store: SampleStore) -> None:
-    stored(store, *range(5))
-    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as first:
-        follow(first, store)
-    stored(store, 5)
-    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as second:
-        assert len(second) == 5, "it is on disk"
-        follow(second, store)
-        assert len(second) == 6
-
-
 def corrupt_whole(path: Path) -> None:
     path.write_bytes(b"this is no database, and was never one " * 100)
 
@@ -189,25 +156,6 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
             except StoreUnavailable:
                 continue
         assert (len(index), duplicate) == (50, Duplicate("exact", sample(0, 7)["id"]))
-
-
-def test_damage_that_shows_while_it_is_used_costs_one_try(tmp_path: Path, store: SampleStore) -> None:
-    path = tmp_path / "d.db"
-    stored(store, *range(2000))
-    with closing(DuplicateIndex(path, "store")) as index:
-        follow(index, store)
-        index._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        data = bytearray(path.read_bytes())
-        data[4096:] = b"\xa5" * (len(data) - 4096)
-        path.write_bytes(data)
-        index._db.execute("PRAGMA shrink_memory")
-        with pytest.raises(StoreUnavailable), index.deciding():
-            for number in range(2000):
-                index.find(item(sample(0, number)["id"], look(number), WORDS))
-                index.add(item(name(number), look(number), WORDS))
-        follow(index, store)
-        assert len(index) == 2000
-        assert index.find(item(sample(0, 1999)["id"], look(5), WORDS)) is not None
 
 
 @pytest.mark.parametrize(("store_name", "distance"), [("another", 0), ("store", 3), ("store", OFF)])
@@ -269,12 +217,6 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
         assert len(index) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_an_outage(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreUnavailable, match="duplicate index"):
-        DuplicateIndex(tmp_path / "file" / "d.db", "store")
-
-
 def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateIndex) -> None:
     with index.deciding():
         index.add(item(name(1), look(1), WORDS))
@@ -288,33 +230,6 @@ def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateInd
     with index.deciding():
         index.add(item(name(2), look(2), WORDS))
     assert len(index) == 2
-
-
-def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    """A hundred thousand samples, whose index is larger than its cache, within some megabytes of the process."""
-    script = """
-import resource, sys
-from streams.ingest.quality import duplicates
-duplicates.CACHE_KIB = 2048
-index = duplicates.DuplicateIndex(sys.argv[1], "store")
-def fill(numbers):
-    with index.deciding():
-        for n in numbers:
-            id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
-            index.add(duplicates.Sample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
-fill(range(2000))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for start in range(2000, 42000, 2000):
-    fill(range(start, start + 2000))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(index))
-"""
-    answer = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "d.db")], capture_output=True, text=True, check=True
-    )
-    grown_kib, count = map(int, answer.stdout.split())
-    assert count == 42_000
-    assert grown_kib < 8 * 1024, "twenty times the samples"
-    assert (tmp_path / "d.db").stat().st_size > 4 << 20
 
 
 @pytest.mark.parametrize("distance", [0, 3])
@@ -341,7 +256,7 @@ def test_a_sample_at_two_positions_is_reported_however_many_are_staged_at_once(
         put(store, [sample(0, 1) | {"partition": partition, "offset": 5}], Position(TOPIC, partition, 6))
     reports = []
     for staged in (1, 1000):
-        monkeypatch.setattr("streams.ingest.quality.staging.STAGED_ROWS", staged)
+        monkeypatch.setattr("streams.ingest.duplicates.STAGED_ROWS", staged)
         index = DuplicateIndex(":memory:", "store")
         follow(index, store)
         reports.append(index.settled())
@@ -366,3 +281,155 @@ def test_a_reading_that_fails_half_way_leaves_nothing_behind(
     follow(index, store)
     assert (len(index), index.settled()) == (2, [])
     assert index._db.execute("SELECT count(*) FROM staged").fetchone() == (0,)
+
+
+RULES = Rules(Ingest())
+SAME = 1
+
+
+class Worker:
+    """Reads one partition, with a home of its own."""
+
+    def __init__(self, root: Path, partition: int) -> None:
+        self.partition = partition
+        self.store = SampleStore(str(root / "lake"))
+        self.writer = StoreWriter(self.store.table)
+        self.file = root / f"home-{partition}" / "duplicates.db"
+        self.index = DuplicateIndex(self.file, self.store.table.identity()[0])
+        self.batch = Batch(Kafka(), self.writer, self.index)
+        [claim] = self.writer.claim([Position("t", partition, 0)])
+        self.reading = Reading(claim, 0)
+
+    def take(self, *seeds: int) -> None:
+        for seed in seeds:
+            value, headers = good(seed)
+            record = Received("t", self.partition, self.reading.next, value, None, headers)
+            self.reading.next += 1
+            self.batch.add(self.reading, self.reading.next, validate(record, RULES), 100)
+
+    def commit(self) -> None:
+        self.batch.commit(lambda reading: None)
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> tuple[Worker, Worker]:
+    return Worker(tmp_path, 0), Worker(tmp_path, 1)
+
+
+def store_at_once(first: Worker, second: Worker, *seeds: int) -> None:
+    """Both decide before either commits."""
+    for worker in (first, second):
+        worker.take(*seeds)
+    together = threading.Barrier(2)
+    failures: list[BaseException] = []
+    threads = [threading.Thread(target=_commit, args=(each, together, failures)) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+
+
+def _commit(worker: Worker, together: threading.Barrier, failures: list[BaseException]) -> None:
+    writer: Any = worker.writer
+    commit = writer.commit
+
+    def after_both_decided(*given: Any) -> Any:
+        together.wait(30)
+        writer.commit = commit
+        return commit(*given)
+
+    writer.commit = after_both_decided
+    try:
+        worker.commit()
+    except BaseException as error:
+        failures.append(error)
+        together.abort()
+
+
+def kinds(store: SampleStore) -> list[tuple[int, str]]:
+    return [(row["partition"], row["kind"]) for row in store.records().to_pylist()]
+
+
+def test_both_store_it_when_neither_can_know(workers: tuple[Worker, Worker]) -> None:
+    """What the others are about."""
+    store_at_once(*workers, SAME)
+    assert kinds(workers[0].store) == [(0, "sample"), (1, "sample")]
+
+
+@pytest.mark.parametrize("noticing", [0, 1])
+def test_whoever_notices_first_makes_the_later_position_a_duplicate(
+    workers: tuple[Worker, Worker], noticing: int
+) -> None:
+    store_at_once(*workers, SAME)
+    noticed, other = workers[noticing], workers[1 - noticing]
+    noticed.take(2)
+    noticed.commit()
+    store = noticed.store
+    [duplicate] = [row for row in store.records().to_pylist() if row["kind"] == "duplicate"]
+    assert (duplicate["partition"], duplicate["offset"], duplicate["reason"]) == (1, 0, "duplicate_exact")
+    assert duplicate["duplicate_of"] == duplicate["id"]
+    assert (store.tally()["sample"], store.tally()["duplicate"]) == (2, 1)
+    other.take(3)
+    other.commit()
+    assert (store.tally()["sample"], store.tally()["duplicate"]) == (3, 1), "the other one has nothing left to do"
+
+
+def test_both_may_notice_at_once(workers: tuple[Worker, Worker]) -> None:
+    store_at_once(*workers, SAME, 2, 3)
+    store_at_once(*workers, 4)
+    for worker in workers:  # a conflict between them may leave some to the next batch
+        worker.take(10 + worker.partition)
+        worker.commit()
+    store = workers[0].store
+    ids = store.scan(columns=["id"])["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 6
+    assert (store.tally()["sample"], store.tally()["duplicate"]) == (6, 4)
+    assert {row["partition"] for row in store.records().to_pylist() if row["kind"] == "duplicate"} == {1}
+
+
+def test_after_that_it_is_a_duplicate_for_both_and_for_who_starts_anew(
+    workers: tuple[Worker, Worker], tmp_path: Path
+) -> None:
+    store_at_once(*workers, SAME)
+    for worker in workers:
+        worker.take(SAME)
+        worker.commit()
+    newcomer = Worker(tmp_path, 2)
+    newcomer.take(SAME)
+    newcomer.commit()
+    store = newcomer.store
+    assert kinds(store) == [
+        (0, "sample"), (0, "duplicate"), (1, "duplicate"), (1, "duplicate"), (2, "duplicate"),
+    ]  # fmt: skip
+
+
+def test_a_double_that_was_deleted_meanwhile_is_no_double(workers: tuple[Worker, Worker]) -> None:
+    store_at_once(*workers, SAME)
+    store = workers[0].store
+    [sample_id] = set(store.scan(columns=["id"])["id"].to_pylist())
+    assert len(StoreWriter(store.table).remove(f"id = '{sample_id}'", "deletion", "d")) == 2
+    for worker in workers:
+        worker.take(5 + worker.partition)
+        worker.commit()
+    assert (store.tally()["sample"], store.tally()["duplicate"], store.tally()["deleted"]) == (2, 0, 2)
+    workers[0].take(SAME)
+    workers[0].commit()
+    assert store.tally()["sample"] == 3, "sent again after its deletion, it is a sample again"
+
+
+def test_what_was_merged_before_a_worker_looked_is_known_to_it(workers: tuple[Worker, Worker]) -> None:
+    """Maintenance moves rows; those that a worker has not seen are no less new to it."""
+    busy, idle = workers
+    idle.take(9)
+    idle.commit()
+    for seed in (1, 2):
+        busy.take(seed)
+        busy.commit()
+    StoreWriter(busy.store.table).remove("partition = 1", "deletion", "d")
+    parts = [each.id for each in maintenance._fragments(busy.store)]
+    assert StoreWriter(busy.store.table).merge(parts, 64) > 0
+    idle.take(1, 9)
+    idle.commit()
+    rows = [(row["offset"], row["kind"]) for row in idle.store.records().to_pylist() if row["partition"] == 1]
+    assert rows == [(0, "deleted"), (1, "duplicate"), (2, "sample")]

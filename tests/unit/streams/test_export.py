@@ -10,9 +10,8 @@ import pyarrow as pa
 import pytest
 
 from core.errors import ConfigError
-from core.settings import Settings
 from ratchet_client.records import Sample
-from streams.ingest.quality.duplicates import OFF, near_duplicates
+from streams.ingest.duplicates import near_duplicates
 from streams.publish.datasets import read_dataset
 from streams.publish.export import export
 from streams.publish.folders import FolderItem
@@ -137,10 +136,6 @@ def test_what_a_distance_would_have_dropped_is_counted_before_it_is_switched_on(
     assert near_duplicates(store, 0)["domain"].top(5) == [("camera 1", 1)]
     assert dict(near_duplicates(store, 1)["domain"].top(5)) == {"camera 0": 1, "camera 1": 1}
     assert near_duplicates(store, 16)["source"].top(5) == [("", 3)]
-
-
-def test_by_default_only_equal_content_is_a_duplicate() -> None:
-    assert Settings().ingest.near_duplicate_distance == OFF
 
 
 def test_more_values_than_can_be_counted_leave_out_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from core.errors import RecordError
 from streams.publish.datasets import read_dataset
@@ -40,12 +38,6 @@ def index(root: Path, *lines: str) -> Path:
     return root
 
 
-def test_two_columns_are_enough(folder: Path) -> None:
-    (item,) = read_folder(index(folder, "file,text", 'photos/a.png,"a crane, crowned"'))
-    assert item == FolderItem(path=folder / "photos/a.png", text="a crane, crowned", domain="birds")
-    assert item.bytes() == png()
-
-
 def test_every_column_is_read_in_any_order(folder: Path) -> None:
     header = "text,file,tags,time,source,domain,split,concept,label,answer,question,colour"
     row = "a crane,photos/a.png,red; tall ;,2026-01-31T13:00:00+01:00,zoo,zoos,test,crane,bird,two,how many legs,x"
@@ -53,11 +45,6 @@ def test_every_column_is_read_in_any_order(folder: Path) -> None:
     assert (item.label, item.concept, item.split, item.domain, item.source) == ("bird", "crane", "test", "zoos", "zoo")
     assert (item.question, item.answer) == ("how many legs", "two")
     assert item.tags == ("red", "tall")
-    assert item.time == "2026-01-31T12:00:00+00:00"
-
-
-def test_a_time_without_zone_is_utc(folder: Path) -> None:
-    (item,) = read_folder(index(folder, "file,text,time", "photos/a.png,x,2026-01-31T12:00:00"))
     assert item.time == "2026-01-31T12:00:00+00:00"
 
 
@@ -98,13 +85,6 @@ def test_what_is_written_reads_back_and_is_the_same_bytes_again(tmp_path: Path) 
         assert getattr(item, name) == getattr(items[0], name), name
     assert (first / INDEX).read_bytes() == (second / INDEX).read_bytes()
     assert sorted(path.name for path in first.iterdir()) == [INDEX, "in"]
-
-
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_survives(tmp_path: Path, text: str) -> None:
-    write_folder(tmp_path, [FolderItem(path=Path("a.png"), text=f"x{text}x", inline=png())])
-    assert read_folder(tmp_path)[0].text == f"x{text}x"
 
 
 @pytest.mark.parametrize(
@@ -166,16 +146,6 @@ def test_a_question_may_have_several_answers(folder: Path) -> None:
     assert again == item
 
 
-def test_answers_without_the_answer_are_refused(folder: Path) -> None:
-    with pytest.raises(RecordError, match="field 'answer': is empty, but there are answers"):
-        read_folder(index(folder, "file,text,question,answer,answers", "photos/a.png,a crane,,,grey;gray"))
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(folder: Path) -> None:
-    (folder / INDEX).write_bytes(b"\xef\xbb\xbffile,text\r\nphotos/a.png,x\r\n")
-    assert read_folder(folder)[0].text == "x"
-
-
 def test_jsonl_holds_paths_and_images(folder: Path) -> None:
     encoded = base64.b64encode(png("blue")).decode()
     rows = [
@@ -228,13 +198,6 @@ def test_an_image_over_the_limit_is_not_read(folder: Path) -> None:
         item.bytes(max_bytes=10)
 
 
-def test_an_image_that_went_away_is_named(folder: Path) -> None:
-    (item,) = read_folder(index(folder, "file,text", "photos/a.png,x"))
-    item.path.unlink()
-    with pytest.raises(RecordError, match=r"photos/a\.png cannot be read"):
-        item.bytes()
-
-
 @pytest.mark.parametrize("name", ["nowhere", "empty", "notes.txt"])
 def test_what_is_no_dataset_is_refused_with_a_fix(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -252,10 +215,9 @@ def test_writing_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "in" / INDEX).exists()
 
 
-@pytest.mark.parametrize("name", ["more.csv", "more.jsonl"])
-def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.publish.row_files.MAX_ROW_CHARS", 1000)
-    rows = {"more.csv": 'image,text\nAAAA,"', "more.jsonl": '{"image": "'}
-    (tmp_path / name).write_text(rows[name] + "x" * 5000)
+def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.publish.folders.MAX_ROW_CHARS", 1000)
+    name = "more.jsonl"
+    (tmp_path / name).write_text('{"image": "' + "x" * 5000)
     with pytest.raises(RecordError, match="1000"):
         read_items(tmp_path / name)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,13 @@ import pytest
 
 from core.errors import StoreError
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.assignment import Reading, start_position
 from streams.ingest.batch import Batch, CommitResult
-from streams.ingest.quality.duplicates import DuplicateIndex
-from streams.ingest.quality.sides import SplitRule
-from streams.ingest.quality.validate import Received, Rules, validate
-from streams.store import compaction
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.look import SplitRule
+from streams.ingest.membership import Reading, start_position
+from streams.ingest.validate import Received, Rules, validate
+from streams.store.rows import FORMAT
 from streams.store.sample_store import SampleStore
-from streams.store.table import FORMAT
 from streams.store.writer import StoreWriter
 from tests.support.kafka import picture
 from tests.support.written_state import DATA, TOPIC, contents, unpack
@@ -119,40 +116,6 @@ def test_all_samples_of_then_are_known_when_they_are_sent_again(written: Written
     for row in contents(store)["rows"]:
         if row["kind"] == "sample":
             assert row["split"] == side[row["look"]], "a look that was seen keeps its side"
-
-
-def test_maintenance_merges_and_indexes_files_of_both_formats(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, _ = written
-    ingest(store, received(0, 29, picture(900), b"new", text="a new picture"))
-    before = contents(store)
-    monkeypatch.setattr(compaction, "FULL_ROWS", 64)
-    StoreWriter(store.table).merge([each.id for each in compaction._fragments(store)], 64)
-    compaction.index(store)
-    compaction.clean(store, timedelta(0))
-    assert contents(store) == before and store.fragments() == 1
-    assert ingest(store, received(0, 30, picture(901), b"newer", text="another")).samples.total() == 1
-    assert store.select("key = X'6e6577'", ["text"]) == [{"text": "a new picture"}]
-
-
-def test_processes_that_start_at_once_migrate_it_once(written: Written) -> None:
-    store, described = written
-    stores = [SampleStore(store.lake) for _ in range(4)]
-    failures: list[BaseException] = []
-
-    def create(each: SampleStore) -> None:
-        try:
-            each.table.create()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=create, args=(each,)) for each in stores]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failures == [] and format_of(store) == FORMAT and contents(store) == described
 
 
 def test_a_migration_that_is_interrupted_is_finished_by_the_next_process(

@@ -9,7 +9,7 @@ from core.errors import RecordError
 from core.settings.streams import Ingest
 from ratchet_client.images import decode_image
 from serving.engines.preprocess import Preprocess, ResizeMode
-from streams.ingest.quality.validate import Accepted, Received, Rules, validate
+from streams.ingest.validate import Accepted, Received, Rules, validate
 from tests.support.hostile_images import LEFT, REFUSED, TAKEN, Hostile, plain
 
 WHOLE = np.asarray(plain(), np.int16)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.errors import RecordError
-from streams.records.codecs import check_digest, decode
+from streams.records.codecs import decode
 from tests.support.kafka import picture
 
 IMAGE = picture(1)
@@ -31,6 +31,7 @@ def test_a_record_states_the_digest_of_its_image(fields: dict[str, str]) -> None
 
 
 def test_both_algorithms_of_oci_are_known() -> None:
-    check_digest(IMAGE, "sha512:" + hashlib.sha512(IMAGE).hexdigest())
+    encoded = base64.b64encode(IMAGE).decode()
+    assert read(image=encoded, image_digest="sha512:" + hashlib.sha512(IMAGE).hexdigest()) == IMAGE
     with pytest.raises(RecordError, match="states sha512:000000000000"):
-        check_digest(IMAGE, "sha512:" + "0" * 128)
+        read(image=encoded, image_digest="sha512:" + "0" * 128)

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 from core.errors import StoreUnavailable
 from core.settings import Settings
-from streams.ingest import consumer as consumer_module
-from streams.ingest.consumer_parts import Indexing
-from streams.ingest.quality import duplicates as module
-from streams.ingest.quality.duplicates import DuplicateIndex
+from streams.ingest import duplicates as module
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.look import SplitRule
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from tests.support.fake_kafka import FakeKafka, install
+from tests.support.fake_kafka import FakeKafka
 from tests.support.kafka import good, reading, wait_for
 from tests.support.samples import TOPIC, put, sample
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path, kafka={"topic": "t", "batch_seconds": 0.02, "bootstrap": "127.0.0.1:1"})
-
-
-@pytest.fixture
-def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
-    broker = FakeKafka("t")
-    install(broker, monkeypatch)
-    monkeypatch.setattr(consumer_module, "BACKOFF_SECONDS", (0.02,))
-    return broker
 
 
 class SlowTable:
@@ -79,28 +65,24 @@ def test_an_index_that_cannot_be_built_is_tried_again(
 
 
 def test_a_stop_does_not_wait_for_the_index_and_leaves_it_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = SampleStore(str(tmp_path / "lake"))
+    store = SampleStore(settings.lake)
     put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    begun, interrupted = threading.Event(), threading.Event()
-    batches = module._batches
+    begun, over, batches = threading.Event(), threading.Event(), module._batches
 
     def endless(dataset: Any, fragment: Any) -> Any:
-        while True:
+        while not over.is_set():
             yield from batches(dataset, fragment)
             begun.set()
-            assert interrupted.wait(60)
 
     monkeypatch.setattr(module, "_batches", endless)
-    index = DuplicateIndex(tmp_path / "duplicates.db", "store")
-    indexing = Indexing(index, store.table)
-    indexing.start()
-    assert begun.wait(20) and not indexing.done()
-    index.interrupt()
-    interrupted.set()
-    indexing.stop()
-    with pytest.raises(StoreUnavailable, match="asked to stop"):
-        indexing.done()
-    assert len(index) == 0
-    index.close()
+    try:
+        with reading(settings):
+            assert begun.wait(20)
+    finally:
+        over.set()
+    name, key = store.table.identity()
+    split = SplitRule(key, settings.ingest.fresh_eval_share)
+    with closing(DuplicateIndex(settings.home / "ingest/duplicates.db", name, module.OFF, split)) as index:
+        assert len(index) == 0

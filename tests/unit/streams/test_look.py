@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import io
+import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ratchet_client.images import decode_image
-from streams.ingest.quality.look import COLOUR_TOLERANCE, LOOK_BYTES, Look, buckets, look_of, similar
+from streams.ingest.duplicates import DuplicateIndex, Sample
+from streams.ingest.look import COLOUR_TOLERANCE, FEW, LOOK_BYTES, Look, SplitRule, buckets, look_of, similar
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from tests.support.samples import TOPIC, put, sample
 
 SHIRTS = ["red", "green", "blue", "yellow", "purple", "orange"]
 Copy = Callable[[Image.Image], Image.Image]
@@ -119,26 +128,156 @@ def test_other_pictures_do_not_look_alike() -> None:
     assert not any(similar(one, other, 4) for n, one in enumerate(looks) for other in looks[:n])
 
 
-def test_the_distance_counts_bits() -> None:
-    one, other = Look(0b1111, bytes(27)), Look(0b1000, bytes(27))
-    assert [similar(one, other, distance) for distance in (0, 2, 3, 4)] == [False, False, True, True]
-
-
-def test_a_look_is_written_and_read() -> None:
-    for look in (look_of(shirt("red")), Look(0, bytes(27)), Look(2**64 - 1, b"\xff" * 27)):
-        assert len(look.data) == LOOK_BYTES
-        assert Look.parse(look.data) == look
-    for data in (b"", bytes(LOOK_BYTES - 1), bytes(8), bytes(LOOK_BYTES + 1)):
-        with pytest.raises(ValueError, match="look"):
-            Look.parse(data)
-
-
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_pictures_of_any_mode_and_shape_have_a_look(mode: str) -> None:
     for size in ((1, 1), (1, 400), (400, 1), (31, 33), (700, 20)):
         assert len(look_of(Image.new(mode, size)).data) == LOOK_BYTES
 
 
-def test_plain_pictures_of_many_colours_are_in_many_buckets() -> None:
-    colours = np.random.default_rng(2).integers(0, 256, (200, 3))
-    assert len({buckets(Look(0, bytes(map(int, colour)) * 9))[0] for colour in colours}) > 100
+COUNT = 300
+FONT = ImageFont.load_default(10)
+RULES = [SplitRule(bytes([number]) * 32, 0.15) for number in range(12)]
+
+
+def invoice(number: int) -> Image.Image:
+    """One template, filled in."""
+    drawn = random.Random(number)
+    page = Image.new("RGB", (310, 438), "white")
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((20, 20, 125, 40), fill=(20, 60, 120))
+    for y in range(75, 75 + 15 * drawn.randint(3, 20), 15):
+        words = drawn.choice(["Bolt M8", "Labour", "Freight", "Paint", "Cable 3x1.5"])
+        draw.text((22, y), f"{words} {drawn.randint(1, 99)}", "black", FONT)
+        draw.text((250, y), f"{drawn.uniform(1, 999):.2f}", "black", FONT)
+    return page
+
+
+def scan(number: int) -> Image.Image:
+    """Two bright ovals on grey."""
+    drawn = np.random.default_rng(number)
+    y, x = np.mgrid[0:128, 0:128]
+    ovals = [np.exp(-(((x - c - drawn.normal(0, 3)) / 22) ** 2 + ((y - 64) / 42) ** 2)) for c in (40, 88)]
+    grey = 230 - 200 * sum(ovals) + drawn.normal(0, 6, (128, 128))
+    return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def frame(number: int) -> Image.Image:
+    """What a fixed camera sees."""
+    drawn = random.Random(number)
+    scene = Image.fromarray(np.random.default_rng(5).integers(60, 180, (9, 16, 3), np.uint8)).resize((320, 180))
+    for _ in range(drawn.randint(1, 3)):
+        x, y = drawn.randint(0, 290), drawn.randint(70, 160)
+        ImageDraw.Draw(scene).rectangle((x, y, x + 20, y + 18), tuple(drawn.randint(0, 255) for _ in range(3)))
+    return scene
+
+
+def plain(number: int) -> Image.Image:
+    """One colour."""
+    return Image.new("RGB", (16, 16), (number % 7 * 40, number // 7 * 5, 128))
+
+
+def texture(number: int) -> Image.Image:
+    """Unlike any other."""
+    noise = np.random.default_rng(number).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+KINDS: dict[str, Callable[[int], Image.Image]] = {
+    "invoices": invoice, "scans": scan, "fixed camera": frame, "one colour": plain, "textures": texture,
+}  # fmt: skip
+
+
+@cache
+def looks(kind: str) -> list[bytes]:
+    return [look_of(KINDS[kind](number)).data for number in range(COUNT)]
+
+
+def item(number: int, look: bytes, domain: str = "", asks: bool = False) -> Sample:
+    return Sample(sha256(f"{domain} {number}".encode()).digest(), f"{TOPIC}:0:{number}", look, number, domain, asks)
+
+
+def sides(rule: SplitRule, given: list[bytes], domain: str = "") -> list[bool]:
+    """Which of them are held out."""
+    with closing(DuplicateIndex(":memory:", "store", -1, rule)) as index:
+        return [index.add(item(number, look, domain)) == "fresh_eval" for number, look in enumerate(given)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tenth_to_a_fifth_of_each_kind_is_held_out(kind: str) -> None:
+    for rule in RULES:
+        held = sides(rule, looks(kind))
+        assert 0.1 <= np.mean(held) <= 0.2
+        by_look = defaultdict(set)
+        for look, side in zip(looks(kind), held, strict=True):
+            by_look[look].add(side)
+        assert all(len(each) == 1 for each in by_look.values()), "pictures that look the same are on one side"
+
+
+def test_look_alikes_stay_together_while_they_are_few() -> None:
+    alike = [bytes(8) + bytes([128]) * 26 + bytes([128 + number]) for number in range(FEW)]
+    assert len({buckets_of(each)[0] for each in alike}) == 1
+    assert all(len(set(sides(rule, alike))) == 1 for rule in RULES)
+    many = [bytes(8) + bytes([124 + number % 8, 124 + number // 8 % 8, *[128] * 25]) for number in range(64)]
+    assert all(len(set(sides(rule, many))) == 2 for rule in RULES)
+
+
+def buckets_of(look: bytes) -> tuple[bytes, bytes, bytes]:
+    from streams.ingest.look import Look
+
+    return buckets(Look.parse(look))
+
+
+def test_the_split_cannot_be_known_without_the_key() -> None:
+    one, other = (sides(SplitRule(key * 32, 0.5), looks("textures")) for key in (b"a", b"b"))
+    assert 0.35 < np.mean([a == b for a, b in zip(one, other, strict=True)]) < 0.65
+    assert one == sides(SplitRule(b"a" * 32, 0.5), looks("textures"))
+
+
+def test_a_decision_is_forgotten_with_its_batch_and_made_again_alike() -> None:
+    with closing(DuplicateIndex(":memory:", "store", -1, RULES[0])) as index:
+        for _ in range(2):
+            with pytest.raises(LookupError), index.deciding():
+                decided = [index.add(item(n, look)) for n, look in enumerate(looks("invoices")[:100])]
+                raise LookupError
+        with index.deciding():
+            assert [index.add(item(n, look)) for n, look in enumerate(looks("invoices")[:100])] == decided
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_that_is_made_again_from_the_store_goes_on_alike(
+    kind: str, store: SampleStore, tmp_path: Path
+) -> None:
+    rule, half = RULES[1], COUNT // 2
+    with closing(DuplicateIndex(tmp_path / "a.db", "store", -1, rule)) as index:
+        decided = [index.add(item(n, look)) for n, look in enumerate(looks(kind)[:half])]
+        stored = [
+            sample(0, n, id=item(n, look).id.hex(), look=look, split=split, domain="")
+            for n, (look, split) in enumerate(zip(looks(kind)[:half], decided, strict=True))
+        ]
+        put(store, stored, Position(TOPIC, 0, half))
+        with index.deciding():
+            index.follow(store.table)  # counts nothing twice
+        with closing(DuplicateIndex(tmp_path / "b.db", "store", -1, rule)) as again:
+            with again.deciding():
+                again.follow(store.table)
+            rest = list(enumerate(looks(kind)[half:], half))
+            assert [index.add(item(n, look)) for n, look in rest] == [again.add(item(n, look)) for n, look in rest]
+    by_look = dict(zip(looks(kind)[:half], decided, strict=True))
+    with closing(DuplicateIndex(tmp_path / "b2.db", "store", -1, rule)) as again:
+        with again.deciding():
+            again.follow(store.table)
+        for number, (look, split) in enumerate(by_look.items(), COUNT):
+            assert again.add(item(number, look, "another domain")) == split
+
+
+def test_what_one_side_has_too_many_of_is_not_made_up_for_by_a_long_stretch(store: SampleStore) -> None:
+    """A domain of which an earlier version held out nothing, or everything."""
+    for partition, split in enumerate(("train", "fresh_eval")):
+        rows = [sample(partition, n, look=look, split=split, domain=split) for n, look in enumerate(looks("textures"))]
+        put(store, rows, Position(TOPIC, partition, COUNT))
+        with closing(DuplicateIndex(":memory:", "store", -1, RULES[0])) as index:
+            with index.deciding():
+                index.follow(store.table)
+            fresh = [look_of(texture(COUNT + n)).data for n in range(600)]
+            held = [index.add(item(n, look, split)) == "fresh_eval" for n, look in enumerate(fresh)]
+        assert 0.08 < np.mean(held) < 0.26

@@ -17,7 +17,7 @@ from core.ledger import DeletionRow, Ledger
 from core.ledger import tables as t
 from core.settings import Settings
 from streams.store import deletion, maintenance
-from streams.store.maintenance import LEASE, Maintainer, wait_for_ledger
+from streams.store.maintenance import Maintainer, wait_for_ledger
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -190,32 +190,6 @@ def test_a_second_maintainer_waits_until_the_first_lets_go(
     second.close()
 
 
-def test_the_lease_is_renewed_while_a_run_takes_long(
-    maintainer: Maintainer, settings: Settings, ledger: Ledger, store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(maintenance, "LEASE_SECONDS", 0.4)
-    second = Maintainer(settings, ledger, store)
-    renewed = threading.Event()
-    renew, times = Ledger.renew_lease, []
-
-    def count(self: Ledger, name: str, epoch: int, seconds: float) -> bool:
-        times.append(renew(self, name, epoch, seconds))
-        if len(times) == 6:  # half as long again as the lease
-            renewed.set()
-        return times[-1]
-
-    monkeypatch.setattr(Ledger, "renew_lease", count)
-
-    def slow(*_: Any, **__: Any) -> int:
-        assert renewed.wait(30)
-        assert second.run_once().waiting
-        return 0
-
-    monkeypatch.setattr("streams.store.compaction.compact", slow)
-    assert not maintainer.run_once().waiting
-    assert all(times)
-
-
 def test_a_gap_is_told_once_whoever_maintains(
     maintainer: Maintainer, settings: Settings, ledger: Ledger, store: SampleStore
 ) -> None:
@@ -232,15 +206,6 @@ def test_a_gap_is_told_once_whoever_maintains(
     second.run_once()
     assert len(ledger.events()) == 2
     second.close()
-
-
-def test_two_gaps_of_a_topic_with_a_long_name_are_two_events(
-    maintainer: Maintainer, ledger: Ledger, store: SampleStore
-) -> None:
-    topic = "t" * 249
-    put(store, [{**GAP, "topic": topic}, {**GAP, "topic": topic, "offset": 20, "until": 22}], Position(topic, 0, 22))
-    maintainer.run_once()
-    assert len(ledger.events()) == 2
 
 
 def test_a_store_that_is_away_is_said_once_and_tried_again(
@@ -303,15 +268,6 @@ def test_a_ledger_whose_disk_is_full_is_an_outage_and_is_tried_again(
     assert not [record for record in caplog.records if record.exc_info], "an outage has no traceback"
 
 
-def test_a_ledger_that_is_away_at_the_end_does_not_hold_up_a_stop(
-    settings: Settings, ledger: Ledger, store: SampleStore
-) -> None:
-    maintainer = Maintainer(settings, ledger, store)
-    maintainer.run_once()
-    with Disk(ledger):
-        maintainer.close()
-
-
 class Disk:
     """The ledger's, which is full until it is freed: SQLite may not make its file any larger."""
 
@@ -344,10 +300,6 @@ def test_events_that_were_published_long_ago_leave_the_ledger(
     ledger.mark_published({row.id: (0, 0)}, lease="events", epoch=epoch)
     with ledger.database.write() as session:
         session.execute(update(t.Event).values(time=datetime.now(UTC) - timedelta(days=8)))
-    change(maintainer, "maintain", keep_events_days=0)
-    maintainer.run_once()
-    assert len(ledger.events()) == 1, "no limit"
-    change(maintainer, "maintain", keep_events_days=7)
     maintainer.run_once()
     assert ledger.events() == []
 
@@ -413,13 +365,3 @@ def test_it_waits_for_a_ledger_whose_disk_is_full_and_ends_when_it_is_asked_to(
     soon = settings.model_copy(update={"maintain": settings.maintain.model_copy(update={"seconds": 0.01})})
     assert wait_for_ledger(soon, stopping) is ledger
     assert wait_for_ledger(soon, stopping) is None and attempts == 5
-
-
-def test_an_empty_store_is_maintained_too(settings: Settings, ledger: Ledger) -> None:
-    settings = settings.model_copy(update={"lake_url": str(settings.home / "other")})
-    maintainer = Maintainer(settings, ledger)
-    name = delete(ledger)
-    assert maintainer.run_once().removed == 0
-    assert row_of(ledger, name).samples == 0
-    assert ledger.lease(LEASE) is not None
-    maintainer.close()

@@ -13,7 +13,7 @@ from fsspec.registry import _registry
 from core.addresses import ObjectRule
 from core.errors import RecordError
 from core.settings.streams import Ingest
-from streams.records import fetch_limits
+from streams.records import uris
 from streams.records.uris import UriFetcher
 
 
@@ -42,7 +42,7 @@ class Store(AsyncFileSystem):  # type: ignore[misc]
 
 @pytest.fixture
 def fetcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[UriFetcher]:
-    monkeypatch.setattr(fetch_limits, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(uris, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(Store, "asked", [])
     monkeypatch.setitem(_registry, "gs", Store)
     made = UriFetcher(Ingest(allowed_uris=["gs://pictures/in"], max_image_bytes=1024))

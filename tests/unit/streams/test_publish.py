@@ -5,26 +5,19 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import tracemalloc
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from core.addresses import free_port
 from core.errors import BrokerError, ConfigError, RecordError
-from core.progress import say
 from core.settings import Settings
 from ops.cli.main import app
-from streams.kafka.clients import connect_producer
-from streams.publish.datasets import FORMATS
 from streams.publish.folders import FolderItem
-from streams.publish.publish_progress import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
-from streams.publish.publisher import _checked, publish
+from streams.publish.publisher import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile, _checked, publish
 from tests.support.pictures import png
 
 PICTURE = base64.b64encode(png()).decode()
@@ -83,49 +76,12 @@ def test_the_exit_status_tells_what_was_refused(tmp_path: Path, bad: list[int], 
     assert result.exit_code == status, result.output
 
 
-def test_a_broker_that_is_away_leaves_the_file_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.publish.publisher.connect_producer", partial(connect_producer, connect_seconds=0.3))
-    settings = Settings(home=tmp_path, kafka={"bootstrap": f"127.0.0.1:{free_port()}"})
-    file = rows(tmp_path / "a.jsonl")
-    progress = ProgressFile(tmp_path, str(file), "jsonl", settings.kafka.topic, "", settings.kafka.bootstrap)
-    progress.note(2, f"{file}, line 2")
-    progress.save(2, every=1)
-    for resume in (False, True):
-        with pytest.raises(BrokerError):
-            publish(settings, file, resume=resume)
-    assert progress.load().done == 2
-
-
 def test_a_file_that_cannot_be_written_and_no_rows_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         dry(tmp_path, rows(tmp_path / "a.jsonl"), rejects=tmp_path / "none/bad.jsonl")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(RecordError, match="has no rows"):
         dry(tmp_path, tmp_path / "empty.jsonl")
-
-
-def test_the_help_names_every_format_and_status() -> None:
-    shown = CliRunner().invoke(app, ["publish", "--help"], env={"COLUMNS": "200"}).output
-    assert all(name in shown for name in FORMATS)
-    assert "Exit status: 0" in shown
-
-
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "streams.publish.publisher.check_sample", lambda sample, limits: None
-    )  # decodes for 15 s while traced
-    say("what is printed first imports much")
-    # One file for all rows: pathlib interns names, and the interpreter's table of these doubles now and then.
-    (tmp_path / "a.png").write_bytes(png())
-    dry(tmp_path, rows(tmp_path / "first.jsonl", file="a.png"))
-    peaks = []
-    for count in (250, 2_500):
-        file = rows(tmp_path / f"{count}.jsonl", count, bad=range(0, count, 10), file="a.png")
-        tracemalloc.start()
-        dry(tmp_path, file)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 256 * 1024, peaks
 
 
 class TestInFlight:
@@ -154,9 +110,6 @@ class TestInFlight:
         waiting.join(60)
         assert not waiting.is_alive()
 
-    def test_a_larger_image_than_all_may_have_is_let_through_alone(self) -> None:
-        InFlight().add(1, MAX_BYTES + 1)
-
     def test_a_row_that_was_not_delivered_ends_it_and_is_not_done(self) -> None:
         window = InFlight()
         window.add(1, 1)
@@ -171,11 +124,6 @@ class TestInFlight:
 
 
 class TestProgressFile:
-    def test_it_is_of_one_data_set_format_topic_and_split(self, tmp_path: Path) -> None:
-        parts = ("a", "jsonl", "t", "", "b:1")
-        others = [(*parts[:n], "other", *parts[n + 1 :]) for n in range(len(parts))]
-        assert len({ProgressFile(tmp_path, *each).file for each in [parts, *others]}) == 6
-
     def test_it_is_written_when_enough_rows_are_done(self, tmp_path: Path) -> None:
         progress = ProgressFile(tmp_path, "a", "jsonl", "t", "", "b:1")
         for number in range(1, 6):

@@ -10,7 +10,7 @@ import pytest
 
 from core.settings.streams import Kafka
 from streams.ingest import quarantine
-from streams.ingest.assignment import Reading
+from streams.ingest.membership import Reading
 from streams.ingest.quarantine import RefusalPublisher
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore

@@ -14,8 +14,9 @@ import pytest
 
 from core.errors import BrokerError, RecordError, RegistryUnavailable
 from core.settings.streams import Kafka
+from streams.records import registry as module
 from streams.records.codecs import decode
-from streams.records.registry import SchemaRegistry, client, decoders
+from streams.records.registry import SchemaRegistry
 from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running
@@ -26,8 +27,8 @@ B64 = base64.b64encode(PNG).decode()
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(decoders, "AWAY_SECONDS", 0.0)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "AWAY_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -116,17 +117,6 @@ def test_an_avro_value_may_be_the_image(server: Registry, registry: SchemaRegist
     assert decode(value, [("ratchet_text", b"t")], registry=registry).image == PNG
 
 
-def test_a_schema_is_fetched_once_whatever_the_number_of_threads(server: Registry, registry: SchemaRegistry) -> None:
-    value = write_avro(server.url, {"image": PNG, "text": "t", "tags": [], "boxes": []})
-    server.calls.clear()
-    threads = [threading.Thread(target=decode, args=(value,), kwargs={"registry": registry}) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.calls == ["GET /schemas/ids/1"]
-
-
 def test_user_and_password_are_sent_and_never_shown(server: Registry) -> None:
     settings = Kafka(schema_registry=server.url, schema_registry_auth="us:hush")  # type: ignore[arg-type]
     registry = SchemaRegistry.of(settings)
@@ -146,24 +136,9 @@ def test_an_unknown_id_is_a_refusal_that_is_not_asked_for_again_at_once(
     assert server.calls == ["GET /schemas/ids/7"]
 
 
-def test_a_schema_that_is_too_large_and_an_id_that_none_can_have_are_refusals(
-    server: Registry, registry: SchemaRegistry
-) -> None:
-    server.always = (200, b" " * (client.MAX_RESPONSE_BYTES + 1))
-    assert reason(framed(1, b"x"), registry) == "schema"
-    server.calls.clear()
-    assert reason(framed(client.MAX_ID + 1, b"x"), registry) == "schema"
+def test_an_id_that_none_can_have_is_a_refusal(server: Registry, registry: SchemaRegistry) -> None:
+    assert reason(framed(module.MAX_ID + 1, b"x"), registry) == "schema"
     assert server.calls == []
-
-
-def test_a_schema_that_is_registered_late_is_found(
-    server: Registry, registry: SchemaRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoders, "REFUSED_SECONDS", 0.0)
-    value = framed(1, json.dumps({"image": B64, "text": "t"}).encode())
-    assert reason(value, registry) == "schema"
-    add(server, {"type": "object"}, "JSON")
-    assert decode(value, registry=registry).text == "t"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +156,6 @@ def test_a_schema_that_is_registered_late_is_found(
         (404, b'{"error_code": [40403]}'),
         (302, b"{}"),
         (404, b'{"error_code": 404, "message": "HTTP 404 Not Found"}'),
-        (500, b" " * (client.MAX_RESPONSE_BYTES + 1)),
     ],
     ids=lambda answer: f"{answer[0]}-{answer[1][:12]!r}",
 )
@@ -197,17 +171,10 @@ def test_a_registry_that_answers_nonsense_is_an_outage(
     assert decode(value, registry=registry).text == "t"
 
 
-def test_a_hiccup_is_not_noticed(server: Registry, registry: SchemaRegistry) -> None:
-    value = framed(add(server, {"type": "object"}, "JSON"), json.dumps({"image": B64, "text": "t"}).encode())
-    server.answers = [(500, b""), (503, b"")]
-    assert decode(value, registry=registry).text == "t"
-    assert len(server.calls) == client.TRIES
-
-
 def test_a_registry_that_is_away_is_an_outage_and_is_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(Registry()) as server:
         pass  # the port is free again
-    monkeypatch.setattr(decoders, "AWAY_SECONDS", 60.0)
+    monkeypatch.setattr(module, "AWAY_SECONDS", 60.0)
     registry = SchemaRegistry(server.url)
     asked: list[int] = []
     by_id = registry.client.by_id
@@ -305,13 +272,3 @@ def test_protobuf_fields_beside_the_image_are_bounded(server: Registry, registry
     assert reason(write_protobuf(server.url, message), registry) == "schema"
     message = message_types()["Sample"](image=b"x" * 600_000, text="t")
     assert len(registry.read(write_protobuf(server.url, message))["image"]) == 600_000
-
-
-def test_schemas_that_were_not_used_for_long_are_dropped(
-    server: Registry, registry: SchemaRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoders, "MAX_SCHEMAS", 2)
-    numbers = [add(server, {"type": "object", "title": str(title)}, "JSON") for title in range(3)]
-    for number in (*numbers, numbers[2], numbers[0]):
-        registry.read(framed(number, b"{}"))
-    assert server.calls == [f"GET /schemas/ids/{number}" for number in (1, 2, 3, 1)]

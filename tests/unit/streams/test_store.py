@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lance
 import pytest
 
-from core.errors import StoreError, StoreUnavailable
-from streams.store.rows import SAMPLE_COLUMNS, Position, newest_of_topic, parse_stream, stream_name
+from core.errors import RecordError, StoreError, StoreUnavailable
+from streams.store.rows import FORMAT, SAMPLE_COLUMNS, Position
+from streams.store.sample_queries import RecordQuery, trace
 from streams.store.sample_store import SampleStore
-from streams.store.table import FORMAT
 from tests.support.samples import TOPIC, put, refusal, sample
 
 
@@ -43,14 +45,6 @@ def test_a_position_comes_back_whole(store: SampleStore) -> None:
     assert position.tally["sample"] == position.tally["quarantine"] == 1
 
 
-def test_an_old_version_does_not_change(store: SampleStore) -> None:
-    old = put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    put(store, [sample(0, 1)], Position(TOPIC, 0, 2))
-    assert (store.count(version=old), store.count()) == (1, 2)
-    assert store.offsets(old) == {"samples:0": 1}
-    assert store.scan(version=old)["offset"].to_pylist() == [0]
-
-
 def test_a_pinned_version_outlives_a_cleanup_and_an_unpinned_one_does_not(store: SampleStore) -> None:
     pinned = put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
     store.pin("update-1", pinned)
@@ -66,12 +60,6 @@ def test_a_pinned_version_outlives_a_cleanup_and_an_unpinned_one_does_not(store:
     for _ in range(2):
         store.unpin("update-1")
     assert store.pins() == {}
-
-
-def test_an_unknown_version_is_named(store: SampleStore) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    with pytest.raises(StoreError, match="no version 77"):
-        store.count(version=77)
 
 
 def test_after_leaves_out_what_lies_before_the_offsets(store: SampleStore) -> None:
@@ -97,13 +85,6 @@ def test_splits_ids_and_columns_select(store: SampleStore) -> None:
     assert store.scan(ids=ids[:1], split="fresh_eval", columns=["id"]).num_rows == 0
     with pytest.raises(StoreError, match="no column"):
         store.scan(columns=["kind"])
-
-
-def test_a_split_name_cannot_escape_its_quotes(store: SampleStore) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    assert store.scan(split="x' OR 'a' = 'a").num_rows == 0
-    assert store.count(split="x' OR 'a' = 'a", after={"samples:0": 0}) == 0
-    assert store.count(split="x' OR 'a' = 'a") == 0
 
 
 @pytest.mark.parametrize("split", [None, "train", "fresh_eval"])
@@ -135,13 +116,6 @@ def test_refused_and_repeated_records_are_accounted_for_but_are_no_samples(store
     assert store.refusal(TOPIC, 0, 0) is None
 
 
-def test_the_newest_refusals_come_first_and_can_be_chosen_by_reason(store: SampleStore) -> None:
-    put(store, [refusal(0, n, reason=("schema", "empty")[n % 2]) for n in range(6)], Position(TOPIC, 0, 6))
-    assert [row["offset"] for row in store.refusals(2)] == [5, 4]
-    assert [row["offset"] for row in store.refusals(9, "schema")] == [4, 2, 0]
-    assert store.refusals(9, "' OR 1=1 --") == []
-
-
 def test_the_outbox_holds_refused_records_until_they_are_marked_published(store: SampleStore) -> None:
     refused = [refusal(p, n, b"x%d" % n) for p in (0, 1) for n in (5, 2)]
     put(store, refused, Position(TOPIC, 0, 6), Position(TOPIC, 1, 6))
@@ -158,17 +132,6 @@ def test_a_gap_is_a_row_with_its_ends_and_its_cause(store: SampleStore) -> None:
     [gap] = store.gaps()
     assert (gap["offset"], gap["until"], gap["reason"]) == (4, 9, "retention")
     assert (store.tally()["gap"], store.tally()["gap_offsets"]) == (1, 5)
-
-
-def test_only_the_newest_generation_of_a_topic_is_read_on() -> None:
-    positions = [Position(TOPIC, 0, 9), Position("samples@2", 0, 1), Position("samples@10", 0, 4)]
-    positions += [Position(TOPIC, 1, 5), Position("other", 0, 3)]
-    assert newest_of_topic(positions, TOPIC) == {0: positions[2], 1: positions[3]}
-
-
-def test_stream_names_go_both_ways() -> None:
-    assert stream_name("t", 0) == "t"
-    assert parse_stream(stream_name("t.x-y", 3)) == ("t.x-y", 3)
 
 
 def test_the_size_is_that_of_the_files_of_the_latest_version(store: SampleStore) -> None:
@@ -203,3 +166,96 @@ def test_positions_whose_file_is_gone_are_an_outage_of_the_store(store: SampleSt
         file.unlink()
     with pytest.raises(StoreUnavailable, match=r"samples\.lance cannot be read"):
         SampleStore(str(Path(store.url).parent)).offsets()
+
+
+A, B, C = "a" * 64, "ab" * 32, "c" * 64
+
+
+def row(kind: str, offset: int, stream: str = "t", **values: Any) -> dict[str, Any]:
+    own = {"kind": kind, "topic": stream, "partition": 0, "offset": offset}
+    if kind == "sample":
+        own |= {"image": b"x", "text": "a boat", "split": "train"}
+    return {"ingested_at": datetime(2026, 1, 1, 0, 0, offset % 60, tzinfo=UTC), **own, **values}
+
+
+ROWS = [
+    row("sample", 0, id=A, source="cam"),
+    row("duplicate", 1, id=A, reason="duplicate_exact", duplicate_of=A),
+    row("duplicate", 2, id=B, reason="duplicate_perceptual", duplicate_of=A),
+    row("quarantine", 3, reason="schema", detail="field 'x'", original=b"{}", original_headers="[]"),
+    row("tombstone", 4, id=A),
+    row("gap", 5, until=8, reason="retention", detail="3 offsets"),
+    row("deleted", 9, id=C, reason="tombstone", detail="wish of t:0:4"),
+]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    return filled(tmp_path, ROWS, Position("t", 0, 12))
+
+
+def filled(path: Path, rows: Sequence[dict[str, Any]], *ends: Position) -> SampleStore:
+    store = SampleStore(str(path / "lake"))
+    store.put(rows, ends)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("offset", "outcome"),
+    [
+        (0, "stored"), (1, "duplicate"), (3, "refused"), (4, "tombstone"), (5, "lost"), (7, "lost"), (8, "no_record"),
+        (9, "deleted"), (11, "no_record"), (12, "not_read_yet"), (10**18 - 1, "not_read_yet"),
+    ],
+)  # fmt: skip
+def test_each_position_has_one_outcome(store: SampleStore, offset: int, outcome: str) -> None:
+    [receipt] = trace(store, RecordQuery.parse(f"t:0:{offset}"))
+    assert (receipt.outcome, receipt.position) == (outcome, f"t:0:{offset}")
+
+
+def test_a_receipt_says_why_and_when(store: SampleStore) -> None:
+    [refused] = trace(store, RecordQuery("t", 0, 3))
+    assert refused.as_json() == {
+        "stream": "t", "partition": 0, "offset": 3, "position": "t:0:3", "outcome": "refused", "reason": "schema",
+        "detail": "field 'x'", "time": "2026-01-01T00:00:03+00:00",
+    }  # fmt: skip
+    [stored] = trace(store, RecordQuery("t", 0, 0))
+    assert (stored.id, stored.split, stored.source) == (A, "train", "cam")
+    [deleted] = trace(store, RecordQuery("t", 0, 9))
+    assert (deleted.reason, deleted.detail, deleted.id) == ("tombstone", "wish of t:0:4", C)
+
+
+def test_a_partition_that_nobody_reads_is_not_read_yet(store: SampleStore, tmp_path: Path) -> None:
+    empty = SampleStore(str(tmp_path / "none"))
+    for asked, where in ((store, "t:7:0"), (store, "other:0:0"), (empty, "t:0:0")):
+        assert [each.outcome for each in trace(asked, RecordQuery.parse(where))] == ["not_read_yet"]
+
+
+def test_an_id_finds_the_sample_and_all_that_repeats_it(store: SampleStore) -> None:
+    for text in (A, A[:8]):
+        assert [(each.offset, each.outcome) for each in trace(store, text)] == [
+            (0, "stored"), (1, "duplicate"), (2, "duplicate"), (4, "tombstone"),
+        ]  # fmt: skip
+    [twin] = trace(store, B)
+    assert (twin.outcome, twin.duplicate_of) == ("duplicate", A)
+    assert trace(store, "d" * 64) == []
+
+
+def test_a_topic_that_was_made_anew_has_receipts_of_both_logs_newest_first(tmp_path: Path) -> None:
+    rows = [row("sample", 0, id=A), row("sample", 0, "t@1", id=B), row("sample", 1, id=C)]
+    store = filled(tmp_path, rows, Position("t", 0, 9), Position("t@1", 0, 1))
+    assert [(r.stream, r.id) for r in trace(store, RecordQuery("t", 0, 0))] == [("t@1", B), ("t", A)]
+    assert [r.id for r in trace(store, RecordQuery("t@1", 0, 0))] == [B]
+    assert [r.stream for r in trace(store, RecordQuery("t", 0, 1))] == ["t"]
+    assert [(r.stream, r.outcome) for r in trace(store, RecordQuery("t", 0, 2))] == [("t@1", "not_read_yet")]
+
+
+@pytest.mark.parametrize("text", ["", "t", "t:0", "t:-1:0", "t:0:x", f"t:0:{'9' * 30}", "' OR 1=1:0", "a:b:0:0"])
+def test_what_is_no_position_is_refused(text: str) -> None:
+    with pytest.raises(RecordError, match="topic:partition:offset"):
+        RecordQuery.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "aaaaaaa", "A" * 64, "a" * 65, "' OR 1=1"])
+def test_what_is_no_id_is_refused(store: SampleStore, text: str) -> None:
+    with pytest.raises(RecordError, match="no id of a sample"):
+        trace(store, text)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import random
 import struct
 import zlib
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from kafka import KafkaConsumer, OffsetAndMetadata
 from kafka.consumer.fetcher import Fetcher
-from kafka.protocol.consumer import FetchResponse
+from kafka.errors import LogTruncationError
+from kafka.protocol.consumer import FetchResponse, OffsetForLeaderEpochResponse
 from kafka.record import MemoryRecordsBuilder
 
 from core.errors import ConfigError
 from streams.kafka import tolerant_fetch
-from streams.kafka.record_batches import MAX_HEADERS, MAX_RAW_BYTES, Corrupt
-from streams.kafka.tolerant_fetch import MAX_FETCHES, check_library, install
+from streams.kafka.record_batches import MAX_HEADERS, Corrupt
+from streams.kafka.tolerant_fetch import MAX_FETCHES, check_library, install, seek, truncations
 from tests.support.raw_batches import CODECS, RawBatch, RawMessage, encode_record, seal
-from tests.support.record_log import LogReader, RecordLog
+from tests.support.record_log import PARTITION, LogReader, RecordLog
 
 FIRST = 100
 COUNT = 5
@@ -170,13 +174,6 @@ def test_a_batch_that_expands_beyond_the_bound_is_corrupt_and_the_next_is_read(c
     assert f"expands to more than {limit} bytes" in records[0].detail
 
 
-def test_nothing_is_expanded_before_the_checksum_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = log_of(1)
-    log.batches[0][CRC] ^= 1
-    monkeypatch.setattr("streams.kafka.record_batches.decompress", lambda *_: pytest.fail("expanded"))
-    assert corrupt_offsets(read(log)) == list(range(FIRST, FIRST + COUNT))
-
-
 def test_damage_that_a_second_fetch_does_not_bring_was_on_the_way() -> None:
     log = log_of(0, 0)
     reader = LogReader(FIRST)
@@ -196,16 +193,6 @@ def test_damage_that_differs_each_time_is_fetched_a_few_times_only() -> None:
         data[100 + reader.fetches] ^= 1
         found = reader.poll(bytes(data), log.end)
     assert corrupt_offsets(found) == list(log.spans[0]) and reader.fetches == MAX_FETCHES
-
-
-def test_one_more_fetch_is_enough_for_all_damage_that_it_shows() -> None:
-    log = log_of(0, 1, 2, 3, 4, 0)
-    for number in (0, 1, 3, 5):
-        log.batches[number][-1] ^= 1
-    reader = LogReader(FIRST)
-    records = reader.read(log)
-    assert offsets(records) == list(range(FIRST, log.end)) and len(corrupt_offsets(records)) == 4 * COUNT
-    assert reader.fetches == 2
 
 
 def test_a_claim_of_two_billion_records_makes_no_more_rows_than_the_bytes_can_hold() -> None:
@@ -231,57 +218,10 @@ def test_the_read_goes_on_in_the_middle_of_a_damaged_batch() -> None:
     assert corrupt_offsets(records) == [FIRST + 3, FIRST + 4] and offsets(records) == list(range(FIRST + 3, log.end))
 
 
-def test_few_records_at_a_time_come_out_once_each() -> None:
-    log = log_of(0, 1, 2)
-    log.batches[1][-1] ^= 1
-    reader = LogReader(FIRST)
-    records = [each for _ in range(4) for each in reader.poll(log.fetch(reader.position.offset), log.end, most=2)]
-    assert offsets(records) == list(range(FIRST, log.end)) and corrupt_offsets(records) == list(log.spans[1])
-
-
-def test_the_bytes_that_are_kept_are_bounded() -> None:
-    log = raw_log((RawBatch([RawMessage(b"x" * (2 * MAX_RAW_BYTES))]).encode(), 1))
-    log.batches[0][-1] ^= 1
-    [corrupt] = read(log)
-    assert len(corrupt.raw) == MAX_RAW_BYTES
-
-
 def test_a_compacted_batch_has_gaps_and_nothing_corrupt() -> None:
     batch = RawBatch([RawMessage(b"a"), RawMessage(b"b")], extra={"delta": 6}).encode()
     log = raw_log((batch, 7), (RawBatch([RawMessage(b"c")]).encode(), 1))
     assert [each.value for each in read(log)] == [b"a", b"b", b"c"]
-
-
-@pytest.mark.parametrize("magic", [0, 1])
-@pytest.mark.parametrize("codec", [0, 1, 2, 3], ids=CODECS[:4])
-def test_message_sets_of_old_brokers_are_read_and_stepped_over(magic: int, codec: int) -> None:
-    def message_set() -> RecordLog:
-        builder = MemoryRecordsBuilder(magic, codec, 1 << 20, offset=0)
-        for number in range(3):
-            builder.append(1_000 + number if magic else None, b"key", b"value %d " % number * 9)
-        builder.close()
-        log = RecordLog()
-        log.append(bytearray(builder.buffer()), 3)
-        return log
-
-    if (magic, codec) != (0, 3):  # LZ4 of Kafka 0.9 has a checksum of its own
-        assert offsets(read(message_set())) == [0, 1, 2]
-    chance = random.Random(magic * 4 + codec)
-    for at in range(8, len(message_set().batches[0])):
-        log = message_set()
-        log.batches[0][at] ^= chance.randrange(1, 256)
-        found = read(log)
-        assert offsets(found) == sorted(set(offsets(found))) and corrupt_offsets(found)
-
-
-def test_a_message_that_holds_messages_of_negative_size_is_corrupt() -> None:
-    inner = struct.pack(">qi", 0, -12) * 4
-    packed = zlib.compress(inner, wbits=31)
-    tail = struct.pack(">bbqi", 1, 1, 0, -1) + struct.pack(">i", len(packed)) + packed
-    message = struct.pack(">qiI", 0, 4 + len(tail), zlib.crc32(tail)) + tail
-    log = RecordLog()
-    log.append(bytearray(message), 1)
-    assert corrupt_offsets(read(log)) == [0]
 
 
 def marker(producer: int, abort: bool) -> bytearray:
@@ -346,14 +286,103 @@ def test_the_installed_library_is_as_expected() -> None:
     assert "self.drain()" in inspect.getsource(Fetcher.PartitionRecords._unpack_records)
 
 
-def test_a_library_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fetcher, "_parse_fetched_data", lambda self, response, more: None)
-    with pytest.raises(ConfigError, match="_parse_fetched_data"):
-        check_library()
-
-
 def test_a_consumer_with_deserializers_is_refused() -> None:
     consumer: Any = SimpleNamespace(config={"key_deserializer": None, "value_deserializer": bytes.decode})
     with pytest.raises(ConfigError, match="value_deserializer"):
         install(consumer)
     assert tolerant_fetch.MAX_BATCH_BYTES == 1 << 26
+
+
+def test_a_library_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Fetcher, "_parse_fetched_data")
+    with pytest.raises(ConfigError, match="_parse_fetched_data"):
+        check_library()
+
+
+@pytest.mark.parametrize("magic", [0, 1])
+def test_message_sets_of_old_brokers_are_read_and_broken_ones_stepped_over(magic: int) -> None:
+    builder = MemoryRecordsBuilder(magic, 1, 1 << 20, offset=0)
+    for number in range(3):
+        builder.append(1_000 + number if magic else None, b"key", b"value %d " % number * 9)
+    builder.close()
+    log = RecordLog()
+    log.append(bytearray(builder.buffer()), 3)
+    assert offsets(read(log)) == [0, 1, 2]
+    batch = log.batches[0]
+    batch[-9] ^= 1
+    struct.pack_into(">I", batch, EPOCH, zlib.crc32(batch[MAGIC:]))
+    assert corrupt_offsets(read(log)) == [0, 1, 2]
+
+
+Topic = OffsetForLeaderEpochResponse.OffsetForLeaderTopicResult
+Diverging = FetchResponse.FetchableTopicResponse.PartitionData.EpochEndOffset
+POSITION = 50
+
+
+def consumer_of(reader: LogReader) -> Any:
+    """What ``seek`` needs of a consumer: the library's own method, and the subscriptions."""
+    consumer: Any = SimpleNamespace(_subscription=reader.subscriptions)
+    consumer.seek = partial(KafkaConsumer.seek, consumer)
+    return consumer
+
+
+def reader_of_epoch_3() -> LogReader:
+    """Read up to offset 50 of epoch 3; the leader has epoch 4 by now."""
+    reader = LogReader(epoch=4)
+    seek(consumer_of(reader), PARTITION, POSITION, 3)
+    reader.fetcher._manager.cluster.leader_for_partition = lambda partition: 0
+    return reader
+
+
+def validate(reader: LogReader, end_offset: int, end_epoch: int) -> None:
+    """What ``poll`` does about positions, with a leader that answers ``OffsetForLeaderEpoch`` so."""
+    result = Topic.EpochEndOffset(partition=0, error_code=0, leader_epoch=end_epoch, end_offset=end_offset)
+    answer = OffsetForLeaderEpochResponse(topics=[Topic(topic=PARTITION.topic, partitions=[result])], version=3)
+
+    async def send(request: Any, node_id: int) -> Any:
+        return answer
+
+    reader.fetcher._manager.send = send
+    asyncio.run(reader.fetcher._validate_offsets_for_node(0, {PARTITION: reader.position}))
+
+
+def test_a_newer_leader_has_the_position_checked_before_anything_is_fetched() -> None:
+    reader = reader_of_epoch_3()
+    reader.fetcher.maybe_validate_positions()
+    assert not reader.subscriptions.is_fetchable(PARTITION)
+    validate(reader, end_offset=POSITION, end_epoch=3)
+    assert reader.subscriptions.is_fetchable(PARTITION) and reader.position.offset == POSITION
+
+
+@pytest.mark.parametrize("end_offset, end_epoch, expected", [(42, 2, 42), (-1, -1, None)])
+def test_a_truncation_is_raised_once_with_the_point_of_divergence(
+    end_offset: int, end_epoch: int, expected: int | None
+) -> None:
+    reader = reader_of_epoch_3()
+    reader.fetcher.maybe_validate_positions()
+    validate(reader, end_offset, end_epoch)
+    with pytest.raises(LogTruncationError) as raised:
+        reader.fetcher.validate_offsets_if_needed()
+    assert truncations(raised.value) == {0: expected}
+    reader.fetcher.maybe_validate_positions()
+    assert reader.fetcher.validate_offsets_if_needed() is None, "it was raised a second time"
+    assert reader.subscriptions.is_fetchable(PARTITION) and reader.position.offset == POSITION, "the old position stays"
+
+
+def test_a_fetch_that_diverges_has_the_position_checked_again() -> None:
+    reader = reader_of_epoch_3()
+    assert not reader.poll(b"", 60, diverging_epoch=Diverging(epoch=2, end_offset=42))
+    assert reader.subscriptions.is_offset_validation_needed(PARTITION)
+
+
+def test_only_a_seek_with_the_epoch_keeps_the_next_truncation_in_sight() -> None:
+    reader = reader_of_epoch_3()
+    consumer = consumer_of(reader)
+    with pytest.raises(ValueError, match="int"):
+        consumer.seek(PARTITION, OffsetAndMetadata(42, "", 2))
+    seek(consumer, PARTITION, 42)
+    reader.fetcher.maybe_validate_positions()
+    assert reader.subscriptions.is_fetchable(PARTITION), "without an epoch there is nothing to check"
+    seek(consumer, PARTITION, 42, 2)
+    reader.fetcher.maybe_validate_positions()
+    assert reader.position == (42, "", 2) and not reader.subscriptions.is_fetchable(PARTITION)

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from core.errors import StoreFull
 from core.settings.streams import Ingest, Kafka
 from streams.ingest import validators
-from streams.ingest.assignment import Reading
-from streams.ingest.crash_guard import CrashGuard, Notes
-from streams.ingest.quality.validate import Accepted, Received, StoreRow, validate
-from streams.ingest.validation_pool import ValidationPool
-from streams.ingest.validators import ProcessValidators, ThreadValidators, Work, restore
+from streams.ingest.membership import Reading
+from streams.ingest.validate import Accepted, Received, StoreRow, validate
+from streams.ingest.validators import (
+    DEATHS,
+    CrashGuard,
+    Notes,
+    ProcessValidators,
+    ValidationPool,
+    Work,
+)
 from streams.store.rows import Position
 from streams.store.writer import Claim
 from tests.support.kafka import good, picture, wait_for
@@ -40,10 +48,10 @@ class MortalProcesses(ProcessValidators):
         if not any(received.key == DEADLY for received in records):
             return super().submit(records)
         self.deaths += 1
-        return self._pool.submit(die, records)
+        return self._pool.submit(die_over, records)
 
 
-def die(records: Sequence[Received]) -> list[Accepted | StoreRow]:
+def die_over(records: Sequence[Received]) -> list[Accepted | StoreRow]:
     """In the process: end as a crash of a decoder would."""
     [deadly] = [received for received in records if received.key == DEADLY]
     with validators._notes.validating(deadly.record_position):
@@ -125,7 +133,7 @@ def test_deaths_of_processes_are_counted_over_a_restart_of_their_consumer(tmp_pa
         with guarded(tmp_path, MortalProcesses) as validators:
             with pytest.raises(BrokenProcessPool):
                 validators.submit([deadly]).result()
-            validators._restart()
+            validators._count_deaths()
             assert validators._guard.deaths(deadly.record_position) == deaths
     with guarded(tmp_path) as validators:
         assert plain(validators.alone(deadly))["reason"] == "crashed", "it is not validated once more"
@@ -156,7 +164,7 @@ def test_processes_end_when_their_consumer_is_killed(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.crash_guard import CrashGuard
+from streams.ingest.validators import CrashGuard
 from streams.ingest.validators import ProcessValidators, Work
 if __name__ == "__main__":
     guard = CrashGuard(Path(__file__).parent, 2)
@@ -176,26 +184,112 @@ if __name__ == "__main__":
     wait_for(lambda: not any(map(_runs, children)), "the end of the processes")
 
 
-def test_all_processes_start_before_there_is_a_record(tmp_path: Path) -> None:
-    with guarded(tmp_path) as validators:
-        assert len(validators._pool._processes) == 2
-
-
-def test_what_was_left_out_is_put_back() -> None:
-    record = received(1)
-    accepted = validate(record, WORK.rules())
-    assert isinstance(accepted, Accepted)
-    whole = restore(record, Accepted({**accepted.row, "image": None}))
-    assert isinstance(whole, Accepted) and whole.row == accepted.row and whole.record is record
-
-
-def test_threads_validate_a_record_alone_as_any_other(tmp_path: Path) -> None:
-    with closing(CrashGuard(tmp_path, 1)) as guard, closing(ThreadValidators(WORK, 1, guard)) as validators:
-        assert plain(validators.alone(received(1)))["kind"] == "sample"
-
-
 def _runs(pid: int) -> bool:
     try:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)
+
+
+def die(folder: Path, how: str, *positions: tuple[str, int, int]) -> None:
+    """A process that dies while it validates these records at once."""
+    child = os.fork()
+    if child == 0:
+        with ExitStack() as stack:
+            guard = CrashGuard(folder, 4)
+            for position in positions:
+                stack.enter_context(guard.notes.validating(position))
+            os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (3 if how == "exit" else -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_a_record_at_which_the_process_died_three_times_is_poison(tmp_path: Path, how: str) -> None:
+    for deaths in range(DEATHS):
+        with closing(CrashGuard(tmp_path, 2)) as guard:
+            assert (guard.deaths(POISON), guard.is_poison(POISON)) == (deaths, False)
+        die(tmp_path, how, POISON)
+    with closing(CrashGuard(tmp_path, 2)) as guard:
+        assert guard.is_poison(POISON) and not guard.is_poison(NEIGHBOUR)
+
+
+def test_neighbours_of_one_death_are_not_poison_and_are_forgotten_once_stored(tmp_path: Path) -> None:
+    die(tmp_path, "kill", POISON, NEIGHBOUR)
+    for _ in range(DEATHS - 1):  # it is validated alone from now on
+        die(tmp_path, "kill", POISON)
+    with closing(CrashGuard(tmp_path, 2)) as guard:
+        assert (guard.deaths(POISON), guard.deaths(NEIGHBOUR)) == (DEATHS, 1)
+        guard.forget([NEIGHBOUR, ("t", 0, 99)])
+    with closing(CrashGuard(tmp_path, 2)) as guard:
+        assert (guard.is_poison(POISON), guard.deaths(NEIGHBOUR)) == (True, 0)
+
+
+def test_what_ended_well_or_raised_is_no_death(tmp_path: Path) -> None:
+    with closing(CrashGuard(tmp_path, 1)) as guard:
+        with guard.notes.validating(POISON):
+            pass
+        with pytest.raises(ValueError, match="bad"), guard.notes.validating(POISON):
+            raise ValueError("bad")
+    with closing(CrashGuard(tmp_path, 1)) as guard:
+        assert guard.deaths(POISON) == 0
+
+
+def test_a_process_that_is_stopped_while_a_record_is_validated_has_not_died_of_it(tmp_path: Path) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    guard = CrashGuard(tmp_path, 1)
+
+    def work() -> None:
+        with guard.notes.validating(POISON):
+            inside.set()
+            go_on.wait(20)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(20)
+    guard.close()
+    go_on.set()
+    thread.join()
+    with closing(CrashGuard(tmp_path, 1)) as next_guard:
+        assert next_guard.deaths(POISON) == 0
+
+
+def test_workers_that_live_beside_each_other_do_not_count_each_others_records(tmp_path: Path) -> None:
+    with closing(CrashGuard(tmp_path, 2)) as one, one.notes.validating(POISON):
+        with closing(CrashGuard(tmp_path, 2)) as other, other.notes.validating(NEIGHBOUR):
+            assert other.deaths(POISON) == 0
+        with closing(CrashGuard(tmp_path, 2)) as third:
+            assert (third.deaths(POISON), third.deaths(NEIGHBOUR)) == (0, 0)
+
+
+def test_one_that_takes_over_with_fewer_threads_counts_all_that_was_left(tmp_path: Path) -> None:
+    die(tmp_path, "kill", *(("t", 0, number) for number in range(4)))
+    with closing(CrashGuard(tmp_path, 1)) as guard:
+        assert [guard.deaths(("t", 0, number)) for number in range(5)] == [1, 1, 1, 1, 0]
+        with guard.notes.validating(POISON):
+            pass
+
+
+def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die(tmp_path, "kill", POISON)
+    files = len(list(Path("/proc/self/fd").iterdir()))
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("os.posix_fallocate", "streams.ingest.validators.replace_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            for _ in range(3):
+                with pytest.raises(StoreFull, match="full"):
+                    CrashGuard(tmp_path, 1)
+        die(tmp_path, "kill", POISON)
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    with closing(CrashGuard(tmp_path, 1)) as guard:
+        assert guard.deaths(POISON) == DEATHS
+    assert not (tmp_path / "validating-1").exists()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,10 @@ from lance.commit import CommitConflictError
 
 from core.errors import StoreError, StoreFull, StoreUnavailable, Superseded
 from streams.store import writer as writer_module
-from streams.store.rows import POSITION_COLUMNS, Position, tally_of
+from streams.store.rows import Position, SampleTable, tally_of
 from streams.store.sample_store import SampleStore
-from streams.store.table import SampleTable, fences, positions
 from streams.store.writer import Claim, StoreWriter
-from tests.support.samples import TOPIC, put, refusal, sample
+from tests.support.samples import TOPIC, put, sample
 
 
 @pytest.fixture
@@ -232,63 +229,6 @@ def test_a_full_disk_is_told_from_a_store_that_is_away(
     assert type(caught.value) is kind
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
-def test_a_commit_to_a_full_disk_stores_nothing_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    if os.system(f"mount -t tmpfs -o size=2m tmpfs {mounted} 2>/dev/null"):
-        pytest.skip("mounting is not allowed here")
-    try:
-        store = SampleStore(str(mounted / "lake"))
-        writer = StoreWriter(store.table)
-        claim = claim_of(writer)
-        filler = mounted / "filler"
-        filler.write_bytes(bytes(1 << 20))
-        rows = [sample(0, 0, image=os.urandom(700_000)), sample(0, 1, image=os.urandom(600_000))]
-        for _ in range(3):
-            with pytest.raises(StoreFull):
-                commit(writer, rows, (claim, 2))
-        assert (store.count(), store.offsets()) == (0, {"samples:0": 0})
-        filler.unlink()
-        commit(writer, rows, (claim, 2))
-        assert (store.count(), store.offsets()) == (2, {"samples:0": 2})
-    finally:
-        os.system(f"umount -l {mounted}")
-
-
-def test_the_positions_are_found_without_reading_a_row_of_a_record(
-    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    claims = writer.claim([Position(TOPIC, number, 0) for number in range(2)])
-    for end in range(1, 6):
-        rows = [sample(number, end - 1) for number in range(2)]
-        commit(writer, rows, *((claim, end) for claim in claims))
-    dataset = store.table.open()
-    assert dataset is not None
-    held = fences(dataset)
-    assert len(held) == 3, "one for each partition, and the root"
-    assert len(dataset.get_fragments()) - len(held) == store.fragments() == 5
-    assert dict(Counter(position.key for _, position in positions(dataset))) == {
-        ":-1": 1, "samples:0": 1, "samples:1": 1,
-    }  # fmt: skip
-    names = {dataset.lance_schema.field(name).id() for name in POSITION_COLUMNS}
-    for fragment in held:
-        if fragment.fragment_id:
-            assert all(set(file.fields) <= names for file in fragment.data_files())
-    scanned: list[Any] = []
-    scanner = lance.LanceDataset.scanner
-
-    def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scanned.append(kwargs)
-        return scanner(self, *args, **kwargs)
-
-    monkeypatch.setattr(lance.LanceDataset, "scanner", watch)
-    writer.claim([Position(TOPIC, 0, 0)])
-    assert store.offsets() == {"samples:0": 5, "samples:1": 5}
-    assert store.count() == 10, "counts are kept, not counted"
-    assert scanned and all(len(call["fragments"]) == 3 for call in scanned)
-
-
 def test_a_commit_scans_nothing_and_adds_one_version(
     store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,14 +243,6 @@ def test_a_commit_scans_nothing_and_adds_one_version(
         monkeypatch.setattr(lance.LanceDataset, name, scanned)
     assert commit(writer, [sample(0, 1)], (claim, 2)) == version + 1
     assert store.version() == version + 1
-
-
-def test_what_put_stores_is_counted_with_its_position(store: SampleStore) -> None:
-    put(store, [sample(0, 0), sample(1, 0), refusal(1, 1)], Position(TOPIC, 0, 1), Position(TOPIC, 1, 2))
-    put(store, [sample(0, 1)], Position(TOPIC, 0, 2))
-    tallies = {key: position.tally for key, position in store.positions().items()}
-    assert (tallies["samples:0"]["sample"], tallies["samples:1"]["sample"]) == (2, 1)
-    assert (tallies["samples:0"]["quarantine"], tallies["samples:1"]["quarantine"]) == (0, 1)
 
 
 def test_of_tables_that_are_made_at_once_one_stays(tmp_path: Path) -> None:

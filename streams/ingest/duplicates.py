@@ -1,11 +1,10 @@
 """Finding samples that are there already: the same content, or the same look with the same words; and the split.
 
-The index is a SQLite file beside the worker, which it fills from the store and never holds in memory: some 200 bytes of
-disk a sample. It is no truth: a file that is lost, damaged or of another store is made anew from the store.
+The index is a SQLite file of each worker, filled from the store and never held in memory: some 200 bytes of disk a
+sample. A file that is lost, damaged or of another store is made again from the store.
 
 A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
-(:mod:`streams.ingest.quality.staging` finds those without comparing with all). :mod:`streams.ingest.quality.sides` has
-the split.
+(:mod:`streams.ingest.look`, which also decides the split).
 """
 
 from __future__ import annotations
@@ -26,13 +25,21 @@ import pyarrow.compute as pc
 
 from core.errors import StoreFull, StoreUnavailable
 from core.progress import track
-from streams.ingest.quality.look import Look, similar
-from streams.ingest.quality.sides import TABLES, SplitRule
-from streams.ingest.quality.staging import Staging, bands_of, masks
-from streams.store.rows import RecordPosition, Split, name_of, parse_position, position_of, quoted
+from streams.ingest.look import COLUMNS, TABLES, Look, SplitRule, bands_of, bands_of_all, masks, similar
+from streams.store.rows import (
+    RecordPosition,
+    SampleTable,
+    Split,
+    chunks,
+    fences,
+    name_of,
+    parse_position,
+    position_of,
+    quoted,
+    reading_store,
+)
 from streams.store.sample_queries import ValueCounts
 from streams.store.sample_store import SampleStore
-from streams.store.table import SampleTable, fences, reading
 from streams.store.writer import MOVED
 
 DuplicateKind = Literal["exact", "perceptual", "older"]
@@ -60,19 +67,19 @@ _COLUMNS: Final = [
 
 
 class Sample(NamedTuple):
-    """What the index is made of."""
+    """An entry of the index."""
 
     id: bytes
     """SHA-256, 32 bytes."""
     position: str
     """As by :func:`streams.store.rows.name_of`."""
     look: bytes | None
-    """:attr:`streams.ingest.quality.look.Look.data`; None for one that is not compared by it."""
+    """:attr:`streams.ingest.look.Look.data`; None for one that is not compared by it."""
     words: int
     """Of :func:`words_hash`."""
     domain: str = ""
     asks: bool = False
-    """Whether it has a question."""
+    """True if it has a question."""
     sent: datetime | None = None
     """When its record was made."""
 
@@ -124,7 +131,7 @@ class DuplicateIndex:
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
-        """What is added inside is kept when the block ends well, and forgotten when it raises.
+        """A transaction: what is added inside is kept when the block ends well, and forgotten when it raises.
 
         Other processes that share the file wait meanwhile.
 
@@ -174,7 +181,7 @@ class DuplicateIndex:
             return side
 
     def has(self, sample_id: str) -> bool:
-        """Whether a sample is stored."""
+        """True if a sample is stored."""
         with self._in_use():
             return self._has(bytes.fromhex(sample_id))
 
@@ -189,7 +196,7 @@ class DuplicateIndex:
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
 
     def stored(self, version: int, fragment: int) -> None:
-        """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
+        """Note that what was added since :meth:`follow` is in this version of the store; ``fragment`` is its newest.
 
         It need not be read from there, unless another process stored something in between.
         """
@@ -232,7 +239,7 @@ class DuplicateIndex:
             self._set_meta("version", int(dataset.version))
         return dataset
 
-    def _take(self, dataset: Any, fragment: Any, staging: Staging, anew: bool) -> None:
+    def _take(self, dataset: Any, fragment: Any, staging: Staging, first: bool) -> None:
         for batch in _batches(dataset, fragment):
             if self._interrupted:
                 raise StoreUnavailable(
@@ -245,7 +252,7 @@ class DuplicateIndex:
             corrected = table.filter((pc.field("kind") == "deleted") & (pc.field("reason") == CORRECTED))
             given = zip(corrected["id"].to_pylist(), corrected["sent_at"].to_pylist(), strict=True)
             self._note_corrections([(bytes.fromhex(id_), _micros(sent)) for id_, sent in given if id_ and sent])
-            if not anew:  # else there is nothing to forget: what is read here is not deleted
+            if not first:  # else there is nothing to forget: what is read here is not deleted
                 self._forget(
                     dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
                 )
@@ -272,12 +279,12 @@ class DuplicateIndex:
         self._drop([id_ for id_, places in self._places(dataset, deleted).items() if not places])
 
     def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
-        """Where some samples are stored now, by id."""
+        """The positions of some stored samples, by id."""
         places: dict[str, set[str]] = {each: set() for each in ids}
-        for start in range(0, len(ids), IDS_PER_QUERY):
-            names = ", ".join(map(quoted, ids[start : start + IDS_PER_QUERY]))
+        for some in chunks(ids, IDS_PER_QUERY):
+            names = ", ".join(map(quoted, some))
             columns = ["id", "topic", "partition", "offset"]
-            with reading(dataset.uri):
+            with reading_store(dataset.uri):
                 stored = dataset.to_table(columns=columns, filter=f"kind = 'sample' AND id IN ({names})")
             for row in stored.to_pylist():
                 places[row["id"]].add(name_of(position_of(row)))
@@ -307,7 +314,7 @@ class DuplicateIndex:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
 
     def _open(self) -> None:
-        """Open the file; make it anew where it is missing, damaged or of another store."""
+        """Open the file; make it again where it is missing, damaged or of another store."""
         with _alone(self.path):
             try:
                 self._db = self._connect()
@@ -343,7 +350,7 @@ class DuplicateIndex:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Errors of the file become outages; after damage the next :meth:`deciding` makes it anew."""
+        """Errors of the file become outages; after damage the next :meth:`deciding` makes it again."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
@@ -363,7 +370,7 @@ def _micros(time: datetime) -> int:
 
 
 def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
-    with reading(dataset.uri):
+    with reading_store(dataset.uri):
         rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
         yield from rows.to_batches()
 
@@ -429,3 +436,64 @@ def near_duplicates(store: SampleStore, distance: int) -> dict[str, ValueCounts]
             for each, values in counts.items():
                 values.add(batch.column(each).take(pa.array(dropped, pa.int64())))
     return counts
+
+
+STAGED_ROWS: Final = 1_000_000
+"""Samples put in order at once: some 150 MB of a temporary file."""
+
+
+class Staging:
+    """Samples on their way from the store to the index, which takes them in the order of its keys.
+
+    Inserted as they come, each would change another page of the file: three quarters of the time, at a million samples.
+    SQLite sorts them outside of memory.
+    """
+
+    def __init__(self, db: sqlite3.Connection, masks: Sequence[int], split: SplitRule) -> None:
+        self._db = db
+        self._masks = masks
+        self._split = split
+        self._rows = 0
+        self._bands = [f"band{number}" for number in range(len(masks))]
+        numbers = ", ".join(f"{name} INTEGER" for name in ("held", *COLUMNS, *self._bands))
+        columns = f"id BLOB, position TEXT, look BLOB, {numbers}"
+        db.execute(f"CREATE TEMP TABLE IF NOT EXISTS staged ({columns})")
+
+    @property
+    def full(self) -> bool:
+        """True if it is time to merge, so that the temporary file stays small."""
+        return self._rows >= STAGED_ROWS
+
+    def add(self, samples: pa.Table) -> None:
+        """Stage samples: rows of the store with their id, topic, partition, offset, look, words, split, domain and
+        question."""
+        numbers = (samples[name].cast(pa.string()) for name in ("partition", "offset"))
+        positions = pc.binary_join_element_wise(samples["topic"], *numbers, ":").to_pylist()
+        ids, looks = list(map(bytes.fromhex, samples["id"].to_pylist())), samples["look"].to_pylist()
+        held = pc.equal(samples["split"], "fresh_eval").to_pylist()
+        groups = (samples[name].to_pylist() for name in ("domain", "question"))
+        sides = [
+            self._split.columns(look, domain or "", bool(question))
+            for look, domain, question in zip(looks, *groups, strict=True)
+        ]
+        bands = bands_of_all(looks, samples["words"].to_numpy(), self._masks)
+        columns = zip(ids, positions, looks, held, *zip(*sides, strict=True), *bands, strict=True)
+        marks = ", ".join("?" * (4 + len(COLUMNS) + len(self._bands)))
+        self._db.executemany(f"INSERT INTO staged VALUES ({marks})", columns)  # noqa: S608
+        self._rows += len(ids)
+
+    def merge(self) -> list[tuple[bytes, str, str]]:
+        """Move what is staged to the index. Returns samples that it has at another position: id, that one, and this."""
+        self._split.note_staged(self._db)
+        before = self._db.total_changes
+        self._db.execute("INSERT OR IGNORE INTO ids SELECT id, position FROM staged ORDER BY id")
+        doubles: list[tuple[bytes, str, str]] = []
+        if self._db.total_changes - before < self._rows:
+            query = "SELECT staged.id, ids.position, staged.position FROM staged JOIN ids USING (id)"
+            doubles = self._db.execute(f"{query} WHERE ids.position != staged.position").fetchall()
+        if self._bands:
+            looks = (f"SELECT {band} AS band, id, look FROM staged WHERE look IS NOT NULL" for band in self._bands)  # noqa: S608
+            self._db.execute(f"INSERT OR IGNORE INTO looks {' UNION ALL '.join(looks)} ORDER BY band, id")
+        self._db.execute("DELETE FROM staged")
+        self._rows = 0
+        return doubles

@@ -18,7 +18,7 @@ from core.errors import BrokerError, RecordError, StoreError
 from core.settings.streams import Ingest as Limits
 from ratchet_client.images import decode_image
 from ratchet_client.records import Sample, check_text
-from streams.ingest.quality.look import look_of
+from streams.ingest.look import look_of
 from streams.records.codecs import Fetch, decode
 from streams.records.registry import SchemaRegistry
 from streams.store.rows import RecordPosition, record_key, words_hash
@@ -69,7 +69,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a record is held against."""
+    """The rules that a record is held against."""
 
     limits: Limits
     fetch: Fetch | None = None
@@ -87,7 +87,7 @@ class Accepted:
     record: Received | None = None
     """Its record, to be refused after all should its row not fit the table."""
     replaces: str = ""
-    """What its header :data:`REPLACES_HEADER` says."""
+    """The value of its header :data:`REPLACES_HEADER`."""
 
 
 def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
@@ -202,7 +202,7 @@ def _header(record: Received, wanted: str) -> str | None:
 
 
 def _source(record: Received) -> str:
-    """Who sent it, as far as its headers say."""
+    """The sender, as far as the headers name it."""
     for name, value in record.headers:
         if name.lower() in ("ratchet_source", "ce_source") and value is not None:
             return value.decode(errors="replace")[:256]

@@ -1,0 +1,299 @@
+"""Records in Confluent's wire format: a zero byte, a schema id (4 bytes, big-endian), then Avro, Protobuf or JSON.
+
+https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format
+
+The registry is any with Confluent's REST API: Confluent, Redpanda, Karapace, Apicurio (ccompat). Avro and Protobuf are
+read by :mod:`streams.records.registry_formats`, with the extra ``ratchet-server[registry]``. The official client
+(``confluent-kafka``) is not used: it brings librdkafka and some twenty packages for its encryption rules, evaluates
+such rules on the consumer, and lets errors of many libraries through. Reading needs two GET calls of a registry. A JSON
+value is not validated against its JSON Schema: :mod:`ratchet_client.records` checks what a sample must be.
+
+**Outage or refusal.** A registry that does not answer, or answers with an error of its own, is an outage
+(:class:`~core.errors.RegistryUnavailable`): nothing is known about the record, so ingest waits. An id that the registry
+does not have, a schema that cannot be used, and a value that does not fit it are refusals (reason ``schema``). A schema
+at which the registry fails while it answers is waited for, too, but only for :data:`DEADLINE_SECONDS`: then its records
+are refused as ``schema_unavailable``.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+from urllib.parse import quote
+
+import httpx
+
+from core.errors import ConfigError, RecordError, RegistryUnavailable, SchemaUnavailable
+from core.settings.streams import Kafka
+
+Decoder = Callable[[bytes], dict[str, Any]]
+SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
+
+TIMEOUT_SECONDS: Final = 5.0
+TRIES: Final = 3
+PAUSE_SECONDS: Final = 0.2
+"""Before the second try; twice as long before the third."""
+MAX_ID: Final = 2**31 - 1
+"""Registries count in 32 bits with a sign, and answer a larger id as they do a wrong URL."""
+#: The registry's own codes for "no such subject, version or schema": a 404 without one is a wrong URL or a proxy.
+_NOT_FOUND: Final = frozenset({"40401", "40402", "40403"})
+MAX_SCHEMAS: Final = 512
+"""Schemas whose decoders, and failures, are kept."""
+REFUSED_SECONDS: Final = 30.0
+"""Time for which a schema that is not there, or not usable, is not asked for again: it may be registered late."""
+AWAY_SECONDS: Final = 1.0
+"""Time for which a registry that was away is not asked again: threads do not all wait for its timeouts in turn."""
+DEADLINE_SECONDS: Final = 600.0
+"""A schema holds up its partition for so long while the registry answers, but not with it: longer than a restart or a
+deployment of the registry takes."""
+FORGET_SECONDS: Final = 120.0
+"""A failure after so long without one is the first: the consumer tries again every ten seconds at the latest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A schema that another one imports under ``name``."""
+
+    name: str
+    subject: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """A schema as the registry has it. ``text`` of Protobuf is a FileDescriptorProto in base64."""
+
+    kind: SchemaType
+    text: str
+    references: tuple[Reference, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    error: RecordError
+    until: float
+
+
+class SchemaRegistry:
+    """Reads records whose schemas a registry has. Thread safe.
+
+    >>> registry = SchemaRegistry.of(settings.kafka)
+    >>> sample = decode(record.value, record.headers, registry=registry)
+    """
+
+    def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        """Nothing is asked before the first record. ``auth``: ``user:password``.
+
+        Raises:
+            ConfigError: the extra ``registry`` is not installed.
+        """
+        try:
+            import fastavro  # noqa: F401
+            import google.protobuf  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"kafka.schema_registry needs a package that is not installed ({error.name}).",
+                "Install `ratchet-server[registry]`.",
+            ) from None
+        self.client = RegistryClient(url, auth, timeout_seconds=timeout_seconds)
+        self._decoders: dict[int, Decoder | _Refusal] = {}
+        self._failing: dict[int, tuple[float, float]] = {}
+        """When a schema failed first and last, by its id."""
+        self._away: tuple[RegistryUnavailable, float] | None = None
+        self._making = threading.Lock()
+
+    @classmethod
+    def of(cls, kafka: Kafka) -> SchemaRegistry | None:
+        """The registry of the settings, or None where none is set."""
+        auth = kafka.schema_registry_auth
+        return cls(kafka.schema_registry, auth.get_secret_value() if auth else None) if kafka.schema_registry else None
+
+    def read(self, value: bytes) -> dict[str, Any]:
+        """Fields of a record; ``image`` may be bytes, or base64 text as in JSON.
+
+        Raises:
+            RecordError: ``schema``; of a JSON value ``not_json``; ``schema_unavailable``: the registry has failed at
+                the schema for too long.
+            RegistryUnavailable: the registry is away.
+        """
+        if len(value) < 6 or value[0] != 0:
+            raise RecordError(
+                "schema", "the value ends before its schema id does.", "Send Confluent's wire format, or JSON."
+            )
+        return self._decoder(int.from_bytes(value[1:5], "big"))(value[5:])
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self.client.close()
+
+    def _decoder(self, number: int) -> Decoder:
+        decoder = self._decoders.get(number)
+        if decoder is None or isinstance(decoder, _Refusal):
+            with self._making:  # one thread asks, the others find what it got
+                decoder = self._decoders.get(number)
+                if decoder is None or (isinstance(decoder, _Refusal) and time.monotonic() > decoder.until):
+                    if len(self._decoders) >= MAX_SCHEMAS:
+                        self._decoders.clear()
+                    decoder = self._decoders[number] = self._make(number)
+        if isinstance(decoder, _Refusal):
+            raise RecordError(decoder.error.reason, decoder.error.message, decoder.error.fix)
+        return decoder
+
+    def _make(self, number: int) -> Decoder | _Refusal:
+        now = time.monotonic()
+        if self._away is not None and now < self._away[1]:
+            error = self._away[0]
+            raise RegistryUnavailable(error.message, error.fix)
+        try:
+            decoder: Decoder | _Refusal = make_decoder(self.client.by_id(number), self.client)
+        except RecordError as error:
+            decoder = _Refusal(error, now + REFUSED_SECONDS)
+        except RegistryUnavailable as error:
+            if not self._given_up(number, error, now):
+                self._away = (error, now + AWAY_SECONDS)
+                raise
+            fix = "When the registry has it again, send the record once more (`ratchet resubmit`)."
+            decoder = _Refusal(RecordError("schema_unavailable", error.message, fix), now + REFUSED_SECONDS)
+        else:
+            self._failing.pop(number, None)
+        return decoder
+
+    def _given_up(self, number: int, error: RegistryUnavailable, now: float) -> bool:
+        """True if the registry has answered, but not with this schema, for the deadline. Counts the failure."""
+        since, last = self._failing.get(number, (now, now))
+        if now - last > FORGET_SECONDS:
+            since = now
+        if len(self._failing) >= MAX_SCHEMAS:
+            self._failing.clear()
+        self._failing[number] = since, now
+        return isinstance(error, SchemaUnavailable) and now - since >= DEADLINE_SECONDS
+
+
+def make_decoder(schema: Schema, client: RegistryClient) -> Decoder:
+    """The function that reads values of a schema.
+
+    Raises:
+        RecordError: ``schema``: it, or one that it imports, cannot be used.
+        RegistryUnavailable: an imported schema could not be fetched.
+    """
+    if schema.kind == "JSON":
+        return _read_json
+    from streams.records.registry_formats import avro_decoder, protobuf_decoder  # only with the extra
+
+    return avro_decoder(schema, client) if schema.kind == "AVRO" else protobuf_decoder(schema, client)
+
+
+def _read_json(value: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(
+            "not_json", f"the value is no JSON: {str(error)[:120]}.", "Its schema in the registry says JSON."
+        ) from None
+    if not isinstance(record, dict):
+        raise RecordError("not_json", f"the record is a JSON {type(record).__name__}.", "Send a JSON object.")
+    return record
+
+
+class RegistryClient:
+    """GET calls. Thread safe."""
+
+    def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        """``auth`` is ``user:password``."""
+        self.url = url.rstrip("/")
+        user, _, password = (auth or "").partition(":")
+        accept = {"accept": "application/vnd.schemaregistry.v1+json, application/json"}
+        self._http = httpx.Client(
+            auth=httpx.BasicAuth(user, password) if auth else None, headers=accept, timeout=timeout_seconds
+        )
+
+    def by_id(self, number: int) -> Schema:
+        """The schema with an id.
+
+        Raises:
+            RecordError: ``schema``: there is none.
+            RegistryUnavailable: the registry is away.
+            SchemaUnavailable: it answers, but not with this schema.
+        """
+        path = f"/schemas/ids/{number}"
+        if number > MAX_ID:
+            raise _missing(path)
+        schema = self._schema(path)
+        return schema if schema.kind != "PROTOBUF" else self._schema(f"{path}?format=serialized")
+
+    def by_reference(self, reference: Reference, kind: SchemaType) -> Schema:
+        """A schema that another one of the same ``kind`` imports. Raises like :meth:`by_id`."""
+        path = f"/subjects/{quote(reference.subject, safe='')}/versions/{reference.version}"
+        return self._schema(f"{path}?format=serialized" if kind == "PROTOBUF" else path)
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._http.close()
+
+    def _schema(self, path: str) -> Schema:
+        body = self._get(path)
+        try:
+            kind: Any = body.get("schemaType") or "AVRO"  # left out for the first kind that there was
+            if kind not in get_args(SchemaType):
+                raise RecordError(
+                    "schema", f"schema {path} is of the kind {str(kind)[:40]!r}.", "Use Avro, Protobuf or JSON."
+                )
+            references = tuple(
+                Reference(str(each["name"]), str(each["subject"]), int(each["version"]))
+                for each in body.get("references") or ()
+            )
+            return Schema(kind, str(body["schema"]), references)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise self._failing(path, "answers with something else than a schema") from None
+
+    def _get(self, path: str) -> dict[str, Any]:
+        for number in range(TRIES):
+            last = number == TRIES - 1
+            try:
+                response = self._http.get(f"{self.url}{path}")
+            except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+                if last:
+                    raise self._unavailable(f"does not answer ({type(error).__name__})") from error
+            else:
+                if response.status_code < 500 and response.status_code != 429:
+                    return self._answer(response, path)
+                if last:
+                    raise self._failing(path, f"answers with status {response.status_code}")
+            time.sleep(PAUSE_SECONDS * 2**number)
+        raise AssertionError("unreachable")
+
+    def _answer(self, response: httpx.Response, path: str) -> dict[str, Any]:
+        status = response.status_code
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
+        if status in (401, 403):
+            raise self._unavailable(f"refuses us (status {status})", "Check `kafka.schema_registry_auth`.", "refused")
+        if not isinstance(answer, dict):
+            raise self._failing(path, f"answers with status {status} and no JSON object")
+        if status == 404 and str(answer.get("error_code")) in _NOT_FOUND:
+            raise _missing(path)
+        if status != 200:
+            raise self._failing(path, f"answers with status {status}")
+        return answer
+
+    def _unavailable(
+        self, what: str, fix: str = "Check `kafka.schema_registry`.", state: Literal["away", "refused"] = "away"
+    ) -> RegistryUnavailable:
+        return RegistryUnavailable(f"the schema registry {self.url} {what}.", fix, state)
+
+    def _failing(self, path: str, what: str) -> SchemaUnavailable:
+        return SchemaUnavailable(
+            f"the schema registry {self.url} {what} when it is asked for {path.partition('?')[0]}.",
+            "Check `kafka.schema_registry`, and that schema.",
+        )
+
+
+def _missing(path: str) -> RecordError:
+    shown = f"the schema registry has no {path.partition('?')[0]}."
+    return RecordError("schema", shown, "Register the schema, then send the record again.")
