@@ -15,7 +15,7 @@ from core.ledger import Ledger
 from core.progress import say, step
 from core.settings import Settings
 from core.waiting import wait_until
-from ops.load.traffic import Report, Traffic
+from demo.load.traffic import Report, Traffic
 from ratchet_client import Client
 from streams.kafka.clients import connect_producer
 from tests.support.chart import Object

@@ -138,9 +138,11 @@ class Retention(Section):
 
 
 class Collection(Section):
-    """What is deleted of adapters, their carry-over, gate reports and caches: `ratchet gc`, and maintenance."""
+    """What is deleted of adapters, their carry-over, gate reports and caches: `ratchet admin gc`, and maintenance."""
 
-    hours: float = Field(24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet gc` does.")
+    hours: float = Field(
+        24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet admin gc` does."
+    )
     keep_releases: int = Field(
         20, ge=2, le=10_000, description="Newest releases of each base whose adapters stay, whatever their age."
     )

@@ -79,7 +79,7 @@ class Preparation:
         data = merged(wanted)
         for each in data:
             if each.name not in DOMAINS and each.name not in QUESTIONS:
-                raise ConfigError(f"there is no demo data {each.name!r}.", "`ratchet data list` shows all.")
+                raise ConfigError(f"there is no demo data {each.name!r}.", "`ratchet demo data list` shows all.")
         missing = [each for each in data if not each.ready(home)]
         self._jobs: dict[str, Future[Path]] = {}
         self._pool: ProcessPoolExecutor | None = None

@@ -23,7 +23,7 @@ from core.errors import RatchetError
 from core.ledger import Ledger, UpdateRow, VerdictRow, answers
 from core.settings import Settings
 from ops.cli import context as ctx
-from ops.cli.model_server import ServerOption, operator_client
+from ops.cli.context import ServerOption, operator_client
 from ops.cli.releases import adapters
 from ops.dependency_checks import look
 from ops.stream_state import StreamState, stream_state

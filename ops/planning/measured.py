@@ -1,4 +1,4 @@
-"""What benchmarks measured, as ``ratchet plan`` reads it."""
+"""What benchmarks measured, as ``ratchet admin plan`` reads it."""
 
 from __future__ import annotations
 

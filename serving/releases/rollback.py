@@ -147,7 +147,7 @@ def _refuse_trial(ledger: Ledger, release: ReleaseRow, adapters: Adapters) -> No
             kind = "canary" if release.share > 0 else "shadow"
             raise ReleaseError(
                 f"release {release.number} was a {kind} that was never promoted: {name} never answered all requests.",
-                f"Release it: `ratchet releases release {name}`, with --share or --shadow to try it again.",
+                f"Release it: `ratchet releases create {name}`, with --share or --shadow to try it again.",
             )
 
 

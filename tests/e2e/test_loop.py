@@ -20,12 +20,12 @@ from core.addresses import free_port
 from core.child_process import processor_seconds
 from core.ledger import Ledger
 from core.waiting import StoodStill, wait_for_progress
+from demo.load.traffic import Traffic
 from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
 from ops.dashboards import expressions
-from ops.load.traffic import Traffic
 from ratchet_client import Client, data_uri
 from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
@@ -134,7 +134,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
     settings = context.settings
     watched = home / "watched"
     with (
-        Supervisor(context, ["broker", "serve", "ingest", "maintain", "update"]) as parts,
+        Supervisor(context, ["broker", "serve", "ingest", "maintain", "trainer"]) as parts,
         alertmanager(watched) as pager,
     ):
         rules = impatient_rules(watched / "rules.yml", seconds=1)

@@ -1,5 +1,5 @@
-"""`ratchet update`, `ratchet base upgrade` and `ratchet adapters import --judge`, as functions that a Python prompt can
-call too.
+"""`ratchet trainer`, `ratchet base upgrade` and `ratchet adapters import --judge`, as functions that a Python prompt
+can call too.
 """
 
 from __future__ import annotations

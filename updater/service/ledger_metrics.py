@@ -1,7 +1,7 @@
 """What the ledger knows of learning, as gauges.
 
 The last verdict and the last update's cost stay true when the updater restarts, and when another process made them
-(`ratchet update --once`); so they are exported from the ledger, and not by whoever wrote them there.
+(`ratchet trainer --once`); so they are exported from the ledger, and not by whoever wrote them there.
 """
 
 from __future__ import annotations

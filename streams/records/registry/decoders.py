@@ -232,7 +232,7 @@ class FailingSchemas:
         return RecordError(
             "schema_unavailable",
             f"{error.message} It has failed {failure.tries} times in {seconds:.0f} s.",
-            "When the registry has it again, send the record once more (`ratchet resubmit`).",
+            "When the registry has it again, send the record once more (`ratchet quarantine resubmit`).",
         )
 
     def _count(self, number: int, now: float) -> _Failure:

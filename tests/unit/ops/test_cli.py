@@ -120,10 +120,10 @@ def test_releases_show_tells_where_a_release_came_from(tmp_path: Path) -> None:
 def test_the_ledger_is_migrated_as_often_as_one_likes_and_its_password_is_not_shown(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     for _ in range(2):
-        result = runner.invoke(app, ["ledger", "migrate"], env={"RATCHET_LEDGER_URL": url})
+        result = runner.invoke(app, ["admin", "migrate"], env={"RATCHET_LEDGER_URL": url})
         assert (result.exit_code, "up to date" in result.output) == (0, True)
     Ledger.open(url, migrate=False).close()
-    away = run("--set", "ledger_url=postgresql://me:hunter2@127.0.0.1:1/x", "ledger", "migrate")
+    away = run("--set", "ledger_url=postgresql://me:hunter2@127.0.0.1:1/x", "admin", "migrate")
     assert away.returncode == 1
     assert "127.0.0.1:1" in away.stderr
     assert "hunter2" not in away.stderr
@@ -146,7 +146,7 @@ def test_releases_tell_whom_each_answers_and_what_was_forced_or_withdrawn(tmp_pa
     shown = runner.invoke(app, [*arguments, "show", "2"], env=wide).output
     for fact in ("canary 25%", "no gate had passed it", "clip-b was withdrawn", "it disagrees"):
         assert fact in shown
-    refused = runner.invoke(app, [*arguments, "release", "--clip", "x", "-r", "y", "--shadow", "--share", "0.5"])
+    refused = runner.invoke(app, [*arguments, "create", "--clip", "x", "-r", "y", "--shadow", "--share", "0.5"])
     assert isinstance(refused.exception, ReleaseError)
     assert "a shadow has no share" in str(refused.exception)
 

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from core.errors import RatchetError
 from core.loading import load_settings
 from ops.cli.main import app
-from ops.cli.shipped import make_base_ready
 from serving.engines.clip_base import list_bases
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
@@ -60,22 +59,13 @@ def test_a_vlm_is_registered_from_a_folder(home: Path) -> None:
 
 def test_a_first_start_makes_no_vlm_where_none_is_wanted(home: Path) -> None:
     clip = list_bases(home, "clip")[0]
-    make_base_ready(load_settings(None, {"home": str(home), "base.clip": clip, "base.vlm": ""}))
+    make_ready(load_settings(None, {"home": str(home), "base.clip": clip, "base.vlm": ""}))
     assert list_bases(home, "vlm") == ["tiny-vlm"]
-
-
-def test_a_first_start_makes_the_shipped_vlm_and_finds_it_again(home: Path) -> None:
-    settings = load_settings(None, {"home": str(home), "base.clip": list_bases(home, "clip")[0]})
-    make_base_ready(settings)
-    path = home / "bases" / "shipped-vlm" / "base.json"
-    before = path.stat().st_mtime_ns
-    make_base_ready(settings)
-    assert path.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(("setting", "option"), [("base.clip", "--model"), ("base.vlm", "--family vlm")])
 def test_another_base_has_to_be_registered_by_the_operator(home: Path, setting: str, option: str) -> None:
     known = {"base.clip": list_bases(home, "clip")[0], "base.vlm": ""}
     with pytest.raises(RatchetError, match="'mine' is not registered") as caught:
-        make_base_ready(load_settings(None, {"home": str(home), **known, setting: "mine"}))
+        make_ready(load_settings(None, {"home": str(home), **known, setting: "mine"}))
     assert option in caught.value.fix

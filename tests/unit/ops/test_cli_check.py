@@ -1,4 +1,4 @@
-"""``ratchet check`` tells a server that answers well from one that only answers."""
+"""``ratchet doctor --server`` tells a server that answers well from one that only answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from core.errors import RatchetError
-from ops.cli.check import fault_of
+from ops.cli.doctor import fault_of
 from ops.cli.main import app
 from tests.support.web_server import reply, web_server
 
@@ -30,7 +30,7 @@ def checked(vectors: npt.NDArray[np.float32], home: Path) -> tuple[Result, list[
         }
         flags = ["--set", f"home={home}", "--set", "serve.operator_key=k"]
         url = f"http://{server.host}:{server.port}"
-        done = CliRunner().invoke(app, [*flags, "check", "--wait", "5", "--server", url])
+        done = CliRunner().invoke(app, [*flags, "doctor", "--wait", "5", "--server", url])
         return done, [head.splitlines()[0] for head in server.asked]
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 RELEASE = json.dumps({"number": 4, "share": 1, "clip": None, "vlm": None}).encode()
 ASKING = {
     "/admin/v1/rollback": ["rollback"],
-    "/admin/v1/releases": ["release", "--clip", "base"],
+    "/admin/v1/releases": ["create", "--clip", "base"],
     "/admin/v1/promote": ["promote"],
     "/admin/v1/hold": ["hold"],
     "/admin/v1/resume": ["resume"],
@@ -105,5 +105,5 @@ def test_only_who_starts_the_server_calls_it_where_it_listens() -> None:
     """Any other command works in a pod of its own, so it goes by ``Settings.server``."""
     folder = ROOT / "ops" / "cli"
     users = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if "serve.url" in path.read_text()}
-    assert users == {"parts.py", "supervisor.py", "demo/story.py"}
+    assert users == {"parts.py", "supervisor.py"}
     assert "server_url" in Settings.model_fields

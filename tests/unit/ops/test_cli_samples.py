@@ -71,7 +71,7 @@ def test_samples_are_listed_by_filter_and_text_from_outside_is_shown_as_text(hom
     assert "[bold]x[/bold]" in shown
     assert "\x1b" not in shown
     assert IDS[0][:12] not in shown
-    assert "is no time" in ratchet(home, "samples", "list", "--since", "yesterday")
+    assert "is not a time" in ratchet(home, "samples", "list", "--since", "yesterday")
 
 
 def test_a_sample_is_shown_and_its_image_saved(home: Path, tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_stats_count_by_what_there_is(home: Path) -> None:
 
 
 def test_refused_records_are_listed_by_reason_and_source(home: Path) -> None:
-    shown = ratchet(home, "samples", "refused", "--source", "cam 7")
+    shown = ratchet(home, "quarantine", "list", "--source", "cam 7")
     assert "t:0:3" in shown and "refused records by source" in shown
-    assert as_json(home, "samples", "refused", "--source", "other") == []
-    assert "--reason is one of" in ratchet(home, "samples", "refused", "--reason", "nonsense")
+    assert as_json(home, "quarantine", "list", "--source", "other") == []
+    assert "--refused-for is one of" in ratchet(home, "quarantine", "list", "--refused-for", "nonsense")
 
 
 def test_samples_are_exported(home: Path, tmp_path: Path) -> None:
@@ -119,4 +119,4 @@ def test_samples_are_exported(home: Path, tmp_path: Path) -> None:
 def test_an_empty_store_has_nothing_to_show(tmp_path: Path) -> None:
     assert as_json(tmp_path, "samples", "list") == []
     assert as_json(tmp_path, "samples", "stats")["sample"] == 0
-    assert as_json(tmp_path, "samples", "refused") == []
+    assert as_json(tmp_path, "quarantine", "list") == []

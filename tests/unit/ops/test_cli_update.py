@@ -19,7 +19,7 @@ GIVEN: dict[str, Any] = {
 
 
 def ratchet(home: Path, *words: str) -> Any:
-    return runner.invoke(app, ["--set", f"home={home}", "update", *words])
+    return runner.invoke(app, ["--set", f"home={home}", "trainer", *words])
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from core.ledger import GateOutcome, ReleaseRow, VerdictRow
-from ops.cli.demo import page
-from ops.cli.demo.captions import Comparison
-from ops.cli.demo.chapters import StoryProgress, plan_chapters
-from ops.cli.demo.latency_chart import Mark, latency_chart
-from ops.cli.demo.page import Story, marks, render
-from ops.cli.demo.picture import Change, Hit, Search
-from ops.cli.demo.questions import AnswerComparison, Answered
-from ops.cli.demo.summary import Facts, Lesson
-from ops.load.traffic import Sample
+from demo.load.traffic import Sample
+from demo.story import page
+from demo.story.captions import Comparison
+from demo.story.chapters import StoryProgress, plan_chapters
+from demo.story.latency_chart import Mark, latency_chart
+from demo.story.page import Story, marks, render
+from demo.story.picture import Change, Hit, Search
+from demo.story.questions import AnswerComparison, Answered
+from demo.story.summary import Facts, Lesson
 from streams.publish.folders import FolderItem
 from tests.support.pictures import png
 

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from core.settings import Settings
-from ops.cli.demo.story import _free_ports, _settle
+from demo.story.story import _free_ports, _settle
 
 
 def test_a_taken_port_is_replaced_by_a_free_one_and_none_is_given_out_twice() -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from core import progress
 from core.errors import RatchetError
-from ops.cli.demo.chapters import StoryProgress, plan_chapters
-from ops.cli.demo.screen import Screen, clock
+from demo.story.chapters import StoryProgress, plan_chapters
+from demo.story.screen import Screen, clock
 
 LINKS = {"console": "http://127.0.0.1:8001"}
 

@@ -11,8 +11,8 @@ import pytest
 
 from core.errors import RatchetError
 from core.waiting import BUSY_SECONDS, STILL_SECONDS
+from demo.story.stage import Stage
 from ops.cli.context import Context
-from ops.cli.demo.stage import Stage
 from ratchet_client import ServerError
 from tests.support.clock import Clock
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.ledger import GateOutcome, VerdictRow
-from ops.cli.demo.summary import Facts, Lesson, as_json, broken_promises, show
+from demo.story.summary import Facts, Lesson, as_json, broken_promises, show
 
 
 def _verdict(outcome: GateOutcome, retention: str, gain: str = "passed") -> VerdictRow:

@@ -22,9 +22,8 @@ from core.errors import ConfigError
 from core.loading import describe, load_settings
 from core.settings import Settings
 from core.settings.updates import Gate
-from ops.cli.first_steps import checks
-from ops.cli.first_steps.power import fresh_needed, suite_power
-from ops.cli.first_steps.settings_yaml import settings_yaml
+from ops.cli.config import settings_yaml
+from ops.cli.init_suites import fresh_needed, suite_power
 from ops.cli.main import app
 from serving.engines.clip_base import list_bases
 from streams.publish.folders import read_folder
@@ -234,7 +233,7 @@ WRONG: dict[str, tuple[list[str], str, str]] = {
 def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
     run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str, fix: str
 ) -> None:
-    monkeypatch.setattr(checks, "BROKER_SECONDS", 0.3)
+    monkeypatch.setattr("ops.cli.init.BROKER_SECONDS", 0.3)
     class_folders(Path("things"), each=4)
     class_folders(Path("one"), each=8)
     for other in ("green_thing", "blue_thing"):
@@ -289,7 +288,7 @@ def test_a_secret_is_not_written(run: Run) -> None:
 
 def test_it_asks_on_a_terminal_for_what_is_not_given(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class_folders(Path("things"))
-    monkeypatch.setattr("ops.cli.first_steps.answers.on_terminal", lambda: True)
+    monkeypatch.setattr("ops.cli.init.on_terminal", lambda: True)
     done = run("init", "--topic", "pairs", input="tiny\nthings\n\nembedded\n")
     assert done.exit_code == 0, done.output
     settings = load_settings(environ={})

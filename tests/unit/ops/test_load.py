@@ -12,10 +12,10 @@ from benchmarks.swap import make_adapters
 from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
-from ops.load.answers import AnswerCheck
-from ops.load.expected import ExpectedVectors
-from ops.load.generator import content
-from ops.load.probes import Probe, classify_probes, embedding_probes, search_probes
+from demo.load.answers import AnswerCheck
+from demo.load.expected import ExpectedVectors
+from demo.load.generator import content
+from demo.load.probes import Probe, classify_probes, embedding_probes, search_probes
 from serving.engines.backends import EngineChoice, Precision
 from serving.http.classify import probabilities
 from tests.support.inputs import pictures

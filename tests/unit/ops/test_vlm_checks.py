@@ -10,7 +10,7 @@ import pytest
 
 from core.loading import load_settings
 from core.settings import Settings
-from ops.cli.checks import Finding, examine
+from ops.cli.doctor import Finding, examine
 from ops.cli.status import collect
 from tests.support.tiny_vlm import tiny_vlm_base
 
@@ -31,7 +31,7 @@ def test_without_a_vlm_nothing_is_missing(tmp_path: Path) -> None:
 
 def test_a_base_that_is_not_registered_is_named_with_its_fix(tmp_path: Path) -> None:
     found = findings(settings(tmp_path, serve__vlm_engine="transformers"))["VLM base"]
-    assert (found.state, "shipped-vlm" in found.result, "base build" in found.fix) == ("warn", True, True)
+    assert (found.state, "shipped-vlm" in found.found, "base build" in found.fix) == ("warn", True, True)
     tiny_vlm_base(tmp_path)
     known = settings(tmp_path, base__vlm="tiny-vlm", serve__vlm_engine="transformers")
     assert findings(known)["VLM base"].state == "ok"
@@ -55,7 +55,7 @@ def test_a_vllm_whose_libraries_do_not_load_is_found_with_the_fix(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     found = findings(settings(tmp_path / "home", serve__vlm_engine="vllm"))["VLM engine"]
     assert found.state == "fail"
-    assert "libc10_cuda.so" in found.result
+    assert "libc10_cuda.so" in found.found
     assert "pip uninstall torchaudio" in found.fix
 
 

@@ -1,4 +1,4 @@
-"""What ``ratchet doctor`` looks at."""
+"""``ratchet doctor``: what is missing on this machine, and whether a model server answers as it should."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
 
 from core.addresses import listens
 from core.errors import ConfigError, GateError, RatchetError
+from core.ledger.rows import Family
 from core.settings import Settings
+from ops.cli import context as ctx
+from ops.cli.terminal import AsJson, show_rows
 from ops.dependency_checks import look
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+TEXTS = ("a photo of a cat", "a photo of a cat", "a red sports car")
+TOLERANCE = 1e-3
 NEEDED_DISK_BYTES = 5 * 1024**3  # packages, rendered data, the base and its adapters of the demo
 NEEDED_MEMORY_BYTES = 6 * 1024**3  # Ray, two encoders, a trainer
 
@@ -27,8 +38,79 @@ class Finding:
 
     state: Literal["ok", "warn", "fail"]
     what: str
-    result: str
+    found: str
     fix: str = ""
+
+
+def doctor(
+    context: typer.Context,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure how the CLIP runs fastest here, and write it into the settings.")
+    ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(help="URL of a model server: check that it answers with right embeddings, and nothing else."),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, max=3600, help="Seconds to wait until the server is ready.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is missing on this machine and how to fix it. Ends with status 1 if something must be fixed.
+
+    Examples:  ratchet doctor    |    ratchet doctor --tune    |
+    ratchet doctor --server http://127.0.0.1:8000 --wait 300
+    """
+    shared = ctx.of(context)
+    if server is not None:
+        typer.echo(check_server(shared.calling(server), wait))
+        return
+    if tune:
+        from ops.cli.tune import run_tune
+
+        run_tune(shared)
+        return
+    findings = examine(shared.settings)
+    show_rows([asdict(finding) for finding in findings], "Doctor", as_json)
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def check_server(settings: Settings, wait: float = 0.0) -> str:
+    """Ask the model server for embeddings, and check them; returns a line about them. The last step of an installation.
+
+    Args:
+        wait: seconds to wait until the server is ready.
+
+    Raises:
+        RatchetError: it does not answer, or with wrong embeddings.
+    """
+    import numpy as np
+
+    with ctx.operator_client(settings) as client:
+        if wait:
+            client.wait_ready(wait, ["clip"])
+        vectors, release = np.asarray(client.embed(TEXTS)), client.live()
+    fault = fault_of(vectors)
+    if fault:
+        raise RatchetError(f"{client.url} answers with wrong embeddings: {fault}.", "Look at the logs of its encoders.")
+    return f"{client.url} embeds texts as release {release}: {vectors.shape[1]} dimensions"
+
+
+def fault_of(vectors: npt.NDArray[np.float32]) -> str:
+    """What is wrong with the embeddings [3, dim] of :data:`TEXTS`; empty if nothing is."""
+    import numpy as np
+
+    if vectors.ndim != 2 or len(vectors) != len(TEXTS):
+        return f"{len(TEXTS)} texts were sent, an array of shape {vectors.shape} came back"
+    if not np.isfinite(vectors).all():
+        return "not all numbers are finite"
+    if np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > TOLERANCE:
+        return "not all have the length 1"
+    same, other = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
+    if same < 1 - TOLERANCE:
+        return f"those of the same text differ (cosine {same:.4f})"
+    if other > 1 - TOLERANCE:
+        return f"those of different texts are the same (cosine {other:.4f})"
+    return ""
 
 
 def examine(settings: Settings) -> list[Finding]:
@@ -103,15 +185,25 @@ def _crc32c(_: Settings) -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
+    return _registered(settings, "base", settings.base.clip, "clip")
+
+
+def _vlm_base(settings: Settings) -> Finding:
+    if not settings.base.vlm:
+        return Finding("ok", "VLM base", "none (base.vlm is empty)")
+    return _registered(settings, "VLM base", settings.base.vlm, "vlm")
+
+
+def _registered(settings: Settings, what: str, name: str, family: Family) -> Finding:
     from serving.engines.clip_base import base_directory, list_bases
 
-    if settings.base.clip in list_bases(settings.home):
-        return Finding("ok", "base", str(base_directory(settings.home, settings.base.clip)))
-    return Finding("warn", "base", f"{settings.base.clip!r} is not registered", "ratchet base build (`up` does it too)")
+    if name in list_bases(settings.home, family):
+        return Finding("ok", what, str(base_directory(settings.home, name)))
+    return Finding("warn", what, f"{name!r} is not registered", "ratchet base build (`up` does it too)")
 
 
 def _suites(settings: Settings) -> Finding:
-    """Of each model that has a base. Without them no update begins."""
+    """The suites of each model that has a base. Without them no update begins."""
     from updater.families import families_with_a_base, family_recipe, reference_of
     from updater.service.learning_state import check_reference, check_suites
 
@@ -128,17 +220,6 @@ def _suites(settings: Settings) -> Finding:
         except (ConfigError, GateError) as error:
             return Finding("warn", "suites", f"nothing is trained: {error.message}", error.fix)
     return Finding("ok", "suites", ", ".join(told))
-
-
-def _vlm_base(settings: Settings) -> Finding:
-    from serving.engines.clip_base import base_directory, list_bases
-
-    name = settings.base.vlm
-    if not name:
-        return Finding("ok", "VLM base", "none (base.vlm is empty)")
-    if name in list_bases(settings.home, "vlm"):
-        return Finding("ok", "VLM base", str(base_directory(settings.home, name)))
-    return Finding("warn", "VLM base", f"{name!r} is not registered", "ratchet base build (`up` does it too)")
 
 
 def _vlm_engine(settings: Settings) -> Finding:

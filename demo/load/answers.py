@@ -12,8 +12,8 @@ import numpy.typing as npt
 from core.ledger import Ledger
 from core.ledger.rows import Family
 from core.settings import Settings
-from ops.load.expected import ExpectedAnswers, ExpectedVectors, Question
-from ops.load.probes import Probe
+from demo.load.expected import ExpectedAnswers, ExpectedVectors, Question
+from demo.load.probes import Probe
 from serving.http.classify import probabilities
 from serving.releases.release_snapshot import BASE
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from rich.markup import escape
 
 from core.progress import say, step, track
-from ops.cli.demo.picture import Change, choose, draw, search
-from ops.cli.demo.stage import SOME_ANSWERS_SECONDS, Stage
-from ops.cli.demo.summary import Lesson
+from demo.story.picture import Change, choose, draw, search
+from demo.story.stage import SOME_ANSWERS_SECONDS, Stage
+from demo.story.summary import Lesson
 from streams.kafka.clients import connect_producer
 from streams.publish.folders import read_folder
 

@@ -1,4 +1,4 @@
-"""The process that makes HTTP load. Run by :mod:`ops.load.traffic`; ends when its standard input closes. A line there,
+"""The process that makes HTTP load. Run by :mod:`demo.load.traffic`; ends when its standard input closes. A line there,
 a JSON list of URLs, names the servers that further requests go to.
 
 Open loop: requests start on a schedule, whether or not earlier ones were answered, and latency counts from the moment a

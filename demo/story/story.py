@@ -19,17 +19,17 @@ from core.settings import Settings
 from core.settings.serving import SHIPPED_VLM
 from core.stop_signals import Stopped, undisturbed
 from demo.data import QUESTIONS, DemoData, Preparation
+from demo.first_start import clip_data, make_clip, make_vlm, vlm_data
+from demo.load.expected import Question
+from demo.load.traffic import Report, Traffic
+from demo.story import captions, questions
+from demo.story.chapters import StoryProgress, plan_chapters
+from demo.story.page import Story, write_page
+from demo.story.screen import Screen
+from demo.story.stage import Stage
+from demo.story.summary import Facts, Lesson, broken_promises, show
 from ops.cli.context import Context
-from ops.cli.demo import captions, questions
-from ops.cli.demo.chapters import StoryProgress, plan_chapters
-from ops.cli.demo.page import Story, write_page
-from ops.cli.demo.screen import Screen
-from ops.cli.demo.stage import Stage
-from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
-from ops.cli.shipped import make_base_ready, needed_data
 from ops.cli.supervisor import Supervisor
-from ops.load.expected import Question
-from ops.load.traffic import Report, Traffic
 from ratchet_client import Client
 from serving.engines.vlm import vllm_start
 from streams.publish.folders import FolderItem, read_folder
@@ -70,7 +70,8 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
         with screen.chapter("start"):
             with undisturbed():  # on the stack, before anything breaks off
                 data = running.enter_context(Preparation(wanted, settings.home))
-            make_base_ready(settings)
+            make_clip(settings)
+            make_vlm(settings)
             parts = running.enter_context(Supervisor(context, PARTS))
             starting = parts.wait_until_ready("clip")
             data.wait(captions.DOMAIN)
@@ -146,7 +147,7 @@ def _free_ports(*usual: str) -> list[str]:
 def _data(settings: Settings) -> list[DemoData]:
     """What the demo uses, in the order in which it does."""
     of_questions = [DemoData(questions.DOMAIN)] if settings.base.vlm else []
-    return [DemoData(captions.DOMAIN), *needed_data(settings), *of_questions]
+    return [DemoData(captions.DOMAIN), *clip_data(settings), *vlm_data(settings), *of_questions]
 
 
 def _traffic(settings: Settings, vlm_probes: Sequence[Question] = ()) -> Traffic:

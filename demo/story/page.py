@@ -16,14 +16,14 @@ from PIL import Image
 
 from core.files import replace_file
 from core.ledger import ReleaseRow
-from ops.cli.demo.captions import Comparison
-from ops.cli.demo.chapters import Chapter
-from ops.cli.demo.latency_chart import Mark, latency_chart
-from ops.cli.demo.picture import DEPTH, Hit, Search
-from ops.cli.demo.questions import AnswerComparison
-from ops.cli.demo.screen import clock
-from ops.cli.demo.summary import Facts, Lesson
-from ops.load.traffic import Sample
+from demo.load.traffic import Sample
+from demo.story.captions import Comparison
+from demo.story.chapters import Chapter
+from demo.story.latency_chart import Mark, latency_chart
+from demo.story.picture import DEPTH, Hit, Search
+from demo.story.questions import AnswerComparison
+from demo.story.screen import clock
+from demo.story.summary import Facts, Lesson
 from updater.gate.report import TEMPLATES as PALETTE
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from core.progress import say, track
 from core.settings import Settings
-from ops.cli.demo.stage import Stage
-from ops.cli.demo.summary import Lesson
+from demo.story.stage import Stage
+from demo.story.summary import Lesson
 from streams.publish.folders import FolderItem, read_folder
 
 DOMAIN = "vqa_fashion"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from ops.load.traffic import Sample
+from demo.load.traffic import Sample
 
 WIDTH, HEIGHT = 720.0, 260.0  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 8.0, 30.0, 34.0

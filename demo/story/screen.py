@@ -23,7 +23,7 @@ from rich.text import Text
 from core import progress
 from core.child_process import reaped, stop_reaped
 from core.errors import RatchetError
-from ops.cli.demo.chapters import Chapter, StoryProgress
+from demo.story.chapters import Chapter, StoryProgress
 
 LINES = 10
 """Of what is happening now: the last so many."""

@@ -14,9 +14,9 @@ from core.ledger.rows import Family
 from core.progress import say, step
 from core.settings import Settings
 from core.waiting import StoodStill, wait_for_progress
+from demo.story.screen import Screen
+from demo.story.summary import Lesson
 from ops.cli.context import Context
-from ops.cli.demo.screen import Screen
-from ops.cli.demo.summary import Lesson
 from ops.cli.supervisor import Supervisor
 from ratchet_client import Client, ServerError
 from streams.publish.publisher import publish
@@ -96,7 +96,7 @@ class Stage:
 
     def learn(self, recipe: str) -> VerdictRow:
         """Train one update and let the gate judge it, in a process of its own."""
-        self.screen.run(self.context.command("update", "--once", "--recipe", recipe, "--retry"))
+        self.screen.run(self.context.command("trainer", "--once", "--recipe", recipe, "--retry"))
         verdict = self.ledger.verdicts(1)[0]
         why = f", caught by {', '.join(verdict.summary['caught_by'])}" if verdict.summary["caught_by"] else ""
         say(f"the gate says: [bold]{verdict.outcome}[/bold]{why}")

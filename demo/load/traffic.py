@@ -6,7 +6,7 @@
 Report(requests=812, failed=0, mixed=0, ...)
 
 The load is made by a process of its own. Checking happens in :meth:`Traffic.report`, so it takes nothing from the
-server while it is measured: :mod:`ops.load.expected` answers the same inputs.
+server while it is measured: :mod:`demo.load.expected` answers the same inputs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from core.errors import RatchetError
 from core.ledger.rows import Family
 from core.settings import Settings
 from core.waiting import StoodStill, wait_for_progress
-from ops.load.answers import AnswerCheck
-from ops.load.expected import Question
-from ops.load.probes import (
+from demo.load.answers import AnswerCheck
+from demo.load.expected import Question
+from demo.load.probes import (
     RequestKind,
     batch_probes,
     chat_probes,
@@ -105,7 +105,7 @@ class Traffic:
     def __enter__(self) -> Traffic:
         plan = Path(self._folder.name) / "plan.json"
         plan.write_text(json.dumps(self._plan))
-        command = [sys.executable, "-m", "ops.load.generator", str(plan), str(self._results)]
+        command = [sys.executable, "-m", "demo.load.generator", str(plan), str(self._results)]
         root = Path(__file__).resolve().parents[2]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=root)
         return self
