@@ -10,8 +10,7 @@ from pydantic import Field, SecretStr, field_validator
 from core.allow_rules import NetworkRule, UriRule
 from core.settings.identity import OAuth
 from core.settings.section import MIB, Section, http_url
-from ratchet_client.limits import DEFAULT_LIMITS
-from ratchet_client.records import TOPIC
+from ratchet_client.records import DEFAULT_LIMITS, TOPIC
 
 OWNED_OPTIONS: Final[Mapping[str, str]] = {
     "acks": "a record counts as sent when all replicas have it",

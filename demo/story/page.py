@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -17,18 +18,18 @@ from PIL import Image
 from core.files import replace_file
 from core.ledger import ReleaseRow
 from demo.load.traffic import Sample
-from demo.story.captions import Comparison
-from demo.story.chapters import Chapter
-from demo.story.latency_chart import Mark, latency_chart
-from demo.story.picture import DEPTH, Hit, Search
+from demo.story.captions import DEPTH, Comparison, Hit, Search
 from demo.story.questions import AnswerComparison
-from demo.story.screen import clock
+from demo.story.screen import Chapter, clock
 from demo.story.summary import Facts, Lesson
 from updater.gate.report import TEMPLATES as PALETTE
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIDE = 96  # pixels of a thumbnail
 QUALITY = 80  # of a thumbnail as JPEG: 2 to 5 KB
+BEFORE_SECONDS, AFTER_SECONDS = 20.0, 12.0  # of the chart: before the first release and after the last
+INK, FAILED, RELEASES = "#808080", "#d7191c", ("#1a9641", "#7b8fb2")
+"""Colours of the chart, which has no background: they are seen on a light and on a dark page."""
 MOST_BYTES = 1_500_000
 """Of all pictures together, encoded; those behind are left out."""
 
@@ -126,20 +127,79 @@ def suite_rows(lesson: Lesson, about: Mapping[str, str]) -> list[dict[str, Any]]
     return sorted(rows, key=lambda row: row["role"] != "gain")
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A release: when it was committed (seconds since the epoch), and what to write next to it."""
+
+    at: float
+    label: str
+
+
 def marks(releases: Sequence[ReleaseRow]) -> list[Mark]:
     """CLIP's swap, its rollback and the way forward: the releases that changed the CLIP adapter."""
     changed = [release for before, release in pairwise(releases) if release.clip != before.clip]
     labels = ("the update", "rolled back", "forward again")
     return [
-        Mark(release.created_at.timestamp(), release.number, f"release {release.number}: {label}")
+        Mark(release.created_at.timestamp(), f"release {release.number}: {label}")
         for release, label in zip(changed, labels, strict=False)
     ]
 
 
+@dataclass(frozen=True)
+class Chart:
+    """How long each request took around the swap and the rollback."""
+
+    picture: str
+    """A PNG as a data URI."""
+    requests: int
+    failed: int
+    median_ms: float
+    slowest_ms: float
+
+
+def latency_chart(samples: Sequence[Sample], marks: Sequence[Mark]) -> Chart | None:
+    """The requests around the marks, latency on a logarithmic axis; None where there is nothing to draw."""
+    if not marks:
+        return None
+    swap, last = marks[0].at, marks[-1].at
+    inside = [each for each in samples if swap - BEFORE_SECONDS <= each.due <= last + AFTER_SECONDS]
+    if not inside:
+        return None
+    times = [each.seconds * 1000 for each in inside]
+    failed = sum(bool(each.problem) for each in inside)
+    return Chart(_drawn(inside, times, marks), len(inside), failed, median(times), max(times))
+
+
+def _drawn(samples: Sequence[Sample], times: Sequence[float], marks: Sequence[Mark]) -> str:
+    """A dot for each request, coloured by its release; seconds count from the swap."""
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    swap = marks[0].at
+    colours = [FAILED if each.problem else RELEASES[each.release % 2] for each in samples]
+    axes.scatter([each.due - swap for each in samples], times, s=6, c=colours)
+    axes.set(yscale="log", xlabel="seconds from the swap", ylabel="ms")
+    for number, mark in enumerate(marks):
+        axes.axvline(mark.at - swap, color=INK, linestyle="--", linewidth=0.8)
+        axes.annotate(
+            mark.label, (mark.at - swap, 1.0), (2, 2 + 10 * (number % 2)), xycoords=("data", "axes fraction"),
+            textcoords="offset points", fontsize=8, color=INK,
+        )  # fmt: skip
+    axes.tick_params(colors=INK, which="both")
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=INK)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=140, transparent=True)
+    return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+
+
 def _side(search: Search, pictures: Pictures) -> dict[str, Any]:
     def hit(each: Hit) -> dict[str, Any]:
-        right = each.text.strip().lower() == search.query.strip().lower()
-        return {"text": each.text, "score": each.score, "picture": pictures.of(each.id), "right": right}
+        picture = pictures.of(each.id)
+        return {"text": each.text, "score": each.score, "picture": picture, "right": search.right(each)}
 
     return {"query": search.query, "rank": search.rank, "hits": [hit(each) for each in search.hits]}
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from PIL import Image
 
 from core.progress import say, track
 from core.settings import Settings
@@ -17,7 +12,7 @@ from streams.publish.folders import FolderItem, read_folder
 
 DOMAIN = "vqa_fashion"
 ASKED = 120  # held-out questions that are asked before and after
-BETTER, WORSE = 8, 4  # answers in the picture: that became right, and that became wrong
+BETTER, WORSE = 8, 4  # answers on the page: that became right, and that became wrong
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,6 @@ def learn(stage: Stage) -> tuple[Lesson, AnswerComparison]:
         default = stage.learn("vlm-default")
         swap = stage.await_release("vlm", default)
         comparison = _compare(stage)
-        picture = draw(comparison.answers, comparison.title, stage.settings.home / "answers.png")
     probe = held_out(stage.settings, DOMAIN, 1)[0]
 
     def answers(number: int) -> bool:
@@ -76,7 +70,7 @@ def learn(stage: Stage) -> tuple[Lesson, AnswerComparison]:
 
     with screen.chapter("vlm-rollback"):
         rollback_seconds = stage.back_and_forth("vlm", default.adapter, answers)
-    return stage.lesson(naive, default, swap, rollback_seconds, picture), comparison
+    return stage.lesson(naive, default, swap, rollback_seconds), comparison
 
 
 def _compare(stage: Stage) -> AnswerComparison:
@@ -100,31 +94,3 @@ def _compare(stage: Stage) -> AnswerComparison:
         :WORSE
     ]
     return AnswerComparison(title, tuple(shown))
-
-
-def draw(answers: Sequence[Answered], title: str, path: Path, columns: int = 4) -> Path:
-    """Draw images with question, reference answer, and the answers before and after (green: right, red: wrong)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = max(1, -(-len(answers) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.9 * rows + 0.6), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, each in zip(axes.flat, answers, strict=False):
-        axis.imshow(Image.open(io.BytesIO(each.item.bytes())).convert("RGB"))
-        axis.set_title(f"{each.item.question}\n({each.item.answer})", fontsize=9)
-        for place, when, answer in ((-0.08, "before", each.before), (-0.2, "after", each.after)):
-            colour = "#1a9641" if each.right(answer) else "#d7191c"
-            axis.text(0.5, place, f"{when}: {answer[:40]}", color=colour, fontsize=9, ha="center",
-                      transform=axis.transAxes)  # fmt: skip
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.subplots_adjust(
-        left=0.02, right=0.98, bottom=0.09, top=1 - 1.1 / (2.9 * rows + 0.6), wspace=0.1, hspace=0.62
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path

@@ -134,15 +134,14 @@ class Stage:
         time.sleep(SOME_ANSWERS_SECONDS)
         return seconds
 
-    def lesson(self, naive: VerdictRow, default: VerdictRow, swap: dict[str, float], rollback_seconds: float,
-               picture: Path) -> Lesson:  # fmt: skip
+    def lesson(self, naive: VerdictRow, default: VerdictRow, swap: dict[str, float], rollback_seconds: float) -> Lesson:
         """The facts of one model's part of the story."""
         cost = self.ledger.update(default.update_id).cost
         return Lesson(
             naive=naive, default=default, prepare_seconds=swap["prepare_seconds"],
             commit_seconds=swap["commit_seconds"], rollback_seconds=rollback_seconds,
             budget={"planned": cost["gflops_planned"], "spent": cost["gflops_spent"]},
-            report=str(self.report(default)), naive_report=str(self.report(naive)), picture=str(picture),
+            report=str(self.report(default)), naive_report=str(self.report(naive)),
         )  # fmt: skip
 
     def report(self, verdict: VerdictRow) -> Path:

@@ -23,9 +23,8 @@ from demo.first_start import clip_data, make_clip, make_vlm, vlm_data
 from demo.load.expected import Question
 from demo.load.traffic import Report, Traffic
 from demo.story import captions, questions
-from demo.story.chapters import StoryProgress, plan_chapters
 from demo.story.page import Story, write_page
-from demo.story.screen import Screen
+from demo.story.screen import Screen, StoryProgress, plan_chapters
 from demo.story.stage import Stage
 from demo.story.summary import Facts, Lesson, broken_promises, show
 from ops.cli.context import Context

@@ -27,7 +27,6 @@ class Lesson:
     rollback_seconds: float
     budget: dict[str, float]
     report: str
-    picture: str
     naive_report: str = ""
 
 
@@ -94,7 +93,6 @@ def _lesson(lesson: Lesson) -> dict[str, Any]:
         "rollback_seconds": round(lesson.rollback_seconds, 4),
         "budget": {name: round(value, 1) for name, value in lesson.budget.items()},
         "report": lesson.report,
-        "picture": lesson.picture,
     }
 
 
@@ -179,7 +177,6 @@ def _course(title: str, lesson: Lesson) -> Table:
          f"{lesson.rollback_seconds * 1000:.0f} ms"),
         ("budget", ", ".join(f"{name} {value:,.0f}" for name, value in lesson.budget.items()) + " MAF-GFLOPs"),
         ("gate report", lesson.report),
-        ("picture of before and after", lesson.picture),
     ):  # fmt: skip
         table.add_row(name, value)
     return table

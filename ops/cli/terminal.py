@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
@@ -47,27 +48,31 @@ def parse_since(text: str | None) -> datetime | None:
 def show_rows(
     rows: Iterable[Mapping[str, Any]], title: str, as_json: bool = False, *, whole: Sequence[str] = ()
 ) -> None:
-    """Print rows with equal keys as a table, or as a JSON array.
+    """Print rows with equal keys as a table, or as a JSON array; ``whole`` is that of :func:`table_of`."""
+    rows = list(rows)
+    if as_json:
+        show_json(rows)
+    elif rows:
+        Console().print(table_of(rows, title, whole=whole))
+    else:
+        typer.echo(f"{title}: none")
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], title: str, *, whole: Sequence[str] = ()) -> Table:
+    """A table of rows with equal keys.
 
     Args:
         whole: columns that are never broken, so that names can be copied from a narrow terminal.
     """
-    rows = list(rows)
-    if as_json:
-        show_json(rows)
-        return
-    if not rows:
-        typer.echo(f"{title}: none")
-        return
-    table = Table(title=title)
-    for name, value in rows[0].items():
+    table = Table(title=title or None)
+    for name, value in (rows[0] if rows else {}).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         table.add_column(
             name.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=name in whole
         )
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
-    Console().print(table)
+    return table
 
 
 def show_facts(facts: Mapping[str, Any], title: str = "", as_json: bool = False) -> None:
@@ -86,13 +91,17 @@ def show_json(value: Any) -> None:
     typer.echo(json.dumps(value, default=_plain, indent=2))
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def cell(value: Any) -> Text:
     """A value as text: no markup, and nothing that a terminal would act on. Times are in UTC."""
     match value:
+        case Text():
+            return value
         case None:
             text = ""
         case bool():

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
         TimedOut,
         Unreachable,
     )
-    from ratchet_client.limits import Limits
     from ratchet_client.producer import Delivery, Producer
-    from ratchet_client.records import Sample
+    from ratchet_client.records import Limits, Sample
 
 _MODULES = {
     "AsyncClient": "async_client",
@@ -46,7 +45,7 @@ _MODULES = {
     "Conflict": "errors",
     "Delivery": "producer",
     "Denied": "errors",
-    "Limits": "limits",
+    "Limits": "records",
     "Outage": "errors",
     "Overloaded": "errors",
     "Producer": "producer",

@@ -19,10 +19,9 @@ from typing import Any, TypeVar
 import httpx
 
 from ratchet_client import calls
-from ratchet_client.calls import RELEASE_SECONDS, Call
+from ratchet_client.calls import RELEASE_SECONDS, Call, Retries
 from ratchet_client.errors import ServerError, Unreachable
 from ratchet_client.models import FAMILIES, Family
-from ratchet_client.retries import Retries
 
 T = TypeVar("T")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import sys
+import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,11 @@ READY_SECONDS = 15.0
 LOOK_SECONDS = 0.1
 RELEASE_SECONDS = 3600.0
 """A release may have to load models and to embed the catalog again before it is live."""
+
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 8.0
+"""Seconds. Each pause is twice as long as the one before, and up to half of it is left to chance, so that clients that
+failed together do not come back together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,3 +247,27 @@ def _vector(text: str) -> array[float]:
     if sys.byteorder == "big":
         vector.byteswap()
     return vector
+
+
+class Retries:
+    """The tries of one call.
+
+    Another try is made where the call changes nothing, and the server was away or had too much to do. A call that was
+    not answered in time is not made again: the server has not ended the first one yet. All pauses together are shorter
+    than the timeout of the call.
+    """
+
+    def __init__(self, call: Call[Any], retries: int, timeout: float) -> None:
+        self._left = retries if call.repeatable else 0
+        self._pause = FIRST_PAUSE
+        self._ends_at = time.monotonic() + (timeout if call.timeout is None else call.timeout)
+
+    def pause_after(self, error: ServerError) -> float:
+        """Seconds to wait before the next try; raises the error where there is to be none."""
+        passing = isinstance(error, (Overloaded, Unreachable)) and not isinstance(error, TimedOut)
+        pause = self._pause * random.uniform(0.5, 1.0) + (error.retry_after or 0.0)  # noqa: S311  no secret
+        if not (passing and self._left) or time.monotonic() + pause > self._ends_at:
+            raise error
+        self._left -= 1
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        return pause

@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import httpx
 
 from ratchet_client import calls
-from ratchet_client.calls import RELEASE_SECONDS, Call
+from ratchet_client.calls import RELEASE_SECONDS, Call, Retries
 from ratchet_client.errors import ServerError, Unreachable
 from ratchet_client.models import FAMILIES, Family
-from ratchet_client.retries import Retries
 
 T = TypeVar("T")
 
@@ -50,8 +49,8 @@ class Client:
                 ``operate``, or the operators' own key.
             actor: name that the audit log has for what is changed with the operators' own key.
             timeout: seconds until an answer has to be there.
-            retries: further tries of a call that changes nothing (see :mod:`ratchet_client.retries`); calls that change
-                releases are made once.
+            retries: further tries of a call that changes nothing (see :class:`ratchet_client.calls.Retries`); calls
+                that change releases are made once.
             verify: how a certificate is checked, as httpx takes it.
         """
         self.url = url

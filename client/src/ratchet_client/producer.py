@@ -18,8 +18,7 @@ from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection,
 from ratchet_client.encoding import Encoded, Encoding, Headers, encode
 from ratchet_client.errors import BrokerError
 from ratchet_client.images import decode_image
-from ratchet_client.limits import DEFAULT_LIMITS, Limits
-from ratchet_client.records import TOPIC, Sample, check_text, make_sample
+from ratchet_client.records import DEFAULT_LIMITS, TOPIC, Limits, Sample, check_text, make_sample
 
 log = logging.getLogger(__name__)
 DELIVERY_SECONDS = 60.0

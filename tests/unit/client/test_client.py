@@ -17,8 +17,7 @@ import pytest
 from core.addresses import free_port
 from ratchet_client import Conflict, Denied, Overloaded, RatchetError, ServerError, TimedOut, Unreachable
 from ratchet_client import calls as calls_module
-from ratchet_client.calls import Call
-from ratchet_client.retries import Retries
+from ratchet_client.calls import Call, Retries
 from tests.unit.client.scripted_server import ScriptedServer, call, scripted_server
 
 FLOATS = base64.b64encode(struct.pack("<2f", 1.5, -2.0)).decode()
@@ -186,7 +185,7 @@ def test_a_call_that_was_not_answered_in_time_is_not_made_again() -> None:
 
 def test_all_pauses_together_are_shorter_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("ratchet_client.retries.time.monotonic", lambda: now)
+    monkeypatch.setattr("ratchet_client.calls.time.monotonic", lambda: now)
     retries = Retries(calls_module.live(), 100, 20.0)
     with pytest.raises(Overloaded):
         for _ in range(100):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from core.errors import RatchetError
 from core.loading import load_settings
 from ops.cli.main import app
+from ops.cli.parts import make_ready
 from serving.engines.clip_base import list_bases
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ from typing import Any, cast
 import pytest
 
 from core.errors import RatchetError
+from core.settings import Settings
 from core.waiting import BUSY_SECONDS, STILL_SECONDS
 from demo.story.stage import Stage
+from demo.story.story import _free_ports, _settle
 from ops.cli.context import Context
 from ratchet_client import ServerError
 from tests.support.clock import Clock
@@ -98,3 +101,18 @@ def test_a_part_that_ended_is_not_waited_for(clock: Clock, tmp_path: Path) -> No
 
     with pytest.raises(RatchetError, match="serve ended: out of memory"):
         Server(clock).stage(tmp_path, check).await_release("clip", VERDICT)
+
+
+def test_a_taken_port_is_replaced_by_a_free_one_and_none_is_given_out_twice() -> None:
+    usual = Settings()
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        held = first.getsockname()[1]
+        assert usual.serve.port + 1 == usual.console.port  # so that a server that gives way would meet the console
+        serve, console = _free_ports(f"127.0.0.1:{held}", f"127.0.0.1:{held + 1}")
+    assert serve != f"127.0.0.1:{held}" and serve != console
+
+
+def test_the_demo_writes_the_ports_it_found_into_its_settings(tmp_path: Path) -> None:
+    settings = _settle(tmp_path, with_vlm=False).settings
+    ports = {settings.serve.port, settings.console.port, int(settings.kafka.bootstrap.rpartition(":")[2])}
+    assert len(ports) == 3

@@ -29,7 +29,6 @@ def _lesson() -> Lesson:
     return Lesson(
         naive=_verdict("rejected", "failed"), default=_verdict("passed", "passed"), prepare_seconds=1.0,
         commit_seconds=0.01, rollback_seconds=0.05, budget={"planned": 10.0, "spent": 9.0}, report="report.html",
-        picture="searches.png",
     )  # fmt: skip
 
 

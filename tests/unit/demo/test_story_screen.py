@@ -10,8 +10,7 @@ from rich.console import Console
 
 from core import progress
 from core.errors import RatchetError
-from demo.story.chapters import StoryProgress, plan_chapters
-from demo.story.screen import Screen, clock
+from demo.story.screen import Screen, StoryProgress, clock, plan_chapters
 
 LINKS = {"console": "http://127.0.0.1:8001"}
 
