@@ -18,8 +18,8 @@ from core.errors import BaseModelError
 from core.progress import say, step
 from core.settings.serving import SHIPPED
 from demo.clip import towers
-from demo.clip.features import image_features, text_features
 from demo.clip.projections import Classes, Pairs, ProjectionRecipe, train_projections
+from demo.clip.towers import image_features, text_features
 from demo.data import prepare_domain
 from serving.engines.clip_base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
 from serving.engines.tokens import make_tokenizer

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from demo.data import questions_words as words
-from demo.data.questions_colours import main_colour
+from demo.data.questions_pictures import main_colour
 
 HELD_OUT: Final = 0.6
 """Share of concepts drawn by several hands of which one drawing is kept for the test."""

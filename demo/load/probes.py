@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from core.ledger.rows import Family
-from demo.load.expected import ANSWER_TOKENS, Question
+from demo.load.answers import ANSWER_TOKENS, Question
 from ratchet_client import data_uri
 
 RequestKind = Literal["embeddings", "classify", "search", "chat"]

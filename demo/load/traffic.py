@@ -6,7 +6,7 @@
 Report(requests=812, failed=0, mixed=0, ...)
 
 The load is made by a process of its own. Checking happens in :meth:`Traffic.report`, so it takes nothing from the
-server while it is measured: :mod:`demo.load.expected` answers the same inputs.
+server while it is measured: :mod:`demo.load.answers` answers the same inputs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from core.errors import RatchetError
 from core.ledger.rows import Family
 from core.settings import Settings
 from core.waiting import StoodStill, wait_for_progress
-from demo.load.answers import AnswerCheck
-from demo.load.expected import Question
+from demo.load.answers import AnswerCheck, Question
 from demo.load.probes import (
     RequestKind,
     batch_probes,

@@ -14,8 +14,7 @@ from PIL import Image
 
 from core.errors import ConfigError
 from demo.data import DOMAINS, domain, prepare_domain
-from demo.data.concepts import concept_of, flag_concept, split_of
-from demo.data.domain import DomainInfo, Draft, build
+from demo.data.domain import DomainInfo, Draft, build, concept_of, flag_concept, split_of
 from demo.data.render import decode
 from streams.publish.folders import read_folder
 from tests.support.pictures import png

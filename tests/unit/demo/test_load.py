@@ -12,8 +12,7 @@ from benchmarks.swap import make_adapters
 from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
-from demo.load.answers import AnswerCheck
-from demo.load.expected import ExpectedVectors
+from demo.load.answers import AnswerCheck, ExpectedVectors
 from demo.load.generator import content
 from demo.load.probes import Probe, classify_probes, embedding_probes, search_probes
 from serving.engines.backends import EngineChoice, Precision

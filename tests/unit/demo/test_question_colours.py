@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageDraw
 
-from demo.data.questions_colours import NAMES, colour_shares, main_colour
+from demo.data.questions_pictures import NAMES, colour_shares, main_colour
 
 
 def drawing(*colours: str, paper: str = "white") -> Image.Image:
