@@ -17,7 +17,7 @@ import pytest
 from core.addresses import free_port
 from ratchet_client import Conflict, Denied, Overloaded, RatchetError, ServerError, TimedOut, Unreachable
 from ratchet_client import calls as calls_module
-from ratchet_client.calls import Call, Retries
+from ratchet_client.calls import Retries
 from tests.unit.client.scripted_server import ScriptedServer, call, scripted_server
 
 FLOATS = base64.b64encode(struct.pack("<2f", 1.5, -2.0)).decode()
@@ -154,16 +154,6 @@ def test_a_call_that_changes_something_is_made_once(
     with pytest.raises(ServerError):
         call(kind, server.url, method, *args)
     assert len(server.asked) == 1
-
-
-def test_every_call_that_changes_something_is_among_those() -> None:
-    """What is posted to the operators' routes is marked in one place."""
-    made: list[Call[Any]] = [
-        calls_module.release({"clip": None}, "", None, 1, 1, False),
-        calls_module.rollback("", None, None, 1, None),
-        calls_module.post("/admin/v1/promote", {}, None),
-    ]
-    assert not any(call.repeatable for call in made)
 
 
 @both

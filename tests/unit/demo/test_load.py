@@ -14,7 +14,7 @@ from core.loading import load_settings
 from core.settings import Settings
 from demo.load.answers import AnswerCheck, ExpectedVectors
 from demo.load.generator import content
-from demo.load.probes import Probe, classify_probes, embedding_probes, search_probes
+from demo.load.probes import Probe, classify_probes, search_probes
 from serving.engines.backends import EngineChoice, Precision
 from serving.http.classify import probabilities
 from tests.support.inputs import pictures
@@ -71,13 +71,6 @@ def test_each_kind_of_answer_is_taken_out_of_its_json() -> None:
     assert content({"data": [{"label": "x", "probabilities": {"x": 0.75, "y": 0.25}}]}) == [[0.75, 0.25]]
     assert content({"space": "s", "data": [{"id": "a", "score": 0.5, "text": ""}]}) == [["a", 0.5]]
     assert content({"choices": [{"message": {"content": "red"}}]}) == "red"
-
-
-def test_probes_go_where_their_kind_is_answered() -> None:
-    assert {probe.path for probe in embedding_probes(IMAGES, TEXTS)} == {"/v1/embeddings"}
-    assert (CLASSIFY.path, SEARCH.path, CLASSIFY.family) == ("/v1/classify", "/v1/search", "clip")
-    assert SEARCH.body == {"text": "a map", "k": 3}
-    assert np.array_equal(SEARCH.items, (4,))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from core.ledger import GateOutcome, ReleaseRow, VerdictRow
 from demo.load.traffic import Sample
 from demo.story import page
 from demo.story.captions import Change, Comparison, Hit, Search
-from demo.story.page import Mark, Story, latency_chart, marks, render
+from demo.story.page import Mark, Story, latency_chart, render
 from demo.story.questions import AnswerComparison, Answered
 from demo.story.screen import StoryProgress, plan_chapters
 from demo.story.summary import Facts, Lesson
@@ -129,11 +129,3 @@ def test_the_chart_counts_the_requests_around_the_releases() -> None:
     assert (chart.requests, chart.failed, chart.median_ms, chart.slowest_ms) == (101, 1, 20.0, 500.0)
     assert latency_chart([far], [Mark(first, "")]) is None
     assert latency_chart(many, []) is None
-
-
-def test_only_releases_that_changed_clip_are_marked() -> None:
-    rows = releases()
-    rows.insert(2, replace(rows[1], number=9, vlm="vlm-a"))
-    assert [mark.label for mark in marks(rows)] == [
-        "release 2: the update", "release 3: rolled back", "release 4: forward again",
-    ]  # fmt: skip

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from core import progress
 from core.errors import RatchetError
-from demo.story.screen import Screen, StoryProgress, clock, plan_chapters
+from demo.story.screen import Screen, StoryProgress, plan_chapters
 
 LINKS = {"console": "http://127.0.0.1:8001"}
 
@@ -80,16 +80,6 @@ def test_a_child_that_fails_ends_the_story_and_its_last_words_are_left_on_the_te
         each.run([sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"])
     assert not terminal or "out of memory" in out.getvalue().rpartition("\x1b[?1049l")[2]
     progress.say("to standard error again")
-
-
-def test_the_story_knows_how_long_each_chapter_took() -> None:
-    story = StoryProgress(plan_chapters("fluent3d", "vqa_fashion"))
-    with story.chapter("start"):
-        assert story.current is story.plan[0]
-    assert story.current is None
-    assert list(story.seconds()) == ["start"]
-    assert story.seconds()["start"] == story.plan[0].seconds()
-    assert clock(187) == "3:07"
 
 
 def test_the_vlm_has_chapters_only_where_it_has_a_part() -> None:

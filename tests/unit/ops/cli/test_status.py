@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ops.cli.status import catalog_lines, learning_line, replica_lines
+from ops.cli.status import catalog_lines, learning_line, replica_lines, rollout_line
 
 
 def space(missing: int, left: float | None = None, building: bool = False) -> dict[str, Any]:
@@ -51,3 +51,14 @@ def test_fresh_items_and_alpha_are_told_and_the_candidate_that_is_kept() -> None
     ]  # fmt: skip
     told["kept"] = {"adapter": "clip-a", "looks": 2, "asked_again_with": 1300}
     assert learning_line("clip", told).splitlines()[-1] == "  clip-a: 2 looks, the next with 1,300 fresh items"
+
+
+def test_the_screen_says_what_is_on_trial_and_what_was_seen() -> None:
+    told = {
+        "state": "canary", "release": 7, "incumbent": 6, "share": 0.1, "seconds_left": None,
+        "compared": {"clip": {"agreed": 39, "inputs": 40}},
+    }  # fmt: skip
+    assert rollout_line(told) == "canary 10% release 7 against 6: clip agrees on 39 of 40\n"
+    watched = {**told, "state": "guard", "share": 1.0, "seconds_left": 61.4}
+    assert rollout_line(watched) == "guard watches release 7 against 6: clip agrees on 39 of 40, 61 s left\n"
+    assert rollout_line({"state": "idle"}) == ""

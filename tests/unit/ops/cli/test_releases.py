@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from core.errors import ConfigError
+from core.errors import ConfigError, LedgerError, ReleaseError
+from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
 from ops.cli.main import app
+from tests.support.command_line import ratchet
 from tests.support.web_server import WebServer, reply, web_server
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 RELEASE = json.dumps({"number": 4, "share": 1, "clip": None, "vlm": None}).encode()
 ASKING = {
     "/admin/v1/rollback": ["rollback"],
@@ -107,3 +109,65 @@ def test_only_who_starts_the_server_calls_it_where_it_listens() -> None:
     users = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if "serve.url" in path.read_text()}
     assert users == {"parts.py", "supervisor.py"}
     assert "server_url" in Settings.model_fields
+
+
+DIAGNOSTICS = {"warnings": [], "tail": None, "pairs": {}, "yes": {},
+          "shift": {"towers": {}, "gap_before": 0.81, "gap_after": 0.79}}  # fmt: skip
+
+
+def test_releases_show_tells_where_a_release_came_from(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.begin_update(
+        "u1", family="clip", recipe={"name": "default"}, seed=7, store_version=3,
+        data_from={"t:0": 0}, data_to={"t:0": 10}, incumbent=None,
+    )  # fmt: skip
+    ledger.advance_update("u1", "done", adapter="clip-a", cost={"gflops_spent": 12.0})
+    ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {"diagnostics": DIAGNOSTICS})
+    ledger.commit_release(1, clip="clip-a", vlm=None, actor="updater", reason="gate passed", proposal_id=None)
+    ledger.close()
+    shown = ratchet(tmp_path, "releases", "show", "1").output
+    for fact in (
+        "clip-a", "u1", "default", "'t:0': 10", "passed", "reports/u1", "updater", "gate passed", "12.0",
+        "modality gap 0.810 -> 0.790",
+    ):  # fmt: skip
+        assert fact in shown
+    listed = ratchet(tmp_path, "releases", "list").output
+    assert "live" in listed
+    with pytest.raises(LedgerError):
+        ratchet(tmp_path, "releases", "show", "9")
+
+
+def test_releases_tell_whom_each_answers_and_what_was_forced_or_withdrawn(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.register_adapter("clip-b", "clip", "f" * 64, "i", "t", {})
+    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="first", proposal_id=None)
+    forced = ledger.propose("release", clip="clip-b", actor="ann", reason="sure", share=0.25, forced=True)
+    ledger.commit_release(
+        2, clip="clip-b", vlm=None, actor="ann", reason="sure", proposal_id=forced.id, share=forced.share
+    )
+    ledger.withdraw(["clip-b"], actor="guard", subject="release 2", reason="it disagrees", evidence={})
+    ledger.close()
+    listed = ratchet(tmp_path, "releases", "list").output.splitlines()
+    assert any(all(word in line for word in ("live", "2", "canary 25%", "clip-b", "f" * 12)) for line in listed)
+    assert any(all(word in line for word in ("stable", "1", "all", "base")) for line in listed)
+    shown = ratchet(tmp_path, "releases", "show", "2").output
+    for fact in ("canary 25%", "no gate had passed it", "clip-b was withdrawn", "it disagrees"):
+        assert fact in shown
+    with pytest.raises(ReleaseError, match="a shadow has no share"):
+        ratchet(tmp_path, "releases", "create", "--clip", "x", "-r", "y", "--shadow", "--share", "0.5")
+
+
+def test_names_are_whole_in_a_narrow_terminal_and_what_people_wrote_is_shown_as_it_is(tmp_path: Path) -> None:
+    names = {"clip": "clip-0123456789ab", "vlm": "vlm-ba9876543210"}
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.commit_release(1, **names, actor="ann", reason="[/b] why", proposal_id=None)
+    ledger.close()
+    for words in (("releases", "list"), ("releases", "show", "1"), ("status",)):
+        shown = ratchet(tmp_path, *words, columns=80)
+        assert shown.exit_code == 0, shown.output
+        assert {"clip-0123456789ab", "vlm-ba9876543210", "[/b]"} <= set(shown.output.replace("│", " ").split())
+    Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}").create_key("search-page-of-the-shop", ["infer"], actor="ann")
+    listed = ratchet(tmp_path, "keys", "list", columns=80).output
+    assert "search-page-of-the-shop" in listed
+    settings = ratchet(tmp_path, "config", "show", columns=80).output
+    assert "serve.encoder_replicas" in settings

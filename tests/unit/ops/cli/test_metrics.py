@@ -17,7 +17,7 @@ from core.addresses import free_port
 from core.errors import ConfigError
 from ops.cli.main import app
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def targets(*settings: str, host: str = "127.0.0.1") -> dict[str, str]:

@@ -11,18 +11,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from core.errors import LedgerError, SelectorError
 from core.ledger import DeletionRow, Ledger
 from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli import deletions
-from ops.cli.main import app
 from streams.store import maintenance
 from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.command_line import ratchet as run
 from tests.support.samples import TOPIC, put, refusal, sample
 
 
@@ -45,11 +45,7 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 
 
 def ratchet(settings: Settings, *words: str, said: str = "") -> Result:
-    command = ["--set", f"home={settings.home}", "samples", *words]
-    result = CliRunner().invoke(app, command, input=said, env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return run(settings.home, "samples", *words, said=said)
 
 
 def requested(ledger: Ledger) -> DeletionRow:
