@@ -187,7 +187,7 @@ def _ahead(
 
 
 def current(target: Path, version: int | None = None, split: str | None = None) -> bool:
-    """Whether `target` is a finished folder dataset, of this split at least, that this version of its builder made."""
+    """True where `target` is a finished folder dataset, of this split at least, made by this version of its builder."""
     receipt = _receipt(target)
     wanted = VERSION if version is None else version
     covers = receipt.get("split", "") in ("", split)
@@ -195,7 +195,7 @@ def current(target: Path, version: int | None = None, split: str | None = None) 
 
 
 def _receipt(target: Path) -> dict[str, Any]:
-    """What was written beside a dataset; empty where there is none. A receipt without a split is of the whole."""
+    """The receipt next to a dataset; empty where there is none. A receipt without a split is of the whole."""
     try:
         receipt: dict[str, Any] = json.loads((target / RECEIPT).read_text())
     except (OSError, ValueError):

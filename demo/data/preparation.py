@@ -23,7 +23,7 @@ from demo.data.questions import QUESTIONS, prepare_questions
 from demo.data.questions import VERSION as QUESTIONS_VERSION
 
 NICE: Final = 10
-"""Of the processes: what is started beside comes first."""
+"""Of the processes: other work comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class DemoData:
     split: str | None = None
 
     def ready(self, home: Path) -> bool:
-        """Whether it is there already."""
+        """True where it is there already."""
         version = QUESTIONS_VERSION if self.name in QUESTIONS else None
         return current(home / "data" / self.name, version, self.split)
 
@@ -98,7 +98,7 @@ class Preparation:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._pool is not None:
-            if kind is not None:  # nobody waits for its data any more, and a Ctrl-C does not reach the workers
+            if kind is not None:  # its data is not needed any more, and a Ctrl-C does not reach the workers
                 kill_workers(self._pool)
             else:
                 self._pool.shutdown(wait=True)

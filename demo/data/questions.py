@@ -81,7 +81,7 @@ class QuestionsInfo:
 
     @property
     def attribution(self) -> str:
-        """Who made the pictures."""
+        """The makers of the pictures."""
         return "; ".join(dict.fromkeys(DOMAINS[source].attribution for source in self.sources))
 
 
@@ -108,7 +108,7 @@ QUESTIONS: Final[dict[str, QuestionsInfo]] = {
         ),
     )
 }
-"""What :func:`prepare_questions` can make. The shipped VLM is trained on the first; the other is new to it."""
+"""The sets that :func:`prepare_questions` can make. The shipped VLM is trained on the first; the other is new to it."""
 
 
 def prepare_questions(name: str, home: Path | str) -> Path:

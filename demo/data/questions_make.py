@@ -24,7 +24,7 @@ from demo.data.questions_pictures import main_colour
 HELD_OUT: Final = 0.6
 """Share of concepts drawn by several hands of which one drawing is kept for the test."""
 SOME: Final = 0.2
-"""A colour that covers so much is there; one below `HARDLY` is not; between, nobody is asked."""
+"""A colour that covers so much is there; one below `HARDLY` is not; between, nothing is asked."""
 HARDLY: Final = 0.01
 
 
@@ -42,22 +42,22 @@ CAPS: Final = {"train": Caps(answers=400, things=30, kinds=120), "test": Caps(an
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What is known about one picture. Strings are empty where it has none, or it is not clear."""
+    """A picture with what is known about it. Strings are empty where it has none, or it is not clear."""
 
     path: Path
     hand: str
-    """Who drew it: the domain."""
+    """The domain, which is who drew it."""
     concept: str
     split: str
     """Of the concept, in its domain."""
     title: str = ""
-    """What it is called exactly, by all hands alike."""
+    """Its exact name, the same for all hands."""
     name: str = ""
-    """What a person would call it at first sight."""
+    """The name that a person would give it at first sight."""
     category: str = ""
     colours: dict[str, float] = field(default_factory=dict)
     related: frozenset[str] = frozenset()
-    """Words that may be in it besides its name: not asked about as absent."""
+    """Words that may be in it, apart from its name: not asked about as absent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the demo domains say about their pictures: name, category, measured colours."""
+"""Name, category and measured colours of the pictures of demo domains."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _subgroups(home: Path) -> dict[str, str]:
 
 
 NAMES: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "grey", "black", "")
-"""The last one: pale or between two names, which nobody should be asked about."""
+"""The last one: pale or between two names, which is never asked about."""
 _NONE: Final = len(NAMES) - 1
 PAPER: Final = 240
 """From here on in all three channels a pixel is the white canvas."""

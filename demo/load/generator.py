@@ -24,7 +24,7 @@ Request = tuple[str, bytes]
 
 
 def content(answer: dict[str, Any]) -> Any:
-    """What is compared: vectors (base64) or labels' probabilities of each input, hits (id, score), or a text."""
+    """The part that is compared: vectors (base64) or labels' probabilities by input, hits (id, score), or a text."""
     if "choices" in answer:
         return answer["choices"][0]["message"]["content"]
     data = answer["data"]

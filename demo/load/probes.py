@@ -35,7 +35,7 @@ class Probe:
 
     @property
     def path(self) -> str:
-        """Where it goes."""
+        """The path that it is sent to."""
         return PATHS[self.kind]
 
 

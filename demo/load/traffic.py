@@ -50,12 +50,12 @@ class Sample:
     family: Family = "clip"
     kind: RequestKind = "embeddings"
     began: float = 0.0
-    """When it was sent; with an open loop a busy machine sends late."""
+    """Time at which it was sent; with an open loop a busy machine sends late."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the requests. ``mixed``: answers that are not those of the release they were stamped with."""
+    """The outcome of the requests. ``mixed``: answers that are not those of the release they were stamped with."""
 
     requests: int
     failed: int
@@ -113,7 +113,7 @@ class Traffic:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None and self._process is not None:
-            self._process.kill()  # nobody asks for its answers any more
+            self._process.kill()  # its answers are not needed any more
         self.stop()
 
     def stop(self) -> None:

@@ -40,7 +40,7 @@ class Search:
     rank: int
 
     def right(self, hit: Hit) -> bool:
-        """Whether the caption of a hit is the query."""
+        """True where the caption of a hit is the query."""
         return hit.text.strip().lower() == self.query.strip().lower()
 
 
@@ -53,7 +53,7 @@ class Change:
 
     @property
     def gain(self) -> float:
-        """How much nearer to the top the right image came, on a scale where 1 -> 2 counts as much as 10 -> 20."""
+        """Factor by which the right image came nearer to the top: 1 -> 2 counts as much as 10 -> 20."""
         return self.before.rank / self.after.rank
 
 

@@ -36,7 +36,7 @@ MOST_BYTES = 1_500_000
 
 @dataclass(frozen=True)
 class Story:
-    """What the page tells."""
+    """The content of the page."""
 
     facts: Facts
     chapters: Sequence[Chapter]
@@ -46,7 +46,7 @@ class Story:
     releases: Sequence[ReleaseRow]
     """Oldest first."""
     about: Mapping[str, str]
-    """What each suite asks, by name."""
+    """Descriptions of suites, by name."""
 
 
 def write_page(story: Story, image: Callable[[str], bytes], path: Path) -> Path:
@@ -117,7 +117,7 @@ def suite_rows(lesson: Lesson, about: Mapping[str, str]) -> list[dict[str, Any]]
     rows = [
         {
             "name": name, "role": suite["role"], "metric": suite["metric"], "items": suite["n"],
-            "about": about.get(name) or f"Items of the stream that nobody trained on ({name}).",
+            "about": about.get(name) or f"Items of the stream that were not trained on ({name}).",
             "before": suite["before"], "after": suite["after"], "ci": suite["ci"], "decision": suite["decision"],
             "naive": naive.get(name, {}).get("after"), "naive_decision": naive.get(name, {}).get("decision", ""),
             "margin": suite.get("margin"),
@@ -147,7 +147,7 @@ def marks(releases: Sequence[ReleaseRow]) -> list[Mark]:
 
 @dataclass(frozen=True)
 class Chart:
-    """How long each request took around the swap and the rollback."""
+    """The latency of each request around the swap and the rollback."""
 
     picture: str
     """A PNG as a data URI."""

@@ -24,7 +24,7 @@ class Answered:
     after: str
 
     def right(self, answer: str) -> bool:
-        """Whether it is one of the reference answers."""
+        """True for one of the reference answers."""
         return answer.strip().lower() in {each.lower() for each in (self.item.answers or (self.item.answer,))}
 
     @property

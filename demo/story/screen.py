@@ -29,12 +29,12 @@ LINES = 10
 """Of what is happening now: the last so many."""
 LEAST_LINES = 3
 OTHER_LINES = 11
-"""Of the screen, beside these and the chapters: a head, frames, and the chapter's title and reason."""
+"""Of the screen, apart from these and the chapters: a head, frames, and the chapter's title and reason."""
 REFRESHES_PER_SECOND = 4
 STOP_SECONDS = 10.0
 """For a command to end when the demo is stopped: nothing goes on with what it has not finished."""
 _HEAD = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ [\w.]+: ")
-"""What lines of a child's log begin with; they get the time of their arrival here."""
+"""The beginning of lines of a child's log; they get the time of their arrival here."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Chapter:
     ended: float | None = None
 
     def seconds(self) -> float:
-        """How long it has taken so far."""
+        """The time that it has taken so far."""
         if self.began is None:
             return 0.0
         return (time.monotonic() if self.ended is None else self.ended) - self.began
@@ -116,7 +116,7 @@ def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
 
 
 class StoryProgress:
-    """Which chapter is being told. Reading it from another thread is safe."""
+    """Knows which chapter is being told. Reading it from another thread is safe."""
 
     def __init__(self, plan: Sequence[Chapter]) -> None:
         self.plan = tuple(plan)

@@ -1,4 +1,4 @@
-"""What the chapters of the demo share: the running parts, and the steps that both models go through alike."""
+"""The stage that the chapters of the demo share: the running parts, and the steps that both models go through alike."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from streams.publish.publisher import publish
 from streams.store.sample_store import SampleStore
 
 SOME_ANSWERS_SECONDS = 3.0
-"""How long the load is answered under a release before the next one: a dozen requests."""
+"""Time for which the load is answered under a release before the next one: a dozen requests."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Stage:
             raise RatchetError(f"{what} stands still: {error}.", f"The logs in {logs} say why.") from None
 
     def embedded(self) -> str:
-        """How much of each image space the catalog has."""
+        """The share of each image space that the catalog has."""
         catalog = self.client.status()["catalog"]
         spaces = (f"{space['rows']} of {catalog['corpus_rows']}" for space in catalog["spaces"].values())
         return f"pictures embedded for search: {', '.join(spaces)}"
@@ -170,7 +170,7 @@ class Stage:
         return f"{state}; resident releases: {resident}; {self.embedded()}{trouble}"
 
     def _served(self) -> dict[str, float] | None:
-        """What the controller recorded when every replica had acknowledged the live release."""
+        """The times that the controller recorded when every replica had acknowledged the live release."""
         subject = f"release {self.client.live()}"
         rows = (row for row in self.ledger.audit_rows() if row.subject == subject and row.action == "released")
         return next((row.detail for row in rows), None)

@@ -144,7 +144,7 @@ def _free_ports(*usual: str) -> list[str]:
 
 
 def _data(settings: Settings) -> list[DemoData]:
-    """What the demo uses, in the order in which it does."""
+    """The data that the demo uses, in the order in which it does."""
     of_questions = [DemoData(questions.DOMAIN)] if settings.base.vlm else []
     return [DemoData(captions.DOMAIN), *clip_data(settings), *vlm_data(settings), *of_questions]
 

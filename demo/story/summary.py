@@ -18,7 +18,7 @@ LOG_COLUMNS = 130  # a log has no width of its own, and 80 columns would cut the
 
 @dataclass(frozen=True)
 class Lesson:
-    """What happened to one model: a naive update, the default one, and its way into service and back. Seconds."""
+    """The course of one model: a naive update, the default one, and its way into service and back. Seconds."""
 
     naive: VerdictRow
     default: VerdictRow
@@ -32,7 +32,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the story measured. Times are seconds."""
+    """The figures that the story measured. Times are seconds."""
 
     release: int
     clip: Lesson
@@ -97,7 +97,7 @@ def _lesson(lesson: Lesson) -> dict[str, Any]:
 
 
 def broken_promises(facts: Facts) -> list[str]:
-    """What the demo should have shown and did not, in words; empty when all is well."""
+    """Promises that the demo should have kept and did not, in words; empty when all is well."""
     broken = []
     unasked = facts.vlm is not None and not facts.vlm_requests
     if facts.failed or not facts.requests or unasked:

@@ -176,7 +176,7 @@ def switch(context: typer.Context, name: _NAME, reason: Reason) -> None:
 
 
 def passed(update: UpdateRow, verdict: VerdictRow | None) -> bool:
-    """Whether the gate let it through, and it is finished."""
+    """True where the gate let it through, and it is finished."""
     return verdict is not None and verdict.outcome == "passed" and update.state == "done"
 
 

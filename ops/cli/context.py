@@ -1,4 +1,4 @@
-"""What every command gets: the settings, how to pass them on to a child process, and a client of the model server."""
+"""The context of every command: settings, the command line of a child under the same ones, a client of the server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Context:
     file: Path | None
     flags: list[str]
     role: str = "ratchet"
-    """What the log calls this process: the command's name."""
+    """The name of this process in the log: that of the command."""
 
     @cached_property
     def settings(self) -> Settings:
@@ -51,7 +51,7 @@ class Context:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What ``--set`` says, by dotted name. Raises ConfigError."""
+        """The values of ``--set``, by dotted name. Raises ConfigError."""
         return dict(_assignment(flag) for flag in self.flags)
 
     def command(self, *words: str) -> list[str]:

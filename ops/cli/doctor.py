@@ -96,7 +96,7 @@ def check_server(settings: Settings, wait: float = 0.0) -> str:
 
 
 def fault_of(vectors: npt.NDArray[np.float32]) -> str:
-    """What is wrong with the embeddings [3, dim] of :data:`TEXTS`; empty if nothing is."""
+    """The fault of the embeddings [3, dim] of :data:`TEXTS`; empty if they are right."""
     import numpy as np
 
     if vectors.ndim != 2 or len(vectors) != len(TEXTS):

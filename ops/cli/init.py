@@ -39,7 +39,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Answers:
-    """What was asked, or given as options."""
+    """The answers to what was asked, or given as options."""
 
     model: str
     weights: Path | None
@@ -51,7 +51,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model becomes the base."""
+    """The model that becomes the base."""
 
     model: str
     """A registered base, a folder, or an architecture of open_clip."""
@@ -144,12 +144,12 @@ def init(
 
 
 def on_terminal() -> bool:
-    """Whether somebody can be asked."""
+    """True where someone can be asked."""
     return sys.stdin.isatty()
 
 
 def _ask(shared: ctx.Context, home: Path | None, given: Answers, yes: bool) -> Answers:
-    """What was given, what is answered on a terminal, and defaults."""
+    """Options that were given, answers on a terminal, and defaults."""
     defaults = _load(shared, {} if home is None else {"home": home})
     by_flag = {each for each, origin in defaults.origins.items() if origin == "flag"}
     asking = on_terminal() and not yes
@@ -253,7 +253,7 @@ def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
     if config is None:
         known = ", ".join(_bases(home)) or "none"
         raise ConfigError(
-            f"--model: {model!r} is no registered base ({known}), no folder, and no architecture of open_clip.",
+            f"--model: {model!r} is not a registered base ({known}), a folder, or an architecture of open_clip.",
             "`python -c 'import open_clip; print(open_clip.list_models())'` lists the architectures.",
         )
     if weights is None:
@@ -317,7 +317,7 @@ def _broker(settings: Settings, answers: Answers, offline: bool) -> str:
 
 
 def _tell(settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: list[SuitePower]) -> None:
-    """Which pictures are used for what, and what loss and what gain the suites can show."""
+    """Print which pictures are used for what, and the loss and the gain that the suites can show."""
     from ops.cli.init_suites import fresh_needed
 
     gate, console = settings.gate, Console()

@@ -60,7 +60,7 @@ class LabelledSample:
     listed: int = 0
     """Pictures with a class or a caption; more than ``pictures`` where not all were needed."""
     unusable: list[str] = field(default_factory=list)
-    """Why rows cannot be used."""
+    """Reasons why rows cannot be used."""
 
 
 def read_sample(data: Path | None, labels: Path | None, bounds: Ingest, most: int) -> LabelledSample:
@@ -103,14 +103,14 @@ def read_sample(data: Path | None, labels: Path | None, bounds: Ingest, most: in
 
 def _source(data: Path | None, labels: Path | None) -> Source:
     if data is not None and not data.is_dir():
-        raise ConfigError(f"--data: {data} is no folder.", "Name the folder that holds the pictures.")
+        raise ConfigError(f"--data: {data} is not a folder.", "Name the folder that holds the pictures.")
     if labels is None:
         if data is None:
             raise ConfigError("--data: there are no pictures.", "Name the folder that holds them.")
         return Source(data)
     if not labels.is_file() or labels.suffix.lower() not in (".csv", ".jsonl", ".ndjson"):
         raise ConfigError(
-            f"--labels: {labels} is no CSV or JSON Lines file.",
+            f"--labels: {labels} is not a CSV or JSON Lines file.",
             "Name one (.csv or .jsonl) with the columns file, and label or caption.",
         )
     return Source(data or labels.parent)
@@ -278,12 +278,12 @@ class SuitePower:
 
     @property
     def enough(self) -> bool:
-        """Whether an update that changes nothing passes it, with the chance ``gate.power``."""
+        """True where an update that changes nothing passes it, with the chance ``gate.power``."""
         return self.units >= max(self.needed, self.min_items)
 
     @property
     def advice(self) -> str:
-        """What to do where there are too few items; else empty."""
+        """Advice where there are too few items; else empty."""
         if self.enough:
             return ""
         wider = math.ceil(100 * self.excludes) / 100

@@ -38,7 +38,7 @@ def publish(
     source: Annotated[str | None, typer.Option(help="Recorded as the source of samples that name none.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check every row, and send nothing.")] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out rows that are no valid samples; the first ends it otherwise.")
+        bool, typer.Option("--skip-bad", help="Leave out invalid rows; the first one ends it otherwise.")
     ] = False,
     rejects: Annotated[
         Path | None, typer.Option(help="Write what was refused, and why, to this file (JSON Lines).", dir_okay=False)

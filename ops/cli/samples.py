@@ -59,7 +59,7 @@ def trace(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What became of a record: stored, a duplicate of what, refused and why, deleted, lost, or not read yet.
+    """Trace a record: stored, a duplicate of what, refused and why, deleted, lost, or not read yet.
 
     Examples:  ratchet samples trace ratchet.samples:0:42    |    ratchet samples trace --id 0123456789ab
     """
@@ -164,7 +164,7 @@ def stats(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How many samples there are of each split, domain, source and concept; duplicates, losses, and refusals by source.
+    """Count samples by split, domain, source and concept; duplicates, losses, and refusals by source.
 
     Examples:  ratchet samples stats --json    |    ratchet samples stats --near-duplicates 0
     """

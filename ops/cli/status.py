@@ -141,7 +141,7 @@ def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableTyp
 
 
 def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
-    """What is well in one line, and a line for each that is not."""
+    """Those that are well in one line, and a line for each that is not."""
     lines = Text()
     well = [name for name, found in dependencies.items() if found["state"] == "ok"]
     lines.append(f"{', '.join(well)}: ok" if well else "", "dim")
@@ -203,7 +203,7 @@ def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
 
 
 def rollout_line(rollout: dict[str, Any]) -> str:
-    """What the guard watches, in one line; empty when it watches nothing."""
+    """The release that the guard watches, in one line; empty when it watches none."""
     if "release" not in rollout:
         return ""
     what = {"guard": "guard watches", "shadow": "shadow"}.get(rollout["state"], f"canary {rollout['share']:.0%}")
@@ -292,7 +292,7 @@ def _stream(facts: dict[str, Any]) -> Panel:
 
 
 def maintenance_line(stream: StreamState) -> tuple[str, str]:
-    """What is known of maintenance, and the style that it is written in."""
+    """The state of maintenance, and the style that it is written in."""
     if stream.maintained is None:
         if stream.maintenance_failing:
             return "maintenance fails", "red"

@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: options that many have, times as people write them, tables and their JSON."""
+"""Parts that commands share: options that many have, times as people write them, tables and their JSON."""
 
 from __future__ import annotations
 

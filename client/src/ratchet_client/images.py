@@ -127,7 +127,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_B
     if kind is None:
         raise RecordError(
             "image_format",
-            f"the image begins with {data[:8]!r}, which is no format that is taken.",
+            f"the image begins with {data[:8]!r}, which is not a format that is taken.",
             f"Send one of {', '.join(CONTENT_TYPES)}.",
         )
     if kind == "JPEG" and has_too_many_scans(data):
@@ -167,7 +167,7 @@ def open_accepted(data: bytes) -> OpenedImage:
     """Open an image that was accepted before, by the limits of its time: they may have been wider than any of today.
 
     Raises:
-        RecordError: it is no image.
+        RecordError: it is not an image.
     """
     return open_image(data, max_pixels=sys.maxsize, max_bytes=sys.maxsize)
 
@@ -210,7 +210,7 @@ def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
 
 
 def _without_padding(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """A JPEG that was decoded at a scale: where a side is no multiple of it, its last pixel is padded by less than one.
+    """A JPEG that was decoded at a scale: its last pixel is padded where a side is not a multiple of it.
 
     Left there, a picture of 641 columns would be stretched to 644.
     """

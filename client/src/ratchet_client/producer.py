@@ -74,7 +74,7 @@ class RecordSender:
     def send(self, topic: str, record: Encoded, note: str = "") -> Future[Delivery]:
         """Queue one record; the future holds its delivery, or a BrokerError. Waits while too many are in flight."""
         result: Future[Delivery] = Future()
-        result.set_running_or_notify_cancel()  # what is queued is sent: nobody can cancel it
+        result.set_running_or_notify_cancel()  # what is queued is sent: it cannot be cancelled
         self._room.acquire()
 
         def delivered(metadata: Any) -> None:

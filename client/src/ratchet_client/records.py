@@ -56,7 +56,7 @@ MAX_SOURCE_CHARS: Final = 2048
 MAX_TAGS: Final = 32
 MAX_TAG_CHARS: Final = 64
 _MILLISECONDS: Final = 2e10
-"""A larger number is no time in seconds: that would be after the year 2600."""
+"""A larger number is not a time in seconds: that would be after the year 2600."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Sample:
         for name, check in _CHECKS.items():
             try:
                 value = check(getattr(self, name))
-            except UnicodeEncodeError:  # JSON can hold these, and they are no text
+            except UnicodeEncodeError:  # JSON can hold these, and they are not text
                 raise _invalid(name, "it holds half of a surrogate pair") from None
             except (ValueError, OverflowError, OSError) as error:
                 raise _invalid(name, str(error)[:200]) from None

@@ -212,7 +212,7 @@ def closed_port() -> int:
 WRONG: dict[str, tuple[list[str], str, str]] = {
     "no model": ([], "--model is not given", "--yes"),
     "a hub": (["--model", "hf-hub:a/b"], "--model: hf-hub:a/b", "ratchet base add"),
-    "no such model": (["--model", "ViT-B-61"], "--model: 'ViT-B-61' is no registered base (tiny)", "open_clip"),
+    "no such model": (["--model", "ViT-B-61"], "--model: 'ViT-B-61' is not a registered base (tiny)", "open_clip"),
     "no weights": (["--model", "ViT-B-16"], "--weights: ViT-B-16", "--weights"),
     "a tokenizer of a hub": (["--model", "ViT-B-16-SigLIP", "--weights", "w.safetensors"], "the tokenizer", "folder"),
     "weights alone": (["--model", "w.safetensors"], "--model: w.safetensors", "--weights w.safetensors"),
@@ -220,7 +220,7 @@ WRONG: dict[str, tuple[list[str], str, str]] = {
     "no weights file": (["--model", "ViT-B-16", "--weights", "no"], "--weights: there is no file no", "safetensors"),
     "other weights": (["--model", "my-clip", "--weights", "w.safetensors", "--data", "things"], "--weights", "name"),
     "no data": (["--model", "tiny"], "--data: a model of your own", "--labels"),
-    "no folder": (["--model", "tiny", "--data", "none"], "--data: none is no folder", "Name"),
+    "no folder": (["--model", "tiny", "--data", "none"], "--data: none is not a folder", "Name"),
     "no pictures": (["--model", "tiny", "--data", "empty"], "--data: empty has no picture", "subfolders"),
     "one class": (["--model", "tiny", "--data", "one"], "--data: the 4 pictures", "captions"),
     "no labels": (["--model", "tiny", "--labels", "none.csv"], "--labels: none.csv", "columns file"),
