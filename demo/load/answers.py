@@ -15,17 +15,13 @@ from core.artifacts import Artifacts
 from core.ledger import Ledger
 from core.ledger.rows import Family
 from core.settings import Settings
-from demo.load.probes import Probe
+from demo.load.probes import ANSWER_TOKENS, Probe, Question
 from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.http.classify import probabilities
 from serving.releases.release_snapshot import BASE
-
-Question = tuple[bytes, str]
-"""An encoded image, and what is asked about it."""
-ANSWER_TOKENS = 16
 
 
 class ExpectedVectors:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from core.ledger.rows import Family
-from demo.load.answers import ANSWER_TOKENS, Question
 from ratchet_client import data_uri
 
+Question = tuple[bytes, str]
+"""An encoded image, and what is asked about it."""
+ANSWER_TOKENS = 16
 RequestKind = Literal["embeddings", "classify", "search", "chat"]
 PATHS: Final[dict[RequestKind, str]] = {
     "embeddings": "/v1/embeddings",

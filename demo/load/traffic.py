@@ -27,8 +27,9 @@ from core.errors import RatchetError
 from core.ledger.rows import Family
 from core.settings import Settings
 from core.waiting import StoodStill, wait_for_progress
-from demo.load.answers import AnswerCheck, Question
+from demo.load.answers import AnswerCheck
 from demo.load.probes import (
+    Question,
     RequestKind,
     batch_probes,
     chat_probes,

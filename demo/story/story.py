@@ -20,7 +20,7 @@ from core.settings.serving import SHIPPED_VLM
 from core.stop_signals import Stopped, undisturbed
 from demo.data import QUESTIONS, DemoData, Preparation
 from demo.first_start import clip_data, make_clip, make_vlm, vlm_data
-from demo.load.answers import Question
+from demo.load.probes import Question
 from demo.load.traffic import Report, Traffic
 from demo.story import captions, questions
 from demo.story.page import Story, write_page

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from core.errors import ConfigError
 from demo.data import QUESTIONS, prepare_questions
-from demo.data.questions_make import Picture, Question, make_questions
-from demo.data.questions_pictures import basic_name, colour_shares, main_colour
+from demo.data.questions_make import Picture, Question, colour_shares, main_colour, make_questions
+from demo.data.questions_pictures import basic_name
 from demo.data.questions_words import CATEGORIES, COLOURS, NOUNS, SUBGROUPS, SYNONYMS, with_article
 
 THINGS = {"animal": "cat dog cow pig", "food": "pear plum bread", "vehicle": "car bus tram boat", "tool": "axe saw"}
