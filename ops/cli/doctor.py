@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from core.addresses import listens
 from core.errors import ConfigError, GateError, RatchetError
 from core.ledger.rows import Family
 from core.settings import Settings
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 TEXTS = ("a photo of a cat", "a photo of a cat", "a red sports car")
 TOLERANCE = 1e-3
-NEEDED_DISK_BYTES = 5 * 1024**3  # packages, rendered data, the base and its adapters of the demo
-NEEDED_MEMORY_BYTES = 6 * 1024**3  # Ray, two encoders, a trainer
 
 
 @dataclass(frozen=True)
@@ -124,23 +121,16 @@ def examine(settings: Settings) -> list[Finding]:
     return findings + _dependencies(settings)
 
 
-def _python(_: Settings) -> Finding:
-    return Finding("ok" if sys.version_info >= (3, 11) else "fail", "Python", platform.python_version(), "Use 3.11+.")
-
-
 def _compute(_: Settings) -> Finding:
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return Finding("ok", "compute", f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}")
+    python = f"Python {platform.python_version()}"
+    return Finding("ok", "compute", f"{os.cpu_count()} cores, {gpu}, {python}, torch {torch.__version__}")
 
 
 def _memory(_: Settings) -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    enough = total >= NEEDED_MEMORY_BYTES
-    return Finding(
-        "ok" if enough else "warn", "memory", f"{total / 1024**3:.1f} GiB", "" if enough else "6 GiB is the least."
-    )
+    return _space("memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 6, "Ray and models need 6 GiB.")
 
 
 def _disk(settings: Settings) -> Finding:
@@ -149,18 +139,17 @@ def _disk(settings: Settings) -> Finding:
         place = place.parent
     if not os.access(place, os.W_OK):
         return Finding("fail", "home", f"{place} cannot be written", "Choose another with --set home=DIR.")
-    free = shutil.disk_usage(place).free
-    enough = free >= NEEDED_DISK_BYTES
-    return Finding(
-        "ok" if enough else "warn", "disk", f"{free / 1024**3:.1f} GiB free", "" if enough else "Free 5 GiB."
-    )
+    return _space("disk", shutil.disk_usage(place).free, 5, "Free 5 GiB.")
 
 
 def _shared_memory(_: Settings) -> Finding:
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0  # noqa: S108, PTH112
-    enough = free >= 512 * 1024**2
-    fix = "" if enough else "Give the container a larger /dev/shm; Ray keeps objects there."
-    return Finding("ok" if enough else "warn", "shared memory", f"{free / 1024**2:.0f} MiB free", fix)
+    return _space("shared memory", free, 0.5, "Give the container a larger /dev/shm; Ray keeps objects there.")
+
+
+def _space(what: str, found: int, needed_gib: float, fix: str) -> Finding:
+    enough = found >= needed_gib * 1024**3
+    return Finding("ok" if enough else "warn", what, f"{found / 1024**3:.1f} GiB", "" if enough else fix)
 
 
 def _local_extra(_: Settings) -> Finding:
@@ -257,13 +246,6 @@ def _dependencies(settings: Settings) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _http(settings: Settings) -> Finding:
-    address = f"{settings.serve.host}:{settings.serve.port}"
-    if listens(address):
-        return Finding("ok", "HTTP", f"something listens on {address}")
-    return Finding("ok", "HTTP", f"{address} is free; `ratchet up` will listen there")
-
-
 _IMPORT = """
 import sys
 from core.errors import RatchetError
@@ -278,6 +260,6 @@ print(vllm.__version__)
 """
 
 _CHECKS: tuple[Callable[[Settings], Finding], ...] = (
-    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _base, _vlm_base,
-    _suites, _vlm_engine, _http,
+    _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _base, _vlm_base,
+    _suites, _vlm_engine,
 )  # fmt: skip
