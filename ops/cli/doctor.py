@@ -139,7 +139,7 @@ def _disk(settings: Settings) -> Finding:
         place = place.parent
     if not os.access(place, os.W_OK):
         return Finding("fail", "home", f"{place} cannot be written", "Choose another with --set home=DIR.")
-    return _space("disk", shutil.disk_usage(place).free, 5, "Free 5 GiB.")
+    return _space("disk", shutil.disk_usage(place).free, 5, "Free 5 GiB: packages, data, bases and adapters.")
 
 
 def _shared_memory(_: Settings) -> Finding:

@@ -64,7 +64,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str, *, whole: Sequence[s
     Args:
         whole: columns that are never broken, so that names can be copied from a narrow terminal.
     """
-    table = Table(title=title or None)
+    table = Table(title=Text(title) if title else None)
     for name, value in (rows[0] if rows else {}).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         table.add_column(
@@ -80,9 +80,9 @@ def show_facts(facts: Mapping[str, Any], title: str = "", as_json: bool = False)
     if as_json:
         show_json(facts)
         return
-    table = Table("", Column("", overflow="fold"), show_header=False, title=title or None)
+    table = Table("", Column("", overflow="fold"), show_header=False, title=Text(title) if title else None)
     for name, value in facts.items():
-        table.add_row(printable(name.replace("_", " ")), cell(value))
+        table.add_row(cell(name.replace("_", " ")), cell(value))
     Console().print(table)
 
 
@@ -109,7 +109,7 @@ def cell(value: Any) -> Text:
         case datetime():
             text = f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
         case int():
-            text = f"{value:,}"
+            text = f"{value:,}" if value >= 10_000 else str(value)  # numbers of releases can be copied
         case float():
             text = f"{value:,.3f}".rstrip("0").rstrip(".")
         case list() | tuple():
