@@ -225,11 +225,13 @@ def why_not_ready(model: Family) -> Call[str]:
 
 
 def described(method: F, make: Callable[..., Any]) -> F:
-    """A client's method with the name, the arguments and the docstring of the call that it makes."""
+    """A client's method with the name, the arguments and the docstring of the call that it makes, for ``help``."""
     signature = inspect.signature(make)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    result = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")
+    parameters = [itself, *signature.parameters.values()]
     method.__name__, method.__doc__ = make.__name__, make.__doc__
-    method.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+    vars(method)["__signature__"] = signature.replace(parameters=parameters, return_annotation=result)
     return method
 
 
