@@ -180,7 +180,7 @@ def test_an_update_goes_from_the_stream_into_service_and_back_under_load(install
         out = installation.ratchet("releases", "rollback", "--reason", "to see the old one")
         assert "release 3 is live everywhere: clip base" in out
         assert len(installation.client.search(text="a red circle", k=5)) == 5
-        installation.ratchet("releases", "release", "--clip", verdict.adapter, "--reason", "better")
+        installation.ratchet("releases", "create", "--clip", verdict.adapter, "--reason", "better")
         wait(lambda: installation.client.live() == 4)
         time.sleep(1.0)
     report = traffic.report()
