@@ -115,7 +115,7 @@ class Scenario:
             while True:
                 began = time.monotonic()
                 try:
-                    self._operate("releases", "release", *words, "--force", "--reason", reason)
+                    self._operate("releases", "create", *words, "--force", "--reason", reason)
                     break
                 except RatchetError as error:
                     refusals.append(str(error)[-200:])
