@@ -28,7 +28,7 @@ def _fence_examples(command: Any) -> None:
     """Write the examples at the end of a command's help, and of those below it, as a block."""
     prose, *rest = re.split(r"^Examples?:", inspect.cleandoc(command.help or ""), maxsplit=1, flags=re.M)
     parts = (re.sub(r"\s+", " ", each).strip() for each in re.split(r"(?:\s{2,}|\n)\|\s+|\n\s*\n", " ".join(rest)))
-    lines = "\n".join(each for each in parts if each)
+    lines = "\n".join(each for each in parts if each.startswith("ratchet"))
     command.help = f"{prose.strip()}\n\n```bash\n{lines}\n```" if lines else prose.strip()
     for child in getattr(command, "commands", {}).values():
         _fence_examples(child)
