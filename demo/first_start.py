@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from core.progress import step
 from core.settings import Settings
 from core.settings.serving import SHIPPED, SHIPPED_VLM
@@ -47,7 +49,7 @@ def clip_data(settings: Settings) -> list[DemoData]:
     """The reference pool of the shipped CLIP, and what suites ask it: of a domain that only they use, their split."""
     if settings.base.clip != SHIPPED:
         return []
-    pool = [] if settings.updater.reference else REFERENCE
+    pool: Sequence[str] = () if settings.updater.reference else REFERENCE
     return [*map(DemoData, pool), *(each for each in _suite_data(settings) if each.name not in QUESTIONS)]
 
 

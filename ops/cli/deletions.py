@@ -88,7 +88,10 @@ def list_deletions(
     ledger = ctx.ledger_of(context)
     if deletion_id is not None:
         row = _one(ledger, deletion_id)
-        show_json(receipt(row)) if as_json else _show_receipt(row)
+        if as_json:
+            show_json(receipt(row))
+        else:
+            _show_receipt(row)
         return
     rows = ledger.deletions(limit)
     if as_json:

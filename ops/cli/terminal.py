@@ -49,11 +49,11 @@ def show_rows(
     rows: Iterable[Mapping[str, Any]], title: str, as_json: bool = False, *, whole: Sequence[str] = ()
 ) -> None:
     """Print rows with equal keys as a table, or as a JSON array; ``whole`` is that of :func:`table_of`."""
-    rows = list(rows)
+    listed = list(rows)
     if as_json:
-        show_json(rows)
-    elif rows:
-        Console().print(table_of(rows, title, whole=whole))
+        show_json(listed)
+    elif listed:
+        Console().print(table_of(listed, title, whole=whole))
     else:
         typer.echo(f"{title}: none")
 
