@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 
 from core.errors import ConfigError
 from core.settings import Settings
+from demo.first_start import make_clip, make_vlm
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
@@ -36,9 +36,16 @@ WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search",
 """These need no base."""
 
 
-def main_of(name: str) -> Callable[[Settings, list[str]], None]:
-    """The function that runs a benchmark with its own flags. Raises ConfigError when none has that name."""
+def run(name: str, settings: Settings, arguments: list[str]) -> None:
+    """Run a benchmark with its own flags, building the shipped bases first where it uses them.
+
+    Raises:
+        ConfigError: no benchmark has this name.
+    """
     if name not in BENCHMARKS:
         raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")
-    found: Callable[[Settings, list[str]], None] = importlib.import_module(BENCHMARKS[name]).main
-    return found
+    main = importlib.import_module(BENCHMARKS[name]).main
+    if name not in WITHOUT_MODELS:
+        make_clip(settings)
+        make_vlm(settings)
+    main(settings, arguments)

@@ -55,7 +55,7 @@ def run(
     for domain in domains or (*CLIP_DOMAINS, *VLM_DOMAINS):
         folder = settings.home / "data" / domain
         if not folder.is_dir():
-            raise RatchetError(f"{folder} is not there.", f"Run `ratchet data prepare {domain}`.")
+            raise RatchetError(f"{folder} is not there.", f"Run `ratchet demo data prepare {domain}`.")
         items = read_folder(folder, split="test")
         asked = [item for item in items if item.question]
         with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as made, step(f"measuring on {domain}"):

@@ -28,7 +28,7 @@ from benchmarks.trainer import BusyTrainer, prepare_data
 from core.errors import RatchetError
 from core.progress import step, track
 from core.settings import Settings
-from ops.load.traffic import Report, Sample, Traffic, percentile
+from demo.load.traffic import Report, Sample, Traffic, percentile
 from serving.app import start
 from tests.support.inputs import TEXTS, pictures
 

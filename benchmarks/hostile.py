@@ -40,7 +40,7 @@ from benchmarks.swap import make_adapters
 from core.priority import nice_process
 from core.progress import step
 from core.settings import Settings
-from ops.load.traffic import Report, Traffic, percentile
+from demo.load.traffic import Report, Traffic, percentile
 from ratchet_client import Client
 from ratchet_client.errors import RatchetError
 from serving.app import serves_vlm, start

@@ -3,8 +3,8 @@
 A Ray cluster on this machine: a head with ingress, catalog and controller, and nodes with one encoder each, which join
 while the server runs. The engine sleeps instead of computing, so that nodes do not share its processors: what grows is
 what the server carries, and what a request costs beside the encoders is the cost of its control plane. ``scale_2`` and
-``scale_3`` are requests a second over those of one node; ``planned_*`` is what `ratchet plan`'s simulation says of the
-same load.
+``scale_3`` are requests a second over those of one node; ``planned_*`` is what the simulation of `ratchet admin plan`
+says of the same load.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from benchmarks.serving.session_processes import session_pids
 from benchmarks.swap import CAPACITY_CONCURRENCY, Swaps, make_adapters, make_vlm_adapters, throughput
 from core.progress import say, step, track
 from core.settings import Settings
-from ops.load.traffic import Report, Traffic, percentile
+from demo.load.traffic import Report, Traffic, percentile
 from ratchet_client import Client
 from serving.app import serves_vlm, start
 from tests.support.inputs import QUESTIONS, TEXTS, pictures

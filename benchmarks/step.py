@@ -135,7 +135,7 @@ def _examples(settings: Settings, pairs: int) -> list[Pair]:
     if not items:
         raise RatchetError(
             f"there is no reference pool for {settings.base.clip!r} in {settings.home}.",
-            "Run `ratchet data prepare noto`, or name folders in updater.reference.",
+            "Run `ratchet demo data prepare noto`, or name folders in updater.reference.",
         )
     chosen = [items[number * len(items) // pairs] for number in range(pairs)]
     return [Pair(f"{number}", item.text, item.bytes) for number, item in enumerate(chosen)]

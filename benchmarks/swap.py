@@ -33,7 +33,7 @@ from core.errors import RatchetError
 from core.ledger import Ledger
 from core.progress import step, track
 from core.settings import Settings
-from ops.load.traffic import Report, Sample, Traffic, percentile
+from demo.load.traffic import Report, Sample, Traffic, percentile
 from ratchet_client import Client, ServerError
 from serving.app import serves_vlm, start
 from serving.engines.clip import ClipEngine

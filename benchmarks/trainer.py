@@ -70,7 +70,7 @@ def prepare_data(settings: Settings) -> Settings:
 
 
 class BusyTrainer:
-    """``ratchet update`` as ``ratchet up`` runs it: a session of its own, its priority and its duty cycle."""
+    """``ratchet trainer`` as ``ratchet up`` runs it: a session of its own, its priority and its duty cycle."""
 
     def __init__(self, settings: Settings, file: Path) -> None:
         """``file``: where the settings are written for the process."""
@@ -78,7 +78,7 @@ class BusyTrainer:
         file.write_text(yaml.safe_dump(values))
         self.url = f"http://127.0.0.1:{settings.updater.metrics_port}/metrics"
         self.part = ChildProcess(
-            "update", ratchet_command("update", "--family", "clip", file=file), file.with_suffix(".log")
+            "trainer", ratchet_command("trainer", "--family", "clip", file=file), file.with_suffix(".log")
         )
 
     def start(self) -> None:

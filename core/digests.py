@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ratchet_client.digests import digest_bytes as digest_bytes
+from ratchet_client.records import digest_bytes as digest_bytes
 
 if TYPE_CHECKING:
     import torch

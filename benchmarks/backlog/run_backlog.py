@@ -1,6 +1,6 @@
 """``ratchet bench backlog``: an updater before a million pending pairs, with the default budget.
 
-The pairs are written straight into the sample store; then ``ratchet update`` runs as it always does, with its settings
+The pairs are written straight into the sample store; then ``ratchet trainer`` runs as it always does, with its settings
 and the default recipe, on the shipped base and its reference pool. After each update a part more arrives, and what
 passed is released as the controller would. The gate asks one small suite, and fresh ones from the store.
 

@@ -39,7 +39,7 @@ class Watched:
 def watch(
     settings: Settings, file: Path, updates: int, seconds: float, between: Callable[[UpdateRow], None]
 ) -> Watched:
-    """Run ``ratchet update`` until so many updates are finished.
+    """Run ``ratchet trainer`` until so many updates are finished.
 
     Args:
         file: where the settings are written for the process.
@@ -51,7 +51,7 @@ def watch(
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude={"serve": {"operator_key"}})
     file.write_text(yaml.safe_dump(values))
-    part = ChildProcess("update", ratchet_command("update", "--family", "clip", file=file), file.with_suffix(".log"))
+    part = ChildProcess("trainer", ratchet_command("trainer", "--family", "clip", file=file), file.with_suffix(".log"))
     ledger, seen = Ledger.open(settings.ledger), Watched()
     part.start()
     began = last = time.monotonic()

@@ -15,7 +15,7 @@ from core.ledger import Ledger
 from core.progress import say, step
 from core.settings import Settings
 from core.waiting import wait_until
-from ops.load.traffic import Report, Traffic
+from demo.load.traffic import Report, Traffic
 from ratchet_client import Client
 from streams.kafka.clients import connect_producer
 from tests.support.chart import Object
@@ -115,7 +115,7 @@ class Scenario:
             while True:
                 began = time.monotonic()
                 try:
-                    self._operate("releases", "release", *words, "--force", "--reason", reason)
+                    self._operate("releases", "create", *words, "--force", "--reason", reason)
                     break
                 except RatchetError as error:
                     refusals.append(str(error)[-200:])

@@ -20,7 +20,7 @@ from benchmarks.continual.stream import Role, by_hash
 from core.digests import digest_json, share_of
 from core.progress import step
 from demo.data import prepare_domain, prepare_questions
-from demo.data.questions_fashion import ASK_GARMENT, SYNONYMS
+from demo.data.questions import ASK_GARMENT, SYNONYMS
 from demo.data.questions_pictures import basic_name
 from demo.data.questions_words import ASK_CATEGORY, ASK_NAME, with_article
 from demo.vlm.shipped import TRAINED_ON

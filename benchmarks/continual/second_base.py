@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from core.progress import say, track
 from core.settings.serving import SHIPPED
-from demo.clip.features import load_pixels
 from demo.clip.shipped import DOMAINS
+from demo.clip.towers import load_pixels
 from demo.data import prepare_domain
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, construct, list_bases, load_base, save_base

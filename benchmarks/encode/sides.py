@@ -20,7 +20,7 @@ from benchmarks.line_worker import LineWorker
 from benchmarks.serving.session_processes import session_pids
 from core.errors import RatchetError
 from core.settings import Settings
-from ops.load.traffic import percentile
+from demo.load.traffic import percentile
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.messages import Modality

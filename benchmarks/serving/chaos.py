@@ -30,7 +30,7 @@ from benchmarks.serving.operator import Operator
 from core.errors import ConfigError
 from core.progress import say, step
 from core.settings import Settings
-from ops.load.traffic import Traffic
+from demo.load.traffic import Traffic
 from tests.support.inputs import QUESTIONS
 
 TEXTS: Final = ("a photo of a cat", "a red circle", "an old map", "two birds")

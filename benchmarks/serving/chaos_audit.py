@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ops.load.probes import RequestKind
-from ops.load.traffic import Sample
+from demo.load.probes import RequestKind
+from demo.load.traffic import Sample
 
 Process = str
 """``encoder``, ``vlm``, ``catalog``, ``ingress``, ``controller``."""

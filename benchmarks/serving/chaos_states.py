@@ -21,7 +21,7 @@ from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
 from core.errors import RatchetError
 from core.progress import say
-from ops.load.traffic import Traffic
+from demo.load.traffic import Traffic
 from tests.support.commit_relay import Loss
 
 STEPS: Final = ("pending", "preparing", "committed", "announced")

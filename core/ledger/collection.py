@@ -172,7 +172,7 @@ def restore_mark(row: t.Adapter) -> None:
     """
     if row.collected_at is not None and row.collected_bytes is None:
         raise LedgerError(
-            f"the files of adapter {row.name!r} are being collected.", "Try again when `ratchet gc` has ended."
+            f"the files of adapter {row.name!r} are being collected.", "Try again when `ratchet admin gc` has ended."
         )
     row.collected_at = row.collected_bytes = None
 

@@ -164,7 +164,7 @@ class LearningQueries(Queries):
                 if row.state == "done" or judged is not None or session.scalars(newest).first() != update_id:
                     raise LedgerError(
                         f"{update_id} is {row.state}, and it was judged or is not the newest one of its family.",
-                        "Begin another on the same data: `ratchet update --once --retry`.",
+                        "Begin another on the same data: `ratchet trainer --once --retry`.",
                     )
             note(session, actor, "update.retry", f"update {update_id}", {"state": row.state, "error": row.error})
             if row.state in FINISHED:

@@ -10,8 +10,7 @@ from pydantic import Field, SecretStr, field_validator
 from core.addresses import NetworkRule, UriRule
 from core.settings.identity import OAuth
 from core.settings.section import MIB, Section, http_url
-from ratchet_client.limits import DEFAULT_LIMITS
-from ratchet_client.records import TOPIC
+from ratchet_client.records import DEFAULT_LIMITS, TOPIC
 
 OWNED_OPTIONS: Final[Mapping[str, str]] = {
     "acks": "a record counts as sent when all replicas have it",
@@ -126,9 +125,11 @@ class Retention(Section):
 
 
 class Collection(Section):
-    """What is deleted of adapters, their carry-over, gate reports and caches: `ratchet gc`, and maintenance."""
+    """What is deleted of adapters, their carry-over, gate reports and caches: `ratchet admin gc`, and maintenance."""
 
-    hours: float = Field(24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet gc` does.")
+    hours: float = Field(
+        24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet admin gc` does."
+    )
     keep_releases: int = Field(
         20, ge=2, le=10_000, description="Newest releases of each base whose adapters stay, whatever their age."
     )

@@ -26,7 +26,7 @@ from core.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionRecipe:
-    """How the projections are trained. The defaults made the committed asset."""
+    """Hyperparameters of the projections. The defaults made the committed asset."""
 
     epochs: int = 25
     batch: int = 512

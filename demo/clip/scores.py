@@ -34,7 +34,7 @@ TEMPLATES = {
 }
 """Domains with classes, and the prompts for them."""
 _NO_RETRIEVAL = ("fashion",)
-"""Ten templated texts for thousands of pictures are no retrieval task."""
+"""Ten templated texts for thousands of pictures are not a retrieval task."""
 
 
 def score_base(
@@ -59,7 +59,7 @@ def score_base(
 
 
 def committed_scores() -> dict[str, dict[str, float]]:
-    """What the shipped base scored when its projections were committed."""
+    """Scores of the shipped base when its projections were committed."""
     value: dict[str, Any] = json.loads((ASSETS / SCORES).read_text())
     scores: dict[str, dict[str, float]] = value["domains"]
     return scores

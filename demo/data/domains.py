@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from core.errors import ConfigError
-from demo.data import clipart, digits, emoji, fashion, flags, pixel, stamps
+from demo.data import clipart, emoji, pixel, small_sets
 from demo.data.domain import DomainInfo, build
 from demo.data.packages import Package
 from demo.data.render import draw_svg
@@ -18,27 +18,23 @@ _ISO_CODES: Final = Package("deb", "iso-codes")
 def _pixels(name: str, title: str, folder: str) -> DomainInfo:
     return DomainInfo(
         name=name,
-        title=f"Cataclysm: DDA, {title} tiles",
         packages=(Package("deb", "cataclysm-dda-data"),),
         licence="CC-BY-SA-3.0",
         attribution=f"{title} tileset and game data, Cataclysm: Dark Days Ahead contributors",
         builder=pixel.tileset(folder),
         crisp=True,
-        labels="kind of thing, 11 classes",
         templates=("pixel art of {}.", "a video game sprite of {}.", "a small pixel picture of {}."),
     )
 
 
-def _stamps(name: str, title: str, drawings: bool, templates: tuple[str, ...]) -> DomainInfo:
+def _stamps(name: str, drawings: bool, templates: tuple[str, ...]) -> DomainInfo:
     return DomainInfo(
         name=name,
-        title=f"Tux Paint stamps, {title}",
         packages=(Package("deb", "tuxpaint-stamps-default"),),
         licence="GPL-2",
         attribution="Tux Paint stamps, Bill Kendrick and contributors",
-        builder=stamps.stamps(drawings),
+        builder=small_sets.stamps(drawings),
         suffix="png" if drawings else "jpg",
-        labels="kind of thing, 15 classes",
         templates=templates,
     )
 
@@ -46,7 +42,6 @@ def _stamps(name: str, title: str, drawings: bool, templates: tuple[str, ...]) -
 _ALL: Final = (
     DomainInfo(
         name="noto",
-        title="Noto emoji",
         packages=(_EMOJIBASE, Package("npm", "emoji-datasource-google", "16.0.0")),
         licence="Apache-2.0",
         attribution="Noto Emoji, Google; packaged by Cal Henderson (emoji-data)",
@@ -54,7 +49,6 @@ _ALL: Final = (
     ),
     DomainInfo(
         name="twemoji",
-        title="Twemoji",
         packages=(_EMOJIBASE, Package("npm", "emoji-datasource-twitter", "16.0.0")),
         licence="CC-BY-4.0",
         attribution="Twemoji, Twitter, Inc. and other contributors; packaged by Cal Henderson (emoji-data)",
@@ -62,7 +56,6 @@ _ALL: Final = (
     ),
     DomainInfo(
         name="openmoji",
-        title="OpenMoji",
         packages=(_EMOJIBASE, Package("npm", "openmoji", "17.0.0")),
         licence="CC-BY-SA-4.0",
         attribution="OpenMoji, the open-source emoji and icon project (openmoji.org)",
@@ -70,7 +63,6 @@ _ALL: Final = (
     ),
     DomainInfo(
         name="fluent3d",
-        title="Fluent emoji, 3D",
         packages=(_EMOJIBASE, Package("npm", "@lobehub/fluent-emoji-3d", "1.1.0")),
         licence="MIT",
         attribution="Fluent Emoji, Microsoft Corporation; packaged by LobeHub",
@@ -78,7 +70,6 @@ _ALL: Final = (
     ),
     DomainInfo(
         name="fluent_mono",
-        title="Fluent emoji, high contrast",
         packages=(_EMOJIBASE, Package("npm", "fluentui-emoji", "1.3.0")),
         licence="MIT",
         attribution="Fluent Emoji, Microsoft Corporation",
@@ -86,7 +77,6 @@ _ALL: Final = (
     ),
     DomainInfo(
         name="game_icons",
-        title="Game icons",
         packages=(Package("npm", "@iconify-json/game-icons", "1.2.4"),),
         licence="CC-BY-3.0",
         attribution="Game-icons.net: Lorc, Delapouite and contributors; packaged by Iconify",
@@ -94,7 +84,6 @@ _ALL: Final = (
     ),
     DomainInfo(
         name="openclipart",
-        title="Open Clip Art Library",
         packages=(_ISO_CODES, Package("deb", "openclipart-svg")),
         licence="public domain",
         attribution="Open Clip Art Library and its contributors",
@@ -103,35 +92,30 @@ _ALL: Final = (
     _pixels("pixel_ultica", "Ultica", "UltimateCataclysm"),
     _pixels("pixel_mshock", "MSXotto+", "MshockXotto+"),
     _pixels("pixel_retro", "RetroDays", "RetroDaysTileset"),
-    _stamps("stamp_photo", "photographs", False, ("a photo of {}.", "a picture of {}, on white.")),
-    _stamps("stamp_draw", "drawings", True, ("a drawing of {}.", "a cartoon of {}.")),
+    _stamps("stamp_photo", False, ("a photo of {}.", "a picture of {}, on white.")),
+    _stamps("stamp_draw", True, ("a drawing of {}.", "a cartoon of {}.")),
     DomainInfo(
         name="flags",
-        title="Flags of countries",
         packages=(_ISO_CODES, Package("deb", "iso-flags-png-320x240")),
         licence="public domain",
         attribution="flags by Brett Roper, packaged by Linux Mint; names from iso-codes (LGPL-2.1+)",
-        builder=flags.flags,
+        builder=small_sets.flags,
     ),
     DomainInfo(
         name="fashion",
-        title="Fashion-MNIST, 5,000 of 70,000",
         packages=(Package("deb", "dataset-fashion-mnist"),),
         licence="MIT",
         attribution="Fashion-MNIST, Zalando SE",
-        builder=fashion.fashion,
-        labels="garment, 10 classes",
+        builder=small_sets.fashion,
         templates=("a photo of {}.", "a grey product photo of {}."),
     ),
     DomainInfo(
         name="digits",
-        title="Optical Recognition of Handwritten Digits, the 1,797 of scikit-learn",
         packages=(Package("deb", "python3-sklearn"),),
         licence="CC-BY-4.0",
         attribution="E. Alpaydin and C. Kaynak, UCI Machine Learning Repository; packaged by scikit-learn",
-        builder=digits.digits,
+        builder=small_sets.digits,
         crisp=True,
-        labels="digit, 10 classes",
         templates=("the digit {}.", "a handwritten {}."),
     ),
 )

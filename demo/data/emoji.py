@@ -12,8 +12,7 @@ from typing import Final
 
 from PIL import Image
 
-from demo.data.concepts import concept_of, flag_concept
-from demo.data.domain import Draft
+from demo.data.domain import Draft, concept_of, flag_concept
 from demo.data.packages import PackageError, read_members
 from demo.data.render import decode, draw_svg
 

@@ -169,12 +169,12 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
             if process.wait():
                 raise PackageError(f"{archive} is damaged: dpkg-deb cannot unpack it.", _AGAIN)
         finally:
-            # A reader that stops early would leave dpkg-deb writing into a pipe that nobody reads.
+            # A reader that stops early would leave dpkg-deb writing into a pipe that is not read.
             process.kill()
 
 
 def _read_out(stream: IO[bytes]) -> None:
-    """What follows the end of a tar is padding of some kilobytes."""
+    """The rest after the end of a tar is padding of some kilobytes."""
     for _ in range(MAX_MEMBER_BYTES // tarfile.RECORDSIZE):
         if not stream.read(tarfile.RECORDSIZE):
             return

@@ -11,8 +11,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from demo.data.concepts import concept_of
-from demo.data.domain import Draft
+from demo.data.domain import Draft, concept_of
 from demo.data.packages import PackageError, read_members
 from demo.data.render import Unfit, decode
 

@@ -23,7 +23,7 @@ from demo.data.questions import QUESTIONS, prepare_questions
 from demo.data.questions import VERSION as QUESTIONS_VERSION
 
 NICE: Final = 10
-"""Of the processes: what is started beside comes first."""
+"""Of the processes: other work comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class DemoData:
     split: str | None = None
 
     def ready(self, home: Path) -> bool:
-        """Whether it is there already."""
+        """True where it is there already."""
         version = QUESTIONS_VERSION if self.name in QUESTIONS else None
         return current(home / "data" / self.name, version, self.split)
 
@@ -79,7 +79,7 @@ class Preparation:
         data = merged(wanted)
         for each in data:
             if each.name not in DOMAINS and each.name not in QUESTIONS:
-                raise ConfigError(f"there is no demo data {each.name!r}.", "`ratchet data list` shows all.")
+                raise ConfigError(f"there is no demo data {each.name!r}.", "`ratchet demo data list` shows all.")
         missing = [each for each in data if not each.ready(home)]
         self._jobs: dict[str, Future[Path]] = {}
         self._pool: ProcessPoolExecutor | None = None
@@ -98,7 +98,7 @@ class Preparation:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._pool is not None:
-            if kind is not None:  # nobody waits for its data any more, and a Ctrl-C does not reach the workers
+            if kind is not None:  # its data is not needed any more, and a Ctrl-C does not reach the workers
                 kill_workers(self._pool)
             else:
                 self._pool.shutdown(wait=True)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,42 @@ from core.progress import say, track
 from demo.data.domain import RECEIPT, current
 from demo.data.domains import DOMAINS, prepare_domain
 from demo.data.packages import lock
-from demo.data.questions_fashion import fashion_questions
-from demo.data.questions_make import Question, make_questions
+from demo.data.questions_make import Picture, Question, make_questions
 from demo.data.questions_pictures import read_pictures
-from streams.publish.folders import FolderItem, write_folder
+from demo.data.questions_words import with_article
+from streams.publish.folders import FolderItem, read_folder, write_folder
+
+ASK_GARMENT: Final = ("what kind of clothing is this?", "which garment is this?")
+SIZES: Final = {"train": (1000, 250), "test": (250, 75)}
+"""Questions for the garment, and pairs of yes/no questions."""
+SYNONYMS: Final = {"trousers": "pants", "pullover": "sweater", "sneaker": "running shoe", "ankle boot": "boot"}
+
+
+def fashion_questions(folder: Path) -> Iterator[Question]:
+    """Splits are the original's; no picture is asked about twice."""
+    for split, (garments, pairs) in SIZES.items():
+        dice = random.Random(f"fashion:{split}")  # noqa: S311
+        items = read_folder(folder, split)
+        dice.shuffle(items)
+        pictures = [Picture(item.path, "fashion", item.label, split, item.label, item.label) for item in items]
+        rows = []
+        for picture in pictures[:garments]:
+            other = SYNONYMS.get(picture.name)
+            answers = (picture.name, other) if other else (picture.name,)
+            rows.append(Question(picture, split, "name", dice.choice(ASK_GARMENT), answers))
+        by_name = defaultdict(list)
+        for picture in pictures[garments:]:
+            by_name[picture.name].append(picture)
+        names = sorted(by_name)
+        for number in range(pairs):
+            name = names[number % len(names)]
+            wrong = dice.choice([other for other in names if other != name and by_name[other]])
+            text = f"is this {with_article(name)}?"
+            rows.append(Question(by_name[name].pop(), split, "presence", text, ("yes",)))
+            rows.append(Question(by_name[wrong].pop(), split, "presence", text, ("no",)))
+        dice.shuffle(rows)
+        yield from rows
+
 
 VERSION: Final = 2
 """Raise it when other questions come out, so that folders made before are made again."""
@@ -37,7 +70,6 @@ class QuestionsInfo:
     """A question-answer dataset: the domains whose pictures it asks about, and who makes the questions."""
 
     name: str
-    title: str
     sources: tuple[str, ...]
     make: Callable[[Path, dict[str, Path]], Iterable[Question]]
     """Takes the home and the folder of each source."""
@@ -49,7 +81,7 @@ class QuestionsInfo:
 
     @property
     def attribution(self) -> str:
-        """Who made the pictures."""
+        """The makers of the pictures."""
         return "; ".join(dict.fromkeys(DOMAINS[source].attribution for source in self.sources))
 
 
@@ -66,19 +98,17 @@ QUESTIONS: Final[dict[str, QuestionsInfo]] = {
     for info in (
         QuestionsInfo(
             name="vqa_base",
-            title="Names, colours, categories and presence of things in drawings",
             sources=("noto", "twemoji", "openmoji", "openclipart", "pixel_ultica", "stamp_photo"),
             make=_base,
         ),
         QuestionsInfo(
             name="vqa_fashion",
-            title="What kind of clothing is this? (Fashion-MNIST)",
             sources=("fashion",),
             make=_fashion,
         ),
     )
 }
-"""What :func:`prepare_questions` can make. The shipped VLM is trained on the first; the other is new to it."""
+"""The sets that :func:`prepare_questions` can make. The shipped VLM is trained on the first; the other is new to it."""
 
 
 def prepare_questions(name: str, home: Path | str) -> Path:

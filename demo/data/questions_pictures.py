@@ -1,4 +1,4 @@
-"""What the demo domains say about their pictures: name, category, measured colours."""
+"""Name, category and measured colours of the pictures of demo domains."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from demo.data.domain import THREADS
 from demo.data.domains import DOMAINS
 from demo.data.emoji import emoji_codes
 from demo.data.packages import PackageError, read_members
-from demo.data.questions_colours import colour_shares
-from demo.data.questions_make import Picture
+from demo.data.questions_make import Picture, colour_shares
 from streams.publish.folders import FolderItem, read_folder
 
 EMOJI: Final = ("noto", "twemoji", "openmoji")

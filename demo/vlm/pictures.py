@@ -1,4 +1,4 @@
-"""Pictures for training: read once, then turned, moved, mirrored and recoloured anew whenever they are shown."""
+"""Pictures for training: read once, then turned, moved, mirrored and recoloured each time they are shown."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def shade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def seen(images: torch.Tensor) -> torch.Tensor:
-    """What the model's processor makes of images in 0..1: 64 px, in -1..1."""
+    """The output of the model's processor for images in 0..1: 64 px, in -1..1."""
     small = functional.interpolate(images, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
     return small.clamp(0, 1) * 2 - 1

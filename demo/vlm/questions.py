@@ -23,7 +23,7 @@ SHAPE_SHARE = 0.5
 ABOUT_COLOUR = ("is there anything ", "is some of it ")
 """Beginnings of the yes/no questions that a recoloured picture would answer differently."""
 NAME_WEIGHT = 2.0
-"""How much more often a picture with a name is shown: names are the hardest to learn."""
+"""Factor by which a picture with a name is shown more often: names are the hardest to learn."""
 
 
 @dataclass(frozen=True)

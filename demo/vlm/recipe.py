@@ -1,4 +1,4 @@
-"""How the shipped VLM is trained, in about 25 minutes of one core.
+"""The training of the shipped VLM, in about 25 minutes of one core.
 
 The committed asset was made with the defaults, but its first round was asked the questions of version 1 of `vqa_base`
 (exact titles in place of names), its second round those of version 2. `python -m demo.vlm` asks version 2

@@ -1,4 +1,4 @@
-"""How well a VLM answers the questions of a folder, against what can be had without looking.
+"""Scores of a VLM on the questions of a folder, against what can be had without looking.
 
 Each kind of question has three figures, fractions of 1: ``model``; ``majority``, the best single answer of the kind;
 and ``blind``, the better of two that see no image: the same model with a blank one, and the most frequent answer to the
@@ -89,7 +89,7 @@ def accuracy(items: Sequence[FolderItem], replies: Sequence[str]) -> float:
 
 
 def committed_scores() -> dict[str, dict[str, float]]:
-    """What the shipped VLM scored when it was committed."""
+    """Scores of the shipped VLM when it was committed."""
     scores: dict[str, dict[str, float]] = json.loads((ASSETS / SCORES).read_text())["kinds"]
     return scores
 

@@ -1,4 +1,4 @@
-"""The base "shipped-vlm": a small Idefics3 trained from nothing by this package, committed beside this file.
+"""The base "shipped-vlm": a small Idefics3 trained from nothing by this package, committed next to this file.
 
 A first start copies the assets (a second). ``retrain`` makes them again from the demo data: it warms the vision tower
 up on a teacher's features, then trains the whole on the question dataset ``vqa_base`` (half an hour on two cores).
@@ -77,7 +77,7 @@ def train_vlm(home: Path, folder: Path, how: VlmRecipe) -> Path:
 
 
 def _texts(items: Sequence[FolderItem]) -> Iterator[str]:
-    """What the tokenizer learns its words from: answers as they follow a prompt, and as they stand in a sentence."""
+    """Texts for the tokenizer to learn its words from: answers as they follow a prompt, and as in a sentence."""
     for item in items:
         yield item.question
         yield from item.answers

@@ -37,7 +37,7 @@ _CONCEPT_WEIGHT = 0.15
 
 @dataclass(frozen=True)
 class Views:
-    """What the student sees and what the teacher saw, [n] views of some pictures."""
+    """Pictures as the student sees them, and the teacher's maps of them, [n] views of some pictures."""
 
     pixels: torch.Tensor
     """``uint8 [n, 3, 64, 64]``."""

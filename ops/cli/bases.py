@@ -1,50 +1,24 @@
-"""``ratchet base``: the frozen checkpoints."""
+"""``ratchet base``: the frozen checkpoints, and changing the CLIP's for another one with what was learned."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from core.errors import ConfigError
+from core.ledger import UpdateRow, VerdictRow
+from core.ledger.learning import FINISHED
 from core.ledger.rows import Family
-from ops.cli import base_upgrade
 from ops.cli import context as ctx
-
-if TYPE_CHECKING:
-    from serving.engines.clip_base import ClipBase
-    from serving.engines.vlm.vlm_base import VlmBase
+from ops.cli.terminal import AsJson, Reason, show_facts, show_json, show_rows
 
 app = typer.Typer(help="Frozen base checkpoints that adapters are trained against.", no_args_is_help=True)
 
-
-_FAMILY = Annotated[Family | None, typer.Option(help="Only this one; both otherwise.")]
+FamilyOption = Annotated[Family | None, typer.Option("--family", help="Only this one; both otherwise.")]
 _NAMES = Annotated[list[str], typer.Argument(help="Names of bases.")]
-
-
-@app.command()
-def build(
-    context: typer.Context,
-    retrain: Annotated[
-        bool, typer.Option("--retrain", help="Train again (CLIP minutes, VLM half an hour), not from committed assets.")
-    ] = False,
-    family: _FAMILY = None,
-) -> None:
-    """Make the bases 'shipped' (CLIP) and 'shipped-vlm' from what PyPI and this package ship: no hub is needed.
-
-    Examples:  ratchet base build    |    ratchet base build --family vlm --retrain
-    """
-    from demo.clip import build_base
-    from demo.vlm import build_vlm
-
-    home = ctx.of(context).settings.home
-    if family in (None, "clip"):
-        _show(build_base(home, retrain=retrain))
-    if family in (None, "vlm"):
-        _show(build_vlm(home, retrain=retrain))
+_NAME = Annotated[str, typer.Argument(help="Name of a registered CLIP base (`ratchet base list`).")]
 
 
 @app.command()
@@ -67,35 +41,45 @@ def add(
 
     home = ctx.of(context).settings.home
     if family == "clip":
-        _show(add_base(home, name, model=model, weights=weights))
+        typer.echo(line(add_base(home, name, model=model, weights=weights)))
     elif weights is not None:
         raise ConfigError("--weights is for a CLIP.", "Put the weights into the VLM's folder and name that: --model.")
     else:
-        _show(add_vlm(home, name, model))
+        typer.echo(line(add_vlm(home, name, model)))
 
 
 @app.command("list")
-def list_bases(context: typer.Context, family: _FAMILY = None) -> None:
-    """The registered bases; a star marks those that the settings name."""
+def list_bases(context: typer.Context, family: FamilyOption = None, as_json: AsJson = False) -> None:
+    """The registered bases, and which of them the settings name."""
     settings = ctx.of(context).settings
-    table = Table("", "name", "family", "digest", "model", title="Bases")
-    for base in _registered(settings.home, family):
-        live = "*" if base.name in (settings.base.clip, settings.base.vlm) else ""
-        table.add_row(live, base.name, base.family, base.digest[:12], _model(base))
-    Console().print(table)
+    rows = (
+        {"name": base.name, "family": base.family, "digest": base.digest[:12], "model": _model(base),
+         "in use": base.name in (settings.base.clip, settings.base.vlm)}
+        for base in _registered(settings.home, family)
+    )  # fmt: skip
+    show_rows(rows, "Bases", as_json)
 
 
 @app.command()
-def show(context: typer.Context, names: _NAMES) -> None:
-    """What a base is: its files' digest, where it came from, which layers can carry LoRA.
+def show(context: typer.Context, names: _NAMES, as_json: AsJson = False) -> None:
+    """Show a base: its files' digest, where it came from, which layers can carry LoRA.
 
     Example:  ratchet base show shipped-vlm
     """
     bases = {base.name: base for base in _registered(ctx.of(context).settings.home, None)}
+    shown = {}
     for name in names:
         if name not in bases:
             raise ConfigError(f"there is no base {name!r}.", f"Registered: {', '.join(bases) or 'none'}.")
-        _describe(bases[name])
+        base = bases[name]
+        facts = {"family": base.family, "digest": base.digest, "folder": str(base.directory), "model": _model(base)}
+        layers = {f"LoRA in {part}": pattern for part, pattern in base.lora_targets.items()}
+        shown[name] = {**facts, **{what: str(value) for what, value in base.about.items()}, **layers}
+    if as_json:
+        show_json(shown)
+        return
+    for name, facts in shown.items():
+        show_facts(facts, f"Base {name}")
 
 
 @app.command()
@@ -125,53 +109,91 @@ def pull(context: typer.Context, names: _NAMES) -> None:
         typer.echo(pull_base(settings.home, name, settings.artifacts))
 
 
-app.command()(base_upgrade.upgrade)
-app.command()(base_upgrade.switch)
+@app.command()
+def upgrade(
+    context: typer.Context,
+    name: _NAME,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="MAF-GFLOPs that the replay may spend, apart from the updates' budget; by default a day's."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and record nothing.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Drop the upgrade that is under way or waits.")] = False,
+) -> None:
+    """Learn everything that was learned again on another CLIP base, and judge it against what is live.
 
+    What passes is released by `ratchet base switch NAME`. A stopped upgrade goes on from its checkpoint; where an
+    updater runs, that one does the work.
 
-def _describe(base: Any) -> None:
-    table = Table("what", "value", title=f"Base {base.name}", show_header=False)
-    rows = {"family": base.family, "digest": base.digest, "folder": base.directory, "model": _model(base)}
-    for what, value in {**rows, **base.about}.items():
-        table.add_row(what, str(value))
-    for part, pattern in base.lora_targets.items():
-        table.add_row(f"LoRA in {part}", pattern)
-    Console().print(table)
+    Examples:  ratchet base upgrade b16 --dry-run    |    ratchet base upgrade b16 --budget 400000    |
+    ratchet base upgrade b16 --cancel
+    """
+    from updater.service.base_upgrade import begin_upgrade
+    from updater.service.base_upgrade import cancel_upgrade
+    from updater.service.base_upgrade import finish_upgrade
+    from updater.service.base_upgrade import plan_upgrade
+
+    from updater.service.base_upgrade import begun
+    from updater.service.process import UpdaterBusy
+
+    settings = ctx.of(context).settings
+    if cancel:
+        typer.echo(f"{cancel_upgrade(settings, name).id} is dropped")
+        return
+    update = begun(settings, name)
+    if update is None or dry_run:
+        plan = plan_upgrade(settings, name, budget)
+        show_facts(dict(plan.rows()), f"Upgrade to {name}")
+        if dry_run:
+            return
+        update = begin_upgrade(settings, plan, ctx.person())
+    elif budget is not None:
+        raise ConfigError(f"{update.id} has a budget already.", "Leave --budget out, or drop the upgrade: --cancel.")
+    typer.echo(f"{update.id} is recorded ({update.state})")
+    try:
+        update, verdict = finish_upgrade(settings, update.id)
+    except UpdaterBusy:
+        typer.echo("the updater that runs here does it next: see `ratchet status`")
+        return
+    if update.state not in FINISHED:  # it was asked to stop
+        return
+    typer.echo(outcome_line(update, verdict))
+    if not passed(update, verdict):
+        raise typer.Exit(1)
+    typer.echo(f"release it with `ratchet base switch {name} --reason ...`")
 
 
 @app.command()
-def score(
-    context: typer.Context,
-    family: _FAMILY = None,
-    precision: Annotated[
-        str, typer.Option(help="Of the CLIP: float32, bfloat16, float16; float32 is shown beside another one.")
-    ] = "float32",
-) -> None:
-    """Score the shipped bases: the CLIP on the built-in domains, the VLM on its questions. Takes minutes.
+def switch(context: typer.Context, name: _NAME, reason: Reason) -> None:
+    """Release the upgrade to a base that passed the gate; or go back to the base that was live before.
 
-    Examples:  ratchet base score --family vlm    |    ratchet base score --family clip --precision bfloat16
+    Servers answer with the newest release of their own base: start them again with base.clip=NAME, one after the other.
+
+    Examples:  ratchet base switch b16 --reason "better on all domains"    |
+    ratchet base switch shipped --reason "searches are worse"
     """
-    from core.settings.serving import SHIPPED_VLM
-    from demo.clip import score_base
-    from demo.vlm import score_vlm
-    from serving.engines.backends import DTYPES, EngineChoice
-    from serving.engines.vlm.vlm_base import load_vlm_base
+    from updater.service.base_upgrade import switch_base
 
-    home = ctx.of(context).settings.home
-    if family in (None, "clip"):
-        choices = {name: EngineChoice("torch", name) for name in DTYPES}
-        if precision not in choices:
-            raise ConfigError(f"{precision!r} is no precision.", f"Choose one of {', '.join(DTYPES)}.")
-        _scores("Zero-shot scores", "domain", score_base(home))
-        if precision != "float32":
-            other = score_base(home, choice=choices[precision])
-            _scores(f"Zero-shot scores in {precision}", "domain", other)
-    if family in (None, "vlm"):
-        _scores("Answers", "kind of question", score_vlm(load_vlm_base(home, SHIPPED_VLM)))
+    settings = ctx.of(context).settings
+    row = switch_base(settings, name, actor=ctx.person(), reason=reason)
+    typer.echo(f"release {row.number} is in the ledger: clip {row.clip or 'base'} on the base {name}")
+    typer.echo(f"now set base.clip to {name!r}, and start servers and updater again; until then the old base answers")
 
 
-def _show(base: ClipBase | VlmBase) -> None:
-    typer.echo(f"{base.name} {base.digest[:12]} in {base.directory}")
+def passed(update: UpdateRow, verdict: VerdictRow | None) -> bool:
+    """True where the gate let it through, and it is finished."""
+    return verdict is not None and verdict.outcome == "passed" and update.state == "done"
+
+
+def outcome_line(update: UpdateRow, verdict: VerdictRow | None) -> str:
+    """The gate's outcome with its reasons, and the error that ended the update, if one did."""
+    reasons = f": {'; '.join(map(str, verdict.summary.get('reasons', [])))}" if verdict else ""
+    return f"{verdict.outcome if verdict else update.state}{reasons}{f' ({update.error})' if update.error else ''}"
+
+
+def line(base: Any) -> str:
+    """A base in one line."""
+    return f"{base.name} {base.digest[:12]} in {base.directory}"
 
 
 def _registered(home: Path, family: Family | None) -> list[Any]:
@@ -189,11 +211,3 @@ def _model(base: Any) -> str:
     if base.family == "vlm":
         return str(base.architecture)
     return f"dimension {base.dim}, images of {base.preprocess.size} px"
-
-
-def _scores(title: str, first: str, scores: dict[str, dict[str, float]]) -> None:
-    table = Table(first, "metric", "score", title=title)
-    for row, figures in scores.items():
-        for metric, value in figures.items():
-            table.add_row(row, metric, f"{value:.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)

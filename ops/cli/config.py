@@ -1,26 +1,34 @@
-"""``ratchet config`` and ``ratchet doctor``."""
+"""``ratchet config``: the settings, where each comes from, and the file that has them all."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from core.loading import describe
+from core.settings import Settings
+from core.settings.section import Section
 from ops.cli import context as ctx
-from ops.cli.checks import examine
+from ops.cli.terminal import AsJson, show_json, show_rows
 
-app = typer.Typer(help="Show the settings and where each comes from.", no_args_is_help=True)
+app = typer.Typer(help="Show and check the settings.", no_args_is_help=True)
+
+HEAD = """\
+# Settings of Ratchet, made by `ratchet init`. A line that begins with # and no space is a default: take the # away (and
+# that of the section above it) to set another value. `ratchet config show` tells what is in effect, and why.
+"""
 
 
 @app.command()
 def show(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: AsJson = False,
     changed: Annotated[bool, typer.Option("--changed", help="Only what differs from the defaults.")] = False,
 ) -> None:
     """Every setting, its value, its origin and its meaning.
@@ -29,35 +37,67 @@ def show(
     """
     rows = [row for row in describe(ctx.of(context).settings) if not changed or row[2] != "default"]
     if as_json:
-        typer.echo(json.dumps({name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows}))
+        show_json({name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows})
         return
-    table = Table(Column("setting", no_wrap=True), "value", "origin", "meaning", title="Settings")
-    for name, value, origin, meaning in rows:
-        style = "" if origin == "default" else "bold"
-        table.add_row(name, Text(str(value)), Text(origin), meaning, style=style)
-    Console().print(table)
+    shown = ({"setting": name, "value": str(value), "origin": origin, "meaning": meaning}
+             for name, value, origin, meaning in rows)  # fmt: skip
+    show_rows(shown, "Settings", whole=["setting"])
 
 
-def doctor(
-    context: typer.Context,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Measure how the CLIP runs fastest here, and write it into the settings.")
-    ] = False,
-) -> None:
-    """Say what is missing on this machine and how to fix it. Ends with status 1 if something must be fixed.
+@app.command()
+def check(context: typer.Context) -> None:
+    """Read the settings and check every name and value. Ends with status 1 and the error that names what is wrong.
 
-    Examples:  ratchet doctor    |    ratchet doctor --tune
+    Example:  ratchet --config new.yaml config check
     """
-    if tune:
-        from ops.cli.tune import run_tune
+    settings = ctx.of(context).settings
+    typer.echo(
+        f"the settings are valid; {len(settings.origins)} are not the defaults (`ratchet config show --changed`)"
+    )
 
-        run_tune(ctx.of(context))
-        return
-    marks = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
-    table = Table("", "what", "found", "fix", title="Doctor")
-    findings = examine(ctx.of(context).settings)
-    for finding in findings:
-        table.add_row(marks[finding.state], *(Text(cell) for cell in (finding.what, finding.result, finding.fix)))
-    Console().print(table)
-    if any(finding.state == "fail" for finding in findings):
-        raise typer.Exit(1)
+
+def settings_yaml(chosen: Mapping[str, Any]) -> str:
+    """A settings file with every setting in it: what was chosen is set, defaults are commented out.
+
+    Prose begins with ``# ``, a setting that is commented out with ``#`` alone: without that sign it is set.
+
+    Args:
+        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret. One that is the default is
+            commented out all the same.
+    """
+    defaults = {name: value for name, value, _, _ in describe(Settings())}
+    chosen = {name: value for name, value in chosen.items() if value != defaults[name]}
+    return HEAD + "".join(f"{line}\n" for line in _lines(Settings, "", chosen, live=True))
+
+
+def _lines(model: type[BaseModel], prefix: str, chosen: Mapping[str, Any], live: bool) -> Iterator[str]:
+    """Lines of a section's settings. ``live``: whether the section itself is set, and not commented out."""
+    indent = "  " * prefix.count(".")
+    for name, field in model.model_fields.items():
+        if field.exclude:
+            continue
+        dotted = f"{prefix}{name}"
+        section = _section(field)
+        if not prefix:
+            yield ""
+        if section is None:
+            yield f"{indent}# {field.description}"
+            sign = "" if dotted in chosen else "#"
+            yield f"{indent}{sign}{name}: {_value(chosen.get(dotted, field.get_default(call_default_factory=True)))}"
+            continue
+        inner = any(each.startswith(f"{dotted}.") for each in chosen)
+        yield f"{indent}# {(section.__doc__ or '').splitlines()[0]}"
+        yield f"{indent}{'' if live and inner else '#'}{name}:"
+        yield from _lines(section, f"{dotted}.", chosen, live and inner)
+
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        value = [str(each) if isinstance(each, PurePath) else each for each in value]
+    value = str(value) if isinstance(value, PurePath) else value
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from core.errors import LedgerError
 from core.ledger import DeletionRow, Ledger
 from core.progress import meter, say
 from ops.cli import context as ctx
-from ops.cli.cells import add_texts
-from ops.cli.times import SINCE_HELP, parse_since
+from ops.cli.terminal import SINCE_HELP, AsJson, facts_text, parse_since, show_facts, show_json, show_rows
 
 POLL_SECONDS: Final = 1.0
 STATES: Final = {
@@ -72,7 +68,7 @@ def delete(
     ledger = Ledger.open(settings.ledger)
     row = request_deletion(ledger, selector, actor=ctx.person(), reason=reason.strip())
     if wait:
-        _print_receipt(_follow(ledger, row.id))
+        _show_receipt(_follow(ledger, row.id))
     else:
         typer.echo(f"{row.id} is requested. See `ratchet samples deletions {row.id}`.")
 
@@ -81,7 +77,7 @@ def list_deletions(
     context: typer.Context,
     deletion_id: Annotated[str | None, typer.Argument(metavar="ID", help="Only this one, with its receipt.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most deletions.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Deletions, newest first: how far they are, what they took out, and which adapters had learned from it.
 
@@ -89,23 +85,24 @@ def list_deletions(
     """
     from streams.store.deletion import as_json as receipt
 
-    ledger = Ledger.open(ctx.of(context).settings.ledger)
-    rows = ledger.deletions(limit) if deletion_id is None else [_one(ledger, deletion_id)]
-    if as_json:
-        receipts = [receipt(row) for row in rows]
-        typer.echo(json.dumps(receipts if deletion_id is None else receipts[0], indent=2))
-        return
+    ledger = ctx.ledger_of(context)
     if deletion_id is not None:
-        _print_receipt(rows[0])
+        row = _one(ledger, deletion_id)
+        if as_json:
+            show_json(receipt(row))
+        else:
+            _show_receipt(row)
         return
-    table = Table(
-        Column("deletion", overflow="fold"), "state", Column("selects", overflow="fold"), "samples", "refusals",
-        "requested (UTC)", "by",
+    rows = ledger.deletions(limit)
+    if as_json:
+        show_json([receipt(row) for row in rows])
+        return
+    shown = (
+        {"deletion": row.id, "state": row.state, "selects": facts_text(row.selector), "samples": row.samples,
+         "refusals": row.refusals, "requested": row.requested_at, "by": row.actor}
+        for row in rows
     )  # fmt: skip
-    for row in rows:
-        counts = str(row.samples), str(row.refusals)
-        add_texts(table, row.id, row.state, _selection(row), *counts, _when(row.requested_at), row.actor)
-    Console().print(table)
+    show_rows(shown, "Deletions")
 
 
 def _hex(key: str) -> str:
@@ -143,34 +140,23 @@ def _is_maintained(ledger: Ledger) -> bool:
     return lease is not None and bool(lease.holder) and lease.expires_at > datetime.now(UTC)
 
 
-def _print_receipt(row: DeletionRow) -> None:
-    table = Table("field", Column("value", overflow="fold"), show_header=False)
+def _show_receipt(row: DeletionRow) -> None:
     adapters: dict[str, list[str]] = row.adapters
-    for name, value in (
-        ("deletion", row.id),
-        ("state", f"{row.state}: {STATES[row.state]}"),
-        ("selects", _selection(row)),
-        ("samples", f"{row.samples:,}"),
-        ("refused records", f"{row.refusals:,}"),
-        ("adapters that learned from it", ", ".join(adapters.get("learned", [])) or "none"),
-        ("adapters that may have replayed it", ", ".join(adapters.get("may_have_replayed", [])) or "none"),
-        ("first update without it", row.update_id or "none yet"),
-        ("requested", f"{_when(row.requested_at)} by {row.actor}"),
-        ("reason", row.reason),
-        ("removed from the store", _when(row.removed_at)),
-        ("gone from the store's files", _when(row.held_at or row.done_at)),
-        *([("what remains", row.remains)] if row.remains else []),
-        *([("what remains is locked until", _when(row.remains_until))] if row.remains_until else []),
-        ("gone from all files", _when(row.done_at)),
-    ):
-        add_texts(table, name, value)
-    Console().print(table)
-
-
-def _selection(row: DeletionRow) -> str:
-    selector: dict[str, Any] = row.selector
-    return "\n".join(f"{name}: {value}" for name, value in selector.items())
-
-
-def _when(moment: datetime | None) -> str:
-    return "not yet" if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    facts = {
+        "deletion": row.id,
+        "state": f"{row.state}: {STATES[row.state]}",
+        "selects": facts_text(row.selector),
+        "samples": row.samples,
+        "refused records": row.refusals,
+        "adapters that learned from it": adapters.get("learned") or "none",
+        "adapters that may have replayed it": adapters.get("may_have_replayed") or "none",
+        "first update without it": row.update_id or "none yet",
+        "requested": f"{row.requested_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} by {row.actor}",
+        "reason": row.reason,
+        "removed from the store": row.removed_at or "not yet",
+        "gone from the store's files": row.held_at or row.done_at or "not yet",
+        **({"what remains": row.remains} if row.remains else {}),
+        **({"what remains is locked until": row.remains_until} if row.remains_until else {}),
+        "gone from all files": row.done_at or "not yet",
+    }
+    show_facts(facts)

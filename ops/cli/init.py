@@ -1,26 +1,64 @@
-"""``ratchet init``: a settings file and suites of one's own."""
+"""``ratchet init``: checks a model, a broker and data of your own, and writes a settings file and suites.
+
+Told by options, by answers on a terminal, or by defaults. Nothing is written before everything has been checked.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from core.errors import ConfigError
+from core.errors import BaseModelError, BrokerError, ConfigError
 from core.files import replace_file
-from core.loading import FILE
+from core.loading import FILE, describe, load_settings
+from core.log_format import STARS
 from core.settings import Settings
 from core.settings.serving import SHIPPED
 from ops.cli import context as ctx
-from ops.cli.first_steps.answers import EMBEDDED, Answers, ask, settings_of
-from ops.cli.first_steps.settings_yaml import settings_yaml
+from ops.cli.config import settings_yaml
+from ops.cli.terminal import printable, show_rows
+
+if TYPE_CHECKING:
+    from ops.cli.init_suites import LabelledSample, SuitePlan, SuitePower
 
 REFERENCE_PICTURES = 2000
 """Copied for the reference pool; the recipe `default` takes 1,500 of them."""
+EMBEDDED = "embedded"
+"""Stands for the broker that `ratchet up` starts."""
+BROKER_SECONDS = 5.0
+EXAMPLES = 3
+"""Rows that cannot be used of which the reason is shown."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to what was asked, or given as options."""
+
+    model: str
+    weights: Path | None
+    data: Path | None
+    labels: Path | None
+    broker: str
+    topic: str
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model that becomes the base."""
+
+    model: str
+    """A registered base, a folder, or an architecture of open_clip."""
+    weights: Path | None
+    name: str
+    """The name that it is, or will be, registered under."""
+    registered: bool
 
 
 def init(
@@ -75,44 +113,230 @@ def init(
     file = shared.file or Path(os.environ.get("RATCHET_CONFIG", FILE))
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already.", "Replace it with --force, or write another: ratchet -c FILE init.")
-    answers = ask(shared, home, Answers(model or "", weights, data, labels, broker or "", topic or ""), yes)
-    settings, chosen = settings_of(shared, answers, home)
-
-    from ops.cli.first_steps import checks
-
-    choice = checks.choose_model(settings.home, answers.model, answers.weights, name)
+    answers = _ask(shared, home, Answers(model or "", weights, data, labels, broker or "", topic or ""), yes)
+    settings, chosen = _settings(shared, answers, home)
+    choice = _choose_model(settings.home, answers.model, answers.weights, name)
     chosen["base.clip"] = choice.name
     if choice.name != SHIPPED:
         chosen.setdefault("base.vlm", "")  # the shipped VLM takes minutes to make ready, and is asked for with --set
-    broker_line, console, suites_line = _broker(settings, answers, offline), Console(), ""
+    broker_line, suites_line = _broker(settings, answers, offline), ""
     if answers.data or answers.labels:
-        from ops.cli.first_steps import labelled, report, suite_files
-        from ops.cli.first_steps.power import suite_power
+        from ops.cli.init_suites import plan_suites, read_sample, suite_power, write_suites
 
         most = settings.gate.max_items + REFERENCE_PICTURES
-        sample = labelled.read_sample(answers.data, answers.labels, settings.ingest, most)
-        plan = suite_files.plan_suites(sample, held_out, settings.gate.max_items, settings.home, suites, force)
-        model_line = checks.register_model(settings.home, choice)
-        written = suite_files.write_suites(plan, margin or settings.gate.margin)
-        chosen |= {"gate.suites": [suites], "updater.reference": [plan.data] if plan.division.rest else []}
-        report.tell_sample(console, sample, plan.division)
-        report.tell_suites(console, settings, [suite_power(suite, settings.gate) for suite in written])
+        sample = read_sample(answers.data, answers.labels, settings.ingest, most)
+        plan = plan_suites(sample, held_out, settings.gate.max_items, settings.home, suites, force)
+        model_line = _register_model(settings.home, choice)
+        written = write_suites(plan, margin or settings.gate.margin)
+        chosen |= {"gate.suites": [suites], "updater.reference": [plan.data] if plan.rest else []}
+        _tell(settings, sample, plan, [suite_power(suite, settings.gate) for suite in written])
         suites_line = f", suites in {suites}"
     elif choice.name == SHIPPED:
-        model_line = checks.register_model(settings.home, choice)
+        model_line = _register_model(settings.home, choice)
     else:
         raise ConfigError(
             "--data: a model of your own needs suites of your own, and there are no pictures to make them of.",
             "Give a folder of labelled pictures with --data, or a file that lists them with --labels.",
         )
     replace_file(file, settings_yaml(chosen).encode())
-    console.print(Text(f"model    {model_line}\nbroker   {broker_line}\nwritten  {file}{suites_line}"))
-    console.print(Text("next     ratchet up, then ratchet publish FOLDER with new pairs (docs/quickstart.md)"))
+    typer.echo(f"model    {model_line}\nbroker   {broker_line}\nwritten  {file}{suites_line}")
+    typer.echo("next     ratchet up, then ratchet publish FOLDER with new pairs (docs/quickstart.md)")
+
+
+def on_terminal() -> bool:
+    """True where someone can be asked."""
+    return sys.stdin.isatty()
+
+
+def _ask(shared: ctx.Context, home: Path | None, given: Answers, yes: bool) -> Answers:
+    """Options that were given, answers on a terminal, and defaults."""
+    defaults = _load(shared, {} if home is None else {"home": home})
+    by_flag = {each for each, origin in defaults.origins.items() if origin == "flag"}
+    asking = on_terminal() and not yes
+    if not (asking or yes or given.model or "base.clip" in by_flag):
+        raise ConfigError(
+            "--model is not given, and there is no terminal to ask on.", "Give it, or --yes for defaults."
+        )
+
+    def answer(value: str, question: str, default: str) -> str:
+        return value or (typer.prompt(question, default=default).strip() if asking else default)
+
+    def path(value: Path | None, question: str) -> Path | None:
+        if value is not None or not asking:
+            return value
+        text = typer.prompt(question, default="", show_default=False).strip()
+        return Path(text).expanduser() if text else None
+
+    model = answer(given.model, "Model: a registered base, a folder, or an open_clip architecture", defaults.base.clip)
+    weights, data, labels = given.weights, given.data, given.labels
+    if asking and not (Path(model).is_dir() or model == SHIPPED or model in _bases(defaults.home)):
+        weights = path(weights, "Its weights, a safetensors file")
+    if labels is None:
+        data = path(data, "Folder of pictures that the model must not get worse at (none: empty)")
+        if data is not None:
+            labels = path(labels, "File with their labels or captions (subfolders are the classes: empty)")
+    bootstrap = defaults.kafka.bootstrap if "kafka.bootstrap" in by_flag else EMBEDDED
+    broker = answer(given.broker, "Kafka brokers, host:port; embedded: one for this machine", bootstrap)
+    topic = answer(given.topic, "Topic with new pairs", defaults.kafka.topic)
+    return Answers(model, weights, data, labels, broker, topic)
+
+
+def _settings(shared: ctx.Context, answers: Answers, home: Path | None) -> tuple[Settings, dict[str, Any]]:
+    """The settings that will be in effect, and those of them that were chosen."""
+    named: dict[str, Any] = {"kafka.topic": answers.topic}
+    if answers.broker != EMBEDDED:
+        named["kafka.bootstrap"] = answers.broker
+    if home is not None:
+        named["home"] = home
+    settings = _load(shared, named)
+    flags = [flag.partition("=")[0].strip() for flag in shared.flags]
+    shown = {row: str(value) for row, value, _, _ in describe(settings)}
+    for flag in flags:
+        if STARS in shown[flag]:
+            variable = f"RATCHET_{flag.upper().replace('.', '__')}"
+            raise ConfigError(f"--set {flag} is a secret, and is not written to a file.", f"Set {variable} instead.")
+    return settings, {each: _value(settings, each) for each in [*flags, *named]}
+
+
+def _load(shared: ctx.Context, named: dict[str, Any]) -> Settings:
+    """Without a settings file: the one that is there is to be replaced."""
+    return load_settings(Path(os.devnull), {**shared.overrides, **named})
+
+
+def _value(settings: Settings, name: str) -> Any:
+    value: Any = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _bases(home: Path) -> list[str]:
+    from serving.engines.clip_base import list_bases
+
+    return list_bases(home, "clip")
+
+
+def _choose_model(home: Path, model: str, weights: Path | None, name: str | None) -> ModelChoice:
+    """Find out what ``--model`` names; nothing is written.
+
+    Raises:
+        ConfigError: it names nothing that can be loaded from this disk.
+    """
+    from ops.cli.init_suites import slug
+
+    if model in _bases(home) or model == SHIPPED:
+        if weights is not None:
+            raise ConfigError(f"--weights: {model!r} is registered with its weights.", "Leave --weights out.")
+        return ModelChoice(model, None, model, registered=model != SHIPPED)
+    if model.startswith("hf-hub:"):
+        raise ConfigError(
+            f"--model: {model} comes from a hub, and this reads from the disk alone.",
+            f"Fetch it once with `ratchet base add NAME --model {model}`, then give --model NAME.",
+        )
+    if weights is not None and not weights.is_file():
+        raise ConfigError(f"--weights: there is no file {weights}.", "Name the model's safetensors file.")
+    folder = Path(model.removeprefix("local-dir:"))
+    if folder.is_dir():
+        return ModelChoice(f"local-dir:{folder}", weights, name or slug(folder.resolve().name), registered=False)
+    if folder.is_file() or folder.suffix == ".safetensors":
+        raise ConfigError(
+            f"--model: {model} is a file with weights.", f"Give its architecture: --model ViT-B-16 --weights {model}."
+        )
+    _check_architecture(home, model, weights)
+    return ModelChoice(model, weights, name or slug(model), registered=False)
+
+
+def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
+    import open_clip
+
+    config = open_clip.get_model_config(model.replace("/", "-"))
+    if config is None:
+        known = ", ".join(_bases(home)) or "none"
+        raise ConfigError(
+            f"--model: {model!r} is not a registered base ({known}), a folder, or an architecture of open_clip.",
+            "`python -c 'import open_clip; print(open_clip.list_models())'` lists the architectures.",
+        )
+    if weights is None:
+        raise ConfigError(
+            f"--weights: {model} is an architecture without weights.", "Name its safetensors file with --weights."
+        )
+    vocabulary = config["text_cfg"].get("hf_tokenizer_name") or config["text_cfg"].get("hf_model_name")
+    if vocabulary:
+        raise ConfigError(
+            f"--model: the tokenizer of {model} ({vocabulary}) comes from a hub, and this reads from the disk alone.",
+            "Give a folder with open_clip_config.json, the weights and the tokenizer's files.",
+        )
+
+
+def _register_model(home: Path, choice: ModelChoice) -> str:
+    """Load the model, registering it where it is not; returns a line about it. The shipped one is built by `up`.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from serving.engines.clip_base import load_base
+    from updater.bases.register import add_base
+
+    if choice.name == SHIPPED and SHIPPED not in _bases(home):
+        return "the shipped base, which `ratchet up` builds"
+    try:
+        if choice.registered:
+            base = load_base(home, choice.name)
+            base.build_model()
+        else:
+            base = add_base(home, choice.name, choice.model, choice.weights)
+    except BaseModelError as error:
+        option = "--weights" if choice.weights else "--model"
+        raise ConfigError(f"{option}: {error.message}", error.fix) from error
+    return f"{base.name} ({base.digest[:12]}): {base.dim} dimensions, images of {base.preprocess.size} px"
 
 
 def _broker(settings: Settings, answers: Answers, offline: bool) -> str:
-    from ops.cli.first_steps.checks import check_broker
+    """Ask the broker for the topic; returns a line about it.
 
+    Raises:
+        ConfigError: the broker does not answer within :data:`BROKER_SECONDS`, or refuses.
+    """
+    from streams.kafka.clients import Admin
+
+    kafka = settings.kafka
     if answers.broker == EMBEDDED:
-        return f"{settings.kafka.bootstrap}, which `ratchet up` starts"
-    return f"{settings.kafka.bootstrap}, not asked" if offline else check_broker(settings)
+        return f"{kafka.bootstrap}, which `ratchet up` starts"
+    if offline:
+        return f"{kafka.bootstrap}, not asked"
+    admin = Admin(kafka, connect_seconds=BROKER_SECONDS)
+    try:
+        exists = admin.topic_id(kafka.topic) is not None
+    except BrokerError as error:
+        raise ConfigError(
+            f"--broker: {error.message}", "Correct it, or write the settings without asking it: --offline."
+        ) from error
+    finally:
+        admin.close()
+    return f"{kafka.bootstrap} answers; topic {kafka.topic} " + ("is there" if exists else "will be made by ingest")
+
+
+def _tell(settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: list[SuitePower]) -> None:
+    """Print which pictures are used for what, and the loss and the gain that the suites can show."""
+    from ops.cli.init_suites import fresh_needed
+
+    gate, console = settings.gate, Console()
+    held_out, rest = len(plan.held_out), len(plan.rest)
+    typer.echo(f"data     {sample.listed:,} pictures: {held_out:,} held out for suites, {rest:,} are a reference pool")
+    if sample.unusable:
+        first = "".join(f"\n         {printable(why)}" for why in sample.unusable[:EXAMPLES])
+        typer.echo(f"         {len(sample.unusable):,} cannot be used:{first}")
+    rows = (
+        {"suite": each.suite.name, "items": each.items, "independent": each.units,
+         "excludes a loss of": f"{100 * each.excludes:.1f} points", "margin": f"{100 * each.margin:.1f}",
+         "enough": each.enough}
+        for each in powers
+    )  # fmt: skip
+    show_rows(rows, "Suites")
+    typer.echo(f"         with a chance of {POWER:.0%}, where an update changes nothing; a larger loss shows")
+    for each in powers:
+        if each.advice:
+            console.print(Text(f"         {each.suite.name}: {each.advice}", style="yellow"))
+    needed, share = fresh_needed(gate), settings.ingest.fresh_eval_share
+    pairs = f", about {needed / share:,.0f} new pairs ({share:.0%} of them are never trained on)" if share else ""
+    typer.echo(f"gain     one of {100 * gate.detect:g} points (gate.detect) shows with {needed:,} fresh items{pairs}")

@@ -1,44 +1,44 @@
-"""``ratchet``: one command for every part."""
+"""``ratchet``: one command for every part.
+
+Installed packages add commands by an entry point of the group ``ratchet.commands``: a function that takes the
+:class:`typer.Typer` below. The demo is one of them; benchmarks are those of a checkout.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
 import sys
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from core.errors import RatchetError
+from core.errors import ConfigError, RatchetError
 from core.log_format import writes_json
 from core.logs import configure_logging
-from core.stop_signals import Stopped
+from core.stop_signals import Stopped, stop_on_signals
 from ops.cli import (
-    adapters,
-    audit,
+    access,
+    admin,
     bases,
-    bench,
-    check,
     config,
-    data,
-    gate,
-    gc,
-    ingest,
+    doctor,
     init,
-    keys,
-    ledger,
+    learning,
     metrics,
     parts,
-    plan,
-    recovery,
+    records,
     releases,
-    resubmit,
     samples,
     status,
-    update,
 )
-from ops.cli.context import Context
+from ops.cli.context import Context, of
+
+CHECKOUT = Path(__file__).parents[2]
 
 log = logging.getLogger("ratchet.cli")
 app = typer.Typer(
@@ -53,6 +53,12 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ratchet {version('ratchet-server')}")
+        raise typer.Exit
+
+
 @app.callback()
 def configure(
     context: typer.Context,
@@ -62,44 +68,57 @@ def configure(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, e.g. --set serve.port=9000; repeatable.")
     ] = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """A model server that keeps learning and never slips back."""
     context.obj = Context(file, settings or [], context.invoked_subcommand or "ratchet")
 
 
-app.command(rich_help_panel="Run")(init.init)
-app.command(rich_help_panel="Run")(parts.up)
-app.command(rich_help_panel="Run")(parts.demo)
-app.command(rich_help_panel="Parts")(parts.serve)
-app.add_typer(ingest.app, name="ingest", rich_help_panel="Parts")
-app.command(rich_help_panel="Parts")(parts.maintain)
-app.add_typer(update.app, name="update", rich_help_panel="Parts")
-app.command(rich_help_panel="Parts")(parts.console)
-app.command(rich_help_panel="Parts")(parts.broker)
-app.command(rich_help_panel="Data and models")(data.publish)
-app.add_typer(data.app, name="data", rich_help_panel="Data and models")
-app.add_typer(samples.app, name="samples", rich_help_panel="Data and models")
-app.add_typer(bases.app, name="base", rich_help_panel="Data and models")
-app.add_typer(adapters.app, name="adapters", rich_help_panel="Data and models")
-app.command(rich_help_panel="Operate")(status.status)
-app.command(rich_help_panel="Operate")(check.check)
-app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
-app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
-app.command(rich_help_panel="Operate")(resubmit.resubmit)
-app.command(name="gc", rich_help_panel="Operate")(gc.collect)
-app.command(rich_help_panel="Operate")(recovery.backup)
-app.command(rich_help_panel="Operate")(recovery.restore)
-app.add_typer(keys.app, name="keys", rich_help_panel="Operate")
-app.command(rich_help_panel="Operate")(audit.audit)
-app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")
-app.add_typer(metrics.app, name="metrics", rich_help_panel="Operate")
-app.add_typer(config.app, name="config", rich_help_panel="Operate")
-app.command(rich_help_panel="Operate")(config.doctor)
-app.command(rich_help_panel="Operate")(plan.plan)
-app.command(
-    rich_help_panel="Operate",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(bench.bench)
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Benchmark, e.g. swap.")]) -> None:
+    """Run a benchmark of a checkout: a table, then one line of JSON. Its flags follow its name; `-- --help` lists them.
+
+    Examples:  ratchet bench swap    |    ratchet bench swap --swaps 40    |    ratchet bench swap -- --help
+    """
+    if not (CHECKOUT / "benchmarks" / "__init__.py").exists():
+        raise ConfigError(
+            "benchmarks are not part of an installation.", "Clone the repository, and run `make check` and this in it."
+        )
+    sys.path.insert(0, str(CHECKOUT))
+    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of the processes that benchmarks start
+    stop_on_signals()  # a benchmark ends what it started, as on Ctrl-C
+    importlib.import_module("benchmarks").run(name, of(context).settings, context.args)
+
+
+RUN, PARTS, DATA, OPERATE = "Run", "Parts", "Data and models", "Operate"
+app.command(rich_help_panel=RUN)(init.init)
+app.command(rich_help_panel=RUN)(parts.up)
+app.command(rich_help_panel=PARTS)(parts.serve)
+app.add_typer(parts.ingest_app, name="ingest", rich_help_panel=PARTS)
+app.command(rich_help_panel=PARTS)(parts.maintain)
+app.add_typer(parts.trainer_app, name="trainer", rich_help_panel=PARTS)
+app.command(rich_help_panel=PARTS)(parts.console)
+app.command(rich_help_panel=PARTS)(parts.broker)
+app.command(rich_help_panel=DATA)(records.publish)
+app.add_typer(samples.app, name="samples", rich_help_panel=DATA)
+app.add_typer(records.app, name="quarantine", rich_help_panel=DATA)
+app.add_typer(bases.app, name="base", rich_help_panel=DATA)
+app.add_typer(learning.adapters, name="adapters", rich_help_panel=DATA)
+app.add_typer(learning.recipes, name="recipes", rich_help_panel=DATA)
+app.command(rich_help_panel=OPERATE)(status.status)
+app.command(rich_help_panel=OPERATE)(doctor.doctor)
+app.add_typer(releases.app, name="releases", rich_help_panel=OPERATE)
+app.add_typer(learning.gate, name="gate", rich_help_panel=OPERATE)
+app.add_typer(access.app, name="keys", rich_help_panel=OPERATE)
+app.command(rich_help_panel=OPERATE)(access.audit)
+app.add_typer(metrics.app, name="metrics", rich_help_panel=OPERATE)
+app.add_typer(config.app, name="config", rich_help_panel=OPERATE)
+app.add_typer(admin.app, name="admin", rich_help_panel=OPERATE)
+app.command(rich_help_panel=OPERATE, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+for _point in entry_points(group="ratchet.commands"):
+    _point.load()(app)
 
 
 def main() -> None:

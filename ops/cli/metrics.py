@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Where Prometheus finds the metrics
 
 
 def targets_of(settings: Settings, host: str) -> list[Target]:
-    """What is to be scraped of a Ratchet on one machine: its own processes, and Ray where that is switched on."""
+    """The scrape targets of a Ratchet on one machine: its own processes, and Ray where that is switched on."""
     ports = {
         "serve": settings.serve.port,
         "ingest": settings.ingest.metrics_port,

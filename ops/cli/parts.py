@@ -1,32 +1,41 @@
-"""Commands that run a part: ``up``, ``demo``, ``serve``, ``maintain``, ``update`` and others; ``ingest`` is beside."""
+"""Commands that run a part until SIGTERM: ``up`` all of them, ``serve``, ``ingest``, ``maintain``, ``trainer`` and so
+on; and what an operator does about a partition or an update.
+"""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Annotated
+from importlib.metadata import entry_points
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.live import Live
 
-from core.errors import RatchetError
+from core.errors import ConfigError, RatchetError
+from core.ledger.rows import Family
 from core.progress import say, step
+from core.settings import Settings
 from core.stop_signals import Stopped, stop_on_signals
 from ops.cli import context as ctx
+from ops.cli.terminal import Reason
+
+UpdateId = Annotated[str, typer.Argument(metavar="ID", help="Of the update, as `ratchet status` shows it.")]
+
+ingest_app = typer.Typer()
+trainer_app = typer.Typer()
 
 
 def up(
     context: typer.Context,
     without: Annotated[
-        list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, maintain, update, console.")
+        list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, maintain, trainer, console.")
     ] = None,
 ) -> None:
-    """Start everything on this machine and show what it is doing; Ctrl-C stops it in order.
+    """Start everything on this machine and show its activity; Ctrl-C stops it in order.
 
-    Examples:  ratchet up    |    ratchet up --without update    |    ratchet --set serve.port=9000 up
+    Examples:  ratchet up    |    ratchet up --without trainer    |    ratchet --set serve.port=9000 up
     """
-    from ops.cli.shipped import make_ready
     from ops.cli.status import screen
     from ops.cli.supervisor import Supervisor
     from ops.cli.tune import is_tuned
@@ -63,6 +72,29 @@ def up(
         say("stopped")
 
 
+def make_ready(settings: Settings) -> None:
+    """Have the bases that the settings name made where an installed package provides them; others must be registered.
+
+    A package provides a base by an entry point of the group ``ratchet.bases``: under the base's name, a function of the
+    settings that makes the base and the data that its gate and trainer use, where they are missing. Of a base of your
+    own, suites and reference pool are yours to choose. An empty ``base.vlm`` is none, and needs nothing.
+
+    Raises:
+        RatchetError: a base is not registered.
+    """
+    from serving.engines.clip_base import list_bases
+
+    provided = {point.name: point for point in entry_points(group="ratchet.bases")}
+    bases: list[tuple[Family, str, str]] = [
+        ("clip", settings.base.clip, "--model ..."), ("vlm", settings.base.vlm, "--family vlm --model ..."),
+    ]  # fmt: skip
+    for family, name, options in bases:
+        if name in provided:
+            provided[name].load()(settings)
+        elif name and name not in list_bases(settings.home, family):
+            raise RatchetError(f"base {name!r} is not registered.", f"Run `ratchet base add {name} {options}` first.")
+
+
 def serve(context: typer.Context) -> None:
     """Serve over HTTP with Ray Serve, until SIGTERM.
 
@@ -75,10 +107,9 @@ def serve(context: typer.Context) -> None:
 
 def maintain(
     context: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="Do what is to be done now, then end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Run once and exit.")] = False,
 ) -> None:
-    """Keep the sample store compact, delete what is to be deleted, collect garbage (`ratchet gc`), and publish events,
-    until SIGTERM.
+    """Keep the sample store compact, delete what is to be deleted, collect garbage, and publish events, until SIGTERM.
 
     Of several processes one works, and the others wait to take over.
 
@@ -89,7 +120,7 @@ def maintain(
     settings = ctx.of(context).settings
 
     def collect() -> None:
-        from ops.cli.gc import collect_garbage
+        from ops.cli.admin import collect_garbage
 
         collect_garbage(settings)
 
@@ -116,22 +147,93 @@ def broker(context: typer.Context) -> None:
     run_broker(ctx.of(context).settings)
 
 
-def demo(
+@ingest_app.callback(invoke_without_command=True)
+def ingest(context: typer.Context) -> None:
+    """Read the Kafka topic into the sample store, until SIGTERM; or, with a command, look after a partition.
+
+    Example:  ratchet --set kafka.bootstrap=kafka-1:9092 ingest
+    """
+    if context.invoked_subcommand is None:
+        from streams.ingest.consumer import run_ingest
+
+        run_ingest(ctx.of(context).settings)
+
+
+@ingest_app.command()
+def skip(
     context: typer.Context,
-    folder: Annotated[Path, typer.Option(help="Where the demo keeps everything.")] = Path(".ratchet/demo"),
-    keep: Annotated[bool, typer.Option("--keep", help="Leave it running at the end, until Ctrl-C.")] = False,
-    with_vlm: Annotated[
-        bool, typer.Option("--with-vlm", help="Tell the story of the vision-language model as well: minutes more.")
+    partition: Annotated[str, typer.Argument(metavar="TOPIC:PARTITION", help="Which partition.")],
+    to: Annotated[int, typer.Option("--to", min=1, help="The next offset to read; at most the end of the log.")],
+    reason: Reason,
+) -> None:
+    """Go on with a partition at another offset. What lies before it is recorded as lost, and is not read any more.
+
+    A running worker goes on there with its next commit. Refused: going backwards, or beyond the end of the log.
+
+    Example:  ratchet ingest skip ratchet.samples:0 --to 4711 --reason "a burst of test records"
+    """
+    from streams.ingest.resubmit import skip as skip_offsets
+
+    settings = ctx.of(context).settings
+    skipped = skip_offsets(settings, ctx.ledger_of(context), partition, to, actor=ctx.person(), reason=reason)
+    count = skipped.until - skipped.start
+    typer.echo(f"{skipped.stream}:{skipped.partition} goes on at {skipped.until}; {count} offsets are skipped")
+
+
+@trainer_app.callback(invoke_without_command=True)
+def trainer(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Train one update now and exit.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; by default those of updater.")] = None,
+    family: Annotated[
+        Literal["clip", "vlm"] | None, typer.Option(help="Update only this model; a recipe decides by itself.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Use all data not learned yet, also if an update of it was rejected.")
     ] = False,
 ) -> None:
-    """Show the whole loop in eight minutes: stream, learn, reject, pass, swap under load, roll back.
+    """Train updates in the background when there is new data and budget, gate them, and propose what passes; or, with a
+    command, look after one of them.
 
-    Examples:  ratchet demo    |    ratchet demo --with-vlm
+    Examples:  ratchet trainer    |    ratchet trainer --once --recipe vlm-naive --retry
     """
-    from ops.cli.demo.story import tell
+    if context.invoked_subcommand is not None:
+        return
+    from updater.service.process import be_nice, use_environment
 
-    stop_on_signals()
-    try:
-        tell(folder, keep=keep, with_vlm=with_vlm)
-    except Stopped:
-        raise RatchetError("the demo was stopped.", "Start it again with `ratchet demo`.") from None
+    settings = ctx.of(context).settings
+    be_nice(settings.updater.nice, settings.updater.idle)  # before imports that take seconds, and start threads
+    use_environment()
+
+    from updater.service.update_loop import run_update
+
+    run_update(settings, once=once, recipe=recipe, family=family, retry=retry)
+
+
+@trainer_app.command()
+def abandon(context: typer.Context, update_id: UpdateId, reason: Reason) -> None:
+    """End an update that waits or cannot end: it counts as failed, and nothing of it is released.
+
+    A trainer that works on it stops within seconds. What was charged for it stays charged. Its samples are not learned,
+    and not lost: the next update learns from them, too. New samples begin that, or `ratchet trainer --once --retry`.
+
+    Example:  ratchet trainer abandon update-0123456789ab --reason "a crawler sent broken pictures"
+    """
+    ledger = ctx.ledger_of(context)
+    if ledger.base_upgrade(update_id) is not None:
+        raise ConfigError(f"{update_id} is the upgrade of a base.", "See `ratchet base upgrade --help`.")
+    row = ledger.abandon_update(update_id, actor=ctx.person(), reason=reason)
+    typer.echo(f"{row.id} is {row.state}: {row.error}")
+
+
+@trainer_app.command()
+def retry(context: typer.Context, update_id: UpdateId) -> None:
+    """Take an update up again that failed or was abandoned, or that has failed attempts: they count no more.
+
+    It goes on where it is, and is not charged again. Refused where it was judged, or where a newer one of its model was
+    begun: that has its samples.
+
+    Example:  ratchet trainer retry update-0123456789ab
+    """
+    row = ctx.ledger_of(context).retry_update(update_id, actor=ctx.person())
+    typer.echo(f"{row.id} is {row.state}; the trainer takes it up")

@@ -5,29 +5,23 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
-from rich.text import Text
 
 from core.errors import ReleaseError
 from core.ledger import Family, Ledger, ProposalRow, answers
 from core.progress import say
 from core.settings import Settings
 from ops.cli import context as ctx
-from ops.cli.audit import lines
-from ops.cli.cells import printable
-from ops.cli.model_server import ServerOption, operator_client
+from ops.cli.context import ServerOption, operator_client
+from ops.cli.terminal import AsJson, ExpectedLive, Reason, facts_text, show_facts, show_json, show_rows
 
-app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
-
-
-Reason = Annotated[str, typer.Option("--reason", "-r", prompt="Reason", help="Why; kept in the audit log.")]
+app = typer.Typer(help="List, show, create, roll back, hold and resume releases.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min=1, max=1000)] = 20) -> None:
-    """Releases, newest first, with the base of their CLIP, and proposals that failed or wait.
+def list_releases(
+    context: typer.Context, limit: Annotated[int, typer.Option(min=1, max=1000)] = 20, as_json: AsJson = False
+) -> None:
+    """Releases, newest first, with the base of their CLIP, and proposals that failed or wait. Times are in UTC.
 
     Example:  ratchet releases list --limit 5
     """
@@ -36,49 +30,54 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
 
     settings = ctx.of(context).settings
     ledger = Ledger.open(settings.ledger)
-    table = Table(
-        "", "release", "answers", Column("adapters", no_wrap=True), "CLIP base", "who", "when (UTC)", "why",
-        title="Releases",
-    )  # fmt: skip
-    rows, stable = ledger.releases(limit), ledger.stable()
+    rows, stable, held = ledger.releases(limit), ledger.stable(), ledger.held()
     bases = clip_bases(rows, names_by_digest(settings.home), settings.base.clip)
     collected = ledger.collected([name for row in rows for name in (row.clip, row.vlm)])
-    for index, row in enumerate(rows):
-        when = f"{row.created_at:%Y-%m-%d %H:%M:%S}"
-        mark = "[green]live[/green]" if index == 0 else ""
-        if stable is not None and index and row.number == stable.number:
-            mark = "[green]stable[/green]"
+
+    def state(index: int) -> str:
+        row = rows[index]
         if any(name in collected for name in (row.clip, row.vlm)):
-            mark = "[dim]collected[/dim]"
-        table.add_row(
-            mark, str(row.number), answers(row.share), adapters(row.clip, row.vlm), Text(bases[row.number]),
-            Text(row.actor), when, Text(row.reason),
-        )  # fmt: skip
-    Console().print(table)
-    open_or_failed = [p for p in ledger.proposals(limit) if p.state != "committed"]
-    if open_or_failed:
-        table = Table("proposal", "kind", "state", "sets", "who", "why", "error", title="Proposals not released")
-        for row_ in open_or_failed:
-            cells = (str(row_.id), row_.kind, row_.state, _sets(row_), row_.actor, row_.reason, row_.error or "")
-            table.add_row(*map(Text, cells))
-        Console().print(table)
-    held = ledger.held()
+            return "collected"
+        if index == 0:
+            return "live"
+        return "stable" if stable is not None and row.number == stable.number else ""
+
+    releases = [
+        {
+            "state": state(index), "release": row.number, "answers": answers(row.share),
+            "adapters": adapters(row.clip, row.vlm), "CLIP base": bases[row.number], "who": row.actor,
+            "when": row.created_at, "why": row.reason,
+        }
+        for index, row in enumerate(rows)
+    ]  # fmt: skip
+    proposals = [
+        {"proposal": row.id, "kind": row.kind, "state": row.state, "sets": _sets(row), "who": row.actor,
+         "why": row.reason, "error": row.error}
+        for row in ledger.proposals(limit) if row.state != "committed"
+    ]  # fmt: skip
+    if as_json:
+        show_json({"releases": releases, "proposals": proposals, "held": None if held is None else held.reason})
+        return
+    show_rows(releases, "Releases", whole=["adapters"])
+    if proposals:
+        show_rows(proposals, "Proposals not released")
     if held is not None:
-        Console().print(
-            "[yellow]updates are on hold[/yellow] by "
-            + escape(f"{held.actor} since {held.created_at:%Y-%m-%d %H:%M} UTC: {held.reason}")
-        )
+        typer.echo(f"updates are on hold by {held.actor} since {held.created_at:%Y-%m-%d %H:%M} UTC: {held.reason}")
 
 
 @app.command()
-def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Release number.")]) -> None:
+def show(
+    context: typer.Context,
+    number: Annotated[int, typer.Argument(help="Release number.")],
+    as_json: AsJson = False,
+) -> None:
     """Everything about one release: data range, recipe, cost, verdict, actor and reason.
 
     Example:  ratchet releases show 3
     """
     from updater.gate.verdict import diagnostics_lines
 
-    ledger = Ledger.open(ctx.of(context).settings.ledger)
+    ledger = ctx.ledger_of(context)
     release = ledger.release(number)
     facts: dict[str, Any] = {
         "release": release.number, "clip": release.clip or "base", "vlm": release.vlm or "base",
@@ -98,18 +97,15 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
             continue
         verdict = ledger.verdict_of(update.id)
         summary = {
-            "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": update.seed,
-            "data from": update.data_from, "data to": update.data_to, "store version": update.store_version,
-            "cost": lines(update.cost), "verdict": verdict.outcome if verdict else "none",
+            "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": str(update.seed),
+            "data from": str(update.data_from), "data to": str(update.data_to), "store version": update.store_version,
+            "cost": facts_text(update.cost), "verdict": verdict.outcome if verdict else "none",
             "report": verdict.report_key if verdict else "none",
         }  # fmt: skip
-        if verdict is not None and (beside := "\n".join(diagnostics_lines(verdict.summary.get("diagnostics") or {}))):
-            summary["beside the verdict"] = printable(beside)
+        if verdict is not None and (more := "\n".join(diagnostics_lines(verdict.summary.get("diagnostics") or {}))):
+            summary["diagnostics"] = more
         facts |= {f"{family}: {name}": value for name, value in summary.items()}
-    table = Table(show_header=False, title=f"Release {number}")
-    for name, value in facts.items():
-        table.add_row(name, Text(str(value)))
-    Console().print(table)
+    show_facts(facts, f"Release {number}", as_json)
 
 
 @app.command()
@@ -122,7 +118,7 @@ def rollback(
     family: Annotated[
         Family | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
     ] = None,
-    expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+    expected_live: ExpectedLive = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Write it into the ledger without asking the server, which follows.")
     ] = False,
@@ -136,14 +132,15 @@ def rollback(
     settings = ctx.of(context).calling(server)
     if offline:
         _roll_back_offline(settings, reason, to, family, expected_live)
-        return
-    with operator_client(settings) as client:
-        _tell(client.rollback(reason, to=to, expected_live=expected_live, family=family))
-    _say_held(settings)
+    else:
+        with operator_client(settings) as client:
+            _tell(client.rollback(reason, to=to, expected_live=expected_live, family=family))
+    if settings.rollout.hold_after_rollback:
+        say("updates wait until `ratchet releases resume`")
 
 
 @app.command()
-def release(
+def create(
     context: typer.Context,
     reason: Reason,
     clip: Annotated[str | None, typer.Option(help="CLIP adapter to serve, or 'base'; what is live if unset.")] = None,
@@ -155,13 +152,14 @@ def release(
     force: Annotated[
         bool, typer.Option("--force", help="Also what no gate passed and was never live; the audit log says so.")
     ] = False,
-    expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+    expected_live: ExpectedLive = None,
     server: ServerOption = None,
 ) -> None:
     """Release adapters by name, e.g. to roll forward again; returns when every replica serves them.
 
-    Examples:  ratchet releases release --clip clip-0123456789ab -r "right after all"    |    ... --vlm base -r "why"
-    |    ... --share 0.1 -r "a tenth first"    |    ... --shadow -r "only look"
+    Examples:  ratchet releases create --clip clip-0123456789ab -r "right after all"    |
+    ratchet releases create --vlm base -r "why"    |
+    ratchet releases create --clip base --share 0.1 -r "a tenth first"
     """
     named: dict[str, Any] = {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not None}
     if not named:
@@ -175,10 +173,7 @@ def release(
 
 @app.command()
 def promote(
-    context: typer.Context,
-    reason: Reason,
-    expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
-    server: ServerOption = None,
+    context: typer.Context, reason: Reason, expected_live: ExpectedLive = None, server: ServerOption = None
 ) -> None:
     """Let the canary or shadow that is live answer everybody, as a new release.
 
@@ -204,9 +199,9 @@ def resume(context: typer.Context, reason: Reason, server: ServerOption = None) 
     typer.echo("updates go on")
 
 
-def adapters(clip: str | None, vlm: str | None) -> Text:
+def adapters(clip: str | None, vlm: str | None) -> str:
     """The names of both, one below the other, so that they are whole in a narrow terminal too."""
-    return Text(f"{clip or 'clip: base'}\n{vlm or 'vlm: base'}")
+    return f"{clip or 'clip: base'}\n{vlm or 'vlm: base'}"
 
 
 def _sets(row: ProposalRow) -> str:
@@ -230,12 +225,6 @@ def _roll_back_offline(
         f"release {row.number} is in the ledger: clip {row.clip or 'base'} vlm {row.vlm or 'base'}; "
         "servers adopt it within seconds of reading the ledger"
     )
-    _say_held(settings)
-
-
-def _say_held(settings: Settings) -> None:
-    if settings.rollout.hold_after_rollback:
-        say("updates wait until `ratchet releases resume`")
 
 
 def _tell(result: dict[str, Any]) -> None:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from enum import StrEnum
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from core.errors import ConfigError, RecordError, UnknownRecord
 from core.progress import track
 from ops.cli import context as ctx
 from ops.cli import deletions
-from ops.cli.cells import add_texts
-from ops.cli.times import SINCE_HELP, parse_since
+from ops.cli.terminal import SINCE_HELP, AsJson, parse_since, show_facts, show_json, show_rows
 
 if TYPE_CHECKING:
+    from core.settings.streams import Ingest
     from streams.store.sample_queries import SampleFilter
     from streams.store.sample_store import SampleStore
 
 app = typer.Typer(help="Look at samples, export or delete them; trace a record.", no_args_is_help=True)
 TOP: Final = 15
+MAX_CARDS: Final = 500
+"""Samples on one page: some 5 MB of thumbnails."""
+SIDE: Final = 192
+MAX_VALUE_CHARS: Final = 2000
 
 
 class SplitName(StrEnum):
@@ -39,7 +45,6 @@ OfSource = Annotated[str | None, typer.Option("--source", help="Only samples fro
 OfConcept = Annotated[str | None, typer.Option("--concept", help="Only samples of this concept.")]
 WithText = Annotated[str | None, typer.Option("--text", help="Only samples whose words contain this.")]
 Since = Annotated[str | None, typer.Option("--since", help=SINCE_HELP)]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 Page = Annotated[Path | None, typer.Option("--html", help="Write a page with thumbnails to this file.", dir_okay=False)]
 
 
@@ -54,7 +59,7 @@ def trace(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What became of a record: stored, a duplicate of what, refused and why, deleted, lost, or not read yet.
+    """Trace a record: stored, a duplicate of what, refused and why, deleted, lost, or not read yet.
 
     Examples:  ratchet samples trace ratchet.samples:0:42    |    ratchet samples trace --id 0123456789ab
     """
@@ -68,16 +73,16 @@ def trace(
     if not receipts:
         raise UnknownRecord(f"no record has the id {sample_id}.", "Refused records have none: trace their position.")
     if as_json:
-        typer.echo(json.dumps([receipt.as_json() for receipt in receipts], indent=2))
+        show_json([receipt.as_json() for receipt in receipts])
         return
-    table = Table("record", "outcome", "sample", "when (UTC)", Column("details", overflow="fold"))
+    rows = []
     for each in receipts:
         facts = {"reason": each.reason, "detail": each.detail, "duplicate of": each.duplicate_of[:12],
                  "split": each.split, "source": each.source}  # fmt: skip
         details = "\n".join(f"{name}: {value}" for name, value in facts.items() if value)
-        when = f"{each.time:%Y-%m-%d %H:%M:%S}" if each.time else ""
-        add_texts(table, each.position, each.outcome, each.id[:12], when, details)
-    Console().print(table)
+        rows.append({"record": each.position, "outcome": each.outcome, "sample": each.id[:12], "when": each.time,
+                     "details": details})  # fmt: skip
+    show_rows(rows, "Records")
 
 
 @app.command("list")
@@ -93,28 +98,30 @@ def list_samples(
     html: Page = None,
     as_json: AsJson = False,
 ) -> None:
-    """Samples, those stored last first.
+    """Samples, those stored last first. Times are in UTC.
 
     Examples:  ratchet samples list --domain streets --text bus    |    ratchet samples list --since 1h --html new.html
     """
-    from ops.cli.samples_page import MAX_CARDS, write_page
     from streams.store.sample_queries import newest_samples, with_images
 
     store, which = _store(context), _filter(split, domain, source, concept, text, since)
     rows = newest_samples(store, which, limit if html is None else min(limit, MAX_CARDS))
     if html is not None:
-        count = write_page(html, "Samples", with_images(store, rows), ctx.of(context).settings.ingest)
+        count = _write_page(html, "Samples", with_images(store, rows), ctx.of(context).settings.ingest)
         typer.echo(f"{count} samples in {html}")
         return
     if as_json:
-        typer.echo(json.dumps(rows, default=str, indent=2))
+        show_json(rows)
         return
-    table = Table("sample", "stored (UTC)", "split", "domain", "source", "concept", Column("words", overflow="fold"))
-    for row in rows:
-        words = row["text"] or f"{row['question']} -> {row['answer']}"
-        when = f"{row['ingested_at']:%Y-%m-%d %H:%M}"
-        add_texts(table, row["id"][:12], when, row["split"], row["domain"], row["source"], row["concept"], words[:200])
-    Console().print(table)
+    names = ("split", "domain", "source", "concept")
+    shown = (
+        {
+            "sample": row["id"][:12], "stored": row["ingested_at"], **{name: row[name] for name in names},
+            "words": (row["text"] or f"{row['question']} -> {row['answer']}")[:200],
+        }
+        for row in rows
+    )  # fmt: skip
+    show_rows(shown, "Samples")
 
 
 @app.command()
@@ -129,27 +136,18 @@ def show(
 
     Example:  ratchet samples show 0123456789ab --image bus.jpg
     """
-    from ops.cli.samples_page import facts, write_page
-
     settings = ctx.of(context).settings
     row = _one(_store(context), sample_id)
     if image is not None:
         _write(image, row["image"])
     if html is not None:
-        write_page(html, f"Sample {row['id'][:12]}", [row], settings.ingest)
-    console = settings.console
+        _write_page(html, f"Sample {row['id'][:12]}", [row], settings.ingest)
     values = {
-        **dict(facts(row)),
+        **_facts(row),
         "bytes": str(len(row["image"])),
-        "thumbnail": f"{console.url}/samples/{row['id']}.png",
+        "thumbnail": f"{settings.console.url}/samples/{row['id']}.png",
     }
-    if as_json:
-        typer.echo(json.dumps(values, indent=2))
-        return
-    table = Table("field", Column("value", overflow="fold"), show_header=False)
-    for name, value in values.items():
-        add_texts(table, name, value)
-    Console().print(table)
+    show_facts(values, as_json=as_json)
 
 
 @app.command()
@@ -166,7 +164,7 @@ def stats(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How many samples there are of each split, domain, source and concept; duplicates, losses, and refusals by source.
+    """Count samples by split, domain, source and concept; duplicates, losses, and refusals by source.
 
     Examples:  ratchet samples stats --json    |    ratchet samples stats --near-duplicates 0
     """
@@ -185,51 +183,10 @@ def stats(
         counts["near duplicates"] = similar["domain"].counts.total() + similar["domain"].omitted
         groups |= {f"near duplicates by {name}": values.top(TOP) for name, values in similar.items()}
     if as_json:
-        values = {name: dict(rows) for name, rows in groups.items()}
-        typer.echo(json.dumps({"version": stats.version, **counts, **values}, indent=2))
+        show_json({"version": stats.version, **counts, **{name: dict(rows) for name, rows in groups.items()}})
         return
-    table = Table("", Column("count", justify="right"), title=f"Sample store, version {stats.version}")
-    for name, count in counts.items():
-        table.add_row(name.replace("_", " "), f"{count:,}")
-    Console().print(table)
-    for title, rows in groups.items():
-        if rows:
-            _print_counts(title, rows)
-
-
-@app.command()
-def refused(
-    context: typer.Context,
-    reason: Annotated[str | None, typer.Option(help="Only records refused for this reason.")] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Only records of this source; empty: of none that is known.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most records.")] = 20,
-    as_json: AsJson = False,
-) -> None:
-    """Refused records, newest first, and how many each source has sent.
-
-    Examples:  ratchet samples refused --source crawler-7    |    ratchet samples refused --reason image_undecodable
-    """
-    from ratchet_client.records import REASONS
-    from streams.store.sample_queries import refusal_counts
-
-    if reason is not None and reason not in REASONS:
-        raise typer.BadParameter(f"--reason is one of {', '.join(sorted(REASONS))}")
-    store = _store(context)
-    rows = store.refusals(limit, reason, source)
-    if as_json:
-        typer.echo(json.dumps(rows, default=str, indent=2))
-        return
-    table = Table("record", "reason", "source", "when (UTC)", Column("details", overflow="fold"))
-    for row in rows:
-        position = f"{row['topic']}:{row['partition']}:{row['offset']}"
-        add_texts(
-            table, position, row["reason"], row["source"], f"{row['ingested_at']:%Y-%m-%d %H:%M:%S}", row["detail"]
-        )
-    Console().print(table)
-    for name, values in refusal_counts(store, reason, source).items():
-        _print_counts(f"refused records by {name}", values.top(TOP))
+    show_facts(counts, f"Sample store, version {stats.version}")
+    show_counts(groups)
 
 
 @app.command()
@@ -255,6 +212,17 @@ def export(
     total = count_samples(store, which, version)
     count = write(store, path, which, version=version, follow=lambda rows: track(rows, "exporting", total))
     typer.echo(f"{count} samples in {path}")
+
+
+app.command("delete")(deletions.delete)
+app.command("deletions")(deletions.list_deletions)
+
+
+def show_counts(groups: Mapping[str, list[tuple[str, int]]]) -> None:
+    """A table for each group that has rows: value and count."""
+    for title, rows in groups.items():
+        if rows:
+            show_rows(({title: value or "(none)", "count": count} for value, count in rows), "")
 
 
 def _store(context: typer.Context) -> SampleStore:
@@ -284,19 +252,45 @@ def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:
     return rows[0]
 
 
+def _facts(row: Mapping[str, Any]) -> dict[str, str]:
+    """All fields of a sample that are set, but its image."""
+    facts = {}
+    for name, value in sorted(row.items(), key=lambda item: item[0] != "id"):
+        if name in ("image", "topic", "partition", "offset") or value in (None, "", []):
+            continue
+        shown = f"{value:%Y-%m-%d %H:%M:%S} UTC" if isinstance(value, datetime) else str(value)
+        facts[name] = (", ".join(value) if isinstance(value, list) else shown)[:MAX_VALUE_CHARS]
+    return {**facts, "record": f"{row['topic']}:{row['partition']}:{row['offset']}"}
+
+
+def _write_page(path: Path, title: str, rows: Iterable[Mapping[str, Any]], limits: Ingest) -> int:
+    """Write samples with thumbnails as one HTML file without scripts; returns how many. Raises ConfigError."""
+    from jinja2 import Environment
+
+    cards = [{"picture": _thumbnail(row["image"], limits), "facts": list(_facts(row).items())} for row in rows]
+    template = resources.files("ops.cli").joinpath("templates/samples.html").read_text("utf-8")
+    date = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    page = Environment(autoescape=True).from_string(template).render(title=title, cards=cards, made=date)
+    _write(path, page.encode(errors="replace"))
+    return len(cards)
+
+
+def _thumbnail(image: bytes, limits: Ingest) -> str | None:
+    """An image as a small JPEG in a data URI; None where it does not decode."""
+    from ratchet_client.images import decode_image
+
+    try:
+        picture = decode_image(image, limits.max_pixels, limits.max_image_bytes)
+    except RecordError:
+        return None
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def _write(path: Path, data: bytes) -> None:
     try:
         path.write_bytes(data)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}.", "Name another file.") from error
-
-
-def _print_counts(title: str, rows: list[tuple[str, int]]) -> None:
-    table = Table(Column(title, overflow="fold"), Column("count", justify="right"))
-    for value, count in rows:
-        add_texts(table, value or "(none)", f"{count:,}")
-    Console().print(table)
-
-
-app.command("delete")(deletions.delete)
-app.command("deletions")(deletions.list_deletions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,7 +14,7 @@ import typer
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from core.dependencies import Dependency, DependencyState, dependency_of
@@ -23,8 +22,9 @@ from core.errors import RatchetError
 from core.ledger import Ledger, UpdateRow, VerdictRow, answers
 from core.settings import Settings
 from ops.cli import context as ctx
-from ops.cli.model_server import ServerOption, operator_client
+from ops.cli.context import ServerOption, operator_client
 from ops.cli.releases import adapters
+from ops.cli.terminal import COLOURS, AsJson, show_json, table_of
 from ops.dependency_checks import look
 from ops.stream_state import StreamState, stream_state
 from serving.own_threads import BoundedCall
@@ -35,13 +35,12 @@ if TYPE_CHECKING:
 FACTS_SECONDS = 20.0
 LOOKED_SECONDS = 10.0
 _looked: list[tuple[Settings, float, dict[Dependency, DependencyState]]] = []
-COLOURS = {"passed": "green", "rejected": "red", "inconclusive": "yellow", "failed": "red"}
 
 
 def status(
     context: typer.Context,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second, until Ctrl-C.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: AsJson = False,
     server: ServerOption = None,
 ) -> None:
     """Is it healthy, what is live, is it learning, what does it cost.
@@ -50,8 +49,7 @@ def status(
     """
     settings = ctx.of(context).calling(server)
     if as_json:
-        facts = {name: value for name, value in collect(settings).items() if name != "stream"}  # its parts are there
-        typer.echo(json.dumps(facts, default=str))
+        show_json({name: value for name, value in collect(settings).items() if name != "stream"})  # its parts are there
         return
     console = Console()
     if not watch:
@@ -143,7 +141,7 @@ def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableTyp
 
 
 def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
-    """What is well in one line, and a line for each that is not."""
+    """Those that are well in one line, and a line for each that is not."""
     lines = Text()
     well = [name for name, found in dependencies.items() if found["state"] == "ok"]
     lines.append(f"{', '.join(well)}: ok" if well else "", "dim")
@@ -205,7 +203,7 @@ def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
 
 
 def rollout_line(rollout: dict[str, Any]) -> str:
-    """What the guard watches, in one line; empty when it watches nothing."""
+    """The release that the guard watches, in one line; empty when it watches none."""
     if "release" not in rollout:
         return ""
     what = {"guard": "guard watches", "shadow": "shadow"}.get(rollout["state"], f"canary {rollout['share']:.0%}")
@@ -294,7 +292,7 @@ def _stream(facts: dict[str, Any]) -> Panel:
 
 
 def maintenance_line(stream: StreamState) -> tuple[str, str]:
-    """What is known of maintenance, and the style that it is written in."""
+    """The state of maintenance, and the style that it is written in."""
     if stream.maintained is None:
         if stream.maintenance_failing:
             return "maintenance fails", "red"
@@ -340,30 +338,28 @@ def _parts(parts: Supervisor) -> Panel:
 
 
 def _updates(facts: dict[str, Any]) -> Table:
-    names = Column("update, adapter", no_wrap=True)
-    table = Table(
-        names, "recipe", "state", "verdict", "MAF-GFLOPs", "visited", "passed over", "when (UTC)", title="Updates",
-        expand=True,
-    )  # fmt: skip
-    for update, verdict in facts["updates"]:
-        outcome = verdict.outcome if verdict else "-"
-        table.add_row(
-            Text(f"{update.id}\n{update.adapter or '-'}"), str(update.recipe.get("name", "")), update.state,
-            Text(_look_of(verdict) or outcome, COLOURS.get(outcome, "")), _spent(update),
-            f"{update.cost.get('visited', 0):,}", f"{update.cost.get('passed_over', 0):,}",
-            f"{update.created_at:%m-%d %H:%M}",
-        )  # fmt: skip
-    return table
+    rows = [
+        {
+            "update, adapter": f"{update.id}\n{update.adapter or '-'}", "recipe": update.recipe.get("name", ""),
+            "state": update.state, "verdict": _outcome(verdict), "MAF-GFLOPs": _spent(update),
+            "visited": update.cost.get("visited", 0), "passed over": update.cost.get("passed_over", 0),
+            "when (UTC)": f"{update.created_at:%m-%d %H:%M}",
+        }
+        for update, verdict in facts["updates"]
+    ]  # fmt: skip
+    return table_of(rows, "Updates", whole=["update, adapter"])
 
 
-def _look_of(verdict: VerdictRow | None) -> str:
+def _outcome(verdict: VerdictRow | None) -> Text:
     """The outcome, which look it is of those that were made, and what it spent of what its candidate may spend."""
-    look = verdict.summary.get("look") if verdict else None
-    if verdict is None or look is None:
-        return ""
-    if not look["made"]:
-        return f"{verdict.outcome}\nno look: nothing spent"
-    return f"{verdict.outcome}\nlook {look['number']}: {look['spent']:.2g} of {look['alpha']:.2g} spent"
+    if verdict is None:
+        return Text("-")
+    look = verdict.summary.get("look")
+    spent = ""
+    if look is not None:
+        spent = f"\nlook {look['number']}: {look['spent']:.2g} of {look['alpha']:.2g} spent"
+        spent = spent if look["made"] else "\nno look: nothing spent"
+    return Text(f"{verdict.outcome}{spent}", COLOURS.get(verdict.outcome, ""))
 
 
 def _spent(update: UpdateRow) -> str:
@@ -372,11 +368,9 @@ def _spent(update: UpdateRow) -> str:
 
 
 def _releases(facts: dict[str, Any]) -> Table:
-    names = Column("adapters", no_wrap=True)
-    table = Table("release", "answers", names, "who", "why", "when (UTC)", title="Releases", expand=True)
-    for row in facts["releases"]:
-        when = f"{row.created_at:%m-%d %H:%M:%S}"
-        table.add_row(
-            str(row.number), answers(row.share), adapters(row.clip, row.vlm), Text(row.actor), Text(row.reason), when
-        )
-    return table
+    rows = [
+        {"release": row.number, "answers": answers(row.share), "adapters": adapters(row.clip, row.vlm),
+         "who": row.actor, "why": row.reason, "when (UTC)": f"{row.created_at:%m-%d %H:%M:%S}"}
+        for row in facts["releases"]
+    ]  # fmt: skip
+    return table_of(rows, "Releases", whole=["adapters"])

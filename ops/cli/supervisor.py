@@ -22,7 +22,7 @@ class Supervisor:
     >>> with Supervisor(context, ["broker", "serve", "ingest"]) as parts: ...
     """
 
-    ORDER = ("broker", "serve", "ingest", "maintain", "update", "console")
+    ORDER = ("broker", "serve", "ingest", "maintain", "trainer", "console")
 
     def __init__(self, context: Context, names: list[str]) -> None:
         settings = context.settings

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+import typer
 
 from core.errors import RatchetError
 from core.loading import FILE, FILE_VARIABLE, update_section
 from core.progress import say, step
 from core.settings import Settings
 from ops.cli.context import Context
+from ops.cli.terminal import show_rows
 
 if TYPE_CHECKING:
     from serving.engines.backends import EngineChoice
@@ -38,32 +38,34 @@ def run_tune(shared: Context) -> None:
     with step(f"measuring {base.name} on this machine (one to two minutes)"):
         tuning = tune(base, settings.home, say, objection)
     workloads = [f"{kind}s/s, {count} at once" for kind, count in WORKLOADS]
-    engines = Table("engine", "precision", *workloads, "cosine to float32", title="Engines")
-    for row in tuning.engines:
-        rates = ["-" if row.error else f"{row.rate(number):.1f}" for number in range(len(WORKLOADS))]
-        style = "bold" if row.choice == tuning.choice else ""
-        engines.add_row(row.choice.engine, row.choice.precision, *rates, row.error or f"{row.cosine:.5f}", style=style)
-    encoders = Table(
-        "encoders", "threads of each", "images/s together", title=f"Encoders, batches of {tuning.max_batch}"
-    )
-    for layout in tuning.layouts:
-        style = "bold" if layout == tuning.layout else ""
-        encoders.add_row(str(layout.replicas), str(layout.threads), f"{layout.images_per_second:.1f}", style=style)
-    console = Console()
-    console.print(engines)
-    console.print(encoders)
+    engines = (
+        {
+            "engine": row.choice.engine, "precision": row.choice.precision,
+            **{name: "-" if row.error else f"{row.rate(number):.1f}" for number, name in enumerate(workloads)},
+            "cosine to float32": row.error or f"{row.cosine:.5f}", "chosen": row.choice == tuning.choice,
+        }
+        for row in tuning.engines
+    )  # fmt: skip
+    encoders = (
+        {"encoders": each.replicas, "threads of each": each.threads, "images/s together": each.images_per_second,
+         "chosen": each == tuning.layout}
+        for each in tuning.layouts
+    )  # fmt: skip
+    show_rows(engines, "Engines")
+    show_rows(encoders, f"Encoders, batches of {tuning.max_batch}")
     path = shared.file or Path(os.environ.get(FILE_VARIABLE) or FILE)
     update_section(path, "serve", tuning.settings)
-    console.print(_changes(settings, tuning.settings))
-    console.print(f"Written to {path}; takes effect at the next start.", soft_wrap=True)
+    show_rows([_change(settings, name, value) for name, value in tuning.settings.items()], "Settings")
+    typer.echo(f"Written to {path}; takes effect at the next start.")
     mark = settings.home / "engines" / MARK
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
 
 
 def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
-    """Why half precision must not serve: the base scores differently with it on a suite of the gate. Told suite by
-    suite; empty when nothing is against it.
+    """The reason why half precision must not serve: the base scores differently with it on a suite of the gate.
+
+    Empty when nothing is against it.
     """
     from serving.engines.backends import usable_cores
     from updater.gate.gate_command import engine_scores
@@ -81,17 +83,13 @@ def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
 
 
 def is_tuned(settings: Settings) -> bool:
-    """Whether this home was ever tuned."""
+    """True when this home was tuned at least once."""
     return (settings.home / "engines" / MARK).exists()
 
 
-def _changes(settings: Settings, values: dict[str, Any]) -> Table:
-    """What differs from the present settings, and what still goes before it."""
-    table = Table("setting", "before", "now", title="Settings")
-    for name, value in values.items():
-        before = getattr(settings.serve, name)
-        origin = settings.origins.get(f"serve.{name}", "default")
-        shadowed = origin == "flag" or origin.startswith("environment")
-        note = f" (the {origin} still says {before})" if shadowed else ""
-        table.add_row(f"serve.{name}", str(before), f"{value}{note}", style="" if before == value else "bold")
-    return table
+def _change(settings: Settings, name: str, value: Any) -> dict[str, str]:
+    """A setting before and now, and what still goes before it."""
+    before, origin = getattr(settings.serve, name), settings.origins.get(f"serve.{name}", "default")
+    shadowed = origin == "flag" or origin.startswith("environment")
+    note = f" (the {origin} still says {before})" if shadowed else ""
+    return {"setting": f"serve.{name}", "before": str(before), "now": f"{value}{note}"}

@@ -1,4 +1,4 @@
-"""What benchmarks measured, as ``ratchet plan`` reads it; and how long a batch takes, from rates of a closed loop."""
+"""What benchmarks measured, as ``ratchet admin plan`` reads it; and how long a batch takes, by rates of closed loops."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def is_empty(url: str) -> bool:
 def _revision(connection: Connection) -> str:
     revision = MigrationContext.configure(connection).get_current_revision()
     if revision is None:
-        raise LedgerError("the ledger has no tables.", "Run `ratchet ledger migrate`.")
+        raise LedgerError("the ledger has no tables.", "Run `ratchet admin migrate`.")
     _check_known(revision)
     return revision
 

@@ -59,7 +59,7 @@ def _report(source: Place) -> Report:
     except FileNotFoundError:
         raise ConfigError(
             f"{source.url} has no complete backup: {SUMMARY} is not there.",
-            "Name the folder that `ratchet backup` wrote.",
+            "Name the folder that `ratchet admin backup` wrote.",
         ) from None
 
 

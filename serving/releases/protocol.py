@@ -177,7 +177,7 @@ class ReleaseProtocol:
         if live is None or live.plain:
             raise ReleaseError(
                 "no canary and no shadow is live, so nothing can be promoted.",
-                "Start one: `ratchet releases release --share 0.1` or `--shadow`.",
+                "Start one: `ratchet releases create --share 0.1` or `--shadow`.",
             )
         both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.broadcast.has_vlm else {"clip": live.clip}
         return await self._ordered("promotion", both, command)

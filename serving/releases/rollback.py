@@ -108,7 +108,7 @@ def rollback_target(
                 raise ReleaseError(
                     f"release {release.number} was a {kind} that was never promoted: {name} never answered all "
                     "requests.",
-                    f"Release it: `ratchet releases release {name}`, with --share or --shadow to try it again.",
+                    f"Release it: `ratchet releases create {name}`, with --share or --shadow to try it again.",
                 )
     return adapters
 

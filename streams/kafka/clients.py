@@ -25,8 +25,8 @@ from kafka.errors import (
 from core.errors import BrokerError
 from core.settings.streams import Ingest, Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
-from ratchet_client.limits import Limits
 from ratchet_client.producer import Producer
+from ratchet_client.records import Limits
 from streams.kafka.oauth import oauth_options
 
 log = logging.getLogger(__name__)

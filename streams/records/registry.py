@@ -156,7 +156,7 @@ class SchemaRegistry:
             if not self._given_up(number, error, now):
                 self._away = (error, now + AWAY_SECONDS)
                 raise
-            fix = "When the registry has it again, send the record once more (`ratchet resubmit`)."
+            fix = "When the registry has it again, send the record once more (`ratchet quarantine resubmit`)."
             decoder = _Refusal(RecordError("schema_unavailable", error.message, fix), now + REFUSED_SECONDS)
         else:
             self._failing.pop(number, None)

@@ -20,11 +20,11 @@ from core.addresses import free_port
 from core.child_process import processor_seconds
 from core.ledger import Ledger
 from core.waiting import StoodStill, wait_for_progress
+from demo.load.traffic import Traffic
 from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
-from ops.load.traffic import Traffic
 from ratchet_client import Client, data_uri
 from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
@@ -133,7 +133,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
     settings = context.settings
     watched = home / "watched"
     with (
-        Supervisor(context, ["broker", "serve", "ingest", "maintain", "update"]) as parts,
+        Supervisor(context, ["broker", "serve", "ingest", "maintain", "trainer"]) as parts,
         alertmanager(watched) as pager,
     ):
         rules = impatient_rules(watched / "rules.yml", seconds=1)
@@ -179,7 +179,7 @@ def test_an_update_goes_from_the_stream_into_service_and_back_under_load(install
         out = installation.ratchet("releases", "rollback", "--reason", "to see the old one")
         assert "release 3 is live everywhere: clip base" in out
         assert len(installation.client.search(text="a red circle", k=5)) == 5
-        installation.ratchet("releases", "release", "--clip", verdict.adapter, "--reason", "better")
+        installation.ratchet("releases", "create", "--clip", verdict.adapter, "--reason", "better")
         wait(lambda: installation.client.live() == 4)
         time.sleep(1.0)
     report = traffic.report()

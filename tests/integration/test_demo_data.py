@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from demo.data import prepare_domain
-from demo.data.concepts import split_of
+from demo.data.domain import split_of
 from streams.publish.folders import read_folder
 
 pytestmark = pytest.mark.integration

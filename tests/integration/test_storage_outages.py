@@ -24,7 +24,7 @@ from core.dependencies import Dependency
 from core.errors import ArtifactsUnavailable, StoreUnavailable
 from core.settings import Settings
 from ops import dependency_checks
-from ops.cli import checks
+from ops.cli import doctor
 from ops.cli.main import app
 from ops.dependency_checks import look
 from streams.store.maintenance import clean
@@ -154,7 +154,7 @@ def test_status_and_doctor_end_soon_and_name_a_store_that_hangs_or_is_away(
             "artifacts_url=s3://models/artifacts", f"kafka.bootstrap={address}",
         ]  # fmt: skip
         words = [word for flag in flags for word in ("--set", flag)]
-        monkeypatch.setattr(checks, "_CHECKS", ())
+        monkeypatch.setattr(doctor, "_CHECKS", ())
         if not silent:  # on a busy machine a refusal, which is tried again, takes longer than a look waits
             monkeypatch.setattr(dependency_checks, "LOOK_SECONDS", MUCH_SECONDS)
             monkeypatch.setattr(dependency_checks, "CALL_SECONDS", 12.0)

@@ -139,7 +139,7 @@ class Suite(BaseModel):
         if not self.folder.is_dir():
             raise GateError(
                 f"suite {self.name}: its data folder {self.folder} does not exist.",
-                f"Prepare it (`ratchet data prepare {self.folder.name}`, if it is built in), or correct gate.suites.",
+                f"Correct gate.suites; if it is built in, run `ratchet demo data prepare {self.folder.name}`.",
             )
 
     @property

@@ -2,7 +2,7 @@
 and the gauges of what the ledger knows.
 
 The last verdict and the last update's cost stay true when the updater restarts, and when another process made them
-(`ratchet update --once`); so they are exported from the ledger, and not by the process that wrote them there.
+(`ratchet trainer --once`); so they are exported from the ledger, and not by the process that wrote them there.
 """
 
 from __future__ import annotations

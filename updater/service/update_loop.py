@@ -369,7 +369,7 @@ class UpdaterService:
         if deaths >= ATTEMPTS:
             raise TrainingError(
                 f"the process ended {deaths} times in it ({update.state}) without saying why: killed, for memory?",
-                "Look for `Out of memory` in the system's log; `ratchet update retry` tries it again.",
+                "Look for `Out of memory` in the system's log; `ratchet trainer retry` tries it again.",
             )
         self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
 

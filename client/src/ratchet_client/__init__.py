@@ -16,26 +16,25 @@ from importlib import import_module
 TYPE_CHECKING = False
 """Type checkers take it for true; to import :mod:`typing` for it would take longer than all else here."""
 if TYPE_CHECKING:
-    from ratchet_client.async_client import AsyncClient
-    from ratchet_client.async_producer import AsyncProducer
-    from ratchet_client.calls import data_uri
-    from ratchet_client.client import Client
-    from ratchet_client.errors import (
-        BrokerError,
-        ConfigError,
-        Conflict,
-        Denied,
-        Outage,
-        Overloaded,
-        RatchetError,
-        RecordError,
-        ServerError,
-        TimedOut,
-        Unreachable,
-    )
-    from ratchet_client.limits import Limits
-    from ratchet_client.producer import Delivery, Producer
-    from ratchet_client.records import Sample
+    from ratchet_client.async_client import AsyncClient as AsyncClient
+    from ratchet_client.async_producer import AsyncProducer as AsyncProducer
+    from ratchet_client.calls import data_uri as data_uri
+    from ratchet_client.client import Client as Client
+    from ratchet_client.errors import BrokerError as BrokerError
+    from ratchet_client.errors import ConfigError as ConfigError
+    from ratchet_client.errors import Conflict as Conflict
+    from ratchet_client.errors import Denied as Denied
+    from ratchet_client.errors import Outage as Outage
+    from ratchet_client.errors import Overloaded as Overloaded
+    from ratchet_client.errors import RatchetError as RatchetError
+    from ratchet_client.errors import RecordError as RecordError
+    from ratchet_client.errors import ServerError as ServerError
+    from ratchet_client.errors import TimedOut as TimedOut
+    from ratchet_client.errors import Unreachable as Unreachable
+    from ratchet_client.producer import Delivery as Delivery
+    from ratchet_client.producer import Producer as Producer
+    from ratchet_client.records import Limits as Limits
+    from ratchet_client.records import Sample as Sample
 
 _MODULES = {
     "AsyncClient": "async_client",
@@ -46,7 +45,7 @@ _MODULES = {
     "Conflict": "errors",
     "Delivery": "producer",
     "Denied": "errors",
-    "Limits": "limits",
+    "Limits": "records",
     "Outage": "errors",
     "Overloaded": "errors",
     "Producer": "producer",
@@ -59,27 +58,7 @@ _MODULES = {
     "data_uri": "calls",
 }
 
-__all__ = [
-    "AsyncClient",
-    "AsyncProducer",
-    "BrokerError",
-    "Client",
-    "ConfigError",
-    "Conflict",
-    "Delivery",
-    "Denied",
-    "Limits",
-    "Outage",
-    "Overloaded",
-    "Producer",
-    "RatchetError",
-    "RecordError",
-    "Sample",
-    "ServerError",
-    "TimedOut",
-    "Unreachable",
-    "data_uri",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> object:

@@ -11,20 +11,28 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from array import array
-from collections.abc import Sequence
-from types import EllipsisType, TracebackType
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
 from ratchet_client import calls
-from ratchet_client.calls import RELEASE_SECONDS, Call
+from ratchet_client.calls import Call, Retries
 from ratchet_client.errors import ServerError, Unreachable
 from ratchet_client.models import FAMILIES, Family
-from ratchet_client.retries import Retries
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _method(make: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """The method that makes a call and returns its result."""
+
+    async def method(self: AsyncClient, *args: P.args, **named: P.kwargs) -> T:
+        return await self._call(make(*args, **named))
+
+    return calls.described(method, make)
 
 
 class AsyncClient:
@@ -63,99 +71,23 @@ class AsyncClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def embed(self, inputs: Sequence[str | bytes], model: str = "clip") -> list[array[float]]:
-        """Unit vectors of texts (str) and encoded images (bytes), each an array of float32, as numpy takes them.
-
-        >>> numpy.asarray(await client.embed(["a red dragon", "a bus"])).shape
-        (2, 256)
-        """
-        return await self._call(calls.embed(inputs, model))
-
-    async def classify(
-        self, images: Sequence[bytes], labels: Sequence[str], templates: Sequence[str] = ("{}",), model: str = "clip"
-    ) -> list[dict[str, Any]]:
-        """For each image its ``label`` and the ``probabilities``."""
-        return await self._call(calls.classify(images, labels, templates, model))
-
-    async def search(self, text: str | None = None, image: bytes | None = None, **options: Any) -> list[dict[str, Any]]:
-        """Hits, best first. ``options``: k, domain, source, since, until, model."""
-        return await self._call(calls.search(text, image, options))
-
-    async def sample_image(self, sample_id: str, size: int = 256) -> bytes:
-        """A sample's image as PNG."""
-        return await self._call(calls.sample_image(sample_id, size))
-
-    async def vqa(
-        self, image: bytes, question: str, choices: Sequence[str] | None = None, model: str = "vlm"
-    ) -> dict[str, Any]:
-        """The ``answer`` to a question about an encoded image; with ``choices`` also their probabilities."""
-        return await self._call(calls.vqa(image, question, choices, model))
-
-    async def chat(self, content: str | Sequence[str | bytes], model: str = "vlm", **options: Any) -> dict[str, Any]:
-        """One turn of texts (str) and encoded images (bytes); OpenAI's ``chat.completion``, or its options."""
-        return await self._call(calls.chat(content, model, options))
-
-    async def releases(self, limit: int = 50) -> dict[str, Any]:
-        """``live`` and the rows in ``data``, newest first."""
-        return await self._call(calls.releases(limit))
-
-    async def live(self) -> int:
-        """Number of the live release."""
-        return await self._call(calls.live())
-
-    async def status(self) -> dict[str, Any]:
-        """Controller, VLM engines and catalog at a glance; needs the key."""
-        return await self.get("/admin/v1/status")
-
-    async def metrics(self) -> str:
-        """The server's metrics, as Prometheus scrapes them."""
-        return await self._call(calls.metrics())
-
-    async def release(
-        self,
-        clip: str | EllipsisType | None = ...,
-        reason: str = "",
-        expected_live: int | None = None,
-        timeout: float = RELEASE_SECONDS,
-        *,
-        vlm: str | EllipsisType | None = ...,
-        share: float = 1.0,
-        force: bool = False,
-    ) -> dict[str, Any]:
-        """Release adapters (None: the base alone; not named: what is live stays); returns when all replicas serve it.
-
-        Args:
-            share: of the requests; below 1 a canary, 0 a shadow.
-            force: also what no gate passed and was never live.
-
-        >>> await client.release(vlm="vlm-0123456789ab", reason="right after all")
-        """
-        adapters: dict[Family, str | EllipsisType | None] = {"clip": clip, "vlm": vlm}
-        return await self._call(calls.release(adapters, reason, expected_live, timeout, share, force))
-
-    async def promote(self, reason: str, expected_live: int | None = None) -> dict[str, Any]:
-        """Let the canary or shadow that is live answer everybody."""
-        return await self.post("/admin/v1/promote", {"reason": reason, "expected_live": expected_live})
-
-    async def rollback(
-        self,
-        reason: str,
-        to: int | None = None,
-        expected_live: int | None = None,
-        timeout: float = RELEASE_SECONDS,
-        *,
-        family: Family | None = None,
-    ) -> dict[str, Any]:
-        """Go back to the newest release with another adapter, or to ``to``; with ``family`` only that adapter."""
-        return await self._call(calls.rollback(reason, to, expected_live, timeout, family))
-
-    async def hold(self, reason: str) -> None:
-        """Let updates wait."""
-        await self.post("/admin/v1/hold", {"reason": reason})
-
-    async def resume(self, reason: str) -> None:
-        """Let updates through."""
-        await self.post("/admin/v1/resume", {"reason": reason})
+    embed = _method(calls.embed)
+    classify = _method(calls.classify)
+    search = _method(calls.search)
+    sample_image = _method(calls.sample_image)
+    vqa = _method(calls.vqa)
+    chat = _method(calls.chat)
+    releases = _method(calls.releases)
+    live = _method(calls.live)
+    status = _method(calls.status)
+    metrics = _method(calls.metrics)
+    release = _method(calls.release)
+    promote = _method(calls.promote)
+    rollback = _method(calls.rollback)
+    hold = _method(calls.hold)
+    resume = _method(calls.resume)
+    get = _method(calls.get)
+    post = _method(calls.post)
 
     async def is_ready(self, models: Sequence[Family] = FAMILIES) -> bool:
         """Return True when these models answer; the VLM counts where one is served."""
@@ -179,14 +111,6 @@ class AsyncClient:
             return await self._call(calls.why_not_ready(model))
         except Unreachable as error:
             return calls.problem_of(error)
-
-    async def get(self, path: str, **query: Any) -> dict[str, Any]:
-        """One GET of JSON."""
-        return await self._call(calls.get(path, query))
-
-    async def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """One POST of JSON; it is made once, whatever comes of it."""
-        return await self._call(calls.post(path, body, timeout))
 
     async def _call(self, call: Call[T]) -> T:
         retries = Retries(call, self._retries, self._timeout)

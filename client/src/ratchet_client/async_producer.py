@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from ratchet_client.broker import CONNECT_SECONDS
 from ratchet_client.encoding import Encoding
-from ratchet_client.limits import DEFAULT_LIMITS, Limits
 from ratchet_client.producer import DELIVERY_SECONDS, Delivery, Producer, Report
-from ratchet_client.records import TOPIC, Sample
+from ratchet_client.records import DEFAULT_LIMITS, TOPIC, Limits, Sample
 
 T = TypeVar("T")
 _THREADS = 4

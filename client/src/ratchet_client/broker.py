@@ -45,7 +45,7 @@ def client_options(connection: Connection, defaults: Mapping[str, Any]) -> dict[
             options[name] = _typed(name, value, defaults[name])
         elif not any(name in kind.DEFAULT_CONFIG for kind in (KafkaConsumer, KafkaProducer, KafkaAdminClient)):
             raise ConfigError(
-                f"{name} is no option of kafka-python.",
+                f"{name} is not an option of kafka-python.",
                 "Correct `options` (in a server's settings: `kafka.client`). See "
                 "https://kafka-python.readthedocs.io/en/master/apidoc/KafkaConsumer.html.",
             )
@@ -62,7 +62,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     except (KeyError, ValueError):
         kind = type(default).__name__
         raise ConfigError(
-            f"the Kafka option {name} = {value!r} is no {kind}.", f"The default is {default!r}."
+            f"the Kafka option {name} = {value!r} is not of type {kind}.", f"The default is {default!r}."
         ) from None
 
 
@@ -93,7 +93,7 @@ def explain(error: Exception, connection: Connection, doing: str) -> BrokerError
 
 
 def _tls_problem(connection: Connection) -> BrokerError | None:
-    """What is wrong with TLS: kafka-python tells that to its log alone, and then of a timeout."""
+    """The problem with TLS: kafka-python tells that to its log alone, and then of a timeout."""
     options = client_options(connection, KafkaConsumer.DEFAULT_CONFIG)
     if "SSL" not in options.get("security_protocol", ""):
         return None
@@ -122,7 +122,7 @@ def _tls_problem(connection: Connection) -> BrokerError | None:
 
 
 def _listens(bootstrap: str) -> bool:
-    """Whether any of the servers accepts a connection."""
+    """True where any of the servers accepts a connection."""
     for each in bootstrap.split(","):
         host, _, port = each.strip().rpartition(":")
         with suppress(OSError, ValueError, OverflowError), socket.create_connection((host, int(port)), timeout=1.0):

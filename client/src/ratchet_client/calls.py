@@ -1,10 +1,16 @@
-"""The request of each call of the HTTP API, and the parser of its answer. No input or output: both clients use it."""
+"""The calls of the HTTP API: the request of each, and the parser of its answer. No input or output.
+
+Both clients have a method for each of these functions; it returns what the call reads from the answer.
+"""
 
 from __future__ import annotations
 
 import base64
+import inspect
 import json
+import random
 import sys
+import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +24,16 @@ from ratchet_client.errors import Conflict, Denied, Overloaded, ServerError, Tim
 from ratchet_client.models import Family
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 READY_SECONDS = 15.0
 LOOK_SECONDS = 0.1
 RELEASE_SECONDS = 3600.0
 """A release may have to load models and to embed the catalog again before it is live."""
+
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 8.0
+"""Seconds. Each pause is twice as long as the one before, and up to half of it is left to chance, so that clients that
+failed together do not come back together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,34 +84,44 @@ def headers(key: str | None, actor: str) -> dict[str, str]:
     return {"x-ratchet-actor": actor} | ({"authorization": f"Bearer {key}"} if key else {})
 
 
-def embed(inputs: Sequence[str | bytes], model: str) -> Call[list[array[float]]]:
+def embed(inputs: Sequence[str | bytes], model: str = "clip") -> Call[list[array[float]]]:
+    """Unit vectors of texts (str) and encoded images (bytes), each an array of float32, as numpy takes them.
+
+    >>> numpy.asarray(client.embed(["a red dragon", "a bus"])).shape
+    (2, 256)
+    """
     items = [{"image": data_uri(item)} if isinstance(item, bytes) else item for item in inputs]
     body = {"model": model, "input": items, "encoding_format": "base64"}
     return Call("POST", "/v1/embeddings", lambda answer: [_vector(row["embedding"]) for row in _data(answer)], body)
 
 
 def classify(
-    images: Sequence[bytes], labels: Sequence[str], templates: Sequence[str], model: str
+    images: Sequence[bytes], labels: Sequence[str], templates: Sequence[str] = ("{}",), model: str = "clip"
 ) -> Call[list[dict[str, Any]]]:
+    """For each image its ``label`` and the ``probabilities``."""
     body = {"images": list(map(data_uri, images)), "labels": list(labels), "templates": list(templates), "model": model}
     return Call("POST", "/v1/classify", _data, body)
 
 
-def search(text: str | None, image: bytes | None, options: Mapping[str, Any]) -> Call[list[dict[str, Any]]]:
+def search(text: str | None = None, image: bytes | None = None, **options: Any) -> Call[list[dict[str, Any]]]:
+    """Hits, best first. ``options``: k, domain, source, since, until, model."""
     body = {"text": text, "image": None if image is None else data_uri(image), **options}
     return Call("POST", "/v1/search", _data, body)
 
 
-def sample_image(sample_id: str, size: int) -> Call[bytes]:
+def sample_image(sample_id: str, size: int = 256) -> Call[bytes]:
+    """A sample's image as PNG."""
     return Call("GET", f"/v1/samples/{sample_id}/image", lambda answer: answer.content, query={"size": size})
 
 
-def vqa(image: bytes, question: str, choices: Sequence[str] | None, model: str) -> Call[dict[str, Any]]:
+def vqa(image: bytes, question: str, choices: Sequence[str] | None = None, model: str = "vlm") -> Call[dict[str, Any]]:
+    """The ``answer`` to a question about an encoded image; with ``choices`` also their probabilities."""
     body = {"image": data_uri(image), "question": question, "model": model}
     return Call("POST", "/v1/vqa", _object, body if choices is None else {**body, "choices": list(choices)})
 
 
-def chat(content: str | Sequence[str | bytes], model: str, options: Mapping[str, Any]) -> Call[dict[str, Any]]:
+def chat(content: str | Sequence[str | bytes], model: str = "vlm", **options: Any) -> Call[dict[str, Any]]:
+    """One turn of texts (str) and encoded images (bytes); OpenAI's ``chat.completion``, or its options."""
     parts = [content] if isinstance(content, str) else content
     turn = [
         {"type": "image_url", "image_url": {"url": data_uri(part)}}
@@ -111,36 +133,85 @@ def chat(content: str | Sequence[str | bytes], model: str, options: Mapping[str,
     return Call("POST", "/v1/chat/completions", _object, body)
 
 
-def releases(limit: int) -> Call[dict[str, Any]]:
-    return get("/v1/releases", {"limit": limit})
+def releases(limit: int = 50) -> Call[dict[str, Any]]:
+    """``live`` and the rows in ``data``, newest first."""
+    return get("/v1/releases", limit=limit)
 
 
 def live() -> Call[int]:
+    """Number of the live release."""
     return Call("GET", "/v1/releases", lambda answer: int(_object(answer)["live"] or 0), query={"limit": 1})
 
 
+def status() -> Call[dict[str, Any]]:
+    """Controller, VLM engines and catalog at a glance; needs the key."""
+    return get("/admin/v1/status")
+
+
 def metrics() -> Call[str]:
+    """The server's metrics, as Prometheus scrapes them."""
     return Call("GET", "/metrics", lambda answer: answer.text)
 
 
 def release(
-    adapters: Mapping[Family, str | EllipsisType | None],
-    reason: str,
-    expected_live: int | None,
-    timeout: float,
-    share: float,
-    force: bool,
+    clip: str | EllipsisType | None = ...,
+    reason: str = "",
+    expected_live: int | None = None,
+    timeout: float = RELEASE_SECONDS,
+    *,
+    vlm: str | EllipsisType | None = ...,
+    share: float = 1.0,
+    force: bool = False,
 ) -> Call[dict[str, Any]]:
+    """Release adapters (None: the base alone; not named: what is live stays); returns when all replicas serve it.
+
+    Args:
+        share: of the requests; below 1 a canary, 0 a shadow.
+        force: also what no gate passed and was never live.
+
+    >>> client.release(vlm="vlm-0123456789ab", reason="right after all")
+    """
     body: dict[str, Any] = {"reason": reason, "expected_live": expected_live, "share": share, "force": force}
-    body |= {family: name for family, name in adapters.items() if name is not ...}
+    body |= {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not ...}
     return post("/admin/v1/releases", body, timeout)
 
 
+def promote(reason: str, expected_live: int | None = None) -> Call[dict[str, Any]]:
+    """Let the canary or shadow that is live answer everybody."""
+    return post("/admin/v1/promote", {"reason": reason, "expected_live": expected_live})
+
+
 def rollback(
-    reason: str, to: int | None, expected_live: int | None, timeout: float, family: Family | None
+    reason: str,
+    to: int | None = None,
+    expected_live: int | None = None,
+    timeout: float = RELEASE_SECONDS,
+    *,
+    family: Family | None = None,
 ) -> Call[dict[str, Any]]:
+    """Go back to the newest release with another adapter, or to ``to``; with ``family`` only that adapter."""
     body = {"reason": reason, "to": to, "expected_live": expected_live, "family": family}
     return post("/admin/v1/rollback", body, timeout)
+
+
+def hold(reason: str) -> Call[dict[str, Any]]:
+    """Let updates wait."""
+    return post("/admin/v1/hold", {"reason": reason})
+
+
+def resume(reason: str) -> Call[dict[str, Any]]:
+    """Let updates through."""
+    return post("/admin/v1/resume", {"reason": reason})
+
+
+def get(path: str, **query: Any) -> Call[dict[str, Any]]:
+    """One GET of JSON."""
+    return Call("GET", path, _object, query=query)
+
+
+def post(path: str, body: Mapping[str, Any], timeout: float | None = None) -> Call[dict[str, Any]]:
+    """One POST of JSON; it is made once, whatever comes of it."""
+    return Call("POST", path, _object, body, timeout=timeout, repeatable=False)
 
 
 def why_not_ready(model: Family) -> Call[str]:
@@ -153,13 +224,15 @@ def why_not_ready(model: Family) -> Call[str]:
     return Call("GET", path, read, timeout=READY_SECONDS, repeatable=False, check=False)
 
 
-def get(path: str, query: Mapping[str, Any]) -> Call[dict[str, Any]]:
-    return Call("GET", path, _object, query=query)
-
-
-def post(path: str, body: Mapping[str, Any], timeout: float | None) -> Call[dict[str, Any]]:
-    """A call that may change something, and is made once."""
-    return Call("POST", path, _object, body, timeout=timeout, repeatable=False)
+def described(method: F, make: Callable[..., Any]) -> F:
+    """A client's method with the name, the arguments and the docstring of the call that it makes, for ``help``."""
+    signature = inspect.signature(make)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    result = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")
+    parameters = [itself, *signature.parameters.values()]
+    method.__name__, method.__doc__ = make.__name__, make.__doc__
+    vars(method)["__signature__"] = signature.replace(parameters=parameters, return_annotation=result)
+    return method
 
 
 _FIXES: dict[type[ServerError], str] = {
@@ -240,3 +313,27 @@ def _vector(text: str) -> array[float]:
     if sys.byteorder == "big":
         vector.byteswap()
     return vector
+
+
+class Retries:
+    """The tries of one call.
+
+    Another try is made where the call changes nothing, and the server was away or had too much to do. A call that was
+    not answered in time is not made again: the server has not ended the first one yet. All pauses together are shorter
+    than the timeout of the call.
+    """
+
+    def __init__(self, call: Call[Any], retries: int, timeout: float) -> None:
+        self._left = retries if call.repeatable else 0
+        self._pause = FIRST_PAUSE
+        self._ends_at = time.monotonic() + (timeout if call.timeout is None else call.timeout)
+
+    def pause_after(self, error: ServerError) -> float:
+        """Seconds to wait before the next try; raises the error where there is to be none."""
+        passing = isinstance(error, (Overloaded, Unreachable)) and not isinstance(error, TimedOut)
+        pause = self._pause * random.uniform(0.5, 1.0) + (error.retry_after or 0.0)  # noqa: S311  no secret
+        if not (passing and self._left) or time.monotonic() + pause > self._ends_at:
+            raise error
+        self._left -= 1
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        return pause

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import ssl
 import time
-from array import array
-from collections.abc import Sequence
-from types import EllipsisType, TracebackType
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import httpx
 
 from ratchet_client import calls
-from ratchet_client.calls import RELEASE_SECONDS, Call
+from ratchet_client.calls import Call, Retries
 from ratchet_client.errors import ServerError, Unreachable
 from ratchet_client.models import FAMILIES, Family
-from ratchet_client.retries import Retries
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _method(make: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
+    """The method that makes a call and returns its result."""
+
+    def method(self: Client, *args: P.args, **named: P.kwargs) -> T:
+        return self._call(make(*args, **named))
+
+    return calls.described(method, make)
 
 
 class Client:
@@ -50,8 +58,8 @@ class Client:
                 ``operate``, or the operators' own key.
             actor: name that the audit log has for what is changed with the operators' own key.
             timeout: seconds until an answer has to be there.
-            retries: further tries of a call that changes nothing (see :mod:`ratchet_client.retries`); calls that change
-                releases are made once.
+            retries: further tries of a call that changes nothing (see :class:`ratchet_client.calls.Retries`); calls
+                that change releases are made once.
             verify: how a certificate is checked, as httpx takes it.
         """
         self.url = url
@@ -73,99 +81,23 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def embed(self, inputs: Sequence[str | bytes], model: str = "clip") -> list[array[float]]:
-        """Unit vectors of texts (str) and encoded images (bytes), each an array of float32, as numpy takes them.
-
-        >>> numpy.asarray(client.embed(["a red dragon", "a bus"])).shape
-        (2, 256)
-        """
-        return self._call(calls.embed(inputs, model))
-
-    def classify(
-        self, images: Sequence[bytes], labels: Sequence[str], templates: Sequence[str] = ("{}",), model: str = "clip"
-    ) -> list[dict[str, Any]]:
-        """For each image its ``label`` and the ``probabilities``."""
-        return self._call(calls.classify(images, labels, templates, model))
-
-    def search(self, text: str | None = None, image: bytes | None = None, **options: Any) -> list[dict[str, Any]]:
-        """Hits, best first. ``options``: k, domain, source, since, until, model."""
-        return self._call(calls.search(text, image, options))
-
-    def sample_image(self, sample_id: str, size: int = 256) -> bytes:
-        """A sample's image as PNG."""
-        return self._call(calls.sample_image(sample_id, size))
-
-    def vqa(
-        self, image: bytes, question: str, choices: Sequence[str] | None = None, model: str = "vlm"
-    ) -> dict[str, Any]:
-        """The ``answer`` to a question about an encoded image; with ``choices`` also their probabilities."""
-        return self._call(calls.vqa(image, question, choices, model))
-
-    def chat(self, content: str | Sequence[str | bytes], model: str = "vlm", **options: Any) -> dict[str, Any]:
-        """One turn of texts (str) and encoded images (bytes); OpenAI's ``chat.completion``, or its options."""
-        return self._call(calls.chat(content, model, options))
-
-    def releases(self, limit: int = 50) -> dict[str, Any]:
-        """``live`` and the rows in ``data``, newest first."""
-        return self._call(calls.releases(limit))
-
-    def live(self) -> int:
-        """Number of the live release."""
-        return self._call(calls.live())
-
-    def status(self) -> dict[str, Any]:
-        """Controller, VLM engines and catalog at a glance; needs the key."""
-        return self.get("/admin/v1/status")
-
-    def metrics(self) -> str:
-        """The server's metrics, as Prometheus scrapes them."""
-        return self._call(calls.metrics())
-
-    def release(
-        self,
-        clip: str | EllipsisType | None = ...,
-        reason: str = "",
-        expected_live: int | None = None,
-        timeout: float = RELEASE_SECONDS,
-        *,
-        vlm: str | EllipsisType | None = ...,
-        share: float = 1.0,
-        force: bool = False,
-    ) -> dict[str, Any]:
-        """Release adapters (None: the base alone; not named: what is live stays); returns when all replicas serve it.
-
-        Args:
-            share: of the requests; below 1 a canary, 0 a shadow.
-            force: also what no gate passed and was never live.
-
-        >>> client.release(vlm="vlm-0123456789ab", reason="right after all")
-        """
-        adapters: dict[Family, str | EllipsisType | None] = {"clip": clip, "vlm": vlm}
-        return self._call(calls.release(adapters, reason, expected_live, timeout, share, force))
-
-    def promote(self, reason: str, expected_live: int | None = None) -> dict[str, Any]:
-        """Let the canary or shadow that is live answer everybody."""
-        return self.post("/admin/v1/promote", {"reason": reason, "expected_live": expected_live})
-
-    def rollback(
-        self,
-        reason: str,
-        to: int | None = None,
-        expected_live: int | None = None,
-        timeout: float = RELEASE_SECONDS,
-        *,
-        family: Family | None = None,
-    ) -> dict[str, Any]:
-        """Go back to the newest release with another adapter, or to ``to``; with ``family`` only that adapter."""
-        return self._call(calls.rollback(reason, to, expected_live, timeout, family))
-
-    def hold(self, reason: str) -> None:
-        """Let updates wait."""
-        self.post("/admin/v1/hold", {"reason": reason})
-
-    def resume(self, reason: str) -> None:
-        """Let updates through."""
-        self.post("/admin/v1/resume", {"reason": reason})
+    embed = _method(calls.embed)
+    classify = _method(calls.classify)
+    search = _method(calls.search)
+    sample_image = _method(calls.sample_image)
+    vqa = _method(calls.vqa)
+    chat = _method(calls.chat)
+    releases = _method(calls.releases)
+    live = _method(calls.live)
+    status = _method(calls.status)
+    metrics = _method(calls.metrics)
+    release = _method(calls.release)
+    promote = _method(calls.promote)
+    rollback = _method(calls.rollback)
+    hold = _method(calls.hold)
+    resume = _method(calls.resume)
+    get = _method(calls.get)
+    post = _method(calls.post)
 
     def is_ready(self, models: Sequence[Family] = FAMILIES) -> bool:
         """Return True when these models answer; the VLM counts where one is served."""
@@ -189,14 +121,6 @@ class Client:
             return self._call(calls.why_not_ready(model))
         except Unreachable as error:
             return calls.problem_of(error)
-
-    def get(self, path: str, **query: Any) -> dict[str, Any]:
-        """One GET of JSON."""
-        return self._call(calls.get(path, query))
-
-    def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """One POST of JSON; it is made once, whatever comes of it."""
-        return self._call(calls.post(path, body, timeout))
 
     def _call(self, call: Call[T]) -> T:
         retries = Retries(call, self._retries, self._timeout)

@@ -27,7 +27,7 @@ def check_extra(fields: object) -> dict[str, Any]:
     that are not finite as ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``; decimals and UUIDs as text.
 
     Raises:
-        ValueError: names the field that is over a bound, or that is no text.
+        ValueError: names the field that is over a bound, or that is not text.
     """
     if not isinstance(fields, Mapping):
         raise ValueError(f"extra is a {type(fields).__name__}, not an object")

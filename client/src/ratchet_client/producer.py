@@ -18,8 +18,7 @@ from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection,
 from ratchet_client.encoding import Encoded, Encoding, Headers, encode
 from ratchet_client.errors import BrokerError
 from ratchet_client.images import decode_image
-from ratchet_client.limits import DEFAULT_LIMITS, Limits
-from ratchet_client.records import TOPIC, Sample, check_text, make_sample
+from ratchet_client.records import DEFAULT_LIMITS, TOPIC, Limits, Sample, check_text, make_sample
 
 log = logging.getLogger(__name__)
 DELIVERY_SECONDS = 60.0
@@ -75,7 +74,7 @@ class RecordSender:
     def send(self, topic: str, record: Encoded, note: str = "") -> Future[Delivery]:
         """Queue one record; the future holds its delivery, or a BrokerError. Waits while too many are in flight."""
         result: Future[Delivery] = Future()
-        result.set_running_or_notify_cancel()  # what is queued is sent: nobody can cancel it
+        result.set_running_or_notify_cancel()  # what is queued is sent: it cannot be cancelled
         self._room.acquire()
 
         def delivered(metadata: Any) -> None:

@@ -10,6 +10,7 @@ of it goes into ``extra``. ``ratchet.sample.v2`` would change what a field means
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,6 @@ from datetime import UTC, date, datetime, time
 from functools import cached_property, partial
 from typing import Any, Final, Literal, get_args
 
-from ratchet_client.digests import digest_bytes
 from ratchet_client.errors import RecordError
 from ratchet_client.extra import check_extra, dump_extra
 
@@ -56,7 +56,33 @@ MAX_SOURCE_CHARS: Final = 2048
 MAX_TAGS: Final = 32
 MAX_TAG_CHARS: Final = 64
 _MILLISECONDS: Final = 2e10
-"""A larger number is no time in seconds: that would be after the year 2600."""
+"""A larger number is not a time in seconds: that would be after the year 2600."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one sample. The defaults are those of ingest."""
+
+    max_image_bytes: int = 8 * 1024 * 1024
+    """Largest encoded image."""
+    max_pixels: int = 40_000_000
+    """Largest decoded image, in pixels."""
+    min_side: int = 8
+    """Shortest side of an image, in pixels."""
+    max_text_chars: int = 2000
+    """Longest text, question or answer."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def digest_bytes(*parts: bytes | memoryview) -> str:
+    """SHA-256 of the parts, each preceded by its length so that their borders count. 64 hex digits."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +115,7 @@ class Sample:
         for name, check in _CHECKS.items():
             try:
                 value = check(getattr(self, name))
-            except UnicodeEncodeError:  # JSON can hold these, and they are no text
+            except UnicodeEncodeError:  # JSON can hold these, and they are not text
                 raise _invalid(name, "it holds half of a surrogate pair") from None
             except (ValueError, OverflowError, OSError) as error:
                 raise _invalid(name, str(error)[:200]) from None

@@ -26,8 +26,8 @@ from core.ledger import Family, Ledger
 from core.loading import load_settings
 from core.settings import Settings
 from core.waiting import StoodStill, wait_for_progress
-from ops.load.expected import ExpectedVectors
-from ops.load.traffic import Traffic
+from demo.load.answers import ExpectedVectors
+from demo.load.traffic import Traffic
 from ratchet_client import Client
 from ratchet_client.records import Sample
 from serving.engines.clip import ClipEngine

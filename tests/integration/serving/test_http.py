@@ -86,7 +86,7 @@ def test_a_request_of_many_items_comes_back_in_order(server: ServerFixture) -> N
 
 
 def test_the_command_that_checks_an_installation_passes(server: ServerFixture) -> None:
-    done = CliRunner().invoke(app, ["--config", str(server.config), "check", "--wait", "10"])
+    done = CliRunner().invoke(app, ["--config", str(server.config), "doctor", "--server", server.url, "--wait", "10"])
     assert done.exit_code == 0, (done.output, done.exception)
     assert f"{server.url} embeds texts as release " in done.output
 

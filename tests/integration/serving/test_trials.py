@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import binom
 
 from core.ledger import AuditRow
-from ops.load.traffic import Traffic
+from demo.load.traffic import Traffic
 from ratchet_client import ServerError
 from tests.integration.serving.conftest import ROLLOUT
 from tests.integration.serving.server_fixture import ServerFixture

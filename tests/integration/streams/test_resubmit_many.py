@@ -129,11 +129,12 @@ def test_a_filter_is_checked() -> None:
 
 def test_the_command_tells_by_its_exit_status(settings: Settings) -> None:
     words = ["--set", f"home={settings.home}", "--set", f"kafka.bootstrap={settings.kafka.bootstrap}",
-             "--set", f"kafka.topic={settings.kafka.topic}", "resubmit", "--why", "corrected"]  # fmt: skip
+             "--set", f"kafka.topic={settings.kafka.topic}",
+             "quarantine", "resubmit", "--reason", "corrected"]  # fmt: skip
     run = CliRunner().invoke
-    shown = run(app, [*words, "--reason", "schema", "--dry-run"])
+    shown = run(app, [*words, "--refused-for", "schema", "--dry-run"])
     assert (shown.exit_code, "3 records would be sent again" in shown.output) == (0, True)
     assert run(app, words).exit_code == 2  # no filter
     sent = run(app, [*words, "--all", "--per-second", "1000"])
     assert (sent.exit_code, "5 of 6 records were sent again; 1 have no value" in sent.output) == (3, True)
-    assert run(app, [*words, "--reason", "schema"]).exit_code == 0
+    assert run(app, [*words, "--refused-for", "schema"]).exit_code == 0

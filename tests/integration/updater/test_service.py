@@ -15,7 +15,7 @@ from core.artifacts import Artifacts
 from core.errors import DiskFull, GateError, LedgerError, TrainingError
 from core.ledger.learning import BEGAN
 from core.settings import Settings
-from ops.cli.checks import examine
+from ops.cli.doctor import examine
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as, release
 from tests.unit.gate.builders import folder_dataset
@@ -239,7 +239,7 @@ def test_without_suites_or_reference_nothing_is_begun_and_spent_and_it_is_told(
     assert _unjudged() == 1
     assert reason[missing] in learning_states(settings, service.ledger, service.store)["clip"].lacks
     (finding,) = [each for each in examine(settings) if each.what == "suites"]
-    assert finding.state == "warn" and reason[missing] in finding.result
+    assert finding.state == "warn" and reason[missing] in finding.found
     if missing == "reference":
         folder_dataset(settings.home / "data" / "gone", count=30)
     suite.write_text(f"{THINGS}margin: 0.9\n")

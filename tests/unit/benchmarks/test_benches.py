@@ -14,7 +14,7 @@ from benchmarks.trainer import SAMPLES, prepare_data
 from core.errors import RatchetError
 from core.loading import load_settings
 from core.settings import Settings
-from ops.load.traffic import Report, Sample
+from demo.load.traffic import Report, Sample
 from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base

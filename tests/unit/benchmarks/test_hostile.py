@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks import hostile_attacks as attacks
 from benchmarks.hostile import Turn, figures, plan, rollback_figures
 from benchmarks.hostile_attacks import Target, bomb, request, sampling
-from ops.load.traffic import Report, Sample
+from demo.load.traffic import Report, Sample
 
 
 def test_requests_count_with_the_attack_that_they_overlap() -> None:

@@ -15,8 +15,8 @@ from benchmarks.serving.chaos_audit import Kill, Refusal, Rollback, StateReport,
 from benchmarks.serving.chaos_plan import STATES, plan, states_of
 from benchmarks.serving.chaos_states import faketime_library
 from core.addresses import free_port
-from ops.load.probes import RequestKind
-from ops.load.traffic import Sample
+from demo.load.probes import RequestKind
+from demo.load.traffic import Sample
 from tests.support.tcp_relay import TcpRelay
 
 

@@ -15,7 +15,7 @@ from benchmarks.soak import MemoryLog, violations
 from core.errors import ConfigError
 from core.loading import load_settings
 from core.settings import Settings
-from ops.load.probes import batch_probes
+from demo.load.probes import batch_probes
 from tests.support.inputs import pictures
 from tests.support.tiny import tiny_base
 

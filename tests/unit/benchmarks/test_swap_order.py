@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.swap import ROLLBACK_EVERY, VLM_EVERY, Swaps, by_swap, ratio_interval
-from ops.load.traffic import Sample
+from demo.load.traffic import Sample
 from ratchet_client import ServerError
 
 

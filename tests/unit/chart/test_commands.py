@@ -77,7 +77,7 @@ def test_ratchet_takes_every_command(objects: list[dict[str, Any]], tmp_path: Pa
         assert words[0] == "ratchet", component
         context = resolve(shlex.join(words), strict=True)
         seen.add(" ".join(context.command_path.split()[1:]))
-    assert {"ingest", "maintain", "update", "console", "ledger migrate", "metrics serve", "check"} <= seen
+    assert {"ingest", "maintain", "trainer", "console", "admin migrate", "metrics serve", "doctor"} <= seen
 
 
 def test_a_command_without_what_it_needs_is_found() -> None:
@@ -144,7 +144,7 @@ def test_ratchet_takes_the_commands_of_the_compose_file() -> None:
         for line in re.findall(r"^ratchet .*$", str(service["command"][0]), re.MULTILINE):
             assert resolve(line, strict=True), line
     setup = compose_services()["setup"]["command"][0]
-    assert "ratchet ledger migrate" in setup and "ratchet base build" in setup
+    assert "ratchet admin migrate" in setup and "ratchet base build" in setup
 
 
 def test_the_health_checks_of_the_compose_file_ask_what_is_there(routes: dict[str, set[str]], tmp_path: Path) -> None:
@@ -156,5 +156,5 @@ def test_the_health_checks_of_the_compose_file_ask_what_is_there(routes: dict[st
     for name, service in compose_services().items():
         for text in service.get("healthcheck", {}).get("test", []):
             for port, path in re.findall(r"http://127\.0\.0\.1:(\d+)(/[\w/]+)", text):
-                process = "updater" if name == "update" else name
+                process = "updater" if name == "trainer" else name
                 assert (int(port), path in routes[process]) == (ports[process], True), name

@@ -22,7 +22,7 @@ from tests.support.chart import ROOT, render
 BIN = Path(sys.executable).parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
-OURS = ("setup", "serve", "ingest", "maintain", "update", "console")
+OURS = ("setup", "serve", "ingest", "maintain", "trainer", "console")
 
 
 def run(*command: str | Path) -> str:

@@ -106,7 +106,7 @@ def test_migration_runs_before_install_and_upgrade_and_needs_nothing_that_is_not
     job = of_kind(objects, "Job")[0]
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
     spec = job["spec"]["template"]["spec"]
-    assert spec["containers"][0]["command"] == ["ratchet", "ledger", "migrate"]
+    assert spec["containers"][0]["command"] == ["ratchet", "admin", "migrate"]
     assert not {"serviceAccountName", "priorityClassName"} & spec.keys()
     assert [each["configMap"]["name"] for each in spec["volumes"] if "configMap" in each] == [
         "company-ca"

@@ -17,8 +17,7 @@ import pytest
 from core.addresses import free_port
 from ratchet_client import Conflict, Denied, Overloaded, RatchetError, ServerError, TimedOut, Unreachable
 from ratchet_client import calls as calls_module
-from ratchet_client.calls import Call
-from ratchet_client.retries import Retries
+from ratchet_client.calls import Retries
 from tests.unit.client.scripted_server import ScriptedServer, call, scripted_server
 
 FLOATS = base64.b64encode(struct.pack("<2f", 1.5, -2.0)).decode()
@@ -157,16 +156,6 @@ def test_a_call_that_changes_something_is_made_once(
     assert len(server.asked) == 1
 
 
-def test_every_call_that_changes_something_is_among_those() -> None:
-    """What is posted to the operators' routes is marked in one place."""
-    made: list[Call[Any]] = [
-        calls_module.release({"clip": None}, "", None, 1, 1, False),
-        calls_module.rollback("", None, None, 1, None),
-        calls_module.post("/admin/v1/promote", {}, None),
-    ]
-    assert not any(call.repeatable for call in made)
-
-
 @both
 def test_a_server_that_is_away_is_named_with_what_to_do(kind: str) -> None:
     url = f"http://127.0.0.1:{free_port()}"
@@ -186,7 +175,7 @@ def test_a_call_that_was_not_answered_in_time_is_not_made_again() -> None:
 
 def test_all_pauses_together_are_shorter_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("ratchet_client.retries.time.monotonic", lambda: now)
+    monkeypatch.setattr("ratchet_client.calls.time.monotonic", lambda: now)
     retries = Retries(calls_module.live(), 100, 20.0)
     with pytest.raises(Overloaded):
         for _ in range(100):

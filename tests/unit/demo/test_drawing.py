@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from demo.data import render
-from demo.data.render import SIDE, Unfit, decode, draw_svg, encode, on_canvas
+from demo.data.render import SIDE, Unfit, decode, draw_svg, on_canvas
 from tests.support.pictures import png
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {}>{}</svg>'
@@ -37,10 +37,6 @@ def test_pixel_art_keeps_its_colours() -> None:
     image.putpixel((8, 8), (0, 0, 255, 255))
     colours = {colour for _, colour in on_canvas(image, crisp=True).getcolors(99) or []}
     assert colours == {(255, 0, 0), (0, 0, 255), (255, 255, 255)}
-
-
-def test_lengths_in_points_are_drawn() -> None:
-    assert on_canvas(draw_svg(svg('width="100pt" height="100pt" viewBox="0 0 100 100"', SQUARE)))
 
 
 def test_trimming_enlarges_what_is_small_on_its_paper() -> None:
@@ -81,11 +77,3 @@ def test_bounds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "MAX_SVG_BYTES", 10)
     with pytest.raises(Unfit, match="size limit"):
         draw_svg(svg("", SQUARE))
-
-
-@pytest.mark.parametrize(("suffix", "format"), [("png", "PNG"), ("jpg", "JPEG")])
-def test_encoding_is_the_same_each_time(suffix: str, format: str) -> None:
-    canvas = on_canvas(decode(png()))
-    first = encode(canvas, suffix)
-    assert first == encode(canvas, suffix)
-    assert decode(first).format == format

@@ -12,7 +12,7 @@ from core.loading import load_settings
 from demo.data import QUESTIONS, DemoData, PackageError, Preparation
 from demo.data.domain import RECEIPT, VERSION
 from demo.data.preparation import merged
-from ops.cli.shipped import needed_data
+from demo.first_start import clip_data, make_vlm, vlm_data
 from streams.publish.folders import INDEX
 
 
@@ -25,7 +25,7 @@ def there(home: Path, name: str, split: str = "") -> Path:
 
 
 def test_suites_need_their_split_and_the_reference_pool_the_whole(tmp_path: Path) -> None:
-    needed = merged(needed_data(load_settings(None, {"home": str(tmp_path), "base.vlm": ""})))
+    needed = merged(clip_data(load_settings(None, {"home": str(tmp_path)})))
     assert {each.name: each.split for each in needed} == {
         "noto": None, "pixel_ultica": None, "openclipart": "test", "fashion": "test", "flags": None,
         "stamp_photo": None,
@@ -33,7 +33,7 @@ def test_suites_need_their_split_and_the_reference_pool_the_whole(tmp_path: Path
 
 
 def test_questions_come_behind_the_whole_of_the_domains_that_they_ask_about(tmp_path: Path) -> None:
-    needed = merged(needed_data(load_settings(None, {"home": str(tmp_path)})))
+    needed = merged(vlm_data(load_settings(None, {"home": str(tmp_path)})))
     assert needed[-1] == DemoData("vqa_base")
     assert {DemoData(source) for source in QUESTIONS["vqa_base"].sources} < set(needed[:-1])
     assert len({each.name for each in needed}) == len(needed)
@@ -57,6 +57,16 @@ def test_a_package_that_cannot_be_had_is_named_to_whoever_waits_for_it(tmp_path:
     ):
         data.wait("flags")
         data.wait_for_all()
+
+
+def test_a_first_start_makes_the_shipped_vlm_and_finds_it_again(tmp_path: Path) -> None:
+    settings = load_settings(None, {"home": str(tmp_path), "base.clip": "mine"})
+    make_vlm(settings)
+    path = tmp_path / "bases" / "shipped-vlm" / "base.json"
+    before = path.stat().st_mtime_ns
+    make_vlm(settings)
+    assert path.stat().st_mtime_ns == before
+    assert clip_data(settings) == []
 
 
 def test_an_unknown_name_is_refused_before_anything_is_made(tmp_path: Path) -> None:

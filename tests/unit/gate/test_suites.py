@@ -133,7 +133,7 @@ def test_a_suite_asks_all_its_items_up_to_the_bound_of_the_settings_or_its_own(t
 def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="does not exist") as missing:
         _suite(tmp_path, "task: retrieval\ndata: ${home}/nowhere\n").items()
-    assert "ratchet data prepare nowhere" in missing.value.fix
+    assert "ratchet demo data prepare nowhere" in missing.value.fix
     (tmp_path / "empty").mkdir()
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

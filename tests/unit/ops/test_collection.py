@@ -21,7 +21,7 @@ from core.ledger import tables as t
 from core.ledger.collection import COLLECT_LEASE
 from core.metrics import declared
 from core.settings import Settings
-from ops.cli.gc import collect_garbage
+from ops.cli.admin import collect_garbage
 from ops.cli.main import app
 from ops.collection import Collector, Plan, collector
 from serving.releases.rollback import rollback_target
@@ -425,7 +425,7 @@ def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(either: In
     if either.artifacts.local is None:
         pytest.skip("the command has an artifacts folder")
     released(either)
-    shown = ratchet(either, "gc", "--dry-run")
+    shown = ratchet(either, "admin", "gc", "--dry-run")
     assert "not used for 800 days" in shown.output
     assert "release 6 answers" in shown.output
     summary = json.loads(shown.output.splitlines()[-1])
@@ -434,7 +434,7 @@ def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(either: In
     assert summary["stays"] == {"adapter": 2, "carry-over": 2}
     assert summary["adapters"] == ["clip-1", "clip-2", "clip-3", "clip-4"]
     assert len(either.stored()) == 6
-    done = json.loads(ratchet(either, "gc").output.splitlines()[-1])
+    done = json.loads(ratchet(either, "admin", "gc").output.splitlines()[-1])
     assert done["freed_bytes"] == summary["freed_bytes"]
     assert len(either.stored()) == 2
     assert "collected" in ratchet(either, "releases", "list").output

@@ -121,7 +121,7 @@ def test_your_own_measurement_takes_the_place_of_ours(tmp_path: Path) -> None:
     path = encode_output(tmp_path / "encode.txt", list(ours.cells))
     machine = machine_of(path)
     assert machine == Machine(source=f"ratchet bench encode, {path}", cores=16, cells=ours.cells)
-    result = CliRunner().invoke(app, ["plan", "--texts", "100", "--measured", str(path), "--json"])
+    result = CliRunner().invoke(app, ["admin", "plan", "--texts", "100", "--measured", str(path), "--json"])
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert plan["load"]["texts_per_second"] == 100 and plan["sources"][0].endswith(str(path))
@@ -139,11 +139,11 @@ def test_a_file_without_figures_is_told(tmp_path: Path, text: str) -> None:
 
 
 def test_the_table_says_why_and_whence() -> None:
-    result = CliRunner().invoke(app, ["plan", "--images", "20", "--stream", "1e7"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["admin", "plan", "--images", "20", "--stream", "1e7"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     for words in ("encoders for images", "simulated p50", "passed over", "Counted with:", "commit d98e718"):
         assert words in result.output
-    wrong = CliRunner().invoke(app, ["plan", "--machine", "cray"])
+    wrong = CliRunner().invoke(app, ["admin", "plan", "--machine", "cray"])
     assert isinstance(wrong.exception, ConfigError) and "amx, avx512" in wrong.exception.fix
 
 

@@ -341,7 +341,7 @@ def test_a_backup_of_an_older_migration_is_migrated(settings: Settings, elsewher
     file, revision = backup.write_ledger(settings.ledger, tmp_path)
     assert revision == "0009"
     database.close()
-    Ledger.open(elsewhere.ledger).close()  # as `ratchet ledger migrate` does before an install
+    Ledger.open(elsewhere.ledger).close()  # as `ratchet admin migrate` does before an install
     audit = {"actor": "a", "action": "restore", "subject": "s", "detail": {}, "created_at": WHEN}
     load_ledger(file, revision, elsewhere.ledger, audit)
     Ledger.open(settings.ledger).close()
@@ -380,7 +380,16 @@ def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
 def test_the_commands_end_with_json(settings: Settings, elsewhere: Settings, tmp_path: Path) -> None:
     results = [
         CliRunner().invoke(
-            app, ["--set", f"home={each.home}", "--set", f"ledger_url={each.ledger}", name, str(tmp_path / "backup")]
+            app,
+            [
+                "--set",
+                f"home={each.home}",
+                "--set",
+                f"ledger_url={each.ledger}",
+                "admin",
+                name,
+                str(tmp_path / "backup"),
+            ],
         )
         for name, each in (("backup", settings), ("restore", elsewhere))
     ]

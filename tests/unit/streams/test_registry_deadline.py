@@ -74,7 +74,7 @@ def test_a_schema_that_fails_for_the_deadline_is_given_up_and_found_again_when_i
     fail(registry, clock, DEADLINE_SECONDS)
     with pytest.raises(RecordError) as caught:
         read(registry)
-    assert caught.value.reason == "schema_unavailable" and "ratchet resubmit" in caught.value.fix
+    assert caught.value.reason == "schema_unavailable" and "ratchet quarantine resubmit" in caught.value.fix
     calls = len(server.calls)
     with pytest.raises(RecordError):
         read(registry)

@@ -52,7 +52,7 @@ main()
 
 
 def test_ratchet_update_gives_way_before_it_imports_what_takes_seconds(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", EARLY, "--set", f"home={tmp_path}", "update"]
+    command = [sys.executable, "-c", EARLY, "--set", f"home={tmp_path}", "trainer"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ratchet_client.limits import DEFAULT_LIMITS
+from ratchet_client.records import DEFAULT_LIMITS
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import pairs, picture, questions, recipe, run

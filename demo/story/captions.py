@@ -1,0 +1,150 @@
+"""The CLIP part of the demo: captioned images arrive, become searchable, and are learned."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from rich.markup import escape
+
+from core.progress import say, step, track
+from demo.story.stage import SOME_ANSWERS_SECONDS, Stage
+from demo.story.summary import Lesson
+from ratchet_client import Client
+from streams.kafka.clients import connect_producer
+from streams.publish.folders import read_folder
+
+DOMAIN = "fluent3d"
+SEARCHES_AT_ONCE = 4
+BETTER, WORSE = 4, 2  # searches on the page: those that gained most, and those that lost most
+HITS = 6  # that are shown
+DEPTH = 100  # hits looked through for the right image; deeper counts as one more
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One answer of a search."""
+
+    id: str
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """One query under one release: the first hits, and the rank (from 1) of the image whose caption is the query."""
+
+    query: str
+    hits: tuple[Hit, ...]
+    rank: int
+
+    def right(self, hit: Hit) -> bool:
+        """True where the caption of a hit is the query."""
+        return hit.text.strip().lower() == self.query.strip().lower()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One query before and after the update."""
+
+    before: Search
+    after: Search
+
+    @property
+    def gain(self) -> float:
+        """Factor by which the right image came nearer to the top: 1 -> 2 counts as much as 10 -> 20."""
+        return self.before.rank / self.after.rank
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The searches that changed most, of all that were made before and after the update."""
+
+    title: str
+    changes: tuple[Change, ...]
+
+
+def stream(stage: Stage, began: float) -> tuple[float, float]:
+    """Bring the new domain. ``began``: when the demo did (monotonic).
+
+    Returns:
+        The seconds from the beginning to the first search that found something, and those from publishing one image
+        until a search finds it.
+    """
+    stage.stream(DOMAIN)
+    text = stage.store.scan(columns=["text"], having="text").column("text").to_pylist()[0]
+    with step("waiting for the first search that finds something"):
+        stage.until(lambda: bool(stage.client.search(text=text)), "the first search", stage.embedded, pause=0.1)
+    first = time.monotonic() - began
+    say(f"“{escape(text)}” found pictures {first:.1f} s after the start")
+    counts = [stage.store.count(split=split, having="text") for split in ("train", "fresh_eval")]
+    say(f"{counts[0]} to train on, {counts[1]} kept for the gate")
+    with step("embedding them for search"):
+        stage.until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0, "the catalog", stage.embedded)
+    seconds = _event_to_searchable(stage)
+    say(f"one more image could be found {seconds:.1f} s after it was published")
+    return first, seconds
+
+
+def learn(stage: Stage) -> tuple[Lesson, Comparison]:
+    """Train both updates, release the one that passes, take it back and forward, and compare it with the base."""
+    with stage.screen.chapter("naive"):
+        naive = stage.learn("naive")
+    with stage.screen.chapter("default"):
+        default = stage.learn("default")
+        swap = stage.await_release("clip", default)
+        time.sleep(SOME_ANSWERS_SECONDS)
+    fresh = stage.store.scan(split="fresh_eval", columns=["text"], having="text").column("text").to_pylist()
+    queries = sorted(set(fresh))
+    with stage.screen.chapter("rollback"):
+        rollback_seconds = stage.back_and_forth(
+            "clip", default.adapter, lambda number: bool(search(stage.client, queries[0], f"clip@{number}").hits)
+        )
+    with stage.screen.chapter("compare"):  # last: hundreds of searches would be seen in the latencies of the swap
+        comparison = _compare(stage, queries)
+    return stage.lesson(naive, default, swap, rollback_seconds), comparison
+
+
+def _event_to_searchable(stage: Stage) -> float:
+    """Publish one image of a domain of its own, and ask until a search for that domain finds it."""
+    item = next(iter(read_folder(stage.settings.home / "data" / DOMAIN, split="test")))
+    with connect_producer(stage.settings.kafka) as producer:
+        began = time.monotonic()
+        producer.send(image=item.bytes(), text=item.text, domain="late_arrival", source="demo")
+    stage.published += 1
+    found = lambda: bool(stage.client.search(text=item.text, domain=["late_arrival"]))  # noqa: E731
+    stage.until(found, "a search for one more image", stage.embedded, pause=0.05)
+    return time.monotonic() - began
+
+
+def _compare(stage: Stage, queries: list[str]) -> Comparison:
+    """Search for every held-out caption under both resident releases, and keep the largest changes."""
+    live = stage.client.live()
+
+    def change(query: str) -> Change:
+        before, after = (search(stage.client, query, f"clip@{number}") for number in (live - 1, live))
+        return Change(before, after)
+
+    with ThreadPoolExecutor(SEARCHES_AT_ONCE) as pool:
+        changes = list(track(pool.map(change, queries), "searching before and after", total=len(queries)))
+    better = sum(change.gain > 1 for change in changes)
+    worse = sum(change.gain < 1 for change in changes)
+    tops = [
+        sum(side.rank == 1 for side in sides) for sides in zip(*((c.before, c.after) for c in changes), strict=True)
+    ]
+    title = (
+        f"{len(changes)} searches for held-out captions among {stage.store.count(having='text')} images: "
+        f"{better} better, {worse} worse; right image first {tops[0]} → {tops[1]} times. "
+        f"Shown: the {BETTER} largest gains and the {WORSE} largest losses."
+    )
+    say(title)
+    ordered = sorted(changes, key=lambda change: change.gain)
+    return Comparison(title, (*reversed(ordered[-BETTER:]), *reversed(ordered[:WORSE])))
+
+
+def search(client: Client, query: str, model: str) -> Search:
+    """Search the catalog by text under a resident release (``clip@1``)."""
+    hits = [Hit(hit["id"], hit["text"] or "", hit["score"]) for hit in client.search(text=query, k=DEPTH, model=model)]
+    found = Search(query, tuple(hits[:HITS]), DEPTH + 1)
+    return replace(found, rank=next((place for place, hit in enumerate(hits, 1) if found.right(hit)), DEPTH + 1))

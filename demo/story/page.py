@@ -1,0 +1,221 @@
+"""``demo.html``: the story of a demo with pictures, in one file that needs nothing from outside."""
+
+from __future__ import annotations
+
+import io
+import os
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from core.files import replace_file
+from core.ledger import ReleaseRow
+from demo.load.traffic import Sample
+from demo.story.captions import DEPTH, Comparison, Hit, Search
+from demo.story.questions import AnswerComparison
+from demo.story.screen import Chapter, clock
+from demo.story.summary import Facts, Lesson
+from updater.gate.report import TEMPLATES as PALETTE
+
+TEMPLATES = Path(__file__).parent / "templates"
+SIDE = 96  # pixels of a thumbnail
+QUALITY = 80  # of a thumbnail as JPEG: 2 to 5 KB
+BEFORE_SECONDS, AFTER_SECONDS = 20.0, 12.0  # of the chart: before the first release and after the last
+INK, FAILED, RELEASES = "#808080", "#d7191c", ("#1a9641", "#7b8fb2")
+"""Colours of the chart, which has no background: they are seen on a light and on a dark page."""
+MOST_BYTES = 1_500_000
+"""Of all pictures together, encoded; those behind are left out."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """The content of the page."""
+
+    facts: Facts
+    chapters: Sequence[Chapter]
+    searches: Comparison
+    answers: AnswerComparison | None
+    samples: Sequence[Sample]
+    releases: Sequence[ReleaseRow]
+    """Oldest first."""
+    about: Mapping[str, str]
+    """Descriptions of suites, by name."""
+
+
+def write_page(story: Story, image: Callable[[str], bytes], path: Path) -> Path:
+    """Write the page. ``image``: the encoded picture of a sample, by id."""
+    replace_file(path, render(story, image, path.parent).encode())
+    return path
+
+
+def render(story: Story, image: Callable[[str], bytes], home: Path) -> str:
+    """The page, as it lies in ``home``. Texts of samples are escaped; pictures are inside, of bounded size."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([TEMPLATES, PALETTE]),
+        autoescape=True,  # captions come from outside
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"clock": clock, "milliseconds": _milliseconds, "points": _points}
+    pictures = Pictures(image)
+    facts = story.facts
+    return environment.get_template("demo.html").render(
+        facts=facts,
+        chapters=[chapter for chapter in story.chapters if chapter.began is not None],
+        searches=story.searches,
+        pairs=[(_side(change.before, pictures), _side(change.after, pictures)) for change in story.searches.changes],
+        depth=DEPTH,
+        answers=story.answers,
+        answer_pictures=[pictures.encoded(each.item.bytes()) for each in story.answers.answers]
+        if story.answers
+        else [],
+        suites={name: suite_rows(lesson, story.about) for name, lesson in facts.lessons.items()},
+        reports={name: _links(lesson, home) for name, lesson in facts.lessons.items()},
+        chart=latency_chart([each for each in story.samples if each.family == "clip"], marks(story.releases)),
+        releases=story.releases,
+    )
+
+
+class Pictures:
+    """Thumbnails as data URIs, each made once, until :data:`MOST_BYTES` are spent."""
+
+    def __init__(self, image: Callable[[str], bytes]) -> None:
+        self._image = image
+        self._made: dict[str, str] = {}
+        self._left = MOST_BYTES
+
+    def of(self, sample_id: str) -> str:
+        """Of a sample; empty where there is no room."""
+        if sample_id not in self._made:
+            self._made[sample_id] = self.encoded(self._image(sample_id))
+        return self._made[sample_id]
+
+    def encoded(self, picture: bytes) -> str:
+        """Of an encoded picture; empty where there is no room."""
+        thumbnail = Image.open(io.BytesIO(picture)).convert("RGB")
+        thumbnail.thumbnail((SIDE, SIDE))
+        buffer = io.BytesIO()
+        thumbnail.save(buffer, "JPEG", quality=QUALITY)
+        uri = f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+        if len(uri) > self._left:
+            return ""
+        self._left -= len(uri)
+        return uri
+
+
+def suite_rows(lesson: Lesson, about: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row for each suite: what it asks, and what base, naive and default update scored (0 to 1). Gains come first."""
+    naive = lesson.naive.summary["suites"]
+    rows = [
+        {
+            "name": name, "role": suite["role"], "metric": suite["metric"], "items": suite["n"],
+            "about": about.get(name) or f"Items of the stream that were not trained on ({name}).",
+            "before": suite["before"], "after": suite["after"], "ci": suite["ci"], "decision": suite["decision"],
+            "naive": naive.get(name, {}).get("after"), "naive_decision": naive.get(name, {}).get("decision", ""),
+            "margin": suite.get("margin"),
+        }
+        for name, suite in lesson.default.summary["suites"].items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["role"] != "gain")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A release: when it was committed (seconds since the epoch), and what to write next to it."""
+
+    at: float
+    label: str
+
+
+def marks(releases: Sequence[ReleaseRow]) -> list[Mark]:
+    """CLIP's swap, its rollback and the way forward: the releases that changed the CLIP adapter."""
+    changed = [release for before, release in pairwise(releases) if release.clip != before.clip]
+    labels = ("the update", "rolled back", "forward again")
+    return [
+        Mark(release.created_at.timestamp(), f"release {release.number}: {label}")
+        for release, label in zip(changed, labels, strict=False)
+    ]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The latency of each request around the swap and the rollback."""
+
+    picture: str
+    """A PNG as a data URI."""
+    requests: int
+    failed: int
+    median_ms: float
+    slowest_ms: float
+
+
+def latency_chart(samples: Sequence[Sample], marks: Sequence[Mark]) -> Chart | None:
+    """The requests around the marks, latency on a logarithmic axis; None where there is nothing to draw."""
+    if not marks:
+        return None
+    swap, last = marks[0].at, marks[-1].at
+    inside = [each for each in samples if swap - BEFORE_SECONDS <= each.due <= last + AFTER_SECONDS]
+    if not inside:
+        return None
+    times = [each.seconds * 1000 for each in inside]
+    failed = sum(bool(each.problem) for each in inside)
+    return Chart(_drawn(inside, times, marks), len(inside), failed, median(times), max(times))
+
+
+def _drawn(samples: Sequence[Sample], times: Sequence[float], marks: Sequence[Mark]) -> str:
+    """A dot for each request, coloured by its release; seconds count from the swap."""
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    swap = marks[0].at
+    colours = [FAILED if each.problem else RELEASES[each.release % 2] for each in samples]
+    axes.scatter([each.due - swap for each in samples], times, s=6, c=colours)
+    axes.set(yscale="log", xlabel="seconds from the swap", ylabel="ms")
+    for number, mark in enumerate(marks):
+        axes.axvline(mark.at - swap, color=INK, linestyle="--", linewidth=0.8)
+        axes.annotate(
+            mark.label, (mark.at - swap, 1.0), (2, 2 + 10 * (number % 2)), xycoords=("data", "axes fraction"),
+            textcoords="offset points", fontsize=8, color=INK,
+        )  # fmt: skip
+    axes.tick_params(colors=INK, which="both")
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=INK)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=140, transparent=True)
+    return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def _side(search: Search, pictures: Pictures) -> dict[str, Any]:
+    def hit(each: Hit) -> dict[str, Any]:
+        picture = pictures.of(each.id)
+        return {"text": each.text, "score": each.score, "picture": picture, "right": search.right(each)}
+
+    return {"query": search.query, "rank": search.rank, "hits": [hit(each) for each in search.hits]}
+
+
+def _links(lesson: Lesson, home: Path) -> dict[str, str]:
+    """The gate's pages, as seen from this one."""
+    return {
+        name: os.path.relpath(report, home)
+        for name, report in (("naive", lesson.naive_report), ("default", lesson.report))
+        if report
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
+
+
+def _points(share: float) -> str:
+    return f"{share * 100:+.1f}"

@@ -1,0 +1,188 @@
+"""``ratchet admin``: the upkeep of an installation: backup and restore, garbage, capacity, the ledger's tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from sqlalchemy import make_url
+
+from core.artifacts import Artifacts
+from core.errors import ConfigError, RatchetError
+from core.ledger import Ledger
+from core.progress import say
+from core.settings import Settings
+from ops.cli import context as ctx
+from ops.cli.terminal import AsJson, show_json, show_rows
+
+if TYPE_CHECKING:
+    from ops.collection import Collector, Item
+
+SHOWN = 100
+"""Rows of each table of `gc`, unless all are wanted."""
+
+app = typer.Typer(help="Back up and restore, collect garbage, plan capacity, migrate the ledger.", no_args_is_help=True)
+
+Url = Annotated[str, typer.Argument(help="A folder, or a URL such as s3://backups/ratchet/2026-11-28.", metavar="URL")]
+
+
+@app.command()
+def backup(context: typer.Context, url: Url) -> None:
+    """Copy ledger, artifacts and lake while everything goes on; the last line is JSON.
+
+    Each backup has a folder of its own. One that was interrupted is completed by the same command. What is not in it:
+    settings, keys that are files, the bases in home (`ratchet base push` stores them among the artifacts), Kafka.
+
+    Examples:  ratchet admin backup /backups/2026-11-28    |    ratchet admin backup s3://backups/ratchet/2026-11-28
+    """
+    from ops.recovery import back_up
+
+    report = back_up(ctx.of(context).settings, url, ctx.person())
+    say(f"backup: {report.files:,} files, {decimal(report.size)}, release {report.release}")
+    typer.echo(json.dumps(asdict(report)))
+
+
+@app.command()
+def restore(context: typer.Context, url: Url) -> None:
+    """Bring back a backup into an empty ledger, artifacts and lake, which the settings name; the last line is JSON.
+
+    Start nothing before it has ended. One that was interrupted is completed by the same command.
+
+    Example:  ratchet --set home=/srv/ratchet admin restore s3://backups/ratchet/2026-11-28
+    """
+    from ops.recovery import restore as run
+
+    report = run(ctx.of(context).settings, url, ctx.person())
+    say(f"restore: {report.files:,} files, {decimal(report.size)}; release {report.release} is live")
+    typer.echo(json.dumps(asdict(report)))
+
+
+@app.command("gc")
+def collect(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go and what would stay.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help=f"Show more than {SHOWN} rows of each table.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete adapters, carry-over, gate reports and caches that nothing needs any more; the last line is JSON.
+
+    What answers, what a rollback or a switch of the base goes back to, the best releases, what is not decided, and all
+    that is young stays: see the settings under gc. `ratchet maintain` does the same every gc.hours.
+
+    Examples:  ratchet admin gc --dry-run    |    ratchet --set gc.keep_days=30 admin gc
+    """
+    from ops.collection.plan import largest_first
+
+    with _collector(ctx.of(context).settings) as collector:
+        plan = collector.plan() if dry_run else collector.run(ctx.person())
+    if plan is None:
+        raise RatchetError("another collector, or a backup, is at work.", "Try again when it has ended.")
+    if not as_json:
+        most = None if show_all else SHOWN
+        _show_items("Would go" if dry_run else "Deleted", largest_first(plan.going), most)
+        if dry_run:
+            _show_items("Would stay", largest_first(item for item in plan.items if not item.goes), most)
+    names = sorted(item.name for item in plan.going if item.kind == "adapter")
+    typer.echo(json.dumps({"dry_run": dry_run, **plan.summary(), "adapters": names}))
+
+
+def collect_garbage(settings: Settings) -> None:
+    """One run for maintenance. While another collector or a backup is at work, nothing is done.
+
+    Raises:
+        LedgerError, ArtifactsUnavailable: see :meth:`ops.collection.Collector.run`.
+    """
+    with _collector(settings) as collector:
+        plan = collector.run()
+    if plan is not None and plan.items:
+        counts = ", ".join(f"{count} of {kind}" for kind, count in plan.summary()["goes"].items())
+        say(f"maintain: collected {decimal(plan.freed)}: {counts}")
+
+
+@contextmanager
+def _collector(settings: Settings) -> Iterator[Collector]:
+    from ops.collection import Collector
+
+    ledger = Ledger.open(settings.ledger)
+    try:
+        yield Collector(settings, ledger, Artifacts(settings.artifacts))
+    finally:
+        ledger.close()
+
+
+def _show_items(title: str, found: Iterable[Item], most: int | None) -> None:
+    items = list(found)
+    show_rows(
+        ({"what": item.kind, "name": item.name, "size": decimal(item.bytes), "why": item.reason}
+         for item in items[:most]),
+        title,
+    )  # fmt: skip
+    if most is not None and len(items) > most:
+        typer.echo(f"and {len(items) - most:,} more: --all shows them")
+
+
+@app.command()
+def plan(
+    images: Annotated[float, typer.Option(help="Embeddings or classifications of images a second.")] = 0.0,
+    texts: Annotated[float, typer.Option(help="Embeddings of texts a second.")] = 0.0,
+    searches: Annotated[float, typer.Option(help="Searches a second.")] = 0.0,
+    stream: Annotated[float, typer.Option(help="Records a day that producers publish.")] = 0.0,
+    image_kb: Annotated[float, typer.Option(help="Size of an image of the stream, in KB.")] = 100.0,
+    corpus: Annotated[float, typer.Option(help="Samples that searches are to find.")] = 0.0,
+    p99: Annotated[float, typer.Option(help="Seconds within which 99% of requests are to be answered.")] = 1.0,
+    backfill_hours: Annotated[float, typer.Option(help="Hours for embedding the whole corpus again.")] = 24.0,
+    price: Annotated[float, typer.Option(help="Price of a machine for an hour.")] = 0.0,
+    machine: Annotated[
+        str, typer.Option(help="Measured machine to count with: amx or avx512 (two cores, ViT-B-32).")
+    ] = "amx",
+    measured: Annotated[
+        Path | None, typer.Option(help="What `ratchet bench encode` printed on your own machine, in place of it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count encoders, ingest workers, memory, disk and cost for a load, from what benchmarks measured.
+
+    Examples:  ratchet admin plan --images 200 --searches 50 --corpus 5e6    |
+    ratchet admin plan --stream 2e6 --image-kb 80    |
+    ratchet bench encode --against none | tee encode.txt; ratchet admin plan --texts 1000 --measured encode.txt
+    """
+    from ops.planning.capacity import Load, make_plan
+    from ops.planning.measured import built_in, machine_of
+
+    figures = built_in()
+    if measured is None and machine not in figures.machines:
+        raise ConfigError(f"no machine {machine!r} was measured.", f"There are: {', '.join(figures.machines)}.")
+    node = machine_of(measured) if measured is not None else figures.machines[machine]
+    load = Load(images, texts, searches, stream, image_kb, corpus, p99, backfill_hours, price)
+    counted = make_plan(load, figures, node)
+    if as_json:
+        show_json({"load": asdict(load), **asdict(counted)})
+        return
+    rows = ({"part": each.name, "how many": each.count, "": each.unit, "why": each.why} for each in counted.parts)
+    show_rows(rows, "Plan")
+    console = Console()
+    for warning in counted.warnings:
+        console.print(f"[yellow]![/yellow] {warning}", highlight=False)
+    console.print("Counted with:", *(f"  {source}" for source in counted.sources), sep="\n", highlight=False)
+    console.print("Load differs: measure yours before you buy (`ratchet bench encode`, docs/scaling.md).")
+
+
+@app.command()
+def migrate(context: typer.Context) -> None:
+    """Make the ledger's tables, or bring them up to date. Running it again changes nothing.
+
+    `ratchet serve` and `ratchet up` do it at their start. Where serving is started by others (KubeRay), this runs
+    before each install and upgrade.
+
+    Example:  RATCHET_LEDGER_URL=postgresql://ratchet@db/ratchet ratchet admin migrate
+    """
+    url = ctx.of(context).settings.ledger
+    Ledger.open(url).close()
+    typer.echo(f"the ledger {make_url(url).render_as_string(hide_password=True)} is up to date")

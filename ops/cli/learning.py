@@ -1,0 +1,147 @@
+"""``ratchet gate``, ``ratchet adapters`` and ``ratchet recipes``: judge adapters, exchange them, ways to train them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ops.cli import context as ctx
+from ops.cli.bases import outcome_line, passed
+from ops.cli.terminal import AsJson, printable, show_rows
+
+gate = typer.Typer(help="Regression tests that an update must pass.", no_args_is_help=True)
+adapters = typer.Typer(help="Take adapters in from PEFT directories, and write them out.", no_args_is_help=True)
+recipes = typer.Typer(help="How updates are trained.", no_args_is_help=True)
+
+
+@gate.command()
+def run(
+    context: typer.Context,
+    candidate: Annotated[str, typer.Argument(help="Adapter name, e.g. clip-0123456789ab, or its directory.")],
+    incumbent: Annotated[
+        str | None, typer.Option(help="Adapter to compare with, or 'base'; the live one by default.")
+    ] = None,
+    suites: Annotated[
+        list[Path] | None, typer.Option(help="Suite YAML files or folders, instead of gate.suites.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; home/gate/NAME by default.")] = None,
+) -> None:
+    """Judge an adapter against the incumbent and the base, and write a report. Nothing is released.
+
+    Examples:  ratchet gate run clip-0123456789ab    |    ratchet gate run my-adapter/ --incumbent base --out report/
+    """
+    from updater.gate.gate_command import gate_command
+    from updater.gate.verdict import diagnostics_lines
+
+    verdict, page = gate_command(
+        ctx.of(context).settings, candidate, incumbent=incumbent, suites=suites or None, out=out
+    )
+    typer.echo(f"{verdict.outcome}: {'; '.join(verdict.reasons)}\n{page}")
+    for line in diagnostics_lines(verdict.summary()["diagnostics"]):
+        typer.echo(printable(line))
+    if verdict.outcome != "passed":
+        raise typer.Exit(1)
+
+
+@gate.command()
+def pairs(
+    context: typer.Context,
+    suite: Annotated[str, typer.Argument(help="A retrieval suite, e.g. emoji_retrieval or fresh.fluent3d.")],
+    limit: Annotated[int, typer.Option(min=1, max=150, help="Most pairs.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List images that the CLIP base cannot tell apart, though their captions differ; the most similar first.
+
+    Example:  ratchet gate pairs emoji_retrieval
+    """
+    from updater.gate.gate_command import pairs_command
+
+    listed = pairs_command(ctx.of(context).settings, suite)
+    rows = (
+        {
+            "images": round(each.image_similarity, 3), "captions": round(each.text_similarity, 3),
+            "first": f"{each.first.text[:200]}\n{each.first.name}",
+            "second": f"{each.second.text[:200]}\n{each.second.name}",
+        }
+        for each in listed[:limit]
+    )  # fmt: skip
+    show_rows(rows, f"{len(listed)} pairs of {suite} (cosines by the base)", as_json)
+
+
+@gate.command()
+def report(
+    context: typer.Context,
+    update: Annotated[str | None, typer.Argument(help="Update id; the newest verdict by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to put it in; home/gate/UPDATE by default.")] = None,
+) -> None:
+    """Bring the report of an update to a local folder and print the path of its page.
+
+    Example:  ratchet gate report
+    """
+    from updater.gate.gate_command import report_command
+
+    typer.echo(report_command(ctx.of(context).settings, update, out=out))
+
+
+@adapters.command("import")
+def import_(
+    context: typer.Context,
+    directory: Annotated[
+        Path, typer.Argument(help="Directory with adapter_config.json and adapter_model.safetensors.", metavar="DIR")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The base that it was trained for; needed where no ratchet.json says so.")
+    ] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Run the gate now, in this process, instead of in the updater.")
+    ] = False,
+) -> None:
+    """Check a LoRA adapter that was trained elsewhere, store it, and let the updater judge and propose it.
+
+    Nothing is released that the gate does not pass. An adapter that was imported before is recognized.
+
+    Examples:  ratchet adapters import my-adapter/ --base shipped    |    ratchet adapters import exported/ --judge
+    """
+    from updater.service.exchange import gate_import, import_adapter
+
+    settings = ctx.of(context).settings
+    imported = import_adapter(settings, directory, actor=ctx.person(), base=base)
+    update, verb = imported.update, "is known" if imported.known else "is stored"
+    typer.echo(f"{update.adapter} {verb}: {update.id} ({update.state})")
+    if judge:
+        update, verdict = gate_import(settings, imported)
+        typer.echo(outcome_line(update, verdict))
+        if not passed(update, verdict):
+            raise typer.Exit(1)
+    elif update.state == "trained":
+        typer.echo("the updater judges it next; --judge does it at once")
+
+
+@adapters.command()
+def export(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name of an adapter, e.g. clip-0123456789ab.")],
+    directory: Annotated[Path, typer.Argument(help="New directory to write.", metavar="DIR")],
+) -> None:
+    """Write an adapter as a PEFT directory with a model card; `import` takes it back as the same adapter.
+
+    Example:  ratchet adapters export clip-0123456789ab colours/
+    """
+    from updater.service.exchange import export_adapter
+
+    typer.echo(export_adapter(ctx.of(context).settings, name, directory))
+
+
+@recipes.command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """The recipes of Ratchet and of installed packages, with the model that each trains.
+
+    Example:  ratchet recipes list
+    """
+    from updater.recipes.recipe import load_recipe, recipe_names
+
+    found = (load_recipe(name) for name in recipe_names())
+    rows = ({"recipe": each.name, "family": each.family, "description": each.description} for each in found)
+    show_rows(rows, "Recipes", as_json, whole=["recipe"])

@@ -1,0 +1,84 @@
+"""The checked load: an answer of another release is found, whatever kind of request it is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.swap import make_adapters
+from core.ledger import Ledger
+from core.loading import load_settings
+from core.settings import Settings
+from demo.load.answers import AnswerCheck, ExpectedVectors
+from demo.load.generator import content
+from demo.load.probes import Probe, classify_probes, search_probes
+from serving.engines.backends import EngineChoice, Precision
+from serving.http.classify import probabilities
+from tests.support.inputs import pictures
+from tests.support.tiny import tiny_base
+
+IMAGES, TEXTS, IDS = pictures(3), ("a cat", "a map"), ("a", "b", "c")
+CLASSIFY, SEARCH = classify_probes(IMAGES, TEXTS)[1], search_probes(IMAGES, TEXTS)[1]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Release 1 is the base, 2 an adapter."""
+    home = tmp_path_factory.mktemp("home")
+    tiny_base(home)
+    settings = load_settings(overrides={"home": home, "base.clip": "tiny"}, environ={})
+    [name] = make_adapters(settings, 1)
+    ledger = Ledger.open(settings.ledger)
+    for number, clip in ((1, None), (2, name)):
+        ledger.commit_release(number, clip=clip, vlm=None, actor="test", reason="test", proposal_id=None)
+    return settings
+
+
+def answer(settings: Settings, probe: Probe, release: int, stamped: int | None = None) -> dict[str, Any]:
+    """What the generator writes when a server answers for ``release`` and says ``stamped``."""
+    names = {row.number: row.clip or "base" for row in Ledger.open(settings.ledger).releases()}
+    expected = ExpectedVectors(settings, IMAGES, TEXTS)
+    vectors = expected.of(names[release])
+    images, texts = vectors[:3], vectors[3:]
+    value: Any = [[each, float(images[n] @ vectors[probe.items[0]])] for n, each in enumerate(IDS)]
+    if probe.kind == "classify":
+        value = probabilities(images[list(probe.items)], texts, 1, expected.engine.logit_scale).tolist()
+    number = stamped or release
+    return {"p": 0, "c": 200, "r": number, "a": names[number], "y": value}
+
+
+def difference(settings: Settings, probe: Probe, row: dict[str, Any]) -> str:
+    return AnswerCheck(settings, [probe], IMAGES, TEXTS, (), IDS, [row]).difference(row)
+
+
+@pytest.mark.parametrize("probe", [CLASSIFY, SEARCH], ids=["classify", "search"])
+def test_the_answer_of_a_release_is_its_own_and_that_of_another_is_not(settings: Settings, probe: Probe) -> None:
+    assert difference(settings, probe, answer(settings, probe, 2)) == ""
+    assert "release 1 (base): differs by" in difference(settings, probe, answer(settings, probe, 2, stamped=1))
+
+
+def test_a_search_that_finds_a_row_twice_is_wrong(settings: Settings) -> None:
+    row = answer(settings, SEARCH, 1)
+    row["y"] = [row["y"][0], row["y"][0], row["y"][2]]
+    assert "3 hits with 2 different ids; 3 exist" in difference(settings, SEARCH, row)
+
+
+def test_each_kind_of_answer_is_taken_out_of_its_json() -> None:
+    assert content({"data": [{"embedding": "AA"}]}) == ["AA"]
+    assert content({"data": [{"label": "x", "probabilities": {"x": 0.75, "y": 0.25}}]}) == [[0.75, 0.25]]
+    assert content({"space": "s", "data": [{"id": "a", "score": 0.5, "text": ""}]}) == [["a", 0.5]]
+    assert content({"choices": [{"message": {"content": "red"}}]}) == "red"
+
+
+@pytest.mark.parametrize(
+    ("precision", "apart", "problem"),
+    [("float32", 0.0018, "differs"), ("bfloat16", 0.0018, ""), ("bfloat16", 0.064, "differs")],
+)
+def test_rounding_of_half_precision_is_no_other_release(precision: Precision, apart: float, problem: str) -> None:
+    """0.0018 is the most that batching changed in ViT-B-32, 0.064 the least that random adapters did."""
+    check = AnswerCheck.__new__(AnswerCheck)
+    check.vectors = SimpleNamespace(engine=SimpleNamespace(choice=EngineChoice("torch", precision)))  # type: ignore[assignment]
+    assert check._apart("release 1", np.zeros((1, 4)), np.full((1, 4), apart)).count("differs") == bool(problem)

@@ -1,0 +1,307 @@
+"""``ratchet init`` checks model, broker and data, writes settings and suites, and says what these can show."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from core.errors import ConfigError
+from core.loading import describe, load_settings
+from core.settings import Settings
+from core.settings.updates import Gate
+from ops.cli.config import settings_yaml
+from ops.cli.init_suites import fresh_needed, suite_power
+from ops.cli.main import app
+from serving.engines.clip_base import list_bases
+from streams.publish.folders import read_folder
+from tests.support.pages import ROOT
+from tests.support.tiny import CONFIG, tiny_base
+from updater.gate.statistics import items_needed, smallest_difference
+from updater.gate.suites import load_suites
+
+Run = Callable[..., Result]
+COLOURS = {"red_thing": (200, 20, 20), "green_thing": (20, 200, 20), "blue_thing": (20, 20, 200)}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``ratchet`` in an empty folder that has a tiny registered base."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    tiny_base(Path(".ratchet"))
+    return lambda *words, **how: CliRunner().invoke(app, list(words), **how)
+
+
+def png(number: int, colour: tuple[int, int, int]) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 50, (16, 16, 3)) + np.array(colour)
+    out = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def class_folders(root: Path, each: int = 8) -> Path:
+    """A folder for each of three classes."""
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        (root / name).mkdir(parents=True)
+        for picture in range(each):
+            (root / name / f"{picture}.png").write_bytes(png(100 * number + picture, colour))
+    return root
+
+
+def model_folder(path: Path) -> None:
+    """A tiny architecture in open_clip's format, without weights."""
+    path.mkdir()
+    config = {"model_cfg": CONFIG, "preprocess_cfg": {"size": 32}}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+
+
+def pictures_of(split: str, home: Path = Path(".ratchet"), name: str = "things") -> set[bytes]:
+    return {item.bytes() for item in read_folder(home / "data" / name, split=split)}
+
+
+def test_everything_commented_out_is_the_default_and_can_be_taken_in() -> None:
+    text = settings_yaml({})
+    assert yaml.safe_load(text) is None
+    taken_in = yaml.safe_load(re.sub(r"^( *)#(?! )", r"\1", text, flags=re.M))
+    defaults = Settings()
+    read = Settings.model_validate(taken_in)
+    assert [row[:2] for row in describe(read)] == [row[:2] for row in describe(defaults)]
+    for name, _, _, meaning in describe(defaults):
+        assert f"# {meaning}\n" in text, name
+
+
+def test_what_is_chosen_is_set_and_nothing_else(tmp_path: Path) -> None:
+    chosen = {"home": Path("there"), "serve.port": 9000, "kafka.oauth.scope": "a: b", "gate.suites": [Path("s")]}
+    file = tmp_path / "ratchet.yaml"
+    file.write_text(settings_yaml(chosen))
+    changed = {
+        name: value for name, value, origin, _ in describe(load_settings(file, environ={})) if origin != "default"
+    }
+    assert changed == chosen
+
+
+def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> None:
+    class_folders(Path("things"))
+    done = run("init", "--model", "tiny", "--data", "things", "--yes")
+    assert done.exit_code == 0, done.exception
+    settings = load_settings(environ={})
+    (suite,) = load_suites(settings.gate.suites, settings.home)
+    assert (suite.name, suite.task, suite.role, suite.margin) == (
+        "things-classification",
+        "classification",
+        "retention",
+        0.05,
+    )
+    assert sorted({item.text for item in suite.items()}) == sorted(COLOURS)
+    assert len(suite.items()) == 12
+    assert settings.updater.reference == [suite.folder]
+    held, rest = pictures_of("test"), pictures_of("train")
+    assert (len(held), len(rest), held & rest) == (12, 12, set())
+    assert (settings.base.clip, settings.base.vlm) == ("tiny", "")
+    told = yaml.safe_load(Path("ratchet.yaml").read_text())
+    assert set(told) == {"base", "gate", "updater"}
+    for fact in ("24 pictures: 12 held out", "with fewer than 50", "513 fresh items", "3,420 new pairs"):
+        assert fact in done.output, done.output
+
+
+def test_the_same_pictures_are_held_out_again_wherever_they_lie(run: Run) -> None:
+    class_folders(Path("a") / "things")
+    run("init", "--model", "tiny", "--data", "a/things", "--yes")
+    first = pictures_of("test")
+    Path("a").rename("b")
+    assert run("init", "--model", "tiny", "--data", "b/things", "--yes", "--force").exit_code == 0
+    assert pictures_of("test") == first
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_labelled_sample_with_captions_makes_both_suites(run: Run, suffix: str) -> None:
+    folder = class_folders(Path("things"))
+    rows = [
+        {
+            "file": f"{path.parent.name}/{path.name}",
+            "label": path.parent.name,
+            "caption": f"{path.stem} {path.parent.name}",
+        }
+        for path in sorted(folder.rglob("*.png"))
+    ]
+    labels = Path(f"sample{suffix}")
+    with labels.open("w", newline="") as out:
+        if suffix == ".csv":
+            writer = csv.DictWriter(out, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            out.writelines(f"{json.dumps(row)}\n" for row in rows)
+    done = run("init", "--model", "tiny", "--data", "things", "--labels", str(labels), "--yes")
+    assert done.exit_code == 0, done.exception
+    settings = load_settings(environ={})
+    tasks = {suite.task: suite for suite in load_suites(settings.gate.suites, settings.home)}
+    assert set(tasks) == {"classification", "retrieval"}
+    assert {item.text for item in tasks["retrieval"].items()} <= {row["caption"] for row in rows}
+
+
+def test_a_picture_that_is_there_twice_is_on_one_side(run: Run) -> None:
+    folder = class_folders(Path("things"))
+    for number in range(8):
+        (folder / "red_thing" / f"copy{number}.png").write_bytes((folder / "red_thing" / f"{number}.png").read_bytes())
+    (folder / "green_thing" / "also_blue.png").write_bytes((folder / "blue_thing" / "0.png").read_bytes())
+    (folder / "blue_thing" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    (folder / "notes.txt").write_text("no picture")
+    done = run("init", "--model", "tiny", "--data", "things", "--yes")
+    assert done.exit_code == 0, done.exception
+    held, rest = pictures_of("test"), pictures_of("train")
+    assert (len(held | rest), held & rest) == (23, set())
+    assert "2 cannot be used" in done.output
+    assert "the same picture has several classes" in done.output
+
+
+def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> None:
+    class_folders(Path("things"), each=30)
+    gate = Gate(min_items=10, margin=0.1)
+    run("init", "--model", "tiny", "--data", "things", "--yes", "--margin", "0.1", "--held-out", "1.0")
+    assert load_settings(environ={}).updater.reference == []
+    (suite,) = load_suites([Path("suites")], Path(".ratchet"))
+    shown = suite_power(suite, gate)
+    assert (shown.items, shown.units, shown.needed, shown.enough) == (90, 90, 39, True)
+    level = gate.alpha  # all candidates have it for their losses
+    for items in (39, 90, 2000):
+        distance = smallest_difference(0.25, items, level)
+        assert items_needed(0.25, distance + 1e-9, level) == items
+    assert shown.excludes == pytest.approx(0.0655, abs=0.0005)
+    assert not suite_power(suite.model_copy(update={"margin": 0.05}), gate).enough
+    assert "--margin 0.07" in suite_power(suite.model_copy(update={"margin": 0.05}), gate).advice
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    defaults = suite_power(suite.model_copy(update={"margin": None}), Gate())
+    assert f"it takes {defaults.needed}" in page
+    assert f"ten points shows with {fresh_needed(Gate(detect=0.1))}, one of three with {fresh_needed(Gate())}" in page
+    assert f"400          {100 * smallest_difference(0.25, 400, level):.1f} points" in page
+    assert fresh_needed(Gate(detect=0.2)) < fresh_needed(gate) == 513
+
+
+def test_a_folder_with_a_model_is_registered_from_the_disk(run: Run) -> None:
+    class_folders(Path("things"))
+    model_folder(Path("my-clip"))
+    state = tiny_base(Path("elsewhere"), seed=1).build_model().state_dict()
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, "weights.safetensors")
+    done = run("init", "--model", "my-clip", "--weights", "weights.safetensors", "--data", "things", "--yes")
+    assert done.exit_code == 0, done.exception
+    assert "my-clip" in list_bases(Path(".ratchet"), "clip")
+    assert load_settings(environ={}).base.clip == "my-clip"
+    assert "32 dimensions, images of 32 px" in done.output
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+WRONG: dict[str, tuple[list[str], str, str]] = {
+    "no model": ([], "--model is not given", "--yes"),
+    "a hub": (["--model", "hf-hub:a/b"], "--model: hf-hub:a/b", "ratchet base add"),
+    "no such model": (["--model", "ViT-B-61"], "--model: 'ViT-B-61' is not a registered base (tiny)", "open_clip"),
+    "no weights": (["--model", "ViT-B-16"], "--weights: ViT-B-16", "--weights"),
+    "a tokenizer of a hub": (["--model", "ViT-B-16-SigLIP", "--weights", "w.safetensors"], "the tokenizer", "folder"),
+    "weights alone": (["--model", "w.safetensors"], "--model: w.safetensors", "--weights w.safetensors"),
+    "weights of a registered one": (["--model", "tiny", "--weights", "w.safetensors"], "--weights", "Leave"),
+    "no weights file": (["--model", "ViT-B-16", "--weights", "no"], "--weights: there is no file no", "safetensors"),
+    "other weights": (["--model", "my-clip", "--weights", "w.safetensors", "--data", "things"], "--weights", "name"),
+    "no data": (["--model", "tiny"], "--data: a model of your own", "--labels"),
+    "no folder": (["--model", "tiny", "--data", "none"], "--data: none is not a folder", "Name"),
+    "no pictures": (["--model", "tiny", "--data", "empty"], "--data: empty has no picture", "subfolders"),
+    "one class": (["--model", "tiny", "--data", "one"], "--data: the 4 pictures", "captions"),
+    "no labels": (["--model", "tiny", "--labels", "none.csv"], "--labels: none.csv", "columns file"),
+    "other columns": (["--model", "tiny", "--labels", "wrong.csv"], "--labels: wrong.csv, line 1", "caption"),
+    "broker away": (["--model", "tiny", "--data", "things", "--broker", "127.0.0.1:1"], "--broker", "--offline"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message", "fix"), WRONG.values(), ids=list(WRONG))
+def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str, fix: str
+) -> None:
+    monkeypatch.setattr("ops.cli.init.BROKER_SECONDS", 0.3)
+    class_folders(Path("things"), each=4)
+    class_folders(Path("one"), each=8)
+    for other in ("green_thing", "blue_thing"):
+        for path in (Path("one") / other).iterdir():
+            path.unlink()
+    Path("empty").mkdir()
+    model_folder(Path("my-clip"))
+    Path("wrong.csv").write_text("name,number\na,1\n")
+    save_file({}, "w.safetensors")
+    error = run("init", *words, *(["--yes"] if words else [])).exception
+    assert isinstance(error, ConfigError), error
+    assert message in error.message
+    assert fix in error.fix
+    assert not Path("ratchet.yaml").exists()
+    assert not Path("suites").exists()
+    assert list_bases(Path(".ratchet"), "clip") == ["tiny"]
+
+
+def test_a_broker_that_is_away_is_not_asked_offline(run: Run) -> None:
+    class_folders(Path("things"))
+    words = ("--model", "tiny", "--data", "things", "--broker", f"127.0.0.1:{closed_port()}", "--topic", "pairs")
+    done = run("--set", "serve.port=9000", "init", *words, "--yes", "--offline")
+    assert done.exit_code == 0, done.exception
+    settings = load_settings(environ={})
+    assert (settings.kafka.bootstrap, settings.kafka.topic, settings.serve.port) == (words[5], "pairs", 9000)
+
+
+def test_nothing_is_overwritten_without_force(run: Run) -> None:
+    class_folders(Path("things"))
+    words = ("init", "--model", "tiny", "--data", "things", "--yes")
+    assert run(*words).exit_code == 0
+    for kept in ("ratchet.yaml", "things"):
+        before = Path("ratchet.yaml").read_text() if Path("ratchet.yaml").exists() else ""
+        error = run(*words).exception
+        assert isinstance(error, ConfigError)
+        assert f"{kept} exists already" in error.message
+        assert "--force" in error.fix
+        assert not before or Path("ratchet.yaml").read_text() == before
+        Path("ratchet.yaml").unlink(missing_ok=True)
+    assert run(*words, "--force").exit_code == 0
+
+
+def test_a_secret_is_not_written(run: Run) -> None:
+    class_folders(Path("things"))
+    for flag in ("serve.operator_key=hunter2", "kafka.client={a: hunter2}", "ledger_url=postgresql://a:hunter2@b/c"):
+        error = run("--set", flag, "init", "--model", "tiny", "--data", "things", "--yes").exception
+        assert isinstance(error, ConfigError)
+        assert "hunter2" not in str(error)
+        assert "RATCHET_" in error.fix
+        assert not Path("ratchet.yaml").exists()
+
+
+def test_it_asks_on_a_terminal_for_what_is_not_given(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folders(Path("things"))
+    monkeypatch.setattr("ops.cli.init.on_terminal", lambda: True)
+    done = run("init", "--topic", "pairs", input="tiny\nthings\n\nembedded\n")
+    assert done.exit_code == 0, done.output
+    settings = load_settings(environ={})
+    assert (settings.base.clip, settings.kafka.topic, len(settings.gate.suites)) == ("tiny", "pairs", 1)
+
+
+def test_the_shipped_model_needs_nothing(run: Run) -> None:
+    done = run("init", "--yes")
+    assert done.exit_code == 0, done.exception
+    assert yaml.safe_load(Path("ratchet.yaml").read_text()) is None
+
+
+def test_values_have_their_types(run: Run) -> None:
+    run("--set", "serve.port=9000", "--set", "gate.detect=0.1", "init", "--yes")
+    told: dict[str, Any] = yaml.safe_load(Path("ratchet.yaml").read_text())
+    assert told == {"serve": {"port": 9000}, "gate": {"detect": 0.1}}

@@ -1,0 +1,173 @@
+"""Commands find the model server and its key in one way: from another pod as on the machine that serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from core.errors import ConfigError, LedgerError, ReleaseError
+from core.ledger import Ledger
+from core.loading import load_settings
+from core.settings import Settings
+from ops.cli.main import app
+from tests.support.command_line import ratchet
+from tests.support.web_server import WebServer, reply, web_server
+
+ROOT = Path(__file__).parents[4]
+RELEASE = json.dumps({"number": 4, "share": 1, "clip": None, "vlm": None}).encode()
+ASKING = {
+    "/admin/v1/rollback": ["rollback"],
+    "/admin/v1/releases": ["create", "--clip", "base"],
+    "/admin/v1/promote": ["promote"],
+    "/admin/v1/hold": ["hold"],
+    "/admin/v1/resume": ["resume"],
+}
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    """A model server of another machine."""
+    monkeypatch.setenv("USER", "ann")
+    monkeypatch.delenv("LOGNAME", raising=False)
+    with web_server() as server:
+        server.pages = {path: reply(RELEASE) for path in ASKING}
+        yield server
+
+
+def url(server: WebServer) -> str:
+    return f"http://{server.host}:{server.port}"
+
+
+def heads(server: WebServer) -> list[list[str]]:
+    return [head.lower().splitlines() for head in server.asked]
+
+
+@pytest.mark.parametrize("path", ASKING)
+@pytest.mark.parametrize("by", ["setting", "option"])
+def test_what_operators_do_is_sent_to_the_server_of_the_settings_under_their_name(
+    path: str, by: str, far: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RATCHET_HOME", str(tmp_path))
+    monkeypatch.setenv("RATCHET_SERVE__OPERATOR_KEY", "s3cret")
+    monkeypatch.setenv("RATCHET_SERVER_URL", url(far) if by == "setting" else "http://127.0.0.1:9")
+    option = [] if by == "setting" else ["--server", url(far)]
+    done = CliRunner().invoke(app, ["releases", *ASKING[path], "--reason", "why", *option])
+    assert done.exit_code == 0, done.output
+    (head,) = heads(far)
+    assert head[0] == f"post {path} http/1.1"
+    assert {"authorization: bearer s3cret", "x-ratchet-actor: ann"} <= set(head)
+
+
+def test_status_asks_the_server_of_the_settings_and_says_when_it_is_refused(
+    far: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far.pages = {
+        "/health/ready": reply(b'{"release": 4}'),
+        "/admin/v1/status": reply(b'{"error": {"message": "this key is not valid."}}', "401 Unauthorized"),
+    }
+    monkeypatch.setenv("RATCHET_HOME", str(tmp_path))
+    monkeypatch.setenv("RATCHET_SERVE__OPERATOR_KEY", "of-before")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    done = CliRunner().invoke(app, ["status", "--json", "--server", url(far)])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["health"] == {"ready": True, "release": 4}
+    assert facts["trouble"] == "this key is not valid."
+    assert "authorization: bearer of-before" in heads(far)[1]
+
+
+def test_no_key_is_made_for_a_server_of_another_machine(far: WebServer, tmp_path: Path) -> None:
+    home = ["--set", f"home={tmp_path}"]
+    done = CliRunner().invoke(app, [*home, "releases", "hold", "-r", "why", "--server", url(far)])
+    assert isinstance(done.exception, ConfigError)
+    assert "RATCHET_SERVE__OPERATOR_KEY" in done.exception.fix
+    assert not (tmp_path / "operator.key").exists()
+    assert far.asked == []
+    status = CliRunner().invoke(app, [*home, "status", "--json", "--server", url(far)])
+    assert "RATCHET_SERVE__OPERATOR_KEY" in json.loads(status.stdout)["trouble"]
+
+
+def test_on_one_machine_nothing_has_to_be_said(tmp_path: Path) -> None:
+    settings = load_settings(overrides={"home": str(tmp_path), "serve.port": 8123}, environ={})
+    assert settings.server == settings.serve.url == "http://127.0.0.1:8123"
+    assert settings.operator_key() == settings.operator_key()
+
+
+@pytest.mark.parametrize("wrong", ["serve:8000", "ftp://serve", "http://", "http:// serve"])
+def test_an_address_that_is_no_url_is_refused_by_name(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="server_url"):
+        load_settings(overrides={"server_url": wrong}, environ={})
+
+
+def test_only_who_starts_the_server_calls_it_where_it_listens() -> None:
+    """Any other command works in a pod of its own, so it goes by ``Settings.server``."""
+    folder = ROOT / "ops" / "cli"
+    users = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if "serve.url" in path.read_text()}
+    assert users == {"parts.py", "supervisor.py"}
+    assert "server_url" in Settings.model_fields
+
+
+DIAGNOSTICS = {"warnings": [], "tail": None, "pairs": {}, "yes": {},
+          "shift": {"towers": {}, "gap_before": 0.81, "gap_after": 0.79}}  # fmt: skip
+
+
+def test_releases_show_tells_where_a_release_came_from(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.begin_update(
+        "u1", family="clip", recipe={"name": "default"}, seed=7, store_version=3,
+        data_from={"t:0": 0}, data_to={"t:0": 10}, incumbent=None,
+    )  # fmt: skip
+    ledger.advance_update("u1", "done", adapter="clip-a", cost={"gflops_spent": 12.0})
+    ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {"diagnostics": DIAGNOSTICS})
+    ledger.commit_release(1, clip="clip-a", vlm=None, actor="updater", reason="gate passed", proposal_id=None)
+    ledger.close()
+    shown = ratchet(tmp_path, "releases", "show", "1").output
+    for fact in (
+        "clip-a", "u1", "default", "'t:0': 10", "passed", "reports/u1", "updater", "gate passed", "12.0",
+        "modality gap 0.810 -> 0.790",
+    ):  # fmt: skip
+        assert fact in shown
+    listed = ratchet(tmp_path, "releases", "list").output
+    assert "live" in listed
+    with pytest.raises(LedgerError):
+        ratchet(tmp_path, "releases", "show", "9")
+
+
+def test_releases_tell_whom_each_answers_and_what_was_forced_or_withdrawn(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.register_adapter("clip-b", "clip", "f" * 64, "i", "t", {})
+    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="first", proposal_id=None)
+    forced = ledger.propose("release", clip="clip-b", actor="ann", reason="sure", share=0.25, forced=True)
+    ledger.commit_release(
+        2, clip="clip-b", vlm=None, actor="ann", reason="sure", proposal_id=forced.id, share=forced.share
+    )
+    ledger.withdraw(["clip-b"], actor="guard", subject="release 2", reason="it disagrees", evidence={})
+    ledger.close()
+    listed = ratchet(tmp_path, "releases", "list").output.splitlines()
+    assert any(all(word in line for word in ("live", "2", "canary 25%", "clip-b", "f" * 12)) for line in listed)
+    assert any(all(word in line for word in ("stable", "1", "all", "base")) for line in listed)
+    shown = ratchet(tmp_path, "releases", "show", "2").output
+    for fact in ("canary 25%", "no gate had passed it", "clip-b was withdrawn", "it disagrees"):
+        assert fact in shown
+    with pytest.raises(ReleaseError, match="a shadow has no share"):
+        ratchet(tmp_path, "releases", "create", "--clip", "x", "-r", "y", "--shadow", "--share", "0.5")
+
+
+def test_names_are_whole_in_a_narrow_terminal_and_what_people_wrote_is_shown_as_it_is(tmp_path: Path) -> None:
+    names = {"clip": "clip-0123456789ab", "vlm": "vlm-ba9876543210"}
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.commit_release(1, **names, actor="ann", reason="[/b] why", proposal_id=None)
+    ledger.close()
+    for words in (("releases", "list"), ("releases", "show", "1"), ("status",)):
+        shown = ratchet(tmp_path, *words, columns=80)
+        assert shown.exit_code == 0, shown.output
+        assert {"clip-0123456789ab", "vlm-ba9876543210", "[/b]"} <= set(shown.output.replace("│", " ").split())
+    Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}").create_key("search-page-of-the-shop", ["infer"], actor="ann")
+    listed = ratchet(tmp_path, "keys", "list", columns=80).output
+    assert "search-page-of-the-shop" in listed
+    settings = ratchet(tmp_path, "config", "show", columns=80).output
+    assert "serve.encoder_replicas" in settings
