@@ -128,12 +128,7 @@ def upgrade(
     Examples:  ratchet base upgrade b16 --dry-run    |    ratchet base upgrade b16 --budget 400000    |
     ratchet base upgrade b16 --cancel
     """
-    from updater.service.base_upgrade import begin_upgrade
-    from updater.service.base_upgrade import cancel_upgrade
-    from updater.service.base_upgrade import finish_upgrade
-    from updater.service.base_upgrade import plan_upgrade
-
-    from updater.service.base_upgrade import begun
+    from updater.service.base_upgrade import begin_upgrade, begun, cancel_upgrade, finish_upgrade, plan_upgrade
     from updater.service.process import UpdaterBusy
 
     settings = ctx.of(context).settings

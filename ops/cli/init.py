@@ -319,6 +319,7 @@ def _broker(settings: Settings, answers: Answers, offline: bool) -> str:
 def _tell(settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: list[SuitePower]) -> None:
     """Print which pictures are used for what, and the loss and the gain that the suites can show."""
     from ops.cli.init_suites import fresh_needed
+    from updater.gate.statistics import POWER
 
     gate, console = settings.gate, Console()
     held_out, rest = len(plan.held_out), len(plan.rest)

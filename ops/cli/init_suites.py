@@ -311,6 +311,4 @@ def suite_power(suite: Suite, gate: Gate) -> SuitePower:
 def fresh_needed(gate: Gate) -> int:
     """Held-out new pairs with which the first candidate's gain of ``gate.detect`` shows."""
     level = candidate_alpha(gate.alpha, 0)
-    return needed_items(
-        None, detect=gate.detect, alpha=level, fewest=gate.min_items, most=gate.max_items
-    )
+    return needed_items(None, detect=gate.detect, alpha=level, fewest=gate.min_items, most=gate.max_items)
