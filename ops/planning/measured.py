@@ -1,4 +1,4 @@
-"""What benchmarks measured, as ``ratchet admin plan`` reads it; and how long a batch takes, by rates of closed loops."""
+"""What benchmarks measured, as ``ratchet admin plan`` reads it; and how long a batch takes, by rates of closed loop."""
 
 from __future__ import annotations
 
