@@ -31,7 +31,6 @@ def test_a_folder_becomes_a_base_that_needs_it_no_longer(folder: Path, tmp_path:
     assert add_vlm(tmp_path, "mine", str(folder)).digest == base.digest
     shutil.rmtree(folder)
     again = load_vlm_base(tmp_path, "mine")
-    again.verify()
     assert again.about == {"model": str(folder)}
     assert again.part_of("model.text_model.layers.0.self_attn.q_proj") == "text"
     assert sum(p.numel() for p in again.build_model().parameters()) > 10_000
