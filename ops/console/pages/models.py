@@ -24,9 +24,10 @@ def models(context: Reader) -> Response:
     """Each model of the live release, and the releases that can be asked by number, newest first."""
     data = context.data
     status, live = data.status(), data.live()
+    resident = [] if status is None else status["controller"]["resident"]
     return context.page(
         "models.html", "Models", models=served_models(status, live, data.settings), away=status is None, live=live,
-        loaded=sorted(data.resident_releases().values(), key=lambda row: -int(row["release"])),
+        loaded=sorted(resident, key=lambda row: -int(row["release"])),
         catalog=None if status is None else status["catalog"],
     )  # fmt: skip
 
