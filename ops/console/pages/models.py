@@ -1,4 +1,4 @@
-"""What is served: each model with its base, adapter, engine and precision, and the releases that are loaded."""
+"""The models that are served, with base, adapter, engine and precision, and the releases that are loaded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ServedModel:
     engines: tuple[str, ...]
     """Engine, precision and device of the replicas, each once; empty where none says so."""
     setting: str
-    """What the settings ask for."""
+    """Engine and precision in the settings."""
     replicas: Mapping[str, int]
     """Number of replicas by state; empty while the server does not say."""
 
