@@ -58,7 +58,7 @@ class Keys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Somebody who calls."""
+    """A caller."""
 
     name: str
     scopes: frozenset[KeyScope]

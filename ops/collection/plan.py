@@ -96,7 +96,7 @@ class _Known:
 
 
 def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Plan:
-    """The plan for the artifacts. The ledger is read before they are listed: what is stored meanwhile is not known to it,
+    """The plan for the artifacts. The ledger is read before they are listed: what is stored meanwhile is unknown to it
     and stays.
 
     Raises:

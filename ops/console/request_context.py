@@ -148,7 +148,7 @@ async def intended(request: Request) -> None:
 
 
 def reader(context: Annotated[RequestContext, Depends(request_context)]) -> RequestContext:
-    """Somebody who may look; in public mode, anybody who looks. Raises SignIn."""
+    """A visitor who may look; in public mode, every visitor. Raises SignIn."""
     if context.public:
         return context
     if context.principal is None or not context.principal.may(*LOOK):
@@ -157,7 +157,7 @@ def reader(context: Annotated[RequestContext, Depends(request_context)]) -> Requ
 
 
 def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestContext:
-    """Somebody who may act. Raises SignIn, or Refused when the key may not."""
+    """A visitor who may act. Raises SignIn, or Refused when the key may not."""
     if context.public:
         raise Refused(403, "This console is read-only", "It is in public mode.", "Use one that is not, or `ratchet`.")
     if not context.signed_in:

@@ -64,8 +64,8 @@ class Session:
     """Every form sends it back; a page of another site cannot know it."""
     key: str = ""
     provider: Mapping[str, Any] = field(default_factory=dict)
-    """Facts for the way to the identity provider and back (Authlib's), and then for signing out there; empty for a sign-in
-    by a key."""
+    """Facts for the way to the identity provider and back (Authlib's), and then for signing out there; empty for a
+    sign-in by a key."""
 
     @classmethod
     def new(cls, key: str = "") -> Session:

@@ -84,8 +84,8 @@ def act(
     except Conflict as conflict:
         live = context.data.live()
         return context.dialog(
-            "conflict.html", "Another operator was faster", 409, message=conflict.message, live=live, seen=expected_live,
-            action=action, query=choice.query,
+            "conflict.html", "Another operator was faster", 409, message=conflict.message, live=live,
+            seen=expected_live, action=action, query=choice.query,
         )  # fmt: skip
     except ServerError as error:
         wrong = error.message if error.status else f"{error.message} Look at the list before you try again."

@@ -189,8 +189,8 @@ async def arrive(context: Anyone) -> Response:
 
 
 async def _end_session_url(context: RequestContext) -> str | None:
-    """The URL at which a browser ends the session of the provider; None where this sign-in was by a key, or the provider
-    has no such place. Without a place to come back to, which would have to be registered there.
+    """The URL at which a browser ends the provider's session; None where this sign-in was by a key, or the provider has
+    no such place. Without a place to come back to, which would have to be registered there.
     """
     client: StarletteOAuth2App | None = context.request.app.state.provider
     if client is None or HINT not in context.session.provider:
