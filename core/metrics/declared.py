@@ -293,6 +293,7 @@ def _start(metric: Counter | Gauge | Histogram, *labels: tuple[str, ...]) -> Non
 _FAMILIES = ("clip", "vlm")
 for _metric in (UPDATE_STEPS, UPDATE_VISITED, UPDATE_LEFT_OUT, UPDATE_PASSED_OVER, UPDATE_SECONDS, GATE_SECONDS):
     _start(_metric, _FAMILIES)
+del _metric
 _start(UPDATES, _FAMILIES, ("done", "failed", "abandoned"))
 _start(GATE_VERDICTS, _FAMILIES, ("passed", "rejected", "inconclusive", "kept"))
 _start(BUDGET_SPENT, ("train", "gate"))
