@@ -60,7 +60,8 @@ def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, set
         status: the answer of ``/admin/v1/status``; None while the server does not answer.
     """
     controller = {} if status is None else status["controller"]
-    serve, made = settings.serve, []
+    serve = settings.serve
+    made: list[ServedModel] = []
     for family in FAMILIES:
         name = settings.base.clip if family == "clip" else settings.base.vlm
         if not name:
