@@ -47,7 +47,7 @@ _NO_KEY = digest_of("")
 
 
 class Keys(Protocol):
-    """What is needed of the ledger."""
+    """The part of the ledger that is used."""
 
     def api_keys(self) -> list[KeyRow]:
         """Keys that are valid."""
@@ -58,7 +58,7 @@ class Keys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Somebody who calls."""
+    """A caller."""
 
     name: str
     scopes: frozenset[KeyScope]
@@ -69,7 +69,7 @@ class Principal:
     """0: no limit."""
 
     def may(self, *scopes: KeyScope) -> bool:
-        """Whether one of the scopes was given."""
+        """True if one of the scopes was given."""
         return not self.scopes.isdisjoint(scopes)
 
     def actor(self, claimed: str | None = None) -> str:
@@ -101,10 +101,10 @@ class Access:
         """``recall``: keys of a copy, for a start while the ledger is away."""
         rules, local = settings.access, settings.serve.on_loopback
         self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
-        """Whether callers without a key may infer and search."""
+        """True if callers without a key may infer and search."""
         self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and self.open and local)
         self.to_this_machine = rules.require_keys != "never" and local
-        """Whether :attr:`open` means callers on this machine alone, and not what a proxy forwards."""
+        """True if :attr:`open` means callers on this machine alone, and not what a proxy forwards."""
         self.anonymous: Principal | None = None
         if self.open:
             limit = 0 if local else rules.anonymous_per_minute
@@ -163,22 +163,22 @@ class Access:
         return max(0.0, NEW_KEY_SECONDS - age)
 
     def ages(self, token: str | None) -> bool:
-        """Whether the keys are to be read soon, though a known token need not wait for it."""
+        """True if the keys are to be read soon, though a known token need not wait for it."""
         return self.knows(token) and self.clock() - self._read_at >= KEYS_SECONDS / 2
 
     @property
     def silent(self) -> bool:
-        """Whether the last reading of the ledger failed."""
+        """True if the last reading of the ledger failed."""
         return not self._current
 
     def unread(self, token: str | None, came: float) -> bool:
-        """Whether this token may be of a new key: no key that was read is meant, and no reading that began after the
+        """True if this token may be of a new key: no key that was read is meant, and no reading that began after the
         caller came has succeeded."""
         unclear = self._read_at < came or not self._current
         return parse_token(token or "") is not None and not self.knows(token) and unclear
 
     def knows(self, token: str | None) -> bool:
-        """Whether a key that was read last is meant; not whether it is the right one."""
+        """True if a key that was read last is meant; not whether it is the right one."""
         parsed = parse_token(token or "")
         return parsed is not None and parsed[0] in self._keys
 
@@ -226,7 +226,7 @@ class Access:
 
 
 def same(given: str, right: str) -> bool:
-    """Whether two secrets are equal, in a time that does not tell how much of them is."""
+    """True if two secrets are equal, in a time that does not tell how much of them is."""
     return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), right.encode("utf-8", "surrogatepass"))
 
 

@@ -26,7 +26,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is of this machine alone. A name other than ``localhost`` counts as the world."""
+    """True if an address to listen on is of this machine alone. A name other than ``localhost`` counts as the world."""
     if host == "localhost":
         return True
     try:
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 
 def listens(address: str, timeout: float = 1.0) -> bool:
-    """Whether a TCP connection to ``host:port`` is accepted within ``timeout`` seconds."""
+    """True if a TCP connection to ``host:port`` is accepted within ``timeout`` seconds."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=timeout):
@@ -84,7 +84,7 @@ class AllowRule:
         return cls(parts.scheme, host, parts.port, parts.path)
 
     def covers(self, scheme: str, host: str, port: int | None, path: str) -> bool:
-        """Whether an address lies here. ``host`` is in lower case, international names in their ASCII form."""
+        """True if an address lies here. ``host`` is in lower case, international names in their ASCII form."""
         if scheme not in PORTS or self.scheme not in ("", scheme) or not self._names(host):
             return False
         if (port or PORTS[scheme]) != (self.port or PORTS[scheme]):
@@ -125,14 +125,14 @@ class ObjectRule:
         return cls(scheme, bucket, key)
 
     def covers(self, other: ObjectRule) -> bool:
-        """Whether an object lies here."""
+        """True if an object lies here."""
         folder = self.key if not self.key or self.key.endswith("/") else f"{self.key}/"
         inside = other.key == self.key or other.key.startswith(folder)
         return (other.scheme, other.bucket) == (self.scheme, self.bucket) and inside
 
 
 def is_object(uri: str) -> bool:
-    """Whether a URI is one of an object store."""
+    """True if a URI is one of an object store."""
     return uri.partition("://")[0] in OBJECT_SCHEMES
 
 

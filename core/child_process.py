@@ -22,7 +22,7 @@ from core.reaper import descendants
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
 KILL_SECONDS = 20.0
-"""How long killing is waited for; the reaper itself gives up before."""
+"""Longest wait for a kill; the reaper itself gives up before."""
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -63,7 +63,7 @@ def end_with_parent() -> None:
 
 
 def processor_seconds(root: int) -> float:
-    """What a process and its descendants have computed, without those that have ended. 0 where there is no /proc."""
+    """Processor seconds of a process and its descendants, without those that have ended. 0 where there is no /proc."""
     ticks = 0
     for pid in [root, *descendants(root)] if sys.platform == "linux" else ():
         with suppress(OSError):  # it has ended
@@ -106,7 +106,7 @@ class ChildProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the process is alive."""
+        """True if the process is alive."""
         return self.process is not None and self.process.poll() is None
 
     def tend(self, now: float) -> None:

@@ -39,11 +39,11 @@ _KINDS: Final[tuple[tuple[type[RatchetError], Dependency], ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class DependencyState:
-    """How one dependency is."""
+    """The state of one dependency."""
 
     state: State = "ok"
     detail: str = ""
-    """What happened, in one sentence; empty when it is ``ok``, or what was found."""
+    """The event in one sentence; empty when it is ``ok``, or what was found."""
     fix: str = ""
 
     @classmethod
@@ -77,7 +77,7 @@ def answered(names: Iterable[Dependency]) -> None:
 
 
 def current() -> dict[Dependency, DependencyState]:
-    """What this process noted last of each dependency that it has used."""
+    """The state that this process noted last of each dependency that it has used."""
     return dict(_current)
 
 
@@ -105,7 +105,7 @@ MOST_CHARS: Final = 300
 
 
 def outage_state(words: str) -> OutageState:
-    """What the words of a client's error tell: disks, object stores and databases have no errors of their own."""
+    """The state by the words of a client's error: disks, object stores and databases have no errors of their own."""
     lower = words.lower()
     return next((state for state, signs in _SIGNS.items() if any(sign in lower for sign in signs)), "away")
 

@@ -29,7 +29,7 @@
     │       └── CommitUnknown      whether a change was made is not known
     └── ReleaseError       a proposal could not be released
         ├── Held               updates are on hold
-        └── ReleaseConflict    somebody else released first
+        └── ReleaseConflict    another operator released first
 
 Every error says what happened, what it was about, and (``fix``) what to do. BrokerError and those that end with
 Unavailable are an ``Outage``, whose ``state`` is ``away``, ``slow``, ``refused`` or ``full``. That, the base and the
@@ -47,7 +47,7 @@ from ratchet_client.errors import RecordError as RecordError
 
 
 class SelectorError(ConfigError):
-    """What is to be deleted is not said in a way that can be carried out. ``field`` is the one that is wrong."""
+    """A selector for a deletion cannot be carried out. ``field`` is the one that is wrong."""
 
     def __init__(self, field: str, message: str, fix: str = "") -> None:
         super().__init__(message, fix)
@@ -167,4 +167,4 @@ class Held(ReleaseError):
 
 
 class ReleaseConflict(ReleaseError):
-    """Somebody else released first."""
+    """Another operator released first."""

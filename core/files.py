@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o644, prefix: str = "", durable: bool = True) -> Iterator[Path]:
-    """Yield a new file beside ``path``, with its suffix; what is written there takes the place of ``path`` at the end.
+    """Yield a new file next to ``path``, with its suffix; what is written there takes the place of ``path`` at the end.
 
     Folders that are missing are made. After an error the old content stays, and the new file is removed.
 

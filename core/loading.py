@@ -160,7 +160,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _is_public(name: str) -> bool:
-    """Whether a wrong value may be shown: no secret, no group that may hold one, no URL that may."""
+    """True if a wrong value may be shown: no secret, no group that may hold one, no URL that may."""
     parents = accumulate(name.split("."), "{}.{}".format)  # an item's name is below its setting's
     leaf = next((each for each in parents if _field(each) is not None), None)
     return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and not re.search("url|registry", leaf)

@@ -1,4 +1,4 @@
-"""How a log record is written: as one JSON object a line, or as a line of text for people, without secrets.
+"""Formats of log records: one JSON object a line, or a line of text for people, without secrets.
 
 >>> {"time": "2026-11-28T00:54:24.123Z", "level": "WARNING", "logger": "ratchet.catalog", "message": "...",
 ...  "role": "catalog", "pid": 71, "request_id": "5e0c...", "release": 12, "adapter": "clip-0123456789ab"}
@@ -67,7 +67,7 @@ class Redactor:
 
 
 class RecordFormatter(logging.Formatter):
-    """What both formats have in common.
+    """The base of both formats.
 
     Args:
         labels: of the process, on every line: ``role``, and of a replica ``replica``.
@@ -155,5 +155,5 @@ def readable(line: str) -> str:
 
 
 def writes_json() -> bool:
-    """Whether the log of this process is JSON."""
+    """True if the log of this process is JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)

@@ -22,7 +22,7 @@ OURS = ("ratchet", "streams")
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """How a process logs."""
+    """The log of a process: format, level, labels and secrets."""
 
     format: Literal["json", "text"]
     level: int
@@ -64,7 +64,7 @@ def configure_logging(
     Args:
         settings: None: before they are read.
         role: what this process is: ``serve``, ``ingest``, ``encoder``, ...
-        service: it runs for long, and its log is collected; else it is a command that somebody waits for.
+        service: it runs for long, and its log is collected; else it is a command that someone waits for.
         replica: which one of several, on every line.
         request_id: see :class:`core.log_format.RecordFormatter`.
     """
@@ -75,7 +75,7 @@ def configure_logging(
 
 
 def inherited() -> LogConfig | None:
-    """How this process logs, for :func:`inherit` in one that it spawns; None: :func:`configure_logging` did nothing."""
+    """The log of this process, for :func:`inherit` in one that it spawns; None: it is not configured."""
     return _config
 
 
@@ -101,7 +101,7 @@ def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> No
 
 
 def log_format(format: Literal["auto", "json", "text"], service: bool = True) -> Literal["json", "text"]:
-    """What ``auto`` is for this process: JSON for a service without a terminal, text elsewhere."""
+    """The format that ``auto`` is for this process: JSON for a service without a terminal, text elsewhere."""
     if format != "auto":
         return format
     return "json" if service and not sys.stderr.isatty() else "text"

@@ -1,5 +1,5 @@
-"""What processes and threads leave to others: the processor, as what no one waits for computes after what someone waits
-for, and memory that was freed. A niceness never goes back up.
+"""Giving way: work that no one waits for computes after work that someone waits for, and freed memory goes back to the
+system. A niceness never goes back up.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ import sys
 import time
 
 LOOK_SECONDS = 0.5
-"""How often it looks whether its parent is still there: one that was killed cannot say so."""
+"""Pause between looks for the parent: one that was killed cannot say so."""
 KILL_SECONDS = 15.0
-"""How long it goes on with killing: a process that waits for a disk dies later."""
+"""Longest time of killing: a process that waits for a disk dies later."""
 LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -92,7 +92,7 @@ def _start(command: list[str]) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """How each child ended that has, by process id."""
+    """The status of each child that has ended, by process id."""
     ended: dict[int, int] = {}
     while True:
         try:

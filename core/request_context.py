@@ -1,4 +1,4 @@
-"""Which request this code runs for: what a log line says of it, without every function having to pass it on.
+"""The request that this code runs for: log lines name it, without every function having to pass it on.
 
 A context variable: tasks and :func:`asyncio.to_thread` inherit it. What is started within a request and lives longer,
 for others too, is started with :func:`detached`.

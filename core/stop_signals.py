@@ -72,7 +72,7 @@ def stop_on_signals() -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Inside, a signal that asks to stop waits for the end of the block. For what must not be half done, as starting
-    something that somebody has to stop. Use it in the main thread.
+    something that has to be stopped. Use it in the main thread.
     """
     _state.undisturbed += 1
     try:
@@ -104,7 +104,7 @@ def _pass_on(arrivals: int) -> None:
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """Where a signal came while a finalizer ran, Python drops what the handler raised."""
+    """Repeat a signal that came while a finalizer ran: Python drops what the handler raised there."""
     if not isinstance(lost.exc_value, Stopped):
         sys.__unraisablehook__(lost)
         return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider
 
 EXPORTER: Final = "core.tracing:span_processors"
-"""What Ray Serve is told to call in each of its processes."""
+"""The function that Ray Serve is told to call in each of its processes."""
 _NOTHING: Final[AbstractContextManager[Any]] = nullcontext()
 _tracer: Tracer | None = None
 
@@ -69,7 +69,7 @@ def record(name: str, began: float, ended: float, **attributes: Any) -> None:
 
 
 def _sampled() -> bool:
-    """Whether somebody above wants this trace: without a parent a span would begin a trace of its own."""
+    """True if a caller wants this trace: without a parent a span would begin a trace of its own."""
     from opentelemetry import trace
 
     return bool(trace.get_current_span().get_span_context().trace_flags.sampled)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Final
 
 STILL_SECONDS: Final = 120.0
-"""Where nothing at all moves for so long, nothing will: a shared machine stands still for seconds."""
+"""After so long without any movement nothing will move: a shared machine stands still for seconds."""
 BUSY_SECONDS: Final = 900.0
-"""What computes without getting anywhere is given up after so long: loading a model, without a word, takes minutes on a
-machine with ten times as much to do as it can."""
+"""Work that computes without getting anywhere is given up after so long: loading a model, without a word, takes minutes
+on a machine with ten times as much to do as it can."""
 TELL_SECONDS: Final = 15.0
 LOOK_SECONDS: Final = 2.0
 """From one look at the progress to the next: it may cost more than the condition."""

@@ -1,4 +1,4 @@
-"""How the stream stands, for the command line and the console: what was lost, what is waited for, what is maintained.
+"""The state of the stream for the command line and the console: losses, what is waited for, maintenance.
 
 What lasts comes from the sample store, and deletions from the ledger. What ingest and maintenance are doing now is read
 from their metrics, where they run on this machine; it is None where they cannot be reached, as from another container.
@@ -64,23 +64,23 @@ class StreamState:
     rewritten: int = 0
     """Offsets that were cut off the log after they were stored, ever."""
     waiting_for: str | None = None
-    """What ingest waits for; empty: nothing; None: not known."""
+    """The dependency that ingest waits for; empty: none; None: not known."""
     quarantine_failing: bool = False
-    """Whether refused records cannot be published now."""
+    """True if refused records cannot be published now."""
     waiting_state: str = ""
-    """How ingest finds what it waits for: a word of :data:`core.dependencies.State`."""
+    """The state of what ingest waits for: a word of :data:`core.dependencies.State`."""
     maintained: datetime | None = None
-    """When a run of maintenance last came to its end; None: not known, or none yet."""
+    """Time at which a run of maintenance last came to its end; None: not known, or none yet."""
     maintenance_failing: bool = False
-    """Whether the newest run failed."""
+    """True if the newest run failed."""
     maintenance_known: bool = False
-    """Whether maintenance could be asked."""
+    """True if maintenance could be asked."""
     deletions: int = 0
     """Deletions that are not complete."""
     oldest_deletion: timedelta = timedelta(0)
 
     def problems(self) -> list[str]:
-        """What is not well, in words; empty when all is."""
+        """Problems in words; empty when all is well."""
         problems = []
         if self.waiting_for:
             problems.append(f"Ingest waits for the {self.waiting_for}: {self.waiting_state}.")

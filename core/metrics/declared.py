@@ -62,7 +62,7 @@ LABELS = {
     "type": "of an event: candidate, verdict, proposal, release, rollback, deletion, gap",
     "version": "one at a time",
 }
-"""Which values each label takes; every one of these sets is bounded."""
+"""The values of each label; every one of these sets is bounded."""
 
 
 def _latest(name: str, meaning: str, labels: Sequence[str] = ()) -> Gauge:
@@ -108,7 +108,7 @@ MAINTAIN_LAST = Gauge(
     ["outcome"],
 )  # fmt: skip
 MAINTAIN_SECONDS = Histogram("ratchet_maintain_seconds", "Time of one run of maintenance.", buckets=LONG_SECONDS)
-MAINTAIN_WRITTEN = Counter("ratchet_maintain_written_bytes_total", "Bytes that compaction and deletion wrote anew.")
+MAINTAIN_WRITTEN = Counter("ratchet_maintain_written_bytes_total", "Bytes that compaction and deletion wrote again.")
 MAINTAIN_VERSIONS = Gauge("ratchet_maintain_versions", "Versions of the sample store that are kept.")
 MAINTAIN_DELETED = Counter("ratchet_maintain_deleted_samples_total", "Samples removed from the store.", ["reason"])
 COLLECTED = Counter("ratchet_maintain_collected_bytes_total", "Bytes that the garbage collector deleted.", ["kind"])
@@ -293,6 +293,7 @@ def _start(metric: Counter | Gauge | Histogram, *labels: tuple[str, ...]) -> Non
 _FAMILIES = ("clip", "vlm")
 for _metric in (UPDATE_STEPS, UPDATE_VISITED, UPDATE_LEFT_OUT, UPDATE_PASSED_OVER, UPDATE_SECONDS, GATE_SECONDS):
     _start(_metric, _FAMILIES)
+del _metric
 _start(UPDATES, _FAMILIES, ("done", "failed", "abandoned"))
 _start(GATE_VERDICTS, _FAMILIES, ("passed", "rejected", "inconclusive", "kept"))
 _start(BUDGET_SPENT, ("train", "gate"))
@@ -317,7 +318,7 @@ _start(OPERATOR, ("release", "promote", "rollback", "hold", "resume"), ("done", 
 
 
 def names() -> dict[str, set[str]]:
-    """What Prometheus gets: the labels of each sample name, those that the client adds (``le``, ``pid``) included."""
+    """Labels of the samples that Prometheus gets, by name; with those that the client adds (``le``, ``pid``)."""
     labels_of: dict[str, set[str]] = {}
     for metric in list(globals().values()):
         if isinstance(metric, Counter):

@@ -1,4 +1,4 @@
-"""How Prometheus gets the metrics.
+"""The way of the metrics to Prometheus.
 
 Serving runs in several processes, on several machines perhaps. With ``PROMETHEUS_MULTIPROC_DIR`` set before the first
 import, the processes of one machine share a folder, whose disk may be full, and :func:`exposition` adds them up.
@@ -39,12 +39,12 @@ NAME_PREFIXES: dict[Process, tuple[str, ...]] = {
 }
 """Beginnings of the names that one part alone exports; serving exports all others."""
 SHARED: tuple[str, ...] = ("ratchet_build_info", "ratchet_dependency_state")
-"""What every part exports: how it was built, and how it finds its dependencies."""
+"""Exported by every part: its version, and the state of its dependencies."""
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 INITIAL_BYTES: Final = 1 << 16
-"""What prometheus_client begins with; it doubles from there."""
+"""The size that prometheus_client begins with; it doubles from there."""
 RETRY_SECONDS: Final = 10.0
-"""How often room is asked for again."""
+"""Pause before room is asked for again."""
 
 
 def exposition(part: Process) -> bytes:
@@ -59,7 +59,7 @@ def listen(part: Process, port: int, host: str = "127.0.0.1", folder: Path | Non
 
 
 def belongs(name: str, part: Process) -> bool:
-    """Whether a part exports the metric of this name.
+    """True if a part exports the metric of this name.
 
     Ray's own processes write into the same folder; their metrics are scraped from Ray. vLLM has no port of its own, so
     its metrics come with those of the replica that it runs in.
@@ -76,7 +76,7 @@ def _owner(name: str) -> Process:
 
 
 class _Own(Collector):
-    """What belongs to one part, of what another collector has."""
+    """The metrics of one part, among those of another collector."""
 
     def __init__(self, part: Process, folder: Path | None) -> None:
         self.part = part
@@ -118,7 +118,7 @@ def _forget_the_dead(folder: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    with contextlib.suppress(PermissionError):  # it runs, and is somebody else's
+    with contextlib.suppress(PermissionError):  # it runs, and belongs to another user
         try:
             os.kill(pid, 0)
         except ProcessLookupError:

@@ -17,7 +17,7 @@ class update:
 
     @staticmethod
     def now(family: str, state: State) -> None:
-        """What the trainer does for a model from now on."""
+        """The trainer does this for a model from now on."""
         for each in STATES:
             d.UPDATE_STATE.labels(family, each).set(int(each == state))
 
@@ -53,7 +53,7 @@ class update:
 
     @staticmethod
     def unjudged(family: str, missing: bool) -> None:
-        """Whether no update can be judged, since suites or the reference pool are missing."""
+        """True if no update can be judged, since suites or the reference pool are missing."""
         d.UPDATE_UNJUDGED.labels(family).set(missing)
 
     @staticmethod
@@ -74,14 +74,14 @@ class update:
 
     @staticmethod
     def budget(level: float, size: float, per_update: float) -> None:
-        """What is left in the token bucket, what it holds, and what one update takes out before it trains."""
+        """The token bucket has so much left, holds so much, and one update takes out so much before it trains."""
         d.BUDGET_LEVEL.set(level * GIGA)
         d.BUDGET_SIZE.set(size * GIGA)
         d.BUDGET_UPDATE.set(per_update * GIGA)
 
 
 class Score(NamedTuple):
-    """What a suite came to, as shares. ``margin_left`` is None where there is no margin."""
+    """The scores of a suite, as shares. ``margin_left`` is None without a margin."""
 
     suite: str
     role: str
@@ -104,7 +104,7 @@ class gate:
 
     @staticmethod
     def last(family: str, outcome: str, timestamp: float) -> None:
-        """When a verdict with this outcome fell last; seconds since 1970."""
+        """A verdict with this outcome fell last at this time; seconds since 1970."""
         d.GATE_LAST.labels(family, outcome).set(timestamp)
 
     @staticmethod

@@ -15,7 +15,7 @@ Age = Literal["live", "incumbent", "older"]
 
 
 class build:
-    """Which version runs."""
+    """Verbs of the version that runs."""
 
     @staticmethod
     def started(part: str) -> None:
@@ -59,7 +59,7 @@ class http:
 
     @staticmethod
     def up(part: str, answers: bool) -> None:
-        """Whether ``clip``, ``vlm`` or ``catalog`` answers this ingress."""
+        """True if ``clip``, ``vlm`` or ``catalog`` answers this ingress."""
         d.SERVING_UP.labels(part).set(int(answers))
 
     @staticmethod
@@ -133,7 +133,7 @@ class catalog:
 
     @staticmethod
     def backfill(missing: int, rows_per_second: float, seconds_left: float | None) -> None:
-        """What the resident spaces lack, how fast it is embedded, and the estimate; None while there is none."""
+        """The resident spaces lack so many rows; the speed of embedding, and the estimate, None while there is none."""
         d.CATALOG_MISSING.set(missing)
         d.CATALOG_BACKFILL_RATE.set(rows_per_second)
         d.CATALOG_BACKFILL_LEFT.set(math.nan if seconds_left is None else seconds_left)
@@ -180,7 +180,7 @@ class release:
 
     @staticmethod
     def committed(timestamp: float) -> None:
-        """When the live release was committed; seconds since 1970."""
+        """The live release was committed at this time; seconds since 1970."""
         d.RELEASE_COMMITTED.set(timestamp)
 
     @staticmethod
@@ -195,7 +195,7 @@ class release:
 
     @staticmethod
     def waiting(proposals: int, held: bool) -> None:
-        """How many proposals are open, and whether updates are on hold."""
+        """So many proposals are open; and updates are on hold, or not."""
         d.RELEASE_PENDING.set(proposals)
         d.RELEASE_HELD.set(int(held))
 
@@ -213,12 +213,12 @@ class release:
 
     @staticmethod
     def unservable(family: str, gone: bool) -> None:
-        """Whether the live adapter of a family cannot be loaded from its files."""
+        """True if the live adapter of a family cannot be loaded from its files."""
         d.RELEASE_UNSERVABLE.labels(family).set(int(gone))
 
     @staticmethod
     def learned(family: str, gain: float, forgetting: float) -> None:
-        """What the live adapter gained over the base and lost to it; NaN where it was never judged."""
+        """The live adapter gained and lost so much against the base; NaN where it was never judged."""
         d.RELEASE_GAIN.labels(family).set(gain)
         d.RELEASE_FORGETTING.labels(family).set(forgetting)
 

@@ -54,7 +54,7 @@ class ingest:
 
     @staticmethod
     def lag(partition: int, records: int) -> None:
-        """How far the store is behind one partition."""
+        """The store is so many records behind one partition."""
         d.INGEST_LAG.labels(str(partition)).set(records)
 
     @staticmethod
@@ -75,7 +75,7 @@ class ingest:
 
     @staticmethod
     def waiting(dependency: str) -> None:
-        """What ingest waits for: one of :data:`WAITED_FOR`, or nothing."""
+        """Ingest waits for one of :data:`WAITED_FOR`, or for nothing."""
         for each in WAITED_FOR:
             d.INGEST_WAITING.labels(each).set(int(each == dependency))
 
@@ -91,7 +91,7 @@ class ingest:
 
     @staticmethod
     def quarantine_failing(failing: bool) -> None:
-        """Whether the newest refused record could not be put into the quarantine topic."""
+        """True if the newest refused record could not be put into the quarantine topic."""
         d.INGEST_QUARANTINE_FAILING.set(int(failing))
 
     @staticmethod

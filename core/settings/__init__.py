@@ -79,7 +79,7 @@ class Settings(Section):
 
     @property
     def has_operator_key(self) -> bool:
-        """Whether there is a key of operators already, in the settings or in the home."""
+        """True if there is a key of operators already, in the settings or in the home."""
         return self.serve.operator_key is not None or (self.home / "operator.key").exists()
 
     def operator_key(self) -> SecretStr:

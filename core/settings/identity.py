@@ -21,7 +21,7 @@ class OAuth(Section):
 
     @property
     def enabled(self) -> bool:
-        """Whether a source of tokens is set."""
+        """True if a source of tokens is set."""
         return bool(self.token_url or self.token_file)
 
     _url = field_validator("token_url")(http_url)
@@ -37,7 +37,7 @@ class OAuth(Section):
 
 
 class Oidc(Section):
-    """Sign-in to the console by an OpenID Connect provider, beside API keys."""
+    """Sign-in to the console by an OpenID Connect provider, next to API keys."""
 
     issuer: str = Field(
         "", description="URL of the provider, as it names itself (https://id.example.com); empty: none."
@@ -64,7 +64,7 @@ class Oidc(Section):
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a provider."""
+        """True if there is a provider."""
         return bool(self.issuer)
 
     _urls = field_validator("issuer", "console_url")(http_url)
@@ -74,7 +74,7 @@ class Oidc(Section):
         if self.enabled and not (self.client_id and self.console_url):
             raise ValueError("with issuer set client_id and console_url, too")
         if self.enabled and not (self.readers or self.reader_groups or self.operators or self.operator_groups):
-            raise ValueError("with issuer set also readers, operators or groups of them: nobody could sign in")
+            raise ValueError("with issuer set also readers, operators or groups of them: no one could sign in")
         if "*" in (*self.operators, *self.operator_groups, *self.reader_groups):
             raise ValueError("'*' is for readers alone: name operators and groups")
         return self

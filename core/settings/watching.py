@@ -10,7 +10,7 @@ from core.settings.section import Section, http_url
 
 
 class Watch(Section):
-    """How the catalog and the incoming data are watched."""
+    """Measurements of the catalog and of the incoming data."""
 
     seconds: float = Field(30.0, gt=0, description="How often they are measured, where something has changed.")
     drift_window: int = Field(128, ge=8, le=100_000, description="Newest samples that are looked at for drift.")
@@ -18,7 +18,7 @@ class Watch(Section):
 
 
 class Logs(Section):
-    """What the processes log, on standard error."""
+    """Logs of the processes, on standard error."""
 
     format: Literal["auto", "json", "text"] = Field(
         "auto", description="One JSON object a line, or text; auto: text at a terminal, JSON elsewhere."

@@ -1,7 +1,7 @@
 """Alerting and recording rules for Prometheus, and the configuration that makes it scrape Ratchet.
 
-The rules are the YAML files of this folder, one for each topic. Every alert has a severity (``page``: somebody must
-act now; ``ticket``: within days), values in its description, and a page in ``docs/runbooks``.
+The rules are the YAML files of this folder, one for each topic. Every alert has a severity (``page``: act now;
+``ticket``: within days), values in its description, and a page in ``docs/runbooks``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 FOLDER = Path(__file__).parent
 SCRAPE_SECONDS = 15
-"""How often targets are scraped and rules evaluated. The shortest window of a rule (5 minutes) holds 20 scrapes."""
+"""Interval of scrapes and of evaluating rules. The shortest window of a rule (5 minutes) holds 20 scrapes."""
 
 
 class Target(TypedDict):
@@ -43,7 +43,7 @@ def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
 def prometheus_config(
     targets: Sequence[Target], *, alertmanagers: Sequence[str] | None = None, rules: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """What ``prometheus.yml`` holds.
+    """The contents of ``prometheus.yml``.
 
     Args:
         targets: what is scraped.

@@ -40,7 +40,7 @@ class Collector:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
     def plan(self) -> Plan:
-        """What would be deleted, and what would stay. Raises LedgerError, ArtifactsUnavailable."""
+        """The plan of a run now. Raises LedgerError, ArtifactsUnavailable."""
         plan = make_plan(self.settings, self.ledger, self.artifacts)
         local = home_items(self.settings.home, self.ledger, self.settings.gc.keep_days)
         return Plan(plan.live, (*plan.items, *local))

@@ -1,4 +1,5 @@
-"""What goes and what stays of the artifacts and of the folder of this machine, and why. Nothing is deleted here.
+"""The plan of a collection: what goes and what stays of the artifacts and of this machine's folder, and why. It deletes
+nothing.
 
 Ages are counted back from the newest entry of the ledger, not from a clock: an installation that rests loses nothing,
 and a machine whose clock is wrong deletes nothing.
@@ -55,14 +56,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """What may be deleted as long as release ``live`` is the live one (0: none)."""
+    """Items of a collection; it holds as long as release ``live`` is the live one (0: none)."""
 
     live: int
     items: tuple[Item, ...]
 
     @cached_property
     def going(self) -> list[Item]:
-        """What goes."""
+        """Those that go."""
         return [item for item in self.items if item.goes]
 
     @property
@@ -81,7 +82,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Known:
-    """What the ledger says."""
+    """Facts from the ledger."""
 
     live: int
     newest: datetime
@@ -95,8 +96,8 @@ class _Known:
 
 
 def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Plan:
-    """What goes and what stays of the artifacts. The ledger is read before they are listed: what is stored meanwhile is
-    not known to it, and stays.
+    """The plan for the artifacts. The ledger is read before they are listed: what is stored meanwhile is unknown to it
+    and stays.
 
     Raises:
         LedgerError: the ledger has an entry of the future, or is away.
@@ -213,7 +214,7 @@ def _reasons(ledger: Ledger, settings: Settings) -> Iterator[tuple[str | None, s
 
 
 def _resident(ledger: Ledger, settings: Settings, base: str | None) -> Iterator[tuple[str | None, str]]:
-    """What answers and what a rollback goes back to, with releases of one base; None: of all."""
+    """Adapters that answer or that a rollback goes back to, with releases of one base; None: of all."""
     size = max(settings.gc.keep_releases, settings.serve.rollback_window)
     rows = read_residency(ledger, size, base)
     for row in rows.answering:

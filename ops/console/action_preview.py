@@ -1,4 +1,4 @@
-"""What an operator is about to do, in words, before it is done."""
+"""The effect of an operator's action, in words, before it is done."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ REQUESTS = "Requests that have begun end under the release that they began with;
 OFFERED = 60
 """Releases and adapters that a form offers."""
 How = Literal["all", "canary", "shadow"]
-"""Whom a release answers: all requests, a share of them, or none."""
+"""The requests that a release answers: all, a share of them, or none."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a form says. An empty adapter leaves what is live; ``base`` is the base alone."""
+    """The contents of a form. An empty adapter leaves what is live; ``base`` is the base alone."""
 
     to: int | None = None
     family: Family | None = None
@@ -68,11 +68,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class ActionPreview:
-    """What will happen."""
+    """The effect of an action."""
 
     title: str
     verb: str
-    """What the button says."""
+    """The text of the button."""
     live: int
     """The release that is live now: if it is another one when the action arrives, nothing is done."""
     happens: tuple[str, ...]
@@ -174,7 +174,7 @@ def _promote(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
 
 def _hold(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
     happens: tuple[str, ...] = (
-        "Updates that pass the gate wait until somebody resumes.",
+        "Updates that pass the gate wait until someone resumes.",
         "Learning and judging go on. You can still release and roll back by hand.",
     )
     held = ledger.held()
@@ -201,9 +201,9 @@ def _resume(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
 
 
 def _answering(choice: Choice, number: int, stable: int) -> list[str]:
-    """Whom a release that is made by hand answers."""
+    """Lines about the requests that a release made by hand answers."""
     lasts = (
-        "The guard compares both, and takes it back when a bound is broken. Otherwise the trial lasts until somebody "
+        "The guard compares both, and takes it back when a bound is broken. Otherwise the trial lasts until someone "
         "promotes it, rolls back or releases something else; updates wait until then."
     )
     if choice.share is None:
@@ -218,7 +218,7 @@ def _answering(choice: Choice, number: int, stable: int) -> list[str]:
 
 
 def _moves(live: ReleaseRow | None, others: ReleaseRow, wanted: Mapping[Family, str | None]) -> list[str]:
-    """What changes for those who are answered by ``others``, and that a trial ends."""
+    """Lines about what changes for those who are answered by ``others``, and about a trial that ends."""
     lines, trial = [], on_trial(live)
     if trial is not None:
         lines.append(f"The trial of release {trial.number} ({answers(trial.share)}) ends.")

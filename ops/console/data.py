@@ -1,4 +1,4 @@
-"""Where the facts come from: the ledger, the artifacts, the sample store, and the server over HTTP."""
+"""Sources of the console's facts: the ledger, the artifacts, the sample store, and the server over HTTP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STATUS_SECONDS = 2.0
 STREAM_SECONDS = 5.0
 """The same for the stream, where gaps are looked for in the whole store, and for the items that the gate could ask."""
 PATIENCE_SECONDS = 5.0
-"""How long a page waits for the server, before it shows what it can without, and for the store."""
+"""Longest wait of a page for the store, and for the server, before it shows what it can without."""
 ACTION_SECONDS = 900.0
 """A release of a new adapter waits for its catalog."""
 KEPT_PICTURES = 600
@@ -58,7 +58,7 @@ class ConsoleData:
 
     @cached_property
     def access(self) -> Access:
-        """Who holds which key."""
+        """Keys and their holders."""
         return Access(self.ledger, self.settings)
 
     @cached_property
@@ -73,10 +73,10 @@ class ConsoleData:
         return Client(self.settings.server, key, actor=actor, timeout=timeout, retries=0)
 
     def status(self, *, fresh: bool = False) -> dict[str, Any] | None:
-        """What the controller and the catalog say of themselves; None when the server does not answer.
+        """The state of the controller and the catalog; None when the server does not answer.
 
         Args:
-            fresh: ask now, for somebody who is about to act; who only watches gets what is a little older.
+            fresh: ask now, for a visitor who is about to act; one who only watches gets what is a little older.
         """
         return self.cached("status", self._status, seconds=0.0 if fresh else STATUS_SECONDS)
 
@@ -87,7 +87,7 @@ class ConsoleData:
         return {row["release"]: row for row in rows}
 
     def cached(self, name: str, make: Callable[[], Result], seconds: float = STATUS_SECONDS) -> Result:
-        """What ``make`` returned in the last seconds. Who asks while it is being made waits for it."""
+        """The result of ``make`` in the last seconds. Callers that ask while it is being made wait for it."""
         with self._lock:
             turn = self._turns.setdefault(name, threading.Lock())
         with turn:
@@ -99,7 +99,7 @@ class ConsoleData:
             return result
 
     def invalidate(self) -> None:
-        """Forget what is kept: somebody changed something."""
+        """Forget what is kept: something was changed."""
         for name in ("status", "overview"):
             self._cache.pop(name, None)
 
@@ -170,7 +170,7 @@ class ConsoleData:
         return found
 
     def stream(self) -> StreamState:
-        """How the stream stands. Raises StoreUnavailable, also when the store does not answer in time."""
+        """The state of the stream. Raises StoreUnavailable, also when the store does not answer in time."""
         try:
             return self.cached("stream", self._stream, STREAM_SECONDS)
         except TimeoutError as error:

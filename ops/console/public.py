@@ -27,7 +27,7 @@ PAGES: Final = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 REFRESH_SECONDS: Final = 10
 """A page asks for itself again after this."""
 SHARED_SECONDS: Final = 5.0
-"""How old a shared answer may be."""
+"""Age from which on a shared answer is made again."""
 MOST_SHARED: Final = 128
 """Answers that are kept, the last ones."""
 UNSHARED: Final = ("/health/", "/static/")

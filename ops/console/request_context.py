@@ -61,7 +61,7 @@ class SignIn(Exception):
 
 @dataclass(frozen=True)
 class RequestContext:
-    """What a page needs to answer."""
+    """A request, its visitor, and the ways to answer it."""
 
     request: Request
     data: ConsoleData
@@ -70,22 +70,22 @@ class RequestContext:
 
     @property
     def public(self) -> bool:
-        """Whether the console is in public mode, see :mod:`ops.console.public`."""
+        """True if the console is in public mode, see :mod:`ops.console.public`."""
         return self.data.settings.console.public
 
     @property
     def operator(self) -> bool:
-        """Whether the caller may act."""
+        """True if the caller may act."""
         return self.principal is not None and self.principal.may("operate")
 
     @property
     def signed_in(self) -> bool:
-        """Whether the caller showed a key."""
+        """True if the caller showed a key."""
         return self.principal is not None and self.principal.kind != "anonymous"
 
     @property
     def partial(self) -> bool:
-        """Whether a part of a page is wanted (htmx), not a whole one."""
+        """True if a part of a page is wanted (htmx), not a whole one."""
         return self.request.headers.get("hx-request") == "true"
 
     @property
@@ -122,7 +122,7 @@ class RequestContext:
 
 
 def request_context(request: Request) -> RequestContext:
-    """Who asks; also for pages that everybody may see."""
+    """The context of a request; also for pages that everyone may see."""
     data: ConsoleData = request.app.state.data
     session: Session = request.state.session
     if data.settings.console.public:
@@ -148,7 +148,7 @@ async def intended(request: Request) -> None:
 
 
 def reader(context: Annotated[RequestContext, Depends(request_context)]) -> RequestContext:
-    """Somebody who may look; in public mode, anybody who looks. Raises SignIn."""
+    """A visitor who may look; in public mode, every visitor. Raises SignIn."""
     if context.public:
         return context
     if context.principal is None or not context.principal.may(*LOOK):
@@ -157,7 +157,7 @@ def reader(context: Annotated[RequestContext, Depends(request_context)]) -> Requ
 
 
 def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestContext:
-    """Somebody who may act. Raises SignIn, or Refused when the key may not."""
+    """A visitor who may act. Raises SignIn, or Refused when the key may not."""
     if context.public:
         raise Refused(403, "This console is read-only", "It is in public mode.", "Use one that is not, or `ratchet`.")
     if not context.signed_in:
@@ -174,7 +174,7 @@ def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestCont
 
 
 def local_path(target: str) -> str:
-    """A path of this console: nobody is sent elsewhere after signing in. A long one is left out: it goes to the
+    """A path of this console: no one is sent elsewhere after signing in. A long one is left out: it goes to the
     identity provider and back in a cookie.
     """
     parts = urlsplit(target)
@@ -184,7 +184,7 @@ def local_path(target: str) -> str:
 
 
 def sign_in_link(next_page: str) -> str:
-    """Where to sign in, and come back."""
+    """The link to sign in, and come back."""
     return "/sign-in?" + urlencode({"next": next_page})
 
 

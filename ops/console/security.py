@@ -1,4 +1,4 @@
-"""Who visits, and what holds for every request whatever its page: host, size, session, headers.
+"""Sessions, and the rules for every request whatever its page: host, size, session, headers.
 
 A session is one cookie, encrypted and signed (Fernet), so that the console itself remembers nothing. It holds the API
 key that the visitor signed in with. Each request asks who that key belongs to, so a key that is revoked ends its
@@ -64,8 +64,8 @@ class Session:
     """Every form sends it back; a page of another site cannot know it."""
     key: str = ""
     provider: Mapping[str, Any] = field(default_factory=dict)
-    """What the way to the identity provider and back has to remember (Authlib's), and then what signing out there
-    needs; empty for a sign-in by a key."""
+    """Facts for the way to the identity provider and back (Authlib's), and then for signing out there; empty for a
+    sign-in by a key."""
 
     @classmethod
     def new(cls, key: str = "") -> Session:
@@ -73,7 +73,7 @@ class Session:
         return cls(secrets.token_urlsafe(24), key)
 
     def sent_by_it(self, token: str) -> bool:
-        """Whether a form carries this session's token; in constant time."""
+        """True if a form carries this session's token; in constant time."""
         return hmac.compare_digest(token.encode(), self.csrf.encode())
 
 

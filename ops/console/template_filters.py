@@ -1,4 +1,4 @@
-"""How facts are written: the templates, and the words for times, numbers, shares and names."""
+"""The templates, and their words for times, numbers, shares and names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KINDS = {
 
 
 def ago(moment: datetime | None, now: datetime | None = None) -> str:
-    """How long ago, in one unit."""
+    """Time since a moment, in one unit."""
     if moment is None:
         return "never"
     count = ((now or datetime.now(UTC)) - moment).total_seconds()
@@ -94,7 +94,7 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def odds(chance: float) -> str:
-    """How seldom something happens by chance."""
+    """The odds of a chance event, in words."""
     return "less than once in a billion times" if chance < 1e-9 else f"once in {1 / chance:,.0f} times"
 
 

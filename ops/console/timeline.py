@@ -28,12 +28,12 @@ class Change:
     before: str | None
     after: str | None
     update: UpdateRow | None
-    """What trained the adapter, where it was trained here."""
+    """The update that trained the adapter, where it was trained here."""
     verdict: VerdictRow | None
     withdrawn: str = ""
     """Why the guard withdrew the adapter, if it did."""
     collected: datetime | None = None
-    """When the garbage collector took its files, if it did."""
+    """Time at which the garbage collector took its files, if it did."""
 
     @property
     def name(self) -> str:
@@ -51,9 +51,9 @@ class Entry:
     live: bool
     resident: bool
     stable: bool = False
-    """Whether it answers what a trial leaves."""
+    """True if it answers what a trial leaves."""
     taken_back: Mapping[str, Any] | None = None
-    """What the audit log says of it where the guard took it back: reason, back_to, adapters, guardrails."""
+    """Detail of the audit log where the guard took it back: reason, back_to, adapters, guardrails."""
 
 
 def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
@@ -111,7 +111,7 @@ def unreleased(ledger: Ledger, limit: int = 20) -> list[ProposalRow]:
 
 
 def records(update: UpdateRow) -> int:
-    """How many records of the stream an update learned from."""
+    """Number of records of the stream that an update learned from."""
     return sum(max(0, end - update.data_from.get(place, 0)) for place, end in update.data_to.items())
 
 
@@ -127,13 +127,13 @@ def on_trial(live: ReleaseRow | None) -> ReleaseRow | None:
 
 
 def watching(status: Mapping[str, Any] | None, live: ReleaseRow | None) -> dict[str, Any] | None:
-    """What the guard sees, as the server says. None when nothing is watched, or it has not seen ``live`` yet."""
+    """The guard's view, as the server tells it. None when nothing is watched, or it has not seen ``live`` yet."""
     watched: dict[str, Any] = {} if status is None else status["controller"]["rollout"]
     return watched if live is not None and watched.get("release") == live.number else None
 
 
 def taken_back(ledger: Ledger, limit: int) -> dict[int, dict[str, Any]]:
-    """What the audit log says of each release that the guard took back, among the newest ``limit``."""
+    """Details of the audit log about releases that the guard took back, among the newest ``limit``."""
     found = {}
     for row in reversed(ledger.audit_rows(limit * ROWS_OF_AN_ACT, subject="release", actor=ACTOR)):
         number = row.subject.removeprefix("release ")

@@ -1,1 +1,1 @@
-"""How much of everything a load needs, from what benchmarks measured: ``ratchet admin plan``."""
+"""Capacity for a load, from what benchmarks measured: ``ratchet admin plan``."""

@@ -27,12 +27,12 @@ REQUESTS = 20_000
 HOURS_A_MONTH = 730.0
 KIB, GIB = 1024, 1024**3
 INGEST_PEAK = 3.0
-"""How much more than on average comes in the busiest hour."""
+"""Records of the busiest hour, as a multiple of the average."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is wanted. Rates are of the busiest minute; 0 is none of it."""
+    """The load to plan for. Rates are of the busiest minute; 0 is none of it."""
 
     images_per_second: float = 0.0
     texts_per_second: float = 0.0
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many of everything."""
+    """Lines with counts, warnings, and the sources of the figures."""
 
     parts: list[Part] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

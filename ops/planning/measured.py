@@ -1,4 +1,4 @@
-"""What benchmarks measured, as ``ratchet admin plan`` reads it; and how long a batch takes, by rates of closed loop."""
+"""Figures of the benchmarks as ``ratchet admin plan`` reads them, and times of a batch from rates of a closed loop."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Measured(_Group):
 
 
 def built_in() -> Measured:
-    """What this repository's benchmarks measured."""
+    """Figures of this repository's benchmarks."""
     return Measured.model_validate(yaml.safe_load(BUILT_IN.read_text()))
 
 

@@ -62,7 +62,7 @@ class File:
 
 @dataclass(frozen=True)
 class Report:
-    """What a backup consists of, and what was copied just now."""
+    """The contents of a backup."""
 
     id: str
     created_at: str
@@ -249,7 +249,7 @@ def _manifest(inside: list[str], version: int) -> str:
 
 
 def _copy_dataset(lake: Place, name: str, versions: dict[int, list[str]], target: Place) -> list[File]:
-    """Where no version is pinned (as of the catalog), files may be cleaned up meanwhile: then the next one is taken."""
+    """Copy a data set. Where no version is pinned, files may be cleaned up meanwhile: then take the next version."""
     for attempt in range(TRIES):
         try:
             files = version_files(lake, name, versions or {_newest(lake, name): []})

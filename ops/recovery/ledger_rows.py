@@ -98,7 +98,7 @@ def load_ledger(file: Path, revision: str, url: str, audit: dict[str, Any]) -> i
 
 
 def is_empty(url: str) -> bool:
-    """Whether a ledger has no rows, or no tables yet. Raises LedgerError."""
+    """True if a ledger has no rows, or no tables yet. Raises LedgerError."""
     if make_url(url).get_backend_name() == "sqlite" and not Path(str(make_url(url).database)).exists():
         return True
     database = open_database(url, migrate=False, check=False)

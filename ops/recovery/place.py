@@ -43,7 +43,7 @@ class Place:
         return {f"{prefix}{name}": size for name, size in sizes.items() if name and STAGING not in name}
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+        """True if there is a file of this name."""
         return (self.local / name).is_file() if self.local else self._store.has(f"{self._root}/{name}")
 
     def read(self, name: str) -> bytes:

@@ -74,7 +74,7 @@ def _claim(settings: Settings, targets: dict[str, Place], report: Report) -> Non
 
 
 def _begun(what: str, target: Place, report: Report) -> bool:
-    """Whether an earlier call was at this. Raises ConfigError where something else is there."""
+    """True if an earlier call was at this. Raises ConfigError where something else is there."""
     elsewhere = f"Set {what}_url to a new place."
     if target.has(BEGUN):
         if json.loads(target.read(BEGUN)) != {"backup": report.id}:
@@ -86,7 +86,7 @@ def _begun(what: str, target: Place, report: Report) -> bool:
 
 
 def _is_restored(settings: Settings, report: Report) -> bool:
-    """Whether the ledger was filled from this backup: then only the marks are left to remove."""
+    """True if the ledger was filled from this backup: then only the marks are left to remove."""
     ledger = Ledger.open(settings.ledger)
     try:
         return bool(ledger.audit_rows(1, subject=f"restore {report.id}"))

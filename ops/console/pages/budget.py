@@ -53,12 +53,12 @@ class UpdateSummary:
 
     @property
     def running(self) -> bool:
-        """Whether it is not finished."""
+        """True if it is not finished."""
         return self.update.state in RUNNING
 
     @property
     def again(self) -> bool:
-        """Whether it is a further look at a candidate that an earlier update trained."""
+        """True if it is a further look at a candidate that an earlier update trained."""
         return "trained_by" in self.update.cost
 
     @property
@@ -85,7 +85,7 @@ class UpdateSummary:
 
     @property
     def look(self) -> str:
-        """Which look at the candidate it was, and what that spent; empty where nothing was spent."""
+        """The look at the candidate: its number, and what it spent; empty where nothing was spent."""
         look = self.verdict.summary.get("look") if self.verdict else None
         if look is None or not look["made"]:
             return ""
@@ -121,7 +121,7 @@ class BudgetState:
 
     @property
     def share(self) -> float:
-        """How full it is."""
+        """The filled part, from 0 to 1."""
         return max(0.0, min(1.0, self.level / self.capacity))
 
     @property
@@ -155,7 +155,7 @@ def update_summaries(ledger: Ledger, limit: int = 20) -> list[UpdateSummary]:
 
 
 def budget_state(ledger: Ledger, settings: Settings) -> BudgetState:
-    """What is left to spend."""
+    """The bucket now."""
     budget = settings.budget
     capacity = budget.gflops_per_day
     level = ledger.bucket_level(time.time(), capacity / DAY_SECONDS, capacity)

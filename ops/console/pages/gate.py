@@ -35,7 +35,7 @@ def verdicts(context: Reader) -> Response:
 
 @router.get("/gate/now")
 def now(context: Reader) -> Response:
-    """What is trained or judged at this moment, and the list."""
+    """The update that is trained or judged at this moment, and the list."""
     return context.part("gate_now.html", **_facts(context))
 
 

@@ -1,4 +1,4 @@
-"""What is served: each model with its base, adapter, engine and precision, and the releases that are loaded."""
+"""The models that are served, with base, adapter, engine and precision, and the releases that are loaded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def models(context: Reader) -> Response:
     """Each model of the live release, and the releases that can be asked by number, newest first."""
     data = context.data
     status, live = data.status(), data.live()
+    resident = [] if status is None else status["controller"]["resident"]
     return context.page(
         "models.html", "Models", models=served_models(status, live, data.settings), away=status is None, live=live,
-        loaded=sorted(data.resident_releases().values(), key=lambda row: -int(row["release"])),
+        loaded=sorted(resident, key=lambda row: -int(row["release"])),
         catalog=None if status is None else status["catalog"],
     )  # fmt: skip
 
@@ -42,7 +43,7 @@ class ServedModel:
     engines: tuple[str, ...]
     """Engine, precision and device of the replicas, each once; empty where none says so."""
     setting: str
-    """What the settings ask for."""
+    """Engine and precision in the settings."""
     replicas: Mapping[str, int]
     """Number of replicas by state; empty while the server does not say."""
 
@@ -59,7 +60,8 @@ def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, set
         status: the answer of ``/admin/v1/status``; None while the server does not answer.
     """
     controller = {} if status is None else status["controller"]
-    serve, made = settings.serve, []
+    serve = settings.serve
+    made: list[ServedModel] = []
     for family in FAMILIES:
         name = settings.base.clip if family == "clip" else settings.base.vlm
         if not name:

@@ -26,7 +26,7 @@ def overview(context: Reader) -> Response:
 
 @router.get("/overview/now")
 def now(context: Reader) -> Response:
-    """What changes."""
+    """The part of the page that changes."""
     return context.part("overview_now.html", **context.data.cached("overview", lambda: facts(context.data)))
 
 
@@ -82,7 +82,7 @@ def backfills(status: dict[str, Any] | None) -> list[str]:
 
 
 def problems(status: dict[str, Any] | None, *, public: bool = False) -> list[str]:
-    """What is not well, in words; empty when all is.
+    """Problems of the server in words; empty when all is well.
 
     Args:
         public: without the messages of errors, which may name addresses and paths.

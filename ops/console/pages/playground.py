@@ -59,7 +59,7 @@ def similar(context: Reader, picture: Picture) -> Response:
 
 @router.post("/playground/classify")
 def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
-    """Which of these words fits best."""
+    """The words, best fit first."""
     names = listed(labels)
     if len(names) < 2:
         raise Refused(400, "Give at least two words", "", "Write them with commas between.")
@@ -84,7 +84,7 @@ def listed(labels: str) -> list[str]:
 
 
 def ask_server(context: RequestContext, call: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
-    """What the server answers to the visitor. Raises Refused with its words."""
+    """The server's answer to the visitor. Raises Refused with its words."""
     try:
         with context.client(ASK_SECONDS) as client:
             return call(client)
@@ -105,7 +105,7 @@ def away() -> Refused:
 
 @dataclass
 class Side:
-    """What one release says. What was not asked, or failed, is None; failures are in ``trouble``."""
+    """Answers of one release. None: not asked, or failed; failures are in ``trouble``."""
 
     number: int
     row: dict[str, Any]
@@ -176,7 +176,7 @@ def compared(
 def _asks(
     client: Client, side: Side, picture: bytes | None, text: str, labels: list[str], question: str
 ) -> list[tuple[Side, Callable[[], None]]]:
-    """What is asked of one side; each call writes its result there."""
+    """Calls to one side; each writes its result there."""
     clip, vlm = f"clip@{side.number}", f"vlm@{side.number}"
 
     def similarity() -> None:

@@ -65,7 +65,7 @@ def quarantine(
 
 @router.get("/quarantine/{place}/picture")
 def picture(context: Reader, place: str) -> Response:
-    """What can be seen of a refused record."""
+    """The picture of a refused record, as far as it can be seen."""
     record = _record(context, place)
     image, _ = glimpse(record.value, record.headers, max_image_bytes=context.data.settings.ingest.max_image_bytes)
     return drawn(context.data.draw(image, 192) if image else None)

@@ -24,7 +24,7 @@ Name = Annotated[str, Form(max_length=64)]
 
 @router.get("/releases")
 def releases(context: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> Response:
-    """What was live, and is."""
+    """The timeline."""
     ledger, live = context.data.ledger, context.data.live()
     entries = timeline(ledger, context.data.resident_releases(), limit + 1)
     bases = clip_bases([entry.row for entry in entries], context.data.base_names(), context.data.settings.base.clip)
@@ -48,7 +48,7 @@ def ask(
     percent: Annotated[str, Query(max_length=12)] = "",
     reason: Annotated[str, Query(max_length=1000)] = "",
 ) -> Response:
-    """What will happen, and the question why."""
+    """Show the effect, and ask for the reason."""
     usual = f"{100 * context.data.settings.rollout.share:.5g}"
     return _asked(context, action, Choice.of(to, family, clip, vlm, how, percent or usual), typed=reason)
 
@@ -84,8 +84,8 @@ def act(
     except Conflict as conflict:
         live = context.data.live()
         return context.dialog(
-            "conflict.html", "Somebody was faster", 409, message=conflict.message, live=live, seen=expected_live,
-            action=action, query=choice.query,
+            "conflict.html", "Another operator was faster", 409, message=conflict.message, live=live,
+            seen=expected_live, action=action, query=choice.query,
         )  # fmt: skip
     except ServerError as error:
         wrong = error.message if error.status else f"{error.message} Look at the list before you try again."

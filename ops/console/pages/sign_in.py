@@ -41,7 +41,7 @@ DISCOVERY: Final = "/.well-known/openid-configuration"
 SECONDS: Final = 10.0
 """Longest that one call of the provider may take."""
 HINT: Final = "id_token"
-"""What a session that the provider signed in keeps: its token, by which the provider knows whose session is to end."""
+"""The token that a session from the provider keeps: by it the provider knows whose session is to end."""
 MAX_HINT: Final = 2100
 """Characters. A cookie has room for a few more, but nginx and others have 4 KB for all headers of an answer, else they
 answer 502. Without the token the provider asks who signs out."""
@@ -53,13 +53,13 @@ OPERATORS: Final = "An operator of Ratchet has to correct {}."
 READ: Final[tuple[KeyScope, ...]] = ("infer", "search")
 ACT: Final[tuple[KeyScope, ...]] = (*READ, "publish", "operate")
 ISSUER: Final = "ratchet"
-"""Who made such a key, in the ledger."""
+"""The maker of such a key, in the ledger."""
 NAME_CHARS: Final = 50
 MOST_GROUPS: Final = 50
 GROUP_CHARS: Final = 200
 """Bounds of what an audit row tells of somebody's groups."""
 UNUSABLE: Final = (httpx2.HTTPError, ValueError, KeyError, RuntimeError)
-"""What Authlib raises where the provider is away, or answers as none does."""
+"""Raised by Authlib where the provider is away, or answers as none does."""
 
 
 @router.get("/sign-in")
@@ -121,7 +121,7 @@ def _provider(context: RequestContext) -> str | None:
 
 
 def _without_tls(request: Request) -> bool:
-    """Whether the browser will refuse to keep the session: it asks for TLS, and there is none."""
+    """True if the browser will refuse to keep the session: it asks for TLS, and there is none."""
     secure = came_by_tls(request.scope) or request.url.hostname in ("localhost", "127.0.0.1", "::1")
     return not request.app.state.local and not secure
 
@@ -189,8 +189,8 @@ async def arrive(context: Anyone) -> Response:
 
 
 async def _end_session_url(context: RequestContext) -> str | None:
-    """Where a browser ends the session of the provider; None where this sign-in was by a key, or the provider has no
-    such place. Without a place to come back to, which would have to be registered there.
+    """The URL at which a browser ends the provider's session; None where this sign-in was by a key, or the provider has
+    no such place. Without a place to come back to, which would have to be registered there.
     """
     client: StarletteOAuth2App | None = context.request.app.state.provider
     if client is None or HINT not in context.session.provider:
@@ -207,7 +207,7 @@ async def _end_session_url(context: RequestContext) -> str | None:
 
 
 async def _claims(client: StarletteOAuth2App, token: Mapping[str, Any], rules: Oidc) -> dict[str, Any]:
-    """What the provider says of somebody: its token, and its userinfo for what is needed and the token lacks."""
+    """Claims about a person: those of the token, and of userinfo what is needed and the token lacks."""
     claims = dict(token.get("userinfo") or {})
     wanted = {rules.name_claim}
     if rules.name_claim == "email" and not rules.trust_emails:
@@ -257,7 +257,7 @@ def _unusable(context: RequestContext, error: Exception) -> Refused:
 
 
 def scopes_of(claims: Mapping[str, Any], rules: Oidc) -> tuple[KeyScope, ...]:
-    """What the settings let somebody do; nothing where they name neither the person nor one of the groups.
+    """Scopes that the settings give a person; none where they name neither the person nor one of the groups.
 
     Raises:
         AccessError: the provider did not say who it is, or has not verified the address.
@@ -270,7 +270,7 @@ def scopes_of(claims: Mapping[str, Any], rules: Oidc) -> tuple[KeyScope, ...]:
 
 
 def person(claims: Mapping[str, Any], rules: Oidc) -> str:
-    """The name by which settings and the audit log know somebody. Raises AccessError, see :func:`scopes_of`."""
+    """The name by which settings and the audit log know a person. Raises AccessError, see :func:`scopes_of`."""
     name = claims.get(rules.name_claim)
     if not isinstance(name, str) or not name.strip():
         raise AccessError(
@@ -307,7 +307,7 @@ def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: flo
 
 
 def end_key(ledger: Ledger, key_id: str | None) -> None:
-    """Revoke a key that :func:`issue_key` made; one that somebody made with `ratchet keys` stays."""
+    """Revoke a key that :func:`issue_key` made; one that was made with `ratchet keys` stays."""
     if any(row.id == key_id and row.actor == ISSUER for row in ledger.api_keys()):
         ledger.revoke_key(str(key_id), actor=ISSUER, reason="signed out")
 

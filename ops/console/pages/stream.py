@@ -43,7 +43,7 @@ def stream(context: Reader) -> Response:
 
 
 def origins(store: SampleStore) -> dict[str, Any]:
-    """Where samples came from, counted by value for each of :data:`ORIGINS` that some sample has (none where the store
+    """Sources of samples, counted by value for each of :data:`ORIGINS` that some sample has (none where the store
     is too large to count), and the number of refused records by reason. Scans the columns. Raises StoreUnavailable.
     """
     samples: dict[str, list[tuple[str, int]]] = {}

@@ -6,13 +6,13 @@ import errno
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
 
 from benchmarks.stream.small_disk import SmallDisk
-from core.metrics import exposition
 from core.metrics.exposition import AllocatedDict
 
 ROOT = Path(__file__).parents[3]
@@ -73,7 +73,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         allocate(descriptor, offset, size)
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    monkeypatch.setattr(exposition, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(import_module("core.metrics.exposition"), "RETRY_SECONDS", 0.0)  # not its function
     return state
 
 

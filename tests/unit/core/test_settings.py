@@ -1,4 +1,4 @@
-"""Settings say where each value came from, and name what is wrong."""
+"""Settings say where each value came from, and name what is wrong; changing one leaves its file as it was."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from core.errors import ConfigError
-from core.loading import describe, load_settings
+from core.loading import describe, load_settings, update_section
 from ops.cli.context import _assignment
 
 
@@ -135,3 +136,49 @@ def test_passwords_in_urls_are_not_shown(url: str, shown: str) -> None:
     rows = {name: value for name, value, _, _ in describe(settings)}
     assert [rows[name] for name in ("ledger_url", "artifacts_url", "lake_url")] == [shown] * 3
     assert settings.ledger == url
+
+
+WRITTEN = """\
+# of the shop
+home: /data   # a volume
+
+serve:
+  port: 9000  # behind the proxy
+  max_batch: 16
+
+kafka:
+  topic: pictures
+"""
+
+
+def test_a_file_and_a_section_that_are_not_there_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "ratchet.yaml"
+    assert update_section(path, "serve", {"engine": "torch", "max_batch": 8}) == {}
+    update_section(path, "kafka", {"topic": "pictures"})
+    assert yaml.safe_load(path.read_text()) == {
+        "serve": {"engine": "torch", "max_batch": 8}, "kafka": {"topic": "pictures"},
+    }  # fmt: skip
+
+
+def test_values_are_replaced_and_added_and_comments_stay(tmp_path: Path) -> None:
+    path = tmp_path / "ratchet.yaml"
+    path.write_text(WRITTEN)
+    path.chmod(0o600)
+    assert update_section(path, "serve", {"max_batch": 32, "precision": "bfloat16"}) == {"max_batch": 16}
+    text = path.read_text()
+    assert "# of the shop" in text and "port: 9000  # behind the proxy" in text
+    assert yaml.safe_load(text) == {
+        "home": "/data", "serve": {"port": 9000, "max_batch": 32, "precision": "bfloat16"},
+        "kafka": {"topic": "pictures"},
+    }  # fmt: skip
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [each.name for each in tmp_path.iterdir()] == ["ratchet.yaml"]
+
+
+@pytest.mark.parametrize("text", ["serve: {port: 9000}\n", "{serve: {port: 1}}\n", "- a list\n", "serve: [\n"])
+def test_a_file_that_cannot_be_edited_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ratchet.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        update_section(path, "serve", {"engine": "onnx"})
+    assert path.read_text() == text
