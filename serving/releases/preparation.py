@@ -24,7 +24,7 @@ class PreparingProposal:
     """A proposal from the moment it has its turn until it is committed."""
 
     proposal: ProposalRow
-    task: asyncio.Task[Any] | None = None
+    task: asyncio.Task[TargetAdapters] | None = None
     """Prepares it; may be cancelled."""
     target: TargetAdapters | None = None
     """The adapters that replicas are loading for it."""

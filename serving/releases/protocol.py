@@ -252,7 +252,7 @@ class ReleaseProtocol:
 
     async def _prepared(self, work: PreparingProposal) -> TargetAdapters:
         """Prepare in a task that a rollback may cancel."""
-        task = work.task = asyncio.get_running_loop().create_task(self._prepare(work))
+        task = work.task = asyncio.create_task(self._prepare(work))
         try:
             return await task
         except asyncio.CancelledError:

@@ -102,13 +102,13 @@ def rollback_target(
     for name, time in ledger.collected(list(adapters.values())).items():
         raise collected_error(name, time)
     if not release.plain:  # a rollback answers all requests and is not watched: not with what was only tried
-        for family, name in adapters.items():
-            if not ledger.was_stable(family, name):
+        for family, adapter in adapters.items():
+            if not ledger.was_stable(family, adapter):
                 kind = "canary" if release.share > 0 else "shadow"
                 raise ReleaseError(
-                    f"release {release.number} was a {kind} that was never promoted: {name} never answered all "
+                    f"release {release.number} was a {kind} that was never promoted: {adapter} never answered all "
                     "requests.",
-                    f"Release it: `ratchet releases create {name}`, with --share or --shadow to try it again.",
+                    f"Release it: `ratchet releases create {adapter}`, with --share or --shadow to try it again.",
                 )
     return adapters
 

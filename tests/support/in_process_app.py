@@ -87,7 +87,7 @@ class InProcessApp:
     protocol: ReleaseProtocol = field(init=False)
 
     def __post_init__(self) -> None:
-        self.protocol = ReleaseProtocol(self.ledger, self, window=2)
+        self.protocol = ReleaseProtocol(self.ledger, self, window=2)  # type: ignore[arg-type]  # the calls of Broadcast
 
     async def encode(
         self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
@@ -147,8 +147,8 @@ class InProcessApp:
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         return [Prepared("one", vlm)]
 
-    async def vlm_answers(self) -> bool:
-        return True
+    async def vlm_status(self) -> list[dict[str, Any]]:
+        return [{"replica": "one"}]
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         while await self.catalog.reconciler.step():
