@@ -246,7 +246,10 @@ class Catalog:
 
     async def _claim(self) -> bool:
         """Keep the claim on the resident spaces, whatever the reconciling waits for."""
-        await self.read(self.claims.renew, tuple(self.reconciler.fills))
+        try:
+            await self.read(self.claims.renew, tuple(self.reconciler.fills))
+        except Exception as error:  # of any client of an object store
+            log.warning("the claim on the image spaces could not be written: %s", error)
         return False
 
     def _residency_changed(self) -> None:

@@ -32,6 +32,8 @@ from serving.catalog.row_columns import (
     vectors_of,
 )
 
+_faiss: Any = faiss
+"""Its stubs lack readers and writers."""
 COLUMNS: Final = ["id", "vector", "domain", "source", "time", "text"]
 _TRAINING_ROWS: Final = 64
 """For each partition."""
@@ -122,7 +124,7 @@ class IndexFiles:
             for name, part in parts.items():
                 if part is not None:
                     with archive.open(name, "w", force_zip64=True) as file:
-                        faiss.write_index(part, faiss.PyCallbackIOWriter(file.write))
+                        _faiss.write_index(part, _faiss.PyCallbackIOWriter(file.write))
             with archive.open(DIGESTS, "w", force_zip64=True) as file:
                 np.save(file, index.columns.digests())
 
@@ -180,7 +182,7 @@ class IndexFiles:
 
 def _read(archive: zipfile.ZipFile, name: str) -> Any:
     with archive.open(name) as file:
-        return faiss.read_index(faiss.PyCallbackIOReader(file.read))
+        return _faiss.read_index(_faiss.PyCallbackIOReader(file.read))
 
 
 def _fill(index: MemoryIndex, digests: Any, dataset: lance.LanceDataset) -> int:

@@ -64,6 +64,7 @@ class Tables:
         """
         self.url = url
         self._merges: dict[str, int] = {}
+        self._seen: set[str] = set()
         own = None if index_folder is None else index_folder / digest12(url.encode())
         self.indexes = SpaceIndexes(self._newest, None if own is None else IndexFiles(own))
         self._session = lance.Session(index_cache_size_bytes=0, metadata_cache_size_bytes=METADATA_BYTES)
@@ -162,8 +163,13 @@ class Tables:
         return [Neighbours(*each) for each in zip(best, keys, strict=True)]
 
     def rows(self, space: str) -> int:
-        """Rows of the newest version of a space's table."""
-        dataset = self._newest(space)
+        """Rows of the newest version of a space's table; 0 where there is none, or none any more."""
+        try:
+            dataset = self._newest(space)
+        except (ValueError, FileNotFoundError):
+            if space in self.spaces():
+                raise
+            return 0
         return 0 if dataset is None else dataset.count_rows()
 
     def vectors(self, space: str, ids: Sequence[str]) -> Vectors:
@@ -215,12 +221,13 @@ class Tables:
 
     def forget_others(self, spaces: Collection[str]) -> None:
         """Close the tables of all other spaces, and let go of their indexes."""
-        for space in {*self._readers, *self._merges}.difference(spaces):
+        for space in self._seen.difference(spaces):
             self.forget(space)
         self.indexes.forget_others(spaces)
 
     def forget(self, space: str) -> None:
         """Close a space's table: the next call opens what is there by then."""
+        self._seen.discard(space)
         self._merges.pop(space, None)
         self._readers.pop(space, None)
         self.indexes.forget(space)
@@ -242,13 +249,18 @@ class Tables:
         return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
 
     def _newest(self, space: str) -> lance.LanceDataset | None:
-        """The newest version of a space's table, opened for this call alone: threads share no version."""
+        """The newest version of a space's table, opened for this call alone: threads share no version.
+
+        None where there is none yet; one that another process has dropped raises, until :meth:`forget`.
+        """
         try:
-            return lance.dataset(self._address(space), session=self._session)
+            dataset = lance.dataset(self._address(space), session=self._session)
         except (ValueError, FileNotFoundError):
-            if space in self.spaces():  # else there is none
+            if space in self._seen or space in self.spaces():
                 raise
             return None
+        self._seen.add(space)
+        return dataset
 
     def _reader(self, space: str) -> lance.LanceDataset | None:
         """A space's table as searches read it: at most :data:`FRESHNESS` old, and after own writes the newest one."""

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +27,7 @@ from safetensors.torch import save_file
 
 from core.digests import digest12, digest_bytes, digest_json, digest_tensors
 from core.errors import AdapterError
-from serving.engines.clip_base import ClipBase
+from serving.engines.clip_base import ClipBase, work_folder
 from serving.engines.heads import Head, heads_digest, read_heads, write_heads
 from serving.engines.vlm.vlm_base import VlmBase
 
@@ -148,9 +146,7 @@ def write_adapter(
                 "Write to a new directory, best named after its adapter.",
             )
         return name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".adapter-", dir=target.parent))
-    try:
+    with work_folder(target) as work:
         save_file(weights, work / WEIGHTS, metadata={"format": "pt"})
         (work / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
         about = {"format": FORMAT, "family": base.family, "name": name, "base": base.name, "base_digest": base.digest}
@@ -164,8 +160,6 @@ def write_adapter(
             # Another process was faster: fine if it is the same adapter.
             if not target.exists() or adapter_name(target) != name:
                 raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return name
 
 

@@ -15,11 +15,11 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from safetensors import SafetensorError
 
@@ -31,6 +31,7 @@ from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
 if TYPE_CHECKING:  # most processes read only descriptions, and torch takes two seconds to import
     from torch import nn
 
+Base = TypeVar("Base")
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "base.json"
@@ -147,24 +148,38 @@ def base_directory(home: Path | str, name: str) -> Path:
 
 def load_base(home: Path | str, name: str) -> ClipBase:
     """The registered base ``name``. Raises :class:`BaseModelError` when there is none or its file is damaged."""
+
+    def make(directory: Path, value: dict[str, Any]) -> ClipBase:
+        plain = ("digest", "model_cfg", "context_length", "dim", "lora_targets", "tokenizer_cfg", "tokenizer_digest",
+                 "tensors", "weights_bytes", "about")  # fmt: skip
+        fields = {field: value[field] for field in plain}
+        return ClipBase(name=name, directory=directory, preprocess=Preprocess.from_json(value["preprocess"]), **fields)
+
+    return load_described(home, name, "clip", make)
+
+
+def load_described(home: Path | str, name: str, family: str, make: Callable[[Path, dict[str, Any]], Base]) -> Base:
+    """A registered base, made of its folder and its description.
+
+    Raises:
+        BaseModelError: there is none, or it is of another family, or its description is damaged.
+    """
     directory = base_directory(home, name)
     path = directory / DESCRIPTION
     if not path.is_file():
         raise BaseModelError(
             f"There is no base {name!r} in {directory.parent}.",
-            "Make the shipped one with `ratchet base build`, or register one with `ratchet base add`.",
+            "Make the shipped ones with `ratchet base build`, or register one with `ratchet base add`.",
         )
     try:
         value = json.loads(path.read_text())
-        if value.get("family", "clip") != "clip":
-            raise BaseModelError(f"Base {name!r} is not a CLIP.", "Set base.clip to a CLIP (`ratchet base list`).")
+        if value.get("family", "clip") != family:
+            fix = f"Set base.{family} to another one (`ratchet base list`)."
+            raise BaseModelError(f"Base {name!r} is not a {family.upper()}.", fix)
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']} is not {FORMAT}")
-        plain = ("digest", "model_cfg", "context_length", "dim", "lora_targets", "tokenizer_cfg", "tokenizer_digest",
-                 "tensors", "weights_bytes", "about")  # fmt: skip
-        fields = {name: value[name] for name in plain}
-        return ClipBase(name=name, directory=directory, preprocess=Preprocess.from_json(value["preprocess"]), **fields)
-    except (ValueError, KeyError, TypeError) as error:
+        return make(directory, value)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseModelError(
             f"{path} cannot be read: {error!r}.", "Remove the directory and register the base again."
         ) from error
@@ -235,9 +250,7 @@ def save_base(
     from safetensors.torch import save_file
 
     target = base_directory(home, name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    try:
+    with work_folder(target) as work:
         if text_files is not None:
             shutil.copytree(text_files, work / TEXT_FILES)
         state = {
@@ -270,9 +283,18 @@ def save_base(
         }
         (work / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
         move_into_place(work, target, digest, replace)
+    return load_base(home, name)
+
+
+@contextlib.contextmanager
+def work_folder(target: Path) -> Iterator[Path]:
+    """A folder next to ``target``, in which that is made; it goes at the end, unless it was moved."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return load_base(home, name)
 
 
 def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> None:

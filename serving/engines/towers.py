@@ -24,8 +24,8 @@ from core.priority import breathe
 from serving.engines.tokens import Tokenizer, pad_rows
 
 GPU_BUCKET: Final = 8
-"""Widths on a GPU are multiples of this many tokens: each shape has a graph of its own (:mod:`cuda_graphs`). On a CPU a
-new shape costs a few milliseconds, once, and each token that is not computed is gained."""
+"""Widths on a GPU are multiples of this many tokens: each shape has a CUDA graph of its own. On a CPU a new shape costs
+a few milliseconds, once, and each token that is not computed is gained."""
 SPREAD: Final = 2
 """Texts share a pass while the longest's width is at most this many times the shortest's."""
 TOLERANCE: Final = 1e-4

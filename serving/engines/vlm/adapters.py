@@ -1,5 +1,4 @@
-"""Adapters of a VLM engine: checked before vLLM or PEFT see them, tried, and held until their last request has
-ended."""
+"""Adapters of a VLM engine: checked before vLLM or PEFT see them, tried, and held for their requests."""
 
 from __future__ import annotations
 

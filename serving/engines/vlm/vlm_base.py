@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from core.digests import digest_bytes, digest_json
 from core.errors import BaseModelError
-from serving.engines.clip_base import DESCRIPTION, base_directory, move_into_place
+from serving.engines.clip_base import DESCRIPTION, FORMAT, base_directory, load_described, move_into_place, work_folder
 
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 1
 MODEL = "model"
 FAMILY = "vlm"
 _TOWERS = {
@@ -99,25 +97,12 @@ class VlmBase:
 
 def load_vlm_base(home: Path | str, name: str) -> VlmBase:
     """The registered VLM base ``name``. Raises :class:`BaseModelError` when there is none, or it is a CLIP."""
-    directory = base_directory(home, name)
-    path = directory / DESCRIPTION
-    if not path.is_file():
-        raise BaseModelError(
-            f"There is no base {name!r} in {directory.parent}.",
-            "Make the shipped ones with `ratchet base build`, or register one with `ratchet base add --family vlm`.",
-        )
-    try:
-        value = json.loads(path.read_text())
-        if value.get("family") != FAMILY:
-            raise BaseModelError(f"Base {name!r} is a CLIP, not a VLM.", "Set base.vlm to a VLM (`ratchet base list`).")
-        if value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']} is not {FORMAT}")
-        return VlmBase(
-            name=name, directory=directory, digest=value["digest"], architecture=value["architecture"],
-            lora_targets=value["lora_targets"], files=value["files"], about=value["about"],
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(f"{path} cannot be read: {error!r}.", _AGAIN) from error
+
+    def make(directory: Path, value: dict[str, Any]) -> VlmBase:
+        plain = ("digest", "architecture", "lora_targets", "files", "about")
+        return VlmBase(name=name, directory=directory, **{field: value[field] for field in plain})
+
+    return load_described(home, name, FAMILY, make)
 
 
 def save_vlm_base(
@@ -135,9 +120,7 @@ def save_vlm_base(
 
     config = _check(source)
     target = base_directory(home, name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    try:
+    with work_folder(target) as work:
         (work / MODEL).mkdir()
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix in _KEPT:
@@ -156,8 +139,6 @@ def save_vlm_base(
         }  # fmt: skip
         (work / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
         move_into_place(work, target, staged.digest, replace)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return load_vlm_base(home, name)
 
 

@@ -109,19 +109,6 @@ async def test_adapters_are_swapped_under_traffic_without_a_failure_or_a_mix(
     assert answered >= 120
 
 
-async def test_loading_more_adapters_than_fit_is_refused_and_nothing_is_evicted(
-    loaded: VlmEngine, cases: VlmCases, tmp_path: Path
-) -> None:
-    names = list(cases.names)
-    with pytest.raises(AdapterError, match="no room"):
-        for seed in range(10, 14):
-            directory = tmp_path / str(seed)
-            names.append(tiny_vlm_adapter(cases.base, directory, seed))
-            await loaded.load(names[-1], directory)
-    for name in cases.names:
-        assert (await loaded.reply(cases.asks[0], name)).tokens == cases.references[name][0].tokens
-
-
 async def test_an_adapter_stays_until_its_last_request_has_ended(loaded: VlmEngine, cases: VlmCases) -> None:
     name = cases.names[0]
     ask = dataclasses.replace(cases.asks[0], max_tokens=100)

@@ -38,16 +38,6 @@ def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(engine: ClipEng
     np.testing.assert_allclose(engine.encode_texts(TEXTS)[2:], engine.encode_texts(TEXTS[2:]), atol=1e-5)
 
 
-def test_an_adapter_on_the_text_tower_keeps_the_image_space(engine: ClipEngine, folder: Path) -> None:
-    name = tiny_adapter(engine.base, folder, seed=1, towers=("text",))
-    spaces = engine.load(name, folder)
-    assert spaces.image == engine.spaces().image
-    assert spaces.text != engine.spaces().text
-    images = golden_pixels(32)
-    assert np.array_equal(engine.encode_images(images, name), engine.encode_images(images))
-    assert np.abs(engine.encode_texts(TEXTS, name) - engine.encode_texts(TEXTS)).max() > 1e-2
-
-
 def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
     engine: ClipEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

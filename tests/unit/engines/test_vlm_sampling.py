@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from core.errors import AdapterError
 from serving.engines.vlm.generation import SMALLEST, GenerationRequest, Message
 from serving.engines.vlm.hf_worker import BatchRow, _Choice
 from serving.errors import InvalidRequest
@@ -92,18 +91,3 @@ def test_vllm_clamps_alike() -> None:
         theirs = sampling(request, every=True)
         assert (theirs.temperature, theirs.top_p) == (request.temperature, request.top_p)
         assert (theirs.max_tokens, theirs.seed) == (request.max_tokens, request.seed)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_whose_logits_are_not_finite_fails_alone(bad: float, temperature: float) -> None:
-    lists: list[list[Any]] = [[], [], []]
-    rows = [row_of(GenerationRequest(MESSAGES, temperature=temperature), told) for told in lists]
-    scores = torch.zeros(3, VOCABULARY)
-    scores[1, 4] = bad
-    choice = _Choice(rows, frozenset())
-    for _ in range(2):
-        choice(torch.zeros(3, 1, dtype=torch.long), scores)
-    assert [len(told) for told in lists] == [2, 1, 2]
-    assert isinstance(lists[1][0], AdapterError)
-    assert [row.done for row in rows] == [False, True, False]
