@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -127,7 +128,8 @@ async def classify(request: Request) -> Response:
     """
     state = app_state(request)
     body, uploads = await read_body(request, ClassifyRequest, "images", LISTS, state.settings.max_images)
-    images = [(f"images.{index}", image) for index, image in enumerate(uploads or body.images)]
+    sources: Sequence[str | bytes] = uploads or body.images
+    images = [(f"images.{index}", image) for index, image in enumerate(sources)]
     prompts = [template.replace("{}", label) for label in body.labels for template in body.templates]
     if not body.head:
         state.check_texts(body.labels, "labels")

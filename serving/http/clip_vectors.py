@@ -166,7 +166,7 @@ class EncoderCalls:
                 raise _unservable(snapshot, result.error)
             if strays(result):
                 raise WrongSpace(result.space(kind), space)
-            if not np.isfinite(result.vectors).all():
+            if result.vectors is None or not np.isfinite(result.vectors).all():
                 raise ApiError(500, "the model gave values that are not finite.", code="not_finite")
             return result
 

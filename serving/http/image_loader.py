@@ -1,7 +1,7 @@
 """Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a pool of threads.
 
 First all images of a request are looked at: their bytes, and by their headers how many pixels they have together. Only
-then each is decoded, when it is its caller's turn (:class:`~serving.http.fair_room.DecodeQueue`). What was decoded
+then each is decoded, when it is its caller's turn (:class:`serving.http.fair_room.DecodeQueue`). What was decoded
 counts against ``serve.decode_pixels`` until the model has answered.
 """
 
