@@ -82,20 +82,25 @@ class Scorer:
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
         items, folder = suite.items(), self.folder(suite)
-        ids = np.array([item.id for item in items], dtype=np.str_)
+        own_ids = np.array([item.id for item in items], dtype=np.str_)
         shape = (len(items), len(suite.views))
 
         def compute() -> tuple[NDArray[Any], ...]:
             ask = self._classify if suite.task == "classification" else self._retrieve
             views = ask(suite, items, adapter, label or adapter or "base")
             ranks = np.stack([rank_of_best(similarity, right) for similarity, right in views], axis=1)
-            return ids, ranks, np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1).astype(np.int32)
+            return (
+                own_ids,
+                ranks,
+                np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1).astype(np.int32),
+            )
 
         def fits(known: Sequence[NDArray[Any]]) -> bool:
-            return known[0].tolist() == ids.tolist() and known[1].shape == known[2].shape == shape
+            return known[0].tolist() == own_ids.tolist() and known[1].shape == known[2].shape == shape
 
         path = folder and folder / f"{digest12(digest_json(self.key(suite, adapter)))}.npz"
-        return Outcomes(*kept(path, ("ids", "ranks", "answers"), compute, fits), suite.k)
+        ids, ranks, answers = kept(path, ("ids", "ranks", "answers"), compute, fits)
+        return Outcomes(ids, ranks, answers, suite.k)
 
     def choices(self, suite: Suite) -> tuple[list[str], ...]:
         """For each view the possible answers: classes; or unique texts, and item ids."""

@@ -149,8 +149,6 @@ def test_judging_at_once_leaves_the_work_of_an_updater_alone(
         gate_import(settings, later)
 
 
-
-
 def test_what_is_exported_comes_back_as_the_same_adapter(
     settings: Settings, tmp_path: Path, outcome: dict[str, str]
 ) -> None:
