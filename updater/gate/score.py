@@ -89,11 +89,8 @@ class Scorer:
             ask = self._classify if suite.task == "classification" else self._retrieve
             views = ask(suite, items, adapter, label or adapter or "base")
             ranks = np.stack([rank_of_best(similarity, right) for similarity, right in views], axis=1)
-            return (
-                own_ids,
-                ranks,
-                np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1).astype(np.int32),
-            )
+            first = np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1)
+            return own_ids, ranks, first.astype(np.int32)
 
         def fits(known: Sequence[NDArray[Any]]) -> bool:
             return known[0].tolist() == own_ids.tolist() and known[1].shape == known[2].shape == shape
