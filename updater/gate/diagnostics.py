@@ -25,8 +25,7 @@ from core.digests import digest12, digest_json
 from streams.store.sample_store import Having, SampleStore
 from updater.gate.checks import FEWEST, effective_rank, share_of
 from updater.gate.decision import Scores
-from updater.gate.regressions import MOST_CHARS, thumbnail
-from updater.gate.score import Scorer, Vectors, kept, prompt
+from updater.gate.score import MOST_CHARS, Scorer, Vectors, kept, prompt, thumbnail
 from updater.gate.statistics import Floats, bootstrap
 from updater.gate.suite_items import Item, polarity, spread
 from updater.gate.suites import Suite

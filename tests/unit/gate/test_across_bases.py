@@ -42,7 +42,7 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
 
     memory = memory_suites(rows, choose_memory(rows, "clip", 10), "clip", 10, TableImages(rows))
     verdict = run_gate(
-        evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=suite,
+        evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=[suite],
         plan=Plan.alone(0.05), settings=Gate(min_items=5),
     )  # fmt: skip
     assert (verdict.base, verdict.meta["base_digest"], verdict.cross_version) == ("wide", new.digest, None)
