@@ -10,7 +10,7 @@ decision          answers and checks -> results per suite, the pooled gain and o
 statistics        what may be concluded from paired outcomes
 interim_analyses  the items that a test needs, when a candidate is asked again, and what each look spends of alpha
 verdict           the result, as plain data
-diagnostics       rare concepts, pairs that look alike, shares of yes, shift of features; regressions: what became worse
+diagnostics       rare concepts, pairs that look alike, shares of yes, shift of features
 report            a Verdict as report.json and one self-contained HTML page with the drawings of plots
 gate_command      `ratchet gate run`, `report` and `pairs`, and scores for `ratchet tune`
 """

@@ -17,8 +17,7 @@ from updater.adapters import trainer_encoder
 from updater.gate import checks as c
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import feature_shift, pair_accuracy
-from updater.gate.regressions import worst_items
-from updater.gate.score import Outcomes, Scorer, rank_of_best
+from updater.gate.score import Outcomes, Scorer, rank_of_best, worst_items
 from updater.gate.statistics import compare_accuracy
 from updater.gate.suite_items import spread
 from updater.gate.suites import PROBE, Family, Suite, probe

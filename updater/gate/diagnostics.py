@@ -25,8 +25,7 @@ from core.digests import digest12, digest_json
 from streams.store.sample_store import Having, SampleStore
 from updater.gate.checks import FEWEST, effective_rank, share_of
 from updater.gate.decision import Scores
-from updater.gate.regressions import MOST_CHARS, thumbnail
-from updater.gate.score import Scorer, Vectors, kept, prompt
+from updater.gate.score import MOST_CHARS, Scorer, Vectors, kept, prompt, thumbnail
 from updater.gate.statistics import Floats, bootstrap
 from updater.gate.suite_items import Item, polarity, spread
 from updater.gate.suites import Suite
@@ -275,7 +274,10 @@ def hard_pairs(scorer: Scorer, suite: Suite) -> list[HardPair]:
 
     path = _pair_file(scorer, suite, None, "hard pairs of items")
     found, cosines = kept(
-        path, ("places", "cosines"), compute, lambda known: known[0].ndim == 2 and (known[0] < len(items)).all()
+        path,
+        ("places", "cosines"),
+        compute,
+        lambda known: known[0].ndim == 2 and bool((known[0] < len(items)).all()),
     )
     return [
         HardPair(items[first], items[second], *similar)

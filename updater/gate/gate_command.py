@@ -164,9 +164,8 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
         known += _fresh(settings, "clip")[1]
     suite = next((suite for suite in known if suite.name == name), None)
     if suite is None:
-        raise GateError(
-            f"there is no retrieval suite {name[:64]!r}.", f"Name one of {', '.join(suite.name for suite in known)}."
-        )
+        names = ", ".join(suite.name for suite in known) or "gate.suites"
+        raise GateError(f"there is no retrieval suite {name[:64]!r}.", f"Name one of {names}, or fresh.DOMAIN.")
     engine = ClipEngine.of(settings, load_base(settings.home, settings.base.clip), threads=settings.updater.threads)
     return hard_pairs(Scorer(engine), suite)
 

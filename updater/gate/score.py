@@ -3,12 +3,14 @@
 Answers are ranks: of the true class among the classes, of the best matching text for an image, of the best matching
 image for a text. Rank 0 is right. Ties and non-finite scores count against the model: a collapsed model, for which
 everything is equally similar, must not look perfect. What one model answered to one suite is kept on disk, in one small
-file.
+file; the items that a candidate gets wrong and that were right before are shown in its report.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import math
 import threading
 import zipfile
@@ -24,12 +26,14 @@ import torch
 from numpy.typing import NDArray
 
 from core.digests import digest12, digest_json
+from core.errors import GateError
 from core.files import replacing
 from core.progress import track
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import heads_digest
-from updater.gate.suite_items import Item, read_picture
+from updater.gate.suite_items import Item, open_picture, read_picture
 from updater.gate.suites import Suite
+from updater.gate.verdict import Regression
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -44,6 +48,10 @@ KEEP_PIXELS = 256 * 1024 * 1024
 """Bytes of decoded pixels kept between the models that answer the same suite."""
 KEEP_FILES = 400
 """Score files kept in a folder; the oldest go first (each about 10 KB)."""
+SIDE = 96
+"""Longest side of a thumbnail, in pixels: a dozen for each of ten suites stay below 0.5 MB."""
+MOST = 12
+MOST_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +90,22 @@ class Scorer:
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
         items, folder = suite.items(), self.folder(suite)
-        ids = np.array([item.id for item in items], dtype=np.str_)
+        own_ids = np.array([item.id for item in items], dtype=np.str_)
         shape = (len(items), len(suite.views))
 
         def compute() -> tuple[NDArray[Any], ...]:
             ask = self._classify if suite.task == "classification" else self._retrieve
             views = ask(suite, items, adapter, label or adapter or "base")
             ranks = np.stack([rank_of_best(similarity, right) for similarity, right in views], axis=1)
-            return ids, ranks, np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1).astype(np.int32)
+            first = np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1)
+            return own_ids, ranks, first.astype(np.int32)
 
         def fits(known: Sequence[NDArray[Any]]) -> bool:
-            return known[0].tolist() == ids.tolist() and known[1].shape == known[2].shape == shape
+            return known[0].tolist() == own_ids.tolist() and known[1].shape == known[2].shape == shape
 
         path = folder and folder / f"{digest12(digest_json(self.key(suite, adapter)))}.npz"
-        return Outcomes(*kept(path, ("ids", "ranks", "answers"), compute, fits), suite.k)
+        ids, ranks, answers = kept(path, ("ids", "ranks", "answers"), compute, fits)
+        return Outcomes(ids, ranks, answers, suite.k)
 
     def choices(self, suite: Suite) -> tuple[list[str], ...]:
         """For each view the possible answers: classes; or unique texts, and item ids."""
@@ -285,3 +295,91 @@ def _age(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:  # another process dropped it
         return 0.0
+
+
+def worst_items(
+    scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes, most: int = MOST
+) -> tuple[Regression, ...]:
+    """Hits that became misses, the deepest fall first; an item is shown once, in its worse view."""
+    fall = np.where((before.hits > after.hits), after.ranks - before.ranks, 0)
+    view = fall.argmax(axis=1)
+    depth = fall.max(axis=1)
+    order = np.lexsort((before.ids, -depth))[:most]
+    choices = [_choices(scorer, suite, number) for number in range(len(suite.views))]
+    return tuple(
+        _worse(
+            suite.items()[i],
+            suite.views[view[i]],
+            (int(before.ranks[i, view[i]]), int(after.ranks[i, view[i]])),
+            (choices[view[i]][before.answers[i, view[i]]], choices[view[i]][after.answers[i, view[i]]]),
+        )
+        for i in order
+        if depth[i] > 0
+    )
+
+
+def worst_answers(
+    suite: Suite,
+    before: tuple[Sequence[str], NDArray[np.float64]],
+    after: tuple[Sequence[str], NDArray[np.float64]],
+    most: int = MOST,
+) -> tuple[Regression, ...]:
+    """Questions that earned more before, the deepest fall first; both arguments are answers and what they earned."""
+    items, fall = suite.items(), before[1] - after[1]
+    order = np.lexsort((np.array([item.id for item in items]), -fall))[:most]
+    return tuple(
+        _worse(items[i], "answer", (int(before[1][i] < 1.0), 1), (before[0][i], after[0][i]))
+        for i in order
+        if fall[i] > 0
+    )
+
+
+def _choices(scorer: Scorer, suite: Suite, view: int) -> Sequence[Item | str]:
+    """Possible answers in a view: items where it is their image, or their caption and they are samples."""
+    items = suite.items()
+    if suite.views[view] == "text to image":
+        return items
+    by_text: dict[str, Item | str] = {item.text: item for item in items if item.sample_id}
+    return [by_text.get(text, text) for text in scorer.choices(suite)[view]]
+
+
+def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | str, Item | str]) -> Regression:
+    shown = not item.sample_id  # what a model answers to a sample's question may repeat the sample
+    before, after = (_shown(answer) if shown else "" for answer in answers)
+    return Regression(
+        id=item.id,
+        text=_shown(item),
+        view=view,
+        rank_before=ranks[0],
+        rank_after=ranks[1],
+        answer_before=before,
+        answer_after=after,
+        thumbnail=thumbnail(item) if shown else "",
+        expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if shown else "",
+        sample=item.sample_id,
+        sample_before=_sample_id(answers[0]),
+        sample_after=_sample_id(answers[1]),
+    )
+
+
+def _shown(answer: Item | str) -> str:
+    """Its text; none of a sample."""
+    if isinstance(answer, str):
+        return answer[:MOST_CHARS]
+    return "" if answer.sample_id else answer.text[:MOST_CHARS]
+
+
+def _sample_id(answer: Item | str) -> str:
+    return "" if isinstance(answer, str) else answer.sample_id
+
+
+def thumbnail(item: Item) -> str:
+    """JPEG data URI of at most SIDE pixels; empty if the image cannot be read."""
+    try:
+        image = open_picture(item)
+    except GateError:
+        return ""
+    image.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

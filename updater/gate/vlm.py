@@ -28,8 +28,7 @@ from serving.errors import EngineDead, InvalidRequest
 from updater.gate import checks as c
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import yes_share
-from updater.gate.regressions import worst_answers
-from updater.gate.score import kept
+from updater.gate.score import kept, worst_answers
 from updater.gate.suite_items import Item, grade, majority, open_picture, polarity, spread
 from updater.gate.suites import Family, Suite, probe
 from updater.gate.verdict import Check, Diagnostics, Regression

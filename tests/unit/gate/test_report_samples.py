@@ -26,9 +26,8 @@ from tests.unit.console.test_pages import settings as console_settings
 from tests.unit.gate.builders import changed, fresh_suite, outcomes, picture
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import Plan
-from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import samples_of, with_samples, write_report
-from updater.gate.score import Outcomes
+from updater.gate.score import Outcomes, thumbnail, worst_answers, worst_items
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Regression, Verdict
 
