@@ -31,11 +31,11 @@ class Parametrization(nn.Module, AdapterKind):
     """One weight's parametrization, registered with ``torch.nn.utils.parametrize``.
 
     ``__init__`` takes the weight as the update finds it, the recipe's rank and alpha, a seeded generator, and the
-    recipe's ``adapter.options`` as keyword arguments. Its ``nn.Parameter`` are what learns.
+    recipe's ``adapter.options`` as keyword arguments. Its ``nn.Parameter`` are what learns. ``whole`` is true where W'
+    alone could stand in the place of W.
     """
 
     selects: ClassVar[Selects] = "layers"
-    """``whole``, of an adapter kind, says that W' alone could stand where W does."""
 
     @classmethod
     def build(
