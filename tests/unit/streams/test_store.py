@@ -190,7 +190,7 @@ ROWS = [
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
+def told(tmp_path: Path) -> SampleStore:
     return filled(tmp_path, ROWS, Position("t", 0, 12))
 
 
@@ -207,37 +207,37 @@ def filled(path: Path, rows: Sequence[dict[str, Any]], *ends: Position) -> Sampl
         (9, "deleted"), (11, "no_record"), (12, "not_read_yet"), (10**18 - 1, "not_read_yet"),
     ],
 )  # fmt: skip
-def test_each_position_has_one_outcome(store: SampleStore, offset: int, outcome: str) -> None:
-    [receipt] = trace(store, RecordQuery.parse(f"t:0:{offset}"))
+def test_each_position_has_one_outcome(told: SampleStore, offset: int, outcome: str) -> None:
+    [receipt] = trace(told, RecordQuery.parse(f"t:0:{offset}"))
     assert (receipt.outcome, receipt.position) == (outcome, f"t:0:{offset}")
 
 
-def test_a_receipt_says_why_and_when(store: SampleStore) -> None:
-    [refused] = trace(store, RecordQuery("t", 0, 3))
+def test_a_receipt_says_why_and_when(told: SampleStore) -> None:
+    [refused] = trace(told, RecordQuery("t", 0, 3))
     assert refused.as_json() == {
         "stream": "t", "partition": 0, "offset": 3, "position": "t:0:3", "outcome": "refused", "reason": "schema",
         "detail": "field 'x'", "time": "2026-01-01T00:00:03+00:00",
     }  # fmt: skip
-    [stored] = trace(store, RecordQuery("t", 0, 0))
+    [stored] = trace(told, RecordQuery("t", 0, 0))
     assert (stored.id, stored.split, stored.source) == (A, "train", "cam")
-    [deleted] = trace(store, RecordQuery("t", 0, 9))
+    [deleted] = trace(told, RecordQuery("t", 0, 9))
     assert (deleted.reason, deleted.detail, deleted.id) == ("tombstone", "wish of t:0:4", C)
 
 
-def test_a_partition_that_nobody_reads_is_not_read_yet(store: SampleStore, tmp_path: Path) -> None:
+def test_a_partition_that_nobody_reads_is_not_read_yet(told: SampleStore, tmp_path: Path) -> None:
     empty = SampleStore(str(tmp_path / "none"))
-    for asked, where in ((store, "t:7:0"), (store, "other:0:0"), (empty, "t:0:0")):
+    for asked, where in ((told, "t:7:0"), (told, "other:0:0"), (empty, "t:0:0")):
         assert [each.outcome for each in trace(asked, RecordQuery.parse(where))] == ["not_read_yet"]
 
 
-def test_an_id_finds_the_sample_and_all_that_repeats_it(store: SampleStore) -> None:
+def test_an_id_finds_the_sample_and_all_that_repeats_it(told: SampleStore) -> None:
     for text in (A, A[:8]):
-        assert [(each.offset, each.outcome) for each in trace(store, text)] == [
+        assert [(each.offset, each.outcome) for each in trace(told, text)] == [
             (0, "stored"), (1, "duplicate"), (2, "duplicate"), (4, "tombstone"),
         ]  # fmt: skip
-    [twin] = trace(store, B)
+    [twin] = trace(told, B)
     assert (twin.outcome, twin.duplicate_of) == ("duplicate", A)
-    assert trace(store, "d" * 64) == []
+    assert trace(told, "d" * 64) == []
 
 
 def test_a_topic_that_was_made_anew_has_receipts_of_both_logs_newest_first(tmp_path: Path) -> None:
@@ -256,6 +256,6 @@ def test_what_is_no_position_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "aaaaaaa", "A" * 64, "a" * 65, "' OR 1=1"])
-def test_what_is_no_id_is_refused(store: SampleStore, text: str) -> None:
+def test_what_is_no_id_is_refused(told: SampleStore, text: str) -> None:
     with pytest.raises(RecordError, match="no id of a sample"):
-        trace(store, text)
+        trace(told, text)

@@ -161,7 +161,7 @@ def silent_until(event: threading.Event, arrived: threading.Event | None = None)
     return wait_for_it
 
 
-def test_as_many_as_the_setting_says_are_in_flight_from_one_thread_each(web: WebServer, make: Make) -> None:
+def test_as_many_as_the_setting_says_are_in_flight_on_one_thread(web: WebServer, make: Make) -> None:
     lock, now, most = threading.Lock(), 0, 0
     threads: set[str] = set()
     few, many = threading.Barrier(8), threading.Barrier(32)
@@ -182,9 +182,8 @@ def test_as_many_as_the_setting_says_are_in_flight_from_one_thread_each(web: Web
 
     web.pages |= {"/few": together(few), "/many": together(many)}
     fetcher = make(web, uri_seconds=4 * LONG)  # a second try of one would be one too many at a barrier
-    uris = [url(web, "/few")] * 32 + [url(web, "/many")] * 64
-    with ThreadPoolExecutor(64) as workers:
-        assert list(workers.map(fetcher.fetch, uris)) == [PICTURE] * 96
+    fetches = [fetcher.submit(url(web, path)) for path in ["/few"] * 32 + ["/many"] * 64]
+    assert [each.result(4 * LONG) for each in fetches] == [PICTURE] * 96
     assert (most, threads) == (32, {"uris"})
 
 
@@ -332,7 +331,8 @@ async def test_a_host_that_is_down_is_tried_by_one_at_a_time_and_refused_to_othe
     await use(limits)
 
 
-def test_pauses_grow_are_spread_and_are_at_least_what_the_server_asks() -> None:
+def test_pauses_grow_are_spread_and_are_at_least_what_the_server_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uris, "FIRST_PAUSE_SECONDS", 0.25)
     pauses = {retry: [pause_before(retry) for _ in range(50)] for retry in (1, 3, 9)}
     assert all(0.125 <= each <= 0.25 for each in pauses[1])
     assert all(0.5 <= each <= 1.0 for each in pauses[3])
