@@ -154,7 +154,8 @@ class SpaceCoverage:
 
     def holding(self, numbers: Numbers) -> Numbers:
         """Those of some rows that are in the table."""
-        return numbers[self._all()[numbers] == HELD]
+        held: Numbers = numbers[self._all()[numbers] == HELD]
+        return held
 
     def drop(self, numbers: Numbers) -> None:
         """Rows that left the table."""
