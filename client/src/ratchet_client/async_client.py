@@ -29,7 +29,7 @@ T = TypeVar("T")
 def _method(make: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
     """The method that makes a call and returns its result."""
 
-    async def method(self: AsyncClient, *args: P.args, **named: P.kwargs) -> T:
+    async def method(self: AsyncClient, /, *args: P.args, **named: P.kwargs) -> T:
         return await self._call(make(*args, **named))
 
     return calls.described(method, make)

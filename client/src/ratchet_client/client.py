@@ -28,7 +28,7 @@ T = TypeVar("T")
 def _method(make: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
     """The method that makes a call and returns its result."""
 
-    def method(self: Client, *args: P.args, **named: P.kwargs) -> T:
+    def method(self: Client, /, *args: P.args, **named: P.kwargs) -> T:
         return self._call(make(*args, **named))
 
     return calls.described(method, make)
