@@ -33,7 +33,8 @@ def test_suites_need_their_split_and_the_reference_pool_the_whole(tmp_path: Path
 
 
 def test_questions_come_behind_the_whole_of_the_domains_that_they_ask_about(tmp_path: Path) -> None:
-    needed = merged(vlm_data(load_settings(None, {"home": str(tmp_path)})))
+    settings = load_settings(None, {"home": str(tmp_path)})
+    needed = merged([*clip_data(settings), *vlm_data(settings)])
     assert needed[-1] == DemoData("vqa_base")
     assert {DemoData(source) for source in QUESTIONS["vqa_base"].sources} <= set(needed[:-1])
     assert len({each.name for each in needed}) == len(needed)
