@@ -29,7 +29,8 @@ from core.priority import nice_process
 from core.request_context import detached, note
 from core.settings import Settings
 from core.tracing import record
-from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk, VlmEngine
+from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.open import VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import VLM_NICE, Refusal
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle

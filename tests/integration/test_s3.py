@@ -170,7 +170,7 @@ def test_images_are_fetched_from_listed_prefixes_within_their_bounds() -> None:
 def test_a_store_that_is_away_is_tried_again_and_its_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     fetcher = UriFetcher(Ingest(allowed_uris=[f"s3://{BUCKET}"]))
-    with pytest.raises(RecordError, match=r"cannot be read now\. Tries: 2") as caught:
+    with pytest.raises(RecordError, match=r"cannot be read now\. Tries: 4") as caught:
         fetcher.fetch(f"s3://{BUCKET}/photos/a.png")
     fetcher.close()
     assert caught.value.reason == "uri_unreachable"

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from core.digests import digest12, digest_json
 from core.errors import AdapterError, GateError
 from core.settings.serving import Serve
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine, question
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
+from serving.engines.vlm.open import VlmEngine
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import checks as c

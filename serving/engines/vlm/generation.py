@@ -10,17 +10,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from serving.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from serving.engines.vlm.vlm_base import VlmBase
 
 _UNFINISHED: Final = "\ufffd"
 """What a decoder shows for the first bytes of a character whose last bytes have not come yet."""
@@ -175,54 +170,3 @@ async def whole(chunks: AsyncIterator[TokenChunk]) -> GenerationResult:
         parts[-1].prompt_tokens,
         parts[-1].finish,
     )
-
-
-class VlmEngine(Protocol):
-    """One base and its resident adapters. Used from one event loop."""
-
-    base: VlmBase
-    kind: Literal["vllm", "transformers"]
-
-    @property
-    def precision(self) -> str:
-        """Data type of the weights that run, as torch names it; known after :meth:`start`."""
-
-    @property
-    def passed_at(self) -> float:
-        """When the last forward pass is known to have ended, on the monotonic clock; 0: none has."""
-
-    async def start(self) -> None:
-        """Load the base (seconds to a minute), and find out which parts of it take adapters."""
-
-    async def load(self, name: str, directory: Path) -> None:
-        """Make an adapter resident; twice is once. Raises AdapterError; what was resident stays, and is served on."""
-
-    async def unload(self, name: str) -> None:
-        """Forget an adapter when its last request has ended. An unknown name is nothing."""
-
-    def resident(self) -> frozenset[str]:
-        """Names that requests may use."""
-
-    def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
-        """Answer chunk by chunk under a resident adapter (None: the base). Closing the iterator aborts the request.
-
-        Raises InvalidRequest, AdapterError (not resident), EngineDead.
-        """
-
-    async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
-        """The whole answer. Cancelling aborts the request."""
-
-    async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
-        """Log-probability of each choice as the whole answer (its end included) after the prompt."""
-
-    async def golden(self, adapter: str | None) -> str:
-        """Answer fixed inputs: raises AdapterError when a log-probability is not finite; else a short fingerprint."""
-
-    def running(self) -> int:
-        """Requests inside."""
-
-    def last_error(self) -> str:
-        """Why the engine is dead; empty while it lives."""
-
-    async def close(self) -> None:
-        """End it, and every process it started."""

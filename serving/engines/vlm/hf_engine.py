@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class TransformersEngine:
-    """See :class:`serving.engines.vlm.generation.VlmEngine`."""
+    """See :class:`serving.engines.vlm.open.VlmEngine`."""
 
     kind: Literal["vllm", "transformers"] = "transformers"
     precision = "float32"

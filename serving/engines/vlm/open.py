@@ -9,21 +9,72 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from core.errors import ConfigError
 from core.progress import track
 from core.settings.serving import Serve
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.engines.vlm.vllm_start import installed
 from serving.engines.vlm.vlm_base import VlmBase
 
 T = TypeVar("T")
 AHEAD: Final = 64
 """Requests inside the engine at once: enough to fill its batches, few enough to stop soon after an error."""
+
+
+class VlmEngine(Protocol):
+    """One base and its resident adapters. Used from one event loop."""
+
+    base: VlmBase
+    kind: Literal["vllm", "transformers"]
+
+    @property
+    def precision(self) -> str:
+        """Data type of the weights that run, as torch names it; known after :meth:`start`."""
+
+    @property
+    def passed_at(self) -> float:
+        """When the last forward pass is known to have ended, on the monotonic clock; 0: none has."""
+
+    async def start(self) -> None:
+        """Load the base (seconds to a minute), and find out which parts of it take adapters."""
+
+    async def load(self, name: str, directory: Path) -> None:
+        """Make an adapter resident; twice is once. Raises AdapterError; what was resident stays, and is served on."""
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter when its last request has ended. An unknown name is nothing."""
+
+    def resident(self) -> frozenset[str]:
+        """Names that requests may use."""
+
+    def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
+        """Answer chunk by chunk under a resident adapter (None: the base). Closing the iterator aborts the request.
+
+        Raises InvalidRequest, AdapterError (not resident), EngineDead.
+        """
+
+    async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
+        """The whole answer. Cancelling aborts the request."""
+
+    async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
+        """Log-probability of each choice as the whole answer (its end included) after the prompt."""
+
+    async def golden(self, adapter: str | None) -> str:
+        """Answer fixed inputs: raises AdapterError when a log-probability is not finite; else a short fingerprint."""
+
+    def running(self) -> int:
+        """Requests inside."""
+
+    def last_error(self) -> str:
+        """Why the engine is dead; empty while it lives."""
+
+    async def close(self) -> None:
+        """End it, and every process it started."""
 
 
 def open_engine(base: VlmBase, serve: Serve, *, kind: str | None = None) -> VlmEngine:

@@ -60,7 +60,7 @@ _RESTART = "Start a new engine."
 
 
 class VllmEngine:
-    """See :class:`serving.engines.vlm.generation.VlmEngine`."""
+    """See :class:`serving.engines.vlm.open.VlmEngine`."""
 
     kind: Literal["vllm", "transformers"] = "vllm"
 

@@ -11,8 +11,8 @@ import pytest_asyncio
 import torch
 
 from core.settings.serving import Serve
-from serving.engines.vlm.generation import GenerationRequest, VlmEngine
-from serving.engines.vlm.open import open_engine
+from serving.engines.vlm.generation import GenerationRequest
+from serving.engines.vlm.open import VlmEngine, open_engine
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import Peft, Reference, some_asks

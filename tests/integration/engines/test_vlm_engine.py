@@ -16,14 +16,8 @@ import pytest
 import pytest_asyncio
 
 from core.errors import AdapterError
-from serving.engines.vlm.generation import (
-    GenerationRequest,
-    GenerationResult,
-    Message,
-    TokenChunk,
-    VlmEngine,
-    question,
-)
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk, question
+from serving.engines.vlm.open import VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from tests.integration.engines.conftest import VlmCases
 from tests.support.tiny_vlm import tiny_vlm_adapter
