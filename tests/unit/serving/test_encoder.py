@@ -34,7 +34,7 @@ PROGRAM = f"""
 from pathlib import Path
 import torch
 from serving.replicas.encoder import bound_kernel_caches
-from serving.engines.packed_linear import PackedLinear, pack
+from serving.engines.layers import PackedLinear, pack
 
 bound_kernel_caches()
 torch.set_num_threads(1)
