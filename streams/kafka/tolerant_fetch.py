@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -260,18 +260,21 @@ class Suspects:
     """Damage that the last fetch of each partition showed, to be told from damage on the way by the next one."""
 
     def __init__(self) -> None:
-        self._seen: dict[TopicPartition, tuple[int, int, int]] = {}
-        """Position, fetches of it in a row, and the digest of what the last one brought."""
+        self._seen: dict[TopicPartition, tuple[int, int, set[int]]] = {}
 
     def confirmed(self, partition: TopicPartition, position: int, view: memoryview) -> bool:
         """True if the fetch before this one brought the same bytes, or several fetches other damaged ones."""
-        last_position, fetches, digest = self._seen.get(partition, (-1, 0, 0))
-        return last_position == position and (zlib.crc32(view) == digest or fetches >= MAX_FETCHES - 1)
+        last_position, fetches, digests = self._seen.get(partition, (-1, 0, set()))
+        return zlib.crc32(view) in digests or (last_position == position and fetches >= MAX_FETCHES - 1)
 
-    def put(self, partition: TopicPartition, position: int, view: memoryview) -> None:
-        """Remember the damaged batch at which the reading of a fetch has stopped."""
-        last_position, fetches, _ = self._seen.get(partition, (-1, 0, 0))
-        self._seen[partition] = (position, fetches + 1 if last_position == position else 1, zlib.crc32(view))
+    def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
+        """Remember the damaged batches of a fetch that is read no further than ``position``."""
+        last_position, fetches, _ = self._seen.get(partition, (-1, 0, set()))
+        self._seen[partition] = (
+            position,
+            fetches + 1 if last_position == position else 1,
+            {zlib.crc32(each) for each in views},
+        )
 
 
 class FetchedBatches:
@@ -370,7 +373,7 @@ class FetchedBatches:
         written = isinstance(problem, UnreadableMarker)
         if not written and not self.suspects.confirmed(self.partition, self.position, view):
             self._stopped = True
-            self.suspects.put(self.partition, self.position, view)
+            self.suspects.put(self.partition, self.position, [view, *self._damage_behind(len(view))])
             return None
         offsets = self._damaged_offsets(view)
         # Behind a lost marker, which of a producer's records were taken back is known to a new fetch only.
@@ -385,6 +388,16 @@ class FetchedBatches:
         """The first offset that the batch at ``start`` names, if it is all there."""
         view = self._frame(start)
         return None if view is None else int(struct.unpack_from(">q", view)[0])
+
+    def _damage_behind(self, size: int) -> Iterator[memoryview]:
+        """Damaged batches behind one of so many bytes, so that one more fetch is enough for all of them."""
+        start = self._at + size
+        while (view := self._frame(start)) is not None:
+            try:
+                checked(view)
+            except Unreliable:
+                yield view
+            start += len(view)
 
     def _damaged_offsets(self, view: memoryview) -> range:
         follows = self._following(len(view))

@@ -189,7 +189,7 @@ def test_an_operator_ends_an_update_in_training_and_its_samples_are_learned_late
     add_samples(settings, 12)
     monkeypatch.setattr(service_module, "ASK_SECONDS", 0.0)
     service = UpdaterService(settings)
-    backward = ClipLearner.backward
+    backward = ClipLearner.forward_backward
 
     def ended_meanwhile(learner: ClipLearner, rows: list[int], regularized: bool = True) -> Any:
         running = service.ledger.unfinished_update("clip")

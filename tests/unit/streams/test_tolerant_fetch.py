@@ -195,6 +195,16 @@ def test_damage_that_differs_each_time_is_fetched_a_few_times_only() -> None:
     assert corrupt_offsets(found) == list(log.spans[0]) and reader.fetches == MAX_FETCHES
 
 
+def test_one_more_fetch_is_enough_for_all_damage_that_it_shows() -> None:
+    log = log_of(0, 1, 2, 3, 4, 0)
+    for number in (0, 1, 3, 5):
+        log.batches[number][-1] ^= 1
+    reader = LogReader(FIRST)
+    records = reader.read(log)
+    assert offsets(records) == list(range(FIRST, log.end)) and len(corrupt_offsets(records)) == 4 * COUNT
+    assert reader.fetches == 2
+
+
 def test_a_claim_of_two_billion_records_makes_no_more_rows_than_the_bytes_can_hold() -> None:
     messages = [RawMessage(b"value")]
     for sealed in (True, False):
