@@ -10,6 +10,7 @@ its end.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -24,11 +25,13 @@ from kafka.net.sasl.oauth import AbstractTokenProvider
 from core.errors import ConfigError
 from core.settings.identity import OAuth
 from core.settings.streams import Kafka
+from streams.records.http_body import UNCOMPRESSED, BodyTooLarge, bounded_body
 
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS: Final = 5.0
 """kafka-python does no heartbeats while it waits for a token; a session lasts 45 s."""
-_JSON: Final = {"accept": "application/json"}
+MAX_RESPONSE_BYTES: Final = 256 * 1024
+_JSON: Final = {"accept": "application/json", **UNCOMPRESSED}
 MAX_TOKEN_CHARS: Final = 64 * 1024
 REFRESH_AT: Final = 0.8
 DEFAULT_LIFE_SECONDS: Final = 300.0
@@ -105,16 +108,19 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         form = {"grant_type": "client_credentials", **({"scope": self.oauth.scope} if self.oauth.scope else {})}
         auth = httpx.BasicAuth(quote_plus(self.oauth.client_id), quote_plus(secret.get_secret_value()))
         try:
-            response = httpx.post(
-                self.oauth.token_url, data=form, auth=auth, headers=_JSON, timeout=self._timeout_seconds
-            )
+            with httpx.stream(
+                "POST", self.oauth.token_url, data=form, auth=auth, headers=_JSON, timeout=self._timeout_seconds
+            ) as response:
+                status = response.status_code
+                body = bounded_body(response, MAX_RESPONSE_BYTES, self._timeout_seconds)
+        except BodyTooLarge as error:
+            raise KafkaConnectionError(f"kafka.oauth.token_url {self.oauth.token_url} answers with {error}") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise KafkaConnectionError(
                 f"kafka.oauth.token_url {self.oauth.token_url} does not answer ({type(error).__name__})"
             ) from None
-        status = response.status_code
         try:
-            answer = response.json()
+            answer = json.loads(body)
         except (ValueError, RecursionError):
             answer = None
         answer = answer if isinstance(answer, dict) else {}

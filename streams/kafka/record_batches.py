@@ -22,6 +22,7 @@ import snappy
 import zstandard
 from kafka import TopicPartition
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
+from kafka.record.legacy_records import LegacyRecordBatch
 from kafka.record.util import decode_varint
 from lz4.frame import LZ4FrameDecompressor
 
@@ -224,6 +225,51 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
             self._buffer = decompress(self.compression_type, body, self._limit)
             self._pos = 0
         self._decompressed = True
+
+
+class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
+    """A message (which may hold others) of the formats before Kafka 0.11, magic 0 and 1, whose checksum is right."""
+
+    def __init__(self, view: memoryview, magic: int, partition: TopicPartition, start: int, limit: int) -> None:
+        super().__init__(view, magic)
+        self._source = view
+        self._partition = partition
+        self._from = start
+        self._limit = limit
+
+    def validate_crc(self) -> bool:
+        """Checked before anything else was read."""
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        expected = 0
+        try:
+            for record in super().__iter__():
+                if not expected <= record.offset <= self.base_offset or not record.validate_crc():
+                    raise ValueError(f"the message of offset {record.offset} is damaged")
+                yield record
+                expected = record.offset + 1
+        except MemoryError:
+            raise
+        except Exception as error:
+            first = max(expected, self._from)
+            most = most_records(len(self._source), bool(self.compression_type), self._limit)
+            offsets = range(first, min(self.base_offset + 1, first + most))
+            detail = f"the message set up to offset {self.base_offset} cannot be read: {_message_of(error)}"
+            yield from corrupt_records(self._partition, offsets, detail, self._source)
+
+    def _decompress(self, key_offset: int) -> bytearray:
+        _, value = self._read_key_value(key_offset)
+        if value is None:
+            raise ValueError("a compressed message without a value")
+        messages = decompress(self.compression_type, memoryview(value), self._limit)
+        start = 0
+        while start < len(messages):  # kafka-python would follow a negative size backwards, for ever
+            _, size = struct.unpack_from(">qi", messages, start)
+            if size < MIN_LEGACY_BYTES - 12:
+                raise ValueError(f"a message of {size} bytes")
+            start += 12 + size
+        return messages
 
 
 def _message_of(error: Exception) -> str:

@@ -66,6 +66,7 @@ from streams.kafka.record_batches import (
     Corrupt,
     DamagedBatch,
     TolerantBatch,
+    TolerantLegacyBatch,
     most_records,
 )
 
@@ -216,6 +217,7 @@ def check_library() -> None:
         Fetcher: ("_parse_fetched_data",),
         Fetcher.PartitionRecords: ("_unpack_records", "drain"),
         DefaultRecordBatch: ("_maybe_uncompress", "_read_msg", "_buffer", "_pos", "_num_records", "_next_record_index"),
+        LegacyRecordBatch: ("_decompress", "_read_key_value"),
         ConsumerRecord: ("checksum", "leader_epoch"),
         CompletedFetch: ("topic_partition", "fetched_offset", "partition_data"),
         SubscriptionState: ("seek",),
@@ -341,12 +343,8 @@ class FetchedBatches:
             if last >= self.end or (follows is not None and follows[0] <= last):
                 raise Unreliable(f"its offsets {base} to {last} do not fit the log, which ends at {self.end}")
         magic = view[MAGIC_AT]
-        if magic < 2:  # before Kafka 0.11: only in topics from then
-            try:
-                list(LegacyRecordBatch(view, magic))
-            except Exception as error:
-                raise Unreliable(f"its messages cannot be read: {error}") from error
-            return LegacyRecordBatch(view, magic), last
+        if magic < 2:
+            return TolerantLegacyBatch(view, magic, self.partition, self.position, self.limit), last
         batch = TolerantBatch(view, self.partition, self.position, self.limit)
         if batch.unreadable_control:
             raise UnreadableMarker("it should end a transaction, and has no record that says which way")

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from core.errors import RecordError
 from core.files import replacing
@@ -279,13 +279,14 @@ def csv_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Itera
         check_header: is called with the names of the columns, and raises `RecordError` where they will not do.
 
     Raises:
-        RecordError: the header will not do.
+        RecordError: the header will not do, or a row is longer than `MAX_ROW_CHARS`.
     """
-    # Python's own limit of 131,072 characters is below that of a base64 image; this one also ends a quote left open.
+    # Python's own limit of 131,072 characters is below that of a base64 image.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARS))
     # Bytes that are no UTF-8 become lone surrogates, so that one such row does not end the reading.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
+        lines = _Lines(stream, path)
+        reader = csv.DictReader(lines, strict=True)
         try:
             header = reader.fieldnames or ()
         except csv.Error as error:
@@ -295,6 +296,7 @@ def csv_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Itera
         check_header(header)
         while True:
             line = reader.line_num
+            lines.begin_row()
             try:
                 row = next(reader)
             except StopIteration:
@@ -317,6 +319,33 @@ def _csv_problem(row: dict[str | Any, Any], where: Where) -> RecordError | None:
         if cell and not cell.isascii() and any("\ud800" <= char <= "\udfff" for char in cell):
             return where.error(name, "is not UTF-8", "save the file as UTF-8")
     return None
+
+
+class _Lines:
+    """Lines of a text file, for the csv module; a row of several lines is bounded, too."""
+
+    def __init__(self, stream: TextIO, path: Path) -> None:
+        self._stream = stream
+        self._path = path
+        self._size = 0
+
+    def begin_row(self) -> None:
+        self._size = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(MAX_ROW_CHARS + 1 - self._size)
+        self._size += len(line)
+        if self._size > MAX_ROW_CHARS:
+            raise dataset_error(
+                f"{self._path} has a row of more than {MAX_ROW_CHARS} characters",
+                "shrink the image in it, or close the quote that was left open",
+            )
+        if not line:
+            raise StopIteration
+        return line
 
 
 def jsonl_rows(path: Path) -> Iterator[TableRow]:

@@ -209,6 +209,8 @@ class Fetcher:
             raise RecordError("image_format", f"{shown(str(url))} is {kind[:80]!r}.", "Give the URL of an image.")
         if head.get(b"content-encoding", "identity").strip().lower() != "identity":
             raise _unreachable(f"{shown(str(url))} is sent compressed, which was not asked for.")
+        if b"transfer-encoding" in head and b"content-length" in head:
+            raise _unreachable(f"{shown(str(url))} declares its length in two ways.")
         if int(head.get(b"content-length", "0")) > self.rules.max_bytes:
             raise self._too_large(url)
 

@@ -29,6 +29,7 @@ import httpx
 
 from core.errors import ConfigError, RecordError, RegistryUnavailable, SchemaUnavailable
 from core.settings.streams import Kafka
+from streams.records.http_body import UNCOMPRESSED, BodyTooLarge, bounded_body
 
 Decoder = Callable[[bytes], dict[str, Any]]
 SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
@@ -37,6 +38,7 @@ TIMEOUT_SECONDS: Final = 5.0
 TRIES: Final = 3
 PAUSE_SECONDS: Final = 0.2
 """Before the second try; twice as long before the third."""
+MAX_RESPONSE_BYTES: Final = 2 * 1024 * 1024
 MAX_ID: Final = 2**31 - 1
 """Registries count in 32 bits with a sign, and answer a larger id as they do a wrong URL."""
 #: The registry's own codes for "no such subject, version or schema": a 404 without one is a wrong URL or a proxy.
@@ -200,7 +202,7 @@ def _read_json(value: bytes) -> dict[str, Any]:
 
 
 class RegistryClient:
-    """GET calls. Thread safe."""
+    """GET calls with bounds. Thread safe."""
 
     def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """``auth`` is ``user:password``."""
@@ -208,8 +210,11 @@ class RegistryClient:
         user, _, password = (auth or "").partition(":")
         accept = {"accept": "application/vnd.schemaregistry.v1+json, application/json"}
         self._http = httpx.Client(
-            auth=httpx.BasicAuth(user, password) if auth else None, headers=accept, timeout=timeout_seconds
+            auth=httpx.BasicAuth(user, password) if auth else None,
+            headers=accept | UNCOMPRESSED,
+            timeout=timeout_seconds,
         )
+        self._timeout_seconds = timeout_seconds
 
     def by_id(self, number: int) -> Schema:
         """The schema with an id.
@@ -254,22 +259,32 @@ class RegistryClient:
         for number in range(TRIES):
             last = number == TRIES - 1
             try:
-                response = self._http.get(f"{self.url}{path}")
+                status, body = self._fetch(path)
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
                 if last:
                     raise self._unavailable(f"does not answer ({type(error).__name__})") from error
             else:
-                if response.status_code < 500 and response.status_code != 429:
-                    return self._answer(response, path)
+                if status < 500 and status != 429:
+                    return self._answer(status, body, path)
                 if last:
-                    raise self._failing(path, f"answers with status {response.status_code}")
+                    raise self._failing(path, f"answers with status {status}")
             time.sleep(PAUSE_SECONDS * 2**number)
         raise AssertionError("unreachable")
 
-    def _answer(self, response: httpx.Response, path: str) -> dict[str, Any]:
-        status = response.status_code
+    def _fetch(self, path: str) -> tuple[int, bytes]:
+        """Status and body."""
+        with self._http.stream("GET", f"{self.url}{path}") as response:
+            status = response.status_code
+            try:
+                return status, bounded_body(response, MAX_RESPONSE_BYTES, self._timeout_seconds)
+            except BodyTooLarge as error:
+                if status == 200:  # of this schema only: waiting would not help
+                    raise RecordError("schema", f"schema {path} has {error}.", "Use a smaller one.") from None
+                raise self._failing(path, f"answers with status {status} and {error}") from None
+
+    def _answer(self, status: int, body: bytes, path: str) -> dict[str, Any]:
         try:
-            answer = response.json()
+            answer = json.loads(body)
         except (ValueError, RecursionError):
             answer = None
         if status in (401, 403):

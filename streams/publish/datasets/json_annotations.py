@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 import ijson
 
@@ -31,23 +31,74 @@ _MAX_FILES: Final = 64
 _MAX_ROOTS: Final = 64
 _HEAD_BYTES: Final = 64 * 1024
 _LINES: Final = (".jsonl", ".ndjson")
+MAX_ELEMENT_BYTES: Final = 16 * 2**20
+"""Longest element of an array, and longest text in what is passed over."""
+MAX_DEPTH: Final = 32
+_OPEN: Final = ("start_map", "start_array")
+_CLOSE: Final = ("end_map", "end_array")
 
 
-def elements(path: Path, prefix: str) -> Iterator[Any]:
-    """The values at a place of a JSON document, one at a time. ``prefix``: ijson's name of it (``images.item``).
+class _Bounded:
+    """A file of which only so much is read until `reset`."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self._path = path
+        self._stream = stream
+        self._since = 0
+
+    def reset(self) -> None:
+        self._since = 0
+
+    def read(self, size: int) -> bytes:
+        self._since += size
+        if self._since > MAX_ELEMENT_BYTES + size:
+            raise dataset_error(f"{self._path} has an element of more than {MAX_ELEMENT_BYTES} bytes", "take it out")
+        return self._stream.read(size)
+
+
+def elements(path: Path, array: str = "") -> Iterator[Any]:
+    """The values in an array of a JSON document, one at a time: that of this name at its top, or the document itself.
 
     Raises:
-        RecordError: the file is no JSON.
+        RecordError: the file is no JSON, or holds an element that is too large or too deep.
     """
     number = 0
     try:
         with path.open("rb") as stream:
-            for element in ijson.items(stream, prefix, use_float=True):
+            for element in _elements(_Bounded(path, stream), path, array):
                 number += 1
                 yield element
     except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
         problem = f"{path}, after element {number}: not JSON ({str(error).strip()[:160]})"
         raise dataset_error(problem, "write it again, or copy it again") from error
+
+
+def _elements(file: _Bounded, path: Path, array: str) -> Iterator[Any]:
+    depth, key = 0, ""  # `key`: the last name at the top
+    inside = -1  # the depth of the array's elements; -1 where it is not open
+    builder: ijson.ObjectBuilder | None = None
+    # Not `ijson.items`: it makes a path for each event, which costs the square of the depth.
+    for event, value in ijson.basic_parse(file, use_float=True):
+        if builder is None:
+            file.reset()
+        depth -= event in _CLOSE
+        if builder is not None:
+            builder.event(event, value)
+        elif event == "map_key":
+            key = value if depth == 1 else key
+        elif event in _CLOSE:
+            inside = -1 if depth < inside else inside
+        elif depth == inside:
+            builder = ijson.ObjectBuilder()
+            builder.event(event, value)
+        elif event == "start_array" and depth == bool(array) and key == array:
+            inside = depth + 1
+        depth += event in _OPEN
+        if depth > MAX_DEPTH:
+            raise dataset_error(f"{path} is nested deeper than {MAX_DEPTH}", "flatten it")
+        if builder is not None and depth == inside:
+            yield builder.value
+            builder = None
 
 
 def _shape_of(path: Path) -> _Shape:
@@ -115,9 +166,9 @@ def _read_coco(source: Source) -> Iterator[DatasetRow]:
         raise dataset_error(f"{source.path} has no JSON with images and annotations", "name the captions_*.json file")
     for file in [each for each in files if each.name.startswith("captions")] or files:
         finder, split = _ImageFinder(file), split_of(file.stem)
-        images = (each for each in elements(file, "images.item") if isinstance(each, dict))
+        images = (each for each in elements(file, "images") if isinstance(each, dict))
         names = {str(each.get("id")): each.get("file_name") for each in images}
-        for number, annotation in enumerate(elements(file, "annotations.item"), start=1):
+        for number, annotation in enumerate(elements(file, "annotations"), start=1):
             where = Where(file, f"annotation {number}")
             yield from rows_of(where, _caption(annotation, names, finder, where, source.domain, split))
 
@@ -168,7 +219,7 @@ def _conversation_files(path: Path) -> list[Path]:
 
 
 def _numbered(file: Path) -> Iterator[tuple[Where, Any]]:
-    for number, row in enumerate(elements(file, "item"), start=1):
+    for number, row in enumerate(elements(file), start=1):
         yield Where(file, f"element {number}"), row
 
 

@@ -37,11 +37,22 @@ from streams.publish.datasets.mapping import (
 from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
+MAX_HEADER_BYTES: Final = 2**20
+"""Longest extended header of a member; Python's tarfile reads one whole."""
 MAX_SHARDS: Final = 100_000
 _PARTS: Final = {"txt": "txt", "text": "txt", "caption": "txt", "cls": "cls", "json": "json"}
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _BRACES = re.compile(r"\{[^{}]*\}")
 _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, LZMAError)
+
+
+class _BoundedTarInfo(tarfile.TarInfo):
+    """A member whose extended headers are bounded."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.size < 0 or (not self.isreg() and self.size > MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 @dataclass(slots=True)
@@ -106,7 +117,7 @@ def read(source: Source) -> Iterator[DatasetRow]:
 
 def _groups(shard: Path, max_image_bytes: int) -> Iterator[_Group]:
     group = _Group("")
-    with tarfile.open(shard, "r|*") as tar:
+    with tarfile.open(shard, "r|*", tarinfo=_BoundedTarInfo) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # or it remembers each one
             folder, _, name = member.name.rpartition("/")
@@ -171,7 +182,7 @@ def values_of(parts: dict[str, bytes], where: Where) -> dict[str, Any]:
 
 def _class_names(folder: Path) -> list[str]:
     for name in ("classes.txt", "classnames.txt"):
-        if (folder / name).is_file():
+        if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_TEXT_BYTES:
             return (folder / name).read_text("utf-8", errors="replace").splitlines()
     return []
 

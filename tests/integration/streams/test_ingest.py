@@ -139,6 +139,21 @@ def test_a_published_folder_is_in_the_store_with_all_its_fields(running: Running
     }
 
 
+def test_an_image_is_fetched_from_an_allowed_folder_only(running: Running) -> None:
+    home = running.settings.home
+    (home / "allowed").mkdir()
+    for place, seed in (("allowed/in.png", 3000), ("out.png", 3001)):
+        (home / place).write_bytes(picture(seed))
+    (home / "allowed" / "link.png").symlink_to(home / "out.png")
+    uris = ["allowed/in.png", "out.png", "allowed/../out.png", "allowed/link.png", "allowed/none.png"]
+    messages: list[Message] = [
+        (json.dumps({"image_uri": f"file://{home}/{name}", "text": name}).encode(), []) for name in uris
+    ]
+    rows = running.take(5, lambda: produce(running.settings.kafka, messages, partition=0))
+    assert [row["reason"] for row in rows] == [None, *["uri_not_allowed"] * 3, "uri_unreachable"]
+    assert running.sample(rows[0])["image"] == picture(3000)
+
+
 def test_poison_between_good_records_is_quarantined_with_its_reason_and_bytes(running: Running) -> None:
     poison: dict[str, Message] = {
         "not_json": (b"\xff\xfe{not json", [("x-trace", b"\x00\xff")]),

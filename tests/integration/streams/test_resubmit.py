@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -102,6 +103,27 @@ def test_the_second_time_needs_force_and_is_stored_as_a_duplicate(stream: Stream
         stream.again(place)
     assert stream.became(stream.again(place, force=True)) == "duplicate"
     assert stream.ledger.resubmissions([place])[place].times == 2
+
+
+def test_of_two_at_once_one_sends(stream: Stream) -> None:
+    [place] = stream.send(stream.by_uri("race.png"))
+    seen = records_seen(stream.ingest.status)
+    outcomes: list[str] = []
+
+    def send() -> None:
+        try:
+            resubmit(stream.settings, stream.ledger, place, actor="a", reason="r")
+            outcomes.append("sent")
+        except AlreadyResubmitted:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stream.wait(seen + 1)
+    assert sorted(outcomes) == ["refused", "refused", "refused", "sent"]
 
 
 def test_what_is_refused_again_lies_in_quarantine_anew_with_its_history(stream: Stream) -> None:

@@ -120,6 +120,24 @@ def test_published_goes_as_far_as_the_publisher_has_come(
     assert reader.store.positions()["t:0"].published == expected
 
 
+def test_a_batch_is_bounded_by_bytes_records_and_time(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, Kafka(batch_bytes=10_000, batch_records=3, batch_seconds=100))
+    assert not reader.batch.due and reader.batch.seconds_left == float("inf")
+    reader.take(1, 2)
+    assert not reader.batch.due and 90 < reader.batch.seconds_left <= 100
+    reader.take(3)
+    assert reader.batch.due
+    large = Reader(tmp_path, Kafka(batch_bytes=1024, batch_seconds=100))
+    large.take(*range(10))
+    assert not large.batch.due
+    large.take(10)
+    assert large.batch.due
+    hasty = Reader(tmp_path, Kafka(batch_seconds=1e-9))
+    assert not hasty.batch.due
+    hasty.take(1)
+    assert hasty.batch.due
+
+
 def test_a_store_that_is_away_leaves_the_batch_and_the_index_as_they_were(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

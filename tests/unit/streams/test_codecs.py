@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from core.errors import RecordError
 from ratchet_client.encoding import encode
 from ratchet_client.extra import MAX_BYTES, MAX_DEPTH, MAX_FIELDS
-from ratchet_client.records import SCHEMA, Sample
+from ratchet_client.records import SCHEMA, Sample, check_text
 from streams.records.codecs import decode
 from tests.support.kafka import picture
 
@@ -119,6 +119,15 @@ def test_a_bad_record_is_refused_with_its_reason(record: Any, reason: str) -> No
         decode(json.dumps(record).encode())
     assert caught.value.reason == reason
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["text", "question", "answer"])
+def test_long_texts_are_refused(name: str) -> None:
+    sample = Sample(image=PNG, **{"text": "t", name: "x" * 11})
+    with pytest.raises(RecordError, match=name) as caught:
+        check_text(sample, 10)
+    assert caught.value.reason == "text_too_long"
+    check_text(sample, 11)
 
 
 EVENT = {"specversion": "1.0", "type": SCHEMA, "source": "urn:cam", "id": "1"}

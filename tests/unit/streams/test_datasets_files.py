@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from torchvision.datasets import ImageFolder
 from webdataset import ShardWriter, TarWriter
 
 from core.errors import RecordError
-from streams.publish.datasets import FORMATS, detect
-from streams.publish.datasets.shards import expand
+from streams.publish.datasets import FORMATS, detect, read_dataset
+from streams.publish.datasets.shards import MAX_HEADER_BYTES, expand
 from streams.publish.folders import FolderItem, write_folder
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
@@ -205,6 +207,13 @@ def test_a_wrong_sample_is_named_and_the_next_is_read(tmp_path: Path, files: lis
     assert f"{shard}, sample b" in error.message and said in error.message and error.fix
 
 
+def test_names_that_lead_out_of_the_shard_are_only_names(tmp_path: Path) -> None:
+    shard = members(tmp_path / "a.tar", ("../../b.png", png()), ("../../b.txt", b"outside"))
+    [item] = items_of(shard)
+    assert item.bytes() == png() and item.text == "outside"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
 def test_links_and_devices_are_passed_over(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("x.png", tarfile.SYMTYPE), ("x.txt", tarfile.LNKTYPE), ("x.json", tarfile.CHRTYPE)):
@@ -212,6 +221,24 @@ def test_links_and_devices_are_passed_over(tmp_path: Path) -> None:
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
     assert items_and_errors(tmp_path / "a.tar") == ([], [])
+
+
+def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        info = tarfile.TarInfo("x.png")
+        info.type, info.size = tarfile.XHDTYPE, MAX_HEADER_BYTES + 1
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
+    assert "a header of" in error_of(tmp_path / "a.tar.gz").message
+
+
+def test_memory_does_not_grow_with_the_members(tmp_path: Path) -> None:
+    shard = members(tmp_path / "a.tar", *((f"{n}.{kind}", b"x") for n in range(1500) for kind in ("png", "txt")))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_dataset(shard)) == 1500
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])

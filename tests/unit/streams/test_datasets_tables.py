@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pycocotools.coco import COCO
 
 from core.errors import RecordError
 from streams.publish.datasets import detect
+from streams.publish.datasets.json_annotations import elements
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 
@@ -248,3 +250,28 @@ def test_a_document_that_breaks_off_ends_the_reading_with_its_place(tmp_path: Pa
     file.write_text(file.read_text()[:-30])
     with pytest.raises(RecordError, match="after element 1: not JSON"):
         items_and_errors(file, format="llava")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '[{"a":' * 100_000, '{"a": [' * 40 + "]}" * 40])
+def test_a_document_that_is_too_deep_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(RecordError, match="nested deeper"):
+        list(elements(tmp_path / "a.json"))
+
+
+def test_an_element_that_is_too_large_is_refused_before_it_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.publish.datasets.json_annotations.MAX_ELEMENT_BYTES", 2**20)
+    with (tmp_path / "a.json").open("w") as stream:
+        stream.write('[{"a": "')
+        for _ in range(16):
+            stream.write("x" * 2**20)
+        stream.write('"}]')
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecordError, match="an element of more than"):
+            list(elements(tmp_path / "a.json"))
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()

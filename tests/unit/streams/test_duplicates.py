@@ -232,6 +232,33 @@ def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateInd
     assert len(index) == 2
 
 
+def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    """Tens of thousands of samples, whose index is larger than its cache, within some megabytes of the process."""
+    script = """
+import resource, sys
+from streams.ingest import duplicates
+duplicates.CACHE_KIB = 2048
+index = duplicates.DuplicateIndex(sys.argv[1], "store")
+def fill(numbers):
+    with index.deciding():
+        for n in numbers:
+            id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
+            index.add(duplicates.Sample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
+fill(range(2000))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for start in range(2000, 42000, 2000):
+    fill(range(start, start + 2000))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(index))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "d.db")], capture_output=True, text=True, check=True
+    )
+    grown_kib, count = map(int, answer.stdout.split())
+    assert count == 42_000
+    assert grown_kib < 8 * 1024, "twenty times the samples"
+    assert (tmp_path / "d.db").stat().st_size > 4 << 20
+
+
 @pytest.mark.parametrize("distance", [0, 3])
 def test_what_is_read_from_the_store_is_found_as_what_was_added(store: SampleStore, distance: int) -> None:
     rows = [

@@ -121,6 +121,13 @@ async def test_dns_that_changes_after_the_check_changes_nothing(web: WebServer, 
     assert (names.asked, len(web.asked), inside.asked) == (["cdn.test"], 1, [])
 
 
+async def test_dns_that_changes_between_hops_is_checked_again(web: WebServer, inside: WebServer) -> None:
+    web.pages["/moved"] = redirect("/secret")
+    names = Names(cdn_test=[["127.0.0.1"], ["127.0.0.2"]])
+    assert "not public" in await refusal(fetcher(web, names), url(web, "/moved"))
+    assert (len(web.asked), inside.asked) == (1, [])
+
+
 async def test_the_systems_resolver_is_asked_by_default(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     real = socket.getaddrinfo
@@ -178,6 +185,17 @@ async def test_an_endless_body_is_cut_at_the_byte_that_is_too_many(web: WebServe
         assert web.hung_up.wait(LONG)
 
 
+async def test_a_declared_size_over_the_bound_is_not_read(web: WebServer) -> None:
+    web.pages["/large"] = web.endless(b"x", 0.01, reply(content_length=str(MAX + 1)))
+    assert (await refusal(fetcher(web), url(web, "/large"))).startswith("image_too_large")
+
+
+async def test_what_comes_beyond_the_declared_size_is_not_read(web: WebServer) -> None:
+    web.pages["/more"] = web.endless(b"x", 0.01, reply(PICTURE))
+    assert await fetcher(web).fetch(url(web, "/more")) == PICTURE
+    assert web.hung_up.wait(LONG)
+
+
 async def test_a_slow_body_a_slow_head_and_silence_end_with_the_time(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.05)
     web.pages["/head"] = web.endless(b"x", 0.05, b"HTTP/1.1 200 OK\r\nx: ")
@@ -192,8 +210,9 @@ async def test_a_slow_body_a_slow_head_and_silence_end_with_the_time(web: WebSer
 async def test_a_wrong_length_is_refused(web: WebServer) -> None:
     web.pages["/short"] = reply(PICTURE, content_length=str(len(PICTURE) + 1))
     web.pages["/no"] = reply(PICTURE, content_length="-5")
+    web.pages["/both"] = reply(b"0\r\n\r\n", transfer_encoding="chunked")
     web.pages["/two"] = reply(PICTURE, content_type=f"image/png\r\ncontent-length: {len(PICTURE) + 5}")
-    for path in ("/short", "/no", "/two"):
+    for path in ("/short", "/no", "/both", "/two"):
         assert (await refusal(fetcher(web), url(web, path))).startswith("uri_unreachable"), path
 
 

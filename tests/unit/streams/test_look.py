@@ -213,6 +213,20 @@ def test_a_tenth_to_a_fifth_of_each_kind_is_held_out(kind: str) -> None:
         assert all(len(each) == 1 for each in by_look.values()), "pictures that look the same are on one side"
 
 
+def test_kinds_that_come_mixed_have_their_share_each() -> None:
+    for rule in RULES:
+        with closing(DuplicateIndex(":memory:", "store", -1, rule)) as index:
+            held = defaultdict(list)
+            for number in range(COUNT):
+                for kind in KINDS:
+                    held[kind].append(index.add(item(number, looks(kind)[number], kind)) == "fresh_eval")
+        assert all(0.1 <= np.mean(each) <= 0.2 for each in held.values()), {k: np.mean(v) for k, v in held.items()}
+
+
+def test_nothing_is_held_out_where_the_share_is_none() -> None:
+    assert not any(sides(SplitRule(b"a" * 32, 0.0), looks("invoices")))
+
+
 def test_look_alikes_stay_together_while_they_are_few() -> None:
     alike = [bytes(8) + bytes([128]) * 26 + bytes([128 + number]) for number in range(FEW)]
     assert len({buckets_of(each)[0] for each in alike}) == 1

@@ -25,6 +25,7 @@ from ratchet_client.broker import client_options, explain
 from streams.kafka import oauth as module
 from streams.kafka.clients import connection
 from streams.kafka.oauth import TokenProvider, token_provider
+from tests.support.web_server import web_server
 
 
 class TokenServer:
@@ -141,7 +142,7 @@ def test_the_old_token_is_used_to_its_end_while_the_endpoint_is_away(server: Tok
         ((200, b"[" * 100_000), KafkaConnectionError, "no token"),
         ((200, b'{"access_token": 7}'), KafkaConnectionError, "no token"),
         ((200, b'{"access_token": "a\\u0001b=c"}'), KafkaConnectionError, "visible ASCII"),
-        ((200, b" " * 300_000), KafkaConnectionError, "kafka.oauth.token_url"),
+        ((200, b" " * 300_000), KafkaConnectionError, "kafka.oauth.token_url .* more than 262144 bytes"),
     ],
 )
 def test_an_endpoint_that_refuses_or_answers_nonsense_is_told_by_the_setting(
@@ -156,6 +157,16 @@ def test_an_endpoint_that_refuses_or_answers_nonsense_is_told_by_the_setting(
     )  # what kafka-python makes of it
     assert "token" in str(shown) and str(caught.value.args[0]) in str(shown)
     assert "hu:sh" not in str(shown) + repr(kafka) + str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [b" ", b" " * 65_536])
+def test_an_endpoint_that_never_ends_its_answer_is_left(chunk: bytes) -> None:
+    with web_server() as web:
+        web.pages["/token"] = web.endless(chunk, 0.02)
+        settings = OAuth(token_url=f"http://{web.host}:{web.port}/token", client_id="rat", client_secret="hush")
+        with pytest.raises(KafkaConnectionError, match=r"kafka\.oauth\.token_url"):
+            TokenProvider(settings, timeout_seconds=0.5).token()
+        assert web.hung_up.wait(20)
 
 
 def test_an_endpoint_that_is_not_there_is_told_by_the_setting() -> None:

@@ -20,6 +20,7 @@ from streams.records.registry import SchemaRegistry
 from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running
+from tests.support.web_server import web_server
 
 PNG = picture(1)
 B64 = base64.b64encode(PNG).decode()
@@ -136,7 +137,12 @@ def test_an_unknown_id_is_a_refusal_that_is_not_asked_for_again_at_once(
     assert server.calls == ["GET /schemas/ids/7"]
 
 
-def test_an_id_that_none_can_have_is_a_refusal(server: Registry, registry: SchemaRegistry) -> None:
+def test_a_schema_that_is_too_large_and_an_id_that_none_can_have_are_refusals(
+    server: Registry, registry: SchemaRegistry
+) -> None:
+    server.always = (200, b" " * (module.MAX_RESPONSE_BYTES + 1))
+    assert reason(framed(1, b"x"), registry) == "schema"
+    server.calls.clear()
     assert reason(framed(module.MAX_ID + 1, b"x"), registry) == "schema"
     assert server.calls == []
 
@@ -185,7 +191,7 @@ def test_a_registry_that_is_away_is_an_outage_and_is_spared_for_a_while(monkeypa
     assert asked == [1]
 
 
-def test_a_registry_that_never_ends_its_answer_is_an_outage() -> None:
+def test_a_registry_that_does_not_begin_its_answer_is_an_outage() -> None:
     with running(Registry()) as server:
         released = threading.Event()
         server.answer = lambda *_: (released.wait(20), (200, b"{}"))[1]  # type: ignore[method-assign, assignment]
@@ -195,6 +201,16 @@ def test_a_registry_that_never_ends_its_answer_is_an_outage() -> None:
             registry.read(framed(1, b"x"))
         released.set()
     assert time.monotonic() - started < 10
+
+
+def test_a_registry_whose_answer_drips_without_end_is_an_outage() -> None:
+    with web_server() as web:
+        web.pages["/schemas/ids/1"] = web.endless(b" ", 0.02)
+        registry = SchemaRegistry(f"http://{web.host}:{web.port}", timeout_seconds=0.3)
+        with pytest.raises(RegistryUnavailable, match="Timeout"):
+            registry.read(framed(1, b"x"))
+        assert web.hung_up.wait(20)
+        registry.close()
 
 
 def test_without_a_registry_such_records_are_refused() -> None:

@@ -87,6 +87,13 @@ def test_splits_ids_and_columns_select(store: SampleStore) -> None:
         store.scan(columns=["kind"])
 
 
+def test_a_split_name_cannot_escape_its_quotes(store: SampleStore) -> None:
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    assert store.scan(split="x' OR 'a' = 'a").num_rows == 0
+    assert store.count(split="x' OR 'a' = 'a", after={"samples:0": 0}) == 0
+    assert store.count(split="x' OR 'a' = 'a") == 0
+
+
 @pytest.mark.parametrize("split", [None, "train", "fresh_eval"])
 @pytest.mark.parametrize("having", [None, "text", "question"])
 def test_what_is_counted_by_the_tally_is_what_a_scan_finds(store: SampleStore, split: Any, having: Any) -> None:
@@ -228,6 +235,11 @@ def test_a_partition_that_nobody_reads_is_not_read_yet(told: SampleStore, tmp_pa
     empty = SampleStore(str(tmp_path / "none"))
     for asked, where in ((told, "t:7:0"), (told, "other:0:0"), (empty, "t:0:0")):
         assert [each.outcome for each in trace(asked, RecordQuery.parse(where))] == ["not_read_yet"]
+
+
+def test_a_quote_in_a_topic_is_no_sql(told: SampleStore) -> None:
+    [receipt] = trace(told, RecordQuery("t' OR '1'='1", 0, 0))
+    assert receipt.outcome == "not_read_yet"
 
 
 def test_an_id_finds_the_sample_and_all_that_repeats_it(told: SampleStore) -> None:

@@ -20,7 +20,7 @@ from kafka.record import MemoryRecordsBuilder
 
 from core.errors import ConfigError
 from streams.kafka import tolerant_fetch
-from streams.kafka.record_batches import MAX_HEADERS, Corrupt
+from streams.kafka.record_batches import MAX_HEADERS, MAX_RAW_BYTES, Corrupt
 from streams.kafka.tolerant_fetch import MAX_FETCHES, check_library, install, seek, truncations
 from tests.support.raw_batches import CODECS, RawBatch, RawMessage, encode_record, seal
 from tests.support.record_log import PARTITION, LogReader, RecordLog
@@ -174,6 +174,20 @@ def test_a_batch_that_expands_beyond_the_bound_is_corrupt_and_the_next_is_read(c
     assert f"expands to more than {limit} bytes" in records[0].detail
 
 
+def test_nothing_is_expanded_before_the_checksum_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of(1)
+    log.batches[0][CRC] ^= 1
+    monkeypatch.setattr("streams.kafka.record_batches.decompress", lambda *_: pytest.fail("expanded"))
+    assert corrupt_offsets(read(log)) == list(range(FIRST, FIRST + COUNT))
+
+
+def test_the_bytes_that_are_kept_are_bounded() -> None:
+    log = raw_log((RawBatch([RawMessage(b"x" * (2 * MAX_RAW_BYTES))]).encode(), 1))
+    log.batches[0][-1] ^= 1
+    [corrupt] = read(log)
+    assert len(corrupt.raw) == MAX_RAW_BYTES
+
+
 def test_damage_that_a_second_fetch_does_not_bring_was_on_the_way() -> None:
     log = log_of(0, 0)
     reader = LogReader(FIRST)
@@ -310,18 +324,47 @@ def test_a_library_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("magic", [0, 1])
-def test_message_sets_of_old_brokers_are_read_and_broken_ones_stepped_over(magic: int) -> None:
-    builder = MemoryRecordsBuilder(magic, 1, 1 << 20, offset=0)
-    for number in range(3):
-        builder.append(1_000 + number if magic else None, b"key", b"value %d " % number * 9)
+@pytest.mark.parametrize("codec", [0, 1, 2, 3], ids=CODECS[:4])
+def test_message_sets_of_old_brokers_are_read_and_stepped_over(magic: int, codec: int) -> None:
+    def message_set() -> RecordLog:
+        builder = MemoryRecordsBuilder(magic, codec, 1 << 20, offset=0)
+        for number in range(3):
+            builder.append(1_000 + number if magic else None, b"key", b"value %d " % number * 9)
+        builder.close()
+        log = RecordLog()
+        log.append(bytearray(builder.buffer()), 3)
+        return log
+
+    if (magic, codec) != (0, 3):  # LZ4 of Kafka 0.9 has a checksum of its own
+        assert offsets(read(message_set())) == [0, 1, 2]
+    chance = random.Random(magic * 4 + codec)
+    for at in range(8, len(message_set().batches[0])):
+        log = message_set()
+        log.batches[0][at] ^= chance.randrange(1, 256)
+        found = read(log)
+        assert offsets(found) == sorted(set(offsets(found))) and corrupt_offsets(found)
+
+
+@pytest.mark.parametrize("magic", [0, 1])
+def test_a_message_set_that_expands_beyond_the_bound_is_corrupt(magic: int) -> None:
+    limit = 1 << 20
+    builder = MemoryRecordsBuilder(magic, 1, 1 << 24, offset=0)
+    builder.append(1_000 if magic else None, b"key", b"\x00" * limit)
     builder.close()
     log = RecordLog()
-    log.append(bytearray(builder.buffer()), 3)
-    assert offsets(read(log)) == [0, 1, 2]
-    batch = log.batches[0]
-    batch[-9] ^= 1
-    struct.pack_into(">I", batch, EPOCH, zlib.crc32(batch[MAGIC:]))
-    assert corrupt_offsets(read(log)) == [0, 1, 2]
+    log.append(bytearray(builder.buffer()), 1)
+    [corrupt] = read(log, limit=limit)
+    assert corrupt.offset == 0 and f"expands to more than {limit} bytes" in corrupt.detail
+
+
+def test_a_message_that_holds_messages_of_negative_size_is_corrupt() -> None:
+    inner = struct.pack(">qi", 0, -12) * 4
+    packed = zlib.compress(inner, wbits=31)
+    tail = struct.pack(">bbqi", 1, 1, 0, -1) + struct.pack(">i", len(packed)) + packed
+    message = struct.pack(">qiI", 0, 4 + len(tail), zlib.crc32(tail)) + tail
+    log = RecordLog()
+    log.append(bytearray(message), 1)
+    assert corrupt_offsets(read(log)) == [0]
 
 
 Topic = OffsetForLeaderEpochResponse.OffsetForLeaderTopicResult

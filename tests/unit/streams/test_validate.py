@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,12 @@ def test_a_fault_of_ours_refuses_the_record_and_does_not_stop_the_stream(monkeyp
     row = refused(validate(raw(offset=3, key=b"k"), RULES))
     assert (row["reason"], row["offset"], row["original"], row["original_key"]) == ("internal", 3, picture(1), b"k")
     assert row["detail"] == "ZeroDivisionError: division by zero"
+
+
+def test_records_do_not_reach_paths_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(picture(1))
+    value = json.dumps({"image_uri": f"file://{tmp_path}/secret.png", "text": "t"}).encode()
+    assert refused(validate(received(value), RULES))["reason"] == "uri_not_allowed"
 
 
 def test_a_panic_of_a_library_refuses_the_record_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,30 @@ def test_a_full_disk_is_told_from_a_store_that_is_away(
     with pytest.raises(StoreUnavailable) as caught:
         commit(writer, [sample(0, 0)], (claim, 1))
     assert type(caught.value) is kind
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
+def test_a_commit_to_a_full_disk_stores_nothing_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    if os.system(f"mount -t tmpfs -o size=2m tmpfs {mounted} 2>/dev/null"):
+        pytest.skip("mounting is not allowed here")
+    try:
+        store = SampleStore(str(mounted / "lake"))
+        writer = StoreWriter(store.table)
+        claim = claim_of(writer)
+        filler = mounted / "filler"
+        filler.write_bytes(bytes(1 << 20))
+        rows = [sample(0, 0, image=os.urandom(700_000)), sample(0, 1, image=os.urandom(600_000))]
+        for _ in range(3):
+            with pytest.raises(StoreFull):
+                commit(writer, rows, (claim, 2))
+        assert (store.count(), store.offsets()) == (0, {"samples:0": 0})
+        filler.unlink()
+        commit(writer, rows, (claim, 2))
+        assert (store.count(), store.offsets()) == (2, {"samples:0": 2})
+    finally:
+        os.system(f"umount -l {mounted}")
 
 
 def test_a_commit_scans_nothing_and_adds_one_version(
