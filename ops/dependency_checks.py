@@ -21,7 +21,7 @@ from core.log_format import redact_url
 from core.settings import Settings
 from serving.own_threads import BoundedCall
 from streams.kafka.clients import Admin, check_rights, event_rights, ingest_rights
-from streams.records.registry import RegistryClient
+from streams.records.registry_client import RegistryClient
 from streams.store.sample_store import SampleStore
 
 LOOK_SECONDS: Final = 8.0

@@ -26,7 +26,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message_factory import GetMessageClass
 
 from core.errors import RecordError, RegistryUnavailable
-from streams.records.registry import RegistryClient, Schema
+from streams.records.registry_client import RegistryClient, Schema
 
 MAX_NODES: Final = 2_000
 """Types in a schema, counting each use of a named one."""

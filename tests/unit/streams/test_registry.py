@@ -15,6 +15,7 @@ import pytest
 from core.errors import BrokerError, RecordError, RegistryUnavailable
 from core.settings.streams import Kafka
 from streams.records import registry as module
+from streams.records import registry_client
 from streams.records.codecs import decode
 from streams.records.registry import SchemaRegistry
 from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
@@ -28,7 +29,7 @@ B64 = base64.b64encode(PNG).decode()
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(registry_client, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(module, "AWAY_SECONDS", 0.0)
 
 
@@ -140,10 +141,10 @@ def test_an_unknown_id_is_a_refusal_that_is_not_asked_for_again_at_once(
 def test_a_schema_that_is_too_large_and_an_id_that_none_can_have_are_refusals(
     server: Registry, registry: SchemaRegistry
 ) -> None:
-    server.always = (200, b" " * (module.MAX_RESPONSE_BYTES + 1))
+    server.always = (200, b" " * (registry_client.MAX_RESPONSE_BYTES + 1))
     assert reason(framed(1, b"x"), registry) == "schema"
     server.calls.clear()
-    assert reason(framed(module.MAX_ID + 1, b"x"), registry) == "schema"
+    assert reason(framed(registry_client.MAX_ID + 1, b"x"), registry) == "schema"
     assert server.calls == []
 
 

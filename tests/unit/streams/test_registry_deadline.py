@@ -10,6 +10,7 @@ import pytest
 
 from core.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 from streams.records import registry as module
+from streams.records import registry_client
 from streams.records.codecs import decode
 from streams.records.registry import DEADLINE_SECONDS, FORGET_SECONDS, SchemaRegistry
 from tests.support.kafka import picture
@@ -34,7 +35,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(module, "time", made)
-    monkeypatch.setattr(module, "TRIES", 1)
+    monkeypatch.setattr(registry_client, "TRIES", 1)
     monkeypatch.setattr(module, "AWAY_SECONDS", 0.0)
     return made
 
