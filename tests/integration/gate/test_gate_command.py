@@ -88,6 +88,16 @@ def test_pairs_of_a_suite_are_listed_and_mined_once(settings: Settings) -> None:
     assert listed[-1].first.text not in shown.output
 
 
+def test_the_incumbent_is_what_is_live_unless_told(settings: Settings) -> None:
+    live, candidate = _adapter(settings, 1), _adapter(settings, 2)
+    ledger = Ledger.open(settings.ledger)
+    proposal = ledger.propose("release", clip=live, vlm=None, actor="op", reason="first")
+    ledger.commit_release(1, clip=live, vlm=None, actor="op", reason="first", proposal_id=proposal.id)
+    ledger.close()
+    assert gate_command(settings, candidate)[0].incumbent == live
+    assert gate_command(settings, candidate, incumbent="base")[0].incumbent is None
+
+
 def test_an_adapter_that_will_not_load_is_a_verdict_and_a_wrong_name_an_error(settings: Settings) -> None:
     name = _adapter(settings, 1)
     weights = Path(Artifacts(settings.artifacts).fetch(f"adapters/{name}")) / "adapter_model.safetensors"

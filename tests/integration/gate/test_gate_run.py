@@ -247,6 +247,16 @@ def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
         )
 
 
+def test_parity_compares_the_trainers_model_with_the_server(engine: ClipEngine, retention: Suite, gentle: str) -> None:
+    def trainer_of(adapter: str | None) -> Any:
+        return lambda pixels, texts: (engine.encode_images(pixels, adapter), engine.encode_texts(texts, adapter))
+
+    same = judge(engine, gentle, retention, parity=trainer_of(gentle))
+    assert next(check for check in same.checks if check.name == "parity").ok
+    tiny_limit = judge(engine, gentle, retention, parity=trainer_of(None))
+    assert (tiny_limit.outcome, "parity" in tiny_limit.caught_by) == ("rejected", True)
+
+
 def test_the_same_candidate_gets_the_same_verdict(
     engine: ClipEngine, retention: Suite, gentle: str, home: Path
 ) -> None:

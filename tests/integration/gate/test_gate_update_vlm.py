@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from core.errors import GateError
 from core.ledger import Ledger, UpdateRow
 from core.loading import load_settings
 from core.settings import Settings
+from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.errors import EngineDead
@@ -103,17 +105,35 @@ def test_a_vlm_candidate_is_judged_against_its_incumbent_and_the_engine_is_close
     assert _engine_threads() == []
 
 
-def test_a_candidate_that_will_not_load_is_a_verdict_with_a_report(settings: Settings) -> None:
-    ledger = Ledger.open(settings.ledger)
+def _cut_short(settings: Settings) -> str:
     name = _adapter(settings, 3)
     weights = Artifacts(settings.artifacts).fetch(f"adapters/{name}") / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    update = _trained(ledger, name)
+    return name
+
+
+def _of_nans(settings: Settings) -> str:
+    _adapter(settings, 3)
+    files = read_adapter(settings.home / "work-3")
+    tensors = {key: tensor.clone() for key, tensor in files.tensors.items()}
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+    work = settings.home / "nan"
+    name = write_adapter(work, tensors, files.config, load_vlm_base(settings.home, "tiny-vlm"))
+    Artifacts(settings.artifacts).put_directory(work, f"adapters/{name}")
+    return name
+
+
+@pytest.mark.parametrize(("broken", "why"), [(_cut_short, "cut short"), (_of_nans, "not finite")])
+def test_a_candidate_that_will_not_load_is_a_verdict_with_a_report(
+    settings: Settings, broken: Callable[[Settings], str], why: str
+) -> None:
+    ledger = Ledger.open(settings.ledger)
+    update = _trained(ledger, broken(settings))
     assert _judge(settings, ledger, update).state == "gated"
     verdict = ledger.verdict_of(update.id)
     assert verdict is not None and verdict.outcome == "rejected" and verdict.summary["caught_by"] == ["loads"]
     report = Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.html").decode()
-    assert "Rejected" in report and "cut short" in report
+    assert "Rejected" in report and why in report
 
 
 def test_an_engine_that_dies_leaves_the_update_trained_to_be_judged_again(

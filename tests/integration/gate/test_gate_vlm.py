@@ -16,6 +16,7 @@ from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.gate.builders import fresh_suite, fresh_suites, sample_rows
 from updater.gate.report import write_report
+from updater.gate.run import open_evaluator
 from updater.gate.vlm import VlmEvaluator
 
 pytestmark = pytest.mark.integration
@@ -134,3 +135,14 @@ def test_a_question_too_long_is_an_error_of_the_suite(vlm_gate: VlmGate) -> None
     long = [replace(one, question="why? " * 400) for one in unknown(range(60))]
     with pytest.raises(GateError, match="a question cannot be asked"):
         vlm_gate.gate(vlm_gate.noise(0.0), fresh=fresh_suites(question_table(long), family="vlm"))
+
+
+def test_an_engine_that_dies_is_an_error_and_no_verdict(tmp_path: Path, vlm_gate: VlmGate) -> None:
+    with open_evaluator(vlm_gate.settings, vlm_gate.base) as evaluator:
+        assert isinstance(evaluator, VlmEvaluator)
+        name = tiny_vlm_adapter(vlm_gate.base, tmp_path / "a", seed=8, scale=0.1)
+        evaluator.load(name, tmp_path / "a")
+        evaluator.cache = tmp_path / "cache"
+        evaluator.vlm.engine._worker.stop("killed by a test")  # type: ignore[attr-defined]
+        with pytest.raises(GateError, match="killed by a test"):
+            VlmGate(vlm_gate.settings, vlm_gate.base, evaluator).gate(name)

@@ -69,6 +69,14 @@ def test_an_imported_adapter_is_judged_and_proposed_by_the_updater(
     assert (audited.actor, audited.action) == ("ada", "import adapter")
 
 
+def test_what_the_gate_rejects_is_not_proposed(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
+    outcome["outcome"] = "rejected"
+    update, verdict = gate_import(settings, import_adapter(settings, foreign, actor="ada", base="tiny"))
+    assert verdict is not None and (update.state, verdict.outcome) == ("done", "rejected")
+    ledger = Ledger.open(settings.ledger)
+    assert ledger.pending_proposals() == []
+
+
 def test_the_same_adapter_again_is_known(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
     first = import_adapter(settings, foreign, actor="ada", base="tiny")
     again = import_adapter(settings, foreign, actor="bob", base="tiny")

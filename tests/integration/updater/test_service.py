@@ -58,6 +58,17 @@ def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Setting
     assert not service.work_dir(update).exists()
 
 
+def test_it_waits_until_enough_is_new(settings: Settings) -> None:
+    service = UpdaterService(settings)
+    assert service.step().reason == "there are no new samples"
+    add_samples(settings, 9)
+    outcome = service.step()
+    assert outcome.update is None and outcome.reason.startswith("9 of 10 new samples")
+    waited = settings.model_copy(update={"updater": settings.updater.model_copy(update={"max_wait_seconds": 1e-3})})
+    ready = triggers.decide(waited, service.ledger, service.store, service.recipes["clip"])
+    assert isinstance(ready, triggers.Ready)
+
+
 def test_rejected_data_is_not_tried_again_by_itself_but_by_another_recipe_or_on_request(
     settings: Settings, verdict: dict[str, str]
 ) -> None:

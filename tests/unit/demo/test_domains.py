@@ -55,6 +55,16 @@ def test_rows_are_complete_and_counted(tmp_path: Path) -> None:
     assert receipt["licence"] == "CC0-1.0"
 
 
+def test_two_machines_get_the_same_bytes_and_a_domain_is_made_once(tmp_path: Path) -> None:
+    folder = build(toy(), tmp_path / "a")
+    assert content(folder) == content(build(toy(), tmp_path / "b"))
+
+    def never() -> Iterator[Draft]:
+        raise AssertionError("built again")
+
+    assert build(toy(never), tmp_path / "a") == folder
+
+
 def test_it_is_made_again_when_builders_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build(toy(), tmp_path)
     (folder / "stray").touch()

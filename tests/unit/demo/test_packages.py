@@ -44,6 +44,16 @@ def test_nothing_is_written_whatever_a_member_is_called(tmp_path: Path) -> None:
     assert [path.name for path in inner.iterdir()] == ["a.tgz"]
 
 
+def test_links_and_devices_are_not_files(tmp_path: Path) -> None:
+    archive = tmp_path / "a.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE), ("dev", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    assert list(read_members(archive, everything)) == []
+
+
 def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "MAX_MEMBER_BYTES", 10)
     with pytest.raises(PackageError, match="11 bytes; the limit is 10"):
@@ -111,6 +121,12 @@ def test_a_debian_package_is_read_without_installing(deb: Path) -> None:
     assert len(content) == 100_000
 
 
+def test_a_cut_debian_package_is_damaged(deb: Path) -> None:
+    deb.write_bytes(deb.read_bytes()[:60_000])
+    with pytest.raises(PackageError, match="damaged"):
+        list(read_members(deb, everything))
+
+
 def program(folder: Path, name: str, script: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -126,6 +142,13 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 NPM = Package("npm", "@scope/toy", "1.2.3")
 DEB = Package("deb", "toy")
+
+
+@pytest.mark.parametrize(("package", "program_name"), [(NPM, "npm"), (DEB, "apt-get")])
+def test_a_missing_program_is_named_with_a_fix(path: Path, tmp_path: Path, package: Package, program_name: str) -> None:
+    with pytest.raises(PackageError, match=f"{program_name}.* not on PATH") as caught:
+        package.fetch(tmp_path / "packages")
+    assert caught.value.fix
 
 
 def test_a_failed_download_shows_what_was_said_and_leaves_nothing(path: Path, tmp_path: Path) -> None:

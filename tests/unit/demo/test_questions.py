@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from core.errors import ConfigError
 from demo.data import QUESTIONS, prepare_questions
-from demo.data.questions_make import Picture, Question, colour_shares, main_colour, make_questions
+from demo.data.questions_make import Picture, Question, colour_shares, held_out_drawings, main_colour, make_questions
 from demo.data.questions_pictures import basic_name
 from demo.data.questions_words import CATEGORIES, COLOURS, NOUNS, SUBGROUPS, SYNONYMS, with_article
 
@@ -82,6 +82,14 @@ def test_a_thing_is_named_as_at_first_sight(text: str, category: str, name: str)
     assert basic_name(text, category) == name
 
 
+def test_held_out_drawings_do_not_depend_on_the_other_pictures() -> None:
+    pictures = world()
+    chosen = held_out_drawings(pictures)
+    assert 0.4 < len(chosen) / len({p.concept for p in pictures if p.split == "train"}) < 0.8
+    some = [p for p in pictures if p.category == "food"]
+    assert held_out_drawings(some) == {path for path in chosen if path in {p.path for p in some}}
+
+
 def test_yes_and_no_are_asked_in_the_same_words_as_often(rows: list[Question]) -> None:
     for split in ("train", "test"):
         said: dict[str, Counter[str]] = defaultdict(Counter)
@@ -96,6 +104,14 @@ def test_yes_and_no_are_true(rows: list[Question]) -> None:
         named = any(with_article(word) in row.question for word in (picture.name, picture.category))
         shaded = any(share > 0.2 for colour, share in picture.colours.items() if colour in words)
         assert (named or shaded) == (row.answers[0] == "yes"), row
+
+
+def test_answers_are_never_empty_and_at_most_two(rows: list[Question]) -> None:
+    assert all(1 <= len(row.answers) <= 2 and all(row.answers) for row in rows)
+
+
+def test_making_them_again_gives_the_same(rows: list[Question]) -> None:
+    assert make_questions(world()) == rows
 
 
 def test_the_words_fit_together() -> None:
@@ -147,3 +163,10 @@ def test_the_white_paper_is_no_colour_and_a_speck_no_drawing() -> None:
     ImageDraw.Draw(image).rectangle((0, 0, 19, 19), fill="red")
     assert colour_shares(image) == {}
     assert main_colour({}) == ""
+
+
+def test_two_colours_of_equal_size_have_no_main_one() -> None:
+    shares = colour_shares(drawing("#d8262c", "#1f6fd0"))
+    assert shares == {"red": 0.5, "blue": 0.5}
+    assert main_colour(shares) == ""
+    assert main_colour(colour_shares(drawing("#d8262c", "#d8262c", "#d8262c", "#1f6fd0"))) == "red"

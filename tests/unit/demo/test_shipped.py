@@ -61,6 +61,13 @@ def test_tokens_are_those_of_open_clip_without_the_padding(base: ClipBase) -> No
         assert not full[:, mine.shape[1] :].any()
 
 
+def test_padding_does_not_change_a_vector(base: ClipBase) -> None:
+    engine = ClipEngine(base, device="cpu")
+    together = engine.encode_texts(TEXTS)
+    for i, text in enumerate(TEXTS):
+        np.testing.assert_allclose(engine.encode_texts([text])[0], together[i], atol=1e-5)
+
+
 def test_adapters_on_its_own_targets_merge_as_in_peft(base: ClipBase, tmp_path: Path) -> None:
     torch.manual_seed(0)
     targets = "|".join(f"(?:{pattern})" for pattern in base.lora_targets.values())

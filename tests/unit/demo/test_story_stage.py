@@ -88,6 +88,13 @@ def test_a_release_that_gets_no_further_ends_the_demo_and_is_named(clock: Clock,
     assert clock.now - server.began < 7 * 60 + 2 * STILL_SECONDS
 
 
+def test_a_release_that_failed_is_not_waited_for(clock: Clock, tmp_path: Path) -> None:
+    server = Server(clock)
+    server.state, server.error = "failed", "golden inputs differ"
+    with pytest.raises(RatchetError, match="was not released: golden inputs differ"):
+        server.stage(tmp_path).await_release("clip", VERDICT)
+
+
 def test_a_part_that_ended_is_not_waited_for(clock: Clock, tmp_path: Path) -> None:
     def check() -> None:
         raise RatchetError("serve ended: out of memory")

@@ -189,7 +189,7 @@ def latency(ask: Callable[[str | None], None], **how: Any) -> Check:
 
 
 @pytest.mark.parametrize(("slower", "ok"), [(1.0, True), (3.5, True), (5.0, False)])
-def test_latency_compares_the_same_work(slower: float, ok: bool) -> None:
+def test_latency_compares_the_same_work_and_fails_a_slow_candidate(slower: float, ok: bool) -> None:
     now = 0.0
 
     def ask(adapter: str | None) -> None:

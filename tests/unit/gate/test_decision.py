@@ -344,3 +344,12 @@ def test_small_losses_to_the_best_release_do_not_add_up() -> None:
     assert result.best_release.difference == pytest.approx(-0.06)
     assert result.margin_left == pytest.approx(result.best_release.ci_low + 0.05)
     assert result.p == result.best_release.p > alone.p
+
+
+def test_a_vqa_suite_can_fail_and_be_a_weak_guard() -> None:
+    before = hits(400, 0.6)
+    (lost,) = judge(asked_twice(before, changed(before, 90, 0)))
+    assert lost.decision == "failed"
+    poor = hits(400, 0.27)
+    (guard,) = judge(asked_twice(poor, poor))
+    assert "weak guard" in guard.reason

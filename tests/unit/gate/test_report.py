@@ -182,6 +182,13 @@ def test_what_is_told_beside_is_in_the_report_in_the_summary_and_on_a_terminal()
     assert told[0].startswith("warning: vqa_presence")
 
 
+def test_a_verdict_with_nothing_beside_says_nothing_of_it() -> None:
+    value = verdict()
+    page = render(value.to_json())
+    assert not any(words in page for words in ("how often a concept", "look alike", "Share of", "features moved"))
+    assert list(diagnostics_lines(value.summary()["diagnostics"])) == []
+
+
 def test_a_question_is_shown_with_its_answers_before_and_after() -> None:
     before = (np.random.default_rng(0).random((300, 1)) < 0.7).astype(float)
     worst = (Regression("a1", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)

@@ -15,6 +15,7 @@ from updater.gate.statistics import (
     compare_accuracy,
     compare_clusters,
     holm,
+    items_needed,
     mcnemar_superior,
     pool,
     reciprocal_log_rank,
@@ -131,6 +132,15 @@ def _change(rng: np.random.Generator, loss: float) -> np.ndarray:
     return change
 
 
+def test_recall_passes_what_lost_nothing_and_refuses_what_lost_much() -> None:
+    rng = np.random.default_rng(2)
+    runs = 200
+    kept = [bootstrap(_change(rng, 0.0), seed=i, draws=999).p_above(-0.06) <= 0.05 for i in range(runs)]
+    lost = [bootstrap(_change(rng, 0.12), seed=i, draws=999).p_above(-0.06) <= 0.05 for i in range(runs)]
+    assert np.mean(kept) > 0.8
+    assert np.mean(lost) == 0.0
+
+
 def test_two_views_of_one_item_are_not_two_items() -> None:
     """With identical views, the interval is that of n items; treating 2n outcomes as independent would shrink it."""
     rng = np.random.default_rng(3)
@@ -166,6 +176,15 @@ def test_no_change_at_all_is_not_certainty() -> None:
     assert compare_accuracy(many[:, 0], many[:, 0], margin=0.05).p_noninferior < 0.01
 
 
+def test_the_same_outcomes_give_the_same_verdict() -> None:
+    rng = np.random.default_rng(7)
+    before, after = _recall(rng, 100, 0.03)
+    first = compare_clusters(before, after, margin=0.05, level=0.01)
+    again = compare_clusters(before, after, margin=0.05, level=0.01)
+    assert first.p_noninferior == again.p_noninferior
+    assert first.bounds(0.01) == again.bounds(0.01)
+
+
 def test_holm_matches_its_definition() -> None:
     refused, levels = zip(*holm([0.012, 0.2, 0.001, 0.02], 0.05), strict=True)
     assert refused == (True, False, True, True)
@@ -176,6 +195,18 @@ def test_holm_stops_at_the_first_that_is_not_shown() -> None:
     refused, levels = zip(*holm([0.02, 0.03, 0.021], 0.05), strict=True)
     assert refused == (False, False, False)
     assert levels == pytest.approx([0.05 / 3] * 3)
+
+
+def test_holm_controls_the_familywise_error() -> None:
+    rng = np.random.default_rng(8)
+    runs = 4000
+    wrong = sum(any(shown for shown, _ in holm(list(p), 0.05)) for p in rng.random((runs, 6)))
+    assert wrong / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_items_needed_matches_the_normal_formula() -> None:
+    z = stats.norm.isf(0.05) + stats.norm.ppf(0.8)
+    assert items_needed(0.4, 0.05, 0.05) == math.ceil((z * 0.4 / 0.05) ** 2)
 
 
 def test_misaligned_outcomes_are_refused() -> None:
@@ -200,6 +231,29 @@ def test_questions_with_an_image_each_are_an_accuracy() -> None:
     two = compare_accuracy(before, after, margin=0.05)
     assert (one.p_noninferior, one.p_superior, one.units) == (two.p_noninferior, two.p_superior, 200)
     assert "Tango" in one.method
+
+
+def test_four_questions_on_one_image_are_not_four_images() -> None:
+    before, after, names = _by_image(np.random.default_rng(1), 100, 4, 0.02)
+    clustered = compare_clusters(before, after, names, margin=0.08, level=0.03)
+    naive = compare_clusters(before, after, np.arange(400), margin=0.08, level=0.03)
+    assert clustered.units == 100 and clustered.n == 400 and "clusters" in clustered.method
+    assert clustered.difference == pytest.approx(naive.difference)
+    assert clustered.p_noninferior > naive.p_noninferior
+    assert clustered.bounds(0.03)[0] < naive.bounds(0.03)[0]
+    assert clustered.needed(0.03) > naive.needed(0.03)
+
+
+def test_fractions_of_right_answers_are_resampled() -> None:
+    rng = np.random.default_rng(3)
+    before = rng.integers(0, 4, 300) / 3
+    after = np.clip(before + rng.choice([-1 / 3, 0, 2 / 3], 300), 0, 1)
+    found = compare_clusters(before, after, np.arange(300), margin=0.05, level=0.03)
+    same = compare_clusters(before, after, margin=0.05, level=0.03)
+    assert found.method == same.method == "studentised bootstrap over items"
+    assert found.p_superior == pytest.approx(same.p_superior)
+    low, high = found.bounds(0.03)
+    assert 0 < low < found.difference < high
 
 
 def test_clustered_answers_accept_a_loss_of_the_margin_at_most_at_their_level() -> None:

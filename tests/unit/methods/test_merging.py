@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
-from updater.methods.merging import merged, remembered
+from updater.methods.merging import RULES, merged, remembered
 from updater.recipes import Merge
 from updater.training.checkpoint import CarryOver
 
@@ -131,6 +131,13 @@ def test_the_other_end_of_the_line_is_what_is_served_or_the_base() -> None:
     rows = zip(values(OLD), values(NEW), strict=True)
     assert values(served) == pytest.approx([0.7 * old + 0.3 * new for old, new in rows])
     assert values(base) == pytest.approx([0.3 * new for new in values(NEW)])
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES.names() if name != "none"])
+def test_a_rule_without_anything_served_is_a_share_of_what_was_trained(rule: str) -> None:
+    found = values(merged(Merge(rule=rule, weight=0.5), {}, {"layer": factor(2)}, {}))
+    assert all(value == 0 or value == pytest.approx(0.5 * new) for value, new in zip(found, values(NEW), strict=True))
+    assert any(found)
 
 
 @pytest.mark.parametrize(

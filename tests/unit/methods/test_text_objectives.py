@@ -66,6 +66,18 @@ def test_subcaption_contrast_equals_the_plain_sum() -> None:
     assert float(objective(made)) == pytest.approx((images + texts) / 2, rel=1e-5)
 
 
+def test_captions_without_parts_count_nothing() -> None:
+    objective = Subcaptions()
+    objective.begin(["a car", "a tree"], [])
+    made = batch([0, 1])
+    assert objective.further_texts(["a car", "a tree"], [], ["new"] * 2) == []
+    value = objective(made)
+    value.backward()
+    assert float(value) == 0
+    assert made.image.grad is not None
+    assert float(made.image.grad.abs().max()) == 0
+
+
 def test_a_selection_of_rows_keeps_its_own_parts() -> None:
     captions = ["a big tree, in the park", "a red house. a small door", "two men wait. a dog runs"]
     objective, made, _ = with_parts(captions, batch([0, 1, 2]))
@@ -100,6 +112,12 @@ def test_language_guided_supervision_equals_the_plain_sum_over_labelled_rows() -
     assert made.image.grad is not None
     assert [bool(row.any()) for row in made.image.grad] == [True, False, True, True]
     assert made.text.grad is None or float(made.text.grad.abs().max()) == 0
+
+
+def test_a_batch_without_labels_among_labelled_ones_counts_nothing() -> None:
+    objective = LanguageGuided()
+    objective.further_texts(["x"], ["car"], ["new"])
+    assert float(objective(guided(objective, batch([0, 1]), 1))) == 0
 
 
 def test_without_any_label_captions_are_the_classes() -> None:

@@ -203,6 +203,18 @@ def _still() -> dict[str, Any]:
     return {"image": {}, "text": {}, "schedule": {"peak": 1e-30, "constant": 1e-30}}
 
 
+def test_vera_never_outgrows_its_rank(base: ClipBase, tmp_path: Path) -> None:
+    start: WeightDelta = {}
+    for update in range(3):
+        model = model_of(base, "vera", start, seed=update)
+        move(model, 0.3, seed=update)
+        model.write(model.delta(), tmp_path / str(update))
+        start = read_delta(tmp_path / str(update), base)
+        assert all(isinstance(part, LowRank) and part.rank == RANK for part in start.values())
+        plain = base.build_model()
+        agree(in_training(model), dict(plain.named_parameters()) | effective_weights(tmp_path / str(update), plain))
+
+
 def test_what_a_kind_does_not_know_is_refused_by_name(base: ClipBase) -> None:
     with pytest.raises(ConfigError, match="no adapter kind 'lora2'"):
         model_of_kind(base, "lora2", {})

@@ -127,6 +127,13 @@ def test_adapters_outside_of_the_window_go_with_their_carry_over(either: Install
     assert either.run().items == ()
 
 
+def test_a_dry_run_deletes_nothing(made: Installation) -> None:
+    names = released(made)
+    assert made.collector().plan().going
+    assert made.stored() == set(names)
+    assert not made.ledger.collected(names)
+
+
 def test_what_is_young_stays(made: Installation) -> None:
     released(made)
     made.adapter("clip-young", 80)
@@ -297,6 +304,13 @@ def test_after_a_collection_release_and_rollback_say_what_became_of_the_files(ma
     [total] = made.ledger.audit_rows(subject="artifacts")
     assert total.detail["adapter"] == 4
     assert total.detail["bytes"] > 0
+
+
+def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -> None:
+    released(made, 3)
+    with made.ledger.database.write() as session:
+        session.execute(update(t.Adapter).where(t.Adapter.name == "clip-2").values(collected_at=NOW))
+    assert rollback_target(made.ledger, ("clip",), None) == {"clip": "clip-1"}
 
 
 def test_an_adapter_that_is_made_again_counts_as_there(made: Installation) -> None:

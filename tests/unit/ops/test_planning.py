@@ -97,6 +97,11 @@ def test_what_does_not_fit_is_said() -> None:
     assert planned(images_per_second=1).warnings == []
 
 
+def test_a_larger_image_takes_longer_to_ingest() -> None:
+    workers = [count(planned(stream_per_day=2e7, image_kb=size), "ingest workers") for size in (10, 18, 99, 908, 5000)]
+    assert workers == sorted(workers) and workers[0] == workers[1] and workers[-1] > 4 * workers[-2]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"images_per_second": -1.0}, {"corpus": math.nan}, {"p99_seconds": 0.0}, {"image_kb": 0.0}]
 )

@@ -211,6 +211,15 @@ def test_what_happens_during_a_backup_does_not_break_it(
     assert store.pins().keys() == {"u-open"}
 
 
+def test_a_file_that_goes_while_it_is_copied_is_named(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup, "_artifact_files", lambda _: {"reports/u-9/report.json": 2})
+    with pytest.raises(StoreError, match=r"report\.json was deleted while"):
+        back_up(settings, str(tmp_path / "backup"), "ann")
+    assert SampleStore(settings.lake).pins().keys() == {"u-open"}
+
+
 def test_the_pin_of_a_backup_that_was_killed_is_let_go(settings: Settings, ledger: Ledger) -> None:
     store = SampleStore(settings.lake)
     store.pin("backup-1", store.version())

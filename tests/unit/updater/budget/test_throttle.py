@@ -128,6 +128,16 @@ def test_a_slow_route_is_compared_with_itself_and_not_with_a_quick_one() -> None
     assert server.ask() == 0.5
 
 
+def test_a_quarter_of_slow_requests_is_slow_by_as_much_as_it_raises_the_mean() -> None:
+    server = begun()
+    server.serve(QUICK, count=75)
+    server.serve(1.9 * QUICK, count=25)
+    assert server.ask() == 1.0
+    server.serve(QUICK, count=75)
+    server.serve(2.1 * QUICK, count=25)
+    assert server.ask() == 0.5
+
+
 def test_a_handful_of_requests_says_nothing_and_after_a_while_nobody_is_there() -> None:
     server = begun()
     server.serve(SLOW)
@@ -135,6 +145,14 @@ def test_a_handful_of_requests_says_nothing_and_after_a_while_nobody_is_there() 
     server.serve(SLOW, count=20)
     assert server.ask() == 0.5
     assert server.ask(WINDOW_SECONDS) == pytest.approx(0.5 + GROWTH)
+
+
+def test_the_server_is_asked_now_and_then_only() -> None:
+    server = begun()
+    assert server.ask() == 1.0
+    server.serve(SLOW)
+    assert server.ask(POLL_SECONDS / 2) == 1.0
+    assert server.ask(POLL_SECONDS / 2) == 0.5
 
 
 def test_a_server_that_is_away_is_in_nobodys_way_and_one_that_restarts_counts_anew() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from core.digests import digest_bytes
+from core.errors import StoreError
 from core.settings.updates import Draw
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
@@ -115,6 +116,11 @@ def test_an_empty_store_has_nothing_pending(tmp_path: Path) -> None:
     assert (len(pool.new), len(pool.replay)) == (0, 0)
     with pytest.raises(IndexError):
         pool.new[0]
+
+
+def test_an_address_of_another_version_is_an_error(store: SampleStore) -> None:
+    with pytest.raises(StoreError, match="lacks 1 rows"):
+        store.rows_at([999 << 32], ["id"], store.version())
 
 
 def test_what_lies_after_the_end_of_the_data_is_neither_new_nor_replayed(store: SampleStore) -> None:

@@ -71,6 +71,20 @@ def test_each_row_of_a_pool_is_seen_equally_often_within_one(
     assert seen.total() == BATCHES * size
 
 
+@pytest.mark.parametrize(
+    ("empty", "counts"),
+    [
+        ((), {"new": 34, "reference": 33, "replay": 33}),
+        (("replay",), {"new": 34, "reference": 66}),
+        (("reference",), {"new": 34, "replay": 66}),
+        (("reference", "replay"), {"new": 100}),
+    ],
+)
+def test_the_share_of_an_empty_pool_goes_to_the_other_one(empty: tuple[Part, ...], counts: dict[Part, int]) -> None:
+    sizes = {**SIZES, **dict.fromkeys(empty, 0)}
+    assert plan_batches(Mixture(), 100, sizes, seed=1).counts == counts
+
+
 def test_nothing_new_is_an_error() -> None:
     with pytest.raises(ValueError, match="no new rows"):
         plan_batches(Mixture(), 99, {**SIZES, "new": 0}, seed=1)

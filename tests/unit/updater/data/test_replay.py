@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from updater.data.draw import decayed_counts, draw_key, reservoir_order
+from updater.recipes import load_recipe
 
 
 def rows(**counts: int) -> list[str]:
@@ -52,6 +53,22 @@ def test_an_unbalanced_draw_is_uniform_over_rows() -> None:
     assert abs(chi_square - 99) < 5 * (2 * 99) ** 0.5
     dogs = sum(count for name, count in drawn.items() if name.startswith("dog"))
     assert dogs / seeds == pytest.approx(2, abs=0.25)
+
+
+def test_the_draw_depends_on_rows_and_seed_alone() -> None:
+    many = rows(cat=200, dog=50)
+    assert reservoir(many, 40, 100, seed=1) == reservoir(list(many), 40, 100, seed=1)
+    assert reservoir(many, 40, 100, seed=1) != reservoir(many, 40, 100, seed=2)
+
+
+def test_tiny_reservoirs_work() -> None:
+    assert reservoir(rows(cat=3), 0, 10, seed=0) == []
+    assert len(reservoir(rows(cat=3), 1, 10, seed=0)) == 1
+
+
+def test_the_replay_recipes_differ_in_the_draw_alone() -> None:
+    plain, balanced = (load_recipe(name).model_dump() for name in ("replay", "balanced-replay"))
+    assert {key for key in plain if plain[key] != balanced[key]} == {"name", "description", "replay_balanced"}
 
 
 def test_most_of_the_buffer_stays_when_the_stream_grows() -> None:

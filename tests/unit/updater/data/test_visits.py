@@ -15,10 +15,10 @@ from PIL import Image
 
 from serving.engines.clip_base import ClipBase
 from serving.engines.preprocess import Preprocess
-from tests.unit.updater.builders import pairs, picture, recipe, run
+from tests.unit.updater.builders import pairs, picture, pools, recipe, run
 from updater.data.mixture import BatchPlan
 from updater.data.pools import Pair, Pools, grouped, run_starts, visits
-from updater.families.clip_learner import phrased, view_pixels
+from updater.families.clip_learner import ClipLearner, phrased, view_pixels
 from updater.recipes import Batches, Views
 from updater.training.workers import Stopped
 
@@ -44,6 +44,13 @@ def test_runs_are_of_one_domain_and_keep_its_order() -> None:
     assert Counter(lengths)[8] >= 200 // 8 - 3
     for start, end in pairwise((*run_starts(seen, 8), 200)):
         assert len(set(seen[start:end])) == 1
+
+
+def test_what_is_visited_first_holds_each_domain_by_its_share() -> None:
+    domains = ["a", "b", "a", "c"] * 100
+    first = [domains[row] for row in grouped(domains, 10)[:200]]
+    for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25)):
+        assert abs(first.count(name) / 200 - share) <= 10 / 200
 
 
 def test_a_batch_is_made_of_runs_in_every_epoch() -> None:
@@ -98,6 +105,15 @@ def ramp(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_captions_that_differ_in_their_template_describe_each_other(base: ClipBase) -> None:
+    made = ClipLearner(base, recipe(caption_templates=TEMPLATES), {}, seed=0)
+    pool = pools(new=12)
+    made.prepare(pool.examples, pool.parts)
+    assert len(set(made.texts[:12:6])) + len(set(made.texts[1:12:6])) > 2
+    batch = made.batch([0, 6, 1])
+    assert batch.caption[0] == batch.caption[1] != batch.caption[2]
 
 
 def test_a_short_caption_is_put_into_a_template_by_its_id_and_view() -> None:

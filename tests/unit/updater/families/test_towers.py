@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe
 from updater.adapters.trained_layers import clip_layers, first_touched, tower_blocks
@@ -39,6 +40,12 @@ def test_only_the_last_blocks_and_what_follows_learn(tmp_path: Path) -> None:
     assert first_touched(names, model, "text") == 2  # nothing learns there: all of it is prefix
     everything = clip_layers(base, model, recipe(image={}, text={}))
     assert first_touched(everything, model, "image") == first_touched(everything, model, "text") == 0
+
+
+def test_a_recipe_under_which_nothing_learns_is_refused(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    with pytest.raises(ConfigError, match="no layer"):
+        clip_layers(base, base.build_model(), recipe(image={"blocks": 0}, text={"locked": True}))
 
 
 def test_boundaries_of_texts_are_cut_or_padded_to_the_batch() -> None:

@@ -18,7 +18,8 @@ from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.updater.builders import learner_of, picture, question_pools, questions, recipe
 from updater.adapters import read_delta
 from updater.adapters.trained_layers import vlm_layers
-from updater.data.pools import Question
+from updater.budget.flops import counted
+from updater.data.pools import Pools, Question
 from updater.families.vlm_reader import shown
 from updater.methods.batches import summarise
 
@@ -102,6 +103,39 @@ def test_what_cannot_be_asked_or_is_too_long_is_not_taken(base: VlmBase) -> None
     assert learner.takes(questions("car", 1)[0])
     for words in ("what is in <image>?", "so " * 600):
         assert not learner.takes(Question("bad", words, "yes", lambda: picture(1)))
+
+
+def test_each_further_teacher_is_charged(base: VlmBase) -> None:
+    pools = question_pools(new=6, reference=6)
+
+    def gflops(*teachers: str) -> float:
+        taught = [{"name": "token_distillation", "over": ["reference"], "options": {"teacher": t}} for t in teachers]
+        with counted() as flops:
+            learner_of(base, pools, objectives=[{"name": "answer_likelihood"}, *taught]).ready(range(12))
+        return flops.gflops
+
+    none, one, both = gflops(), gflops("base"), gflops("base", "incumbent")
+    assert one > 1.5 * none
+    assert both - one == pytest.approx(one - none, rel=0.15)  # the incumbent's goes through its adapter as well
+
+
+def test_each_image_is_read_once(base: VlmBase) -> None:
+    reads: dict[str, int] = {}
+
+    def counting(each: Question) -> Question:
+        def read() -> bytes:
+            reads[each.id] = reads.get(each.id, 0) + 1
+            return each.read()
+
+        return Question(each.id, each.question, each.answer, read)
+
+    learner = learner_of(
+        base, Pools(tuple(map(counting, questions("car", 9))), tuple(map(counting, questions("house", 9))))
+    )
+    for _ in range(3):
+        learner.forward_backward(list(range(18)))
+    first = reads.pop("car-0")  # is looked at once more: whether what its image gives can be kept
+    assert first == 2 and len(reads) == 17 and set(reads.values()) == {1}
 
 
 SDFT = [{"name": "self_distillation", "over": ["new"], "options": {"keep": 0.5}}]

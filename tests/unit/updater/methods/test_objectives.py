@@ -69,3 +69,11 @@ def test_terms_add_up_by_weight_and_see_only_their_parts() -> None:
     held = FeatureDistillation()(made.select([1, 2, 3]))
     assert float(loss) == pytest.approx(2 * float(Contrastive()(made)) + 3 * float(held), rel=1e-5)
     assert set(alone) == {"contrastive", "feature_distillation"}
+
+
+def test_a_term_without_rows_counts_nothing() -> None:
+    made = batch([0, 1], ["new", "new"])
+    terms = [Term(name="feature_distillation", over=("replay",)), Term(name="contrastive")]
+    loss, alone = total(terms, made)
+    assert set(alone) == {"contrastive"}
+    assert float(loss) == pytest.approx(float(Contrastive()(made)))

@@ -102,6 +102,14 @@ def test_tokens_are_compared_with_those_of_each_rows_teacher() -> None:
     assert not torch.allclose(value, TokenDistillation()(made))
 
 
+def test_a_row_that_is_compared_with_no_teacher_cannot_be_taken_for_one_that_is(tmp_path: Path) -> None:
+    learner = clip_learner(tmp_path, start=True)
+    teachers = learner.batch([NEW, *REFERENCE, *REPLAY]).teachers
+    for name, rows in (("base", range(1, 5)), ("incumbent", range(5, 9))):
+        known = [place for place in range(9) if not teachers[name].image[place].isnan().any()]
+        assert known == list(rows)
+
+
 @pytest.mark.parametrize("make", [clip_learner, vlm_learner])
 def test_a_teacher_is_asked_about_the_pools_that_are_compared_with_it_and_no_other(make: Any, tmp_path: Path) -> None:
     learner = make(tmp_path, start=True)

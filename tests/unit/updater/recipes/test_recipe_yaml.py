@@ -85,6 +85,20 @@ def test_any_recipe_survives_the_way_through_yaml(recipe: Recipe) -> None:
     assert again.digest == recipe.digest
 
 
+def test_the_recipes_that_are_tried_set_every_field() -> None:
+    """Otherwise the test above could pass by leaving a field at its default."""
+    seen: dict[str, set[str]] = {name: set() for name in Recipe.model_fields}
+
+    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(model(Recipe))
+    def look(recipe: Recipe) -> None:
+        for name in seen:
+            seen[name].add(repr(getattr(recipe, name)))
+
+    look()
+    assert {name for name, values in seen.items() if len(values) < 2} == set()
+
+
 @pytest.mark.parametrize("number", [math.inf, math.nan])
 def test_a_number_that_is_not_finite_is_refused_by_name(number: float) -> None:
     values = load_recipe("default").model_dump(mode="json")

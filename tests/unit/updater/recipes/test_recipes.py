@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from core.errors import ConfigError
@@ -10,10 +12,20 @@ from updater.recipes import Recipe, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_has_its_files_name_and_objectives_that_are_there(name: str) -> None:
+def test_every_shipped_recipe_has_its_files_name_and_survives_the_way_through_yaml(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
+    file = tmp_path / "copy.yaml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(file) == recipe
+    assert load_recipe(file).digest == recipe.digest
     assert objectives.build(recipe.objectives, recipe.family)
+
+
+def test_the_image_tower_of_a_vlm_is_locked_unless_the_recipe_opens_it() -> None:
+    values = load_recipe("vlm-default").model_dump(mode="json", exclude={"image"})
+    assert Recipe.parse(values).image.locked
+    assert not Recipe.parse({**values, "image": {}}).image.locked
 
 
 def test_the_shipped_recipes_are_what_they_are_called() -> None:
@@ -46,6 +58,8 @@ def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
         ({"family": "audio"}, "family"),
         ({"caption_templates": ["a photo"]}, r"caption_templates\.0"),
         ({"caption_templates": ["{} and {}"]}, r"caption_templates\.0"),
+        ({"caption_templates": ["a {thing}"]}, r"caption_templates\.0"),
+        ({"caption_templates": ["{}" + "x" * 200]}, r"caption_templates\.0"),
         ({"connector": {"locked": False}}, "no connector"),
         ({"micro_batch": 4, "gradients": {"harmonize": True}}, "micro_batch gives the gradient of the loss"),
         ({"family": "vlm", "text": {"locked": True}}, "nothing would learn"),
@@ -58,7 +72,6 @@ def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
     ],
 )
 def test_a_wrong_field_is_named(change: dict[str, object], named: str) -> None:
-    """The image tower of a VLM is locked unless the recipe opens it."""
     values = load_recipe("default").model_dump(mode="json", exclude={"image"})
     with pytest.raises(ConfigError, match=named):
         Recipe.parse({**values, **change})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from serving.engines.clip_base import ClipBase
 from tests.support.tiny_vlm import tiny_vlm_base
-from tests.unit.updater.builders import learner_of, pools, question_pools, recipe
+from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
 from updater.families.clip_learner import ClipLearner
 from updater.step.learner import Learner
 from updater.step.passes import CachedPasses
@@ -86,6 +86,13 @@ def test_it_takes_less_memory_and_one_forward_pass_more(base: ClipBase) -> None:
     assert 1.2 < costs[1].step_gflops / costs[0].step_gflops < 1.6
     # Beside its rows each pass runs one picture through the stem.
     assert costs[1].step_gflops < costs[2].step_gflops < 1.05 * costs[1].step_gflops
+
+
+def test_an_update_ends_where_one_with_the_whole_batch_does(base: ClipBase, tmp_path: Path) -> None:
+    whole, cached = (run(base, tmp_path / str(size), recipe=recipe(micro_batch=size, max_steps=3)) for size in (0, 4))
+    for name, values in whole.losses.items():
+        assert cached.losses[name] == pytest.approx(values, rel=1e-3, abs=1e-6)
+    assert cached.steps == whole.steps == 3
 
 
 def test_without_gradients_nothing_is_kept_for_a_backward_pass() -> None:

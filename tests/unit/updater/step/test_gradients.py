@@ -60,6 +60,15 @@ def test_a_harmonized_step_lowers_both_of_two_terms_that_conflict() -> None:
     assert float(at.grad @ directions[1]) > 0
 
 
+def test_terms_that_agree_are_added_and_a_term_without_a_parameter_changes_nothing() -> None:
+    at, other = nn.Parameter(torch.tensor([1.0, 0.5])), nn.Parameter(torch.tensor([2.0]))
+    harmonized_backward([at.sum(), (at * torch.tensor([1.0, 2.0])).sum(), 0 * at.sum()], [at, other])
+    assert at.grad is not None
+    assert other.grad is not None
+    assert at.grad.tolist() == [2.0, 3.0]
+    assert other.grad.tolist() == [0.0]
+
+
 def test_agreement_is_that_of_the_gradients_of_a_map_after_each_tower() -> None:
     """The reference gives every row a map of its own, and asks autograd."""
     made = batch([0, 1, 0, 2, 3])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core.errors import TrainingError
 from serving.engines.backends import Processor
@@ -88,6 +89,13 @@ def test_a_vlm_agrees_too(tmp_path: Path) -> None:
         assert found == pytest.approx(expected, rel=TOLERANCE)
         assert found != expected
         assert half.batch(ROWS).logits.dtype == torch.float32
+
+
+def test_the_candidate_is_float32(base: ClipBase, tmp_path: Path) -> None:
+    result = run(base, tmp_path, recipe=recipe(precision="bfloat16"))
+    tensors = load_file(result.directory / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    assert result.cost["precision"] == "bfloat16"
 
 
 def test_auto_is_bfloat16_where_the_processor_multiplies_it_fast_and_the_base_is_large(

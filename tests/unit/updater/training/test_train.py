@@ -31,7 +31,7 @@ from tests.unit.updater.builders import (
 )
 from updater.adapters import read_delta
 from updater.adapters.weight_deltas import kept_share
-from updater.data.pools import Pools
+from updater.data.pools import Pair, Pools
 from updater.families.clip_learner import ClipLearner
 from updater.recipes import Recipe
 from updater.step.learner import AnyLearner, Learner
@@ -231,3 +231,23 @@ def test_the_incumbent_teaches_from_the_boundary_on_what_it_says_of_the_whole_in
         told = torch.stack(learner.shards.get(f"{which}.incumbent", range(12)))
         assert torch.allclose(told, whole, atol=1e-5)
         assert not torch.allclose(whole, plain, atol=1e-3)
+
+
+def test_each_image_is_read_once(base: ClipBase, tmp_path: Path) -> None:
+    """Teacher features and boundaries are kept per sample; later steps read nothing.
+
+    Six are measured as full fine-tuning, and the rows of one step were read in advance when the first was measured.
+    """
+    reads: dict[str, int] = {}
+
+    def counted(pair: Pair) -> Pair:
+        def read() -> bytes:
+            reads[pair.id] = reads.get(pair.id, 0) + 1
+            return pair.read()
+
+        return Pair(pair.id, pair.text, read)
+
+    counting = Pools(tuple(map(counted, pairs("car", 20))), tuple(map(counted, pairs("house", 20))))
+    run(base, tmp_path, recipe=recipe(max_steps=10), pools=counting)
+    assert len(reads) == 40
+    assert sum(reads.values()) <= 40 + 6 + 9
