@@ -215,8 +215,9 @@ async def test_a_scoring_whose_caller_went_away_is_not_computed_and_lets_go_of_i
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
     del gone
-    assert not [each for each in gc.get_referrers(left) if isinstance(each, (list, tuple))]
+    held = [each for each in gc.get_referrers(left) if isinstance(each, (list, tuple))]
     go.set()
+    assert held == []
     assert len(await first) == 1
     assert len(await worker.score(model, request("red?"), ["a"])) == 1
     assert len(passes) == 2
