@@ -208,10 +208,14 @@ class Worker:
 
     async def score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
         """Log-probability of each choice."""
+        asked = [request]
         with self._changing:
             self._alive()
-            scores = asyncio.wrap_future(self._thread.submit(self._score, model, request, choices))
-        return await scores
+            scores = asyncio.wrap_future(self._thread.submit(self._score, model, asked, choices))
+        try:
+            return await scores
+        finally:
+            asked.clear()  # the thread keeps what it was given until its turn, also when the caller has gone
 
     def stop(self, why: str) -> None:
         """End the thread after the token it is at; what waits fails with ``why``."""
@@ -256,8 +260,11 @@ class Worker:
             for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
                 self._answer(model, half)
 
-    def _score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
+    def _score(self, model: nn.Module, asked: Sequence[GenerationRequest], choices: Sequence[str]) -> list[float]:
         self._alive()
+        if not asked:
+            return []
+        request = asked[0]
         scores: list[float] = []
         try:
             for start in range(0, len(choices), self._batch):

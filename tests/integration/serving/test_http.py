@@ -91,6 +91,19 @@ def test_the_command_that_checks_an_installation_passes(server: ServerFixture) -
     assert f"{server.url} embeds texts as release " in done.output
 
 
+def test_classify_takes_json_and_multipart_and_gives_probabilities(server: ServerFixture) -> None:
+    labels, templates = ["cat", "map"], ["a photo of a {}", "{}"]
+    body = {"images": [data_uri(image) for image in server.images[:2]], "labels": labels, "templates": templates}
+    as_json = post(server, "/v1/classify", body)
+    files = [("images", ("a.png", image, "image/png")) for image in server.images[:2]]
+    as_form = post(server, "/v1/classify", files=files, data={"labels": labels, "templates": templates})
+    assert as_json.status_code == as_form.status_code == 200, as_form.text
+    for one, other in zip(as_json.json()["data"], as_form.json()["data"], strict=True):
+        assert one["label"] in labels
+        assert sum(one["probabilities"].values()) == pytest.approx(1)
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-3)
+
+
 def test_search_by_text_and_image_with_filters(server: ServerFixture) -> None:
     covered(server)
     with server.client() as client:
@@ -208,6 +221,13 @@ def test_hostile_input_is_refused_with_an_error_object(
     assert answer.status_code == status, answer.text
     assert error_of(answer)["code"] == code
     assert error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"input": "\\ud800"}', b"null"])
+def test_broken_json_is_an_error_object(server: ServerFixture, content: bytes) -> None:
+    answer = post(server, "/v1/embeddings", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert error_of(answer)["type"] == "invalid_request_error"
 
 
 def test_other_methods_and_media_types_are_error_objects(server: ServerFixture) -> None:

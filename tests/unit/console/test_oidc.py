@@ -262,6 +262,25 @@ def test_userinfo_of_somebody_else_says_nothing(
     assert answer.status_code == 403 and "not say that it verified" in answer.text
 
 
+@pytest.mark.usefixtures("thin_tokens")
+def test_a_provider_whose_userinfo_fails_signs_in_by_what_its_token_says(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann")
+    client = console(tmp_path, issuer, readers=["*"], trust_emails=True)
+    back = way_back(client, issuer, "ann")
+    client.app.state.provider.server_metadata["userinfo_endpoint"] = f"{issuer}/nowhere"  # type: ignore[attr-defined]
+    assert client.get(back).status_code == 303
+
+
+@pytest.mark.parametrize("target", ["https://evil.example/", "//evil.example", "/audit?about=" + "x" * 5000])
+def test_signing_in_leads_to_no_other_site_and_by_no_long_way(tmp_path: Path, issuer: str, target: str) -> None:
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    assert client.get(way_back(client, issuer, "ann", target)).headers["location"] == "/"
+    key = Settings(home=tmp_path).operator_key().get_secret_value()
+    form = {"key": key, "csrf": csrf(client, "/releases"), "next": target}
+    assert client.post("/sign-in", data=form).headers["location"] == "/"
+
+
 def test_who_may_only_look_is_told_where_the_groups_are_that_came(tmp_path: Path, issuer: str) -> None:
     someone(issuer, "ann", groups=["/ml-platform"])
     client = console(tmp_path, issuer, readers=["*"])

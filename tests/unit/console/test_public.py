@@ -23,7 +23,7 @@ from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
 from ops.console.pages.overview import problems
-from ops.console.public import SHARED_SECONDS, SharedPages
+from ops.console.public import MOST_SHARED, SHARED_SECONDS, SharedPages
 from ops.console.security import Session
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position
@@ -232,3 +232,11 @@ async def test_a_failure_and_a_probe_are_not_shared() -> None:
         await screen.get("/health/live")
         await screen.get("/health/live")
     assert len(pages.calls) == 4
+
+
+async def test_answers_that_are_kept_are_bounded() -> None:
+    shared = SharedPages(Pages())
+    async with sharing(shared) as screen:
+        for number in range(MOST_SHARED + 10):
+            await screen.get(f"/?{number}")
+    assert len(shared._answers) == MOST_SHARED

@@ -17,6 +17,7 @@ from ratchet_client.calls import Call
 from tests.support.story import seen, withdraw
 from tests.unit.console.test_action_preview import told
 from tests.unit.console.test_actions import PARTIAL
+from tests.unit.console.test_security import signed_in
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +182,28 @@ def test_a_promotion_is_asked_of_the_server_with_what_was_live(
     answer = operator.post("/releases/promote", data=form, headers=PARTIAL)
     assert "Release 9 is live everywhere" in answer.text
     assert sent == [("/admin/v1/promote", {"reason": "a quiet day", "expected_live": 3})]
+
+
+@pytest.mark.parametrize("action", ["hold", "resume"])
+def test_a_hold_and_its_end_are_asked_of_the_server(
+    ledger: Ledger, operator: TestClient, sent: list[tuple[str, dict[str, Any]]], action: str
+) -> None:
+    if action == "resume":
+        ledger.hold("ana", "launch")
+    answer = operator.post(f"/releases/{action}", data={"reason": "a quiet day", "expected_live": "2"}, headers=PARTIAL)
+    assert answer.status_code == 200, answer.text
+    assert sent == [(f"/admin/v1/{action}", {"reason": "a quiet day"})]
+
+
+def test_a_key_that_may_only_look_cannot_act(
+    ledger: Ledger, visitor: TestClient, sent: list[tuple[str, dict[str, Any]]]
+) -> None:
+    _, reader = ledger.create_key("reader", ["search"], actor="test")
+    visitor.headers["x-csrf-token"] = signed_in(visitor, reader)
+    assert "<h1>Releases" in visitor.get("/releases").text
+    for action in ("rollback", "release", "promote", "hold", "resume"):
+        shown = visitor.get(f"/releases/{action}", headers=PARTIAL)
+        form = {"reason": "x", "expected_live": "2", "clip": "base"}
+        for answer in (shown, visitor.post(f"/releases/{action}", data=form)):
+            assert answer.status_code == 403 and "may look, but not act" in html.unescape(answer.text), action
+    assert sent == []

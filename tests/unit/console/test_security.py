@@ -128,7 +128,8 @@ def test_a_post_without_the_sessions_token_is_refused(tmp_path: Path, key: str, 
     client = visitor(tmp_path)
     signed_in(client, key)
     body = {"reason": "x", "expected_live": "0", "text": "x", "key": key}
-    for forged in ({}, {"csrf": "x"}, {"csrf": "ä"}):
+    of_another = csrf(visitor(tmp_path))
+    for forged in ({}, {"csrf": "x"}, {"csrf": "ä"}, {"csrf": of_another}):
         answer = client.post(page, data={**body, **forged})
         assert answer.status_code == 403 and "too old" in answer.text, page
 

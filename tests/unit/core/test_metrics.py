@@ -6,13 +6,14 @@ import ast
 import inspect
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -128,6 +129,15 @@ def test_suites_of_an_older_verdict_are_gone_after_the_next() -> None:
     assert found[score.format("vlm", "gain", "fresh.pixel")] == 0.4  # the other model's stay
 
 
+def test_the_shift_of_features_is_that_of_the_last_verdict() -> None:
+    shift = "ratchet_gate_feature_shift_ratio family=clip model={} tower={}"
+    metrics.gate.shifted("clip", {"image": (0.01, 0.04), "text": (0.0, 0.0)})
+    assert exported("update")[shift.format("base", "image")] == 0.04
+    metrics.gate.shifted("clip", {"text": (0.02, 0.03)})
+    assert exported("update")[shift.format("incumbent", "text")] == 0.02
+    assert shift.format("base", "image") not in exported("update")
+
+
 def test_an_operators_action_counts_as_done_or_refused() -> None:
     def counted(outcome: str) -> float:
         return exported("serve").get(f"ratchet_operator_actions_total action=rollback outcome={outcome}", 0)
@@ -190,3 +200,10 @@ def test_processes_add_up_and_a_killed_one_leaves_no_gauges(tmp_path: Path) -> N
     assert f'pid="{processes[0].pid}"' not in one
     assert 'ratchet_http_requests_total{route="/v1/x",status="200"} 2.0' in one  # what was counted stays counted
     assert "ratchet_ingest_" not in both and "ratchet_gate_" not in both
+
+
+def test_the_alerts_on_latency_count_by_buckets_that_are_there() -> None:
+    alerts = (ROOT / "helm/ratchet/files/alerts/slo.yaml").read_text()
+    bounds = {float(bound) for bound in re.findall(r'_http_request_seconds_bucket\{[^}]*le="([\d.]+)"', alerts)}
+    assert isinstance(declared.HTTP_SECONDS, Histogram)
+    assert bounds and bounds <= set(declared.HTTP_SECONDS._upper_bounds)

@@ -103,3 +103,10 @@ def test_what_is_in_the_file_stays_exported_while_it_cannot_grow(tmp_path: Path,
     counts.write_value(long, 6.0, 0.0)
     assert _exported(path) == {"a": 2.0, long: 6.0}
     counts.close()  # type: ignore[no-untyped-call]
+
+
+def test_a_folder_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    counts = AllocatedDict(str(tmp_path / "none" / "counter_1.db"))
+    counts.write_value("a", 2.0, 0.0)
+    assert counts.read_value("a") == (2.0, 0.0)
+    counts.close()  # type: ignore[no-untyped-call]

@@ -52,6 +52,19 @@ def test_an_unknown_environment_variable_is_an_error_and_a_close_name_is_offered
         load_settings(environ={"RATCHET_SERVE__PRT": "1"})
 
 
+def test_environment_values_may_be_lists() -> None:
+    settings = load_settings(environ={"RATCHET_INGEST__ALLOWED_URIS": "[https://a.example/, file:///data/]"})
+    assert settings.ingest.allowed_uris == ["https://a.example/", "file:///data/"]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:81"), ("10.0.0.7", "http://10.0.0.7:81"), ("::1", "http://[::1]:81")],
+)
+def test_the_servers_url_is_one_that_its_own_machine_can_open(host: str, url: str) -> None:
+    assert load_settings(None, {"serve.host": host, "serve.port": 81}, {}).serve.url == url
+
+
 def test_a_missing_settings_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_settings(tmp_path / "none.yaml")

@@ -95,6 +95,19 @@ except Stopped:
     assert said == "done\nstopped\n"
 
 
+def test_no_handler_of_errors_takes_it_for_one() -> None:
+    said = run("""
+try:
+    try:
+        ask()
+    except Exception:
+        print("never")
+except Stopped:
+    print("stopped")
+""")
+    assert said == "stopped\n"
+
+
 def test_a_signal_that_comes_while_a_finalizer_runs_is_not_lost() -> None:
     said = run("""
 class Finalized:

@@ -46,6 +46,27 @@ def test_half_precision_gives_the_vectors_of_float32_within_its_rounding(
     assert cosines(half.encode_images(PIXELS), half.encode_images(PIXELS, name)).min() < 0.99
 
 
+def test_loading_an_adapter_at_half_precision_leaves_the_base_and_others_alone(base: ClipBase, tmp_path: Path) -> None:
+    engine = ClipEngine(base, "cpu", choice=HALF[0])
+    first, second = (tiny_adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    engine.load(first, tmp_path / "1")
+    expected = [engine.encode_images(PIXELS, name) for name in (None, first)]
+    engine.load(second, tmp_path / "2")
+    for name, vectors in zip((None, first), expected, strict=True):
+        assert np.array_equal(engine.encode_images(PIXELS, name), vectors)
+    assert not np.array_equal(engine.encode_images(PIXELS, second), expected[1])
+
+
+def test_the_gate_compares_the_float32_model_of_a_half_precision_engine(base: ClipBase, folder: Path) -> None:
+    plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", choice=HALF[0])
+    name = tiny_adapter(base, folder, seed=1)
+    for engine in (plain, half):
+        engine.load(name, folder)
+    for adapter in (None, name):
+        theirs = half.model(adapter).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in plain.model(adapter).state_dict().items())
+
+
 def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved() -> None:
     class Clip(nn.Module):
         def __init__(self) -> None:

@@ -38,6 +38,20 @@ def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(engine: ClipEng
     np.testing.assert_allclose(engine.encode_texts(TEXTS)[2:], engine.encode_texts(TEXTS[2:]), atol=1e-5)
 
 
+def test_no_input_gives_no_rows(engine: ClipEngine) -> None:
+    assert engine.encode_texts([]).shape == (0, 32)
+    assert engine.encode_images(golden_pixels(32)[:0]).shape == (0, 32)
+
+
+def test_an_adapter_on_the_text_tower_keeps_the_image_space(engine: ClipEngine, folder: Path) -> None:
+    name = tiny_adapter(engine.base, folder, seed=1, towers=("text",))
+    spaces = engine.load(name, folder)
+    assert spaces.image == engine.spaces().image and spaces.text != engine.spaces().text
+    images = golden_pixels(32)
+    assert np.array_equal(engine.encode_images(images, name), engine.encode_images(images))
+    assert np.abs(engine.encode_texts(TEXTS, name) - engine.encode_texts(TEXTS)).max() > 1e-2
+
+
 def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
     engine: ClipEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +160,13 @@ def test_an_adapter_of_another_base_is_refused(engine: ClipEngine, tmp_path: Pat
     name = tiny_adapter(other, tmp_path / "a", seed=1)
     with pytest.raises(AdapterError, match="belongs to the base"):
         engine.load(name, tmp_path / "a")
+    assert engine.resident == ()
+
+
+def test_an_adapter_under_another_name_is_refused(engine: ClipEngine, folder: Path) -> None:
+    tiny_adapter(engine.base, folder, seed=1)
+    with pytest.raises(AdapterError, match="not clip-000000000000"):
+        engine.load("clip-000000000000", folder)
     assert engine.resident == ()
 
 

@@ -113,6 +113,11 @@ def test_a_machine_measures_a_base_once(
     assert len(runs) == 2
 
 
+def test_a_home_that_cannot_be_written_measures_each_time(base: ClipBase, tmp_path: Path, amx: None) -> None:
+    (tmp_path / "engines").write_text("a file where the folder should be")
+    assert choose_engine(base, Serve(), tmp_path, CPU) in (FLOAT32, HALF)
+
+
 def test_candidates_are_measured_against_float32_and_one_that_fails_is_reported(base: ClipBase) -> None:
     broken = EngineChoice("torch", "int3")  # type: ignore[arg-type]
     first, half, failed = measure(base, [FLOAT32, HALF, broken], CPU)

@@ -1,4 +1,4 @@
-"""Adapters come and go around their requests; how one stays until its last request ends is tested with the engines."""
+"""Adapters come and go around their requests."""
 
 from __future__ import annotations
 
@@ -39,6 +39,21 @@ async def test_twice_is_once_even_at_the_same_time() -> None:
     assert shelf.made == ["a"]
     await shelf.remove("unknown")
     await asyncio.gather(shelf.remove("a"), shelf.remove("a"))
+    assert shelf.dropped == ["a"]
+
+
+async def test_what_is_leaving_takes_no_request_and_goes_with_its_last_one() -> None:
+    shelf = Shelf()
+    await shelf.add("a")
+    with shelf.residents.using("a"), shelf.residents.using("a") as value:
+        assert value == "a"
+        leaving = asyncio.create_task(shelf.remove("a"))
+        await asyncio.sleep(0)
+        assert shelf.residents.names() == frozenset()
+        with pytest.raises(AdapterError, match="not resident"), shelf.residents.using("a"):
+            pass
+        assert shelf.dropped == []
+    await leaving
     assert shelf.dropped == ["a"]
 
 

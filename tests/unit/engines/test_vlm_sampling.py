@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from core.errors import AdapterError
 from serving.engines.vlm.generation import SMALLEST, GenerationRequest, Message
 from serving.engines.vlm.hf_worker import BatchRow, _Choice
 from serving.errors import InvalidRequest
+from serving.http.chat import ChatRequest
 
 MESSAGES = (Message("user", ("hi",)),)
 VOCABULARY = 64
@@ -69,6 +73,32 @@ def test_of_ten_thousand_parameter_sets_each_is_refused_by_its_field_or_samples_
     assert FUZZED // 10 < taken < FUZZED * 9 // 10
 
 
+def test_of_ten_thousand_bodies_what_the_api_takes_the_engines_take_and_the_rest_is_refused_by_its_field() -> None:
+    taken = 0
+    for parameters in fuzzed(FUZZED, 2):
+        text = json.dumps({"messages": [{"role": "user", "content": "hi"}], **parameters})
+        try:
+            body = ChatRequest.model_validate_json(text)
+        except ValidationError as error:
+            assert error.errors()[0]["loc"][0] in NAMES
+            continue
+        taken += 1
+        plain = {"temperature": body.temperature, "top_p": body.top_p}
+        GenerationRequest(MESSAGES, **{name: value for name, value in plain.items() if value is not None})
+    assert FUZZED // 10 < taken < FUZZED * 9 // 10
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", value) for value in (math.nan, math.inf, -0.1, 2.1, 1e-320, 5e-324, 1e-45)]
+    + [("top_p", value) for value in (math.nan, math.inf, 0.0, -0.5, 1.01, 1e-320, 1e-45)]
+    + [("max_tokens", 0), ("max_tokens", 2**31), ("seed", -1), ("seed", 2**63)],
+)
+def test_what_is_out_of_range_is_refused_by_its_name(field: str, value: float) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}: "):
+        GenerationRequest(MESSAGES, **{field: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("asked", "temperature", "top_p"), [
     (0.0, 0.0, 1.0), (-0.0, 0.0, 1.0), (1e-30, 0.01, 0.5), (0.009, 0.01, 0.5), (0.01, 0.01, 0.5), (2.0, 2.0, 0.5),
 ])  # fmt: skip
@@ -91,3 +121,26 @@ def test_vllm_clamps_alike() -> None:
         theirs = sampling(request, every=True)
         assert (theirs.temperature, theirs.top_p) == (request.temperature, request.top_p)
         assert (theirs.max_tokens, theirs.seed) == (request.max_tokens, request.seed)
+
+
+def test_the_smallest_share_leaves_the_likeliest_token() -> None:
+    told: list[Any] = []
+    request = GenerationRequest(MESSAGES, temperature=2.0, top_p=SMALLEST)
+    choice = _Choice([row_of(request, told) for _ in range(20)], frozenset())
+    choice(torch.zeros(20, 1, dtype=torch.long), torch.linspace(0, 1, VOCABULARY).expand(20, -1))
+    assert [token for token, _, _ in told] == [VOCABULARY - 1] * 20
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_not_finite_fails_alone(bad: float, temperature: float) -> None:
+    lists: list[list[Any]] = [[], [], []]
+    rows = [row_of(GenerationRequest(MESSAGES, temperature=temperature), told) for told in lists]
+    scores = torch.zeros(3, VOCABULARY)
+    scores[1, 4] = bad
+    choice = _Choice(rows, frozenset())
+    for _ in range(2):
+        choice(torch.zeros(3, 1, dtype=torch.long), scores)
+    assert [len(told) for told in lists] == [2, 1, 2]
+    assert isinstance(lists[1][0], AdapterError)
+    assert [row.done for row in rows] == [False, True, False]

@@ -76,6 +76,10 @@ async def test_a_start_that_fails_leaves_no_cache_that_could_have_failed_it(
     assert not vllm_start.cache_folder(engine.base).exists()
 
 
+def test_there_is_a_slot_for_the_window_one_coming_one_going_and_the_base() -> None:
+    assert vllm_start.slots_of(Serve(rollback_window=4)) == 7
+
+
 def test_an_adapter_is_read_only_when_it_fits(tmp_path: Path) -> None:
     base, other = tiny_vlm_base(tmp_path), tiny_vlm_base(tmp_path, "other", seed=1)
     shapes = linear_shapes(base)

@@ -184,3 +184,11 @@ def test_ids_keep_their_numbers_and_a_sample_that_comes_back_gets_a_new_one() ->
     assert ids.numbers(names).tolist() == [0, 4, 2, 3]
     assert (len(ids), ids.unreadable, ids.wanted().tolist()) == (4, 1, [True, False, True, False, True])
     assert ids.names([4]) == [names[1]] and names[1] in ids
+
+
+async def test_tables_of_proposed_releases_are_spared(tmp_path: Path, store: SampleStore) -> None:
+    catalog = open_catalog(tmp_path, store, Encoder())
+    await catalog.adopt([THERE, HERE])
+    await settle(catalog)
+    assert await catalog.retire([THERE], spare={"aaaa"}) == []
+    assert await catalog.retire([THERE]) == ["aaaa"]

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from prometheus_client import REGISTRY
 
+from core.errors import StoreError
 from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog import index_files, index_maintainer, space_indexes
 from serving.catalog.index_maintainer import IndexMaintainer
@@ -449,3 +450,18 @@ async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
     monkeypatch.setattr(tables, "nearest", nearest_and_later)
     assert maintainer._choose_effort(SPACE, index_of(tables))[1] >= before - 0.05
     assert at[0] > ROWS
+
+
+async def test_an_index_that_cannot_be_changed_is_made_again(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
+    with pytest.raises(StoreError, match="dimension"):
+        tables.search(SPACE, vectors(0, 1)[0][:8], 1, Filters())
+    monkeypatch.setattr(index_of(tables).columns, "write", None)
+    add(tables, ROWS, 1)
+    assert tables.indexes.usable(SPACE) is None and not list((tmp_path / "index").rglob("*.faiss"))
+    assert nearest(tables, ROWS) == f"text {ROWS}", "exactly"
+    await settle(maintainer)
+    assert maintainer.status(SPACE)["used"] and nearest(tables, ROWS) == f"text {ROWS}"

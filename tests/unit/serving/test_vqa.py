@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 from typing import Any
 
@@ -14,7 +16,7 @@ from serving.engines.vlm.generation import Message
 from serving.errors import QueueFull
 from serving.http.errors import ApiError
 from serving.http.vqa import normalised
-from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client, png, uri
+from tests.unit.serving.scripted_vlms import ScriptedVlms, Visitor, app_of, app_state, client, png, uri
 
 URL = "/v1/vqa"
 
@@ -114,3 +116,15 @@ def test_scores_without_a_meaning_are_an_error(scores: list[float]) -> None:
 
 def test_an_impossible_choice_has_no_probability() -> None:
     assert normalised([-math.inf, -1.0]) == [0.0, 1.0]
+
+
+async def test_a_client_that_hangs_up_is_not_computed_for() -> None:
+    vlms = ScriptedVlms(hangs_at=0)
+    at = app_state(vlms)
+    visitor = Visitor(app_of(at), URL, json.dumps({"image": uri(), "question": "what?"}).encode())
+    task = visitor.start()
+    await vlms.waiting.wait()
+    visitor.gone.set()
+    await asyncio.wait_for(task, 5)
+    assert vlms.closed == 1
+    assert at.admission.in_flight() == {}

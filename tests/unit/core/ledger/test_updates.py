@@ -44,7 +44,7 @@ def test_a_killed_updater_finds_its_update_again(ledger: Ledger) -> None:
         ledger.advance_update("u2", "done")
 
 
-def test_looks_count_verdicts_since_the_last_releasedbegin(ledger: Ledger) -> None:
+def test_looks_count_verdicts_since_the_last_released_update(ledger: Ledger) -> None:
     for number in (1, 2):
         begin(ledger, f"u{number}")
         ledger.record_verdict(f"u{number}", f"clip-{number}", "rejected", "reports/x", {})
