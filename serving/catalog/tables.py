@@ -31,6 +31,8 @@ from serving.catalog.row_columns import BATCH_ROWS, Keys, Vectors, digests_of, k
 from serving.catalog.space_indexes import SpaceIndexes
 
 log = logging.getLogger("ratchet.catalog")
+OPENING_TRIES: Final = 40
+OPENING_PAUSE: Final = 0.05
 COMPACT_EVERY = 32
 """Merges between two compactions. Each merge is a fragment; scans of thousands of fragments are slow."""
 TARGET_ROWS: Final = 65_536
@@ -253,12 +255,18 @@ class Tables:
 
         None where there is none yet; one that another process has dropped raises, until :meth:`forget`.
         """
-        try:
-            dataset = lance.dataset(self._address(space), session=self._session)
-        except (ValueError, FileNotFoundError):
-            if space in self._seen or space in self.spaces():
-                raise
-            return None
+        for left in reversed(range(OPENING_TRIES)):
+            try:
+                dataset = lance.dataset(self._address(space), session=self._session)
+                break
+            except (ValueError, FileNotFoundError):
+                if space in self._seen:
+                    raise
+                if space not in self.spaces():
+                    return None
+                if not left:
+                    raise
+            time.sleep(OPENING_PAUSE)  # another process is making it: its folder is there before its first version
         self._seen.add(space)
         return dataset
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import shutil
+import threading
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -68,6 +70,22 @@ def test_a_row_that_is_there_is_not_merged_again_by_a_writer_that_does_not_know_
     other.merge("aaaa", _data("b", "c"), np.stack([vector(5), vector(2)]))
     assert sorted(_stored(one, "aaaa")) == ["a", "b", "c"]
     assert one.search("aaaa", vector(1), 1, Filters())[0].id == "b"  # the first one stays
+
+
+def test_a_table_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
+    made, place = tmp_path / "elsewhere", tmp_path / "lake"
+    Tables(str(made)).merge("aaaa", _data("a", "b"), np.stack([vector(0), vector(1)]))
+    (place / "clip_aaaa.lance").mkdir(parents=True)  # its folder is there before its first version
+
+    def make() -> None:
+        versions = shutil.ignore_patterns("_versions")
+        shutil.copytree(made / "clip_aaaa.lance", place / "clip_aaaa.lance", dirs_exist_ok=True, ignore=versions)
+        (made / "clip_aaaa.lance" / "_versions").rename(place / "clip_aaaa.lance" / "_versions")
+
+    timer = threading.Timer(0.3, make)
+    timer.start()
+    assert Tables(str(place)).present("aaaa", ["a", "c"]) == {"a"}
+    timer.join()
 
 
 async def test_a_table_that_another_server_holds_resident_is_not_dropped(tmp_path: Path, store: SampleStore) -> None:
