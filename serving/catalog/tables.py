@@ -33,6 +33,7 @@ from serving.catalog.space_indexes import SpaceIndexes
 log = logging.getLogger("ratchet.catalog")
 OPENING_TRIES: Final = 40
 OPENING_PAUSE: Final = 0.05
+"""Seconds between two tries: a table whose folder is there has two seconds to get its first version."""
 COMPACT_EVERY = 32
 """Merges between two compactions. Each merge is a fragment; scans of thousands of fragments are slow."""
 TARGET_ROWS: Final = 65_536
@@ -255,17 +256,17 @@ class Tables:
 
         None where there is none yet; one that another process has dropped raises, until :meth:`forget`.
         """
+        listed = False
         for left in reversed(range(OPENING_TRIES)):
             try:
                 dataset = lance.dataset(self._address(space), session=self._session)
                 break
             except (ValueError, FileNotFoundError):
-                if space in self._seen:
+                if space in self._seen or not left:
                     raise
-                if space not in self.spaces():
+                listed = listed or space in self.spaces()
+                if not listed:
                     return None
-                if not left:
-                    raise
             time.sleep(OPENING_PAUSE)  # another process is making it: its folder is there before its first version
         self._seen.add(space)
         return dataset

@@ -106,11 +106,13 @@ def test_a_ledger_that_a_newer_version_migrated_is_used_as_it_is(url: str) -> No
 
 
 def test_processes_that_start_together_migrate_once(url: str) -> None:
-    def start() -> None:
+    def start(tries: int = 5) -> None:
         try:
             Ledger.open(url).close()
         except LedgerUnavailable:  # a busy machine is slower than the bound of a call: a process starts again, too
-            start()
+            if tries == 1:
+                raise
+            start(tries - 1)
 
     assert race(*[start] * 6) == [None] * 6
 
