@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 120.0
 
 
 @dataclass
-class Run:
+class ChatRun:
     """What came of one run, or of several that were added up. Times are seconds."""
 
     seconds: float = 0.0
@@ -27,7 +27,7 @@ class Run:
     answers: dict[int, str] = field(default_factory=dict)
     """By number of the request's body."""
 
-    def add(self, other: Run) -> None:
+    def add(self, other: ChatRun) -> None:
         """Take in another run of the same kind."""
         self.seconds += other.seconds
         self.answered += other.answered
@@ -46,14 +46,14 @@ class Run:
         return float(np.median(self.first)) if self.first else float("nan")
 
 
-def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, seconds: float, stream: bool) -> Run:
+def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, seconds: float, stream: bool) -> ChatRun:
     """Ask for about so many seconds; requests under way at the end are waited for, and count with their time."""
     asked = [json.dumps({**body, "stream": stream}).encode() for body in bodies]
     return asyncio.run(_run(url, asked, concurrency, seconds, stream))
 
 
-async def _run(url: str, bodies: Sequence[bytes], concurrency: int, seconds: float, stream: bool) -> Run:
-    made = Run()
+async def _run(url: str, bodies: Sequence[bytes], concurrency: int, seconds: float, stream: bool) -> ChatRun:
+    made = ChatRun()
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_SECONDS, limits=limits, trust_env=False) as client:
         began = time.perf_counter()
@@ -69,7 +69,7 @@ async def _run(url: str, bodies: Sequence[bytes], concurrency: int, seconds: flo
     return made
 
 
-async def _ask(client: httpx.AsyncClient, number: int, body: bytes, stream: bool, made: Run) -> None:
+async def _ask(client: httpx.AsyncClient, number: int, body: bytes, stream: bool, made: ChatRun) -> None:
     sent = time.perf_counter()
     try:
         if stream:

@@ -28,7 +28,7 @@ from benchmarks.trainer import BusyTrainer, prepare_data
 from core.errors import RatchetError
 from core.progress import step, track
 from core.settings import Settings
-from demo.load.traffic import Report, Sample, Traffic, percentile
+from demo.load.traffic import CheckedSample, Report, Traffic, percentile
 from serving.app import start
 from tests.support.inputs import TEXTS, pictures
 
@@ -147,7 +147,7 @@ def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: 
     }
 
 
-def _within(samples: Sequence[Sample], phase: Phase) -> list[float]:
+def _within(samples: Sequence[CheckedSample], phase: Phase) -> list[float]:
     """Latencies of the answered requests that were due in a phase, seconds."""
     return [each.seconds for each in samples if each.release and phase.begin <= each.due < phase.end]
 

@@ -35,7 +35,7 @@ from tests.support.colour_squares import colour_of, encoded_square, square
 from tests.support.vlm_families import FAMILIES, write_family
 from updater.bases.register import add_vlm
 from updater.data.pools import Pools, Question
-from updater.gate.interim_analyses import Plan
+from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.run import run_gate
 from updater.gate.sample_suites import fresh_suites
 from updater.gate.vlm import VlmEvaluator
@@ -127,7 +127,7 @@ def _judged(evaluator: VlmEvaluator, name: str, kind: str) -> dict[str, Any]:
     fresh = fresh_suites(_table(), _Pictures(), family="vlm")
     verdict = run_gate(
         evaluator=evaluator, candidate=name, incumbent=None, suites=[], fresh=fresh,
-        plan=Plan.alone(GATE.alpha), settings=GATE, meta={"rank": 8, "bytes": 50_000},
+        plan=AnalysisPlan.alone(GATE.alpha), settings=GATE, meta={"rank": 8, "bytes": 50_000},
     )  # fmt: skip
     checks = {check.name: check for check in verdict.checks}
     failed = [f"{kind}: {check.name}: {check.detail}" for check in verdict.checks if not check.ok]

@@ -33,7 +33,7 @@ from core.errors import RatchetError
 from core.ledger import Ledger
 from core.progress import step, track
 from core.settings import Settings
-from demo.load.traffic import Report, Sample, Traffic, percentile
+from demo.load.traffic import CheckedSample, Report, Traffic, percentile
 from ratchet_client import Client, ServerError
 from serving.app import serves_vlm, start
 from serving.engines.clip import ClipEngine
@@ -183,7 +183,7 @@ Round = tuple[list[float], list[float]]
 """Latencies of the requests inside of a swap, and of those between it and the next one; seconds."""
 
 
-def by_swap(samples: Iterable[Sample], windows: Sequence[tuple[float, float]], reach: float) -> list[Round]:
+def by_swap(samples: Iterable[CheckedSample], windows: Sequence[tuple[float, float]], reach: float) -> list[Round]:
     """A round for each of the windows, in their order. A request is inside when it was sent in the window, or less than
     ``reach`` seconds before it. What came before the first one counts as after it.
     """

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chat import Run, closed_loop
+from benchmarks.chat import ChatRun, closed_loop
 from benchmarks.machine import machine
 from benchmarks.vllm_server import vllm_server
 from core.artifacts import Artifacts
@@ -98,8 +98,10 @@ Key = tuple[str, int, bool]
 
 def _compare(
     sides: dict[str, tuple[str, str]], bodies: list[dict[str, Any]], levels: Sequence[int], rounds: int, seconds: float
-) -> dict[Key, Run]:
-    runs: dict[Key, Run] = {(side, level, stream): Run() for side in sides for level in levels for stream in _MODES}
+) -> dict[Key, ChatRun]:
+    runs: dict[Key, ChatRun] = {
+        (side, level, stream): ChatRun() for side in sides for level in levels for stream in _MODES
+    }
     for url, model in sides.values():
         closed_loop(url, [{**body, "model": model} for body in bodies], max(levels), WARM_SECONDS, stream=True)
     turns = [
@@ -151,7 +153,7 @@ def _generate(
 
 
 def _figures(
-    runs: dict[Key, Run], alone: dict[int, dict[str, float]], levels: Sequence[int], base: str
+    runs: dict[Key, ChatRun], alone: dict[int, dict[str, float]], levels: Sequence[int], base: str
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {"base": base, "max_tokens": MAX_TOKENS}
     for level in levels:
@@ -185,7 +187,7 @@ def _figures(
 _SIDES = ("ratchet", "vllm")
 
 
-def _different(runs: dict[Key, Run]) -> int:
+def _different(runs: dict[Key, ChatRun]) -> int:
     """Questions that the two servers, or two runs of one, answered differently."""
     answers: dict[int, set[str]] = {}
     for made in runs.values():

@@ -109,7 +109,7 @@ class ChildProcess:
         """True if the process is alive."""
         return self.process is not None and self.process.poll() is None
 
-    def tend(self, now: float) -> None:
+    def restart_dead(self, now: float) -> None:
         """Start it again if it ended, later each time."""
         if self.running or now < self.retry_at:
             return

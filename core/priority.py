@@ -65,7 +65,7 @@ def pace_thread(share: float, gives_way: Callable[[], bool]) -> None:
     _pace.rest, _pace.gives_way, _pace.since = 1 / share - 1, gives_way, time.thread_time()
 
 
-def breathe() -> None:
+def yield_cpu() -> None:
     """Call between the parts of long work: sleeps in proportion to what was computed since the last call, on a thread
     that called :func:`pace_thread`. Does nothing on any other.
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.continual.exam import Exam
-from benchmarks.continual.plan import Lessons, Plan, draw, plan
+from benchmarks.continual.plan import ExperimentPlan, Lessons, draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import provenance
 from benchmarks.continual.tuning import recipe_of
@@ -88,7 +88,7 @@ class Chain:
         self.recipe, self.exam = recipe, exam
         self.folder = unit.folder(results)
         self.order = exam.order(unit.order)
-        self.plan: Plan = plan(base, recipe, lessons, protocol, results / "plans")
+        self.plan: ExperimentPlan = plan(base, recipe, lessons, protocol, results / "plans")
 
     def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
         """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.training.train.train` raises."""

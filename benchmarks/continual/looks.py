@@ -12,7 +12,7 @@ from PIL import Image
 
 from core.digests import digest12, digest_json
 from core.progress import track
-from streams.ingest.look import COLOUR_TOLERANCE, LOOK_BYTES, look_of
+from streams.ingest.perceptual_hash import COLOUR_TOLERANCE, HASH_BYTES, perceptual_hash
 from updater.data.pools import Pair
 from updater.training.checkpoint import read_json, write_json
 
@@ -45,7 +45,7 @@ def _looks(pairs: Sequence[Pair], what: str) -> tuple[NDArray[np.uint64], NDArra
     hashes, colours = [], []
     for pair in track(pairs, what):
         with Image.open(io.BytesIO(pair.read())) as image:
-            look = look_of(image)
+            look = perceptual_hash(image)
         hashes.append(look.phash)
         colours.append(np.frombuffer(look.colours, np.uint8).astype(np.int16))
-    return np.array(hashes, np.uint64), np.array(colours, np.int16).reshape(len(hashes), LOOK_BYTES - 8)
+    return np.array(hashes, np.uint64), np.array(colours, np.int16).reshape(len(hashes), HASH_BYTES - 8)

@@ -61,14 +61,14 @@ def draw(lessons: Lessons, order: list[str], number: int, recipe: Recipe, protoc
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """``recipe`` at the benchmark's sizes; ``steps``: about as many as an update's budget pays for."""
 
     recipe: Recipe
     steps: int
 
 
-def plan(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folder: Path) -> Plan:
+def plan(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folder: Path) -> ExperimentPlan:
     """Measure one step, or find what was measured, and fit the recipe to it.
 
     The phases of a schedule are counted in steps, for an update of ``max_steps``; they keep their shares of the steps
@@ -86,7 +86,7 @@ def plan(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folde
     counted = {name: _scaled(getattr(recipe, name), factor) for name in COUNTED if hasattr(recipe, name)}
     terms = tuple(_sized(term, factor) for term in recipe.regularizers)
     fitted = {"schedule": _fitted(recipe.schedule, factor), "regularizers": terms, **counted}
-    return Plan(sized.model_copy(update=fitted), steps)
+    return ExperimentPlan(sized.model_copy(update=fitted), steps)
 
 
 def _measured(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol) -> dict[str, Any]:

@@ -5,8 +5,8 @@ are domains that nobody trains on: two of the reference pool's, and four that it
 
 What a suite of retrieval asks for (its concepts) occurs in no update and in no reference pair, in whatever style it is
 drawn there. Two suites of classes (`fashion`, `digits`) ask for classes that their updates train on, in other pictures.
-No picture of a suite looks like one that is trained on (:mod:`streams.ingest.look`); which are left out for it
-is counted.
+No picture of a suite looks like one that is trained on (:mod:`streams.ingest.perceptual_hash`); those left out for it
+are counted.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.gate import counting, resample
 from benchmarks.gate.cases import Case, Outcomes, Rule, has_ranks, hits_of
 from benchmarks.gate.margin import TRIES, beside, parents_of
-from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, Plan, plans
+from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, GatePlan, plans
 from benchmarks.gate.plot import draw
 from benchmarks.gate.power import power
 from benchmarks.gate.redrawn import figures_of, redraw
@@ -61,7 +61,7 @@ def run(settings: Settings, extent: Extent, out: Path) -> Figures:
     return measure(Workshop.open(settings, out), plans(extent.bad, extent.good), extent, Rule.of(settings.gate))
 
 
-def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Rule) -> Figures:
+def measure(workshop: Workshop, wanted: Sequence[GatePlan], extent: Extent, rule: Rule) -> Figures:
     """The figures of some plans in a workshop."""
     started = time.monotonic()
     out, draws = workshop.out, extent.draws
@@ -111,7 +111,7 @@ def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Ru
     return {**figures, "results": str(results), "plot": str(plot)}
 
 
-def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | None:
+def case(workshop: Workshop, plan: GatePlan, trials: Mapping[str, Trial]) -> Case | None:
     """A candidate's outcomes beside its incumbent's and the base's; None where training refused it."""
     after, base = trials[plan.name], trials["base"]
     if after.error:
@@ -128,13 +128,13 @@ def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | 
 
 
 def at_margin(
-    workshop: Workshop, wanted: Sequence[Plan], trials: dict[str, Trial], extent: Extent, rule: Rule
+    workshop: Workshop, wanted: Sequence[GatePlan], trials: dict[str, Trial], extent: Extent, rule: Rule
 ) -> Iterator[Case]:
     """Scaled candidates beside the margin; their trials are added to ``trials``."""
     trained = [plan for plan in wanted if not trials[plan.name].error]
     for parent in parents_of(trained, extent.parents):
 
-        def loses(plan: Plan, parent: Plan = parent) -> float:
+        def loses(plan: GatePlan, parent: GatePlan = parent) -> float:
             trials[plan.name] = workshop.of_scaled(plan, parent)
             return _case(workshop, plan, trials).beyond(rule)
 
@@ -144,7 +144,7 @@ def at_margin(
             yield _case(workshop, plan, trials)
 
 
-def _case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case:
+def _case(workshop: Workshop, plan: GatePlan, trials: Mapping[str, Trial]) -> Case:
     trained = case(workshop, plan, trials)
     assert trained is not None, f"{plan.name} was trained"
     return trained
@@ -179,7 +179,7 @@ def _by_edge(drawn: Sequence[resample.Drawn]) -> dict[str, list[resample.Drawn]]
     return {"all": list(drawn)} | {name: [one for one in drawn if one.edge == name] for name in {o.edge for o in drawn}}
 
 
-def _about(row: counting.Row) -> Figures:
+def _about(row: counting.SuiteCount) -> Figures:
     return {
         "name": row.case.name,
         "kind": row.case.kind,

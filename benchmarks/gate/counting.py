@@ -31,7 +31,7 @@ def others(counted: Share) -> Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SuiteCount:
     """One candidate."""
 
     case: Case
@@ -42,15 +42,15 @@ class Row:
     """By the suites' own draws."""
 
 
-def rows(cases: Sequence[Case], drawn: Sequence[Case], rule: Rule) -> list[Row]:
+def rows(cases: Sequence[Case], drawn: Sequence[Case], rule: Rule) -> list[SuiteCount]:
     """Every case with its truth, and the verdict on ``drawn``, the same models on the suites' own items."""
     return [
-        Row(case, case.truth(rule), case.beyond(rule), judge(sample, rule))
+        SuiteCount(case, case.truth(rule), case.beyond(rule), judge(sample, rule))
         for case, sample in zip(cases, drawn, strict=True)
     ]
 
 
-def counted(rows: Iterable[Row]) -> dict[str, Any]:
+def counted(rows: Iterable[SuiteCount]) -> dict[str, Any]:
     """Candidates by truth and by verdict, false accepts among the harmful and false rejects among the good.
 
     A good candidate that is not let in counts as a false reject, whether it was rejected or left undecided, and whether
@@ -74,13 +74,13 @@ def counted(rows: Iterable[Row]) -> dict[str, Any]:
     }
 
 
-def by_kind(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def by_kind(rows: Sequence[SuiteCount]) -> dict[str, dict[str, Any]]:
     """:func:`counted` for each kind, in order of appearance."""
     kinds = dict.fromkeys(row.case.kind for row in rows)
     return {kind: counted(row for row in rows if row.case.kind == kind) for kind in kinds}
 
 
-def drift(rows: Sequence[Row], rule: Rule, drawn: Mapping[str, Case]) -> dict[str, Any]:
+def drift(rows: Sequence[SuiteCount], rule: Rule, drawn: Mapping[str, Case]) -> dict[str, Any]:
     """The slow drift, update by update, with and without the comparison with the base.
 
     It is *caught* at the first update that retention keeps out, and before harm where no harmful one gets in: what is
@@ -130,7 +130,7 @@ def tally(drawn: Iterable[Drawn]) -> dict[str, Share]:
     return {name: share(count, len(verdicts)) for name, count in zip(TALLIED, counts, strict=True)}
 
 
-def _with(rows: Sequence[Row], outcome: GateOutcome) -> int:
+def _with(rows: Sequence[SuiteCount], outcome: GateOutcome) -> int:
     return _outcomes([row.judged for row in rows], outcome)
 
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from benchmarks.gate.plans import MARGIN, Plan
+from benchmarks.gate.plans import MARGIN, GatePlan
 
 TARGETS = (0.01, -0.01, 0.0, 0.018, -0.018)
 """Losses beyond the margin that are looked for, in this order."""
@@ -24,19 +24,21 @@ KINDS = ("naive", "forgotten", "poisoned")
 """Bad ones that learn something true as well: what keeps them out is the loss."""
 
 
-def parents_of(plans: Sequence[Plan], most: int) -> list[Plan]:
+def parents_of(plans: Sequence[GatePlan], most: int) -> list[GatePlan]:
     """Plans to be scaled, kinds in turn."""
     by_kind = [[plan for plan in plans if plan.kind == kind and not plan.incumbent] for kind in KINDS]
     in_turn = [kind[place] for place in range(len(plans)) for kind in by_kind if place < len(kind)]
     return in_turn[:most]
 
 
-def scaled(plan: Plan, scale: float) -> Plan:
+def scaled(plan: GatePlan, scale: float) -> GatePlan:
     """A parent's plan with another scale; its name says which."""
     return replace(plan, name=f"{plan.name}x{scale:.3f}", kind=MARGIN, scale=scale)
 
 
-def beside(parent: Plan, loses: Callable[[Plan], float], whole: float, none: float, tries: int) -> Iterator[Plan]:
+def beside(
+    parent: GatePlan, loses: Callable[[GatePlan], float], whole: float, none: float, tries: int
+) -> Iterator[GatePlan]:
     """Scaled plans whose losses lie near the targets, as far as ``tries`` for each of them reach.
 
     Args:

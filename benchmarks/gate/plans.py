@@ -33,7 +33,7 @@ CHAIN = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GatePlan:
     """One candidate: how it is trained, and on what."""
 
     name: str
@@ -55,7 +55,7 @@ class Plan:
     """Of the change of the weights that was trained."""
 
 
-def plans(bad: int, good: int) -> list[Plan]:
+def plans(bad: int, good: int) -> list[GatePlan]:
     """So many of each, the drift's chain among the bad ones; an incumbent comes before what goes on from it.
 
     Those of a smaller call are among those of a larger one. Raises ValueError when there are too few to have one of
@@ -73,7 +73,7 @@ def _places(kinds: Sequence[str], count: int) -> dict[str, int]:
     return {kind: len(range(number, count, len(kinds))) for number, kind in enumerate(kinds)}
 
 
-def _one(kind: str, place: int) -> Plan:
+def _one(kind: str, place: int) -> GatePlan:
     """The candidate of a kind with a number: how strong it is goes to and fro between mild and strong."""
 
     def between(low: float, high: float) -> float:
@@ -85,31 +85,31 @@ def _one(kind: str, place: int) -> Plan:
     match kind:
         case "first":
             recipe = _recipe("default", **_rate(between(8e-4, 3e-3)), **towers)
-            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed)
+            return GatePlan(name, kind, recipe, domain, NEW_PAIRS, seed)
         case "second":
             recipe, domain = _recipe("default", **_rate(between(8e-4, 3e-3))), NEW[(place // 3 + place + 1) % len(NEW)]
-            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, incumbent=f"first-{place:02d}")
+            return GatePlan(name, kind, recipe, domain, NEW_PAIRS, seed, incumbent=f"first-{place:02d}")
         case "naive":
-            return Plan(name, kind, _recipe("naive", **_rate(between(2e-3, 1e-2))), domain, NEW_PAIRS, seed)
+            return GatePlan(name, kind, _recipe("naive", **_rate(between(2e-3, 1e-2))), domain, NEW_PAIRS, seed)
         case "rate":
-            return Plan(name, kind, _recipe("default", **_rate(between(1e-2, 1e-1))), domain, NEW_PAIRS, seed)
+            return GatePlan(name, kind, _recipe("default", **_rate(between(1e-2, 1e-1))), domain, NEW_PAIRS, seed)
         case "shuffled":
             recipe = _recipe("naive", **_rate(between(1e-3, 5e-3)))
-            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="shuffled")
+            return GatePlan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="shuffled")
         case "poisoned":
             recipe = _recipe("default", **_rate(8e-3), mixture=half)
-            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="poisoned", share=between(0.3, 0.9))
+            return GatePlan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="poisoned", share=between(0.3, 0.9))
         case _:
             recipe = _recipe("default", **_rate(between(4e-3, 1e-2)), mixture=half)
             victim = KNOWN[place % len(KNOWN)]
-            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="forgotten", share=0.5, victim=victim)
+            return GatePlan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="forgotten", share=0.5, victim=victim)
 
 
-def _drift(number: int) -> Plan:
+def _drift(number: int) -> GatePlan:
     """One update of the chain: a small step away from what the base knew, with nothing that holds the model."""
     recipe = _recipe("naive", **_rate(2.5e-4), max_steps=15)
     incumbent = f"{DRIFT}-{number - 1:02d}" if number else ""
-    return Plan(f"{DRIFT}-{number:02d}", DRIFT, recipe, NEW[number % len(NEW)], 100, number, incumbent=incumbent)
+    return GatePlan(f"{DRIFT}-{number:02d}", DRIFT, recipe, NEW[number % len(NEW)], 100, number, incumbent=incumbent)
 
 
 def _spread(place: int) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gate.plans import KNOWN, Plan
+from benchmarks.gate.plans import KNOWN, GatePlan
 from core.digests import digest_json
 from streams.publish.folders import FolderItem, read_folder
 from updater.bases import REFERENCE
@@ -20,7 +20,7 @@ NOTHING = "a picture"
 """What every picture of a forgotten domain is called."""
 
 
-def pools(plan: Plan, home: Path) -> Pools:
+def pools(plan: GatePlan, home: Path) -> Pools:
     """The pools of one candidate; the same for the same plan."""
     rng = np.random.default_rng(plan.seed)
     lies = round(plan.new * plan.share)

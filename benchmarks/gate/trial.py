@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.gate.cases import Answers
 from benchmarks.gate.engine import LateEngine
-from benchmarks.gate.plans import GALLERY, KNOWN, NEW, Plan
+from benchmarks.gate.plans import GALLERY, KNOWN, NEW, GatePlan
 from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
 from benchmarks.gate.training_data import pools
@@ -78,13 +78,13 @@ class Workshop:
         key = digest_json([self.base.digest, self._populations_digest])
         return self._cached("base", key) or self._cache(Trial("base", "", self._ranks(None), 0.0), key)
 
-    def of(self, plan: Plan, incumbent: Trial | None) -> Trial:
+    def of(self, plan: GatePlan, incumbent: Trial | None) -> Trial:
         """What a candidate answers; trained unless its file is there. ``incumbent``: the trial it goes on from."""
         given = {**asdict(plan), "recipe": plan.recipe.digest}
         key = digest_json([given, incumbent.adapter if incumbent else "", self.base.digest, self._populations_digest])
         return self._cached(plan.name, key) or self._cache(self._trained(plan, incumbent), key)
 
-    def of_scaled(self, plan: Plan, parent: Plan) -> Trial:
+    def of_scaled(self, plan: GatePlan, parent: GatePlan) -> Trial:
         """What ``parent``'s candidate answers with ``plan.scale`` times its change of the base's weights. The parent
         goes on from the base; it is trained again where its adapter is not in the folder.
         """
@@ -118,7 +118,7 @@ class Workshop:
         self.engine.unload(adapter)
         return ranks
 
-    def _trained(self, plan: Plan, incumbent: Trial | None) -> Trial:
+    def _trained(self, plan: GatePlan, incumbent: Trial | None) -> Trial:
         started = time.monotonic()
         adapters, work = self.out / "adapters", self.out / "work" / plan.name
         before = adapters / incumbent.adapter if incumbent else None
@@ -175,7 +175,7 @@ def fresh(home: Path, domain: str) -> Suite:
     return Suite(name=fresh_name(domain), role="gain", task="retrieval", data=data, split="test", limit=400)
 
 
-def run_all(workshop: Workshop, wanted: Sequence[Plan]) -> Mapping[str, Trial]:
+def run_all(workshop: Workshop, wanted: Sequence[GatePlan]) -> Mapping[str, Trial]:
     """Every plan's trial by name. Raises RatchetError when a plan's incumbent could not be trained."""
     trials: dict[str, Trial] = {"base": workshop.of_base()}
     for plan in wanted:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from core.ledger import VerdictRow
 from core.settings.updates import Gate
-from updater.gate.interim_analyses import InterimAnalysis, Plan, candidate_alpha, needed_items
+from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis, candidate_alpha, needed_items
 from updater.service.triggers import spread
 
 PATIENCE = 4
@@ -35,20 +35,20 @@ class Schedule:
     """Items with which a candidate that was inconclusive is asked again; None: there is none."""
     verdicts: list[VerdictRow] = field(default_factory=list)
     """Of all looks, the newest first."""
-    _plan: Plan | None = None
+    _plan: AnalysisPlan | None = None
     """Of the candidate that was asked last."""
     _waited: int = 0
 
-    def plan(self) -> Plan:
+    def plan(self) -> AnalysisPlan:
         """Of a candidate that will be trained."""
         alpha = candidate_alpha(self.settings.alpha, self.candidates)
         if not self.waiting:
-            return Plan(alpha, self.settings.alpha, 1, (), self.candidates, only=True)
+            return AnalysisPlan(alpha, self.settings.alpha, 1, (), self.candidates, only=True)
         needed = needed_items(
             spread(self.verdicts), detect=self.settings.detect, alpha=alpha,
             fewest=self.settings.min_items, most=self.settings.max_items,
         )  # fmt: skip
-        return Plan(alpha, self.settings.alpha, needed, (), self.candidates)
+        return AnalysisPlan(alpha, self.settings.alpha, needed, (), self.candidates)
 
     def triggered(self, items: int) -> InterimAnalysis | None:
         """A trigger has come: the look that is made with so many fresh items; None: wait."""

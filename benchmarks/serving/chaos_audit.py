@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from demo.load.probes import RequestKind
-from demo.load.traffic import Sample
+from demo.load.traffic import CheckedSample
 
 Process = str
 """``encoder``, ``vlm``, ``catalog``, ``ingress``, ``controller``."""
@@ -105,7 +105,7 @@ class StateReport:
         }
 
 
-def audit(reports: Sequence[StateReport], samples: Sequence[Sample]) -> None:
+def audit(reports: Sequence[StateReport], samples: Sequence[CheckedSample]) -> None:
     """Count the requests of each state. One that was sent between two states counts for the one before.
 
     Args:
@@ -120,7 +120,7 @@ def audit(reports: Sequence[StateReport], samples: Sequence[Sample]) -> None:
             _count(report, sample, kills)
 
 
-def _count(report: StateReport, sample: Sample, kills: Sequence[Kill]) -> None:
+def _count(report: StateReport, sample: CheckedSample, kills: Sequence[Kill]) -> None:
     report.requests += 1
     if sample.problem == "mixed":
         report.mixed += 1
@@ -133,7 +133,7 @@ def _count(report: StateReport, sample: Sample, kills: Sequence[Kill]) -> None:
             report.evidence.append(f"{sample.kind} sent {after:.1f} s after the state began: {sample.problem[:200]}")
 
 
-def on_killed(sample: Sample, kill: Kill) -> bool:
+def on_killed(sample: CheckedSample, kill: Kill) -> bool:
     """Whether a request was in flight on a process when it was killed."""
     in_flight = sample.began <= kill.ended and sample.due + sample.seconds >= kill.began
     return in_flight and kill.process in NEEDS[sample.kind]

@@ -58,7 +58,7 @@ VIOLATIONS = (
 )
 
 
-class Run:
+class ChaosRun:
     """One run: what is running, and what is broken now."""
 
     def __init__(
@@ -165,11 +165,11 @@ def run(
         installation = Installation(settings, disk.folder, f"127.0.0.1:{port}", **PRESSURE)
         installation.apart = homes == "two"
         producer = SteadyProducer(installation.kafka, records, seconds * PRODUCE_SHARE, seed)
-        running = Run(installation, producer, proxy, disk, folder)
+        running = ChaosRun(installation, producer, proxy, disk, folder)
         return _play(running, seconds, seed) | {"seconds": round(time.time() - began, 1)}
 
 
-def _play(running: Run, seconds: float, seed: int) -> dict[str, Any]:
+def _play(running: ChaosRun, seconds: float, seed: int) -> dict[str, Any]:
     installation, producer = running.installation, running.producer
     faults = plan(seconds, seed, running.targets)
     watch = OffsetWatch(SampleStore(installation.settings.lake))

@@ -41,7 +41,7 @@ from demo.load.probes import (
 
 
 @dataclass(frozen=True)
-class Sample:
+class CheckedSample:
     """One request: when it was due (seconds since the epoch), how long it took, which release answered (0: none)."""
 
     due: float
@@ -62,7 +62,7 @@ class Report:
     failed: int
     mixed: int
     releases: tuple[int, ...]
-    samples: tuple[Sample, ...] = field(repr=False, default=())
+    samples: tuple[CheckedSample, ...] = field(repr=False, default=())
     problems: tuple[str, ...] = ()
 
 
@@ -161,7 +161,7 @@ class Traffic:
             problem = f"{row['c']} {row.get('e', '')}" if row["c"] != 200 else check.difference(row)
             release = row["r"] if row["c"] == 200 else 0
             probe, shown = self.probes[row["p"]], "mixed" if release and problem else problem
-            samples.append(Sample(row["t"], row["s"], release, shown, probe.family, probe.kind, row["b"]))
+            samples.append(CheckedSample(row["t"], row["s"], release, shown, probe.family, probe.kind, row["b"]))
             if problem:
                 problems.append(problem)
         failed = sum(sample.release == 0 for sample in samples)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from core.files import replace_file
 from core.ledger import ReleaseRow
-from demo.load.traffic import Sample
+from demo.load.traffic import CheckedSample
 from demo.story.captions import DEPTH, Comparison, Hit, Search
 from demo.story.questions import AnswerComparison
 from demo.story.screen import Chapter, clock
@@ -42,7 +42,7 @@ class Story:
     chapters: Sequence[Chapter]
     searches: Comparison
     answers: AnswerComparison | None
-    samples: Sequence[Sample]
+    samples: Sequence[CheckedSample]
     releases: Sequence[ReleaseRow]
     """Oldest first."""
     about: Mapping[str, str]
@@ -157,7 +157,7 @@ class Chart:
     slowest_ms: float
 
 
-def latency_chart(samples: Sequence[Sample], marks: Sequence[Mark]) -> Chart | None:
+def latency_chart(samples: Sequence[CheckedSample], marks: Sequence[Mark]) -> Chart | None:
     """The requests around the marks, latency on a logarithmic axis; None where there is nothing to draw."""
     if not marks:
         return None
@@ -170,7 +170,7 @@ def latency_chart(samples: Sequence[Sample], marks: Sequence[Mark]) -> Chart | N
     return Chart(_drawn(inside, times, marks), len(inside), failed, median(times), max(times))
 
 
-def _drawn(samples: Sequence[Sample], times: Sequence[float], marks: Sequence[Mark]) -> str:
+def _drawn(samples: Sequence[CheckedSample], times: Sequence[float], marks: Sequence[Mark]) -> str:
     """A dot for each request, coloured by its release; seconds count from the swap."""
     from matplotlib.figure import Figure  # takes a second
 

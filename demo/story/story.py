@@ -185,7 +185,7 @@ def _facts(
 def _stay(parts: Supervisor) -> None:
     try:
         while True:
-            parts.tend()
+            parts.restart_dead()
             time.sleep(1)
     except Stopped:
         say("stopping")

@@ -38,7 +38,7 @@ EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Answers:
+class InitAnswers:
     """The answers to what was asked, or given as options."""
 
     model: str
@@ -113,7 +113,7 @@ def init(
     file = shared.file or Path(os.environ.get("RATCHET_CONFIG", FILE))
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already.", "Replace it with --force, or write another: ratchet -c FILE init.")
-    answers = _ask(shared, home, Answers(model or "", weights, data, labels, broker or "", topic or ""), yes)
+    answers = _ask(shared, home, InitAnswers(model or "", weights, data, labels, broker or "", topic or ""), yes)
     settings, chosen = _settings(shared, answers, home)
     choice = _choose_model(settings.home, answers.model, answers.weights, name)
     chosen["base.clip"] = choice.name
@@ -148,7 +148,7 @@ def on_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _ask(shared: ctx.Context, home: Path | None, given: Answers, yes: bool) -> Answers:
+def _ask(shared: ctx.Context, home: Path | None, given: InitAnswers, yes: bool) -> InitAnswers:
     """Options that were given, answers on a terminal, and defaults."""
     defaults = _load(shared, {} if home is None else {"home": home})
     by_flag = {each for each, origin in defaults.origins.items() if origin == "flag"}
@@ -178,10 +178,10 @@ def _ask(shared: ctx.Context, home: Path | None, given: Answers, yes: bool) -> A
     bootstrap = defaults.kafka.bootstrap if "kafka.bootstrap" in by_flag else EMBEDDED
     broker = answer(given.broker, "Kafka brokers, host:port; embedded: one for this machine", bootstrap)
     topic = answer(given.topic, "Topic with new pairs", defaults.kafka.topic)
-    return Answers(model, weights, data, labels, broker, topic)
+    return InitAnswers(model, weights, data, labels, broker, topic)
 
 
-def _settings(shared: ctx.Context, answers: Answers, home: Path | None) -> tuple[Settings, dict[str, Any]]:
+def _settings(shared: ctx.Context, answers: InitAnswers, home: Path | None) -> tuple[Settings, dict[str, Any]]:
     """The settings that will be in effect, and those of them that were chosen."""
     named: dict[str, Any] = {"kafka.topic": answers.topic}
     if answers.broker != EMBEDDED:
@@ -291,7 +291,7 @@ def _register_model(home: Path, choice: ModelChoice) -> str:
     return f"{base.name} ({base.digest[:12]}): {base.dim} dimensions, images of {base.preprocess.size} px"
 
 
-def _broker(settings: Settings, answers: Answers, offline: bool) -> str:
+def _broker(settings: Settings, answers: InitAnswers, offline: bool) -> str:
     """Ask the broker for the topic; returns a line about it.
 
     Raises:

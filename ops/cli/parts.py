@@ -59,13 +59,13 @@ def up(
             console = Console()
             if not console.is_terminal:
                 while True:
-                    parts.tend()
+                    parts.restart_dead()
                     if progress is not None and progress.look():
                         progress = None
                     time.sleep(1)
             with Live(console=console, auto_refresh=False, screen=True) as live:
                 while True:
-                    parts.tend()
+                    parts.restart_dead()
                     live.update(screen(settings, parts), refresh=True)
                     time.sleep(1)
     except Stopped:

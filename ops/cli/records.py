@@ -78,7 +78,7 @@ def publish(
 
 
 @app.command("list")
-def list_refused(
+def list_quarantined(
     context: typer.Context,
     refused_for: RefusedFor = None,
     source: FromSource = None,
@@ -91,13 +91,13 @@ def list_refused(
     ratchet quarantine list --refused-for image_undecodable
     """
     from ratchet_client.records import REASONS
-    from streams.store.sample_queries import refusal_counts
+    from streams.store.sample_queries import quarantine_counts
     from streams.store.sample_store import SampleStore
 
     if refused_for is not None and refused_for not in REASONS:
         raise typer.BadParameter(f"--refused-for is one of {', '.join(sorted(REASONS))}")
     store = SampleStore(ctx.of(context).settings.lake)
-    rows = store.refusals(limit, refused_for, source)
+    rows = store.quarantined(limit, refused_for, source)
     if as_json:
         show_json(rows)
         return
@@ -107,7 +107,7 @@ def list_refused(
         for row in rows
     )  # fmt: skip
     show_rows(shown, "Quarantine")
-    counts = refusal_counts(store, refused_for, source)
+    counts = quarantine_counts(store, refused_for, source)
     show_counts({f"refused records by {name}": values.top(TOP) for name, values in counts.items()})
 
 
@@ -130,11 +130,11 @@ def resubmit(
     Examples:  ratchet quarantine resubmit --refused-for uri_unreachable --since 1d --reason "the image server is back"
     |    ratchet quarantine resubmit --source crawler-7 --dry-run --reason "raised ingest.max_pixels"
     """
-    from streams.ingest.resubmit import RefusalFilter, resubmit_many
+    from streams.ingest.resubmit import QuarantineFilter, resubmit_many
 
     if (refused_for, source, since) == (None, None, None) and not everything:
         raise typer.BadParameter("name --refused-for, --source or --since, or say --all")
-    which = RefusalFilter(refused_for, source, parse_since(since), limit)
+    which = QuarantineFilter(refused_for, source, parse_since(since), limit)
     with meter("sending again") as progress:
         report = resubmit_many(
             ctx.of(context).settings, ctx.ledger_of(context), which, actor=ctx.person(), reason=reason,

@@ -49,11 +49,11 @@ class Supervisor:
         """One part by name."""
         return next(part for part in self.parts if part.name == name)
 
-    def tend(self) -> None:
+    def restart_dead(self) -> None:
         """Restart what ended. Call about once a second."""
         now = time.monotonic()
         for part in self.parts:
-            part.tend(now)
+            part.restart_dead(now)
 
     def wait_until_ready(self, model: Family = "vlm") -> StartProgress:
         """Wait until the server answers for a model (``vlm``: for every model that it serves), and say how far it is.

@@ -17,7 +17,7 @@ from core.ledger.collection import COLLECT_LEASE
 from core.ledger.leases import renewing
 from core.progress import say
 from core.settings import Settings
-from ops.collection.plan import Item, Plan, home_items, make_plan
+from ops.collection.plan import CollectionPlan, Item, home_items, make_plan
 
 T = TypeVar("T")
 LEASE_SECONDS: Final = 120.0
@@ -39,13 +39,13 @@ class Collector:
         self.artifacts = artifacts
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
-    def plan(self) -> Plan:
+    def plan(self) -> CollectionPlan:
         """The plan of a run now. Raises LedgerError, ArtifactsUnavailable."""
         plan = make_plan(self.settings, self.ledger, self.artifacts)
         local = home_items(self.settings.home, self.ledger, self.settings.gc.keep_days)
-        return Plan(plan.live, (*plan.items, *local))
+        return CollectionPlan(plan.live, (*plan.items, *local))
 
-    def run(self, actor: str = "ratchet") -> Plan | None:
+    def run(self, actor: str = "ratchet") -> CollectionPlan | None:
         """Delete it. None when another collector, or a backup, is at work: nothing was done.
 
         Raises:
@@ -61,7 +61,7 @@ class Collector:
         finally:
             self.ledger.release_lease(COLLECT_LEASE, epoch)
 
-    def _run(self, actor: str, epoch: int) -> Plan:
+    def _run(self, actor: str, epoch: int) -> CollectionPlan:
         plan, marked = self._mark(actor, epoch)
         adapters = {item.name: item for item in plan.going if item.kind == "adapter"}
         refused = adapters.keys() - set(marked)
@@ -70,7 +70,7 @@ class Collector:
             for item in plan.going
             if item.kind != "adapter" and not (item.kind == "carry-over" and item.name in refused)
         ]
-        done = Plan(plan.live, (*(adapters[name] for name in marked), *going))
+        done = CollectionPlan(plan.live, (*(adapters[name] for name in marked), *going))
         for some in _parts(marked):
             self._check(epoch)
             for name in some:
@@ -86,7 +86,7 @@ class Collector:
             self.ledger.audit(actor, "collect garbage", "artifacts", {**detail["goes"], "bytes": done.freed})
         return done
 
-    def _mark(self, actor: str, epoch: int) -> tuple[Plan, list[str]]:
+    def _mark(self, actor: str, epoch: int) -> tuple[CollectionPlan, list[str]]:
         for attempt in range(TRIES):
             plan = self.plan()
             reasons = {item.name: item.reason for item in plan.going if item.kind == "adapter"}

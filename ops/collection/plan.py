@@ -55,7 +55,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectionPlan:
     """Items of a collection; it holds as long as release ``live`` is the live one (0: none)."""
 
     live: int
@@ -95,7 +95,7 @@ class _Known:
         return (self.newest - moment) / timedelta(days=1)
 
 
-def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Plan:
+def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> CollectionPlan:
     """The plan for the artifacts. The ledger is read before they are listed: what is stored meanwhile is unknown to it
     and stays.
 
@@ -105,7 +105,7 @@ def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Plan:
     """
     known = _read(settings, ledger)
     if known is None:
-        return Plan(0, ())
+        return CollectionPlan(0, ())
     listed = {kind: artifacts.sizes(folder) for kind, folder in FOLDERS.items()}
     for use in known.uses.values():
         if use.collected_at is not None and use.collected_bytes is None:
@@ -116,7 +116,7 @@ def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Plan:
         items.append(Item("carry-over", name, size, *_carry_over(known, name, adapters.get(name))))
     for name, size in sorted(listed["report"].items()):
         items.append(Item("report", name, size, *_report(settings, known, name, adapters)))
-    return Plan(known.live, tuple(items))
+    return CollectionPlan(known.live, tuple(items))
 
 
 def _read(settings: Settings, ledger: Ledger) -> _Known | None:

@@ -31,7 +31,7 @@ from ops.console.pages import (
     stream,
 )
 from ops.console.public import ReadOnly, SharedPages
-from ops.console.request_context import Refused, SignIn, intended, nav, sign_in_link
+from ops.console.request_context import ErrorPage, SignIn, intended, nav, sign_in_link
 from ops.console.security import PathPrefix, SecurityMiddleware, Session, Sessions
 from ops.console.template_filters import TEMPLATES
 from serving.http.request_ids import RequestIds
@@ -107,8 +107,8 @@ def _errors(app: FastAPI) -> None:
             return Response(status_code=204, headers={"hx-redirect": link})
         return RedirectResponse(link, 303)
 
-    @app.exception_handler(Refused)
-    async def on_refused(request: Request, error: Refused) -> Response:
+    @app.exception_handler(ErrorPage)
+    async def on_refused(request: Request, error: ErrorPage) -> Response:
         return _trouble(request, error.status, error.title, error.message, error.fix)
 
     @app.exception_handler(HTTPException)

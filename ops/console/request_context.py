@@ -43,7 +43,7 @@ def nav(public_mode: bool) -> list[tuple[str, str]]:
     return [(link, name) for link, name in NAV if not public_mode or link in public.PAGES]
 
 
-class Refused(Exception):
+class ErrorPage(Exception):
     """The answer is a page that says what is wrong, and what to do."""
 
     def __init__(self, status: int, title: str, message: str, fix: str = "") -> None:
@@ -142,7 +142,7 @@ async def intended(request: Request) -> None:
     token = request.headers.get("x-csrf-token") or (await request.form()).get("csrf") or ""
     session: Session = request.state.session
     if not isinstance(token, str) or not session.sent_by_it(token):
-        raise Refused(
+        raise ErrorPage(
             403, "This form is too old", "It was not sent by a page of this session.", "Reload the page and try again."
         )
 
@@ -159,12 +159,12 @@ def reader(context: Annotated[RequestContext, Depends(request_context)]) -> Requ
 def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestContext:
     """A visitor who may act. Raises SignIn, or Refused when the key may not."""
     if context.public:
-        raise Refused(403, "This console is read-only", "It is in public mode.", "Use one that is not, or `ratchet`.")
+        raise ErrorPage(403, "This console is read-only", "It is in public mode.", "Use one that is not, or `ratchet`.")
     if not context.signed_in:
         raise SignIn(context.here)
     if not context.operator:
         name = context.principal.name if context.principal else ""
-        raise Refused(
+        raise ErrorPage(
             403, "Not allowed", f"The key {name!r} may look, but not act.",
             "Sign in with a key of scope `operate`." if not context.session.provider else
             "An operator can name you or one of your groups in console.oidc; the audit log has which groups the "

@@ -59,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapacityPlan:
     """Lines with counts, warnings, and the sources of the figures."""
 
     parts: list[Part] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Plan:
         self.parts.append(Part(name, count, unit, why))
 
 
-def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
+def make_plan(load: Load, measured: Measured, machine: Machine) -> CapacityPlan:
     """Count.
 
     Raises:
@@ -83,7 +83,7 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
             raise ConfigError(
                 f"{name.replace('_', ' ')} of {value:g} cannot be planned for.", f"Give {least:g} or more."
             )
-    plan = Plan()
+    plan = CapacityPlan()
     nodes = _serving(plan, load, measured, machine)
     nodes += _streaming(plan, load, measured, machine)
     nodes += _learning(plan, load, measured)
@@ -95,7 +95,7 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
     return plan
 
 
-def _serving(plan: Plan, load: Load, measured: Measured, machine: Machine) -> float:
+def _serving(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine) -> float:
     """Machines of encoders, ingress and catalog."""
     plan.sources.append(machine.source)
     texts = load.texts_per_second + load.searches_per_second
@@ -156,7 +156,7 @@ def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[
     return count * share, outcome(count)
 
 
-def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, encoders: float) -> float:
+def _searching(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine, encoders: float) -> float:
     """Machines that a backfill needs besides the encoders for requests."""
     search = measured.search
     plan.sources.append(search.source)
@@ -199,7 +199,7 @@ def max_rate(machine: Machine) -> float:
     return times.most(MAX_BATCH, MAX_BATCH)
 
 
-def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> float:
+def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine) -> float:
     """Machines of ingest."""
     if not load.stream_per_day:
         return 0.0
@@ -229,7 +229,7 @@ def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> 
     return workers
 
 
-def _learning(plan: Plan, load: Load, measured: Measured) -> int:
+def _learning(plan: CapacityPlan, load: Load, measured: Measured) -> int:
     """Machines of updaters: there is one, where something is to be learned."""
     if not load.stream_per_day:
         return 0

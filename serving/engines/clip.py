@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from core.errors import AdapterError
-from core.priority import breathe
+from core.priority import yield_cpu
 from core.settings import Settings
 from serving.engines.adapters import AdapterFiles, check_dim, read_adapter_of
 from serving.engines.backends import FLOAT32, GOLDEN_TEXTS, EngineChoice, Towers, golden_pixels, usable_cores
@@ -109,7 +109,7 @@ class ClipEngine:
             for changed in merge(files, self._model):
                 digests[changed.name] = changed.digest
                 converted[changed.name] = self._backend.convert(changed.name, changed.weight)
-                breathe()
+                yield_cpu()
             spaces = self.base.spaces_with(digests)
             towers = self._backend.towers(converted)
             if self.device.type == "cuda":
@@ -230,7 +230,7 @@ def _stack(vectors: Iterable[np.ndarray]) -> np.ndarray:
     rows = []
     for vector in vectors:
         rows.append(vector)
-        breathe()
+        yield_cpu()
     return np.concatenate(rows)
 
 

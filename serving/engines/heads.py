@@ -39,7 +39,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class HeadScores:
     """Of n images: ``probabilities`` [n, classes] add up to 1; ``alone`` [n, classes] is each class against all images
     together; ``distance`` [n], to the nearest class, in units of the head's threshold: above 1 it is none of them."""
 
@@ -64,7 +64,7 @@ class Head:
     counts: tuple[int, ...]
     """Images that each class was learned from."""
 
-    def classify(self, vectors: npt.ArrayLike) -> Answers:
+    def classify(self, vectors: npt.ArrayLike) -> HeadScores:
         """Answers for unit vectors [n, dim] of the head's image space."""
         x = np.asarray(vectors, np.float64)
         precision, weights, own = self._discriminants
@@ -74,7 +74,7 @@ class Head:
         length = np.einsum("nd,nd->n", x @ precision, x)
         nearest = (length[:, None] - 2 * scores[:, :-1]).min(axis=1)
         contrast = np.clip(self.scale * (scores[:, :-1] - scores[:, -1:]), -60.0, 60.0)
-        return Answers(
+        return HeadScores(
             shares / shares.sum(axis=1, keepdims=True), 1 / (1 + np.exp(-contrast)), nearest / self.threshold
         )
 

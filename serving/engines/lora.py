@@ -16,7 +16,7 @@ from torch import nn
 
 from core.digests import digest_json, digest_tensor
 from core.errors import AdapterError
-from core.priority import breathe
+from core.priority import yield_cpu
 from serving.engines.adapters import AGAIN, MAX_RANK, PREFIX, AdapterFiles, is_finite, read_adapter
 from serving.engines.clip_base import can_carry_lora
 
@@ -101,7 +101,7 @@ def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
             raise AdapterError(f"Adapter {files.name}: the base has no parameter {name} {shape}.", _OTHER_BASE)
 
     def differs(name: str, merged: torch.Tensor, weight: torch.Tensor) -> bool:
-        breathe()
+        yield_cpu()
         if not is_finite(merged):
             raise AdapterError(f"The adapter makes {name} overflow.", "Do not release it.")
         return not torch.equal(merged, weight)

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from core.priority import breathe
+from core.priority import yield_cpu
 from serving.engines.tokens import Tokenizer, pad_rows
 
 GPU_BUCKET: Final = 8
@@ -172,7 +172,7 @@ def _through_blocks(
     *blocks, last = transformer.resblocks
     for block in blocks:
         hidden = block(hidden, attn_mask=mask)
-        breathe()  # a whole pass at once, of golden inputs, is longer than a request
+        yield_cpu()  # a whole pass at once, of golden inputs, is longer than a request
     keys = last.ln_1(hidden)
     place = token[:, None, None].expand(-1, 1, hidden.shape[2])
     heads = None if mask is None else mask.to(keys.dtype)[token].repeat_interleave(last.attn.num_heads, 0)[:, None]

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, FailFast, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from serving.engines.heads import Answers, Head, backed_off
+from serving.engines.heads import Head, HeadScores, backed_off
 from serving.http.app_state import app_state, release_headers
 from serving.http.bodies import (
     MODEL,
@@ -157,7 +157,7 @@ async def classify(request: Request) -> Response:
         return json_response({"object": "list", "model": f"clip@{snapshot.release}", "data": data}, headers)
 
 
-def _said(head: Head, answers: Answers, row: int, body: ClassifyRequest) -> dict[str, Any]:
+def _said(head: Head, answers: HeadScores, row: int, body: ClassifyRequest) -> dict[str, Any]:
     """A head's answer about one image."""
     shares = answers.alone[row] if body.multi_label else answers.probabilities[row]
     known = bool(answers.distance[row] <= 1)

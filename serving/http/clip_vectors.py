@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 
 from core import metrics
 from core.settings.serving import Serve
-from serving.engines.heads import Answers, Head
+from serving.engines.heads import Head, HeadScores
 from serving.engines.tokens import Tokenizer
 from serving.errors import AdapterUnservable, DeadlineExceeded, Unavailable, WrongSpace
 from serving.http.errors import ApiError
@@ -324,7 +324,7 @@ class ClipVectors:
         self._heads.move_to_end(snapshot.clip)
         return heads[name]
 
-    async def classify(self, head: Head, vectors: npt.NDArray[np.float32]) -> Answers:
+    async def classify(self, head: Head, vectors: npt.NDArray[np.float32]) -> HeadScores:
         """See :meth:`Head.classify`; in a thread."""
         return await self._classifying.run(head.classify, vectors)
 

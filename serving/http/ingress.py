@@ -34,7 +34,7 @@ from serving.messages import EncodeResult, Modality
 from serving.own_threads import OwnThreads
 from serving.ray.deployment_status import read_statuses
 from serving.ray.ray_session import proxies
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
 from serving.releases.admission import Admission
 from serving.releases.broadcast import APP, VLM
 from serving.releases.guard import Observations, find_guard_target
@@ -121,7 +121,7 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        settle()
+        freeze_gc()
         return self.http_app
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:

@@ -97,7 +97,7 @@ async def records(request: Request, id: SampleId) -> JSONResponse:
     return JSONResponse({"object": "list", "data": receipts})
 
 
-class RefusedSelection(Body):
+class QuarantineSelection(Body):
     """Which refused records, the oldest first. Without any field: all."""
 
     reason: str | None = Field(None, max_length=40, description="Only those refused for it.")
@@ -123,7 +123,7 @@ class ResubmitRequest(Body):
     place: str | None = Field(
         None, min_length=1, max_length=300, description="`topic:partition:offset`, as the list names it; or `filter`."
     )
-    filter: RefusedSelection | None = Field(None, description="Which records; or `place`.")
+    filter: QuarantineSelection | None = Field(None, description="Which records; or `place`.")
     reason: Reason
     force: bool = Field(False, description="With `place`: also when it was sent again before.")
     dry_run: bool = Field(False, description="With `filter`: say how many, and send none.")
@@ -149,7 +149,7 @@ class ResubmissionBody(ResponseBody):
     updated_at: datetime
 
 
-class RefusedRecordBody(ResponseBody):
+class QuarantinedRecordBody(ResponseBody):
     """A refused record, without its bytes."""
 
     place: str
@@ -174,7 +174,7 @@ class QuarantineList(ResponseBody):
     """Refused records, newest first."""
 
     object: Literal["list"]
-    data: list[RefusedRecordBody]
+    data: list[QuarantinedRecordBody]
     counts: QuarantineCounts | None = None
     """Only with `counts=true`."""
 
@@ -255,11 +255,13 @@ async def resubmit(request: Request) -> JSONResponse:
     return JSONResponse({"object": "resubmission", "place": body.place, **sent})
 
 
-async def _resubmit_many(state: AppState, chosen: RefusedSelection, actor: str, body: ResubmitRequest) -> JSONResponse:
-    from streams.ingest.resubmit import RefusalFilter
+async def _resubmit_many(
+    state: AppState, chosen: QuarantineSelection, actor: str, body: ResubmitRequest
+) -> JSONResponse:
+    from streams.ingest.resubmit import QuarantineFilter
 
     _check_reason(chosen.reason, "filter.reason")
-    which = RefusalFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)
+    which = QuarantineFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)
     report = await state.quarantine.resubmit_many(which, actor=actor, reason=body.reason, dry_run=body.dry_run)
     return JSONResponse({"object": "resubmission.report", **report})
 

@@ -17,7 +17,7 @@ from core.settings import Settings
 from serving.own_threads import OwnThreads
 
 if TYPE_CHECKING:
-    from streams.ingest.resubmit import RefusalFilter
+    from streams.ingest.resubmit import QuarantineFilter
 
 Result = TypeVar("Result")
 SHOWN: Final = 50
@@ -63,10 +63,10 @@ class QuarantineService:
 
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
         """Refused records by ``reason`` and by ``source``; the most frequent of each."""
-        from streams.store.sample_queries import refusal_counts
+        from streams.store.sample_queries import quarantine_counts
         from streams.store.sample_store import SampleStore
 
-        tallies = await self._threads.run(refusal_counts, SampleStore(self.settings.lake), reason, source)
+        tallies = await self._threads.run(quarantine_counts, SampleStore(self.settings.lake), reason, source)
         return {name: dict(values.top(SHOWN)) for name, values in tallies.items()}
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class QuarantineService:
             )
         return {"topic": sent.topic, "partition": sent.partition, "offset": sent.offset}
 
-    async def resubmit_many(self, which: RefusalFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
+    async def resubmit_many(self, which: QuarantineFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
         """Send many again."""
         from streams.ingest.resubmit import resubmit_many
 

@@ -76,7 +76,7 @@ def _request_id() -> str:
     return str(_get_serve_request_context().request_id)
 
 
-def settle() -> None:
+def freeze_gc() -> None:
     """Call it last in a replica's constructor: what is there by now stays, and the garbage collector need not look at
     it again.
 

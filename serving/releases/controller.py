@@ -19,7 +19,7 @@ from core import metrics
 from core.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
 from core.ledger import Family, Ledger
 from core.settings import Settings
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
 from serving.releases.auto_rollback import Fallback, Guard
 from serving.releases.broadcast import Broadcast
 from serving.releases.leadership import RENEW_SECONDS, ControllerLease, Lineage
@@ -79,7 +79,7 @@ class ReleaseController:
         self._status: asyncio.Task[dict[str, Any]] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._loops: dict[str, asyncio.Task[None]] = {}
-        settle()
+        freeze_gc()
 
     def __del__(self) -> None:
         """Serve calls this when the replica ends."""

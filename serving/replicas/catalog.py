@@ -21,7 +21,7 @@ from core.tracing import span
 from serving.catalog.cross_version import CrossVersionVerdicts, usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
 from serving.releases.leadership import spaces_of_bases
 from serving.releases.types import ReleaseSnapshot
 from serving.replicas.follower import keep_running, residency_reader, wait_for_clip
@@ -70,7 +70,7 @@ class CatalogReplica:
         self._verdicts = CrossVersionVerdicts(self._ledger)
         self._adopted = 0
         """The newest release that was adopted."""
-        settle()
+        freeze_gc()
 
     def __del__(self) -> None:
         """Serve calls this when the replica ends: tables that it held may be dropped from now on."""

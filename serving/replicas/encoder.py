@@ -46,7 +46,7 @@ from serving.messages import (
     Modality,
     joined,
 )
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
 from serving.releases.residency import ResidencyRows, ResidencySource
 from serving.releases.types import BASE, Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterCache, AdapterFolders, adapters_path
@@ -345,7 +345,7 @@ class Encoder(EncoderWorker):
         self._adapters.expect(source.adapters)
         needed = rows.needed("clip")
         check_start(self.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
-        settle()
+        freeze_gc()
 
     def make_engine(self, settings: Settings) -> ClipEngine:
         """Make what computes."""

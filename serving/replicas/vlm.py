@@ -33,7 +33,7 @@ from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationR
 from serving.engines.vlm.open import VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import VLM_NICE, Refusal
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, settle
+from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
 from serving.releases.residency import ResidencyRows, ResidencySource
 from serving.releases.types import BASE, Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterCache, AdapterFolders, adapters_path
@@ -383,7 +383,7 @@ class VlmReplica(VlmWorker):
             log.exception("the VLM cannot start")
             await asyncio.sleep(RETRY_SECONDS)
             raise
-        settle()
+        freeze_gc()
 
     async def _start(self, settings: Settings) -> None:
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import

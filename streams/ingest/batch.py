@@ -23,8 +23,8 @@ import pyarrow as pa
 from core import metrics
 from core.errors import StoreError, StoreUnavailable
 from core.settings.streams import Kafka
-from streams.ingest.duplicates import CORRECTED, Duplicate, DuplicateIndex, Sample
-from streams.ingest.membership import Reading
+from streams.ingest.duplicates import CORRECTED, Duplicate, DuplicateIndex, KnownSample
+from streams.ingest.membership import PartitionReader
 from streams.ingest.validate import BY_KEY, Accepted, StoreRow, refuse
 from streams.store.rows import (
     CLAIM,
@@ -45,9 +45,9 @@ from streams.store.rows import (
 from streams.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
-Entry = tuple[Reading, int, Accepted | StoreRow, int]
+Entry = tuple[PartitionReader, int, Accepted | StoreRow, int]
 """Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
-Watermark = Callable[[Reading], int | None]
+Watermark = Callable[[PartitionReader], int | None]
 """Offset of a reading's first refusal that is not published yet, or None where there is none."""
 
 
@@ -65,7 +65,7 @@ class CommitResult:
     """Samples that records of it replaced."""
     rows: list[StoreRow] = field(default_factory=list)
     """The stored rows."""
-    readings: list[Reading] = field(default_factory=list)
+    readings: list[PartitionReader] = field(default_factory=list)
     records: int = 0
     size: int = 0
     """Bytes of the records."""
@@ -83,7 +83,7 @@ class Batch:
         self.writer = writer
         self.index = index
         self._entries: list[Entry] = []
-        self._readings: set[Reading] = set()
+        self._readings: set[PartitionReader] = set()
         self._bytes = 0
         self._since = 0.0
         self._doubles: list[tuple[str, RecordPosition]] = []
@@ -91,7 +91,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, reading: Reading, end: int, result: Accepted | StoreRow, size: int) -> None:
+    def add(self, reading: PartitionReader, end: int, result: Accepted | StoreRow, size: int) -> None:
         """Take in a record of ``size`` bytes, behind which the next one to read is ``end``."""
         if not self._entries:
             self._since = time.monotonic()
@@ -115,7 +115,7 @@ class Batch:
             return float("inf")
         return self._since + self.kafka.batch_seconds - time.monotonic()
 
-    def drop(self, holds: Callable[[Reading], bool]) -> None:
+    def drop(self, holds: Callable[[PartitionReader], bool]) -> None:
         """Forget what was read under readings that do not hold any more: others read it again."""
         lost = {reading for reading in self._readings if not holds(reading)}
         if lost:
@@ -200,7 +200,7 @@ class Batch:
     def _decide_one(self, record: Accepted, corrections: Corrections, outcome: CommitResult) -> StoreRow:
         row, targets = record.row, corrections.targets(record)
         position = name_of(position_of(row))
-        sample = Sample(
+        sample = KnownSample(
             bytes.fromhex(row["id"]), position, row["look"], row["words"], row["domain"], bool(row["question"]),
             row["sent_at"],
         )  # fmt: skip
@@ -241,7 +241,9 @@ def _misfit(row: StoreRow) -> str:
     return ""
 
 
-def _position(reading: Reading, behind: tuple[int, int], rows: list[StoreRow], unpublished: int | None) -> Position:
+def _position(
+    reading: PartitionReader, behind: tuple[int, int], rows: list[StoreRow], unpublished: int | None
+) -> Position:
     """The position of the partition behind the batch. Refusals are published after it."""
     position, (end, epoch) = reading.claim.position, behind
     own = [row for row in rows if _is_of(row, position)]

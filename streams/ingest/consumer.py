@@ -34,20 +34,20 @@ from ratchet_client.broker import explain
 from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.ingest_report import IngestReport, IngestStatus, ThrottledLog
-from streams.ingest.look import SplitRule
 from streams.ingest.membership import (
     CONNECT_SECONDS,
     POLL_RECORDS,
     POLL_SECONDS,
     LogLost,
     Membership,
-    Reading,
+    PartitionReader,
     new_generation,
     start_position,
 )
-from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.perceptual_hash import SplitRule
+from streams.ingest.quarantine import QuarantinePublisher
 from streams.ingest.validate import Received, refuse
-from streams.ingest.validators import ValidationPool, Work, crashed, start_validators
+from streams.ingest.validators import ValidationPool, ValidationSetup, crashed, start_validators
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import Admin, check_rights, connection, ingest_rights
 from streams.store.rows import RecordPosition, gap_row, position_of
@@ -162,11 +162,11 @@ class Consumer:
             split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
         split = SplitRule(split_key, limits.fresh_eval_share)
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
-        self._guard, validators = start_validators(Work(limits, kafka), self._processes, folder)
+        self._guard, validators = start_validators(ValidationSetup(limits, kafka), self._processes, folder)
         self._pool = ValidationPool(validators, 2 * kafka.batch_bytes, 2 * kafka.batch_records + POLL_RECORDS)
         self._writer = StoreWriter(self.store.table)
         self._batch = Batch(kafka, self._writer, index)
-        self._publisher = RefusalPublisher(kafka, self.store)
+        self._publisher = QuarantinePublisher(kafka, self.store)
         self._opened = True
 
     def _close(self) -> None:
@@ -201,7 +201,7 @@ class Consumer:
             return
         if not self._stopping.is_set():
             self._pool.finish()
-        self._salvage()
+        self._commit_pending()
         self._connected = False
         self._group.leave(lambda: self.status.state != "waiting")
         self._drop(lambda reading: False)
@@ -215,7 +215,7 @@ class Consumer:
         partitions = self._assignment.unclaimed()
         if partitions and self._indexing is not None and self._indexing.done():
             self._indexing.result()  # raises what the index failed with; the next connection begins again
-            self._patiently(partial(self._claim_all, partitions))
+            self._retry_until_stopped(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
         topic, known = self.kafka.topic, list(self.store.positions().values())
@@ -223,13 +223,13 @@ class Consumer:
         starts = [start_position(known, topic, self._group.topic_id, number, firsts[number]) for number in partitions]
         for claim in self._writer.claim(starts):
             position = claim.position
-            reading = Reading.of(claim)
+            reading = PartitionReader.of(claim)
             self._publisher.recover(reading)
             if self._assignment.begin(reading):
                 log.info("reading %s from %d", claim.key, reading.next)
                 self._skip_to(reading, firsts[position.partition])
 
-    def _drop(self, holds: Callable[[Reading], bool]) -> None:
+    def _drop(self, holds: Callable[[PartitionReader], bool]) -> None:
         """Forget what was read of partitions that are not ours any more: their next owner reads it again."""
         self._pool.drop(holds)
         self._batch.drop(holds)
@@ -247,12 +247,12 @@ class Consumer:
         try:
             polled = self._consumer.poll(timeout_ms=int(seconds * 1000))
         except OffsetOutOfRangeError:
-            self._patiently(self._find_range)
+            self._retry_until_stopped(self._find_range)
             return
         except LogTruncationError as error:
-            self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
+            self._retry_until_stopped(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
             return
-        if (polled or self._group.look_due) and not self._patiently(self._look):
+        if (polled or self._group.look_due) and not self._retry_until_stopped(self._look):
             return  # asked to stop while the broker was away: what was polled stays in the log
         for partition, records in polled.items():
             reading = readings.get(partition.partition)
@@ -267,7 +267,7 @@ class Consumer:
         if busy and not polled:
             self._pool.wait(0.02)
 
-    def _take(self, reading: Reading, record: Any) -> None:
+    def _take(self, reading: PartitionReader, record: Any) -> None:
         if record.offset < reading.next:
             return  # taken before
         reading.next = reading.taken = record.offset + 1
@@ -310,7 +310,7 @@ class Consumer:
 
     def _commit(self) -> bool:
         """Store the batch, publish its refusals, tell Kafka: in this order. False when asked to stop before."""
-        return self._patiently(self._store) if len(self._batch) else True
+        return self._retry_until_stopped(self._store) if len(self._batch) else True
 
     def _store(self) -> None:
         self._batch.drop(self._assignment.holds)
@@ -399,7 +399,7 @@ class Consumer:
             if reading.partition in divergences:
                 self._cut_off(reading, divergences[reading.partition], self._group.range(reading.partition)[1])
 
-    def _skip_to(self, reading: Reading, first: int) -> None:
+    def _skip_to(self, reading: PartitionReader, first: int) -> None:
         """Go on at ``first``; what lies before it was deleted unread, and is lost: a gap, which is a row."""
         if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
             return
@@ -409,7 +409,7 @@ class Consumer:
         reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
         self._assignment.begin(reading)
 
-    def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
+    def _cut_off(self, reading: PartitionReader, divergence: int | None, end: int) -> None:
         """Read on as a new generation of the topic from where the log diverges, or from its beginning where that is not
         known. What was read before is stored already."""
         first = self._group.range(reading.partition)[0]  # before anything is stored, which must not be repeated
@@ -418,9 +418,9 @@ class Consumer:
         start = min(end if divergence is None else divergence, reading.next)
         if self._commit() and self._assignment.holds(reading):
             again = first if divergence is None else divergence
-            self._patiently(partial(self._begin_generation, reading, reading.next - start, again))
+            self._retry_until_stopped(partial(self._begin_generation, reading, reading.next - start, again))
 
-    def _begin_generation(self, reading: Reading, rewritten: int, start: int) -> None:
+    def _begin_generation(self, reading: PartitionReader, rewritten: int, start: int) -> None:
         """Count the offsets that were rewritten, and store the new generation, in one commit."""
         position = reading.claim.position
         generation = new_generation(self.store.positions().values(), position, start)
@@ -432,11 +432,11 @@ class Consumer:
             self._assignment.give_up(reading)
             return
         self._report.rewritten(claim, rewritten)
-        self._assignment.begin(Reading.of(claim))
+        self._assignment.begin(PartitionReader.of(claim))
 
     # -- waiting and telling ----------------------------------------------------------------------------------------
 
-    def _patiently(self, act: Callable[[], None]) -> bool:
+    def _retry_until_stopped(self, act: Callable[[], None]) -> bool:
         """Do what needs something that may be away; False when asked to stop before it was there. Raises LogLost."""
         failures = 0
         while True:
@@ -462,12 +462,12 @@ class Consumer:
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
         if dependency == "broker" and self._connected:
-            self._salvage()
+            self._commit_pending()
         self._stopping.wait(seconds)
         if dependency != "broker" and self._connected:
             self._group.stay()
 
-    def _salvage(self) -> None:
+    def _commit_pending(self) -> None:
         """Store what has been read though the broker is away; its refusals are published when it is back."""
         if self._gives_up():
             return

@@ -4,7 +4,7 @@ The index is a SQLite file of each worker, filled from the store and never held 
 sample. A file that is lost, damaged or of another store is made again from the store.
 
 A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
-(:mod:`streams.ingest.look`, which also decides the split).
+(:mod:`streams.ingest.perceptual_hash`, which also decides the split).
 """
 
 from __future__ import annotations
@@ -25,15 +25,24 @@ import pyarrow.compute as pc
 
 from core.errors import StoreFull, StoreUnavailable
 from core.progress import track
-from streams.ingest.look import COLUMNS, TABLES, Look, SplitRule, bands_of, bands_of_all, masks, similar
+from streams.ingest.perceptual_hash import (
+    COLUMNS,
+    TABLES,
+    PerceptualHash,
+    SplitRule,
+    bands_of,
+    bands_of_all,
+    masks,
+    similar,
+)
 from streams.store.rows import (
     RecordPosition,
     SampleTable,
     Split,
     chunks,
-    fences,
     name_of,
     parse_position,
+    position_fragments,
     position_of,
     quoted,
     reading_store,
@@ -66,7 +75,7 @@ _COLUMNS: Final = [
 ]  # fmt: skip
 
 
-class Sample(NamedTuple):
+class KnownSample(NamedTuple):
     """An entry of the index."""
 
     id: bytes
@@ -74,7 +83,7 @@ class Sample(NamedTuple):
     position: str
     """As by :func:`streams.store.rows.name_of`."""
     look: bytes | None
-    """:attr:`streams.ingest.look.Look.data`; None for one that is not compared by it."""
+    """:attr:`streams.ingest.perceptual_hash.PerceptualHash.data`; None for one that is not compared by it."""
     words: int
     """Of :func:`words_hash`."""
     domain: str = ""
@@ -151,7 +160,7 @@ class DuplicateIndex:
                 self._db.execute("ROLLBACK")
             raise
 
-    def find(self, sample: Sample) -> Duplicate | None:
+    def find(self, sample: KnownSample) -> Duplicate | None:
         """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
         with self._in_use():
             if self._has(sample.id):
@@ -160,22 +169,22 @@ class DuplicateIndex:
                 return Duplicate("older", sample.id.hex())
             if self.distance == OFF or sample.look is None:
                 return None
-            mine = Look.parse(sample.look)
+            mine = PerceptualHash.parse(sample.look)
             for band in bands_of(mine.phash, sample.words, self._masks):
                 query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
                 for other, theirs in self._db.execute(query, (band, CANDIDATES)):
-                    if similar(mine, Look.parse(theirs), self.distance) and self._has(other):
+                    if similar(mine, PerceptualHash.parse(theirs), self.distance) and self._has(other):
                         return Duplicate("perceptual", other.hex())
         return None
 
-    def add(self, sample: Sample) -> Split:
+    def add(self, sample: KnownSample) -> Split:
         """Remember a sample that :meth:`find` does not know. Returns its side of the split."""
         with self._in_use():
             self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", sample[:2])
             columns = self._split.columns(sample.look, sample.domain, sample.asks)
             side = self._split.assign(self._db, columns)
             if self.distance != OFF and sample.look is not None:
-                bands = bands_of(Look.parse(sample.look).phash, sample.words, self._masks)
+                bands = bands_of(PerceptualHash.parse(sample.look).phash, sample.words, self._masks)
                 rows = [(band, sample.id, sample.look) for band in bands]
                 self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", rows)
             return side
@@ -227,7 +236,7 @@ class DuplicateIndex:
         last, version = (int(self._meta(name) or -1) for name in ("fragment", "version"))
         if dataset.version == version:
             return dataset
-        positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version, last)
+        positions, moved = {each.fragment_id for each in position_fragments(dataset)}, _moved(dataset, version, last)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
         with self._in_use():
             staging = Staging(self._db, self._masks, self._split)
@@ -427,7 +436,7 @@ def near_duplicates(store: SampleStore, distance: int) -> dict[str, ValueCounts]
             dropped = []
             with index.deciding():
                 for number, row in enumerate(rows):
-                    sample = Sample(bytes.fromhex(row["id"]), "", row["look"], row["words"] or 0)
+                    sample = KnownSample(bytes.fromhex(row["id"]), "", row["look"], row["words"] or 0)
                     found = index.find(sample)
                     if found is None:
                         index.add(sample)

@@ -41,7 +41,7 @@ LOOK_SECONDS: Final = 2.0
 
 
 @dataclass(eq=False, slots=True)
-class Reading:
+class PartitionReader:
     """Reading one partition, from its claim to its loss."""
 
     claim: Claim
@@ -56,7 +56,7 @@ class Reading:
     record: markers of transactions, aborted records, what compaction removed."""
 
     @classmethod
-    def of(cls, claim: Claim) -> Reading:
+    def of(cls, claim: Claim) -> PartitionReader:
         """Read on from a claim's position."""
         return cls(claim, claim.position.next, claim.position.leader_epoch, claim.position.leader_epoch)
 
@@ -128,7 +128,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         """True if the group has said what is ours, be it nothing; not while it is being joined, again or at first."""
         self._lock = threading.Lock()
         self._assigned: set[int] = set()
-        self._readings: dict[int, Reading] = {}
+        self._readings: dict[int, PartitionReader] = {}
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Nothing is fetched of them before they are claimed."""
@@ -157,7 +157,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         with self._lock:
             return sorted(self._assigned - self._readings.keys())
 
-    def begin(self, reading: Reading) -> bool:
+    def begin(self, reading: PartitionReader) -> bool:
         """Read a partition on from where ``reading`` stands. False when it is not ours any more."""
         partition = TopicPartition(self.topic, reading.partition)
         with self._lock:
@@ -168,7 +168,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.consumer.resume(partition)
         return True
 
-    def give_up(self, reading: Reading) -> None:
+    def give_up(self, reading: PartitionReader) -> None:
         """Another process has claimed it, or its log is another: it has to be claimed again."""
         with self._lock:
             if self._readings.get(reading.partition) is reading:
@@ -176,16 +176,16 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
                 if reading.partition in self._assigned:
                     self.consumer.pause(TopicPartition(self.topic, reading.partition))
 
-    def reading(self, partition: int) -> Reading | None:
+    def reading(self, partition: int) -> PartitionReader | None:
         """The reading of a partition, or None when it is not ours (any more)."""
         with self._lock:
             return self._readings.get(partition)
 
-    def holds(self, reading: Reading) -> bool:
+    def holds(self, reading: PartitionReader) -> bool:
         """True if what was read under ``reading`` is still ours to store."""
         return self.reading(reading.partition) is reading
 
-    def all(self) -> list[Reading]:
+    def all(self) -> list[PartitionReader]:
         """All readings."""
         with self._lock:
             return [self._readings[number] for number in sorted(self._readings)]
@@ -273,7 +273,7 @@ class Membership:
             if position is not None and position.offset > reading.next and self.assignment.holds(reading):
                 reading.next, reading.next_epoch = position.offset, max(position.leader_epoch, reading.next_epoch)
 
-    def tell_kafka(self, readings: Sequence[Reading]) -> None:
+    def tell_kafka(self, readings: Sequence[PartitionReader]) -> None:
         """Commit what is stored of them as the group's offsets."""
         offsets = {
             TopicPartition(self._topic, each.partition): OffsetAndMetadata(each.stored, "", -1) for each in readings

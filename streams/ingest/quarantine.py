@@ -37,16 +37,16 @@ from core.dependencies import answered, noted
 from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded, Headers
-from streams.ingest.membership import Reading
+from streams.ingest.membership import PartitionReader
 from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry
 from streams.store.rows import Position, RecordPosition, name_of, position_of
 from streams.store.sample_store import SampleStore
 
 log = logging.getLogger(__name__)
-RefusalRow = Mapping[str, Any]
+QuarantineRow = Mapping[str, Any]
 
 
-def message(row: RefusalRow) -> Encoded:
+def message(row: QuarantineRow) -> Encoded:
     """The message for a refused record's row."""
     record = original(row)
     # Brokers take a record with neither key nor value; the client does not send one.
@@ -56,7 +56,7 @@ def message(row: RefusalRow) -> Encoded:
     return Encoded(record.key, value, [*record.headers, *_headers(row), *named])
 
 
-def claim_check(row: RefusalRow) -> Encoded:
+def claim_check(row: QuarantineRow) -> Encoded:
     """The message for a row whose record the topic does not take."""
     size = len(row["original"] or b"")
     text = json.dumps({"record": name_of(position_of(row)), "reason": row["reason"], "bytes": size})
@@ -64,7 +64,7 @@ def claim_check(row: RefusalRow) -> Encoded:
     return Encoded(None, text.encode(), [*_headers(row), check])
 
 
-def original(row: RefusalRow) -> Encoded:
+def original(row: QuarantineRow) -> Encoded:
     """The record of a refused record's row, as it came but for headers without a value, which ingest passes over."""
     headers = [
         (name, base64.b64decode(value)) for name, value in json.loads(row["original_headers"]) if value is not None
@@ -82,7 +82,7 @@ def refused_position(record: Any) -> RecordPosition | None:
         return None
 
 
-def _headers(row: RefusalRow) -> Headers:
+def _headers(row: QuarantineRow) -> Headers:
     refused_at: datetime = row["ingested_at"]
     ours = {
         "reason": row["reason"],
@@ -104,10 +104,10 @@ BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 class _Job:
     """Refusals of one partition between two offsets."""
 
-    reading: Reading
+    reading: PartitionReader
     start: int
     end: int
-    rows: list[RefusalRow] | None
+    rows: list[QuarantineRow] | None
     """None: they are in the store alone."""
     size: int = 0
     page: int = PAGE_ROWS
@@ -115,14 +115,14 @@ class _Job:
     """Offset of a record that the topic does not take."""
 
 
-class RefusalPublisher:
+class QuarantinePublisher:
     """A thread with a queue. The consumer's loop calls everything but :meth:`_run`."""
 
     def __init__(self, kafka: Kafka, store: SampleStore) -> None:
         self.kafka = kafka
         self.store = store
         self._jobs: deque[_Job] = deque()
-        self._outboxes: dict[str, tuple[Reading, Outbox]] = {}
+        self._outboxes: dict[str, tuple[PartitionReader, Outbox]] = {}
         """One for each partition, by its key: that of the newest reading with refusals."""
         self._bytes = 0
         self._changed = threading.Condition()
@@ -130,13 +130,13 @@ class RefusalPublisher:
         self._thread = threading.Thread(target=self._run, name="refusals", daemon=True)
         self._thread.start()
 
-    def recover(self, reading: Reading) -> None:
+    def recover(self, reading: PartitionReader) -> None:
         """Publish what an earlier owner of the partition stored as refused and may not have published."""
         position = reading.claim.position
         if position.published < position.next:
             self._queue(_Job(reading, position.published, position.next, None))
 
-    def publish(self, reading: Reading, rows: Sequence[RefusalRow]) -> None:
+    def publish(self, reading: PartitionReader, rows: Sequence[QuarantineRow]) -> None:
         """Publish rows of one partition that were just stored."""
         if rows:
             size = sum(len(row["original"] or b"") + 1024 for row in rows)
@@ -144,7 +144,7 @@ class RefusalPublisher:
             offsets = [int(row["offset"]) for row in rows]
             self._queue(_Job(reading, min(offsets), max(offsets) + 1, held, size if held is not None else 0))
 
-    def unpublished(self, reading: Reading) -> int | None:
+    def unpublished(self, reading: PartitionReader) -> int | None:
         """The first offset of a partition that waits here, or None."""
         with self._changed:
             return next((job.start for job in self._jobs if job.reading is reading), None)
@@ -237,12 +237,12 @@ class RefusalPublisher:
                 self._jobs.popleft()
                 self._changed.notify_all()
 
-    def _from_store(self, job: _Job) -> list[RefusalRow]:
+    def _from_store(self, job: _Job) -> list[QuarantineRow]:
         position = job.reading.claim.position
         part = Position(position.stream, position.partition, job.end, published=job.start)
         return list(self.store.outbox(part, job.page))
 
-    def _outbox(self, reading: Reading) -> Outbox:
+    def _outbox(self, reading: PartitionReader) -> Outbox:
         """The outbox of a reading. That of an earlier reading of the partition is closed: it is not needed any more."""
         known = self._outboxes.get(reading.claim.key)
         if known is not None and known[0] is reading:
@@ -256,12 +256,12 @@ class RefusalPublisher:
         self._outboxes[reading.claim.key] = (reading, outbox)
         return outbox
 
-    def _owns(self, reading: Reading) -> bool:
+    def _owns(self, reading: PartitionReader) -> bool:
         """True if no other process has claimed the partition since."""
         newest = self.store.positions().get(reading.claim.key)
         return newest is not None and newest.epoch == reading.claim.position.epoch
 
-    def _forget(self, reading: Reading) -> None:
+    def _forget(self, reading: PartitionReader) -> None:
         with self._changed:
             self._bytes -= sum(job.size for job in self._jobs if job.reading is reading)
             self._jobs = deque(job for job in self._jobs if job.reading is not reading)
@@ -272,7 +272,7 @@ class RefusalPublisher:
             known[1].close()
 
 
-def _entry(row: RefusalRow, oversized: bool) -> OutboxEntry:
+def _entry(row: QuarantineRow, oversized: bool) -> OutboxEntry:
     record: Encoded = claim_check(row) if oversized else message(row)
     return OutboxEntry(name_of(position_of(row)), record, row["ingested_at"])
 

@@ -65,7 +65,7 @@ _PLACE: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
 
 
 @dataclass(frozen=True, slots=True)
-class RefusedRecord:
+class QuarantinedRecord:
     """A record in quarantine, without its bytes."""
 
     place: str
@@ -81,13 +81,15 @@ class RefusedRecord:
 
 def list_quarantine(
     settings: Settings, ledger: Ledger, limit: int = 50, reason: str | None = None, source: str | None = None
-) -> list[RefusedRecord]:
+) -> list[QuarantinedRecord]:
     """The newest refused records, newest first; of a reason, of a source (empty: of none). Raises StoreError."""
-    rows = SampleStore(settings.lake).refusals(limit, reason, source)
+    rows = SampleStore(settings.lake).quarantined(limit, reason, source)
     places = [name_of(position_of(row)) for row in rows]
     again = ledger.resubmissions(places)
     return [
-        RefusedRecord(place, row["reason"], row["detail"], row["source"] or "", row["ingested_at"], again.get(place))
+        QuarantinedRecord(
+            place, row["reason"], row["detail"], row["source"] or "", row["ingested_at"], again.get(place)
+        )
         for place, row in zip(places, rows, strict=True)
     ]
 
@@ -163,7 +165,7 @@ _ORDER: Final = ("topic", "partition", "offset")
 
 
 @dataclass(frozen=True, slots=True)
-class RefusalFilter:
+class QuarantineFilter:
     """A choice of refused records, the oldest first. None: any.
 
     Raises:
@@ -229,7 +231,7 @@ class ResubmitReport:
 def resubmit_many(
     settings: Settings,
     ledger: Ledger,
-    which: RefusalFilter,
+    which: QuarantineFilter,
     *,
     actor: str,
     reason: str,
@@ -292,7 +294,9 @@ def resubmit_many(
     return report
 
 
-def _choose(store: SampleStore, ledger: Ledger, which: RefusalFilter, report: ResubmitReport) -> list[RecordPosition]:
+def _choose(
+    store: SampleStore, ledger: Ledger, which: QuarantineFilter, report: ResubmitReport
+) -> list[RecordPosition]:
     """Positions of the records to send, the oldest first; counts into the report."""
     columns = [*_ORDER, "ingested_at"]
     schema = pa.schema([SCHEMA.field(name) for name in columns])

@@ -18,7 +18,7 @@ from core.errors import BrokerError, RecordError, StoreError
 from core.settings.streams import Ingest as Limits
 from ratchet_client.images import decode_image
 from ratchet_client.records import Sample, check_text
-from streams.ingest.look import look_of
+from streams.ingest.perceptual_hash import perceptual_hash
 from streams.records.codecs import Fetch, decode
 from streams.records.registry import SchemaRegistry
 from streams.store.rows import RecordPosition, record_key, words_hash
@@ -154,7 +154,7 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
     replaces = _replaces(record)
     sent = record_time(record.timestamp) or now
     image = decode_image(sample.image, limits.max_pixels, limits.max_image_bytes, limits.min_side)
-    look = look_of(image)
+    look = perceptual_hash(image)
     row = {
         "kind": "sample",
         **sample.row(),

@@ -34,7 +34,7 @@ from core.errors import StoreFull, StoreUnavailable
 from core.files import replace_file
 from core.logs import LogConfig, inherit, inherited
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.membership import Reading
+from streams.ingest.membership import PartitionReader
 from streams.ingest.validate import Accepted, Received, Rules, StoreRow, refuse, validate
 from streams.records.registry import SchemaRegistry
 from streams.records.uris import UriFetcher
@@ -53,7 +53,7 @@ Result = Accepted | StoreRow
 class Validated:
     """A record with its result."""
 
-    reading: Reading
+    reading: PartitionReader
     end: int
     """The next offset to read behind it."""
     leader_epoch: int
@@ -65,7 +65,7 @@ class Validated:
 class _Chunk:
     """Records of one partition in their order, with their leader epochs, and the results that were known before."""
 
-    reading: Reading
+    reading: PartitionReader
     records: list[tuple[Received, int, StoreRow | None]] = field(default_factory=list)
     size: int = 0
     future: Future[list[Result]] = field(default_factory=Future)
@@ -84,7 +84,7 @@ class ValidationPool:
         self._validators = validators
         self._max_bytes = max_bytes
         self._max_records = max_records
-        self._pending: dict[Reading, deque[_Chunk]] = {}
+        self._pending: dict[PartitionReader, deque[_Chunk]] = {}
         self._filling: _Chunk | None = None
         self._bytes = 0
         self._records = 0
@@ -97,7 +97,9 @@ class ValidationPool:
         """True if another poll's records may be added."""
         return self._bytes < self._max_bytes and self._records < self._max_records
 
-    def add(self, reading: Reading, received: Received, leader_epoch: int, result: StoreRow | None = None) -> None:
+    def add(
+        self, reading: PartitionReader, received: Received, leader_epoch: int, result: StoreRow | None = None
+    ) -> None:
         """Take in a record, perhaps with its result. It is validated after :meth:`flush`, or when a chunk is full."""
         if self._filling is not None and self._filling.reading is not reading:
             self.flush()
@@ -154,7 +156,7 @@ class ValidationPool:
         self.flush()
         wait([chunk.future for queue in self._pending.values() for chunk in queue])
 
-    def drop(self, holds: Callable[[Reading], bool]) -> None:
+    def drop(self, holds: Callable[[PartitionReader], bool]) -> None:
         """Forget the records of readings that do not hold any more."""
         if self._filling is not None and not holds(self._filling.reading):
             self._forget(self._filling)
@@ -177,7 +179,7 @@ class ValidationPool:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ValidationSetup:
     """The settings that a process needs to begin."""
 
     limits: Ingest
@@ -200,7 +202,7 @@ class Work:
         return Rules(self.limits, fetcher.fetch, registry, end)
 
 
-def start_validators(work: Work, processes: int, folder: Path) -> tuple[CrashGuard, Validators]:
+def start_validators(work: ValidationSetup, processes: int, folder: Path) -> tuple[CrashGuard, Validators]:
     """``processes`` that validate; with 0, threads of this process do. Raises StoreUnavailable."""
     if processes:
         guard = CrashGuard(folder, processes * work.threads)
@@ -213,8 +215,8 @@ def start_validators(work: Work, processes: int, folder: Path) -> tuple[CrashGua
 class ProcessValidators:
     """Validates in processes of its own, which end with their consumer, however it ends."""
 
-    def __init__(self, work: Work, count: int, guard: CrashGuard) -> None:
-        """``guard`` has slots for ``count`` processes of :attr:`Work.threads` each."""
+    def __init__(self, work: ValidationSetup, count: int, guard: CrashGuard) -> None:
+        """``guard`` has slots for ``count`` processes of :attr:`ValidationSetup.threads` each."""
         self._work = work
         self._count = count
         self._guard = guard
@@ -267,7 +269,7 @@ class ProcessValidators:
 class ThreadValidators:
     """Validates on threads of this process, which start at once and share its GIL: about half as fast as processes."""
 
-    def __init__(self, work: Work, count: int, guard: CrashGuard) -> None:
+    def __init__(self, work: ValidationSetup, count: int, guard: CrashGuard) -> None:
         """``guard`` has a slot for each of the ``count`` threads."""
         self._notes = guard.notes
         self._rules = work.rules()
@@ -295,7 +297,7 @@ _notes: Notes
 _threads: ThreadPoolExecutor | None = None
 
 
-def _begin(work: Work, path: Path, started: Any, log: LogConfig | None) -> None:
+def _begin(work: ValidationSetup, path: Path, started: Any, log: LogConfig | None) -> None:
     """In a new process. ``started``: a shared number of the processes that began before."""
     global _rules, _notes, _threads
     inherit(log)

@@ -43,7 +43,7 @@ from core.settings import Settings
 from streams.kafka.events import EventPublisher
 from streams.store import deletion, retention
 from streams.store.deletion import OldVersions, is_tombstone
-from streams.store.rows import fences, name_of, outage, position_of
+from streams.store.rows import name_of, outage, position_fragments, position_of
 from streams.store.sample_store import BACKUP_PIN, SampleStore
 from streams.store.writer import StoreWriter
 
@@ -67,7 +67,7 @@ PIN_HOURS: Final = 24.0
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MaintenanceRun:
     """The outcome of a run of maintenance."""
 
     written: int = 0
@@ -105,7 +105,7 @@ class Maintainer:
         """When something that is done now and then was done last, by its name."""
         self._gaps = 0
 
-    def run_once(self) -> Run:
+    def run_once(self) -> MaintenanceRun:
         """Do what there is to do.
 
         Raises:
@@ -115,7 +115,7 @@ class Maintainer:
         try:
             epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
             if epoch is None:
-                return Run(waiting=True)
+                return MaintenanceRun(waiting=True)
             with renewing(self.ledger, LEASE, epoch, LEASE_SECONDS):
                 run = self._run()
         except Exception as error:
@@ -154,7 +154,7 @@ class Maintainer:
             log.info("the lease of maintenance could not be given back (%s); it runs out by itself", error)
         self.events.close()
 
-    def _run(self) -> Run:
+    def _run(self) -> MaintenanceRun:
         removed = self._delete() + self._expire()
         self._tell_gaps()
         pending = self._deletions("removed")
@@ -171,7 +171,7 @@ class Maintainer:
             self._finish(pending)
         finally:
             self._count_deletions()
-        return Run(written, removed, freed)
+        return MaintenanceRun(written, removed, freed)
 
     def _due(self, name: str, seconds: float) -> bool:
         return time.monotonic() - self._done_at.get(name, -math.inf) >= seconds
@@ -477,7 +477,7 @@ def _fragments(store: SampleStore) -> list[Fragment]:
     dataset = store.table.open()
     if dataset is None:
         return []
-    positions = {each.fragment_id for each in fences(dataset)}
+    positions = {each.fragment_id for each in position_fragments(dataset)}
     return [
         Fragment(
             int(each.fragment_id),

@@ -48,10 +48,10 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
             break
-    return removed + _expire_refusals(store, limit)
+    return removed + _expire_quarantine(store, limit)
 
 
-def _expire_refusals(store: SampleStore, limit: datetime) -> int:
+def _expire_quarantine(store: SampleStore, limit: datetime) -> int:
     published = [
         f"(topic = {quoted(each.stream)} AND partition = {each.partition} AND offset < {each.published})"
         for each in store.positions().values()

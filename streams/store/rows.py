@@ -92,7 +92,7 @@ SCHEMA: Final = pa.schema(
         ("kind", pa.string()),
         *SAMPLE_SCHEMA,
         ("key", pa.binary()),  # see record_key
-        ("look", pa.binary(35)),  # see streams.ingest.look.Look
+        ("look", pa.binary(35)),  # see streams.ingest.perceptual_hash.PerceptualHash
         ("words", pa.int64()),  # see words_hash
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -452,7 +452,7 @@ def _format(dataset: Any) -> str:
     return str(dict(dataset.schema.metadata or {}).get(b"ratchet.format", b"").decode())
 
 
-def fences(dataset: Any) -> list[Any]:
+def position_fragments(dataset: Any) -> list[Any]:
     """The fragments that hold positions: those without other columns, and the first, with which the table was made."""
     names = {dataset.lance_schema.field(name).id() for name in POSITION_COLUMNS}
     return [
@@ -464,7 +464,7 @@ def fences(dataset: Any) -> list[Any]:
 
 def positions(dataset: Any) -> Iterator[tuple[int, Position]]:
     """Fragment and position of every partition, :data:`ROOT` among them."""
-    fragments = fences(dataset)
+    fragments = position_fragments(dataset)
     if not fragments:
         return
     with reading_store(dataset.uri):

@@ -311,10 +311,10 @@ def store_stats(store: SampleStore) -> StoreStats:
     """Count; kinds, splits and bytes come from the tally. Raises StoreUnavailable."""
     version = store.version()
     samples = count_values(store, "kind = 'sample'", ("domain", "source", "concept"), version)
-    return StoreStats(version, store.tally(version), store.size(), samples, refusal_counts(store, version=version))
+    return StoreStats(version, store.tally(version), store.size(), samples, quarantine_counts(store, version=version))
 
 
-def refusal_counts(
+def quarantine_counts(
     store: SampleStore, reason: str | None = None, source: str | None = None, version: int | None = None
 ) -> dict[str, ValueCounts]:
     """Refused records by ``reason`` and by ``source``; only those of one reason, or of one source."""

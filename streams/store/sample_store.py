@@ -29,9 +29,9 @@ from streams.store.rows import (
     Tally,
     at_offset,
     chunks,
-    fences,
     moment,
     outage,
+    position_fragments,
     positions,
     quoted,
     reading_store,
@@ -296,7 +296,7 @@ class SampleStore:
         """The rows of one record: one, or two after its sample was deleted; none where it was not read yet."""
         return self.select(f"kind != 'position' AND {at_offset(stream, partition, offset)}", _RECORD)
 
-    def refusals(self, limit: int, reason: str | None = None, source: str | None = None) -> list[dict[str, Any]]:
+    def quarantined(self, limit: int, reason: str | None = None, source: str | None = None) -> list[dict[str, Any]]:
         """The newest refused records, newest first, without their bytes: position, reason, detail, source and time.
 
         Args:
@@ -342,7 +342,7 @@ class SampleStore:
     def fragments(self) -> int:
         """Number of data files that hold rows of records; many small ones make reading slow."""
         dataset = self.table.open()
-        return 0 if dataset is None else len(dataset.get_fragments()) - len(fences(dataset))
+        return 0 if dataset is None else len(dataset.get_fragments()) - len(position_fragments(dataset))
 
     def size(self) -> int:
         """Bytes of the data files of the latest version."""

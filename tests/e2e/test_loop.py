@@ -232,7 +232,7 @@ def test_after_a_crash_of_everything_it_goes_on_where_it_was(installation: Insta
     assert paged["labels"]["severity"] == "page"
     assert paged["annotations"]["runbook_url"].endswith("docs/runbooks/RatchetServingAbsent.md")
     installation.ledger.hold("test", "a row that is written while everything is down")
-    wait(lambda: installation.parts.tend() or installation.client.is_ready())
+    wait(lambda: installation.parts.restart_dead() or installation.client.is_ready())
     assert installation.client.live() == live
     [after] = installation.client.embed(["a red circle"])
     assert after.tolist() == pytest.approx(before.tolist(), abs=1e-5)

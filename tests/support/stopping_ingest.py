@@ -9,7 +9,7 @@ from typing import Any
 
 from core.settings import Settings
 from streams.ingest.consumer import run_ingest
-from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.quarantine import QuarantinePublisher
 from streams.kafka.outbox import FencedSender
 from streams.store.writer import StoreWriter
 
@@ -20,7 +20,7 @@ def asleep_before(owner: type, name: str) -> None:
     slept: list[bool] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not slept and (owner is not RefusalPublisher or args[2]):  # it is given what to publish
+        if not slept and (owner is not QuarantinePublisher or args[2]):  # it is given what to publish
             slept.append(True)
             os.kill(os.getpid(), signal.SIGSTOP)
         return method(*args, **kwargs)
@@ -30,7 +30,7 @@ def asleep_before(owner: type, name: str) -> None:
 
 POINTS: dict[str, tuple[type, str]] = {
     "before_the_commit": (StoreWriter, "commit"),
-    "between_commit_and_publish": (RefusalPublisher, "publish"),
+    "between_commit_and_publish": (QuarantinePublisher, "publish"),
     "before_its_sender_is_open": (FencedSender, "open"),
     "between_reading_back_and_sending": (FencedSender, "send_all"),
     "with_its_ownership_checked": (FencedSender, "_send"),

@@ -15,7 +15,7 @@ from core.settings.serving import Rollout
 from serving.releases.guard import ComparisonCounts, Observations, RequestCounts, look
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
-from updater.gate.interim_analyses import Plan
+from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import write_report
 from updater.gate.verdict import Check, Diagnostics, FeatureShift, Regression, TowerShift, Verdict
 
@@ -47,7 +47,7 @@ def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict
     return Verdict(
         outcome=outcome, reasons=reasons, candidate=candidate, incumbent=None, base="tiny", suites=findings.results,
         gain=findings.gain, checks=checks, alpha=0.05,
-        look=Plan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=12.5,
+        look=AnalysisPlan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=12.5,
         created_at="2026-01-01T00:00:00+00:00",
         cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": caption},
         diagnostics=Diagnostics(shift=SHIFT, warnings=(f"something to look at {caption}",)),

@@ -30,8 +30,8 @@ from core.settings import Settings
 from core.settings.streams import Ingest, Kafka
 from streams.ingest.batch import Batch
 from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.look import SplitRule
-from streams.ingest.membership import Reading, start_position
+from streams.ingest.membership import PartitionReader, start_position
+from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.validate import Received, Rules, validate
 from streams.store import deletion
 from streams.store.sample_store import SampleStore
@@ -91,7 +91,7 @@ def write_lake(folder: Path) -> dict[str, Any]:
     writer = StoreWriter(store.table)
     known = store.positions().values()
     claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
-    readings = [Reading(claim, 0) for claim in claims]
+    readings = [PartitionReader(claim, 0) for claim in claims]
     with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, Ingest().fresh_eval_share))) as index:
         batch = Batch(Kafka(), writer, index)
         for number, record in enumerate(records()):

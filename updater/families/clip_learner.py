@@ -26,7 +26,7 @@ from updater.adapters.trained_layers import Which, first_touched
 from updater.budget.bound import Size
 from updater.data.pools import Pair, caption_number
 from updater.families.clip_towers import SplitTower, TowerPass, stack_boundaries
-from updater.methods.batches import Features, Sides, Texts
+from updater.methods.batches import AuxiliaryTexts, Features, TeacherFeatures
 from updater.methods.objectives import Objective
 from updater.recipes import PLACE, Part, Recipe, Views
 from updater.step.learner import CHUNK, Learner
@@ -210,7 +210,7 @@ class ClipLearner(Learner[Pair]):
         teachers = {name: self._teacher(name, rows) for name in self.taught if name != "momentum"}
         if self.momentum is not None:
             with torch.no_grad(), self.model.holding(self.momentum.values):
-                teachers["momentum"] = Sides(self.features("image", rows), self.features("text", rows))
+                teachers["momentum"] = TeacherFeatures(self.features("image", rows), self.features("text", rows))
         return Features(
             part=tuple(self.parts[row] for row in rows),
             image=self.features("image", rows),
@@ -222,7 +222,7 @@ class ClipLearner(Learner[Pair]):
             texts={name: self._extra_texts_in(extra, rows) for name, extra in self.extra_texts.items()},
         )
 
-    def _teacher(self, name: str, rows: Sequence[int]) -> Sides:
+    def _teacher(self, name: str, rows: Sequence[int]) -> TeacherFeatures:
         """Its features; not a number for rows that no objective compares with it."""
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
         image, text = (torch.full((len(rows), self.base.dim), torch.nan, device=self.model.device) for _ in WHICH)
@@ -230,7 +230,7 @@ class ClipLearner(Learner[Pair]):
             known = [rows[place] for place in places]
             image[places] = self._stacked(f"image.{name}", known)
             text[places] = self._stacked(f"text.{name}", known)
-        return Sides(image, text)
+        return TeacherFeatures(image, text)
 
     def _stacked(self, name: str, rows: Sequence[int]) -> Tensor:
         return torch.stack(self.shards.get(name, rows)).to(self.model.device)
@@ -268,15 +268,15 @@ class ClipLearner(Learner[Pair]):
 
         return self.passes(run, rows)
 
-    def _extra_texts_in(self, extra: ExtraTexts, rows: Sequence[int]) -> Texts:
+    def _extra_texts_in(self, extra: ExtraTexts, rows: Sequence[int]) -> AuxiliaryTexts:
         device = self.model.device
         place = {row: number for number, row in enumerate(rows)} | {-1: -1}
         chosen = extra.of(rows)
         shards, empty = extra.shards, torch.zeros(0, self.base.dim, device=device)
         if not chosen:
             none = torch.zeros(0, dtype=torch.long, device=device)
-            return Texts(text=empty, teachers=dict.fromkeys(extra.teachers, empty), row=none, number=none)
-        return Texts(
+            return AuxiliaryTexts(text=empty, teachers=dict.fromkeys(extra.teachers, empty), row=none, number=none)
+        return AuxiliaryTexts(
             text=self._texts(extra.tower, shards, "", extra.texts, chosen),
             teachers={name: torch.stack(shards.get(name, chosen)).to(device) for name in extra.teachers},
             row=torch.tensor([place[extra.example[number]] for number in chosen], dtype=torch.long, device=device),

@@ -25,7 +25,7 @@ from updater.adapters.trained_layers import sees, vlm_layers
 from updater.budget.bound import Size
 from updater.data.pools import Question
 from updater.families.vlm_reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
-from updater.methods.batches import Answers, OwnAnswers, Teacher, summarise
+from updater.methods.batches import AnswerBatch, OwnAnswers, Teacher, summarise
 from updater.recipes import Recipe
 from updater.step.learner import CHUNK, STAND_IN, Learner
 from updater.step.shards import Values
@@ -212,13 +212,13 @@ class VlmLearner(Learner[Question]):
     def length(self, row: int) -> int:
         return self.reader.words(self.examples[row])
 
-    def batch(self, rows: Sequence[int]) -> Answers:
+    def batch(self, rows: Sequence[int]) -> AnswerBatch:
         self.ready(rows)
         sequences = self._sequences(rows)
         self.longest_batch = self._longest(sequences)
         logits = self.passes(self._run, rows)
         target, row = _targets(sequences, logits.device)
-        return Answers(
+        return AnswerBatch(
             part=tuple(self.parts[number] for number in rows),
             logits=logits,
             target=target,

@@ -25,7 +25,7 @@ from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.diagnostics import HardPair, StoreCounts, hard_pairs
-from updater.gate.interim_analyses import Plan
+from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import open_evaluator, run_gate
 from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites, head_suites
@@ -89,7 +89,7 @@ def gate_command(
             suites=loaded,
             fresh=fresh,
             counts=StoreCounts(*counted, settings.home / "cache" / "gate"),
-            plan=Plan.alone(settings.gate.alpha),
+            plan=AnalysisPlan.alone(settings.gate.alpha),
             settings=settings.gate,
             meta=meta,
         )

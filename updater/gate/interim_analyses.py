@@ -78,7 +78,7 @@ class InterimAnalysis:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AnalysisPlan:
     """Everything that is settled about a candidate before its answers are looked at."""
 
     alpha: float
@@ -95,7 +95,7 @@ class Plan:
     """It is looked at once, with the items that there are."""
 
     @classmethod
-    def alone(cls, alpha: float) -> Plan:
+    def alone(cls, alpha: float) -> AnalysisPlan:
         """The only look at the first candidate after a release."""
         return cls(candidate_alpha(alpha, 0), alpha, 1, only=True)
 

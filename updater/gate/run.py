@@ -25,7 +25,7 @@ from serving.errors import EngineDead
 from updater.gate.clip import ClipEvaluator
 from updater.gate.decision import Findings, ItemScores, Scores, conclude, decide
 from updater.gate.diagnostics import ConceptCounts, measure_tail
-from updater.gate.interim_analyses import InterimAnalysis, Plan
+from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis
 from updater.gate.suites import Family, Suite
 from updater.gate.verdict import YES_BOUND, Check, CrossVersion, Diagnostics, Regression, Verdict
 from updater.gate.vlm import VlmEvaluator
@@ -102,7 +102,7 @@ def run_gate(
     incumbent: str | None,
     suites: Sequence[Suite],
     fresh: Sequence[Suite],
-    plan: Plan,
+    plan: AnalysisPlan,
     settings: GateSettings,
     best: Mapping[str, str] | None = None,
     counts: ConceptCounts | None = None,
@@ -117,7 +117,7 @@ def run_gate(
         incumbent: adapter of the live release; None is the base alone.
         suites: retention suites, and gain suites of the user, all of the evaluator's family.
         fresh: gain suites from `fresh_eval`, see `fresh_suites`.
-        plan: what the looks at this candidate may spend, and those that were made; `Plan.alone` for a single one.
+        plan: what the looks at this candidate may spend, and those made so far; `AnalysisPlan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine; a suite without one, or
             whose best is the incumbent, is compared with incumbent and base.
         counts: how often concepts are in the data that the candidate learned from; without them results are not split

@@ -47,7 +47,7 @@ LATENCY_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class VlmAnswers:
     """One model's answers, aligned with `ids` [n]."""
 
     ids: NDArray[np.str_]
@@ -83,7 +83,7 @@ class VlmEvaluator:
             self.vlm.load(name, directory)
         self._directories[name] = directory
 
-    def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Answers:
+    def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> VlmAnswers:
         """One model's answers with their scores. Raises GateError: the engine died, or an item cannot be asked."""
         items, folder = suite.items(), self.cache or suite.cache
         ids = np.array([item.id for item in items], dtype=np.str_)
@@ -99,7 +99,7 @@ class VlmEvaluator:
         texts = [str(text) for text in kept(path, ("ids", "texts"), compute, fits)[1]]
         self._remember(suite, items, adapter, texts)
         earned = [grade(str(suite.metric), text, item.answers) for text, item in zip(texts, items, strict=True)]
-        return Answers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
+        return VlmAnswers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
 
     def chance(self, suite: Suite) -> float:
         """Score of the most common answer when it is given to every question."""
@@ -115,11 +115,13 @@ class VlmEvaluator:
         shares = {
             each.suite.name: yes_share(each.suite, each.base.texts, each.before.texts, each.after.texts)
             for each in scores
-            if isinstance(each.base, Answers) and isinstance(each.before, Answers) and isinstance(each.after, Answers)
+            if isinstance(each.base, VlmAnswers)
+            and isinstance(each.before, VlmAnswers)
+            and isinstance(each.after, VlmAnswers)
         }
         return Diagnostics(yes={name: share for name, share in shares.items() if share is not None})
 
-    def regressions(self, suite: Suite, before: Answers, after: Answers) -> tuple[Regression, ...]:
+    def regressions(self, suite: Suite, before: VlmAnswers, after: VlmAnswers) -> tuple[Regression, ...]:
         """Answers that were better before."""
         return worst_answers(suite, (before.texts, before.hits[:, 0]), (after.texts, after.hits[:, 0]))
 

@@ -1,6 +1,6 @@
 """Batches: what an objective sees of the rows of one step, and what teachers say of them.
 
-A CLIP's batch is :class:`Features`, a VLM's :class:`Answers`.
+A CLIP's batch is :class:`Features`, a VLM's :class:`AnswerBatch`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class Batch(ABC):
 
 
 @dataclass(frozen=True)
-class Sides:
+class TeacherFeatures:
     """Another model's view of the same pairs: unit features [n, dim] without gradients."""
 
     image: Tensor
     text: Tensor
 
-    def __getitem__(self, index: Tensor) -> Sides:
+    def __getitem__(self, index: Tensor) -> TeacherFeatures:
         """The same of some of the rows."""
-        return Sides(self.image[index], self.text[index])
+        return TeacherFeatures(self.image[index], self.text[index])
 
 
 @dataclass(frozen=True)
-class Texts:
+class AuxiliaryTexts:
     """Further texts of an objective's own: the student's features [m, dim] and each teacher's, of unit length.
 
     ``row`` int [m] is the row of the batch that a text belongs to, -1 for one that is in every batch. ``number`` int
@@ -63,7 +63,7 @@ class Texts:
     row: Tensor
     number: Tensor
 
-    def select(self, rows: Sequence[int], size: int) -> Texts:
+    def select(self, rows: Sequence[int], size: int) -> AuxiliaryTexts:
         """Those of some rows of a batch of ``size``, renumbered, and those of no row."""
         place = torch.full((size + 1,), -2, device=self.row.device)
         place[torch.tensor(rows, device=place.device)] = torch.arange(len(rows), device=place.device)
@@ -71,7 +71,7 @@ class Texts:
         new = place[self.row]
         index = (new >= -1).nonzero().flatten()
         teachers = {name: features[index] for name, features in self.teachers.items()}
-        return Texts(self.text[index], teachers, new[index], self.number[index])
+        return AuxiliaryTexts(self.text[index], teachers, new[index], self.number[index])
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,22 @@ class Features(Batch):
 
     image: Tensor
     text: Tensor
-    teachers: Mapping[str, Sides]
+    teachers: Mapping[str, TeacherFeatures]
     caption: Tensor
     label: Tensor
     scale: float
-    texts: Mapping[str, Texts] = field(default_factory=dict)
+    texts: Mapping[str, AuxiliaryTexts] = field(default_factory=dict)
 
-    def taught(self, teacher_of: Callable[[Part], str | None]) -> Sides:
+    def taught(self, teacher_of: Callable[[Part], str | None]) -> TeacherFeatures:
         """Each row's features by its own teacher, which its part decides."""
         names = [teacher_of(part) for part in self.part]
         sides = self.teachers[names[0] or ""]
         for name in dict.fromkeys(names[1:]):
             own = torch.tensor([each == name for each in names], device=self.image.device)[:, None]
             other = self.teachers[name or ""]
-            sides = Sides(torch.where(own, other.image, sides.image), torch.where(own, other.text, sides.text))
+            sides = TeacherFeatures(
+                torch.where(own, other.image, sides.image), torch.where(own, other.text, sides.text)
+            )
         return sides
 
     def zero(self) -> Tensor:
@@ -152,7 +154,7 @@ class OwnAnswers:
 
 
 @dataclass(frozen=True)
-class Answers(Batch):
+class AnswerBatch(Batch):
     """A VLM's logits at answers: all answer tokens of all rows one after another, their end tokens included.
 
     ``logits`` float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token itself and

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.errors import ConfigError
-from updater.methods.batches import Answers, Batch, Features, divergence
+from updater.methods.batches import AnswerBatch, Batch, Features, divergence
 from updater.recipes import Family, Part, Term
 from updater.recipes.plugin_registry import Methods
 
@@ -200,17 +200,17 @@ class ContrastiveDistillation(Objective[Features]):
         return self.temperature**2 * (image + text)
 
 
-class AnswerLikelihood(Objective[Answers]):
+class AnswerLikelihood(Objective[AnswerBatch]):
     """Cross entropy of each answer token and of the answer's end; the question and the image are only read."""
 
     family: ClassVar[Family] = "vlm"
 
-    def __call__(self, batch: Answers) -> Tensor:
+    def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
         return batch.mean_over_rows(F.cross_entropy(batch.logits, batch.target, reduction="none"))
 
 
-class TokenDistillation(Objective[Answers]):
+class TokenDistillation(Objective[AnswerBatch]):
     """KL(teacher || student) over the next token, at each token of the known answer (Hinton et al. 2015, at T = 1).
 
     The teacher is kept as its most probable tokens and one bucket for all others, which the student's others are
@@ -228,7 +228,7 @@ class TokenDistillation(Objective[Answers]):
         self.teacher: str = known_teacher(teacher, "base", "incumbent")
         self.replay_teacher = known_teacher(replay, "base", "incumbent") if replay is not None else None
 
-    def __call__(self, batch: Answers) -> Tensor:
+    def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
         return batch.mean_over_rows(divergence(batch.taught(self.teacher_of), batch.logits))
 

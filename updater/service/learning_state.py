@@ -21,7 +21,7 @@ from core.metrics.learning import Score
 from core.settings import Settings
 from serving.engines.clip_base import list_bases
 from streams.store.sample_store import SampleStore
-from updater.gate.interim_analyses import Plan, alpha_left
+from updater.gate.interim_analyses import AnalysisPlan, alpha_left
 from updater.gate.suites import load_suites
 from updater.recipes import Family, load_recipe
 from updater.service import triggers
@@ -36,7 +36,7 @@ class LearningState:
     """One model's."""
 
     fresh: FreshItems
-    plan: Plan
+    plan: AnalysisPlan
     """Of the candidate that is kept, or of the next one."""
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""

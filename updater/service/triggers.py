@@ -24,7 +24,7 @@ from core.settings import Settings
 from core.settings.updates import Gate as GateSettings
 from streams.store.sample_store import Having, SampleStore
 from updater.data.draw import HAVING
-from updater.gate.interim_analyses import RANK_EFFICIENCY, Plan, candidate_alpha, needed_items
+from updater.gate.interim_analyses import RANK_EFFICIENCY, AnalysisPlan, candidate_alpha, needed_items
 from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites
 from updater.recipes import Family, Recipe
 
@@ -333,7 +333,9 @@ def split_id(update_id: str) -> tuple[str, int]:
     return (match["first"], int(match["number"])) if match else (update_id, 1)
 
 
-def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow | None, *, halved: bool) -> Plan:
+def plan(
+    settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow | None, *, halved: bool
+) -> AnalysisPlan:
     """Settle a candidate's plan before its next look; the first look settles it for all.
 
     Args:
@@ -345,7 +347,7 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
     own = [verdict.summary["look"] for verdict in verdicts if split_id(verdict.update_id)[0] == candidate]
     if own:
         first, looked_at = own[0], tuple(look["items"] for look in own)
-        return Plan(first["alpha"], first["loss_alpha"], first["needed"], looked_at, first["candidates"])
+        return AnalysisPlan(first["alpha"], first["loss_alpha"], first["needed"], looked_at, first["candidates"])
     others = len({split_id(verdict.update_id)[0] for verdict in verdicts})
     alpha = candidate_alpha(settings.alpha, others)
     needed = needed_items(
@@ -357,7 +359,7 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
     )
     # an upgrade to another base is looked at once, too: further looks are updates, and those are of the live base
     only = update is not None and (bool(update.cost.get(ONLY_LOOK)) or ledger.base_upgrade(update.id) is not None)
-    return Plan(alpha, settings.alpha, needed, (), others, only=only)
+    return AnalysisPlan(alpha, settings.alpha, needed, (), others, only=only)
 
 
 def spread(verdicts: Sequence[VerdictRow]) -> float | None:

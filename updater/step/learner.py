@@ -61,7 +61,7 @@ CHUNK = 48
 
 
 @dataclass(frozen=True)
-class Work:
+class Precomputed:
     """The place of what a learner computes once per example."""
 
     folder: Path
@@ -133,7 +133,7 @@ class Learner(ABC, Generic[E]):
         return 1.0
 
     def prepare(
-        self, examples: Sequence[E], parts: Sequence[Part], work: Work | None = None,
+        self, examples: Sequence[E], parts: Sequence[Part], work: Precomputed | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Take the examples that steps refer to by number. What no step changes is computed once for each, in shards,
@@ -146,7 +146,7 @@ class Learner(ABC, Generic[E]):
         """
         if work is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="ratchet-shards-")
-            work = Work(Path(self._own_folder.name))
+            work = Precomputed(Path(self._own_folder.name))
         self.close()
         self.examples: list[E] = list(examples)
         self.parts, self.work = list(parts), work
@@ -383,7 +383,7 @@ class Learner(ABC, Generic[E]):
             return self.compute(rows, images)
 
     def _fetch(self, rows: range) -> Fetched:
-        """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
+        """Read one after another, as the store is read in pages; decoding is in :attr:`Precomputed.threads` threads."""
         chosen = [self.examples[row] for row in rows]
         encoded = [example.read() for example in chosen]
         left_out: dict[int, str] = {}

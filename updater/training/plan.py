@@ -20,7 +20,7 @@ from updater.budget.cost import Cost
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
 from updater.data.pools import Example, Pools, run_starts, visits
 from updater.recipes import Part, Recipe
-from updater.step.learner import AnyLearner, Work
+from updater.step.learner import AnyLearner, Precomputed
 from updater.step.passes import ONE_FILE_SYSTEM
 from updater.training.checkpoint import read_json, write_json
 from updater.training.measure import measure
@@ -55,14 +55,14 @@ class Visits:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The plan that follows from the measured batch."""
 
     run: str
     """Names everything that decides what is computed once per example."""
     cost: Cost
     steps: int
-    work: Work
+    work: Precomputed
     measured: Visits
     """Visits of the first :data:`MEASURED` steps."""
     whole: BatchPlan
@@ -81,7 +81,7 @@ class Planner:
     limits: Limits
     work_dir: Path
 
-    def plan(self, run: str, between: Callable[[], None]) -> Plan:
+    def plan(self, run: str, between: Callable[[], None]) -> TrainingPlan:
         """Measure a step, unless an earlier attempt has, and see how many the budget pays for.
 
         Raises:
@@ -94,7 +94,7 @@ class Planner:
         views = self.recipe.views.count
         whole = BatchPlan(counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
         run = digest_json([run, measured.pools.digest, self.source.sizes])
-        work = Work(
+        work = Precomputed(
             folder=self.work_dir / PREPARED,
             key=run,
             rows={str(part): count for part, count in counts.items()},
@@ -103,7 +103,7 @@ class Planner:
         )
         cost = self._cost(run, measured, work, between)
         steps = cost.steps_within(self.limits.gflops, self._most_steps(cost, whole), whole)
-        return Plan(run, cost, steps, work, measured, whole)
+        return TrainingPlan(run, cost, steps, work, measured, whole)
 
     def visits(self, steps: int) -> Visits:
         """The visits of so many steps, to what the model can learn from.
@@ -128,7 +128,7 @@ class Planner:
             runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
         return Visits(pools, BatchPlan(counts, pools.sizes, self.seed, runs))
 
-    def _cost(self, run: str, visits: Visits, work: Work, between: Callable[[], None]) -> Cost:
+    def _cost(self, run: str, visits: Visits, work: Precomputed, between: Callable[[], None]) -> Cost:
         """Measured once: a resumed update must plan the same number of steps."""
         path = self.work_dir / "cost.json"
         saved = read_json(path)

@@ -30,7 +30,7 @@ from updater.recipes import Merge, Recipe
 from updater.step.learner import Base
 from updater.step.passes import ALONE, Team, training_precision
 from updater.training.checkpoint import CarryOver, Progress, load_checkpoint, run_precision, save_checkpoint
-from updater.training.plan import Plan, Planner, Visits, nothing_usable
+from updater.training.plan import Planner, TrainingPlan, Visits, nothing_usable
 from updater.training.result import Estimate, Limits, TrainResult
 from updater.training.workers import Stopped
 
@@ -154,7 +154,7 @@ class Trainer:
             carry_over=carry_over,
         )
 
-    def take_steps(self) -> tuple[Plan, Visits, Progress]:
+    def take_steps(self) -> tuple[TrainingPlan, Visits, Progress]:
         """Plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
         plan = self.plan()
         visits = self.planner.visits(plan.steps)
@@ -237,7 +237,7 @@ class Trainer:
             )
         return loss, terms
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainingPlan:
         """Measure a step, and plan as many as the budget pays for."""
         return self.planner.plan(self.run, self._between)
 
@@ -261,7 +261,7 @@ class Trainer:
             sample_gflops=cost.sample_gflops,
         )
 
-    def _resume(self, plan: Plan, visits: Visits) -> Progress:
+    def _resume(self, plan: TrainingPlan, visits: Visits) -> Progress:
         """Prepare what steps need, as far as an earlier attempt came; its checkpoint is taken back."""
         self.learner.join(self.team)
         run = digest_json([plan.run, visits.pools.digest])

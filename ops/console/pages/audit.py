@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
 from core.ledger import DeletionRow, DeletionState
-from ops.console.request_context import Reader, Refused, RequestContext
+from ops.console.request_context import ErrorPage, Reader, RequestContext
 from streams.store.deletion import as_json
 
 router = APIRouter()
@@ -72,5 +72,5 @@ def deletion(context: Reader, deletion_id: str) -> Response:
 def _deletion(context: RequestContext, deletion_id: str) -> DeletionRow:
     row = context.data.ledger.deletion(deletion_id) if len(deletion_id) <= ID_CHARS else None
     if row is None:
-        raise Refused(404, "There is no such deletion", "", "See the list of deletions.")
+        raise ErrorPage(404, "There is no such deletion", "", "See the list of deletions.")
     return row

@@ -13,7 +13,7 @@ from core.errors import LedgerError, RatchetError
 from ops.console.pages.budget import update_summaries
 from ops.console.pages.pictures import SAMPLE
 from ops.console.public import without_samples
-from ops.console.request_context import Reader, Refused, RequestContext
+from ops.console.request_context import ErrorPage, Reader, RequestContext
 from updater.gate.report import HTML_NAME, JSON_NAME, render_body, samples_of, with_samples
 
 router = APIRouter()
@@ -45,7 +45,7 @@ def verdict(context: Reader, update_id: str) -> Response:
     try:
         update = context.data.ledger.update(_checked(update_id))
     except LedgerError:
-        raise Refused(404, "There is no such update", "", "See the list of verdicts.") from None
+        raise ErrorPage(404, "There is no such update", "", "See the list of verdicts.") from None
     outcome = context.data.ledger.verdict_of(update_id)
     report = context.data.report_data(update_id) if outcome is not None else None
     if report is not None and context.public and not context.data.settings.console.public_samples:
@@ -78,16 +78,16 @@ def _samples(context: RequestContext, report: dict[str, Any]) -> dict[str, dict[
 
 def _stored(context: RequestContext, update_id: str, name: str) -> bytes:
     if context.public:
-        raise Refused(404, "There is no such page", "Stored reports are not public.", "See the verdict.")
+        raise ErrorPage(404, "There is no such page", "Stored reports are not public.", "See the verdict.")
     try:
         return context.data.report(_checked(update_id), name)
     except RatchetError as error:
-        raise Refused(404, "This report is not there", error.message, NO_REPORT) from None
+        raise ErrorPage(404, "This report is not there", error.message, NO_REPORT) from None
 
 
 def _checked(update_id: str) -> str:
     if not UPDATE.fullmatch(update_id):
-        raise Refused(404, "There is no such update", "", "See the list of verdicts.")
+        raise ErrorPage(404, "There is no such update", "", "See the list of verdicts.")
     return update_id
 
 

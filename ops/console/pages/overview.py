@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from ops.console.data import ConsoleData
 from ops.console.pages.budget import budget_state, learning, update_summaries
 from ops.console.pages.models import served_models
-from ops.console.request_context import Reader, Refused
+from ops.console.request_context import ErrorPage, Reader
 from ops.console.template_filters import duration
 from ops.console.timeline import on_trial, timeline, watching
 
@@ -34,7 +34,7 @@ def now(context: Reader) -> Response:
 def tour(context: Reader) -> Response:
     """The tour's steps as a page: help for those who skipped it, or have no script."""
     if context.public:
-        raise Refused(404, "There is no such page", "A public console has no tour.")
+        raise ErrorPage(404, "There is no such page", "A public console has no tour.")
     return context.page("tour.html", "Tour")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, File, Form, UploadFile
 from fastapi.responses import Response
 
-from ops.console.request_context import Reader, Refused, RequestContext
+from ops.console.request_context import ErrorPage, Reader, RequestContext
 
 router = APIRouter()
 SAMPLE = re.compile("[0-9a-f]{64}")
@@ -28,7 +28,7 @@ NO_PICTURE = (
 def sample(context: Reader, sample_id: str, size: int = 192) -> Response:
     """A sample's picture, small. Read from the store, so it is there without the server."""
     if not SAMPLE.fullmatch(sample_id) or size not in SIZES:
-        raise Refused(404, "There is no such picture", "", "")
+        raise ErrorPage(404, "There is no such picture", "", "")
     return drawn(context.data.thumbnail(sample_id, size))
 
 
@@ -47,7 +47,7 @@ def chosen(
     """The bytes of the picture that a form names; an upload goes before an example. None when it names none."""
     if upload is not None and (data := upload.file.read(context.data.settings.serve.max_image_bytes + 1)):
         if len(data) > context.data.settings.serve.max_image_bytes:
-            raise Refused(413, "This picture is too large", f"It has {len(data):,} bytes or more.", "Scale it down.")
+            raise ErrorPage(413, "This picture is too large", f"It has {len(data):,} bytes or more.", "Scale it down.")
         return data
     return context.data.picture(sample) if SAMPLE.fullmatch(sample) else None
 
@@ -55,14 +55,14 @@ def chosen(
 def needed(context: Reader, picture: Annotated[bytes | None, Depends(chosen)]) -> bytes:
     """The same where there has to be one. Raises Refused."""
     if picture is None:
-        raise Refused(400, "Choose a picture first", "", "Pick one of the examples, or drop one in.")
+        raise ErrorPage(400, "Choose a picture first", "", "Pick one of the examples, or drop one in.")
     return readable(context, picture)
 
 
 def readable(context: RequestContext, picture: bytes) -> bytes:
     """The picture. Raises Refused where it cannot be decoded."""
     if context.data.draw(picture, 64) is None:
-        raise Refused(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
+        raise ErrorPage(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
     return picture
 
 

@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from core.errors import RatchetError
 from ops.console.data import short_texts
 from ops.console.pages.pictures import Chosen, Picture, inline, readable
-from ops.console.request_context import Reader, Refused, RequestContext
+from ops.console.request_context import ErrorPage, Reader, RequestContext
 from ratchet_client import Client, ServerError, data_uri
 
 router = APIRouter()
@@ -45,7 +45,7 @@ def playground(context: Reader) -> Response:
 def search(context: Reader, text: Text = "") -> Response:
     """Pictures for words."""
     if not text.strip():
-        raise Refused(400, "What are you looking for?", "", "Write some words, or take one of the suggestions.")
+        raise ErrorPage(400, "What are you looking for?", "", "Write some words, or take one of the suggestions.")
     found = ask_server(context, lambda client: client.post("/v1/search", {"text": text.strip(), "k": HITS}))
     return context.part("hits.html", found=found, title=f"Pictures for “{text.strip()}”")
 
@@ -62,7 +62,7 @@ def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
     """The words, best fit first."""
     names = listed(labels)
     if len(names) < 2:
-        raise Refused(400, "Give at least two words", "", "Write them with commas between.")
+        raise ErrorPage(400, "Give at least two words", "", "Write them with commas between.")
     body = {"images": [data_uri(picture)], "labels": names, "templates": TEMPLATES}
     found = ask_server(context, lambda client: client.post("/v1/classify", body))
     shares = sorted(found["data"][0]["probabilities"].items(), key=lambda pair: -pair[1])
@@ -73,7 +73,7 @@ def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
 def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
     """An answer about the picture."""
     if not question.strip():
-        raise Refused(400, "Ask a question", "", "For example: what is this?")
+        raise ErrorPage(400, "Ask a question", "", "For example: what is this?")
     found = ask_server(context, lambda client: client.vqa(picture, question.strip()))
     return context.part("answer.html", found=found, question=question.strip(), picture=inline(context, picture, 96))
 
@@ -92,12 +92,12 @@ def ask_server(context: RequestContext, call: Callable[[Client], dict[str, Any]]
         if error.status == 0:
             raise away() from None
         status = error.status if 400 <= error.status < 500 else 502
-        raise Refused(status, "The server refused", error.message, error.fix) from None
+        raise ErrorPage(status, "The server refused", error.message, error.fix) from None
 
 
-def away() -> Refused:
+def away() -> ErrorPage:
     """The server cannot be reached."""
-    return Refused(
+    return ErrorPage(
         502, "The model server does not answer", "It may be starting, or it was stopped.",
         "Try again in a moment; `ratchet status` tells more.",
     )  # fmt: skip
@@ -140,7 +140,7 @@ def compared(
 ) -> Response:
     """Both answers."""
     if picture is None and not text.strip():
-        raise Refused(400, "Nothing to compare", "", "Choose a picture, or write some words.")
+        raise ErrorPage(400, "Nothing to compare", "", "Choose a picture, or write some words.")
     if picture is not None:
         readable(context, picture)
     resident = context.data.resident_releases(fresh=True)
@@ -148,7 +148,7 @@ def compared(
         raise away()
     gone = [number for number in (left, right) if number not in resident]
     if gone:
-        raise Refused(
+        raise ErrorPage(
             409,
             f"Release {gone[0]} is not loaded any more",
             "Only the newest releases can be asked.",

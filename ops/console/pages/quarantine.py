@@ -10,12 +10,12 @@ from fastapi.responses import Response
 
 from core.errors import AlreadyResubmitted, RatchetError, UnknownRecord
 from ops.console.pages.pictures import drawn
-from ops.console.request_context import Operator, Reader, Refused, RequestContext
+from ops.console.request_context import ErrorPage, Operator, Reader, RequestContext
 from ratchet_client.encoding import Encoded
 from ratchet_client.records import Reason
 from streams.ingest.resubmit import list_quarantine, quarantined, resubmit
 from streams.records.codecs import glimpse
-from streams.store.sample_queries import OTHERS, refusal_counts
+from streams.store.sample_queries import OTHERS, quarantine_counts
 
 router = APIRouter()
 SHOWN = 48
@@ -55,7 +55,7 @@ def quarantine(
     """The newest refused records; of one reason, of one source."""
     chosen = reason if reason in WORDS else None
     rows = list_quarantine(context.data.settings, context.data.ledger, SHOWN, chosen, source or None)
-    counts = context.data.cached("refusals", lambda: refusal_counts(context.data.store), seconds=10.0)
+    counts = context.data.cached("refusals", lambda: quarantine_counts(context.data.store), seconds=10.0)
     sources = [(name, count) for name, count in counts["source"].top(SOURCES) if name and name != OTHERS]
     return context.page(
         "quarantine.html", "Quarantine", rows=rows, reason=chosen or "", words=WORDS, most=SHOWN, source=source,
@@ -93,7 +93,7 @@ def again(context: Operator, place: str, reason: Why = "", force: Annotated[bool
             force=force,
         )
     except UnknownRecord as error:
-        raise Refused(404, "There is no such record", error.message, error.fix) from None
+        raise ErrorPage(404, "There is no such record", error.message, error.fix) from None
     except AlreadyResubmitted as error:
         return _shown(context, place, wrong=error.message, force=True, typed=reason, status=409)
     except RatchetError as error:
@@ -118,4 +118,4 @@ def _record(context: RequestContext, place: str) -> Encoded:
     try:
         return quarantined(context.data.settings, place)
     except UnknownRecord as error:
-        raise Refused(404, "There is no such record", error.message, "See the list.") from None
+        raise ErrorPage(404, "There is no such record", error.message, "See the list.") from None

@@ -29,7 +29,7 @@ from core.ledger import Ledger
 from core.ledger.rows import KeyScope
 from core.settings.identity import Oidc
 from core.settings.serving import Console
-from ops.console.request_context import LOOK, Anyone, Refused, RequestContext, local_path
+from ops.console.request_context import LOOK, Anyone, ErrorPage, RequestContext, local_path
 from ops.console.security import MAX_KEY_CHARS, Session
 from serving.http.client_address import came_by_tls
 
@@ -180,7 +180,7 @@ async def arrive(context: Anyone) -> Response:
     try:
         key = await asyncio.to_thread(issue_key, context.data.ledger, claims, console.oidc, console.session_hours)
     except AccessError as error:
-        raise Refused(403, "You may not sign in", error.message, error.fix) from error
+        raise ErrorPage(403, "You may not sign in", error.message, error.fix) from error
     answer = RedirectResponse(next_page, 303)
     hint = str(token.get("id_token", ""))
     room = MAX_HINT - 3 * len(answer.headers["location"]) // 4  # four characters of a cookie hold three
@@ -231,26 +231,26 @@ async def _claims(client: StarletteOAuth2App, token: Mapping[str, Any], rules: O
 def _client(context: RequestContext) -> StarletteOAuth2App:
     client: StarletteOAuth2App | None = context.request.app.state.provider
     if client is None:
-        raise Refused(404, "There is no such page", "No identity provider is set.", "See console.oidc.issuer.")
+        raise ErrorPage(404, "There is no such page", "No identity provider is set.", "See console.oidc.issuer.")
     return client
 
 
-def _failed(message: str, setting: str) -> Refused:
+def _failed(message: str, setting: str) -> ErrorPage:
     """``setting``: what an operator has to correct; empty where the user can try again."""
     fix = OPERATORS.format(setting) if setting else "Sign in again, in this browser and within minutes."
-    return Refused(401, "That sign-in did not work", message, fix)
+    return ErrorPage(401, "That sign-in did not work", message, fix)
 
 
-def _unusable(context: RequestContext, error: Exception) -> Refused:
+def _unusable(context: RequestContext, error: Exception) -> ErrorPage:
     log.warning("the identity provider: %s: %s", type(error).__name__, error)
     status = error.response.status_code if isinstance(error, httpx2.HTTPStatusError) else 0
     if status >= 500 or isinstance(error, httpx2.TransportError):
-        return Refused(
+        return ErrorPage(
             503, "The identity provider does not answer", "It is away, or console.oidc.issuer is wrong.",
             "Try again, or sign in with an API key.",
         )  # fmt: skip
     issuer = context.data.settings.console.oidc.issuer
-    return Refused(
+    return ErrorPage(
         503, "The sign-in is not set up", f"What {issuer} answers is not that of an OpenID Connect provider.",
         OPERATORS.format("console.oidc.issuer") + " Until then sign in with an API key.",
     )  # fmt: skip

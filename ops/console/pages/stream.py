@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from core.ledger import DeletionState
 from ops.console.pages.quarantine import WORDS
 from ops.console.request_context import Reader
-from streams.store.sample_queries import count_values, refusal_counts
+from streams.store.sample_queries import count_values, quarantine_counts
 from streams.store.sample_store import SampleStore
 
 router = APIRouter()
@@ -50,4 +50,4 @@ def origins(store: SampleStore) -> dict[str, Any]:
     if store.count() <= COUNTED_SAMPLES:
         counts = count_values(store, "kind = 'sample'", ORIGINS)
         samples = {name: values.top(TOP) for name, values in counts.items() if set(values.counts) - {""}}
-    return {"samples": samples, "refusals": refusal_counts(store)["reason"].counts.most_common()}
+    return {"samples": samples, "refusals": quarantine_counts(store)["reason"].counts.most_common()}

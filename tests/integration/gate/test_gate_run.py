@@ -27,7 +27,7 @@ from serving.engines.layers import PackedLinear
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import fresh_suite, picture
 from updater.gate.clip import ClipEvaluator
-from updater.gate.interim_analyses import Plan, candidate_alpha
+from updater.gate.interim_analyses import AnalysisPlan, candidate_alpha
 from updater.gate.report import write_report
 from updater.gate.run import run_gate
 from updater.gate.suites import Suite, load_suites
@@ -91,7 +91,7 @@ def judge(engine: ClipEngine, candidate: str, suite: Suite, **how: Any) -> Verdi
     """One gate run; ``fresh``: a gain suite, ``parity`` and ``cache``: of the evaluator."""
     fresh = [how.pop("fresh")] if "fresh" in how else []
     own = {name: how.pop(name) for name in ("parity", "cache") if name in how}
-    defaults: dict[str, Any] = {"incumbent": None, "plan": Plan.alone(SETTINGS.alpha), "settings": SETTINGS}
+    defaults: dict[str, Any] = {"incumbent": None, "plan": AnalysisPlan.alone(SETTINGS.alpha), "settings": SETTINGS}
     evaluator = ClipEvaluator(engine, **own)
     return run_gate(evaluator=evaluator, candidate=candidate, suites=[suite], fresh=fresh, **(defaults | how))
 
@@ -158,7 +158,7 @@ def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, rete
 
 def test_later_candidates_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     levels = []
-    for plan in (Plan.alone(0.05), Plan(candidate_alpha(0.05, 5), 0.05, 50, candidates=5)):
+    for plan in (AnalysisPlan.alone(0.05), AnalysisPlan(candidate_alpha(0.05, 5), 0.05, 50, candidates=5)):
         verdict = judge(engine, gentle, retention, plan=plan)
         levels.append((verdict.look.alpha, verdict.suites[0].ci_low))
         assert not verdict.spent, "without fresh samples nothing can pass"
@@ -242,7 +242,7 @@ def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
             incumbent=None,
             suites=load_suites([home / "gone.yaml"], home),
             fresh=[],
-            plan=Plan.alone(SETTINGS.alpha),
+            plan=AnalysisPlan.alone(SETTINGS.alpha),
             settings=SETTINGS,
         )
 

@@ -13,7 +13,7 @@ from serving.engines.vlm.vlm_base import VlmBase
 from tests.integration.gate.taught_vlm import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.gate.builders import fresh_suites
-from updater.gate.interim_analyses import Plan
+from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.run import open_evaluator, run_gate
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
@@ -54,7 +54,7 @@ class VlmGate:
             incumbent=incumbent,
             suites=self.suites,
             fresh=self.fresh if fresh is None else fresh,
-            plan=Plan.alone(self.settings.gate.alpha),
+            plan=AnalysisPlan.alone(self.settings.gate.alpha),
             settings=self.settings.gate,
             meta={"rank": 8, "bytes": 50_000},
         )

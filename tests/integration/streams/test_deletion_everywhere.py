@@ -207,7 +207,7 @@ def row_of(at: Installation, name: str) -> DeletionRow:
 def test_a_source_leaves_every_place_and_the_receipt_names_what_learned_from_it(here: Installation) -> None:
     fill(here)
     check_it_is_everywhere(here, "gone-1", "gone-2", "kept-1")
-    assert len(here.store.refusals(10, source=GONE)) == 1
+    assert len(here.store.quarantined(10, source=GONE)) == 1
     assert files_with(here.settings.home, needles("refused-gone")["image"]) != []
     ids = here.store.select(f"source = '{GONE}' AND kind = 'sample'", ["id"])
     name = request_deletion(here.ledger, {"source": GONE}, actor="ann", reason="consent withdrawn").id
@@ -216,7 +216,7 @@ def test_a_source_leaves_every_place_and_the_receipt_names_what_learned_from_it(
     here.follow()
     check_it_is_nowhere(here, "gone-1", "gone-2")
     assert files_with(here.settings.home, needles("refused-gone")["image"]) == []
-    assert here.store.refusals(10, source=GONE) == []
+    assert here.store.quarantined(10, source=GONE) == []
 
     row = row_of(here, name)
     assert (row.state, row.samples, row.refusals) == ("done", 2, 1)
@@ -238,7 +238,7 @@ def test_a_source_leaves_every_place_and_the_receipt_names_what_learned_from_it(
 
     kept = {caption(mark) for mark in ("kept-1", "kept-2", "kept-3", "by-key")}
     assert here.learnable() == here.searchable("aaaa") == here.searchable("bbbb") == kept
-    assert len(here.store.refusals(10, source=KEPT)) == 1
+    assert len(here.store.quarantined(10, source=KEPT)) == 1
     assert here.store.image([row["id"] for row in here.store.scan(columns=["id"]).to_pylist()]).keys() == {
         row["id"] for row in here.store.scan(columns=["id"]).to_pylist()
     }

@@ -15,7 +15,7 @@ from core.ledger import Ledger
 from core.settings import Settings
 from ops.cli.main import app
 from streams.ingest import resubmit as module
-from streams.ingest.resubmit import HEADER, RefusalFilter, ResubmitReport, resubmit_many
+from streams.ingest.resubmit import HEADER, QuarantineFilter, ResubmitReport, resubmit_many
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
@@ -44,7 +44,7 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
     return found
 
 
-def again(settings: Settings, ledger: Ledger, which: RefusalFilter, **options: Any) -> ResubmitReport:
+def again(settings: Settings, ledger: Ledger, which: QuarantineFilter, **options: Any) -> ResubmitReport:
     return resubmit_many(settings, ledger, which, actor="ann", reason="corrected", per_second=10_000, **options)
 
 
@@ -54,10 +54,12 @@ def values(settings: Settings, at_least: int) -> list[bytes]:
 
 def test_each_is_sent_once_as_it_came_with_its_position(settings: Settings, ledger: Ledger) -> None:
     progress: list[int] = []
-    report = again(settings, ledger, RefusalFilter("schema"), on_progress=lambda so_far: progress.append(so_far.sent))
+    report = again(
+        settings, ledger, QuarantineFilter("schema"), on_progress=lambda so_far: progress.append(so_far.sent)
+    )
     assert (report.chosen, report.sent, report.before, report.exit_status) == (3, 3, 0, 0)
     assert progress == [1, 2, 3]
-    report = again(settings, ledger, RefusalFilter("schema"))
+    report = again(settings, ledger, QuarantineFilter("schema"))
     assert (report.chosen, report.sent, report.before, report.exit_status) == (0, 0, 3, 0)
     records = read_topic(settings.kafka, settings.kafka.topic, 3)
     assert sorted(each.value for each in records) == [b"value 0", b"value 1", b"value 4"]
@@ -68,7 +70,7 @@ def test_each_is_sent_once_as_it_came_with_its_position(settings: Settings, ledg
 
 def test_the_oldest_that_were_not_sent_are_chosen_first(settings: Settings, ledger: Ledger) -> None:
     for expected in (2, 2, 1):
-        report = again(settings, ledger, RefusalFilter(limit=2))
+        report = again(settings, ledger, QuarantineFilter(limit=2))
         assert report.sent == expected
     assert (report.empty, report.exit_status) == (1, 3)  # a record without a value cannot be sent
     assert len(values(settings, 5)) == 5
@@ -77,13 +79,13 @@ def test_the_oldest_that_were_not_sent_are_chosen_first(settings: Settings, ledg
 @pytest.mark.parametrize(
     ("which", "count"),
     [
-        (RefusalFilter(), 6), (RefusalFilter("uri_unreachable"), 2), (RefusalFilter(source="cam 1"), 3),
-        (RefusalFilter("schema", "cam 0"), 2), (RefusalFilter(since=WHEN + timedelta(hours=4)), 2),
-        (RefusalFilter(source=""), 0), (RefusalFilter(limit=4), 4),
+        (QuarantineFilter(), 6), (QuarantineFilter("uri_unreachable"), 2), (QuarantineFilter(source="cam 1"), 3),
+        (QuarantineFilter("schema", "cam 0"), 2), (QuarantineFilter(since=WHEN + timedelta(hours=4)), 2),
+        (QuarantineFilter(source=""), 0), (QuarantineFilter(limit=4), 4),
     ],
 )  # fmt: skip
 def test_a_dry_run_counts_and_sends_nothing(
-    settings: Settings, ledger: Ledger, which: RefusalFilter, count: int
+    settings: Settings, ledger: Ledger, which: QuarantineFilter, count: int
 ) -> None:
     report = again(settings, ledger, which, dry_run=True)
     assert (report.chosen, report.sent, str(count) in str(report)) == (count, 0, True)
@@ -93,10 +95,10 @@ def test_a_dry_run_counts_and_sends_nothing(
 def test_of_two_calls_at_once_one_sends_each(settings: Settings, ledger: Ledger) -> None:
     def other(report: ResubmitReport) -> None:
         if report.sent == 1:
-            nested.append(again(settings, ledger, RefusalFilter("schema")))
+            nested.append(again(settings, ledger, QuarantineFilter("schema")))
 
     nested: list[ResubmitReport] = []
-    report = again(settings, ledger, RefusalFilter("schema"), on_progress=other)
+    report = again(settings, ledger, QuarantineFilter("schema"), on_progress=other)
     assert (nested[0].sent, nested[0].before) == (2, 1)
     assert (report.sent, report.before, report.chosen) == (1, 2, 1)
     assert len(values(settings, 3)) == 3
@@ -116,15 +118,15 @@ def test_a_broker_that_is_gone_ends_it_and_what_failed_may_be_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(module, "RecordSender", Refusing)
         with pytest.raises(BrokerError, match="ended early: 0 of 5 records were sent again; 3 failed"):
-            again(settings, ledger, RefusalFilter(limit=5))
-    report = again(settings, ledger, RefusalFilter(limit=5))
+            again(settings, ledger, QuarantineFilter(limit=5))
+    report = again(settings, ledger, QuarantineFilter(limit=5))
     assert (report.sent, report.before) == (5, 0)
 
 
 def test_a_filter_is_checked() -> None:
     for wrong in ({"reason": "nonsense"}, {"limit": 0}, {"limit": 10**9}):
         with pytest.raises(ConfigError):
-            RefusalFilter(**wrong)
+            QuarantineFilter(**wrong)
 
 
 def test_the_command_tells_by_its_exit_status(settings: Settings) -> None:

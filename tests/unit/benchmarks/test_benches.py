@@ -14,7 +14,7 @@ from benchmarks.trainer import SAMPLES, prepare_data
 from core.errors import RatchetError
 from core.loading import load_settings
 from core.settings import Settings
-from demo.load.traffic import Report, Sample
+from demo.load.traffic import CheckedSample, Report
 from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
@@ -91,8 +91,8 @@ def test_requests_count_for_the_phase_in_which_they_were_due_and_only_if_they_we
         Phase(4, 5, "without"), Phase(5, 6, "starting"), Phase(6, 7, "with", steps=2),
     ]  # fmt: skip
     took = (0.01, 0.05, 0.03, 9.0)
-    samples = [Sample(number / 100, took[number // 100 % 4], release=1) for number in range(800)]
-    refused = Sample(0.5, 60.0, release=0, problem="429")
+    samples = [CheckedSample(number / 100, took[number // 100 % 4], release=1) for number in range(800)]
+    refused = CheckedSample(0.5, 60.0, release=0, problem="429")
     report = Report(801, failed=1, mixed=0, releases=(1,), samples=(*samples, refused))
     figures = duty._figures(tiny_home(tmp_path), report, phases, rate=100)
     assert (figures["requests_without"], figures["requests_with"]) == (200, 200)

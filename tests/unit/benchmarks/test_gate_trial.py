@@ -13,7 +13,7 @@ from benchmarks.gate.bench import Extent, case, measure
 from benchmarks.gate.cases import Rule, has_ranks, hits_of
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.margin import scaled as scaled_plan
-from benchmarks.gate.plans import KNOWN, NEW, Plan, plans
+from benchmarks.gate.plans import KNOWN, NEW, GatePlan, plans
 from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
 from benchmarks.gate.training_data import NOTHING, pairs, pools, reserved
@@ -108,7 +108,7 @@ def test_what_no_candidate_trains_on_is_asked_besides_the_suites_own_items(base:
     assert {pair.id.split("/")[1] for pair in pairs(tmp_path, NEW[0], 60, np.random.default_rng(0))} == trained
 
 
-def plan(lie: str) -> Plan:
+def plan(lie: str) -> GatePlan:
     found = next(plan for plan in plans(40, 40) if plan.lie == lie)
     return replace(found, new=20, share=0.6 if found.share else 0.0)
 
@@ -142,9 +142,9 @@ def workshop(base: ClipBase, home: Path, tmp_path: Path) -> Workshop:
     return Workshop(home, base, [held, gain], tmp_path / "out")
 
 
-def short(name: str, incumbent: str = "") -> Plan:
+def short(name: str, incumbent: str = "") -> GatePlan:
     small = recipe("naive", image=LAST, text=LAST, max_steps=2, reference_limit=0)
-    return Plan(name, "naive", small, NEW[0], new=12, seed=1, incumbent=incumbent)
+    return GatePlan(name, "naive", small, NEW[0], new=12, seed=1, incumbent=incumbent)
 
 
 def test_a_killed_run_goes_on_from_the_kept_outcomes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

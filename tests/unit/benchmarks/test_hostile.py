@@ -18,16 +18,16 @@ from PIL import Image
 from benchmarks import hostile_attacks as attacks
 from benchmarks.hostile import Turn, figures, plan, rollback_figures
 from benchmarks.hostile_attacks import Target, bomb, request, sampling
-from demo.load.traffic import Report, Sample
+from demo.load.traffic import CheckedSample, Report
 
 
 def test_requests_count_with_the_attack_that_they_overlap() -> None:
     samples = [
-        Sample(0.0, 9.0, 0, "failed while it warmed up"),
-        *(Sample(10.0 + n / 100, 0.1, 1) for n in range(100)),
-        Sample(19.9, 0.3, 1),  # due before the attack, answered in it
-        Sample(25.0, 0.2, 0, "503"),
-        Sample(31.0, 0.1, 1),
+        CheckedSample(0.0, 9.0, 0, "failed while it warmed up"),
+        *(CheckedSample(10.0 + n / 100, 0.1, 1) for n in range(100)),
+        CheckedSample(19.9, 0.3, 1),  # due before the attack, answered in it
+        CheckedSample(25.0, 0.2, 0, "503"),
+        CheckedSample(31.0, 0.1, 1),
     ]
     turns = [Turn("silent", 20.0, 30.0, {"closed": 3})]
     result = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), turns, 10.0, 2**29, 2**30)
@@ -39,8 +39,8 @@ def test_requests_count_with_the_attack_that_they_overlap() -> None:
 
 
 def test_a_stall_is_the_time_between_two_good_answers() -> None:
-    answered = [Sample(n / 10, 0.05, 1) for n in (0, 1, 2, 9, 10)]
-    samples = [*answered[:3], Sample(0.5, 0.05, 0, "503"), *answered[3:]]
+    answered = [CheckedSample(n / 10, 0.05, 1) for n in (0, 1, 2, 9, 10)]
+    samples = [*answered[:3], CheckedSample(0.5, 0.05, 0, "503"), *answered[3:]]
     turn = Turn("silent", 0.8, 0.97, {})
     result = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), [turn], 0.0, 1, 1)
     assert result["stall_seconds_max"] == pytest.approx(0.7)

@@ -16,12 +16,12 @@ from benchmarks.serving.chaos_plan import STATES, plan, states_of
 from benchmarks.serving.chaos_states import faketime_library
 from core.addresses import free_port
 from demo.load.probes import RequestKind
-from demo.load.traffic import Sample
+from demo.load.traffic import CheckedSample
 from tests.support.tcp_relay import TcpRelay
 
 
-def sample(began: float, problem: str = "", kind: RequestKind = "embeddings", seconds: float = 1.0) -> Sample:
-    return Sample(began, seconds, 0 if problem else 3, problem, "clip", kind, began)
+def sample(began: float, problem: str = "", kind: RequestKind = "embeddings", seconds: float = 1.0) -> CheckedSample:
+    return CheckedSample(began, seconds, 0 if problem else 3, problem, "clip", kind, began)
 
 
 def state(name: str, began: float, *kills: Kill) -> StateReport:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.swap import ROLLBACK_EVERY, VLM_EVERY, Swaps, by_swap, ratio_interval
-from demo.load.traffic import Sample
+from demo.load.traffic import CheckedSample
 from ratchet_client import ServerError
 
 
@@ -55,7 +55,7 @@ def test_without_a_vlm_only_clip_is_released() -> None:
 
 def test_a_request_is_inside_of_a_swap_by_when_it_was_sent_and_not_by_how_long_it_took() -> None:
     """One request in a hundred takes a second, whatever happens; swaps of no length change that for none of them."""
-    samples = [Sample(due=n / 100, seconds=1.0 if n % 100 == 0 else 0.01, release=1) for n in range(10_000)]
+    samples = [CheckedSample(due=n / 100, seconds=1.0 if n % 100 == 0 else 0.01, release=1) for n in range(10_000)]
     rounds = by_swap(samples, [(n + 0.505, n + 0.505) for n in range(100)], reach=0.01)
     assert [len(inside) for inside, _ in rounds] == [1] * 100
     assert {seconds for inside, _ in rounds for seconds in inside} == {0.01}

@@ -27,9 +27,9 @@ def test_a_part_that_dies_is_started_again_after_a_pause(tmp_path: Path, monkeyp
     )
     part.start()
     _wait(lambda: not part.running)
-    part.tend(time.monotonic())
+    part.restart_dead(time.monotonic())
     assert part.restarts == 0
-    _wait(lambda: part.tend(time.monotonic()) or part.restarts == 1)
+    _wait(lambda: part.restart_dead(time.monotonic()) or part.restarts == 1)
     part.stop(time.monotonic() + 5)
     assert not part.running
     assert tail(part.log).count("hello") >= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.ledger import GateOutcome, ReleaseRow, VerdictRow
-from demo.load.traffic import Sample
+from demo.load.traffic import CheckedSample
 from demo.story import page
 from demo.story.captions import Change, Comparison, Hit, Search
 from demo.story.page import Mark, Story, latency_chart, render
@@ -52,9 +52,9 @@ def releases() -> list[ReleaseRow]:
     ]
 
 
-def samples(count: int = 200) -> list[Sample]:
+def samples(count: int = 200) -> list[CheckedSample]:
     first = BEGAN.timestamp()
-    return [Sample(first + number / 4, 0.02, 1 + number // 60, "", "clip") for number in range(count)]
+    return [CheckedSample(first + number / 4, 0.02, 1 + number // 60, "", "clip") for number in range(count)]
 
 
 def story(home: Path, pictures: int = 6) -> Story:
@@ -121,9 +121,9 @@ def test_its_pictures_are_bounded_together(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_chart_counts_the_requests_around_the_releases() -> None:
     first = BEGAN.timestamp()
-    many = [Sample(first + number / 10, 0.02, 1, "", "clip") for number in range(100)]
-    late = Sample(first + 5, 0.5, 0, "503 busy", "clip")
-    far = Sample(first + 500, 9.0, 1, "", "clip")
+    many = [CheckedSample(first + number / 10, 0.02, 1, "", "clip") for number in range(100)]
+    late = CheckedSample(first + 5, 0.5, 0, "503 busy", "clip")
+    far = CheckedSample(first + 500, 9.0, 1, "", "clip")
     chart = latency_chart([*many, late, far], [Mark(first + 5, "release 2")])
     assert chart is not None
     assert (chart.requests, chart.failed, chart.median_ms, chart.slowest_ms) == (101, 1, 20.0, 500.0)

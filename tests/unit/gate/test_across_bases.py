@@ -13,7 +13,7 @@ from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import TableImages, fresh_suite, sample_rows
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
-from updater.gate.interim_analyses import Plan
+from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.run import run_gate
 from updater.gate.sample_suites import choose_memory, memory_suites
 
@@ -43,7 +43,7 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
     memory = memory_suites(rows, choose_memory(rows, "clip", 10), "clip", 10, TableImages(rows))
     verdict = run_gate(
         evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=[suite],
-        plan=Plan.alone(0.05), settings=Gate(min_items=5),
+        plan=AnalysisPlan.alone(0.05), settings=Gate(min_items=5),
     )  # fmt: skip
     assert (verdict.base, verdict.meta["base_digest"], verdict.cross_version) == ("wide", new.digest, None)
     assert verdict.diagnostics.warnings == ()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from updater.gate.interim_analyses import InterimAnalysis, Plan, candidate_alpha, needed_items, spending
+from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis, candidate_alpha, needed_items, spending
 
 
 def look(alpha: float, loss_alpha: float, tested: list[int], items: int, needed: int) -> InterimAnalysis:
-    return Plan(alpha, loss_alpha, needed, tuple(tested)).look(items)
+    return AnalysisPlan(alpha, loss_alpha, needed, tuple(tested)).look(items)
 
 
 def nominal(alpha: float, looks: list[int], needed: int) -> list[float]:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.gate.builders import changed, outcomes, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.interim_analyses import Plan
+from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import render, render_body, write_report
 from updater.gate.verdict import (
     Check,
@@ -53,7 +53,7 @@ def verdict(lost: int = 60) -> Verdict:
         gain=findings.gain,
         checks=checks,
         alpha=0.05,
-        look=Plan(0.03, 0.05, 300, (100,)).look(250),
+        look=AnalysisPlan(0.03, 0.05, 300, (100,)).look(250),
         candidates=3,
         fresh=250,
         seconds=41.25,
@@ -126,7 +126,7 @@ def test_a_look_that_was_not_made_has_spent_nothing() -> None:
     assert unmade["spent"] == made["before"] < made["spent"]
     assert unmade["left"] > made["left"]
     assert unmade["left_for_others"] == made["left_for_others"], "the share was taken by the look before"
-    first = replace(verdict(), spent=False, look=Plan(0.03, 0.05, 300).look(250)).to_json()["look"]
+    first = replace(verdict(), spent=False, look=AnalysisPlan(0.03, 0.05, 300).look(250)).to_json()["look"]
     assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
 
 

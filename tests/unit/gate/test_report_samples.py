@@ -25,7 +25,7 @@ from tests.support.samples import TOPIC, put, sample
 from tests.unit.console.test_pages import settings as console_settings
 from tests.unit.gate.builders import changed, fresh_suite, outcomes, picture
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.interim_analyses import Plan
+from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import samples_of, with_samples, write_report
 from updater.gate.score import Outcomes, thumbnail, worst_answers, worst_items
 from updater.gate.suites import Suite, load_suites
@@ -82,7 +82,7 @@ def verdict(worst: tuple[Regression, ...]) -> Verdict:
     return Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent=None, base="tiny",
         suites=findings.results, gain=findings.gain, checks=(), alpha=0.05,
-        look=Plan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=1.0,
+        look=AnalysisPlan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=1.0,
         created_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
 

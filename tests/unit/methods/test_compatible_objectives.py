@@ -15,7 +15,7 @@ from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots
 from updater.families.clip_learner import ClipLearner
-from updater.methods.batches import Features, Sides
+from updater.methods.batches import Features, TeacherFeatures
 from updater.recipes import Part
 
 
@@ -61,7 +61,7 @@ def test_momentum_contrast_equals_the_plain_sum_over_batch_and_queue(captions: l
         if queued:
             term.stepped(earlier)
             old = earlier.teachers["momentum"]
-            keys = Sides(torch.cat([keys.image, old.image]), torch.cat([keys.text, old.text]))
+            keys = TeacherFeatures(torch.cat([keys.image, old.image]), torch.cat([keys.text, old.text]))
             numbers += [2, 7, 0]
         image = _plain_contrast(dots(made.image, keys.text, 2), captions, numbers)
         text = _plain_contrast(dots(made.text, keys.image, 2), captions, numbers)

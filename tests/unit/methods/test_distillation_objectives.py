@@ -17,7 +17,7 @@ from ratchet_methods.objectives.random_text_distillation import NAME, RandomText
 from ratchet_methods.objectives.topology_preservation import TopologyPreservation
 from tests.unit.updater.builders import batch
 from tests.unit.updater.plain_rows import columns, cross_entropy, dots, kl, mean_kl, without_diagonal
-from updater.methods.batches import Features, Sides, Texts
+from updater.methods.batches import AuxiliaryTexts, Features, TeacherFeatures
 from updater.methods.objectives import ContrastiveDistillation
 from updater.recipes import Part, load_recipe
 
@@ -28,8 +28,8 @@ def _taught(captions: list[int], seed: int = 0) -> Features:
     """A batch with an incumbent besides the base, and six further texts."""
     made, other = batch(captions, seed=seed), batch(list(range(6)), seed=seed + 50)
     incumbent = batch(captions, seed=seed + 100)
-    sides = Sides(incumbent.image.detach(), incumbent.text.detach())
-    texts = Texts(other.image, {"incumbent": other.text.detach()}, torch.full((6,), -1), torch.arange(6))
+    sides = TeacherFeatures(incumbent.image.detach(), incumbent.text.detach())
+    texts = AuxiliaryTexts(other.image, {"incumbent": other.text.detach()}, torch.full((6,), -1), torch.arange(6))
     return replace(made, teachers={**made.teachers, "incumbent": sides}, texts={NAME: texts})
 
 
@@ -150,7 +150,7 @@ def test_off_diagonal_distillation_leaves_what_belongs_together_to_the_contrast(
     made = _taught([0, 0, 1])
     positive = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     old = made.teachers["incumbent"]
-    alike = replace(made, teachers={"incumbent": Sides(old.image, old.image.clone())})
+    alike = replace(made, teachers={"incumbent": TeacherFeatures(old.image, old.image.clone())})
     scores = old.image @ old.image.T
     new = (made.image @ made.text.T).detach()
     expected = [

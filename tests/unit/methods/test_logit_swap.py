@@ -13,12 +13,14 @@ from ratchet_methods.objectives.swapped_distillation import SwappedDistillation
 from ratchet_methods.objectives.swapped_token_distillation import SwappedTokenDistillation
 from tests.unit.updater.builders import batch
 from tests.unit.updater.plain_rows import columns, cross_entropy, dots, softmax
-from updater.methods.batches import Answers, Features, Sides, summarise
+from updater.methods.batches import AnswerBatch, Features, TeacherFeatures, summarise
 
 
 def taught(captions: list[int], seed: int = 0) -> Features:
     other = batch(captions, seed=seed + 100)
-    return replace(batch(captions, seed=seed), teachers={"incumbent": Sides(other.image.detach(), other.text.detach())})
+    return replace(
+        batch(captions, seed=seed), teachers={"incumbent": TeacherFeatures(other.image.detach(), other.text.detach())}
+    )
 
 
 def exchanged(row: list[float], right: list[int]) -> list[float]:
@@ -46,8 +48,8 @@ def test_a_swap_gives_the_right_one_the_largest_value_and_leaves_all_others() ->
     assert float(SwappedDistillation()(made)) == pytest.approx(total, rel=1e-5)
 
 
-def answers(student: torch.Tensor, teacher: torch.Tensor, target: list[int], k: int) -> Answers:
-    return Answers(
+def answers(student: torch.Tensor, teacher: torch.Tensor, target: list[int], k: int) -> AnswerBatch:
+    return AnswerBatch(
         part=("new",) * 2,
         logits=student.requires_grad_(),
         target=torch.tensor(target),

@@ -16,7 +16,7 @@ from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import batch, pairs, recipe
 from tests.unit.updater.plain_rows import softmax
 from updater.families.clip_learner import ClipLearner
-from updater.methods.batches import Features, Sides
+from updater.methods.batches import Features, TeacherFeatures
 
 CAPTIONS = ["a red car", "A blue car ", "a tree", "a house"]
 Rows = list[list[float]]
@@ -26,7 +26,7 @@ def taught(labels: list[int], seed: int = 0) -> Features:
     """Rows with captions 0, 1, ... and two teachers."""
     made = batch(list(range(len(labels))), seed=seed)
     other = batch(list(range(len(labels))), seed=seed + 100)
-    incumbent = Sides(other.image.detach(), other.text.detach())
+    incumbent = TeacherFeatures(other.image.detach(), other.text.detach())
     return replace(made, label=torch.tensor(labels), teachers={**made.teachers, "incumbent": incumbent})
 
 
@@ -103,8 +103,8 @@ def test_prototypes_are_found_again_by_their_words_when_the_numbers_are_others()
 
 def test_the_teacher_that_knows_a_pair_has_its_weight() -> None:
     made = taught([-1, -1, -1])
-    good = Sides(made.image.detach(), made.image.detach())
-    bad = Sides(made.image.detach(), -made.image.detach())
+    good = TeacherFeatures(made.image.detach(), made.image.detach())
+    bad = TeacherFeatures(made.image.detach(), -made.image.detach())
     weights = trust(replace(made, teachers={"base": good, "incumbent": bad}))
     assert float(weights[0].min()) > 0.999
     for row, pair in enumerate(trust(made).T.tolist()):

@@ -15,7 +15,7 @@ from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import COLOURS, batch, pairs, recipe
 from updater.data.pools import Pair, caption_number
 from updater.families.clip_learner import ClipLearner
-from updater.methods.batches import Features, Texts
+from updater.methods.batches import AuxiliaryTexts, Features
 
 LONG = "A red car on a wet road, seen from above. Two men wait; a dog (brown) runs past them!"
 
@@ -45,7 +45,7 @@ def with_parts(captions: list[str], features: Features, **options: int) -> tuple
     words = [text for _, text in wanted]
     text = torch.stack([unit(1, 50 + sorted(set(words)).index(word))[0] for word in words]).requires_grad_()
     rows = torch.tensor([row for row, _ in wanted])
-    texts = Texts(text, {}, rows, torch.arange(len(rows)))
+    texts = AuxiliaryTexts(text, {}, rows, torch.arange(len(rows)))
     return objective, replace(features, texts={"subcaptions": texts}), words
 
 
@@ -89,7 +89,7 @@ def test_a_selection_of_rows_keeps_its_own_parts() -> None:
 
 
 def guided(objective: LanguageGuided, made: Features, count: int) -> Features:
-    texts = Texts(unit(count, 8), {"base": unit(count, 9)}, torch.full((count,), -1), torch.arange(count))
+    texts = AuxiliaryTexts(unit(count, 8), {"base": unit(count, 9)}, torch.full((count,), -1), torch.arange(count))
     return replace(made, texts={"language_guided": texts})
 
 

@@ -13,17 +13,17 @@ from typer.testing import CliRunner
 from benchmarks.closed_loop import closed_loop
 from core.errors import ConfigError
 from ops.cli.main import app
-from ops.planning.capacity import MAX_BATCH, Load, Plan, encoders_for, make_plan, open_loop
+from ops.planning.capacity import MAX_BATCH, CapacityPlan, Load, encoders_for, make_plan, open_loop
 from ops.planning.measured import Cell, Machine, ServiceTimes, built_in, fit, machine_of
 
 KNOWN = ServiceTimes(first=0.02, each=0.01, request=0.005)
 
 
-def count(plan: Plan, name: str) -> float:
+def count(plan: CapacityPlan, name: str) -> float:
     return next(part.count for part in plan.parts if part.name == name)
 
 
-def planned(machine: str = "amx", **load: float) -> Plan:
+def planned(machine: str = "amx", **load: float) -> CapacityPlan:
     measured = built_in()
     return make_plan(Load(**load), measured, measured.machines[machine])
 

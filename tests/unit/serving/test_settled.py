@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 
 import serving
-from serving.ray.replica_process import settle
+from serving.ray.replica_process import freeze_gc
 
 FIRST, LAST = "configure_replica_logging(", "settle()"
 """What a replica's constructor calls first and last."""
@@ -14,7 +14,7 @@ FIRST, LAST = "configure_replica_logging(", "settle()"
 
 def test_the_collector_looks_at_what_comes_later_alone() -> None:
     before = len(gc.get_objects())
-    settle()
+    freeze_gc()
     try:
         assert len(gc.get_objects()) < before / 100
         later: list[object] = []
@@ -27,7 +27,7 @@ def test_the_collector_looks_at_what_comes_later_alone() -> None:
 def test_garbage_that_comes_later_is_collected_by_itself() -> None:
     """What a replica imported is no measure of how much garbage is worth a look: adapters leave some megabytes each."""
     imported = [[] for _ in range(600_000)]  # type: ignore[var-annotated]
-    settle()
+    freeze_gc()
     collections = gc.get_stats()[2]["collections"]
     later: list[list[object]] = []
     try:

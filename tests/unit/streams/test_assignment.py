@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from kafka import TopicPartition
 
-from streams.ingest.membership import Assignment, Reading, new_generation, start_position
+from streams.ingest.membership import Assignment, PartitionReader, new_generation, start_position
 from streams.store.rows import Position
 from streams.store.writer import Claim
 
@@ -69,8 +69,8 @@ def assignment() -> Assignment:
     return Assignment(Seeks(), "t")
 
 
-def reading(partition: int, start: int = 0, epoch: int = -1) -> Reading:
-    return Reading.of(Claim(Position("t", partition, start, leader_epoch=epoch), 1))
+def reading(partition: int, start: int = 0, epoch: int = -1) -> PartitionReader:
+    return PartitionReader.of(Claim(Position("t", partition, start, leader_epoch=epoch), 1))
 
 
 def test_nothing_is_fetched_of_a_partition_before_it_is_claimed(assignment: Assignment) -> None:

@@ -12,7 +12,7 @@ from core.errors import StoreUnavailable, Superseded
 from core.settings.streams import Ingest, Kafka
 from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.membership import Reading, start_position
+from streams.ingest.membership import PartitionReader, start_position
 from streams.ingest.validate import Accepted, Received, Rules, StoreRow, validate
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -31,7 +31,7 @@ class Reader:
         self.batch = Batch(kafka or Kafka(), writer, DuplicateIndex(file, self.store.table.identity()[0]))
         start = start_position(self.store.positions().values(), "t", "id-1", 0, 0)
         [claim] = writer.claim([start])
-        self.reading = Reading(claim, claim.position.next)
+        self.reading = PartitionReader(claim, claim.position.next)
 
     def result(self, seed: int) -> Accepted | StoreRow:
         value, headers = (b"poison", []) if seed == POISON else good(seed)

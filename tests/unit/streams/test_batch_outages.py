@@ -12,7 +12,7 @@ from core.errors import StoreFull, StoreUnavailable
 from core.settings.streams import Ingest, Kafka
 from streams.ingest.batch import Batch
 from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.membership import Reading
+from streams.ingest.membership import PartitionReader
 from streams.ingest.validate import Received, Rules, validate
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
@@ -31,7 +31,7 @@ class Worker:
         self.index = DuplicateIndex(folder / "duplicates.db", "store")
         self.batch = Batch(Kafka(), self.writer, self.index)
         [claim] = self.writer.claim([Position("t", 0, 0)])
-        self.reading = Reading(claim, claim.position.next)
+        self.reading = PartitionReader(claim, claim.position.next)
 
     def take(self, *seeds: int) -> None:
         """Read records: a picture for each seed, and for -1 nothing that is one."""

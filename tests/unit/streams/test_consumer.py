@@ -10,8 +10,8 @@ import pytest
 from core.errors import BrokerError, StoreUnavailable
 from core.settings import Settings
 from streams.ingest import validators
-from streams.ingest.membership import Reading
-from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.membership import PartitionReader
+from streams.ingest.quarantine import QuarantinePublisher
 from streams.ingest.validate import Received, validate
 from streams.kafka import tolerant_fetch
 from streams.store.rows import Position
@@ -110,7 +110,7 @@ def test_corrupt_records_are_refused_in_their_place(settings: Settings, store: S
     with run(settings, 3):
         pass
     assert [kind for *_, kind in rows(store)] == ["sample", "quarantine", "sample"]
-    [refused] = store.refusals(1)
+    [refused] = store.quarantined(1)
     assert (refused["reason"], refused["detail"]) == ("corrupt", "its checksum is wrong")
 
 
@@ -221,8 +221,8 @@ def test_a_worker_that_slept_between_commit_and_publish_publishes_nothing_twice(
     writer = StoreWriter(store.table)
     store.put(refused, [Position("t", 0, 3, "id-1")])
     sleeper_claim, owner_claim = (writer.claim([store.positions()["t:0"]])[0] for _ in range(2))
-    sleeper, owner = (RefusalPublisher(settings.kafka, store) for _ in range(2))
-    asleep, awake = Reading.of(sleeper_claim), Reading.of(owner_claim)
+    sleeper, owner = (QuarantinePublisher(settings.kafka, store) for _ in range(2))
+    asleep, awake = PartitionReader.of(sleeper_claim), PartitionReader.of(owner_claim)
     sleeper.publish(asleep, refused)
     kafka.away = False
     owner.recover(awake)

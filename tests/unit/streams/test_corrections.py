@@ -12,8 +12,8 @@ from core.ledger import Ledger
 from core.settings.streams import Ingest, Kafka
 from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.look import SplitRule
-from streams.ingest.membership import Reading
+from streams.ingest.membership import PartitionReader
+from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.validate import Accepted, Received, Rules, validate
 from streams.store import deletion, maintenance
 from streams.store.rows import Position
@@ -37,7 +37,7 @@ class Worker:
         self.index = self.new_index(root / f"home-{partition}" / "duplicates.db")
         self.batch = Batch(Kafka(), self.writer, self.index)
         [claim] = self.writer.claim([Position("t", partition, 0)])
-        self.reading = Reading(claim, claim.position.next)
+        self.reading = PartitionReader(claim, claim.position.next)
 
     def new_index(self, path: Path) -> DuplicateIndex:
         return DuplicateIndex(path, self.store.table.identity()[0], -1, SplitRule(b"key", 0.5))

@@ -17,8 +17,8 @@ from core.errors import StoreFull, StoreUnavailable
 from core.settings.streams import Ingest, Kafka
 from streams.ingest import duplicates as module
 from streams.ingest.batch import Batch
-from streams.ingest.duplicates import OFF, Duplicate, DuplicateIndex, Sample
-from streams.ingest.membership import Reading
+from streams.ingest.duplicates import OFF, Duplicate, DuplicateIndex, KnownSample
+from streams.ingest.membership import PartitionReader
 from streams.ingest.validate import Received, Rules, validate
 from streams.store import maintenance
 from streams.store.rows import Position, words_hash
@@ -35,8 +35,8 @@ def look(phash: int, colours: bytes = GREY) -> bytes:
     return phash.to_bytes(8, "big") + colours
 
 
-def item(sample_id: str, own_look: bytes, words: tuple[str, str, str], offset: int = 0) -> Sample:
-    return Sample(bytes.fromhex(sample_id), f"{TOPIC}:0:{offset}", own_look, words_hash(*words))
+def item(sample_id: str, own_look: bytes, words: tuple[str, str, str], offset: int = 0) -> KnownSample:
+    return KnownSample(bytes.fromhex(sample_id), f"{TOPIC}:0:{offset}", own_look, words_hash(*words))
 
 
 def name(number: int) -> str:
@@ -269,7 +269,7 @@ def test_what_is_read_from_the_store_is_found_as_what_was_added(store: SampleSto
     put(store, rows, Position(TOPIC, 0, 50))
     added, read = DuplicateIndex(":memory:", "store", distance), DuplicateIndex(":memory:", "store", distance)
     for row in rows:
-        added.add(Sample(bytes.fromhex(row["id"]), f"{TOPIC}:0:{row['offset']}", row["look"], row["words"]))
+        added.add(KnownSample(bytes.fromhex(row["id"]), f"{TOPIC}:0:{row['offset']}", row["look"], row["words"]))
     follow(read, store)
     for table in ("ids", "looks"):
         query = f"SELECT * FROM {table}"
@@ -325,7 +325,7 @@ class Worker:
         self.index = DuplicateIndex(self.file, self.store.table.identity()[0])
         self.batch = Batch(Kafka(), self.writer, self.index)
         [claim] = self.writer.claim([Position("t", partition, 0)])
-        self.reading = Reading(claim, 0)
+        self.reading = PartitionReader(claim, 0)
 
     def take(self, *seeds: int) -> None:
         for seed in seeds:

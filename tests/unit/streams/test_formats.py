@@ -13,8 +13,8 @@ from core.errors import StoreError
 from core.settings.streams import Ingest, Kafka
 from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.look import SplitRule
-from streams.ingest.membership import Reading, start_position
+from streams.ingest.membership import PartitionReader, start_position
+from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.validate import Received, Rules, validate
 from streams.store.rows import FORMAT
 from streams.store.sample_store import SampleStore
@@ -47,7 +47,7 @@ def ingest(store: SampleStore, *records: Received) -> CommitResult:
     writer = StoreWriter(store.table)
     known = store.positions().values()
     claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
-    readings = [Reading(claim, claim.position.next) for claim in claims]
+    readings = [PartitionReader(claim, claim.position.next) for claim in claims]
     with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, 0.15))) as index:
         batch = Batch(Kafka(), writer, index)
         for record in records:

@@ -12,7 +12,7 @@ from core.errors import StoreUnavailable
 from core.settings import Settings
 from streams.ingest import duplicates as module
 from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.look import SplitRule
+from streams.ingest.perceptual_hash import SplitRule
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.fake_kafka import FakeKafka

@@ -10,8 +10,8 @@ import pytest
 
 from core.settings.streams import Kafka
 from streams.ingest import quarantine
-from streams.ingest.membership import Reading
-from streams.ingest.quarantine import RefusalPublisher
+from streams.ingest.membership import PartitionReader
+from streams.ingest.quarantine import QuarantinePublisher
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -43,23 +43,23 @@ class CountingSender:
 
 
 @pytest.fixture
-def publisher(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefusalPublisher]:
+def publisher(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[QuarantinePublisher]:
     monkeypatch.setattr(quarantine, "FencedSender", CountingSender)
     monkeypatch.setattr("streams.kafka.outbox.read_back", lambda *_: [])
     monkeypatch.setattr(CountingSender, "open_ones", set())
     monkeypatch.setattr(CountingSender, "sent", 0)
-    with closing(RefusalPublisher(Kafka(), store)) as opened:
+    with closing(QuarantinePublisher(Kafka(), store)) as opened:
         yield opened
 
 
 def test_a_partition_that_is_claimed_again_leaves_no_producer_behind(
-    publisher: RefusalPublisher, store: SampleStore
+    publisher: QuarantinePublisher, store: SampleStore
 ) -> None:
     writer = StoreWriter(store.table)
     for offset in range(5):
         for partition in range(2):
             [claim] = writer.claim([Position(TOPIC, partition, 0)])
-            publisher.publish(Reading.of(claim), [refusal(partition, offset)])
+            publisher.publish(PartitionReader.of(claim), [refusal(partition, offset)])
         assert publisher.wait_until_published(60)
     assert CountingSender.sent == 10
     assert len(CountingSender.open_ones) == 2

@@ -21,7 +21,7 @@ def test_a_store_that_was_never_written_is_empty_at_version_0(store: SampleStore
     assert (store.version(), store.count(), store.offsets(), store.fragments()) == (0, 0, {}, 0)
     assert store.scan().column_names == list(SAMPLE_COLUMNS)
     assert store.scan(version=0).num_rows == store.records().num_rows == store.size() == 0
-    assert (store.image([]), store.tally(), store.gaps(), store.refusals(5)) == ({}, {}, [], [])
+    assert (store.image([]), store.tally(), store.gaps(), store.quarantined(5)) == ({}, {}, [], [])
     assert (store.record(TOPIC, 0, 0), store.refusal(TOPIC, 0, 0), store.pins()) == ([], None, {})
     assert store.outbox(Position(TOPIC, 0, 5), 10) == []
 

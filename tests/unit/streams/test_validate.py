@@ -130,7 +130,7 @@ def test_a_long_key_is_stored_by_its_digest() -> None:
 
 
 def test_a_fault_of_ours_refuses_the_record_and_does_not_stop_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "look_of", lambda image: 1 / 0)
+    monkeypatch.setattr(module, "perceptual_hash", lambda image: 1 / 0)
     row = refused(validate(raw(offset=3, key=b"k"), RULES))
     assert (row["reason"], row["offset"], row["original"], row["original_key"]) == ("internal", 3, picture(1), b"k")
     assert row["detail"] == "ZeroDivisionError: division by zero"
@@ -149,7 +149,7 @@ def test_a_panic_of_a_library_refuses_the_record_too(monkeypatch: pytest.MonkeyP
     def panic(image: object) -> None:
         raise PanicException("index out of bounds")
 
-    monkeypatch.setattr(module, "look_of", panic)
+    monkeypatch.setattr(module, "perceptual_hash", panic)
     assert refused(validate(raw(), RULES))["detail"] == "PanicException: index out of bounds"
 
 

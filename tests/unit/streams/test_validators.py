@@ -20,7 +20,7 @@ import pytest
 from core.errors import StoreFull
 from core.settings.streams import Ingest, Kafka
 from streams.ingest import validators
-from streams.ingest.membership import Reading
+from streams.ingest.membership import PartitionReader
 from streams.ingest.validate import Accepted, Received, StoreRow, validate
 from streams.ingest.validators import (
     DEATHS,
@@ -28,13 +28,13 @@ from streams.ingest.validators import (
     Notes,
     ProcessValidators,
     ValidationPool,
-    Work,
+    ValidationSetup,
 )
 from streams.store.rows import Position
 from streams.store.writer import Claim
 from tests.support.kafka import good, picture, wait_for
 
-WORK = Work(Ingest(), Kafka())
+WORK = ValidationSetup(Ingest(), Kafka())
 DEADLY = b"deadly"
 
 
@@ -81,8 +81,8 @@ def received(offset: int, key: bytes | None = None) -> Received:
     return Received("t", 0, offset, value, key, headers, 1_700_000_000_000)
 
 
-def reading() -> Reading:
-    return Reading.of(Claim(Position("t", 0, 0), 1))
+def reading() -> PartitionReader:
+    return PartitionReader.of(Claim(Position("t", 0, 0), 1))
 
 
 def results(pool: ValidationPool, records: list[Received]) -> list[Accepted | StoreRow]:

@@ -21,7 +21,7 @@ from updater.adapters import WeightDelta, trainer_encoder
 from updater.data.pools import Pair, Pools, Question
 from updater.families.vlm_learner import VlmLearner
 from updater.methods import objectives
-from updater.methods.batches import Answers, Batch, Features, Sides, summarise
+from updater.methods.batches import AnswerBatch, Batch, Features, TeacherFeatures, summarise
 from updater.recipes import Family, Part, Recipe, Term, load_recipe
 from updater.training.result import Limits, TrainResult
 from updater.training.train import train
@@ -117,7 +117,7 @@ def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, se
     return Features(
         image=image.requires_grad_(),
         text=text.requires_grad_(),
-        teachers={"base": Sides(old_image, old_text)},
+        teachers={"base": TeacherFeatures(old_image, old_text)},
         caption=torch.tensor(captions),
         label=torch.full((len(captions),), -1),
         part=tuple(parts or ["new"] * len(captions)),
@@ -162,12 +162,12 @@ def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **
 
 def answers(
     lengths: list[int], vocabulary: int = 7, k: int = 7, parts: list[Part] | None = None, seed: int = 0
-) -> tuple[Answers, torch.Tensor]:
+) -> tuple[AnswerBatch, torch.Tensor]:
     """Random student logits with gradients over answers of these lengths, and the logits of another teacher."""
     made = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     student, teacher = (2 * torch.randn(tokens, vocabulary, generator=made) for _ in range(2))
-    batch = Answers(
+    batch = AnswerBatch(
         part=tuple(parts or ["new"] * len(lengths)),
         logits=student.requires_grad_(),
         target=torch.randint(vocabulary, (tokens,), generator=made),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.methods.batches import Features, Sides
+from updater.methods.batches import Features, TeacherFeatures
 from updater.methods.objectives import Objective, positive
 from updater.recipes import Family
 
@@ -37,7 +37,7 @@ class CompatibleMomentumContrast(Objective[Features]):
         self.temperature = temperature
         self.size = queue
         self.momentum = (keep, new, 1 - keep - new)
-        self.queue: Sides | None = None
+        self.queue: TeacherFeatures | None = None
         self.caption = torch.zeros(0, dtype=torch.long)
 
     def __call__(self, batch: Features) -> Tensor:
@@ -52,15 +52,15 @@ class CompatibleMomentumContrast(Objective[Features]):
     def stepped(self, batch: Features) -> None:
         """The momentum model's features of the step join the queue; the oldest leave it."""
         keys, caption = self._keys(batch)
-        self.queue = Sides(keys.image[: self.size], keys.text[: self.size])
+        self.queue = TeacherFeatures(keys.image[: self.size], keys.text[: self.size])
         self.caption = caption[: self.size]
 
-    def _keys(self, batch: Features) -> tuple[Sides, Tensor]:
+    def _keys(self, batch: Features) -> tuple[TeacherFeatures, Tensor]:
         """The batch's, and then the queue's, newest first."""
         teacher = batch.teachers[self.teacher]
         if self.queue is None:
             return teacher, batch.caption
-        keys = Sides(torch.cat([teacher.image, self.queue.image]), torch.cat([teacher.text, self.queue.text]))
+        keys = TeacherFeatures(torch.cat([teacher.image, self.queue.image]), torch.cat([teacher.text, self.queue.text]))
         return keys, torch.cat([batch.caption, self.caption])
 
     def state(self) -> dict[str, Tensor]:
@@ -70,4 +70,4 @@ class CompatibleMomentumContrast(Objective[Features]):
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         image, text, self.caption = (tensors[name][: self.size] for name in ("image", "text", "caption"))
-        self.queue = Sides(image, text)
+        self.queue = TeacherFeatures(image, text)

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from updater.methods.batches import Answers, mean_over_rows
+from updater.methods.batches import AnswerBatch, mean_over_rows
 from updater.methods.objectives import Objective
 from updater.recipes import Family
 
 
-class SelfDistillation(Objective[Answers]):
+class SelfDistillation(Objective[AnswerBatch]):
     """KL(student || teacher) at each token of an answer that the student has just given.
 
     The teacher is a running mean of the student that has read the known answer as an example before it is asked
@@ -30,7 +30,7 @@ class SelfDistillation(Objective[Answers]):
             raise TypeError(f"keep is {keep}, not from 0 to 1")
         self.momentum = (keep, 1 - keep, 0.0)
 
-    def __call__(self, batch: Answers) -> Tensor:
+    def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
         if batch.own is None:
             return batch.zero()

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from updater.methods.batches import Answers, Teacher, divergence
+from updater.methods.batches import AnswerBatch, Teacher, divergence
 from updater.methods.objectives import Objective, known_teacher
 from updater.recipes import Family
 
 
-class SwappedTokenDistillation(Objective[Answers]):
+class SwappedTokenDistillation(Objective[AnswerBatch]):
     """KL(teacher' || student) at each token of the known answer; of teacher', the answer's token is the most probable.
 
     Where the teacher expects another token, the probabilities of the two change places, and all others keep theirs
@@ -28,7 +28,7 @@ class SwappedTokenDistillation(Objective[Answers]):
     def __init__(self, teacher: str = "incumbent") -> None:
         self.teacher: str = known_teacher(teacher, "base", "incumbent")
 
-    def __call__(self, batch: Answers) -> Tensor:
+    def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
         teacher = swapped(batch.taught(self.teacher_of), batch.target)
         return batch.mean_over_rows(divergence(teacher, batch.logits))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ratchet_methods.parametrizations.parametrization import Parametrization, Selects
 
 
-class Full(Parametrization):
+class WholeWeights(Parametrization):
     """Full fine-tuning: W' = W + D, D of the weight's shape, 0 at first. Weight decay then pulls towards the start, not
     towards 0.
     """
@@ -26,13 +26,13 @@ class Full(Parametrization):
         return weight + self.difference
 
 
-class LayerNorm(Full):
+class LayerNorm(WholeWeights):
     """LNFit: as full fine-tuning, of LayerNorm, BatchNorm and their like (De Min et al. 2023; in FoMo-in-Flux)."""
 
     selects: ClassVar[Selects] = "norms"
 
 
-class Bias(Full):
+class Bias(WholeWeights):
     """BitFit: as full fine-tuning, of every parameter that is called ``bias`` (Ben Zaken et al. 2022)."""
 
     selects: ClassVar[Selects] = "biases"

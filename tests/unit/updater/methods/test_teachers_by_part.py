@@ -15,7 +15,7 @@ from tests.unit.updater.builders import answers, batch, learner_of, pools, quest
 from updater.adapters import WeightDelta, read_delta
 from updater.families.clip_learner import ClipLearner
 from updater.methods import objectives
-from updater.methods.batches import Sides, summarise
+from updater.methods.batches import TeacherFeatures, summarise
 from updater.methods.objectives import FeatureDistillation, TokenDistillation
 from updater.recipes import Part
 from updater.step.learner import Learner
@@ -75,7 +75,7 @@ def test_the_first_update_has_the_base_as_both_teachers(make: Any, tmp_path: Pat
 
 def test_features_are_compared_with_those_of_each_rows_teacher() -> None:
     made, other = batch([0, 1, 2, 3], PARTS), batch([0, 1, 2, 3], seed=9)
-    base, incumbent = made.teachers["base"], Sides(other.image.detach(), other.text.detach())
+    base, incumbent = made.teachers["base"], TeacherFeatures(other.image.detach(), other.text.detach())
     made = replace(made, teachers={"base": base, "incumbent": incumbent})
     by_row = [incumbent, base, incumbent, base]
     distance = [

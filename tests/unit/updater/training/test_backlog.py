@@ -15,7 +15,7 @@ from tests.unit.updater.builders import LIMITS, pairs, recipe, run
 from updater.adapters import read_delta
 from updater.data.pools import Pair, Pools
 from updater.families.clip_learner import ClipLearner
-from updater.step.learner import Work
+from updater.step.learner import Precomputed
 from updater.training.measure import SMALL
 from updater.training.workers import Stopped
 
@@ -79,7 +79,7 @@ def test_the_incumbent_teaches_what_it_was_at_the_start_whenever_it_is_asked(bas
     start = read_delta(first.directory, base)
     moved, fresh = (ClipLearner(base, recipe("lwf", **LAST), start, seed=0) for _ in range(2))
     for learner in (moved, fresh):
-        learner.prepare(pairs("car", 12), ["new"] * 12, Work(tmp_path / str(id(learner)), rows={"new": 6}))
+        learner.prepare(pairs("car", 12), ["new"] * 12, Precomputed(tmp_path / str(id(learner)), rows={"new": 6}))
     moved.forward_backward(range(6))
     moved.optimizer_step(0.5)
     later = range(6, 12)
@@ -92,8 +92,8 @@ def test_the_incumbent_teaches_what_it_was_at_the_start_whenever_it_is_asked(bas
 
 def test_boundaries_without_room_on_disk_are_computed_anew_and_give_the_same(base: ClipBase, tmp_path: Path) -> None:
     kept, anew = (ClipLearner(base, recipe(**LAST), {}, seed=0) for _ in range(2))
-    kept.prepare(pairs("car", 6), ["new"] * 6, Work(tmp_path / "kept"))
-    anew.prepare(pairs("car", 6), ["new"] * 6, Work(tmp_path / "anew", room=100))
+    kept.prepare(pairs("car", 6), ["new"] * 6, Precomputed(tmp_path / "kept"))
+    anew.prepare(pairs("car", 6), ["new"] * 6, Precomputed(tmp_path / "anew", room=100))
     one, other = kept.batch(range(6)), anew.batch(range(6))
     assert torch.allclose(one.image, other.image, atol=1e-5)
     assert torch.allclose(one.text, other.text, atol=1e-5)

@@ -76,14 +76,14 @@ _LOWEST = sorted(
     ((i, j) for i in range(8) for j in range(8) if i or j), key=lambda index: (index[0] ** 2 + index[1] ** 2, index)
 )
 
-LOOK_BYTES: Final = 8 + 3 * GRID**2
+HASH_BYTES: Final = 8 + 3 * GRID**2
 _COLOUR_STEP: Final = 32
 _COLOUR_SHIFT: Final = 5
 _BUCKETS: Final = [sum(1 << (63 - (8 * i + j)) for i, j in _LOWEST[:bits]) for bits in (12, 24)]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class PerceptualHash:
     """Shapes and colours of a picture."""
 
     phash: int
@@ -93,18 +93,18 @@ class Look:
 
     @property
     def data(self) -> bytes:
-        """:data:`LOOK_BYTES` bytes: the hash in 8, big-endian, then the colours."""
+        """:data:`HASH_BYTES` bytes: the hash in 8, big-endian, then the colours."""
         return self.phash.to_bytes(8, "big") + self.colours
 
     @classmethod
-    def parse(cls, data: bytes) -> Look:
+    def parse(cls, data: bytes) -> PerceptualHash:
         """The look of which this is :attr:`data`. Raises ValueError."""
-        if len(data) != LOOK_BYTES:
-            raise ValueError(f"{data[:100]!r} is no look: it has not {LOOK_BYTES} bytes")
+        if len(data) != HASH_BYTES:
+            raise ValueError(f"{data[:100]!r} is no look: it has not {HASH_BYTES} bytes")
         return cls(int.from_bytes(data[:8], "big"), data[8:])
 
 
-def look_of(image: Image.Image) -> Look:
+def perceptual_hash(image: Image.Image) -> PerceptualHash:
     """The look of a decoded picture, in any mode; only RGB is not converted first."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     # A window that overlaps (unlike a box) hardly depends on how the sides divide: a copy of half the size stays alike.
@@ -114,10 +114,10 @@ def look_of(image: Image.Image) -> Look:
     bits[0, 0] = False  # brightness is a matter of the colours
     columns = (_CELLS @ pixels.reshape(SIDE, SIDE * 3)).reshape(GRID, SIDE, 3)
     means = np.floor(_CELLS @ columns / SIDE**2 + 0.5)  # [row, column, channel]
-    return Look(int.from_bytes(np.packbits(bits).tobytes()), means.astype(np.uint8).tobytes())
+    return PerceptualHash(int.from_bytes(np.packbits(bits).tobytes()), means.astype(np.uint8).tobytes())
 
 
-def similar(one: Look, other: Look, distance: int) -> bool:
+def similar(one: PerceptualHash, other: PerceptualHash, distance: int) -> bool:
     """True if two pictures look alike.
 
     Args:
@@ -130,7 +130,7 @@ def similar(one: Look, other: Look, distance: int) -> bool:
     return all(abs(a - b) <= COLOUR_TOLERANCE for a, b in zip(one.colours, other.colours, strict=True))
 
 
-def buckets(look: Look) -> tuple[bytes, bytes, bytes]:
+def buckets(look: PerceptualHash) -> tuple[bytes, bytes, bytes]:
     """Names that a picture shares with those that look alike, from coarse to fine; the last is the look itself.
 
     Equal pixels have one look. Of copies that lost something, 1.2% are in another coarse bucket (JPEG at quality 70
@@ -207,11 +207,11 @@ class SplitRule:
         """Values of :data:`COLUMNS` for a sample: its buckets, and its group.
 
         Args:
-            look: :attr:`Look.data`; None where there is none, which is counted in its group alone.
+            look: :attr:`PerceptualHash.data`; None where there is none, which is counted in its group alone.
             domain: of the sample.
             asks: whether it has a question.
         """
-        names = (None, None, None) if look is None else map(self._name, buckets(Look.parse(look)))
+        names = (None, None, None) if look is None else map(self._name, buckets(PerceptualHash.parse(look)))
         return *names, self._name(f"{asks:d} {domain}".encode())
 
     def assign(self, db: sqlite3.Connection, columns: Sequence[int | None]) -> Split:

@@ -18,8 +18,17 @@ import pytest
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ratchet_client.images import decode_image
-from streams.ingest.duplicates import DuplicateIndex, Sample
-from streams.ingest.look import COLOUR_TOLERANCE, FEW, LOOK_BYTES, Look, SplitRule, buckets, look_of, similar
+from streams.ingest.duplicates import DuplicateIndex, KnownSample
+from streams.ingest.perceptual_hash import (
+    COLOUR_TOLERANCE,
+    FEW,
+    HASH_BYTES,
+    PerceptualHash,
+    SplitRule,
+    buckets,
+    perceptual_hash,
+    similar,
+)
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
@@ -91,47 +100,47 @@ def pictures() -> list[Image.Image]:
 
 @pytest.mark.parametrize("copy", LOSSY.values(), ids=LOSSY)
 def test_a_copy_that_lost_something_looks_alike(copy: Copy) -> None:
-    assert all(similar(look_of(image), look_of(copy(image)), 4) for image in pictures())
+    assert all(similar(perceptual_hash(image), perceptual_hash(copy(image)), 4) for image in pictures())
 
 
 @pytest.mark.parametrize("copy", LOSSLESS.values(), ids=LOSSLESS)
 def test_equal_pixels_have_one_look(copy: Copy) -> None:
     for image in pictures()[::5]:
-        assert look_of(copy(image)) == look_of(image)
+        assert perceptual_hash(copy(image)) == perceptual_hash(image)
 
 
 def test_copies_that_lost_something_are_nearly_always_in_the_same_bucket() -> None:
     moved = []
     for image in [*photographs(60), *textures(60)]:
-        coarse, *_ = buckets(look_of(image))
-        moved += [buckets(look_of(copy(image)))[0] != coarse for copy in LOSSY.values()]
+        coarse, *_ = buckets(perceptual_hash(image))
+        moved += [buckets(perceptual_hash(copy(image)))[0] != coarse for copy in LOSSY.values()]
     assert np.mean(moved) < 0.06
 
 
 def test_shirts_in_six_colours_do_not_look_alike_though_their_shapes_are_one() -> None:
-    looks = [look_of(shirt(colour)) for colour in SHIRTS]
+    looks = [perceptual_hash(shirt(colour)) for colour in SHIRTS]
     pairs = [(one, other) for number, one in enumerate(looks) for other in looks[:number]]
     assert any(one.phash == other.phash for one, other in pairs)
     assert not any(similar(one, other, 64) for one, other in pairs)
 
 
 def test_plain_pictures_look_alike_within_the_tolerance_only() -> None:
-    plain = look_of(Image.new("RGB", (64, 64), (100, 150, 200)))
-    assert plain == Look(0, bytes((100, 150, 200)) * 9)
+    plain = perceptual_hash(Image.new("RGB", (64, 64), (100, 150, 200)))
+    assert plain == PerceptualHash(0, bytes((100, 150, 200)) * 9)
     for change, alike in ((COLOUR_TOLERANCE, True), (COLOUR_TOLERANCE + 1, False)):
-        other = look_of(Image.new("RGB", (99, 33), (100, 150 - change, 200)))
+        other = perceptual_hash(Image.new("RGB", (99, 33), (100, 150 - change, 200)))
         assert similar(plain, other, 0) == similar(other, plain, 0) == alike
 
 
 def test_other_pictures_do_not_look_alike() -> None:
-    looks = [look_of(image) for image in [*textures(60), *flags()][:75]]
+    looks = [perceptual_hash(image) for image in [*textures(60), *flags()][:75]]
     assert not any(similar(one, other, 4) for n, one in enumerate(looks) for other in looks[:n])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_pictures_of_any_mode_and_shape_have_a_look(mode: str) -> None:
     for size in ((1, 1), (1, 400), (400, 1), (31, 33), (700, 20)):
-        assert len(look_of(Image.new(mode, size)).data) == LOOK_BYTES
+        assert len(perceptual_hash(Image.new(mode, size)).data) == HASH_BYTES
 
 
 COUNT = 300
@@ -189,11 +198,13 @@ KINDS: dict[str, Callable[[int], Image.Image]] = {
 
 @cache
 def looks(kind: str) -> list[bytes]:
-    return [look_of(KINDS[kind](number)).data for number in range(COUNT)]
+    return [perceptual_hash(KINDS[kind](number)).data for number in range(COUNT)]
 
 
-def item(number: int, look: bytes, domain: str = "", asks: bool = False) -> Sample:
-    return Sample(sha256(f"{domain} {number}".encode()).digest(), f"{TOPIC}:0:{number}", look, number, domain, asks)
+def item(number: int, look: bytes, domain: str = "", asks: bool = False) -> KnownSample:
+    return KnownSample(
+        sha256(f"{domain} {number}".encode()).digest(), f"{TOPIC}:0:{number}", look, number, domain, asks
+    )
 
 
 def sides(rule: SplitRule, given: list[bytes], domain: str = "") -> list[bool]:
@@ -236,9 +247,9 @@ def test_look_alikes_stay_together_while_they_are_few() -> None:
 
 
 def buckets_of(look: bytes) -> tuple[bytes, bytes, bytes]:
-    from streams.ingest.look import Look
+    from streams.ingest.perceptual_hash import PerceptualHash
 
-    return buckets(Look.parse(look))
+    return buckets(PerceptualHash.parse(look))
 
 
 def test_the_split_cannot_be_known_without_the_key() -> None:
@@ -292,6 +303,6 @@ def test_what_one_side_has_too_many_of_is_not_made_up_for_by_a_long_stretch(stor
         with closing(DuplicateIndex(":memory:", "store", -1, RULES[0])) as index:
             with index.deciding():
                 index.follow(store.table)
-            fresh = [look_of(texture(COUNT + n)).data for n in range(600)]
+            fresh = [perceptual_hash(texture(COUNT + n)).data for n in range(600)]
             held = [index.add(item(n, look, split)) == "fresh_eval" for n, look in enumerate(fresh)]
         assert 0.08 < np.mean(held) < 0.26
