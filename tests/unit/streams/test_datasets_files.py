@@ -102,9 +102,6 @@ def test_a_format_can_be_forced_and_its_name_is_checked(tmp_path: Path) -> None:
     assert all(name in caught.value.fix for name in FORMATS)
 
 
-IMG2DATASET = Path(__file__).parent / "img2dataset"
-
-
 def write(path: Path, *samples: dict[str, Any], **options: Any) -> Path:
     with TarWriter(str(path), **options) as sink:
         for sample in samples:
@@ -252,21 +249,10 @@ def test_a_shard_that_was_cut_off_is_one_wrong_row_and_the_next_is_read(tmp_path
     assert str(shard) in error.message and "damaged" in error.message
 
 
-def test_what_img2dataset_writes_as_shards_is_read() -> None:
-    folder = IMG2DATASET / "webdataset"
-    assert detect(folder).name == "webdataset"
-    items = items_of(folder)
+@pytest.mark.parametrize(("folder", "format"), [("webdataset", "webdataset"), ("files", "sidecars")])
+def test_what_img2dataset_writes_is_read(img2dataset: Path, folder: str, format: str) -> None:
+    assert detect(img2dataset / folder).name == format
+    items = items_of(img2dataset / folder)
     assert [item.text for item in items] == ["a red square", "a green square", "a blue square"]
-    assert items[0].source == "http://127.0.0.1:8765/red.jpg"
     assert items[0].bytes()[:3] == b"\xff\xd8\xff"
-
-
-def test_what_img2dataset_writes_as_files_is_read() -> None:
-    folder = IMG2DATASET / "files"
-    assert detect(folder).name == "sidecars"
-    items = items_of(folder)
-    assert [(item.text, item.path.name) for item in items] == [
-        ("a red square", "0000000.jpg"),
-        ("a green square", "0000001.jpg"),
-        ("a blue square", "0000002.jpg"),
-    ]
+    assert items[0].source == "http://127.0.0.1:8765/red.jpg"

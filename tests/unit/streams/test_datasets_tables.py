@@ -22,7 +22,6 @@ from streams.publish.datasets.json_annotations import elements
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.support.pictures import png
 
-IMG2DATASET = Path(__file__).parent / "img2dataset"
 datasets.disable_progress_bars()
 
 
@@ -65,8 +64,8 @@ def test_questions_with_the_answers_of_many_take_what_most_said(tmp_path: Path) 
     assert (item.question, item.answer, item.answers) == ("how many?", "two", ("two", "2"))
 
 
-def test_what_img2dataset_could_not_download_is_named() -> None:
-    folder = IMG2DATASET / "parquet"
+def test_what_img2dataset_could_not_download_is_named(img2dataset: Path) -> None:
+    folder = img2dataset / "parquet"
     assert detect(folder).name == "parquet"
     items, [error] = items_and_errors(folder)
     assert {item.text for item in items} == {"a red square", "a green square", "a blue square"}
