@@ -35,8 +35,6 @@ from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.ingest_report import IngestReport, IngestStatus, ThrottledLog
 from streams.ingest.membership import (
-    CONNECT_SECONDS,
-    POLL_RECORDS,
     POLL_SECONDS,
     LogLost,
     Membership,
@@ -49,7 +47,8 @@ from streams.ingest.quarantine import QuarantinePublisher
 from streams.ingest.validate import Received, refuse
 from streams.ingest.validators import ValidationPool, ValidationSetup, crashed, start_validators
 from streams.kafka import tolerant_fetch
-from streams.kafka.clients import Admin, check_rights, connection, ingest_rights
+from streams.kafka.clients import check_rights, connection, ingest_rights
+from streams.kafka.ingest_clients import POLL_RECORDS, IngestClients
 from streams.store.rows import RecordPosition, gap_row, position_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -84,7 +83,8 @@ class Consumer:
         self.store = SampleStore(settings.lake)
         self._report = IngestReport(self.store, self.kafka.group, on_change)
         self._stopping = threading.Event()
-        self._admin = Admin(self.kafka, CONNECT_SECONDS)
+        self._clients = IngestClients(self.kafka)
+        self._admin = self._clients.admin()
         self._processes = processes
         self._opened = False
         """True if the parts are there that outlive a connection to the broker: see :meth:`_open`."""
@@ -166,7 +166,7 @@ class Consumer:
         self._pool = ValidationPool(validators, 2 * kafka.batch_bytes, 2 * kafka.batch_records + POLL_RECORDS)
         self._writer = StoreWriter(self.store.table)
         self._batch = Batch(kafka, self._writer, index)
-        self._publisher = QuarantinePublisher(kafka, self.store)
+        self._publisher = QuarantinePublisher(self._clients, self.store)
         self._opened = True
 
     def _close(self) -> None:
@@ -185,7 +185,7 @@ class Consumer:
             self._open()
         if self._indexing is None or self._indexing.done():
             self._indexing = self._indexer.submit(self._index)
-        self._group = Membership.join(self.kafka, self._admin, self.store)
+        self._group = Membership.join(self._clients, self._admin, self.store)
         self._consumer, self._assignment = self._group.consumer, self._group.assignment
         self._connected = True
 

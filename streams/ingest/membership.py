@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka import ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 from kafka.errors import IllegalStateError, KafkaError
 
 from core import metrics
 from core.errors import BrokerError
 from core.settings.streams import Kafka
-from ratchet_client.broker import MAX_RECORD_BYTES, client_options
 from streams.kafka import tolerant_fetch
-from streams.kafka.clients import Admin, connection
+from streams.kafka.clients import Admin
+from streams.kafka.ingest_clients import IngestClients
 from streams.kafka.tolerant_fetch import seek
 from streams.store.rows import Position, newest_of_topic, parse_stream, stream_name
 from streams.store.sample_store import SampleStore
@@ -29,13 +29,8 @@ from streams.store.writer import Claim
 
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.25
-POLL_RECORDS: Final = 256
-"""Records of one poll: they wait in memory while those before them are validated and committed."""
-CONNECT_SECONDS: Final = 3.0
 #: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
 JOIN_SECONDS: Final = 6.0
-SESSION_SECONDS: Final = 6.0
-"""A process that was killed is noticed after this long, and its partitions go to another."""
 LOOK_SECONDS: Final = 2.0
 """Time between two looks at the log while no records come, after which a lost broker is noticed, too."""
 
@@ -209,31 +204,15 @@ class Membership:
         self._measured: set[int] = set()
 
     @classmethod
-    def join(cls, kafka: Kafka, admin: Admin, store: SampleStore) -> Membership:
+    def join(cls, clients: IngestClients, admin: Admin, store: SampleStore) -> Membership:
         """Connect, and begin to join the group. Raises BrokerError, StoreUnavailable."""
-        topic_id = _ensure_topics(kafka, admin, store)
-        bounds = {
-            "group_id": kafka.group,
-            "enable_auto_commit": False,
-            "auto_offset_reset": "none",  # the store knows where to go on; Kafka must not guess
-            "isolation_level": "read_committed",
-            "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-            "session_timeout_ms": int(SESSION_SECONDS * 1000),
-            "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
-            "reconnect_backoff_max_ms": 1000,
-            "max_poll_records": POLL_RECORDS,
-            "fetch_max_bytes": kafka.batch_bytes,
-            "max_partition_fetch_bytes": max(1, kafka.batch_bytes // 2),
-            "receive_message_max_bytes": MAX_RECORD_BYTES + kafka.batch_bytes,
-        }
-        consumer = KafkaConsumer(**{**bounds, **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)})
-        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)  # which checks that it is the kafka-python that we know
-        tolerant_fetch.complete_joins(consumer)
-        tolerant_fetch.make_no_topics(consumer)
-        assignment = Assignment(consumer, kafka.topic)
-        consumer.subscribe([kafka.topic], listener=assignment)
+        topic = clients.kafka.topic
+        topic_id = _ensure_topics(clients.kafka, admin, store)
+        consumer = clients.consumer()
+        assignment = Assignment(consumer, topic)
+        consumer.subscribe([topic], listener=assignment)
         # A member that joins before it knows the topic is assigned nothing, and joins a second time.
-        consumer.partitions_for_topic(kafka.topic)
+        consumer.partitions_for_topic(topic)
         return cls(consumer, assignment, admin, topic_id)
 
     def leave(self, wait_while: Callable[[], bool]) -> None:

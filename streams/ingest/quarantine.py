@@ -35,10 +35,10 @@ from typing import Any, Final
 from core import metrics
 from core.dependencies import answered, noted
 from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
-from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded, Headers
 from streams.ingest.membership import PartitionReader
-from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry
+from streams.kafka.ingest_clients import IngestClients
+from streams.kafka.outbox import Outbox, OutboxEntry
 from streams.store.rows import Position, RecordPosition, name_of, position_of
 from streams.store.sample_store import SampleStore
 
@@ -118,8 +118,8 @@ class _Job:
 class QuarantinePublisher:
     """A thread with a queue. The consumer's loop calls everything but :meth:`_run`."""
 
-    def __init__(self, kafka: Kafka, store: SampleStore) -> None:
-        self.kafka = kafka
+    def __init__(self, clients: IngestClients, store: SampleStore) -> None:
+        self.clients = clients
         self.store = store
         self._jobs: deque[_Job] = deque()
         self._outboxes: dict[str, tuple[PartitionReader, Outbox]] = {}
@@ -251,8 +251,8 @@ class QuarantinePublisher:
             known[1].close()
         store, _ = self.store.table.identity()
         name = f"ratchet-quarantine:{store}:{reading.claim.key}"
-        sender = FencedSender(self.kafka, name, lambda: self._owns(reading))
-        outbox = Outbox(self.kafka.quarantine_topic, sender, _id_of)
+        sender = self.clients.sender(name, lambda: self._owns(reading))
+        outbox = Outbox(self.clients.kafka.quarantine_topic, sender, _id_of)
         self._outboxes[reading.claim.key] = (reading, outbox)
         return outbox
 

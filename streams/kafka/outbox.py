@@ -82,11 +82,6 @@ class Outbox:
         self._id_of = id_of
         self._deliveries: dict[str, Delivery] = {}
 
-    @property
-    def kafka(self) -> Kafka:
-        """The broker's settings."""
-        return self.sender.kafka
-
     def publish(self, entries: Sequence[OutboxEntry]) -> dict[str, Delivery]:
         """Make sure that each entry is in the topic; where each one is, by id. Entries given before cost nothing.
 
@@ -117,7 +112,7 @@ class Outbox:
         self._deliveries = {}
         self.sender.open()
         try:
-            for record in read_back(self.kafka, self.topic, since):
+            for record in self.sender.read_back(self.topic, since):
                 entry_id = self._id_of(record)
                 if entry_id is not None:
                     self._deliveries.setdefault(entry_id, Delivery(record.topic, record.partition, record.offset))
@@ -190,6 +185,10 @@ class FencedSender:
         except BaseException:
             self.close()
             raise
+
+    def read_back(self, topic: str, since: datetime) -> Iterator[Any]:
+        """See :func:`read_back`."""
+        return read_back(self.kafka, topic, since)
 
     def close(self) -> None:
         """Let the connection go; an open transaction is aborted by the next :meth:`open`, or by the broker."""

@@ -1,6 +1,6 @@
 """A broker in this process, for what a real one does seldom: cut a log off, delete what was not read, refuse a size.
 
-:func:`install` puts it in the place of Ratchet's Kafka clients; the consumer, the store and all between are the real
+:func:`install` puts it in the place of an ingest's Kafka clients; the consumer, the store and all between are the real
 ones. A record is in the quarantine topic when :attr:`FakeKafka.quarantine` has it.
 """
 
@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka import OffsetAndMetadata, TopicPartition
 from kafka.errors import LogTruncationError, OffsetOutOfRangeError
 
 from core.errors import BrokerError, Fenced, RecordTooLarge
+from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import Delivery
 from streams.kafka.clients import Topic
+from streams.kafka.ingest_clients import POLL_RECORDS
 
 
 @dataclass
@@ -47,15 +49,18 @@ class FakeKafka:
         self.assigned = set(self.logs)
         """What the group gives to the consumer."""
         self.away = False
+        self.quarantine_away = False
+        """The quarantine topic alone takes nothing."""
+        self.repeats = False
+        """Each fetch begins with the first record of the log."""
         self.max_bytes = 1 << 30
         """Largest record of the quarantine topic."""
         self.quarantine: list[Encoded] = []
         self.owners: Counter[str] = Counter()
         """Newest sender of each transactional id."""
+        self.open_senders: set[FakeSender] = set()
         self.committed: dict[int, int] = {}
         self.created: list[str] = []
-        self.options: dict[str, Any] = {}
-        """Of the newest consumer."""
         self.fetched_from: list[tuple[int, int, int]] = []
         """Partition, offset and leader epoch of each seek."""
         self.polls = 0
@@ -98,26 +103,19 @@ class FakeKafka:
             self.assigned = set(partitions)
             self.changed.notify_all()
 
-    def reason_of(self, record: Encoded) -> str:
-        """Why a record in the quarantine topic was refused."""
-        return dict(record.headers)["ratchet_reason"].decode()
-
     def names(self) -> list[str]:
         """Places of the records in the quarantine topic."""
         found = [dict(record.headers) for record in self.quarantine]
         return [
-            f"{h['ratchet_topic'].decode()}:{int(h['ratchet_partition'])}:{int(h['ratchet_offset'])}" for h in found
+            b":".join(each[f"ratchet_{name}"] for name in ("topic", "partition", "offset")).decode() for each in found
         ]
 
 
 class FakeConsumer:
     """What Ratchet uses of a KafkaConsumer."""
 
-    DEFAULT_CONFIG = KafkaConsumer.DEFAULT_CONFIG
-
-    def __init__(self, broker: FakeKafka, **options: Any) -> None:
+    def __init__(self, broker: FakeKafka) -> None:
         self.broker = broker
-        broker.options = options
         self._positions: dict[int, OffsetAndMetadata] = {}
         self._paused: set[int] = set()
         self._highwater: dict[int, int] = {}
@@ -166,10 +164,11 @@ class FakeConsumer:
                 continue
             if not log.start <= position.offset <= log.end:
                 raise OffsetOutOfRangeError({self._partition(number): position.offset})
-            records = log.records[position.offset - log.start :][: self.broker.options["max_poll_records"]]
+            records = log.records[position.offset - log.start :][:POLL_RECORDS]
             self._highwater[number] = log.end
             if records:
-                shown = [record for record in records if not hasattr(record, "hidden")]
+                before = log.records[: records[0].offset - log.start] if self.broker.repeats else []
+                shown = [record for record in (*before, *records) if not hasattr(record, "hidden")]
                 found |= {self._partition(number): shown} if shown else {}
                 self._positions[number] = OffsetAndMetadata(records[-1].offset + 1, "", records[-1].leader_epoch)
         if cut:
@@ -238,19 +237,27 @@ class FakeAdmin:
 class FakeSender:
     """A FencedSender."""
 
-    def __init__(self, broker: FakeKafka, kafka: Any, name: str, still_owner: Any) -> None:
-        self.broker, self.kafka, self.name, self._still_owner = broker, kafka, name, still_owner
+    def __init__(self, broker: FakeKafka, name: str, still_owner: Callable[[], bool]) -> None:
+        self.broker, self.name, self._still_owner = broker, name, still_owner
         self._number = 0
-        self.opened = False
+
+    @property
+    def opened(self) -> bool:
+        return self in self.broker.open_senders
 
     def open(self) -> None:
         if self.broker.away:
             raise BrokerError("the broker is away.")
         self.broker.owners[self.name] += 1
-        self._number, self.opened = self.broker.owners[self.name], True
+        self._number = self.broker.owners[self.name]
+        self.broker.open_senders.add(self)
+
+    def read_back(self, topic: str, since: datetime) -> Iterator[Any]:
+        for number, record in enumerate(list(self.broker.quarantine)):
+            yield SimpleNamespace(topic=topic, partition=0, offset=number, headers=record.headers)
 
     def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
-        if self.broker.away:
+        if self.broker.away or self.broker.quarantine_away:
             raise BrokerError("the broker is away.")
         if not self._still_owner() or self._number != self.broker.owners[self.name]:
             raise Fenced("there is a newer one.")
@@ -265,23 +272,25 @@ class FakeSender:
         return [Delivery(topic, 0, first + number) for number in range(len(records))]
 
     def close(self) -> None:
-        self.opened = False
+        self.broker.open_senders.discard(self)
+
+
+class FakeClients:
+    """The clients of an ingest: all that it has of Kafka."""
+
+    def __init__(self, broker: FakeKafka, kafka: Kafka) -> None:
+        self.broker, self.kafka = broker, kafka
+
+    def admin(self) -> FakeAdmin:
+        return FakeAdmin(self.broker)
+
+    def consumer(self) -> FakeConsumer:
+        return FakeConsumer(self.broker)
+
+    def sender(self, name: str, still_owner: Callable[[], bool]) -> FakeSender:
+        return FakeSender(self.broker, name, still_owner)
 
 
 def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
     """Let every Consumer talk to this broker."""
-
-    class Client(FakeConsumer):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(broker, **options)
-
-    def read_back(kafka: Any, topic: str, since: datetime) -> Iterator[Any]:
-        for number, record in enumerate(list(broker.quarantine)):
-            yield SimpleNamespace(topic=topic, partition=0, offset=number, headers=record.headers)
-
-    patch.setattr("streams.ingest.membership.KafkaConsumer", Client)
-    patch.setattr("streams.ingest.consumer.Admin", lambda kafka, seconds: FakeAdmin(broker))
-    patch.setattr("streams.ingest.membership.tolerant_fetch.install", lambda consumer, limit: None)
-    patch.setattr("streams.ingest.membership.tolerant_fetch.complete_joins", lambda consumer: None)
-    patch.setattr("streams.ingest.quarantine.FencedSender", lambda *args: FakeSender(broker, *args))
-    patch.setattr("streams.kafka.outbox.read_back", read_back)
+    patch.setattr("streams.ingest.consumer.IngestClients", lambda kafka: FakeClients(broker, kafka))

@@ -16,22 +16,15 @@ import_ahead("tests.support.mortal_ingest", "tests.support.stopping_ingest", "te
 __all__ = ["broker"]
 
 
-TAKES_LONG = {
-    "test_events",
-    "test_fuzz",
-    "test_kill",
-    "test_publish",
-    "test_resubmit",
-    "test_resubmit_many",
-    "test_sleep",
-}
-"""Modules that run against Apache Kafka only where RATCHET_TEST_KAFKA says so, as in ``make outside``."""
+OF_EACH_BROKER = {"test_broker_faults", "test_corrupt_batches", "test_fenced_sender", "test_ingest", "test_skip"}
+"""Modules that are about the broker: the others run against Apache Kafka only where RATCHET_TEST_KAFKA says so, as in
+``make outside``."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what uses the broker against the embedded one, and against Apache Kafka."""
     module = metafunc.module.__name__.rpartition(".")[2]
-    if "broker" in metafunc.fixturenames and module not in TAKES_LONG and "RATCHET_TEST_KAFKA" not in os.environ:
+    if "broker" in metafunc.fixturenames and module in OF_EACH_BROKER and "RATCHET_TEST_KAFKA" not in os.environ:
         brokers = ["embedded", pytest.param("apache", marks=pytest.mark.kafka)]
         metafunc.parametrize("broker", brokers, indirect=True, scope="session")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import tarfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,14 +28,36 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
-    """A broker in memory, which every consumer reads."""
-    broker = FakeKafka("t")
+def kafka(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
+    """A broker in memory, which every consumer reads; its parameter is the number of partitions."""
+    broker = FakeKafka("t", getattr(request, "param", 1))
     install(broker, monkeypatch)
     monkeypatch.setattr(consumer, "BACKOFF_SECONDS", (0.02,))
     monkeypatch.setattr("streams.ingest.quarantine.BACKOFF_SECONDS", (0.02,))
     monkeypatch.setattr("streams.ingest.membership.LOOK_SECONDS", 0.0)
     return broker
+
+
+Outage = Callable[..., threading.Event]
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
+    """Lets a method or function raise an error while the event that it returns is set, as it is at first."""
+
+    def begin(owner: Any, name: str, error: Exception, of: Callable[..., bool] = lambda *_: True) -> threading.Event:
+        away, real = threading.Event(), getattr(owner, name)
+        away.set()
+
+        def call(*args: Any, **options: Any) -> Any:
+            if away.is_set() and of(*args):
+                raise error
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+        return away
+
+    return begin
 
 
 @pytest.fixture(scope="session")

@@ -11,29 +11,28 @@ from streams.ingest.membership import Assignment, PartitionReader, new_generatio
 from streams.store.rows import Position
 from streams.store.writer import Claim
 
-
-def test_a_known_log_is_read_on_and_an_unknown_one_from_its_beginning() -> None:
-    old = Position("t", 0, 7, "id-1", 5)
-    assert start_position([old], "t", "id-1", 0, 3) is old
-    anew = start_position([old], "t", "id-2", 0, 0)
-    assert (anew.stream, anew.next, anew.published, anew.topic_id) == ("t@1", 0, 0, "id-2")
-    first = start_position([], "t", "id-1", 0, 3)
-    assert (first.stream, first.next, first.published) == ("t", 3, 3)
-    assert start_position([old], "u", "id-1", 0, 0).stream == "u"
+ONE = Position("t", 0, 7, "id-1", 5)
+LOGS = [ONE, Position("t", 1, 9, "id-1"), Position("t@1", 0, 2, "id-2")]
 
 
-def test_an_id_that_the_broker_does_not_tell_is_no_reason_to_read_from_the_beginning() -> None:
-    known = Position("t", 0, 1_000_000, "id-1", 1_000_000)
-    assert start_position([known], "t", "", 0, 0) == known
-    nameless = Position("t", 0, 1_000_000, "", 1_000_000)
-    assert start_position([nameless], "t", "id-1", 0, 0) == Position("t", 0, 1_000_000, "id-1", 1_000_000)
-
-
-def test_partitions_of_one_new_log_share_its_generation() -> None:
-    known = [Position("t", 0, 7, "id-1"), Position("t", 1, 9, "id-1"), Position("t@1", 0, 2, "id-2")]
-    assert start_position(known, "t", "id-2", 1, 0).stream == "t@1"
-    assert start_position(known, "t", "id-2", 5, 0).stream == "t@1"
-    assert start_position(known, "t", "id-3", 0, 0).stream == "t@2"
+@pytest.mark.parametrize(
+    ("known", "topic", "topic_id", "partition", "first", "expected"),
+    [
+        ([ONE], "t", "id-1", 0, 3, ONE),  # the same log
+        ([ONE], "t", "id-2", 0, 0, Position("t@1", 0, 0, "id-2", 0)),  # a new one
+        ([], "t", "id-1", 0, 3, Position("t", 0, 3, "id-1", 3)),
+        ([ONE], "u", "id-1", 0, 0, Position("u", 0, 0, "id-1", 0)),
+        ([ONE], "t", "", 0, 0, ONE),  # what the broker does not tell is no reason to begin again
+        ([Position("t", 0, 7, "", 5)], "t", "id-1", 0, 0, ONE),
+        (LOGS, "t", "id-2", 1, 0, Position("t@1", 1, 0, "id-2", 0)),  # partitions of one new log share its generation
+        (LOGS, "t", "id-2", 5, 0, Position("t@1", 5, 0, "id-2", 0)),
+        (LOGS, "t", "id-3", 0, 0, Position("t@2", 0, 0, "id-3", 0)),
+    ],
+)
+def test_a_known_log_is_read_on_and_an_unknown_one_from_its_beginning(
+    known: list[Position], topic: str, topic_id: str, partition: int, first: int, expected: Position
+) -> None:
+    assert start_position(known, topic, topic_id, partition, first) == expected
 
 
 def test_a_log_that_was_cut_short_is_a_new_generation_of_its_partition_from_the_divergence_on() -> None:

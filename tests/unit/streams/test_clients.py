@@ -8,11 +8,11 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trustme
@@ -33,16 +33,12 @@ from kafka.errors import (
 from core.addresses import free_port
 from core.errors import BrokerError, ConfigError
 from core.loading import load_settings
-from core.settings import Settings
 from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
 from streams.ingest.membership import Assignment, LogLost, Membership
-from streams.ingest.quarantine import message
-from streams.ingest.validate import Received, Rules, validate
 from streams.kafka.broker import EmbeddedBroker
 from streams.kafka.clients import Admin, check_rights, connect_producer, connection, event_rights, ingest_rights
-from streams.store.rows import position_of
-from tests.support.kafka import picture
+from streams.kafka.ingest_clients import consumer_options
 
 
 def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None:
@@ -84,17 +80,23 @@ def test_every_owned_option_is_one_of_kafka_python() -> None:
     assert OWNED_OPTIONS.keys() <= known
 
 
-class Describing:
-    """An admin client whose broker answers questions about a topic with an error, or with a number of partitions."""
+def test_ingest_reads_committed_records_alone_from_where_the_store_says() -> None:
+    options = consumer_options(Kafka(client={"session_timeout_ms": "7000"}))
+    given = {"isolation_level": "read_committed", "auto_offset_reset": "none", "enable_auto_commit": False}
+    assert given.items() <= options.items() and options["session_timeout_ms"] == 7000
 
-    def __init__(self, error_code: int, topic_id: str | None = None, partitions: int = 0) -> None:
-        self.answer = {"error_code": error_code, "topic_id": topic_id}
-        self.answer["partitions"] = [{"replica_nodes": [1, 2, 3]}] * partitions
+
+class Answers:
+    """Answers as kafka-python's admin client."""
+
+    def __init__(self, topics: dict[str, dict[str, Any]], groups: list[str] | None = None, ids: bool = True) -> None:
+        """``groups``: what the user may do with each; None: there is none. ``ids``: whether it may use any."""
+        self.topics, self.groups, self.ids = topics, groups, ids
         self.defaults: dict[str, str] | None = {}
         """Values that nobody has set; None: this user may not see them."""
 
-    def describe_topics(self, topics: list[str]) -> list[dict[str, object]]:
-        return [{**self.answer, "name": name} for name in topics]
+    def describe_topics(self, names: list[str]) -> list[dict[str, Any]]:
+        return [self.topics.get(name, topic(UnknownTopicOrPartitionError)) for name in names]
 
     def describe_configs(self, resources: list[Any], config_filter: str) -> Any:
         assert config_filter == "default"
@@ -102,14 +104,33 @@ class Describing:
             raise TopicAuthorizationFailedError("t")
         return {"topic": {each.name: {name: {"value": v} for name, v in self.defaults.items()} for each in resources}}
 
+    def describe_groups(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        if not self.groups:
+            raise (GroupIdNotFoundError if self.groups is None else GroupAuthorizationFailedError)(names[0])
+        return {name: {"authorized_operations": self.groups} for name in names}
+
+    def describe_transactions(self, ids: list[str]) -> None:
+        raise (TransactionalIdNotFoundError if self.ids else TransactionalIdAuthorizationFailedError)(ids[0])
+
     def close(self) -> None:
         """Nothing is open."""
 
 
-def answering(error_code: int, topic_id: str | None = None, partitions: int = 0) -> Admin:
-    admin: Any = Admin(Kafka())
-    admin._client = Describing(error_code, topic_id, partitions)
-    return cast(Admin, admin)
+def topic(
+    error: Any = NoError, id: str | None = None, partitions: int = 0, rights: list[str] | None = None
+) -> dict[str, Any]:
+    nodes = [{"replica_nodes": [1, 2, 3]}] * partitions
+    return {"error_code": error.errno, "topic_id": id, "partitions": nodes, "authorized_operations": rights}
+
+
+def asking(client: Answers) -> Admin:
+    admin = Admin(Kafka(bootstrap="kafka:9092"))
+    admin._client = client
+    return admin
+
+
+def answering(*described: Any) -> Admin:
+    return asking(Answers({"t": topic(*described)}))
 
 
 def membership(admin: Admin, consumer: Any) -> Membership:
@@ -118,11 +139,11 @@ def membership(admin: Admin, consumer: Any) -> Membership:
 
 def test_a_topic_that_may_not_be_described_is_neither_gone_nor_a_new_log() -> None:
     with pytest.raises(BrokerError, match="ACLs"):
-        answering(TopicAuthorizationFailedError.errno).topic_id("t")
+        answering(TopicAuthorizationFailedError).topic_id("t")
     with pytest.raises(BrokerError, match="InvalidTopic"):
-        answering(InvalidTopicError.errno).topic_id("t")
+        answering(InvalidTopicError).topic_id("t")
     with pytest.raises(BrokerError) as caught:
-        membership(answering(TopicAuthorizationFailedError.errno), None).look()
+        membership(answering(TopicAuthorizationFailedError), None).look()
     assert not isinstance(caught.value, LogLost)
 
 
@@ -133,33 +154,73 @@ def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consu
     updates: list[int] = []
     cluster = SimpleNamespace(partitions_for_topic=lambda topic: known, request_update=lambda: updates.append(1))
     consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
-    membership(answering(0, "id", there), consumer).look()
+    membership(answering(NoError, "id", there), consumer).look()
     assert len(updates) == asked
 
 
-def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    admin: Any = answering(0, "id", 1)
-    admin._client.defaults = {"max.message.bytes": "1048588", "min.insync.replicas": "1"}
+@pytest.mark.parametrize(
+    ("defaults", "partitions", "said"),
+    [
+        (
+            {"max.message.bytes": "1048588", "min.insync.replicas": "1"}, 1,
+            ["1,048,588 bytes", "min.insync.replicas", "1 partition"],
+        ),
+        ({}, 2, []), (None, 2, []), ({"max.message.bytes": "68157440"}, 2, []),
+    ],
+)  # fmt: skip
+def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(
+    caplog: pytest.LogCaptureFixture, defaults: dict[str, str] | None, partitions: int, said: list[str]
+) -> None:
+    client = Answers({"t": topic(NoError, "id", partitions)})
+    client.defaults = defaults
+    admin = asking(client)
     for _ in range(2):
         admin.warn_of_defaults("t", 2)
-    small, unsafe, few = caplog.messages
-    assert "1,048,588 bytes" in small and "min.insync.replicas" in unsafe and "1 partition" in few
-
-
-@pytest.mark.parametrize("defaults", [{}, None, {"max.message.bytes": "68157440"}])
-def test_a_topic_whose_settings_somebody_chose_or_nobody_may_see_is_not_warned_of(
-    caplog: pytest.LogCaptureFixture, defaults: dict[str, str] | None
-) -> None:
-    admin: Any = answering(0, "id", 2)
-    admin._client.defaults = defaults
-    admin.warn_of_defaults("t", 2)
-    assert not caplog.messages
+    assert len(caplog.messages) == len(said)
+    assert all(part in message for part, message in zip(said, caplog.messages, strict=True))
 
 
 def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_keeps_its_own() -> None:
-    assert answering(UnknownTopicOrPartitionError.errno).topic_id("t") is None
-    assert answering(LeaderNotAvailableError.errno, "id").topic_id("t") == "id"
-    assert answering(0).topic_id("t") == ""
+    assert answering(UnknownTopicOrPartitionError).topic_id("t") is None
+    assert answering(LeaderNotAvailableError, "id").topic_id("t") == "id"
+    assert answering().topic_id("t") == ""
+
+
+READ, EVERY = ["DESCRIBE", "READ"], ["DESCRIBE", "READ", "WRITE"]
+NO_RIGHT = topic(TopicAuthorizationFailedError)
+
+
+def test_all_that_is_missing_is_named_at_once() -> None:
+    quarantine = topic(rights=["DESCRIBE"])
+    topics = {"ratchet.samples": NO_RIGHT, "ratchet.quarantine": quarantine, "ratchet.events": NO_RIGHT}
+    nothing = asking(Answers(topics, [], False))
+    with pytest.raises(BrokerError) as caught:
+        check_rights(nothing, ingest_rights(Kafka()))
+    assert caught.value.state == "refused"
+    assert caught.value.message == (
+        "the broker kafka:9092 does not allow Describe/Read on topic ratchet.samples, Read on group ratchet-ingest,"
+        " Read/Write on topic ratchet.quarantine, Describe/Write on transactional id ratchet-quarantine*."
+    )
+    with pytest.raises(
+        BrokerError, match=r"Read/Write on topic ratchet.events, Describe/Write on trans.* ratchet-events"
+    ):
+        check_rights(nothing, event_rights(Kafka()))
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        Answers({"ratchet.samples": topic(rights=READ), "ratchet.quarantine": topic(rights=EVERY)}, READ),
+        Answers({}),  # nothing is there yet
+        Answers({"ratchet.samples": topic(), "ratchet.quarantine": topic()}),  # no authorizer
+    ],
+)
+def test_who_has_the_rights_or_is_not_told_of_them_lacks_none(client: Answers) -> None:
+    check_rights(asking(client), ingest_rights(Kafka()))
+
+
+def test_without_a_topic_for_events_no_rights_are_needed_for_it() -> None:
+    assert event_rights(Kafka(events_topic="")) == []
 
 
 @pytest.fixture
@@ -229,88 +290,3 @@ def test_an_address_in_use_or_malformed_is_named() -> None:
         EmbeddedBroker("localhost").start()
     with EmbeddedBroker() as broker, pytest.raises(BrokerError, match="already listens"):
         EmbeddedBroker(broker.address).start()
-
-
-def test_a_quarantine_message_can_be_sent_again_as_it_is() -> None:
-    headers = [("ratchet_text", b""), ("trace", b"\xff\x00"), ("none", None)]
-    row = validate(Received("t@2", 1, 9, picture(1), b"key", headers), Rules(Settings().ingest))
-    assert isinstance(row, dict)
-    sent = message(row)
-    assert (sent.key, sent.value, position_of(row)) == (b"key", picture(1), ("t@2", 1, 9))
-    assert sent.headers[:2] == [("ratchet_text", b""), ("trace", b"\xff\x00")]
-    ours = dict(sent.headers[2:])
-    assert ours["ratchet_null_headers"] == b'["none"]', "an empty header would be another one"
-    assert (ours["ratchet_topic"], ours["ratchet_partition"], ours["ratchet_offset"]) == (b"t@2", b"1", b"9")
-    assert ours["ratchet_reason"] == b"text_missing"
-
-
-class Client:
-    """Answers as kafka-python's admin client: what a user may do with each topic and group."""
-
-    def __init__(self, topics: dict[str, list[str] | None], groups: list[str] | None, ids: bool) -> None:
-        self.topics, self.groups, self.ids = topics, groups, ids
-
-    def describe_topics(self, names: list[str]) -> list[dict[str, Any]]:
-        def one(name: str) -> dict[str, Any]:
-            if name not in self.topics:
-                return {"error_code": UnknownTopicOrPartitionError.errno, "authorized_operations": None}
-            allowed = self.topics[name]
-            code = TopicAuthorizationFailedError.errno if allowed == [] else NoError.errno
-            return {"error_code": code, "authorized_operations": allowed}
-
-        return [one(name) for name in names]
-
-    def describe_groups(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        if self.groups == []:
-            raise GroupAuthorizationFailedError(names[0])
-        if self.groups is None:
-            raise GroupIdNotFoundError(names[0])
-        return {name: {"authorized_operations": self.groups} for name in names}
-
-    def describe_transactions(self, ids: list[str]) -> None:
-        raise (TransactionalIdNotFoundError if self.ids else TransactionalIdAuthorizationFailedError)(ids[0])
-
-
-class AdminOf(Admin):
-    """Asks such a client."""
-
-    def __init__(self, client: Client) -> None:
-        super().__init__(Kafka(bootstrap="kafka:9092"))
-        self.client = client
-
-    def ask(self, doing: str, question: Callable[[Any], Any]) -> Any:
-        return question(self.client)
-
-
-EVERY = ["DESCRIBE", "READ", "WRITE"]
-
-
-def test_all_that_is_missing_is_named_at_once() -> None:
-    nothing = Client({"ratchet.samples": [], "ratchet.quarantine": ["DESCRIBE"], "ratchet.events": []}, [], False)
-    with pytest.raises(BrokerError) as caught:
-        check_rights(AdminOf(nothing), ingest_rights(Kafka()))
-    assert caught.value.state == "refused"
-    assert caught.value.message == (
-        "the broker kafka:9092 does not allow Describe/Read on topic ratchet.samples, Read on group ratchet-ingest,"
-        " Read/Write on topic ratchet.quarantine, Describe/Write on transactional id ratchet-quarantine*."
-    )
-    with pytest.raises(
-        BrokerError, match=r"Read/Write on topic ratchet.events, Describe/Write on trans.* ratchet-events"
-    ):
-        check_rights(AdminOf(nothing), event_rights(Kafka()))
-
-
-@pytest.mark.parametrize(
-    "client",
-    [
-        Client({"ratchet.samples": ["DESCRIBE", "READ"], "ratchet.quarantine": EVERY}, ["READ", "DESCRIBE"], True),
-        Client({}, None, True),  # nothing is there yet
-        Client({"ratchet.samples": None, "ratchet.quarantine": None}, None, True),  # no authorizer
-    ],
-)
-def test_who_has_the_rights_or_is_not_told_of_them_lacks_none(client: Client) -> None:
-    check_rights(AdminOf(client), ingest_rights(Kafka()))
-
-
-def test_without_a_topic_for_events_no_rights_are_needed_for_it() -> None:
-    assert event_rights(Kafka(events_topic="")) == []

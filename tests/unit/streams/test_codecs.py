@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -212,3 +213,27 @@ def test_a_field_over_a_bound_is_refused_by_its_name(extra: dict[str, Any], name
         read(extra)
     assert caught.value.reason == "schema"
     str(caught.value).encode()
+
+
+# -- digests: an image that is not the one that was meant is refused, however it comes -------------------------------
+
+DIGEST = "sha256:" + hashlib.sha256(PNG).hexdigest()
+
+
+def fetched(**fields: Any) -> bytes:
+    return decode(json.dumps({"text": "a boat", **fields}).encode(), fetch=lambda uri: PNG).image
+
+
+@pytest.mark.parametrize("fields", [{"image": B64}, {"image_uri": "https://cdn.test/a"}])
+def test_a_record_states_the_digest_of_its_image(fields: dict[str, str]) -> None:
+    assert fetched(**fields, image_digest=DIGEST) == fetched(**fields) == PNG
+    for digest, reason in (("sha256:" + "0" * 64, "uri_digest"), ("sha256:0", "schema"), (5, "schema"), ("", "schema")):
+        with pytest.raises(RecordError) as caught:
+            fetched(**fields, image_digest=digest)
+        assert caught.value.reason == reason
+
+
+def test_both_algorithms_of_oci_are_known() -> None:
+    assert fetched(image=B64, image_digest="sha512:" + hashlib.sha512(PNG).hexdigest()) == PNG
+    with pytest.raises(RecordError, match="states sha512:000000000000"):
+        fetched(image=B64, image_digest="sha512:" + "0" * 128)

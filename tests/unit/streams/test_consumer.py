@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import pytest
 
-from core.errors import BrokerError, StoreUnavailable
+from core.errors import StoreUnavailable
 from core.settings import Settings
 from streams.ingest import validators
 from streams.ingest.membership import PartitionReader
 from streams.ingest.quarantine import QuarantinePublisher
 from streams.ingest.validate import Received, validate
-from streams.kafka import tolerant_fetch
+from streams.kafka.record_batches import Corrupt
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.consumer import POISON, metric, rows, run, seen
-from tests.support.fake_kafka import FakeConsumer, FakeKafka, FakeSender
+from tests.support.fake_kafka import FakeClients, FakeKafka
 from tests.support.kafka import good, wait_for
-from tests.support.samples import refusal
+from tests.support.samples import TOPIC, refusal
+from tests.unit.streams.conftest import Outage
 
 # -- the plain path ------------------------------------------------------------------------------------------------
 
@@ -66,25 +69,11 @@ def test_offsets_without_a_record_are_neither_lag_nor_lost(
     assert [kind for _, _, kind in rows(store)] == ["sample", "quarantine", "sample"]
 
 
-def test_only_records_of_committed_transactions_are_asked_for(settings: Settings, kafka: FakeKafka) -> None:
-    kafka.send(good(1))
-    with run(settings, 1):
-        assert kafka.options["isolation_level"] == "read_committed"
-        assert kafka.options["auto_offset_reset"] == "none" and kafka.options["enable_auto_commit"] is False
-
-
 def test_a_record_that_the_log_gives_twice_is_taken_once(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
     """A fetch that was under way when the position was set again, or a batch that begins before the position."""
-    fetch = FakeConsumer._fetch
-
-    def with_those_before(self: FakeConsumer) -> Any:
-        found = fetch(self)
-        log = self.broker.logs[0].records
-        return {each: [*log[: records[0].offset], *records] for each, records in found.items()}
-
-    monkeypatch.setattr(FakeConsumer, "_fetch", with_those_before)
+    kafka.repeats = True
     kafka.send(good(1), POISON)
     with run(settings, 2):
         kafka.send(good(2), good(3))
@@ -98,15 +87,7 @@ def test_a_record_that_the_log_gives_twice_is_taken_once(
 
 def test_corrupt_records_are_refused_in_their_place(settings: Settings, store: SampleStore, kafka: FakeKafka) -> None:
     kafka.send(good(1), good(2), good(3))
-    corrupt = tolerant_fetch.Corrupt.__new__(tolerant_fetch.Corrupt)
-    for name, value in {
-        "offset": 1,
-        "raw": b"\x00broken",
-        "detail": "its checksum is wrong",
-        "leader_epoch": 0,
-    }.items():
-        object.__setattr__(corrupt, name, value)
-    kafka.logs[0].records[1] = corrupt
+    kafka.logs[0].records[1] = Corrupt("t", 0, 1, -1, "its checksum is wrong", b"\x00broken", 0)
     with run(settings, 3):
         pass
     assert [kind for *_, kind in rows(store)] == ["sample", "quarantine", "sample"]
@@ -174,63 +155,74 @@ def test_not_even_a_claim_check_fits_and_reading_goes_on(
 
 
 def test_reading_goes_on_while_the_quarantine_topic_is_away(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
-    send = FakeSender.send_all
-
-    def away(*_: Any) -> Any:
-        raise BrokerError("the quarantine topic is away.")
-
-    monkeypatch.setattr(FakeSender, "send_all", away)
+    kafka.quarantine_away = True
     kafka.send(POISON, good(1))
     with run(settings, 2):
         kafka.send(POISON, good(2))
         seen(store, 4)
         assert store.positions()["t:0"].published == 0 and kafka.quarantine == []
-        monkeypatch.setattr(FakeSender, "send_all", send)
+        kafka.quarantine_away = False
         wait_for(lambda: store.positions()["t:0"].published == 4, "both published", 20)
     assert kafka.names() == ["t:0:0", "t:0:2"]
 
 
 def test_the_publisher_outlives_a_store_that_is_away_when_it_is_fenced(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
 ) -> None:
     kafka.send(POISON)
     with run(settings, 1) as consumer:
         wait_for(lambda: len(kafka.quarantine) == 1, "the first", 20)
-        owns, asked = consumer._publisher._owns, [0]
-
-        def away(reading: Any) -> bool:
-            asked[0] += 1
-            if asked[0] < 4:
-                raise StoreUnavailable("away")
-            return owns(reading)
-
-        monkeypatch.setattr(consumer._publisher, "_owns", away)
+        asked: list[Any] = []
+        away = outage(
+            consumer._publisher, "_owns", StoreUnavailable("away"), lambda *given: asked.append(given) or True
+        )
         kafka.owners.update(kafka.owners)  # another has opened every sender since
         kafka.send(POISON)
+        wait_for(lambda: len(asked) > 3, "further tries", 20)
+        away.clear()
         wait_for(lambda: len(kafka.quarantine) == 2, "the second", 20)
-    assert kafka.names() == ["t:0:0", "t:0:1"] and asked[0] >= 4
+    assert kafka.names() == ["t:0:0", "t:0:1"]
+
+
+def refused(store: SampleStore) -> list[dict[str, Any]]:
+    """Three quarantined records that are stored and not published."""
+    rows = [{**refusal(0, n), "topic": "t"} for n in range(3)]
+    store.put(rows, [Position("t", 0, 3, "id-1")])
+    return rows
 
 
 def test_a_worker_that_slept_between_commit_and_publish_publishes_nothing_twice(
     settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
     kafka.away = True
-    refused = [{**refusal(0, n), "topic": "t"} for n in range(3)]
-    writer = StoreWriter(store.table)
-    store.put(refused, [Position("t", 0, 3, "id-1")])
-    sleeper_claim, owner_claim = (writer.claim([store.positions()["t:0"]])[0] for _ in range(2))
-    sleeper, owner = (QuarantinePublisher(settings.kafka, store) for _ in range(2))
-    asleep, awake = PartitionReader.of(sleeper_claim), PartitionReader.of(owner_claim)
-    sleeper.publish(asleep, refused)
-    kafka.away = False
-    owner.recover(awake)
-    assert owner.wait_until_published(20) and sleeper.wait_until_published(20)
-    assert sleeper.unpublished(asleep) is None
+    waiting, writer, clients = refused(store), StoreWriter(store.table), FakeClients(kafka, settings.kafka)
+    asleep, awake = (PartitionReader.of(writer.claim([store.positions()["t:0"]])[0]) for _ in range(2))
+    with (
+        closing(QuarantinePublisher(clients, store)) as sleeper,  # type: ignore[arg-type]
+        closing(QuarantinePublisher(clients, store)) as owner,  # type: ignore[arg-type]
+    ):
+        sleeper.publish(asleep, waiting)
+        kafka.away = False
+        owner.recover(awake)
+        assert owner.wait_until_published(20) and sleeper.wait_until_published(20)
+        assert sleeper.unpublished(asleep) is None
     assert kafka.names() == ["t:0:0", "t:0:1", "t:0:2"]
-    for each in (sleeper, owner):
-        each.close()
+
+
+def test_a_partition_that_is_claimed_again_leaves_no_producer_behind(
+    settings: Settings, store: SampleStore, kafka: FakeKafka
+) -> None:
+    writer = StoreWriter(store.table)
+    with closing(QuarantinePublisher(FakeClients(kafka, settings.kafka), store)) as publisher:  # type: ignore[arg-type]
+        for offset in range(5):
+            for partition in range(2):
+                [claim] = writer.claim([Position(TOPIC, partition, 0)])
+                publisher.publish(PartitionReader.of(claim), [refusal(partition, offset)])
+            assert publisher.wait_until_published(60)
+        assert len(kafka.quarantine) == 10 and len(kafka.open_senders) == 2
+    assert not kafka.open_senders
 
 
 # -- what happens to the log ---------------------------------------------------------------------------------------
@@ -309,27 +301,20 @@ def test_where_the_divergence_is_not_known_the_log_is_read_from_its_beginning(
 
 
 def test_a_new_leader_is_not_taken_for_a_truncation(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
 ) -> None:
     """What is ahead of the store has a newer epoch than the stored position, and a seek must not mix the two."""
-    failing, released = threading.Event(), threading.Event()
-    commit = StoreWriter.commit
-
-    def away(self: StoreWriter, *given: Any) -> int:
-        if failing.is_set() and not released.is_set():
-            raise StoreUnavailable("away")
-        return commit(self, *given)
-
-    monkeypatch.setattr(StoreWriter, "commit", away)
+    away = outage(StoreWriter, "commit", StoreUnavailable("away"))
+    away.clear()
     kafka.send(good(1), epoch=3)
     with run(settings, 1) as consumer:
-        failing.set()
+        away.set()
         kafka.send(good(2), epoch=3)
         kafka.send(good(3), good(4), epoch=4)
         wait_for(lambda: consumer.status.waiting_for == "store", "the outage", 20)
         seeks = len(kafka.fetched_from)
         wait_for(lambda: len(kafka.fetched_from) > seeks + 2, "the partition is sought again", 20)
-        released.set()
+        away.clear()
         seen(store, 4)
         kafka.send(good(5), epoch=4)
         seen(store, 5)
@@ -337,26 +322,22 @@ def test_a_new_leader_is_not_taken_for_a_truncation(
 
 
 def test_a_truncation_is_counted_once_though_the_store_goes_away_in_the_middle(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
 ) -> None:
     kafka.send(*(good(n) for n in range(5)), epoch=3)
-    claim, calls = StoreWriter.claim, [0]
+    tries: list[Any] = []
 
-    def unsteady(self: StoreWriter, starts: Any, *more: Any) -> Any:
-        starts = list(starts)
-        if starts[0].stream == "t@1":
-            calls[0] += 1
-            if calls[0] < 4:
-                raise StoreUnavailable("away")
-        return claim(self, starts, *more)
+    def of(writer: StoreWriter, starts: Sequence[Position], *_: Any) -> bool:
+        tries.extend(each for each in starts if each.stream == "t@1")
+        return starts[0].stream == "t@1" and len(tries) < 4
 
-    monkeypatch.setattr(StoreWriter, "claim", unsteady)
+    outage(StoreWriter, "claim", StoreUnavailable("away"), of)
     with run(settings, 5):
         with kafka.changed:
             kafka.cut_off(3)
             kafka.send(good(9), epoch=4)
         seen(store, 6)
-    assert calls[0] == 4
+    assert len(tries) == 4
     assert store.tally()["rewritten_offsets"] == 2 and store.offsets() == {"t:0": 5, "t@1:0": 4}
 
 

@@ -3,52 +3,46 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from typing import Any
 
 import pytest
 
-from core.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
+from core.errors import RegistryUnavailable, StoreFull, StoreUnavailable
 from core.settings import Settings
-from streams.ingest import ingest_report, validators
-from streams.ingest.consumer import Consumer
+from streams.ingest import duplicates, ingest_report, validators
+from streams.ingest.duplicates import DuplicateIndex
+from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.validate import Received, validate
 from streams.ingest.validators import DEATHS
-from streams.store.rows import SampleTable
+from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.consumer import POISON, dependency_state, metric, rows, run, seen
-from tests.support.fake_kafka import FakeKafka, FakeSender, install
-from tests.support.kafka import good, wait_for
+from tests.support.fake_kafka import FakeKafka
+from tests.support.kafka import good, reading, wait_for
+from tests.support.samples import TOPIC, put, sample
+from tests.unit.streams.conftest import Outage
 from tests.unit.streams.test_validators import die
 
 # -- lag -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(
-    settings: Settings, store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broker = FakeKafka("t", 2)
-    install(broker, monkeypatch)
-    monkeypatch.setattr("streams.ingest.membership.LOOK_SECONDS", 0.0)
-    broker.assign()
+@pytest.mark.parametrize("kafka", [2], indirect=True)
+def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(settings: Settings, kafka: FakeKafka) -> None:
+    kafka.assign()
     lags: list[tuple[str, int | None]] = []
     for number in range(2):
-        broker.send(good(number), partition=number)
-    consumer = Consumer(settings, on_change=lambda status: lags.append((status.state, status.lag)))
-    thread = threading.Thread(target=consumer.run)
-    thread.start()
-    try:
+        kafka.send(good(number), partition=number)
+    with reading(settings, lambda status: lags.append((status.state, status.lag))) as consumer:
         wait_for(lambda: consumer.status.state == "joining", "joining", 20)
-        broker.assign(0, 1)
+        kafka.assign(0, 1)
         wait_for(lambda: metric("lag_records", partition="1") == 0, "a lag of 0", 20)
         assert metric("lag_records", partition="0") == 0
-        broker.assign(0)
+        kafka.assign(0)
         wait_for(lambda: metric("lag_records", partition="1") is None, "the lag is gone", 20)
         wait_for(lambda: metric("lag_records", partition="0") == 0, "the other's is there again", 20)
         assert metric("lag_records", partition="1") is None
-    finally:
-        consumer.stop()
-        thread.join(20)
     assert {lag for state, lag in lags if state == "joining"} == {None}
     assert metric("lag_records", partition="0") is None
 
@@ -66,19 +60,10 @@ def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(
 )
 @pytest.mark.parametrize("step", ["commit", "claim"])
 def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch,
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage,
     error: Exception, dependency: str, state: str, step: str,
 ) -> None:  # fmt: skip
-    away = threading.Event()
-    away.set()
-    real = getattr(StoreWriter, step)
-
-    def unsteady(self: StoreWriter, *args: Any) -> Any:
-        if away.is_set():
-            raise error
-        return real(self, *args)
-
-    monkeypatch.setattr(StoreWriter, step, unsteady)
+    away = outage(StoreWriter, step, error)
     kafka.send(good(1), POISON, good(2))
     with run(settings) as consumer:
         wait_for(lambda: consumer.status.waiting_for == dependency, dependency, 20)
@@ -127,18 +112,11 @@ def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
 
 
 def test_an_idle_ingest_tells_that_the_store_is_away(
-    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, kafka: FakeKafka, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
-    real = SampleStore.version
-    away = threading.Event()
-
-    def unsteady(self: SampleStore) -> int:
-        if away.is_set():
-            raise StoreUnavailable("no route to the store.")
-        return real(self)
-
-    monkeypatch.setattr(SampleStore, "version", unsteady)
+    away = outage(SampleStore, "version", StoreUnavailable("no route to the store."))
+    away.clear()
     kafka.send(good(1))
     with run(settings, 1) as consumer:
         away.set()
@@ -153,24 +131,20 @@ def test_an_idle_ingest_tells_that_the_store_is_away(
 
 @pytest.mark.parametrize("error", [StoreFull("full"), StoreUnavailable("away")])
 def test_one_that_is_asked_to_stop_while_the_store_takes_nothing_tries_no_more(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch, error: StoreUnavailable
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage, error: StoreUnavailable
 ) -> None:
     """A try takes as long as Lance's own ones, and whoever stops a process kills it after a minute."""
-    late: list[str] = []
     kafka.send(good(1), POISON)
-    with run(settings, 2) as consumer, monkeypatch.context() as patch:
-
-        def fails(*_: Any, **__: Any) -> None:
-            if consumer._stopping.is_set():
-                late.append("a try")
-            raise error
-
-        patch.setattr(StoreWriter, "_commit", fails)
+    with run(settings, 2) as consumer:
+        asked_to_stop: list[bool] = []
+        stopping = consumer._stopping.is_set
+        away = outage(StoreWriter, "_commit", error, lambda *_: asked_to_stop.append(stopping()) or True)
         kafka.send(good(2))
         wait_for(lambda: consumer.status.state == "waiting", "it waits", 20)
         consumer.stop()
         wait_for(lambda: consumer.status.state == "stopped", "it ends", 20)
-    assert late == []
+    assert asked_to_stop and not any(asked_to_stop)
+    away.clear()
     with run(settings):
         seen(store, 3)
     assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
@@ -191,18 +165,11 @@ def test_a_broker_that_is_away_is_named_and_what_was_read_is_stored(
 
 
 def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
 ) -> None:
-    away = threading.Event()
-    away.set()
-    real = validate
-
-    def needs_registry(received: Received, rules: Any) -> Any:
-        if received.offset == 1 and away.is_set():
-            raise RegistryUnavailable("the registry is away.")
-        return real(received, rules)
-
-    monkeypatch.setattr(validators, "validate", needs_registry)
+    away = outage(
+        validators, "validate", RegistryUnavailable("the registry is away."), lambda received, _: received.offset == 1
+    )
     kafka.send(good(0), good(1), good(2))
     with run(settings) as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the registry's outage", 20)
@@ -216,19 +183,12 @@ def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
 
 
 def test_a_gap_waits_for_the_records_before_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
 ) -> None:
     """While the registry is away a record waits; what retention deletes behind it is not to be stored before it."""
-    away = threading.Event()
-    away.set()
-    real = validate
-
-    def needs_registry(received: Received, rules: Any) -> Any:
-        if received.offset == 0 and away.is_set():
-            raise RegistryUnavailable("the registry is away.")
-        return real(received, rules)
-
-    monkeypatch.setattr(validators, "validate", needs_registry)
+    away = outage(
+        validators, "validate", RegistryUnavailable("the registry is away."), lambda received, _: received.offset == 0
+    )
     kafka.send(good(0), good(1))
     with run(settings) as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the outage", 20)
@@ -260,20 +220,71 @@ def test_one_that_lost_its_partition_claims_it_anew_and_stores_nothing_twice(
 
 
 def test_one_that_lost_its_partition_publishes_what_waited_though_no_record_comes(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
-    send = FakeSender.send_all
-
-    def away(*_: Any) -> Any:
-        raise BrokerError("the quarantine topic is away.")
-
-    monkeypatch.setattr(FakeSender, "send_all", away)
+    kafka.quarantine_away = True
     kafka.send(POISON)
     with run(settings, 1):
         StoreWriter(SampleTable(settings.lake)).claim([store.positions()["t:0"]])
-        monkeypatch.setattr(FakeSender, "send_all", send)
+        kafka.quarantine_away = False
         wait_for(lambda: store.positions()["t:0"].published == 1, "the refusal published", 20)
     assert kafka.names() == ["t:0:0"]
+
+
+# -- the duplicate index, which is built beside the loop ------------------------------------------------------------
+
+
+def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(
+    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, released, follow = threading.Event(), threading.Event(), DuplicateIndex.follow
+
+    def slow(*given: Any) -> Any:
+        begun.set()
+        assert released.wait(60)
+        return follow(*given)
+
+    monkeypatch.setattr(DuplicateIndex, "follow", slow)
+    kafka.send(good(1))
+    with reading(settings) as consumer:
+        assert begun.wait(20)
+        polls = kafka.polls
+        wait_for(lambda: kafka.polls > polls + 5, "polls while the index is built", 20)
+        assert SampleStore(settings.lake).positions() == {}
+        released.set()
+        wait_for(lambda: consumer.status.samples == 1, "the record", 20)
+
+
+def test_an_index_that_cannot_be_built_is_tried_again(settings: Settings, kafka: FakeKafka, outage: Outage) -> None:
+    tries: list[Any] = []
+    outage(DuplicateIndex, "follow", StoreUnavailable("away"), lambda *given: tries.append(given) or len(tries) < 3)
+    kafka.send(good(1))
+    with reading(settings) as consumer:
+        wait_for(lambda: consumer.status.samples == 1, "the record", 20)
+
+
+def test_a_stop_does_not_wait_for_the_index_and_leaves_it_as_it_was(
+    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SampleStore(settings.lake)
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    begun, over, batches = threading.Event(), threading.Event(), duplicates._batches
+
+    def endless(dataset: Any, fragment: Any) -> Any:
+        while not over.is_set():
+            yield from batches(dataset, fragment)
+            begun.set()
+
+    monkeypatch.setattr(duplicates, "_batches", endless)
+    try:
+        with reading(settings):
+            assert begun.wait(20)
+    finally:
+        over.set()
+    name, key = store.table.identity()
+    split = SplitRule(key, settings.ingest.fresh_eval_share)
+    with closing(DuplicateIndex(settings.home / "ingest/duplicates.db", name, duplicates.OFF, split)) as index:
+        assert len(index) == 0
 
 
 # -- records that kill ---------------------------------------------------------------------------------------------

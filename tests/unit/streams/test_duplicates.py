@@ -7,27 +7,24 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.errors import StoreFull, StoreUnavailable
-from core.settings.streams import Ingest, Kafka
 from streams.ingest import duplicates as module
-from streams.ingest.batch import Batch
 from streams.ingest.duplicates import OFF, Duplicate, DuplicateIndex, KnownSample
-from streams.ingest.membership import PartitionReader
-from streams.ingest.validate import Received, Rules, validate
 from streams.store import maintenance
 from streams.store.rows import Position, words_hash
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
-from tests.support.kafka import good
 from tests.support.samples import TOPIC, put, sample
+from tests.support.worker import Worker
 
-WORDS = ("a boat", "", "")
 GREY = b"\x80" * 27
 
 
@@ -35,12 +32,16 @@ def look(phash: int, colours: bytes = GREY) -> bytes:
     return phash.to_bytes(8, "big") + colours
 
 
-def item(sample_id: str, own_look: bytes, words: tuple[str, str, str], offset: int = 0) -> KnownSample:
-    return KnownSample(bytes.fromhex(sample_id), f"{TOPIC}:0:{offset}", own_look, words_hash(*words))
+def item(number: int, phash: int = 0, words: str = "a boat") -> KnownSample:
+    return KnownSample(bytes.fromhex(name(number)), f"{TOPIC}:0:0", look(phash), words_hash(words, "", ""))
 
 
 def name(number: int) -> str:
     return f"{number:064x}"
+
+
+def stored_item(partition: int, offset: int) -> KnownSample:
+    return KnownSample(bytes.fromhex(sample(partition, offset)["id"]), "", look(77), 0)
 
 
 @pytest.fixture
@@ -50,44 +51,31 @@ def index(tmp_path: Path) -> Iterator[DuplicateIndex]:
 
 
 def test_the_same_content_is_an_exact_duplicate_whatever_it_looks_like(index: DuplicateIndex) -> None:
-    index.add(item(name(1), look(0xFF), WORDS))
-    assert index.find(item(name(1), look(0x1234), ("other", "", ""))) == Duplicate("exact", name(1))
-    assert index.find(item(name(2), look(0x1234), ("other", "", ""))) is None
+    index.add(item(1, 0xFF))
+    assert index.find(item(1, 0x1234, "other")) == Duplicate("exact", name(1))
+    assert index.find(item(2, 0x1234, "other")) is None
+    assert index.find(item(2, 0xFF, "other")) is None, "other words"
 
 
-@pytest.mark.parametrize(("distance", "found"), [(0, False), (2, False), (3, True), (16, True)])
-def test_near_duplicates_are_within_the_distance(distance: int, found: bool) -> None:
-    index = DuplicateIndex(":memory:", "store", distance)
-    index.add(item(name(1), look(0), WORDS))
-    assert (index.find(item(name(2), look(0b1000_0000_0001_0001), WORDS)) is not None) == found
-    assert index.find(item(name(2), look(0), WORDS)) == Duplicate("perceptual", name(1))
-
-
-@pytest.mark.parametrize("distance", [1, 5, 16])
+@pytest.mark.parametrize("distance", [OFF, 0, 1, 5, 16])
 def test_every_look_within_the_distance_is_found_whichever_bits_differ(distance: int) -> None:
     index = DuplicateIndex(":memory:", "store", distance)
-    index.add(item(name(1), look(0), WORDS))
+    index.add(item(1))
+    assert index.find(item(1)) == Duplicate("exact", name(1))
+    assert index.find(item(2)) == (None if distance == OFF else Duplicate("perceptual", name(1)))
     for start in range(0, 64, 3):
-        bits = sum(1 << (start + step * 7) % 64 for step in range(distance))
-        assert bits.bit_count() == distance
-        assert index.find(item(name(2), look(bits), WORDS)) is not None
-        assert index.find(item(name(2), look(bits ^ (1 << (start + 1) % 64)), WORDS)) is None
-
-
-def test_looks_are_not_compared_when_that_is_off() -> None:
-    index = DuplicateIndex(":memory:", "store", OFF)
-    index.add(item(name(1), look(0), WORDS))
-    assert index.find(item(name(2), look(0), WORDS)) is None
-    assert index.find(item(name(1), look(0), WORDS)) == Duplicate("exact", name(1))
+        bits = sum(1 << (start + step * 7) % 64 for step in range(max(0, distance)))
+        assert (index.find(item(2, bits)) is None) == (distance == OFF)
+        assert index.find(item(2, bits ^ (1 << (start + 1) % 64))) is None
 
 
 def test_what_is_added_is_forgotten_when_the_commit_fails(index: DuplicateIndex) -> None:
     with pytest.raises(LookupError), index.deciding():
-        index.add(item(name(1), look(0), WORDS))
+        index.add(item(1))
         raise LookupError
-    assert (len(index), index.find(item(name(1), look(0), WORDS))) == (0, None)
+    assert (len(index), index.find(item(1))) == (0, None)
     with index.deciding():
-        index.add(item(name(1), look(0), WORDS))
+        index.add(item(1))
     assert len(index) == 1
 
 
@@ -118,7 +106,7 @@ def test_the_index_takes_in_only_what_is_new_in_the_store(
     follow(index, store)
     follow(index, store)
     assert (len(index), taken) == (3, [1])
-    assert index.find(item(sample(1, 2)["id"], look(77), WORDS)) == Duplicate("exact", sample(1, 2)["id"])
+    assert index.find(stored_item(1, 2)) == Duplicate("exact", sample(1, 2)["id"])
 
 
 def corrupt_whole(path: Path) -> None:
@@ -151,7 +139,7 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
         for _ in range(2):  # what shows only when it is used costs one try
             try:
                 follow(index, store)
-                duplicate = index.find(item(sample(0, 7)["id"], look(7), WORDS))
+                duplicate = index.find(stored_item(0, 7))
                 break
             except StoreUnavailable:
                 continue
@@ -160,38 +148,25 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
 
 @pytest.mark.parametrize(("store_name", "distance"), [("another", 0), ("store", 3), ("store", OFF)])
 def test_an_index_of_another_store_or_distance_is_made_anew(tmp_path: Path, store_name: str, distance: int) -> None:
-    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as index:
-        index.add(item(name(1), look(0), WORDS))
-    with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
-        assert len(index) == 0
-    with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
-        index.add(item(name(1), look(0), WORDS))
-    with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
-        assert len(index) == 1
+    for given, known in ((("store", 0), 0), ((store_name, distance), 0), ((store_name, distance), 1)):
+        with closing(DuplicateIndex(tmp_path / "d.db", *given)) as index:
+            assert len(index) == known
+            index.add(item(1))
 
 
 def test_two_workers_share_a_file_and_never_both_take_a_sample(tmp_path: Path) -> None:
-    taken: list[str] = []
-    failures: list[BaseException] = []
+    def work(_: int) -> list[int]:
+        taken = []
+        with closing(DuplicateIndex(tmp_path / "d.db", "store")) as index:
+            for number in range(40):
+                with index.deciding():
+                    if index.find(item(number, number)) is None:
+                        index.add(item(number, number))
+                        taken.append(number)
+        return taken
 
-    def work() -> None:
-        try:
-            with closing(DuplicateIndex(tmp_path / "d.db", "store")) as index:
-                for number in range(40):
-                    with index.deciding():
-                        if index.find(item(name(number), look(number), WORDS)) is None:
-                            index.add(item(name(number), look(number), WORDS))
-                            taken.append(name(number))
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-    assert sorted(taken) == [name(number) for number in range(40)]
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(chain.from_iterable(pool.map(work, range(3)))) == list(range(40))
 
 
 def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
@@ -199,7 +174,7 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
 ) -> None:
     path = tmp_path / "d.db"
     with closing(DuplicateIndex(path, "store")) as index:
-        index.add(item(name(1), look(0), WORDS))
+        index.add(item(1))
     hold = "import sqlite3,sys; db=sqlite3.connect(sys.argv[1], isolation_level=None);" \
         "db.execute('PRAGMA locking_mode=EXCLUSIVE'); db.execute('BEGIN EXCLUSIVE');" \
         "db.execute('SELECT * FROM meta').fetchall(); print('held', flush=True); sys.stdin.read()"  # fmt: skip
@@ -219,16 +194,16 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
 
 def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateIndex) -> None:
     with index.deciding():
-        index.add(item(name(1), look(1), WORDS))
+        index.add(item(1, 1))
     pages = index._db.execute("PRAGMA page_count").fetchone()[0]
     index._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreFull, match="full"), index.deciding():
         for number in range(2, 500):
-            index.add(item(name(number), look(number), WORDS))
+            index.add(item(number, number))
     assert len(index) == 1
     index._db.execute("PRAGMA max_page_count = 1000000")
     with index.deciding():
-        index.add(item(name(2), look(2), WORDS))
+        index.add(item(2, 2))
     assert len(index) == 2
 
 
@@ -243,7 +218,7 @@ def fill(numbers):
     with index.deciding():
         for n in numbers:
             id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
-            index.add(duplicates.Sample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
+            index.add(duplicates.KnownSample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
 fill(range(2000))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for start in range(2000, 42000, 2000):
@@ -310,32 +285,7 @@ def test_a_reading_that_fails_half_way_leaves_nothing_behind(
     assert index._db.execute("SELECT count(*) FROM staged").fetchone() == (0,)
 
 
-RULES = Rules(Ingest())
 SAME = 1
-
-
-class Worker:
-    """Reads one partition, with a home of its own."""
-
-    def __init__(self, root: Path, partition: int) -> None:
-        self.partition = partition
-        self.store = SampleStore(str(root / "lake"))
-        self.writer = StoreWriter(self.store.table)
-        self.file = root / f"home-{partition}" / "duplicates.db"
-        self.index = DuplicateIndex(self.file, self.store.table.identity()[0])
-        self.batch = Batch(Kafka(), self.writer, self.index)
-        [claim] = self.writer.claim([Position("t", partition, 0)])
-        self.reading = PartitionReader(claim, 0)
-
-    def take(self, *seeds: int) -> None:
-        for seed in seeds:
-            value, headers = good(seed)
-            record = Received("t", self.partition, self.reading.next, value, None, headers)
-            self.reading.next += 1
-            self.batch.add(self.reading, self.reading.next, validate(record, RULES), 100)
-
-    def commit(self) -> None:
-        self.batch.commit(lambda reading: None)
 
 
 @pytest.fixture
@@ -345,43 +295,27 @@ def workers(tmp_path: Path) -> tuple[Worker, Worker]:
 
 def store_at_once(first: Worker, second: Worker, *seeds: int) -> None:
     """Both decide before either commits."""
-    for worker in (first, second):
-        worker.take(*seeds)
     together = threading.Barrier(2)
-    failures: list[BaseException] = []
-    threads = [threading.Thread(target=_commit, args=(each, together, failures)) for each in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failures == []
 
+    def commit(worker: Worker) -> None:
+        real: Any = worker.writer.commit
 
-def _commit(worker: Worker, together: threading.Barrier, failures: list[BaseException]) -> None:
-    writer: Any = worker.writer
-    commit = writer.commit
+        def after_both_decided(*given: Any) -> Any:
+            together.wait(30)
+            worker.writer.commit = real  # type: ignore[method-assign]
+            return real(*given)
 
-    def after_both_decided(*given: Any) -> Any:
-        together.wait(30)
-        writer.commit = commit
-        return commit(*given)
-
-    writer.commit = after_both_decided
-    try:
+        worker.take(*seeds)
+        worker.writer.commit = after_both_decided  # type: ignore[method-assign]
         worker.commit()
-    except BaseException as error:
-        failures.append(error)
-        together.abort()
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(commit, worker) for worker in (first, second)]:
+            each.result(60)
 
 
 def kinds(store: SampleStore) -> list[tuple[int, str]]:
     return [(row["partition"], row["kind"]) for row in store.records().to_pylist()]
-
-
-def test_both_store_it_when_neither_can_know(workers: tuple[Worker, Worker]) -> None:
-    """What the others are about."""
-    store_at_once(*workers, SAME)
-    assert kinds(workers[0].store) == [(0, "sample"), (1, "sample")]
 
 
 @pytest.mark.parametrize("noticing", [0, 1])
@@ -389,6 +323,7 @@ def test_whoever_notices_first_makes_the_later_position_a_duplicate(
     workers: tuple[Worker, Worker], noticing: int
 ) -> None:
     store_at_once(*workers, SAME)
+    assert kinds(workers[0].store) == [(0, "sample"), (1, "sample")], "neither can know"
     noticed, other = workers[noticing], workers[1 - noticing]
     noticed.take(2)
     noticed.commit()

@@ -215,14 +215,6 @@ def test_writing_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "in" / INDEX).exists()
 
 
-def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.publish.folders.MAX_ROW_CHARS", 1000)
-    name = "more.jsonl"
-    (tmp_path / name).write_text('{"image": "' + "x" * 5000)
-    with pytest.raises(RecordError, match="1000"):
-        read_items(tmp_path / name)
-
-
 @pytest.mark.parametrize("name", ["more.csv", "more.jsonl"])
 def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streams.publish.folders.MAX_ROW_CHARS", 1000)

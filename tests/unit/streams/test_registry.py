@@ -7,17 +7,19 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from core.errors import BrokerError, RecordError, RegistryUnavailable
+from core.addresses import free_port
+from core.errors import BrokerError, RecordError, RegistryUnavailable, SchemaUnavailable
 from core.settings.streams import Kafka
 from streams.records import registry as module
 from streams.records import registry_client
 from streams.records.codecs import decode
-from streams.records.registry import SchemaRegistry
+from streams.records.registry import DEADLINE_SECONDS, FORGET_SECONDS, SchemaRegistry
 from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running
@@ -41,9 +43,8 @@ def server() -> Iterator[Registry]:
 
 @pytest.fixture
 def registry(server: Registry) -> Iterator[SchemaRegistry]:
-    registry = SchemaRegistry(server.url)
-    yield registry
-    registry.close()
+    with closing(SchemaRegistry(server.url)) as opened:
+        yield opened
 
 
 def framed(number: int, payload: bytes) -> bytes:
@@ -179,10 +180,8 @@ def test_a_registry_that_answers_nonsense_is_an_outage(
 
 
 def test_a_registry_that_is_away_is_an_outage_and_is_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(Registry()) as server:
-        pass  # the port is free again
     monkeypatch.setattr(module, "AWAY_SECONDS", 60.0)
-    registry = SchemaRegistry(server.url)
+    registry = SchemaRegistry(f"http://127.0.0.1:{free_port()}")
     asked: list[int] = []
     by_id = registry.client.by_id
     monkeypatch.setattr(registry.client, "by_id", lambda number: asked.append(number) or by_id(number))
@@ -267,21 +266,18 @@ def test_a_protobuf_value_that_does_not_fit_is_refused(
     assert reason(value[:5] + payload, registry) == "schema"
 
 
+IMPORTS = base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode()
+
+
 @pytest.mark.parametrize(
-    ("text", "references"),
-    [
-        ('syntax = "proto3";', []),
-        ("AAAA", []),
-        (base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode(), []),
-        (base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode(), [("gone.proto", "nowhere", 1)]),
-        (base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode(), [("gone.proto", "subject", 1)]),
-    ],
+    ("text", "subjects"),
+    [('syntax = "proto3";', []), ("AAAA", []), (IMPORTS, []), (IMPORTS, ["nowhere"]), (IMPORTS, ["subject"])],
 )
 def test_a_protobuf_schema_that_cannot_be_used_is_refused(
-    server: Registry, registry: SchemaRegistry, text: str, references: list[tuple[str, str, int]]
+    server: Registry, registry: SchemaRegistry, text: str, subjects: list[str]
 ) -> None:
-    named = [dict(zip(("name", "subject", "version"), each, strict=True)) for each in references]
-    assert reason(framed(add(server, text, "PROTOBUF", references=named), b"\0x"), registry) == "schema"
+    references = [{"name": "gone.proto", "subject": subject, "version": 1} for subject in subjects]
+    assert reason(framed(add(server, text, "PROTOBUF", references=references), b"\0x"), registry) == "schema"
 
 
 def test_protobuf_fields_beside_the_image_are_bounded(server: Registry, registry: SchemaRegistry) -> None:
@@ -289,3 +285,89 @@ def test_protobuf_fields_beside_the_image_are_bounded(server: Registry, registry
     assert reason(write_protobuf(server.url, message), registry) == "schema"
     message = message_types()["Sample"](image=b"x" * 600_000, text="t")
     assert len(registry.read(write_protobuf(server.url, message))["image"]) == 600_000
+
+
+# -- a schema at which the registry fails for too long -------------------------------------------------------------
+
+
+class Clock:
+    """The registry's clock, which a test moves on."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(registry_client, "TRIES", 1)
+    return made
+
+
+@pytest.fixture
+def broken(server: Registry) -> Registry:
+    """It has a schema with which it does not answer."""
+    add(server, {"title": "one"}, "JSON")
+    server.broken = {1}
+    return server
+
+
+def read(registry: SchemaRegistry) -> str:
+    return decode(framed(1, json.dumps({"image": B64, "text": "t"}).encode()), registry=registry).text
+
+
+def fail(registry: SchemaRegistry, clock: Clock, seconds: float) -> None:
+    """The consumer tries again and again, and it is an outage each time."""
+    tries = max(6, int(seconds / 100))
+    for _ in range(tries):
+        with pytest.raises(RegistryUnavailable):
+            read(registry)
+        clock.now += seconds / tries
+
+
+def test_a_schema_that_fails_for_the_deadline_is_given_up_and_found_again_when_it_is_there(
+    broken: Registry, registry: SchemaRegistry, clock: Clock
+) -> None:
+    fail(registry, clock, DEADLINE_SECONDS)
+    with pytest.raises(RecordError) as caught:
+        read(registry)
+    assert caught.value.reason == "schema_unavailable" and "ratchet quarantine resubmit" in caught.value.fix
+    calls = len(broken.calls)
+    with pytest.raises(RecordError):
+        read(registry)
+    assert len(broken.calls) == calls, "the next record does not ask at once"
+    broken.broken = set()
+    clock.now += module.REFUSED_SECONDS + 1
+    assert read(registry) == "t"
+
+
+def test_a_registry_that_does_not_answer_is_waited_for(clock: Clock) -> None:
+    with closing(SchemaRegistry(f"http://127.0.0.1:{free_port()}")) as registry:
+        fail(registry, clock, 2 * DEADLINE_SECONDS)
+
+
+def test_one_that_refuses_us_is_waited_for(broken: Registry, registry: SchemaRegistry, clock: Clock) -> None:
+    broken.always = (401, b"{}")
+    fail(registry, clock, 2 * DEADLINE_SECONDS)
+
+
+@pytest.mark.usefixtures("broken")
+def test_failures_that_lie_far_apart_do_not_add_up(registry: SchemaRegistry, clock: Clock) -> None:
+    for _ in range(5):
+        with pytest.raises(SchemaUnavailable):
+            read(registry)
+        clock.now += FORGET_SECONDS + DEADLINE_SECONDS
+
+
+def test_what_succeeds_in_between_begins_the_deadline_again(
+    broken: Registry, registry: SchemaRegistry, clock: Clock
+) -> None:
+    fail(registry, clock, DEADLINE_SECONDS - 10)
+    broken.broken = set()
+    assert read(registry) == "t"
+    registry._decoders.clear()
+    broken.broken = {1}
+    fail(registry, clock, DEADLINE_SECONDS - 10)

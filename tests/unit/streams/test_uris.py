@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.asyn import AsyncFileSystem
+from fsspec.registry import _registry
 
+from core.addresses import ObjectRule
 from core.errors import RecordError
 from core.settings.streams import Ingest
 from streams.records import uris
@@ -24,55 +28,29 @@ from tests.support.web_server import Answer, WebServer, reply, web_server
 LOOPBACK = ["127.0.0.1/32"]
 
 
-def fetch(uri: str, allowed: Sequence[str], max_bytes: int, networks: Sequence[str] = ()) -> bytes:
+def fetch(uri: str, allowed: Sequence[str], max_bytes: int = 1000, networks: Sequence[str] = LOOPBACK) -> bytes:
     """What a fetcher with these limits gets."""
     limits = {**Ingest().model_dump(), "allowed_uris": allowed, "allowed_networks": networks}
-    fetcher = UriFetcher(Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes}))  # smaller than is valid
-    try:
+    limited = Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes})  # smaller than is valid
+    with closing(UriFetcher(limited)) as fetcher:
         return fetcher.fetch(uri)
-    finally:
-        fetcher.close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        if self.path == "/images/moved":
-            self.send_response(302)
-            self.send_header("Location", "/secret")
-        else:
-            self.send_response(200 if self.path in ("/images/a", "/secret") else 404)
-        self.end_headers()
-        self.wfile.write(self.path.encode() * 10)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-
-@pytest.fixture(scope="module")
-def site_url() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def reason(uri: str, *allowed: str, max_bytes: int = 1000) -> str:
     with pytest.raises(RecordError) as caught:
-        fetch(uri, allowed, max_bytes, LOOPBACK)
+        fetch(uri, allowed, max_bytes)
     return str(caught.value.reason)
 
 
-def test_what_lies_under_a_listed_address_is_fetched(site_url: str) -> None:
-    for prefix in (f"{site_url}/images/", f"{site_url}/images", f"{site_url}/images/a", site_url):
-        assert fetch(f"{site_url}/images/a", ["file:///nowhere", prefix], 1000, LOOPBACK) == b"/images/a" * 10
+def test_what_lies_under_a_listed_address_is_fetched(web: WebServer) -> None:
+    web.pages["/images/a"] = reply(PICTURE)
+    for prefix in ("/images/", "/images", "/images/a", ""):
+        assert fetch(url(web, "/images/a"), ["file:///nowhere", url(web, prefix)]) == PICTURE
 
 
-def test_an_address_inside_is_refused_unless_its_network_is_named(site_url: str) -> None:
+def test_an_address_inside_is_refused_unless_its_network_is_named(web: WebServer) -> None:
     with pytest.raises(RecordError, match=r"not public.*ingest\.allowed_networks"):
-        fetch(f"{site_url}/images/a", [site_url], 1000)
+        fetch(url(web), [url(web, "")], networks=())
 
 
 def test_files_stay_inside_their_folder(tmp_path: Path) -> None:
@@ -113,16 +91,14 @@ def web() -> Iterator[WebServer]:
 @pytest.fixture
 def make() -> Iterator[Make]:
     """Makes fetchers that may fetch from this machine, and closes them."""
-    fetchers: list[UriFetcher] = []
+    with ExitStack() as stack:
 
-    def build(*sites: WebServer, **limits: Any) -> UriFetcher:
-        allowed = [url(each, "/") for each in sites]
-        fetchers.append(UriFetcher(Ingest(allowed_uris=allowed, allowed_networks=["127.0.0.0/8"], **limits)))
-        return fetchers[-1]
+        def build(*sites: WebServer, **limits: Any) -> UriFetcher:
+            allowed = [url(each, "/") for each in sites]
+            made = UriFetcher(Ingest(allowed_uris=allowed, allowed_networks=["127.0.0.0/8"], **limits))
+            return stack.enter_context(closing(made))
 
-    yield build
-    for fetcher in fetchers:
-        fetcher.close()
+        yield build
 
 
 def url(web: WebServer, path: str = "/a.png") -> str:
@@ -348,3 +324,81 @@ def test_pauses_grow_are_spread_and_are_at_least_what_the_server_asks(monkeypatc
 )  # fmt: skip
 def test_retry_after_is_a_number_or_a_date(text: str, seconds: float | None) -> None:
     assert parse_retry_after(text, datetime(2026, 1, 1, tzinfo=UTC)) == seconds
+
+
+# -- object stores --------------------------------------------------------------------------------------------------
+
+
+class Store(AsyncFileSystem):  # type: ignore[misc]
+    """A store of another kind, in memory. What fails is what its key says."""
+
+    protocol = "gs"
+    asked: list[str] = []  # noqa: RUF012
+    errors: dict[str, Exception] = {  # noqa: RUF012
+        "denied": PermissionError(), "bad": OSError(22, "invalid"), "busy": OSError(16, "SlowDown"),
+        "reset": EOFError(),
+    }  # fmt: skip
+
+    async def _info(self, path: str, **_: Any) -> dict[str, Any]:
+        self.asked.append(path)
+        key = path.rpartition("/")[2]
+        if key == "none":
+            raise FileNotFoundError(path)
+        if key in self.errors:
+            raise self.errors[key]
+        return {"name": path, "size": 2000 if key == "large" else 5, "type": "file"}
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        return (b"x" * 5000 if path.endswith("grown") else b"12345")[start:end]
+
+
+@pytest.fixture
+def objects(monkeypatch: pytest.MonkeyPatch) -> Iterator[UriFetcher]:
+    monkeypatch.setattr(Store, "asked", [])
+    monkeypatch.setitem(_registry, "gs", Store)
+    with closing(UriFetcher(Ingest(allowed_uris=["gs://pictures/in"], max_image_bytes=1024))) as made:
+        yield made
+
+
+def test_an_object_under_the_prefix_is_read(objects: UriFetcher) -> None:
+    assert objects.fetch("gs://pictures/in/a.png") == objects.fetch("gs://pictures/in") == b"12345"
+
+
+def test_others_are_not_even_asked_for(objects: UriFetcher) -> None:
+    others = [
+        "s3://pictures/in/a.png", "gs://other/in/a.png", "gs://pictures/inside/a.png", "gs://pictures/",
+        "gs://pictures/in/../a.png", "gs://pictures/in/./a", "gs://pictures/in\\..\\a", "gs:///in/a",
+        "gs://pictures/in/\0", "GS://pictures/in/a.png", "gs://pictures/in/" + "a" * 1024, "gs://u:p@pictures/in/a",
+        "gs://pictures/in/\ud800",
+    ]  # fmt: skip
+    assert {refusal(objects, each).reason for each in others} == {"uri_not_allowed"}
+    assert Store.asked == []
+
+
+def test_a_large_object_is_refused_by_its_size_and_one_that_has_grown_is_cut(objects: UriFetcher) -> None:
+    assert refusal(objects, "gs://pictures/in/large").reason == "image_too_large"
+    assert refusal(objects, "gs://pictures/in/grown").reason == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    ("key", "tries"), [("none", 1), ("denied", 1), ("bad", 1), ("busy", 4), ("reset", 4)]
+)  # fmt: skip
+def test_only_what_may_pass_is_tried_again(objects: UriFetcher, key: str, tries: int) -> None:
+    assert refusal(objects, f"gs://pictures/in/{key}").reason == "uri_unreachable"
+    assert len(Store.asked) == tries
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    with closing(UriFetcher(Ingest(allowed_uris=["s3://pictures/"]))) as fetcher:
+        error = refusal(fetcher, "s3://pictures/a.png")
+    assert error.reason == "uri_not_allowed" and 'pip install "ratchet-server[s3]"' in error.fix
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://", "s3:///a", "s3://b", "s3://bucket/../x", "s3://*/x", "S3://bucket", "s3://b c/x"]
+)
+def test_an_entry_that_cannot_be_meant_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="s3://"):
+        ObjectRule.parse(text)

@@ -49,7 +49,7 @@ def accepted(result: Accepted | dict[str, Any]) -> dict[str, Any]:
     return result.row
 
 
-def refused(result: Accepted | dict[str, Any]) -> dict[str, Any]:
+def quarantined(result: Accepted | dict[str, Any]) -> dict[str, Any]:
     assert not isinstance(result, Accepted) and result["kind"] == "quarantine", result
     assert result["reason"] in REASONS
     return result
@@ -111,13 +111,13 @@ def test_a_null_value_with_a_key_or_an_id_is_a_tombstone() -> None:
 )
 def test_a_tombstone_whose_id_is_none_is_refused_and_deletes_nothing(name: bytes) -> None:
     for key in (None, b"photo-7"):
-        assert refused(validate(received(None, [("ratchet_id", name)], key=key), RULES))["reason"] == "headers"
+        assert quarantined(validate(received(None, [("ratchet_id", name)], key=key), RULES))["reason"] == "headers"
 
 
 @pytest.mark.parametrize("headers", [[], [("ratchet_id", None)], [("other", b"x")]])
 def test_a_null_value_that_names_nothing_is_refused(headers: Headers) -> None:
     for key in (None, b""):
-        assert refused(validate(received(None, headers, key=key), RULES))["reason"] == "empty"
+        assert quarantined(validate(received(None, headers, key=key), RULES))["reason"] == "empty"
 
 
 def test_a_long_key_is_stored_by_its_digest() -> None:
@@ -131,7 +131,7 @@ def test_a_long_key_is_stored_by_its_digest() -> None:
 
 def test_a_fault_of_ours_refuses_the_record_and_does_not_stop_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "perceptual_hash", lambda image: 1 / 0)
-    row = refused(validate(raw(offset=3, key=b"k"), RULES))
+    row = quarantined(validate(raw(offset=3, key=b"k"), RULES))
     assert (row["reason"], row["offset"], row["original"], row["original_key"]) == ("internal", 3, picture(1), b"k")
     assert row["detail"] == "ZeroDivisionError: division by zero"
 
@@ -139,7 +139,7 @@ def test_a_fault_of_ours_refuses_the_record_and_does_not_stop_the_stream(monkeyp
 def test_records_do_not_reach_paths_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(picture(1))
     value = json.dumps({"image_uri": f"file://{tmp_path}/secret.png", "text": "t"}).encode()
-    assert refused(validate(received(value), RULES))["reason"] == "uri_not_allowed"
+    assert quarantined(validate(received(value), RULES))["reason"] == "uri_not_allowed"
 
 
 def test_a_panic_of_a_library_refuses_the_record_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_a_panic_of_a_library_refuses_the_record_too(monkeypatch: pytest.MonkeyP
         raise PanicException("index out of bounds")
 
     monkeypatch.setattr(module, "perceptual_hash", panic)
-    assert refused(validate(raw(), RULES))["detail"] == "PanicException: index out of bounds"
+    assert quarantined(validate(raw(), RULES))["detail"] == "PanicException: index out of bounds"
 
 
 def test_what_validation_needs_and_is_away_is_no_fault_of_the_record() -> None:
@@ -163,13 +163,18 @@ def test_what_validation_needs_and_is_away_is_no_fault_of_the_record() -> None:
         validate(received(b"\0\0\0\0\1{}"), rules)
 
 
-def test_a_refusal_holds_the_record_as_it_came() -> None:
+def test_a_quarantined_record_can_be_sent_again_as_it_came() -> None:
     headers: Headers = [("ratchet_text", b""), ("trace", b"\xff\x00"), ("none", None), ("ce_source", b"urn:\xff")]
-    row = refused(validate(received(b"\xff\xfe", headers, key=b"\x00key"), RULES))
-    record = original(row)
-    assert (record.value, record.key) == (b"\xff\xfe", b"\x00key")
-    assert list(record.headers) == [(name, value) for name, value in headers if value is not None]
+    row = quarantined(validate(Received("t@2", 1, 9, b"\xff\xfe", b"\x00key", headers), RULES))
     assert row["source"] == "urn:\ufffd"
+    record, sent = original(row), message(row)
+    given = [(name, value) for name, value in headers if value is not None]
+    assert (record.value, record.key, record.headers) == (b"\xff\xfe", b"\x00key", given)
+    assert (sent.value, sent.key, sent.headers[:3]) == (record.value, record.key, given)
+    ours = dict(sent.headers[3:])
+    assert ours["ratchet_null_headers"] == b'["none"]', "an empty header would be another one"
+    assert [ours[f"ratchet_{name}"] for name in ("topic", "partition", "offset")] == [b"t@2", b"1", b"9"]
+    assert ours["ratchet_reason"] == b"headers"
 
 
 def wide_png(width: int, height: int) -> bytes:

@@ -60,10 +60,10 @@ def die_over(records: Sequence[Received]) -> list[Accepted | StoreRow]:
 
 
 @contextmanager
-def guarded(folder: Path, kind: type[ProcessValidators] = ProcessValidators) -> Iterator[Any]:
-    """Two processes that validate, and what counts their deaths."""
-    with closing(CrashGuard(folder, 2)) as guard:
-        validators = kind(WORK, 2, guard)
+def guarded(folder: Path, kind: type[ProcessValidators] = ProcessValidators, count: int = 1) -> Iterator[Any]:
+    """Processes that validate, and what counts their deaths."""
+    with closing(CrashGuard(folder, count)) as guard:
+        validators = kind(WORK, count, guard)
         try:
             yield validators
         finally:
@@ -72,7 +72,7 @@ def guarded(folder: Path, kind: type[ProcessValidators] = ProcessValidators) -> 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessValidators]:
-    with guarded(tmp_path_factory.mktemp("guard")) as validators:
+    with guarded(tmp_path_factory.mktemp("guard"), count=2) as validators:
         yield validators
 
 
@@ -164,11 +164,10 @@ def test_processes_end_when_their_consumer_is_killed(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from core.settings.streams import Ingest, Kafka
-from streams.ingest.validators import CrashGuard
-from streams.ingest.validators import ProcessValidators, Work
+from streams.ingest.validators import CrashGuard, ProcessValidators, ValidationSetup
 if __name__ == "__main__":
     guard = CrashGuard(Path(__file__).parent, 2)
-    validators = ProcessValidators(Work(Ingest(), Kafka()), 2, guard)
+    validators = ProcessValidators(ValidationSetup(Ingest(), Kafka()), 2, guard)
     validators.submit([]).result()
     print(*validators._pool._processes, flush=True)
     time.sleep(600)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lance
 import pytest
@@ -18,6 +20,8 @@ from streams.store.rows import Position, SampleTable, tally_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim, StoreWriter
 from tests.support.samples import TOPIC, put, sample
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def test_a_claim_starts_at_the_given_position_or_goes_on_where_the_store_is(writ
 
 def test_an_older_claim_stores_nothing(store: SampleStore, writer: StoreWriter) -> None:
     sleeper = claim_of(writer)
-    other = claim_of(StoreWriter(SampleTable(str(Path(store.url).parent))))
+    other = claim_of(StoreWriter(SampleTable(store.lake)))
     with pytest.raises(Superseded, match="samples:0") as caught:
         commit(writer, [sample(0, 0)], (sleeper, 1))
     assert caught.value.keys == ["samples:0"]
@@ -84,31 +88,25 @@ def test_a_row_that_does_not_fit_the_table_leaves_nothing(store: SampleStore, wr
     assert (store.count(), store.offsets()) == (2, {"samples:0": 2})
 
 
-def test_writers_of_different_partitions_commit_at_once_and_none_is_sent_back(
-    store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def at_once(count: int, work: Callable[[int], T]) -> list[T]:
+    """What ``work`` gives for each number, all of which begin at the same moment."""
+    together = threading.Barrier(count)
+
+    def begin(number: int) -> T:
+        together.wait(30)
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+def test_writers_of_different_partitions_commit_at_once_and_none_is_sent_back(store: SampleStore) -> None:
     rounds, workers = 8, 3
-    writers = [StoreWriter(SampleTable(str(Path(store.url).parent))) for _ in range(workers)]
+    writers = [StoreWriter(SampleTable(store.lake)) for _ in range(workers)]
     claims = [claim_of(each, partition) for partition, each in enumerate(writers)]
     before = files(store)
-    together = threading.Barrier(workers)
-    failures: list[BaseException] = []
-
-    def write(partition: int) -> None:
-        try:
-            for number in range(rounds):
-                together.wait(30)
-                commit(writers[partition], [sample(partition, number)], (claims[partition], number + 1))
-        except BaseException as error:
-            failures.append(error)
-            together.abort()
-
-    threads = [threading.Thread(target=write, args=(p,)) for p in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    for number in range(rounds):
+        at_once(workers, lambda p, n=number: commit(writers[p], [sample(p, n)], (claims[p], n + 1)))  # type: ignore[misc]
     got = store.scan(columns=["partition", "offset"]).to_pylist()
     assert [tuple(row.values()) for row in got] == [(p, n) for p in range(workers) for n in range(rounds)]
     assert store.offsets() == {f"samples:{p}": rounds for p in range(workers)}
@@ -116,95 +114,81 @@ def test_writers_of_different_partitions_commit_at_once_and_none_is_sent_back(
 
 
 def test_processes_that_claim_the_first_partitions_at_once_all_get_theirs(store: SampleStore) -> None:
-    tables = [SampleTable(str(Path(store.url).parent)) for _ in range(4)]
-    together = threading.Barrier(len(tables))
-    claims: list[Claim] = []
-
-    def claim(number: int) -> None:
-        together.wait(30)
-        claims.extend(StoreWriter(tables[number]).claim([Position(TOPIC, number, 0), Position(TOPIC, 9, 0)]))
-
-    threads = [threading.Thread(target=claim, args=(number,)) for number in range(len(tables))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    tables = [SampleTable(store.lake) for _ in range(4)]
+    claims = at_once(4, lambda n: StoreWriter(tables[n]).claim([Position(TOPIC, n, 0), Position(TOPIC, 9, 0)]))
     assert store.offsets() == {f"samples:{number}": 0 for number in (0, 1, 2, 3, 9)}
-    assert sorted(each.position.epoch for each in claims if each.position.partition == 9) == [1, 2, 3, 4]
+    assert sorted(ninth.position.epoch for _, ninth in claims) == [1, 2, 3, 4]
+
+
+Fails = Callable[..., list[bool]]
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch) -> Fails:
+    """Lets so many of Lance's commits raise an error, before they are made or ``after``; the list grows with each."""
+
+    def begin(error: Exception, times: int = 1000, after: bool = False) -> list[bool]:
+        original, tries = lance.LanceDataset.commit, list[bool]()
+
+        def fail(*given: Any, **options: Any) -> Any:
+            tries.append(True)
+            if len(tries) > times:
+                return original(*given, **options)
+            if after:
+                original(*given, **options)
+            raise error
+
+        monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(fail))
+        return tries
+
+    return begin
+
+
+CONFLICT = CommitConflictError("somebody was faster")
 
 
 def test_data_files_are_written_once_however_often_the_commit_is_tried(
-    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+    store: SampleStore, writer: StoreWriter, fails: Fails
 ) -> None:
-    claim = claim_of(writer)
-    before, original, tries = files(store), lance.LanceDataset.commit, [0]
-
-    def conflicts(*args: Any, **kwargs: Any) -> Any:
-        tries[0] += 1
-        if tries[0] < 6:
-            raise CommitConflictError("somebody was faster")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(conflicts))
+    claim, before = claim_of(writer), files(store)
+    tries = fails(CONFLICT, 5)
     commit(writer, [sample(0, 0)], (claim, 1))
-    assert (tries[0], files(store) - before) == (6, 2)
+    assert (len(tries), files(store) - before) == (6, 2)
     assert (store.count(), store.offsets()) == (1, {"samples:0": 1})
 
 
-@pytest.mark.parametrize("words", ["507 Insufficient Storage: quota exceeded", "connection refused"])
-def test_a_store_that_takes_no_commit_is_asked_twice_and_not_as_often_as_in_a_conflict(
-    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch, words: str
-) -> None:
-    """Each try may take seconds. The second one finds out whether the first was carried out."""
-    claim, tries = claim_of(writer), [0]
-
-    def fails(*_: Any, **__: Any) -> Any:
-        tries[0] += 1
-        raise OSError(words)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lance.LanceDataset, "commit", staticmethod(fails))
-        with pytest.raises(StoreUnavailable, match=words.split()[-1]):
-            commit(writer, [sample(0, 0)], (claim, 1))
-    assert tries[0] == 2
+@pytest.mark.parametrize(
+    ("error", "told", "most"),
+    [
+        (OSError("507 Insufficient Storage: quota exceeded"), "exceeded", 2),
+        (OSError("connection refused"), "refused", 2),
+        (CONFLICT, "3 conflicts", 3),
+    ],
+)
+def test_a_store_that_takes_no_commit_is_an_outage_after_which_the_claim_still_holds(
+    store: SampleStore, writer: StoreWriter, fails: Fails, monkeypatch: pytest.MonkeyPatch,
+    error: Exception, told: str, most: int,
+) -> None:  # fmt: skip
+    """Each try may take seconds: a store that is away is asked twice, to find out whether the first was carried out."""
+    claim = claim_of(writer)
+    monkeypatch.setattr(writer_module, "ATTEMPTS", 3)
+    tries = fails(error, most)
+    with pytest.raises(StoreUnavailable, match=told):
+        commit(writer, [sample(0, 0)], (claim, 1))
+    assert len(tries) == most
     commit(writer, [sample(0, 0)], (claim, 1))
     assert store.count() == 1
 
 
 def test_a_commit_whose_answer_was_lost_is_not_made_again(
-    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+    store: SampleStore, writer: StoreWriter, fails: Fails
 ) -> None:
     claim = claim_of(writer)
-    original, tries = lance.LanceDataset.commit, [0]
-
-    def unanswered(*args: Any, **kwargs: Any) -> Any:
-        tries[0] += 1
-        original(*args, **kwargs)
-        raise OSError("connection reset")
-
-    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(unanswered))
+    tries = fails(OSError("connection reset"), 1, after=True)
     version = commit(writer, [sample(0, 0)], (claim, 1))
-    monkeypatch.undo()
-    assert (tries[0], version, store.count()) == (1, store.version(), 1)
+    assert (len(tries), version, store.count()) == (1, store.version(), 1)
     commit(writer, [sample(0, 1)], (claim, 2))
     assert (store.count(), store.offsets()) == (2, {"samples:0": 2})
-
-
-def test_without_end_conflicts_are_an_outage_after_which_the_claim_still_holds(
-    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    claim = claim_of(writer)
-
-    def conflict(*args: Any, **kwargs: Any) -> Any:
-        raise CommitConflictError("somebody was faster")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "ATTEMPTS", 3)
-        patch.setattr(lance.LanceDataset, "commit", staticmethod(conflict))
-        with pytest.raises(StoreUnavailable, match="3 conflicts"):
-            commit(writer, [sample(0, 0)], (claim, 1))
-    commit(writer, [sample(0, 0)], (claim, 1))
-    assert store.count() == 1
 
 
 @pytest.mark.parametrize(
@@ -272,18 +256,5 @@ def test_a_commit_scans_nothing_and_adds_one_version(
 
 def test_of_tables_that_are_made_at_once_one_stays(tmp_path: Path) -> None:
     tables = [SampleTable(str(tmp_path)) for _ in range(4)]
-    together = threading.Barrier(len(tables))
-    identities: list[tuple[str, bytes]] = []
-
-    def make(table: SampleTable) -> None:
-        together.wait(30)
-        identities.append(table.identity())
-
-    threads = [threading.Thread(target=make, args=(table,)) for table in tables]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(identities) == len(tables) and len(set(identities)) == 1
-    assert len(identities[0][1]) == 32
-    assert SampleTable(str(tmp_path / "other")).identity() != identities[0]
+    [identity] = set(at_once(4, lambda number: tables[number].identity()))
+    assert len(identity[1]) == 32 and SampleTable(str(tmp_path / "other")).identity() != identity
