@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, TopicPartition
 from benchmarks.stream.chaos_records import Made
 from core.errors import StoreError
 from core.settings.streams import Kafka
-from streams.ingest.quarantine import refused_position
+from streams.ingest.quarantine import original_position
 from streams.store.rows import Position, RecordPosition
 from streams.store.sample_store import SampleStore
 
@@ -135,7 +135,7 @@ def quarantined(kafka: Kafka) -> list[RecordPosition]:
         while quiet < QUIET_POLLS:
             records = [each for batch in consumer.poll(timeout_ms=500).values() for each in batch]
             quiet = 0 if records else quiet + 1
-            places += [place for each in records if (place := refused_position(each)) is not None]
+            places += [place for each in records if (place := original_position(each)) is not None]
         return places
     finally:
         consumer.close(timeout_ms=1000)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from core.errors import RatchetError
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from streams.store.rows import quoted
+from streams.store.conditions import quoted
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.vlm_families import FAMILIES, write_family

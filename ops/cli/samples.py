@@ -63,12 +63,12 @@ def trace(
 
     Examples:  ratchet samples trace ratchet.samples:0:42    |    ratchet samples trace --id 0123456789ab
     """
-    from streams.store.sample_queries import RecordQuery
+    from streams.store.rows import read_position
     from streams.store.sample_queries import trace as receipts_of
 
     if (record is None) == (sample_id is None):
         raise typer.BadParameter("give a position, or --id")
-    query = sample_id if record is None else RecordQuery.parse(record)
+    query = sample_id if record is None else read_position(record)
     receipts = receipts_of(_store(context), query or "")
     if not receipts:
         raise UnknownRecord(f"no record has the id {sample_id}.", "Refused records have none: trace their position.")

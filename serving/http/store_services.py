@@ -148,9 +148,7 @@ class ReceiptService:
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
         """What became of a record; at least one receipt."""
-        from streams.store.sample_queries import RecordQuery
-
-        return await in_time(self._threads.run(self._read, RecordQuery(topic, partition, offset)), TRACE_SECONDS)
+        return await in_time(self._threads.run(self._read, (topic, partition, offset)), TRACE_SECONDS)
 
     async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
         """Receipts of the records of a sample. Raises RecordError for what is not an ID."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 
@@ -25,7 +25,8 @@ from core.errors import StoreError, StoreUnavailable
 from core.settings.streams import Kafka
 from streams.ingest.duplicates import CORRECTED, Duplicate, DuplicateIndex, KnownSample
 from streams.ingest.membership import PartitionReader
-from streams.ingest.validate import BY_KEY, Accepted, StoreRow, refuse
+from streams.ingest.validate import BY_KEY, Accepted, StoreRow, quarantine_row
+from streams.store.conditions import IDS_PER_QUERY, hexadecimal, is_in, quoted
 from streams.store.rows import (
     CLAIM,
     SCHEMA,
@@ -35,10 +36,8 @@ from streams.store.rows import (
     chunks,
     deletion_row,
     duplicate_row,
-    hexadecimal,
     name_of,
     position_of,
-    quoted,
     reading_store,
     tally_of,
 )
@@ -48,7 +47,7 @@ log = logging.getLogger(__name__)
 Entry = tuple[PartitionReader, int, Accepted | StoreRow, int]
 """Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
 Watermark = Callable[[PartitionReader], int | None]
-"""Offset of a reading's first refusal that is not published yet, or None where there is none."""
+"""Offset of a reading's first quarantined record that is not published yet, or None where there is none."""
 
 
 @dataclass
@@ -153,15 +152,15 @@ class Batch:
                 raise
             log.warning("the batch is stored; the duplicate index takes it from the store later: %s", error)
         except (TypeError, ValueError, OverflowError):
-            if not self._refuse_misfits():
+            if not self._quarantine_misfits():
                 raise
             return self.commit(watermark)
         self._entries, self._readings, self._bytes = [], set(), 0
         self._settle_doubles()
         return outcome
 
-    def _refuse_misfits(self) -> bool:
-        """Refuse samples that passed validation and that the table cannot hold; whether there are any.
+    def _quarantine_misfits(self) -> bool:
+        """Quarantine samples that passed validation and that the table cannot hold; whether there are any.
 
         None is known. But one would otherwise be read again for ever, and stop its partition.
         """
@@ -169,7 +168,7 @@ class Batch:
         for number, (reading, end, result, size) in enumerate(self._entries):
             if isinstance(result, Accepted) and result.record is not None and (problem := _misfit(result.row)):
                 log.error("record %s:%d is valid and cannot be stored: %s", reading.claim.key, end - 1, problem)
-                self._entries[number] = (reading, end, refuse(result.record, "internal", problem), size)
+                self._entries[number] = (reading, end, quarantine_row(result.record, "internal", problem), size)
                 misfits += 1
         return misfits > 0
 
@@ -244,20 +243,15 @@ def _misfit(row: StoreRow) -> str:
 def _position(
     reading: PartitionReader, behind: tuple[int, int], rows: list[StoreRow], unpublished: int | None
 ) -> Position:
-    """The position of the partition behind the batch. Refusals are published after it."""
+    """The position of the partition behind the batch. Quarantined records are published after it."""
     position, (end, epoch) = reading.claim.position, behind
-    own = [row for row in rows if _is_of(row, position)]
+    own = [row for row in rows if (row["topic"], row["partition"]) == (position.stream, position.partition)]
     first = min((row["offset"] for row in own if row["kind"] == "quarantine"), default=end)
     published = min(end, first, end if unpublished is None else unpublished)
     return replace(position, next=end, published=published, tally=position.tally + tally_of(own), leader_epoch=epoch)
 
 
-def _is_of(row: Mapping[str, Any], position: Position) -> bool:
-    return bool(row["topic"] == position.stream and row["partition"] == position.partition)
-
-
 METADATA: Final = ("source", "domain", "concept", "label", "tags", "extra")
-NAMES_PER_QUERY: Final = 500
 _COLUMNS: Final = [
     "kind", "topic", "partition", "offset", "id", "split", "key", "text", "question", "sent_at", *METADATA,
 ]  # fmt: skip
@@ -287,13 +281,12 @@ class Corrections:
         dataset = table.open() if ids or keys else None
         if dataset is None:
             return
-        named = (("kind = 'sample' AND id", map(quoted, ids)),
-                 ("(kind = 'sample' OR reason = 'duplicate_exact') AND key", map(hexadecimal, keys)))  # fmt: skip
-        for column, values in named:
-            for some in chunks(values, NAMES_PER_QUERY):
-                where = f"{column} IN ({', '.join(some)})"
+        named = (("kind = 'sample'", "id", map(quoted, ids)),
+                 ("(kind = 'sample' OR reason = 'duplicate_exact')", "key", map(hexadecimal, keys)))  # fmt: skip
+        for kinds, column, values in named:
+            for some in chunks(values, IDS_PER_QUERY):
                 with reading_store(table.url):
-                    rows = dataset.to_table(columns=_COLUMNS, filter=where).to_pylist()
+                    rows = dataset.to_table(columns=_COLUMNS, filter=f"{kinds} AND {is_in(column, some)}").to_pylist()
                 for row in rows:
                     self.add(row)
 
@@ -315,7 +308,11 @@ class Corrections:
         same = self._by_id.get(row["id"])
         if same is not None and same not in found and row["key"] is not None and _sender(row) == _sender(same):
             found.append(same)
-        return [each for each in found if each["id"] != row["id"] or _differs(each, row)]
+        return [
+            each
+            for each in found
+            if each["id"] != row["id"] or (each["kind"] == "sample" and any(each[n] != row[n] for n in METADATA))
+        ]
 
     def replace(self, old: StoreRow, new: StoreRow) -> None:
         """Let a receipt stand for a sample or a duplicate."""
@@ -356,7 +353,3 @@ def is_newer(stored: StoreRow, record: StoreRow) -> bool:
 
 def _sender(row: StoreRow) -> tuple[bytes | None, str]:
     return row["key"], row["source"] or ""
-
-
-def _differs(old: StoreRow, new: StoreRow) -> bool:
-    return old["kind"] == "sample" and any(old[name] != new[name] for name in METADATA)

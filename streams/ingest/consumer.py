@@ -1,11 +1,11 @@
 """``ratchet ingest``: from the topic into the sample store.
 
-Read, validate, store samples and offsets in one commit, publish the refusals, and only then tell Kafka. What Kafka
-remembers is for others to look at (lag); where to go on is read from the store. Killed at any instant, every record is
-in the store or in the quarantine topic exactly once.
+Read, validate, store samples and offsets in one commit, publish what is quarantined, and only then tell Kafka. Kafka's
+own offsets are for others to look at (lag); the store says where to go on. Killed at any instant, every record is in
+the store or in the quarantine topic exactly once.
 
-The loop is total: whatever bytes come, a record ends as a sample, a duplicate, a tombstone or a refusal, and offsets
-that cannot be read any more as a gap. Only what is away is waited for: the broker, the store, the disk, the registry.
+The loop is total: whatever bytes come, a record ends as a sample, a duplicate, a tombstone or in quarantine, and
+offsets that cannot be read any more as a gap. Only what is away is waited for: broker, store, disk, registry.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from streams.ingest.membership import (
 )
 from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.quarantine import QuarantinePublisher
-from streams.ingest.validate import Received, refuse
+from streams.ingest.validate import Received, quarantine_row
 from streams.ingest.validators import ValidationPool, ValidationSetup, crashed, start_validators
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import check_rights, connection, ingest_rights
@@ -54,7 +54,7 @@ from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
-#: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
+#: On a stop: how long quarantined records may take to get into their topic. The next owner publishes the others.
 PUBLISH_SECONDS: Final = 5.0
 BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 AWAY: Final = (BrokerError, StoreError, RegistryUnavailable, KafkaError, OSError)
@@ -75,8 +75,7 @@ class Consumer:
         """
         Args:
             on_change: is called with the status after every commit and change of state.
-            processes: that validate records; 0 does it on threads of this process, which start at once and share its
-                GIL: about half as fast.
+            processes: that validate records; 0: threads of this process, which start at once and are half as fast.
         """
         self.settings = settings
         self.kafka = settings.kafka
@@ -87,7 +86,6 @@ class Consumer:
         self._admin = self._clients.admin()
         self._processes = processes
         self._opened = False
-        """True if the parts are there that outlive a connection to the broker: see :meth:`_open`."""
         self._group: Membership
         self._connected = False
         self._indexing: Future[Any] | None = None
@@ -190,9 +188,8 @@ class Consumer:
         self._connected = True
 
     def _index(self) -> None:
-        """Read into the index what the store holds, on a thread of its own: some 10 s for each million samples where
-        there is no index yet. The loop polls meanwhile, without claiming anything, so that the group keeps this member.
-        """
+        """Read into the index what the store holds: some 10 s for each million samples where there is no index yet. The
+        loop polls meanwhile, without claiming anything, so that the group keeps this member."""
         with self._batch.index.deciding():
             self._batch.index.follow(self.store.table)
 
@@ -275,16 +272,14 @@ class Consumer:
         position: RecordPosition = (reading.stream, reading.partition, record.offset)
         if isinstance(record, tolerant_fetch.Corrupt):
             received = Received(*position, record.raw)
-            self._pool.add(reading, received, record.leader_epoch, refuse(received, "corrupt", record.detail))
+            self._pool.add(reading, received, record.leader_epoch, quarantine_row(received, "corrupt", record.detail))
             return
         received = Received(*position, record.value, record.key, record.headers, record.timestamp)
-        if self._guard.is_poison(position):
-            self._pool.add(reading, received, record.leader_epoch, crashed(received, self._guard))
-            return
-        alone = self._guard.deaths(position) > 0  # if the process dies again, it was this one
+        known = crashed(received, self._guard) if self._guard.is_poison(position) else None
+        alone = known is None and self._guard.deaths(position) > 0  # if the process dies again, it was this one
         if alone:
             self._pool.finish()
-        self._pool.add(reading, received, record.leader_epoch)
+        self._pool.add(reading, received, record.leader_epoch, known)
         if alone:
             self._pool.finish()
 
@@ -309,7 +304,7 @@ class Consumer:
     # -- storing ----------------------------------------------------------------------------------------------------
 
     def _commit(self) -> bool:
-        """Store the batch, publish its refusals, tell Kafka: in this order. False when asked to stop before."""
+        """Store the batch, publish what is quarantined, tell Kafka: in this order. False when asked to stop before."""
         return self._retry_until_stopped(self._store) if len(self._batch) else True
 
     def _store(self) -> None:
@@ -334,15 +329,17 @@ class Consumer:
                 self._assignment.give_up(reading)
 
     def _publish(self, outcome: CommitResult) -> None:
-        refused = outcome.of_kind("quarantine")
+        quarantined = outcome.of_kind("quarantine")
         for reading in outcome.readings:
-            mine = [row for row in refused if (row["topic"], row["partition"]) == (reading.stream, reading.partition)]
+            mine = [
+                row for row in quarantined if (row["topic"], row["partition"]) == (reading.stream, reading.partition)
+            ]
             self._publisher.publish(reading, mine)
         self._guard.forget(map(position_of, outcome.rows))
 
     def _mark_published(self) -> None:
-        """Remember that refusals are in the topic, and that the log went on without records, where no batch is going to
-        say so soon."""
+        """Store how far quarantined records are published, and how far the log went on without records, where no batch
+        is going to say so soon."""
         if len(self._batch) or len(self._pool):
             return
         idle = self._idle_since is not None and time.monotonic() - self._idle_since >= self.kafka.batch_seconds
@@ -468,7 +465,7 @@ class Consumer:
             self._group.stay()
 
     def _commit_pending(self) -> None:
-        """Store what has been read though the broker is away; its refusals are published when it is back."""
+        """Store what has been read though the broker is away; what is quarantined is published when it is back."""
         if self._gives_up():
             return
         try:

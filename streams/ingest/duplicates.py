@@ -35,6 +35,7 @@ from streams.ingest.perceptual_hash import (
     masks,
     similar,
 )
+from streams.store.conditions import IDS_PER_QUERY, is_in, quoted
 from streams.store.rows import (
     RecordPosition,
     SampleTable,
@@ -44,7 +45,6 @@ from streams.store.rows import (
     parse_position,
     position_fragments,
     position_of,
-    quoted,
     reading_store,
 )
 from streams.store.sample_queries import ValueCounts
@@ -63,7 +63,6 @@ near duplicates: nothing is lost by that."""
 RECENT_VERSIONS: Final = 256
 """Versions whose transactions are read to leave out what compaction only moved."""
 CHUNK_ROWS: Final = 65_536
-IDS_PER_QUERY: Final = 500
 CACHE_KIB: Final = 32_768
 CHECKPOINT_PAGES: Final = 8000
 """Of 4 KiB, between two checkpoints. A batch changes a page for each of its samples once there are many pages: with
@@ -165,7 +164,8 @@ class DuplicateIndex:
         with self._in_use():
             if self._has(sample.id):
                 return Duplicate("exact", sample.id.hex())
-            if sample.sent is not None and self._corrected(sample.id) >= _micros(sample.sent):
+            query = "SELECT 1 FROM corrected WHERE id = ? AND sent >= ?"
+            if sample.sent is not None and self._db.execute(query, (sample.id, _micros(sample.sent))).fetchone():
                 return Duplicate("older", sample.id.hex())
             if self.distance == OFF or sample.look is None:
                 return None
@@ -262,9 +262,9 @@ class DuplicateIndex:
             given = zip(corrected["id"].to_pylist(), corrected["sent_at"].to_pylist(), strict=True)
             self._note_corrections([(bytes.fromhex(id_), _micros(sent)) for id_, sent in given if id_ and sent])
             if not first:  # else there is nothing to forget: what is read here is not deleted
-                self._forget(
-                    dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
-                )
+                deleted = table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
+                places = self._places(dataset, deleted)  # of those that were stored again since
+                self._drop([id_ for id_ in deleted if not places[id_]])
 
     def _settle(self, dataset: Any, doubles: Sequence[tuple[bytes, str, str]]) -> None:
         """Note samples that are stored at two positions. All indexes keep the first in the order of positions.
@@ -283,18 +283,13 @@ class DuplicateIndex:
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (name_of(first), id_))
             self._doubles.append((id_.hex(), second))
 
-    def _forget(self, dataset: Any, deleted: Sequence[str]) -> None:
-        """Forget samples that were deleted, unless they were stored again since."""
-        self._drop([id_ for id_, places in self._places(dataset, deleted).items() if not places])
-
     def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
         """The positions of some stored samples, by id."""
         places: dict[str, set[str]] = {each: set() for each in ids}
         for some in chunks(ids, IDS_PER_QUERY):
-            names = ", ".join(map(quoted, some))
-            columns = ["id", "topic", "partition", "offset"]
+            where = f"kind = 'sample' AND {is_in('id', map(quoted, some))}"
             with reading_store(dataset.uri):
-                stored = dataset.to_table(columns=columns, filter=f"kind = 'sample' AND id IN ({names})")
+                stored = dataset.to_table(columns=["id", "topic", "partition", "offset"], filter=where)
             for row in stored.to_pylist():
                 places[row["id"]].add(name_of(position_of(row)))
         return places
@@ -313,11 +308,6 @@ class DuplicateIndex:
         with self._in_use():
             query = "INSERT INTO corrected VALUES (?, ?) ON CONFLICT DO UPDATE SET sent = max(sent, excluded.sent)"
             self._db.executemany(query, corrected)
-
-    def _corrected(self, sample: bytes) -> int:
-        """When the record was sent that corrected a sample, in microseconds; -1 where there is none."""
-        row = self._db.execute("SELECT sent FROM corrected WHERE id = ?", (sample,)).fetchone()
-        return -1 if row is None else int(row[0])
 
     def _has(self, sample: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
@@ -364,7 +354,11 @@ class DuplicateIndex:
             yield
         except (sqlite3.Error, OSError) as error:
             self._damaged = self._damaged or _is_damage(error)
-            raise _outage(self.path, error) from error
+            about = f"the duplicate index {self.path}"
+            if "full" in str(error) or "No space left" in str(error):
+                raise StoreFull(f"the disk of {about} is full.", "Free space; nothing is lost.") from error
+            fix = "Check the folder `home`; the file may be removed."
+            raise StoreUnavailable(f"{about} cannot be used: {error}.", fix) from error
 
     def _meta(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -412,14 +406,6 @@ def _alone(path: Path | str) -> Iterator[None]:
 def _is_damage(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def _outage(path: Path | str, error: Exception) -> StoreUnavailable:
-    if "full" in str(error) or "No space left" in str(error):
-        return StoreFull(f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost.")
-    return StoreUnavailable(
-        f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
-    )
 
 
 def near_duplicates(store: SampleStore, distance: int) -> dict[str, ValueCounts]:

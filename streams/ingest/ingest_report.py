@@ -104,7 +104,7 @@ class IngestReport:
 
     def committed(self, outcome: CommitResult, lag: int | None, seconds: float) -> None:
         """A batch was stored in this time."""
-        refused, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
+        quarantined, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
         metrics.ingest.committed(seconds)
         metrics.ingest.received(outcome.records, outcome.size)
         for split, count in outcome.samples.items():
@@ -112,14 +112,14 @@ class IngestReport:
         for kind, count in outcome.duplicates.items():
             metrics.ingest.duplicates(count, kind)
         metrics.ingest.corrected(outcome.corrected)
-        for row in refused:
+        for row in quarantined:
             metrics.ingest.refused(row["reason"])
         now = self.status
         self._change(
             samples=now.samples + outcome.samples.total(),
             duplicates=now.duplicates + outcome.duplicates.total(),
             corrected=now.corrected + outcome.corrected,
-            quarantined=now.quarantined + len(refused),
+            quarantined=now.quarantined + len(quarantined),
             tombstones=now.tombstones + len(outcome.of_kind("tombstone")),
             commits=now.commits + 1,
             version=outcome.version,
@@ -151,9 +151,11 @@ class IngestReport:
         self._change(state="stopped", waiting_for="", problem="")
 
     def _watch_store(self) -> None:
+        problem = f"the sample store {self._store.url} does not answer within {STORE_SECONDS:g} s."
+        slow = StoreUnavailable(problem, "Records wait in the topic until it does.", "slow")
         measured = -1
         while not self._ending.wait(STORE_SECONDS):
-            silent = threading.Timer(STORE_SECONDS, self._store_fails, [_silent(self._store)])
+            silent = threading.Timer(STORE_SECONDS, self._store_fails, [slow])
             silent.daemon = True
             silent.start()
             try:
@@ -196,14 +198,6 @@ class IngestReport:
             self.status = replace(self.status, **changes)
             if self._on_change is not None:
                 self._on_change(self.status)
-
-
-def _silent(store: SampleStore) -> StoreUnavailable:
-    return StoreUnavailable(
-        f"the sample store {store.url} does not answer within {STORE_SECONDS:g} s.",
-        "Records wait in the topic until it does.",
-        "slow",
-    )
 
 
 class ThrottledLog:

@@ -136,16 +136,13 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.joined = True
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Forget them; what was read and not stored is read again by the next owner."""
+        """Forget them; what was read and not stored is read again by the next owner. Also of partitions that are lost
+        because the group went on without this process."""
         self.joined = False
         with self._lock:
             for each in revoked:
                 self._assigned.discard(each.partition)
                 self._readings.pop(each.partition, None)
-
-    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        """The group went on without this process."""
-        self.on_partitions_revoked(lost)
 
     def unclaimed(self) -> list[int]:
         """Partitions that are ours and not read yet."""

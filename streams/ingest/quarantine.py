@@ -1,4 +1,4 @@
-"""The quarantine topic: every refused record, as it came, with the reason and where it was.
+"""The quarantine topic: every quarantined record, as it came, with the reason and where it was.
 
 A message has the original key, value and headers, and also
 
@@ -6,18 +6,16 @@ A message has the original key, value and headers, and also
     ratchet_detail      the reason in words
     ratchet_topic, ratchet_partition, ratchet_offset      position of the original (topic@n: n-th log of that name)
     ratchet_refused_at  UTC, ISO 8601
-    ratchet_null_headers    a JSON list of the names of its headers without a value; only where it had some. They are
-                            left out, as kafka-python writes no header without a value, and an empty one is another
+    ratchet_null_headers    a JSON list of the names of its headers without a value, which kafka-python does not write
 
-so that a corrected record can be sent again as it is. What the topic does not take for its size is a *claim check*: the
-same without the original's key, value and headers, which stay in the sample store, with
+so that a corrected record can be sent again as it is. What is too large for the topic is a *claim check*: the same
+without the original's key, value and headers, which stay in the sample store, with
 
     ratchet_claim_check   where its bytes are: the position for `ratchet samples show` and `GET /admin/v1/quarantine`
 
-Refused records are published next to the consumer's loop, so that the topic never holds up reading. Each is published
-once, whatever is killed or stopped when: its row was stored in the commit of its batch, and what the store has but the
-topic does not is found by :mod:`streams.kafka.outbox`, which also keeps a process out that has lost the partition. The
-rows wait in memory up to a bound; beyond it they are read from the store again when their turn comes.
+Records are published next to the consumer's loop, so that the topic never holds up reading, and each once: its row was
+stored in the commit of its batch, and what the store has but the topic does not is found by
+:mod:`streams.kafka.outbox`. Rows wait in memory up to a bound; beyond it they are read from the store again.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ QuarantineRow = Mapping[str, Any]
 
 
 def message(row: QuarantineRow) -> Encoded:
-    """The message for a refused record's row."""
+    """The message for a quarantined record."""
     record = original(row)
     # Brokers take a record with neither key nor value; the client does not send one.
     value = b"" if record.value is None and record.key is None else record.value
@@ -65,14 +63,14 @@ def claim_check(row: QuarantineRow) -> Encoded:
 
 
 def original(row: QuarantineRow) -> Encoded:
-    """The record of a refused record's row, as it came but for headers without a value, which ingest passes over."""
+    """A quarantined record as it came but for headers without a value, which ingest passes over."""
     headers = [
         (name, base64.b64decode(value)) for name, value in json.loads(row["original_headers"]) if value is not None
     ]
     return Encoded(row["original_key"], row["original"], headers)
 
 
-def refused_position(record: Any) -> RecordPosition | None:
+def original_position(record: Any) -> RecordPosition | None:
     """The position of the original of a message in the topic; None for a message that is none of ours."""
     headers = dict(record.headers)
     try:
@@ -102,7 +100,7 @@ BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 @dataclass
 class _Job:
-    """Refusals of one partition between two offsets."""
+    """Quarantined records of one partition between two offsets."""
 
     reading: PartitionReader
     start: int
@@ -123,15 +121,15 @@ class QuarantinePublisher:
         self.store = store
         self._jobs: deque[_Job] = deque()
         self._outboxes: dict[str, tuple[PartitionReader, Outbox]] = {}
-        """One for each partition, by its key: that of the newest reading with refusals."""
+        """One for each partition, by its key: that of its newest reading that has some."""
         self._bytes = 0
         self._changed = threading.Condition()
         self._ending = False
-        self._thread = threading.Thread(target=self._run, name="refusals", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="quarantine", daemon=True)
         self._thread.start()
 
     def recover(self, reading: PartitionReader) -> None:
-        """Publish what an earlier owner of the partition stored as refused and may not have published."""
+        """Publish what an earlier owner of the partition quarantined and may not have published."""
         position = reading.claim.position
         if position.published < position.next:
             self._queue(_Job(reading, position.published, position.next, None))
@@ -212,7 +210,7 @@ class QuarantinePublisher:
         metrics.ingest.quarantine_failing(True)
         noted(error)
         key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
-        log.warning("refusals of %s are published later: %s", key, error, exc_info=None if known else error)
+        log.warning("quarantined records of %s are published later: %s", key, error, exc_info=None if known else error)
         with self._changed:
             self._changed.wait_for(lambda: self._ending, BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
@@ -278,5 +276,5 @@ def _entry(row: QuarantineRow, oversized: bool) -> OutboxEntry:
 
 
 def _id_of(record: Any) -> str | None:
-    position = refused_position(record)
+    position = original_position(record)
     return None if position is None else name_of(position)

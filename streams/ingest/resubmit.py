@@ -1,11 +1,9 @@
-"""An operator's means for single records: send refused ones again as they came, and skip offsets.
+"""An operator's means for single records: send quarantined ones again as they came, and skip offsets.
 
-A refused record is named by its *place*, ``topic:partition:offset`` of where it was refused. It is read from the sample
-store, which has every refused record with its bytes, and sent to the topic again with a header that tells where it was.
-The place is claimed in the ledger before and settled after: a second call is refused. A process that dies in between
-leaves the claim, and only ``force`` sends again. Whatever is sent twice all the same is found by ingest: equal samples
-are stored once. Many records, chosen by reason, source and time, are each claimed like a single one. Records refused
-again return to quarantine, as other records.
+A quarantined record is named by its *place*, ``topic:partition:offset`` of where it was refused. It is read from the
+sample store, and sent to the topic again with a header that tells where it was. The place is claimed in the ledger
+before and settled after: a second call is refused. A process that dies in between leaves the claim, and only ``force``
+sends again; ingest stores equal samples once. Records refused again return to quarantine, as other records.
 
 **Skipping**: the partition is claimed, as another worker would claim it, and its position is moved in the commit that
 stores the gap. A worker that reads it finds out with its next commit, which stores nothing, and goes on from the new
@@ -45,23 +43,14 @@ from ratchet_client.records import REASONS
 from streams.ingest.membership import start_position
 from streams.ingest.quarantine import original
 from streams.kafka.clients import Admin, connection, reading_alone
-from streams.store.rows import (
-    SCHEMA,
-    Position,
-    RecordPosition,
-    gap_row,
-    name_of,
-    position_of,
-    refused,
-    tally_of,
-)
+from streams.store.conditions import quarantine_condition
+from streams.store.rows import SCHEMA, Position, RecordPosition, gap_row, name_of, position_of, read_position, tally_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
 PUBLISH_SECONDS: Final = 20.0
 #: Header of a record that was sent again: the place where it was refused. Decoders pass it by: it is no field.
 HEADER: Final = "x-ratchet-resubmission-of"
-_PLACE: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +71,7 @@ class QuarantinedRecord:
 def list_quarantine(
     settings: Settings, ledger: Ledger, limit: int = 50, reason: str | None = None, source: str | None = None
 ) -> list[QuarantinedRecord]:
-    """The newest refused records, newest first; of a reason, of a source (empty: of none). Raises StoreError."""
+    """The newest quarantined records, newest first; of a reason, of a source (empty: of none). Raises StoreError."""
     rows = SampleStore(settings.lake).quarantined(limit, reason, source)
     places = [name_of(position_of(row)) for row in rows]
     again = ledger.resubmissions(places)
@@ -95,15 +84,16 @@ def list_quarantine(
 
 
 def quarantined(settings: Settings, place: str) -> Encoded:
-    """A refused record as it came: key, value and headers. :func:`streams.records.codecs.glimpse` shows what is in it.
+    """A quarantined record as it came: key, value and headers.
 
     Raises:
         UnknownRecord: nothing was refused there.
     """
-    match = _PLACE.fullmatch(place)
-    if match is None:
-        raise UnknownRecord(f"{place[:300]!r} is no place.", "A place reads topic:partition:offset.")
-    row = SampleStore(settings.lake).refusal(match[1], int(match[2]), int(match[3]))
+    try:
+        position = read_position(place)
+    except RecordError:
+        raise UnknownRecord(f"{place[:300]!r} is no place.", "A place reads topic:partition:offset.") from None
+    row = SampleStore(settings.lake).quarantined_record(*position)
     if row is None:
         raise UnknownRecord(f"no record was refused at {place[:300]}.", "See `GET /admin/v1/quarantine` for places.")
     return original(row)
@@ -112,7 +102,7 @@ def quarantined(settings: Settings, place: str) -> Encoded:
 def resubmit(
     settings: Settings, ledger: Ledger, place: str, *, actor: str, reason: str, force: bool = False
 ) -> Delivery:
-    """Send a refused record to the topic again, and wait until the broker has it. Leaves an audit row.
+    """Send a quarantined record to the topic again, and wait until the broker has it. Leaves an audit row.
 
     Raises:
         UnknownRecord: nothing was refused at the place.
@@ -144,7 +134,7 @@ def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
 
 
 def _deliver(sender: RecordSender, topic: str, place: str, record: Encoded) -> Delivery:
-    """Send a refused record with its own headers, and where it was refused. Raises BrokerError."""
+    """Send a quarantined record with its own headers, and where it was refused. Raises BrokerError."""
     headers: Headers = [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
     try:
         return sender.send(topic, Encoded(record.key, record.value, headers)).result(timeout=PUBLISH_SECONDS + 5)
@@ -166,7 +156,7 @@ _ORDER: Final = ("topic", "partition", "offset")
 
 @dataclass(frozen=True, slots=True)
 class QuarantineFilter:
-    """A choice of refused records, the oldest first. None: any.
+    """A choice of quarantined records, the oldest first. None: any.
 
     Raises:
         ConfigError: a reason that is none, or a limit out of bounds.
@@ -177,7 +167,7 @@ class QuarantineFilter:
     source: str | None = None
     """As their headers name it; empty for those that name none."""
     since: datetime | None = None
-    """Refused at or after this time."""
+    """Quarantined at or after this time."""
     limit: int = LIMIT
     """At most so many that were not sent again before."""
 
@@ -190,7 +180,7 @@ class QuarantineFilter:
 
 @dataclass
 class ResubmitReport:
-    """The outcome for the refused records that a filter chose."""
+    """The outcome for the quarantined records that a filter chose."""
 
     dry_run: bool = False
     chosen: int = 0
@@ -239,16 +229,11 @@ def resubmit_many(
     per_second: float = PER_SECOND,
     on_progress: Callable[[ResubmitReport], None] = lambda report: None,
 ) -> ResubmitReport:
-    """Send refused records to the topic again, each once, and wait until the broker has it. Each leaves an audit row.
+    """Send quarantined records to the topic again, each once, and wait until the broker has it.
 
-    What is refused while this runs is not looked at.
+    Each leaves an audit row. What is quarantined while this runs is not looked at.
 
     Args:
-        settings: broker, topic and store.
-        ledger: has the claims.
-        which: which records.
-        actor: who does it.
-        reason: why.
         dry_run: only count.
         per_second: at most so many, so that ingest has room for other records.
         on_progress: called after each record.
@@ -267,7 +252,7 @@ def resubmit_many(
     next_at = 0.0
     with closing(_sender(settings)) as sender:
         for place in places:
-            row = store.refusal(*place)
+            row = store.quarantined_record(*place)
             if row is None:
                 report.chosen -= 1  # deleted meanwhile
                 continue
@@ -300,7 +285,7 @@ def _choose(
     """Positions of the records to send, the oldest first; counts into the report."""
     columns = [*_ORDER, "ingested_at"]
     schema = pa.schema([SCHEMA.field(name) for name in columns])
-    batches = store.batches(refused(which.reason, which.source, which.since), columns)
+    batches = store.batches(quarantine_condition(which.reason, which.source, which.since), columns)
     table = pa.Table.from_batches(batches, schema=schema)
     table = table.sort_by([(name, "ascending") for name in ("ingested_at", *_ORDER)]).select(_ORDER)
     chosen: list[RecordPosition] = []
@@ -342,12 +327,9 @@ def skip(settings: Settings, ledger: Ledger, partition: str, to: int, *, actor: 
     """Go on with a partition at offset ``to``, and record what lies before it as a gap with the reason ``skipped``.
 
     Args:
-        settings: of the installation whose ingest reads the topic.
         ledger: gets an audit row, before anything changes.
         partition: ``topic:partition``.
         to: the next offset to read.
-        actor: who does it.
-        reason: why.
 
     Raises:
         RecordError: ``partition`` is none, or the topic is another one than ingest reads.
@@ -386,7 +368,7 @@ def _move(writer: StoreWriter, start: Position, to: int, end: int, why: str) -> 
     position = claim.position
     _check(position, to, end)
     row = gap_row(position.stream, position.partition, position.next, to, "skipped", f"skipped by {why}")
-    # `published` stays: refusals before the gap that are not in their topic yet are published by the next owner.
+    # `published` stays: the next owner publishes quarantined records before the gap that are not in their topic yet.
     moved = replace(position, next=to, leader_epoch=-1, tally=position.tally + tally_of([row]))
     writer.commit([row], [(claim, moved)])
     return Skipped(position.stream, position.partition, position.next, to)

@@ -1,6 +1,6 @@
 """One record from outside: is it a sample?
 
-Whatever its bytes are, a record ends as a sample, as a tombstone (a wish to delete), or as a refusal with its reason.
+Whatever its bytes are, a record ends as a sample, as a tombstone (a wish to delete), or in quarantine with its reason.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Rules:
 
     limits: Limits
     fetch: Fetch | None = None
-    """Gets images that a record names; without it such records are refused."""
+    """Gets images that a record names; without it such records are quarantined."""
     registry: SchemaRegistry | None = None
     end: Callable[[], None] = lambda: None
     """Lets go of the connections of these two."""
@@ -85,7 +85,7 @@ class Accepted:
 
     row: StoreRow
     record: Received | None = None
-    """Its record, to be refused after all should its row not fit the table."""
+    """Its record, to be quarantined after all should its row not fit the table."""
     replaces: str = ""
     """The value of its header :data:`REPLACES_HEADER`."""
 
@@ -109,17 +109,17 @@ def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
         )
         return _accept(sample, record, rules, now)
     except RecordError as error:
-        return refuse(record, error.reason, str(error), now)
+        return quarantine_row(record, error.reason, str(error), now)
     except (BrokerError, StoreError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a fault of ours, or a panic of a library in Rust, which is no Exception, must not
         # stop the stream: the record is kept, and can be sent again
         log.exception("record %s:%d at %d could not be validated", record.stream, record.partition, record.offset)
-        return refuse(record, "internal", f"{type(error).__name__}: {error}", now)
+        return quarantine_row(record, "internal", f"{type(error).__name__}: {error}", now)
 
 
-def refuse(record: Received, reason: str, detail: str, now: datetime | None = None) -> StoreRow:
-    """The row of a refused record, which is also the message to the quarantine topic."""
+def quarantine_row(record: Received, reason: str, detail: str, now: datetime | None = None) -> StoreRow:
+    """The row of a quarantined record, which is also the message to the quarantine topic."""
     headers = [
         [name.encode(errors="replace").decode(), None if value is None else base64.b64encode(value).decode()]
         for name, value in record.headers

@@ -3,7 +3,7 @@
 Several threads of one process decode images at once, but wait for each other to run Python; processes do not. A record
 that kills the process that validates it does not kill the consumer, either.
 
-**A record that kills the process** is known after the third death, and refused. While a record is validated, a file
+**A record that kills the process** is known after the third death, and quarantined. While a record is validated, a file
 says which one. The file is mapped into memory, so that its content survives the process (not the machine). A death is
 counted for each record that the file names: by the consumer, when a process that validates for it has died; by the
 next consumer, when the consumer itself has. A record with a death is validated alone from then on, so that no other one
@@ -35,7 +35,7 @@ from core.files import replace_file
 from core.logs import LogConfig, inherit, inherited
 from core.settings.streams import Ingest, Kafka
 from streams.ingest.membership import PartitionReader
-from streams.ingest.validate import Accepted, Received, Rules, StoreRow, refuse, validate
+from streams.ingest.validate import Accepted, Received, Rules, StoreRow, quarantine_row, validate
 from streams.records.registry import SchemaRegistry
 from streams.records.uris import UriFetcher
 from streams.store.rows import RecordPosition, name_of
@@ -343,9 +343,9 @@ def _restore(received: Received, result: Result) -> Result:
 
 
 def crashed(received: Received, guard: CrashGuard) -> StoreRow:
-    """The refusal of a record at which too many processes died."""
+    """The quarantine row of a record at which too many processes died."""
     deaths = guard.deaths(received.record_position)
-    return refuse(received, "crashed", f"a process died {deaths} times while it validated this record.")
+    return quarantine_row(received, "crashed", f"a process died {deaths} times while it validated this record.")
 
 
 class Notes:
@@ -433,7 +433,7 @@ class CrashGuard:
         return self._counts[name_of(position)]
 
     def is_poison(self, position: RecordPosition) -> bool:
-        """True if it is to be refused instead."""
+        """True if it is to be quarantined instead."""
         return self.deaths(position) >= DEATHS
 
     def count(self, names: Sequence[str]) -> None:

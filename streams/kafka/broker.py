@@ -11,7 +11,7 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from core.addresses import free_port, listens
 from core.errors import BrokerError
@@ -105,12 +105,8 @@ class EmbeddedBroker:
 def run_broker(settings: Settings) -> None:
     """Run the embedded broker on ``kafka.bootstrap`` until SIGTERM or SIGINT; its topics are there when it is ready."""
     stop = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
+        signal.signal(number, lambda number, frame: stop.set())
     kafka = settings.kafka
     with EmbeddedBroker(kafka.bootstrap.split(",")[0], settings.home / "logs" / "tansu.log") as broker:
         broker.ensure_topics([kafka.topic], kafka.partitions)

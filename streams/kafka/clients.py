@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 REQUEST_SECONDS = 10.0
 #: ``max.message.bytes`` of topics that Ratchet makes: the largest record, and the headers that quarantine puts on it.
 TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
-#: How long a topic for refused records that Ratchet makes keeps them. The sample store has them as well, and deletions
+#: How long a quarantine topic that Ratchet makes keeps its records. The sample store has them as well, and deletions
 #: reach only that.
-REFUSALS_SECONDS = 7 * 24 * 3600
+QUARANTINE_SECONDS = 7 * 24 * 3600
 
 Answer = TypeVar("Answer")
 
@@ -99,14 +99,14 @@ class Admin:
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         """Create the topics that are not there: for the largest records, with the broker's own replication factor.
 
-        That for refused records keeps them for :data:`REFUSALS_SECONDS`, that for events without a limit: it is the
+        The quarantine topic keeps them for :data:`QUARANTINE_SECONDS`, that for events without a limit: it is the
         record of what was released and deleted.
         """
         for topic in topics:
             if self.topic_id(topic) is None:
                 configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
                 if topic == self.kafka.quarantine_topic:
-                    configs["retention.ms"] = str(REFUSALS_SECONDS * 1000)
+                    configs["retention.ms"] = str(QUARANTINE_SECONDS * 1000)
                 elif topic == self.kafka.events_topic:
                     configs["retention.ms"] = "-1"
                 self.ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))

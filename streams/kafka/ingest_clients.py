@@ -1,4 +1,4 @@
-"""The Kafka clients of an ingest, made in one place: to ask about topics, to read records, to write refused ones."""
+"""The Kafka clients of an ingest, made in one place: for topics, for reading, and for the quarantine topic."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class IngestClients:
         return consumer
 
     def sender(self, name: str, still_owner: Callable[[], bool]) -> FencedSender:
-        """Writes the refused records of one partition; ``name`` is its transactional id."""
+        """Writes the quarantined records of one partition; ``name`` is its transactional id."""
         return FencedSender(self.kafka, name, still_owner)
 
 

@@ -14,7 +14,6 @@ import json
 import logging
 import threading
 import time
-from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import quote_plus
 
@@ -151,13 +150,13 @@ def _checked(token: object) -> str:
 def token_provider(oauth: OAuth) -> TokenProvider:
     """The provider of these settings: the same one for all clients, so that they share tokens. Raises ConfigError."""
     secret = oauth.client_secret.get_secret_value() if oauth.client_secret else ""
-    return _shared(oauth.model_dump_json(exclude={"client_secret"}), secret)
+    key = oauth.model_dump_json(exclude={"client_secret"}), secret
+    with _sharing:
+        return _shared.get(key) or _shared.setdefault(key, TokenProvider(oauth))
 
 
-@lru_cache(maxsize=16)
-def _shared(public: str, secret: str) -> TokenProvider:
-    oauth = OAuth.model_validate_json(public)
-    return TokenProvider(oauth.model_copy(update={"client_secret": OAuth(client_secret=secret).client_secret}))
+_shared: dict[tuple[str, str], TokenProvider] = {}
+_sharing = threading.Lock()
 
 
 def oauth_options(kafka: Kafka) -> dict[str, Any]:

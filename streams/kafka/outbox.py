@@ -1,7 +1,7 @@
 """Puts each entry of an outbox into its topic once, whatever is killed or stopped when.
 
-The entries, and which of them are published, are kept elsewhere (events in the ledger, refused records in the sample
-store). Here:
+The entries, and which of them are published, are kept elsewhere (events in the ledger, quarantined records in the
+sample store). Here:
 
 1. open a :class:`FencedSender`: none that was there before can send any more;
 2. read the topic's tail back: what is there now is all that earlier senders have sent;
@@ -238,12 +238,12 @@ class FencedSender:
         if isinstance(error, (ProducerFencedError, InvalidProducerEpochError)) or "ProducerFenced" in str(error):
             return self._fenced("the broker has a newer one")
         if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
-            refusal = RecordTooLarge(
+            too_large = RecordTooLarge(
                 f"the broker does not take record {index + 1} of {topic} for its size ({error}).",
                 "Raise `max.message.bytes` of the topic.",
             )
-            refusal.index = index
-            return refusal
+            too_large.index = index
+            return too_large
         return explain(error, connection(self.kafka), f"sending to topic {topic}")
 
     def _explain_open(self, error: Exception) -> BrokerError:

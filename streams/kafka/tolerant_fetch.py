@@ -1,45 +1,39 @@
 """A KafkaConsumer whose ``poll`` steps over what kafka-python cannot read, and says so.
 
-By itself, kafka-python 3.0 raises out of ``poll`` when a batch has a wrong checksum, an unknown format or a broken
-payload, or one record of it a header name that is not UTF-8. The position stays, so the same happens for ever; a second
-``poll`` of the same consumer does not even return, because the exhausted iterator is never dropped. After ``install``,
-each such offset comes out of ``poll`` as a ``Corrupt`` in the place of its record, and the position moves past it.
+kafka-python 3.0 raises out of ``poll``, and stays where it is, when a batch has a wrong checksum, an unknown format or
+a broken payload, or a record a header name that is not UTF-8. After ``install``, each such offset comes out of ``poll``
+as a ``Corrupt`` in the place of its record, and the position moves past it.
 
 >>> consumer = KafkaConsumer(bootstrap_servers="127.0.0.1:19092", auto_offset_reset="none")  # doctest: +SKIP
 >>> install(consumer)  # doctest: +SKIP
 
-Where it hooks in: a fetcher makes ``self.PartitionRecords(...)`` in ``_parse_fetched_data``. Both are replaced on the
-one fetcher. Transactions, control batches, positions and metrics stay kafka-python's own code: it is given batches
+A fetcher makes ``self.PartitionRecords(...)`` in ``_parse_fetched_data``; both are replaced on the one fetcher.
+Transactions, control batches, positions and metrics stay kafka-python's own code: it is given batches
 (:mod:`streams.kafka.record_batches`) that never raise, and whose unreadable records carry their ``Corrupt`` in the
 field of the checksum.
 
 Finding the batches of a fetch
 ------------------------------
-What the fields in front of a batch say is not covered by its checksum where it matters most (its offset and its
-length), so they are believed only where they agree with the fetch: with the position that was asked for, the batch that
-follows, the end of the log. A batch that does not is read a second time before it counts as damaged: the log may be
-sound, and the bytes have been damaged on their way. Where what follows a damaged batch does not begin with its next
-offset, nothing else of the fetch is read, and the next one starts behind it, at a boundary that the broker knows.
+The checksum of a batch does not cover its offset and its length, so they are believed only where they agree with the
+fetch: with the position that was asked for, the batch that follows, the end of the log. A batch that does not is read a
+second time before it counts as damaged: the bytes may have been damaged on their way. Where what follows a damaged
+batch does not begin with its next offset, nothing else of the fetch is read, and the next one starts behind it, at a
+boundary that the broker knows.
 
 The offsets of a damaged batch are those that its header names, where the header contradicts nothing. Otherwise there
-are fewer of them, at least one, and the next fetch finds the rest: too few cost a fetch more, too many would cost
-records.
+are fewer of them, at least one: too few cost a fetch more, too many would cost records.
 
 Truncation (KIP-320), as kafka-python 3.0.12 does it
 ----------------------------------------------------
 A position has the leader epoch of the record before it. When the cluster's epoch becomes newer, or a fetch (version 12)
-says that the logs diverge, the fetcher asks the leader (``OffsetForLeaderEpoch``) in the background. If the log ends
-before the position and there is no reset policy (``auto_offset_reset="none"``), a *later* ``poll`` raises
-``LogTruncationError``, before it returns any record. Its ``divergent_offsets`` has ``{TopicPartition:
-OffsetAndMetadata(end offset, "", end epoch) or None}``, of several partitions maybe; None: the leader does not know the
-epoch, so where the logs part is not known. (With a reset policy it seeks by itself, without a word.)
+says that the logs diverge, the fetcher asks the leader in the background. If the log ends before the position and
+``auto_offset_reset`` is ``none``, a *later* ``poll`` raises ``LogTruncationError``, before it returns any record. Its
+``divergent_offsets`` has ``{TopicPartition: OffsetAndMetadata(end offset, "", end epoch) or None}``; None: the leader
+does not know the epoch, so where the logs part is not known.
 
-It is raised once: the partition counts as validated and can be fetched again at the *old* position. A broker of fetch
-version 12 answers that with the divergence again, so the error comes back; an older one sends whatever replaced the
-lost records. So seek at once. ``KafkaConsumer.seek`` takes an int only, and a position without an epoch is not
-validated until a record has been read from there: ``seek`` of this module gives the epoch along, and is also what a
-stored position is to be restored with. (kafka-python forgets the epoch whenever a fetch was empty; ``install`` keeps
-it.)
+It is raised once; then the partition can be fetched again at the *old* position, and an older broker sends whatever
+replaced the lost records. So seek at once, with :func:`seek`: ``KafkaConsumer.seek`` takes no epoch, and a position
+without one is not validated. (kafka-python forgets the epoch whenever a fetch was empty; ``install`` keeps it.)
 """
 
 from __future__ import annotations

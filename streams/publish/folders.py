@@ -1,14 +1,14 @@
 """The folder dataset: a directory of images with a `data.csv`.
 
-One format everywhere: what `ratchet publish` sends, what gate suites score, what the base is built from
-and what the reference pool is drawn from. The smallest one is two columns:
+What `ratchet publish` sends, what gate suites score, what the base is built from and what the reference pool is drawn
+from. The smallest one is two columns:
 
     data.csv                      photos/crane.jpg
     file,text
     photos/crane.jpg,a crowned crane
 
-Columns: `file` and `text` are required; `label`, `concept`, `split`, `domain`, `source`, `time`, `tags`,
-`question`, `answer` and `answers` may be left out. Column order is free, and columns of other names are ignored.
+Columns, in any order: `file` and `text` are required; `label`, `concept`, `split`, `domain`, `source`, `time`, `tags`,
+`question`, `answer` and `answers` may be left out; others are ignored.
 
 - `file` is a path inside the folder; it may not lead out of it, not even through a symbolic link.
 - `text` may be empty where `question` and `answer` are both given.
@@ -17,12 +17,12 @@ Columns: `file` and `text` are required; `label`, `concept`, `split`, `domain`, 
   `tags` are separated by `;`.
 - `answers` are all that count as right, separated by `;`; `answer` alone where there is no such column.
 
-A single `.csv` or `.jsonl` file with the same fields is read too; there an `image` field may hold the
-image itself (base64, or a `data:` URI) instead of `file`.
+A single `.csv` or `.jsonl` file with the same fields is read too; there an `image` field may hold the image itself
+(base64, or a `data:` URI) instead of `file`.
 
-CSV and JSON Lines are read row by row in bounded memory. A row that cannot be read, or whose fields are wrong, is
-yielded as the `RecordError` that names the row, the field, what is wrong and what to do, and reading goes on behind it.
-A file that holds no table at all, or a line of JSON beyond `MAX_ROW_CHARS`, raises: what follows cannot be told apart.
+Rows are read one by one in bounded memory. One that is wrong is yielded as the `RecordError` that names the row, the
+field, what is wrong and what to do, and reading goes on behind it. A file that holds no table at all, or a line of JSON
+beyond `MAX_ROW_CHARS`, raises: what follows cannot be told apart.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 Encodings are told apart by the record itself, so that a topic may mix them. Four are those that
 :mod:`ratchet_client.encoding` writes. A structured CloudEvent may also hold the image in `data_base64` and fields in
-extension attributes, and a binary one the JSON record as its value, as content-type says.
-
-Two more are read:
+extension attributes, and a binary one the JSON record as its value, as content-type says. Two more are read:
 
     Confluent            a zero byte, a schema id and Avro, Protobuf or JSON (:mod:`streams.records.registry`)
     Kafka Connect        {"schema": ..., "payload": <the record as JSON>}, as its JsonConverter writes it
@@ -14,9 +12,8 @@ its event; of headers with one name, the last counts. A null is a field that is 
 into ``extra``.
 
 CloudEvents 1.0 (https://github.com/cloudevents/spec, Kafka protocol binding 1.0) are not read with the official SDK
-(``cloudevents`` 2): on input from outside it raises AttributeError, TypeError, KeyError or UnicodeDecodeError next to
-its own errors, takes headers as a dictionary, sets an ``id`` and a ``time`` where an event has none, and decodes the
-whole value as text first, which here is an image.
+(``cloudevents`` 2): on hostile input it raises errors of many types, and it sets an ``id`` and a ``time`` where an
+event has none.
 """
 
 from __future__ import annotations
@@ -63,9 +60,9 @@ def decode(
     Args:
         value: the record's value.
         headers: its headers; names are compared without case.
-        max_image_bytes: a larger image is refused before it is decoded from base64.
-        fetch: gets the bytes of an ``image_uri``; without it such records are refused.
-        registry: has the schemas of records in Confluent's wire format; without it such records are refused.
+        max_image_bytes: a larger image is an error before it is decoded from base64.
+        fetch: gets the bytes of an ``image_uri``; without it such records are errors.
+        registry: has the schemas of records in Confluent's wire format; without it such records are errors.
 
     Raises:
         RecordError: ``reason`` is one of :data:`ratchet_client.records.REASONS`.
@@ -95,7 +92,7 @@ def glimpse(
 ) -> tuple[bytes | None, dict[str, str]]:
     """The image, if there is one, and the texts of a record that may be invalid.
 
-    Never raises; for showing refused records to people. The image may be broken, or none at all.
+    Never raises; for showing quarantined records to people. The image may be broken, or none at all.
     """
     fields: dict[str, Any] = {}
     image: bytes | None = None

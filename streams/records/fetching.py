@@ -2,12 +2,9 @@
 
 Every hop, redirects included, goes through the same checks: the address is in the operator's list
 (:mod:`core.addresses`); its name is looked up once; every address that it has is public or in a named network
-(:func:`is_allowed`); and the connection goes to those very addresses, so that a second look-up
-cannot lead elsewhere. ``Host``, SNI and the certificate stay with the name. Proxies and credentials from the
-environment play no part.
-
-Bytes are counted while they come, and one deadline holds for all hops. Bodies are taken as they are: a compressed one
-is refused.
+(:func:`is_allowed`); and the connection goes to those very addresses, so that a second look-up cannot lead elsewhere.
+``Host``, SNI and the certificate stay with the name. Proxies and credentials from the environment are not used. Bytes
+are counted while they come, one deadline holds for all hops, and a compressed body is refused.
 
 >>> rules = Rules(places=["cdn.example.org"], networks=[], max_bytes=8 << 20, seconds=5.0)
 >>> data = await Fetcher(rules).fetch("https://cdn.example.org/bus.png")

@@ -3,16 +3,15 @@
 https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format
 
 The registry is any with Confluent's REST API: Confluent, Redpanda, Karapace, Apicurio (ccompat). Avro and Protobuf are
-read by :mod:`streams.records.registry_formats`, with the extra ``ratchet-server[registry]``. The official client
-(``confluent-kafka``) is not used: it brings librdkafka and some twenty packages for its encryption rules, evaluates
-such rules on the consumer, and lets errors of many libraries through. Reading needs two GET calls of a registry. A JSON
-value is not validated against its JSON Schema: :mod:`ratchet_client.records` checks what a sample must be.
+read by :mod:`streams.records.registry_formats`, with the extra ``ratchet-server[registry]``. The official client is not
+used: it brings some twenty packages, and lets errors of many libraries through. A JSON value is not validated against
+its JSON Schema: :mod:`ratchet_client.records` checks what a sample must be.
 
-**Outage or refusal.** A registry that does not answer, or answers with an error of its own, is an outage
+**Outage or quarantine.** A registry that does not answer, or answers with an error of its own, is an outage
 (:class:`~core.errors.RegistryUnavailable`): nothing is known about the record, so ingest waits. An id that the registry
-does not have, a schema that cannot be used, and a value that does not fit it are refusals (reason ``schema``). A schema
-at which the registry fails while it answers is waited for, too, but only for :data:`DEADLINE_SECONDS`: then its records
-are refused as ``schema_unavailable``.
+does not have, a schema that cannot be used, and a value that does not fit it send the record to quarantine (reason
+``schema``). A schema at which the registry fails while it answers is waited for, too, but only for
+:data:`DEADLINE_SECONDS`: then the reason is ``schema_unavailable``.
 """
 
 from __future__ import annotations

@@ -49,13 +49,13 @@ def avro_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes], di
         try:
             record = fastavro.schemaless_reader(stream, parsed, None)
         except Exception as error:  # EOFError, IndexError, UnicodeDecodeError, OverflowError, ...
-            raise _refusal(
+            raise _misfit(
                 f"the value does not fit its Avro schema: {type(error).__name__} {str(error)[:120]}"
             ) from None
         if stream.tell() != len(value):
-            raise _refusal(f"the value has {len(value) - stream.tell()} bytes more than its Avro schema")
+            raise _misfit(f"the value has {len(value) - stream.tell()} bytes more than its Avro schema")
         if not isinstance(record, dict):
-            raise _refusal(f"the Avro schema is of a {type(record).__name__}, not of a record")
+            raise _misfit(f"the Avro schema is of a {type(record).__name__}, not of a record")
         return record
 
     return read
@@ -68,7 +68,7 @@ def _load_references(schema: Schema, client: RegistryClient, named: dict[str, An
             continue
         loaded.add(reference.name)
         if len(loaded) > MAX_REFERENCES:
-            raise _refusal(f"the Avro schema imports more than {MAX_REFERENCES} others")
+            raise _misfit(f"the Avro schema imports more than {MAX_REFERENCES} others")
         imported = client.by_reference(reference, "AVRO")
         _load_references(imported, client, named, loaded)
         _parse(imported.text, named)
@@ -83,13 +83,13 @@ def _parse(text: str, named: dict[str, Any]) -> Any:
     except (RecordError, MemoryError):
         raise
     except Exception as error:
-        raise _refusal(f"the Avro schema is not valid: {type(error).__name__} {str(error)[:120]}") from None
+        raise _misfit(f"the Avro schema is not valid: {type(error).__name__} {str(error)[:120]}") from None
     return parsed
 
 
 def _check_depth(node: Any, depth: int = 0) -> None:
     if depth > 4 * MAX_DEPTH:
-        raise _refusal("the Avro schema is nested too deep")
+        raise _misfit("the Avro schema is nested too deep")
     for each in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _check_depth(each, depth + 1)
 
@@ -105,12 +105,12 @@ class _Cost:
     def of(self, node: Any) -> tuple[int, int]:
         size, nodes = self._named(node) if isinstance(node, str) and node in self.named else self._structure(node)
         if nodes > MAX_NODES:
-            raise _refusal(f"the Avro schema has more than {MAX_NODES} types")
+            raise _misfit(f"the Avro schema has more than {MAX_NODES} types")
         return size, nodes
 
     def _named(self, name: str) -> tuple[int, int]:
         if name in self._open or len(self._open) > MAX_DEPTH:
-            raise _refusal(f"the Avro schema is recursive, or nested too deep, at {name!r}")
+            raise _misfit(f"the Avro schema is recursive, or nested too deep, at {name!r}")
         if name not in self._known:
             self._known[name] = self._structure(self.named[name])
         return self._known[name]
@@ -127,7 +127,7 @@ class _Cost:
                 return self._record(node)
             case "fixed":
                 if not 0 <= int(node["size"]) < 2**31:
-                    raise _refusal("the Avro schema has a fixed type of no valid size")
+                    raise _misfit("the Avro schema has a fixed type of no valid size")
                 return int(node["size"]), 1
             case "float":
                 return 4, 1
@@ -136,7 +136,7 @@ class _Cost:
             case "array" | "map":
                 size, nodes = self.of(node["items" if kind == "array" else "values"])
                 if size == 0 and kind == "array":
-                    raise _refusal("the Avro schema has an array of items that take no bytes")
+                    raise _misfit("the Avro schema has an array of items that take no bytes")
                 return 1, 1 + nodes
             case str():
                 return (1, 1) if kind not in self.named else self.of(kind)
@@ -150,7 +150,7 @@ class _Cost:
         return sum(size for size, _ in costs), 1 + sum(nodes for _, nodes in costs)
 
 
-def _refusal(what: str) -> RecordError:
+def _misfit(what: str) -> RecordError:
     return RecordError("schema", f"{what}.", "Send a record with the fields of a sample.")
 
 
@@ -188,7 +188,7 @@ def protobuf_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes]
     except (RecordError, RegistryUnavailable, MemoryError):
         raise
     except Exception as error:  # TypeError, KeyError, DecodeError
-        raise _refusal(
+        raise _misfit(
             f"the Protobuf schema is not valid, or not serialized as asked: {type(error).__name__} {str(error)[:120]}"
         ) from None
     classes: dict[tuple[int, ...], Any] = {}
@@ -203,7 +203,7 @@ def protobuf_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes]
         except RecordError:
             raise
         except Exception as error:  # DecodeError, SerializeToJsonError, TypeError for an unknown Any
-            raise _refusal(f"the value does not fit its Protobuf schema: {type(error).__name__}") from None
+            raise _misfit(f"the value does not fit its Protobuf schema: {type(error).__name__}") from None
 
     return read
 
@@ -217,7 +217,7 @@ def read_indexes(value: bytes) -> tuple[tuple[int, ...], int]:
     if count == 0:
         return (0,), start
     if not 0 < count <= MAX_INDEXES:
-        raise _refusal("the value has no valid message indexes")
+        raise _misfit("the value has no valid message indexes")
     indexes = []
     for _ in range(count):
         index, start = _varint(value, start)
@@ -231,7 +231,7 @@ def _varint(value: bytes, start: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << (7 * place)
         if not byte & 0x80:
             return (number >> 1) ^ -(number & 1), start + place + 1
-    raise _refusal("the value ends before its message indexes do")
+    raise _misfit("the value ends before its message indexes do")
 
 
 def _message_class(pool: Any, file: descriptor_pb2.FileDescriptorProto, indexes: tuple[int, ...]) -> Any:
@@ -239,7 +239,7 @@ def _message_class(pool: Any, file: descriptor_pb2.FileDescriptorProto, indexes:
     types: Any = file.message_type
     for index in indexes:
         if not 0 <= index < len(types):
-            raise _refusal(f"the Protobuf schema has no message {list(indexes)}")
+            raise _misfit(f"the Protobuf schema has no message {list(indexes)}")
         path.append(types[index].name)
         types = types[index].nested_type
     return GetMessageClass(pool.FindMessageTypeByName(".".join(path)))
@@ -252,7 +252,7 @@ def _fields(message: Any) -> dict[str, Any]:
         image = message.image
         message.ClearField("image")
     if message.ByteSize() > MAX_FIELDS_BYTES:
-        raise _refusal(f"the fields next to the image take more than {MAX_FIELDS_BYTES} bytes")
+        raise _misfit(f"the fields next to the image take more than {MAX_FIELDS_BYTES} bytes")
     fields: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
     return {**fields, "image": image} if image else fields
 
@@ -275,13 +275,13 @@ class _Pool:
                 continue
             self._added.add(imported)
             if len(self._added) > MAX_REFERENCES:
-                raise _refusal(f"the Protobuf schema imports more than {MAX_REFERENCES} others")
+                raise _misfit(f"the Protobuf schema imports more than {MAX_REFERENCES} others")
             if imported in references:
                 self.add(imported, self._client.by_reference(references[imported], "PROTOBUF"))
             elif imported in BUILTINS:
                 self._add_builtin(imported)
             else:
-                raise _refusal(f"the Protobuf schema imports {imported[:120]!r}, which the registry does not name")
+                raise _misfit(f"the Protobuf schema imports {imported[:120]!r}, which the registry does not name")
         self.pool.Add(file)
         return file
 

@@ -185,7 +185,7 @@ def _read_file(uri: str, folders: Sequence[str], max_bytes: int) -> bytes:
 
 
 def _not_allowed(uri: str) -> RecordError:
-    """The refusal of a URI that no entry of the list covers."""
+    """The error of a URI that no entry of the list covers."""
     return RecordError(
         "uri_not_allowed",
         f"image_uri {uri[:200]!r} is under no allowed prefix.",
@@ -259,7 +259,7 @@ class _ObjectReader:
         except (RecordError, TimeoutError):
             raise
         except Exception as error:  # botocore and aiohttp have trees of their own
-            raise self._unreachable(uri, error) from error
+            raise self._explained(uri, error) from error
         if len(data) > self.max_bytes:
             raise self._too_large(uri)
         return data
@@ -305,20 +305,20 @@ class _ObjectReader:
     def _too_large(self, uri: str) -> RecordError:
         return RecordError("image_too_large", f"{uri[:200]!r} has more than {self.max_bytes} bytes.", "Scale it down.")
 
-    def _unreachable(self, uri: str, error: Exception) -> RecordError:
+    def _explained(self, uri: str, error: Exception) -> RecordError:
         # What the store said may name inner addresses and keys: it is for the log, not for who sent the record.
         log.info("%s could not be read: %s: %s", uri, type(error).__name__, error)
         if isinstance(error, FileNotFoundError):
-            return _refusal(f"{uri[:200]!r} is not there.")
+            return _unreachable(f"{uri[:200]!r} is not there.")
         if isinstance(error, PermissionError):
-            return _refusal(f"{uri[:200]!r} may not be read by this process.")
+            return _unreachable(f"{uri[:200]!r} may not be read by this process.")
         permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
         if permanent or (isinstance(error, OSError) and error.errno in _PERMANENT_ERRNOS):
-            return _refusal(f"{uri[:200]!r} cannot be read.")
+            return _unreachable(f"{uri[:200]!r} cannot be read.")
         return TransientFetchError(f"{uri[:200]!r} cannot be read now.")
 
 
-def _refusal(message: str) -> RecordError:
+def _unreachable(message: str) -> RecordError:
     return RecordError("uri_unreachable", message, "Check the address and the rights of ingest, or send the image.")
 
 
@@ -364,7 +364,7 @@ class FetchLimits:
         except (TransientFetchError, TimeoutError, asyncio.CancelledError):
             self._failed(host)
             raise
-        except RecordError:  # a refusal is an answer, too
+        except RecordError:  # an error about the record is an answer, too
             self._answered(host)
             raise
         finally:

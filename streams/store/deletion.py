@@ -3,10 +3,10 @@
 A *selector* says what is to be deleted. All that it names has to hold, and it names at least one of
 
     id        the sample's id, 64 hex digits
-    source    where it is from, as producers state it; also of refused records
+    source    where it is from, as producers state it; also of quarantined records
     domain, concept, label
     key       the record's key, in hex
-    record    topic:partition:offset, also of a refused record
+    record    topic:partition:offset, also of a quarantined record
     before    only what was ingested before this time (ISO 8601)
     until     topic:partition:offset: of this partition what lies before the offset, of others what ``before`` says
 
@@ -14,15 +14,12 @@ What is selected are records. A sample that several records sent, with keys of t
 is not selected: it passes to that one, with what it says of the sample.
 
 A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) is a deletion, too, of
-what came before it. Many tombstones are carried out together: two scans of the store and a commit for all of them. A
-selector of a tombstone is a key or an ID, with the bounds that ingest gave it; so one scan finds the rows of a
-thousand, and which of them a row belongs to is found in memory.
+what came before it. Its selector is a key or an ID, with the bounds that ingest gave it; so one scan finds the rows of
+a thousand tombstones, and which of them a row belongs to is found in memory.
 
 Old versions of objects, which a bucket with versioning keeps, are deleted where the bucket allows it; else the deletion
-is ``held``, and the receipt says what is left and until when.
-
-What deletion does not reach: the topic itself and the quarantine topic (their retention ends it; topics that Ratchet
-makes for refusals keep them for a week), and the weights of adapters that learned from it, which the receipt names.
+is ``held``, and the receipt says what is left and until when. Deletion does not reach the topic itself and the
+quarantine topic (their retention ends it), nor the weights of adapters that learned from it, which the receipt names.
 """
 
 from __future__ import annotations
@@ -40,21 +37,10 @@ from core.artifacts.object_store import open_filesystem
 from core.digests import digest12, digest_json
 from core.errors import SelectorError
 from core.ledger import DeletionRow, Ledger
-from streams.store.rows import (
-    RecordPosition,
-    at_offset,
-    chunks,
-    hexadecimal,
-    moment,
-    name_of,
-    outage,
-    parse_position,
-    position_of,
-    quoted,
-    record_key,
-)
-from streams.store.sample_store import IDS_PER_QUERY, SampleStore
-from streams.store.writer import DELETION, SENT, StoreWriter
+from streams.store.conditions import IDS_PER_QUERY, SENT, at_offset, hexadecimal, is_in, moment, quoted
+from streams.store.rows import RecordPosition, chunks, name_of, outage, parse_position, position_of, record_key
+from streams.store.sample_store import SampleStore
+from streams.store.writer import DELETION, StoreWriter
 
 FIELDS: Final = ("id", "source", "domain", "concept", "label", "key", "record", "before", "until")
 BOUNDS: Final = ("before", "until")
@@ -176,8 +162,7 @@ def record_receipts(store: SampleStore, ledger: Ledger, deletions: Sequence[str]
     columns = ["topic", "partition", "offset", "id", "split", "tags", "detail", "duplicate_of"]
     version = store.version()
     receipts: dict[str, list[dict[str, Any]]] = {each: [] for each in deletions}
-    names = ", ".join(map(quoted, deletions))
-    where = f"kind = 'deleted' AND reason = '{DELETION}' AND detail IN ({names})"
+    where = f"kind = 'deleted' AND reason = '{DELETION}' AND {is_in('detail', map(quoted, deletions))}"
     for row in store.select(where, columns, version=version):
         receipts[row["detail"]].append(row)
     earlier = _earlier(store, [row["id"] for rows in receipts.values() for row in rows if row["id"]], version)
@@ -198,8 +183,8 @@ def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, 
     columns = ["topic", "partition", "offset", "split", "tags", "duplicate_of"]
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for some in chunks(ids, IDS_PER_QUERY):
-        names = ", ".join(map(quoted, some))
-        for row in store.select(f"kind = 'deleted' AND duplicate_of IN ({names})", columns, version=version):
+        where = f"kind = 'deleted' AND {is_in('duplicate_of', map(quoted, some))}"
+        for row in store.select(where, columns, version=version):
             found[row["duplicate_of"]].append(row)
     return found
 

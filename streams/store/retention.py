@@ -1,4 +1,4 @@
-"""Limits for samples and refused records: by age and by bytes, with a reservoir of the samples that have to go.
+"""Limits for samples and quarantined records: by age and by bytes, with a reservoir of the samples that have to go.
 
 Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
 ``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
@@ -6,7 +6,7 @@ by a keyed hash of their ids: those with the lowest (bottom-k sampling; Cohen an
 bottom-k sketches", 2007). What stays once is drawn again from what is there at each run, and as the order never changes
 the reservoir is one of the whole past, whenever retention ran.
 
-Refused records have no reservoir. One that is not known to be in the quarantine topic yet stays until it is.
+Quarantined records have no reservoir. One that is not known to be in the quarantine topic yet stays until it is.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from typing import Final
 import numpy as np
 
 from core.settings.streams import Retention
-from streams.store.rows import RecordPosition, chunks, moment, position_of, quoted
+from streams.store.conditions import CONTENT, at_positions, is_in, moment, quoted
+from streams.store.rows import RecordPosition, chunks, position_of
 from streams.store.sample_store import SampleStore
-from streams.store.writer import CONTENT, StoreWriter, at_positions
+from streams.store.writer import StoreWriter
 
 IDS_AT_ONCE: Final = 2000
 MOST_AT_ONCE: Final = 100_000
-"""Samples, and refused records, that one run removes at most: some seconds of work. The next run goes on."""
+"""Samples, and quarantined records, that one run removes at most: some seconds of work. The next run goes on."""
 _COLUMNS: Final = ["id", "concept", "domain"]
 
 
 def expire(store: SampleStore, rules: Retention, now: datetime | None = None) -> int:
-    """Remove the samples and the refused records that are over a limit. Returns their number.
+    """Remove the samples and the quarantined records that are over a limit. Returns their number.
 
     Raises:
         StoreUnavailable: to be tried again.
@@ -44,7 +45,7 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
     expired = (name for name, _ in _over(store, limit) if _hash(secret, name) not in retained)
     removed = 0
     for ids in chunks(expired, IDS_AT_ONCE):
-        where = f"kind = 'sample' AND id IN ({', '.join(map(quoted, ids))})"
+        where = f"kind = 'sample' AND {is_in('id', map(quoted, ids))}"
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
             break

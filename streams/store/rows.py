@@ -6,7 +6,7 @@ Every record of the topic becomes one row, so that each can be accounted for:
     sample      an accepted sample                                               all sample columns
     duplicate   a record whose sample was there already                          position, id, reason, duplicate_of,
                                                                                  key, and metadata of the sample
-    quarantine  a refused record: the outbox of the quarantine topic             position, reason, original bytes
+    quarantine  the outbox of the quarantine topic             position, reason, original bytes
     tombstone   a record without a value: a wish to delete                       position, key or id
     gap         offsets that were lost before they were read                     position (first), until, reason
     deleted     what is left of a deleted sample or refusal: its receipt         position, id, split, reason, detail,
@@ -18,8 +18,7 @@ Every record of the topic becomes one row, so that each can be accounted for:
 A position is a row in a fragment of its own, written with the columns of a position alone. The manifest tells which
 fragments have only those, so finding the positions costs as little at ten million samples as at ten.
 
-Readers of the store see samples only. Conditions on rows are Lance's SQL; what comes from outside is written as a
-literal.
+Readers of the store see samples only.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 import secrets
 import time
 from collections import Counter
@@ -45,7 +45,7 @@ from lance.file import LanceFileSession
 from lance.fragment import write_fragments
 
 from core.dependencies import storage_state
-from core.errors import StoreError, StoreFull, StoreUnavailable
+from core.errors import RecordError, StoreError, StoreFull, StoreUnavailable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,6 +53,7 @@ Split = Literal["train", "fresh_eval"]
 RecordPosition = tuple[str, int, int]
 """Stream, partition and offset of a record."""
 _UTC = pa.timestamp("us", tz="UTC")
+_POSITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
 
 #: What :meth:`streams.store.sample_store.SampleStore.scan` returns.
 SAMPLE_SCHEMA: Final = pa.schema(
@@ -156,6 +157,14 @@ def parse_position(name: str) -> RecordPosition:
     """The position that :func:`name_of` wrote. Raises ValueError."""
     stream, partition, offset = name.rsplit(":", 2)
     return stream, int(partition), int(offset)
+
+
+def read_position(text: str) -> RecordPosition:
+    """The position that somebody wrote. Raises RecordError."""
+    match = _POSITION.fullmatch(text)
+    if match is None:
+        raise RecordError("position", f"{text[:300]!r} is no position of a record.", "It reads topic:partition:offset.")
+    return match[1], int(match[2]), int(match[3])
 
 
 def words_hash(text: str, question: str, answer: str) -> int:
@@ -296,45 +305,6 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     left = iter(items)
     while some := list(islice(left, size)):
         yield some
-
-
-def quoted(text: str) -> str:
-    """A string literal."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def moment(time: datetime) -> str:
-    """A time as a literal."""
-    # Not strftime: it writes the year 1 as "1", which Lance cannot read.
-    return f"timestamp '{time.astimezone(UTC).replace(tzinfo=None).isoformat(' ', 'microseconds')}'"
-
-
-def hexadecimal(data: bytes) -> str:
-    """A binary literal."""
-    return f"X'{data.hex()}'"
-
-
-def at_offset(stream: str, partition: int, offset: int) -> str:
-    """The rows of one record."""
-    return f"topic = {quoted(stream)} AND partition = {int(partition)} AND offset = {int(offset)}"
-
-
-def in_gap(stream: str, partition: int, offset: int) -> str:
-    """The gaps that an offset lies in."""
-    place = f"topic = {quoted(stream)} AND partition = {int(partition)}"
-    return f"kind = 'gap' AND {place} AND offset <= {int(offset)} AND until > {int(offset)}"
-
-
-def refused(reason: str | None = None, source: str | None = None, since: datetime | None = None) -> str:
-    """Refused records: for a reason, of a source (empty: of none that is known), refused at or after a time."""
-    clauses = ["kind = 'quarantine'"]
-    if reason is not None:
-        clauses.append(f"reason = {quoted(reason)}")
-    if source is not None:
-        clauses.append(f"source = {quoted(source)}" if source else "(source = '' OR source IS NULL)")
-    if since is not None:
-        clauses.append(f"ingested_at >= {moment(since)}")
-    return " AND ".join(clauses)
 
 
 #: Lance's caches of one process. Their defaults are of the size of a server's memory.

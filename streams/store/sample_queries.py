@@ -2,7 +2,7 @@
 
 Whole scans of the columns that are asked about, in bounded memory: for people, not for the path of a record.
 
->>> trace(store, RecordQuery("ratchet.samples", 0, 42))
+>>> trace(store, ("ratchet.samples", 0, 42))
 [Receipt(stream='ratchet.samples', partition=0, offset=42, outcome='stored', ...)]
 """
 
@@ -19,19 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import RecordError
-from streams.store.rows import (
-    SAMPLE_COLUMNS,
-    Position,
-    Split,
-    Tally,
-    at_offset,
-    chunks,
-    in_gap,
-    moment,
-    parse_stream,
-    quoted,
-    refused,
-)
+from streams.store.conditions import at_offset, in_gap, moment, quarantine_condition, quoted
+from streams.store.rows import SAMPLE_COLUMNS, Position, RecordPosition, Split, Tally, chunks, name_of, parse_stream
 from streams.store.sample_store import SampleStore
 
 RecordOutcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]
@@ -59,30 +48,7 @@ _COLUMNS: Final = (
     "kind", "topic", "partition", "offset", "id", "reason", "detail", "duplicate_of", "until", "ingested_at", "split",
     "source",
 )  # fmt: skip
-_POSITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
 _ID: Final = re.compile(r"[0-9a-f]{8,64}")
-
-
-@dataclass(frozen=True, slots=True)
-class RecordQuery:
-    """A record, by its position. ``stream`` is a topic, which stands for all of its logs, or one of them (topic@1)."""
-
-    stream: str
-    partition: int
-    offset: int
-
-    @classmethod
-    def parse(cls, text: str) -> RecordQuery:
-        """From ``topic:partition:offset``. Raises RecordError."""
-        match = _POSITION.fullmatch(text)
-        if match is None:
-            raise RecordError(
-                "position", f"{text[:300]!r} is no position of a record.", "It reads topic:partition:offset."
-            )
-        return cls(match[1], int(match[2]), int(match[3]))
-
-    def __str__(self) -> str:
-        return f"{self.stream}:{self.partition}:{self.offset}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +75,7 @@ class Receipt:
     @property
     def position(self) -> str:
         """``topic:partition:offset``."""
-        return f"{self.stream}:{self.partition}:{self.offset}"
+        return name_of((self.stream, self.partition, self.offset))
 
     def as_json(self) -> dict[str, Any]:
         """The receipt as JSON holds it: times as ISO 8601, and without what is empty."""
@@ -117,8 +83,10 @@ class Receipt:
         return {name: value for name, value in values.items() if value not in ("", None)}
 
 
-def trace(store: SampleStore, query: RecordQuery | str) -> list[Receipt]:
+def trace(store: SampleStore, query: RecordPosition | str) -> list[Receipt]:
     """The receipts of a record, by its position; or of a sample and of all records that repeat it, by its id.
+
+    A topic stands for all of its logs; ``topic@1`` is one of them.
 
     By position there is always one receipt, and there are more where more happened: a record that was read before its
     log was cut off, a sample that was deleted since, a topic of this name that was made again. The last one is first.
@@ -143,30 +111,29 @@ def id_condition(text: str) -> str:
     return f"id = {quoted(text)}" if len(text) == 64 else f"id >= {quoted(text)} AND id < {quoted(text + 'g')}"
 
 
-def _by_position(store: SampleStore, query: RecordQuery) -> list[Receipt]:
+def _by_position(store: SampleStore, query: RecordPosition) -> list[Receipt]:
+    topic, partition, offset = query
     known = store.positions().values()
-    streams = _generations(known, query)
+    streams = _generations(known, topic)
     receipts: list[Receipt] = []
     for stream in streams:
-        where = f"kind != 'position' AND kind != 'gap' AND {at_offset(stream, query.partition, query.offset)}"
-        rows = store.select(where, _COLUMNS) + store.select(in_gap(stream, query.partition, query.offset), _COLUMNS)
+        where = f"kind != 'position' AND kind != 'gap' AND {at_offset(stream, partition, offset)}"
+        rows = store.select(where, _COLUMNS) + store.select(in_gap(stream, partition, offset), _COLUMNS)
         rows.sort(key=lambda row: (row["ingested_at"] is not None, row["ingested_at"]), reverse=True)
-        receipts += [_receipt({**row, "offset": query.offset}) for row in rows]
+        receipts += [_receipt({**row, "offset": offset}) for row in rows]
     if receipts:
         return receipts
     newest = streams[0]
-    read = any(
-        each.stream == newest and each.partition == query.partition and each.next > query.offset for each in known
-    )
-    return [Receipt(newest, query.partition, query.offset, "no_record" if read else "not_read_yet")]
+    read = any(each.stream == newest and each.partition == partition and each.next > offset for each in known)
+    return [Receipt(newest, partition, offset, "no_record" if read else "not_read_yet")]
 
 
-def _generations(known: Iterable[Position], query: RecordQuery) -> list[str]:
+def _generations(known: Iterable[Position], topic: str) -> list[str]:
     """The logs that a topic's name stands for, the newest first."""
-    if "@" in query.stream:
-        return [query.stream]
-    streams = {each.stream for each in known if parse_stream(each.stream)[0] == query.stream}
-    return sorted(streams, key=lambda stream: parse_stream(stream)[1], reverse=True) or [query.stream]
+    if "@" in topic:
+        return [topic]
+    streams = {each.stream for each in known if parse_stream(each.stream)[0] == topic}
+    return sorted(streams, key=lambda stream: parse_stream(stream)[1], reverse=True) or [topic]
 
 
 def _by_id(store: SampleStore, text: str) -> list[Receipt]:
@@ -318,7 +285,7 @@ def quarantine_counts(
     store: SampleStore, reason: str | None = None, source: str | None = None, version: int | None = None
 ) -> dict[str, ValueCounts]:
     """Refused records by ``reason`` and by ``source``; only those of one reason, or of one source."""
-    return count_values(store, refused(reason, source), ("reason", "source"), version)
+    return count_values(store, quarantine_condition(reason, source), ("reason", "source"), version)
 
 
 def count_values(

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import StoreError
+from streams.store.conditions import IDS_PER_QUERY, at_offset, is_in, moment, quarantine_condition, quoted
 from streams.store.rows import (
     ROOT,
     SAMPLE_COLUMNS,
@@ -27,20 +28,15 @@ from streams.store.rows import (
     Position,
     SampleTable,
     Tally,
-    at_offset,
     chunks,
-    moment,
     outage,
     position_fragments,
     positions,
-    quoted,
     reading_store,
-    refused,
 )
 from streams.store.writer import Rows, StoreWriter
 
 Having = Literal["text", "question"]
-IDS_PER_QUERY: Final = 500
 BATCH_ROWS: Final = 8192
 BACKUP_PIN: Final = "backup-"
 """Pins of backups begin with it; those of updates are their ids."""
@@ -50,7 +46,7 @@ ADDRESS: Final = "_rowaddr"
 """Lance's name for where a row is: its fragment and its place there, in one number."""
 _ID = re.compile(r"[0-9a-f]{64}")
 _ORDER = ("topic", "partition", "offset")
-_REFUSED = [*_ORDER, "reason", "detail", "source", "ingested_at", "original", "original_key", "original_headers"]
+_QUARANTINED = [*_ORDER, "reason", "detail", "source", "ingested_at", "original", "original_key", "original_headers"]
 _RECORD = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until", "ingested_at", "split", "source"]
 
 
@@ -208,7 +204,7 @@ class SampleStore:
         """
         if not len(addresses):
             return []
-        where = f"{ADDRESS} IN ({', '.join(str(int(each)) for each in addresses)})"
+        where = is_in(ADDRESS, (str(int(each)) for each in addresses))
         table = self._table(columns, where, version, with_row_address=True)
         rows = {row.pop(ADDRESS): row for row in table.to_pylist()}
         if missing := {int(each) for each in addresses} - rows.keys():
@@ -226,7 +222,7 @@ class SampleStore:
     def select(
         self, where: str, columns: Sequence[str], limit: int | None = None, version: int | None = None
     ) -> list[dict[str, Any]]:
-        """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.store.rows` helps to build."""
+        """Rows of any kind that meet a condition: see :mod:`streams.store.conditions`."""
         rows: list[dict[str, Any]] = self._table(columns, where, version, limit=limit).to_pylist()
         return rows
 
@@ -297,21 +293,21 @@ class SampleStore:
         return self.select(f"kind != 'position' AND {at_offset(stream, partition, offset)}", _RECORD)
 
     def quarantined(self, limit: int, reason: str | None = None, source: str | None = None) -> list[dict[str, Any]]:
-        """The newest refused records, newest first, without their bytes: position, reason, detail, source and time.
+        """The newest quarantined records, newest first, without their bytes: position, reason, detail, source and time.
 
         Args:
-            reason: only those refused for it.
+            reason: only those quarantined for it.
             source: only those whose headers name this source; empty for those that name none.
         """
-        return self.newest(limit, refused(reason, source), ["reason", "detail", "source"])
+        return self.newest(limit, quarantine_condition(reason, source), ["reason", "detail", "source"])
 
-    def refusal(self, stream: str, partition: int, offset: int) -> dict[str, Any] | None:
-        """One refused record with its bytes, or None where there is none at this position."""
-        rows = self.select(f"kind = 'quarantine' AND {at_offset(stream, partition, offset)}", _REFUSED)
+    def quarantined_record(self, stream: str, partition: int, offset: int) -> dict[str, Any] | None:
+        """One quarantined record with its bytes, or None where there is none at this position."""
+        rows = self.select(f"kind = 'quarantine' AND {at_offset(stream, partition, offset)}", _QUARANTINED)
         return rows[0] if rows else None
 
     def outbox(self, position: Position, limit: int) -> list[dict[str, Any]]:
-        """The oldest refused records of a partition that are not known to be in the quarantine topic."""
+        """The oldest quarantined records of a partition that are not known to be in the quarantine topic."""
         where = (
             f"kind = 'quarantine' AND topic = {quoted(position.stream)} AND partition = {position.partition}"
             f" AND offset >= {position.published} AND offset < {position.next}"
@@ -319,7 +315,7 @@ class SampleStore:
         order = sorted(row["offset"] for row in self.select(where, ["offset"]))[:limit]
         if not order:
             return []
-        rows = self.select(f"{where} AND offset <= {order[-1]}", _REFUSED)
+        rows = self.select(f"{where} AND offset <= {order[-1]}", _QUARANTINED)
         return sorted(rows, key=lambda row: int(row["offset"]))
 
     def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
@@ -373,4 +369,4 @@ class SampleStore:
 
 def _id_filters(ids: Sequence[str]) -> Iterator[str]:
     for some in chunks(sorted({each for each in ids if _ID.fullmatch(each)}), IDS_PER_QUERY):
-        yield f"id IN ({', '.join(map(quoted, some))})"
+        yield is_in("id", map(quoted, some))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from lance.commit import CommitConflictError
 from lance.fragment import write_fragments
 
 from core.errors import StoreUnavailable, Superseded
+from streams.store.conditions import CONTENT, IDS_PER_QUERY, SENT, at_offset, at_positions, is_in, quoted
 from streams.store.rows import (
     CLAIM,
     POSITION_SCHEMA,
@@ -33,26 +34,19 @@ from streams.store.rows import (
     Position,
     RecordPosition,
     SampleTable,
-    at_offset,
     chunks,
     deletion_row,
     duplicate_row,
     outage,
     position_of,
     positions,
-    quoted,
     tally_of,
 )
 
 Rows = Sequence[Mapping[str, Any]]
-CONTENT: Final = "kind IN ('sample', 'quarantine')"
-"""The rows that hold what producers sent."""
-SENT: Final = "kind IN ('sample', 'duplicate', 'quarantine')"
-"""The rows that say who sent what: what deletions select."""
 _REMOVED: Final = ["kind", "split", "text", "question", "size", *CLAIM]
 DELETION: Final = "deletion"
 """Reason of the receipts of what somebody asked to delete."""
-IDS_PER_QUERY: Final = 500
 MOVED: Final = {"ratchet": "moved"}
 """Property of a transaction that writes no row that was not there before."""
 ATTEMPTS: Final = 30
@@ -353,7 +347,7 @@ def _passed_on(
     samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
     heirs: dict[str, dict[str, Any]] = {}
     for ids in chunks(samples, IDS_PER_QUERY):
-        where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND id IN ({', '.join(map(quoted, ids))})"
+        where = f"kind = 'duplicate' AND reason = 'duplicate_exact' AND {is_in('id', map(quoted, ids))}"
         table = dataset.to_table(columns=["kind", *CLAIM], filter=where, with_row_address=True)
         for row in sorted(table.to_pylist(), key=lambda row: (row["ingested_at"], position_of(row))):
             if row["_rowaddr"] in leaving:
@@ -369,17 +363,6 @@ def _passed_on(
             claim = {name: heir[name] for name in CLAIM if heir[name] is not None or name in ("key", "sent_at")}
             passed.append((heir, {**sample, **claim}))
     return passed
-
-
-def at_positions(places: Iterable[RecordPosition]) -> str:
-    """The rows at some positions, in Lance's SQL."""
-    offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for stream, partition, offset in places:
-        offsets[stream, partition].append(offset)
-    return " OR ".join(
-        f"(topic = {quoted(stream)} AND partition = {partition} AND offset IN ({', '.join(map(str, each))}))"
-        for (stream, partition), each in offsets.items()
-    )
 
 
 def _is_conflict(error: Exception) -> bool:

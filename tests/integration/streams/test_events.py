@@ -39,12 +39,6 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def ledger(settings: Settings) -> Iterator[Ledger]:
-    with closing(Ledger.open(settings.ledger)) as opened:
-        yield opened
-
-
-@pytest.fixture
 def publisher(settings: Settings, ledger: Ledger) -> Iterator[EventPublisher]:
     with closing(patient(EventPublisher(settings, ledger))) as made:
         yield made

@@ -11,7 +11,7 @@ from core.errors import RatchetError, RecordError, SkipRefused
 from core.ledger import Ledger
 from core.settings import Settings
 from streams.ingest.resubmit import skip
-from streams.store.sample_queries import RecordQuery, trace
+from streams.store.sample_queries import trace
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import good, make_topics, reading, wait_for
@@ -52,7 +52,7 @@ def test_a_running_worker_goes_on_behind_what_was_skipped(settings: Settings, le
         send(settings, *range(12, 18))
         wait_for(lambda: store.count() == 12, "the samples behind the gap")
     assert store.scan(columns=["offset"])["offset"].to_pylist() == list(range(6, 18))
-    [lost] = trace(store, RecordQuery(topic, 0, 5))
+    [lost] = trace(store, (topic, 0, 5))
     assert (lost.outcome, lost.reason, lost.detail) == ("lost", "skipped", "6 offsets: skipped by ann: test data")
     assert store.tally()["gap_offsets"] == 6
     [row] = ledger.audit_rows()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from core.ledger import Ledger
 from core.settings import Settings
 from streams.ingest import consumer
 from streams.store.sample_store import SampleStore
@@ -25,6 +27,12 @@ def store(tmp_path: Path) -> SampleStore:
 def settings(tmp_path: Path) -> Settings:
     kafka = {"topic": "t", "batch_seconds": 0.02, "bootstrap": "127.0.0.1:1"}
     return Settings(home=tmp_path, kafka=kafka, ingest={"processes": 2})
+
+
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    with closing(Ledger.open(settings.ledger)) as opened:
+        yield opened
 
 
 @pytest.fixture

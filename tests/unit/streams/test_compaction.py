@@ -169,20 +169,6 @@ def test_expunged_rows_are_in_no_file_once_old_versions_are_cleaned(store: Sampl
     assert holds(store.url, sample(0, 23)["image"])
 
 
-def test_a_pinned_version_is_kept_with_its_files(store: SampleStore) -> None:
-    commit_each(store, [0], 5)
-    pinned = store.version()
-    store.pin("update-1", pinned)
-    StoreWriter(store.table).remove("offset = 2", "deletion", "d")
-    compact(store, expunge=True)
-    clean(store, timedelta(0))
-    assert store.count(version=pinned) == 5 and store.image([sample(0, 2)["id"]]) == {}
-    assert store.scan(version=pinned, ids=[sample(0, 2)["id"]], columns=["image"]).num_rows == 1
-    store.unpin("update-1")
-    clean(store, timedelta(0))
-    assert pinned not in store.versions()
-
-
 def test_full_fragments_are_indexed_and_ids_are_looked_up_there(
     store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

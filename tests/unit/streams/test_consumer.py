@@ -135,7 +135,7 @@ def test_a_refusal_that_the_topic_does_not_take_goes_as_a_claim_check(
     headers = dict(check.headers)
     assert headers["ratchet_claim_check"] == b"t:0:1" and headers["ratchet_reason"] == b"not_json"
     assert "trace" not in headers and b"xxx" not in (check.value or b"")
-    stored = store.refusal("t", 0, 1)
+    stored = store.quarantined_record("t", 0, 1)
     assert stored is not None and stored["original"] == b"x" * 3000
 
 

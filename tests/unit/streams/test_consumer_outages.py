@@ -314,7 +314,7 @@ def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neigh
     with run(settings, 8):
         pass
     assert [kind for *_, kind in rows(store)] == ["sample", "sample", "quarantine", *["sample"] * 5]
-    refused = store.refusal("t", 0, 2)
+    refused = store.quarantined_record("t", 0, 2)
     assert refused is not None and (refused["reason"], refused["original"]) == ("crashed", good(2)[0])
     assert "3 times" in refused["detail"] and kafka.names() == ["t:0:2"]
     assert not any(2 in each for each in together), "it was validated once more"

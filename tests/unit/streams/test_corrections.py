@@ -12,7 +12,7 @@ from core.ledger import Ledger
 from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.validate import Accepted
 from streams.store import deletion, maintenance
-from streams.store.sample_queries import RecordQuery, trace
+from streams.store.sample_queries import trace
 from tests.support.kafka import picture
 from tests.support.worker import Worker
 
@@ -82,7 +82,7 @@ def test_a_corrected_text_replaces_what_its_header_names(worker: Sender, between
     assert worker.commit().corrected == 1
     assert worker.samples("text") == [(1, "a"), (2, "a bus")]
     assert worker.store.deleted()["id"].to_pylist() == [tram]
-    [first] = trace(worker.store, RecordQuery("t", 0, 0))
+    [first] = trace(worker.store, ("t", 0, 0))
     assert (first.outcome, first.reason, first.detail) == ("deleted", "corrected", "by t:0:2")
     assert worker.store.scan(columns=["extra"])["extra"].to_pylist() == ["", ""]
 
@@ -170,13 +170,6 @@ def test_a_correction_that_a_crash_interrupts_is_made_once(
     outcome = again.commit()
     assert (outcome.duplicates, outcome.corrected) == (({"exact": 1}, 0) if stored else ({}, 1))
     assert again.samples("label") == [(1, "bus")]
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize("order", [("first", "second", "third"), ("third", "second", "first")])

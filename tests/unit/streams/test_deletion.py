@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,13 +26,6 @@ from tests.support.samples import TOPIC, put, refusal, sample
 
 LONG_AGO = datetime(2026, 1, 2, tzinfo=UTC)
 LONG_KEY = b"k" * 300
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
-    yield opened
-    opened.close()
 
 
 def ask(ledger: Ledger, **selector: str) -> Any:

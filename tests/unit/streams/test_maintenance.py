@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from streams.store.writer import StoreWriter
 from tests.support.disk import holds
 from tests.support.kafka import wait_for
 from tests.support.samples import TOPIC, put, sample
+from tests.unit.streams.conftest import Outage
 
 GAP = {
     "kind": "gap", "topic": TOPIC, "partition": 0, "offset": 5, "until": 9, "reason": "retention",
@@ -36,13 +38,6 @@ def settings(tmp_path: Path) -> Settings:
     return Settings.model_validate(
         {"home": tmp_path, "maintain": {"keep_seconds": 0, "seconds": 0.01}, "kafka": {"events_topic": ""}}
     )
-
-
-@pytest.fixture
-def ledger(settings: Settings) -> Iterator[Ledger]:
-    opened = Ledger.open(settings.ledger)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -208,38 +203,36 @@ def test_a_gap_is_told_once_whoever_maintains(
     second.close()
 
 
-def test_a_store_that_is_away_is_said_once_and_tried_again(
-    maintainer: Maintainer, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = delete(ledger)
-    away, stopping = 3, threading.Event()
-    original = deletion.take_tombstones
-    calls, told = 0, []
-
-    def flaky(*given: Any) -> int:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            told.append(current()["store"].state)
-        if calls <= away:
-            raise StoreUnavailable("the store is away.", "Wait.")
-        return original(*given)
-
-    monkeypatch.setattr(deletion, "take_tombstones", flaky)
-    run_once = Maintainer.run_once
-
-    def until_done(self: Maintainer) -> Any:
-        done = run_once(self)
-        stopping.set()
-        return done
-
-    monkeypatch.setattr(Maintainer, "run_once", until_done)
+@contextmanager
+def running(maintainer: Maintainer) -> Iterator[None]:
+    """Runs again and again, on a thread."""
+    stopping = threading.Event()
     thread = threading.Thread(target=maintainer.run, args=(stopping,))
     thread.start()
-    thread.join(30)
-    assert not thread.is_alive() and calls == away + 1
-    assert (told, current()["store"].state) == (["away"] * away, "ok")
-    assert row_of(ledger, name).state == "removed"
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_store_that_is_away_is_said_once_and_tried_again(
+    maintainer: Maintainer, ledger: Ledger, outage: Outage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, tries = delete(ledger), [0]
+
+    def count(*_: Any) -> bool:
+        tries[0] += 1
+        return True
+
+    away = outage(deletion, "take_tombstones", StoreUnavailable("the store is away.", "Wait."), count)
+    with running(maintainer):
+        wait_for(lambda: tries[0] > 3, "several tries", 60)
+        assert current()["store"].state == "away"
+        away.clear()
+        wait_for(lambda: row_of(ledger, name).state == "removed", "the deletion", 60)
+    assert current()["store"].state == "ok"
     assert capsys.readouterr().err.count("the store is away") == 1
 
 
@@ -254,16 +247,10 @@ def test_a_ledger_whose_disk_is_full_is_an_outage_and_is_tried_again(
         with pytest.raises(LedgerUnavailable, match="full") as caught:
             maintainer.run_once()
         assert "Bring the database back" in caught.value.fix
-        stopping = threading.Event()
-        thread = threading.Thread(target=maintainer.run, args=(stopping,), daemon=True)
-        thread.start()
-        try:
+        with running(maintainer):
             wait_for(lambda: "is full" in " ".join("".join(capsys.readouterr()).split()), "the outage", 60)
             disk.free()
             wait_for(lambda: len(ledger.events(100)) == len(gaps), "the gaps' events", 60)
-        finally:
-            stopping.set()
-            thread.join(30)
         maintainer.close()
     assert not [record for record in caplog.records if record.exc_info], "an outage has no traceback"
 

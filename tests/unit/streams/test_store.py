@@ -11,8 +11,8 @@ import lance
 import pytest
 
 from core.errors import RecordError, StoreError, StoreUnavailable
-from streams.store.rows import FORMAT, SAMPLE_COLUMNS, Position
-from streams.store.sample_queries import RecordQuery, trace
+from streams.store.rows import FORMAT, SAMPLE_COLUMNS, Position, read_position
+from streams.store.sample_queries import trace
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
 
@@ -22,7 +22,7 @@ def test_a_store_that_was_never_written_is_empty_at_version_0(store: SampleStore
     assert store.scan().column_names == list(SAMPLE_COLUMNS)
     assert store.scan(version=0).num_rows == store.records().num_rows == store.size() == 0
     assert (store.image([]), store.tally(), store.gaps(), store.quarantined(5)) == ({}, {}, [], [])
-    assert (store.record(TOPIC, 0, 0), store.refusal(TOPIC, 0, 0), store.pins()) == ([], None, {})
+    assert (store.record(TOPIC, 0, 0), store.quarantined_record(TOPIC, 0, 0), store.pins()) == ([], None, {})
     assert store.outbox(Position(TOPIC, 0, 5), 10) == []
 
 
@@ -118,9 +118,9 @@ def test_refused_and_repeated_records_are_accounted_for_but_are_no_samples(store
     assert store.records()["kind"].to_pylist() == ["sample", "duplicate", "quarantine"]
     assert [row["kind"] for row in store.record(TOPIC, 0, 1)] == ["duplicate"]
     assert store.record(TOPIC, 0, 3) == store.record("other", 0, 1) == []
-    refused = store.refusal(TOPIC, 0, 2)
+    refused = store.quarantined_record(TOPIC, 0, 2)
     assert refused is not None and refused["original"] == b"bad"
-    assert store.refusal(TOPIC, 0, 0) is None
+    assert store.quarantined_record(TOPIC, 0, 0) is None
 
 
 def test_the_outbox_holds_refused_records_until_they_are_marked_published(store: SampleStore) -> None:
@@ -215,30 +215,30 @@ def filled(path: Path, rows: Sequence[dict[str, Any]], *ends: Position) -> Sampl
     ],
 )  # fmt: skip
 def test_each_position_has_one_outcome(told: SampleStore, offset: int, outcome: str) -> None:
-    [receipt] = trace(told, RecordQuery.parse(f"t:0:{offset}"))
+    [receipt] = trace(told, read_position(f"t:0:{offset}"))
     assert (receipt.outcome, receipt.position) == (outcome, f"t:0:{offset}")
 
 
 def test_a_receipt_says_why_and_when(told: SampleStore) -> None:
-    [refused] = trace(told, RecordQuery("t", 0, 3))
+    [refused] = trace(told, ("t", 0, 3))
     assert refused.as_json() == {
         "stream": "t", "partition": 0, "offset": 3, "position": "t:0:3", "outcome": "refused", "reason": "schema",
         "detail": "field 'x'", "time": "2026-01-01T00:00:03+00:00",
     }  # fmt: skip
-    [stored] = trace(told, RecordQuery("t", 0, 0))
+    [stored] = trace(told, ("t", 0, 0))
     assert (stored.id, stored.split, stored.source) == (A, "train", "cam")
-    [deleted] = trace(told, RecordQuery("t", 0, 9))
+    [deleted] = trace(told, ("t", 0, 9))
     assert (deleted.reason, deleted.detail, deleted.id) == ("tombstone", "wish of t:0:4", C)
 
 
 def test_a_partition_that_nobody_reads_is_not_read_yet(told: SampleStore, tmp_path: Path) -> None:
     empty = SampleStore(str(tmp_path / "none"))
     for asked, where in ((told, "t:7:0"), (told, "other:0:0"), (empty, "t:0:0")):
-        assert [each.outcome for each in trace(asked, RecordQuery.parse(where))] == ["not_read_yet"]
+        assert [each.outcome for each in trace(asked, read_position(where))] == ["not_read_yet"]
 
 
 def test_a_quote_in_a_topic_is_no_sql(told: SampleStore) -> None:
-    [receipt] = trace(told, RecordQuery("t' OR '1'='1", 0, 0))
+    [receipt] = trace(told, ("t' OR '1'='1", 0, 0))
     assert receipt.outcome == "not_read_yet"
 
 
@@ -255,16 +255,16 @@ def test_an_id_finds_the_sample_and_all_that_repeats_it(told: SampleStore) -> No
 def test_a_topic_that_was_made_anew_has_receipts_of_both_logs_newest_first(tmp_path: Path) -> None:
     rows = [row("sample", 0, id=A), row("sample", 0, "t@1", id=B), row("sample", 1, id=C)]
     store = filled(tmp_path, rows, Position("t", 0, 9), Position("t@1", 0, 1))
-    assert [(r.stream, r.id) for r in trace(store, RecordQuery("t", 0, 0))] == [("t@1", B), ("t", A)]
-    assert [r.id for r in trace(store, RecordQuery("t@1", 0, 0))] == [B]
-    assert [r.stream for r in trace(store, RecordQuery("t", 0, 1))] == ["t"]
-    assert [(r.stream, r.outcome) for r in trace(store, RecordQuery("t", 0, 2))] == [("t@1", "not_read_yet")]
+    assert [(r.stream, r.id) for r in trace(store, ("t", 0, 0))] == [("t@1", B), ("t", A)]
+    assert [r.id for r in trace(store, ("t@1", 0, 0))] == [B]
+    assert [r.stream for r in trace(store, ("t", 0, 1))] == ["t"]
+    assert [(r.stream, r.outcome) for r in trace(store, ("t", 0, 2))] == [("t@1", "not_read_yet")]
 
 
 @pytest.mark.parametrize("text", ["", "t", "t:0", "t:-1:0", "t:0:x", f"t:0:{'9' * 30}", "' OR 1=1:0", "a:b:0:0"])
 def test_what_is_no_position_is_refused(text: str) -> None:
     with pytest.raises(RecordError, match="topic:partition:offset"):
-        RecordQuery.parse(text)
+        read_position(text)
 
 
 @pytest.mark.parametrize("text", ["", "aaaaaaa", "A" * 64, "a" * 65, "' OR 1=1"])

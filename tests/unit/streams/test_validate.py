@@ -19,7 +19,7 @@ from core.settings.streams import Ingest
 from ratchet_client.records import REASONS
 from streams.ingest import validate as module
 from streams.ingest.quarantine import message, original
-from streams.ingest.validate import Accepted, Received, Rules, record_time, refuse, validate
+from streams.ingest.validate import Accepted, Received, Rules, quarantine_row, record_time, validate
 from streams.store.rows import Position, record_key
 from streams.store.sample_store import SampleStore
 from tests.support.kafka import good, picture
@@ -253,7 +253,7 @@ def test_a_hostile_record_becomes_a_row_that_the_store_takes(
 
 
 def test_a_corrupt_record_without_bytes_can_be_refused_too() -> None:
-    row = refuse(received(None), "corrupt", f"x{HALF}y" * 1000)
+    row = quarantine_row(received(None), "corrupt", f"x{HALF}y" * 1000)
     assert (row["original"], len(row["detail"])) == (None, 500)
     assert message(row).value == b""
 
