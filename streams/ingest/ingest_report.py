@@ -13,7 +13,6 @@ from core.dependencies import Dependency, answered, noted
 from core.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
 from core.progress import say
 from streams.ingest.batch import CommitResult
-from streams.ingest.validate import StoreRow
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim
 
@@ -127,14 +126,10 @@ class IngestReport:
             lag=lag,
         )
         for row in gaps:
-            self.lost(row)
-
-    def lost(self, row: StoreRow) -> None:
-        """A gap was stored."""
-        count = row["until"] - row["offset"]
-        metrics.ingest.lost(count, row["reason"])
-        self._change(gap_offsets=self.status.gap_offsets + count)
-        say(f"ingest: [red]{row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})[/red]")
+            count = row["until"] - row["offset"]
+            metrics.ingest.lost(count, row["reason"])
+            self._change(gap_offsets=self.status.gap_offsets + count)
+            say(f"ingest: [red]{row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})[/red]")
 
     def rewritten(self, claim: Claim, count: int) -> None:
         """The log was cut off, and is read on under a new claim; ``count`` offsets of it were stored before."""

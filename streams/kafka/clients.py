@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
@@ -271,7 +271,7 @@ def check_rights(admin: Admin, needed: Collection[Right]) -> None:
 def _missing(client: KafkaAdminClient, needed: Collection[Right]) -> Iterator[Right]:
     for right in needed:
         try:
-            allowed = _ALLOWED[right.kind](client, right.name)
+            allowed = _allowed(client, right)
         except AuthorizationError:
             yield right
         except (BrokerResponseError, ValueError):
@@ -282,23 +282,18 @@ def _missing(client: KafkaAdminClient, needed: Collection[Right]) -> Iterator[Ri
                 yield replace(right, operations=lacking)
 
 
-def _topic(client: KafkaAdminClient, name: str) -> Collection[str] | None:
-    return _operations(describe_topic(client, name) or {})
+def _allowed(client: KafkaAdminClient, right: Right) -> Collection[str] | None:
+    """Operations that are allowed on a resource; None where that cannot be told.
 
-
-def _group(client: KafkaAdminClient, name: str) -> Collection[str] | None:
-    return _operations(client.describe_groups([name])[name])
-
-
-def _transactional_id(client: KafkaAdminClient, name: str) -> None:
-    client.describe_transactions([f"{name}:"])  # which writing includes
-
-
-def _operations(found: Mapping[str, Any]) -> Collection[str] | None:
+    Raises:
+        AuthorizationError: it may not even be described.
+    """
+    match right.kind:
+        case "topic":
+            found = describe_topic(client, right.name) or {}
+        case "group":
+            found = client.describe_groups([right.name])[right.name]
+        case "transactional id":
+            client.describe_transactions([f"{right.name}:"])  # which writing includes
+            return None
     return found.get("authorized_operations") or None
-
-
-_ALLOWED: Final = {"topic": _topic, "group": _group, "transactional id": _transactional_id}
-"""Operations that are allowed on each kind of resource; None where that cannot be told.
-
-Raises AuthorizationError where it may not even be described."""

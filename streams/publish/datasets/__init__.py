@@ -42,18 +42,13 @@ JSONL: Final = Format(
     lambda path: path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file(),
     _read_index_file,
 )
-_ORDERED: Final = (
-    FOLDER,
-    shards.FORMAT,
-    parquet.FORMAT,
-    CSV,
-    json_annotations.LLAVA,
-    JSONL,
-    json_annotations.COCO,
-    imagefolder.SIDECARS,
-    imagefolder.FORMAT,
-)
-FORMATS: Final[dict[str, Format]] = {each.name: each for each in _ORDERED}
+FORMATS: Final[dict[str, Format]] = {
+    each.name: each
+    for each in (
+        FOLDER, shards.FORMAT, parquet.FORMAT, CSV, json_annotations.LLAVA, JSONL, json_annotations.COCO,
+        imagefolder.SIDECARS, imagefolder.FORMAT,
+    )
+}  # fmt: skip
 """All formats by name, in the order in which `detect` tries them: those with an index before those told by images."""
 
 
@@ -64,7 +59,8 @@ def detect(path: Path | str) -> Format:
     for candidate in FORMATS.values():
         if candidate.matches(source):
             return candidate
-    raise dataset_error(f"{source} is no data set that is known", f"name one of: {_known()}")
+    known = "; ".join(f"{each.name} ({each.holds})" for each in FORMATS.values())
+    raise dataset_error(f"{source} is no data set that is known", f"name one of: {known}")
 
 
 def read_dataset(
@@ -105,7 +101,3 @@ def choose(path: Path | str, name: str | None) -> Format:
 def _check_exists(path: Path) -> None:
     if not path.exists() and "{" not in path.name:
         raise dataset_error(f"{path} does not exist", "name a file or a folder")
-
-
-def _known() -> str:
-    return "; ".join(f"{each.name} ({each.holds})" for each in FORMATS.values())

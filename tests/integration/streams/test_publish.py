@@ -97,15 +97,18 @@ def test_a_data_set_that_changed_is_not_resumed(settings: Settings, tmp_path: Pa
         publish(settings, file, resume=True)
 
 
-@pytest.mark.parametrize(("bad", "words", "status"), [([1], [], 1), ([1], ["--skip-bad"], 3)])
-def test_the_command_ends_with_a_status_that_tells(
-    settings: Settings, tmp_path: Path, bad: list[int], words: list[str], status: int
-) -> None:
+def flags(settings: Settings) -> list[str]:
+    """The settings, for a command."""
     kafka = settings.kafka
-    flags = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
-    setting = [word for flag in flags for word in ("--set", flag)]
-    result = CliRunner().invoke(app, [*setting, "publish", str(rows(tmp_path / "a.jsonl", 3, bad)), *words])
-    assert result.exit_code == status, result.output
+    values = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
+    return [word for value in values for word in ("--set", value)]
+
+
+def test_the_command_ends_with_a_status_that_tells(settings: Settings, tmp_path: Path) -> None:
+    file = str(rows(tmp_path / "a.jsonl", 3, bad=[1]))
+    for words, status in (([], 1), (["--skip-bad"], 3)):
+        result = CliRunner().invoke(app, [*flags(settings), "publish", file, *words])
+        assert result.exit_code == status, result.output
 
 
 def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
@@ -113,10 +116,7 @@ def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
 ) -> None:
     count = 4000
     file = rows(tmp_path / "a.jsonl", count)
-    kafka = settings.kafka
-    flags = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
-    words = [word for flag in flags for word in ("--set", flag)]
-    command = [sys.executable, "-m", "ops.cli.main", *words, "publish", str(file)]
+    command = [sys.executable, "-m", "ops.cli.main", *flags(settings), "publish", str(file)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
         wait_for(lambda: any((settings.home / "publish").glob("[!.]*.json")), "the first file of progress")
         killed.kill()
