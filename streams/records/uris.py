@@ -123,9 +123,9 @@ class UriFetcher:
             if self._portal is None:
                 self._portal = self._running.enter_context(start_blocking_portal(name="uris"))
                 self._portal.start_task_soon(self._reader.close_at_end)
-            return self._portal.start_task_soon(self._patiently, origin, attempt)
+            return self._portal.start_task_soon(self._retry, origin, attempt)
 
-    async def _patiently(self, origin: str, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
+    async def _retry(self, origin: str, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
         """Try until it is there, cannot come, or the time is over."""
         clock = asyncio.get_running_loop().time
         deadline: float | None = None

@@ -13,7 +13,6 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -47,7 +46,6 @@ ADDRESS: Final = "_rowaddr"
 _ID = re.compile(r"[0-9a-f]{64}")
 _ORDER = ("topic", "partition", "offset")
 _QUARANTINED = [*_ORDER, "reason", "detail", "source", "ingested_at", "original", "original_key", "original_headers"]
-_RECORD = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until", "ingested_at", "split", "source"]
 
 
 class SampleStore:
@@ -288,10 +286,6 @@ class SampleStore:
         columns = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until"]
         return self._table(columns, "kind != 'position'", version).sort_by([(name, "ascending") for name in _ORDER])
 
-    def record(self, stream: str, partition: int, offset: int) -> list[dict[str, Any]]:
-        """The rows of one record: one, or two after its sample was deleted; none where it was not read yet."""
-        return self.select(f"kind != 'position' AND {at_offset(stream, partition, offset)}", _RECORD)
-
     def quarantined(self, limit: int, reason: str | None = None, source: str | None = None) -> list[dict[str, Any]]:
         """The newest quarantined records, newest first, without their bytes: position, reason, detail, source and time.
 
@@ -317,15 +311,6 @@ class SampleStore:
             return []
         rows = self.select(f"{where} AND offset <= {order[-1]}", _QUARANTINED)
         return sorted(rows, key=lambda row: int(row["offset"]))
-
-    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
-        """Ids of deleted samples and when they were deleted (``ingested_at`` of the receipt); those after ``since``."""
-        where = "kind = 'deleted' AND id IS NOT NULL"
-        if since is not None:
-            where += f" AND ingested_at > {moment(since)}"
-        if not self.tally(version)["deleted"]:
-            where = "false"
-        return self._table(["id", "ingested_at"], where, version)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
         """The newest gaps, newest first: position, until, reason and time."""

@@ -23,7 +23,7 @@ from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import Delivery
 from streams.kafka.clients import Topic
-from streams.kafka.ingest_clients import POLL_RECORDS
+from streams.kafka.ingest_clients import POLL_RECORDS, IngestClients
 
 
 @dataclass
@@ -275,19 +275,20 @@ class FakeSender:
         self.broker.open_senders.discard(self)
 
 
-class FakeClients:
+class FakeClients(IngestClients):
     """The clients of an ingest: all that it has of Kafka."""
 
     def __init__(self, broker: FakeKafka, kafka: Kafka) -> None:
-        self.broker, self.kafka = broker, kafka
+        super().__init__(kafka)
+        self.broker = broker
 
-    def admin(self) -> FakeAdmin:
+    def admin(self) -> Any:
         return FakeAdmin(self.broker)
 
-    def consumer(self) -> FakeConsumer:
+    def consumer(self) -> Any:
         return FakeConsumer(self.broker)
 
-    def sender(self, name: str, still_owner: Callable[[], bool]) -> FakeSender:
+    def sender(self, name: str, still_owner: Callable[[], bool]) -> Any:
         return FakeSender(self.broker, name, still_owner)
 
 

@@ -200,8 +200,8 @@ def test_a_worker_that_slept_between_commit_and_publish_publishes_nothing_twice(
     waiting, writer, clients = refused(store), StoreWriter(store.table), FakeClients(kafka, settings.kafka)
     asleep, awake = (PartitionReader.of(writer.claim([store.positions()["t:0"]])[0]) for _ in range(2))
     with (
-        closing(QuarantinePublisher(clients, store)) as sleeper,  # type: ignore[arg-type]
-        closing(QuarantinePublisher(clients, store)) as owner,  # type: ignore[arg-type]
+        closing(QuarantinePublisher(clients, store)) as sleeper,
+        closing(QuarantinePublisher(clients, store)) as owner,
     ):
         sleeper.publish(asleep, waiting)
         kafka.away = False
@@ -215,7 +215,7 @@ def test_a_partition_that_is_claimed_again_leaves_no_producer_behind(
     settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
     writer = StoreWriter(store.table)
-    with closing(QuarantinePublisher(FakeClients(kafka, settings.kafka), store)) as publisher:  # type: ignore[arg-type]
+    with closing(QuarantinePublisher(FakeClients(kafka, settings.kafka), store)) as publisher:
         for offset in range(5):
             for partition in range(2):
                 [claim] = writer.claim([Position(TOPIC, partition, 0)])

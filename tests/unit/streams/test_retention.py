@@ -11,6 +11,7 @@ import pytest
 
 from core.settings.streams import Retention
 from streams.store import retention
+from streams.store.conditions import at_offset
 from streams.store.retention import expire
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
@@ -43,7 +44,7 @@ def test_samples_over_the_age_go_and_leave_a_receipt(store: SampleStore) -> None
     put(store, [refusal(0, 5)], Position(TOPIC, 0, 6))
     assert expire(store, rules(max_age_days=7), NOW) == 3
     assert left(store) == [3, 4]
-    [row] = store.record(TOPIC, 0, 1)
+    [row] = store.select(at_offset(TOPIC, 0, 1), ["kind", "reason"])
     assert (row["kind"], row["reason"]) == ("deleted", "retention")
     assert store.tally()["bytes"] == 200 and store.tally()["quarantine"] == 1
     assert expire(store, rules(max_age_days=7), NOW) == 0
@@ -65,7 +66,7 @@ def test_refused_records_over_the_age_go_once_they_are_published(store: SampleSt
     assert store.tally()["refused_bytes"] == 600
     assert expire(store, rules(max_age_days=7), NOW) == 3
     assert refused(store) == [3, 4, 5] and store.tally()["refused_bytes"] == 300
-    [row] = store.record(TOPIC, 0, 1)
+    [row] = store.select(at_offset(TOPIC, 0, 1), ["kind", "reason"])
     assert (row["kind"], row["reason"]) == ("deleted", "retention")
 
 

@@ -22,7 +22,7 @@ def test_a_store_that_was_never_written_is_empty_at_version_0(store: SampleStore
     assert store.scan().column_names == list(SAMPLE_COLUMNS)
     assert store.scan(version=0).num_rows == store.records().num_rows == store.size() == 0
     assert (store.image([]), store.tally(), store.gaps(), store.quarantined(5)) == ({}, {}, [], [])
-    assert (store.record(TOPIC, 0, 0), store.quarantined_record(TOPIC, 0, 0), store.pins()) == ([], None, {})
+    assert (store.quarantined_record(TOPIC, 0, 0), store.pins()) == (None, {})
     assert store.outbox(Position(TOPIC, 0, 5), 10) == []
 
 
@@ -116,8 +116,6 @@ def test_refused_and_repeated_records_are_accounted_for_but_are_no_samples(store
     put(store, rows, Position(TOPIC, 0, 3))
     assert store.count() == store.scan().num_rows == 1
     assert store.records()["kind"].to_pylist() == ["sample", "duplicate", "quarantine"]
-    assert [row["kind"] for row in store.record(TOPIC, 0, 1)] == ["duplicate"]
-    assert store.record(TOPIC, 0, 3) == store.record("other", 0, 1) == []
     refused = store.quarantined_record(TOPIC, 0, 2)
     assert refused is not None and refused["original"] == b"bad"
     assert store.quarantined_record(TOPIC, 0, 0) is None
