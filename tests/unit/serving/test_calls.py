@@ -187,6 +187,7 @@ async def test_closing_a_stream_cancels_it_in_the_replica() -> None:
 SNAPSHOT = ReleaseSnapshot(3, "clip-a", "i", "t")
 VECTOR = np.ones((1, 4), np.float32)
 GOOD = EncodeResult(VECTOR, "clip-a", "i", "t")
+STRAY = EncodeResult(VECTOR * 2, "clip-a", "i", "other")
 
 
 def refused(code: str) -> EncodeResult:
@@ -240,12 +241,8 @@ def encoders(*answers: EncodeResult, max_batch: int = 16) -> tuple[EncoderCalls,
     return EncoderCalls(handle, max_batch), handle  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "bad", [*map(refused, ("adapter", "failed")), EncodeResult(VECTOR * 2, "clip-a", "i", "other")]
-)
-async def test_an_encoder_that_cannot_do_it_or_is_of_another_space_is_followed_by_another_one(
-    bad: EncodeResult,
-) -> None:
+@pytest.mark.parametrize("bad", [refused("adapter"), refused("failed"), STRAY])
+async def test_an_encoder_that_cannot_do_it_or_is_of_another_space_is_followed_by_another(bad: EncodeResult) -> None:
     calls, _ = encoders(bad, GOOD)
     assert (await calls.encode("text", [[1]], SNAPSHOT, soon())).vectors is VECTOR
 
@@ -253,7 +250,7 @@ async def test_an_encoder_that_cannot_do_it_or_is_of_another_space_is_followed_b
 @pytest.mark.parametrize(
     ("answer", "error"),
     [(refused("late"), DeadlineExceeded), (refused("adapter"), AdapterUnservable), (refused("failed"), Unavailable),
-     (EncodeResult(VECTOR, "clip-a", "i", "other"), WrongSpace), (EncodeResult(VECTOR * np.nan, "clip-a", "i", "t"), ApiError)],
+     (STRAY, WrongSpace), (EncodeResult(VECTOR * np.nan, "clip-a", "i", "t"), ApiError)],
 )  # fmt: skip
 async def test_what_no_encoder_can_answer_is_an_error(answer: EncodeResult, error: type[Exception]) -> None:
     calls, _ = encoders(*[answer] * 3)

@@ -1,4 +1,4 @@
-"""A Ray session: what a killed one leaves is found, what Serve is told it reads, and replicas freeze what they imported."""
+"""A Ray session: what a killed one leaves is found, Serve reads what it is told, and replicas freeze imports."""
 
 from __future__ import annotations
 
