@@ -20,7 +20,7 @@ from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import VlmStarting
 from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import ClipVectors, EncoderCalls
-from serving.http.errors import ApiError, is_fault
+from serving.http.errors import ApiError, field_error, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.request_bodies import cancel_on_disconnect
 from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
@@ -117,20 +117,18 @@ class AppState:
         """Refuse too many, too long or empty texts. ``places``: of the texts, where others stand between them."""
         limit = most or self.settings.max_texts
         if len(texts) > limit:
-            raise ApiError(400, f"{len(texts)} texts are more than {limit}.", param=param, code="too_many_texts")
+            raise field_error(param, f"{len(texts)} texts are more than {limit}.", "too_many_texts")
         for index, text in zip(places or range(len(texts)), texts, strict=True):
             field = f"{param}.{index}"
             if not text:
-                raise ApiError(400, f"{field}: the text is empty.", param=field, code="empty_text")
+                raise field_error(field, "the text is empty.", "empty_text")
             self.check_length(field, text)
 
     def check_length(self, param: str, text: str) -> None:
         """Refuse a text that is too long."""
         if len(text) > self.settings.max_text_chars:
-            raise ApiError(
-                400, f"{param}: {len(text)} characters are more than {self.settings.max_text_chars}.",
-                param=param, code="text_too_long",
-            )  # fmt: skip
+            problem = f"{len(text)} characters are more than {self.settings.max_text_chars}."
+            raise field_error(param, problem, "text_too_long")
 
 
 def app_state(request: Request) -> AppState:

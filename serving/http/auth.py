@@ -33,7 +33,7 @@ from core.settings import Settings
 from serving.errors import Unavailable
 from serving.http import errors
 from serving.http.client_address import RateLimiter, address, came_from_here
-from serving.http.errors import ApiError
+from serving.http.errors import ApiError, field_error
 from serving.own_threads import BoundedCall, OwnThreads
 
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
@@ -182,14 +182,13 @@ def operator(request: Request, *scopes: KeyScope) -> str:
         ApiError: 403 without the scope, 400 with an ``x-ratchet-actor`` that cannot be recorded.
     """
     caller = principal(request)
-    if not caller.may(
-        *(scopes or ("operate",))
-    ):  # the middleware checked it; a route that forgot to be closed is closed here
-        raise ApiError(403, f"this call needs the scope {_either(scopes or ('operate',))}.", code="insufficient_scope")
+    scopes = scopes or ("operate",)
+    if not caller.may(*scopes):  # the middleware checked it; a route that forgot to be closed is closed here
+        raise ApiError(403, f"this call needs the scope {_either(scopes)}.", code="insufficient_scope")
     try:
         return caller.actor(_utf8(request.headers.get("x-ratchet-actor")))
     except AccessError as error:
-        raise ApiError(400, f"x-ratchet-actor: {error}", param="x-ratchet-actor", code="invalid_actor") from None
+        raise field_error("x-ratchet-actor", str(error), "invalid_actor") from None
 
 
 def _utf8(header: str | None) -> str | None:

@@ -21,7 +21,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
-from serving.http.errors import ApiError, from_validation
+from serving.http.errors import ApiError, field_error, from_validation
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_MARKS = 40_000
@@ -139,9 +139,7 @@ async def read_body(
     files = [(name, value) for name, value in parts if isinstance(value, bytes)]
     for name, _ in files:
         if name and name.removesuffix("[]") not in (field, field.removesuffix("s")):
-            raise ApiError(
-                400, f"{name[:80]}: files go into the field {field!r}.", param=name[:80], code="unknown_field"
-            )
+            raise field_error(name[:80], f"files go into the field {field!r}.", "unknown_field")
     fields = fields_of(parts, lists)
     if field.endswith("s"):
         fields[field] = ["upload"] * len(files)

@@ -27,7 +27,7 @@ from serving.errors import Unavailable
 from serving.http.app_state import VLM, AppState, app_state, release_headers
 from serving.http.bodies import VLM_MODEL, ImageUrl, OpenAIBody, inline, is_empty, json_body, json_schema
 from serving.http.chunks import ChatCompletion, ChatCompletionBody, ChatCompletionChunk, EventStream
-from serving.http.errors import ApiError
+from serving.http.errors import ApiError, field_error
 from serving.http.request_bodies import caller_of, cancel_on_disconnect
 
 router = APIRouter(tags=["OpenAI compatible"])
@@ -184,10 +184,7 @@ def refuse_unknown(body: ChatRequest) -> None:
             continue
         if name in NEUTRAL:
             allowed = " or ".join(repr(each) for each in NEUTRAL[name])
-            raise ApiError(
-                400, f"{name}: this server takes only {allowed} here. Leave it out.", param=name,
-                code="unsupported_parameter",
-            )  # fmt: skip
+            raise field_error(name, f"this server takes only {allowed} here. Leave it out.", "unsupported_parameter")
         shown = name[:80]
         if name in UNSUPPORTED:
             raise ApiError(400, f"{shown} is not supported here.", param=shown, code="unsupported_parameter")
@@ -223,7 +220,7 @@ async def chat_completions(request: Request) -> Response:
     body = await json_body(request, ChatRequest)
     refuse_unknown(body)
     if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options: only taken with stream.", param="stream_options", code="invalid_value")
+        raise field_error("stream_options", "only taken with stream.", "invalid_value")
     max_tokens = most_tokens(body, state.settings.vlm_max_tokens)
     messages, images = conversation(body, state)
     deadline = state.deadline()
@@ -232,7 +229,7 @@ async def chat_completions(request: Request) -> Response:
         snapshot = held.enter_context(state.admit(request, body.model, VLM, body.caller))
         headers = release_headers(snapshot, VLM)
         async with cancel_on_disconnect(request.receive, deadline):
-            pictures = await held.enter_async_context(state.image_loader.pictures(images, caller_of(request)))
+            pictures = await held.enter_async_context(state.image_loader.pictures(images, caller_of(request.scope)))
             generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,
@@ -278,16 +275,10 @@ def most_tokens(body: ChatRequest, limit: int) -> int:
     """The longest answer, in tokens. Raises ApiError when more is asked for than the server gives."""
     newer, older = body.max_completion_tokens, body.max_tokens
     if newer is not None and older is not None and newer != older:
-        raise ApiError(
-            400, "max_tokens: give either max_tokens or max_completion_tokens.", param="max_tokens",
-            code="invalid_value",
-        )  # fmt: skip
+        raise field_error("max_tokens", "give either max_tokens or max_completion_tokens.", "invalid_value")
     wanted, param = (older, "max_tokens") if newer is None else (newer, "max_completion_tokens")
     if wanted is not None and wanted > limit:
-        raise ApiError(
-            400, f"{param}: {wanted} tokens are more than {limit} (serve.vlm_max_tokens).", param=param,
-            code="too_many_tokens",
-        )  # fmt: skip
+        raise field_error(param, f"{wanted} tokens are more than {limit} (serve.vlm_max_tokens).", "too_many_tokens")
     return limit if wanted is None else wanted
 
 
@@ -302,7 +293,7 @@ def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...
             place = f"messages.{index}.content.{number}"
             if part.image_url is not None:
                 if message.role != "user":
-                    raise ApiError(400, f"{place}: images go into user messages.", param=place, code="image_place")
+                    raise field_error(place, "images go into user messages.", "image_place")
                 content.append(len(images))
                 images.append((f"{place}.image_url", part.image_url.url))
             elif part.text:
@@ -311,15 +302,9 @@ def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...
                 texts += 1
         messages.append(Message(ROLES[message.role], tuple(content)))
     if not texts and not images:
-        raise ApiError(400, "messages: there is neither a text nor an image.", param="messages", code="empty_text")
+        raise field_error("messages", "there is neither a text nor an image.", "empty_text")
     if texts > state.settings.max_texts:
-        raise ApiError(
-            400, f"messages: {texts} texts are more than {state.settings.max_texts}.", param="messages",
-            code="too_many_texts",
-        )  # fmt: skip
+        raise field_error("messages", f"{texts} texts are more than {state.settings.max_texts}.", "too_many_texts")
     if len(images) > MAX_IMAGES:
-        raise ApiError(
-            400, f"messages: {len(images)} images are more than {MAX_IMAGES}.", param="messages",
-            code="too_many_images",
-        )  # fmt: skip
+        raise field_error("messages", f"{len(images)} images are more than {MAX_IMAGES}.", "too_many_images")
     return tuple(messages), images

@@ -134,7 +134,7 @@ async def classify(request: Request) -> Response:
     if not body.head:
         state.check_texts(body.labels, "labels")
         state.check_texts(prompts, "templates", state.settings.max_texts * PROMPTS_PER_TEXT)
-    caller = caller_of(request)
+    caller = caller_of(request.scope)
     async with state.answering(request, body.model) as (snapshot, deadline):
         headers = release_headers(snapshot)
         if body.head:

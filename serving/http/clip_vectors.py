@@ -28,7 +28,7 @@ from core.settings.serving import Serve
 from serving.engines.heads import Head, HeadScores
 from serving.engines.tokens import Tokenizer
 from serving.errors import AdapterUnservable, DeadlineExceeded, Unavailable, WrongSpace
-from serving.http.errors import ApiError
+from serving.http.errors import ApiError, field_error
 from serving.http.fair_room import FairRoom
 from serving.http.image_loader import ImageLoader, ImageSource, gathered
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality, joined
@@ -318,9 +318,7 @@ class ClipVectors:
             there = (
                 f"It has {', '.join(sorted(heads))}." if heads else "It has none: see updater.heads in the settings."
             )
-            raise ApiError(
-                404, f"head: release {snapshot.release} has no head {name!r}. {there}", param="head", code="no_head"
-            )
+            raise field_error("head", f"release {snapshot.release} has no head {name!r}. {there}", "no_head", 404)
         self._heads.move_to_end(snapshot.clip)
         return heads[name]
 
@@ -340,7 +338,5 @@ def _places(cut: Sequence[bool]) -> tuple[int, ...]:
 
 
 def _too_long(name: str) -> ApiError:
-    return ApiError(
-        400, f"{name}: the text has more tokens than the model reads. Send a shorter one, or leave `truncate` out.",
-        param=name, code="text_too_long",
-    )  # fmt: skip
+    problem = "the text has more tokens than the model reads. Send a shorter one, or leave `truncate` out."
+    return field_error(name, problem, "text_too_long")

@@ -31,7 +31,7 @@ from serving.http.bodies import (
     read_parts,
 )
 from serving.http.clip_vectors import Vectors
-from serving.http.errors import ApiError
+from serving.http.errors import field_error
 from serving.http.image_loader import ImageSource, gathered
 from serving.http.request_bodies import caller_of
 from serving.releases.types import ReleaseSnapshot
@@ -197,12 +197,10 @@ async def embeddings(request: Request) -> Response:
     state = app_state(request)
     body, inputs = await read_inputs(request, state)
     if body.dimensions is not None and body.dimensions != state.dim:
-        raise ApiError(
-            400, f"dimensions: this model has {state.dim} dimensions and cannot be cut.", param="dimensions",
-            code="unsupported_dimensions",
-        )  # fmt: skip
+        problem = f"this model has {state.dim} dimensions and cannot be cut."
+        raise field_error("dimensions", problem, "unsupported_dimensions")
     async with state.answering(request, body.model, user=body.user) as (snapshot, deadline):
-        embedded = await embed(state, snapshot, inputs, deadline, caller_of(request), body.truncate)
+        embedded = await embed(state, snapshot, inputs, deadline, caller_of(request.scope), body.truncate)
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, body.encoding_format)}
             for index, row in enumerate(embedded.rows)
@@ -228,7 +226,7 @@ async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequ
         elif name in INPUT_NAMES or not name:
             inputs.append(value if isinstance(value, str) else (f"input.{len(inputs)}", value))
         else:
-            raise ApiError(400, f"{name[:80]}: files go into the field 'input'.", param=name[:80], code="unknown_field")
+            raise field_error(name[:80], "files go into the field 'input'.", "unknown_field")
     texts = [each if isinstance(each, str) else "an image" for each in inputs]
     return checked(EmbeddingsRequest, {**fields_of(others, set()), "input": texts}), inputs
 
@@ -296,14 +294,8 @@ async def model(
 def described(state: AppState, name: str, family: Family) -> dict[str, Any]:
     """OpenAI's model object, with the release behind it."""
     snapshot = state.admission.resolve(name, family)
-    model_object = {
-        "id": name, "object": "model", "created": 0, "owned_by": "ratchet", "family": family,
-        "release": snapshot.release,
-    }  # fmt: skip
-    if family == VLM:
-        return {**model_object, "adapter": snapshot.vlm_adapter}
+    spaces = {"image_space": snapshot.image_space, "text_space": snapshot.text_space, "dimensions": state.dim}
     return {
-        **model_object, "adapter": snapshot.adapter,
-        "image_space": snapshot.image_space, "text_space": snapshot.text_space,
-        "dimensions": state.dim,
+        "id": name, "object": "model", "created": 0, "owned_by": "ratchet", "family": family,
+        "release": snapshot.release, "adapter": snapshot.shown(family), **(spaces if family == CLIP else {}),
     }  # fmt: skip

@@ -104,6 +104,11 @@ class ApiError(HTTPException):
         self.code = code
 
 
+def field_error(param: str, problem: str, code: str, status: int = 400) -> ApiError:
+    """The refusal of a field, which the message names first."""
+    return ApiError(status, f"{param}: {problem}", param=param, code=code)
+
+
 def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
     """The first thing that is wrong with a body, in words, with its place."""
     first = error.errors(include_url=False, include_input=False)[0]
@@ -118,7 +123,7 @@ def from_record(error: RecordError, param: str) -> ApiError:
     """An image that was refused. What records call ``uri_...`` clients know as ``image_url_...``."""
     status = 413 if error.reason in ("image_too_large", "image_too_many_pixels") else 400
     code = error.reason.replace("uri_", "image_url_", 1) if error.reason.startswith("uri_") else error.reason
-    return ApiError(status, f"{param}: {error}", param=param, code=code)
+    return field_error(param, str(error), code, status)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from core.settings.serving import Serve
 from core.tracing import span
 from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
-from serving.http.errors import ApiError, from_record
+from serving.http.errors import field_error, from_record
 from serving.http.fair_room import SMALL_THREADS, DecodeQueue
 from streams.records.fetching import ByteBudget, Fetcher, Rules
 
@@ -92,19 +92,17 @@ class ImageLoader:
         """
         param = images[0][0].split(".")[0] if images else ""
         if len(images) > self.bounds.max_images:
-            raise ApiError(
-                400, f"{param}: {len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
-                param=param, code="too_many_images",
-            )  # fmt: skip
+            problem = f"{len(images)} images are more than {self.bounds.max_images} (serve.max_images)."
+            raise field_error(param, problem, "too_many_images")
         with span("inspect", images=len(images)):
             fetched = await self._fetched(images)
             inspected = await self.queue.run(caller, 0, lambda: [self._inspected(*image) for image in fetched])
         total = sum(image.pixels for image in inspected)
         if total > (most := REQUEST_IMAGES * self.bounds.max_pixels):
-            raise ApiError(
-                413, f"{param}: the images have {total} pixels together, more than {most} "
-                f"({REQUEST_IMAGES} x serve.max_pixels).", param=param, code="too_many_pixels",
-            )  # fmt: skip
+            problem = (
+                f"the images have {total} pixels together, more than {most} ({REQUEST_IMAGES} x serve.max_pixels)."
+            )
+            raise field_error(param, problem, "too_many_pixels", 413)
         return inspected
 
     @asynccontextmanager
@@ -172,10 +170,8 @@ class ImageLoader:
         if not isinstance(image, str) or not image[:8].lower().startswith(("http:", "https:")):
             return place, image
         if self._fetcher is None:
-            raise ApiError(
-                400, f"{place}: images are not fetched here. Send it as a data URI or multipart, or ask an "
-                "operator to list its host in `serve.image_hosts`.", param=place, code="image_url_off",
-            )  # fmt: skip
+            fix = "Send it as a data URI or multipart, or ask an operator to list its host in `serve.image_hosts`."
+            raise field_error(place, f"images are not fetched here. {fix}", "image_url_off")
         try:
             return place, await self._fetcher.fetch(image, budget)
         except RecordError as error:
@@ -267,20 +263,13 @@ def from_data_uri(uri: str, place: str, max_bytes: int) -> bytes:
     """
     head, comma, payload = uri.partition(",")
     if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
-        raise ApiError(
-            400,
-            f"{place}: expected a data URI like data:image/png;base64,iVBORw0... or a URL.",
-            param=place,
-            code="image_format",
-        )
+        raise field_error(place, "expected a data URI like data:image/png;base64,iVBORw0... or a URL.", "image_format")
     if len(payload) > max_bytes * 4 // 3 + 4:
-        raise ApiError(
-            413, f"{place}: the image is larger than {max_bytes} bytes.", param=place, code="image_too_large"
-        )
+        raise field_error(place, f"the image is larger than {max_bytes} bytes.", "image_too_large", 413)
     try:
         return pybase64.b64decode(payload, validate=True)  # ten times as fast as the standard library's
     except (binascii.Error, ValueError):
-        raise ApiError(400, f"{place}: the data URI is not valid base64.", param=place, code="image_format") from None
+        raise field_error(place, "the data URI is not valid base64.", "image_format") from None
 
 
 async def gathered(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -16,16 +16,16 @@ from core.ledger.rows import Family, ProposalKind, ReleaseRow, Scope
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.bodies import Body, Reason, ResponseBody, json_body, json_response, json_schema
-from serving.http.errors import ApiError, ErrorBody
+from serving.http.errors import ErrorBody, field_error
 from serving.own_threads import OwnThreads
 from serving.releases.rollback import ledger_answers
 from serving.releases.types import (
     BASE,
     Adapters,
     HoldCommand,
+    LiveCommand,
     PromoteCommand,
     ReleaseCommand,
-    ReleaseResult,
     ResumeCommand,
     RollbackCommand,
 )
@@ -39,6 +39,7 @@ READ_SECONDS = 1.0
 """Longest that a caller waits for a value of which an older one is known."""
 OPERATOR_THREADS = OwnThreads("operator", 4)
 """For what operator calls read: no other call can keep them waiting."""
+EXPECTED_LIVE = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
 CHANGES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
     422: {"model": ErrorBody, "description": "`release_failed`: a replica could not prepare it; what is live stays."},
@@ -51,7 +52,7 @@ class ReleaseRequest(Body):
     clip: str | None = Field(None, max_length=200, description="CLIP adapter; null or `base`: the base alone.")
     vlm: str | None = Field(None, max_length=200, description="VLM adapter; null or `base`: the base alone.")
     reason: Reason
-    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+    expected_live: int | None = EXPECTED_LIVE
     share: float = Field(
         1.0,
         ge=0,
@@ -81,14 +82,14 @@ class RollbackRequest(Body):
         None, ge=1, lt=2**63, description="Number of the release to go back to; unset: the one before."
     )
     family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
-    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+    expected_live: int | None = EXPECTED_LIVE
 
 
 class PromoteRequest(Body):
     """Let the canary or shadow that is live answer everybody."""
 
     reason: Reason
-    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+    expected_live: int | None = EXPECTED_LIVE
 
 
 class ReasonRequest(Body):
@@ -275,18 +276,15 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RE
 )
 async def release(request: Request) -> JSONResponse:
     """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
-    state = app_state(request)
-    actor = operator(request)
-    live = await _live_number(state)
+    actor, live = await _operator_and_live(request)
     body = await json_body(request, ReleaseRequest)
     adapters = body.adapters()
     if "vlm" in adapters:
-        _needs_vlm(state, "vlm")
-    command = ReleaseCommand(
-        adapters=adapters, actor=actor, reason=body.reason, expected_live=_expected(body.expected_live, live),
-        share=body.share, force=body.force,
-    )  # fmt: skip
-    return _done(await state.operations.change(command))
+        _needs_vlm(app_state(request), "vlm")
+    expected = live if body.expected_live is None else body.expected_live
+    return await _changed(request, ReleaseCommand(
+        adapters=adapters, actor=actor, reason=body.reason, expected_live=expected, share=body.share, force=body.force
+    ))  # fmt: skip
 
 
 @router.post(
@@ -298,13 +296,10 @@ async def release(request: Request) -> JSONResponse:
 )
 async def promote(request: Request) -> JSONResponse:
     """A plain release of what is live as a canary or a shadow."""
-    state = app_state(request)
-    actor = operator(request)
-    live = await _live_number(state)
+    actor, live = await _operator_and_live(request)
     body = await json_body(request, PromoteRequest)
-    expected = _expected(body.expected_live, live)
-    command = PromoteCommand(actor=actor, reason=body.reason, expected_live=expected)
-    return _done(await state.operations.change(command))
+    expected = live if body.expected_live is None else body.expected_live
+    return await _changed(request, PromoteCommand(actor=actor, reason=body.reason, expected_live=expected))
 
 
 @router.post(
@@ -316,18 +311,15 @@ async def promote(request: Request) -> JSONResponse:
 )
 async def rollback(request: Request) -> JSONResponse:
     """A new release with adapters of an older one; under a second when they are resident."""
-    state = app_state(request)
-    actor = operator(request)
     async with ledger_answers():
-        live = await _live_number(state)
+        actor, live = await _operator_and_live(request)
     body = await json_body(request, RollbackRequest)
     if body.family == "vlm":
-        _needs_vlm(state, "family")
-    command = RollbackCommand(
-        actor=actor, reason=body.reason, expected_live=_expected(body.expected_live, live), to=body.to,
-        family=body.family,
-    )  # fmt: skip
-    return _done(await state.operations.change(command))
+        _needs_vlm(app_state(request), "family")
+    expected = live if body.expected_live is None else body.expected_live
+    return await _changed(request, RollbackCommand(
+        actor=actor, reason=body.reason, expected_live=expected, to=body.to, family=body.family
+    ))  # fmt: skip
 
 
 @router.post(
@@ -338,10 +330,9 @@ async def rollback(request: Request) -> JSONResponse:
 )
 async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
-    state = app_state(request)
     actor = operator(request)
     body = await json_body(request, ReasonRequest)
-    await state.operations.hold(HoldCommand(actor=actor, reason=body.reason))
+    await app_state(request).operations.hold(HoldCommand(actor=actor, reason=body.reason))
     return JSONResponse({"held": True})
 
 
@@ -353,10 +344,9 @@ async def hold(request: Request) -> JSONResponse:
 )
 async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""
-    state = app_state(request)
     actor = operator(request)
     body = await json_body(request, ReasonRequest)
-    await state.operations.hold(ResumeCommand(actor=actor, reason=body.reason))
+    await app_state(request).operations.hold(ResumeCommand(actor=actor, reason=body.reason))
     return JSONResponse({"held": False})
 
 
@@ -374,22 +364,19 @@ async def status(request: Request) -> JSONResponse:
 
 def _needs_vlm(state: AppState, param: str) -> None:
     if state.vlms is None:
-        raise ApiError(400, f"{param}: no vision-language model is served here.", param=param, code="no_vlm")
+        raise field_error(param, "no vision-language model is served here.", "no_vlm")
 
 
-async def _live_number(state: AppState) -> int:
-    # What the operator could know when the call arrived: a release in between makes this one a conflict.
-    row = await OPERATOR_THREADS.run(state.ledger.live)
-    return row.number if row else 0
+async def _operator_and_live(request: Request) -> tuple[str, int]:
+    """The caller, and the release that was live when the call arrived: one in between makes it a conflict."""
+    actor = operator(request)
+    row = await OPERATOR_THREADS.run(app_state(request).ledger.live)
+    return actor, row.number if row else 0
 
 
-def _expected(named: int | None, live: int) -> int:
-    return live if named is None else named
-
-
-def _done(outcome: ReleaseResult) -> JSONResponse:
-    fields: dict[str, Any] = asdict(outcome)
-    return JSONResponse({"object": "release", **fields})
+async def _changed(request: Request, command: LiveCommand) -> JSONResponse:
+    outcome = await app_state(request).operations.change(command)
+    return JSONResponse({"object": "release", **asdict(outcome)})
 
 
 class LastReleases:

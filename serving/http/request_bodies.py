@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -71,7 +70,7 @@ class RequestBodies:
         if scope["type"] != "http" or scope["path"].startswith(FREE_ROUTES):
             await self.app(scope, receive, send)
             return
-        caller = caller_of_scope(scope)
+        caller = caller_of(scope)
         body = _Body(self.settings, self.bytes, caller)
         try:
             with span("intake"):
@@ -166,13 +165,8 @@ def too_large(limit: int) -> ApiError:
     )
 
 
-def caller_of(request: Request) -> str:
+def caller_of(scope: Scope) -> str:
     """The name under which a caller has its part of the budgets: its key, else its address."""
-    return caller_of_scope(request.scope)
-
-
-def caller_of_scope(scope: Scope) -> str:
-    """Like :func:`caller_of`."""
     principal = scope.get("state", {}).get("principal")
     return f"key:{principal.key_id}" if principal is not None and principal.key_id else address(scope)
 

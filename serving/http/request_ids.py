@@ -42,11 +42,8 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [*_others(message.get("headers", ())), (_NAME, request_id)]
-                message = {
-                    **message,
-                    "headers": headers,
-                }  # a copy: what is inside may send its own again
+                # A copy: what is inside may send its own again.
+                message = {**message, "headers": [*_others(message.get("headers", ())), (_NAME, request_id)]}
             await send(message)
 
         token = request_context.begin(request_id.decode())

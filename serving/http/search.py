@@ -101,7 +101,7 @@ async def search(request: Request) -> Response:
     if (body.text is None) == (body.image is None):
         raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
     filters = as_filters(body.domain, body.source, body.since, body.until)
-    caller = caller_of(request)
+    caller = caller_of(request.scope)
     async with state.answering(request, body.model) as (snapshot, deadline):
         if body.text is not None:
             state.check_texts([body.text], "text")
@@ -144,7 +144,7 @@ async def sample_image(
     if data is None:
         raise ApiError(404, f"there is no sample {sample_id[:80]!r}.", param="sample_id", code="sample_not_found")
     try:
-        png = await state.image_loader.thumbnail(data, size, caller_of(request))
+        png = await state.image_loader.thumbnail(data, size, caller_of(request.scope))
     except ApiError as error:
         if error.status_code == 429:
             raise

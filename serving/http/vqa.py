@@ -93,7 +93,7 @@ async def vqa(request: Request) -> JSONResponse:
     state.check_length("question", body.question)
     async with state.answering(request, body.model, VLM) as (snapshot, deadline):
         images = [("image", uploads[0] if uploads else body.image)]
-        async with state.image_loader.pictures(images, caller_of(request)) as (picture,):
+        async with state.image_loader.pictures(images, caller_of(request.scope)) as (picture,):
             generation = question(picture, body.question)
             generation = replace(generation, max_tokens=min(generation.max_tokens, state.settings.vlm_max_tokens))
             answer: dict[str, Any]

@@ -16,9 +16,9 @@ from importlib import import_module
 TYPE_CHECKING = False
 """Type checkers take it for true; to import :mod:`typing` for it would take longer than all else here."""
 if TYPE_CHECKING:
-    from ratchet_client.async_client import AsyncClient as AsyncClient
     from ratchet_client.async_producer import AsyncProducer as AsyncProducer
     from ratchet_client.calls import data_uri as data_uri
+    from ratchet_client.client import AsyncClient as AsyncClient
     from ratchet_client.client import Client as Client
     from ratchet_client.errors import BrokerError as BrokerError
     from ratchet_client.errors import ConfigError as ConfigError
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ratchet_client.records import Sample as Sample
 
 _MODULES = {
-    "AsyncClient": "async_client",
+    "AsyncClient": "client",
     "AsyncProducer": "async_producer",
     "BrokerError": "errors",
     "Client": "client",

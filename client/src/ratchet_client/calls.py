@@ -6,7 +6,6 @@ Both clients have a method for each of these functions; it returns what the call
 from __future__ import annotations
 
 import base64
-import inspect
 import json
 import random
 import sys
@@ -24,7 +23,6 @@ from ratchet_client.errors import Conflict, Denied, Overloaded, ServerError, Tim
 from ratchet_client.models import Family
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
 READY_SECONDS = 15.0
 LOOK_SECONDS = 0.1
 RELEASE_SECONDS = 3600.0
@@ -224,17 +222,6 @@ def why_not_ready(model: Family) -> Call[str]:
     return Call("GET", path, read, timeout=READY_SECONDS, repeatable=False, check=False)
 
 
-def described(method: F, make: Callable[..., Any]) -> F:
-    """A client's method with the name, the arguments and the docstring of the call that it makes, for ``help``."""
-    signature = inspect.signature(make)
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    result = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")
-    parameters = [itself, *signature.parameters.values()]
-    method.__name__, method.__doc__ = make.__name__, make.__doc__
-    vars(method)["__signature__"] = signature.replace(parameters=parameters, return_annotation=result)
-    return method
-
-
 _FIXES: dict[type[ServerError], str] = {
     Overloaded: "Try again later.",
     Denied: "Give a `key` that the server accepts for this call.",
@@ -256,8 +243,10 @@ def error_of(answer: httpx.Response) -> ServerError:
     )
 
 
-def unreachable(url: str, error: httpx.TransportError) -> Unreachable:
-    """The error of a request that got no answer."""
+def as_server_error(url: str, error: ServerError | httpx.TransportError) -> ServerError:
+    """The same error; Unreachable or TimedOut for a request that got no answer."""
+    if isinstance(error, ServerError):
+        return error
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         fix = "Ask for less at once, or allow a longer `timeout`."
@@ -333,7 +322,7 @@ class Retries:
         passing = isinstance(error, (Overloaded, Unreachable)) and not isinstance(error, TimedOut)
         pause = self._pause * random.uniform(0.5, 1.0) + (error.retry_after or 0.0)  # noqa: S311  no secret
         if not (passing and self._left) or time.monotonic() + pause > self._ends_at:
-            raise error
+            raise error from error.__cause__  # a TransportError says no more than it does
         self._left -= 1
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         return pause

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import contract
 import openai
-from contract import (
-    ANSWER,
-    DEFAULTS,
-    KEY,
-    LIMITED_KEY,
-    MAX_TOKENS,
-    PARTS,
-    TEXTS,
-    URL,
-    WRONG_KEY,
-    assert_usage,
-    assert_vectors,
-    assert_wait,
-    check,
-    raised,
-    report,
-    run_snippet,
-)
+from contract import check, raised
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
-SERVER: dict[str, Any] = {"base_url": URL, "api_key": KEY, "max_retries": 0}
-ASK = [HumanMessage(PARTS)]  # type: ignore[arg-type]
-check(run_snippet)
+SERVER: dict[str, Any] = {"base_url": contract.URL, "api_key": contract.KEY, "max_retries": 0}
+ASK = [HumanMessage(contract.PARTS)]  # type: ignore[arg-type]
+check(contract.run_snippet)
 
 
 def chat(**options: Any) -> ChatOpenAI:
     """A chat model that answers as plain HTTP was answered."""
-    return ChatOpenAI(**{"model": "vlm", "temperature": 0, "max_tokens": MAX_TOKENS} | SERVER | options)
+    return ChatOpenAI(**{"model": "vlm", "temperature": 0, "max_tokens": contract.MAX_TOKENS} | SERVER | options)
 
 
 def embedder(**options: Any) -> OpenAIEmbeddings:
@@ -43,45 +27,45 @@ def embedder(**options: Any) -> OpenAIEmbeddings:
 
 @check
 def embeddings() -> None:
-    assert_vectors(embedder().embed_documents(TEXTS))
-    assert embedder().embed_query(TEXTS[0])
+    contract.assert_vectors(embedder().embed_documents(contract.TEXTS))
+    assert embedder().embed_query(contract.TEXTS[0])
 
 
 @check
 def embeddings_as_float_and_base64() -> None:
-    assert_vectors(embedder(model_kwargs={"encoding_format": "float"}).embed_documents(TEXTS))
+    contract.assert_vectors(embedder(model_kwargs={"encoding_format": "float"}).embed_documents(contract.TEXTS))
 
 
 @check
 def embeddings_with_nulls() -> None:
     sent = {"encoding_format": None, "user": None}
-    assert_vectors(embedder(model_kwargs=sent).embed_documents(TEXTS))
+    contract.assert_vectors(embedder(model_kwargs=sent).embed_documents(contract.TEXTS))
 
 
 @check
 def chat_with_an_image() -> None:
     answer = chat().invoke(ASK)
-    assert answer.content == ANSWER
+    assert answer.content == contract.ANSWER
     assert answer.usage_metadata is not None
-    assert_usage(answer.usage_metadata["input_tokens"], answer.usage_metadata["output_tokens"])
-    standard: Any = {"type": "image", "url": PARTS[0]["image_url"]["url"]}  # type: ignore[index]
-    assert chat().invoke([HumanMessage([standard, PARTS[1]])]).content == ANSWER
+    contract.assert_usage(answer.usage_metadata["input_tokens"], answer.usage_metadata["output_tokens"])
+    standard: Any = {"type": "image", "url": contract.PARTS[0]["image_url"]["url"]}  # type: ignore[index]
+    assert chat().invoke([HumanMessage([standard, contract.PARTS[1]])]).content == contract.ANSWER
 
 
 @check
 def stream_with_usage() -> None:
     chunks = list(chat(stream_usage=True).stream(ASK))
-    assert "".join(str(chunk.content) for chunk in chunks) == ANSWER
+    assert "".join(str(chunk.content) for chunk in chunks) == contract.ANSWER
     usage = next(chunk.usage_metadata for chunk in chunks if chunk.usage_metadata)
-    assert_usage(usage["input_tokens"], usage["output_tokens"])
+    contract.assert_usage(usage["input_tokens"], usage["output_tokens"])
 
 
 @check
 def chat_with_nulls_and_defaults() -> None:
     own = ("temperature", "max_completion_tokens", "metadata", "response_format")  # which mean something to LangChain
-    sent = {name: value for name, value in DEFAULTS.items() if name not in own}
-    assert chat().bind(**sent).invoke(ASK).content == ANSWER
-    assert chat(n=None, seed=None, stop=None, top_p=None, logprobs=None).invoke(ASK).content == ANSWER
+    sent = {name: value for name, value in contract.DEFAULTS.items() if name not in own}
+    assert chat().bind(**sent).invoke(ASK).content == contract.ANSWER
+    assert chat(n=None, seed=None, stop=None, top_p=None, logprobs=None).invoke(ASK).content == contract.ANSWER
 
 
 @check
@@ -93,8 +77,8 @@ def conversation() -> None:
 
 @check
 def error_401() -> None:
-    raised(openai.AuthenticationError, lambda: embedder(api_key=WRONG_KEY).embed_query("x"))
-    raised(openai.AuthenticationError, lambda: chat(api_key=WRONG_KEY).invoke(ASK))
+    raised(openai.AuthenticationError, lambda: embedder(api_key=contract.WRONG_KEY).embed_query("x"))
+    raised(openai.AuthenticationError, lambda: chat(api_key=contract.WRONG_KEY).invoke(ASK))
 
 
 @check
@@ -114,10 +98,10 @@ def error_400() -> None:
 
 @check
 def error_429() -> None:
-    limited = embedder(api_key=LIMITED_KEY)
+    limited = embedder(api_key=contract.LIMITED_KEY)
     limited.embed_query("x")
     error = raised(openai.RateLimitError, lambda: limited.embed_query("x"))
-    assert_wait(error.response.headers["retry-after"])
+    contract.assert_wait(error.response.headers["retry-after"])
 
 
-report()
+contract.report()

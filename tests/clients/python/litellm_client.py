@@ -4,96 +4,78 @@ from __future__ import annotations
 
 from typing import Any
 
+import contract
 import litellm
-from contract import (
-    ANSWER,
-    CHAT_NULLS,
-    DEFAULTS,
-    KEY,
-    LIMITED_KEY,
-    MAX_TOKENS,
-    MESSAGES,
-    TEXTS,
-    URL,
-    WRONG_KEY,
-    assert_usage,
-    assert_vectors,
-    assert_wait,
-    check,
-    raised,
-    report,
-    run_snippet,
-)
+from contract import check, raised
 
-SERVER: dict[str, Any] = {"api_base": URL, "api_key": KEY, "max_retries": 0}
+SERVER: dict[str, Any] = {"api_base": contract.URL, "api_key": contract.KEY, "max_retries": 0}
 PROVIDERS = ("openai", "hosted_vllm", "custom_openai")
-ASK: dict[str, Any] = {
-    "model": "openai/vlm",
-    "messages": MESSAGES,
-    "max_tokens": MAX_TOKENS,
-    "temperature": 0,
-    **SERVER,
-}
-EMBED: dict[str, Any] = {"model": "openai/clip", "input": TEXTS, **SERVER}
-check(run_snippet)
+ASK: dict[str, Any] = SERVER | {
+    "model": "openai/vlm", "messages": contract.MESSAGES, "max_tokens": contract.MAX_TOKENS, "temperature": 0,
+}  # fmt: skip
+EMBED: dict[str, Any] = {"model": "openai/clip", "input": contract.TEXTS, **SERVER}
+check(contract.run_snippet)
 
 
 @check
 def embeddings() -> None:
     for provider in ("openai", "hosted_vllm"):
         answer = litellm.embedding(**EMBED | {"model": f"{provider}/clip"})
-        assert_vectors([row["embedding"] for row in answer.data])
+        contract.assert_vectors([row["embedding"] for row in answer.data])
         assert answer.usage.prompt_tokens > 0
 
 
 @check
 def embeddings_as_float_and_base64() -> None:
     for encoding in ("float", "base64"):
-        assert_vectors([row["embedding"] for row in litellm.embedding(**EMBED, encoding_format=encoding).data])
+        contract.assert_vectors([row["embedding"] for row in litellm.embedding(**EMBED, encoding_format=encoding).data])
 
 
 @check
 def embeddings_with_nulls() -> None:
     answer = litellm.embedding(**EMBED, encoding_format=None, dimensions=None, user=None)
-    assert_vectors([row["embedding"] for row in answer.data])
+    contract.assert_vectors([row["embedding"] for row in answer.data])
 
 
 @check
 def chat_with_an_image() -> None:
     for provider in PROVIDERS:
         answer = litellm.completion(**ASK | {"model": f"{provider}/vlm"})
-        assert answer.choices[0].message.content == ANSWER
-        assert_usage(answer.usage.prompt_tokens, answer.usage.completion_tokens)
+        assert answer.choices[0].message.content == contract.ANSWER
+        contract.assert_usage(answer.usage.prompt_tokens, answer.usage.completion_tokens)
 
 
 @check
 def stream_with_usage() -> None:
     chunks = list(litellm.completion(**ASK, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == contract.ANSWER
     usage = next(chunk.usage for chunk in reversed(chunks) if getattr(chunk, "usage", None))
-    assert_usage(usage.prompt_tokens, usage.completion_tokens)
+    contract.assert_usage(usage.prompt_tokens, usage.completion_tokens)
 
 
 @check
 def chat_with_nulls_and_defaults() -> None:
-    nulls = {name: None for name in CHAT_NULLS if name not in ("stream", "max_tokens", "temperature")}
-    assert litellm.completion(**ASK, **nulls).choices[0].message.content == ANSWER
-    sent = {name: value for name, value in DEFAULTS.items() if name not in ("temperature", "max_completion_tokens")}
+    nulls = {name: None for name in contract.CHAT_NULLS if name not in ("stream", "max_tokens", "temperature")}
+    assert litellm.completion(**ASK, **nulls).choices[0].message.content == contract.ANSWER
+    sent = {
+        name: value for name, value in contract.DEFAULTS.items() if name not in ("temperature", "max_completion_tokens")
+    }
     answer = litellm.completion(**ASK, **sent, allowed_openai_params=list(sent))
-    assert answer.choices[0].message.content == ANSWER
+    assert answer.choices[0].message.content == contract.ANSWER
 
 
 @check
 def conversation() -> None:
     first = litellm.completion(**ASK).choices[0].message
     for said in (first, first.model_dump()):
-        turns = [{"role": "system", "content": "be short"}, *MESSAGES, said, {"role": "user", "content": "and now?"}]
+        rest = [said, {"role": "user", "content": "and now?"}]
+        turns = [{"role": "system", "content": "be short"}, *contract.MESSAGES, *rest]
         assert litellm.completion(**ASK | {"messages": turns}).choices[0].message.role == "assistant"
 
 
 @check
 def error_401() -> None:
-    raised(litellm.AuthenticationError, lambda: litellm.embedding(**EMBED | {"api_key": WRONG_KEY}))
+    raised(litellm.AuthenticationError, lambda: litellm.embedding(**EMBED | {"api_key": contract.WRONG_KEY}))
 
 
 @check
@@ -110,11 +92,12 @@ def error_400() -> None:
 
 @check
 def error_429() -> None:
-    limited = ASK | {"api_key": LIMITED_KEY}  # of embeddings, LiteLLM makes two more attempts, whatever it is told
+    limited = ASK | {"api_key": contract.LIMITED_KEY}
+    # Of embeddings LiteLLM makes two more attempts, whatever it is told.
     litellm.completion(**limited)
     error = raised(litellm.RateLimitError, lambda: litellm.completion(**limited))
     headers = getattr(error, "litellm_response_headers", None) or error.response.headers
-    assert_wait(headers["retry-after"])
+    contract.assert_wait(headers["retry-after"])
 
 
-report()
+contract.report()

@@ -4,75 +4,61 @@ from __future__ import annotations
 
 from typing import Any
 
+import contract
 import openai
-from contract import (
-    ANSWER,
-    CHAT_NULLS,
-    DEFAULTS,
-    EMBEDDING_NULLS,
-    IMAGE,
-    KEY,
-    LIMITED_KEY,
-    MAX_TOKENS,
-    MESSAGES,
-    TEXTS,
-    URL,
-    WRONG_KEY,
-    assert_usage,
-    assert_vectors,
-    assert_wait,
-    check,
-    raised,
-    report,
-    run_snippet,
-)
+from contract import check, raised
 
-client = openai.OpenAI(base_url=URL, api_key=KEY, max_retries=0)
-ASK: dict[str, Any] = {"model": "vlm", "messages": MESSAGES, "max_tokens": MAX_TOKENS, "temperature": 0}
-check(run_snippet)
+client = openai.OpenAI(base_url=contract.URL, api_key=contract.KEY, max_retries=0)
+ASK: dict[str, Any] = {
+    "model": "vlm",
+    "messages": contract.MESSAGES,
+    "max_tokens": contract.MAX_TOKENS,
+    "temperature": 0,
+}
+check(contract.run_snippet)
 
 
 @check
 def embeddings() -> None:
-    answer = client.embeddings.create(model="clip", input=TEXTS)
-    assert_vectors([row.embedding for row in answer.data])
+    answer = client.embeddings.create(model="clip", input=contract.TEXTS)
+    contract.assert_vectors([row.embedding for row in answer.data])
     assert answer.usage.prompt_tokens > 0
 
 
 @check
 def embeddings_as_float_and_base64() -> None:
     for encoding in ("float", "base64"):
-        answer = client.embeddings.create(model="clip", input=TEXTS, encoding_format=encoding)
-        assert_vectors([row.embedding for row in answer.data])
+        answer = client.embeddings.create(model="clip", input=contract.TEXTS, encoding_format=encoding)
+        contract.assert_vectors([row.embedding for row in answer.data])
 
 
 @check
 def embeddings_with_nulls() -> None:
-    answer = client.embeddings.create(model="clip", input=TEXTS, extra_body=EMBEDDING_NULLS)
-    assert_vectors([row.embedding for row in answer.data])
-    assert len(client.embeddings.create(model="clip", input=[{"image": IMAGE}]).data) == 1  # type: ignore[list-item]
+    answer = client.embeddings.create(model="clip", input=contract.TEXTS, extra_body=contract.EMBEDDING_NULLS)
+    contract.assert_vectors([row.embedding for row in answer.data])
+    assert len(client.embeddings.create(model="clip", input=[{"image": contract.IMAGE}]).data) == 1  # type: ignore[list-item]
 
 
 @check
 def chat_with_an_image() -> None:
     answer = client.chat.completions.create(**ASK)
-    assert answer.choices[0].message.content == ANSWER
-    assert_usage(answer.usage.prompt_tokens, answer.usage.completion_tokens)
+    assert answer.choices[0].message.content == contract.ANSWER
+    contract.assert_usage(answer.usage.prompt_tokens, answer.usage.completion_tokens)
 
 
 @check
 def stream_with_usage() -> None:
     chunks = list(client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
-    assert_usage(chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == contract.ANSWER
+    contract.assert_usage(chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens)
 
 
 @check
 def chat_with_nulls_and_defaults() -> None:
-    nulls = client.chat.completions.create(model="vlm", messages=MESSAGES, extra_body=CHAT_NULLS)
+    nulls = client.chat.completions.create(model="vlm", messages=contract.MESSAGES, extra_body=contract.CHAT_NULLS)
     assert nulls.choices[0].finish_reason
-    answer = client.chat.completions.create(model="vlm", messages=MESSAGES, **DEFAULTS)
-    assert answer.choices[0].message.content == ANSWER
+    answer = client.chat.completions.create(model="vlm", messages=contract.MESSAGES, **contract.DEFAULTS)
+    assert answer.choices[0].message.content == contract.ANSWER
     options: Any = {"include_usage": None, "include_obfuscation": None}
     chunks = list(client.chat.completions.create(**ASK, stream=True, stream_options=options))
     assert chunks[-1].choices[0].finish_reason
@@ -82,8 +68,8 @@ def chat_with_nulls_and_defaults() -> None:
 def conversation() -> None:
     first = client.chat.completions.create(**ASK).choices[0].message
     turns = [
-        {"role": "developer", "content": [{"type": "text", "text": "be short"}]}, *MESSAGES, first.model_dump(),
-        {"role": "user", "content": "and now?", "name": "ann"},
+        {"role": "developer", "content": [{"type": "text", "text": "be short"}]}, *contract.MESSAGES,
+        first.model_dump(), {"role": "user", "content": "and now?", "name": "ann"},
     ]  # fmt: skip
     assert client.chat.completions.create(**ASK | {"messages": turns}).choices[0].message.role == "assistant"
     turns[2] = first  # type: ignore[call-overload]
@@ -99,7 +85,7 @@ def models() -> None:
 
 @check
 def error_401() -> None:
-    error = raised(openai.AuthenticationError, client.with_options(api_key=WRONG_KEY).models.list)
+    error = raised(openai.AuthenticationError, client.with_options(api_key=contract.WRONG_KEY).models.list)
     assert error.code == "invalid_api_key"
 
 
@@ -126,11 +112,11 @@ def error_400() -> None:
 
 @check
 def error_429() -> None:
-    limited = client.with_options(api_key=LIMITED_KEY)
+    limited = client.with_options(api_key=contract.LIMITED_KEY)
     limited.models.list()
     error = raised(openai.RateLimitError, limited.models.list)
     assert error.code == "rate_limited"
-    assert_wait(error.response.headers["retry-after"])
+    contract.assert_wait(error.response.headers["retry-after"])
 
 
-report()
+contract.report()

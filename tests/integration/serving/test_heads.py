@@ -49,18 +49,3 @@ def test_a_release_answers_by_its_own_head_and_a_rollback_takes_it_back(server: 
         assert classify(server, body).status_code == 404
         still = {**body, "model": f"clip@{release['number']}"}
         assert classify(server, still).status_code == 200  # it is still resident, and may be named
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"labels": ["a"], "head": "animals"},
-        {},
-        {"labels": ["a"], "multi_label": True},
-        {"labels": ["a"], "confidence": 0.5},
-        {"head": ""},
-    ],
-)
-def test_a_request_says_labels_or_a_head(server: ServerFixture, fields: dict[str, object]) -> None:
-    refused = classify(server, {"images": [data_uri(server.images[0])], **fields})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")

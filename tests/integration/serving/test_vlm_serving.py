@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -176,22 +175,6 @@ def gone(server: ServerFixture) -> float:
     """Streams that ended because their client went."""
     found = re.findall(r'ratchet_vlm_requests_total\{kind="stream",outcome="gone"\} (\S+)', exposition(server))
     return sum(map(float, found))
-
-
-def test_the_openai_client_chats_about_an_image_whole_and_streamed(server: ServerFixture) -> None:
-    image = {"type": "image_url", "image_url": {"url": data_uri(server.images[0])}}
-    asked: Any = [image, {"type": "text", "text": "what is this?"}]
-    options: Any = {"model": "vlm", "messages": [{"role": "user", "content": asked}], "max_tokens": 8, "temperature": 0}
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-        whole = client.chat.completions.create(**options)
-        chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
-        names = {model.id for model in client.models.list()}
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
-    assert whole.usage is not None
-    assert 0 < whole.usage.completion_tokens <= 8
-    assert "vlm" in names
 
 
 def test_a_collector_gets_a_search_and_a_chat_from_http_to_the_engine(

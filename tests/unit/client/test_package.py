@@ -47,24 +47,20 @@ def test_the_errors_of_the_server_have_the_same_base() -> None:
     assert errors.RatchetError in kinds and all(issubclass(kind, errors.RatchetError) for kind in kinds)
 
 
-def test_importing_the_package_loads_nothing_of_others() -> None:
-    assert loaded_by("import ratchet_client") == {"ratchet_client"}
-
-
-def test_the_producer_needs_kafka_and_pillow_alone() -> None:
-    loaded = loaded_by("from ratchet_client import AsyncProducer, Producer, Sample")
-    assert {"ratchet_client", "kafka", "PIL"} <= loaded and not loaded & {*FORBIDDEN, "httpx"}
-
-
-def test_the_client_needs_httpx_alone() -> None:
-    loaded = loaded_by("from ratchet_client import AsyncClient, Client")
-    assert {"ratchet_client", "httpx"} <= loaded and not loaded & {*FORBIDDEN, "kafka", "PIL"}
+@pytest.mark.parametrize(
+    ("names", "needs"),
+    [("__all__", set()), ("AsyncProducer, Producer, Sample", {"kafka", "PIL"}), ("AsyncClient, Client", {"httpx"})],
+)
+def test_what_a_name_needs_is_loaded_with_it_and_nothing_else(names: str, needs: set[str]) -> None:
+    loaded = loaded_by(f"from ratchet_client import {names}")
+    assert {"ratchet_client", *needs} <= loaded
+    assert not loaded & ({*FORBIDDEN, "kafka", "PIL", "httpx"} - needs)
 
 
 @pytest.mark.parametrize(("one", "other"), [(Client, AsyncClient), (Producer, AsyncProducer)])
 def test_both_kinds_have_the_same_methods_with_the_same_arguments(one: type, other: type) -> None:
     def arguments(kind: type) -> dict[str, list[inspect.Parameter]]:
-        public = {name: call for name, call in vars(kind).items() if name == "__init__" or not name.startswith("_")}
+        public = {name: getattr(kind, name) for name in dir(kind) if name == "__init__" or not name.startswith("_")}
         return {name: list(inspect.signature(call).parameters.values()) for name, call in public.items()}
 
     expected = arguments(one)

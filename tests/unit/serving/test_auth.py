@@ -1,30 +1,38 @@
-"""Authentication in the real application: who gets in, where, and what the audit log calls him."""
+"""Keys in the real application: who gets in, where, how often and under which name; also while the ledger is away."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from prometheus_client import REGISTRY
+from pydantic import SecretStr
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
-from core.access import KEYS_SECONDS, NEW_KEY_SECONDS
-from core.errors import AlreadyResubmitted, BrokerError, LedgerError, RecordError, UnknownRecord
+from core.access import KEYS_SECONDS, NEW_KEY_SECONDS, Access
+from core.artifacts import Artifacts
+from core.errors import LedgerUnavailable
 from core.ledger import KeyRow, Ledger
 from core.settings import Settings
-from serving import app as start
-from serving.http.auth import needs
+from serving.http.auth import KEY, AuthMiddleware, KeyCopy, needs
+from serving.http.client_address import RateLimiter
+from tests.support.clock import Clock
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
 
 PATHS = {"deletion_id": "d", "model": "clip", "sample_id": "0" * 64, "topic": "t", "partition": 0, "offset": 0}
 
 
-def away() -> list[KeyRow]:
-    raise LedgerError("the ledger is away.")
+def away(*_: object) -> list[KeyRow]:
+    raise LedgerUnavailable("no route to host")
 
 
 @pytest.fixture
@@ -33,38 +41,29 @@ def local(keys: Keys, tmp_path: Path) -> AuthApp:
     return AuthApp(keys.ledger, tmp_path, host="127.0.0.1")
 
 
-def calls(app: FastAPI) -> list[tuple[str, str]]:
-    """Every method and path of the application."""
-    found = [
-        (method, path.format(**PATHS))
-        for path, item in app.openapi()["paths"].items()
-        for method in item
-    ]  # fmt: skip
-    assert len(found) > 15
-    return [*found, ("get", "/docs"), ("get", "/openapi.json"), ("get", "/v1/nothing"), ("get", "/")]
-
-
 async def test_where_others_can_reach_it_every_route_but_health_wants_a_key(closed: AuthApp) -> None:
-    for method, path in calls(closed.app):
-        if path.startswith("/health/"):
-            assert needs(path) == ()
-            continue
-        answer = await closed.send(method.upper(), path)
-        message = refusal(answer, 401, "invalid_api_key")
-        assert "ratchet keys create" in message
-        assert answer.headers["www-authenticate"] == "Bearer"
-        assert answer.json()["error"]["type"] == "authentication_error"
-
-
-async def test_a_route_that_somebody_adds_is_closed(closed: AuthApp) -> None:
     async def secret() -> str:
         return "secret"
 
     closed.app.router.routes.append(APIRoute("/v2/new", secret))
-    assert (await closed.get("/v2/new")).status_code == 401
+    paths = closed.app.openapi()["paths"]
+    routes = [(method, path.format(**PATHS)) for path, item in paths.items() for method in item]
+    assert len(routes) > 15
+    for method, path in [*routes, *(("get", each) for each in ("/docs", "/openapi.json", "/v1/nothing", "/v2/new"))]:
+        if path.startswith("/health/"):
+            assert needs(path) == ()
+            continue
+        answer = await closed.send(method.upper(), path)
+        assert "ratchet keys create" in refusal(answer, 401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["type"] == "authentication_error"
 
 
-async def test_on_loopback_whoever_comes_may_infer_but_not_operate(local: AuthApp) -> None:
+async def test_on_loopback_all_may_infer_but_not_operate_and_a_wrong_key_is_told_so(local: AuthApp, keys: Keys) -> None:
+    token = keys.of("infer")
+    assert (await local.get("/v1/models", token)).status_code == 200
+    for wrong in (token[:-1], token[:-4] + "zzzz", f"rk_ffffffff_{'0' * 64}"):
+        assert "not valid" in refusal(await local.get("/v1/models", wrong), 401, "invalid_api_key")
     for key in ("", "none", "sk-whatever"):
         assert (await local.get("/v1/models", key)).status_code == 200
         assert (await local.get("/docs", key)).status_code == 200
@@ -86,13 +85,6 @@ async def test_what_a_proxy_on_this_machine_forwards_needs_a_key(
         assert (await local.send("GET", path, headers=headers)).status_code == 401, path
         assert (await local.send("GET", path, keys.of("infer"), headers=headers)).status_code == 200, path
     assert (await local.send("GET", "/v1/models", headers={"x-forwarded-for": "127.0.0.1"})).status_code == 200
-
-
-async def test_on_loopback_a_wrong_key_is_told_so(local: AuthApp, keys: Keys) -> None:
-    token = keys.of("infer")
-    assert (await local.get("/v1/models", token)).status_code == 200
-    for wrong in (token[:-1], token[:-4] + "zzzz", f"rk_ffffffff_{'0' * 64}"):
-        assert "not valid" in refusal(await local.get("/v1/models", wrong), 401, "invalid_api_key")
 
 
 async def test_a_key_opens_what_its_scopes_name(closed: AuthApp, keys: Keys) -> None:
@@ -243,51 +235,6 @@ async def test_nobody_acts_under_the_name_of_a_key_or_of_a_part(closed: AuthApp,
     assert closed.desk.actors == []
 
 
-async def test_a_refused_record_is_sent_again_by_whoever_may_publish(closed: AuthApp, keys: Keys) -> None:
-    asked = {"place": "t:0:1", "reason": "mended"}
-    answer = await closed.send("POST", "/admin/v1/quarantine/resubmit", keys.of("publish"), json=asked)
-    assert answer.json() == {"object": "resubmission", "place": "t:0:1", "topic": "t", "partition": 0, "offset": 9}
-    assert closed.desk.actors == ["key:publish-none"]
-    for failure, status, code in [
-        (UnknownRecord("none there"), 404, "record_not_found"),
-        (AlreadyResubmitted("was sent"), 409, "already_resubmitted"),
-        (RecordError("empty", "no value"), 400, "empty"),
-        (BrokerError("away"), 503, "broker"),
-    ]:
-        closed.desk.failure = failure
-        refused = await closed.send("POST", "/admin/v1/quarantine/resubmit", OPERATOR, json=asked)
-        refusal(refused, status, code)
-        assert refused.json()["error"]["param"] == ("place" if status in (400, 404) else None)
-
-
-async def test_refused_records_are_sent_again_by_a_filter(closed: AuthApp, keys: Keys) -> None:
-    path, publish = "/admin/v1/quarantine/resubmit", keys.of("publish")
-    body = {"filter": {"reason": "schema", "source": "cam", "limit": 7}, "reason": "mended", "dry_run": True}
-    answer = await closed.send("POST", path, publish, json=body)
-    assert answer.json() == {"object": "resubmission.report", "limit": 7, "source": "cam", "dry_run": True}
-    assert closed.desk.actors == ["key:publish-none"]
-    for wrong, param in [
-        ({"filter": {"reason": "nonsense"}}, "filter.reason"), ({"filter": {"limit": 501}}, "filter.limit"),
-        ({}, None), ({"filter": {}, "place": "t:0:1"}, None), ({"filter": {}, "force": True}, None),
-        ({"place": "t:0:1", "dry_run": True}, None), ({"filter": {"since": "3000-01-01T00:00:00Z"}}, "filter.since"),
-    ]:  # fmt: skip
-        refused = await closed.send("POST", path, publish, json={"reason": "r", **wrong})
-        refusal(refused, 400, "invalid_value")
-        assert refused.json()["error"]["param"] == param
-    assert len(closed.desk.actors) == 1
-
-
-async def test_the_list_of_refused_records_checks_what_it_is_asked(closed: AuthApp) -> None:
-    listed = await closed.get("/admin/v1/quarantine?limit=7&reason=schema&source=cam", OPERATOR)
-    [row] = listed.json()["data"]
-    assert row == {"place": "t:0:1", "limit": 7, "reason": "schema", "source": "cam"}
-    assert "counts" not in listed.json()
-    counted = await closed.get("/admin/v1/quarantine?counts=true", OPERATOR)
-    assert counted.json()["counts"] == {"reason": {"schema": 2}, "source": {"cam": 2}}
-    for query in ("limit=0", "limit=501", "reason=nonsense", f"source={'x' * 257}"):
-        refusal(await closed.get(f"/admin/v1/quarantine?{query}", OPERATOR), 400, "invalid_value")
-
-
 async def test_who_is_refused_is_not_listened_to(closed: AuthApp) -> None:
     read = False
 
@@ -301,20 +248,164 @@ async def test_who_is_refused_is_not_listened_to(closed: AuthApp) -> None:
     assert not read
 
 
-def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(start, "say", said.append)
-    Ledger.open(Settings(home=tmp_path).ledger).close()  # which a start does first
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("hello")(scope, receive, send)
 
-    def told(host: str, require: str = "auto") -> str:
-        said.clear()
-        start._tell_of_keys(Settings(home=tmp_path, serve={"host": host}, access={"require_keys": require}))
-        return " ".join(said)
 
-    assert told("127.0.0.1") == ""
-    assert "ratchet keys create" in told("0.0.0.0")
-    assert "no key is needed to ask the models on 0.0.0.0" in told("0.0.0.0", "never")
-    ledger = Ledger.open(Settings(home=tmp_path).ledger)
-    ledger.create_key("page", ["infer"], actor="t")
-    ledger.close()
-    assert told("0.0.0.0") == ""
+class Limited:
+    """The guard alone, with a clock that stands still."""
+
+    def __init__(self, auth_app: AuthApp) -> None:
+        self.clock = Clock()
+        self.guard = AuthMiddleware(hello, auth_app.access, RateLimiter(self.clock))
+
+    async def get(self, key: str = "", path: str = "/v1/models", peer: str = "192.0.2.1") -> httpx.Response:
+        transport = httpx.ASGITransport(self.guard, client=(peer, 1))
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as http:
+            return await http.get(path)
+
+
+async def test_a_key_over_its_limit_is_told_when_to_come_again(closed: AuthApp, keys: Keys) -> None:
+    auth_app, token, other = Limited(closed), keys.of("infer", limit=3), keys.of("infer", limit=2)
+    assert [(await auth_app.get(token)).status_code for _ in range(3)] == [200] * 3
+    refused = await auth_app.get(token)
+    assert "'infer-3' may make 3 requests a minute" in refusal(refused, 429, "rate_limited")
+    assert refused.headers["retry-after"] == "20"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert (await auth_app.get(other)).status_code == 200  # its own bucket
+    assert (await auth_app.get(token, "/health/ready")).status_code == 200
+    auth_app.clock.now += 20
+    assert [(await auth_app.get(token)).status_code for _ in range(2)] == [200, 429]
+    assert REGISTRY.get_sample_value("ratchet_http_rate_limited_total", {"caller": "infer-3"}) == 2
+
+
+async def test_strangers_share_the_limit_of_their_address_and_operators_have_none(keys: Keys, tmp_path: Path) -> None:
+    rules = {"require_keys": "never", "anonymous_per_minute": 2, "requests_per_minute": 1}
+    auth_app = Limited(AuthApp(keys.ledger, tmp_path, **rules))
+    assert [(await auth_app.get(OPERATOR)).status_code for _ in range(5)] == [200] * 5
+    assert [(await auth_app.get(keys.of("infer"))).status_code for _ in range(2)] == [200, 429]
+    first = [(await auth_app.get(key)).status_code for key in ("", "none", "sk-other")]
+    assert first == [200, 200, 429]
+    assert (await auth_app.get(peer="192.0.2.2")).status_code == 200
+    neighbours = [(await auth_app.get(peer=f"2001:db8::{number}")).status_code for number in range(3)]
+    assert neighbours == [200, 200, 429]
+    assert (await auth_app.get(peer="2001:db8:0:1::1")).status_code == 200
+
+
+def test_buckets_are_bounded_and_the_idle_are_forgotten_first() -> None:
+    rates = RateLimiter(Clock(), most=3)
+    assert rates.take("busy", 1) == 0
+    for number in range(100):
+        rates.take(f"address:{number}", 5)
+        assert rates.take("busy", 1) > 0
+        assert len(rates) <= 3
+
+
+def test_callers_have_their_rate_over_all_processes() -> None:
+    now = 0.0
+    limiters = [RateLimiter(lambda: now, replicas=2) for _ in range(2)]
+    granted = sum(limiter.take("ann", 10) == 0 for limiter in limiters for _ in range(10))
+    assert granted == 10
+
+
+def test_a_bucket_never_holds_more_than_a_minute_of_requests() -> None:
+    clock = Clock()
+    rates = RateLimiter(clock)
+    rates.take("a", 2)
+    clock.now += 3600
+    assert [rates.take("a", 2) > 0 for _ in range(3)] == [False, False, True]
+
+
+class Node:
+    """A ledger with keys, and a copy of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = Settings(home=folder, serve={"operator_key": "bootstrap"})
+        self.ledger = Ledger.open(self.settings.ledger)
+        self.file = folder / "serving" / "keys.json"
+        self.artifacts = Artifacts(self.settings.artifacts)
+
+    def key(self, name: str) -> str:
+        return self.ledger.create_key(name, ["infer"], actor="t")[1]
+
+    def copy(self, secret: str = "bootstrap") -> KeyCopy:
+        """The copy of a process that begins now."""
+        return KeyCopy(self.file, self.artifacts, SecretStr(secret))
+
+    def keep(self) -> None:
+        self.copy().keep(self.ledger.api_keys())
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    node.ledger.close()
+
+
+def names_of(rows: list[KeyRow]) -> list[str]:
+    return sorted(row.name for row in rows)
+
+
+def test_a_process_that_starts_while_the_ledger_is_away_knows_the_clients(node: Node) -> None:
+    token, leaver = node.key("ann"), node.key("leaver")
+    copy = node.copy()
+    copy.keep(node.ledger.api_keys())
+    node.ledger.revoke_key("leaver", actor="t", reason="left")
+    copy.keep(node.ledger.api_keys())
+    access = Access(SimpleNamespace(api_keys=away, touch_keys=away), node.settings, recall=node.copy().read)
+    caller = access.identify(token)
+    assert caller is not None and (caller.name, caller.scopes) == ("ann", {"infer"})
+    for stranger in (leaver, f"rk_ffffffff_{'0' * 64}"):
+        assert access.identify(stranger) is None and access.unread(stranger, came=0.0)
+
+
+def test_a_new_node_takes_the_copy_of_the_artifacts_and_one_without_artifacts_its_own(node: Node) -> None:
+    node.key("ann")
+    node.keep()
+    node.file.unlink()
+    assert names_of(node.copy().read()) == ["ann"]
+    node.keep()
+    shutil.rmtree(node.settings.artifacts)
+    assert names_of(node.copy().read()) == ["ann"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"null", b"[]", b"\xff", b"[" * 100_000, b'{"format": 1, "hmac": "", "keys": []}']
+)
+def test_any_bytes_name_nobody(node: Node, data: bytes) -> None:
+    node.key("ann")
+    node.keep()
+    for write in (node.file.write_bytes, lambda data: node.artifacts.write_bytes(KEY, data)):
+        write(data)
+    assert node.copy().read() == []
+
+
+def test_a_copy_that_was_changed_or_signed_with_another_key_names_nobody(node: Node) -> None:
+    node.key("ann")
+    node.keep()
+    assert node.copy("another").read() == []
+    forged = node.file.read_text().replace('"infer"', '"operate"').encode()
+    node.artifacts.write_bytes(KEY, forged)
+    assert [row.scopes for row in node.copy().read()] == [("infer",)]  # of the node's own
+    node.file.write_bytes(forged)
+    assert node.copy().read() == []
+
+
+def test_it_has_no_secret_and_a_nodes_is_its_owners(node: Node) -> None:
+    token = node.key("ann")
+    node.keep()
+    assert node.file.stat().st_mode & 0o777 == 0o600
+    for text in (node.file.read_text(), node.artifacts.read_bytes(KEY).decode()):
+        assert "ann" in text and token.split("_")[2] not in text and "bootstrap" not in text
+
+
+def test_a_copy_that_could_not_be_written_is_written_later(node: Node) -> None:
+    node.key("ann")
+    copy = node.copy()
+    node.file.parent.parent.joinpath("serving").write_text("a file where the folder should be")
+    copy.keep(node.ledger.api_keys())
+    node.file.parent.unlink()
+    copy.keep(node.ledger.api_keys())
+    assert names_of(node.copy().read()) == ["ann"]

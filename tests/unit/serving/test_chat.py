@@ -1,17 +1,26 @@
-"""Chat that is not streamed: what reaches the model, what comes back, and what is refused."""
+"""Chat: what reaches the model, what comes back whole or streamed, what is refused, clients that leave or are slow."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core.settings.serving import Serve
-from serving.engines.vlm.generation import Message
+from serving.engines.vlm.generation import Finish, Message, TokenChunk
 from serving.errors import DeadlineExceeded, EngineDead, InvalidRequest, QueueFull, Unavailable
+from serving.http.app_state import AppState
+from serving.http.chat import chunk_events
+from serving.http.chunks import ChatCompletion, dumps, event
+from serving.http.errors import ApiError
+from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
     ScriptedVlms,
@@ -33,7 +42,7 @@ async def post(vlms: ScriptedVlms | None, body: Any, settings: Serve = SETTINGS)
         return await http.post(URL, json=body)
 
 
-async def test_an_answer_is_openais_object_and_names_its_release() -> None:
+async def test_an_answer_is_openais_object_names_its_release_and_is_greedy() -> None:
     vlms = ScriptedVlms()
     answer = await post(vlms, {"model": "vlm", "messages": about_image()})
     assert answer.status_code == 200, answer.text
@@ -49,6 +58,8 @@ async def test_an_answer_is_openais_object_and_names_its_release() -> None:
         }
     ]  # fmt: skip
     assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    ask, _ = vlms.asked[0]  # greedy, and as long as allowed
+    assert (ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop) == (32, 0.0, 1.0, None, ())
 
 
 async def test_the_model_gets_texts_images_and_how_to_answer() -> None:
@@ -56,7 +67,16 @@ async def test_the_model_gets_texts_images_and_how_to_answer() -> None:
     messages = [
         {"role": "developer", "content": "be short", "name": "ann"},
         *about_image("one", uri(png(6, 4))),
-        {"role": "assistant", "content": "1", "refusal": None, "tool_calls": None, "annotations": []},
+        {
+            "role": "assistant",
+            "content": "1",
+            "refusal": None,
+            "tool_calls": None,
+            "annotations": [],
+            "provider_specific_fields": {"refusal": None},
+            "reasoning_content": "",
+            "audio": None,
+        },
         *about_image("two", uri(png(3, 5))),
     ]
     answer = await post(
@@ -75,13 +95,6 @@ async def test_the_model_gets_texts_images_and_how_to_answer() -> None:
     assert snapshot.vlm == "vlm-b"
 
 
-async def test_an_answer_is_greedy_and_as_long_as_allowed_unless_told_otherwise() -> None:
-    vlms = ScriptedVlms()
-    await post(vlms, {"messages": about_image()})
-    ask, _ = vlms.asked[0]
-    assert (ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop) == (32, 0.0, 1.0, None, ())
-
-
 @pytest.mark.parametrize(("model", "adapter", "release"), [("vlm@2", "base", "2"), ("vlm-b", "vlm-b", "3")])
 async def test_older_releases_and_adapters_are_addressed_by_name(model: str, adapter: str, release: str) -> None:
     answer = await post(ScriptedVlms(), {"model": model, "messages": about_image()})
@@ -96,32 +109,32 @@ async def test_log_probabilities_come_with_their_tokens() -> None:
     assert rows[1] == {"token": "<1>", "logprob": -0.5, "bytes": list(b"<1>"), "top_logprobs": []}
 
 
-async def test_an_image_larger_than_a_model_looks_at_is_scaled_down() -> None:
-    vlms = ScriptedVlms()
-    wide = uri(png(4096, 64))
-    answer = await post(vlms, {"messages": about_image(image=wide)})
-    assert answer.status_code == 200, answer.text
-    assert vlms.asked[0][0].images[0].shape == (32, 2048, 3)
-
-
-async def test_many_images_share_the_pixels_of_a_request() -> None:
-    vlms = ScriptedVlms()
-    four = [message for _ in range(4) for message in about_image(image=uri(png(700, 700)))]
-    assert (await post(vlms, {"messages": four})).status_code == 200
-    assert sum(image.shape[0] * image.shape[1] for image in vlms.asked[0][0].images) <= SETTINGS.max_pixels
-
-
 HARMLESS = {
     "user": "ann", "metadata": {"a": "b"}, "n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "store": False,
-    "response_format": {"type": "text"}, "tools": None, "tool_choice": "none", "logit_bias": {}, "logprobs": False,
-    "top_k": -1, "ignore_eos": False, "stream": False, "stream_options": None, "stop": None, "seed": None,
-    "temperature": None, "top_p": None, "max_tokens": None, "parallel_tool_calls": True, "service_tier": "auto",
+    "response_format": {"type": "text"}, "tool_choice": "none", "logit_bias": {}, "logprobs": False, "top_k": -1,
+    "ignore_eos": False, "stream": False, "parallel_tool_calls": True, "service_tier": "auto",
+    "reasoning_effort": "none", "verbosity": "medium",
 }  # fmt: skip
+NULLS = dict.fromkeys(
+    ["model", "n", "tools", "reasoning_effort", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens",
+     "audio", "what_comes_next_year"]
+)  # fmt: skip
+PARTS = [
+    {"type": "image_url", "image_url": {"url": uri(), "detail": None, "format": None}, "text": None},
+    {"type": "text", "text": "what is this?", "image_url": None, "cache_control": None},
+]
 
 
-async def test_fields_that_change_nothing_are_taken() -> None:
-    answer = await post(ScriptedVlms(), {"messages": about_image(), **HARMLESS})
-    assert answer.status_code == 200, answer.text
+@pytest.mark.parametrize(
+    "fields", [HARMLESS, NULLS, {"messages": [{"role": "user", "content": PARTS, "tool_calls": None}]}]
+)
+async def test_fields_that_change_nothing_and_nulls_anywhere_are_taken(fields: dict[str, Any]) -> None:
+    vlms = ScriptedVlms()
+    for sent in ({}, fields):
+        answer = await post(vlms, {"messages": about_image(), **sent})
+        assert answer.status_code == 200, answer.text
+    (plain, _), (same, _) = vlms.asked
+    assert replace(same, images=()) == replace(plain, images=())
 
 
 @pytest.mark.parametrize(
@@ -131,6 +144,8 @@ async def test_fields_that_change_nothing_are_taken() -> None:
         ({"tool_choice": "required"}, "tool_choice"), ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"), ({"presence_penalty": 0.5}, "presence_penalty"), ({"top_logprobs": 3}, "top_logprobs"),
         ({"logit_bias": {"1": 5}}, "logit_bias"), ({"audio": {}}, "audio"), ({"wat": 1}, "wat"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"), ({"verbosity": "low"}, "verbosity"),
+        ({"prediction": {}}, "prediction"),
         ({"max_tokens": 33}, "max_tokens"), ({"max_completion_tokens": 33}, "max_completion_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 2.1}, "temperature"), ({"temperature": -0.1}, "temperature"), ({"top_p": 0}, "top_p"),
@@ -160,22 +175,16 @@ async def test_what_cannot_be_honoured_is_refused_by_name(extra: dict[str, Any],
     assert vlms.asked == []
 
 
-async def test_the_limit_of_tokens_is_named() -> None:
-    answer = await post(ScriptedVlms(), {"messages": about_image(), "max_tokens": 1000})
-    assert "32 (serve.vlm_max_tokens)" in answer.json()["error"]["message"]
-
-
-async def test_an_unknown_model_is_told_which_vlms_are_resident() -> None:
-    answer = await post(ScriptedVlms(), {"model": "clip", "messages": about_image()})
-    assert answer.status_code == 404
-    assert "vlm, vlm@3, vlm@2, vlm-b, base" in answer.json()["error"]["message"]
-
-
-async def test_without_a_vlm_the_fix_is_told() -> None:
-    answer = await post(None, {"messages": about_image()})
-    assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "no_vlm"
-    assert "base.vlm" in answer.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("vlms", "code", "told"),
+    [(ScriptedVlms(), "model_not_found", "vlm, vlm@3, vlm@2, vlm-b, base"), (None, "no_vlm", "base.vlm")],
+)
+async def test_a_model_that_is_not_served_is_told_with_what_is_or_the_fix(
+    vlms: ScriptedVlms | None, code: str, told: str
+) -> None:
+    answer = await post(vlms, {"model": "clip", "messages": about_image()})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, code)
+    assert told in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -256,3 +265,202 @@ async def test_models_are_listed_with_their_family() -> None:
     async with client(app_state(None)) as http:
         alone = [row["family"] for row in (await http.get("/v1/models")).json()["data"]]
     assert set(alone) == {"clip"}
+
+
+SNAPSHOT = ReleaseSnapshot(3, None, "i", "t", "vlm-b")
+
+
+def body(**more: Any) -> dict[str, Any]:
+    return {"messages": about_image(), "stream": True, **more}
+
+
+def visit(vlms: ScriptedVlms, **settings: Any) -> tuple[AppState, Visitor]:
+    """A request for a stream whose client can hang up."""
+    at = app_state(vlms, SETTINGS.model_copy(update=settings))
+    return at, Visitor(app_of(at), URL, json.dumps(body()).encode())
+
+
+def events(text: str) -> list[tuple[str, str]]:
+    """(event, data) pairs, read as the standard says: lines end with \\n only here, an empty line ends an event."""
+    found = []
+    for block in text.split("\n\n")[:-1]:
+        lines = dict(line.split(": ", 1) for line in block.split("\n"))
+        found.append((lines.get("event", ""), lines["data"]))
+    return found
+
+
+def objects(text: str) -> list[Any]:
+    return [json.loads(data) for _, data in events(text) if data != "[DONE]"]
+
+
+async def test_the_role_comes_first_then_the_text_then_why_it_ended() -> None:
+    nulls = {"include_usage": None, "include_obfuscation": None}
+    async with client(app_state(ScriptedVlms())) as http:
+        answer = await http.post(URL, json=body(stream_options=nulls))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-ratchet-release"] == "3"
+    assert answer.headers["x-ratchet-adapter"] == "vlm-b"
+    assert events(answer.text)[-1] == ("", "[DONE]")
+    parts = objects(answer.text)
+    assert [part["choices"][0]["delta"] for part in parts] == [
+        {"role": "assistant", "content": ""}, {"content": "a "}, {"content": "red "}, {"content": "bus"}, {},
+    ]  # fmt: skip
+    assert [part["choices"][0]["finish_reason"] for part in parts] == [None] * 4 + ["stop"]
+    assert {(part["id"], part["created"], part["model"], part["object"]) for part in parts} == {
+        (parts[0]["id"], parts[0]["created"], "vlm@3", "chat.completion.chunk")
+    }
+    assert all("usage" not in part for part in parts)
+
+
+async def test_usage_comes_in_a_chunk_of_its_own_and_log_probabilities_with_the_text_they_belong_to() -> None:
+    async with client(app_state(ScriptedVlms(finish="length"))) as http:
+        answer = await http.post(URL, json=body(logprobs=True, stream_options={"include_usage": True}))
+    *parts, last = objects(answer.text)
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert all(part["usage"] is None for part in parts)
+    assert parts[-1]["choices"][0]["finish_reason"] == "length"
+    first, *rows, end = [part["choices"][0]["logprobs"] for part in parts]
+    assert first is None and end is None
+    assert [row["content"][0]["logprob"] for row in rows] == [0.0, -0.5, -1.0]
+    assert [row["content"][0]["token"] for row in rows] == ["<0>", "<1>", "<2>"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "kind"),
+    [
+        (Unavailable("the replica\ndied."), "unavailable", "service_unavailable"),
+        (ApiError(400, "no.", code="x"), "x", "invalid_request_error"),
+        (ZeroDivisionError("secret"), "internal", "server_error"),
+    ],
+)
+async def test_a_failure_in_the_middle_is_an_error_event_and_the_end(failure: Exception, code: str, kind: str) -> None:
+    vlms = ScriptedVlms(failure=failure, fails_at=2)
+    at = app_state(vlms)
+    async with client(at) as http:
+        answer = await http.post(URL, json=body())
+    assert answer.status_code == 200
+    name, data = events(answer.text)[-1]
+    assert name == "error"
+    assert json.loads(data)["error"]["code"] == code
+    assert json.loads(data)["error"]["type"] == kind
+    assert "secret" not in data
+    assert "[DONE]" not in answer.text
+    assert "red " in answer.text
+    assert vlms.closed == 1
+    assert at.admission.in_flight() == {}
+
+
+async def test_an_answer_that_breaks_off_without_a_reason_is_an_error() -> None:
+    async with client(app_state(ScriptedVlms(finish=""))) as http:
+        answer = await http.post(URL, json=body())
+    assert events(answer.text)[-1][0] == "error"
+    async with client(app_state(ScriptedVlms(words=()))) as http:
+        assert (await http.post(URL, json=body())).status_code == 503
+
+
+async def test_a_client_that_hangs_up_while_it_listens_aborts_the_request() -> None:
+    vlms = ScriptedVlms(hangs_at=2)
+    at, visitor = visit(vlms)
+    task = visitor.start()
+    await vlms.waiting.wait()
+    assert at.admission.in_flight() == {3: 1}
+    visitor.gone.set()
+    await asyncio.wait_for(task, 5)
+    assert vlms.closed == 1
+    assert at.admission.in_flight() == {}
+    assert visitor.sent[0]["status"] == 200
+    assert visitor.sent[-1]["more_body"]
+
+
+async def test_a_connection_that_breaks_aborts_the_request_before_its_release_may_be_retired() -> None:
+    vlms = ScriptedVlms()
+    at, visitor = visit(vlms)
+    held: list[dict[int, int]] = []
+    vlms.when_closed = lambda: held.append(at.admission.in_flight())
+
+    async def broken(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            raise OSError("broken pipe")
+
+    visitor.send = broken  # type: ignore[method-assign]
+    await asyncio.wait_for(visitor.start(), 5)
+    assert held == [{3: 1}]
+    assert at.admission.in_flight() == {}
+
+
+async def test_a_client_that_reads_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.http.chunks.GRACE_SECONDS", 0.0)
+    vlms = ScriptedVlms()
+    at, visitor = visit(vlms, deadline_seconds=3600)
+    reading = asyncio.Event()
+
+    async def stuck(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            reading.set()
+            await asyncio.Event().wait()
+
+    visitor.send = stuck  # type: ignore[method-assign]
+    task = visitor.start()
+    await reading.wait()
+    skip(3600)
+    await asyncio.wait_for(task, 60)
+    assert vlms.closed == 1
+    assert at.admission.in_flight() == {}
+
+
+async def test_a_stream_keeps_its_release_when_another_goes_live() -> None:
+    vlms = ScriptedVlms(hangs_at=1)
+    at, visitor = visit(vlms)
+    task = visitor.start()
+    await vlms.waiting.wait()
+    at.admission.adopt([ReleaseSnapshot(4, None, "i", "t", "vlm-c"), *at.admission.window])
+    assert at.admission.in_flight() == {3: 1}
+    assert b'"model":"vlm@3"' in visitor.sent[1]["body"]
+    visitor.gone.set()
+    await task
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(), st.sampled_from(["", "error"]))
+def test_an_event_carries_any_text_on_one_line(text: str, name: str) -> None:
+    raw = event(dumps(text), name)
+    assert raw.isascii()
+    assert len(raw.decode().splitlines()) == (3 if name else 2)
+    assert [(found, json.loads(data)) for found, data in events(raw.decode())] == [(name, text)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.text(), st.integers(0, 3)), min_size=1, max_size=8), st.sampled_from(["stop", "length"]),
+       st.booleans(), st.booleans())  # fmt: skip
+async def test_chunks_put_together_are_the_answer(
+    script: list[tuple[str, int]], finish: Finish, usage: bool, scored: bool
+) -> None:
+    done, chunks = 0, []
+    for index, (text, count) in enumerate(script):
+        done += count
+        last = index == len(script) - 1
+        chunks.append(TokenChunk(text, (5,) * count, (-1.5,) * count, 4, done, finish if last else ""))
+
+    async def rest() -> AsyncIterator[TokenChunk]:
+        for chunk in chunks[1:]:
+            yield chunk
+
+    answer = ChatCompletion(SNAPSHOT, str if scored else None, include_usage=usage)
+    raw = b"".join([part async for part in chunk_events(chunks[0], rest(), answer)]).decode()
+    parts = objects(raw)
+    choices = [part["choices"][0] for part in parts if part["choices"]]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(each["delta"].get("content", "") for each in choices) == "".join(text for text, _ in script)
+    assert [each["finish_reason"] for each in choices if each["finish_reason"]] == [finish]
+    assert [row["token"] for each in choices for row in (each["logprobs"] or {"content": []})["content"]] == (
+        ["5"] * done if scored else []
+    )
+    assert [part["usage"]["completion_tokens"] for part in parts if part.get("usage")] == ([done] if usage else [])
+    assert events(raw)[-1] == ("", "[DONE]")
+
+
+def test_minus_infinity_stays_json() -> None:
+    text = ChatCompletion(SNAPSHOT, str).chunk(TokenChunk("x", (1,), (float("-inf"),), 1, 1)).decode()
+    assert objects(text)[0]["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0

@@ -1,11 +1,11 @@
-"""Vectors of a CLIP's requests: their turns, and the cache, bounded in bytes, keyed by space and content."""
+"""Vectors of a CLIP's requests: their turns, the cache, and texts that are longer than the model reads."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,11 @@ from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource, InspectedImage
 from serving.messages import EncodeResult, Modality
 from serving.releases.types import ReleaseSnapshot
+from tests.support.in_process_app import AppClient, open_in_process_app
+from tests.support.inputs import pictures
 from tests.support.waiting import until
-from tests.unit.serving.scripted_vlms import png
+from tests.unit.serving.auth_app import refusal
+from tests.unit.serving.scripted_vlms import png, uri
 
 RELEASE = ReleaseSnapshot(1, None, "i", "t")
 SETTINGS = Serve(max_batch=4, caller_share=0.75, cache_bytes=0)
@@ -166,11 +169,12 @@ async def test_a_release_is_answered_by_vectors_of_its_own_spaces_only() -> None
 
 @pytest.mark.parametrize("max_bytes", [0, 1 << 20])
 async def test_texts_that_are_cut_are_named_also_when_they_come_again(max_bytes: int) -> None:
-    vectors, _ = clip_vectors(max_bytes)
+    vectors, encoders = clip_vectors(max_bytes)
     texts = ["short", "x" * 21, "y" * 20, "x" * 21]
     for _ in range(2):
         answer = await vectors.of_texts(texts, LIVE, 0.0, "")
         assert (answer.cut, answer.headers) == ((1, 3), {"x-ratchet-truncated": "2"})
+    assert encoders.encoded["text"] == (3 if max_bytes else 8)
     assert (await vectors.of_texts(texts[:1], LIVE, 0.0, "")).headers == {}
 
 
@@ -196,7 +200,50 @@ async def test_an_image_that_is_cached_is_checked_all_the_same() -> None:
     assert both.tokens == 0
 
 
-async def test_without_room_everything_is_encoded() -> None:
-    vectors, encoders = clip_vectors(max_bytes=0)
-    answer = await vectors.of_texts(["cat", "cat"], LIVE, 0.0, "")
-    assert (encoders.encoded["text"], answer.tokens, len(vectors.cache)) == (2, 10, 0)
+LONG = "the invoice of march lists the following goods: " * 40
+LONG_LABEL = "1 " * 100
+CUT = "x-ratchet-truncated"
+CALLS: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/embeddings", {"input": ["a cat", LONG, {"image": uri(pictures(1)[0])}, "a dog", LONG + "PAID"]}, "input.1"),
+    ("/v1/classify", {"images": [uri(pictures(1)[0])], "labels": ["cat", LONG_LABEL]}, "labels.1"),
+    ("/v1/search", {"text": LONG}, "text"),
+]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppClient]:
+    with asyncio.Runner() as runner:
+        _, app = runner.run(open_in_process_app(tmp_path_factory.mktemp("app"), Serve(max_text_chars=4000)))
+        yield AppClient(runner, app)
+
+
+@pytest.mark.parametrize(("path", "body", "place"), CALLS)
+def test_a_long_text_is_cut_and_the_answer_says_so_or_is_refused_and_named(
+    client: AppClient, path: str, body: dict[str, Any], place: str
+) -> None:
+    for asked in (body, {**body, "truncate": True}, body):  # the last one is answered from the cache
+        answer = client.post(path, json=asked)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers[CUT] == ("2" if place == "input.1" else "1")
+    answer = client.post(path, json={**body, "truncate": False})
+    assert place in refusal(answer, 400, "text_too_long")
+    assert answer.json()["error"]["param"] == place
+    assert CUT not in answer.headers
+
+
+def test_embeddings_name_the_places_of_long_texts_and_count_what_was_read(client: AppClient) -> None:
+    _, body, _ = CALLS[0]
+    answer = client.post("/v1/embeddings", json=body).json()
+    assert answer["usage"]["truncated"] == [1, 4]
+    single = [client.post("/v1/embeddings", json={"input": text}).json() for text in ("a cat", LONG, "a dog")]
+    cat, long, dog = (each["usage"]["prompt_tokens"] for each in single)
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == cat + 2 * long + dog
+    assert answer["data"][1]["embedding"] == answer["data"][4]["embedding"] == single[1]["data"][0]["embedding"]
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_short_texts_are_answered_without_a_word_about_it(client: AppClient, truncate: bool) -> None:
+    for path, body in (("/v1/embeddings", {"input": ["a cat", "a dog"]}), ("/v1/search", {"text": "a cat"})):
+        answer = client.post(path, json={**body, "truncate": truncate})
+        assert (answer.status_code, CUT in answer.headers) == (200, False)
+        assert "truncated" not in answer.json().get("usage", {})

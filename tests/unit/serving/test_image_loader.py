@@ -1,9 +1,10 @@
-"""What images of one request may cost together."""
+"""Images of a request to pixels: what they may cost together, and what a CLIP and a VLM get to see of them."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -11,14 +12,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from core.settings.serving import Serve
 from ratchet_client.images import OpenedImage, decode_image, open_image
 from serving.engines.preprocess import Preprocess
+from serving.engines.vlm.generation import MAX_IMAGES
 from serving.http.errors import ApiError
-from serving.http.image_loader import ImageLoader, ImageSource, decoding_pixels, jobs_of
-from tests.unit.serving.scripted_vlms import png
+from serving.http.image_loader import ImageLoader, ImageSource, decoding_pixels, fitted, jobs_of
+from tests.unit.serving.scripted_vlms import (
+    SETTINGS,
+    ScriptedVlms,
+    Visitor,
+    about_image,
+    app_of,
+    app_state,
+    client,
+    png,
+    uri,
+)
 
 
 def loader(**bounds: int) -> ImageLoader:
@@ -78,15 +92,12 @@ async def test_many_small_images_are_decoded_in_few_jobs_and_keep_their_order() 
     inspected = await images.inspect([(f"images.{index}", png(*size)) for index, size in enumerate(sides)])
     assert [len(job) for job in jobs_of(inspected)] == [4, 4, 4, 4]
     assert [len(job) for job in jobs_of(inspected[:2])] == [1, 1], "each thread has one"
+    large = await images.inspect([("images.0", png(1500, 1400)), *[("images.1", png(9, 9))] * 7])
+    assert [len(job) for job in jobs_of(large)] == [1, 2, 2, 2, 1], "a large image is a job of its own"
     async with images.decoded(inspected) as together:
         pass
     alone = [(await images.pixels([("image", png(*size))]))[0] for size in sides]
     assert np.array_equal(together, alone)
-
-
-async def test_a_large_image_is_a_job_of_its_own() -> None:
-    inspected = await loader().inspect([("images.0", png(1500, 1400)), *[("images.1", png(9, 9))] * 7])
-    assert [len(job) for job in jobs_of(inspected)] == [1, 2, 2, 2, 1]
 
 
 def test_a_progressive_jpeg_counts_once_for_every_ten_scans() -> None:
@@ -124,17 +135,11 @@ async def test_a_jpeg_is_decoded_at_the_scale_that_the_model_needs(monkeypatch: 
     assert sizes == [(40, 25), (160, 100)]
 
 
-async def test_a_thumbnail_is_a_png_of_the_size_asked_for() -> None:
-    data = await loader().thumbnail(png(200, 100), 50)
-    with Image.open(io.BytesIO(data)) as image:
-        assert (image.format, image.size) == ("PNG", (50, 25))
-
-
-async def test_a_sample_that_ingest_accepted_has_a_thumbnail_however_large_it_is() -> None:
+async def test_a_sample_that_ingest_accepted_has_a_png_as_its_thumbnail_however_large_it_is() -> None:
     data = await loader(max_image_bytes=1024, max_pixels=100).thumbnail(jpeg(), 20)
     assert len(jpeg()) > 1024
     with Image.open(io.BytesIO(data)) as image:
-        assert image.size == (20, 13)
+        assert (image.format, image.size) == ("PNG", (20, 13))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
@@ -159,3 +164,83 @@ async def test_a_question_without_pictures_does_not_wait_for_those_with_some() -
     images = loader(decode_pixels=1000)
     async with images.queue.reserved("a", 750), asyncio.timeout(5), images.pictures((), "a") as pictures:
         assert pictures == ()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50_000), st.integers(1, 200))
+def test_a_fitted_image_keeps_its_bounds_and_its_shape(width: int, height: int, most: int, longest: int) -> None:
+    made = fitted(Image.new("RGB", (width, height)), most, longest)
+    high, wide, channels = made.shape
+    assert channels == 3 and made.dtype == np.uint8
+    assert 1 <= max(wide, high) <= longest
+    assert wide * high <= most or min(wide, high) == 1
+    if max(width, height) <= longest and width * height <= most:
+        assert (wide, high) == (width, height)
+    else:
+        scale = max(wide, high) / max(width, height)
+        assert abs(wide - width * scale) <= 1 and abs(high - height * scale) <= 1
+
+
+async def test_data_uris_and_uploads_are_the_same_pixels_in_their_order() -> None:
+    image_loader = ImageLoader(Preprocess(size=16), SETTINGS)
+    red, blue = png(5, 3, (255, 0, 0)), png(2, 7, (0, 0, 255))
+    async with image_loader.pictures([("a", uri(red)), ("b", blue), ("c", red), ("d", png(4096, 64))]) as made:
+        pass
+    assert [image.shape for image in made] == [(3, 5, 3), (7, 2, 3), (3, 5, 3), (32, 2048, 3)]
+    assert (made[0] == made[2]).all()
+    assert (made[1] == np.array([0, 0, 255], np.uint8)).all()
+
+
+async def test_more_images_than_a_vlm_takes_are_refused_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageLoader, "inspect", None)
+    at = app_state(ScriptedVlms(), SETTINGS.model_copy(update={"max_images": 32}))
+    shown = about_image()[0]["content"][0]
+    messages = [{"role": "user", "content": [shown] * 3}, {"role": "user", "content": [shown] * (MAX_IMAGES - 2)}]
+    async with client(at) as http:
+        answer = await http.post("/v1/chat/completions", json={"messages": messages})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "too_many_images", "messages")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": about_image()}),
+        ("/v1/chat/completions", {"messages": about_image(), "stream": True}),
+        ("/v1/vqa", {"image": uri(), "question": "what is this?"}),
+    ],
+)
+async def test_pictures_count_until_the_vlm_has_answered(path: str, body: dict[str, Any]) -> None:
+    vlms = ScriptedVlms(hangs_at=1)
+    at = app_state(vlms)
+    visitor = Visitor(app_of(at), path, json.dumps(body).encode())
+    asked = visitor.start()
+    await asyncio.wait_for(vlms.waiting.wait(), 30)
+    assert at.image_loader.queue.pixels == 6 * 4
+    visitor.gone.set()
+    await asyncio.wait([asked], timeout=30)
+    assert at.image_loader.queue.pixels == 0
+    async with client(at) as http:
+        vlms.hangs_at = None
+        assert (await http.post(path, json=body)).status_code == 200
+    assert at.image_loader.queue.pixels == 0
+
+
+async def test_a_large_picture_counts_as_large_as_it_is_kept() -> None:
+    bounds = Serve(max_pixels=1_000_000, decode_pixels=4_000_000)
+    image_loader = ImageLoader(Preprocess(size=16), bounds)
+    pictures = [(f"messages.0.content.{number}", png(1000, 1000)) for number in range(2)]
+    async with image_loader.pictures(pictures, "a") as made:
+        kept = sum(picture.shape[0] * picture.shape[1] for picture in made)
+        assert kept <= bounds.max_pixels < 2_000_000
+        assert image_loader.queue.pixels == kept
+    assert image_loader.queue.pixels == 0
+
+
+async def test_small_images_count_as_large_as_a_clip_looks_at_them() -> None:
+    image_loader = ImageLoader(Preprocess(size=16), SETTINGS)
+    images = await image_loader.inspect([("a", png()), ("b", png())])
+    async with image_loader.decoded(images, "a") as pixels:
+        assert pixels.shape == (2, 16, 16, 3)
+        assert image_loader.queue.pixels == 2 * 16 * 16
+    assert image_loader.queue.pixels == 0

@@ -1,10 +1,11 @@
-"""Probes: what they say of each model, and that a flood of them costs one forward pass a second."""
+"""Probes, at one forward pass a second, and the list of releases while the ledger is slow or away."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -14,9 +15,10 @@ from core import dependencies
 from core.errors import LedgerUnavailable
 from core.metrics import declared
 from serving.errors import QueueFull, Unavailable
-from serving.http import health
+from serving.http import health, operations
 from serving.http.app_state import AppState
 from serving.http.health import Recent
+from serving.http.operations import LastReleases
 from serving.releases.admission import Admission
 from tests.support.waiting import until
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
@@ -54,28 +56,37 @@ def state_of(models: Models, vlms: ScriptedVlms | None = None) -> AppState:
 DEAD = Unavailable("no replica answered.")
 
 
-async def statuses(state: AppState) -> dict[str, int]:
+FULL = QueueFull("the queue is full.")
+
+
+@pytest.mark.parametrize(
+    ("models", "vlms", "others"),
+    [
+        (Models(), ScriptedVlms(), {}),
+        (Models(clip=FULL), ScriptedVlms(failure=FULL), {}),  # is no outage
+        (Models(), None, {"ready/vlm": 404, "ready?model=vlm": 404}),
+        (Models(), ScriptedVlms(failure=DEAD), dict.fromkeys(["ready/vlm", "ready?model=vlm", "live", "state"], 503)),
+        (Models(catalog=DEAD), ScriptedVlms(), {"state": 503}),
+        (Models(clip=DEAD), ScriptedVlms(), dict.fromkeys(["ready", "ready/clip", "live", "state"], 503)),
+    ],
+)
+async def test_each_probe_says_whether_what_it_is_about_answers(
+    models: Models, vlms: ScriptedVlms | None, others: dict[str, int]
+) -> None:
     names = ("ready", "ready/clip", "ready/vlm", "ready?model=vlm", "live", "state")
-    async with client(state) as http:
-        return {name: (await http.get(f"/health/{name}")).status_code for name in names}
+    async with client(state_of(models, vlms)) as http:
+        answers = {name: await http.get(f"/health/{name}") for name in names}
+    assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(names, 200) | others
+    if answers["live"].status_code == 200:
+        assert answers["live"].headers["x-ratchet-release"] == str(answers["live"].json()["release"]) == "3"
 
 
-async def test_all_is_ready() -> None:
-    assert set((await statuses(state_of(Models(), ScriptedVlms()))).values()) == {200}
-
-
-async def test_a_vlm_that_restarts_does_not_take_clip_away() -> None:
-    got = await statuses(state_of(Models(), ScriptedVlms(failure=DEAD)))
-    assert got == {
-        "ready": 200, "ready/clip": 200, "ready/vlm": 503, "ready?model=vlm": 503, "live": 503, "state": 503,
-    }  # fmt: skip
-
-
-async def test_a_catalog_that_is_away_is_seen_in_the_whole_state_only() -> None:
-    got = await statuses(state_of(Models(catalog=DEAD), ScriptedVlms()))
-    assert [name for name, status in got.items() if status != 200] == ["state"]
-    async with client(state_of(Models(catalog=DEAD), ScriptedVlms())) as http:
-        assert refusal(await http.get("/health/state"), 503, "not_ready") == "not ready: catalog."
+async def test_a_part_that_does_not_answer_is_named_with_the_reason() -> None:
+    async with client(state_of(Models(clip=DEAD, catalog=DEAD), ScriptedVlms(failure=FULL))) as http:
+        assert "no replica answered" in refusal(await http.get("/health/ready"), 503, "not_ready")
+        state = await http.get("/health/state")
+    assert refusal(state, 503, "not_ready") == "not ready: clip, catalog."
+    assert state.json()["parts"]["vlm"] == {"ready": True, "detail": "busy"}
 
 
 async def test_health_names_the_state_of_each_dependency_and_stays_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,24 +113,6 @@ async def test_a_server_that_drains_is_not_ready_and_is_alive() -> None:
         assert (await http.get("/health/live")).status_code == 200
 
 
-async def test_a_full_queue_is_no_outage() -> None:
-    full = QueueFull("the queue is full.")
-    state = state_of(Models(clip=full), ScriptedVlms(failure=full))
-    assert set((await statuses(state)).values()) == {200}
-    async with client(state) as http:
-        assert (await http.get("/health/state")).json()["parts"]["vlm"] == {"ready": True, "detail": "busy"}
-
-
-async def test_without_a_vlm_there_is_nothing_to_wait_for() -> None:
-    got = await statuses(state_of(Models()))
-    assert (got["ready"], got["live"], got["state"], got["ready/vlm"]) == (200, 200, 200, 404)
-
-
-async def test_an_encoder_that_fails_is_not_ready_and_says_why() -> None:
-    async with client(state_of(Models(clip=DEAD))) as http:
-        assert "no replica answered" in refusal(await http.get("/health/ready"), 503, "not_ready")
-
-
 async def test_before_a_release_is_live_nothing_is_ready() -> None:
     async def nothing() -> None:
         return
@@ -137,16 +130,23 @@ async def test_a_flood_of_probes_costs_one_forward_pass() -> None:
     assert models.passes == 1
 
 
-async def test_a_value_is_computed_again_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_value_is_computed_again_when_it_is_old_and_a_caller_that_leaves_ends_it_for_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = {"now": 0.0}
     monkeypatch.setattr(health.time, "monotonic", lambda: clock["now"])
     computed = iter(range(10))
 
     async def compute() -> int:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         return next(computed)
 
     recent = Recent(compute, seconds=1.0)
-    assert [await recent.get(), await recent.get()] == [0, 0]
+    leaving, staying = asyncio.create_task(recent.get()), asyncio.create_task(recent.get())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert [await staying, await recent.get()] == [0, 0]
     clock["now"] = 1.0
     assert await recent.get() == 1
 
@@ -161,22 +161,6 @@ async def test_what_answers_is_exported_though_nobody_asks() -> None:
 
     await until(lambda: exported() == {"clip": 1.0, "vlm": 0.0, "catalog": 0.0})
     watching.cancel()
-
-
-async def test_a_caller_that_leaves_does_not_end_the_probe_of_the_others() -> None:
-    go = asyncio.Event()
-
-    async def compute() -> str:
-        await go.wait()
-        return "ok"
-
-    recent = Recent(compute)
-    leaving, staying = asyncio.create_task(recent.get()), asyncio.create_task(recent.get())
-    await asyncio.sleep(0)
-    leaving.cancel()
-    await asyncio.gather(leaving, return_exceptions=True)
-    go.set()
-    assert await staying == "ok"
 
 
 async def test_releases_are_503_while_the_ledger_is_away(closed: AuthApp, keys: Keys) -> None:
@@ -201,3 +185,59 @@ async def test_a_rollback_is_refused_at_once_while_the_ledger_hangs(
         assert not hung.is_set()
     finally:
         hung.set()
+
+
+class GrowingLedger:
+    """Has one release more at each reading. Waits while ``go`` is not set."""
+
+    def __init__(self) -> None:
+        self.newest = 0
+        self.inside = 0
+        self.away = False
+        self.go = threading.Event()
+        self.go.set()
+
+    def read(self, limit: int) -> list[Any]:
+        self.inside += 1
+        assert self.go.wait(60)
+        self.inside -= 1
+        if self.away:
+            raise LedgerUnavailable("away.")
+        self.newest += 1
+        return [SimpleNamespace(number=number) for number in range(self.newest, 0, -1)][:limit]
+
+
+async def numbers(releases: LastReleases, limit: int = 1) -> list[int]:
+    return [row.number for row in await releases.get(limit)]
+
+
+async def test_each_caller_has_what_was_there_when_he_came() -> None:
+    releases = LastReleases(GrowingLedger().read)
+    assert [await numbers(releases), await numbers(releases, 2)] == [[1], [2, 1]]
+
+
+async def test_while_the_ledger_is_silent_the_last_ones_are_told_and_no_second_reading_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger = GrowingLedger()
+    releases = LastReleases(ledger.read)
+    assert [await numbers(releases), await numbers(releases)] == [[1], [2]]
+    monkeypatch.setattr(operations, "READ_SECONDS", 0.05)
+    ledger.go.clear()
+    try:
+        assert await asyncio.gather(*(numbers(releases, 5) for _ in range(50))) == [[2, 1]] * 50
+        assert ledger.inside == 1
+    finally:
+        ledger.go.set()
+
+
+async def test_while_the_ledger_is_away_the_last_ones_are_told_and_without_one_why() -> None:
+    ledger = GrowingLedger()
+    releases = LastReleases(ledger.read)
+    ledger.away = True
+    with pytest.raises(LedgerUnavailable):
+        await numbers(releases)
+    ledger.away = False
+    assert await numbers(releases) == [1]
+    ledger.away = True
+    assert await numbers(releases) == [1]

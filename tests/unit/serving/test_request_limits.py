@@ -6,11 +6,21 @@ import asyncio
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 
 from serving.http import request_bodies
+from tests.support.clock import Clock
 from tests.unit.serving.auth_app import refusal
 from tests.unit.serving.echo_app import EchoApp, RawRequest, client, limited
 from tests.unit.serving.scripted_vlms import skip
+
+
+def ask(app: ASGIApp, *paths: str, peer: str = "127.0.0.1") -> list[RawRequest]:
+    """Requests without a body, on their way."""
+    made = [RawRequest(app, path, peer, length=0) for path in paths]
+    for request in made:
+        request.send_body(b"", more=False)
+    return made
 
 
 async def settled() -> None:
@@ -65,17 +75,22 @@ async def test_a_body_that_does_not_come_is_answered_408() -> None:
     assert (b"connection", b"close") in request.sent[0]["headers"]
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(request_bodies.time, "monotonic", made)
+    return made
+
+
 async def test_one_byte_a_second_is_too_slow_and_a_body_at_the_least_rate_is_not(
-    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = {"now": 0.0}
-    monkeypatch.setattr(request_bodies.time, "monotonic", lambda: clock["now"])
     monkeypatch.setattr(request_bodies, "BODY_BYTES_PER_SECOND", 100)
     app = limited(EchoApp())
     slow, steady = RawRequest(app), RawRequest(app, length=2000)
     for second in range(1, 11):
         await settled()
-        clock["now"] = float(second)
+        clock.now += 1
         if not slow.task.done():
             slow.send_body(b"x")
         steady.send_body(b"x" * 200, more=second < 10)
@@ -84,16 +99,14 @@ async def test_one_byte_a_second_is_too_slow_and_a_body_at_the_least_rate_is_not
     assert steady.body() == "2000"
 
 
-async def test_a_whole_body_has_a_time_limit_whatever_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = {"now": 0.0}
-    monkeypatch.setattr(request_bodies.time, "monotonic", lambda: clock["now"])
+async def test_a_whole_body_has_a_time_limit_whatever_its_rate(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_bodies, "BODY_BYTES_PER_SECOND", 1)
     monkeypatch.setattr(request_bodies, "BODY_SECONDS", 8)
     request = RawRequest(limited(EchoApp()), length=4000)
-    for second in (4, 7, 9):
+    for seconds in (4, 3, 2):
         request.send_body(b"x" * 1000)
         await settled()
-        clock["now"] = float(second)
+        clock.now += seconds
     assert await request.status() == 408
 
 
@@ -121,31 +134,23 @@ async def test_bodies_share_a_budget_that_is_given_back() -> None:
 async def test_one_caller_leaves_slots_to_the_others_and_operators_have_their_own() -> None:
     echo = EchoApp(waits=True)
     app = limited(echo, queue=4, caller_share=0.75)
-    greedy = [RawRequest(app, peer="127.0.0.2", length=0) for _ in range(4)]
-    for request in greedy:
-        request.send_body(b"", more=False)
+    greedy = ask(app, *["/v1/embeddings"] * 4, peer="127.0.0.2")
     await settled()
-    refused = [request for request in greedy if request.task.done()]
-    assert len(refused) == 1
-    assert await refused[0].status() == 429
-    others = [RawRequest(app, path, length=0) for path in ("/v1/models", "/v1/models", "/admin/v1/rollback")]
-    for request in others:
-        request.send_body(b"", more=False)
+    [refused] = [request for request in greedy if request.task.done()]
+    assert await refused.status() == 429
+    first, second, rollback = others = ask(app, "/v1/models", "/v1/models", "/admin/v1/rollback")
     await settled()
     assert [request.task.done() for request in others] == [False, True, False]
-    assert await others[1].status() == 429  # all four are taken
+    assert await second.status() == 429  # all four are taken
     echo.go.set()
-    assert [await request.status() for request in (others[0], others[2])] == [200, 200]
+    assert [await first.status(), await rollback.status()] == [200, 200]
 
 
 @pytest.mark.parametrize("path", ["/v1/search", "/v1/samples/ab/image"])
 async def test_searches_that_wait_for_a_store_leave_embeddings_their_slots(path: str) -> None:
     echo = EchoApp(waits=True)
     app = limited(echo, queue=4, caller_share=0.75)
-    searches = [RawRequest(app, path, length=0) for _ in range(4)]
-    embeddings = [RawRequest(app, length=0) for _ in range(3)]
-    for request in (*searches, *embeddings):
-        request.send_body(b"", more=False)
+    searches, embeddings = ask(app, *[path] * 4), ask(app, *["/v1/embeddings"] * 3)
     await settled()
     assert [request.task.done() for request in searches] == [False, False, False, True]
     assert await searches[3].status() == 429
@@ -156,15 +161,11 @@ async def test_searches_that_wait_for_a_store_leave_embeddings_their_slots(path:
 async def test_a_rollback_has_a_slot_while_other_operator_calls_hold_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_bodies, "OPERATOR_SLOTS", 2)
     echo = EchoApp(waits=True)
-    app = limited(echo)
-    calls = [RawRequest(app, "/admin/v1/status", length=0) for _ in range(3)]
-    rollback = RawRequest(app, "/admin/v1/rollback", length=0)
-    for request in (*calls, rollback):
-        request.send_body(b"", more=False)
+    calls = ask(limited(echo), *["/admin/v1/status"] * 3, "/admin/v1/rollback")
     await settled()
-    assert [request.task.done() for request in (*calls, rollback)] == [False, False, True, False]
+    assert [request.task.done() for request in calls] == [False, False, True, False]
     echo.go.set()
-    assert await rollback.status() == 200
+    assert await calls[-1].status() == 200
 
 
 async def test_an_answer_that_is_not_read_gives_its_slot_back() -> None:
@@ -175,22 +176,18 @@ async def test_an_answer_that_is_not_read_gives_its_slot_back() -> None:
     await settled()
     skip(1 + request_bodies.SEND_SECONDS)
     await unread.task
-    good = RawRequest(app, length=0)
-    good.send_body(b"", more=False)
+    [good] = ask(app, "/v1/models")
     assert await good.status() == 200
 
 
 async def test_health_and_metrics_take_no_slot() -> None:
     echo = EchoApp(waits=True)
     app = limited(echo, queue=1)
-    busy = RawRequest(app, length=0)
-    busy.send_body(b"", more=False)
+    busy = ask(app, "/v1/models")
     await settled()
-    health = [RawRequest(app, path, length=0) for path in ("/health/live", "/metrics")]
-    for request in health:
-        request.send_body(b"", more=False)
+    health = ask(app, "/health/live", "/metrics")
     echo.go.set()
-    assert [await request.status() for request in [*health, busy]] == [200, 200, 200]
+    assert [await request.status() for request in [*health, *busy]] == [200, 200, 200]
 
 
 async def test_other_machines_are_refused_when_the_host_is_loopback() -> None:

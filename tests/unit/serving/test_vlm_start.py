@@ -16,8 +16,8 @@ from serving.ray.deployment_status import DeploymentStatus, cause_of
 from tests.support.waiting import until
 from tests.unit.serving.auth_app import refusal
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client
+from tests.unit.serving.test_calls import Handle
 from tests.unit.serving.test_probes import Models, state_of
-from tests.unit.serving.test_vlm_calls import Handle
 
 TRACEBACK = """A replica failed to start with exception. Retrying 999998 more time(s). Error:
 Traceback (most recent call last):

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.engines.vlm.generation import Message
@@ -100,6 +100,7 @@ async def test_failures_are_errors_of_the_api() -> None:
     assert (broken.status_code, broken.json()["error"]["code"]) == (500, "not_finite")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(max_value=0, min_value=-1e6), min_size=2, max_size=16))
 def test_probabilities_sum_to_one_and_keep_the_order(scores: list[float]) -> None:
     shares = normalised(scores)

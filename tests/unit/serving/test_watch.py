@@ -41,12 +41,14 @@ async def test_samples_of_another_kind_are_drift_and_after_a_while_are_not(
     monkeypatch.setattr(catalog.reconciler.embedder, "encode", encode)
     await catalog.adopt([HERE])
     watcher, shifts = Watcher(catalog, SMALL), []
-    for start, count in ((0, 60), (60, 40), (100, 16), (116, 60)):
+    before = value("drift_mean_shift", space="image")
+    for start, count in ((0, 20), (20, 40), (60, 40), (100, 16), (116, 60)):
         put(store, rows(start, count), start + count)
         await settle(catalog)
         await watcher.measure()
         shifts.append(value("drift_mean_shift", space="image") or 0.0)
-    calm, still_calm, drifted, settled = shifts
+    few, calm, still_calm, drifted, settled = shifts
+    assert few == (before or 0.0), "few samples say nothing"
     assert 2 * max(calm, still_calm, settled) < drifted
 
 
@@ -66,15 +68,6 @@ async def test_windows_are_read_anew_in_the_space_that_is_live(catalog: Catalog,
     assert value("drift_frechet_distance", space="image") != before
 
 
-async def test_few_samples_are_not_called_drift(catalog: Catalog, store: SampleStore) -> None:
-    before = value("drift_mean_shift", space="image")
-    put(store, rows(0, 20), 20)
-    await catalog.adopt([HERE])
-    await settle(catalog)
-    await Watcher(catalog, SMALL).measure()
-    assert value("drift_mean_shift", space="image") == before
-
-
 def windows(shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> tuple[Moments, Moments]:
     """512 and 128 vectors; dimensions depend on each other, as those of embeddings do."""
     random = np.random.default_rng(seed)
@@ -85,8 +78,8 @@ def windows(shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> tuple[Mome
 
 
 def test_without_drift_the_mean_shift_is_about_one() -> None:
-    squares = [mean_shift(*windows(seed=seed)) ** 2 for seed in range(40)]
-    assert np.mean(squares) == pytest.approx(1.0, abs=0.1)
+    squares = [mean_shift(*windows(seed=seed)) ** 2 for seed in range(20)]
+    assert np.mean(squares) == pytest.approx(1.0, abs=0.15)
 
 
 def test_another_mean_is_seen_by_both_and_grows_with_the_shift() -> None:

@@ -1,27 +1,34 @@
-"""Every answer has the id of its request, and so do the lines of the log that are about it."""
+"""A request's id, its caller, HEAD, and what counts against the release that answers."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from core.access import OPERATOR, Principal
 from core.log_format import JsonFormatter
 from core.request_context import current
+from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
+from serving.http.app_state import routing_key
+from serving.http.errors import ApiError, is_fault
 from serving.http.request_ids import ALPHABET, RequestIds, middlewares
+from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.auth_app import AuthApp
-from tests.unit.serving.scripted_vlms import ScriptedVlms, app_of, app_state
+from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_of, app_state, client
 
 CHAT = {"model": "vlm", "messages": [{"role": "user", "content": "hello"}]}
 NEW = re.compile(r"[0-9a-f]{32}")
 
 
-def client(vlms: ScriptedVlms | None = None) -> httpx.AsyncClient:
+def app_client(vlms: ScriptedVlms | None = None) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app_of(app_state(vlms)), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
@@ -42,7 +49,7 @@ def client(vlms: ScriptedVlms | None = None) -> httpx.AsyncClient:
 async def test_an_answer_has_its_clients_id_once_and_one_without_gets_a_new_one(
     method: str, path: str, body: object, status: int
 ) -> None:
-    async with client(ScriptedVlms()) as http:
+    async with app_client(ScriptedVlms()) as http:
         own = await http.request(method, path, json=body, headers={"x-request-id": "my-id:1"})
         new = [await http.request(method, path, json=body) for _ in range(2)]
     assert (own.status_code, own.headers.get_list("x-request-id")) == (status, ["my-id:1"])
@@ -58,7 +65,7 @@ async def test_refusals_before_any_route_have_one_too(closed: AuthApp) -> None:
 
 @pytest.mark.parametrize("sent", ["", "a" * 129, "two words", "<script>", 'a"b', "a;b", "\xe9", "a,b"])
 async def test_an_id_that_is_too_long_or_has_other_characters_is_replaced(sent: str) -> None:
-    async with client() as http:
+    async with app_client() as http:
         answer = await http.get("/v1/models", headers=[(b"x-request-id", sent.encode("latin-1"))])
     assert NEW.fullmatch(answer.headers["x-request-id"])
 
@@ -102,7 +109,7 @@ async def test_lines_about_a_request_have_its_id_release_and_adapter() -> None:
     handler = Keep()
     logging.getLogger("ratchet.http").addHandler(handler)
     try:
-        async with client(ScriptedVlms(failure=RuntimeError("out of order"))) as http:
+        async with app_client(ScriptedVlms(failure=RuntimeError("out of order"))) as http:
             answer = await http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "abc"})
             await http.post("/v1/embeddings", json={"model": "clip@2", "input": "a"}, headers={"x-request-id": "def"})
     finally:
@@ -119,3 +126,77 @@ async def test_lines_about_a_request_have_its_id_release_and_adapter() -> None:
 def test_an_id_needs_no_escaping() -> None:
     taken = [chr(code) for code in range(128) if re.fullmatch(f"[{ALPHABET}]", chr(code))]
     assert not set(taken) & set("\"'<>&\\ ,;%{}()\n\r\t")
+
+
+CANARY = (
+    ReleaseSnapshot(4, "clip-a", "i3", "t3", "vlm-c", share=0.3),
+    ReleaseSnapshot(3, "clip-a", "i3", "t3", "vlm-b"),
+)
+
+
+def request(caller: Principal | None = None, **headers: str) -> Request:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "headers": raw, "state": {} if caller is None else {"principal": caller}})
+
+
+def test_a_caller_is_its_api_key_else_what_it_says_of_itself_else_the_request() -> None:
+    told = {"authorization": "Bearer secret", "x_ratchet_key": "mine", "x_request_id": "r1"}
+    assert routing_key(request(Principal("bot", frozenset(), key_id="0123abcd"), **told), "ann") == "0123abcd"
+    assert routing_key(request(OPERATOR, **told), "ann") == "mine"
+    del told["x_ratchet_key"]
+    assert routing_key(request(OPERATOR, **told), "ann") == "ann"
+    assert routing_key(request(Principal("anonymous", frozenset(), "anonymous"), **told)) == "r1"
+    assert routing_key(request()) != routing_key(request())
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (AdapterUnservable("gone"), True), (ApiError(500, "not finite"), True), (ZeroDivisionError(), True),
+        (Unavailable("no replica"), False), (DeadlineExceeded("late"), False), (QueueFull("full"), False),
+        (InvalidRequest("too long"), False), (ApiError(400, "wrong"), False),
+    ],
+)  # fmt: skip
+def test_faults_of_the_release_count_and_those_of_clients_and_load_do_not(error: Exception, counts: bool) -> None:
+    assert is_fault(error) is counts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "failed"),
+    [(None, 0), (ApiError(500, "not finite"), 1), (QueueFull("full"), 0), (AdapterUnservable("gone"), 1)],
+)
+async def test_every_request_is_counted_for_the_release_that_answered(
+    stream: bool, failure: Exception | None, failed: int
+) -> None:
+    at = app_state(ScriptedVlms(failure=failure, fails_at=1))
+    async with client(at) as http:
+        await http.post("/v1/chat/completions", json={"messages": about_image(), "stream": stream})
+    counted = at.admission.answered()[3]
+    assert (counted.requests, counted.failed) == (1, failed)
+
+
+async def test_openais_user_is_answered_by_one_side_and_the_header_says_which() -> None:
+    at = app_state(ScriptedVlms())
+    at.admission.adopt(CANARY)
+    seen: dict[str, set[str]] = {}
+    async with client(at) as http:
+        for number in range(60):
+            body: dict[str, Any] = {"messages": about_image(), "user": f"user-{number % 20}"}
+            answer = await http.post("/v1/chat/completions", json=body)
+            told = (answer.headers["x-ratchet-release"], answer.json()["model"], answer.headers["x-ratchet-adapter"])
+            assert told in {("4", "vlm@4", "vlm-c"), ("3", "vlm@3", "vlm-b")}
+            seen.setdefault(body["user"], set()).add(told[0])
+    assert {len(sides) for sides in seen.values()} == {1}
+    assert set.union(*seen.values()) == {"3", "4"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/clip", "/v1/models/none", "/health/ready/vlm", "/v1/nothing", "/v1/embeddings"]
+)
+async def test_head_is_answered_as_get_without_a_body(path: str) -> None:
+    async with client(app_state(None)) as http:
+        whole, head = await http.get(path), await http.head(path)
+    assert head.status_code == whole.status_code
+    assert head.headers["content-length"] == whole.headers["content-length"]
+    assert head.content == b""

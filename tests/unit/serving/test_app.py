@@ -1,0 +1,318 @@
+"""The application: its deployments and ingress, what a start says, and what is in flight when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from ray import serve
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from core.errors import ConfigError, LedgerUnavailable
+from core.files import replace_file
+from core.ledger import Family, Ledger
+from core.settings import Settings
+from core.settings.section import MIB
+from core.settings.serving import Serve
+from ratchet_client import ServerError
+from serving import app as module
+from serving import start_progress
+from serving.app import build, drain, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
+from serving.http import ingress
+from serving.http.ingress import SHARED, Ingress, share_of, token_texts
+from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
+from serving.ray.deployment_status import DeploymentStatus
+from serving.releases.residency import encode_copy, read_residency, residency_path
+from serving.start_progress import StartProgress, Statuses
+from tests.support.clock import Clock
+
+
+class Draining:
+    """Answers each call of ``drain`` with the next counts of two replicas, and with the last ones for ever."""
+
+    def __init__(self, *counts: list[dict[int, int]]) -> None:
+        self.counts = list(counts)
+
+    def broadcast(self, method: str) -> Draining:
+        assert method == "drain"
+        return self
+
+    async def results_async(self, return_exceptions: bool) -> list[dict[int, int]]:
+        return self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
+
+
+async def test_a_drain_ends_when_no_replica_has_a_request_in_flight_or_at_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for handle, seconds, drained in (
+        (Draining([{3: 1}, {}], [{}, {3: 2}], [{}, {}]), 60, True), (Draining([{3: 1}]), 0.2, False),
+    ):  # fmt: skip
+        monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app, handle=handle: handle)
+        async with asyncio.timeout(30):
+            assert await drain(seconds) is drained
+        assert len(handle.counts) == 1
+
+
+def test_every_replica_that_ends_has_until_the_last_deadline(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    application: Any = build(settings)
+    seen: dict[str, float] = {}
+
+    def walk(application: Any) -> None:
+        deployment = application._bound_deployment
+        seen[deployment.name] = deployment._deployment_config.graceful_shutdown_timeout_s
+        for argument in deployment.init_args:
+            if hasattr(argument, "_bound_deployment"):
+                walk(argument)
+
+    walk(application)
+    assert {"Ingress", "Encoder", "Catalog", "Controller"} <= seen.keys()
+    assert set(seen.values()) == {drain_seconds(settings)}
+    assert drain_seconds(settings) > settings.serve.deadline_seconds
+
+
+def test_a_start_without_a_ledger_needs_a_copy_of_the_residency(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'other.db'}")
+    ledger.commit_release(1, clip=None, vlm=None, actor="t", reason="r", proposal_id=None)
+    settings = Settings(home=tmp_path, ledger_url="postgresql://nobody@127.0.0.1:1/none")
+    with pytest.raises(LedgerUnavailable):
+        module._migrate(settings)
+    replace_file(residency_path(tmp_path), encode_copy(read_residency(ledger, 2), {}))
+    module._migrate(settings)
+    assert "starting with release 1, the last known one (file)" in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "say", said.append)
+    Ledger.open(Settings(home=tmp_path).ledger).close()  # which a start does first
+
+    def told(host: str, require: str = "auto") -> str:
+        said.clear()
+        module._tell_of_keys(Settings(home=tmp_path, serve={"host": host}, access={"require_keys": require}))
+        return " ".join(said)
+
+    assert told("127.0.0.1") == ""
+    assert "ratchet keys create" in told("0.0.0.0")
+    assert "no key is needed to ask the models on 0.0.0.0" in told("0.0.0.0", "never")
+    ledger = Ledger.open(Settings(home=tmp_path).ledger)
+    ledger.create_key("page", ["infer"], actor="t")
+    ledger.close()
+    assert told("0.0.0.0") == ""
+
+
+SCALES = {"ingress": (ingress_scale, 32), "encoder": (encoder_scale, 48), "vlm": (vlm_scale, 5)}
+
+
+class Idle:
+    """Shadow traffic that never compares, and probes that never ask."""
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    watch = run
+
+    @property
+    def probes(self) -> Idle:
+        return self
+
+    state = probes
+
+
+def starting(monkeypatch: pytest.MonkeyPatch, refresh: Any) -> Any:
+    replica: Any = object.__new__(Ingress)
+    replica._tasks, replica.vlms = {}, None
+    replica.shadow_traffic, replica.http_app = Idle(), Idle()
+    monkeypatch.setattr(replica, "refresh", refresh)
+    for name in ("_follow", "_read_keys"):
+        monkeypatch.setattr(replica, name, Idle().run)
+    return replica
+
+
+async def test_it_is_not_healthy_before_it_knows_what_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answered = asyncio.Event(), asyncio.Event()
+    count = 0
+
+    async def refresh() -> None:
+        nonlocal count
+        count += 1
+        asked.set()
+        await answered.wait()
+
+    replica = starting(monkeypatch, refresh)
+    health = asyncio.create_task(replica.check_health())
+    await asked.wait()
+    assert not health.done()
+    answered.set()
+    await health
+    await replica.check_health()
+    assert count == 1  # from now on it follows
+
+
+async def test_it_starts_without_that_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "FIRST_SECONDS", 0.0)
+    replica = starting(monkeypatch, asyncio.Event().wait)
+    await replica.check_health()
+    assert "follow" in replica._tasks
+
+
+def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> None:
+    share = share_of(Serve(ingress_replicas=3))
+    for name in SHARED:
+        assert 0 <= 3 * getattr(share, name) - getattr(Serve(), name) < 3
+    assert (share.max_body_bytes, share.max_images, share.deadline_seconds) == (16 * MIB, 32, 30.0)
+    assert share_of(Serve()) == Serve()
+    crowded = share_of(Serve(ingress_replicas=64, body_budget_bytes=64 * MIB))
+    assert crowded.body_budget_bytes == crowded.max_body_bytes, "the largest body always finds room"
+
+
+@pytest.mark.parametrize("bounds", [{"max_images": 100, "max_texts": 1}, {"max_images": 1, "max_texts": 50}])
+def test_no_piece_of_a_request_waits_in_front_of_the_encoders(bounds: dict[str, int]) -> None:
+    settings = Serve.model_validate({"queue": 10, "max_batch": 16, **bounds})
+    pieces = max(-(-settings.max_images // 16), -(-settings.max_texts * PROMPTS_PER_TEXT // (16 * IMAGE_COST)))
+    assert pieces == 7 and encoder_calls(settings) > settings.queue * pieces
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_the_number_of_processes_is_fixed_or_follows_the_requests_in_flight(kind: str) -> None:
+    scale_of, busy = SCALES[kind]
+    bounds = {f"{kind}_replicas": 2, "queue": 256, "max_batch": 24, "vlm_batch": 5}
+    for most in (0, 1, 2):
+        assert scale_of(Serve.model_validate({**bounds, f"{kind}_max_replicas": most})) == {"num_replicas": 2}
+    (scale,) = scale_of(Serve.model_validate({**bounds, f"{kind}_max_replicas": 8})).values()
+    assert (scale["min_replicas"], scale["initial_replicas"], scale["max_replicas"]) == (2, 2, 8)
+    assert scale["target_ongoing_requests"] == busy
+
+
+def test_tokens_put_together_are_the_text(tmp_path: Path) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    text_of = token_texts(tmp_path)
+    assert "".join(text_of(token) for token in made.encode("a red bus").ids) == "a red bus"
+    assert [text_of(token) for token in made.encode("é").ids] == ["\ufffd", "\ufffd"]
+    assert text_of(10_000) == "token_id:10000"
+
+
+def test_a_space_before_a_word_stays(tmp_path: Path) -> None:
+    made = Tokenizer(models.WordLevel({"\u2581red": 0, "\u2581bus": 1, "es": 2}, unk_token="es"))
+    made.decoder = decoders.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert "".join(token_texts(tmp_path)(token) for token in (0, 1, 2)) == " red buses"
+    assert token_texts(tmp_path / "none")(7) == token_texts(None)(7) == "token_id:7"
+
+
+UP = DeploymentStatus({"RUNNING": 1}, failed=False, cause="")
+STARTS = DeploymentStatus({"STARTING": 1}, failed=False, cause="")
+FAILED = DeploymentStatus({}, failed=True, cause="OSError: no file")
+
+
+class ScriptedServer:
+    """Says for each model the next thing of its script, and the last one for ever."""
+
+    url = "http://there"
+
+    def __init__(self, **script: list[str]) -> None:
+        self.script = script
+
+    def why_not_ready(self, model: Family) -> str:
+        words = self.script[model]
+        return words.pop(0) if len(words) > 1 else words[0]
+
+    def progress(self, *models: Family, statuses: Statuses | None = None) -> StartProgress:
+        return StartProgress(cast(Any, self), models, statuses)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_progress, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(start_progress, "STATUS_SECONDS", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time passes where it is waited for."""
+    made = Clock()
+    monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
+    monkeypatch.setattr(start_progress, "LOOK_SECONDS", 1.0)
+    return made
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_it_says_when_each_model_answers_and_once_why_it_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    server = ScriptedServer(
+        clip=["nobody listens.", ""], vlm=["it is starting.", "it is starting.", "it is starting.", ""]
+    )
+    progress = server.progress("clip", "vlm")
+    progress.wait_for("clip", int)
+    words = said(capsys)
+    assert "CLIP after 0 s: nobody listens." in words and "CLIP answers on http://there after" in words
+    assert words.count("it is starting.") == 1
+    while not progress.look():
+        continue
+    assert "the VLM answers on http://there" in said(capsys)
+
+
+def test_a_server_that_says_something_new_is_waited_for_beyond_any_limit(clock: Clock) -> None:
+    words = [f"{loaded} of 40 adapters loaded" for loaded in range(40) for _ in range(100)]
+    ScriptedServer(clip=[*words, ""]).progress("clip").wait_for("clip", int)
+    assert clock.now > 4000
+
+
+@pytest.mark.parametrize(
+    ("computes", "told"),
+    [(False, r"CLIP does not start: nothing has moved for 121 s; last: it is starting"),
+     (True, r"nothing has come of what is computed for 9\d\d s; last: it is starting")],
+)  # fmt: skip
+def test_a_server_that_does_nothing_is_given_up_and_one_that_computes_in_vain_later(
+    clock: Clock, computes: bool, told: str
+) -> None:
+    with pytest.raises(ServerError, match=told):
+        ScriptedServer(clip=["it is starting"]).progress("clip").wait_for("clip", lambda: clock.now * computes)
+
+
+def test_a_check_ends_the_wait() -> None:
+    def ended() -> None:
+        raise ConfigError("serve ended while starting")
+
+    with pytest.raises(ConfigError, match="ended while starting"):
+        ScriptedServer(clip=["nobody listens."]).progress("clip").wait_for("clip", int, ended)
+
+
+def test_a_deployment_that_serve_gave_up_ends_the_start_of_clip() -> None:
+    def statuses() -> Mapping[str, DeploymentStatus]:
+        return {"Encoder": FAILED, "Vlm": STARTS}
+
+    with pytest.raises(ConfigError, match="Encoder cannot start: OSError: no file"):
+        ScriptedServer(clip=["no release"]).progress("clip", statuses=statuses).look()
+
+
+def test_once_clip_answers_a_deployment_that_fails_is_said_and_ends_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    states = {"Encoder": UP, "Catalog": STARTS}
+    progress = ScriptedServer(clip=[""], vlm=["it is starting."]).progress("clip", "vlm", statuses=lambda: states)
+    assert not progress.look()
+    states["Catalog"] = FAILED
+    assert not progress.look()
+    words = said(capsys)
+    assert "Encoder runs after" in words
+    assert words.count("Catalog cannot start: OSError: no file") == 1
+
+
+def test_a_controller_of_serve_that_cannot_be_asked_delays_nothing() -> None:
+    def statuses() -> Mapping[str, DeploymentStatus]:
+        raise ConnectionError("busy")
+
+    assert ScriptedServer(clip=[""]).progress("clip", statuses=statuses).look()
