@@ -287,11 +287,7 @@ class _BoundedReads:
         self._try_at = 0.0
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """The function's result.
-
-        Raises:
-            StoreUnavailable: the store does not answer.
-        """
+        """The function's result. Raises StoreUnavailable: the store does not answer."""
         if self._hangs:
             if time.monotonic() < self._try_at:
                 raise self._unavailable()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from core.errors import StoreError
+from core.errors import LedgerUnavailable, StoreError
 from serving.catalog import catalog as catalog_module
-from serving.catalog.cross_version import rank_across
+from serving.catalog.cross_version import CrossVersionVerdicts, rank_across
 from serving.catalog.embedding import CHUNK_ROWS, Pace
 from serving.catalog.queries import Hit
 from serving.catalog.space_fill import BackfillRate, CorpusIds, SpaceCoverage
@@ -126,6 +128,31 @@ def test_scores_of_old_vectors_are_shifted_to_those_of_new_ones() -> None:
     assert [hit.id for hit in ranked] == ["a", "b", "c", "d", "e"]
     assert ranked[1].score == pytest.approx(0.8 + (0.05 + 0.2 + 0.15) / 3)
     assert [hit.score for hit in rank_across(by_old[:2], {"a": 0.99})] == [0.99, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("measured", "found"),
+    [
+        ({"allowed": True, "incumbent": None}, {"bbbb": "aaaa"}),
+        ({"allowed": True, "incumbent": "clip-gone"}, {}),
+        ({"allowed": False, "incumbent": None}, {}),
+        (None, {}),
+        (LedgerUnavailable("away", ""), {}),
+    ],
+    ids=["allowed", "the incumbent is gone", "not allowed", "no verdict", "the ledger is away"],
+)
+async def test_a_space_is_searched_by_that_of_the_incumbent_where_a_verdict_allows_it(
+    measured: Any, found: dict[str, str]
+) -> None:
+    def verdict_on(clip: str) -> Any:
+        if isinstance(measured, Exception):
+            raise measured
+        return measured and SimpleNamespace(summary={"cross_version": measured})
+
+    ledger: Any = SimpleNamespace(verdict_on=verdict_on)
+    verdicts = CrossVersionVerdicts(ledger)
+    verdicts.remember([HERE])
+    assert await verdicts.read([THERE], {"aaaa"}) == found
 
 
 def test_what_searches_come_upon_is_embedded_first() -> None:

@@ -160,12 +160,6 @@ async def test_a_proposal_left_in_preparing_is_taken_up(server: Server) -> None:
     assert server.ledger.proposal(left).state == "committed"
 
 
-async def test_a_committed_release_stands_when_no_replica_acknowledges(server: Server) -> None:
-    server.broadcast.deaf = True
-    assert (await server.create(clip="a")).acknowledged == 0
-    assert server.live[1] == "a"
-
-
 async def test_a_release_of_one_family_keeps_the_other_and_does_not_prepare_it(server: Server) -> None:
     await server.create(clip="a")
     told = server.broadcast

@@ -167,12 +167,16 @@ async def test_a_retirement_that_never_ends_holds_up_neither_a_rollback_nor_a_re
     retiring.cancel()
 
 
-async def test_replicas_that_did_not_answer_are_told_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_no_replica_acknowledges_stands_and_they_are_told_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.releases.protocol.HEAL_PAUSE_SECONDS", 0.01)
     server.broadcast.deaf = True
+    assert (await server.create(clip="b")).acknowledged == 0
     assert (await server.back()).acknowledged == 0
+    assert server.live == (4, "a", None)
     server.broadcast.deaf = False
-    await until(lambda: server.broadcast.windows[-1] == [3, 2])
+    await until(lambda: server.broadcast.windows[-1] == [4, 3])
 
 
 async def test_a_process_that_has_just_begun_rolls_back_before_its_replicas_have_started(server: Server) -> None:
