@@ -89,7 +89,7 @@ class ReleaseController:
 
     async def check_health(self) -> None:
         """Keeps the loops running. Guard and lease have their own: a release in preparation may take minutes."""
-        loops = {
+        loops: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "lease": self._keep_lease, "proposals": self._run, "retire": self._retire,
             "guard": partial(self._watch, "guard", self.guard.step, GUARD_PAUSE_SECONDS),
             "fallback": partial(self._watch, "fallback", self.fallback.step),

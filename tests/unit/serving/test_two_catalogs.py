@@ -61,7 +61,7 @@ def test_a_row_that_is_there_is_not_merged_again_by_a_writer_that_does_not_know_
     one.merge("aaaa", _data("a", "b"), np.stack([vector(0), vector(1)]))
     assert other.present("aaaa", ["a", "c"]) == {"a"}
     other.merge("aaaa", _data("b", "c"), np.stack([vector(5), vector(2)]))
-    assert sorted(sum(one.id_batches("aaaa"), [])) == ["a", "b", "c"]
+    assert sorted(name for batch in one.id_batches("aaaa") for name in batch) == ["a", "b", "c"]
     assert one.search("aaaa", vector(1), 1, ALL)[0].id == "b"  # the first one stays
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -19,17 +18,6 @@ from tests.unit.serving.memory_vlm import MemoryVlm
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))
 PLACES = 4
-
-
-@pytest.fixture
-def artifacts(tmp_path: Path) -> Artifacts:
-    made = Artifacts(str(tmp_path / "artifacts"))
-    for name in ("a", "b", "c", "d", "e", "f"):
-        folder = tmp_path / "made" / name
-        folder.mkdir(parents=True)
-        (folder / "adapter_model.safetensors").write_bytes(name.encode())
-        made.put_directory(folder, f"adapters/{name}")
-    return made
 
 
 @pytest.fixture
