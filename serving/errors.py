@@ -91,6 +91,9 @@ class EngineDead(ServingError):
 
     status, code = 503, "unavailable"
 
+    def __init__(self, message: str, fix: str = "Start a new engine.") -> None:
+        super().__init__(message, fix)
+
 
 class DeadlineExceeded(ServingError):
     """The deadline passed before the answer was ready."""

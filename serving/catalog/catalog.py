@@ -113,18 +113,13 @@ class Catalog:
         self.reconciler.live_space = window[0].image_space if window else ""
         self._residency_changed()
 
-    async def retire(
-        self, keep: Sequence[ReleaseSnapshot], drop: bool = True, spare: Collection[str] = ()
-    ) -> list[str]:
-        """Let go of the spaces that no kept release has, and that no call waits for.
+    async def retire(self, keep: Sequence[ReleaseSnapshot], spare: Collection[str] | None = ()) -> list[str]:
+        """Let go of the spaces that no kept release has, and that no call waits for. Returns those whose tables were
+        dropped too: all that no other server on this lake holds resident.
 
         Args:
-            drop: also drop their tables, those apart that another server on this lake holds resident. Only the one
-                server may do so whose controller changes what is live.
-            spare: spaces whose tables stay: of releases that are proposed, so that a backfill goes on after a restart.
-
-        Returns:
-            Spaces whose tables were dropped.
+            spare: spaces whose tables stay, as those of releases that are proposed. None: no table is dropped, which
+                only the one server may do whose controller changes what is live.
         """
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
         for space in set(self.reconciler.fills) - set(spaces) - set(self._awaited):
@@ -132,7 +127,7 @@ class Catalog:
         for snapshot in spaces.values():
             self.reconciler.add_space(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
         self.cross_version = {new: old for new, old in self.cross_version.items() if new in self.reconciler.fills}
-        gone = await self._drop_others(spare) if drop else []
+        gone = [] if spare is None else await self._drop_others(spare)
         await self.reconciler.in_thread(self.tables.forget_others, tuple(self.reconciler.fills))
         return gone
 
@@ -292,11 +287,7 @@ class _BoundedReads:
         self._try_at = 0.0
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """The function's result.
-
-        Raises:
-            StoreUnavailable: the store does not answer.
-        """
+        """The function's result. Raises StoreUnavailable: the store does not answer."""
         if self._hangs:
             if time.monotonic() < self._try_at:
                 raise self._unavailable()

@@ -71,7 +71,6 @@ class SpaceClaims:
         return claimed.intersection(spaces)
 
     def close(self) -> None:
-        """Give the claim up."""
         self._remove(f"{self._folder}/{self._name}")
 
     def _others(self) -> list[str]:

@@ -82,7 +82,6 @@ class Pace:
         return int(self._width)
 
     def ended(self, rows: int, seconds: float) -> None:
-        """A chunk was embedded in this time."""
         each = seconds / max(1, rows)
         self._seconds.append(each)
         if each > SLOWER * min(self._seconds):

@@ -143,11 +143,9 @@ class IndexFiles:
             return None
 
     def exist(self, space: str) -> bool:
-        """True when the index of a space is kept."""
         return self._path(space).exists()
 
     def remove(self, space: str) -> None:
-        """Remove the file of a space, if there is one."""
         self._path(space).unlink(missing_ok=True)
 
     def remove_others(self, spaces: set[str]) -> None:

@@ -103,7 +103,6 @@ class IndexMaintainer:
         self._random = np.random.default_rng(0)
 
     def searched(self, space: str, vector: Vectors) -> None:
-        """A client searched for this."""
         if (known := self._known.get(space)) is not None:
             known.recent.append(np.asarray(vector, np.float32))
 
@@ -261,23 +260,17 @@ class IndexMaintainer:
 
     def _recall(self, space: str, index: MemoryIndex, question: RecallQuestion, effort: Effort, end: int) -> float:
         """Of the rows at positions below ``end``; 1 when there is nothing to find."""
-        recalls = [
-            self._recall_of_query(space, index, effort, vector, question.filters, exact, end)
-            for vector, exact in zip(question.vectors, question.exact, strict=True)
-        ]
+        recalls = []
+        for vector, exact in zip(question.vectors, question.exact, strict=True):
+            hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, question.filters)
+            keys = keys_of(digests_of([hit.id for hit in hits]))
+            with self.tables.indexes.of(space).writing:
+                old = index.columns.positions(keys) < end
+                places = index.columns.positions(exact.keys)
+            known = (places >= 0) & (places < end)
+            found = Neighbours(exact.scores[known], exact.keys[known])
+            recalls.append(recall_of(keys[old], found, int((~old).sum())))
         return float(np.mean(recalls)) if recalls else 1.0
-
-    def _recall_of_query(
-        self, space: str, index: MemoryIndex, effort: Effort, vector: Vectors, filters: Filters, exact: Neighbours,
-        end: int,
-    ) -> float:  # fmt: skip
-        hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, filters)
-        keys = keys_of(digests_of([hit.id for hit in hits]))
-        with self.tables.indexes.of(space).writing:
-            old = index.columns.positions(keys) < end
-            places = index.columns.positions(exact.keys)
-        known = (places >= 0) & (places < end)
-        return recall_of(keys[old], Neighbours(exact.scores[known], exact.keys[known]), int((~old).sum()))
 
     def _report(self, space: str, known: IndexStatus) -> None:
         index = self.tables.indexes.of(space).index

@@ -64,7 +64,6 @@ class Reconciler:
         return fill
 
     def remove_space(self, space: str) -> None:
-        """Hold a space no more."""
         self.fills.pop(space).cancel()
 
     def reopen(self, space: str) -> None:

@@ -114,7 +114,6 @@ class RowColumns:
         return positions
 
     def allocate(self, count: int) -> Positions:
-        """The next positions."""
         first, self.end = self.end, self.end + count
         for name in ("_digests", "_live", "_times", "_text_starts", "_text_sizes"):
             setattr(self, name, grown(getattr(self, name), self.end))

@@ -99,7 +99,6 @@ class CorpusIds:
         return np.fromiter((number for number in known if number is not None), np.int64)
 
     def names(self, numbers: Sequence[int] | Numbers) -> list[str]:
-        """The samples with these numbers."""
         return [self._names[number].hex() for number in numbers]
 
 
@@ -223,7 +222,6 @@ class SpaceFill:
 
     @property
     def running(self) -> set[asyncio.Task[Embedded]]:
-        """Chunks that are being embedded."""
         return set(self._running)
 
     @property
@@ -268,7 +266,6 @@ class SpaceFill:
         return errors
 
     def is_due(self) -> bool:
-        """True when it is time to store what is embedded."""
         rows = sum(len(numbers) for numbers, _ in self._finished)
         late = time.monotonic() - self._finished_at > STORE_SECONDS
         last = not self._running and self.coverage.missing <= rows

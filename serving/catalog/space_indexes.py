@@ -44,11 +44,8 @@ class SpaceIndex:
 class SpaceIndexes:
     """One index for each space that has one. Any thread."""
 
-    def __init__(self, newest: Callable[[str], lance.LanceDataset | None], files: IndexFiles | None) -> None:
-        """Args:
-        newest: the newest version of a space's table.
-        files: where indexes are kept; None: nowhere.
-        """
+    def __init__(self, newest: Callable[[str], lance.LanceDataset | None], files: IndexFiles) -> None:
+        """``newest``: the newest version of a space's table."""
         self._newest = newest
         self._files = files
         self._spaces: dict[str, SpaceIndex] = {}
@@ -67,7 +64,6 @@ class SpaceIndexes:
         return index, effort
 
     def bytes(self) -> int:
-        """Of memory, over all spaces."""
         return sum(each.index.bytes for each in list(self._spaces.values()) if each.index is not None)
 
     def build(self, space: str, most_bytes: float) -> None:
@@ -85,24 +81,24 @@ class SpaceIndexes:
 
     def load(self, space: str) -> bool:
         """Take the index that was kept on the disk, at the first call. False when there is none."""
-        known, files = self.of(space), self._files
-        if files is None or known.looked_on_disk or (dataset := self._newest(space)) is None:
+        known = self.of(space)
+        if known.looked_on_disk or (dataset := self._newest(space)) is None:
             return False
         known.looked_on_disk = True
-        if (loaded := files.load(space, dataset)) is None:
+        if (loaded := self._files.load(space, dataset)) is None:
             return False
         index, built_rows = loaded
         rows = index.rows
         self._exchange(space, index, built_rows)
         with known.writing:
-            known.saved_rows = rows if files.exist(space) else -1
+            known.saved_rows = rows if self._files.exist(space) else -1
         return True
 
     def save(self, space: str) -> None:
         """Keep the index on the disk. Raises OSError."""
         known = self.of(space)
         with known.writing:
-            if self._files is not None and known.index is not None:
+            if known.index is not None:
                 self._files.save(space, known.index, known.built_rows)
                 known.saved_rows = known.index.rows
 
@@ -149,8 +145,7 @@ class SpaceIndexes:
         """Let go of the indexes of all other spaces."""
         for space in set(self._spaces).difference(spaces):
             self.forget(space)
-        if self._files is not None:
-            self._files.remove_others(set(spaces))
+        self._files.remove_others(set(spaces))
 
     def _change(self, space: str, change: Callable[[MemoryIndex], object]) -> None:
         """What the table has must not fail here: an index that cannot be changed is given up, and made again."""
@@ -167,8 +162,6 @@ class SpaceIndexes:
                 self._forget_files(space)
 
     def _forget_files(self, space: str) -> None:
-        if self._files is None:
-            return
         known = self.of(space)
         with known.writing:
             self._files.remove(space)

@@ -61,15 +61,12 @@ class Neighbours:
 class Tables:
     """The tables of all image spaces under one URL. Any number of processes; one writing thread in each of them."""
 
-    def __init__(self, url: str, index_folder: Path | None = None) -> None:
-        """Args:
-        index_folder: on the local disk, where indexes are kept from one start to the next; None: they are not.
-        """
+    def __init__(self, url: str, index_folder: Path) -> None:
+        """``index_folder``: on the local disk, where indexes are kept from one start to the next."""
         self.url = url
         self._merges: dict[str, int] = {}
         self._seen: set[str] = set()
-        own = None if index_folder is None else index_folder / digest12(url.encode())
-        self.indexes = SpaceIndexes(self._newest, None if own is None else IndexFiles(own))
+        self.indexes = SpaceIndexes(self._newest, IndexFiles(index_folder / digest12(url.encode())))
         self._session = lance.Session(index_cache_size_bytes=0, metadata_cache_size_bytes=METADATA_BYTES)
         self._readers: dict[str, tuple[lance.LanceDataset, float]] = {}
         """What searches read, and until when it is fresh enough."""
@@ -212,7 +209,6 @@ class Tables:
         dataset.cleanup_old_versions(older_than=older_than, error_if_tagged_old_versions=False)
 
     def fragments(self, space: str) -> int:
-        """Data files of a space's table."""
         dataset = self._newest(space)
         return 0 if dataset is None else len(dataset.get_fragments())
 

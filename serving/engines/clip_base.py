@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -91,7 +91,6 @@ class ClipBase:
 
     @cached_property
     def spaces(self) -> Spaces:
-        """Embedding spaces of the base alone."""
         return self.spaces_with({})
 
     def spaces_with(self, changed: Mapping[str, str]) -> Spaces:
@@ -148,22 +147,16 @@ def base_directory(home: Path | str, name: str) -> Path:
 
 def load_base(home: Path | str, name: str) -> ClipBase:
     """The registered base ``name``. Raises :class:`BaseModelError` when there is none or its file is damaged."""
-
-    def make(directory: Path, value: dict[str, Any]) -> ClipBase:
-        plain = ("digest", "model_cfg", "context_length", "dim", "lora_targets", "tokenizer_cfg", "tokenizer_digest",
-                 "tensors", "weights_bytes", "about")  # fmt: skip
-        fields = {field: value[field] for field in plain}
-        return ClipBase(name=name, directory=directory, preprocess=Preprocess.from_json(value["preprocess"]), **fields)
-
-    return load_described(home, name, "clip", make)
+    return load_described(home, name, ClipBase, preprocess=Preprocess.from_json)
 
 
-def load_described(home: Path | str, name: str, family: str, make: Callable[[Path, dict[str, Any]], Base]) -> Base:
-    """A registered base, made of its folder and its description.
+def load_described(home: Path | str, name: str, kind: type[Base], **read: Callable[[Any], Any]) -> Base:
+    """A registered base, whose class has the fields of its description. ``read``: those that are not plain values.
 
     Raises:
         BaseModelError: there is none, or it is of another family, or its description is damaged.
     """
+    described: Any = kind
     directory = base_directory(home, name)
     path = directory / DESCRIPTION
     if not path.is_file():
@@ -173,12 +166,15 @@ def load_described(home: Path | str, name: str, family: str, make: Callable[[Pat
         )
     try:
         value = json.loads(path.read_text())
-        if value.get("family", "clip") != family:
-            fix = f"Set base.{family} to another one (`ratchet base list`)."
-            raise BaseModelError(f"Base {name!r} is not a {family.upper()}.", fix)
+        if value.get("family", "clip") != described.family:
+            fix = f"Set base.{described.family} to another one (`ratchet base list`)."
+            raise BaseModelError(f"Base {name!r} is not a {described.family.upper()}.", fix)
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']} is not {FORMAT}")
-        return make(directory, value)
+        plain = {each.name: value[each.name] for each in fields(described) if each.name not in ("name", "directory")}
+        made = {key: convert(value[key]) for key, convert in read.items()}
+        base: Base = described(**plain | made, name=name, directory=directory)
+        return base
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseModelError(
             f"{path} cannot be read: {error!r}.", "Remove the directory and register the base again."

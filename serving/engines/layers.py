@@ -52,7 +52,6 @@ class SkipInit(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
-        """See :class:`torch.overrides.TorchFunctionMode`."""
         if func in DRAWS:
             return args[0] if args else (kwargs or {})["tensor"]
         return RANDOM.get(func, func)(*args, **(kwargs or {}))

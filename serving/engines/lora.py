@@ -30,7 +30,7 @@ MAX_ALPHA = 2.0**127
 """Of a float32; what an adapter adds is checked again when it is merged and by golden inputs."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
-_OTHER_BASE = "It was trained for another base; start the server with that one."
+OTHER_BASE = "It was trained for another base; start the server with that one."
 
 
 def whole_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
     for name, tensor in whole.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             shape = list(tensor.shape)
-            raise AdapterError(f"Adapter {files.name}: the base has no parameter {name} {shape}.", _OTHER_BASE)
+            raise AdapterError(f"Adapter {files.name}: the base has no parameter {name} {shape}.", OTHER_BASE)
 
     def differs(name: str, merged: torch.Tensor, weight: torch.Tensor) -> bool:
         yield_cpu()
@@ -150,7 +150,7 @@ class _Layer:
             raise AdapterError(
                 f"Adapter {self.files.name}: {self.name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
                 f"which do not fit its weight {list(weight.shape)}.",
-                _OTHER_BASE,
+                OTHER_BASE,
             )
         product = b.float().reshape(out, rank) @ a.float().reshape(rank, inner)
         return product.mul_(self.scale).reshape(weight.shape)
@@ -172,7 +172,7 @@ def _layers(files: AdapterFiles, model: nn.Module) -> Iterator[_Layer]:
         module = modules.get(plain_name)
         if module is None or not can_carry_lora(module):
             raise AdapterError(
-                f"Adapter {files.name}: the base has no layer {plain_name!r} that takes LoRA.", _OTHER_BASE
+                f"Adapter {files.name}: the base has no layer {plain_name!r} that takes LoRA.", OTHER_BASE
             )
         parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         if module_name.endswith(INNER_OUT_PROJ):

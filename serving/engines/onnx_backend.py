@@ -75,7 +75,6 @@ class OnnxBackend:
         self._base_sessions = {tower: self._session(tower, {}) for tower in self._graphs}
 
     def convert(self, name: str, weight: torch.Tensor) -> Any:
-        """See :meth:`Backend.convert`."""
         return weight if tower_of(name) in self._graphs else self._torch.convert(name, weight)
 
     def towers(self, changed: Mapping[str, Any]) -> OnnxTowers:
@@ -122,7 +121,6 @@ class OnnxTowers:
         self._rest = rest
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """See :class:`Towers`."""
         if (session := self._sessions.get("image")) is None:
             assert self._rest is not None
             return self._rest.images(pixels)
@@ -133,7 +131,6 @@ class OnnxTowers:
         return np.concatenate(parts)
 
     def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
-        """See :class:`Towers`."""
         if (session := self._sessions.get("text")) is None:
             assert self._rest is not None
             return self._rest.texts(ids)

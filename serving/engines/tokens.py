@@ -165,12 +165,10 @@ class BoundedTokenizer(Tokenizer):
         self._cached = lru_cache(maxsize=CACHED_WORDS)(self._merged)
 
     def rows(self, texts: list[str]) -> list[list[int]]:
-        """See :meth:`Tokenizer.rows`."""
         room = self.context_length - 2
         return [[self._start, *self._ids(text, room), self._end] for text in texts]
 
     def cuts(self, text: str, row: Sequence[int]) -> bool:
-        """See :meth:`Tokenizer.cuts`."""
         room = self.context_length - 2
         return len(row) >= self.context_length and len(self._ids(text, room + 1)) > room
 

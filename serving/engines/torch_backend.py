@@ -71,13 +71,11 @@ class TorchBackend:
             self._convert(shell_of(model, {}), self._weights)
 
     def convert(self, name: str, weight: torch.Tensor) -> Converted:
-        """See :meth:`Backend.convert`."""
         if self._weights is not None and (converted := self._weights.convert_like(self._parameters[name], weight)):
             return converted
         return {"same": _channels_last(weight) if self.channels_last else weight}
 
     def towers(self, changed: Mapping[str, Converted]) -> TorchTowers:
-        """See :meth:`Backend.towers`."""
         same = {name: forms["same"] for name, forms in changed.items() if "same" in forms}
         shell = shell_of(self._model, same) if same or self._weights is not None else self._model
         if self._weights is not None:
@@ -105,7 +103,6 @@ class TorchTowers:
 
     @torch.inference_mode()
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """See :class:`Towers`."""
         step = self._backend.images_per_pass
         # A writable copy: torch refuses to promise anything about read-only buffers (object store, mmap).
         parts = [
@@ -116,7 +113,6 @@ class TorchTowers:
 
     @torch.inference_mode()
     def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
-        """See :class:`Towers`."""
         return _array([self._texts(ids)])
 
 

@@ -63,7 +63,6 @@ class Broadcast:
 
     @property
     def has_vlm(self) -> bool:
-        """True if there are VLM replicas."""
         return self.vlm is not None
 
     async def prepare(self, clip: str | None) -> list[Prepared]:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 from ray.serve.handle import DeploymentHandle
@@ -88,9 +89,10 @@ class ReleaseController:
 
     async def check_health(self) -> None:
         """Keeps the loops running. Guard and lease have their own: a release in preparation may take minutes."""
-        loops = {
-            "lease": self._keep_lease, "proposals": self._run, "guard": self._run_guard,
-            "fallback": self._run_fallback, "retire": self._retire,
+        loops: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            "lease": self._keep_lease, "proposals": self._run, "retire": self._retire,
+            "guard": partial(self._watch, "guard", self.guard.step, GUARD_PAUSE_SECONDS),
+            "fallback": partial(self._watch, "fallback", self.fallback.step),
         }  # fmt: skip
         for name, work in loops.items():
             if name not in self._loops or self._loops[name].done():
@@ -109,9 +111,8 @@ class ReleaseController:
                 async with asyncio.timeout(START_SECONDS):
                     await self._started.wait()
             except TimeoutError:
-                last_error = self._last_error or "replicas are starting"
                 return ReleaseError(
-                    f"the release controller has not started yet: {last_error}.",
+                    f"the release controller has not started yet: {self._last_error or 'replicas are starting'}.",
                     "Try again shortly, or use `ratchet releases rollback --offline`.",
                 )
         try:
@@ -251,12 +252,6 @@ class ReleaseController:
             return ""
         live = await asyncio.to_thread(self.ledger.live)
         return "" if live is None or self.lineage.has(live) else self.lineage.why_not(live)
-
-    async def _run_guard(self) -> None:
-        await self._watch("guard", self.guard.step, GUARD_PAUSE_SECONDS)
-
-    async def _run_fallback(self) -> None:
-        await self._watch("fallback", self.fallback.step)
 
     async def _watch(
         self, name: str, step: Callable[[], Awaitable[ReleaseResult | None]], pause_seconds: float = 0.0

@@ -79,7 +79,6 @@ class RequestCounts:
     failed: int = 0
 
     def add(self, other: RequestCounts) -> None:
-        """Count those of another process too."""
         self.requests += other.requests
         self.failed += other.failed
 
@@ -103,7 +102,6 @@ class ComparisonCounts:
     """Not begun, because there was no room: clients come first."""
 
     def add(self, other: ComparisonCounts) -> None:
-        """Count those of another process too."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
@@ -152,7 +150,6 @@ class Evidence:
 
     @property
     def broken(self) -> bool:
-        """True if the release is outside of its bound."""
         return self.chance < self.level
 
     def detail(self) -> dict[str, Any]:

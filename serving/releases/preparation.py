@@ -36,7 +36,6 @@ class PreparingProposal:
     stopped_for: Scope = "both"
 
     def stop(self, command: RollbackCommand, scope: Scope) -> None:
-        """Prepare no further, and do not commit."""
         self.stopped_by = f"{command.actor} rolled back while it was being prepared"
         self.stopped_for = scope
         if self.task is not None:
@@ -101,7 +100,6 @@ class Preparation:
         _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
 
     def read(self) -> ResidencyRows:
-        """Releases that are resident by the ledger."""
         return read_residency(self.ledger, self.size, self.base)
 
     async def residency(self) -> Residency:

@@ -211,7 +211,6 @@ class ResidencySource:
     def of(
         cls, settings: Settings, ledger: Ledger, part: str, digests: Callable[[], Mapping[str, str]] = dict
     ) -> ResidencySource:
-        """The source that the settings describe."""
         return cls(
             ledger, settings.serve.rollback_window, residency_path(settings.home), Artifacts(settings.artifacts), part,
             digests, Lineage.of(settings),
@@ -314,5 +313,4 @@ class ResidencySource:
 
 
 def residency_path(home: Path) -> Path:
-    """This node's copy of the residency."""
     return home / "serving" / "residency.json"

@@ -186,11 +186,10 @@ def roll_back_offline(
     expected = expected_live if expected_live is not None else live.number if live else 0
     command = RollbackCommand(actor=actor, reason=reason, expected_live=expected, to=to)
     adapters, target = plan_rollback(ledger, command, families)
-
-    def fail(proposal: ProposalRow, why: str) -> None:
-        ledger.advance_proposal(proposal.id, "failed", why)
-
-    commit_rollback(ledger, command, adapters, target, hold_after_rollback, fail)
+    commit_rollback(
+        ledger, command, adapters, target, hold_after_rollback,
+        fail=lambda proposal, why: ledger.advance_proposal(proposal.id, "failed", why),
+    )  # fmt: skip
     row = ledger.release(expected + 1)
     ledger.audit(actor, "rolled back offline", f"release {row.number}", {"to": to, "families": list(families)})
     return row

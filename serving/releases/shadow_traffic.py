@@ -188,7 +188,6 @@ class ShadowTraffic:
         self._offer("clip", (kind, payload[:ITEMS]))
 
     def vlm(self, request: GenerationRequest) -> None:
-        """A question of a client."""
         self._offer("vlm", request)
 
     def observations(self, answered: dict[int, RequestCounts]) -> Observations:
@@ -199,7 +198,6 @@ class ShadowTraffic:
         return Observations(watch.target.release.number, answered, dict(watch.compared))
 
     async def run(self) -> None:
-        """Compare for ever."""
         while True:
             watch, family, inputs = await self._jobs.get()
             began = time.monotonic()

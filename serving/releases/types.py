@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from core.errors import AdapterError, LedgerUnavailable, StoreError
+from core.errors import AdapterError, LedgerUnavailable, RatchetError, StoreError
 from core.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
 
 BASE = "base"
@@ -58,11 +58,9 @@ class ReleaseSnapshot:
 
     @property
     def vlm_adapter(self) -> str:
-        """The VLM adapter's name as shown to clients."""
         return self.vlm or BASE
 
     def shown(self, family: Family) -> str:
-        """The adapter's name of one family, as shown to clients."""
         return self.adapter if family == "clip" else self.vlm_adapter
 
 
@@ -174,6 +172,11 @@ class Prepared:
     text_space: str = ""
     error: str = ""
     cause: Cause = ""
+
+    @classmethod
+    def failed(cls, replica: str, adapter: str | None, error: Exception) -> Prepared:
+        reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
+        return cls(replica, adapter, error=reason, cause=cause_of(error))
 
     @property
     def unservable(self) -> bool:

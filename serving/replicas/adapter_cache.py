@@ -28,7 +28,6 @@ DIGEST: Final = ".sha256"
 
 
 def adapters_path(home: Path) -> Path:
-    """The cache's folder of this node."""
     return home / "serving" / "adapters"
 
 

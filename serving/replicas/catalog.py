@@ -127,7 +127,6 @@ class CatalogReplica:
             return str(error)
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
-        """See :meth:`Catalog.adopt`."""
         await self._adopt(window)
         await self._started()
 
@@ -143,34 +142,25 @@ class CatalogReplica:
         self.catalog.cross_version |= await self._verdicts.read(snapshots, self.catalog.reconciler.complete())
 
     async def retire(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> list[str]:
-        """See :meth:`Catalog.retire`. ``epoch``: of the controller's lease; without it, or when another controller has
-        taken over since, no table is dropped.
+        """See :meth:`Catalog.retire`. ``epoch``: of the controller's lease; without it, when another controller has
+        taken over since, and while the ledger is away, no table is dropped.
         """
         catalog = await self._started()
-        drop = await asyncio.to_thread(self._holds_lease, epoch)
-        try:
-            spare = await asyncio.to_thread(self._spared_spaces) if drop else set()
-        except LedgerError as error:
-            log.warning("no table is dropped while the ledger is away: %s", error)
-            drop, spare = False, set()
-        return await catalog.retire(keep, drop, spare)
+        return await catalog.retire(keep, None if epoch is None else await asyncio.to_thread(self._spared, epoch))
 
-    def _spared_spaces(self) -> set[str]:
-        """Image spaces of the releases that are proposed, whose embeddings stay through a restart; and of the newest
-        release of each base."""
-        proposals = self._ledger.pending_proposals()
-        proposed = {self._ledger.adapter(each.clip).image_space for each in proposals if each.clip is not None}
-        return proposed | spaces_of_bases(self._ledger, self._home)
-
-    def _holds_lease(self, epoch: int | None) -> bool:
-        if epoch is None:
-            return False
+    def _spared(self, epoch: int) -> set[str] | None:
+        """Image spaces of the releases that are proposed, whose embeddings stay through a restart, and of the newest
+        release of each base; None without the lease."""
         try:
             lease = self._ledger.lease(CONTROLLER_LEASE)
+            if lease is None or lease.epoch != epoch:
+                return None
+            proposals = self._ledger.pending_proposals()
+            proposed = {self._ledger.adapter(each.clip).image_space for each in proposals if each.clip is not None}
+            return proposed | spaces_of_bases(self._ledger, self._home)
         except LedgerError as error:
             log.warning("no table is dropped while the ledger is away: %s", error)
-            return False
-        return lease is not None and lease.epoch == epoch
+            return None
 
     async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
         """See :meth:`Catalog.search`; a string says why there is no answer."""
@@ -191,5 +181,4 @@ class CatalogReplica:
             return str(error)
 
     async def status(self) -> dict[str, Any]:
-        """Rows and coverage."""
         return (await self._started()).status()

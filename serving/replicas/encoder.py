@@ -48,7 +48,7 @@ from serving.messages import (
 )
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
 from serving.releases.residency import ResidencyRows, ResidencySource
-from serving.releases.types import BASE, Prepared, cause_of
+from serving.releases.types import BASE, Prepared
 from serving.replicas.adapter_cache import AdapterCache, AdapterFolders, adapters_path
 from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start
@@ -232,8 +232,7 @@ class EncoderWorker:
             raise
         except Exception as error:
             self._drop(clip)
-            reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
-            return Prepared(self.replica, clip, error=reason, cause=cause_of(error))
+            return Prepared.failed(self.replica, clip, error)
         self._prepared[clip] = Prepared(self.replica, clip, spaces.image, spaces.text)
         return self._prepared[clip]
 
@@ -282,7 +281,6 @@ class EncoderWorker:
         return await asyncio.to_thread(unload)
 
     async def status(self) -> dict[str, Any]:
-        """The state of this replica, for operators."""
         choice, base = self.engine.choice, self.engine.base
         return {
             "replica": self.replica, "engine": choice.engine, "precision": choice.precision,

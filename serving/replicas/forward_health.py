@@ -33,7 +33,6 @@ class ForwardHealth:
         self._passed_at = time.monotonic()
 
     def succeeded(self) -> None:
-        """A pass worked."""
         self._failures = 0
         self._passed_at = time.monotonic()
 

@@ -29,13 +29,13 @@ from core.priority import nice_process
 from core.request_context import detached, note
 from core.settings import Settings
 from core.tracing import record
-from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk, merge_chunks
 from serving.engines.vlm.open import VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import VLM_NICE, Refusal
 from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
 from serving.releases.residency import ResidencyRows, ResidencySource
-from serving.releases.types import BASE, Prepared, cause_of
+from serving.releases.types import BASE, Prepared
 from serving.replicas.adapter_cache import AdapterCache, AdapterFolders, adapters_path
 from serving.replicas.follower import ResidencyFollower, check_start, wait_for_clip
 from serving.replicas.forward_health import STALL_SECONDS, ForwardHealth
@@ -100,8 +100,7 @@ class VlmWorker:
                 self._coming.discard(vlm)
                 if vlm not in self._keep:
                     await self._sweep()
-            reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
-            return Prepared(self.replica, vlm, error=reason, cause=cause_of(error))
+            return Prepared.failed(self.replica, vlm, error)
         self._prepared[vlm] = Prepared(self.replica, vlm)
         return self._prepared[vlm]
 
@@ -166,7 +165,6 @@ class VlmWorker:
                     metrics.vlm.tokens(last.prompt_tokens, last.completion_tokens)
 
     async def status(self) -> dict[str, Any]:
-        """The state of this replica, for operators."""
         return {
             "replica": self.replica, "engine": self.engine.kind, "precision": self.engine.precision,
             "base": self.engine.base.name,
@@ -302,21 +300,6 @@ class _Ending:
             refusal = Refusal("ask" if isinstance(error, InvalidRequest) else "adapter", error.message, error.fix)
         self.outcome = refusal.code
         return refusal
-
-
-def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    """Neighbouring chunks as one."""
-    last = chunks[-1]
-    if len(chunks) == 1:
-        return last
-    return TokenChunk(
-        "".join(chunk.text for chunk in chunks),
-        tuple(token for chunk in chunks for token in chunk.tokens),
-        tuple(value for chunk in chunks for value in chunk.logprobs),
-        last.prompt_tokens,
-        last.completion_tokens,
-        last.finish,
-    )
 
 
 async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIterator[TokenChunk]:

@@ -187,7 +187,9 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
     async def encode(pixels: Any, clip: str | None) -> Any:
         return engine.encode_images(pixels, clip)
 
-    catalog = Catalog(Tables(str(home / "lake" / "catalog")), store, base.preprocess.pixels, encode)
+    catalog = Catalog(
+        Tables(str(home / "lake" / "catalog"), home / "catalog-index"), store, base.preprocess.pixels, encode
+    )
     in_process = InProcessApp(engine, Ledger.open(f"sqlite:///{home / 'ledger.db'}"), catalog, samples=samples)
     await in_process.protocol.start()
     keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})

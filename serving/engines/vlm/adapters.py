@@ -19,7 +19,7 @@ from core.digests import digest12, digest_json
 from core.errors import AdapterError
 from serving.engines.adapters import CONFIG, WEIGHTS, AdapterFiles, read_adapter_of
 from serving.engines.backends import golden_pixels
-from serving.engines.lora import lora_layers, whole_weights
+from serving.engines.lora import OTHER_BASE, lora_layers, whole_weights
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.engines.vlm.vlm_base import VlmBase
 
@@ -36,7 +36,6 @@ PROBE_SIZE: Final = 0.1
 """Size of the entries of a probe's delta: many times those of any weight, so that what is applied is seen."""
 SAME: Final = 0.01
 """Log-probabilities that differ by less are equal, to bfloat16 on a GPU."""
-_OTHER: Final = "It was trained for another base; start the server with that one."
 
 
 def linear_shapes(base: VlmBase) -> Shapes:
@@ -69,13 +68,13 @@ def read_validated_adapter(base: VlmBase, shapes: Shapes, name: str, directory: 
     for module, (a, b, _) in lora_layers(files).items():
         shape = shapes.get(module)
         if shape is None:
-            raise AdapterError(f"Adapter {name}: the base has no layer {module!r} that takes LoRA.", _OTHER)
+            raise AdapterError(f"Adapter {name}: the base has no layer {module!r} that takes LoRA.", OTHER_BASE)
         rank = a.shape[0]
         if a.shape != (rank, shape[1]) or b.shape != (shape[0], rank) or rank < 1:
             raise AdapterError(
                 f"Adapter {name}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
                 f"which do not fit its weight {list(shape)}.",
-                _OTHER,
+                OTHER_BASE,
             )
         if rank > max_rank:
             raise AdapterError(

@@ -160,13 +160,16 @@ class Detokenizer:
         return certain
 
 
+def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
+    """Neighbouring chunks as one."""
+    text = "".join(chunk.text for chunk in chunks)
+    tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+    logprobs = tuple(value for chunk in chunks for value in chunk.logprobs)
+    last = chunks[-1]
+    return TokenChunk(text, tokens, logprobs, last.prompt_tokens, last.completion_tokens, last.finish)
+
+
 async def whole(chunks: AsyncIterator[TokenChunk]) -> GenerationResult:
     """A stream as one reply."""
-    parts = [chunk async for chunk in chunks]
-    return GenerationResult(
-        "".join(part.text for part in parts),
-        tuple(token for part in parts for token in part.tokens),
-        tuple(value for part in parts for value in part.logprobs),
-        parts[-1].prompt_tokens,
-        parts[-1].finish,
-    )
+    one = merge_chunks([chunk async for chunk in chunks])
+    return GenerationResult(one.text, one.tokens, one.logprobs, one.prompt_tokens, one.finish)

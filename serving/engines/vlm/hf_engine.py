@@ -83,7 +83,6 @@ class TransformersEngine:
         self._worker = Worker(self.base.processor(), ends, self._serve.vlm_batch, self._serve.vlm_threads)
 
     async def load(self, name: str, directory: Path) -> None:
-        """Make an adapter resident; twice is once."""
         self._working()
 
         def merged() -> nn.Module:
@@ -93,15 +92,12 @@ class TransformersEngine:
         await self._residents.add(name, lambda: asyncio.to_thread(merged))
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter when its last request has ended: its tensors go with the last reference."""
         await self._residents.remove(name)
 
     def resident(self) -> frozenset[str]:
-        """Names that requests may use."""
         return self._residents.names()
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
-        """Answer chunk by chunk."""
         worker = self._working()
         with self._residents.using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
@@ -128,33 +124,27 @@ class TransformersEngine:
                 worker.discard(row)
 
     async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
-        """The whole answer."""
         chunks = self.stream(request, adapter)
         async with contextlib.aclosing(chunks):
             return await whole(chunks)
 
     async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
-        """Log-probability of each choice: the sum over its tokens and its end."""
         worker = self._working()
         with self._residents.using(adapter) as model:
             await asyncio.to_thread(self._length, request, choices)
             return await worker.score(model, request, choices)
 
     async def golden(self, adapter: str | None) -> str:
-        """Answer fixed inputs."""
         return fingerprint(adapter, [await self.reply(request, adapter) for request in golden_requests()])
 
     def running(self) -> int:
-        """Requests inside."""
         return self._residents.running()
 
     @property
     def passed_at(self) -> float:
-        """When the last forward pass ended."""
         return 0.0 if self._worker is None else self._worker.passed_at
 
     def last_error(self) -> str:
-        """Why the engine is dead; empty while it lives."""
         return "The engine was not started." if self._worker is None else self._worker.last_error
 
     async def close(self) -> None:
@@ -165,7 +155,7 @@ class TransformersEngine:
 
     def _working(self) -> Worker:
         if self._worker is None or self._worker.last_error:
-            raise EngineDead(self.last_error(), "Start a new engine.")
+            raise EngineDead(self.last_error())
         return self._worker
 
     def _length(self, request: GenerationRequest, choices: Sequence[str] = ()) -> int:

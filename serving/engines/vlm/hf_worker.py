@@ -26,7 +26,6 @@ from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.errors import EngineDead, InvalidRequest
 
 log = logging.getLogger("ratchet.vlm")
-_RESTART = "Start a new engine."
 
 
 @dataclass(eq=False)
@@ -293,9 +292,9 @@ class Worker:
 
     def _alive(self) -> None:
         if self.last_error:
-            raise EngineDead(self.last_error, _RESTART)
+            raise EngineDead(self.last_error)
 
     def _fail(self, rows: Sequence[BatchRow]) -> None:
         for row in rows:
             if not row.done:
-                row.end(EngineDead(self.last_error, _RESTART))
+                row.end(EngineDead(self.last_error))

@@ -122,15 +122,12 @@ class SyncVlm:
             self._end()
 
     def load(self, name: str, directory: Path) -> None:
-        """Make an adapter resident. Raises AdapterError."""
         self._do(self.engine.load(name, directory))
 
     def unload(self, name: str) -> None:
-        """Forget an adapter."""
         self._do(self.engine.unload(name))
 
     def golden(self, adapter: str | None) -> str:
-        """Fingerprint of the adapter's answers to fixed questions. Raises AdapterError."""
         return self._do(self.engine.golden(adapter))
 
     def replies(

@@ -56,7 +56,6 @@ CLOSE_SECONDS = 5.0
 LOOK_SECONDS = 0.5
 """Between two looks whether the engine still lives, while it loads or unloads an adapter."""
 Result = TypeVar("Result")
-_RESTART = "Start a new engine."
 
 
 class VllmEngine:
@@ -141,7 +140,6 @@ class VllmEngine:
         return processor
 
     async def load(self, name: str, directory: Path) -> None:
-        """Make an adapter resident; twice is once."""
         self._alive()
 
         async def checked() -> Any:
@@ -171,7 +169,6 @@ class VllmEngine:
         return request
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter when its last request has ended."""
 
         async def drop(request: Any) -> None:
             if not self.last_error():
@@ -180,11 +177,9 @@ class VllmEngine:
         await self._residents.remove(name, drop)
 
     def resident(self) -> frozenset[str]:
-        """Names that requests may use."""
         return self._residents.names()
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
-        """Answer chunk by chunk."""
         self._alive()
         with self._residents.using(adapter) as lora:
             (prompt,) = await self._render(request)
@@ -204,7 +199,6 @@ class VllmEngine:
                         return
 
     async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
-        """The whole answer."""
         if request.stop:
             return await whole(self.stream(request, adapter))
         self._alive()
@@ -218,7 +212,6 @@ class VllmEngine:
             )
 
     async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
-        """Log-probability of each choice: the sum over its tokens and its end."""
         plan = scoring()
         self._alive()
         with self._residents.using(adapter) as lora:
@@ -236,18 +229,15 @@ class VllmEngine:
             return [task.result() for task in tasks]
 
     async def golden(self, adapter: str | None) -> str:
-        """Answer fixed inputs."""
         return fingerprint(adapter, await self._golden(adapter))
 
     async def _golden(self, adapter: str | None) -> list[GenerationResult]:
         return [await self.reply(request, adapter) for request in golden_requests()]
 
     def running(self) -> int:
-        """Requests inside."""
         return self._residents.running()
 
     def last_error(self) -> str:
-        """Why the engine is dead; empty while it lives."""
         if self._closed:
             return "The engine was closed."
         if self._engine is None:
@@ -260,7 +250,6 @@ class VllmEngine:
         return f"vLLM's engine process ended{ended}: its own message is in the log."
 
     async def close(self) -> None:
-        """End it, and every process it started."""
         if self._closed:
             return
         self._closed = True
@@ -286,7 +275,7 @@ class VllmEngine:
     def _alive(self) -> None:
         last_error = self.last_error()
         if last_error:
-            raise EngineDead(last_error, _RESTART)
+            raise EngineDead(last_error)
 
     @property
     def _tokenizer(self) -> Any:
@@ -320,11 +309,11 @@ class VllmEngine:
             if not last_error and isinstance(error, EngineGenerateError):  # of this request: the engine goes on
                 cause = error.__cause__ or error
                 raise InvalidRequest(f"vLLM could not answer the request: {cause!r}", "Change the request.") from error
-            raise EngineDead(last_error or f"vLLM could not answer: {error!r}", _RESTART) from error
+            raise EngineDead(last_error or f"vLLM could not answer: {error!r}") from error
 
     async def _last(self, prompt: dict[str, Any], sampling: Any, lora: Any) -> Any:
         outputs = self._outputs(prompt, sampling, lora)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 return output  # FINAL_ONLY: there is one
-        raise EngineDead(self.last_error() or "vLLM ended a request without an answer.", _RESTART)
+        raise EngineDead(self.last_error() or "vLLM ended a request without an answer.")

@@ -48,7 +48,6 @@ class Prompts:
         return self.fast
 
     def close(self) -> None:
-        """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, request: GenerationRequest, answers: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -173,5 +172,4 @@ def logprobs_of(completion: Any) -> tuple[float, ...]:
 
 
 def finish_of(reason: str | None) -> Finish:
-    """Why a completion ended."""
     return "" if reason is None else "stop" if reason == "stop" else "length"

@@ -60,7 +60,6 @@ class VlmBase:
 
     @property
     def weights_bytes(self) -> int:
-        """Size of the weights' files."""
         return sum((self.model / name).stat().st_size for name in self.files if name.endswith(".safetensors"))
 
     def build_model(self) -> nn.Module:
@@ -97,12 +96,7 @@ class VlmBase:
 
 def load_vlm_base(home: Path | str, name: str) -> VlmBase:
     """The registered VLM base ``name``. Raises :class:`BaseModelError` when there is none, or it is a CLIP."""
-
-    def make(directory: Path, value: dict[str, Any]) -> VlmBase:
-        plain = ("digest", "architecture", "lora_targets", "files", "about")
-        return VlmBase(name=name, directory=directory, **{field: value[field] for field in plain})
-
-    return load_described(home, name, FAMILY, make)
+    return load_described(home, name, VlmBase)
 
 
 def save_vlm_base(

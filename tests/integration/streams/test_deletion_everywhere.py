@@ -150,7 +150,7 @@ def here(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     make_topics(settings)
     store, ledger = SampleStore(settings.lake), Ledger.open(settings.ledger)
     catalog = Catalog(
-        Tables(str(tmp_path / "lake" / "catalog")),
+        Tables(str(tmp_path / "lake" / "catalog"), tmp_path / "index"),
         store,
         lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((2, 2)), np.uint8),
         vectors,

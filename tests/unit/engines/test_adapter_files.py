@@ -5,29 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import AdapterError
-from serving.engines.adapters import adapter_name, content_name, read_adapter, write_adapter
+from serving.engines.adapters import adapter_name, content_name, read_adapter
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
 from tests.support.tiny import tiny_adapter
 
-WEIGHTS = "adapter_model.safetensors"
-
-
-def _edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the tensors and give the directory the name that fits them, as a bad trainer would."""
-    tensors = load_file(directory / WEIGHTS)
-    change(tensors)
-    save_file(tensors, directory / WEIGHTS)
-    about = json.loads((directory / "ratchet.json").read_text())
-    config = json.loads((directory / "adapter_config.json").read_text())
-    about["name"] = content_name(tensors, config, about["base_digest"])
-    (directory / "ratchet.json").write_text(json.dumps(about))
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Tensors = dict[str, torch.Tensor]
+Config = dict[str, Any]
 
 
 def test_names_follow_content(base: ClipBase, tmp_path: Path) -> None:
@@ -69,8 +61,8 @@ def _flip_bit(folder: Path) -> None:
 
 
 def _change_config(folder: Path) -> None:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 400}))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"lora_alpha": 400}))
 
 
 @pytest.mark.parametrize(
@@ -82,9 +74,10 @@ def _change_config(folder: Path) -> None:
         (_flip_bit, "damaged or were changed"),
         (_change_config, "damaged or were changed"),
         (lambda folder: (folder / "ratchet.json").write_text("[1, 2"), "cannot be read"),
+        *((lambda folder, name=name: (folder / name).unlink(), name) for name in (WEIGHTS, CONFIG, "ratchet.json")),
         *(
-            (lambda folder, name=name: (folder / name).unlink(), name)
-            for name in (WEIGHTS, "adapter_config.json", "ratchet.json")
+            (lambda folder, text=text: (folder / CONFIG).write_text(text), "")
+            for text in ('{"lora_alpha": NaN}', '{"r": Infinity}', "[" * 100_000, '{"rank_pattern": [1]}')
         ),
     ],
 )
@@ -97,112 +90,62 @@ def test_a_damaged_directory_is_refused(
         read_adapter(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_refused(base: ClipBase, folder: Path, value: float) -> None:
-    tiny_adapter(base, folder, seed=1)
-
-    def poison(tensors: dict[str, torch.Tensor]) -> None:
-        next(iter(tensors.values()))[0, 0] = value
-
-    _edit(folder, poison)
-    with pytest.raises(AdapterError, match="not finite"):
-        read_adapter(folder)
+def _first(tensors: Tensors, side: str = "lora_A") -> str:
+    return next(key for key in tensors if key.endswith(f"{side}.weight"))
 
 
-def _widen(tensors: dict[str, torch.Tensor]) -> None:
-    key = next(k for k in tensors if k.endswith("lora_A.weight"))
-    tensors[key] = torch.randn(tensors[key].shape[0], 999)
+def _poison(value: float) -> Callable[[Tensors, Config], object]:
+    return lambda tensors, _: next(iter(tensors.values())).view(-1)[:1].fill_(value)
 
 
-def _flatten(tensors: dict[str, torch.Tensor]) -> None:
-    key = next(key for key in tensors if key.endswith("lora_A.weight"))
-    tensors[key] = tensors[key].sum()
+def _as(kind: torch.dtype) -> Callable[[Tensors, Config], object]:
+    return lambda tensors, _: tensors.update({_first(tensors): tensors[_first(tensors)].to(kind)})
 
 
-def _empty(tensors: dict[str, torch.Tensor]) -> None:
+def _empty(tensors: Tensors, _: Config) -> None:
     for key in tensors:
         tensors[key] = torch.zeros(0, 64) if "lora_A" in key else torch.zeros(64, 0)
+
+
+def _add_layer(tensors: Tensors, config: Config) -> None:
+    for side, shape in (("A", (4, 64)), ("B", (64, 4))):
+        tensors[f"base_model.model.visual.nowhere.lora_{side}.weight"] = torch.randn(shape)
+    config["target_modules"] += ["nowhere"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_widen, r"999.*do not fit"),
-        (lambda tensors: tensors.pop(next(k for k in tensors if "lora_B" in k)), "only one of"),
-        (lambda tensors: tensors.update({"visual.proj": torch.ones(64, 32)}), "not a LoRA tensor"),
-        (_flatten, "no matrix"),
+        *((_poison(value), "not finite") for value in (float("nan"), float("inf"), float("-inf"))),
+        *((_as(kind), f"is {kind}") for kind in (torch.float8_e4m3fn, torch.int32)),
+        (lambda tensors, _: tensors.update({_first(tensors): torch.randn(4, 999)}), r"999.*do not fit"),
+        (lambda tensors, _: tensors.pop(_first(tensors, "lora_B")), "only one of"),
+        (lambda tensors, _: tensors.update({"visual.proj": torch.ones(64, 32)}), "not a LoRA tensor"),
+        (lambda tensors, _: tensors.update({_first(tensors): torch.tensor(1.0)}), "no matrix"),
         (_empty, "says rank"),
+        (_add_layer, r"no layer 'visual\.nowhere'"),
+        *(
+            (lambda _, config, change=change: config.update(change), "says rank")
+            for change in ({"r": 0}, {"r": "4"}, {"r": None}, {"r": 8}, {"rank_pattern": {"c_fc": 9}})
+        ),
+        *(
+            (lambda _, config, alpha=alpha: config.update(lora_alpha=alpha), r"alpha .* not a finite number")
+            for alpha in ("8", None, True, [8], 10**400)
+        ),
+        (lambda _, config: config.update(rank_pattern={"(a+)+b": 4}), "not a plain name"),  # and not a program
     ],
 )
-def test_tensors_that_do_not_fit_are_named(
-    base: ClipBase, folder: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+def test_what_is_named_by_its_content_and_does_not_fit_is_refused_by_name(
+    base: ClipBase, folder: Path, change: Callable[[Tensors, Config], object], message: str
 ) -> None:
+    """As a bad trainer would write it: the name fits the content."""
     tiny_adapter(base, folder, seed=1)
-    _edit(folder, change)
+    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    change(tensors, config)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config))
+    about = json.loads((folder / "ratchet.json").read_text())
+    about["name"] = content_name(tensors, config, base.digest)
+    (folder / "ratchet.json").write_text(json.dumps(about))
     with pytest.raises(AdapterError, match=message):
         effective_weights(folder, base.build_model())
-
-
-def test_layers_that_the_base_does_not_have_are_named(base: ClipBase, folder: Path) -> None:
-    tensors = {
-        "base_model.model.visual.nowhere.lora_A.weight": torch.randn(4, 64),
-        "base_model.model.visual.nowhere.lora_B.weight": torch.randn(64, 4),
-    }
-    write_adapter(folder, tensors, {"r": 4, "lora_alpha": 4, "target_modules": ["nowhere"]}, base)
-    with pytest.raises(AdapterError, match=r"no layer 'visual\.nowhere'"):
-        effective_weights(folder, base.build_model())
-
-
-def test_patterns_from_outside_are_names_and_not_programs(base: ClipBase, folder: Path) -> None:
-    tiny_adapter(base, folder, seed=1)
-    files = read_adapter(folder)
-    evil = files.config | {"rank_pattern": {"(a+)+b": 4}}
-    write_adapter(folder.with_name("evil"), files.tensors, evil, base)
-    with pytest.raises(AdapterError, match="not a plain name"):
-        effective_weights(folder.with_name("evil"), base.build_model())
-
-
-def _edit_config(directory: Path, **change: object) -> None:
-    """Change the configuration and give the directory the name that fits it, as a bad trainer would."""
-    config = json.loads((directory / "adapter_config.json").read_text()) | change
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    _edit(directory, lambda tensors: None)
-
-
-@pytest.mark.parametrize("alpha", ["8", None, True, [8], 10**400])
-def test_an_alpha_that_is_no_finite_number_is_refused(base: ClipBase, folder: Path, alpha: object) -> None:
-    tiny_adapter(base, folder, seed=1)
-    _edit_config(folder, lora_alpha=alpha)
-    with pytest.raises(AdapterError, match=r"alpha .* not a finite number"):
-        effective_weights(folder, base.build_model())
-
-
-@pytest.mark.parametrize("change", [{"r": 0}, {"r": "4"}, {"r": None}, {"r": 8}, {"rank_pattern": {"c_fc": 9}}])
-def test_a_rank_that_the_tensors_do_not_have_is_refused(
-    base: ClipBase, folder: Path, change: dict[str, object]
-) -> None:
-    tiny_adapter(base, folder, seed=1)
-    _edit_config(folder, **change)
-    with pytest.raises(AdapterError, match="says rank"):
-        effective_weights(folder, base.build_model())
-
-
-@pytest.mark.parametrize("text", ['{"lora_alpha": NaN}', '{"r": Infinity}', "[" * 100_000, '{"rank_pattern": [1]}'])
-def test_a_configuration_that_means_nothing_is_refused(base: ClipBase, folder: Path, text: str) -> None:
-    tiny_adapter(base, folder, seed=1)
-    (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(AdapterError):
-        read_adapter(folder)
-
-
-@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int32])
-def test_kinds_of_numbers_that_are_not_served_are_named(base: ClipBase, folder: Path, kind: torch.dtype) -> None:
-    tiny_adapter(base, folder, seed=1)
-
-    def convert(tensors: dict[str, torch.Tensor]) -> None:
-        key = next(iter(tensors))
-        tensors[key] = tensors[key].to(kind)
-
-    _edit(folder, convert)
-    with pytest.raises(AdapterError, match=f"is {kind}"):
-        read_adapter(folder)

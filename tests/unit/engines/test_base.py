@@ -1,12 +1,15 @@
-"""Bases are self-contained, checked, and the same model that open_clip builds."""
+"""Bases are self-contained, checked, and the same model that open_clip builds, with its pixels."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,10 @@ from PIL import Image
 from torch import nn
 
 from core.errors import BaseModelError
+from ratchet_client.images import decode_image, open_image
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.layers import SkipInit
-from serving.engines.preprocess import Preprocess
+from serving.engines.preprocess import Preprocess, ResizeMode
 from tests.support.tiny import CONFIG, tiny_base
 
 
@@ -43,35 +47,29 @@ def test_another_content_under_a_used_name_is_refused(base: ClipBase, tmp_path: 
     assert list_bases(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("damage", ["short", "missing"])
-def test_damaged_weights_are_named(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), r"model\.safetensors has 1000 bytes"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (lambda folder: (folder / "base.json").write_text('{"format": 99}'), "format 99"),
+        (lambda folder: (folder / "base.json").write_text("[1"), "cannot be read"),
+        (shutil.rmtree, "ratchet base build"),
+    ],
+)
+def test_a_damaged_base_is_refused_by_what_is_wrong(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
     base = tiny_base(tmp_path)
-    weights = base.directory / "model.safetensors"
-    if damage == "short":
-        weights.write_bytes(weights.read_bytes()[:-8])
-    else:
-        weights.unlink()
-    with pytest.raises(BaseModelError, match=r"model\.safetensors"):
-        base.build_model()
-
-
-def test_a_base_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="ratchet base build"):
-        load_base(tmp_path, "shipped")
+    damage(base.directory)
+    with pytest.raises(BaseModelError, match=message):
+        load_base(tmp_path, base.name).build_model()
 
 
 @pytest.mark.parametrize("name", ["../up", "", "a/b", ".hidden", "x" * 65])
 def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(BaseModelError, match="not a name"):
         base_directory(tmp_path, name)
-
-
-def test_a_description_of_another_format_is_refused(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path)
-    path = base.directory / "base.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(BaseModelError, match="format 99"):
-        load_base(tmp_path, base.name)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -146,3 +144,58 @@ def test_other_threads_and_later_models_draw_theirs() -> None:
     drawn.append(nn.Linear(64, 64).weight)
     for weight in drawn:
         assert 0 < float(weight.abs().max()) <= 1 / 8  # kaiming_uniform_ of 64 inputs
+
+
+def photo(width: int, height: int, kind: str = "JPEG", **options: object) -> bytes:
+    """Waves of several lengths, and an edge: neither flat nor noise."""
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    waves = [np.sin(x / 7 + y / 29), np.sin(y / 11), np.where(x > width / 3, 1.0, -1.0) * np.cos(y / 50)]
+    buffer = io.BytesIO()
+    Image.fromarray((np.stack(waves, axis=2) * 100 + 128).astype(np.uint8)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def scaled(preprocess: Preprocess, data: bytes) -> Image.Image:
+    return open_image(data).decode(preprocess.needed)
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [((640, 480), (320, 240)), ((480, 1920), (240, 960)), ((2001, 1800), (250, 225)), ((447, 900), (447, 900)),
+     ((449, 448), (224, 224)), ((100, 100), (100, 100))],
+)  # fmt: skip
+def test_a_jpeg_keeps_at_least_the_size_that_is_needed(size: tuple[int, int], decoded: tuple[int, int]) -> None:
+    assert scaled(Preprocess(size=224), photo(*size)).size == decoded
+
+
+def test_other_formats_are_decoded_whole() -> None:
+    for kind in ("PNG", "WEBP", "BMP", "GIF"):
+        assert scaled(Preprocess(size=16), photo(160, 120, kind)).size == (160, 120)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [(640, 480), (641, 481), (300, 1200), (2000, 1500), (1795, 1601)])
+def test_the_pixels_stay_close_to_those_of_a_whole_decode(mode: ResizeMode, size: tuple[int, int]) -> None:
+    preprocess, data = Preprocess(size=112, resize_mode=mode), photo(*size, quality=90)
+    ours, whole = (preprocess.pixels(image).astype(int) for image in (data, decode_image(data)))
+    assert ours.shape == whole.shape
+    assert np.abs(ours - whole).mean() < 2
+
+
+def test_a_turned_jpeg_is_upright_at_any_scale() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its rows are columns
+    data = photo(640, 320, exif=exif)
+    preprocess = Preprocess(size=64)
+    assert scaled(preprocess, data).size == (80, 160)
+    turned = preprocess.pixels(decode_image(data)).astype(int)
+    assert np.abs(preprocess.pixels(data).astype(int) - turned).mean() < 2
+
+
+def test_a_cmyk_jpeg_and_a_grey_one_are_scaled_too() -> None:
+    for mode in ("CMYK", "L"):
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(photo(320, 240))) as image:
+            image.convert(mode).save(buffer, "JPEG")
+        decoded = scaled(Preprocess(size=64), buffer.getvalue())
+        assert (decoded.mode, decoded.size) == ("RGB", (160, 120))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of serving: an empty sample store, and an app with the keys of one ledger for each module."""
+"""Fixtures of the tests of serving: a sample store, adapters, and an app with the keys of a ledger for each module."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from core.artifacts import Artifacts
 from core.ledger import Ledger
 from streams.store.sample_store import SampleStore
 from tests.unit.serving.auth_app import AuthApp, Keys
@@ -35,3 +36,15 @@ def closed(keys: Keys, tmp_path: Path) -> AuthApp:
 @pytest.fixture
 def store(tmp_path: Path) -> SampleStore:
     return SampleStore(str(tmp_path / "lake"))
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Artifacts:
+    """Have adapters a to f, of 1,000 bytes each."""
+    made = Artifacts(str(tmp_path / "artifacts"))
+    for name in "abcdef":
+        folder = tmp_path / "made" / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_bytes(name.encode() * 1000)
+        made.put_directory(folder, f"adapters/{name}")
+    return made

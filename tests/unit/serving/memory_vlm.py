@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from core.errors import AdapterError
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk, whole
 from serving.errors import EngineDead, InvalidRequest
 
 
@@ -64,9 +64,7 @@ class MemoryVlm:
             self.inside -= 1
 
     async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
-        chunks = [chunk async for chunk in self.stream(ask, adapter)]
-        tokens = tuple(token for chunk in chunks for token in chunk.tokens)
-        return GenerationResult("".join(chunk.text for chunk in chunks), tokens, (-0.5,) * len(tokens), 7, "stop")
+        return await whole(self.stream(ask, adapter))
 
     async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         self._words(ask, adapter)

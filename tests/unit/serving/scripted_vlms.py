@@ -19,7 +19,7 @@ from core.access import Access
 from core.settings import Settings
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
-from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest, GenerationResult, TokenChunk, whole
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.image_loader import ImageLoader
@@ -65,11 +65,7 @@ class ScriptedVlms:
             self.when_closed()
 
     async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        chunks = [chunk async for chunk in self.stream(ask, snapshot, deadline)]
-        return GenerationResult(
-            "".join(chunk.text for chunk in chunks), tuple(t for chunk in chunks for t in chunk.tokens),
-            tuple(p for chunk in chunks for p in chunk.logprobs), 7, self.finish,
-        )  # fmt: skip
+        return await whole(self.stream(ask, snapshot, deadline))
 
     async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
         await self.reply(PROBE, snapshot, deadline)

@@ -16,17 +16,6 @@ from serving.replicas.adapter_cache import AdapterCache
 
 
 @pytest.fixture
-def artifacts(tmp_path: Path) -> Artifacts:
-    stored = Artifacts(str(tmp_path / "artifacts"))
-    for name in ("a", "b", "c"):
-        folder = tmp_path / "made" / name
-        folder.mkdir(parents=True)
-        (folder / "weights").write_bytes(name.encode() * 1000)
-        stored.put_directory(folder, f"adapters/{name}")
-    return stored
-
-
-@pytest.fixture
 def cache(artifacts: Artifacts, tmp_path: Path) -> AdapterCache:
     return AdapterCache(artifacts, tmp_path / "cache")
 
@@ -36,16 +25,16 @@ def test_what_was_fetched_once_is_there_while_the_artifacts_are_gone(cache: Adap
     assert path.parent == tmp_path / "cache"
     shutil.rmtree(tmp_path / "artifacts")
     other = AdapterCache(Artifacts(str(tmp_path / "artifacts")), tmp_path / "cache")  # of another process
-    assert (other.fetch("adapters/a") / "weights").read_bytes() == b"a" * 1000
+    assert (other.fetch("adapters/a") / "adapter_model.safetensors").read_bytes() == b"a" * 1000
     assert other.digests() == {"a": directory_digest(path)}
     with pytest.raises(AdapterError, match="not in"):
         other.fetch("adapters/b")
 
 
 def test_a_damaged_copy_is_fetched_again(cache: AdapterCache) -> None:
-    weights = cache.fetch("adapters/a") / "weights"
+    weights = cache.fetch("adapters/a") / "adapter_model.safetensors"
     weights.write_bytes(b"damaged")
-    assert (cache.fetch("adapters/a") / "weights").read_bytes() == b"a" * 1000
+    assert (cache.fetch("adapters/a") / "adapter_model.safetensors").read_bytes() == b"a" * 1000
 
 
 def test_other_contents_than_those_that_were_released_are_refused(cache: AdapterCache) -> None:
@@ -104,6 +93,6 @@ def test_the_cache_is_bounded_and_what_is_resident_stays(artifacts: Artifacts, t
     cache = AdapterCache(artifacts, tmp_path / "cache", max_bytes=2000)
     cache.protect(["a", None])
     for name in ("a", "b", "c"):
-        assert (cache.fetch(f"adapters/{name}") / "weights").is_file()
+        assert (cache.fetch(f"adapters/{name}") / "adapter_model.safetensors").is_file()
     assert set(cache.digests()) == {"a", "c"}
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["a", "a.sha256", "c", "c.sha256"]

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from core.errors import StoreError
+from core.errors import LedgerUnavailable, StoreError
 from serving.catalog import catalog as catalog_module
-from serving.catalog.catalog import Catalog
-from serving.catalog.cross_version import rank_across
+from serving.catalog.cross_version import CrossVersionVerdicts, rank_across
 from serving.catalog.embedding import CHUNK_ROWS, Pace
-from serving.catalog.queries import Filters, Hit
+from serving.catalog.queries import Hit
 from serving.catalog.space_fill import BackfillRate, CorpusIds, SpaceCoverage
-from serving.catalog.tables import Tables
-from streams.store.sample_store import SampleStore
 from tests.support.waiting import until
-from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, stored, vector
+from tests.unit.serving.catalog_world import HERE, THERE, Encoder, World, rows
 
 ROWS = 6 * CHUNK_ROWS
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    store = SampleStore(str(tmp_path / "lake"))
-    put(store, rows(100, ROWS), ROWS)
-    return store
-
-
-def open_catalog(folder: Path, store: SampleStore, encoder: Encoder) -> Catalog:
-    return Catalog(Tables(str(folder / "catalog")), store, pixels, encoder)
+def world(folder: Path, encoder: Encoder | None = None) -> World:
+    made = World(folder, encoder)
+    made.put(100, ROWS)
+    return made
 
 
 def test_the_pace_follows_the_replicas_and_gives_way_to_requests() -> None:
@@ -48,9 +42,9 @@ def test_the_pace_follows_the_replicas_and_gives_way_to_requests() -> None:
     assert pace.width == 8
 
 
-async def test_chunks_are_embedded_at_once_and_none_twice(tmp_path: Path, store: SampleStore) -> None:
-    encoder = Encoder()
-    catalog = open_catalog(tmp_path, store, encoder)
+async def test_chunks_are_embedded_at_once_and_none_twice(tmp_path: Path) -> None:
+    catalog = world(tmp_path)
+    encoder = catalog.encoder
     for _ in range(10):
         catalog.reconciler.embedder.pace.ended(1, 0.1)
     encoder.gate = asyncio.Event()
@@ -59,92 +53,106 @@ async def test_chunks_are_embedded_at_once_and_none_twice(tmp_path: Path, store:
     await until(lambda: len(encoder.calls) >= 3)
     encoder.gate.set()
     await stepping
-    await settle(catalog)
-    assert sum(count for count, _ in encoder.calls) == ROWS == len(stored(catalog.tables, "aaaa"))
+    await catalog.settle()
+    assert sum(count for count, _ in encoder.calls) == ROWS == len(catalog.stored())
 
 
-async def test_a_backfill_goes_on_after_a_kill(tmp_path: Path, store: SampleStore) -> None:
-    encoder = Encoder()
-    catalog = open_catalog(tmp_path, store, encoder)
+async def test_a_backfill_goes_on_after_a_kill(tmp_path: Path) -> None:
+    catalog = world(tmp_path)
     await catalog.adopt([HERE])
     while catalog.searchable()[1] < CHUNK_ROWS:
         await catalog.reconciler.step()
         for fill in catalog.reconciler.fills.values():
             fill._finished_at = -1e9  # it is time to store
-    done = len(stored(catalog.tables, "aaaa"))
+    done = len(catalog.stored())
     assert 0 < done < ROWS
-    again = Encoder()
-    second = open_catalog(tmp_path, store, again)
-    await second.adopt([HERE])
-    await settle(second)
-    assert sum(count for count, _ in again.calls) == ROWS - done
-    assert len(stored(second.tables, "aaaa")) == ROWS
+    second = World(tmp_path)
+    await second.hold(HERE)
+    assert sum(count for count, _ in second.encoder.calls) == ROWS - done
+    assert len(second.stored()) == ROWS
 
 
-async def test_what_was_embedded_stays_when_another_chunk_fails(tmp_path: Path, store: SampleStore) -> None:
-    class Failing(Encoder):
-        async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
-            if len(self.calls) == 2:
-                self.calls.append((0, clip))
-                raise StoreError("the replica died", "")
-            return await super().__call__(batch, clip)
+class Failing(Encoder):
+    """Fails at the calls of these numbers."""
 
-    encoder = Failing()
-    catalog = open_catalog(tmp_path, store, encoder)
+    def __init__(self, *calls: int) -> None:
+        super().__init__()
+        self.failing = calls
+
+    async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
+        if len(self.calls) in self.failing:
+            self.calls.append((0, clip))
+            raise StoreError("the replica died", "")
+        return await super().__call__(batch, clip)
+
+
+async def test_what_was_embedded_stays_when_another_chunk_fails(tmp_path: Path) -> None:
+    catalog = world(tmp_path, Failing(2))
     await catalog.adopt([HERE])
     with pytest.raises(StoreError, match="died"):
-        await settle(catalog)
+        await catalog.settle()
     assert catalog.status()["trouble"].startswith("the replica died")
-    await settle(catalog)
-    assert sum(count for count, _ in encoder.calls) == ROWS
+    await catalog.settle()
+    assert sum(count for count, _ in catalog.encoder.calls) == ROWS
     assert (catalog.status()["coverage"], catalog.status()["trouble"]) == (1.0, "")
 
 
-async def test_a_release_fails_when_its_backfill_stands_still(
-    tmp_path: Path, store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Dead(Encoder):
-        async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
-            raise StoreError("no replica", "")
-
-    catalog = open_catalog(tmp_path, store, Dead())
+async def test_a_release_fails_when_its_backfill_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = world(tmp_path, Failing(0))
     await catalog.adopt([THERE])
     with pytest.raises(StoreError):
         await catalog.reconciler.step()
     monkeypatch.setattr(catalog_module, "STALL_SECONDS", 0.0)
     monkeypatch.setattr(catalog_module, "LOOK_SECONDS", 0.01)
-    with pytest.raises(StoreError, match=r"stands still at 0.0%: no replica"):
+    with pytest.raises(StoreError, match=r"stands still at 0.0%: the replica died"):
         await catalog.cover(THERE)
 
 
-async def test_a_space_whose_verdict_allows_it_is_searched_before_it_is_complete(
-    tmp_path: Path, store: SampleStore
-) -> None:
-    encoder = Encoder()
-    catalog = open_catalog(tmp_path, store, encoder)
-    await catalog.adopt([HERE])
-    await settle(catalog)
+async def test_a_space_whose_verdict_allows_it_is_searched_before_it_is_complete(tmp_path: Path) -> None:
+    catalog = world(tmp_path)
+    await catalog.hold(HERE)
     catalog.cross_version["bbbb"] = "aaaa"
-    encoder.gate = asyncio.Event()
+    catalog.encoder.gate = asyncio.Event()
     running = asyncio.create_task(catalog.run())
     await catalog.cover(THERE, most_seconds=0.01)
-    hits = await catalog.search("bbbb", vector(123), 3, Filters())
-    assert hits[0].text == "text 123", "found by its old vector"
-    encoder.gate.set()
+    assert await catalog.texts(123, 1, "bbbb") == ["text 123"], "found by its old vector"
+    catalog.encoder.gate.set()
     await catalog.cover(THERE)
-    hits = await catalog.search("bbbb", vector(1123), 3, Filters())
-    assert hits[0].text == "text 123", "and by its new one when that is there"
+    assert await catalog.texts(1123, 1, "bbbb") == ["text 123"], "and by its new one when that is there"
     running.cancel()
 
 
 def test_scores_of_old_vectors_are_shifted_to_those_of_new_ones() -> None:
-    by_old = [
-        Hit(name, score, "", "", "", None) for name, score in zip("abcde", (0.9, 0.8, 0.7, 0.6, 0.5), strict=True)
-    ]
+    by_old = [Hit(name, 0.9 - 0.1 * number, "", "", "", None) for number, name in enumerate("abcde")]
     ranked = rank_across(by_old, {"a": 0.95, "c": 0.9, "e": 0.65})
     assert [hit.id for hit in ranked] == ["a", "b", "c", "d", "e"]
     assert ranked[1].score == pytest.approx(0.8 + (0.05 + 0.2 + 0.15) / 3)
     assert [hit.score for hit in rank_across(by_old[:2], {"a": 0.99})] == [0.99, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("measured", "found"),
+    [
+        ({"allowed": True, "incumbent": None}, {"bbbb": "aaaa"}),
+        ({"allowed": True, "incumbent": "clip-gone"}, {}),
+        ({"allowed": False, "incumbent": None}, {}),
+        (None, {}),
+        (LedgerUnavailable("away", ""), {}),
+    ],
+    ids=["allowed", "the incumbent is gone", "not allowed", "no verdict", "the ledger is away"],
+)
+async def test_a_space_is_searched_by_that_of_the_incumbent_where_a_verdict_allows_it(
+    measured: Any, found: dict[str, str]
+) -> None:
+    def verdict_on(clip: str) -> Any:
+        if isinstance(measured, Exception):
+            raise measured
+        return measured and SimpleNamespace(summary={"cross_version": measured})
+
+    ledger: Any = SimpleNamespace(verdict_on=verdict_on)
+    verdicts = CrossVersionVerdicts(ledger)
+    verdicts.remember([HERE])
+    assert await verdicts.read([THERE], {"aaaa"}) == found
 
 
 def test_what_searches_come_upon_is_embedded_first() -> None:
@@ -184,11 +192,3 @@ def test_ids_keep_their_numbers_and_a_sample_that_comes_back_gets_a_new_one() ->
     assert ids.numbers(names).tolist() == [0, 4, 2, 3]
     assert (len(ids), ids.unreadable, ids.wanted().tolist()) == (4, 1, [True, False, True, False, True])
     assert ids.names([4]) == [names[1]] and names[1] in ids
-
-
-async def test_tables_of_proposed_releases_are_spared(tmp_path: Path, store: SampleStore) -> None:
-    catalog = open_catalog(tmp_path, store, Encoder())
-    await catalog.adopt([THERE, HERE])
-    await settle(catalog)
-    assert await catalog.retire([THERE], spare={"aaaa"}) == []
-    assert await catalog.retire([THERE]) == ["aaaa"]

@@ -15,15 +15,12 @@ from PIL import Image
 from core.settings import Settings
 from core.settings.serving import Serve
 from serving.catalog.catalog import Catalog
-from serving.catalog.queries import Filters
-from serving.catalog.tables import Tables
 from serving.engines.preprocess import Preprocess
 from serving.messages import EncodeResult
 from serving.releases.types import ReleaseSnapshot, Residency
 from serving.replicas import catalog as catalog_replica
 from serving.replicas.catalog import CatalogReplica
-from streams.store.sample_store import SampleStore
-from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, vector
+from tests.unit.serving.catalog_world import ALL, HERE, THERE, World, vector
 
 
 class Ledger:
@@ -56,24 +53,20 @@ def replica(catalog: Catalog, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -
 async def test_a_search_in_a_space_that_another_server_released_is_answered_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = SampleStore(str(tmp_path / "lake"))
-    put(store, rows(0, 6), 6)
-    other = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
-    await other.adopt([THERE, HERE])
-    await settle(other)
-    ours = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
+    other, ours = World(tmp_path), World(tmp_path)
+    other.put(0, 6)
+    await other.hold(THERE, HERE)
     await ours.adopt([HERE])
     one = replica(ours, Ledger((THERE, HERE)), monkeypatch)
-    (hit,) = await one.search(THERE.image_space, vector(1003), 1, Filters())
+    (hit,) = await one.search(THERE.image_space, vector(1003), 1, ALL)
     assert hit.text == "text 3"
 
 
 async def test_while_the_ledger_is_away_it_says_that_there_is_no_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    catalog = Catalog(Tables(str(tmp_path / "catalog")), SampleStore(str(tmp_path / "lake")), pixels, Encoder())
-    one = replica(catalog, Ledger(()), monkeypatch)
-    assert "has no index here" in await one.search("bbbb", vector(3), 1, Filters())
+    one = replica(World(tmp_path), Ledger(()), monkeypatch)
+    assert "has no index here" in await one.search("bbbb", vector(3), 1, ALL)
 
 
 async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not_be_so_large(
@@ -82,8 +75,8 @@ async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not
     settings = Settings(home=tmp_path, serve=Serve(max_image_bytes=1024, max_pixels=100))
     image = jpeg(40, 30)
     assert len(image) > settings.serve.max_image_bytes
-    put(SampleStore(settings.lake), rows(0, 1, image=image), 1)
-    for name in ("close_replica_port", "configure_replica_logging", "settle"):
+    World(tmp_path).put(0, 1, image=image)
+    for name in ("close_replica_port", "configure_replica_logging", "freeze_gc"):
         monkeypatch.setattr(catalog_replica, name, lambda *_: None)
 
     async def at_once() -> None:
@@ -100,8 +93,9 @@ async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not
     one = object.__new__(CatalogReplica)
     await one.__init__(settings, encoder)  # type: ignore[misc]
     await one.catalog.adopt([HERE])
-    await settle(one.catalog)
-    (hit,) = await one.catalog.search(HERE.image_space, vector(3), 1, Filters())
+    while await one.catalog.reconciler.step():
+        pass
+    (hit,) = await one.catalog.search(HERE.image_space, vector(3), 1, ALL)
     assert hit.text == "text 0"
 
 

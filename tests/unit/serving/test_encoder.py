@@ -57,20 +57,29 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
     return tiny_base(tmp_path_factory.mktemp("home"))
 
 
-@pytest.fixture
-def artifacts(tmp_path: Path) -> Artifacts:
-    return Artifacts(str(tmp_path / "artifacts"))
+class Worker(EncoderWorker):
+    """An encoder with artifacts of its own."""
+
+    artifacts: Artifacts
+
+    def __init__(self, base: ClipBase, folder: Path, engine: Any = None) -> None:
+        self.folder = folder
+        super().__init__(engine or ClipEngine(base), Artifacts(str(folder / "artifacts")), "r1")
+
+    def stored(self, seed: int) -> str:
+        """The name of an adapter that the artifacts have."""
+        name = tiny_adapter(self.engine.base, self.folder / str(seed), seed)
+        self.artifacts.put_directory(self.folder / str(seed), f"adapters/{name}")
+        return name
+
+    async def encode_texts(self, *texts: str, adapter: str | None = None) -> list[EncodeResult]:
+        """Each text is a request of one batch."""
+        return await self.encode_batch([EncodeRequest("text", ids(text), adapter, soon()) for text in texts or ("x",)])
 
 
 @pytest.fixture
-def worker(base: ClipBase, artifacts: Artifacts) -> EncoderWorker:
-    return EncoderWorker(ClipEngine(base), artifacts, "r1")
-
-
-def stored(base: ClipBase, artifacts: Artifacts, tmp_path: Path, seed: int) -> str:
-    name = tiny_adapter(base, tmp_path / str(seed), seed)
-    artifacts.put_directory(tmp_path / str(seed), f"adapters/{name}")
-    return name
+def worker(base: ClipBase, tmp_path: Path) -> Worker:
+    return Worker(base, tmp_path)
 
 
 def pixels(count: int, seed: int = 0) -> np.ndarray:
@@ -85,11 +94,9 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
-async def test_the_status_names_engine_precision_base_and_what_is_resident(
-    base: ClipBase, artifacts: Artifacts, tmp_path: Path
-) -> None:
-    worker = EncoderWorker(ClipEngine(base, choice=EngineChoice("torch", "bfloat16")), artifacts, "r1")
-    name = stored(base, artifacts, tmp_path, 1)
+async def test_the_status_names_engine_precision_base_and_what_is_resident(base: ClipBase, tmp_path: Path) -> None:
+    worker = Worker(base, tmp_path, ClipEngine(base, choice=EngineChoice("torch", "bfloat16")))
+    name = worker.stored(1)
     worker.prepare_now(name)
     found = await worker.status()
     assert (found["engine"], found["precision"], found["device"]) == ("torch", "bfloat16", worker.engine.device.type)
@@ -97,16 +104,13 @@ async def test_the_status_names_engine_precision_base_and_what_is_resident(
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
-async def test_a_batch_answers_each_request_under_its_adapter(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, kind: Modality
-) -> None:
-    names: list[str | None] = [None, stored(base, artifacts, tmp_path, 1), stored(base, artifacts, tmp_path, 2)]
+async def test_a_batch_answers_each_request_under_its_adapter(worker: Worker, kind: Modality) -> None:
     payloads: list[Any] = [pixels(2), pixels(1, 1)] if kind == "image" else [ids("a cat", "a dog"), ids("a bird")]
-    alone = ClipEngine(base)
+    alone = ClipEngine(worker.engine.base)
     encode: Any = alone.encode_images if kind == "image" else alone.encode_tokens
-    for name in names:
+    for name in (None, worker.stored(1), worker.stored(2)):
         if name is not None:
-            alone.load(name, artifacts.fetch(f"adapters/{name}"))
+            alone.load(name, worker.artifacts.fetch(f"adapters/{name}"))
         answers = await worker.encode_batch([EncodeRequest(kind, payload, name, soon()) for payload in payloads])
         for payload, answer in zip(payloads, answers, strict=True):
             assert answer.adapter == name
@@ -114,63 +118,57 @@ async def test_a_batch_answers_each_request_under_its_adapter(
 
 
 async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_needs_it(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = stored(base, artifacts, tmp_path, 3)
-    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), name, soon())])
-    assert answer.code == ""
-    assert worker.engine.resident == (name,)
+    name = worker.stored(3)
+    (answer,) = await worker.encode_texts(adapter=name)
+    assert answer.code == "" and worker.engine.resident == (name,)
     returned: list[None] = []
     monkeypatch.setattr(module, "return_free_memory", lambda: returned.append(None))
     assert await worker.retire([None]) == [name]
     assert len(returned) == 1, "its memory goes back to the system"
     assert await worker.retire([None]) == [] and len(returned) == 1
-    (again,) = await worker.encode_batch([EncodeRequest("text", ids("x"), name, soon())])
+    (again,) = await worker.encode_texts(adapter=name)
     np.testing.assert_array_equal(again.vectors, answer.vectors)
-
-
-async def test_an_adapter_that_does_not_exist_is_said_to_be_at_fault(worker: EncoderWorker) -> None:
-    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), "clip-000000000000", soon())])
-    assert (answer.code, answer.vectors) == ("adapter", None)
+    (missing,) = await worker.encode_texts(adapter="clip-000000000000")
+    assert (missing.code, missing.vectors) == ("adapter", None)
 
 
 async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
-    base: ClipBase, artifacts: Artifacts
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetching, answers = threading.Event(), threading.Event()
 
-    class Hanging:
-        def fetch(self, key: str) -> Path:
-            fetching.set()
-            answers.wait(30)
-            return artifacts.fetch(key)
+    def fetch(key: str) -> Path:
+        fetching.set()
+        answers.wait(30)
+        raise ArtifactsUnavailable("the store was stopped.")
 
-    worker = EncoderWorker(ClipEngine(base), Hanging(), "r1")
+    monkeypatch.setattr(worker.artifacts, "fetch", fetch)
+    await worker.prepare(None)
     missing = asyncio.create_task(worker._load_missing("clip-000000000000"))
     await asyncio.to_thread(fetching.wait, 30)
     assert await worker._load_missing(None) is None
-    (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
+    assert (await worker.prepare(None)).image_space
+    (answer,) = await worker.encode_texts()
     assert answer.vectors is not None and not missing.done()
     answers.set()
     refusal = await missing
-    assert refusal is not None and refusal.code == "adapter" and "is not in" in refusal.error
+    assert refusal is not None and refusal.code == "adapter" and "was stopped" in refusal.error
 
 
-async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path
-) -> None:
-    good, bad = stored(base, artifacts, tmp_path, 4), stored(base, artifacts, tmp_path, 5)
-    weights = artifacts.fetch(f"adapters/{bad}") / "adapter_model.safetensors"
+async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(worker: Worker) -> None:
+    good, bad = worker.stored(4), worker.stored(5)
+    weights = worker.artifacts.fetch(f"adapters/{bad}") / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     prepared = await worker.prepare(good)
-    assert prepared.error == ""
-    assert prepared.image_space == worker.engine.spaces(good).image
+    assert (prepared.error, prepared.image_space) == ("", worker.engine.spaces(good).image)
     assert (await worker.prepare(bad)).error
     assert bad not in worker.engine.resident
 
 
 async def test_the_request_whose_forward_pass_fails_fails_alone(
-    worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, poison = worker.engine.encode_tokens, ids("poison")[0]
 
@@ -180,18 +178,16 @@ async def test_the_request_whose_forward_pass_fails_fails_alone(
         return encode(rows, adapter)
 
     monkeypatch.setattr(worker.engine, "encode_tokens", poisoned)
-    answers = await worker.encode_batch(
-        [EncodeRequest("text", ids(text), None, soon()) for text in ("a", "poison", "b")]
-    )
+    answers = await worker.encode_texts("a", "poison", "b")
     assert [answer.code for answer in answers] == ["", "failed", ""]
     assert "index out of range" in answers[1].error
     for _ in range(5):
-        await worker.encode_batch([EncodeRequest("text", ids("poison"), None, soon())])
+        await worker.encode_texts("poison")
     await worker.check_health()  # its own pass works: the requests were at fault
 
 
 async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
-    worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lost(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -199,45 +195,21 @@ async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
     await worker.check_health()
     monkeypatch.setattr(worker.engine, "encode_tokens", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):  # so that the call is made again on another replica
-        await worker.encode_batch(
-            [EncodeRequest("text", ids("x"), None, soon()), EncodeRequest("text", ids("y"), None, soon())]
-        )
+        await worker.encode_texts("x", "y")
     with pytest.raises(RuntimeError, match="does not work any more"):
         await worker.check_health()
 
 
-async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(worker: EncoderWorker) -> None:
+async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(worker: Worker) -> None:
     with worker._lock:  # as a thread that loads an adapter does
         worker.engine._residents["clip-old"] = worker.engine._none
         retiring = asyncio.create_task(worker.retire([None]))
-        (answer,) = await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
+        (answer,) = await worker.encode_texts()
         assert answer.vectors is not None and not retiring.done()
     assert await retiring == ["clip-old"]
 
 
-async def test_what_is_held_is_told_while_the_files_of_another_adapter_do_not_come(
-    base: ClipBase, tmp_path: Path
-) -> None:
-    asked, come = threading.Event(), threading.Event()
-
-    class Hanging(Artifacts):
-        def fetch(self, path: str) -> Path:
-            asked.set()
-            come.wait()
-            raise ArtifactsUnavailable("the store was stopped.")
-
-    worker = EncoderWorker(ClipEngine(base), Hanging(str(tmp_path / "artifacts")), "r1")
-    await worker.prepare(None)
-    loading = asyncio.create_task(worker.prepare("clip-000000000000"))
-    await asyncio.to_thread(asked.wait)
-    assert (await worker.prepare(None)).image_space and not loading.done()
-    come.set()
-    assert "was stopped" in (await loading).error
-
-
-async def test_background_calls_take_turns_chunk_by_chunk(
-    worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, most = 0, 0
     compute = worker.encode_now
 
@@ -262,14 +234,10 @@ async def test_background_calls_take_turns_chunk_by_chunk(
     assert most == 1, "a request that comes now waits for one chunk"
 
 
-async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> None:
+async def test_background_work_gives_the_same_vectors(worker: Worker) -> None:
     batch = pixels(11)
     answer = await worker.encode_background("image", batch, None)
     np.testing.assert_allclose(answer.vectors, worker.engine.encode_images(batch), atol=1e-5)
-
-
-def test_an_image_costs_four_texts() -> None:
-    assert (EncodeRequest("image", pixels(3), None, 0).cost, EncodeRequest("text", [[1], [2]], None, 0).cost) == (12, 2)
 
 
 class ThreadsSeen:
@@ -292,22 +260,19 @@ class ThreadsSeen:
         return self._engine.encode_images(*arguments)
 
 
-async def test_only_the_thread_of_the_passes_computes_with_several(
-    base: ClipBase, artifacts: Artifacts, tmp_path: Path
-) -> None:
-    name = stored(base, artifacts, tmp_path, seed=1)
+async def test_only_the_thread_of_the_passes_computes_with_several(base: ClipBase, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         engine = ThreadsSeen(ClipEngine(base))
-        worker = EncoderWorker(engine, artifacts, "r1")  # type: ignore[arg-type]
+        worker = Worker(base, tmp_path, engine)
+        name = worker.stored(1)
         assert not (await worker.prepare(name)).error
         for adapter in (None, name):
             await worker.encode_batch([EncodeRequest("image", pixels(1), adapter, soon())])
     finally:
         torch.set_num_threads(before)
-    assert engine.golden_threads == {1}
-    assert engine.pass_threads == {2}
+    assert (engine.golden_threads, engine.pass_threads) == ({1}, {2})
 
 
 @pytest.fixture
@@ -325,27 +290,30 @@ def rests(patient_pace: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, rests: list[float]
+async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it_or_it_takes_long(
+    worker: Worker, rests: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, third = (stored(base, artifacts, tmp_path, seed) for seed in (1, 2, 3))
+    first, second, third, fourth = map(worker.stored, (1, 2, 3, 4))
     assert not (await worker.prepare(first)).error
     assert not rests, "nobody asks for anything"
-    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
+    await worker.encode_texts(adapter=first)
     assert not (await worker.prepare(second)).error
     assert len(rests) > 10, "each weight, its digest and each golden input is a part"
     rests.clear()
-    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
+    await worker.encode_texts(adapter=first)
     assert await worker._load_missing(third) is None
+    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
+    await worker.encode_texts()
+    assert not (await worker.prepare(fourth)).error
     assert not rests
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
+@pytest.mark.usefixtures("patient_pace")
 async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_long_enough(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, patient_pace: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    first, second, third = (stored(base, artifacts, tmp_path, seed) for seed in (1, 2, 3))
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = map(worker.stored, (1, 2, 3))
     policies: list[int] = []
     golden = worker.engine.golden
 
@@ -357,21 +325,11 @@ async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_
 
     monkeypatch.setattr(worker.engine, "golden", noting)
     assert not (await worker.prepare(first)).error
-    await worker.encode_batch([EncodeRequest("text", ids("x"), first, soon())])
-    assert not (await worker.prepare(second)).error
-    assert not (await worker.prepare(third)).error
+    await worker.encode_texts(adapter=first)
+    for name in (second, third):
+        assert not (await worker.prepare(name)).error
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE, os.SCHED_IDLE, os.SCHED_OTHER]
     assert set(worker.engine.resident) == {first, second, third}
-
-
-async def test_a_load_that_takes_long_rests_no_more(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, rests: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
-    await worker.encode_batch([EncodeRequest("text", ids("x"), None, soon())])
-    assert not (await worker.prepare(stored(base, artifacts, tmp_path, 1))).error
-    assert not rests
 
 
 @pytest.mark.skipif(not (can_pack(torch.float32) and sys.platform == "linux"), reason="needs oneDNN, and /proc")

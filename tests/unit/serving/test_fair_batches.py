@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ class Engine:
         return [EncodeResult(np.full((len(r.payload), 1), 1, np.float32), r.adapter) for r in requests]
 
     def submit(
-        self, adapter: str, texts: int = 1, kind: Modality = "text", left: float = 60, caller: str = ""
+        self, adapter: str = STABLE, texts: int = 1, kind: Modality = "text", left: float = 60, caller: str = ""
     ) -> asyncio.Task[EncodeResult]:
         request = EncodeRequest(kind, ["x"] * texts, adapter, time.monotonic() + left, caller)
         return asyncio.create_task(self.queue.submit(request))
@@ -50,9 +51,26 @@ class Engine:
         await until(lambda: self.batches)
         return first
 
+    async def behind_a_batch(self, *asked: dict[str, Any]) -> list[EncodeResult]:
+        """Results of requests that come one after the other while another batch runs, which is forgotten."""
+        first = await self.busy()
+        tasks = []
+        for options in asked:
+            tasks.append(self.submit(**options))
+            await asyncio.sleep(0)  # it has run to its first wait
+        self.go.set()
+        await first
+        results = await asyncio.gather(*tasks)
+        del self.batches[0]
+        return results
+
     @property
     def adapters(self) -> list[set[str | None]]:
         return [{request.adapter for request in batch} for batch in self.batches]
+
+    @property
+    def callers(self) -> list[list[str]]:
+        return [[request.caller for request in batch] for batch in self.batches]
 
 
 @pytest.fixture
@@ -60,42 +78,22 @@ async def engine() -> Engine:
     return Engine()
 
 
-async def submitted(*tasks: asyncio.Task[EncodeResult]) -> None:
-    await asyncio.sleep(0)  # each task has run to its first wait
-
-
 async def test_two_releases_are_answered_each_by_its_own_adapter_in_batches_that_are_full(engine: Engine) -> None:
-    first = await engine.busy()
-    tasks = [engine.submit(adapter) for adapter in (STABLE, CANARY) * MAX_TEXTS]
-    await submitted(*tasks)
-    engine.go.set()
-    results = await asyncio.gather(first, *tasks)
-    assert [result.adapter for result in results[1:]] == [STABLE, CANARY] * MAX_TEXTS
-    assert engine.adapters[1:] == [{STABLE}, {CANARY}]
-    assert [len(batch) for batch in engine.batches[1:]] == [MAX_TEXTS, MAX_TEXTS]
+    results = await engine.behind_a_batch(*({"adapter": adapter} for adapter in (STABLE, CANARY) * MAX_TEXTS))
+    assert [result.adapter for result in results] == [STABLE, CANARY] * MAX_TEXTS
+    assert engine.adapters == [{STABLE}, {CANARY}]
+    assert [len(batch) for batch in engine.batches] == [MAX_TEXTS, MAX_TEXTS]
 
 
 async def test_a_flood_of_one_adapter_lets_another_wait_for_one_batch(engine: Engine) -> None:
-    first = await engine.busy()
-    flood = [engine.submit(STABLE) for _ in range(100)]
-    await submitted(*flood)
-    canary = engine.submit(CANARY)
-    await submitted(canary)
-    engine.go.set()
-    await asyncio.gather(first, canary, *flood)
-    assert engine.adapters[1:4] == [{STABLE}, {CANARY}, {STABLE}]
+    await engine.behind_a_batch(*[{}] * 100, {"adapter": CANARY})
+    assert engine.adapters[:3] == [{STABLE}, {CANARY}, {STABLE}]
 
 
 async def test_a_flood_of_one_caller_lets_another_wait_for_one_batch(engine: Engine) -> None:
-    first = await engine.busy()
-    flood = [engine.submit(STABLE, MAX_TEXTS, caller="flood") for _ in range(100)]
-    await submitted(*flood)
-    good = [engine.submit(STABLE, caller="good") for _ in range(2)]
-    await submitted(*good)
-    engine.go.set()
-    await asyncio.gather(first, *good, *flood)
-    assert [[r.caller for r in batch] for batch in engine.batches[1:4]] == [["flood"], ["good", "good"], ["flood"]]
-    assert len(engine.batches) == 1 + 100 + 1
+    await engine.behind_a_batch(*[{"texts": MAX_TEXTS, "caller": "flood"}] * 100, *[{"caller": "good"}] * 2)
+    assert engine.callers[:3] == [["flood"], ["good", "good"], ["flood"]]
+    assert len(engine.batches) == 100 + 1
 
 
 async def test_while_others_ask_batches_are_short_and_large_requests_are_encoded_in_parts(engine: Engine) -> None:
@@ -152,41 +150,25 @@ async def test_every_image_has_its_vector_whatever_a_turn_amounts_to(engine: Eng
 
 
 async def test_a_batch_is_filled_with_one_request_of_each_caller_in_turn(engine: Engine) -> None:
-    first = await engine.busy()
-    tasks = [engine.submit(STABLE, caller=caller) for caller in "aaaaaabbc"]
-    await submitted(*tasks)
-    engine.go.set()
-    await asyncio.gather(first, *tasks)
-    assert ["".join(r.caller for r in batch) for batch in engine.batches[1:]] == ["abca", "baaa", "a"]
+    await engine.behind_a_batch(*({"caller": caller} for caller in "aaaaaabbc"))
+    assert ["".join(callers) for callers in engine.callers] == ["abca", "baaa", "a"]
 
 
 async def test_a_request_that_did_not_fit_is_the_first_of_the_next_batch(engine: Engine) -> None:
-    first = await engine.busy()
     sizes = [("a", 1), ("b", MAX_TEXTS), ("c", 1), ("c", 2), ("c", 1)]
-    tasks = [engine.submit(STABLE, texts, caller=caller) for caller, texts in sizes]
-    await submitted(*tasks)
-    engine.go.set()
-    await asyncio.gather(first, *tasks)
-    assert [[r.caller for r in batch] for batch in engine.batches[1:]] == [["a", "c", "c"], ["b"], ["c"]]
+    await engine.behind_a_batch(*({"texts": texts, "caller": caller} for caller, texts in sizes))
+    assert engine.callers == [["a", "c", "c"], ["b"], ["c"]]
 
 
 async def test_requests_of_a_caller_run_in_the_order_of_their_arrival(engine: Engine) -> None:
-    first = await engine.busy()
-    tasks = [engine.submit(STABLE, texts=count) for count in (3, 2, 1)]
-    await submitted(*tasks)
-    engine.go.set()
-    await asyncio.gather(first, *tasks)
-    assert [[len(request.payload) for request in batch] for batch in engine.batches[1:]] == [[3], [2, 1]]
+    await engine.behind_a_batch(*({"texts": count} for count in (3, 2, 1)))
+    assert [[len(request.payload) for request in batch] for batch in engine.batches] == [[3], [2, 1]]
 
 
 async def test_images_and_texts_take_turns(engine: Engine) -> None:
-    first = await engine.busy()
-    tasks = [engine.submit(STABLE), *(engine.submit(STABLE, kind="image") for _ in range(2)), engine.submit(STABLE)]
-    await submitted(*tasks)
-    engine.go.set()
-    await asyncio.gather(first, *tasks)
     assert MAX_TEXTS // IMAGE_COST == 1
-    assert [(batch[0].kind, len(batch)) for batch in engine.batches[1:]] == [("text", 2), ("image", 1), ("image", 1)]
+    await engine.behind_a_batch({}, *[{"kind": "image"}] * 2, {})
+    assert [(batch[0].kind, len(batch)) for batch in engine.batches] == [("text", 2), ("image", 1), ("image", 1)]
 
 
 async def test_a_request_that_is_larger_than_a_batch_runs_alone(engine: Engine) -> None:
@@ -195,20 +177,15 @@ async def test_a_request_that_is_larger_than_a_batch_runs_alone(engine: Engine) 
 
 
 async def test_late_requests_are_dropped_without_compute(engine: Engine) -> None:
-    first = await engine.busy()
-    late, alone, alive = engine.submit(STABLE, left=-1), engine.submit(CANARY, left=-1), engine.submit(STABLE)
-    await submitted(late, alone, alive)
-    engine.go.set()
-    results = await asyncio.gather(first, late, alone, alive)
-    assert [result.code for result in results] == ["", "late", "late", ""]
-    assert engine.adapters[1:] == [{STABLE}]
-    assert len(engine.batches[1]) == 1
+    results = await engine.behind_a_batch({"left": -1}, {"adapter": CANARY, "left": -1}, {})
+    assert [result.code for result in results] == ["late", "late", ""]
+    assert engine.adapters == [{STABLE}] and len(engine.batches[0]) == 1
 
 
 async def test_a_client_that_goes_away_is_not_computed_for(engine: Engine) -> None:
     first = await engine.busy()
     gone, stays = engine.submit(STABLE, texts=2), engine.submit(STABLE)
-    await submitted(gone, stays)
+    await asyncio.sleep(0)
     gone.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await gone
@@ -229,12 +206,12 @@ async def test_after_a_batch_of_several_the_next_one_waits_to_fill(engine: Engin
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
     first = await engine.busy()
     several = [engine.submit(STABLE) for _ in range(2)]
-    await submitted(*several)
+    await asyncio.sleep(0)
     engine.go.set()
     await asyncio.gather(first, *several)
     tasks = [engine.submit(STABLE) for _ in range(MAX_TEXTS - 1)]
-    await submitted(*tasks)
-    await asyncio.sleep(0)
+    for _ in range(2):  # also the queue's task has had its turn
+        await asyncio.sleep(0)
     assert len(engine.batches) == 2
     await asyncio.gather(*tasks, engine.submit(STABLE))  # full: nobody waits any longer
     assert len(engine.batches) == 3
@@ -254,10 +231,10 @@ async def test_a_caller_whose_requests_wait_for_long_still_asks(
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
     first = await engine.busy()
     flood = [engine.submit(STABLE, MAX_TEXTS, caller="flood") for _ in range(3)]
-    await submitted(*flood)
+    await asyncio.sleep(0)
     await asyncio.sleep(0.1)
     good = engine.submit(STABLE, caller="good")
-    await submitted(good)
+    await asyncio.sleep(0)
     engine.go.set()
     await asyncio.gather(first, good, *flood)
     assert [part.caller for part in engine.batches[1]] == ["flood", "good"]

@@ -48,7 +48,8 @@ def hung() -> Iterator[HungStore]:
 async def catalog(tmp_path: Path, hung: HungStore, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     monkeypatch.setattr(catalogs, "READ_SECONDS", 0.3)
     monkeypatch.setattr(catalogs, "RETRY_SECONDS", 0.5)
-    made = Catalog(Tables(str(tmp_path / "catalog")), SampleStore(str(tmp_path)), lambda _: QUERY, lambda *_: None)  # type: ignore[arg-type, return-value]
+    tables, encode = Tables(str(tmp_path / "catalog"), tmp_path / "index"), lambda *_: None
+    made = Catalog(tables, SampleStore(str(tmp_path)), lambda _: QUERY, encode)  # type: ignore[arg-type, return-value]
     await made.adopt([HERE])
     monkeypatch.setattr(made.tables, "search", hung.read)
     return made

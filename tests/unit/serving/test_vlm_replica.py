@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,23 +12,12 @@ from core.artifacts import Artifacts
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import EngineDead
 from serving.messages import Refusal
-from serving.replicas.vlm import VlmWorker, coalesce, merge_chunks
+from serving.replicas.vlm import VlmWorker, coalesce
 from tests.support.waiting import until
 from tests.unit.serving.memory_vlm import MemoryVlm
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))
 PLACES = 4
-
-
-@pytest.fixture
-def artifacts(tmp_path: Path) -> Artifacts:
-    made = Artifacts(str(tmp_path / "artifacts"))
-    for name in ("a", "b", "c", "d", "e", "f"):
-        folder = tmp_path / "made" / name
-        folder.mkdir(parents=True)
-        (folder / "adapter_model.safetensors").write_bytes(name.encode())
-        made.put_directory(folder, f"adapters/{name}")
-    return made
 
 
 @pytest.fixture
@@ -41,24 +30,26 @@ def worker(engine: MemoryVlm, artifacts: Artifacts) -> VlmWorker:
     return VlmWorker(engine, artifacts, "r1", PLACES, batch=2)
 
 
-def soon() -> float:
-    return 60.0
+SOON = 60.0
 
 
-async def words(worker: VlmWorker, adapter: str | None, seconds: float | None = None) -> list[str]:
+async def ask(worker: VlmWorker, adapter: str | None, seconds: float = SOON) -> str:
+    """The text of an answer, or the code of a refusal."""
+    answer = await worker.reply(ASK, adapter, seconds)
+    return answer.text if isinstance(answer, GenerationResult) else answer.code
+
+
+async def words(worker: VlmWorker, adapter: str | None, seconds: float = SOON) -> list[str]:
     return [
         chunk.text if isinstance(chunk, TokenChunk) else chunk.code
-        async for chunk in worker.stream(ASK, adapter, seconds or soon())
+        async for chunk in worker.stream(ASK, adapter, seconds)
     ]
 
 
 async def test_answers_come_from_the_adapter_that_was_asked_for(worker: VlmWorker) -> None:
     for adapter in ("a", None):
-        reply = await worker.reply(ASK, adapter, soon())
-        assert isinstance(reply, GenerationResult)
-        assert reply.text == f"{adapter or 'base'} says yes"
-        assert "".join(await words(worker, adapter)) == reply.text
-    assert await worker.score(ASK, ["yes", "no"], "a", soon()) == [-3.0, -2.0]
+        assert await ask(worker, adapter) == "".join(await words(worker, adapter)) == f"{adapter or 'base'} says yes"
+    assert await worker.score(ASK, ["yes", "no"], "a", SOON) == [-3.0, -2.0]
 
 
 async def test_prepare_loads_once_and_says_what_is_wrong(worker: VlmWorker, engine: MemoryVlm) -> None:
@@ -74,7 +65,7 @@ async def test_prepare_loads_once_and_says_what_is_wrong(worker: VlmWorker, engi
 async def test_a_served_adapter_that_fails_its_golden_inputs_again_is_not_taken_away(
     worker: VlmWorker, engine: MemoryVlm
 ) -> None:
-    await worker.reply(ASK, "a", soon())
+    await ask(worker, "a")
     await worker.adopt(["a"])
     engine.bad.add("a")
     assert (await worker.prepare("a")).error
@@ -85,13 +76,12 @@ async def test_what_is_retired_goes_when_its_last_request_has_ended(worker: VlmW
     await worker.prepare("a")
     await worker.prepare("b")
     engine.gate = asyncio.Event()
-    asked = asyncio.create_task(worker.reply(ASK, "a", soon()))
+    asked = asyncio.create_task(ask(worker, "a"))
     await until(engine.running)
     assert await worker.retire(["b"]) == []
     assert engine.resident() == {"a", "b"}
     engine.gate.set()
-    reply = await asked
-    assert isinstance(reply, GenerationResult) and reply.text.startswith("a ")
+    assert (await asked).startswith("a ")
     await until(lambda: engine.resident() == {"b"})
 
 
@@ -100,8 +90,7 @@ async def test_a_late_request_for_a_retired_adapter_loads_it_again(worker: VlmWo
     await worker.adopt(["b"])
     await worker.retire(["b"])
     assert engine.resident() == frozenset()
-    reply = await worker.reply(ASK, "a", soon())
-    assert isinstance(reply, GenerationResult) and reply.text.startswith("a ")
+    assert (await ask(worker, "a")).startswith("a ")
     await until(lambda: engine.resident() == frozenset())
 
 
@@ -109,10 +98,10 @@ async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(worker: 
     await worker.adopt(["a"])
     await worker.prepare("a")
     await worker.prepare("b")
-    await worker.reply(ASK, "c", soon())
+    await ask(worker, "c")
     await until(lambda: engine.resident() == {"a", "b"})
     await worker.adopt(["b", "a"])
-    await worker.reply(ASK, "b", soon())
+    await ask(worker, "b")
     await asyncio.sleep(0.01)
     assert engine.resident() == {"a", "b"}
     assert engine.loads == ["a", "b", "c"]  # none was swept and loaded again
@@ -125,7 +114,7 @@ async def test_a_full_engine_makes_room_of_idle_ones_and_waits_for_busy_ones(
     for name in ("a", "b"):
         await worker.prepare(name)
     engine.gate = asyncio.Event()
-    busy = [asyncio.create_task(worker.reply(ASK, name, soon())) for name in ("c", "d")]
+    busy = [asyncio.create_task(ask(worker, name)) for name in ("c", "d")]
     await until(lambda: engine.running() == 2)
     assert engine.resident() == {"a", "b", "c", "d"}
     coming = asyncio.create_task(worker.prepare("e"))
@@ -138,48 +127,36 @@ async def test_a_full_engine_makes_room_of_idle_ones_and_waits_for_busy_ones(
 
 
 async def test_swaps_under_requests_never_answer_with_another_adapter(worker: VlmWorker, engine: MemoryVlm) -> None:
-    names = ["a", "b", "c", "d", "e", "f"]
-    answers: list[tuple[str, GenerationResult | Refusal]] = []
-
-    async def ask(name: str) -> None:
-        answers.append((name, await worker.reply(ASK, name, soon())))
-
-    asked: list[asyncio.Task[None]] = []
+    asked: list[tuple[str, asyncio.Task[str]]] = []
     for number in range(20):
-        now, before = names[number % 6], names[(number - 1) % 6]
+        now, before = "abcdef"[number % 6], "abcdef"[(number - 1) % 6]
         assert (await worker.prepare(now)).error == ""
         await worker.adopt([now, before])
-        asked += [asyncio.create_task(ask(name)) for name in (now, before, now)]
+        asked += [(name, asyncio.create_task(ask(worker, name))) for name in (now, before, now)]
         await asyncio.sleep(0)
         await worker.retire([now, before])
-    await asyncio.gather(*asked)
-    assert len(answers) == 60
-    for name, answer in answers:
-        assert isinstance(answer, GenerationResult) and answer.text == f"{name} says yes"
+    assert [await answer for _, answer in asked] == [f"{name} says yes" for name, _ in asked]
     assert len(engine.resident()) <= PLACES
 
 
 async def test_expected_failures_are_values_and_a_dead_engine_is_raised(worker: VlmWorker, engine: MemoryVlm) -> None:
-    late = await worker.reply(ASK, None, -1.0)
-    assert isinstance(late, Refusal) and late.code == "late"
-    too_long = await worker.reply(GenerationRequest(ASK.messages, max_tokens=1000), None, soon())
+    assert await ask(worker, None, -1.0) == "late"
+    too_long = await worker.reply(GenerationRequest(ASK.messages, max_tokens=1000), None, SOON)
     assert too_long == Refusal("ask", "too many tokens.", "Ask for fewer.")
-    missing = await worker.score(ASK, ["x"], "nowhere", soon())
+    missing = await worker.score(ASK, ["x"], "nowhere", SOON)
     assert isinstance(missing, Refusal) and missing.code == "adapter"
     assert await words(worker, "nowhere") == ["adapter"]
     engine.dead = "killed"
-    with pytest.raises(EngineDead):
-        await worker.reply(ASK, None, soon())
-    with pytest.raises(EngineDead):
-        await words(worker, None)
+    for call in (ask, words):
+        with pytest.raises(EngineDead):
+            await call(worker, None)
 
 
 async def test_an_answer_that_takes_too_long_is_late_and_leaves_the_engine(
     worker: VlmWorker, engine: MemoryVlm
 ) -> None:
     engine.gate = asyncio.Event()
-    late = await worker.reply(ASK, None, 0.05)
-    assert isinstance(late, Refusal) and late.code == "late"
+    assert await ask(worker, None, 0.05) == "late"
     assert await words(worker, None, 0.05) == ["late"]
     assert (engine.running(), (await worker.status())["waiting"]) == (0, 0)
 
@@ -194,56 +171,54 @@ async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
     monkeypatch.setattr(engine, "_words", broken)
     for _ in range(2):
         with pytest.raises(ValueError, match="nonsense"):
-            await worker.reply(ASK, None, soon())
+            await ask(worker, None)
     with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
         await worker.check_health()
     monkeypatch.undo()
     await worker.check_health()  # what passes by itself is no reason to be replaced
 
 
-async def test_a_busy_replica_that_makes_progress_says_so_and_one_that_hangs_does_not(
-    artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
-    worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
-    assert isinstance(await worker.probe(None, soon()), GenerationResult)
-    engine.gate = asyncio.Event()
-    waiting = asyncio.create_task(worker.reply(ASK, None, soon()))
-    await until(lambda: engine.running())
-    await asyncio.sleep(0.15)
-    engine.passed_at = time.monotonic()
-    busy = await worker.probe(None, soon())
-    assert isinstance(busy, Refusal) and busy.code == "busy"
-    await asyncio.sleep(0.15)
-    hung = await worker.probe(None, 0.05)
-    assert isinstance(hung, Refusal) and hung.code == "late"
-    waiting.cancel()
-
-
-async def test_a_replica_whose_requests_are_all_late_is_healthy_while_its_engine_makes_progress(
-    artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+async def busy(artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[VlmWorker]:
+    """A replica whose only request gets no answer; passes that end are further apart than it may take."""
     monkeypatch.setattr("serving.replicas.forward_health.PROBE_LIMIT_SECONDS", 0.01)
     monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
     worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
+    assert isinstance(await worker.probe(None, SOON), GenerationResult)
     engine.gate = asyncio.Event()
-    waiting = asyncio.create_task(worker.reply(ASK, None, soon()))
+    waiting = asyncio.create_task(ask(worker, None))
     await until(lambda: engine.running())
     await asyncio.sleep(0.15)
+    yield worker
+    waiting.cancel()
+
+
+async def test_a_busy_replica_that_makes_progress_says_so_and_one_that_hangs_does_not(
+    busy: VlmWorker, engine: MemoryVlm
+) -> None:
+    for seconds, code in ((SOON, "busy"), (0.05, "late")):
+        engine.passed_at = time.monotonic() - (0.0 if code == "busy" else 0.15)
+        answer = await busy.probe(None, seconds)
+        assert isinstance(answer, Refusal) and answer.code == code
+        await asyncio.sleep(0.15)
+
+
+async def test_a_replica_whose_requests_are_all_late_is_healthy_while_its_engine_makes_progress(
+    busy: VlmWorker, engine: MemoryVlm
+) -> None:
     for _ in range(5):
         engine.passed_at = time.monotonic()
-        await worker.check_health()
+        await busy.check_health()
     await asyncio.sleep(0.15)
     with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
         for _ in range(3):
-            await worker.check_health()
-    waiting.cancel()
+            await busy.check_health()
 
 
 async def test_closing_a_stream_aborts_its_request(worker: VlmWorker, engine: MemoryVlm) -> None:
     engine.gate = asyncio.Event()
     engine.gate.set()
-    stream = worker.stream(ASK, None, soon())
+    stream = worker.stream(ASK, None, SOON)
     first = await anext(stream)
     assert isinstance(first, TokenChunk)
     engine.gate.clear()
@@ -253,7 +228,7 @@ async def test_closing_a_stream_aborts_its_request(worker: VlmWorker, engine: Me
 
 async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWorker, engine: MemoryVlm) -> None:
     engine.gate = asyncio.Event()
-    asked = [asyncio.create_task(worker.reply(ASK, None, soon())) for _ in range(5)]
+    asked = [asyncio.create_task(ask(worker, None)) for _ in range(5)]
     await until(lambda: engine.running() == 5)
     told = await worker.status()
     assert (told["running"], told["waiting"], told["engine"], told["base"]) == (5, 3, "transformers", "memory")
@@ -263,20 +238,18 @@ async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWork
     assert (await worker.status())["running"] == 0
 
 
-def test_merged_chunks_are_one_chunk() -> None:
-    one, two = TokenChunk("a", (1,), (-1.0,), 5, 1), TokenChunk("b", (2, 3), (-2.0, -3.0), 5, 3, "stop")
-    assert merge_chunks([one, two]) == TokenChunk("ab", (1, 2, 3), (-1.0, -2.0, -3.0), 5, 3, "stop")
-
-
 async def test_what_is_ready_at_the_same_moment_travels_as_one_chunk() -> None:
     async def source() -> object:
         for index in range(6):
-            yield TokenChunk(str(index), (index,), (0.0,), 1, index + 1, "stop" if index == 5 else "")
+            yield TokenChunk(str(index), (index,), (-float(index),), 1, index + 1, "stop" if index == 5 else "")
             if index == 0:
                 await asyncio.sleep(0.01)
 
-    texts = []
+    chunks = []
     async for chunk in coalesce(source(), 5):  # type: ignore[arg-type]
-        texts.append(chunk.text)
+        chunks.append(chunk)
         await asyncio.sleep(0.03)
-    assert texts == ["0", "12345"]
+    assert chunks == [
+        TokenChunk("0", (0,), (0.0,), 1, 1),
+        TokenChunk("12345", (1, 2, 3, 4, 5), (-1.0, -2.0, -3.0, -4.0, -5.0), 1, 6, "stop"),
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from core.settings.watching import Watch
-from serving.catalog.catalog import Catalog
-from serving.catalog.tables import Tables
 from serving.catalog.watch import Moments, Watcher, frechet_distance, mean_shift
-from streams.store.sample_store import SampleStore
-from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle
+from tests.unit.serving.catalog_world import HERE, THERE, World
 
 DIM = 64
 SMALL = Watch(drift_window=16, drift_reference=40)
@@ -25,12 +21,12 @@ def value(name: str, **labels: str) -> float | None:
 
 
 @pytest.fixture
-def catalog(tmp_path: Path, store: SampleStore) -> Iterator[Catalog]:
-    yield Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
+def catalog(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
 async def test_samples_of_another_kind_are_drift_and_after_a_while_are_not(
-    catalog: Catalog, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+    catalog: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def encode(batch: np.ndarray, clip: str | None) -> np.ndarray:
         seeds = batch[:, 0, 0, 0].astype(int)
@@ -43,8 +39,8 @@ async def test_samples_of_another_kind_are_drift_and_after_a_while_are_not(
     watcher, shifts = Watcher(catalog, SMALL), []
     before = value("drift_mean_shift", space="image")
     for start, count in ((0, 20), (20, 40), (60, 40), (100, 16), (116, 60)):
-        put(store, rows(start, count), start + count)
-        await settle(catalog)
+        catalog.put(start, count)
+        await catalog.settle()
         await watcher.measure()
         shifts.append(value("drift_mean_shift", space="image") or 0.0)
     few, calm, still_calm, drifted, settled = shifts
@@ -52,10 +48,10 @@ async def test_samples_of_another_kind_are_drift_and_after_a_while_are_not(
     assert 2 * max(calm, still_calm, settled) < drifted
 
 
-async def test_windows_are_read_anew_in_the_space_that_is_live(catalog: Catalog, store: SampleStore) -> None:
-    put(store, rows(0, 60), 60)
+async def test_windows_are_read_anew_in_the_space_that_is_live(catalog: World) -> None:
+    catalog.put(0, 60)
     await catalog.adopt([HERE])
-    await settle(catalog)
+    await catalog.settle()
     watcher = Watcher(catalog, SMALL)
     await watcher.measure()
     assert value("catalog_fragments") == catalog.tables.fragments(HERE.image_space) > 0
@@ -63,7 +59,7 @@ async def test_windows_are_read_anew_in_the_space_that_is_live(catalog: Catalog,
     await watcher.measure()
     assert value("drift_frechet_distance", space="image") == before  # nothing new, nothing measured
     await catalog.adopt([THERE, HERE])
-    await settle(catalog)
+    await catalog.settle()
     await watcher.measure()
     assert value("drift_frechet_distance", space="image") != before
 

@@ -1,4 +1,4 @@
-"""Fixtures of the release protocol: a real ledger, and replicas that are plain objects."""
+"""Fixtures of the release protocol: a real ledger, and a server whose replicas are plain objects."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.ledger import Ledger
-from serving.releases.protocol import ReleaseProtocol
-from tests.unit.serving.releases.plain_replicas import PlainBroadcast
+from tests.unit.serving.releases.plain_replicas import Server
 
 
 @pytest.fixture
@@ -22,13 +21,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def broadcast() -> PlainBroadcast:
-    return PlainBroadcast()
-
-
-@pytest.fixture
-async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol:
+async def server(ledger: Ledger) -> Server:
     """After its first release, of the bases alone."""
-    made = ReleaseProtocol(ledger, broadcast, window=2)  # type: ignore[arg-type]
+    made = Server(ledger)
     await made.start()
     return made

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ReleaseError
-from core.ledger import Family, ReleaseRow
+from core.ledger import Family, Ledger, ReleaseRow
 from serving.releases.guard import Observations
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.types import (
     FAMILIES,
     Prepared,
+    PromoteCommand,
     ReleaseCommand,
     ReleaseResult,
     ReleaseSnapshot,
@@ -123,27 +124,45 @@ class PlainBroadcast:
         return {"Encoder": {"RUNNING": 2}}
 
 
-def live_row(protocol: ReleaseProtocol) -> ReleaseRow:
-    row = protocol.ledger.live()
-    assert row is not None
-    return row
+class Server(ReleaseProtocol):
+    """The release protocol of one server over plain replicas, with an operator's orders; its window is two releases."""
 
+    broadcast: PlainBroadcast  # type: ignore[assignment]
 
-def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None, float]:
-    """Number, CLIP adapter, VLM adapter and share of the live release."""
-    row = live_row(protocol)
-    return row.number, row.clip, row.vlm, row.share
+    def __init__(self, ledger: Ledger, replicas: PlainBroadcast | None = None, **options: Any) -> None:
+        super().__init__(ledger, replicas or PlainBroadcast(), 2, **options)  # type: ignore[arg-type]
 
+    @property
+    def live_row(self) -> ReleaseRow:
+        row = self.ledger.live()
+        assert row is not None
+        return row
 
-async def release(protocol: ReleaseProtocol, share: float = 1.0, **adapters: str | None) -> ReleaseResult:
-    """Release what is named next to what is live."""
-    named: dict[Family, str | None] = {family: adapters[family] for family in FAMILIES if family in adapters}
-    return await protocol.release(
-        ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=live(protocol)[0], share=share)
-    )
+    @property
+    def live(self) -> tuple[int, str | None, str | None]:
+        """Number, CLIP adapter and VLM adapter of the live release."""
+        return self.live_row.number, self.live_row.clip, self.live_row.vlm
 
+    def propose(self, family: Family = "clip", name: str = "a", other: str | None = None) -> int:
+        """An update that passed the gate; ``other``: what the other family had at that time."""
+        clip, vlm = (name, other) if family == "clip" else (other, name)
+        return self.ledger.propose(
+            "update", family=family, clip=clip, vlm=vlm, actor="updater", reason="passed"
+        ).id  # fmt: skip
 
-async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> ReleaseResult:
-    """Roll back; one that waits for what it must not wait for fails."""
-    command = RollbackCommand(actor="ann", reason="bad", expected_live=live(protocol)[0], family=family, to=to)
-    return await asyncio.wait_for(protocol.rollback(command), 5)
+    async def create(self, share: float = 1.0, expected: int | None = None, **adapters: str | None) -> ReleaseResult:
+        """Release what is named next to what is live. ``expected``: the release that the operator looked at."""
+        named: dict[Family, str | None] = {family: adapters[family] for family in FAMILIES if family in adapters}
+        at = self.live[0] if expected is None else expected
+        return await self.release(
+            ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=at, share=share)
+        )
+
+    async def promote_live(self, expected: int | None = None) -> ReleaseResult:
+        at = self.live[0] if expected is None else expected
+        return await self.promote(PromoteCommand(actor="me", reason="fine", expected_live=at))
+
+    async def back(self, family: Family | None = None, to: int | None = None) -> ReleaseResult:
+        """Roll back; one that waits for what it must not wait for fails."""
+        command = RollbackCommand(actor="ann", reason="bad", expected_live=self.live[0], family=family, to=to)
+        return await asyncio.wait_for(self.rollback(command), 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from core.settings.serving import Rollout
 from serving.releases.guard import (
@@ -80,10 +81,6 @@ def test_a_vlm_may_change_most_answers_about_what_it_learned_but_not_all() -> No
     assert evidence(agreeing(0), "agreement").broken
 
 
-def test_looks_are_counted_by_the_time_since_the_commit() -> None:
-    assert [look_number(seconds) for seconds in (-1.0, 0.0, 1.9, 2.0, 20.0)] == [1, 1, 1, 2, 11]
-
-
 def evidence(seen: Observations, guardrail: str, number: int = 6) -> Evidence:
     (found,) = [one for one in look(SETTINGS, seen, INCUMBENT, number) if one.guardrail == guardrail]
     return found
@@ -114,7 +111,8 @@ def test_failures_in_comparisons_count_for_a_shadow_that_answers_nobody() -> Non
     assert (found.bad, found.shown) == (40, "40 of 40 requests failed, 0 of 940 of release 6")
 
 
-def test_each_look_spends_a_part_of_the_false_alarms() -> None:
+def test_each_look_spends_a_part_of_the_false_alarms_and_its_number_is_the_time_since_the_commit() -> None:
+    assert [look_number(seconds) for seconds in (-1.0, 0.0, 1.9, 2.0, 20.0)] == [1, 1, 1, 2, 11]
     levels = [evidence(Observations(LIVE), "errors", number).level for number in range(1, 5001)]
     assert levels == sorted(levels, reverse=True)
     assert sum(levels) * 5 <= FALSE_ALARM
@@ -127,13 +125,7 @@ def test_the_evidence_says_what_was_counted() -> None:
         "guardrail": "agreement", "family": "clip", "bad": 38, "of": 40, "allowed": 0.3, "chance": 0,
         "level": found.level, "broken": True, "shown": "2 of 40 inputs agree (5%), at least 70% must",
     }  # fmt: skip
-    assert found.chance == pytest.approx(sum_of_tail(38, 40, 0.3))
-
-
-def sum_of_tail(bad: int, of: int, allowed: float) -> float:
-    from math import comb
-
-    return sum(comb(of, k) * allowed**k * (1 - allowed) ** (of - k) for k in range(bad, of + 1))
+    assert found.chance == pytest.approx(binom.sf(37, 40, 0.3))
 
 
 def test_processes_add_up_and_comparisons_of_another_release_do_not_count() -> None:

@@ -11,24 +11,31 @@ import pytest
 
 from core.errors import LeaseLost, ReleaseConflict, ReleaseError
 from core.ledger import Ledger
-from core.ledger.leases import CONTROLLER_LEASE
 from core.settings import Settings
 from serving.releases import controller as controllers
 from serving.releases import leadership
 from serving.releases.controller import ReleaseController
 from serving.releases.leadership import ControllerLease
-from serving.releases.protocol import ReleaseProtocol
-from serving.releases.types import ReleaseCommand, ReleaseResult, RollbackCommand
+from serving.releases.types import ReleaseCommand, ReleaseResult
 from tests.support.waiting import until
-from tests.unit.serving.releases.plain_replicas import PlainBroadcast
+from tests.unit.serving.releases.plain_replicas import PlainBroadcast, Server
 
 
-def release(clip: str, live: int) -> ReleaseCommand:
-    return ReleaseCommand(adapters={"clip": clip}, actor="ann", reason="r", expected_live=live, force=True)
+@pytest.fixture
+async def two(ledger: Ledger) -> tuple[Server, Server, ControllerLease]:
+    """A server that has started and leads, another one next to it, and the lease of the first."""
+    lease = ControllerLease(ledger)
+    await lease.keep()
+    leading, beside = Server(ledger, lease=lease), Server(ledger, lease=ControllerLease(ledger))
+    await leading.start()
+    return leading, beside, lease
 
 
-def protocol_of(ledger: Ledger, broadcast: Any, lease: ControllerLease) -> ReleaseProtocol:
-    return ReleaseProtocol(ledger, broadcast, window=2, lease=lease)
+async def ordered(server: Server, clip: str) -> asyncio.Task[ReleaseResult]:
+    """A release that was ordered, and that no one has carried out so far."""
+    task = asyncio.create_task(server.create(clip=clip))
+    await until(server.ledger.pending_proposals)
+    return task
 
 
 async def test_a_lease_has_one_holder_and_its_epoch_grows(ledger: Ledger) -> None:
@@ -43,96 +50,81 @@ async def test_a_lease_has_one_holder_and_its_epoch_grows(ledger: Ledger) -> Non
 async def test_a_controller_that_slept_past_its_lease_changes_nothing(ledger: Ledger) -> None:
     sleeper, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
     await sleeper.keep()
-    protocol = protocol_of(ledger, PlainBroadcast(), sleeper)
-    await protocol.start()
-    update = ledger.propose("update", clip="a", actor="updater", reason="passed")
+    server = Server(ledger, lease=sleeper)
+    await server.start()
+    update = server.propose()
     await second.keep()
     with pytest.raises(LeaseLost):
-        await protocol.step()
+        await server.step()
     with pytest.raises(LeaseLost):
-        await protocol.release(release("b", 1))
-    assert (ledger.proposal(update.id).state, ledger.live().number) == ("pending", 1)  # type: ignore[union-attr]
+        await server.create(clip="b")
+    assert (ledger.proposal(update).state, server.live[0]) == ("pending", 1)
 
 
-async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(ledger: Ledger) -> None:
-    leader, other = ControllerLease(ledger), ControllerLease(ledger)
-    await leader.keep()
-    leading = protocol_of(ledger, PlainBroadcast(), leader)
-    beside = protocol_of(ledger, PlainBroadcast(broken={"b": "damaged"}), other)
-    await leading.start()
+async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(
+    two: tuple[Server, Server, ControllerLease],
+) -> None:
+    leading, beside, _ = two
     await beside.start()
-    ordered = asyncio.create_task(beside.release(release("a", 1)))
-    await until(ledger.pending_proposals)
+    order = await ordered(beside, "a")
     assert (await leading.step()) is not None
-    outcome = await ordered
+    outcome = await order
     assert (outcome.number, outcome.clip, outcome.kind) == (2, "a", "release")
-    leading.broadcast.broken["b"] = "damaged"  # type: ignore[attr-defined]
-    ordered = asyncio.create_task(beside.release(release("b", 2)))
-    await until(ledger.pending_proposals)
+    leading.broadcast.broken["b"] = "damaged"
+    order = await ordered(beside, "b")
     with pytest.raises(ReleaseError):
         await leading.step()
     with pytest.raises(ReleaseError, match="damaged"):
-        await ordered
+        await order
 
 
 @pytest.mark.parametrize("preparing", [False, True])
 async def test_what_is_ordered_beside_a_leader_that_stands_still_fails_and_says_so(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, preparing: bool
+    two: tuple[Server, Server, ControllerLease], monkeypatch: pytest.MonkeyPatch, preparing: bool
 ) -> None:
     monkeypatch.setattr(leadership, "FOLLOW_SECONDS", 0.01)
     monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 0.1)
-    leader = ControllerLease(ledger)
-    await leader.keep()
-    await protocol_of(ledger, PlainBroadcast(), leader).start()
-    beside = protocol_of(ledger, PlainBroadcast(), ControllerLease(ledger))
-    ordered = asyncio.create_task(beside.release(release("a", 1)))
-    await until(ledger.pending_proposals)
-    (proposal,) = ledger.pending_proposals()
+    beside = two[1]
+    order = await ordered(beside, "a")
+    (proposal,) = beside.ledger.pending_proposals()
     if preparing:
-        ledger.advance_proposal(proposal.id, "preparing")
+        beside.ledger.advance_proposal(proposal.id, "preparing")
     with pytest.raises(ReleaseError, match=r"the controller that leads .* has done nothing for 0.1 s"):
-        await asyncio.wait_for(ordered, 30)
-    assert ledger.proposal(proposal.id).state == "failed"  # it is not carried out later
+        await asyncio.wait_for(order, 30)
+    assert beside.ledger.proposal(proposal.id).state == "failed"  # it is not carried out later
 
 
-async def test_what_a_leader_prepares_for_long_is_waited_for(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_a_leader_prepares_for_long_is_waited_for(
+    two: tuple[Server, Server, ControllerLease], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leadership, "FOLLOW_SECONDS", 0.01)
     monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 0.3)
-    leader, broadcast = ControllerLease(ledger), PlainBroadcast()
-    await leader.keep()
-    leading = protocol_of(ledger, broadcast, leader)
-    await leading.start()
-    beside = protocol_of(ledger, PlainBroadcast(), ControllerLease(ledger))
-    broadcast.gate = asyncio.Event()
-    ordered = asyncio.create_task(beside.release(release("a", 1)))
-    await until(ledger.pending_proposals)
+    leading, beside, lease = two
+    leading.broadcast.gate = asyncio.Event()
+    order = await ordered(beside, "a")
     step = asyncio.create_task(leading.step())
     for _ in range(20):
-        await leader.keep()
+        await lease.keep()
         await asyncio.sleep(0.05)
-    broadcast.gate.set()
+    leading.broadcast.gate.set()
     await step
-    assert (await ordered).number == 2
+    assert (await order).number == 2
 
 
-async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_conflicts(ledger: Ledger) -> None:
-    leader, other = ControllerLease(ledger), ControllerLease(ledger)
-    await leader.keep()
-    broadcast = PlainBroadcast()
-    leading = protocol_of(ledger, broadcast, leader)
-    beside = protocol_of(ledger, PlainBroadcast(), other)
-    await leading.start()
-    await leading.release(release("a", 1))
+async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_conflicts(
+    two: tuple[Server, Server, ControllerLease],
+) -> None:
+    leading, beside, _ = two
+    await leading.create(clip="a")
     await beside.start()
-    broadcast.gate = asyncio.Event()
-    slow = asyncio.create_task(leading.release(release("b", 2)))
-    await until(lambda: "b" in broadcast.prepared)
-    assert (await beside.rollback(RollbackCommand(actor="ann", reason="bad", expected_live=2))).number == 3
-    broadcast.gate.set()
+    leading.broadcast.gate = asyncio.Event()
+    slow = asyncio.create_task(leading.create(clip="b"))
+    await until(lambda: "b" in leading.broadcast.prepared)
+    assert (await beside.back()).number == 3
+    leading.broadcast.gate.set()
     with pytest.raises(ReleaseConflict):
         await slow
-    live = ledger.live()
-    assert live is not None and (live.number, live.clip) == (3, None)
+    assert leading.live == (3, None, None)
 
 
 async def test_the_first_release_is_made_by_one_of_two(ledger: Ledger) -> None:
@@ -140,8 +132,8 @@ async def test_the_first_release_is_made_by_one_of_two(ledger: Ledger) -> None:
     await leader.keep()
     await other.keep()
     with pytest.raises(LeaseLost):
-        await protocol_of(ledger, PlainBroadcast(), other).start()
-    assert await protocol_of(ledger, PlainBroadcast(), leader).start() is not None
+        await Server(ledger, lease=other).start()
+    assert await Server(ledger, lease=leader).start() is not None
 
 
 class Controllers:
@@ -186,7 +178,8 @@ async def test_the_second_server_follows_and_takes_over_when_the_first_one_stops
     first = await servers.start()
     await until(lambda: first.lease.epoch is not None and ledger.live() is not None)
     second = await servers.start()
-    assert isinstance(await first.change(release("a", 1)), ReleaseResult)
+    order = ReleaseCommand(adapters={"clip": "a"}, actor="ann", reason="r", expected_live=1, force=True)
+    assert isinstance(await first.change(order), ReleaseResult)
     windows = second.broadcast.windows  # type: ignore[attr-defined]
     await until(lambda: bool(windows) and windows[-1] == [2, 1])
     assert second.lease.epoch is None
@@ -194,8 +187,6 @@ async def test_the_second_server_follows_and_takes_over_when_the_first_one_stops
     update = ledger.propose("update", clip="b", actor="updater", reason="passed")
     await until(lambda: ledger.proposal(update.id).state == "committed")
     assert second.lease.epoch == 2
-    lease = ledger.lease(CONTROLLER_LEASE)
-    assert lease is not None and lease.epoch == 2
 
 
 async def test_however_many_ask_for_the_status_replicas_are_asked_once(servers: Controllers) -> None:

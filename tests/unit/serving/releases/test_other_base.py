@@ -15,13 +15,11 @@ from serving.app import _check_base
 from serving.engines.clip_base import ClipBase
 from serving.releases.guard import find_guard_target
 from serving.releases.leadership import Lineage, spaces_of_bases
-from serving.releases.protocol import ReleaseProtocol
 from serving.releases.residency import ResidencySource, encode_copy, read_residency, residency_path
 from serving.releases.rollback import roll_back_offline
-from serving.releases.types import PromoteCommand, ReleaseCommand, RollbackCommand
 from tests.support.tiny import tiny_base
 from tests.support.waiting import until
-from tests.unit.serving.releases.plain_replicas import PlainBroadcast
+from tests.unit.serving.releases.plain_replicas import Server
 from tests.unit.serving.releases.test_leadership import Controllers
 
 
@@ -51,9 +49,8 @@ class TwoBases:
         url = f"sqlite:///{self.home / 'ledger.db'}"
         return Settings(home=self.home, ledger_url=url, base=BaseModels(clip=base.name))
 
-    def server(self, base: ClipBase) -> tuple[ReleaseProtocol, PlainBroadcast]:
-        broadcast = PlainBroadcast()
-        return ReleaseProtocol(self.ledger, broadcast, 2, lineage=Lineage.of(self.settings(base))), broadcast
+    def server(self, base: ClipBase) -> Server:
+        return Server(self.ledger, lineage=Lineage.of(self.settings(base)))
 
 
 @pytest.fixture
@@ -64,63 +61,61 @@ def bases(tmp_path: Path) -> TwoBases:
 async def test_a_server_of_the_old_base_goes_on_and_one_of_the_new_base_answers_with_the_new_release(
     bases: TwoBases,
 ) -> None:
-    old, told = bases.server(bases.old)
+    old, new = bases.server(bases.old), bases.server(bases.new)
     await old.start()
-    assert told.windows == [[2, 1]]
+    assert old.broadcast.windows == [[2, 1]]
     bases.change(bases.new, "n")
     await old.follow()
+    told = old.broadcast
     assert told.windows[-1] == [2, 1] and set(told.prepared) == {"a", None}, "nothing of the other base is loaded"
-    new, told = bases.server(bases.new)
     await new.start()
-    assert told.windows == [[3]] and told.prepared == ["n"]
-    assert told.indexed == [[3]], "a server cannot embed for another base"
-    live = ReleaseCommand(adapters={"clip": "m"}, actor="ann", reason="r", expected_live=3)
-    assert (await new.release(live)).number == 4
+    assert new.broadcast.windows == [[3]] and new.broadcast.prepared == ["n"]
+    assert new.broadcast.indexed == [[3]], "a server cannot embed for another base"
+    assert (await new.create(clip="m")).number == 4
     assert bases.ledger.release(4).clip_base == bases.new.digest
-    assert (await new.rollback(RollbackCommand(actor="ann", reason="r", expected_live=4))).clip == "n"
+    assert (await new.back()).clip == "n"
 
 
 async def test_what_is_live_is_changed_by_servers_of_its_base_alone(bases: TwoBases) -> None:
-    old, _ = bases.server(bases.old)
+    old, new = bases.server(bases.old), bases.server(bases.new)
     await old.start()
     bases.change(bases.new, "n")
     words = r"release 3 has the base 'wide' \(.{12}\), and this server has 'tiny' \(.{12}\)"
     with pytest.raises(ReleaseError, match=words):
-        await old.rollback(RollbackCommand(actor="ann", reason="r", expected_live=3))
+        await old.back()
     with pytest.raises(ReleaseError, match=words):
-        await old.release(ReleaseCommand(adapters={"clip": "b"}, actor="ann", reason="r", expected_live=3))
-    new, _ = bases.server(bases.new)
+        await old.create(clip="b")
     await new.start()
     with pytest.raises(ReleaseError, match="ratchet base switch") as refused:
-        await new.rollback(RollbackCommand(actor="ann", reason="r", expected_live=3, to=2))
+        await new.back(to=2)
     assert bases.old.digest[:12] in str(refused.value) and bases.new.digest[:12] in str(refused.value)
     with pytest.raises(ReleaseError, match="no release before 3 has another"):
-        await new.rollback(RollbackCommand(actor="ann", reason="r", expected_live=3))
+        await new.back()
     with pytest.raises(ReleaseError, match="no release before 3"):
         roll_back_offline(bases.ledger, ["clip"], to=None, actor="ann", reason="r")
     with pytest.raises(ReleaseError, match="nothing can be promoted"):
-        await new.promote(PromoteCommand(actor="ann", reason="r", expected_live=3))
+        await new.promote_live()
     assert bases.ledger.live() == bases.ledger.release(3)
 
 
 async def test_after_the_switch_back_the_old_servers_answer_with_it(bases: TwoBases) -> None:
     bases.change(bases.new, "n")
     back = bases.change(bases.old, None, rollback=True)
-    old, told = bases.server(bases.old)
+    old = bases.server(bases.old)
     await old.start()
-    assert told.windows == [[4, 2]] and back.clip_base == bases.old.digest
-    outcome = await old.rollback(RollbackCommand(actor="ann", reason="r", expected_live=4))
+    assert old.broadcast.windows == [[4, 2]] and back.clip_base == bases.old.digest
+    outcome = await old.back()
     assert (outcome.number, outcome.clip) == (5, "a")
 
 
 async def test_a_server_whose_base_was_never_released_says_so(bases: TwoBases) -> None:
     bases.change(bases.new, "n")
     third = tiny_base(bases.home, "third", seed=9)
-    server, told = bases.server(third)
-    with pytest.raises(ReleaseError, match=r"has the base 'wide' .* this server has 'third'"):
+    server, words = bases.server(third), r"has the base 'wide' .* this server has 'third'"
+    with pytest.raises(ReleaseError, match=words):
         await server.start()
-    assert told.windows == []
-    with pytest.raises(ConfigError, match=r"has the base 'wide' .* this server has 'third'"):
+    assert server.broadcast.windows == []
+    with pytest.raises(ConfigError, match=words):
         _check_base(bases.settings(third), bases.ledger)
     _check_base(bases.settings(bases.old), bases.ledger)  # has releases to answer with
     _check_base(bases.settings(bases.new), bases.ledger)

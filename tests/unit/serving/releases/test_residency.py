@@ -18,8 +18,6 @@ from serving.releases.residency import (
     MAX_BYTES,
     ResidencySource,
     decode_copy,
-    encode_copy,
-    read_residency,
 )
 
 
@@ -53,11 +51,6 @@ def node(tmp_path: Path) -> Node:
     return Node(tmp_path)
 
 
-def test_a_copy_is_read_as_it_was_written(node: Node) -> None:
-    rows, digests = read_residency(node.ledger, 2), {"clip-a": "a" * 64}
-    assert decode_copy(encode_copy(rows, digests)) == (rows, digests)
-
-
 def test_the_state_of_the_ledger_is_noted(node: Node) -> None:
     with pytest.raises(LedgerUnavailable):
         node.source().read()
@@ -84,31 +77,25 @@ def test_any_bytes_end_as_an_error(data: bytes) -> None:
         decode_copy(data)
 
 
-def test_while_the_ledger_is_away_a_start_takes_the_copy_of_the_node(node: Node) -> None:
-    node.keep()
-    shutil.rmtree(node.folder / "artifacts")
-    source = node.source()
-    rows = source.newest()
-    assert [row.number for row in rows.window] == [2, 1]
-    assert (source.source, source.adapters) == ("file", {"clip-a": "a" * 64})
+def test_while_the_ledger_is_away_a_start_takes_the_newest_whole_copy_of_node_and_artifacts(node: Node) -> None:
+    def newest() -> tuple[list[int], str | None]:
+        source = node.source()
+        rows = source.newest()
+        assert source.adapters == {"clip-a": "a" * 64}
+        return [row.number for row in rows.window], source.source
 
-
-def test_a_new_node_takes_the_copy_of_the_artifacts_and_an_old_one_the_newer_of_both(node: Node) -> None:
     node.keep()
     older = node.file.read_bytes()
+    assert node.source().newest() == node.source(node.ledger).read()
+    node.file.write_bytes(older[:-10])
+    assert newest() == ([2, 1], "artifacts"), "that of the node is damaged"
     node.release(3, "clip-b")
     node.keep()
     node.file.write_bytes(older)
-    source = node.source()
-    assert source.newest().window[0].number == 3
-    assert source.source == "artifacts"
-
-
-def test_a_damaged_file_leaves_the_copy_of_the_artifacts(node: Node) -> None:
-    node.keep()
-    node.file.write_bytes(node.file.read_bytes()[:-10])
-    source = node.source()
-    assert (source.newest().window[0].number, source.source) == (2, "artifacts")
+    assert newest() == ([3, 2], "artifacts")
+    node.file.write_bytes(older)
+    shutil.rmtree(node.folder / "artifacts")
+    assert newest() == ([2, 1], "file")
 
 
 def test_without_a_copy_the_outage_is_an_error_with_its_fix(node: Node) -> None:
@@ -147,14 +134,12 @@ def test_copies_follow_what_is_live_and_one_that_was_overwritten_does_not_stay(
     source.keep(source.read())
     older = node.file.read_bytes()
     node.release(3, "clip-b")
-    source.keep(source.read())
-    for data in (node.file.read_bytes(), node.artifacts.read_bytes(KEY)):
-        assert decode_copy(data)[0].window[0].number == 3
-    node.file.write_bytes(older)  # by a process that is behind
-    node.artifacts.write_bytes(KEY, older)
-    source.keep(source.read())
-    for data in (node.file.read_bytes(), node.artifacts.read_bytes(KEY)):
-        assert decode_copy(data)[0].window[0].number == 3
+    for _ in range(2):
+        source.keep(source.read())
+        for data in (node.file.read_bytes(), node.artifacts.read_bytes(KEY)):
+            assert decode_copy(data)[0].window[0].number == 3
+        node.file.write_bytes(older)  # by a process that is behind
+        node.artifacts.write_bytes(KEY, older)
 
 
 def test_copies_that_cannot_be_written_do_not_stop_a_replica(node: Node, tmp_path: Path) -> None:

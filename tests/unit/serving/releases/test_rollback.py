@@ -18,123 +18,117 @@ from core.errors import LedgerUnavailable, ReleaseConflict, ReleaseError
 from core.ledger import Family, Ledger
 from ops.cli.main import app
 from serving.releases import rollback
-from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollback import roll_back_offline
 from serving.releases.types import ReleaseResult, ReleaseSnapshot, RollbackCommand
 from tests.support.waiting import until
-from tests.unit.serving.releases.plain_replicas import PlainBroadcast, back, live, release
+from tests.unit.serving.releases.plain_replicas import PlainBroadcast, Server
 
 ANSWER_SECONDS = rollback.ANSWER_SECONDS
 """As it is outside of tests."""
 
 
 @pytest.fixture
-async def protocol(ledger: Ledger, broadcast: Any) -> ReleaseProtocol:
+async def server(ledger: Ledger) -> Server:
     """Release 2 has adapter a, and release 1 the base."""
-    made = ReleaseProtocol(ledger, broadcast, window=2, hold_after_rollback=True)
+    made = Server(ledger, hold_after_rollback=True)
     await made.start()
-    await release(made, clip="a")
+    await made.create(clip="a")
     return made
 
 
-def preparing(protocol: ReleaseProtocol, **adapters: str) -> asyncio.Task[ReleaseResult]:
-    return asyncio.create_task(release(protocol, **adapters))  # type: ignore[arg-type]
+def preparing(server: Server, **adapters: str) -> asyncio.Task[ReleaseResult]:
+    return asyncio.create_task(server.create(**adapters))  # type: ignore[arg-type]
+
+
+async def covering_update(server: Server) -> tuple[int, asyncio.Task[ReleaseResult | None]]:
+    """An update to b whose catalog is not complete."""
+    server.broadcast.stuck = "i-b"
+    update, stepping = server.propose(name="b"), asyncio.create_task(server.step())
+    await until(lambda: ("i-b", True) in server.broadcast.covered)
+    return update, stepping
 
 
 async def test_it_takes_the_newest_other_adapter_and_what_is_not_resident_any_more_is_prepared_first(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+    server: Server,
 ) -> None:
-    await release(protocol, clip="b")
-    made = await back(protocol)
+    await server.create(clip="b")
+    made = await server.back()
     assert (made.number, made.clip, made.kind) == (4, "a", "rollback")
-    assert broadcast.covered[-1] == ("i-b", True), "nothing was asked of the catalog"
-    assert broadcast.windows[-1] == [4, 3]
-    assert (await back(protocol, to=1)).clip is None
-    assert broadcast.covered[-1] == ("i-None", True)
+    assert server.broadcast.covered[-1] == ("i-b", True), "nothing was asked of the catalog"
+    assert server.broadcast.windows[-1] == [4, 3]
+    assert (await server.back(to=1)).clip is None
+    assert server.broadcast.covered[-1] == ("i-None", True)
 
 
-async def test_of_one_family_it_keeps_the_other(protocol: ReleaseProtocol) -> None:
-    await release(protocol, vlm="v")
-    await release(protocol, clip="b", vlm="w")
+async def test_of_one_family_it_keeps_the_other(server: Server) -> None:
+    await server.create(vlm="v")
+    await server.create(clip="b", vlm="w")
     turns: list[tuple[Family | None, int | None, tuple[str | None, str | None]]] = [
         ("vlm", None, ("b", "v")), ("clip", None, ("a", "v")), ("vlm", 1, ("a", None)), (None, None, ("a", "v")),
         (None, 1, (None, None)),
     ]  # fmt: skip
     for family, to, after in turns:
-        await back(protocol, family, to)
-        assert live(protocol)[1:3] == after
+        await server.back(family, to)
+        assert server.live[1:] == after
 
 
-async def test_with_nothing_behind_it_says_so(protocol: ReleaseProtocol) -> None:
+async def test_with_nothing_behind_it_says_so(server: Server) -> None:
     with pytest.raises(ReleaseError, match="no release before 2 has another VLM adapter"):
-        await back(protocol, "vlm")
+        await server.back("vlm")
     with pytest.raises(ReleaseError, match="release 9 does not exist"):
-        await back(protocol, to=9)
-    await back(protocol, to=1)
-    assert live(protocol)[0] == 3
+        await server.back(to=9)
+    await server.back(to=1)
+    assert server.live[0] == 3
 
 
 @pytest.mark.parametrize("call", ["prepare", "cover", "in_flight", "retire_spaces", "retire", "announce"])
-async def test_a_replica_that_never_answers_does_not_hold_it_up(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast, call: str
-) -> None:
-    broadcast.never = {call}
-    outcome = await back(protocol)
+async def test_a_replica_that_never_answers_does_not_hold_it_up(server: Server, call: str) -> None:
+    server.broadcast.never = {call}
+    outcome = await server.back()
     assert (outcome.number, outcome.clip) == (3, None)
 
 
 @pytest.mark.parametrize("call", ["prepare", "cover"])
-async def test_a_preparation_that_never_ends_is_stopped_and_its_proposal_says_why(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger, call: str
-) -> None:
-    broadcast.never, broadcast.asked = {call}, []
-    slow = preparing(protocol, clip="b")
-    await until(lambda: call in broadcast.asked)
-    assert (await back(protocol)).number == 3
+async def test_a_preparation_that_never_ends_is_stopped_and_its_proposal_says_why(server: Server, call: str) -> None:
+    server.broadcast.never, server.broadcast.asked = {call}, []
+    slow = preparing(server, clip="b")
+    await until(lambda: call in server.broadcast.asked)
+    assert (await server.back()).number == 3
     with pytest.raises(ReleaseConflict, match="ann rolled back while it was being prepared"):
         await slow
-    failed = ledger.proposals(2)[1]
+    failed = server.ledger.proposals(2)[1]
     assert (failed.state, failed.clip) == ("failed", "b") and "ann rolled back" in (failed.error or "")
-    broadcast.never = set()
-    assert (await release(protocol, clip="c")).number == 4
+    server.broadcast.never = set()
+    assert (await server.create(clip="c")).number == 4
 
 
-async def test_an_update_judged_against_what_is_taken_back_fails(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
-) -> None:
-    broadcast.stuck = "i-b"
-    proposal = ledger.propose("update", family="clip", clip="b", actor="updater", reason="passed")
-    stepping = asyncio.create_task(protocol.step())
-    await until(lambda: ("i-b", True) in broadcast.covered)
-    await back(protocol, "clip")
+async def test_an_update_judged_against_what_is_taken_back_fails(server: Server) -> None:
+    update, stepping = await covering_update(server)
+    await server.back("clip")
     with pytest.raises(ReleaseConflict, match="ann rolled back"):
         await stepping
-    assert ledger.proposal(proposal.id).state == "failed"
+    assert server.ledger.proposal(update).state == "failed"
 
 
-async def test_an_update_waits_while_the_other_family_is_rolled_back(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
-) -> None:
-    await release(protocol, vlm="v")
-    broadcast.stuck = "i-b"
-    proposal = ledger.propose("update", family="clip", clip="b", actor="updater", reason="passed")
-    stepping = asyncio.create_task(protocol.step())
-    await until(lambda: ("i-b", True) in broadcast.covered)
-    await back(protocol, "vlm")
+async def test_an_update_waits_while_the_other_family_is_rolled_back_and_until_somebody_resumes(server: Server) -> None:
+    await server.create(vlm="v")
+    update, stepping = await covering_update(server)
+    await server.back("vlm")
     assert await stepping is None
-    assert live(protocol)[:3] == (4, "a", None)
-    assert ledger.proposal(proposal.id).state == "pending"
-    broadcast.stuck = ""
-    ledger.resume("ann", "fine")
-    await protocol.step()
-    assert live(protocol)[:3] == (5, "b", None)
+    assert server.live == (4, "a", None)
+    server.broadcast.stuck = ""
+    assert await server.step() is None, "a rollback holds updates"
+    assert server.ledger.proposal(update).state == "pending"
+    server.ledger.resume("ann", "fine")
+    await server.step()
+    assert server.live == (5, "b", None)
 
 
 async def test_a_proposal_that_has_only_just_got_its_turn_is_stopped(
-    protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proposed = asyncio.Event()
-    advance = ledger.advance_proposal
+    advance = server.ledger.advance_proposal
 
     def slowly(*args: object, **options: object) -> object:
         loop.call_soon_threadsafe(proposed.set)
@@ -142,140 +136,114 @@ async def test_a_proposal_that_has_only_just_got_its_turn_is_stopped(
         return advance(*args, **options)  # type: ignore[arg-type]
 
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(ledger, "advance_proposal", slowly)
-    slow = preparing(protocol, clip="b")
+    monkeypatch.setattr(server.ledger, "advance_proposal", slowly)
+    slow = preparing(server, clip="b")
     await proposed.wait()
-    assert (await back(protocol)).number == 3
+    assert (await server.back()).number == 3
     with pytest.raises(ReleaseConflict, match="ann rolled back"):
         await slow
 
 
-async def test_a_preparation_that_was_stopped_after_its_end_is_not_committed(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast
-) -> None:
-    broadcast.gate = asyncio.Event()
-    slow = preparing(protocol, vlm="v")
-    await until(lambda: "v" in broadcast.prepared_vlm)
-    async with protocol._committing:
-        broadcast.gate.set()
-        rolled = asyncio.create_task(back(protocol))
+async def test_a_preparation_that_was_stopped_after_its_end_is_not_committed(server: Server) -> None:
+    server.broadcast.gate = asyncio.Event()
+    slow = preparing(server, vlm="v")
+    await until(lambda: "v" in server.broadcast.prepared_vlm)
+    async with server._committing:
+        server.broadcast.gate.set()
+        rolled = asyncio.create_task(server.back())
         await asyncio.sleep(0)
     outcomes = await asyncio.gather(rolled, slow, return_exceptions=True)
     ends = {type(outcome) for outcome in outcomes}
     assert ends == {ReleaseResult, ReleaseConflict}  # one of both, whichever comes first
-    assert live(protocol)[0] == 3
+    assert server.live[0] == 3
 
 
-async def test_a_retirement_that_never_ends_holds_up_neither_a_rollback_nor_a_release(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast
-) -> None:
-    broadcast.never = {"retire_spaces"}
-    retiring = asyncio.create_task(protocol.retire())
-    await until(lambda: "retire_spaces" in broadcast.asked)
-    assert (await back(protocol)).number == 3
-    assert (await asyncio.wait_for(release(protocol, clip="c"), 5)).number == 4
+async def test_a_retirement_that_never_ends_holds_up_neither_a_rollback_nor_a_release(server: Server) -> None:
+    server.broadcast.never = {"retire_spaces"}
+    retiring = asyncio.create_task(server.retire())
+    await until(lambda: "retire_spaces" in server.broadcast.asked)
+    assert (await server.back()).number == 3
+    assert (await asyncio.wait_for(server.create(clip="c"), 5)).number == 4
     retiring.cancel()
 
 
-async def test_replicas_that_did_not_answer_are_told_again(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast, monkeypatch: pytest.MonkeyPatch
+async def test_what_no_replica_acknowledges_stands_and_they_are_told_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.releases.protocol.HEAL_PAUSE_SECONDS", 0.01)
-    broadcast.deaf = True
-    assert (await back(protocol)).acknowledged == 0
-    broadcast.deaf = False
-    await until(lambda: broadcast.windows[-1] == [3, 2])
+    server.broadcast.deaf = True
+    assert (await server.create(clip="b")).acknowledged == 0
+    assert (await server.back()).acknowledged == 0
+    assert server.live == (4, "a", None)
+    server.broadcast.deaf = False
+    await until(lambda: server.broadcast.windows[-1] == [4, 3])
 
 
-async def test_a_process_that_has_just_begun_rolls_back_before_its_replicas_have_started(
-    protocol: ReleaseProtocol, ledger: Ledger
-) -> None:
-    stuck: Any = PlainBroadcast(never={"prepare", "prepare_vlm", "cover"})
-    stuck.answering = [ReleaseSnapshot(2, "a", "i-a", "t-a"), ReleaseSnapshot(1, None, "i-None", "t-None")]
-    again = ReleaseProtocol(ledger, stuck, window=2)
+async def test_a_process_that_has_just_begun_rolls_back_before_its_replicas_have_started(server: Server) -> None:
+    again = Server(server.ledger, PlainBroadcast(never={"prepare", "prepare_vlm", "cover"}))
+    again.broadcast.answering = [ReleaseSnapshot(2, "a", "i-a", "t-a"), ReleaseSnapshot(1, None, "i-None", "t-None")]
     starting = asyncio.create_task(again.start())
-    assert (await back(again)).number == 3
-    assert stuck.windows[-1] == [3, 2]
+    assert (await again.back()).number == 3
+    assert again.broadcast.windows[-1] == [3, 2]
     starting.cancel()
 
 
-async def test_what_no_replica_can_serve_is_prepared_though_it_is_in_the_window(
-    protocol: ReleaseProtocol, ledger: Ledger
-) -> None:
-    broken: Any = PlainBroadcast(broken={"": "its files are damaged"})
-    again = ReleaseProtocol(ledger, broken, window=2)
+async def test_what_no_replica_can_serve_is_prepared_though_it_is_in_the_window(server: Server) -> None:
+    again = Server(server.ledger, PlainBroadcast(broken={"": "its files are damaged"}))
     await again.start()
     with pytest.raises(ReleaseError, match="its files are damaged"):
-        await back(again)
-    assert live(again)[0] == 2
+        await again.back()
+    assert again.live[0] == 2
 
 
-async def test_after_the_guard_has_withdrawn_an_adapter_the_next_one_behind_is_resident(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
-) -> None:
-    await release(protocol, clip="b")
-    ledger.withdraw(["b"], actor="guard", subject="release 3", reason="disagrees", evidence={})
-    assert (await back(protocol)).clip == "a"
-    await protocol.follow()
-    broadcast.never = {"prepare", "cover"}
-    assert (await back(protocol)).clip is None
+async def test_after_the_guard_has_withdrawn_an_adapter_the_next_one_behind_is_resident(server: Server) -> None:
+    await server.create(clip="b")
+    server.ledger.withdraw(["b"], actor="guard", subject="release 3", reason="disagrees", evidence={})
+    assert (await server.back()).clip == "a"
+    await server.follow()
+    server.broadcast.never = {"prepare", "cover"}
+    assert (await server.back()).clip is None
 
 
-async def test_updates_wait_after_an_operators_rollback_until_somebody_resumes(
-    protocol: ReleaseProtocol, ledger: Ledger
-) -> None:
-    await back(protocol)
-    ledger.propose("update", clip="b", actor="updater", reason="passed")
-    assert await protocol.step() is None
-    ledger.resume("ann", "fine")
-    outcome = await protocol.step()
-    assert outcome is not None and outcome.clip == "b"
-
-
-async def test_an_update_that_is_being_prepared_when_a_hold_comes_waits_and_goes_on_after_it(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
-) -> None:
-    update = ledger.propose("update", clip="b", actor="updater", reason="passed")
-    broadcast.gate = asyncio.Event()
-    stepping = asyncio.create_task(protocol.step())
-    await until(lambda: "b" in broadcast.prepared)
-    ledger.hold("ann", "incident")
-    broadcast.gate.set()
+async def test_an_update_that_is_being_prepared_when_a_hold_comes_waits_and_goes_on_after_it(server: Server) -> None:
+    update = server.propose(name="b")
+    server.broadcast.gate = asyncio.Event()
+    stepping = asyncio.create_task(server.step())
+    await until(lambda: "b" in server.broadcast.prepared)
+    server.ledger.hold("ann", "incident")
+    server.broadcast.gate.set()
     assert await stepping is None
-    assert (live(protocol)[0], ledger.proposal(update.id).state) == (2, "pending")
-    ledger.resume("ann", "over")
-    outcome = await protocol.step()
-    assert outcome is not None and outcome.proposal == update.id
+    assert (server.live[0], server.ledger.proposal(update).state) == (2, "pending")
+    server.ledger.resume("ann", "over")
+    outcome = await server.step()
+    assert outcome is not None and outcome.proposal == update
 
 
 async def test_a_release_whose_operator_was_told_that_the_ledger_is_away_is_not_carried_out_later(
-    protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*args: object, **options: object) -> None:
         raise LedgerUnavailable("the ledger is away.", "Wait.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "commit_release", away)
-        patch.setattr(ledger, "advance_proposal", away)
+        patch.setattr(server.ledger, "commit_release", away)
+        patch.setattr(server.ledger, "advance_proposal", away)
         with pytest.raises(LedgerUnavailable):
-            await release(protocol, clip="b")
+            await server.create(clip="b")
         with pytest.raises(LedgerUnavailable):
-            await back(protocol)
-    assert [row.state for row in ledger.pending_proposals()] == ["pending", "pending"]
-    assert await protocol.step() is None
-    assert ledger.pending_proposals() == [] and live(protocol)[0] == 2
+            await server.back()
+    assert [row.state for row in server.ledger.pending_proposals()] == ["pending", "pending"]
+    assert await server.step() is None
+    assert server.ledger.pending_proposals() == [] and server.live[0] == 2
 
 
-async def test_a_ledger_that_hangs_refuses_within_a_second(
-    protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_ledger_that_hangs_refuses_within_a_second(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     hung = threading.Event()
     monkeypatch.setattr(rollback, "ANSWER_SECONDS", ANSWER_SECONDS)
-    monkeypatch.setattr(ledger, "live", lambda: hung.wait(30))
-    command = RollbackCommand(actor="ann", reason="bad", expected_live=2)
+    monkeypatch.setattr(server.ledger, "live", lambda: hung.wait(30))
     try:
         with pytest.raises(LedgerUnavailable, match="did not say within"):
-            await protocol.rollback(command)
+            await server.rollback(RollbackCommand(actor="ann", reason="bad", expected_live=2))
     finally:
         hung.set()
 

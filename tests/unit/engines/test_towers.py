@@ -1,18 +1,23 @@
-"""Towers that compute their last block for one token only give what open_clip's whole towers give."""
+"""Towers give what open_clip's whole towers give: the last block for one token only, texts at the width they need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip.model
 import pytest
 import torch
 from torch import nn
 
+from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.layers import PackedAttention, PackedLinear, can_pack, pack
-from serving.engines.towers import encode_image, encode_text
-from tests.support.tiny import CONFIG
+from serving.engines.preprocess import Preprocess
+from serving.engines.towers import TextWidths, encode_image, encode_text
+from tests.support.tiny import CONFIG, tiny_adapter
 
 Changes = dict[str, Any]
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -118,3 +123,56 @@ def test_packed_attention_of_one_token_is_that_token_of_all() -> None:
     rows = half_mask[3].expand(6, 1, 5)
     one = packed(half[:, 3:4], half, half, attn_mask=rows)[0].float()
     torch.testing.assert_close(one, expected[:, 3:4], atol=0.02, rtol=0.1)
+
+
+TEXTS = ["a", "a photo of a cat", "seven words of a middling long text", "word " * 60]
+
+
+def custom(home: Path, **text_cfg: object) -> ClipBase:
+    """A base with open_clip's separate text tower, as SigLIP and CLIPA have it."""
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text_cfg}, "custom_text": True}  # type: ignore[dict-item]
+    torch.manual_seed(0)
+    model = open_clip.model.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
+    return save_base(home, "custom", model, config, Preprocess(size=32), {"kind": "simple", "kwargs": {}})
+
+
+def at_full_length(engine: ClipEngine, adapter: str | None) -> np.ndarray:
+    with torch.inference_mode():
+        vectors = engine.model(adapter).encode_text(engine.tokenizer(TEXTS), normalize=True)  # type: ignore[operator]
+    return np.asarray(vectors)
+
+
+def test_short_and_long_texts_of_a_causal_tower_have_the_vectors_of_full_length(base: ClipBase, folder: Path) -> None:
+    engine = ClipEngine(base, device="cpu")
+    name = tiny_adapter(base, folder, seed=1)
+    engine.load(name, folder)
+    for adapter in (None, name):
+        np.testing.assert_allclose(engine.encode_texts(TEXTS, adapter), at_full_length(engine, adapter), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text_cfg", "trims"),
+    [({}, True), ({"no_causal_mask": True, "pool_type": "last"}, False), ({"no_causal_mask": True}, False)],
+)
+def test_a_tower_that_sees_its_padding_gets_full_length(
+    tmp_path: Path, text_cfg: dict[str, object], trims: bool
+) -> None:
+    engine = ClipEngine(custom(tmp_path, **text_cfg), device="cpu")
+    assert engine.widths.trims is trims
+    np.testing.assert_allclose(engine.encode_texts(TEXTS), at_full_length(engine, None), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("widths", "lengths", "most", "passes"),
+    [
+        (TextWidths(77, True, bucket=8), [10, 70, 12, 9, 20, 77], 64, [(24, [3, 0, 2, 4]), (77, [1, 5])]),
+        (TextWidths(77, True), [9] * 7, 3, [(9, [0, 1, 2]), (9, [3, 4, 5]), (9, [6])]),
+        (TextWidths(77, False), [9, 70], 64, [(77, [0, 1])]),
+        (TextWidths(77, True), [], 64, []),
+    ],
+    ids=["short texts do not pay for long ones", "rows of a pass", "full length", "nothing"],
+)
+def test_texts_of_about_one_length_share_a_pass(
+    widths: TextWidths, lengths: list[int], most: int, passes: list[tuple[int, list[int]]]
+) -> None:
+    assert list(widths.passes(lengths, most)) == passes

@@ -1,13 +1,14 @@
-"""What the model reads for a question."""
+"""What the model reads for a question, and the text of its answer, which comes out as it becomes certain."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 
-from serving.engines.vlm.generation import GenerationRequest, Message, question
+from serving.engines.vlm.generation import Detokenizer, GenerationRequest, Message, TokenChunk, question, whole
 from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
 from serving.errors import InvalidRequest
 from tests.support.tiny_vlm import tiny_vlm_base
@@ -78,3 +79,48 @@ def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any)
     strict.chat_template = "{{ raise_exception('turns must alternate') }}"
     with pytest.raises(InvalidRequest, match="turns must alternate"):
         render(strict, question(PICTURE, "what?"))
+
+
+def _said(tokenizer: Any, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
+    words = Detokenizer(tokenizer, stop)
+    return [words.take([token], i == len(tokens) - 1) for i, token in enumerate(tokens)], words
+
+
+def test_chunks_of_random_tokens_add_up_to_what_the_tokenizer_decodes(processor: Any) -> None:
+    chance, tokenizer = random.Random(0), processor.tokenizer
+    for _ in range(200):
+        tokens = [chance.randrange(len(tokenizer)) for _ in range(chance.randrange(1, 20))]
+        said, _ = _said(tokenizer, tokens)
+        assert "".join(said) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_character_of_several_tokens_is_said_when_it_is_whole(processor: Any) -> None:
+    tokens = processor.tokenizer("né", add_special_tokens=False)["input_ids"]
+    assert len(tokens) == 3  # the tiny tokenizer knows bytes only
+    assert _said(processor.tokenizer, tokens)[0] == ["n", "", "é"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (("blue",), "a red or "), ((" or", "red"), "a "), (("car",), "a red or blue"), (("blue!",), "a red or blue"),
+        (("", "d o"), "a re"),
+    ],
+)  # fmt: skip
+def test_nothing_after_a_stop_string_and_no_part_of_it_is_said(
+    processor: Any, stop: tuple[str, ...], text: str
+) -> None:
+    tokens = processor.tokenizer("a red or blue", add_special_tokens=False)["input_ids"]
+    said, words = _said(processor.tokenizer, tokens, stop)
+    assert "".join(said) == text
+    assert words.stopped == (text != "a red or blue")
+
+
+async def test_a_stream_as_one_reply() -> None:
+    async def chunks() -> Any:
+        yield TokenChunk("re", (1, 2), (-0.5, -0.25), 7, 2)
+        yield TokenChunk("d", (3,), (-1.0,), 7, 3, "stop")
+
+    reply = await whole(chunks())
+    assert (reply.text, reply.tokens, reply.logprobs) == ("red", (1, 2, 3), (-0.5, -0.25, -1.0))
+    assert (reply.prompt_tokens, reply.finish) == (7, "stop")
