@@ -109,15 +109,14 @@ def assert_served_as_trained(base: ClipBase, result: TrainResult) -> None:
 
 
 def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, seed: int = 0) -> Features:
-    """Random unit features with gradients, and other random ones as the teacher's."""
+    """Random unit features with gradients, and other random ones of three teachers."""
     made = torch.Generator().manual_seed(seed)
-    image, text, old_image, old_text = (
-        F.normalize(torch.randn(len(captions), dim, generator=made), dim=1) for _ in range(4)
-    )
+    image, text, *old = (F.normalize(torch.randn(len(captions), dim, generator=made), dim=1) for _ in range(8))
+    names = ("base", "incumbent", "momentum")
     return Features(
         image=image.requires_grad_(),
         text=text.requires_grad_(),
-        teachers={"base": TeacherFeatures(old_image, old_text)},
+        teachers={name: TeacherFeatures(*old[2 * n : 2 * n + 2]) for n, name in enumerate(names)},
         caption=torch.tensor(captions),
         label=torch.full((len(captions),), -1),
         part=tuple(parts or ["new"] * len(captions)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -44,6 +45,17 @@ def kl(old: list[float], new: list[float]) -> float:
 def mean_kl(old: Rows, new: Rows) -> float:
     """Mean over rows."""
     return sum(kl(x, y) for x, y in zip(old, new, strict=True)) / len(old)
+
+
+def contrast(scores: Rows, own: Sequence[int], keys: Sequence[int], extra: Rows | None = None) -> float:
+    """Mean over rows that have positives of minus their mean log-share; a row's positives are the keys of its own
+    number, its negatives all others and ``extra``."""
+    values = []
+    for i, row in enumerate(scores):
+        total = math.log(sum(math.exp(score) for score in (*row, *(extra[i] if extra else ()))))
+        positives = [score - total for score, key in zip(row, keys, strict=True) if key == own[i] >= 0]
+        values += [-sum(positives) / len(positives)] if positives else []
+    return sum(values) / len(values)
 
 
 def without_diagonal(rows: Rows) -> Rows:
