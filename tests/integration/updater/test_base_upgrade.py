@@ -13,7 +13,7 @@ from core.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from ops.cli.main import app
-from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.home import add_samples, changed, commit, made_by, make_home, release
 from tests.support.tiny import tiny_base
 from updater.gate.verdict import Verdict
 from updater.service import gate_update
@@ -51,14 +51,8 @@ def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
     add_samples(settings, 12)
     add_samples(settings, fresh, split="fresh_eval", partition=1)
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "done", update
-    (proposal,) = service.ledger.pending_proposals()
-    live = service.ledger.live()
-    service.ledger.commit_release(
-        (live.number if live else 0) + 1, clip=proposal.clip, vlm=None, actor="updater", reason="passed",
-        proposal_id=proposal.id,
-    )  # fmt: skip
+    update = made_by(service)
+    release(service.ledger)
     return update
 
 
@@ -68,7 +62,7 @@ def upgraded(settings: Settings, name: str = "wide", gflops: float | None = None
 
 
 def on(settings: Settings, base: str) -> Settings:
-    return settings.model_copy(update={"base": settings.base.model_copy(update={"clip": base})})
+    return changed(settings, "base", clip=base)
 
 
 def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_back(
@@ -119,7 +113,7 @@ def test_without_a_release_the_old_base_alone_is_the_incumbent_and_all_that_is_s
     add_samples(settings, 12)
     add_samples(settings, 12, split="fresh_eval", partition=1)
     ledger = Ledger.open(settings.ledger)
-    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="first start", proposal_id=None)
+    commit(ledger)
     update = upgraded(settings)
     assert update.cost["pending"] == 12 and update.incumbent is None
     assert verdicts[-1].incumbent == "the base tiny"

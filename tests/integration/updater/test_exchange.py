@@ -21,7 +21,7 @@ from core.settings import Settings
 from ops.cli.main import app
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
-from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home, release
+from tests.integration.updater.home import add_samples, judged_as, made_by, make_home, make_vlm_home, release
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.recipes import load_recipe
@@ -57,8 +57,8 @@ def test_an_imported_adapter_is_judged_and_proposed_by_the_updater(
     imported = import_adapter(settings, foreign, actor="ada", base="tiny")
     assert not imported.known and imported.update.state == "trained"
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and (update.id, update.state) == (imported.update.id, "done")
+    update = made_by(service)
+    assert (update.id, update.state) == (imported.update.id, "done")
     (proposal,) = service.ledger.pending_proposals()
     assert (proposal.kind, proposal.clip, proposal.update_id) == ("update", update.adapter, update.id)
     verdict = service.ledger.verdict_of(update.id)
@@ -104,8 +104,8 @@ def test_an_import_that_was_interrupted_is_completed(
 def test_an_import_has_learned_no_data_of_the_store(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
     add_samples(settings, 12)
     service = UpdaterService(settings)
-    own = service.step().update
-    assert own is not None and own.data_to
+    own = made_by(service)
+    assert own.data_to
     release(service.ledger)
     imported = import_adapter(settings, foreign, actor="ada", base="tiny").update
     assert (imported.incumbent, imported.data_from, imported.data_to) == (own.adapter, own.data_to, {})
@@ -118,8 +118,8 @@ def test_an_import_has_learned_no_data_of_the_store(settings: Settings, foreign:
     # Nor does it hide that the recipe has tried these samples before.
     assert service.step().reason == "there are no new samples"
     add_samples(settings, 12)
-    following = service.step().update
-    assert following is not None and (following.state, following.incumbent) == ("done", imported.adapter)
+    following = made_by(service)
+    assert (following.state, following.incumbent) == ("done", imported.adapter)
 
 
 def test_it_is_compared_with_what_is_live_when_it_is_judged(
@@ -129,14 +129,14 @@ def test_it_is_compared_with_what_is_live_when_it_is_judged(
     second = import_adapter(settings, foreign_adapter(settings, tmp_path / "2", 2), actor="ada", base="tiny").update
     assert second.incumbent is None
     service = UpdaterService(settings)
-    done = service.step().update
-    assert done is not None and done.id == first.id  # in the order of their coming
+    done = made_by(service)
+    assert done.id == first.id  # in the order of their coming
     assert "proposal" in service.step().reason  # the second waits for what comes of the first
     with pytest.raises(TrainingError, match="cannot be judged now: proposal"):
         gate_import(settings, import_adapter(settings, tmp_path / "2", actor="ada", base="tiny"))
     release(service.ledger)
-    done = service.step().update
-    assert done is not None and (done.id, done.incumbent) == (second.id, first.adapter)
+    done = made_by(service)
+    assert (done.id, done.incumbent) == (second.id, first.adapter)
 
 
 def test_judging_at_once_leaves_the_work_of_an_updater_alone(
@@ -162,8 +162,8 @@ def test_what_is_exported_comes_back_as_the_same_adapter(
 ) -> None:
     add_samples(settings, 12)
     service = UpdaterService(settings)
-    own = service.step().update
-    assert own is not None and own.adapter
+    own = made_by(service)
+    assert own.adapter
     release(service.ledger)
     folder = export_adapter(settings, own.adapter, tmp_path / "out" / "mine")
     assert adapter_name(folder) == own.adapter
@@ -194,8 +194,8 @@ def test_peft_reads_what_is_exported_and_computes_what_is_served(
 ) -> None:
     add_samples(settings, 12)
     service = UpdaterService(settings)
-    own = service.step().update
-    assert own is not None and own.adapter
+    own = made_by(service)
+    assert own.adapter
     folder = export_adapter(settings, own.adapter, tmp_path / "mine")
     base = tiny_base(settings.home)
     model = PeftModel.from_pretrained(base.build_model(), folder).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -189,13 +190,23 @@ def test_an_operator_may_train_anew_while_a_candidate_is_kept(lab: Lab) -> None:
 
 
 def test_without_the_wait_updates_begin_by_samples_alone_and_no_candidate_is_kept(lab: Lab) -> None:
+    assert lab.decide() == Waiting("there are no new samples")
     lab.judged("u1")
     lab.set("updater", wait_for_items=False)
     add_samples(lab.settings, 9)
-    assert isinstance(lab.decide(), Waiting)
+    waiting = lab.decide()
+    assert isinstance(waiting, Waiting) and waiting.reason.startswith("9 of 10 new samples")
     add_samples(lab.settings, 1)
     ready = lab.decide()
     assert isinstance(ready, Ready) and ready.once
+    lab.set("updater", min_new_samples=20)
+    assert isinstance(lab.decide(), Waiting)
+    lab.set("updater", max_wait_seconds=1e-3)
+    assert isinstance(lab.decide(), Ready), "the oldest has waited for long enough"
+    lab.set("budget", gflops_per_day=1000.0, gflops_per_update=900.0)
+    assert lab.ledger.charge("somebody else", 200.0, now=time.time(), rate=0, capacity=1000)
+    waiting = lab.decide()
+    assert isinstance(waiting, Waiting) and "the budget lacks" in waiting.reason
 
 
 def test_a_stream_without_fresh_items_keeps_no_candidate_for_ever(lab: Lab) -> None:
