@@ -97,7 +97,7 @@ class ClipLearner(Learner[Pair]):
 
     def _tower_passes(self) -> dict[Which, TowerPass]:
         """Boundaries are kept of the text tower first, which takes less, and of the image tower if there is room."""
-        left = self.work.room
+        left = self.precomputed.room
         passes: dict[Which, TowerPass] = {}
         blank: dict[Which, Tensor] = {"text": self._tokenize([""]).to(self.model.device), "image": self._blank}
         for which in ("text", "image"):
@@ -109,7 +109,7 @@ class ClipLearner(Learner[Pair]):
         return passes
 
     @property
-    def settled(self) -> str:
+    def shard_choices(self) -> str:
         return f"{self.tower_passes['image'].keep} {self.tower_passes['text'].keep}"
 
     def _extra_texts_of(
@@ -126,10 +126,10 @@ class ClipLearner(Learner[Pair]):
                 return self._text_values(common, teachers, [texts[row] for row in rows])
 
         names = [f"{term}-{'all' if example < 0 else self.parts[example]}" for example, _ in wanted]
-        contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
+        contents = [f"{self.precomputed.key} {common.keep} {text}" for text in texts]
         layout = spans(names, {}, CHUNK)
         shards = Shards(
-            self.work.folder, layout, contents, lambda _: Fetched(), compute,
+            self.precomputed.folder, layout, contents, lambda _: Fetched(), compute,
             lambda rows, _: Size((len(rows),), (self._longest([texts[row] for row in rows]),)),
             between, self.team, lambda *gflops: self.afford(*gflops),
         )  # fmt: skip
@@ -140,7 +140,9 @@ class ClipLearner(Learner[Pair]):
 
     def compute(self, rows: range, images: Sequence[np.ndarray]) -> Values:
         few = min(CHUNK, images_per_pass(self.model.model.get_submodule("visual"), self.model.device))
-        teachers = [name for name, parts in self.taught.items() if name != "momentum" and self.parts[rows[0]] in parts]
+        teachers = [
+            name for name, parts in self.teacher_parts.items() if name != "momentum" and self.parts[rows[0]] in parts
+        ]
         values: dict[str, list[Tensor]] = {}
         for first in range(0, len(images), few):
             pixels = self.base.preprocess.normalise(np.stack(images[first : first + few]), self.model.device)
@@ -207,7 +209,7 @@ class ClipLearner(Learner[Pair]):
         self.ready(rows)
         index = torch.tensor(rows)
         device = self.model.device
-        teachers = {name: self._teacher(name, rows) for name in self.taught if name != "momentum"}
+        teachers = {name: self._teacher(name, rows) for name in self.teacher_parts if name != "momentum"}
         if self.momentum is not None:
             with torch.no_grad(), self.model.holding(self.momentum.values):
                 teachers["momentum"] = TeacherFeatures(self.features("image", rows), self.features("text", rows))
@@ -224,7 +226,7 @@ class ClipLearner(Learner[Pair]):
 
     def _teacher(self, name: str, rows: Sequence[int]) -> TeacherFeatures:
         """Its features; not a number for rows that no objective compares with it."""
-        places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.teacher_parts[name]]
         image, text = (torch.full((len(rows), self.base.dim), torch.nan, device=self.model.device) for _ in WHICH)
         if places:
             known = [rows[place] for place in places]

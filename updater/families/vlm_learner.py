@@ -97,7 +97,7 @@ class VlmLearner(Learner[Question]):
             if self._takes_features:
                 features = self._see(self._first_images(), 1)
                 size = sum(each.numel() * each.element_size() for each in features)
-                self.keeps_features = 0 < size <= self.work.room
+                self.keeps_features = 0 < size <= self.precomputed.room
 
     def _first_images(self) -> Inputs:
         """Of the first example that can be read; of a stand-in where there is none among the first ones."""
@@ -108,7 +108,7 @@ class VlmLearner(Learner[Question]):
         return self._read(self.examples[:1], [STAND_IN]).images
 
     @property
-    def settled(self) -> str:
+    def shard_choices(self) -> str:
         return f"{self.keeps_features}, by tiles, with sizes"
 
     def decode(self, example: Question, image: bytes) -> Checked:
@@ -141,7 +141,7 @@ class VlmLearner(Learner[Question]):
         tokens, answers, pictures, shown_before = zip(*sizes, strict=True)
         squares = math.hypot(*pictures)  # attention within each
         head = cast(Any, self.model.model).get_output_embeddings().weight
-        passes = 3 + len(self.taught)  # forward twice at most, and backward; each teacher's
+        passes = 3 + len(self.teacher_parts)  # forward twice at most, and backward; each teacher's
         gflops = 2 * head.numel() * sum(answers) * passes / 1e9
         return Size((len(sizes), own), (max(tokens), sum(pictures), squares, max(shown_before)), gflops)
 
@@ -189,7 +189,7 @@ class VlmLearner(Learner[Question]):
             read_before = self._read([shown(each) for each in examples], encoded).sequences
             for key in read_before[0].inputs:
                 values[f"shown.{key}"] = [each.prompt[key] for each in read_before]
-        for name, parts in self.taught.items():
+        for name, parts in self.teacher_parts.items():
             if self.parts[rows[0]] not in parts:
                 continue
             shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
@@ -205,7 +205,7 @@ class VlmLearner(Learner[Question]):
         return values
 
     def _read(self, examples: Sequence[Question], encoded: Sequence[bytes]) -> Read:
-        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+        with ThreadPoolExecutor(self.precomputed.threads, "decode") as pool:
             images = list(pool.map(lambda image: np.array(open_accepted(image).decode()), encoded))
         return self.reader.read(examples, images)
 
@@ -223,7 +223,7 @@ class VlmLearner(Learner[Question]):
             logits=logits,
             target=target,
             row=row,
-            teachers={name: self._teacher(name, rows, sequences, logits) for name in self.taught},
+            teachers={name: self._teacher(name, rows, sequences, logits) for name in self.teacher_parts},
             own=self._own_answers(rows) if self.own_parts else None,
         )
 
@@ -356,7 +356,7 @@ class VlmLearner(Learner[Question]):
 
     def _teacher(self, name: str, rows: Sequence[int], sequences: Sequence[Tokens], logits: Tensor) -> Teacher:
         k = min(TOP, logits.shape[-1])
-        places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.teacher_parts[name]]
         known = [rows[place] for place in places]
         columns = [self.shards.get(f"{name}.{key}", known) for key in ("tokens", "logprobs", "rest")]
         by_place = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}

@@ -30,7 +30,6 @@ from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
 from updater.methods import objectives, optimizers, regularizers
 from updater.methods.batches import Batch, Features
-from updater.methods.objectives import Objective
 from updater.methods.optimizers import Average, Momentum
 from updater.recipes import Part, Recipe, Term
 from updater.step.passes import (
@@ -89,13 +88,17 @@ class Learner(ABC, Generic[E]):
         self.optimizer = optimizers.make(recipe.optimizer, self._groups(), recipe.weight_decay)
         for _, regularizer in self.regularizers:
             regularizer.begin(self.parameters)
-        self.taught = _taught(self.objectives)
-        """The pools whose examples a teacher is asked about, by its name."""
         weighted = [(term, objective) for term, objective in self.objectives if term.weight > 0]
+        self.teacher_parts: dict[str, set[Part]] = {}
+        """The pools whose examples a teacher is asked about, by its name."""
+        for term, objective in weighted:
+            for part in term.over:
+                for name in objective.teachers_of(part):
+                    self.teacher_parts.setdefault(name, set()).add(part)
         followed = [o for _, o in weighted if "momentum" in o.teachers or o.own_answers]
         self.momentum = Momentum(self.parameters, *followed[0].momentum) if followed else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
-        started = "incumbent" in self.taught or any(objective.frozen_texts for _, objective in self.objectives)
+        started = "incumbent" in self.teacher_parts or any(objective.frozen_texts for _, objective in self.objectives)
         self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
         self.afford: Callable[[float, float], float] = lambda most, least: math.inf
         """Called before something is prepared, with the GFLOPs that it takes at most and at least. Returns those that
@@ -133,7 +136,7 @@ class Learner(ABC, Generic[E]):
         return 1.0
 
     def prepare(
-        self, examples: Sequence[E], parts: Sequence[Part], work: Precomputed | None = None,
+        self, examples: Sequence[E], parts: Sequence[Part], precomputed: Precomputed | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Take the examples that steps refer to by number. What no step changes is computed once for each, in shards,
@@ -141,20 +144,20 @@ class Learner(ABC, Generic[E]):
 
         Args:
             parts: the pool of each.
-            work: where shards are kept; without it, in a folder that goes with the learner.
+            precomputed: where shards are kept; without it, in a folder that goes with the learner.
             between: called after each shard (duty cycle, signals).
         """
-        if work is None:
+        if precomputed is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="ratchet-shards-")
-            work = Precomputed(Path(self._own_folder.name))
+            precomputed = Precomputed(Path(self._own_folder.name))
         self.close()
         self.examples: list[E] = list(examples)
-        self.parts, self.work = list(parts), work
-        layout = spans(self.parts, work.rows, CHUNK)
+        self.parts, self.precomputed = list(parts), precomputed
+        layout = spans(self.parts, precomputed.rows, CHUNK)
         self.begin(between)
-        contents = [f"{work.key} {self.settled} {each.content}" for each in self.examples]
+        contents = [f"{precomputed.key} {self.shard_choices} {each.content}" for each in self.examples]
         self.shards = Shards(
-            work.folder, layout, contents, self._fetch, self._compute_at_start, self.shard_size, between, self.team,
+            precomputed.folder, layout, contents, self._fetch, self._compute_at_start, self.shard_size, between, self.team,
             lambda *gflops: self.afford(*gflops),
         )  # fmt: skip
 
@@ -226,11 +229,6 @@ class Learner(ABC, Generic[E]):
                 self.momentum.stepped(self.parameters)
             if self.average is not None:
                 self.average.stepped(self.parameters)
-
-    def settle(self) -> None:
-        """After the last step: bring the parameters to what the update hands over."""
-        if self.average is not None:
-            self.average.settle(self.parameters)
 
     def remembered(self) -> dict[str, Tensor]:
         """State of objectives and regularizers for the next update, by name."""
@@ -322,7 +320,7 @@ class Learner(ABC, Generic[E]):
         """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
 
     @property
-    def settled(self) -> str:
+    def shard_choices(self) -> str:
         """The decisions of :meth:`begin` about what shards hold: with other ones they are made again."""
         return ""
 
@@ -397,21 +395,12 @@ class Learner(ABC, Generic[E]):
                 left_out[row] = f"{type(error).__name__}: {error}"[:300]
                 return self.decode(example, STAND_IN)
 
-        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+        with ThreadPoolExecutor(self.precomputed.threads, "decode") as pool:
             return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
 
     def close(self) -> None:
         """End what is read in advance."""
         self.shards.close()
-
-
-def _taught(terms: Sequence[tuple[Term, Objective[Any]]]) -> dict[str, set[Part]]:
-    taught: dict[str, set[Part]] = {}
-    for term, objective in terms:
-        for part in term.over if term.weight > 0 else ():
-            for name in objective.teachers_of(part):
-                taught.setdefault(name, set()).add(part)
-    return taught
 
 
 def _total(batch: Batch, alone: Sequence[tuple[Term, Tensor]]) -> Tensor:

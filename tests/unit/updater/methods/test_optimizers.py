@@ -116,7 +116,7 @@ def _walk(every: int, values: list[float]) -> float:
     resumed.load_state(average.state())
     for each in (average, resumed):
         parameters["w"].data.fill_(values[-1])
-        each.settle(parameters)
+        each.apply(parameters)
     return float(parameters["w"][0].detach())
 
 
@@ -144,7 +144,7 @@ def test_an_update_hands_over_the_mean_of_its_parameters(
     def copy(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    original_update, original_settle = Learner.optimizer_step, Learner.settle
+    original_update, original_apply = Learner.optimizer_step, Average.apply
 
     def update(self: AnyLearner, rate: float, step: int = 0, steps: int = 1) -> None:
         if not passed:
@@ -152,12 +152,12 @@ def test_an_update_hands_over_the_mean_of_its_parameters(
         original_update(self, rate, step, steps)
         passed.append(copy(self.parameters))
 
-    def settle(self: AnyLearner) -> None:
-        original_settle(self)
-        handed.update(copy(self.parameters))
+    def apply(self: Average, parameters: Mapping[str, nn.Parameter]) -> None:
+        original_apply(self, parameters)
+        handed.update(copy(parameters))
 
     monkeypatch.setattr(Learner, "optimizer_step", update)
-    monkeypatch.setattr(Learner, "settle", settle)
+    monkeypatch.setattr(Average, "apply", apply)
     plan = recipe("zscl", average_every=2, max_steps=5)
     result = run(base, tmp_path, recipe=plan)
     assert len(passed) == 6 and set(handed) == set(passed[0])
