@@ -140,9 +140,8 @@ class ClipLearner(Learner[Pair]):
 
     def compute(self, rows: range, images: Sequence[np.ndarray]) -> Values:
         few = min(CHUNK, images_per_pass(self.model.model.get_submodule("visual"), self.model.device))
-        teachers = [
-            name for name, parts in self.teacher_parts.items() if name != "momentum" and self.parts[rows[0]] in parts
-        ]
+        part = self.parts[rows[0]]
+        teachers = [name for name, parts in self.teacher_parts.items() if name != "momentum" and part in parts]
         values: dict[str, list[Tensor]] = {}
         for first in range(0, len(images), few):
             pixels = self.base.preprocess.normalise(np.stack(images[first : first + few]), self.model.device)

@@ -282,9 +282,13 @@ class VlmLearner(Learner[Question]):
         """By row, the inputs before the answer: of the question alone (``tokens``), or with the answer (``shown``)."""
         if which == "tokens":
             return {row: each.prompt for row, each in zip(rows, self._sequences(rows), strict=True)}
-        keys = [name for name in self.shards.names(rows[0]) if name.startswith("shown.")]
-        columns = {name.removeprefix("shown."): self.shards.get(name, rows) for name in sorted(keys)}
-        return {row: {key: values[place] for key, values in columns.items()} for place, row in enumerate(rows)}
+        return dict(zip(rows, self._kept("shown.", rows), strict=True))
+
+    def _kept(self, prefix: str, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Row by row, the values of the shards whose names begin so, by the rest of their names."""
+        names = sorted(name for name in self.shards.names(rows[0]) if name.startswith(prefix))
+        columns = {name.removeprefix(prefix): self.shards.get(name, rows) for name in names}
+        return [{key: values[place] for key, values in columns.items()} for place in range(len(rows))]
 
     def _run(self, rows: Sequence[int]) -> Tensor:
         sequences = self._sequences(rows)
@@ -294,13 +298,8 @@ class VlmLearner(Learner[Question]):
         return max(len(each) for each in sequences) + self.extra
 
     def _sequences(self, rows: Sequence[int]) -> list[Tokens]:
-        keys = [name.removeprefix("tokens.") for name in self.shards.names(rows[0]) if name.startswith("tokens.")]
-        columns = {key: self.shards.get(f"tokens.{key}", rows) for key in sorted(keys)}
-        answers = self.shards.get("answer", rows)
-        return [
-            Tokens({key: values[place] for key, values in columns.items()}, int(answer))
-            for place, answer in enumerate(answers)
-        ]
+        kept = zip(self._kept("tokens.", rows), self.shards.get("answer", rows), strict=True)
+        return [Tokens(inputs, int(answer)) for inputs, answer in kept]
 
     def plain(self, model: nn.Module, examples: Sequence[Question]) -> Tensor:
         """Padded to the length of the batch that was looked at last, which is what a step is compared with."""
@@ -339,10 +338,7 @@ class VlmLearner(Learner[Question]):
         if not self.keeps_features:
             encoded = [image.numpy().tobytes() for image in self.shards.get("encoded", rows)]
             return self._read([self.examples[row] for row in rows], encoded).images
-        keys = [name.removeprefix("beside.") for name in self.shards.names(rows[0]) if name.startswith("beside.")]
-        columns = {key: self.shards.get(f"beside.{key}", rows) for key in sorted(keys)}
-        beside = [{key: values[place] for key, values in columns.items()} for place in range(len(rows))]
-        return self._from_features(self.shards.get("features", rows), beside)
+        return self._from_features(self.shards.get("features", rows), self._kept("beside.", rows))
 
     def _from_features(self, features: Sequence[Tensor], beside: Sequence[Mapping[str, Tensor]]) -> Inputs:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -361,11 +357,8 @@ class VlmLearner(Learner[Question]):
         columns = [self.shards.get(f"{name}.{key}", known) for key in ("tokens", "logprobs", "rest")]
         by_place = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
         teachers = [by_place.get(place) or _silence(each.answer, k) for place, each in enumerate(sequences)]
-        return Teacher(
-            torch.cat([each.tokens for each in teachers]).to(logits.device),
-            torch.cat([each.logprobs for each in teachers]).to(logits.device),
-            torch.cat([each.rest for each in teachers]).to(logits.device),
-        )
+        parts = zip(*((each.tokens, each.logprobs, each.rest) for each in teachers), strict=True)
+        return Teacher(*(torch.cat(part).to(logits.device) for part in parts))
 
 
 def _targets(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:

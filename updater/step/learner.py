@@ -30,7 +30,9 @@ from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
 from updater.methods import objectives, optimizers, regularizers
 from updater.methods.batches import Batch, Features
+from updater.methods.objectives import Objective
 from updater.methods.optimizers import Average, Momentum
+from updater.methods.regularizers import Regularizer
 from updater.recipes import Part, Recipe, Term
 from updater.step.passes import (
     ALONE,
@@ -157,8 +159,8 @@ class Learner(ABC, Generic[E]):
         self.begin(between)
         contents = [f"{precomputed.key} {self.shard_choices} {each.content}" for each in self.examples]
         self.shards = Shards(
-            precomputed.folder, layout, contents, self._fetch, self._compute_at_start, self.shard_size, between, self.team,
-            lambda *gflops: self.afford(*gflops),
+            precomputed.folder, layout, contents, self._fetch, self._compute_at_start, self.shard_size, between,
+            self.team, lambda *gflops: self.afford(*gflops),
         )  # fmt: skip
 
     def begin(self, between: Callable[[], None]) -> None:
@@ -232,21 +234,21 @@ class Learner(ABC, Generic[E]):
 
     def remembered(self) -> dict[str, Tensor]:
         """State of objectives and regularizers for the next update, by name."""
-        state = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
-        state |= {
-            f"regularizer.{t.name}.{key}": value for t, r in self.regularizers for key, value in r.state().items()
-        }
+        state = {name + key: value for name, term in self._terms() for key, value in term.state().items()}
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`remembered` gave; what is of no term of this recipe is left out."""
-        device = self.model.device
-        for term, objective in self.objectives:
-            if own := _under(tensors, f"objective.{term.name}."):
-                objective.load_state({key: value.to(device) for key, value in own.items()})
-        for term, regularizer in self.regularizers:
-            if own := _under(tensors, f"regularizer.{term.name}."):
-                regularizer.load_state({key: value.to(device) for key, value in own.items()})
+        for name, term in self._terms():
+            if own := _under(tensors, name):
+                term.load_state({key: value.to(self.model.device) for key, value in own.items()})
+
+    def _terms(self) -> list[tuple[str, Objective[Any] | Regularizer]]:
+        """Objectives and regularizers, and what the names of their tensors begin with."""
+        return [
+            *((f"objective.{term.name}.", objective) for term, objective in self.objectives),
+            *((f"regularizer.{term.name}.", regularizer) for term, regularizer in self.regularizers),
+        ]
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, optimizer moments, and what terms and teachers remember, by name."""
