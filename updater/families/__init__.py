@@ -27,16 +27,6 @@ from updater.step.learner import AnyLearner, Base
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-__all__ = [
-    "FAMILIES",
-    "families_with_a_base",
-    "family_base",
-    "family_recipe",
-    "make_learner",
-    "reference_of",
-    "spaces_of",
-]
-
 
 def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> AnyLearner:
     """The learner of a base. Raises ConfigError when the recipe is of another family."""

@@ -220,9 +220,7 @@ class TokenDistillation(VlmObjective):
     compared with: a lower bound of the whole KL, and equal to it when every token is kept.
 
     Args:
-        teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
-        replay: the same for replayed rows, where they have another teacher. Held to the base, they are pulled back to
-            what they were before they were learned.
+        teacher, replay: as of :class:`FeatureDistillation`.
     """
 
     def __init__(self, teacher: str = "base", replay: str | None = None) -> None:
