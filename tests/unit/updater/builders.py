@@ -57,7 +57,6 @@ def hash_of(tag: str) -> int:
 
 
 def pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
-    """Three pools of pairs."""
     return Pools(pairs("car", new), pairs("house", reference), pairs("tree", replay))
 
 
@@ -149,7 +148,6 @@ def questions(tag: str, count: int) -> tuple[Question, ...]:
 
 
 def question_pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
-    """Three pools of questions."""
     return Pools(questions("car", new), questions("house", reference), questions("tree", replay))
 
 

@@ -19,12 +19,10 @@ def dots(one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> Rows:
 
 
 def columns(rows: Rows) -> Rows:
-    """The transpose."""
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def softmax(scores: list[float]) -> list[float]:
-    """Probabilities."""
     total = sum(math.exp(score) for score in scores)
     return [math.exp(score) / total for score in scores]
 
@@ -43,7 +41,6 @@ def kl(old: list[float], new: list[float]) -> float:
 
 
 def mean_kl(old: Rows, new: Rows) -> float:
-    """Mean over rows."""
     return sum(kl(x, y) for x, y in zip(old, new, strict=True)) / len(old)
 
 
@@ -59,5 +56,4 @@ def contrast(scores: Rows, own: Sequence[int], keys: Sequence[int], extra: Rows 
 
 
 def without_diagonal(rows: Rows) -> Rows:
-    """Each row without itself."""
     return [[value for column, value in enumerate(row) if column != number] for number, row in enumerate(rows)]

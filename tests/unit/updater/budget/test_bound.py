@@ -38,7 +38,7 @@ def test_a_pass_of_a_known_size_takes_what_it_took_and_of_an_unknown_kind_nothin
 
 def test_the_bound_is_above_every_polynomial_of_second_degree() -> None:
     chance = random.Random(0)
-    for _ in range(200):
+    for _ in range(100):
         fixed, rows, linear, square, pictures, pairs_of_rows = (chance.random() for _ in range(6))
 
         def taken(n: float, tokens: float, seen: float) -> float:
@@ -189,7 +189,7 @@ def pretend(number: int) -> tuple[float, float, str]:
 def test_over_hundreds_of_random_draws_no_update_spends_more_than_its_budget() -> None:
     """Budgets, lengths, pictures, numbers of steps, passes after the last one, kills."""
     outcomes: Counter[str] = Counter()
-    for number in range(300):
+    for number in range(200):
         budget, spent, outcome = pretend(number)
         assert spent <= budget, (number, spent / budget)
         outcomes[outcome] += 1
