@@ -83,12 +83,13 @@ def make_vlm_home(home: Path, **overrides: Any) -> Settings:
 
 def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The real gate runs; ``["outcome"]`` of what is returned then replaces its outcome, which chance decides on random
-    weights.
+    weights. ``["verdict"]`` is the last one.
     """
     wanted: dict[str, Any] = {"outcome": outcome}
 
     def decided(**arguments: Any) -> Verdict:
-        return replace(run_gate(**arguments), outcome=wanted["outcome"])
+        wanted["verdict"] = replace(run_gate(**arguments), outcome=wanted["outcome"])
+        return wanted["verdict"]  # type: ignore[no-any-return]
 
     monkeypatch.setattr(gate_update, "run_gate", decided)
     return wanted
