@@ -130,7 +130,7 @@ class VlmLearner(Learner[Question]):
         own = sum(self.parts[row] in self.own_parts for row in rows)
         return self._size(
             [
-                (tokens + self.extra, answer, 0 if self.keeps_features else picture, shown_before)
+                (tokens + self.padding, answer, 0 if self.keeps_features else picture, shown_before)
                 for tokens, answer, picture, shown_before in sizes
             ],
             own,
@@ -295,7 +295,7 @@ class VlmLearner(Learner[Question]):
         return self._logits(self.model.model, sequences, self._eyes(rows), self._longest(sequences))
 
     def _longest(self, sequences: Sequence[Tokens]) -> int:
-        return max(len(each) for each in sequences) + self.extra
+        return max(len(each) for each in sequences) + self.padding
 
     def _sequences(self, rows: Sequence[int]) -> list[Tokens]:
         kept = zip(self._kept("tokens.", rows), self.shards.get("answer", rows), strict=True)

@@ -108,7 +108,7 @@ class Learner(ABC, Generic[E]):
         self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
         self.passes = CachedPasses(recipe.micro_batch)
         self.team = ALONE
-        self.extra = 0
+        self.padding = 0
         """Tokens that are added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
         self.left_out: list[int] = []
@@ -363,11 +363,11 @@ class Learner(ABC, Generic[E]):
     @contextmanager
     def padded(self, tokens: int) -> Iterator[None]:
         """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
-        self.extra = tokens
+        self.padding = tokens
         try:
             yield
         finally:
-            self.extra = 0
+            self.padding = 0
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
