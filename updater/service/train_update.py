@@ -56,7 +56,7 @@ def train_update(
     Args:
         base: that is trained; of an upgrade, the new one.
         work: folder of checkpoints, of measured costs, and of the adapter until it is in the artifacts.
-        ended: whether somebody else has ended the update meanwhile; asked between steps.
+        ended: true once an operator has ended the update; asked between steps.
 
     Raises:
         BucketEmpty: the update waits for its budget.

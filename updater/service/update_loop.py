@@ -300,7 +300,7 @@ class UpdaterService:
             if update.state not in FINISHED:
                 return self._abandon(update)
             say(f"{update.id} ends: {update.error}")
-        except Exception as error:  # of a library, memory among them: it may pass, and must not come for ever
+        except Exception as error:  # of a library, memory among them: it may pass, and must not come forever
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
             log.exception("%s: %s", update.id, error)
