@@ -7,6 +7,7 @@ from collections.abc import Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +26,7 @@ from updater.families.clip_learner import ClipLearner
 from updater.gate.suite_items import Item, open_picture
 from updater.step.learner import Precomputed
 from updater.training.measure import SMALL
-from updater.training.result import NAMED, cost_of
-from updater.training.workers import Stopped
+from updater.training.result import NAMED, TrainResult, cost_of
 
 LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
 
@@ -67,24 +67,17 @@ def test_a_resumed_update_prepares_no_finished_shard_again_and_is_charged_the_sa
     start = run(base, tmp_path / "before", recipe=recipe("naive", max_steps=2, **LAST)).directory
     plan = recipe("lwf", max_steps=3, **LAST)
     whole = run(base, tmp_path / "whole", recipe=plan, incumbent=start, pools=Reads(60, 60).pools)
-    reads, asked = Reads(60, 60), [0]
+    reads, attempts = Reads(60, 60), []
 
-    def every_second() -> bool:
-        asked[0] += 1
-        return asked[0] % 2 == 0
+    def attempt(**options: Any) -> TrainResult:
+        attempts.append(options)
+        return run(base, tmp_path / "parts", recipe=plan, incumbent=start, pools=reads.pools, **options)
 
-    stops = 0
-    while True:
-        try:
-            parts = run(base, tmp_path / "parts", recipe=plan, incumbent=start, pools=reads.pools, stop=every_second)
-            break
-        except Stopped:
-            stops += 1
-    assert 3 <= stops < 20
+    parts = resumed(attempt, 2, least=3)
     assert (parts.adapter, parts.losses, parts.maf) == (whole.adapter, whole.losses, whole.maf)
     measured = {f"car-{i}" for i in range(2 * SMALL)}
     # A shard that was read in advance when the update was stopped is read again, and is not computed twice.
-    assert all(count <= 2 + stops for name, count in reads.counts.items() if name not in measured)
+    assert all(count <= 1 + len(attempts) for name, count in reads.counts.items() if name not in measured)
 
 
 def test_the_incumbent_teaches_what_it_said_of_whole_inputs_at_the_start(base: ClipBase, tmp_path: Path) -> None:
