@@ -234,9 +234,9 @@ class VlmLearner(Learner[Question]):
             return None
         own_rows = [rows[place] for place in places]
         self._own = self._answer(list(dict.fromkeys(own_rows)))
-        logits = self.passes(self._run_own, own_rows)
+        logits = self.passes(partial(self._run_own, "tokens"), own_rows)
         with torch.no_grad(), self.model.holding(self.momentum.values):
-            teacher = self.passes(self._run_shown, own_rows)
+            teacher = self.passes(partial(self._run_own, "shown"), own_rows)
         row = torch.cat(
             [torch.full((len(self._own[row]),), place) for row, place in zip(own_rows, places, strict=True)]
         )
@@ -265,14 +265,9 @@ class VlmLearner(Learner[Question]):
                 break
         return own
 
-    def _run_own(self, rows: Sequence[int]) -> Tensor:
-        """Logits of the model at its own answers."""
-        prompts = self._prompts("tokens", rows)
-        return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
-
-    def _run_shown(self, rows: Sequence[int]) -> Tensor:
-        """The same where it has read the known answers before."""
-        prompts = self._prompts("shown", rows)
+    def _run_own(self, which: str, rows: Sequence[int]) -> Tensor:
+        """Logits of the model at its own answers, after the prompts of :meth:`_prompts`."""
+        prompts = self._prompts(which, rows)
         return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
 
     def _logits_of(self, sequences: Mapping[int, Tokens], rows: Sequence[int]) -> Tensor:

@@ -165,7 +165,6 @@ def test_steps_follow_from_the_budget_with_the_rows_that_they_visit() -> None:
     assert cost.steps_within(28.9, 100, plan) == 2
     assert cost.steps_within(29, 100, plan) == 3
     assert cost.steps_within(1e9, 100, plan) == 100
-    assert cost.maf(7, prepared_gflops=8) == 39
     with pytest.raises(StepUnaffordable, match="Raise budget") as error:
         cost.steps_within(13.9, 100, plan)
     assert error.value.needed == 14
