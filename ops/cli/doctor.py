@@ -193,8 +193,9 @@ def _registered(settings: Settings, what: str, name: str, family: Family) -> Fin
 
 def _suites(settings: Settings) -> Finding:
     """The suites of each model that has a base. Without them no update begins."""
+    from updater.data.pools import check_reference
     from updater.families import families_with_a_base, family_recipe, reference_of
-    from updater.service.learning_state import check_reference, check_suites
+    from updater.service.learning_state import check_suites
 
     told = []
     for family in families_with_a_base(settings):

@@ -19,7 +19,7 @@ from serving.engines.adapters import PREFIX, AdapterFiles, read_adapter
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import whole_weights
 from serving.engines.vlm.vlm_base import VlmBase
-from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, write_delta
+from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, plain_name, write_delta
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
 NEGLIGIBLE = 1e-9
@@ -216,11 +216,6 @@ def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uin
         return images.numpy(), words.numpy()
 
     return encode
-
-
-def plain_name(name: str) -> str:
-    """A layer's name in the base, from PEFT's (which goes through ``base_layer`` inside attention)."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _in_attention(name: str, start: Mapping[str, Any]) -> bool:

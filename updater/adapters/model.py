@@ -106,9 +106,14 @@ def applied(plain: Tensor, part: Dense) -> Tensor:
     return (plain.double().cpu() + part.value).to(plain.device, plain.dtype)
 
 
+def plain_name(name: str) -> str:
+    """A layer's name in the base, from PEFT's (which goes through ``base_layer`` inside attention)."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
 def parameter_of(layer: str, modules: Mapping[str, nn.Module]) -> str:
     """The parameter that a factor changes, from the layer's name as PEFT spells it."""
-    plain = ".".join(part for part in layer.split(".") if part != "base_layer")
+    plain = plain_name(layer)
     return f"{plain}.in_proj_weight" if isinstance(modules[plain], nn.MultiheadAttention) else f"{plain}.weight"
 
 

@@ -68,17 +68,13 @@ class Cost:
         """Memory-adjusted GFLOPs of a step."""
         return self.step_gflops * self.memory_ratio
 
-    def maf(self, steps: int, prepared_gflops: float) -> float:
-        """Memory-adjusted GFLOPs of an update of so many average steps, for which so much was prepared."""
-        return prepared_gflops * self.memory_ratio + (steps + self.closing) * self.maf_per_step
-
     def prepare_gflops(self, steps: int, plan: BatchPlan) -> float:
         """GFLOPs of preparing so many steps: the rows that they visit, and no others."""
         return self.texts_gflops + sum(self.row_gflops[part] * plan.visited(part, steps) for part in plan.counts)
 
     def planned(self, steps: int, plan: BatchPlan) -> float:
         """Memory-adjusted GFLOPs of so many steps and of preparing the rows that they visit."""
-        return self.maf(steps, self.prepare_gflops(steps, plan))
+        return self.prepare_gflops(steps, plan) * self.memory_ratio + (steps + self.closing) * self.maf_per_step
 
     def steps_within(self, gflops: float, most: int, plan: BatchPlan) -> int:
         """Steps that a budget pays for with their own rows, at most ``most``.

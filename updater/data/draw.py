@@ -52,7 +52,8 @@ def draw_rows(
     """
     replays = recipe.mixture.replay > 0
     new, old = _Rows(), _Rows()
-    for batch in _batches(store, recipe.family, version):
+    columns = ["id", *PLACE, "ingested_at", "domain", "concept", *(["label"] if recipe.family == "vlm" else [])]
+    for batch in store.addresses(columns, version, "train", HAVING[recipe.family]):
         if data_to is not None:
             batch = batch.filter(pa.array(~_is_new(batch, data_to)))
         fresh = _is_new(batch, data_from)
@@ -60,11 +61,6 @@ def draw_rows(
         if replays and not fresh.all():
             old.add(batch, ~fresh, seed, recipe.family)
     return Drawn(new.drawn(draw), old.replayed(recipe))
-
-
-def _batches(store: SampleStore, family: Family, version: int) -> Iterator[pa.RecordBatch]:
-    columns = ["id", *PLACE, "ingested_at", "domain", "concept", *(["label"] if family == "vlm" else [])]
-    return store.addresses(columns, version, "train", HAVING[family])
 
 
 def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:

@@ -227,11 +227,8 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
     Questions are drawn in turn from each of their kinds, which their labels name, so that the rare ones are held too.
     """
     drawn: list[tuple[bytes, FolderItem]] = []
+    check_reference(folders)
     for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(
-                f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
-            )
         for item in read_folder(folder, split="train"):
             words = item.text if family == "clip" else item.question and f"{item.question} {item.answer}"
             if words:
@@ -251,6 +248,15 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
         )
         for key, item in drawn[:limit]
     )
+
+
+def check_reference(folders: Sequence[Path]) -> None:
+    """Raises ConfigError where a folder of the reference pool does not exist."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
+            )
 
 
 def _in_turn(drawn: Sequence[tuple[bytes, FolderItem]]) -> list[tuple[bytes, FolderItem]]:

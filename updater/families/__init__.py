@@ -19,22 +19,13 @@ from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.publish.folders import read_folder
 from updater.adapters import WeightDelta
 from updater.bases import VLM_REFERENCE, reference_folders, shipped_folders
+from updater.data.pools import check_reference
 from updater.families.clip_learner import ClipLearner
 from updater.families.vlm_learner import VlmLearner
 from updater.recipes import Family, Recipe, load_recipe
 from updater.step.learner import AnyLearner, Base
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
-
-__all__ = [
-    "FAMILIES",
-    "families_with_a_base",
-    "family_base",
-    "family_recipe",
-    "make_learner",
-    "reference_of",
-    "spaces_of",
-]
 
 
 def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> AnyLearner:
@@ -85,18 +76,11 @@ def reference_of(settings: Settings, family: Family) -> list[Path]:
     """
     if family == "clip":
         return reference_folders(settings)
-    asking = [folder for folder in settings.updater.reference if _asks(folder)]
-    if asking:
-        return asking
-    return shipped_folders(settings, settings.base.vlm == SHIPPED_VLM, VLM_REFERENCE)
-
-
-def _asks(folder: Path) -> bool:
-    if not folder.is_dir():
-        raise ConfigError(
-            f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
-        )
-    return any(item.question for item in read_folder(folder, split="train"))
+    check_reference(settings.updater.reference)
+    asking = [
+        folder for folder in settings.updater.reference if any(item.question for item in read_folder(folder, "train"))
+    ]
+    return asking or shipped_folders(settings, settings.base.vlm == SHIPPED_VLM, VLM_REFERENCE)
 
 
 def spaces_of(base: Base, adapter: Path) -> tuple[str, str]:

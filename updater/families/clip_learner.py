@@ -38,7 +38,7 @@ SHORT_WORDS = 3
 
 
 @dataclass
-class ExtraTexts:
+class ObjectiveTexts:
     """Texts of an objective's own: each with its example, or -1 for one that is in every batch."""
 
     texts: list[str]
@@ -88,16 +88,16 @@ class ClipLearner(Learner[Pair]):
         known = sorted({pair.label for pair in self.examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
         self.labels = torch.tensor([place.get(pair.label, -1) for pair in self.examples])
-        self.extra_texts: dict[str, ExtraTexts] = {}
+        self.objective_texts: dict[str, ObjectiveTexts] = {}
         for term, objective in self.objectives:
             objective.begin(self.texts, known)
             wanted = objective.further_texts(self.texts, known, self.parts) if term.weight > 0 else []
             if wanted:
-                self.extra_texts[term.name] = self._extra_texts_of(term.name, wanted, objective, between)
+                self.objective_texts[term.name] = self._objective_texts(term.name, wanted, objective, between)
 
     def _tower_passes(self) -> dict[Which, TowerPass]:
         """Boundaries are kept of the text tower first, which takes less, and of the image tower if there is room."""
-        left = self.work.room
+        left = self.precomputed.room
         passes: dict[Which, TowerPass] = {}
         blank: dict[Which, Tensor] = {"text": self._tokenize([""]).to(self.model.device), "image": self._blank}
         for which in ("text", "image"):
@@ -109,12 +109,12 @@ class ClipLearner(Learner[Pair]):
         return passes
 
     @property
-    def settled(self) -> str:
+    def shard_choices(self) -> str:
         return f"{self.tower_passes['image'].keep} {self.tower_passes['text'].keep}"
 
-    def _extra_texts_of(
+    def _objective_texts(
         self, term: str, wanted: Sequence[tuple[int, str]], objective: Objective[Any], between: Callable[[], None]
-    ) -> ExtraTexts:
+    ) -> ObjectiveTexts:
         texts = [text for _, text in wanted]
         teachers = [name for name in objective.teachers if name != "momentum"]
         learns = self.learning["text"] and not objective.frozen_texts
@@ -126,21 +126,22 @@ class ClipLearner(Learner[Pair]):
                 return self._text_values(common, teachers, [texts[row] for row in rows])
 
         names = [f"{term}-{'all' if example < 0 else self.parts[example]}" for example, _ in wanted]
-        contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
+        contents = [f"{self.precomputed.key} {common.keep} {text}" for text in texts]
         layout = spans(names, {}, CHUNK)
         shards = Shards(
-            self.work.folder, layout, contents, lambda _: Fetched(), compute,
+            self.precomputed.folder, layout, contents, lambda _: Fetched(), compute,
             lambda rows, _: Size((len(rows),), (self._longest([texts[row] for row in rows]),)),
             between, self.team, lambda *gflops: self.afford(*gflops),
         )  # fmt: skip
-        return ExtraTexts(texts, [example for example, _ in wanted], teachers, shards, common)
+        return ObjectiveTexts(texts, [example for example, _ in wanted], teachers, shards, common)
 
     def decode(self, example: Pair, image: bytes) -> np.ndarray:
         return view_pixels(self.base.preprocess, image, example, self.recipe.views)
 
     def compute(self, rows: range, images: Sequence[np.ndarray]) -> Values:
         few = min(CHUNK, images_per_pass(self.model.model.get_submodule("visual"), self.model.device))
-        teachers = [name for name, parts in self.taught.items() if name != "momentum" and self.parts[rows[0]] in parts]
+        part = self.parts[rows[0]]
+        teachers = [name for name, parts in self.teacher_parts.items() if name != "momentum" and part in parts]
         values: dict[str, list[Tensor]] = {}
         for first in range(0, len(images), few):
             pixels = self.base.preprocess.normalise(np.stack(images[first : first + few]), self.model.device)
@@ -157,10 +158,10 @@ class ClipLearner(Learner[Pair]):
 
     def size(self, rows: Sequence[int]) -> Size:
         """Rows, and these with the objectives' own texts; tokens of the longest text of each kind."""
-        own = [extra.texts[number] for extra in self.extra_texts.values() for number in extra.of(rows)]
+        own = [extra.texts[number] for extra in self.objective_texts.values() for number in extra.of(rows)]
         longest = self._longest([self.texts[row] for row in rows])
         counts = len(rows), len(rows) + len(own)
-        return Size(counts, (longest + self.extra, self._longest(own) if own else 0))
+        return Size(counts, (longest + self.padding, self._longest(own) if own else 0))
 
     def _longest(self, texts: Sequence[str]) -> int:
         return max(int(self._tokenize([text]).shape[1]) for text in texts)
@@ -174,18 +175,17 @@ class ClipLearner(Learner[Pair]):
 
     def ready(self, rows: Sequence[int]) -> None:
         super().ready(rows)
-        for extra in self.extra_texts.values():
-            if extra.texts:  # of the first batch at least one, so that what others take can be told
-                extra.shards.ready(extra.of(rows) or [0])
+        for extra in self.objective_texts.values():
+            extra.shards.ready(extra.of(rows) or [0])  # one at least, so that what others take can be told
 
     def prepared_gflops(self) -> float:
         return super().prepared_gflops() + sum(
-            math.fsum(extra.shards.gflops.values()) for extra in self.extra_texts.values()
+            math.fsum(extra.shards.gflops.values()) for extra in self.objective_texts.values()
         )
 
     def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
         own = super().row_gflops(rows)
-        for extra in self.extra_texts.values():
+        for extra in self.objective_texts.values():
             texts = [number for number in extra.of(rows) if extra.example[number] >= 0]
             counts = Counter(self.parts[extra.example[number]] for number in texts)
             for part, count in counts.items():
@@ -195,7 +195,7 @@ class ClipLearner(Learner[Pair]):
 
     def texts_gflops(self) -> float:
         total = 0.0
-        for extra in self.extra_texts.values():
+        for extra in self.objective_texts.values():
             common = [number for number, example in enumerate(extra.example) if example < 0]
             total += extra.shards.mean_gflops(common) * len(common)
         return total
@@ -207,7 +207,7 @@ class ClipLearner(Learner[Pair]):
         self.ready(rows)
         index = torch.tensor(rows)
         device = self.model.device
-        teachers = {name: self._teacher(name, rows) for name in self.taught if name != "momentum"}
+        teachers = {name: self._teacher(name, rows) for name in self.teacher_parts if name != "momentum"}
         if self.momentum is not None:
             with torch.no_grad(), self.model.holding(self.momentum.values):
                 teachers["momentum"] = TeacherFeatures(self.features("image", rows), self.features("text", rows))
@@ -219,12 +219,12 @@ class ClipLearner(Learner[Pair]):
             caption=self.captions[index].to(device),
             label=self.labels[index].to(device),
             scale=self.scale,
-            texts={name: self._extra_texts_in(extra, rows) for name, extra in self.extra_texts.items()},
+            texts={name: self._auxiliary_texts(extra, rows) for name, extra in self.objective_texts.items()},
         )
 
     def _teacher(self, name: str, rows: Sequence[int]) -> TeacherFeatures:
         """Its features; not a number for rows that no objective compares with it."""
-        places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.teacher_parts[name]]
         image, text = (torch.full((len(rows), self.base.dim), torch.nan, device=self.model.device) for _ in WHICH)
         if places:
             known = [rows[place] for place in places]
@@ -260,7 +260,7 @@ class ClipLearner(Learner[Pair]):
 
         def run(rows: Sequence[int]) -> Tensor:
             tokens = self._tokenize([texts[row] for row in rows])
-            inputs = (F.pad(tokens, (0, self.extra)) if shards is self.shards else tokens).to(device)
+            inputs = (F.pad(tokens, (0, self.padding)) if shards is self.shards else tokens).to(device)
             if not tower.keep:
                 return tower.tower.whole(inputs)
             boundary = stack_boundaries(shards.get(f"{prefix}boundary", rows), inputs.shape[1], device)
@@ -268,7 +268,7 @@ class ClipLearner(Learner[Pair]):
 
         return self.passes(run, rows)
 
-    def _extra_texts_in(self, extra: ExtraTexts, rows: Sequence[int]) -> AuxiliaryTexts:
+    def _auxiliary_texts(self, extra: ObjectiveTexts, rows: Sequence[int]) -> AuxiliaryTexts:
         device = self.model.device
         place = {row: number for number, row in enumerate(rows)} | {-1: -1}
         chosen = extra.of(rows)

@@ -97,7 +97,7 @@ class VlmLearner(Learner[Question]):
             if self._takes_features:
                 features = self._see(self._first_images(), 1)
                 size = sum(each.numel() * each.element_size() for each in features)
-                self.keeps_features = 0 < size <= self.work.room
+                self.keeps_features = 0 < size <= self.precomputed.room
 
     def _first_images(self) -> Inputs:
         """Of the first example that can be read; of a stand-in where there is none among the first ones."""
@@ -108,7 +108,7 @@ class VlmLearner(Learner[Question]):
         return self._read(self.examples[:1], [STAND_IN]).images
 
     @property
-    def settled(self) -> str:
+    def shard_choices(self) -> str:
         return f"{self.keeps_features}, by tiles, with sizes"
 
     def decode(self, example: Question, image: bytes) -> Checked:
@@ -130,7 +130,7 @@ class VlmLearner(Learner[Question]):
         own = sum(self.parts[row] in self.own_parts for row in rows)
         return self._size(
             [
-                (tokens + self.extra, answer, 0 if self.keeps_features else picture, shown_before)
+                (tokens + self.padding, answer, 0 if self.keeps_features else picture, shown_before)
                 for tokens, answer, picture, shown_before in sizes
             ],
             own,
@@ -141,7 +141,7 @@ class VlmLearner(Learner[Question]):
         tokens, answers, pictures, shown_before = zip(*sizes, strict=True)
         squares = math.hypot(*pictures)  # attention within each
         head = cast(Any, self.model.model).get_output_embeddings().weight
-        passes = 3 + len(self.taught)  # forward twice at most, and backward; each teacher's
+        passes = 3 + len(self.teacher_parts)  # forward twice at most, and backward; each teacher's
         gflops = 2 * head.numel() * sum(answers) * passes / 1e9
         return Size((len(sizes), own), (max(tokens), sum(pictures), squares, max(shown_before)), gflops)
 
@@ -189,7 +189,7 @@ class VlmLearner(Learner[Question]):
             read_before = self._read([shown(each) for each in examples], encoded).sequences
             for key in read_before[0].inputs:
                 values[f"shown.{key}"] = [each.prompt[key] for each in read_before]
-        for name, parts in self.taught.items():
+        for name, parts in self.teacher_parts.items():
             if self.parts[rows[0]] not in parts:
                 continue
             shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
@@ -205,7 +205,7 @@ class VlmLearner(Learner[Question]):
         return values
 
     def _read(self, examples: Sequence[Question], encoded: Sequence[bytes]) -> Read:
-        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+        with ThreadPoolExecutor(self.precomputed.threads, "decode") as pool:
             images = list(pool.map(lambda image: np.array(open_accepted(image).decode()), encoded))
         return self.reader.read(examples, images)
 
@@ -223,7 +223,7 @@ class VlmLearner(Learner[Question]):
             logits=logits,
             target=target,
             row=row,
-            teachers={name: self._teacher(name, rows, sequences, logits) for name in self.taught},
+            teachers={name: self._teacher(name, rows, sequences, logits) for name in self.teacher_parts},
             own=self._own_answers(rows) if self.own_parts else None,
         )
 
@@ -234,9 +234,9 @@ class VlmLearner(Learner[Question]):
             return None
         own_rows = [rows[place] for place in places]
         self._own = self._answer(list(dict.fromkeys(own_rows)))
-        logits = self.passes(self._run_own, own_rows)
+        logits = self.passes(partial(self._run_own, "tokens"), own_rows)
         with torch.no_grad(), self.model.holding(self.momentum.values):
-            teacher = self.passes(self._run_shown, own_rows)
+            teacher = self.passes(partial(self._run_own, "shown"), own_rows)
         row = torch.cat(
             [torch.full((len(self._own[row]),), place) for row, place in zip(own_rows, places, strict=True)]
         )
@@ -265,14 +265,9 @@ class VlmLearner(Learner[Question]):
                 break
         return own
 
-    def _run_own(self, rows: Sequence[int]) -> Tensor:
-        """Logits of the model at its own answers."""
-        prompts = self._prompts("tokens", rows)
-        return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
-
-    def _run_shown(self, rows: Sequence[int]) -> Tensor:
-        """The same where it has read the known answers before."""
-        prompts = self._prompts("shown", rows)
+    def _run_own(self, which: str, rows: Sequence[int]) -> Tensor:
+        """Logits of the model at its own answers, after the prompts of :meth:`_prompts`."""
+        prompts = self._prompts(which, rows)
         return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
 
     def _logits_of(self, sequences: Mapping[int, Tokens], rows: Sequence[int]) -> Tensor:
@@ -282,25 +277,24 @@ class VlmLearner(Learner[Question]):
         """By row, the inputs before the answer: of the question alone (``tokens``), or with the answer (``shown``)."""
         if which == "tokens":
             return {row: each.prompt for row, each in zip(rows, self._sequences(rows), strict=True)}
-        keys = [name for name in self.shards.names(rows[0]) if name.startswith("shown.")]
-        columns = {name.removeprefix("shown."): self.shards.get(name, rows) for name in sorted(keys)}
-        return {row: {key: values[place] for key, values in columns.items()} for place, row in enumerate(rows)}
+        return dict(zip(rows, self._kept("shown.", rows), strict=True))
+
+    def _kept(self, prefix: str, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Row by row, the values of the shards whose names begin so, by the rest of their names."""
+        names = sorted(name for name in self.shards.names(rows[0]) if name.startswith(prefix))
+        columns = {name.removeprefix(prefix): self.shards.get(name, rows) for name in names}
+        return [{key: values[place] for key, values in columns.items()} for place in range(len(rows))]
 
     def _run(self, rows: Sequence[int]) -> Tensor:
         sequences = self._sequences(rows)
         return self._logits(self.model.model, sequences, self._eyes(rows), self._longest(sequences))
 
     def _longest(self, sequences: Sequence[Tokens]) -> int:
-        return max(len(each) for each in sequences) + self.extra
+        return max(len(each) for each in sequences) + self.padding
 
     def _sequences(self, rows: Sequence[int]) -> list[Tokens]:
-        keys = [name.removeprefix("tokens.") for name in self.shards.names(rows[0]) if name.startswith("tokens.")]
-        columns = {key: self.shards.get(f"tokens.{key}", rows) for key in sorted(keys)}
-        answers = self.shards.get("answer", rows)
-        return [
-            Tokens({key: values[place] for key, values in columns.items()}, int(answer))
-            for place, answer in enumerate(answers)
-        ]
+        kept = zip(self._kept("tokens.", rows), self.shards.get("answer", rows), strict=True)
+        return [Tokens(inputs, int(answer)) for inputs, answer in kept]
 
     def plain(self, model: nn.Module, examples: Sequence[Question]) -> Tensor:
         """Padded to the length of the batch that was looked at last, which is what a step is compared with."""
@@ -339,10 +333,7 @@ class VlmLearner(Learner[Question]):
         if not self.keeps_features:
             encoded = [image.numpy().tobytes() for image in self.shards.get("encoded", rows)]
             return self._read([self.examples[row] for row in rows], encoded).images
-        keys = [name.removeprefix("beside.") for name in self.shards.names(rows[0]) if name.startswith("beside.")]
-        columns = {key: self.shards.get(f"beside.{key}", rows) for key in sorted(keys)}
-        beside = [{key: values[place] for key, values in columns.items()} for place in range(len(rows))]
-        return self._from_features(self.shards.get("features", rows), beside)
+        return self._from_features(self.shards.get("features", rows), self._kept("beside.", rows))
 
     def _from_features(self, features: Sequence[Tensor], beside: Sequence[Mapping[str, Tensor]]) -> Inputs:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -356,16 +347,13 @@ class VlmLearner(Learner[Question]):
 
     def _teacher(self, name: str, rows: Sequence[int], sequences: Sequence[Tokens], logits: Tensor) -> Teacher:
         k = min(TOP, logits.shape[-1])
-        places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.teacher_parts[name]]
         known = [rows[place] for place in places]
         columns = [self.shards.get(f"{name}.{key}", known) for key in ("tokens", "logprobs", "rest")]
         by_place = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
         teachers = [by_place.get(place) or _silence(each.answer, k) for place, each in enumerate(sequences)]
-        return Teacher(
-            torch.cat([each.tokens for each in teachers]).to(logits.device),
-            torch.cat([each.logprobs for each in teachers]).to(logits.device),
-            torch.cat([each.rest for each in teachers]).to(logits.device),
-        )
+        parts = zip(*((each.tokens, each.logprobs, each.rest) for each in teachers), strict=True)
+        return Teacher(*(torch.cat(part).to(logits.device) for part in parts))
 
 
 def _targets(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -93,17 +93,15 @@ class Features(Batch):
     scale: float
     texts: Mapping[str, AuxiliaryTexts] = field(default_factory=dict)
 
-    def taught(self, teacher_of: Callable[[Part], str | None]) -> TeacherFeatures:
+    def teacher_features(self, teacher_of: Callable[[Part], str | None]) -> TeacherFeatures:
         """Each row's features by its own teacher, which its part decides."""
         names = [teacher_of(part) for part in self.part]
-        sides = self.teachers[names[0] or ""]
-        for name in dict.fromkeys(names[1:]):
-            own = torch.tensor([each == name for each in names], device=self.image.device)[:, None]
-            other = self.teachers[name or ""]
-            sides = TeacherFeatures(
-                torch.where(own, other.image, sides.image), torch.where(own, other.text, sides.text)
-            )
-        return sides
+        image, text = self.image.detach(), self.text.detach()
+        for name in dict.fromkeys(names):
+            own = torch.tensor([each == name for each in names], device=image.device)[:, None]
+            teacher = self.teachers[name or ""]
+            image, text = torch.where(own, teacher.image, image), torch.where(own, teacher.text, text)
+        return TeacherFeatures(image, text)
 
     def zero(self) -> Tensor:
         # With gradients, all 0: a step in which no term has rows to see is a step like others, and costs as much.
@@ -115,7 +113,7 @@ class Features(Batch):
             part=tuple(self.part[row] for row in rows),
             image=self.image[index],
             text=self.text[index],
-            teachers={name: sides[index] for name, sides in self.teachers.items()},
+            teachers={name: teacher[index] for name, teacher in self.teachers.items()},
             caption=self.caption[index],
             label=self.label[index],
             scale=self.scale,
@@ -171,7 +169,7 @@ class AnswerBatch(Batch):
     def zero(self) -> Tensor:
         return self.logits.new_zeros(())
 
-    def taught(self, teacher_of: Callable[[Part], str | None]) -> Teacher:
+    def teacher_distributions(self, teacher_of: Callable[[Part], str | None]) -> Teacher:
         """The distributions of each row's own teacher, which its part decides."""
         names = [teacher_of(part) for part in self.part]
         teacher = self.teachers[names[0] or ""]

@@ -73,8 +73,7 @@ class Objective(ABC, Generic[B]):
         self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
     ) -> list[tuple[int, str]]:
         """Texts that it needs next to the captions, each with the number of its example, -1 for one in every batch.
-
-        The arguments are those of :meth:`begin`, and the pool of each example.
+        ``parts``: the pool of each example; the rest as in :meth:`begin`.
         """
         return []
 
@@ -89,10 +88,22 @@ class Objective(ABC, Generic[B]):
         """Take back what :meth:`state` gave, in this update or in the one before."""
 
 
-def known_teacher(name: str, *allowed: str) -> str:
-    """The name, if it is one of those allowed. Raises TypeError, as for a wrong argument."""
-    if name not in allowed:
-        raise TypeError(f"teacher is {name!r}, not one of {', '.join(allowed)}")
+class ClipObjective(Objective[Features]):
+    """One term of a CLIP's loss."""
+
+    family: ClassVar[Family] = "clip"
+
+
+class VlmObjective(Objective[AnswerBatch]):
+    """One term of a VLM's loss."""
+
+    family: ClassVar[Family] = "vlm"
+
+
+def known_teacher(name: str) -> str:
+    """The name of a teacher that stays as it is. Raises TypeError, as for a wrong argument."""
+    if name not in ("base", "incumbent"):
+        raise TypeError(f"teacher is {name!r}, not one of base, incumbent")
     return name
 
 
@@ -103,14 +114,12 @@ def positive(**options: float) -> None:
             raise TypeError(f"{name} is {value}, and must be above 0")
 
 
-class Contrastive(Objective[Features]):
+class Contrastive(ClipObjective):
     """Cross entropy of each row and each column of the similarity matrix against its positives.
 
     Row i's target is uniform over the rows that carry the same caption (DreamLIP's multi-positive form): with plain
     one-hot targets two pictures of "a red apple" would push each other's caption away.
     """
-
-    family: ClassVar[Family] = "clip"
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions, in nats."""
@@ -120,7 +129,7 @@ class Contrastive(Objective[Features]):
         return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
-class FeatureDistillation(Objective[Features]):
+class FeatureDistillation(ClipObjective):
     """Mean squared distance on the unit sphere to the teacher's features, of images and of texts.
 
     Both towers are held: with only the image tower distilled, the texts are free to drift.
@@ -133,23 +142,21 @@ class FeatureDistillation(Objective[Features]):
             what they were before they were learned.
     """
 
-    family: ClassVar[Family] = "clip"
-
     def __init__(self, image: float = 1.0, text: float = 1.0, teacher: str = "base", replay: str | None = None) -> None:
         self.image = image
         self.text = text
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
-        self.replay_teacher = known_teacher(replay, "base", "incumbent") if replay is not None else None
+        self.teacher: str = known_teacher(teacher)
+        self.replay_teacher = known_teacher(replay) if replay is not None else None
 
     def __call__(self, batch: Features) -> Tensor:
         """``|x - x0|^2`` averaged over rows and towers: 0 when nothing moved, 4 at the opposite pole."""
-        teacher = batch.taught(self.teacher_of)
+        teacher = batch.teacher_features(self.teacher_of)
         image = (batch.image - teacher.image).square().sum(dim=1).mean()
         text = (batch.text - teacher.text).square().sum(dim=1).mean()
         return (self.image * image + self.text * text) / 2
 
 
-class ContrastiveDistillation(Objective[Features]):
+class ContrastiveDistillation(ClipObjective):
     """``L_img + L_txt`` of ZSCL (Zheng et al. 2023); over new rows, with the incumbent as teacher, it is LwF's.
 
     ``L_img = T^2 CE(softmax(z0 / T), softmax(z / T))`` with ``z = scale image @ text.T`` of the student and ``z0`` of
@@ -164,14 +171,12 @@ class ContrastiveDistillation(Objective[Features]):
             evenly spread where there are more.
     """
 
-    family: ClassVar[Family] = "clip"
-
     def __init__(self, temperature: float = 2.0, teacher: str = "base", captions: int = 0) -> None:
         positive(temperature=temperature)
         if captions < 0:
             raise TypeError(f"captions is {captions}, and must be at least 0")
         self.temperature = temperature
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.teacher: str = known_teacher(teacher)
         self.captions = captions
         self.frozen_texts = captions > 0
 
@@ -200,37 +205,31 @@ class ContrastiveDistillation(Objective[Features]):
         return self.temperature**2 * (image + text)
 
 
-class AnswerLikelihood(Objective[AnswerBatch]):
+class AnswerLikelihood(VlmObjective):
     """Cross entropy of each answer token and of the answer's end; the question and the image are only read."""
-
-    family: ClassVar[Family] = "vlm"
 
     def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
         return batch.mean_over_rows(F.cross_entropy(batch.logits, batch.target, reduction="none"))
 
 
-class TokenDistillation(Objective[AnswerBatch]):
+class TokenDistillation(VlmObjective):
     """KL(teacher || student) over the next token, at each token of the known answer (Hinton et al. 2015, at T = 1).
 
     The teacher is kept as its most probable tokens and one bucket for all others, which the student's others are
     compared with: a lower bound of the whole KL, and equal to it when every token is kept.
 
     Args:
-        teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
-        replay: the same for replayed rows, where they have another teacher. Held to the base, they are pulled back to
-            what they were before they were learned.
+        teacher, replay: as of :class:`FeatureDistillation`.
     """
 
-    family: ClassVar[Family] = "vlm"
-
     def __init__(self, teacher: str = "base", replay: str | None = None) -> None:
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
-        self.replay_teacher = known_teacher(replay, "base", "incumbent") if replay is not None else None
+        self.teacher: str = known_teacher(teacher)
+        self.replay_teacher = known_teacher(replay) if replay is not None else None
 
     def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
-        return batch.mean_over_rows(divergence(batch.taught(self.teacher_of), batch.logits))
+        return batch.mean_over_rows(divergence(batch.teacher_distributions(self.teacher_of), batch.logits))
 
 
 OBJECTIVES: Final[Methods[type[Objective[Any]]]] = Methods(

@@ -135,7 +135,7 @@ class Average:
             self.values = self._with(parameters)
 
     @torch.no_grad()
-    def settle(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def apply(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set the parameters to the mean; where they stand counts in it, however few steps ago the last one was."""
         mean = self._with(parameters) if self.steps % self.every else self.values
         for name, parameter in parameters.items():

@@ -8,10 +8,9 @@ The last verdict and the last update's cost stay true when the updater restarts,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from core import metrics
@@ -21,6 +20,7 @@ from core.metrics.learning import Score
 from core.settings import Settings
 from serving.engines.clip_base import list_bases
 from streams.store.sample_store import SampleStore
+from updater.data.pools import check_reference
 from updater.gate.interim_analyses import AnalysisPlan, alpha_left
 from updater.gate.suites import load_suites
 from updater.recipes import Family, load_recipe
@@ -121,15 +121,6 @@ def check_suites(settings: Settings, family: Family, *, learned: bool = False, r
             "Name one in gate.suites (`ratchet init` makes one of your pictures).",
         )
     return len(suites)
-
-
-def check_reference(folders: Sequence[Path]) -> None:
-    """Raises ConfigError where a folder of the reference pool is not there."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(
-                f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
-            )
 
 
 class LedgerMetrics:

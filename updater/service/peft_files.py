@@ -38,6 +38,7 @@ from serving.engines.heads import read_heads
 from serving.engines.lora import INNER_OUT_PROJ, effective_weights, lora_layers
 from serving.engines.vlm.adapters import linear_shapes
 from serving.engines.vlm.vlm_base import VlmBase
+from updater.adapters.model import plain_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 NAMED: Final = 10
@@ -209,7 +210,7 @@ def _module(key: str) -> tuple[str, str]:
     match = _KEY.fullmatch(plain)
     if match is None:
         return plain, ""
-    return ".".join(part for part in match["module"].split(".") if part != "base_layer"), match["side"]
+    return plain_name(match["module"]), match["side"]
 
 
 def _check_shape(key: str, side: str, shape: tuple[int, ...], weight: tuple[int, ...], max_rank: int) -> None:

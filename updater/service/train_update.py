@@ -56,7 +56,7 @@ def train_update(
     Args:
         base: that is trained; of an upgrade, the new one.
         work: folder of checkpoints, of measured costs, and of the adapter until it is in the artifacts.
-        ended: whether somebody else has ended the update meanwhile; asked between steps.
+        ended: true once an operator has ended the update; asked between steps.
 
     Raises:
         BucketEmpty: the update waits for its budget.
@@ -95,6 +95,8 @@ def train_update(
     begins_at = None if upgrade else update.incumbent  # no adapter fits another base
     incumbent = fetch_recorded(artifacts, ledger, begins_at) if begins_at else None
     scored = TuningScores.of(settings, store, base, update, learned) if recipe.merge.search else None
+    memory = f"memories/{begins_at}"  # left by the update of the incumbent, if its recipe remembers something
+    carry_over = artifacts.fetch(memory) if begins_at and artifacts.exists(memory) else None
     throttle.begin()
     with stop.training():
         result = train(
@@ -106,14 +108,23 @@ def train_update(
             limits=limits,
             out_dir=work / "adapter",
             work_dir=work,
-            carry_over=_carry_over(artifacts, begins_at),
+            carry_over=carry_over,
             scored=scored,
             stop=lambda: stop() or ended(),
             duty_cycle=throttle,
             workers=Workers.of(settings),
         )
     result = _with_heads(settings, store, update, base, result, work)
-    _register(ledger, update, recipe, base, result)  # first: from then on the collector leaves its files alone
+    heads = sorted(read_heads(result.directory))
+    meta = {"update": update.id, "recipe": recipe.name, "rank": recipe.rank, "heads": heads}
+    ledger.register_adapter(  # first: from then on the collector leaves its files alone
+        result.adapter,
+        recipe.family,
+        base.digest,
+        *spaces_of(base, result.directory),
+        meta,
+        digest=directory_digest(result.directory),
+    )
     artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
     if result.carry_over is not None:
         artifacts.put_directory(result.carry_over, f"memories/{result.adapter}")
@@ -148,27 +159,3 @@ def _with_heads(
         return result
     directory = with_heads(engine, result.directory, heads, work / "adapter")
     return replace(result, adapter=directory.name, directory=directory)
-
-
-def _carry_over(artifacts: Artifacts, incumbent: str | None) -> Path | None:
-    """The files that the update of the incumbent left for the next one, if there are any."""
-    key = f"memories/{incumbent}"
-    return artifacts.fetch(key) if incumbent and artifacts.exists(key) else None
-
-
-def _register(ledger: Ledger, update: UpdateRow, recipe: Recipe, base: Base, result: TrainResult) -> None:
-    image_space, text_space = spaces_of(base, result.directory)
-    ledger.register_adapter(
-        result.adapter,
-        recipe.family,
-        base.digest,
-        image_space,
-        text_space,
-        {
-            "update": update.id,
-            "recipe": recipe.name,
-            "rank": recipe.rank,
-            "heads": sorted(read_heads(result.directory)),
-        },
-        digest=directory_digest(result.directory),
-    )

@@ -148,7 +148,7 @@ def decide(
 
     Data to learn is what the live adapter has not learned: everything after the update that made it that a family can
     learn from. The trigger counts only what came after the last finished update of this recipe, so that rejected data
-    is not tried for ever. Only the family's own proposals are waited for.
+    is not tried forever. Only the family's own proposals are waited for.
 
     It also waits for as many fresh items as the gate needs to show a gain of ``gate.detect``; when the oldest new
     sample has waited for ``updater.max_wait_seconds``, it begins without them. While an inconclusive candidate is kept

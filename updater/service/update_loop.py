@@ -43,12 +43,12 @@ from serving.engines.clip_base import ClipBase, need_base, shown
 from streams.store.sample_store import SampleStore
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
-from updater.data.pools import mixed_seed
+from updater.data.pools import check_reference, mixed_seed
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
 from updater.recipes import Family, Recipe, load_recipe
 from updater.service import triggers
 from updater.service.gate_update import gate_update
-from updater.service.learning_state import LedgerMetrics, check_reference, check_suites, export_budget
+from updater.service.learning_state import LedgerMetrics, check_suites, export_budget
 from updater.service.process import StopSignal, ThrottledLog, only_one, work_folders
 from updater.service.train_update import BucketEmpty, train_update
 from updater.service.triggers import IMPORTED, Learned, Ready, Reevaluate, Waiting
@@ -300,7 +300,7 @@ class UpdaterService:
             if update.state not in FINISHED:
                 return self._abandon(update)
             say(f"{update.id} ends: {update.error}")
-        except Exception as error:  # of a library, memory among them: it may pass, and must not come for ever
+        except Exception as error:  # of a library, memory among them: it may pass, and must not come forever
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
             log.exception("%s: %s", update.id, error)

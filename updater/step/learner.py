@@ -32,6 +32,7 @@ from updater.methods import objectives, optimizers, regularizers
 from updater.methods.batches import Batch, Features
 from updater.methods.objectives import Objective
 from updater.methods.optimizers import Average, Momentum
+from updater.methods.regularizers import Regularizer
 from updater.recipes import Part, Recipe, Term
 from updater.step.passes import (
     ALONE,
@@ -89,13 +90,17 @@ class Learner(ABC, Generic[E]):
         self.optimizer = optimizers.make(recipe.optimizer, self._groups(), recipe.weight_decay)
         for _, regularizer in self.regularizers:
             regularizer.begin(self.parameters)
-        self.taught = _taught(self.objectives)
-        """The pools whose examples a teacher is asked about, by its name."""
         weighted = [(term, objective) for term, objective in self.objectives if term.weight > 0]
+        self.teacher_parts: dict[str, set[Part]] = {}
+        """The pools whose examples a teacher is asked about, by its name."""
+        for term, objective in weighted:
+            for part in term.over:
+                for name in objective.teachers_of(part):
+                    self.teacher_parts.setdefault(name, set()).add(part)
         followed = [o for _, o in weighted if "momentum" in o.teachers or o.own_answers]
         self.momentum = Momentum(self.parameters, *followed[0].momentum) if followed else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
-        started = "incumbent" in self.taught or any(objective.frozen_texts for _, objective in self.objectives)
+        started = "incumbent" in self.teacher_parts or any(objective.frozen_texts for _, objective in self.objectives)
         self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
         self.afford: Callable[[float, float], float] = lambda most, least: math.inf
         """Called before something is prepared, with the GFLOPs that it takes at most and at least. Returns those that
@@ -103,7 +108,7 @@ class Learner(ABC, Generic[E]):
         self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
         self.passes = CachedPasses(recipe.micro_batch)
         self.team = ALONE
-        self.extra = 0
+        self.padding = 0
         """Tokens that are added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
         self.left_out: list[int] = []
@@ -133,7 +138,7 @@ class Learner(ABC, Generic[E]):
         return 1.0
 
     def prepare(
-        self, examples: Sequence[E], parts: Sequence[Part], work: Precomputed | None = None,
+        self, examples: Sequence[E], parts: Sequence[Part], precomputed: Precomputed | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Take the examples that steps refer to by number. What no step changes is computed once for each, in shards,
@@ -141,21 +146,21 @@ class Learner(ABC, Generic[E]):
 
         Args:
             parts: the pool of each.
-            work: where shards are kept; without it, in a folder that goes with the learner.
+            precomputed: where shards are kept; without it, in a folder that goes with the learner.
             between: called after each shard (duty cycle, signals).
         """
-        if work is None:
+        if precomputed is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="ratchet-shards-")
-            work = Precomputed(Path(self._own_folder.name))
+            precomputed = Precomputed(Path(self._own_folder.name))
         self.close()
         self.examples: list[E] = list(examples)
-        self.parts, self.work = list(parts), work
-        layout = spans(self.parts, work.rows, CHUNK)
+        self.parts, self.precomputed = list(parts), precomputed
+        layout = spans(self.parts, precomputed.rows, CHUNK)
         self.begin(between)
-        contents = [f"{work.key} {self.settled} {each.content}" for each in self.examples]
+        contents = [f"{precomputed.key} {self.shard_choices} {each.content}" for each in self.examples]
         self.shards = Shards(
-            work.folder, layout, contents, self._fetch, self._compute_at_start, self.shard_size, between, self.team,
-            lambda *gflops: self.afford(*gflops),
+            precomputed.folder, layout, contents, self._fetch, self._compute_at_start, self.shard_size, between,
+            self.team, lambda *gflops: self.afford(*gflops),
         )  # fmt: skip
 
     def begin(self, between: Callable[[], None]) -> None:
@@ -227,28 +232,23 @@ class Learner(ABC, Generic[E]):
             if self.average is not None:
                 self.average.stepped(self.parameters)
 
-    def settle(self) -> None:
-        """After the last step: bring the parameters to what the update hands over."""
-        if self.average is not None:
-            self.average.settle(self.parameters)
-
     def remembered(self) -> dict[str, Tensor]:
         """State of objectives and regularizers for the next update, by name."""
-        state = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
-        state |= {
-            f"regularizer.{t.name}.{key}": value for t, r in self.regularizers for key, value in r.state().items()
-        }
+        state = {name + key: value for name, term in self._terms() for key, value in term.state().items()}
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`remembered` gave; what is of no term of this recipe is left out."""
-        device = self.model.device
-        for term, objective in self.objectives:
-            if own := _under(tensors, f"objective.{term.name}."):
-                objective.load_state({key: value.to(device) for key, value in own.items()})
-        for term, regularizer in self.regularizers:
-            if own := _under(tensors, f"regularizer.{term.name}."):
-                regularizer.load_state({key: value.to(device) for key, value in own.items()})
+        for name, term in self._terms():
+            if own := _under(tensors, name):
+                term.load_state({key: value.to(self.model.device) for key, value in own.items()})
+
+    def _terms(self) -> list[tuple[str, Objective[Any] | Regularizer]]:
+        """Objectives and regularizers, and what the names of their tensors begin with."""
+        return [
+            *((f"objective.{term.name}.", objective) for term, objective in self.objectives),
+            *((f"regularizer.{term.name}.", regularizer) for term, regularizer in self.regularizers),
+        ]
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, optimizer moments, and what terms and teachers remember, by name."""
@@ -322,7 +322,7 @@ class Learner(ABC, Generic[E]):
         """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
 
     @property
-    def settled(self) -> str:
+    def shard_choices(self) -> str:
         """The decisions of :meth:`begin` about what shards hold: with other ones they are made again."""
         return ""
 
@@ -363,11 +363,11 @@ class Learner(ABC, Generic[E]):
     @contextmanager
     def padded(self, tokens: int) -> Iterator[None]:
         """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
-        self.extra = tokens
+        self.padding = tokens
         try:
             yield
         finally:
-            self.extra = 0
+            self.padding = 0
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
@@ -397,21 +397,12 @@ class Learner(ABC, Generic[E]):
                 left_out[row] = f"{type(error).__name__}: {error}"[:300]
                 return self.decode(example, STAND_IN)
 
-        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+        with ThreadPoolExecutor(self.precomputed.threads, "decode") as pool:
             return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
 
     def close(self) -> None:
         """End what is read in advance."""
         self.shards.close()
-
-
-def _taught(terms: Sequence[tuple[Term, Objective[Any]]]) -> dict[str, set[Part]]:
-    taught: dict[str, set[Part]] = {}
-    for term, objective in terms:
-        for part in term.over if term.weight > 0 else ():
-            for name in objective.teachers_of(part):
-                taught.setdefault(name, set()).add(part)
-    return taught
 
 
 def _total(batch: Batch, alone: Sequence[tuple[Term, Tensor]]) -> Tensor:

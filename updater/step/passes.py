@@ -103,7 +103,6 @@ class TorchTeam(Team):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def join(self, own: Tensor) -> tuple[Tensor, int]:
-        """See :class:`Team`."""
         counts = [int(count) for count in self._gathered(torch.tensor([len(own)], device=own.device))]
         padded = own.new_zeros((max(counts), *own.shape[1:]))
         padded[: len(own)] = own
@@ -112,7 +111,7 @@ class TorchTeam(Team):
         return torch.cat(parts), sum(counts[: self.rank])
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See :class:`Team`. Added in the order of the ranks: a resumed run computes the same."""
+        """Added in the order of the ranks: a resumed run computes the same."""
         own = list(parameters)
         has = torch.tensor([parameter.grad is not None for parameter in own], dtype=torch.float32)
         gradients = [(p.new_zeros(p.shape) if p.grad is None else p.grad).detach().reshape(-1).float() for p in own]
@@ -122,19 +121,16 @@ class TorchTeam(Team):
             parameter.grad = value.reshape(parameter.shape).to(parameter.dtype) if count else None
 
     def agree(self, value: T) -> T:
-        """See :class:`Team`."""
         values: list[T] = [value]
         distributed.broadcast_object_list(values)
         return values[0]
 
     def total(self, value: float) -> float:
-        """See :class:`Team`."""
         values: list[float] = [0.0] * self.size
         distributed.all_gather_object(values, value)
         return math.fsum(values)
 
     def wait(self) -> None:
-        """See :class:`Team`."""
         distributed.barrier()
 
     def _gathered(self, own: Tensor) -> list[Tensor]:
@@ -249,10 +245,10 @@ def agreement(loss: Tensor, batch: Features) -> Tensor:
     opposite directions, one of them has the wrong partner. The row itself does not count among the others. Without the
     mean taken off, all features of a tower would be alike: they lie in a narrow cone.
     """
-    sides = [side for side in (batch.image, batch.text) if side.requires_grad]
+    towers = [features for features in (batch.image, batch.text) if features.requires_grad]
     products = loss.new_zeros(len(batch.part), len(batch.part), dtype=torch.float64)
-    for side, gradient in zip(sides, torch.autograd.grad(loss, sides, retain_graph=True), strict=True):
-        z = side.detach().double()
+    for features, gradient in zip(towers, torch.autograd.grad(loss, towers, retain_graph=True), strict=True):
+        z = features.detach().double()
         g = gradient - (gradient * z).sum(dim=1, keepdim=True) * z
         centred = z - z.mean(dim=0)
         products += (g @ g.T) * (centred @ centred.T)

@@ -149,13 +149,9 @@ class Shards:
                 self.between()
             if self.team.size > 1:
                 self.team.wait()
-                self._found(together)
-
-    def _found(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            if number not in self.gflops and not self._find(number):
+            if lost := [number for number in together if number not in self.gflops and not self._find(number)]:
                 raise ConfigError(
-                    f"{self.folder} lacks {self.layout[number].name}, which another process of this update has made.",
+                    f"{self.folder} lacks {self.layout[lost[0]].name}, which another process of this update has made.",
                     ONE_FILE_SYSTEM,
                 )
 
@@ -166,7 +162,10 @@ class Shards:
     def get(self, name: str, rows: Sequence[int]) -> list[Tensor]:
         """One value of some rows, which must be ready. Raises KeyError where they have none of that name."""
         result: dict[int, Tensor] = {}
-        for number, own in self._by_shard(rows).items():
+        by_shard: dict[int, set[int]] = defaultdict(set)
+        for row in rows:
+            by_shard[self._place[row]].add(row)
+        for number, own in by_shard.items():
             with safe_open(self._path(number), framework="pt") as file:
                 first, keys = self.layout[number].start, set(file.keys())
                 if name in keys:
@@ -192,12 +191,6 @@ class Shards:
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._reader = None
-
-    def _by_shard(self, rows: Sequence[int]) -> dict[int, set[int]]:
-        result: dict[int, set[int]] = defaultdict(set)
-        for row in rows:
-            result[self._place[row]].add(row)
-        return result
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.layout[number].name}.safetensors"

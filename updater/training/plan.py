@@ -62,7 +62,7 @@ class TrainingPlan:
     """Names everything that decides what is computed once per example."""
     cost: Cost
     steps: int
-    work: Precomputed
+    precomputed: Precomputed
     measured: Visits
     """Visits of the first :data:`MEASURED` steps."""
     whole: BatchPlan
@@ -94,16 +94,16 @@ class Planner:
         views = self.recipe.views.count
         whole = BatchPlan(counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
         run = digest_json([run, measured.pools.digest, self.source.sizes])
-        work = Precomputed(
+        precomputed = Precomputed(
             folder=self.work_dir / PREPARED,
             key=run,
             rows={str(part): count for part, count in counts.items()},
             room=self.limits.work_bytes / sum(whole.visited(part, self.recipe.max_steps) for part in PARTS),
             threads=self.limits.threads,
         )
-        cost = self._cost(run, measured, work, between)
+        cost = self._cost(run, measured, precomputed, between)
         steps = cost.steps_within(self.limits.gflops, self._most_steps(cost, whole), whole)
-        return TrainingPlan(run, cost, steps, work, measured, whole)
+        return TrainingPlan(run, cost, steps, precomputed, measured, whole)
 
     def visits(self, steps: int) -> Visits:
         """The visits of so many steps, to what the model can learn from.
@@ -128,7 +128,7 @@ class Planner:
             runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
         return Visits(pools, BatchPlan(counts, pools.sizes, self.seed, runs))
 
-    def _cost(self, run: str, visits: Visits, work: Precomputed, between: Callable[[], None]) -> Cost:
+    def _cost(self, run: str, visits: Visits, precomputed: Precomputed, between: Callable[[], None]) -> Cost:
         """Measured once: a resumed update must plan the same number of steps."""
         path = self.work_dir / "cost.json"
         saved = read_json(path)
@@ -138,7 +138,7 @@ class Planner:
         if self.learner.team.size > 1:
             raise ConfigError(f"{path} has not what a step costs, which the updater has measured.", ONE_FILE_SYSTEM)
         examples = visits.pools.examples
-        self.learner.prepare(examples, visits.pools.parts, work, between)
+        self.learner.prepare(examples, visits.pools.parts, precomputed, between)
         batches = [visits.rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
         rows = self._usable(batches, examples)
         cost = measure(self.learner, [examples[row] for row in rows], [rows, *batches[1:]])

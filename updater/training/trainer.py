@@ -112,7 +112,8 @@ class Trainer:
         left_out = self._left_out(visits, progress.step)
         if not progress.losses:
             raise nothing_usable(left_out)
-        learner.settle()
+        if learner.average is not None:
+            learner.average.apply(learner.parameters)
         trained = learner.model.delta()
         _refuse_non_finite(trained, progress.step)
 
@@ -245,7 +246,7 @@ class Trainer:
         """Plan the steps, and take one of them, whose rows no other has."""
         plan = self.plan()
         pools, cost = plan.measured.pools, plan.cost
-        self.learner.prepare(pools.examples, pools.parts, plan.work, self._between)
+        self.learner.prepare(pools.examples, pools.parts, plan.precomputed, self._between)
         rows = plan.measured.rows(1)
         began = time.monotonic()
         self.learner.ready(rows)
@@ -267,7 +268,7 @@ class Trainer:
         run = digest_json([plan.run, visits.pools.digest])
         # Processes make different shards: none of them may stop by itself.
         between = self._between if self.team.size == 1 else lambda: None
-        self.learner.prepare(visits.pools.examples, visits.pools.parts, plan.work, between)
+        self.learner.prepare(visits.pools.examples, visits.pools.parts, plan.precomputed, between)
         checkpoint = self.team.agree(load_checkpoint(self.job.work_dir, run))
         progress = Progress(run, 0, plan.steps, 0.0)
         if checkpoint is not None and checkpoint[1].steps == plan.steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from core.artifacts import Artifacts
 from core.digests import digest_bytes
-from core.ledger import Ledger
+from core.ledger import Ledger, UpdateRow
 from core.loading import load_settings
 from core.settings import Settings
 from streams.publish.folders import FolderItem, write_folder
@@ -24,6 +26,7 @@ from tests.unit.updater.builders import COLOURS, picture, recipe
 from updater.gate.run import run_gate
 from updater.gate.verdict import Verdict
 from updater.service import gate_update
+from updater.service.update_loop import UpdaterService
 
 TOPIC = "samples"
 
@@ -80,12 +83,13 @@ def make_vlm_home(home: Path, **overrides: Any) -> Settings:
 
 def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The real gate runs; ``["outcome"]`` of what is returned then replaces its outcome, which chance decides on random
-    weights.
+    weights. ``["verdict"]`` is the last one.
     """
     wanted: dict[str, Any] = {"outcome": outcome}
 
     def decided(**arguments: Any) -> Verdict:
-        return replace(run_gate(**arguments), outcome=wanted["outcome"])
+        wanted["verdict"] = replace(run_gate(**arguments), outcome=wanted["outcome"])
+        return wanted["verdict"]  # type: ignore[no-any-return]
 
     monkeypatch.setattr(gate_update, "run_gate", decided)
     return wanted
@@ -114,25 +118,12 @@ def add_samples(
 def _row(partition: int, offset: int, split: str, asked: bool) -> dict[str, Any]:
     image = picture(partition * 10_000 + offset + 7)
     words = _asked(offset) if asked else {"text": f"a {COLOURS[offset % 6]} thing number {offset % 9}"}
-    return {
-        "kind": "sample",
-        "id": digest_bytes(image),
-        "image": image,
-        "text": "",
-        "question": "",
-        "answer": "",
-        "label": "",
-        "domain": "things",
-        "concept": COLOURS[offset % 6],
-        "ingested_at": datetime.now(UTC),
-        "split": split,
-        "look": None,
-        "words": 0,
-        "topic": TOPIC,
-        "partition": partition,
-        "offset": offset,
-        **words,
-    }
+    empty = dict.fromkeys(("text", "question", "answer", "label"), "")
+    return empty | {
+        "kind": "sample", "id": digest_bytes(image), "image": image, "domain": "things",
+        "concept": COLOURS[offset % 6], "ingested_at": datetime.now(UTC), "split": split, "look": None, "words": 0,
+        "topic": TOPIC, "partition": partition, "offset": offset, **words,
+    }  # fmt: skip
 
 
 def _asked(number: int) -> dict[str, Any]:
@@ -142,11 +133,32 @@ def _asked(number: int) -> dict[str, Any]:
     return {"label": "colour", "question": "which colour is it?", "answer": COLOURS[number % 6]}
 
 
+def changed(settings: Settings, section: str, **values: Any) -> Settings:
+    """The settings with other values in a section."""
+    return settings.model_copy(update={section: getattr(settings, section).model_copy(update=values)})
+
+
+def made_by(service: UpdaterService, state: str = "done", **how: bool) -> UpdateRow:
+    """The update of a step, which is then in this state."""
+    update = service.step(**how).update
+    assert update is not None and update.state == state, update
+    return update
+
+
+def report_of(settings: Settings, update: UpdateRow) -> dict[str, Any]:
+    """The gate's report of an update."""
+    report: dict[str, Any] = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
+    return report
+
+
 def release(ledger: Ledger) -> None:
     """What the release controller does with an open proposal."""
     (proposal,) = ledger.pending_proposals()
+    commit(ledger, clip=proposal.clip, vlm=proposal.vlm, proposal_id=proposal.id)
+
+
+def commit(ledger: Ledger, clip: str | None = None, vlm: str | None = None, proposal_id: str | None = None) -> None:
+    """Commit the next release; where it names no adapter of a family, that of the live one stays."""
     live = ledger.live()
-    number = (live.number if live else 0) + 1
-    ledger.commit_release(
-        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
-    )
+    number, clip, vlm = (live.number + 1, clip or live.clip, vlm or live.vlm) if live else (1, clip, vlm)
+    ledger.commit_release(number, clip=clip, vlm=vlm, actor="updater", reason="passed", proposal_id=proposal_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -11,20 +10,15 @@ from rich.console import Console
 
 from core.settings import Settings
 from ops.cli.status import collect, screen
-from tests.integration.updater.home import add_samples
+from tests.integration.updater.home import add_samples, changed, made_by
 from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
 BACKLOG = 150
 
 
-def with_budget(settings: Settings, gflops: float, **updater: Any) -> Settings:
-    return settings.model_copy(
-        update={
-            "budget": settings.budget.model_copy(update={"gflops_per_update": gflops}),
-            "updater": settings.updater.model_copy(update=updater),
-        }
-    )
+def with_budget(settings: Settings, gflops: float) -> Settings:
+    return changed(settings, "budget", gflops_per_update=gflops)
 
 
 def counted(name: str) -> float:
@@ -35,8 +29,7 @@ def test_what_a_budget_does_not_pay_for_is_passed_over_and_counted(settings: Set
     add_samples(settings, BACKLOG)
     before = counted("visited"), counted("passed_over")
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "done", update
+    update = made_by(service)
     cost = update.cost
     visited = 6 * 3  # steps, and new rows of a batch of 9 without replay
     assert (cost["pending"], cost["visited"], cost["passed_over"]) == (BACKLOG, visited, BACKLOG - visited)
@@ -54,10 +47,9 @@ def test_what_a_budget_does_not_pay_for_is_passed_over_and_counted(settings: Set
 
 def test_the_draw_is_the_settings_and_does_not_change_when_an_update_is_made_again(settings: Settings) -> None:
     add_samples(settings, BACKLOG)
-    uniform = UpdaterService(settings).step().update
-    again = UpdaterService(settings).step(retry=True).update
-    newest = UpdaterService(with_budget(settings, 6000.0, draw="newest")).step(retry=True).update
-    assert uniform is not None and again is not None and newest is not None
+    uniform = made_by(UpdaterService(settings))
+    again = made_by(UpdaterService(settings), retry=True)
+    newest = made_by(UpdaterService(changed(settings, "updater", draw="newest")), retry=True)
     assert uniform.adapter == again.adapter != newest.adapter
 
 
@@ -66,8 +58,7 @@ def test_a_budget_that_pays_for_no_step_is_waited_for_and_not_tried_again(settin
     add_samples(settings, BACKLOG)
     poor = with_budget(settings, 1e-3)
     service = UpdaterService(poor)
-    failed = service.step().update
-    assert failed is not None and failed.state == "failed"
+    failed = made_by(service, "failed")
     assert "does not pay for one step with its own rows" in str(failed.error)
     assert service.ledger.spent(failed.id) == 0
     for now in (False, True):
@@ -76,8 +67,7 @@ def test_a_budget_that_pays_for_no_step_is_waited_for_and_not_tried_again(settin
         assert outcome.update is None
         assert failed.id in outcome.reason and "raise budget.gflops_per_update" in outcome.reason
     assert len(service.ledger.updates()) == 1
-    richer = UpdaterService(with_budget(settings, 2 * failed.cost["gflops_needed"])).step().update
-    assert richer is not None and richer.state == "done"
+    richer = made_by(UpdaterService(with_budget(settings, 2 * failed.cost["gflops_needed"])))
     assert richer.cost["pending"] == BACKLOG + 40
     assert richer.cost["steps"] >= 1
     assert richer.cost["gflops_spent"] <= 2 * failed.cost["gflops_needed"]

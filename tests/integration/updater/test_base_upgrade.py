@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from core.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from ops.cli.main import app
-from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.home import add_samples, changed, commit, judged_as, made_by, make_home, release
 from tests.support.tiny import tiny_base
-from updater.gate.verdict import Verdict
-from updater.service import gate_update
 from updater.service.base_upgrade import begin_upgrade, cancel_upgrade, finish_upgrade, plan_upgrade, switch_base
 from updater.service.process import only_one
 from updater.service.update_loop import UpdaterService
@@ -32,18 +29,9 @@ def settings(tmp_path: Path) -> Settings:
     return made
 
 
-@pytest.fixture
-def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
-    """The real gate runs; its outcome, which chance decides on random weights, is a pass."""
-    made: list[Verdict] = []
-    real = gate_update.run_gate
-
-    def decided(**arguments: Any) -> Verdict:
-        made.append(replace(real(**arguments), outcome="passed"))
-        return made[-1]
-
-    monkeypatch.setattr(gate_update, "run_gate", decided)
-    return made
+@pytest.fixture(autouse=True)
+def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return judged_as("passed", monkeypatch)
 
 
 def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
@@ -51,14 +39,8 @@ def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
     add_samples(settings, 12)
     add_samples(settings, fresh, split="fresh_eval", partition=1)
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "done", update
-    (proposal,) = service.ledger.pending_proposals()
-    live = service.ledger.live()
-    service.ledger.commit_release(
-        (live.number if live else 0) + 1, clip=proposal.clip, vlm=None, actor="updater", reason="passed",
-        proposal_id=proposal.id,
-    )  # fmt: skip
+    update = made_by(service)
+    release(service.ledger)
     return update
 
 
@@ -68,11 +50,11 @@ def upgraded(settings: Settings, name: str = "wide", gflops: float | None = None
 
 
 def on(settings: Settings, base: str) -> Settings:
-    return settings.model_copy(update={"base": settings.base.model_copy(update={"clip": base})})
+    return changed(settings, "base", clip=base)
 
 
 def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_back(
-    settings: Settings, verdicts: list[Verdict]
+    settings: Settings, judged: dict[str, Any]
 ) -> None:
     old, new = tiny_base(settings.home), tiny_base(settings.home, "wide")
     first = learn(settings)
@@ -88,7 +70,7 @@ def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_bac
     assert update.incumbent == first.adapter and update.cost["pending"] == 12
     assert ledger.adapter(str(update.adapter)).base == new.digest
     assert ledger.spent(update.id) == 0, "it has a budget of its own"
-    verdict = verdicts[-1]
+    verdict = judged["verdict"]
     assert (verdict.base, verdict.incumbent) == ("wide", first.adapter)
     assert {suite.name for suite in verdict.suites} == {"things", "memory.things", "fresh.things"}
     assert {check.name: check.ok for check in verdict.checks}["parity"]
@@ -114,22 +96,20 @@ def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_bac
 
 
 def test_without_a_release_the_old_base_alone_is_the_incumbent_and_all_that_is_stored_is_learned(
-    settings: Settings, verdicts: list[Verdict]
+    settings: Settings, judged: dict[str, Any]
 ) -> None:
     add_samples(settings, 12)
     add_samples(settings, 12, split="fresh_eval", partition=1)
     ledger = Ledger.open(settings.ledger)
-    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="first start", proposal_id=None)
+    commit(ledger)
     update = upgraded(settings)
     assert update.cost["pending"] == 12 and update.incumbent is None
-    assert verdicts[-1].incumbent == "the base tiny"
+    assert judged["verdict"].incumbent == "the base tiny"
     row = switch_base(settings, "wide", actor="ann", reason="better")
     assert (row.clip, ledger.release(1).clip_base) == (update.adapter, tiny_base(settings.home).digest)
 
 
-def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropped(
-    settings: Settings, verdicts: list[Verdict]
-) -> None:
+def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropped(settings: Settings) -> None:
     learn(settings)
     update = begin_upgrade(settings, plan_upgrade(settings, "wide"), "ann")
     tiny_base(settings.home, "third", seed=9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from core.artifacts import Artifacts, directory_digest
 from core.ledger import Ledger
 from core.settings import Settings
 from serving.engines.clip_base import load_base
-from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.home import add_samples, commit, made_by, make_home, report_of
 from tests.support.tiny import tiny_adapter
 from updater.families import spaces_of
 from updater.service.update_loop import UpdaterService
@@ -34,7 +33,7 @@ def release(settings: Settings, folder: Path, number: int, seed: int, gain: floa
     suites = {"things": {"role": "retention", "after": 0.2 + gain, "base": 0.2, "before": 0.2, "n": 30}}
     ledger.record_verdict(f"u-{number}", name, "passed", "reports/x", {"suites": suites})
     ledger.advance_update(f"u-{number}", "done", adapter=name)
-    ledger.commit_release(number, clip=name, vlm=None, actor="a", reason="r", proposal_id=None)
+    commit(ledger, clip=name)
     ledger.close()
     return name
 
@@ -46,8 +45,8 @@ def test_the_verdict_names_the_best_release_and_does_without_one_that_is_gone(tm
     add_samples(settings, 12)
     add_samples(settings, 12, split="fresh_eval")
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.incumbent == incumbent, update
+    update = made_by(service)
+    assert update.incumbent == incumbent
     verdict = service.ledger.verdict_of(update.id)
     assert verdict is not None
     things = verdict.summary["suites"]["things"]
@@ -56,9 +55,9 @@ def test_the_verdict_names_the_best_release_and_does_without_one_that_is_gone(tm
 
     shutil.rmtree(tmp_path / "home" / "artifacts" / "adapters" / best)
     add_samples(settings, 12)
-    later = service.step(now=True).update
-    assert later is not None and later.id != update.id
+    later = made_by(service, now=True)
+    assert later.id != update.id
     verdict = service.ledger.verdict_of(later.id)
     assert verdict is not None and "best" not in verdict.summary["suites"]["things"]
-    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{later.id}/report.json"))
+    report = report_of(settings, later)
     assert list(report["meta"]["not_compared"]) == [best], "the report says so"

@@ -14,16 +14,13 @@ from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from serving.engines.clip_base import load_base
 from tests.integration.updater import mortal_trainer
-from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.home import add_samples, commit, judged_as, made_by, make_home, release
 from tests.integration.updater.test_kill import SECONDS
-from tests.integration.updater.test_service import release, verdict
 from tests.unit.updater.builders import recipe
 from updater.adapters import read_delta
 from updater.service import train_update
 from updater.service.update_loop import UpdaterService
 from updater.training.checkpoint import CarryOver
-
-__all__ = ["verdict"]
 
 pytestmark = pytest.mark.integration
 
@@ -45,6 +42,11 @@ def last(settings: Settings) -> UpdateRow:
     return Ledger.open(settings.ledger).updates()[0]
 
 
+@pytest.fixture(autouse=True)
+def passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged_as("passed", monkeypatch)
+
+
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
     """The memories that updates were given."""
@@ -59,14 +61,10 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
     return seen
 
 
-def test_the_next_update_is_given_what_the_incumbents_one_left(
-    tmp_path: Path, verdict: dict[str, str], given: list[Path | None]
-) -> None:
+def test_the_next_update_is_given_what_the_incumbents_one_left(tmp_path: Path, given: list[Path | None]) -> None:
     settings = remembering(tmp_path / "home")
-    verdict["outcome"] = "passed"
     service = UpdaterService(settings)
-    first = service.step().update
-    assert first is not None and first.state == "done"
+    first = made_by(service)
     kept = memory_of(settings, first)
     artifacts = Artifacts(settings.artifacts)
     served = read_delta(artifacts.fetch(f"adapters/{first.adapter}"), load_base(settings.home, "tiny"))
@@ -77,30 +75,14 @@ def test_the_next_update_is_given_what_the_incumbents_one_left(
     ), "half of what was trained is served, and all of it is remembered"
     release(service.ledger)
     add_samples(settings, 12)
-    second = service.step().update
-    assert second is not None and second.state == "done"
+    second = made_by(service)
     assert given == [None, artifacts.fetch(f"memories/{first.adapter}")]
     assert memory_of(settings, second).digest != kept.digest
     release(service.ledger)
-    service.ledger.commit_release(3, clip=first.adapter, vlm=None, actor="op", reason="back", proposal_id=None)
+    commit(service.ledger, clip=first.adapter)
     add_samples(settings, 12)
     service.step()
     assert given[2] == given[1], "after a rollback, it is the memory of what is live"
-
-
-def test_a_recipe_that_remembers_nothing_leaves_nothing(
-    tmp_path: Path, verdict: dict[str, str], given: list[Path | None]
-) -> None:
-    settings = make_home(tmp_path / "home")
-    add_samples(settings, 12)
-    verdict["outcome"] = "passed"
-    service = UpdaterService(settings)
-    service.step()
-    release(service.ledger)
-    add_samples(settings, 12)
-    service.step()
-    assert given == [None, None]
-    assert not Artifacts(settings.artifacts).exists("memories")
 
 
 @pytest.mark.long
@@ -118,11 +100,8 @@ def test_a_trainer_killed_before_its_memory_is_stored_stores_it_the_next_time(tm
     assert memory_of(settings, last(settings)).digest == memory_of(undisturbed, last(undisturbed)).digest
 
 
-def test_an_update_that_starts_from_a_memory_ends_alike_when_it_is_killed(
-    tmp_path: Path, verdict: dict[str, str]
-) -> None:
+def test_an_update_that_starts_from_a_memory_ends_alike_when_it_is_killed(tmp_path: Path) -> None:
     undisturbed = remembering(tmp_path / "undisturbed")
-    verdict["outcome"] = "passed"
     service = UpdaterService(undisturbed)
     service.step()
     release(service.ledger)

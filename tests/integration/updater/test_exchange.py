@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ from typer.testing import CliRunner
 
 from core.artifacts import Artifacts
 from core.errors import AdapterCollected, AdapterError, RatchetError, TrainingError
-from core.ledger import Ledger
+from core.ledger import Ledger, UpdateRow
 from core.ledger.collection import COLLECT_LEASE
 from core.settings import Settings
 from ops.cli.main import app
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
-from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home, release
+from tests.integration.updater.home import add_samples, judged_as, made_by, make_home, make_vlm_home, release
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.recipes import load_recipe
@@ -57,8 +58,8 @@ def test_an_imported_adapter_is_judged_and_proposed_by_the_updater(
     imported = import_adapter(settings, foreign, actor="ada", base="tiny")
     assert not imported.known and imported.update.state == "trained"
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and (update.id, update.state) == (imported.update.id, "done")
+    update = made_by(service)
+    assert (update.id, update.state) == (imported.update.id, "done")
     (proposal,) = service.ledger.pending_proposals()
     assert (proposal.kind, proposal.clip, proposal.update_id) == ("update", update.adapter, update.id)
     verdict = service.ledger.verdict_of(update.id)
@@ -94,18 +95,17 @@ def test_the_same_adapter_again_is_known(settings: Settings, foreign: Path, outc
 def test_an_import_that_was_interrupted_is_completed(
     settings: Settings, foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(Ledger, "begin_update", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            import_adapter(settings, foreign, actor="ada", base="tiny")
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(Ledger, "begin_update", Mock(side_effect=KeyboardInterrupt))
+        import_adapter(settings, foreign, actor="ada", base="tiny")
     assert not import_adapter(settings, foreign, actor="ada", base="tiny").known
 
 
 def test_an_import_has_learned_no_data_of_the_store(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
     add_samples(settings, 12)
     service = UpdaterService(settings)
-    own = service.step().update
-    assert own is not None and own.data_to
+    own = made_by(service)
+    assert own.data_to
     release(service.ledger)
     imported = import_adapter(settings, foreign, actor="ada", base="tiny").update
     assert (imported.incumbent, imported.data_from, imported.data_to) == (own.adapter, own.data_to, {})
@@ -118,8 +118,8 @@ def test_an_import_has_learned_no_data_of_the_store(settings: Settings, foreign:
     # Nor does it hide that the recipe has tried these samples before.
     assert service.step().reason == "there are no new samples"
     add_samples(settings, 12)
-    following = service.step().update
-    assert following is not None and (following.state, following.incumbent) == ("done", imported.adapter)
+    following = made_by(service)
+    assert (following.state, following.incumbent) == ("done", imported.adapter)
 
 
 def test_it_is_compared_with_what_is_live_when_it_is_judged(
@@ -129,14 +129,14 @@ def test_it_is_compared_with_what_is_live_when_it_is_judged(
     second = import_adapter(settings, foreign_adapter(settings, tmp_path / "2", 2), actor="ada", base="tiny").update
     assert second.incumbent is None
     service = UpdaterService(settings)
-    done = service.step().update
-    assert done is not None and done.id == first.id  # in the order of their coming
+    done = made_by(service)
+    assert done.id == first.id  # in the order of their coming
     assert "proposal" in service.step().reason  # the second waits for what comes of the first
     with pytest.raises(TrainingError, match="cannot be judged now: proposal"):
         gate_import(settings, import_adapter(settings, tmp_path / "2", actor="ada", base="tiny"))
     release(service.ledger)
-    done = service.step().update
-    assert done is not None and (done.id, done.incumbent) == (second.id, first.adapter)
+    done = made_by(service)
+    assert (done.id, done.incumbent) == (second.id, first.adapter)
 
 
 def test_judging_at_once_leaves_the_work_of_an_updater_alone(
@@ -157,55 +157,54 @@ def test_judging_at_once_leaves_the_work_of_an_updater_alone(
         gate_import(settings, later)
 
 
-def test_what_is_exported_comes_back_as_the_same_adapter(
-    settings: Settings, tmp_path: Path, outcome: dict[str, str]
-) -> None:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, UpdateRow, Path]:
+    """A home with a released update, and its adapter as it was exported."""
+    folder = tmp_path_factory.mktemp("exported")
+    settings = make_home(folder / "home")
     add_samples(settings, 12)
-    service = UpdaterService(settings)
-    own = service.step().update
-    assert own is not None and own.adapter
+    with pytest.MonkeyPatch.context() as patch:
+        judged_as("passed", patch)
+        service = UpdaterService(settings)
+        own = made_by(service)
     release(service.ledger)
-    folder = export_adapter(settings, own.adapter, tmp_path / "out" / "mine")
-    assert adapter_name(folder) == own.adapter
+    return settings, own, export_adapter(settings, str(own.adapter), folder / "out" / "mine")
+
+
+def test_what_is_exported_comes_back_as_the_same_adapter(
+    exported: tuple[Settings, UpdateRow, Path], tmp_path: Path
+) -> None:
+    settings, own, folder = exported
+    name = str(own.adapter)
+    assert adapter_name(folder) == name
     card = (folder / "README.md").read_text()
-    for fact in (
-        own.adapter,
-        own.id,
-        "| verdict of the gate | passed |",
-        "| releases | 1 |",
-        service.bases["clip"].digest,
-    ):
-        assert fact in card
+    facts = (name, own.id, "| verdict of the gate | passed |", "| releases | 1 |", tiny_base(settings.home).digest)
+    assert all(fact in card for fact in facts)
     assert import_adapter(settings, folder, actor="ada").known
     elsewhere = make_home(tmp_path / "elsewhere")
     imported = import_adapter(elsewhere, folder, actor="ada")
-    assert not imported.known and imported.update.adapter == own.adapter
-    exported = export_adapter(elsewhere, own.adapter, tmp_path / "again")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (exported / name).read_bytes() == (folder / name).read_bytes()
+    assert not imported.known and imported.update.adapter == name
+    again = export_adapter(elsewhere, name, tmp_path / "again")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (again / file).read_bytes() == (folder / file).read_bytes()
     with pytest.raises(AdapterError, match="exists already"):
-        export_adapter(settings, own.adapter, folder)
+        export_adapter(settings, name, folder)
     with pytest.raises(RatchetError, match="not in the ledger"):
         export_adapter(settings, "clip-000000000000", tmp_path / "nothing")
 
 
 def test_peft_reads_what_is_exported_and_computes_what_is_served(
-    settings: Settings, tmp_path: Path, outcome: dict[str, str], recwarn: pytest.WarningsRecorder
+    exported: tuple[Settings, UpdateRow, Path], recwarn: pytest.WarningsRecorder
 ) -> None:
-    add_samples(settings, 12)
-    service = UpdaterService(settings)
-    own = service.step().update
-    assert own is not None and own.adapter
-    folder = export_adapter(settings, own.adapter, tmp_path / "mine")
-    base = tiny_base(settings.home)
+    settings, own, folder = exported
+    base, engine = tiny_base(settings.home), ClipEngine(tiny_base(settings.home))
     model = PeftModel.from_pretrained(base.build_model(), folder).eval()
     assert not [str(w.message) for w in recwarn if "peft" in str(w.filename)]
     pixels = np.random.default_rng(1).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     with torch.inference_mode():
         vectors = torch.nn.functional.normalize(model.encode_image(base.preprocess.normalise(pixels)), dim=-1)
-    engine = ClipEngine(base)
-    engine.load(own.adapter, Artifacts(settings.artifacts).fetch(f"adapters/{own.adapter}"))
-    np.testing.assert_allclose(vectors.numpy(), engine.encode_images(pixels, own.adapter), atol=1e-5)
+    engine.load(str(own.adapter), Artifacts(settings.artifacts).fetch(f"adapters/{own.adapter}"))
+    np.testing.assert_allclose(vectors.numpy(), engine.encode_images(pixels, str(own.adapter)), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -12,8 +10,9 @@ from core.errors import AdapterError
 from core.settings import Settings
 from core.settings.updates import LearnedHead
 from serving.engines.adapters import read_adapter
+from serving.engines.clip import ClipEngine
 from streams.store.sample_store import SampleStore
-from tests.integration.updater.home import add_samples, judged_as
+from tests.integration.updater.home import add_samples, changed, judged_as, made_by, report_of
 from tests.unit.updater.builders import COLOURS
 from updater.gate.sample_suites import head_suites
 from updater.service.update_loop import UpdaterService
@@ -23,10 +22,6 @@ HEADS = [
     LearnedHead(name="colours", domains=["things"], min_images=4),
     LearnedHead(name="elsewhere", domains=["no such domain"]),
 ]
-
-
-def _with_heads(settings: Settings) -> Settings:
-    return settings.model_copy(update={"updater": settings.updater.model_copy(update={"heads": HEADS})})
 
 
 def _label(settings: Settings, train: int, held_out: int) -> SampleStore:
@@ -40,26 +35,23 @@ def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged_as("passed", monkeypatch)
-    settings = _with_heads(settings)
+    settings = changed(settings, "updater", heads=HEADS)
     store = _label(settings, 36, 24)
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "done"
+    update = made_by(service)
     artifacts = Artifacts(settings.artifacts)
     files = read_adapter(artifacts.fetch(f"adapters/{update.adapter}"))
     assert files.name == update.adapter and list(files.heads) == ["colours"]
     head = files.heads["colours"]
     assert head.labels == tuple(sorted(COLOURS[:3])) and head.counts == (12, 12, 12)
-    report = json.loads(artifacts.read_bytes(f"reports/{update.id}/report.json"))
+    report = report_of(settings, update)
     (suite,) = [each for each in report["suites"] if each["name"] == "head.colours"]
     assert suite["role"] == "retention" and suite["n"] == 24
     assert {check["name"]: check["ok"] for check in report["checks"]}["loads"]
-    bare = settings.model_copy(update={"updater": settings.updater.model_copy(update={"heads": []})})
+    bare = changed(settings, "updater", heads=[])
     with pytest.raises(AdapterError, match="nothing judges the head 'colours'"):
         head_suites(bare, store, update.store_version, files.heads)  # what is not judged does not pass
     # learned of the candidate's own vectors, and of no sample that is held out
-    from serving.engines.clip import ClipEngine
-
     engine = ClipEngine(service.bases["clip"], "cpu")  # type: ignore[arg-type]
     engine.load(files.name, artifacts.fetch(f"adapters/{update.adapter}"))
     rows = store.scan(split="train", columns=["image", "label"]).to_pylist()
@@ -74,10 +66,9 @@ def test_a_head_that_the_gate_could_not_judge_is_not_learned(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judged_as("passed", monkeypatch)
-    settings = _with_heads(settings)
+    settings = changed(settings, "updater", heads=HEADS)
     _label(settings, 36, 6)
-    update = UpdaterService(settings).step().update
-    assert update is not None and update.state == "done"
+    update = made_by(UpdaterService(settings))
     assert read_adapter(Artifacts(settings.artifacts).fetch(f"adapters/{update.adapter}")).heads == {}
     lines = capsys.readouterr().err
     assert "head colours: 6 labelled samples are held out, and the gate needs 10" in lines

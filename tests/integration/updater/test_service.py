@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
-import time
+from datetime import timedelta
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,7 +16,8 @@ from core.ledger.learning import BEGAN
 from core.settings import Settings
 from ops.cli.doctor import examine
 from serving.engines.adapters import adapter_name
-from tests.integration.updater.home import add_samples, judged_as, release
+from streams.store import maintenance
+from tests.integration.updater.home import add_samples, changed, commit, judged_as, made_by, release, report_of
 from tests.unit.gate.builders import folder_dataset
 from updater.families.clip_learner import ClipLearner
 from updater.recipes import load_recipe
@@ -40,16 +40,17 @@ def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Setting
     add_samples(settings, 8, split="fresh_eval")
     verdict["outcome"] = "passed"
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "done"
+    update = made_by(service)
     assert update.data_to == service.store.offsets() and update.data_from == {}
+    assert "merge_weight" not in update.cost
     adapter = service.ledger.adapter(str(update.adapter))
     artifacts = Artifacts(settings.artifacts)
     assert adapter_name(artifacts.fetch(f"adapters/{adapter.name}")) == adapter.name
-    report = json.loads(artifacts.read_bytes(f"reports/{update.id}/report.json"))
+    report = report_of(settings, update)
     assert artifacts.read_bytes(f"reports/{update.id}/report.html").startswith(b"<!")
     assert {check["name"]: check["ok"] for check in report["checks"]}["parity"]
     assert "fresh.things" in {suite["name"] for suite in report["suites"]}
+    assert {suite["half"] for suite in report["suites"]} == {"all"} and "tuned_on" not in report["meta"]
     (proposal,) = service.ledger.pending_proposals()
     assert (proposal.kind, proposal.clip, proposal.update_id) == ("update", update.adapter, update.id)
     assert 0 < update.cost["gflops_spent"] == pytest.approx(update.cost["gflops_planned"])
@@ -58,24 +59,12 @@ def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Setting
     assert not service.work_dir(update).exists()
 
 
-def test_it_waits_until_enough_is_new(settings: Settings) -> None:
-    service = UpdaterService(settings)
-    assert service.step().reason == "there are no new samples"
-    add_samples(settings, 9)
-    outcome = service.step()
-    assert outcome.update is None and outcome.reason.startswith("9 of 10 new samples")
-    waited = settings.model_copy(update={"updater": settings.updater.model_copy(update={"max_wait_seconds": 1e-3})})
-    ready = triggers.decide(waited, service.ledger, service.store, service.recipes["clip"])
-    assert isinstance(ready, triggers.Ready)
-
-
 def test_rejected_data_is_not_tried_again_by_itself_but_by_another_recipe_or_on_request(
     settings: Settings, verdict: dict[str, str]
 ) -> None:
     add_samples(settings, 12)
     naive = UpdaterService(settings, load_recipe(settings.home / "naive.yaml"))
-    first = naive.step().update
-    assert first is not None
+    first = made_by(naive)
     assert naive.step().reason == "there are no new samples"
     again = naive.step(retry=True).update
     assert again is not None and again.id != first.id
@@ -88,20 +77,21 @@ def test_rejected_data_is_not_tried_again_by_itself_but_by_another_recipe_or_on_
 def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rollback(
     settings: Settings, verdict: dict[str, str]
 ) -> None:
+    """What is learned is replayed in the next update; a recipe that remembers nothing leaves nothing else for it."""
     add_samples(settings, 12)
     verdict["outcome"] = "passed"
     service = UpdaterService(settings)
-    first = service.step().update
-    assert first is not None
-    add_samples(settings, 12)
+    first = made_by(service)
+    add_samples(settings, 11)
     assert "proposal" in service.step().reason  # not released yet
     release(service.ledger)
-    second = service.step().update
-    assert second is not None
-    assert second.incumbent == first.adapter
-    assert second.data_from == first.data_to
+    second = made_by(service)
+    assert (second.incumbent, second.data_from) == (first.adapter, first.data_to)
+    assert (second.cost["samples_new"], second.cost["samples_replay"]) == (11, 12)
+    assert second.cost["samples_reference"] > 0
+    assert not Artifacts(settings.artifacts).exists("memories")
     release(service.ledger)
-    service.ledger.commit_release(3, clip=first.adapter, vlm=None, actor="op", reason="back", proposal_id=None)
+    commit(service.ledger, clip=first.adapter)
     ready = triggers.decide(settings, service.ledger, service.store, service.recipes["clip"], retry=True)
     assert isinstance(ready, triggers.Ready)
     assert (ready.learned.incumbent, ready.learned.data_from) == (first.adapter, first.data_to)
@@ -117,19 +107,14 @@ def test_an_update_that_libraries_break_off_fails_with_its_reason_after_three_at
         for _ in range(4):
             with pytest.raises(DiskFull, match="No space left"):
                 UpdaterService(settings).step()
-    tried = []
-
-    def broken(*_: object, **__: object) -> None:
-        tried.append(1)
-        raise ValueError("absolute aspect ratio must be smaller than 200")
-
+    broken = Mock(side_effect=ValueError("absolute aspect ratio must be smaller than 200"))
     monkeypatch.setattr(service_module, "train_update", broken)
     for attempt in (1, 2):
         with pytest.raises(TrainingError, match=f"attempt {attempt} of 3: ValueError: absolute aspect ratio"):
             UpdaterService(settings).step()
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "failed" and len(tried) == 3
+    update = made_by(service, "failed")
+    assert broken.call_count == 3
     assert "broke off 3 times; the last reason is ValueError: absolute aspect ratio" in str(update.error)
     assert service.step().reason == "there are no new samples"
     assert update.id not in service.store.pins()
@@ -144,17 +129,11 @@ def test_a_process_that_dies_three_times_at_one_place_fails_the_update(
     class Died(BaseException):
         pass
 
-    def dying(*_: object, **__: object) -> None:
-        raise Died
-
-    def stopping(*_: object, **__: object) -> None:
-        raise SystemExit(0)
-
-    monkeypatch.setattr(service_module, "train_update", stopping)
+    monkeypatch.setattr(service_module, "train_update", Mock(side_effect=SystemExit(0)))
     for _ in range(4):
         with pytest.raises(SystemExit):
             UpdaterService(settings).step()
-    monkeypatch.setattr(service_module, "train_update", dying)
+    monkeypatch.setattr(service_module, "train_update", Mock(side_effect=Died))
     for _ in range(3):
         service = UpdaterService(settings)
         with monkeypatch.context() as dead:  # what takes the mark back does not run in a process that was killed
@@ -167,8 +146,7 @@ def test_a_process_that_dies_three_times_at_one_place_fails_the_update(
             with pytest.raises(Died):
                 service.step()
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "failed"
+    update = made_by(service, "failed")
     assert "the process ended 3 times in it (training) without saying why: killed, for memory?" in str(update.error)
     monkeypatch.undo()
     assert service.ledger.retry_update(update.id, actor="ann").state == "training"
@@ -229,94 +207,60 @@ def test_an_operator_ends_an_update_in_training_and_its_samples_are_learned_late
 THINGS = "task: retrieval\ndata: ${home}/data/things\n"
 
 
-@pytest.mark.parametrize("missing", ["suite", "suites", "reference"])
+@pytest.mark.parametrize(
+    ("suite", "reference", "reason"),
+    [
+        ("task: retrieval\ndata: ${home}/data/nothing\n", "things", "nothing does not exist"),
+        (f"{THINGS}role: gain\n", "things", "no retention suite"),
+        (f"{THINGS}margin: 0.9\n", "gone", "gone does not exist"),
+    ],
+)
 def test_without_suites_or_reference_nothing_is_begun_and_spent_and_it_is_told(
-    settings: Settings, verdict: dict[str, str], missing: str
+    settings: Settings, verdict: dict[str, str], suite: str, reference: str, reason: str
 ) -> None:
     add_samples(settings, 12)
-    suite = settings.home / "suites" / "things.yaml"
-    if missing == "suite":
-        suite.write_text("task: retrieval\ndata: ${home}/data/nothing\n")
-    elif missing == "suites":
-        suite.write_text(f"{THINGS}role: gain\n")
-    else:
-        gone = settings.updater.model_copy(update={"reference": [settings.home / "data" / "gone"]})
-        settings = settings.model_copy(update={"updater": gone})
+    file, data = settings.home / "suites" / "things.yaml", settings.home / "data"
+    file.write_text(suite)
+    settings = changed(settings, "updater", reference=[data / reference])
     service = UpdaterService(settings)
     outcome = service.step()
-    reason = {"suite": "nothing does not exist", "suites": "no retention suite", "reference": "gone does not exist"}
-    assert outcome.update is None and reason[missing] in outcome.reason
+    assert outcome.update is None and reason in outcome.reason
     assert not service.ledger.updates() and service.ledger.spent() == 0
     assert _unjudged() == 1
-    assert reason[missing] in learning_states(settings, service.ledger, service.store)["clip"].lacks
+    assert reason in learning_states(settings, service.ledger, service.store)["clip"].lacks
     (finding,) = [each for each in examine(settings) if each.what == "suites"]
-    assert finding.state == "warn" and reason[missing] in finding.found
-    if missing == "reference":
-        folder_dataset(settings.home / "data" / "gone", count=30)
-    suite.write_text(f"{THINGS}margin: 0.9\n")
+    assert finding.state == "warn" and reason in finding.found
+    if reference == "gone":
+        folder_dataset(data / "gone", count=30)
+    file.write_text(f"{THINGS}margin: 0.9\n")
     assert service.step().update is not None and _unjudged() == 0
+
+
+_killed = Mock(side_effect=KeyboardInterrupt)
 
 
 def _unjudged() -> float | None:
     return REGISTRY.get_sample_value("ratchet_update_unjudged", {"family": "clip"})
 
 
-def test_earlier_samples_are_replayed_and_new_ones_are_not(settings: Settings, verdict: dict[str, str]) -> None:
-    add_samples(settings, 12)
-    verdict["outcome"] = "passed"
-    service = UpdaterService(settings)
-    service.step()
-    release(service.ledger)
-    add_samples(settings, 11)
-    update = service.step().update
-    assert update is not None
-    assert (update.cost["samples_new"], update.cost["samples_replay"]) == (11, 12)
-    assert update.cost["samples_reference"] > 0
-
-
-def test_an_update_begins_only_if_the_budget_holds_it(settings: Settings, verdict: dict[str, str]) -> None:
-    add_samples(settings, 12)
-    budget = settings.budget.model_copy(update={"gflops_per_day": 1000.0, "gflops_per_update": 900.0})
-    poor = settings.model_copy(update={"budget": budget})
-    service = UpdaterService(poor)
-    assert service.ledger.charge("somebody else", 200.0, now=time.time(), rate=0, capacity=1000)
-    outcome = service.step()
-    assert outcome.update is None and "budget lacks" in outcome.reason
-
-
-def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settings: Settings) -> None:
-    add_samples(settings, 12)
-    budget = settings.budget.model_copy(update={"gflops_per_update": 1e-3})
-    service = UpdaterService(settings.model_copy(update={"budget": budget}))
-    update = service.step().update
-    assert update is not None and update.state == "failed"
-    assert "does not pay for one step" in str(update.error)
-    assert service.ledger.spent(update.id) == 0
-
-
 def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_kill(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
-    gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
-    service = UpdaterService(settings.model_copy(update={"updater": impatient, "gate": gate}))
+    settings = changed(settings, "updater", wait_for_items=True, max_wait_seconds=1e-3)
+    service = UpdaterService(changed(settings, "gate", detect=0.1703))  # 16 items are needed
     add_samples(settings, 12)
     add_samples(settings, 8, split="fresh_eval")
     verdict["outcome"] = "inconclusive"
-    first = service.step().update
-    assert first is not None and first.state == "done"
+    first = made_by(service)
     assert service.step().reason.startswith("8 of 16 fresh items")
     add_samples(settings, 8, split="fresh_eval")
 
     monkeypatch.setattr("updater.service.train_update.train", _killed)  # nothing is trained from here on
-    real = service_module.gate_update
-    monkeypatch.setattr(service_module, "gate_update", _killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(service_module, "gate_update", _killed)
         service.step()
-    monkeypatch.setattr(service_module, "gate_update", real)
     verdict["outcome"] = "passed"
-    second = service.step().update
-    assert second is not None
+    second = made_by(service)
     assert (second.id, second.adapter, second.state) == (f"{first.id}-look-2", first.adapter, "done")
     assert second.store_version > first.store_version and second.data_to == first.data_to
     assert [len(service.ledger.updates()), len(service.ledger.verdicts())] == [2, 2]
@@ -327,7 +271,7 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     assert looks[0]["spent"] < looks[1]["spent"] == pytest.approx(looks[0]["alpha"], rel=1e-4)
     (proposal,) = service.ledger.pending_proposals()
     assert (proposal.clip, proposal.update_id) == (first.adapter, second.id)
-    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{second.id}/report.json"))
+    report = report_of(settings, second)
     assert report["look"]["number"] == 2 and report["fresh"] == 16
     release(service.ledger)
     assert service.step().reason == "there are no new samples"
@@ -359,26 +303,16 @@ def test_suites_that_go_while_it_trains_leave_the_update_trained_until_they_are_
 def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from datetime import timedelta
-
-    from streams.store import maintenance
-
     add_samples(settings, 12)
     service = UpdaterService(settings)
-    monkeypatch.setattr("updater.service.train_update.train", _killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("updater.service.train_update.train", _killed)
         service.step()
-    monkeypatch.undo()
     add_samples(settings, 12)
     service.store.unpin(service.ledger.updates(1)[0].id)
     maintenance.clean(service.store, keep=timedelta(0))
-    update = service.step().update
-    assert update is not None and update.state == "abandoned"
+    update = made_by(service, "abandoned")
     assert "not kept" in str(update.error)
-
-
-def _killed(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_once_says_why_nothing_was_trained(settings: Settings) -> None:

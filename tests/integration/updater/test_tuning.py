@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from core.artifacts import Artifacts
 from core.ledger import UpdateRow
 from core.settings import Settings
 from serving.engines.clip_base import load_base
 from streams.store.sample_store import SampleStore
-from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.home import add_samples, made_by, make_home, report_of
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
 from updater.gate.run import open_evaluator
@@ -39,13 +37,12 @@ def test_the_weight_is_chosen_on_one_half_and_judged_by_the_other(settings: Sett
     add_samples(settings, 12)
     add_samples(settings, 48, split="fresh_eval")
     service = UpdaterService(settings)
-    update = service.step().update
-    assert update is not None and update.state == "done", update
+    update = made_by(service)
     scores = update.cost["search_scores"]
     assert set(scores) == {"0.3", "1"}
     assert scores[f"{update.cost['merge_weight']:g}"] == max(scores.values())
     assert update.cost["search_gflops"] > 0
-    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
+    report = report_of(settings, update)
     halves = {suite["name"]: suite["half"] for suite in report["suites"]}
     assert halves == {"few": "all", "things": "hidden", "fresh.things": "hidden"}
     assert sorted(report["meta"]["tuned_on"]) == ["fresh.things", "things"]
@@ -74,17 +71,6 @@ def test_a_suite_too_small_to_be_divided_is_left_to_the_gate(settings: Settings)
     assert tuned_on(suites, min_items=30) == []
     scores = TuningScores(settings, load_base(settings.home, "tiny"), tuned_on(suites, min_items=5))
     assert 5 <= scores.passes <= 25
-
-
-def test_a_fixed_weight_leaves_the_suites_whole(settings: Settings) -> None:
-    (settings.home / "default.yaml").write_text(recipe("ema-merge", max_steps=4, reference_limit=20).to_yaml())
-    add_samples(settings, 12)
-    add_samples(settings, 48, split="fresh_eval")
-    update = UpdaterService(settings).step().update
-    assert update is not None and "merge_weight" not in update.cost
-    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
-    assert {suite["half"] for suite in report["suites"]} == {"all"}
-    assert "tuned_on" not in report["meta"]
 
 
 def _asked(settings: Settings, version: int, data_from: dict[str, int]) -> tuple[dict[str, set[str]], set[str]]:

@@ -1,4 +1,4 @@
-"""Merge rules against loops over plain floats, and what each of them is for."""
+"""Merge rules against loops over plain floats, and the search for a rule's weight."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from tests.support.tiny import tiny_base
+from serving.engines.adapters import adapter_name
+from serving.engines.clip_base import ClipBase
+from serving.engines.lora import effective_weights
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
-from updater.methods.merging import RULES, merged, remembered
-from updater.recipes import Merge
+from updater.methods.merging import RULES, merged, remembered, search
+from updater.recipes import Merge, Recipe
 from updater.training.checkpoint import CarryOver
+from updater.training.workers import Stopped
 
 OUT, INNER = 6, 5
 
@@ -101,8 +104,7 @@ def test_an_update_takes_nothing_from_weights_that_it_leaves_alone() -> None:
     assert values(merged(rule, served, {"bias": Dense(new)}, {}), "bias") == (known + new).tolist()
 
 
-def test_the_memory_of_a_merge_goes_into_the_next_update(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path / "home")
+def test_the_memory_of_a_merge_goes_into_the_next_update(base: ClipBase, tmp_path: Path) -> None:
     plan = recipe("ties-merge", text={"locked": True}, max_steps=2)
     first = run(base, tmp_path / "first", recipe=plan)
     assert first.carry_over is not None
@@ -116,21 +118,21 @@ def test_the_memory_of_a_merge_goes_into_the_next_update(tmp_path: Path) -> None
     assert run(base, tmp_path / "without", **again).adapter != second.adapter
 
 
-def test_task_arithmetic_adds_what_was_learned_since_the_start() -> None:
-    found = merged(Merge(rule="task_arithmetic", weight=0.4), OLD, NEW, START)
-    for name in ("layer", "bias"):
-        rows = zip(values(OLD, name), values(NEW, name), values(START, name), strict=True)
-        assert values(found, name) == pytest.approx([old + 0.4 * (new - start) for old, new, start in rows])
-    untouched = merged(Merge(rule="task_arithmetic", weight=0.4), OLD, START, START)
-    assert values(untouched) == pytest.approx(values(OLD))
-
-
-def test_the_other_end_of_the_line_is_what_is_served_or_the_base() -> None:
-    served = merged(Merge(weight=0.3), OLD, NEW, START)
-    base = merged(Merge(weight=0.3, options={"towards": "base"}), OLD, NEW, START)
-    rows = zip(values(OLD), values(NEW), strict=True)
-    assert values(served) == pytest.approx([0.7 * old + 0.3 * new for old, new in rows])
-    assert values(base) == pytest.approx([0.3 * new for new in values(NEW)])
+@pytest.mark.parametrize("name", ["layer", "bias"])
+@pytest.mark.parametrize(
+    ("rule", "shares"),
+    [
+        (Merge(rule="task_arithmetic", weight=0.4), (1.0, 0.4, -0.4)),
+        (Merge(weight=0.3), (0.7, 0.3, 0.0)),
+        (Merge(weight=0.3, options={"towards": "base"}), (0.0, 0.3, 0.0)),
+    ],
+)
+def test_a_linear_rule_is_the_weighted_sum_of_what_is_served_trained_and_begun_with(
+    rule: Merge, shares: tuple[float, float, float], name: str
+) -> None:
+    rows = zip(*(values(delta, name) for delta in (OLD, NEW, START)), strict=True)
+    expected = [sum(share * value for share, value in zip(shares, row, strict=True)) for row in rows]
+    assert values(merged(rule, OLD, NEW, START), name) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("rule", [name for name in RULES.names() if name != "none"])
@@ -155,12 +157,11 @@ def test_an_unknown_rule_or_option_is_refused(rule: str, options: dict[str, floa
         merged(Merge(rule=rule, options=options), OLD, NEW, {})
 
 
-def test_a_zero_shot_merge_trains_from_the_base_and_joins_what_is_served(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path / "home")
-    plan = recipe("zero-shot-merge", max_steps=3)
+def test_a_zero_shot_merge_trains_from_the_base_and_joins_what_is_served(base: ClipBase, tmp_path: Path) -> None:
+    plan = recipe("zero-shot-merge", max_steps=2)
     first = run(base, tmp_path / "first", recipe=plan)
     second = run(base, tmp_path / "second", recipe=plan, incumbent=first.directory, seed=5)
-    alone = recipe("zero-shot-merge", max_steps=3, merge={"rule": "none"})
+    alone = recipe("zero-shot-merge", max_steps=2, merge={"rule": "none"})
     fresh = run(base, tmp_path / "fresh", recipe=alone, seed=5)
     served, trained, found = (read_delta(made.directory, base) for made in (first, fresh, second))
     expected = merged(plan.merge, served, trained, {})
@@ -168,3 +169,81 @@ def test_a_zero_shot_merge_trains_from_the_base_and_joins_what_is_served(tmp_pat
     for name, part in expected.items():
         assert isinstance(part, LowRank)
         assert values(found, name) == pytest.approx(values({name: compress(part, plan.rank)}, name), abs=1e-6)
+
+
+WEIGHTS = (0.2, 0.6, 1.0)
+
+
+class Picky:
+    """Likes the adapter that it is asked for as number ``wanted``; keeps how long each one's ΔW was."""
+
+    passes = 7
+
+    def __init__(self, base: ClipBase, wanted: int) -> None:
+        self.model = base.build_model()
+        self.wanted = wanted
+        self.asked: list[float] = []
+
+    def __call__(self, directory: Path) -> float:
+        plain = dict(self.model.named_parameters())
+        changed = effective_weights(directory, self.model)
+        self.asked.append(float(torch.stack([(w - plain[n]).norm() for n, w in changed.items()]).norm()))
+        return 1.0 if len(self.asked) == self.wanted else 0.5
+
+
+def plan(**merge: object) -> Recipe:
+    return recipe("paint", max_steps=2, merge={"rule": "linear", "weight": 0.5, **merge})
+
+
+def test_each_weight_is_scored_once_and_the_best_one_is_served(base: ClipBase, tmp_path: Path) -> None:
+    picky = Picky(base, wanted=2)
+    found = run(base, tmp_path / "searched", recipe=plan(search=WEIGHTS), scored=picky)
+    fixed = run(base, tmp_path / "fixed", recipe=plan(weight=0.6))
+    assert found.adapter == fixed.adapter == adapter_name(found.directory)
+    assert picky.asked == pytest.approx([w / 0.6 * picky.asked[1] for w in WEIGHTS], rel=1e-3)
+    assert found.cost["merge_weight"] == 0.6
+    assert found.cost["search_scores"] == {"0.2": 0.5, "0.6": 1.0, "1": 0.5}
+    assert found.cost["search_gflops"] == pytest.approx(3 * 7 * found.cost["sample_gflops"])
+    assert "search_gflops" not in fixed.cost
+    assert [path.name for path in (tmp_path / "searched" / "adapters").iterdir()] == [found.adapter]
+
+
+class Same:
+    """Scores everything alike."""
+
+    def __init__(self, passes: int) -> None:
+        self.passes = passes
+
+    def __call__(self, directory: Path) -> float:
+        return 0.3
+
+
+@pytest.mark.parametrize(("passes", "taken", "tried"), [(1, 0.4, [0.4, 0.2, 0.9]), (0, 0.7, [])])
+def test_among_equals_the_first_one_is_taken_and_without_items_the_recipes(
+    tmp_path: Path, passes: int, taken: float, tried: list[float]
+) -> None:
+    written: list[float] = []
+
+    def write(merge: Merge, place: Path) -> str:
+        written.append(merge.weight)
+        return place.name
+
+    found = search(Merge(weight=0.7, search=(0.4, 0.2, 0.9)), Same(passes), write, tmp_path)
+    assert (found.merge.weight, written) == (taken, tried)
+
+
+def test_a_search_that_is_stopped_begins_again_and_ends_in_the_same_adapter(base: ClipBase, tmp_path: Path) -> None:
+    searching = plan(search=WEIGHTS)
+    whole = run(base, tmp_path / "whole", recipe=searching, scored=Picky(base, wanted=3))
+    stopped = Picky(base, wanted=3)
+    with pytest.raises(Stopped):
+        run(base, tmp_path / "two", recipe=searching, scored=stopped, stop=lambda: len(stopped.asked) == 2)
+    assert not list((tmp_path / "two" / "adapters").iterdir())
+    again = run(base, tmp_path / "two", recipe=searching, scored=Picky(base, wanted=3))
+    assert (again.adapter, again.steps) == (whole.adapter, 2)
+
+
+def test_a_recipe_that_searches_wants_something_to_score_with(base: ClipBase, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"merge\.search"):
+        run(base, tmp_path, recipe=plan(search=WEIGHTS), scored=None)
+    assert not (tmp_path / "adapters").exists()

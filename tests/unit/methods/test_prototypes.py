@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ratchet_methods.objectives.prototype_relation import PrototypeRelation
@@ -14,91 +15,65 @@ from ratchet_methods.objectives.prototypes import Prototypes
 from ratchet_methods.objectives.two_teacher_relations import TwoTeacherRelations, trust
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import batch, pairs, recipe
-from tests.unit.updater.plain_rows import softmax
+from tests.unit.updater.plain_rows import dots, kl, mean_kl, softmax
 from updater.families.clip_learner import ClipLearner
 from updater.methods.batches import Features, TeacherFeatures
 
 CAPTIONS = ["a red car", "A blue car ", "a tree", "a house"]
-Rows = list[list[float]]
 
 
 def taught(labels: list[int], seed: int = 0) -> Features:
-    """Rows with captions 0, 1, ... and two teachers."""
-    made = batch(list(range(len(labels))), seed=seed)
-    other = batch(list(range(len(labels))), seed=seed + 100)
-    incumbent = TeacherFeatures(other.image.detach(), other.text.detach())
-    return replace(made, label=torch.tensor(labels), teachers={**made.teachers, "incumbent": incumbent})
+    """Rows with captions 0, 1, ... and these labels."""
+    return replace(batch(list(range(len(labels))), seed=seed), label=torch.tensor(labels))
 
 
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
+def kept(made: Features, labels: list[str], **options: Any) -> Prototypes:
+    """Prototypes of a batch's images."""
+    found = Prototypes(["image"], **{"most": 9, "window": 9, "captions": False, **options})
+    found.begin(labels)
+    found.add(made, {"image": made.image})
+    return found
 
 
-def unit(a: list[float]) -> list[float]:
-    return [x / math.sqrt(dot(a, a)) for x in a]
-
-
-def divergence(p: list[float], q: list[float]) -> float:
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-
-
-def mean(rows: Rows) -> list[float]:
-    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+def unit_mean(rows: Tensor) -> Tensor:
+    return F.normalize(rows.detach().mean(dim=0), dim=0)
 
 
 def test_a_prototype_is_the_mean_of_its_label_and_of_its_caption_where_there_is_none() -> None:
     made = taught([0, -1, 0, -1])
-    kept = Prototypes(["image", "text"], most=9, window=9, captions=True)
-    kept.begin(["car"])
-    kept.add(made, {"image": made.image, "text": made.text})
-    image = made.image.tolist()
-    expected = [image[1], unit(mean([image[0], image[2]])), image[3]]  # the one seen last is last
-    assert torch.allclose(kept.of("image"), torch.tensor(expected), atol=1e-6)
-    assert torch.allclose(kept.of("text")[0], made.text[1], atol=1e-6)
+    found = Prototypes(["image", "text"], most=9, window=9, captions=True)
+    found.begin(["car"])
+    found.add(made, {"image": made.image, "text": made.text})
+    expected = torch.stack([unit_mean(made.image[rows]) for rows in ([1], [0, 2], [3])])  # the one seen last is last
+    assert torch.allclose(found.of("image"), expected, atol=1e-6)
+    assert torch.allclose(found.of("text")[0], made.text[1], atol=1e-6)
 
 
 def test_rows_without_a_label_make_no_prototype_unless_no_row_has_one() -> None:
-    some, none = (Prototypes(["image"], most=9, window=9, captions=False) for _ in range(2))
-    some.begin(["car"])
-    some.add(taught([0, -1, 0, -1]), {"image": taught([0, -1, 0, -1]).image})
-    assert len(some.means) == 1
-    none.begin([])
-    none.add(taught([-1, -1, -1, -1]), {"image": taught([-1, -1, -1, -1]).image})
-    assert len(none.means) == 4
+    assert len(kept(taught([0, -1, 0, -1]), ["car"]).means) == 1
+    assert len(kept(taught([-1, -1, -1, -1]), []).means) == 4
 
 
 def test_after_its_window_a_mean_forgets_exponentially() -> None:
-    kept = Prototypes(["image"], most=9, window=2, captions=False)
-    kept.begin(["car"])
     made = taught([0, 0, 0, 0])
-    kept.add(made, {"image": made.image})
-    image = made.image.detach()
-    expected = 0.125 * image[0] + 0.125 * image[1] + 0.25 * image[2] + 0.5 * image[3]
-    assert torch.allclose(next(iter(kept.means.values()))[0], expected, atol=1e-6)
+    expected = torch.tensor([0.125, 0.125, 0.25, 0.5]) @ made.image.detach()
+    assert torch.allclose(next(iter(kept(made, ["car"], window=2).means.values()))[0], expected, atol=1e-6)
 
 
 def test_only_the_concepts_seen_last_are_kept() -> None:
-    kept = Prototypes(["image"], most=2, window=9, captions=False)
-    kept.begin(["a", "b", "c"])
     made = taught([0, 1, 2, 0])
-    kept.add(made, {"image": made.image})
-    image = made.image.tolist()
-    assert torch.allclose(kept.of("image"), torch.tensor([image[2], unit(mean([image[0], image[3]]))]), atol=1e-6)
+    expected = torch.stack([unit_mean(made.image[rows]) for rows in ([2], [0, 3])])
+    assert torch.allclose(kept(made, ["a", "b", "c"], most=2).of("image"), expected, atol=1e-6)
 
 
 def test_prototypes_are_found_again_by_their_words_when_the_numbers_are_others() -> None:
-    first, second = (Prototypes(["image"], most=9, window=9, captions=False) for _ in range(2))
-    first.begin(["bird", "car"])
-    made = taught([0, 1, 1, 0])
-    first.add(made, {"image": made.image})
+    made, later = taught([0, 1, 1, 0]), taught([0, -1, -1, -1], seed=1)
+    first, second = kept(made, ["bird", "car"]), Prototypes(["image"], most=9, window=9, captions=False)
     second.begin(["car"])
     second.load_state(first.state())
-    later = taught([0, -1, -1, -1], seed=1)
     second.add(later, {"image": later.image})
-    image = [*made.image.tolist()[1:3], later.image.tolist()[0]]
-    assert len(second.means) == 2
-    assert torch.allclose(second.of("image")[1], torch.tensor(unit(mean(image))), atol=1e-6)
-    assert first.counts != second.counts
+    assert len(second.means) == 2 and first.counts != second.counts
+    assert torch.allclose(second.of("image")[1], unit_mean(torch.cat([made.image[1:3], later.image[:1]])), atol=1e-6)
 
 
 def test_the_teacher_that_knows_a_pair_has_its_weight() -> None:
@@ -109,9 +84,7 @@ def test_the_teacher_that_knows_a_pair_has_its_weight() -> None:
     assert float(weights[0].min()) > 0.999
     for row, pair in enumerate(trust(made).T.tolist()):
         own = [made.teachers[name] for name in ("base", "incumbent")]
-        assert pair == pytest.approx(
-            softmax([made.scale * dot(s.image[row].tolist(), s.text[row].tolist()) for s in own])
-        )
+        assert pair == pytest.approx(softmax([made.scale * float(s.image[row] @ s.text[row]) for s in own]), rel=1e-5)
 
 
 def test_two_teachers_relations_equal_the_plain_sum() -> None:
@@ -121,20 +94,13 @@ def test_two_teachers_relations_equal_the_plain_sum() -> None:
     assert objective(earlier).item() == 0
     objective.stepped(earlier)
     total = 0.0
-    weights = trust(made).tolist()
-    for m, name in enumerate(("base", "incumbent")):
-        seen = earlier.teachers[name]
-        anchors = [
-            [unit(mean([side.tolist()[row] for row in rows])) for rows in ((0, 2), (1, 3))]
-            for side in (seen.image, seen.text)
-        ]
-        teacher = made.teachers[name]
+    for weights, name in zip(trust(made).tolist(), ("base", "incumbent"), strict=True):
+        seen, teacher = earlier.teachers[name], made.teachers[name]
         for new, old in ((made.image, teacher.image), (made.text, teacher.text)):
-            for i in range(3):
-                for prototypes in anchors:
-                    p = softmax([made.scale * dot(old[i].tolist(), anchor) for anchor in prototypes])
-                    q = softmax([made.scale * dot(new[i].tolist(), anchor) for anchor in prototypes])
-                    total += weights[m][i] * divergence(p, q) / 4 / 3
+            for side in (seen.image, seen.text):
+                anchors = torch.stack([unit_mean(side[rows]) for rows in ([0, 2], [1, 3])])
+                rows = zip(weights, dots(old, anchors, made.scale), dots(new, anchors, made.scale), strict=True)
+                total += sum(weight * kl(before, after) for weight, before, after in rows) / 4 / 3
     assert float(objective(made)) == pytest.approx(total, rel=1e-4)
 
 
@@ -150,25 +116,16 @@ def second_update(earlier: Features, captions: list[str], labels: list[str]) -> 
     return second
 
 
-def place_of(objective: PrototypeRelation, number: int) -> torch.Tensor:
-    """Where an earlier update left a prototype, [dim]."""
-    return list(objective.before.values())[number][0]
-
-
 def test_prototype_relations_equal_the_plain_sum_as_prototypes_move() -> None:
     earlier, made = taught([0, 1, 0, 1]), taught([1, 1, -1], seed=1)
     objective = second_update(earlier, CAPTIONS, ["car", "tree"])
-    before = [place_of(objective, k).tolist() for k in range(2)]
+    before = torch.cat(list(objective.before.values()))  # car, tree
     objective.stepped(made)
-    order = list(objective.before)  # car, tree; the one seen last is last
-    moved = {concept: point[0].tolist() for concept, point in objective.prototypes.means.items()}
-    teacher, new = made.teachers["incumbent"].image.tolist(), made.image.tolist()
-    total = 0.0
-    for k in range(2):
-        p = softmax([dot(unit(before[k]), teacher[i]) / 0.1 for i in range(3)])
-        q = softmax([dot(unit(moved[order[k]]), new[i]) / 0.1 for i in range(3)])
-        total += divergence(p, q) / 2
-    assert float(objective(made)) == pytest.approx(total, rel=1e-4)
+    now = torch.cat([objective.prototypes.means[concept] for concept in objective.before])
+    old = dots(F.normalize(before, dim=1), made.teachers["incumbent"].image, 10)
+    assert float(objective(made)) == pytest.approx(
+        mean_kl(old, dots(F.normalize(now, dim=1), made.image, 10)), rel=1e-4
+    )
 
 
 def test_prototypes_learn_to_lie_at_their_images_and_to_keep_their_relations() -> None:

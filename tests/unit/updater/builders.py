@@ -19,6 +19,7 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import WeightDelta, trainer_encoder
 from updater.data.pools import Pair, Pools, Question
+from updater.families.clip_learner import ClipLearner
 from updater.families.vlm_learner import VlmLearner
 from updater.methods import objectives
 from updater.methods.batches import AnswerBatch, Batch, Features, TeacherFeatures, summarise
@@ -33,7 +34,11 @@ LIMITS = Limits(gflops=1e6, seconds=120, threads=1, checkpoint_steps=2)
 
 def picture(number: int, side: int = 24) -> bytes:
     """A PNG of noise, different for each number."""
-    pixels = np.random.default_rng(number).integers(0, 255, (side, side + 4, 3), dtype=np.uint8)
+    return png(np.random.default_rng(number).integers(0, 255, (side, side + 4, 3), dtype=np.uint8))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A picture, uint8 [h, w, 3], as a file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -52,7 +57,6 @@ def hash_of(tag: str) -> int:
 
 
 def pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
-    """Three pools of pairs."""
     return Pools(pairs("car", new), pairs("house", reference), pairs("tree", replay))
 
 
@@ -109,15 +113,14 @@ def assert_served_as_trained(base: ClipBase, result: TrainResult) -> None:
 
 
 def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, seed: int = 0) -> Features:
-    """Random unit features with gradients, and other random ones as the teacher's."""
+    """Random unit features with gradients, and other random ones of three teachers."""
     made = torch.Generator().manual_seed(seed)
-    image, text, old_image, old_text = (
-        F.normalize(torch.randn(len(captions), dim, generator=made), dim=1) for _ in range(4)
-    )
+    image, text, *old = (F.normalize(torch.randn(len(captions), dim, generator=made), dim=1) for _ in range(8))
+    names = ("base", "incumbent", "momentum")
     return Features(
         image=image.requires_grad_(),
         text=text.requires_grad_(),
-        teachers={"base": TeacherFeatures(old_image, old_text)},
+        teachers={name: TeacherFeatures(*old[2 * n : 2 * n + 2]) for n, name in enumerate(names)},
         caption=torch.tensor(captions),
         label=torch.full((len(captions),), -1),
         part=tuple(parts or ["new"] * len(captions)),
@@ -145,18 +148,22 @@ def questions(tag: str, count: int) -> tuple[Question, ...]:
 
 
 def question_pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
-    """Three pools of questions."""
     return Pools(questions("car", new), questions("house", reference), questions("tree", replay))
 
 
 def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **changes: Any) -> VlmLearner:
     """A learner of the default recipe over all examples of the pools, prepared."""
     learner = VlmLearner(base, recipe("vlm-default", **changes), start or {}, seed=0)
-    parts: tuple[Part, ...] = ("new", "reference", "replay")
-    learner.prepare(
-        [example for part in parts for example in pools.of(part)],  # type: ignore[misc]
-        [part for part in parts for _ in pools.of(part)],
-    )
+    learner.prepare(pools.examples, pools.parts)  # type: ignore[arg-type]
+    return learner
+
+
+def clip_learner_of(
+    base: ClipBase, name: str = "default", start: WeightDelta | None = None, **changes: Any
+) -> ClipLearner:
+    """A learner of a recipe over 12 new, 8 reference and 8 replayed pairs, prepared."""
+    learner, pool = ClipLearner(base, recipe(name, **changes), start or {}, seed=0), pools(12, 8, 8)
+    learner.prepare(pool.examples, pool.parts)  # type: ignore[arg-type]
     return learner
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -18,12 +19,10 @@ def dots(one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> Rows:
 
 
 def columns(rows: Rows) -> Rows:
-    """The transpose."""
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def softmax(scores: list[float]) -> list[float]:
-    """Probabilities."""
     total = sum(math.exp(score) for score in scores)
     return [math.exp(score) / total for score in scores]
 
@@ -42,10 +41,19 @@ def kl(old: list[float], new: list[float]) -> float:
 
 
 def mean_kl(old: Rows, new: Rows) -> float:
-    """Mean over rows."""
     return sum(kl(x, y) for x, y in zip(old, new, strict=True)) / len(old)
 
 
+def contrast(scores: Rows, own: Sequence[int], keys: Sequence[int], extra: Rows | None = None) -> float:
+    """Mean over rows that have positives of minus their mean log-share; a row's positives are the keys of its own
+    number, its negatives all others and ``extra``."""
+    values = []
+    for i, row in enumerate(scores):
+        total = math.log(sum(math.exp(score) for score in (*row, *(extra[i] if extra else ()))))
+        positives = [score - total for score, key in zip(row, keys, strict=True) if key == own[i] >= 0]
+        values += [-sum(positives) / len(positives)] if positives else []
+    return sum(values) / len(values)
+
+
 def without_diagonal(rows: Rows) -> Rows:
-    """Each row without itself."""
     return [[value for column, value in enumerate(row) if column != number] for number, row in enumerate(rows)]

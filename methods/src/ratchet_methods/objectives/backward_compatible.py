@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective, known_teacher
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective, known_teacher
 
 
-class BackwardCompatible(Objective[Features]):
+class BackwardCompatible(ClipObjective):
     """The new-to-old contrastive term of hot-refresh training (RACT, Zhang et al. 2022), between the towers.
 
     A new text's positive is its image's *old* vector; its negatives are the other images' old vectors and their new
@@ -23,10 +20,8 @@ class BackwardCompatible(Objective[Features]):
         teacher: ``incumbent``: the live adapter, whose vectors are in the index; or ``base``.
     """
 
-    family: ClassVar[Family] = "clip"
-
     def __init__(self, teacher: str = "incumbent") -> None:
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.teacher: str = known_teacher(teacher)
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions, in nats."""

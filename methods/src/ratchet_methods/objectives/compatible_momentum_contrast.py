@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from updater.methods.batches import Features, TeacherFeatures
-from updater.methods.objectives import Objective, positive
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective, positive
 
 
-class CompatibleMomentumContrast(Objective[Features]):
+class CompatibleMomentumContrast(ClipObjective):
     """The student's images against the momentum model's texts and a queue of earlier ones, and the other way (CTP).
 
     The momentum model becomes ``keep`` of itself, ``new`` of the student and the rest of the model with which the
@@ -27,7 +25,6 @@ class CompatibleMomentumContrast(Objective[Features]):
         keep, new: see above.
     """
 
-    family: ClassVar[Family] = "clip"
     teacher: str = "momentum"
 
     def __init__(self, temperature: float = 0.07, queue: int = 1024, keep: float = 0.9, new: float = 0.05) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from torch.nn import functional as F
 
 from updater.data.pools import caption_number
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective
-from updater.recipes import Family, Part
+from updater.methods.objectives import ClipObjective
+from updater.recipes import Part
 
 
-class LanguageGuided(Objective[Features]):
+class LanguageGuided(ClipObjective):
     """Cross entropy of each image against the base's text features of all classes (LingoCL, Ni et al. 2024).
 
     A class is a label in a prompt. The targets are the same in every update, so that images of one class meet at one
@@ -26,7 +25,6 @@ class LanguageGuided(Objective[Features]):
         template: the prompt, with {} for the label.
     """
 
-    family: ClassVar[Family] = "clip"
     frozen_texts: bool = True
     teacher: str | None = "base"
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from ratchet_methods.objectives.divergence import row_divergence
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective, known_teacher
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective, known_teacher
 
 
-class OffDiagonalDistillation(Objective[Features]):
+class OffDiagonalDistillation(ClipObjective):
     """``1/2 (KL_i + KL_t)`` of Mod-X (Ni et al. 2023), between old and new similarity rows without their positives.
 
     Rows that the teacher got wrong, its nearest text being another's, are not worth keeping: the paper puts the
@@ -25,10 +22,8 @@ class OffDiagonalDistillation(Objective[Features]):
         teacher: ``incumbent``: the live adapter, with which the update begins; or ``base``.
     """
 
-    family: ClassVar[Family] = "clip"
-
     def __init__(self, teacher: str = "incumbent") -> None:
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.teacher: str = known_teacher(teacher)
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions and all rows, those left out counting 0; in nats."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,11 +10,10 @@ from torch.nn import functional as F
 
 from ratchet_methods.objectives.prototypes import Prototypes
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective, positive
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective, positive
 
 
-class PrototypeRelation(Objective[Features]):
+class PrototypeRelation(ClipObjective):
     """Prototype-sample relation distillation (PRD, Asadi et al. 2023), of images.
 
     Each label has a prototype that is learned: it begins at the first image of its label. For each prototype k that an
@@ -35,7 +33,6 @@ class PrototypeRelation(Objective[Features]):
         most: prototypes that are kept, those seen last.
     """
 
-    family: ClassVar[Family] = "clip"
     teacher: str | None = "incumbent"
 
     def __init__(self, temperature: float = 0.1, rate: float = 0.04, pull: float = 0.5, most: int = 4096) -> None:

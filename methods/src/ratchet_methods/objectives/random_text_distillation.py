@@ -5,20 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import cache
-from typing import ClassVar
 
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective, known_teacher, positive
-from updater.recipes import Family, Part
+from updater.methods.objectives import ClipObjective, known_teacher, positive
+from updater.recipes import Part
 
 NAME = "random_text_distillation"
 
 
-class RandomTextDistillation(Objective[Features]):
+class RandomTextDistillation(ClipObjective):
     """LwF over a vocabulary of replayed random strings (LwF-VR, Ding et al. 2022).
 
     ``T^2 CE(softmax(z0 / T), softmax(z / T))`` over the strings for each image: where no text of the old domains is at
@@ -32,8 +31,6 @@ class RandomTextDistillation(Objective[Features]):
         teacher: ``base``, or ``incumbent``: the live adapter, with which the update begins.
     """
 
-    family: ClassVar[Family] = "clip"
-
     def __init__(
         self,
         count: int = 64,
@@ -45,7 +42,7 @@ class RandomTextDistillation(Objective[Features]):
         positive(count=count, length=length, temperature=temperature)
         self.texts = random_texts(count, length, seed)
         self.temperature = temperature
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.teacher: str = known_teacher(teacher)
 
     def further_texts(
         self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]

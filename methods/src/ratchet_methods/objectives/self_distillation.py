@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from updater.methods.batches import AnswerBatch, mean_over_rows
-from updater.methods.objectives import Objective
-from updater.recipes import Family
+from updater.methods.objectives import VlmObjective
 
 
-class SelfDistillation(Objective[AnswerBatch]):
+class SelfDistillation(VlmObjective):
     """KL(student || teacher) at each token of an answer that the student has just given.
 
     The teacher is a running mean of the student that has read the known answer as an example before it is asked
@@ -22,7 +19,6 @@ class SelfDistillation(Objective[AnswerBatch]):
         keep: share of itself that the teacher keeps at each step, 0 to 1.
     """
 
-    family: ClassVar[Family] = "vlm"
     own_answers = True
 
     def __init__(self, keep: float = 0.99) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective
-from updater.recipes import Family, Part
+from updater.methods.objectives import ClipObjective
+from updater.recipes import Part
 
 END = re.compile(r"[.,;:!?]+(?:\s+|$)|\n+")
 """The places at which a caption is split: at marks with a space after them, so that 3.5 and U.S. stay whole."""
 
 
-class Subcaptions(Objective[Features]):
+class Subcaptions(ClipObjective):
     """Contrast of images with the parts of their captions (DreamLIP, Zheng et al. 2024).
 
     An image's target is uniform over its own sub-captions among those of the whole batch; a sub-caption's is uniform
@@ -28,8 +27,6 @@ class Subcaptions(Objective[Features]):
         most: sub-captions of one caption; of more, as many are taken, evenly spread over it.
         shortest: words of the shortest that is used: "on a table" says little of a picture.
     """
-
-    family: ClassVar[Family] = "clip"
 
     def __init__(self, most: int = 4, shortest: int = 3) -> None:
         if most < 1 or shortest < 1:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective, positive
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective, positive
 
 
-class SupervisedContrast(Objective[Features]):
+class SupervisedContrast(ClipObjective):
     """SupCon (Khosla et al. 2020), of images: for each one the mean over the others of its class of their log-share in
     the softmax over all other images of the batch.
 
@@ -23,8 +21,6 @@ class SupervisedContrast(Objective[Features]):
     Args:
         temperature: of the softmax.
     """
-
-    family: ClassVar[Family] = "clip"
 
     def __init__(self, temperature: float = 0.1) -> None:
         positive(temperature=temperature)

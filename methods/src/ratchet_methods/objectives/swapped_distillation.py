@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective, known_teacher, positive
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective, known_teacher, positive
 
 
-class SwappedDistillation(Objective[Features]):
+class SwappedDistillation(ClipObjective):
     """``CE(softmax(z0'), softmax(z))`` in both directions, ``z0'`` a row of the teacher's with its largest value on the
     pair itself.
 
@@ -25,11 +22,9 @@ class SwappedDistillation(Objective[Features]):
         temperature: by which both distributions are softened.
     """
 
-    family: ClassVar[Family] = "clip"
-
     def __init__(self, teacher: str = "incumbent", temperature: float = 1.0) -> None:
         positive(temperature=temperature)
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.teacher: str = known_teacher(teacher)
         self.temperature = temperature
 
     def __call__(self, batch: Features) -> Tensor:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from updater.methods.batches import AnswerBatch, Teacher, divergence
-from updater.methods.objectives import Objective, known_teacher
-from updater.recipes import Family
+from updater.methods.objectives import VlmObjective, known_teacher
 
 
-class SwappedTokenDistillation(Objective[AnswerBatch]):
+class SwappedTokenDistillation(VlmObjective):
     """KL(teacher' || student) at each token of the known answer; of teacher', the answer's token is the most probable.
 
     Where the teacher expects another token, the probabilities of the two change places, and all others keep theirs
@@ -23,14 +21,12 @@ class SwappedTokenDistillation(Objective[AnswerBatch]):
         teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
     """
 
-    family: ClassVar[Family] = "vlm"
-
     def __init__(self, teacher: str = "incumbent") -> None:
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.teacher: str = known_teacher(teacher)
 
     def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
-        teacher = swapped(batch.taught(self.teacher_of), batch.target)
+        teacher = swapped(batch.teacher_distributions(self.teacher_of), batch.target)
         return batch.mean_over_rows(divergence(teacher, batch.logits))
 
 

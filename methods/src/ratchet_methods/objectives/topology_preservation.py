@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from ratchet_methods.objectives.divergence import row_divergence
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective, known_teacher, positive
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective, known_teacher, positive
 
 
-class TopologyPreservation(Objective[Features]):
+class TopologyPreservation(ClipObjective):
     """``1/2 (KL_i2t + KL_t2i) + 1/2 (KL_i2i + KL_t2t)`` against the old model (CTP, Zhu et al. 2023).
 
     Each KL is of a row's softmax over the batch, the teacher's against the student's. Within a tower a row is not
@@ -24,12 +21,10 @@ class TopologyPreservation(Objective[Features]):
         teacher: ``incumbent``: the live adapter, with which the update begins; or ``base``.
     """
 
-    family: ClassVar[Family] = "clip"
-
     def __init__(self, temperature: float = 0.07, teacher: str = "incumbent") -> None:
         positive(temperature=temperature)
         self.temperature = temperature
-        self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.teacher: str = known_teacher(teacher)
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over rows, in nats: 0 where nothing moved, or where all was turned alike."""

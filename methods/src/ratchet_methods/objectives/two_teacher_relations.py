@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ratchet_methods.objectives.prototypes import Prototypes
 from updater.methods.batches import Features
-from updater.methods.objectives import Objective
-from updater.recipes import Family
+from updater.methods.objectives import ClipObjective
 
 TEACHERS = ("base", "incumbent")
 SIDES = ("image", "text")
 
 
-class TwoTeacherRelations(Objective[Features]):
+class TwoTeacherRelations(ClipObjective):
     """Distillation of intra- and inter-modal relations from two teachers (MulKI, Zhang et al. 2024).
 
     A teacher's prototypes are running means of its image and text features, per label, or per caption where a pair has
@@ -34,8 +32,6 @@ class TwoTeacherRelations(Objective[Features]):
         most: concepts that are kept, those seen last.
         window: samples that a mean goes over.
     """
-
-    family: ClassVar[Family] = "clip"
 
     def __init__(self, most: int = 512, window: int = 100) -> None:
         self.prototypes = Prototypes([f"{name}.{side}" for name in TEACHERS for side in SIDES], most, window, True)
@@ -64,11 +60,8 @@ class TwoTeacherRelations(Objective[Features]):
         return rows.mean()
 
     def stepped(self, batch: Features) -> None:
-        sides = {name: batch.teachers[name] for name in TEACHERS}
-        self.prototypes.add(
-            batch,
-            {f"{name}.{side}": s.image if side == "image" else s.text for name, s in sides.items() for side in SIDES},
-        )
+        features = {f"{name}.{side}": getattr(batch.teachers[name], side) for name in TEACHERS for side in SIDES}
+        self.prototypes.add(batch, features)
 
     def state(self) -> dict[str, Tensor]:
         return self.prototypes.state()
@@ -79,8 +72,8 @@ class TwoTeacherRelations(Objective[Features]):
 
 def trust(batch: Features) -> Tensor:
     """The weight of each teacher on each pair, [teachers, n]; over teachers they add up to 1."""
-    sides = [batch.teachers[name] for name in TEACHERS]
-    return (batch.scale * torch.stack([(s.image * s.text).sum(dim=1) for s in sides])).softmax(dim=0)
+    teachers = [batch.teachers[name] for name in TEACHERS]
+    return (batch.scale * torch.stack([(each.image * each.text).sum(dim=1) for each in teachers])).softmax(dim=0)
 
 
 def _divergence(old: Tensor, new: Tensor) -> Tensor:

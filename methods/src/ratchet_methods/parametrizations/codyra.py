@@ -30,10 +30,6 @@ class Codyra(Parametrization):
         self.b = nn.Parameter(weight.new_zeros(out, rank))
         self.g = normal((rank, 1), 1.0, generator, weight)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        a, b = self.factors()
-        return weight + (b @ a).view_as(weight)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.g * self.a, self.b
 

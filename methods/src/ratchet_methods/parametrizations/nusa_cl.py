@@ -25,10 +25,6 @@ class NusaCl(Parametrization):
         self.register_buffer("v", vt[-last:].to(weight.dtype))
         self.middle = nn.Parameter(weight.new_zeros(last, last))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        a, b = self.factors()
-        return weight + (b @ a).view_as(weight)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.v, self.u @ self.middle
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,9 +45,11 @@ class Parametrization(nn.Module, AdapterKind):
             base, weights, recipe.adapter.kind, recipe.adapter.options, recipe.rank, recipe.alpha, start, seed, device
         )
 
-    @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
-        """The effective weight, in the weight's shape."""
+        """The effective weight, in the weight's shape: W + b @ a, where :meth:`factors` gives them."""
+        factors = self.factors()
+        assert factors is not None, "without factors, a kind has a forward of its own"
+        return weight + (factors[1] @ factors[0]).view_as(weight)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(a [r, in], b [out, r]) with W' - W = b @ a for the weight as [out, in]; None where that has no low rank."""

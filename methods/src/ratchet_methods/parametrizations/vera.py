@@ -26,9 +26,5 @@ class Vera(Parametrization):
         self.inner = nn.Parameter(weight.new_full((rank, 1), start))
         self.outer = nn.Parameter(weight.new_zeros(out, 1))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        a, b = self.factors()
-        return weight + (b @ a).view_as(weight)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.inner * self.a, self.outer * self.b

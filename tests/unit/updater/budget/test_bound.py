@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ import pytest
 
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, picture, pools, recipe, run
 from updater.budget.bound import MARGIN, BudgetSpent, Costs, Size
 from updater.budget.cost import Cost, Spending, StepUnaffordable
@@ -39,7 +38,7 @@ def test_a_pass_of_a_known_size_takes_what_it_took_and_of_an_unknown_kind_nothin
 
 def test_the_bound_is_above_every_polynomial_of_second_degree() -> None:
     chance = random.Random(0)
-    for _ in range(200):
+    for _ in range(100):
         fixed, rows, linear, square, pictures, pairs_of_rows = (chance.random() for _ in range(6))
 
         def taken(n: float, tokens: float, seen: float) -> float:
@@ -91,18 +90,17 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     yield Counted(monkeypatch)
 
 
-def asked(count: int, words: random.Random | None = None, long_after: int | None = None) -> tuple[Question, ...]:
-    """Questions of random lengths, or short ones and long ones after some."""
-
-    def length(number: int) -> int:
-        if words is not None:
-            return min(30, int(words.lognormvariate(1, 0.9)))
-        return 0 if long_after is None or number < long_after else 12
-
+def asked(count: int, length: Callable[[int], float]) -> tuple[Question, ...]:
+    """Questions of these lengths by their numbers."""
     return tuple(
-        Question(f"{i}", "which colour?" + " look again!" * length(i), "red", partial(picture, i % 20))
+        Question(f"{i}", "which colour?" + " look again!" * int(length(i)), "red", partial(picture, i % 20))
         for i in range(count)
     )
+
+
+def asked_by(chance: random.Random) -> tuple[Question, ...]:
+    """Questions of random lengths."""
+    return asked(20, lambda _: min(30, chance.lognormvariate(1, 0.9)))
 
 
 def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its_budget(
@@ -110,7 +108,7 @@ def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its
 ) -> None:
     """The plan looks at the first batches alone: 4.6 times the budget was spent."""
     monkeypatch.setattr(planning, "MEASURED", 10)
-    questions = Pools(asked(200, long_after=22))
+    questions = Pools(asked(200, lambda number: 12 * (number >= 22)))
     plan = recipe("vlm-naive", max_steps=120, batch_size=2)
     free = run(vlm, tmp_path / "free", recipe=recipe("vlm-naive", max_steps=1, batch_size=2), pools=questions)
     budget = 100 * free.cost["maf_per_step"]
@@ -191,7 +189,7 @@ def pretend(number: int) -> tuple[float, float, str]:
 def test_over_hundreds_of_random_draws_no_update_spends_more_than_its_budget() -> None:
     """Budgets, lengths, pictures, numbers of steps, passes after the last one, kills."""
     outcomes: Counter[str] = Counter()
-    for number in range(300):
+    for number in range(200):
         budget, spent, outcome = pretend(number)
         assert spent <= budget, (number, spent / budget)
         outcomes[outcome] += 1
@@ -226,15 +224,14 @@ def test_over_random_draws_no_real_update_spends_more_than_its_budget(
         chance = random.Random(number)
         size, name = chance.randint(2, 4), chance.choice(["vlm-naive", "vlm-default"])
         plan = recipe(name, max_steps=6, batch_size=size)
-        pool = Pools(asked(20, chance), asked(20, chance) if name == "vlm-default" else ())
+        pool = Pools(asked_by(chance), asked_by(chance) if name == "vlm-default" else ())
         outcomes[draw(vlm, tmp_path / "work", taken, plan, pool, 10 ** chance.uniform(-2, 0), number)] += 1
     assert min(outcomes[each] for each in ("none", "stopped", "whole")) > 0, outcomes
 
 
 def test_passes_after_the_last_step_are_within_the_budget(
-    tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
+    base: ClipBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = tiny_base(tmp_path / "home")
     monkeypatch.setattr(planning, "MEASURED", 1)
     monkeypatch.setattr(measure, "_full", lambda *_: (1e7, 1e-3))
     outcomes: Counter[str] = Counter()
@@ -256,6 +253,6 @@ def test_what_a_model_answers_itself_is_within_the_budget(
     for number in range(2):
         chance = random.Random(number)
         plan = recipe("vlm-sdft", max_steps=3, batch_size=2)
-        pool = Pools(asked(20, chance), asked(20, chance))
+        pool = Pools(asked_by(chance), asked_by(chance))
         outcomes[draw(vlm, tmp_path / "work", taken, plan, pool, 0.9, number)] += 1
     assert outcomes["stopped"], outcomes

@@ -1,8 +1,9 @@
-"""Memory-adjusted FLOPs against what can be counted by hand."""
+"""Memory-adjusted FLOPs against what can be counted by hand, and what updates spend against what they planned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,27 +12,42 @@ import torch
 from torch import nn
 
 from serving.engines.clip_base import ClipBase
-from tests.support.tiny import tiny_base
-from tests.unit.updater.builders import pools, recipe, run
+from serving.engines.vlm.vlm_base import VlmBase
+from tests.unit.updater.builders import pairs, picture, pools, recipe, run
 from updater.budget.cost import Cost, StepUnaffordable
 from updater.budget.flops import counted
 from updater.data.mixture import BatchPlan
-from updater.data.pools import Pools
+from updater.data.pools import Pools, Question
 from updater.families.clip_learner import ClipLearner
-from updater.recipes import Part
+from updater.families.vlm_learner import VlmLearner
+from updater.recipes import Part, Recipe
+from updater.step.learner import AnyLearner
 from updater.training.measure import measure, peak_saved_bytes
 from updater.training.result import Limits
 
 
-def _cost(base: ClipBase, name: str = "naive", **changes: object) -> Cost:
-    pool = pools(new=12, reference=0)
-    learner = ClipLearner(base, recipe(name, **changes), {}, seed=0)
-    learner.prepare(pool.new, ["new"] * 12)
-    return measure(learner, list(pool.new), [list(range(12))])
+def _learner(
+    base: ClipBase,
+    name: str = "naive",
+    new: int = 12,
+    kind: type[ClipLearner] = ClipLearner,
+    device: str = "cpu",
+    **changes: Any,
+) -> ClipLearner:
+    learner = kind(base, recipe(name, **changes), {}, seed=0, device=device)
+    learner.prepare(pairs("car", new), ["new"] * new)
+    return learner
 
 
-def test_a_step_costs_what_its_layers_cost(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path)
+def _measured(learner: ClipLearner, rows: int = 12) -> Cost:
+    return measure(learner, learner.examples, [list(range(rows))])
+
+
+def _cost(base: ClipBase, name: str = "naive", **changes: Any) -> Cost:
+    return _measured(_learner(base, name, **changes))
+
+
+def test_a_step_costs_what_its_layers_cost(base: ClipBase) -> None:
     whole = _cost(base, image={}, text={})
     late = _cost(base, image={"blocks": 1}, text={"blocks": 1})
     locked = _cost(base, image={"locked": True}, text={"blocks": 1})
@@ -43,9 +59,9 @@ def test_a_step_costs_what_its_layers_cost(tmp_path: Path) -> None:
     assert whole.full_bytes == late.full_bytes
 
 
-def test_the_forward_pass_of_one_sample_is_counted_by_hand(tmp_path: Path) -> None:
+def test_the_forward_pass_of_one_sample_is_counted_by_hand(base: ClipBase) -> None:
     """Two towers of 2 blocks x 64: 17 image and 16 text tokens; 12 width² multiply-adds a token, attention beside."""
-    cost = _cost(tiny_base(tmp_path))
+    cost = _cost(base)
     tokens = {"image": 17, "text": 16}
     layers = sum(2 * 2 * 12 * 64 * 64 * n for n in tokens.values())
     attention = sum(2 * 2 * 2 * n * n * 64 for n in tokens.values())
@@ -111,36 +127,24 @@ class _OnGpu(ClipLearner):
         return result
 
 
-def _learner(kind: type[ClipLearner], base: ClipBase, pool: Pools, device: str = "cpu", **changes: Any) -> ClipLearner:
-    learner = kind(base, recipe("naive", **changes), {}, seed=0, device=device)
-    learner.prepare(pool.new, ["new"] * len(pool.new))
-    return learner
-
-
 def test_memory_is_counted_in_one_way_and_no_allocator_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: ClipBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("the allocator of the GPU was asked")
 
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "memory_stats", "mem_get_info"):
         monkeypatch.setattr(torch.cuda, name, asked)
-    pool, base = pools(new=12, reference=0), tiny_base(tmp_path)
-    here, there = (_learner(kind, base, pool) for kind in (ClipLearner, _OnGpu))
+    here, there = _learner(base), _learner(base, kind=_OnGpu)
     there.model.device = torch.device("cuda")
-    rows = [list(range(12))]
-    assert measure(there, list(pool.new), rows) == measure(here, list(pool.new), rows)
+    assert _measured(there) == _measured(here)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("blocks", [{}, {"blocks": 1}])
-def test_a_gpu_and_a_cpu_count_the_same(tmp_path: Path, blocks: dict[str, int]) -> None:
+def test_a_gpu_and_a_cpu_count_the_same(base: ClipBase, blocks: dict[str, int]) -> None:
     """But for the mask of the text tower, which a GPU's attention keeps padded."""
-    pool, base = pools(new=12, reference=0), tiny_base(tmp_path)
-    cpu, gpu = (
-        measure(_learner(ClipLearner, base, pool, device, image=blocks, text=blocks), list(pool.new), [list(range(12))])
-        for device in ("cpu", "cuda")
-    )
+    cpu, gpu = (_measured(_learner(base, device=each, image=blocks, text=blocks)) for each in ("cpu", "cuda"))
     assert gpu.full_bytes == cpu.full_bytes
     assert gpu.peak_bytes == pytest.approx(cpu.peak_bytes, rel=0.01)
     assert gpu.step_gflops == pytest.approx(cpu.step_gflops, rel=1e-9)
@@ -161,7 +165,6 @@ def test_steps_follow_from_the_budget_with_the_rows_that_they_visit() -> None:
     assert cost.steps_within(28.9, 100, plan) == 2
     assert cost.steps_within(29, 100, plan) == 3
     assert cost.steps_within(1e9, 100, plan) == 100
-    assert cost.maf(7, prepared_gflops=8) == 39
     with pytest.raises(StepUnaffordable, match="Raise budget") as error:
         cost.steps_within(13.9, 100, plan)
     assert error.value.needed == 14
@@ -173,8 +176,7 @@ def test_what_is_pending_beyond_the_visited_rows_costs_nothing() -> None:
     assert cost.steps_within(300, 100, few) == cost.steps_within(300, 100, many) > 1
 
 
-def test_full_fine_tuning_is_the_measure_of_memory_and_all_else_is_below(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path)
+def test_full_fine_tuning_is_the_measure_of_memory_and_all_else_is_below(base: ClipBase) -> None:
     ratio = {
         name: _cost(base, name, **changes).memory_ratio
         for name, changes in {
@@ -189,18 +191,15 @@ def test_full_fine_tuning_is_the_measure_of_memory_and_all_else_is_below(tmp_pat
     assert ratio["galore"] < ratio["full"] - 0.25
 
 
-def test_measuring_leaves_no_hook_and_no_gradient(tmp_path: Path) -> None:
-    pool = pools(new=6, reference=0)
-    learner = ClipLearner(tiny_base(tmp_path), recipe("full", text={"locked": True}), {}, seed=0)
-    learner.prepare(pool.new, ["new"] * 6)
-    first = measure(learner, list(pool.new), [list(range(6))])
+def test_measuring_leaves_no_hook_and_no_gradient(base: ClipBase) -> None:
+    learner = _learner(base, "full", new=6, text={"locked": True})
+    first = _measured(learner, 6)
     assert not any(module._forward_hooks for module in learner.model.model.modules())
     assert all(parameter.grad is None for parameter in learner.parameters.values())
-    assert measure(learner, list(pool.new), [list(range(6))]) == first
+    assert _measured(learner, 6) == first
 
 
-def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path / "home")
+def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(base: ClipBase, tmp_path: Path) -> None:
     images = {"text": {"locked": True}}
     with_ewc = recipe("full", regularizers=[{"name": "ewc", "options": {"batches": 3}}], **images)
     plain = run(base, tmp_path / "plain", recipe=recipe("full", **images))
@@ -215,15 +214,77 @@ def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["dora", "vera", "codyra", "nusa-cl", "full", "ln-fit", "bit-fit", "galore"])
-def test_a_later_step_costs_what_the_measured_one_did(tmp_path: Path, name: str) -> None:
+def test_a_later_step_costs_what_the_measured_one_did(base: ClipBase, name: str) -> None:
     """Budgets are planned from one step: the others must not differ (masks, pruned ranks, projections)."""
-    pool = pools(new=12, reference=0)
-    learner = ClipLearner(tiny_base(tmp_path), recipe(name, image={"blocks": 1}, text={"blocks": 1}), {}, seed=0)
-    learner.prepare(pool.new, ["new"] * 12)
-    rows = list(range(9))
-    planned = measure(learner, list(pool.new), [rows])
+    learner = _learner(base, name, image={"blocks": 1}, text={"blocks": 1})
+    planned = _measured(learner, 9)
     for step in range(3):
         with counted() as flops:
-            learner.forward_backward(rows)
+            learner.forward_backward(range(9))
         learner.optimizer_step(1e-3, step, 3)
         assert flops.gflops == pytest.approx(planned.step_gflops, rel=1e-9)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, kind: type[AnyLearner], name: str) -> list[float]:
+    """GFLOPs of every call of a method of a learner, from now on."""
+    real: Callable[..., Any] = getattr(kind, name)
+    calls: list[float] = []
+
+    def counting(self: AnyLearner, rows: list[int], *given: Any) -> Any:
+        if name != "ready":
+            self.ready(rows)  # counts for itself
+        with counted() as flops:
+            made = real(self, rows, *given)
+        calls.append(flops.gflops)
+        return made
+
+    monkeypatch.setattr(kind, name, counting)
+    return calls
+
+
+LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
+
+
+@pytest.mark.parametrize(
+    ("plan", "incumbent"),
+    [
+        pytest.param(recipe("default"), False, id="default"),
+        pytest.param(recipe("default", **LAST), True, id="last blocks over an incumbent"),
+        pytest.param(recipe("locked-image"), False, id="locked image tower"),
+        pytest.param(recipe("locked-text"), True, id="locked text tower over an incumbent"),
+        pytest.param(recipe("naive"), False, id="naive"),
+        pytest.param(recipe("vr-lwf"), True, id="texts of its own in every batch"),
+    ],
+)
+def test_an_update_spends_what_it_planned_within_two_percent(
+    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Recipe, incumbent: bool
+) -> None:
+    """Also in preparation, where a locked tower that an incumbent has changed is run twice."""
+    start = run(base, tmp_path / "before").directory if incumbent else None
+    prepared = recorded(monkeypatch, ClipLearner, "ready")
+    steps = recorded(monkeypatch, ClipLearner, "forward_backward")
+    pool = pools(new=14, reference=0 if plan.name == "naive" else 14, replay=0 if plan.name == "naive" else 10)
+    result = run(base, tmp_path, recipe=plan, pools=pool, incumbent=start)
+    probe, taken = steps[0], steps[-result.steps :]
+    assert probe == pytest.approx(sum(taken) / len(taken), rel=0.02)
+    spent = sum(prepared) + sum(taken)
+    ratio = result.cost["memory_ratio"]
+    assert result.maf_planned / ratio == pytest.approx(spent, rel=0.02)
+    assert result.maf / ratio == pytest.approx(spent, rel=0.02)
+
+
+def test_batches_that_are_as_long_as_their_longest_question_cost_what_they_cost_on_average(
+    vlm: VlmBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One question in twelve is four times as long: about half of the batches have none of those."""
+    steps = recorded(monkeypatch, VlmLearner, "forward_backward")
+    questions = tuple(
+        Question(f"{i}", "which colour is it?" + " look again!" * (i % 12 == 0) * 8, "red", partial(picture, i))
+        for i in range(48)
+    )
+    plan = recipe("vlm-naive", max_steps=16, batch_size=6)
+    result = run(vlm, tmp_path, recipe=plan, pools=Pools(questions))
+    short, *_, long = sorted(steps)
+    assert long > 1.5 * short
+    taken = steps[-result.steps :]
+    assert result.cost["step_gflops"] == pytest.approx(sum(taken) / len(taken), rel=0.02)

@@ -9,7 +9,7 @@ import pytest
 from core import metrics
 from core.addresses import free_port
 from ratchet_client import Client
-from tests.support.tiny import tiny_base
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import run
 from updater.budget.throttle import GROWTH, POLL_SECONDS, WINDOW_SECONDS, Latencies, Throttle, Took, latencies
 
@@ -42,37 +42,24 @@ class CountedServer:
         return self.throttle()
 
 
-def begun(route: str = "/v1/embeddings") -> CountedServer:
+def begun(seconds: float = QUICK) -> CountedServer:
+    """After 300 requests that took so long, an update begins."""
     server = CountedServer()
-    server.serve(QUICK, route=route)
+    server.serve(seconds)
     server.throttle.begin()
     return server
 
 
-def test_while_requests_take_longer_than_before_the_share_is_halved_down_to_the_least() -> None:
-    server = begun()
-    shares = []
-    for _ in range(4):
-        server.serve(SLOW)
+def test_the_share_is_halved_while_requests_take_longer_than_before_and_grows_back_in_tenths() -> None:
+    server, shares = begun(), []
+    for seconds in [SLOW] * 4 + [QUICK] * 10:
+        server.serve(seconds)
         shares.append(server.ask())
-    assert shares == [0.5, 0.25, 0.2, 0.2]
-
-
-def test_when_serving_is_quick_again_the_share_grows_back_in_tenths() -> None:
-    server = begun()
-    server.serve(SLOW)
-    assert server.ask() == 0.5
-    shares = []
-    for _ in range(7):
-        server.serve(QUICK)
-        shares.append(server.ask())
-    assert shares == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
+    assert shares == pytest.approx([0.5, 0.25, 0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
 
 
 def test_serving_that_was_slow_before_the_update_is_not_the_trainers_fault() -> None:
-    server = CountedServer()
-    server.serve(SLOW)
-    server.throttle.begin()
+    server = begun(SLOW)
     server.serve(SLOW)
     assert server.ask() == 1.0
 
@@ -184,9 +171,8 @@ def test_latencies_are_read_from_the_page_that_prometheus_scrapes() -> None:
 
 
 def test_a_trainer_that_gives_way_rests_between_steps_and_computes_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = tiny_base(tmp_path)
     plain = run(base, tmp_path / "plain")
     rests: list[float] = []
     monkeypatch.setattr("updater.training.trainer.time.sleep", rests.append)

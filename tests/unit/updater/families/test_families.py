@@ -11,11 +11,13 @@ import pytest
 from core.errors import ConfigError
 from core.loading import load_settings
 from core.settings import Settings
+from core.settings.serving import SHIPPED_VLM
 from streams.publish.folders import FolderItem, write_folder
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, recipe
+from updater.bases import VLM_REFERENCE
 from updater.data.pools import Pair, Question, draw_pools
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
 from updater.recipes import load_recipe
@@ -74,9 +76,6 @@ def test_the_reference_pool_of_a_vlm_is_what_asks_something(tmp_path: Path) -> N
 
 
 def test_without_one_the_shipped_vlm_brings_the_folders_that_it_was_trained_on(tmp_path: Path) -> None:
-    from core.settings.serving import SHIPPED_VLM
-    from updater.bases import VLM_REFERENCE
-
     shipped = settings(tmp_path, **{"base.vlm": SHIPPED_VLM})
     assert reference_of(shipped, "vlm") == []  # not there yet
     made = [folder(tmp_path / "data" / name, ["colour"]) for name in VLM_REFERENCE]
@@ -88,11 +87,7 @@ def test_reference_questions_are_drawn_from_each_kind_in_turn_and_pairs_beside_t
     store = SampleStore(str(tmp_path / "lake"))
     asked = draw_pools(store, recipe("vlm-default", reference_limit=9), [mixed], 0, {}, seed=1).reference
     kinds = Counter(cast(Question, each).question for each in asked)
-    assert kinds == {"what name?": 4, "what colour?": 3, "what presence?": 2} or kinds == {
-        "what name?": 3,
-        "what colour?": 4,
-        "what presence?": 2,
-    }
+    assert kinds.pop("what presence?") == 2 and sorted(kinds.values()) == [3, 4]
     again = draw_pools(store, recipe("vlm-default", reference_limit=9), [mixed], 0, {}, seed=1).reference
     assert [each.id for each in again] == [each.id for each in asked]
     pairs = draw_pools(store, recipe(reference_limit=100), [mixed], 0, {}, seed=1).reference

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.vlm_families import write_family
-from tests.unit.updater.builders import learner_of, recipe, run
+from tests.unit.updater.builders import learner_of, png, recipe, run
 from updater.bases.register import add_vlm
 from updater.data.pools import Pools, Question
 
@@ -47,17 +46,13 @@ def _cut_into_tiles(values: dict[str, Any], tiled: dict[str, Any]) -> int:
 
 
 def asked(sizes: list[tuple[int, int]]) -> tuple[Question, ...]:
+    def noise(number: int, width: int, height: int) -> bytes:
+        return png(np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
     return tuple(
-        Question(f"{number}", "which colour?", "red", lambda n=number, size=size: noise(n, size))
+        Question(f"{number}", "which colour?", "red", partial(noise, number, *size))
         for number, size in enumerate(sizes)
     )
-
-
-def noise(number: int, size: tuple[int, int]) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_features_of_tiles_that_are_kept_and_pixels_that_are_not_give_the_same(base: VlmBase) -> None:

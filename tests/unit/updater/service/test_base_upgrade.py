@@ -14,7 +14,6 @@ from serving.engines.adapters import read_adapter
 from tests.support.tiny import tiny_adapter, tiny_base
 from updater.adapters import read_delta
 from updater.service.base_upgrade import plan_switch
-from updater.service.update_loop import waits_for_base
 
 
 class TwoBases:
@@ -48,13 +47,6 @@ class TwoBases:
 @pytest.fixture
 def bases(tmp_path: Path) -> TwoBases:
     return TwoBases(tmp_path)
-
-
-def test_the_upgrade_that_passed_is_what_a_switch_releases(bases: TwoBases) -> None:
-    switch = plan_switch(bases.settings, bases.ledger, "wide")
-    assert (switch.clip, switch.update_id, switch.live_base) == ("n", "upgrade-1", bases.old.digest)
-    waiting = waits_for_base(bases.ledger, bases.settings.home, bases.old)
-    assert waiting is not None and "`ratchet base switch wide` releases it" in waiting
 
 
 def test_it_is_not_released_when_something_else_is_live_than_it_was_judged_against(bases: TwoBases) -> None:

@@ -22,16 +22,11 @@ from serving.engines.lora import effective_weights
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.heads import random_head
 from tests.support.tiny import tiny_adapter
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from tests.support.tiny_vlm import tiny_vlm_adapter
 from updater.adapters import read_delta
 from updater.service.peft_files import convert
 
 TARGETS = ["visual.transformer.resblocks.0.mlp.c_fc", "transformer.resblocks.1.mlp.c_proj"]
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
-    return tiny_vlm_base(tmp_path_factory.mktemp("vlm-home"))
 
 
 def trained(base: ClipBase, folder: Path, **options: Any) -> nn.Module:
@@ -52,6 +47,14 @@ def changed(folder: Path, tensors: Callable[[dict[str, Tensor]], dict[str, Tenso
     save_file({key: value.contiguous() for key, value in tensors(load_file(weights)).items()}, weights)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))
     return folder
+
+
+def refused(folder: Path, base: ClipBase | VlmBase, message: str, max_rank: int = 64) -> None:
+    with pytest.raises(AdapterError) as caught:
+        convert(folder, base, max_rank, folder.parent / "ours")
+    assert message in caught.value.message
+    assert caught.value.fix
+    assert not (folder.parent / "ours").exists()
 
 
 @pytest.mark.parametrize(
@@ -78,24 +81,18 @@ def test_what_peft_trained_is_what_is_served(base: ClipBase, tmp_path: Path, opt
     assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
 
 
-def test_an_adapter_of_ours_keeps_its_name(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
+def test_an_adapter_of_ours_keeps_its_name_and_heads(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
     name = tiny_adapter(base, tmp_path / "clip", seed=1)
     assert convert(tmp_path / "clip", base, 64, tmp_path / "clip-again") == name
     name = tiny_vlm_adapter(vlm, tmp_path / "vlm", seed=1)
     assert convert(tmp_path / "vlm", vlm, 64, tmp_path / "vlm-again") == name
-
-
-def test_an_adapter_of_ours_keeps_its_heads(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
-    tiny_adapter(base, tmp_path / "plain", seed=3)
-    files = read_adapter(tmp_path / "plain")
-    heads = {"things": random_head(base.dim)}
+    files, heads = read_adapter(tmp_path / "clip"), {"things": random_head(base.dim)}
     name = write_adapter(tmp_path / "ours", files.tensors, files.config, base, heads)
     assert convert(tmp_path / "ours", base, 16, tmp_path / "again") == name
     assert read_adapter(tmp_path / "again").heads.keys() == heads.keys()
-    tiny_vlm_adapter(vlm, tmp_path / "vlm", seed=3)
     write_heads(tmp_path / "vlm", heads)
     with pytest.raises(AdapterError, match="has heads"):
-        convert(tmp_path / "vlm", vlm, 16, tmp_path / "vlm-again")
+        convert(tmp_path / "vlm", vlm, 16, tmp_path / "none")
 
 
 def test_the_prefix_of_peft_may_be_missing(base: ClipBase, tmp_path: Path) -> None:
@@ -130,11 +127,7 @@ def test_fields_that_are_not_served_are_refused(
     base: ClipBase, tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     trained(base, tmp_path / "peft")
-    with pytest.raises(AdapterError) as caught:
-        convert(changed(tmp_path / "peft", **config), base, 64, tmp_path / "ours")
-    assert message in caught.value.message
-    assert caught.value.fix
-    assert not (tmp_path / "ours").exists()
+    refused(changed(tmp_path / "peft", **config), base, message)
 
 
 def with_value(value: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -165,50 +158,35 @@ def test_tensors_that_do_not_fit_are_refused(
     base: ClipBase, tmp_path: Path, tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     trained(base, tmp_path / "peft")
-    with pytest.raises(AdapterError) as caught:
-        convert(changed(tmp_path / "peft", tensors), base, 64, tmp_path / "ours")
-    assert message in caught.value.message
-    assert caught.value.fix
+    refused(changed(tmp_path / "peft", tensors), base, message)
 
 
 def test_a_rank_above_what_is_served_is_refused(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
     trained(base, tmp_path / "peft")
-    with pytest.raises(AdapterError, match="rank 4; 3 is served"):
-        convert(tmp_path / "peft", base, 3, tmp_path / "ours")
+    refused(tmp_path / "peft", base, "rank 4; 3 is served", 3)
     tiny_vlm_adapter(vlm, tmp_path / "vlm", seed=1, rank=4)
-    with pytest.raises(AdapterError, match="rank 4; 2 is served"):
-        convert(tmp_path / "vlm", vlm, 2, tmp_path / "ours")
+    refused(tmp_path / "vlm", vlm, "rank 4; 2 is served", 2)
 
 
 def test_a_vlm_takes_no_whole_parameters(vlm: VlmBase, tmp_path: Path) -> None:
     tiny_vlm_adapter(vlm, tmp_path / "vlm", seed=1)
     name, parameter = next(iter(vlm.build_model().named_parameters()))
     changed(tmp_path / "vlm", lambda t: t | {f"base_model.model.{name}": parameter.detach().clone()})
-    with pytest.raises(AdapterError, match="no parameter"):
-        convert(tmp_path / "vlm", vlm, 64, tmp_path / "ours")
+    refused(tmp_path / "vlm", vlm, "no parameter")
 
 
-def test_pickled_and_damaged_files_are_refused(base: ClipBase, tmp_path: Path) -> None:
+def test_damaged_pickled_and_too_large_files_are_refused(base: ClipBase, tmp_path: Path) -> None:
     trained(base, tmp_path / "peft")
     weights = tmp_path / "peft" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    with pytest.raises(AdapterError, match="cut short"):
-        convert(tmp_path / "peft", base, 64, tmp_path / "ours")
-    weights.rename(tmp_path / "peft" / "adapter_model.bin")
-    with pytest.raises(AdapterError, match="pickle files are never read"):
-        convert(tmp_path / "peft", base, 64, tmp_path / "ours")
-    (tmp_path / "peft" / "adapter_config.json").unlink()
-    with pytest.raises(AdapterError, match=r"adapter_config\.json is missing"):
-        convert(tmp_path / "peft", base, 64, tmp_path / "ours")
-
-
-def test_a_file_that_is_too_large_is_not_read(base: ClipBase, tmp_path: Path) -> None:
-    trained(base, tmp_path / "peft")
-    weights = tmp_path / "peft" / "adapter_model.safetensors"
+    refused(tmp_path / "peft", base, "cut short")
     with weights.open("r+b") as file:
         file.truncate((4 << 30) + 1)  # a hole: it takes no space
-    with pytest.raises(AdapterError, match="larger than 4 GiB"):
-        convert(tmp_path / "peft", base, 64, tmp_path / "ours")
+    refused(tmp_path / "peft", base, "larger than 4 GiB")
+    weights.rename(tmp_path / "peft" / "adapter_model.bin")
+    refused(tmp_path / "peft", base, "pickle files are never read")
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    refused(tmp_path / "peft", base, "adapter_config.json is missing")
 
 
 def test_no_regular_expression_from_outside_is_kept(base: ClipBase, tmp_path: Path) -> None:

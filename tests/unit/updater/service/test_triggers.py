@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -27,6 +28,9 @@ DETECT = 0.1703
 """So that 16 items are needed: the samples have 18 captions."""
 
 
+D = TypeVar("D", Ready, Reevaluate, Waiting)
+
+
 class Lab:
     """A ledger and a store without a model."""
 
@@ -43,9 +47,21 @@ class Lab:
         changed = getattr(self.settings, section).model_copy(update=values)
         self.settings: Settings = self.settings.model_copy(update={section: changed})
 
-    def decide(self, **how: bool) -> Ready | Reevaluate | Waiting:
-        """What the updater would do."""
-        return triggers.decide(self.settings, self.ledger, self.store, self.recipe, **how)
+    def decide(self, kind: type[D], **how: bool) -> D:
+        """What the updater would do, of this kind."""
+        decision = triggers.decide(self.settings, self.ledger, self.store, self.recipe, **how)
+        assert isinstance(decision, kind), decision
+        return decision
+
+    def waits(self) -> str:
+        """The reason."""
+        return self.decide(Waiting).reason
+
+    def begins(self, **how: bool) -> Ready:
+        return self.decide(Ready, **how)
+
+    def again(self) -> Reevaluate:
+        return self.decide(Reevaluate)
 
     def learned(self) -> Learned:
         return Learned.of(self.ledger, self.store, "clip")
@@ -105,11 +121,10 @@ def test_sixteen_items_are_needed() -> None:
 def test_an_update_waits_for_the_items_that_the_gate_needs(lab: Lab) -> None:
     add_samples(lab.settings, 12)
     add_samples(lab.settings, 15, split="fresh_eval")
-    waiting = lab.decide()
-    assert isinstance(waiting, Waiting) and waiting.reason.startswith("15 of 16 fresh items")
+    assert lab.waits().startswith("15 of 16 fresh items")
     add_samples(lab.settings, 1, split="fresh_eval")
-    ready = lab.decide()
-    assert isinstance(ready, Ready) and (ready.fresh.items, ready.fresh.needed) == (16, 16)
+    ready = lab.begins()
+    assert (ready.fresh.items, ready.fresh.needed) == (16, 16)
 
 
 def test_items_with_equal_captions_count_once(lab: Lab) -> None:
@@ -118,17 +133,15 @@ def test_items_with_equal_captions_count_once(lab: Lab) -> None:
     for _ in range(20):
         add_samples(lab.settings, 17)  # the captions repeat after 18
         add_samples(lab.settings, 1, split="fresh_eval")
-    waiting = lab.decide()
-    assert isinstance(waiting, Waiting) and waiting.reason.startswith("1 of 16 fresh items")
+    assert lab.waits().startswith("1 of 16 fresh items")
 
 
 def test_an_update_begins_without_them_after_the_longest_wait_or_on_request(lab: Lab) -> None:
     add_samples(lab.settings, 12)
-    asked_for = lab.decide(now=True)
-    assert isinstance(asked_for, Ready) and asked_for.once
+    assert lab.begins(now=True).once
     lab.set("updater", max_wait_seconds=1e-3)
-    ready = lab.decide()
-    assert isinstance(ready, Ready) and not ready.once
+    ready = lab.begins()
+    assert not ready.once
     assert (ready.fresh.items, ready.fresh.needed) == (0, 16)
 
 
@@ -138,19 +151,16 @@ def test_an_inconclusive_candidate_is_asked_again_when_a_quarter_has_arrived_and
     add_samples(lab.settings, 17)  # the captions repeat after 18
     lab.set("updater", max_wait_seconds=1e-3)
     add_samples(lab.settings, 3, split="fresh_eval")
-    waiting = lab.decide()
-    assert isinstance(waiting, Waiting)
-    assert waiting.reason == "11 of 16 fresh items: clip-u1 was inconclusive, and is asked again with 12"
+    assert lab.waits() == "11 of 16 fresh items: clip-u1 was inconclusive, and is asked again with 12"
     add_samples(lab.settings, 1, split="fresh_eval")
-    again = lab.decide()
-    assert isinstance(again, Reevaluate)
+    again = lab.again()
     assert (again.candidate.update.adapter, again.candidate.next_id, again.store_version) == (
         "clip-u1", "u1-look-2", lab.store.version(),
     )  # fmt: skip
     lab.judged("u1-look-2", fresh=12)
     add_samples(lab.settings, 4, split="fresh_eval")
-    last = lab.decide()
-    assert isinstance(last, Reevaluate) and last.candidate.next_id == "u1-look-3"
+    last = lab.again()
+    assert last.candidate.next_id == "u1-look-3"
 
 
 def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_update_trains(lab: Lab) -> None:
@@ -161,7 +171,7 @@ def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_upda
     state = learning_states(lab.settings, lab.ledger, lab.store)["clip"]
     assert state.fresh.candidate is None and state.fresh.needed > NEEDED, "the second candidate has a smaller share"
     lab.set("updater", max_wait_seconds=1e-3)
-    assert isinstance(lab.decide(), Ready)
+    assert lab.begins()
 
 
 @pytest.mark.parametrize("outcome", ["passed", "rejected"])
@@ -184,28 +194,35 @@ def test_a_candidate_is_kept_until_there_is_a_newer_one_another_incumbent_or_a_w
 def test_an_operator_may_train_anew_while_a_candidate_is_kept(lab: Lab) -> None:
     lab.judged("u1")
     add_samples(lab.settings, 1)
-    assert isinstance(lab.decide(), Waiting)
-    assert isinstance(lab.decide(now=True), Ready)
+    assert lab.waits()
+    assert lab.begins(now=True)
 
 
 def test_without_the_wait_updates_begin_by_samples_alone_and_no_candidate_is_kept(lab: Lab) -> None:
+    assert lab.waits() == "there are no new samples"
     lab.judged("u1")
     lab.set("updater", wait_for_items=False)
     add_samples(lab.settings, 9)
-    assert isinstance(lab.decide(), Waiting)
+    assert lab.waits().startswith("9 of 10 new samples")
     add_samples(lab.settings, 1)
-    ready = lab.decide()
-    assert isinstance(ready, Ready) and ready.once
+    assert lab.begins().once
+    lab.set("updater", min_new_samples=20)
+    assert lab.waits()
+    lab.set("updater", max_wait_seconds=1e-3)
+    assert lab.begins(), "the oldest has waited for long enough"
+    lab.set("budget", gflops_per_day=1000.0, gflops_per_update=900.0)
+    assert lab.ledger.charge("somebody else", 200.0, now=time.time(), rate=0, capacity=1000)
+    assert "the budget lacks" in lab.waits()
 
 
 def test_a_stream_without_fresh_items_keeps_no_candidate_for_ever(lab: Lab) -> None:
     lab.judged("u1", fresh=0, made=False)
     add_samples(lab.settings, 12)
-    assert isinstance(lab.decide(), Waiting)
+    assert lab.waits()
     lab.set("updater", max_wait_seconds=1e-3)
-    assert isinstance(lab.decide(), Ready)
+    assert lab.begins()
     add_samples(lab.settings, 2, split="fresh_eval")
-    assert isinstance(lab.decide(), Waiting), "some have come: there will be more"
+    assert lab.waits(), "some have come: there will be more"
 
 
 def test_looks_at_one_candidate_share_what_it_may_spend_and_the_next_candidate_has_a_smaller_share(lab: Lab) -> None:

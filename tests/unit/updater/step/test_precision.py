@@ -14,9 +14,8 @@ from core.errors import TrainingError
 from serving.engines.backends import Processor
 from serving.engines.clip_base import ClipBase
 from serving.engines.engine_choice import SMALL_BYTES
-from tests.support.tiny_vlm import tiny_vlm_base
-from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
-from updater.families.clip_learner import ClipLearner
+from serving.engines.vlm.vlm_base import VlmBase
+from tests.unit.updater.builders import clip_learner_of, learner_of, question_pools, recipe, run
 from updater.step import passes
 from updater.step.learner import Learner
 from updater.step.passes import training_precision
@@ -26,13 +25,6 @@ ROWS = [0, 13, 2, 25, 14, 5, 27, 16, 8, 21, 1]
 TOLERANCE = 0.02
 """Of losses, relative: bfloat16 has eight bits of mantissa, an error of 0.004 in each product."""
 FAST = Processor("Xeon", amx=True, avx512_bf16=True)
-
-
-def learner(base: ClipBase, name: str = "default", **changes: Any) -> ClipLearner:
-    pool = pools(new=12, reference=8, replay=8)
-    made = ClipLearner(base, recipe(name, **changes), {}, seed=0)
-    made.prepare(pool.examples, pool.parts)
-    return made
 
 
 def steps(made: Learner[Any], count: int) -> list[float]:
@@ -60,7 +52,7 @@ def gradient(made: Learner[Any]) -> torch.Tensor:
     ],
 )
 def test_a_few_steps_agree_in_both_precisions(base: ClipBase, name: str, changes: dict[str, Any]) -> None:
-    whole, half = (learner(base, name, precision=each, **changes) for each in ("float32", "bfloat16"))
+    whole, half = (clip_learner_of(base, name, precision=each, **changes) for each in ("float32", "bfloat16"))
     assert torch.cosine_similarity(gradient(whole), gradient(half), dim=0) > 0.95
     expected, found = steps(whole, 4), steps(half, 4)
     assert found == pytest.approx(expected, rel=TOLERANCE)
@@ -69,7 +61,7 @@ def test_a_few_steps_agree_in_both_precisions(base: ClipBase, name: str, changes
 
 
 def test_what_learns_and_what_is_compared_is_float32(base: ClipBase) -> None:
-    half = learner(base, precision="bfloat16")
+    half = clip_learner_of(base, precision="bfloat16")
     batch = half.batch(ROWS)
     assert batch.image.dtype == batch.text.dtype == batch.teachers["base"].image.dtype == torch.float32
     steps(half, 1)
@@ -79,23 +71,13 @@ def test_what_learns_and_what_is_compared_is_float32(base: ClipBase) -> None:
     }
 
 
-def test_a_vlm_agrees_too(tmp_path: Path) -> None:
-    base = tiny_vlm_base(tmp_path)
+@pytest.mark.parametrize("changes", [{}, {"image": {"locked": False}}])
+def test_a_vlm_agrees_too(vlm: VlmBase, changes: dict[str, Any]) -> None:
     pool = question_pools(new=12, reference=8, replay=8)
-    for changes in ({}, {"image": {"locked": False}}):
-        whole, half = (learner_of(base, pool, precision=each, **changes) for each in ("float32", "bfloat16"))
-        assert whole.precision == "float32" and half.precision == "bfloat16"
-        expected, found = steps(whole, 3), steps(half, 3)
-        assert found == pytest.approx(expected, rel=TOLERANCE)
-        assert found != expected
-        assert half.batch(ROWS).logits.dtype == torch.float32
-
-
-def test_the_candidate_is_float32(base: ClipBase, tmp_path: Path) -> None:
-    result = run(base, tmp_path, recipe=recipe(precision="bfloat16"))
-    tensors = load_file(result.directory / "adapter_model.safetensors")
-    assert {value.dtype for value in tensors.values()} == {torch.float32}
-    assert result.cost["precision"] == "bfloat16"
+    whole, half = (learner_of(vlm, pool, precision=each, **changes) for each in ("float32", "bfloat16"))
+    expected, found = steps(whole, 2), steps(half, 2)
+    assert found == pytest.approx(expected, rel=TOLERANCE) and found != expected
+    assert half.batch(ROWS).logits.dtype == torch.float32
 
 
 def test_auto_is_bfloat16_where_the_processor_multiplies_it_fast_and_the_base_is_large(
@@ -128,11 +110,13 @@ def test_a_resumed_update_keeps_its_precision(base: ClipBase, tmp_path: Path, mo
     resumed = run(base, tmp_path / "parts")
     assert resumed.cost["precision"] == "bfloat16"
     assert resumed.losses == whole.losses
+    tensors = load_file(resumed.directory / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}, "the candidate is not"
     assert run(base, tmp_path / "elsewhere").cost["precision"] == "float32"
 
 
 def test_a_gradient_that_is_not_finite_ends_the_update(base: ClipBase) -> None:
-    made = learner(base)
+    made = clip_learner_of(base)
     made.forward_backward(ROWS)
     before = {name: p.detach().clone() for name, p in made.parameters.items()}
     first = next(iter(made.parameters.values()))

@@ -3,84 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-STEPS, EVERY = 4, 2
-ROOT = Path(__file__).parents[4]
-SCRIPT = """
-import json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.tiny import tiny_base
+from serving.engines.clip_base import ClipBase
+from tests.support.forked import ForkedProcess, import_ahead
+from tests.support.sudden_death import die
 from tests.unit.updater.builders import LIMITS, recipe, run
-from updater.training import checkpoint
 from updater.step.learner import Learner
+from updater.training import checkpoint
 
-home, steps, every = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-base = tiny_base(home)
-real_backward, real_save = Learner.forward_backward, checkpoint.save_file
-steps_taken = saves = 0
+import_ahead("updater.training.train", "updater.families", "tests.unit.updater.builders")
+STEPS, EVERY = 4, 2
+BACKWARD, SAVE = Learner.forward_backward, checkpoint.save_file
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
-def in_child(folder, dies_in_backward=None, dies_in_save=None):
-    'Train in a process of its own: how it ended, what it made, and how many backward passes it took.'
+def train(base: ClipBase, folder: Path, last_backward: int, last_save: int) -> None:
+    """Train, but die in the backward pass after so many, or in the middle of the write after so many."""
+    taken = saved = 0
+
+    def backward(self: Learner[Any], *given: Any, **options: Any) -> Any:
+        nonlocal taken
+        if taken == last_backward:
+            die()
+        taken += 1
+        return BACKWARD(self, *given, **options)
+
+    def save(tensors: Any, path: Path, **options: Any) -> None:
+        nonlocal saved
+        SAVE(tensors, path, **options)
+        if saved == last_save:
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+        saved += 1
+
+    Learner.forward_backward, checkpoint.save_file = backward, save  # type: ignore[method-assign,assignment]
+    made = run(base, folder, recipe=recipe(max_steps=STEPS), limits=replace(LIMITS, checkpoint_steps=EVERY))
+    (folder / "result.json").write_text(json.dumps([made.adapter, made.losses["loss"], taken]))
+
+
+def ended(base: ClipBase, folder: Path, backward: int = -1, save: int = -1) -> tuple[int, Any]:
+    """The exit code of a process that trains, and what it made: adapter, losses, backward passes."""
+    folder.mkdir(exist_ok=True)
+    code = ForkedProcess(folder / "log", train, base, folder, backward, save).wait(300)
     result = folder / "result.json"
-    child = os.fork()
-    if child == 0:
-        def backward(self, *given, **options):
-            global steps_taken
-            if steps_taken == dies_in_backward:
-                die()
-            steps_taken += 1
-            return real_backward(self, *given, **options)
-        def save(tensors, path, **options):
-            global saves
-            real_save(tensors, path, **options)
-            if saves == dies_in_save:
-                os.truncate(path, os.path.getsize(path) // 2)
-                die()
-            saves += 1
-        Learner.forward_backward, checkpoint.save_file = backward, save
-        made = run(base, folder, recipe=recipe(max_steps=steps), limits=replace(LIMITS, checkpoint_steps=every))
-        result.write_text(json.dumps([made.adapter, made.losses["loss"], steps_taken]))
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, json.loads(result.read_text()) if result.exists() else None
-
-told = {}
-cases = {"whole": {}, **{str(n): {"dies_in_backward": n} for n in range(1, steps + 1)}, "save": {"dies_in_save": 1}}
-for name, death in cases.items():
-    folder = home / name
-    folder.mkdir()
-    told[name] = [in_child(folder, **death), *([in_child(folder)] if death else [])]
-print(json.dumps(told))
-"""
+    return code, json.loads(result.read_text()) if result.exists() else None
 
 
 @pytest.mark.long
-def test_training_that_is_killed_anywhere_goes_on_and_ends_in_the_same_adapter(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(STEPS), str(EVERY)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    ((status, (adapter, losses, passes)),) = told.pop("whole")
-    assert (status, passes) == (0, 1 + STEPS)  # the first measures what a step costs
-    repeated = {}
-    for name, ((killed, nothing), (ended, (resumed, same_losses, again))) in told.items():
-        assert (killed, nothing, ended) == (-signal.SIGKILL, None, 0), name
-        assert (resumed, same_losses) == (adapter, losses), name
-        repeated[name] = again
+def test_training_that_is_killed_anywhere_goes_on_and_ends_in_the_same_adapter(base: ClipBase, tmp_path: Path) -> None:
+    code, (adapter, losses, passes) = ended(base, tmp_path / "whole")
+    assert (code, passes) == (0, 1 + STEPS)  # the first measures what a step costs
     # Killed in backward pass n: the cost is kept after the first, and then every second step.
-    assert repeated == {"1": 4, "2": 4, "3": 2, "4": 2, "save": 2}
+    for backward, save, again in ((1, -1, 4), (2, -1, 4), (3, -1, 2), (4, -1, 2), (-1, 1, 2)):
+        folder = tmp_path / f"{backward} {save}"
+        assert ended(base, folder, backward, save) == (-signal.SIGKILL, None)
+        assert ended(base, folder) == (0, [adapter, losses, again]), (backward, save)

@@ -1,0 +1,81 @@
+"""The shipped models score what the repository says they do, and the VLM looks at the picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from demo.clip import build_base, score_base
+from demo.clip import scores as clip_scores
+from demo.vlm import build_vlm, score_vlm
+from demo.vlm import scores as vlm_scores
+from demo.vlm.shipped import ASSETS, MODEL
+from tests.support.question_sample import EACH
+
+CHECKED = ("fluent3d", "flags")
+"""Domains whose packages are small (21 MB together)."""
+TOLERANCE = 0.011
+"""Float sums differ between processors: of 270 items, a few near ties may fall the other way."""
+
+
+@pytest.mark.long
+@pytest.mark.integration
+def test_the_scores_of_the_clip_can_be_reproduced(tmp_path: Path) -> None:
+    base = build_base(tmp_path)
+    found = score_base(tmp_path, base.name, CHECKED)
+    written = clip_scores.committed_scores()
+    for domain in CHECKED:
+        assert found[domain].keys() == written[domain].keys()
+        for metric, value in found[domain].items():
+            slack = max(TOLERANCE, 1.01 / written[domain]["items"])
+            assert abs(value - written[domain][metric]) <= slack, (domain, metric)
+
+
+def test_the_scores_of_the_clip_are_worth_shipping() -> None:
+    """What the documentation promises: chance is 0.003 for recall@1 and 0.017 for recall@5."""
+    scores = clip_scores.committed_scores()
+
+    def mean(metric: str, domains: tuple[str, ...]) -> float:
+        return sum(scores[domain][metric] for domain in domains) / len(domains)
+
+    seen = ("noto", "twemoji", "openmoji", "openclipart", "pixel_ultica")
+    unseen = ("fluent3d", "stamp_photo", "flags", "game_icons", "pixel_mshock")
+    assert scores.keys() == {*seen, *unseen, "fashion"}
+    assert mean("recall@5", seen) > 0.444
+    assert mean("recall@5", unseen) > 0.237
+    assert mean("recall@1", unseen) > 0.106
+
+
+SAMPLE = Path(__file__).with_name("vqa_base")
+"""Made by tests/support/question_sample.py."""
+
+
+@pytest.mark.integration
+def test_the_scores_of_the_vlm_can_be_reproduced(tmp_path: Path) -> None:
+    shutil.copytree(SAMPLE, tmp_path / "data" / SAMPLE.name)  # where the whole would be made
+    measured = score_vlm(build_vlm(tmp_path))
+    written = vlm_scores.committed_scores()
+    assert measured.keys() == written.keys()
+    assert {figures["items"] for figures in measured.values()} == {EACH}
+    for kind, figures in measured.items():
+        share = written[kind]["model"]
+        slack = 3 * (share * (1 - share) / EACH) ** 0.5  # three standard errors of a sample of this size
+        assert abs(figures["model"] - share) <= slack, kind
+        assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.1, kind
+
+
+def test_the_scores_of_the_vlm_are_of_the_committed_model(tmp_path: Path) -> None:
+    base = build_vlm(tmp_path)
+    assert json.loads((ASSETS / vlm_scores.SCORES).read_text())["base"] == base.digest
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 9_000_000
+
+
+def test_every_kind_of_question_needs_the_picture() -> None:
+    scores = vlm_scores.committed_scores()
+    assert scores.keys() == {"name", "colour", "presence", "category"}
+    for kind, figures in scores.items():
+        assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.15, kind
+        assert figures["items"] >= 250, kind

@@ -1,0 +1,210 @@
+"""What an update prepares: the rows that its steps visit, once, on disk; and what it does without."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.errors import ConfigError, TrainingError
+from ratchet_client.records import DEFAULT_LIMITS
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.vlm_families import write_family
+from tests.unit.updater.builders import LIMITS, pairs, picture, png, questions, recipe, resumed, run
+from updater.adapters import read_delta
+from updater.bases.register import add_vlm
+from updater.data.pools import Pair, Pools, Question
+from updater.families.clip_learner import ClipLearner
+from updater.gate.suite_items import Item, open_picture
+from updater.step.learner import Precomputed
+from updater.training.measure import SMALL
+from updater.training.result import NAMED, TrainResult, cost_of
+
+LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
+
+
+class Reads:
+    """Pools whose images are counted as they are read."""
+
+    def __init__(self, new: int, reference: int) -> None:
+        self.counts: Counter[str] = Counter()
+        self.pools = Pools(self.watched("car", new), self.watched("house", reference))
+
+    def watched(self, tag: str, count: int) -> tuple[Pair, ...]:
+        def reading(pair: Pair) -> Pair:
+            def read() -> bytes:
+                self.counts[pair.id] += 1
+                return pair.read()
+
+            return Pair(pair.id, pair.text, read)
+
+        return tuple(map(reading, pairs(tag, count)))
+
+
+def test_only_rows_that_steps_visit_are_read_and_once(base: ClipBase, tmp_path: Path) -> None:
+    """Three steps of 3 new rows of 300, and of 6 reference rows, the same ones each time. Four are measured as full
+    fine-tuning, two of them twice, and the rows of one step were read in advance when the first was measured."""
+    reads = Reads(300, 6)
+    result = run(base, tmp_path, pools=reads.pools, recipe=recipe(max_steps=3))
+    assert set(reads.counts) == {f"car-{i}" for i in range(9)} | {f"house-{i}" for i in range(6)}
+    assert reads.counts.total() <= 15 + 6 + 9
+    assert (result.pending, result.visited) == (300, 9)
+    assert result.samples == {"new": 9, "reference": 6, "replay": 0}
+
+
+def test_a_resumed_update_prepares_no_finished_shard_again_and_is_charged_the_same(
+    base: ClipBase, tmp_path: Path
+) -> None:
+    """Stopped after each shard and each step in turn, with a teacher that is the model at its start."""
+    start = run(base, tmp_path / "before", recipe=recipe("naive", max_steps=2, **LAST)).directory
+    plan = recipe("lwf", max_steps=3, **LAST)
+    whole = run(base, tmp_path / "whole", recipe=plan, incumbent=start, pools=Reads(60, 60).pools)
+    reads, attempts = Reads(60, 60), []
+
+    def attempt(**options: Any) -> TrainResult:
+        attempts.append(options)
+        return run(base, tmp_path / "parts", recipe=plan, incumbent=start, pools=reads.pools, **options)
+
+    parts = resumed(attempt, 2, least=3)
+    assert (parts.adapter, parts.losses, parts.maf) == (whole.adapter, whole.losses, whole.maf)
+    measured = {f"car-{i}" for i in range(2 * SMALL)}
+    # A shard that was read in advance when the update was stopped is read again, and is not computed twice.
+    assert all(count <= 1 + len(attempts) for name, count in reads.counts.items() if name not in measured)
+
+
+def test_the_incumbent_teaches_what_it_said_of_whole_inputs_at_the_start(base: ClipBase, tmp_path: Path) -> None:
+    """Whenever it is asked, and though its teaching starts at a boundary."""
+    first, later = run(base, tmp_path, recipe=recipe("naive", max_steps=2, **LAST)), range(6, 12)
+    start = read_delta(first.directory, base)
+    moved, fresh = (ClipLearner(base, recipe("lwf", **LAST), start, seed=0) for _ in range(2))
+    for learner in (moved, fresh):
+        assert all(tower.cut > 0 for tower in learner.towers.values())
+        learner.prepare(pairs("car", 12), ["new"] * 12, Precomputed(tmp_path / str(id(learner)), rows={"new": 6}))
+    moved.forward_backward(range(6))
+    moved.optimizer_step(0.5)
+    for learner in (moved, fresh):
+        learner.ready(later)
+    for name in ("image.incumbent", "text.incumbent", "image.boundary"):
+        assert torch.equal(*(torch.stack(learner.shards.get(name, later)) for learner in (moved, fresh)))
+    assert not torch.equal(moved.features("image", later), fresh.features("image", later))
+    examples = [fresh.examples[row] for row in later]
+    pixels = np.stack([base.preprocess.pixels(pair.read()) for pair in examples])
+    tokens = base.tokenizer()([pair.text for pair in examples])
+    for which, inputs in (("image", base.preprocess.normalise(pixels)), ("text", tokens)):
+        with torch.no_grad():
+            whole = fresh.towers[which].whole(inputs)  # type: ignore[index]
+            with fresh.model.base():
+                plain = fresh.towers[which].whole(inputs)  # type: ignore[index]
+        assert torch.allclose(torch.stack(fresh.shards.get(f"{which}.incumbent", later)), whole, atol=1e-5)
+        assert not torch.allclose(whole, plain, atol=1e-3)
+
+
+def test_boundaries_without_room_on_disk_are_computed_anew_and_give_the_same(base: ClipBase, tmp_path: Path) -> None:
+    kept, anew = (ClipLearner(base, recipe(**LAST), {}, seed=0) for _ in range(2))
+    kept.prepare(pairs("car", 6), ["new"] * 6, Precomputed(tmp_path / "kept"))
+    anew.prepare(pairs("car", 6), ["new"] * 6, Precomputed(tmp_path / "anew", room=100))
+    one, other = kept.batch(range(6)), anew.batch(range(6))
+    assert torch.allclose(one.image, other.image, atol=1e-5)
+    assert torch.allclose(one.text, other.text, atol=1e-5)
+    assert anew.row_bytes() < kept.row_bytes() / 2
+
+
+def test_the_disk_of_the_work_folder_bounds_the_steps(base: ClipBase, tmp_path: Path) -> None:
+    plan = recipe(max_steps=5, image={}, text={})  # no boundaries: pixels are kept
+    free = run(base, tmp_path / "free", pools=Reads(60, 60).pools, recipe=plan)
+    room = 20 * free.cost["row_bytes"]
+    bound = run(
+        base, tmp_path / "bound", pools=Reads(60, 60).pools, recipe=plan, limits=replace(LIMITS, work_bytes=room)
+    )
+    assert (free.steps, bound.steps) == (5, 2)
+    assert sum(file.stat().st_size for file in (tmp_path / "bound" / "work" / "prepared").iterdir()) <= room
+    with pytest.raises(ConfigError, match=r"updater\.work_gib does not hold what one step"):
+        run(base, tmp_path / "none", pools=Reads(60, 60).pools, limits=replace(LIMITS, work_bytes=1000))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
+    folder = tmp_path_factory.mktemp("qwen")
+    write_family("Qwen2-VL", folder / "model")
+    return add_vlm(folder / "home", "tried", folder / "model")
+
+
+def broken() -> bytes:
+    """Bytes of no picture."""
+    return b"\x89PNG\r\n\x1a\n and nothing more"
+
+
+def narrow() -> bytes:
+    """A picture of 8 x 2,000 pixels."""
+    return png(np.zeros((2000, 8, 3), np.uint8))
+
+
+def spoiled(rows: Container[int]) -> Pools:
+    """Sixteen pairs, some with a broken picture."""
+    return Pools(tuple(replace(each, read=broken) if n in rows else each for n, each in enumerate(pairs("car", 16))))
+
+
+LEARNED = recipe("naive", max_steps=4, batch_size=4)
+
+
+def test_damaged_pictures_are_left_out_and_named_also_by_an_update_that_is_stopped(
+    base: ClipBase, tmp_path: Path
+) -> None:
+    result = run(base, tmp_path / "whole", recipe=LEARNED, pools=spoiled((1, 6)))
+    assert set(result.left_out) == {"car-1", "car-6"} and result.steps == 4
+    assert "header" in result.left_out["car-1"]
+    cost = cost_of(result)
+    assert cost["left_out"] == 2 and list(cost["left_out_samples"]) == ["car-1", "car-6"] and NAMED >= 2
+    parts = resumed(partial(run, base, tmp_path, recipe=LEARNED, pools=spoiled((1, 6))), 3)
+    assert (parts.adapter, parts.left_out, parts.maf) == (result.adapter, result.left_out, result.maf)
+    assert result.adapter != run(base, tmp_path / "good", recipe=LEARNED, pools=spoiled(())).adapter
+
+
+def test_a_batch_of_which_nothing_can_be_prepared_is_passed_over(base: ClipBase, tmp_path: Path) -> None:
+    result = run(base, tmp_path, recipe=LEARNED, pools=spoiled(range(8)))
+    assert (result.steps, len(result.losses["loss"]), len(result.left_out)) == (4, 2, 8)
+
+
+def test_an_update_of_which_nothing_can_be_prepared_fails_with_the_reason(base: ClipBase, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"of 16 samples none can be prepared; car-0: .*header"):
+        run(base, tmp_path, recipe=LEARNED, pools=spoiled(range(16)))
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_picture_that_a_processor_refuses_is_left_out(qwen: VlmBase, tmp_path: Path, first: int) -> None:
+    """Also where it is the first one of all."""
+    good = questions("car", 12)
+    bad = tuple(replace(each, read=narrow) if number == first else each for number, each in enumerate(good))
+    result = run(qwen, tmp_path, recipe=recipe("vlm-naive", max_steps=3, batch_size=4), pools=Pools(bad))
+    assert "aspect ratio" in result.left_out.pop(f"car-{first}")
+    assert not result.left_out and result.steps == 3
+
+
+def large(size: int = DEFAULT_LIMITS.max_image_bytes + 1) -> bytes:
+    """A picture of so many bytes: what follows its end is nothing to any decoder."""
+    return picture(1).ljust(size, b"\0")
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_clip_learns_from_an_image_above_the_default_limit(base: ClipBase, tmp_path: Path, views: int) -> None:
+    pool = Pools((Pair("large", "a large picture", large), *pairs("car", 2)))
+    plan = recipe("naive", max_steps=1, batch_size=3, views={"count": views})
+    assert run(base, tmp_path, recipe=plan, pools=pool).visited == 3
+
+
+def test_a_vlm_learns_from_an_image_above_the_default_limit(vlm: VlmBase, tmp_path: Path) -> None:
+    pool = Pools((Question("large", "which colour?", "red", large), *questions("car", 2)))
+    assert run(vlm, tmp_path, recipe=recipe("vlm-naive", max_steps=1, batch_size=3), pools=pool).visited == 3
+
+
+def test_the_gate_reads_an_image_of_any_size() -> None:
+    item = Item("id", "a large picture", "key", "large", "sample/1", partial(large, (32 << 20) + 1))
+    assert np.asarray(open_picture(item)).shape == (24, 28, 3)
