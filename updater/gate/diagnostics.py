@@ -387,13 +387,17 @@ def feature_shift(
     words = [scorer.texts(texts, name, "feature shift") for name in (None, incumbent, candidate)]
     if not all(np.isfinite(features).all() for features in (*images, *words)):
         raise ValueError("features are not finite")
-    towers = {"image": _tower_shift(*images), "text": _tower_shift(*words)}
+    towers = {
+        tower: TowerShift(
+            len(after),
+            mean_shift(before, after),
+            mean_shift(base, after),
+            effective_rank(before),
+            effective_rank(after),
+        )
+        for tower, (base, before, after) in (("image", images), ("text", words))
+    }
     return FeatureShift(towers, modality_gap(images[1], words[1]), modality_gap(images[2], words[2]))
-
-
-def _tower_shift(base: Vectors, before: Vectors, after: Vectors) -> TowerShift:
-    ranks = effective_rank(before), effective_rank(after)
-    return TowerShift(len(after), mean_shift(before, after), mean_shift(base, after), *ranks)
 
 
 def mean_shift(before: Vectors, after: Vectors) -> float:

@@ -15,7 +15,7 @@ import hashlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,13 +26,7 @@ from core.settings import Settings
 from serving.engines.heads import Head
 from streams.store.rows import SAMPLE_SCHEMA
 from streams.store.sample_store import ADDRESS, Having, SampleStore
-from updater.gate.suite_items import (
-    Item,
-    caption_clusters,
-    image_clusters,
-    limited,
-    sample_item,
-)
+from updater.gate.suite_items import Item, limited, sample_item
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
 CAPACITY: dict[Family, int] = {"clip": 1000, "vlm": 400}
@@ -53,16 +47,6 @@ PAGES = 8
 """Pages that are kept, for as many threads: of images of 8 MiB, the largest that are ingested, 1 GiB."""
 MOST_RIVALS = 2
 """Best releases that are compared: each is resident in the gate's engine with incumbent and candidate."""
-
-
-class Images(Protocol):
-    """Encoded images by sample id."""
-
-    def expect(self, ids: Sequence[str]) -> None:
-        """These will be asked for, in this order: neighbours may be read together."""
-
-    def __call__(self, sample: str) -> bytes:
-        """One of them. Raises GateError."""
 
 
 class HeldOut:
@@ -130,7 +114,7 @@ class HeldOut:
 
 def fresh_suites(
     rows: pa.Table,
-    images: Images,
+    images: HeldOut,
     *,
     family: Family = "clip",
     min_items: int = 50,
@@ -165,7 +149,7 @@ def fresh_suites(
     return [suite for suite in suites if len(suite.items()) >= 2]
 
 
-def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
+def items_by_domain(rows: pa.Table, family: Family, images: HeldOut) -> dict[str, list[Item]]:
     """Items by domain, in the order in which domains appear."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
     for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
@@ -177,13 +161,8 @@ def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str,
     return dict(by_domain)
 
 
-def units(items: Sequence[Item], family: Family) -> int:
-    """Clusters of items that are independent of each other."""
-    return len(np.unique((caption_clusters if family == "clip" else image_clusters)(items)))
-
-
 def store_suite(
-    items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: Images
+    items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: HeldOut
 ) -> Suite:
     """A suite over items of the sample store, at most `limit` of them."""
     task: Task = "retrieval" if family == "clip" else "vqa"
@@ -193,7 +172,7 @@ def store_suite(
     return suite
 
 
-def fresh_suite(items: Sequence[Item], domain: str, family: Family, limit: int, images: Images) -> Suite:
+def fresh_suite(items: Sequence[Item], domain: str, family: Family, limit: int, images: HeldOut) -> Suite:
     """A gain suite over items of one domain, or of several where it is empty."""
     name = slug(f"fresh.{domain}" if domain else "fresh")
     description = f"New {domain or 'samples'} that were never trained on."
@@ -231,7 +210,7 @@ def reservoir(ids: Sequence[str], capacity: int) -> list[str]:
 
 
 def memory_suites(
-    rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: Images
+    rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: HeldOut
 ) -> list[Suite]:
     """The suites of :func:`choose_memory` from the rows that it chose. Those with fewer independent items than
     `min_units` are left out.
@@ -240,11 +219,11 @@ def memory_suites(
     suites = []
     for name, ids in chosen.items():
         items = [by_id[each] for each in ids if each in by_id]
-        images.expect([item.sample_id for item in items])
-        if len(items) >= 2 and units(items, family) >= min_units:
-            about = f"Samples of {name.removeprefix(f'{PREFIX}.')} that" if name != PREFIX else "Other samples that"
-            description = f"{about} released updates were judged by, and that were never trained on."
-            suites.append(store_suite(items, name, "retention", family, CAPACITY[family], description, images))
+        about = f"Samples of {name.removeprefix(f'{PREFIX}.')} that" if name != PREFIX else "Other samples that"
+        description = f"{about} released updates were judged by, and that were never trained on."
+        suite = store_suite(items, name, "retention", family, CAPACITY[family], description, images)
+        if len(items) >= 2 and suite.units() >= min_units:
+            suites.append(suite)
     return suites
 
 

@@ -163,13 +163,8 @@ class VlmEvaluator:
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
         """Neither the same answer to everything, nor always yes or always no."""
-        references: list[str] = []
-        base: list[str] = []
-        after: list[str] = []
-        for suite in suites:
-            references += [item.answers[0] for item in suite.items()]
-            base += self.score(suite, None).texts
-            after += self.score(suite, candidate).texts
+        references = [item.answers[0] for suite in suites for item in suite.items()]
+        base, after = ([t for suite in suites for t in self.score(suite, name).texts] for name in (None, candidate))
         closed = np.array([bool(polarity(reference)) for reference in references])
         checks = []
         for check, wanted in ((c.check_sameness, ~closed), (c.check_polarity, closed)):
