@@ -1,19 +1,14 @@
 """From outcomes to decisions: results per suite, the pooled gain, and one outcome for the candidate.
 
-Retention: per suite non-inferiority against each reference (the incumbent, the base, the best release so far). All
-suites must pass and each against all references, so every test is made at the look's whole level for losses and the
-suite's p is its largest (intersection-union: Berger, Technometrics 24, 1982). A correction would buy nothing: a
-candidate that loses more than the margin on some suite must pass that suite to get in, and does so with at most the
-level.
+Retention: non-inferiority per suite and reference (the incumbent, the base, the best release so far), each test at the
+look's whole level for losses; the suite's p is its largest (intersection-union: Berger, Technometrics 24, 1982).
 
-Gain: one test over all gain suites together, stratified by suite: the mean of their differences weighted by their
-units. For retrieval it is on 1/log2(2 + rank), for other tasks on the metric. The gain counts only where a loss of the
-default margin is excluded for the metric, too, over the same strata, at the level for losses. Single suites attribute
-the gain and decide nothing (Holm over them).
+Gain: one test over all gain suites, stratified by suite and weighted by units; for retrieval on 1/log2(2 + rank). It
+counts only where a loss of the default margin is excluded for the metric, too. Single suites attribute the gain and
+decide nothing (Holm over them).
 
-Rejection is another matter: it needs one suite that is shown to be worse, so every further suite would make it likelier
-that one which did not change looks worse. Holm runs over all suites of both roles, and Bonferroni over a suite's
-references. What is not shown to stay inside the margin, nor to be worse, is *inconclusive*. Neither is a pass.
+Rejection: one suite that is shown to be worse, by Holm over all suites and Bonferroni over a suite's references. What
+is neither shown to stay inside the margin nor to be worse is *inconclusive*. The reasons are in docs/how-it-works.md.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """Suites from held-out (`fresh_eval`) rows of the sample store, and the best release so far by each suite.
 
-Gain suites are of the newest rows: where an update may show that it learned something. Once the update is released they
-become memory: retention suites of what earlier updates learned, a bounded reservoir for each domain, drawn by a hash of
-the sample's id, so that the same rows of the store make the same suite, a further row displaces at most one, and a
-deleted one is gone. A candidate's heads have retention suites of labelled rows.
+Gain suites are of the newest rows. Once the update is released they become memory: retention suites, a bounded
+reservoir for each domain, drawn by a hash of the sample's id, so that a further row displaces at most one and a deleted
+one is gone. A candidate's heads have retention suites of labelled rows.
 
-An update may have a hundred thousand held-out samples, of which the gate asks some thousands. Which ones follows from
-ids, domains and texts: those are read at once, an image when it is asked for.
+Which samples are asked follows from ids, domains and texts: those are read at once, an image when it is asked for.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_starting_together_on_a_new_file_never_finds_it_locked(tmp_path: Path) -
 
 
 def test_a_database_that_cannot_be_used_is_a_clear_error_without_the_password() -> None:
-    with pytest.raises(LedgerError) as caught:
+    with pytest.raises(LedgerUnavailable) as caught:
         Ledger.open("postgresql://ratchet:hunter2@127.0.0.1:1/none")
     assert "hunter2" not in str(caught.value)
     assert caught.value.fix
