@@ -86,13 +86,13 @@ def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Eva
         return
     from serving.engines.vlm.open import SyncVlm, open_engine
 
-    engine = open_engine(base, settings.serve)
+    vlm = SyncVlm(open_engine(base, settings.serve))
     with ExitStack() as stack:
         try:
-            vlm = stack.enter_context(SyncVlm(engine))
+            stack.enter_context(vlm)
         except EngineDead as error:
             raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
-        yield VlmEvaluator(vlm, engine, settings.serve, cache=settings.home / "cache" / "gate")
+        yield VlmEvaluator(vlm, settings.serve, cache=settings.home / "cache" / "gate")
 
 
 def run_gate(

@@ -23,7 +23,6 @@ from core.digests import digest12, digest_json
 from core.errors import AdapterError, GateError
 from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
-from serving.engines.vlm.open import VlmEngine
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import checks as c
@@ -64,11 +63,11 @@ class VlmEvaluator:
 
     family: Family = "vlm"
 
-    def __init__(self, vlm: SyncVlm, engine: VlmEngine, serve: Serve, *, cache: Path | None = None) -> None:
-        """`vlm` is the started `engine`; `cache`: folder of kept answers, by default each suite's own."""
+    def __init__(self, vlm: SyncVlm, serve: Serve, *, cache: Path | None = None) -> None:
+        """`vlm` is started; `cache`: folder of kept answers, by default each suite's own."""
         self.vlm = vlm
-        self.base: VlmBase = engine.base
-        self.kind = engine.kind
+        self.base: VlmBase = vlm.engine.base
+        self.kind = vlm.engine.kind
         self.serve = serve
         self.cache = cache
         self.question_count = 0
