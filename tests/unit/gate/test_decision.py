@@ -58,7 +58,7 @@ def test_only_a_candidate_that_kept_everything_and_learnt_something_passes(
 
 
 def test_a_loss_that_chance_makes_in_one_of_many_suites_is_undecided_and_not_a_failure() -> None:
-    """Nine worse and one better of a hundred: p = 0.011, shown at 3% alone, and not as one of four with items enough."""
+    """Nine worse and one better of a hundred: p = 0.011, shown at 3% alone, not as one of four with enough items."""
     doubtful = scores("doubtful", hits(100, 0.5), changed(hits(100, 0.5), 9, 1))
     assert judge(doubtful)[0].decision == judge(doubtful, FEW, FEW, FEW)[0].decision == "failed"
     others = [scores(f"other{n}", hits(100, 0.5), changed(hits(100, 0.5), 6, 6)) for n in range(3)]
