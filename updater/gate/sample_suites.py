@@ -13,7 +13,7 @@ import hashlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,16 @@ PAGES = 8
 """Pages that are kept, for as many threads: of images of 8 MiB, the largest that are ingested, 1 GiB."""
 MOST_RIVALS = 2
 """Best releases that are compared: each is resident in the gate's engine with incumbent and candidate."""
+
+
+class Images(Protocol):
+    """Encoded images by sample id."""
+
+    def expect(self, ids: Sequence[str]) -> None:
+        """These will be asked for, in this order: neighbours may be read together."""
+
+    def __call__(self, sample: str) -> bytes:
+        """One of them. Raises GateError."""
 
 
 class HeldOut:
@@ -112,7 +122,7 @@ class HeldOut:
 
 def fresh_suites(
     rows: pa.Table,
-    images: HeldOut,
+    images: Images,
     *,
     family: Family = "clip",
     min_items: int = 50,
@@ -147,7 +157,7 @@ def fresh_suites(
     return [suite for suite in suites if len(suite.items()) >= 2]
 
 
-def items_by_domain(rows: pa.Table, family: Family, images: HeldOut) -> dict[str, list[Item]]:
+def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
     """Items by domain, in the order in which domains appear."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
     for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
@@ -160,7 +170,7 @@ def items_by_domain(rows: pa.Table, family: Family, images: HeldOut) -> dict[str
 
 
 def store_suite(
-    items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: HeldOut
+    items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: Images
 ) -> Suite:
     """A suite over items of the sample store, at most `limit` of them."""
     task: Task = "retrieval" if family == "clip" else "vqa"
@@ -170,7 +180,7 @@ def store_suite(
     return suite
 
 
-def fresh_suite(items: Sequence[Item], domain: str, family: Family, limit: int, images: HeldOut) -> Suite:
+def fresh_suite(items: Sequence[Item], domain: str, family: Family, limit: int, images: Images) -> Suite:
     """A gain suite over items of one domain, or of several where it is empty."""
     name = slug(f"fresh.{domain}" if domain else "fresh")
     description = f"New {domain or 'samples'} that were never trained on."
@@ -208,7 +218,7 @@ def reservoir(ids: Sequence[str], capacity: int) -> list[str]:
 
 
 def memory_suites(
-    rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: HeldOut
+    rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: Images
 ) -> list[Suite]:
     """The suites of :func:`choose_memory` from the rows that it chose. Those with fewer independent items than
     `min_units` are left out.
