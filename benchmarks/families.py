@@ -111,7 +111,7 @@ def _served(folder: Path, found: dict[str, Any], kind: str) -> dict[str, Any]:
         adapter: Path | None = found.get("_adapter")
         after = None
         if adapter is not None:
-            evaluator = VlmEvaluator(vlm, engine, SERVE, cache=folder / f"cache-{kind}")
+            evaluator = VlmEvaluator(vlm, SERVE, cache=folder / f"cache-{kind}")
             evaluator.load(adapter.name, adapter)
             after = _answers(vlm, asks, adapter.name)
             values |= _judged(evaluator, adapter.name, kind)

@@ -114,13 +114,42 @@ def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
     """Every pod template by the component that it is of."""
     for each in objects:
         if each["kind"] in ("RayService", "RayCluster"):
-            cluster = each["spec"].get("rayClusterConfig", each["spec"])
-            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            for group in cluster_groups(each):
                 yield _component(group["template"]), group["template"]
         elif each["kind"] in ("Deployment", "Job"):
             yield _component(each["spec"]["template"]), each["spec"]["template"]
         elif each["kind"] == "Pod":
             yield _component(each), each
+
+
+def containers(objects: Sequence[Object]) -> Iterator[tuple[str, Object, Object]]:
+    """(component, pod spec, container), those that run before the others included."""
+    for component, template in pods(objects):
+        for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
+            yield component, template["spec"], container
+
+
+def variables(container: Object) -> dict[str, str]:
+    """The values of a container's environment; empty where it comes from a Secret."""
+    return {each["name"]: each.get("value", "") for each in container["env"]}
+
+
+def cluster_groups(cluster: Object) -> list[Object]:
+    """The group of the head, then those of workers; of a RayService or a RayCluster."""
+    spec = cluster["spec"].get("rayClusterConfig", cluster["spec"])
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def named(objects: Sequence[Object], kind: str, part: str) -> Object:
+    """The object of one kind of a part, such as the Deployment of ``ingest``."""
+    (found,) = [each for each in of_kind(objects, kind) if each["metadata"]["name"] == f"live-ratchet-{part}"]
+    return found
+
+
+def settings_text(objects: Sequence[Object]) -> str:
+    """The file of settings that pods mount."""
+    (text,) = [each["data"]["ratchet.yaml"] for each in of_kind(objects, "ConfigMap") if "ratchet.yaml" in each["data"]]
+    return str(text)
 
 
 def _component(template: Object) -> str:

@@ -18,6 +18,8 @@ import json
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +150,7 @@ def _published_preprocess(model: str) -> dict[str, Any]:
 def _from_hub(repository: str, weights: Path | None) -> tuple[dict[str, Any], Path, str | None]:
     from huggingface_hub import hf_hub_download, list_repo_files
 
-    try:
+    with _fetching(repository, "use local-dir:FOLDER"):
         config = _read_config(Path(hf_hub_download(repository, HUB_CONFIG)))
         if weights is not None:
             return config, weights, repository
@@ -159,10 +161,16 @@ def _from_hub(repository: str, weights: Path | None) -> tuple[dict[str, Any], Pa
                 f"{repository} has no safetensors weights.", "Convert them and name the file with --weights."
             )
         return config, Path(hf_hub_download(repository, wanted)), repository
+
+
+@contextmanager
+def _fetching(repository: str, instead: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"{repository} cannot be fetched from the hub: {type(error).__name__}: {error}",
-            "Check the name and the network, or download the repository and use local-dir:FOLDER.",
+            f"Check the name and the network, or download the repository and {instead}.",
         ) from error
 
 
@@ -189,10 +197,8 @@ def _text_side(text_cfg: dict[str, Any], source: str | None, work: Path) -> tupl
     folder.mkdir()
     local = Path(source) if source and Path(source).is_dir() else None
     if local is not None:
-        for pattern in _TEXT_KEPT:
-            for path in local.glob(pattern):
-                if path.name != HUB_CONFIG:
-                    shutil.copyfile(path, folder / path.name)
+        for path in (path for pattern in _TEXT_KEPT for path in local.glob(pattern) if path.name != HUB_CONFIG):
+            shutil.copyfile(path, folder / path.name)
     else:
         _fetch_text_files(tower, source or vocabulary or tower, folder)
     if tower:
@@ -241,7 +247,13 @@ def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
     are not finite, or another base under this name.
     """
     text = str(source)
-    folder = _fetch_vlm(text.removeprefix(HUB)) if text.startswith(HUB) else Path(text)
+    folder = Path(text)
+    if text.startswith(HUB):
+        from huggingface_hub import snapshot_download
+
+        repository = text.removeprefix(HUB)
+        with _fetching(repository, "give its folder"), step(f"fetching {repository}"):
+            folder = Path(snapshot_download(repository, allow_patterns=list(_VLM_KEPT)))
     if not folder.is_dir():
         raise BaseModelError(
             f"There is no folder {folder}.", f"Give a folder with config.json, or {HUB}NAME for a model of the hub."
@@ -255,19 +267,6 @@ def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
             )
     with step(f"writing base {name}"):
         return save_vlm_base(home, name, folder, about={"model": text})
-
-
-def _fetch_vlm(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        with step(f"fetching {repository}"):
-            return Path(snapshot_download(repository, allow_patterns=list(_VLM_KEPT)))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"{repository} cannot be fetched from the hub: {type(error).__name__}: {error}",
-            "Check the name and the network, or download the repository and give its folder.",
-        ) from error
 
 
 def push_base(home: Path, name: str, artifacts: Artifacts) -> None:

@@ -71,14 +71,10 @@ class ClipEvaluator(Scorer):
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
-        """Recall across versions: texts of a candidate among images that the incumbent embedded.
+        """Recall across versions: texts of a candidate among images that the incumbent embedded. Where it is as good,
+        searches need not wait for the catalog to be embedded again.
 
-        A release that changes the image tower needs every image of the catalog embedded again, which takes hours for a
-        million. Where the candidate's texts find the incumbent's images as well as the incumbent's own texts do,
-        searches need not wait for that: they may begin with the vectors that are there.
-
-        Asks the retrieval suites. None where there is nothing to measure: both have one image space, or no suite is of
-        retrieval.
+        None where there is nothing to measure: both have one image space, or no suite is of retrieval.
 
         Args:
             margin: loss of recall that must be excluded.
@@ -127,8 +123,7 @@ class ClipEvaluator(Scorer):
         return checks
 
     def latency(self, candidate: str, pixels: NDArray[np.uint8], texts: list[str]) -> Check:
-        """Measure the time of a batch, on one thread: threads that wait for each other measure the
-        machine, not the model."""
+        """Time a batch, on one thread: threads that wait for each other measure the machine, not the model."""
 
         def ask(adapter: str | None) -> None:
             self.engine.encode_images(pixels, adapter)

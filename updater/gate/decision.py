@@ -1,19 +1,14 @@
 """From outcomes to decisions: results per suite, the pooled gain, and one outcome for the candidate.
 
-Retention: per suite non-inferiority against each reference (the incumbent, the base, the best release so far). All
-suites must pass and each against all references, so every test is made at the look's whole level for losses and the
-suite's p is its largest (intersection-union: Berger, Technometrics 24, 1982). A correction would buy nothing: a
-candidate that loses more than the margin on some suite must pass that suite to get in, and does so with at most the
-level.
+Retention: non-inferiority per suite and reference (the incumbent, the base, the best release so far), each test at the
+look's whole level for losses; the suite's p is its largest (intersection-union: Berger, Technometrics 24, 1982).
 
-Gain: one test over all gain suites together, stratified by suite: the mean of their differences weighted by their
-units. For retrieval it is on 1/log2(2 + rank), for other tasks on the metric. The gain counts only where a loss of the
-default margin is excluded for the metric, too, over the same strata, at the level for losses. Single suites attribute
-the gain and decide nothing (Holm over them).
+Gain: one test over all gain suites, stratified by suite and weighted by units; for retrieval on 1/log2(2 + rank). It
+counts only where a loss of the default margin is excluded for the metric, too. Single suites attribute the gain and
+decide nothing (Holm over them).
 
-Rejection is another matter: it needs one suite that is shown to be worse, so every further suite would make it likelier
-that one which did not change looks worse. Holm runs over all suites of both roles, and Bonferroni over a suite's
-references. What is not shown to stay inside the margin, nor to be worse, is *inconclusive*. Neither is a pass.
+Rejection: one suite that is shown to be worse, by Holm over all suites and Bonferroni over a suite's references. What
+is neither shown to stay inside the margin nor to be worse is *inconclusive*. The reasons are in docs/how-it-works.md.
 """
 
 from __future__ import annotations
@@ -21,6 +16,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -28,15 +24,7 @@ from numpy.typing import NDArray
 
 from core.ledger.rows import GateOutcome
 from updater.gate.interim_analyses import LEAST_LEVEL
-from updater.gate.statistics import (
-    Comparison,
-    Floats,
-    compare_accuracy,
-    compare_clusters,
-    holm,
-    pool,
-    reciprocal_log_rank,
-)
+from updater.gate.statistics import Comparison, compare_clusters, holm, pool, reciprocal_log_rank
 from updater.gate.suites import Suite, Task
 from updater.gate.verdict import Change, Check, Decision, PooledGain, Regression, SuiteResult
 
@@ -161,18 +149,29 @@ class _Sides:
 
     @classmethod
     def of(cls, scores: Scores, margin: float, level: float, tests: int) -> _Sides:
-        suite = scores.suite
+        suite, after = scores.suite, scores.after
         own = suite.margin or margin if suite.role == "retention" else margin
-        incumbent = _compare(scores, scores.before, own, level, tests)
-        base = incumbent if scores.before is scores.base else _compare(scores, scores.base, own, level, tests)
+        seed = zlib.crc32(suite.name.encode())
+        paired = partial(compare_clusters, clusters=scores.clusters, margin=own, level=level, tests=tests, seed=seed)
+
+        def compared(reference: ItemScores) -> Comparison:
+            if reference.ids.tolist() != after.ids.tolist():
+                raise ValueError(f"suite {suite.name}: the models answered different items")
+            return paired(reference.hits, after.hits)
+
+        incumbent = compared(scores.before)
+        base = incumbent if scores.before is scores.base else compared(scores.base)
         references = {INCUMBENT: incumbent}
         if base is not incumbent and suite.role == "retention":
             references[BASE] = base
-        best = None if scores.best is None else _compare(scores, scores.best, own, level, tests)
+        best = None if scores.best is None else compared(scores.best)
         if best is not None:
             references[f"the best release {scores.best_name}"] = best
-        ranked = _ranks(scores) if suite.role == "gain" else None
-        statistic = incumbent if ranked is None else _clustered(scores, *ranked, own, level, tests, graded=True)
+        statistic = incumbent
+        before_ranks, after_ranks = scores.before.ranks, after.ranks
+        ranked = suite.role == "gain" and suite.task == "retrieval"
+        if ranked and before_ranks is not None and after_ranks is not None:
+            statistic = paired(reciprocal_log_rank(before_ranks), reciprocal_log_rank(after_ranks), graded=True)
         return cls(references, incumbent, base, statistic, best)
 
     @property
@@ -188,35 +187,6 @@ class _Sides:
         """Of H0: no loss against any reference. 1 where the loss is shown to stay inside the margin."""
         open_ = [side.p_worse for side in self.references.values() if side.p_noninferior > level]
         return min(1.0, min(open_, default=1.0) * len(self.references))
-
-
-def _compare(scores: Scores, reference: ItemScores, margin: float, level: float, tests: int) -> Comparison:
-    if reference.ids.tolist() != scores.after.ids.tolist():
-        raise ValueError(f"suite {scores.suite.name}: the models answered different items")
-    if scores.suite.task == "classification":
-        before, after = reference.hits[:, 0], scores.after.hits[:, 0]
-        return compare_accuracy(before, after, margin=margin, level=level, tests=tests, seed=_seed(scores.suite))
-    return _clustered(scores, reference.hits, scores.after.hits, margin, level, tests)
-
-
-def _clustered(
-    scores: Scores, before: Floats, after: Floats, margin: float, level: float, tests: int, *, graded: bool = False
-) -> Comparison:
-    seed = _seed(scores.suite)
-    return compare_clusters(
-        before, after, scores.clusters, margin=margin, level=level, tests=tests, seed=seed, graded=graded
-    )
-
-
-def _ranks(scores: Scores) -> tuple[Floats, Floats] | None:
-    """The rank statistic of incumbent and candidate, in retrieval where both have ranks."""
-    if scores.suite.task != "retrieval" or scores.before.ranks is None or scores.after.ranks is None:
-        return None
-    return reciprocal_log_rank(scores.before.ranks), reciprocal_log_rank(scores.after.ranks)
-
-
-def _seed(suite: Suite) -> int:
-    return zlib.crc32(suite.name.encode())
 
 
 def _result(

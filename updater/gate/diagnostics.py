@@ -108,8 +108,7 @@ ConceptCounts = Callable[[Iterable[str]], Counts]
 
 def measure_tail(scores: Sequence[Scores], counts: ConceptCounts) -> Tail | None:
     """Split the results of suites by how often their concepts were seen in training, after Let It Wag (Udandarao et
-    al., No "Zero-Shot" Without Exponential Data, NeurIPS 2024): what is rare in the data is what a mean hides. None
-    where the store has no training sample. Raises StoreError.
+    al., NeurIPS 2024). None where the store has no training sample. Raises StoreError.
     """
     concepts = [[concept_of(s.suite, item) for item in s.suite.items()] for s in scores]
     seen = counts(concept for each in concepts for concept in each)
@@ -159,8 +158,7 @@ class StoreCounts:
     in a folder.
 
     A sample names a concept when its caption, question and answer, concept and label hold all of the concept's words,
-    in any order; articles and prepositions do not count. So Udandarao et al. (No "Zero-Shot" Without Exponential Data,
-    NeurIPS 2024, the source of Let It Wag) search captions, by lemmas where we take words as they are.
+    in any order; articles and prepositions do not count.
     """
 
     def __init__(self, store: SampleStore, version: int, having: Having | None, cache: Path | None = None) -> None:
@@ -253,12 +251,8 @@ def hard_pairs(scorer: Scorer, suite: Suite) -> list[HardPair]:
     """Find the pairs of a retrieval suite that a CLIP cannot tell apart though their captions differ, the most similar
     first.
 
-    Tong et al. (Eyes Wide Shut? Exploring the Visual Shortcomings of Multimodal LLMs, CVPR 2024, the source of MMVP)
-    take pairs of images whose cosine is above 0.95 by CLIP and below 0.6 by DINOv2. Here no second vision encoder
-    exists: what says that two images differ are their captions, by their words and by the text tower. Cosines of a
-    small CLIP have another range, so both bounds are quantiles over all pairs of the suite.
-
-    They are mined by the base, once: they stay the same whatever is released.
+    As in MMVP (Tong et al., Eyes Wide Shut?, CVPR 2024), with captions in the place of a second vision encoder and
+    quantiles in that of bounds. They are mined by the base, once: they stay the same whatever is released.
     """
     items = spread(suite.items(), MOST_ITEMS)
     places = {item.id: place for place, item in enumerate(items)}
@@ -366,11 +360,7 @@ def feature_shift(
     scorer: Scorer, suites: Sequence[Suite], incumbent: str | None, candidate: str
 ) -> FeatureShift | None:
     """Measure how far an update moved the features of each tower, and whether they still spread; on a few items of
-    every retention suite, with the texts that it asks. None where there are fewer than two.
-
-    One tower that moves without the other is what RESTORE calls feature shift (Yang et al., Towards Feature Shift for
-    Vision-Language Prompt Learning, 2024): image and text drift apart, and what the base could do goes.
-
+    every retention suite, with the texts that it asks (RESTORE: Yang et al., 2024). None where they are fewer than two.
     Raises ValueError for features that are not finite.
     """
     retention = [suite for suite in suites if suite.role == "retention"]
@@ -387,13 +377,17 @@ def feature_shift(
     words = [scorer.texts(texts, name, "feature shift") for name in (None, incumbent, candidate)]
     if not all(np.isfinite(features).all() for features in (*images, *words)):
         raise ValueError("features are not finite")
-    towers = {"image": _tower_shift(*images), "text": _tower_shift(*words)}
+    towers = {
+        tower: TowerShift(
+            len(after),
+            mean_shift(before, after),
+            mean_shift(base, after),
+            effective_rank(before),
+            effective_rank(after),
+        )
+        for tower, (base, before, after) in (("image", images), ("text", words))
+    }
     return FeatureShift(towers, modality_gap(images[1], words[1]), modality_gap(images[2], words[2]))
-
-
-def _tower_shift(base: Vectors, before: Vectors, after: Vectors) -> TowerShift:
-    ranks = effective_rank(before), effective_rank(after)
-    return TowerShift(len(after), mean_shift(before, after), mean_shift(base, after), *ranks)
 
 
 def mean_shift(before: Vectors, after: Vectors) -> float:
@@ -410,12 +404,8 @@ def modality_gap(images: Vectors, texts: Vectors) -> float:
 
 
 def yes_share(suite: Suite, base: Sequence[str], before: Sequence[str], after: Sequence[str]) -> YesShare | None:
-    """Count how often a VLM says yes to the suite's yes/no questions: a model that drifts to one word keeps half of the
-    points. None where there are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
-
-    POPE tells the share next to accuracy (Li et al., Evaluating Object Hallucination in Large Vision-Language Models,
-    EMNLP 2023), and a language prior that takes over shows in it (M3ID: Favero et al., Multi-Modal Hallucination
-    Control by Visual Information Grounding, CVPR 2024).
+    """Count how often a VLM says yes to the suite's yes/no questions (POPE: Li et al., EMNLP 2023). None where they
+    are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
     """
     references = [item.answers[0] if item.answers else "" for item in suite.items()]
     closed = [bool(polarity(reference)) for reference in references]

@@ -65,7 +65,11 @@ def gate_command(
     loaded = load_suites(paths, settings.home, family, settings.gate.max_items)
     held_out, fresh = _fresh(settings, family)
     counted = held_out.store, held_out.version, held_out.having
-    before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
+    before = None if incumbent == "base" else incumbent
+    if incumbent is None:
+        with closing(Ledger.open(settings.ledger)) as ledger:
+            stable = ledger.stable()
+        before = stable.adapter(family) if stable else None
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
     name = candidate
     with open_evaluator(settings, base) as evaluator:
@@ -133,12 +137,6 @@ def _base(settings: Settings, family: Family) -> ClipBase | VlmBase:
     if not settings.base.vlm:
         raise GateError("base.vlm is empty: there is no VLM to judge an adapter of.", "Set it (`ratchet base list`).")
     return load_vlm_base(settings.home, settings.base.vlm)
-
-
-def _live(settings: Settings, family: Family) -> str | None:
-    with closing(Ledger.open(settings.ledger)) as ledger:
-        stable = ledger.stable()
-    return stable.adapter(family) if stable else None
 
 
 def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:

@@ -3,21 +3,15 @@
 A look is one gate run whose tests could be made. Two rules keep the chance of a false accept:
 
 - *Over the looks at one candidate* the alpha-spending function of Lan and DeMets (Biometrika 70, 1983, 659-663) of
-  O'Brien-Fleming type, by information fraction: of the independent items that a look has, as a share of those that are
-  needed. Early looks spend hardly anything, so that the last one is nearly what it would be alone. The levels follow
-  from the joint distribution of the looks by numerical integration (Armitage, McPherson and Rowe, JRSS A 132, 1969,
-  235-244). It is that of independent increments, which holds where later looks ask the earlier ones' items and new
-  ones; a suite whose items stay the same is tested more strictly than needed (Slepian's inequality).
-- *Over the candidates* since the last release the tests for a gain have a series of shares that sums to alpha
-  (:func:`candidate_alpha`). A candidate takes its share with its first look. What later looks did not spend of it goes
-  to none: whether there were any may depend on the answers, and then a share that is handed on is no chance any more.
+  O'Brien-Fleming type, by the share of the needed independent items that a look has. Levels follow from the joint
+  distribution of the looks by numerical integration (Armitage, McPherson and Rowe, JRSS A 132, 1969, 235-244), for
+  independent increments; a suite whose items stay the same is tested more strictly than needed (Slepian's inequality).
+- *Over the candidates* since the last release the tests for a gain have shares that sum to alpha
+  (:func:`candidate_alpha`). A candidate takes its share with its first look, and hands on none of it: whether there
+  were later looks may depend on the answers.
 
-The tests that exclude a loss have the whole alpha for each candidate, and share it over its looks alone. Retention
-suites have as many items as they have: under shares that go to zero an updater whose first candidates failed could
-never release again, whatever it learned. So of candidates that lose a margin each one gets in with a chance of at most
-alpha, and one without a gain gets in before the next release with a chance of at most alpha, however many are tried.
-
-Items are independent ones everywhere: captions, images with questions, or clusters.
+The tests that exclude a loss have the whole alpha for each candidate, and share it over its looks alone: retention
+suites have as many items as they have. The reasons are in docs/how-it-works.md, "A verdict".
 """
 
 from __future__ import annotations

@@ -116,17 +116,13 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Time", report["created_at"]),
     ]
     if (crossing := report["cross_version"]) is not None:
-        rows.append(("Search while the catalog is embedded again", _crossing(crossing)))
+        words = {"old_old": "before", "new_old": "new texts in old images", "new_new": "after"}
+        shares = ", ".join(f"{_percent(crossing[name])} {each}" for name, each in words.items())
+        lost = f"lower bound of the difference {_signed(crossing['ci_low'])}, margin {_percent(crossing['margin'])}"
+        said = f"recall@{crossing['k']} {shares} ({lost}; {crossing['n']} texts)"
+        rows.append(("Search while the catalog is embedded again", said))
     meta.pop("load_error", None)
     return [*rows, *((key.replace("_", " ").capitalize(), _value(value)) for key, value in meta.items())]
-
-
-def _crossing(crossing: Mapping[str, Any]) -> str:
-    shares = [f"{_percent(crossing[name])} {words}" for name, words in (
-        ("old_old", "before"), ("new_old", "new texts in old images"), ("new_new", "after")
-    )]  # fmt: skip
-    lost = f"lower bound of the difference {_signed(crossing['ci_low'])}, margin {_percent(crossing['margin'])}"
-    return f"recall@{crossing['k']} {', '.join(shares)} ({lost}; {crossing['n']} texts)"
 
 
 def _percent(share: float | None) -> str:

@@ -7,7 +7,7 @@ The engine is opened for one run, and closed after it whatever happens. What dif
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -86,13 +86,13 @@ def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Eva
         return
     from serving.engines.vlm.open import SyncVlm, open_engine
 
-    engine = open_engine(base, settings.serve)
+    vlm = SyncVlm(open_engine(base, settings.serve))
     with ExitStack() as stack:
         try:
-            vlm = stack.enter_context(SyncVlm(engine))
+            stack.enter_context(vlm)
         except EngineDead as error:
             raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
-        yield VlmEvaluator(vlm, engine, settings.serve, cache=settings.home / "cache" / "gate")
+        yield VlmEvaluator(vlm, settings.serve, cache=settings.home / "cache" / "gate")
 
 
 def run_gate(
@@ -112,28 +112,25 @@ def run_gate(
     """Judge `candidate`. Candidate and incumbent are resident in the engine under their names.
 
     Args:
-        evaluator: the serving engine of one family of models; what is gated is what is served.
         candidate: adapter name. If it is not resident (it would not load), the verdict says so.
         incumbent: adapter of the live release; None is the base alone.
         suites: retention suites, and gain suites of the user, all of the evaluator's family.
         fresh: gain suites from `fresh_eval`, see `fresh_suites`.
         plan: what the looks at this candidate may spend, and those made so far; `AnalysisPlan.alone` for a single one.
-        best: by retention suite the adapter of the best release so far, resident in the engine; a suite without one, or
-            whose best is the incumbent, is compared with incumbent and base.
+        best: by retention suite the adapter of the best release so far, resident in the engine.
         counts: how often concepts are in the data that the candidate learned from; without them results are not split
             by it.
-        settings: alpha, default margin and min_items.
-        cost: shown in the report: maf_planned, maf_spent, seconds, steps, ...
-        meta: shown in the report: recipe, data_from, data_to, update, ...; `tuned_on` (names of suites that the
-            recipe was tuned on: their verdict falls on the hidden half), `load_error` (why the candidate is not
-            resident), `rank` and `bytes` of the adapter.
+        cost: shown in the report.
+        meta: shown in the report; `tuned_on` (names of suites that the recipe was tuned on: their verdict falls on the
+            hidden half), `load_error` (why the candidate is not resident), `rank` and `bytes` of the adapter.
 
     Raises:
         GateError: a suite cannot be read, or base or incumbent cannot be scored. A bad candidate never raises.
     """
     started = time.monotonic()
     facts = dict(meta or {})
-    gated = [_hidden_half(suite, facts) for suite in (*suites, *fresh)]
+    tuned = facts.get("tuned_on") or ()
+    gated = [suite.half("hidden") if suite.name in tuned else suite for suite in (*suites, *fresh)]
     for suite in gated:
         if suite.family != evaluator.family:
             raise GateError(
@@ -155,7 +152,6 @@ def run_gate(
     crossing = None
     if outcome == "passed":
         crossing = evaluator.cross_version(gated, incumbent, candidate, settings.margin, settings.alpha)
-    diagnostics = diagnose(evaluator, scores, incumbent, candidate, counts)
     verdict = Verdict(
         outcome=outcome,
         reasons=reasons,
@@ -175,7 +171,7 @@ def run_gate(
         cost=dict(cost or {}),
         meta={**facts, "base_digest": evaluator.base.digest},
         cross_version=crossing,
-        diagnostics=diagnostics,
+        diagnostics=diagnose(evaluator, scores, incumbent, candidate, counts),
     )
     say(f"gate: {candidate} {outcome} in {verdict.seconds:.0f} s: {reasons[0]}")
     return verdict
@@ -197,7 +193,8 @@ def _suites(
         try:
             base = evaluator.score(suite, None, label=f"{suite.name}, base")
             before = base if incumbent is None else evaluator.score(suite, incumbent, label=f"{suite.name}, incumbent")
-            rival = _rival(suite, best, incumbent, candidate)
+            rival = best.get(suite.name, "") if suite.role == "retention" else ""
+            rival = "" if rival in (incumbent, candidate) else rival
             released = evaluator.score(suite, rival, label=f"{suite.name}, best release") if rival else None
         except (RuntimeError, ValueError, AdapterError) as error:
             raise GateError(
@@ -214,13 +211,8 @@ def _suites(
         worst = evaluator.regressions(suite, before, after)
         chance, clusters = evaluator.chance(suite), suite.clusters()
         scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
-    findings = decide(
-        scores,
-        level=look.level,
-        loss_level=look.loss_level,
-        margin=settings.margin,
-        min_items=settings.min_items,
-    )
+    levels = {"level": look.level, "loss_level": look.loss_level, "margin": settings.margin}
+    findings = decide(scores, **levels, min_items=settings.min_items)
     return findings, evaluator.answer_checks(candidate, suites), scores
 
 
@@ -231,12 +223,8 @@ def diagnose(
     candidate: str,
     counts: ConceptCounts | None,
 ) -> Diagnostics:
-    """Diagnostics decide nothing, so what cannot be computed becomes a warning; so does a share of "yes" that leaves
-    the truth.
-
-    Args:
-        scores: all suites; none where the candidate could not be scored.
-        counts: of concepts in the training data; None: there are none, and results are not split by them.
+    """Compute what decides nothing: what cannot be computed becomes a warning, and so does a share of "yes" that leaves
+    the truth. ``scores`` are none where the candidate could not be scored.
     """
     found, warnings = Diagnostics(), []
     try:
@@ -254,15 +242,3 @@ def diagnose(
         if share.moved_away > YES_BOUND
     ]
     return replace(found, warnings=(*moved_away, *warnings))
-
-
-def _rival(suite: Suite, best: Mapping[str, str], incumbent: str | None, candidate: str) -> str:
-    """The best release by a retention suite, if it is another adapter than both that are compared; else empty."""
-    name = best.get(suite.name, "") if suite.role == "retention" else ""
-    return "" if name in (incumbent, candidate) else name
-
-
-def _hidden_half(suite: Suite, facts: Mapping[str, Any]) -> Suite:
-    """A suite that the recipe was tuned on is judged on its hidden half."""
-    tuned: Iterable[str] = facts.get("tuned_on") or ()
-    return suite.half("hidden") if suite.name in set(tuned) else suite

@@ -1,12 +1,10 @@
 """Suites from held-out (`fresh_eval`) rows of the sample store, and the best release so far by each suite.
 
-Gain suites are of the newest rows: where an update may show that it learned something. Once the update is released they
-become memory: retention suites of what earlier updates learned, a bounded reservoir for each domain, drawn by a hash of
-the sample's id, so that the same rows of the store make the same suite, a further row displaces at most one, and a
-deleted one is gone. A candidate's heads have retention suites of labelled rows.
+Gain suites are of the newest rows. Once the update is released they become memory: retention suites, a bounded
+reservoir for each domain, drawn by a hash of the sample's id, so that a further row displaces at most one and a deleted
+one is gone. A candidate's heads have retention suites of labelled rows.
 
-An update may have a hundred thousand held-out samples, of which the gate asks some thousands. Which ones follows from
-ids, domains and texts: those are read at once, an image when it is asked for.
+Which samples are asked follows from ids, domains and texts: those are read at once, an image when it is asked for.
 """
 
 from __future__ import annotations
@@ -26,13 +24,7 @@ from core.settings import Settings
 from serving.engines.heads import Head
 from streams.store.rows import SAMPLE_SCHEMA
 from streams.store.sample_store import ADDRESS, Having, SampleStore
-from updater.gate.suite_items import (
-    Item,
-    caption_clusters,
-    image_clusters,
-    limited,
-    sample_item,
-)
+from updater.gate.suite_items import Item, limited, sample_item
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
 CAPACITY: dict[Family, int] = {"clip": 1000, "vlm": 400}
@@ -177,11 +169,6 @@ def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str,
     return dict(by_domain)
 
 
-def units(items: Sequence[Item], family: Family) -> int:
-    """Clusters of items that are independent of each other."""
-    return len(np.unique((caption_clusters if family == "clip" else image_clusters)(items)))
-
-
 def store_suite(
     items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: Images
 ) -> Suite:
@@ -240,11 +227,11 @@ def memory_suites(
     suites = []
     for name, ids in chosen.items():
         items = [by_id[each] for each in ids if each in by_id]
-        images.expect([item.sample_id for item in items])
-        if len(items) >= 2 and units(items, family) >= min_units:
-            about = f"Samples of {name.removeprefix(f'{PREFIX}.')} that" if name != PREFIX else "Other samples that"
-            description = f"{about} released updates were judged by, and that were never trained on."
-            suites.append(store_suite(items, name, "retention", family, CAPACITY[family], description, images))
+        about = f"Samples of {name.removeprefix(f'{PREFIX}.')} that" if name != PREFIX else "Other samples that"
+        description = f"{about} released updates were judged by, and that were never trained on."
+        suite = store_suite(items, name, "retention", family, CAPACITY[family], description, images)
+        if len(items) >= 2 and suite.units() >= min_units:
+            suites.append(suite)
     return suites
 
 

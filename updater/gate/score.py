@@ -30,7 +30,7 @@ from core.errors import GateError
 from core.files import replacing
 from core.progress import track
 from serving.engines.clip import ClipEngine
-from serving.engines.heads import heads_digest
+from serving.engines.heads import Head, heads_digest
 from updater.gate.suite_items import Item, open_picture, read_picture
 from updater.gate.suites import Suite
 from updater.gate.verdict import Regression
@@ -183,37 +183,24 @@ class Scorer:
         return pixels
 
     def _classify(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[View]:
+        """By probabilities of the adapter's head, 0 for a class that it does not know; else by cosines with prompts."""
         (classes,) = self.choices(suite)
-        by_head = self._by_head(suite, items, adapter, label)
-        similarity = self._by_prompts(suite, classes, items, adapter, label) if by_head is None else by_head
-        index = {name: i for i, name in enumerate(classes)}
-        right = np.zeros(similarity.shape, dtype=bool)
-        right[np.arange(len(items)), [index[item.text] for item in items]] = True
-        return [(similarity, right)]
+        similarity: NDArray[np.float64]
+        if (head := self._head(suite, adapter)) is not None:
+            known = {name: number for number, name in enumerate(head.labels)}
+            answers = head.classify(self.images(items, adapter, label)).probabilities
+            columns = [answers[:, known[name]] if name in known else np.zeros(len(items)) for name in classes]
+            similarity = np.stack(columns, axis=1)
+        else:
+            prompts = [prompt(template, suite, name) for name in classes for template in suite.templates]
+            flat = self.texts(prompts, adapter, label)
+            means = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
+            means = means / np.linalg.norm(means, axis=1, keepdims=True)
+            similarity = np.asarray(self.images(items, adapter, label) @ means.T, np.float64)
+        return [(similarity, np.array([[name == item.text for name in classes] for item in items]))]
 
-    def _by_head(
-        self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str
-    ) -> NDArray[np.float64] | None:
-        """Probabilities of a suite's classes [n, classes] by the adapter's own head; 0 for one that it does not know.
-        None where no head answers."""
-        head = self.engine.heads(adapter).get(suite.head) if suite.head else None
-        if head is None:
-            return None
-        (classes,) = self.choices(suite)
-        known = {name: number for number, name in enumerate(head.labels)}
-        answers = head.classify(self.images(items, adapter, label)).probabilities
-        columns = [answers[:, known[name]] if name in known else np.zeros(len(items)) for name in classes]
-        return np.stack(columns, axis=1)
-
-    def _by_prompts(
-        self, suite: Suite, classes: Sequence[str], items: Sequence[Item], adapter: str | None, label: str
-    ) -> NDArray[np.float64]:
-        """Cosines of images and classes [n, classes]."""
-        prompts = [[prompt(template, suite, name) for template in suite.templates] for name in classes]
-        flat = self.texts([p for group in prompts for p in group], adapter, label)
-        heads = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
-        heads = heads / np.linalg.norm(heads, axis=1, keepdims=True)
-        return np.asarray(self.images(items, adapter, label) @ heads.T, np.float64)
+    def _head(self, suite: Suite, adapter: str | None) -> Head | None:
+        return self.engine.heads(adapter).get(suite.head) if suite.head else None
 
     def _retrieve(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[View]:
         unique, _ = self.choices(suite)
@@ -231,9 +218,9 @@ class Scorer:
     def key(self, suite: Suite, adapter: str | None) -> list[str]:
         """Names everything that decides what one model answers to a suite."""
         spaces = self.engine.spaces(adapter)
-        key = [suite.digest(), spaces.image, spaces.text, str(self.engine.choice)]
-        head = self.engine.heads(adapter).get(suite.head) if suite.head else None
-        return [*key, heads_digest({suite.head: head})] if head else key
+        head = self._head(suite, adapter)
+        own = [heads_digest({suite.head: head})] if head else []
+        return [suite.digest(), spaces.image, spaces.text, str(self.engine.choice), *own]
 
 
 def prompt(template: str, suite: Suite, label: str) -> str:
@@ -297,14 +284,11 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def worst_items(
-    scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes, most: int = MOST
-) -> tuple[Regression, ...]:
+def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Regression, ...]:
     """Hits that became misses, the deepest fall first; an item is shown once, in its worse view."""
     fall = np.where((before.hits > after.hits), after.ranks - before.ranks, 0)
-    view = fall.argmax(axis=1)
-    depth = fall.max(axis=1)
-    order = np.lexsort((before.ids, -depth))[:most]
+    view, depth = fall.argmax(axis=1), fall.max(axis=1)
+    order = np.lexsort((before.ids, -depth))[:MOST]
     choices = [_choices(scorer, suite, number) for number in range(len(suite.views))]
     return tuple(
         _worse(
@@ -322,11 +306,10 @@ def worst_answers(
     suite: Suite,
     before: tuple[Sequence[str], NDArray[np.float64]],
     after: tuple[Sequence[str], NDArray[np.float64]],
-    most: int = MOST,
 ) -> tuple[Regression, ...]:
     """Questions that earned more before, the deepest fall first; both arguments are answers and what they earned."""
     items, fall = suite.items(), before[1] - after[1]
-    order = np.lexsort((np.array([item.id for item in items]), -fall))[:most]
+    order = np.lexsort((np.array([item.id for item in items]), -fall))[:MOST]
     return tuple(
         _worse(items[i], "answer", (int(before[1][i] < 1.0), 1), (before[0][i], after[0][i]))
         for i in order
@@ -357,8 +340,8 @@ def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | 
         thumbnail=thumbnail(item) if shown else "",
         expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if shown else "",
         sample=item.sample_id,
-        sample_before=_sample_id(answers[0]),
-        sample_after=_sample_id(answers[1]),
+        sample_before="" if isinstance(answers[0], str) else answers[0].sample_id,
+        sample_after="" if isinstance(answers[1], str) else answers[1].sample_id,
     )
 
 
@@ -367,10 +350,6 @@ def _shown(answer: Item | str) -> str:
     if isinstance(answer, str):
         return answer[:MOST_CHARS]
     return "" if answer.sample_id else answer.text[:MOST_CHARS]
-
-
-def _sample_id(answer: Item | str) -> str:
-    return "" if isinstance(answer, str) else answer.sample_id
 
 
 def thumbnail(item: Item) -> str:

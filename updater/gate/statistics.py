@@ -3,19 +3,14 @@
 Every comparison is paired: the same items, before and after. Two kinds of outcome exist.
 
 - *Accuracy*: one 0/1 per item. Non-inferiority uses Tango's score test for a paired difference of proportions
-  (T. Tango, Statistics in Medicine 17, 1998, 891-908) with the interval that inverts it: unlike Wald it keeps its
-  level when few items disagree, and it does not collapse to a point when none does. Superiority uses the exact
-  McNemar test.
-- *Clusters*: numbers in [0, 1], one for each way in which an item is asked, of items that may depend on each other.
-  The two ways of asking in retrieval do, items with the same caption do (what an update does to the caption's vector
-  shows in all of them), and questions about one image do. An item's outcomes are averaged, and whole clusters are
-  resampled (a studentised bootstrap); the mean over items is a ratio of two sums over clusters, its error by
-  linearisation (Cochran, Sampling Techniques, 1977, 6.4). Taking ten items of a caption for independent makes a test
-  at 3% one at 20%. Where each item is alone with one outcome of 0 or 1, it is an accuracy, and is tested as one.
+  (Statistics in Medicine 17, 1998, 891-908) and the interval that inverts it; superiority the exact McNemar test.
+- *Clusters*: numbers in [0, 1], one for each way in which an item is asked, of items that may depend on each other
+  (a shared caption, or questions about one image). Whole clusters are resampled by a studentised bootstrap of the mean
+  over items, a ratio of two sums (Cochran, Sampling Techniques, 1977, 6.4). Where each item is alone with one outcome
+  of 0 or 1, it is tested as an accuracy.
 
-Retrieval has ranks besides. Of the items whose rank changes few cross the k-th place, so a test on recall@k sees few
-of them; one on 1/log2(2 + rank), the gain of a single right answer in DCG (Jarvelin and Kekalainen, ACM TOIS 20, 2002),
-sees them all, and those near the top most. With it 100 items say what 260 say of recall@5.
+Ranks are tested on 1/log2(2 + rank), the gain of a single right answer in DCG (Jarvelin and Kekalainen, ACM TOIS 20,
+2002): few items cross the k-th place of recall@k, and 100 items say with it what 260 say of recall@5.
 
 All tests are one-sided. `before` and `after` are means over items; a difference is `after - before`.
 """

@@ -178,8 +178,8 @@ class Suite(BaseModel):
             fields = {"task", "metric"} if self.task == "vqa" else {"task", "metric", "templates", "names", "label"}
             fields |= {"head"} if self.head else set()
             images = [
-                [item.id, item.text, digest, *([list(item.answers)] if item.answers else [])]
-                for item, digest in zip(self.items(), self._image_digests(), strict=True)
+                [item.id, item.text, self._image_digest(item), *([list(item.answers)] if item.answers else [])]
+                for item in self.items()
             ]
             self._digest = digest_json([self.model_dump(include=fields), images])
         return self._digest
@@ -197,8 +197,14 @@ class Suite(BaseModel):
         clusters = self.clusters()
         return len(self.items()) if clusters is None else len(np.unique(clusters))
 
-    def _image_digests(self) -> list[str]:
-        return [digest_bytes(_bytes(self, item)) for item in self.items()]
+    def _image_digest(self, item: Item) -> str:
+        try:
+            return digest_bytes(item.read())
+        except (OSError, RecordError) as error:
+            raise GateError(
+                f"suite {self.name}: the image of {item.text[:80]!r} cannot be read: {error}",
+                "Fix or remove that row of data.csv.",
+            ) from error
 
 
 def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
@@ -278,13 +284,3 @@ def _read(suite: Suite) -> list[Item]:
 def _rows(folder: Path, split: str | None, stamp: int) -> Sequence[FolderItem]:
     """Several suites in a row ask about one folder, which is read once. `stamp`: when its index was written."""
     return read_folder(folder, split=split)
-
-
-def _bytes(suite: Suite, item: Item) -> bytes:
-    try:
-        return item.read()
-    except (OSError, RecordError) as error:
-        raise GateError(
-            f"suite {suite.name}: the image of {item.text[:80]!r} cannot be read: {error}",
-            "Fix or remove that row of data.csv.",
-        ) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from core.digests import digest12, digest_json
 from core.errors import AdapterError, GateError
 from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
-from serving.engines.vlm.open import VlmEngine
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import checks as c
@@ -32,7 +31,7 @@ from updater.gate.diagnostics import yes_share
 from updater.gate.score import kept, worst_answers
 from updater.gate.suite_items import Item, grade, majority, open_picture, polarity, spread
 from updater.gate.suites import Family, Suite, probe
-from updater.gate.verdict import Check, Diagnostics, Regression
+from updater.gate.verdict import Check, Diagnostics, Regression, YesShare
 
 if TYPE_CHECKING:  # it brings the engines
     from serving.engines.vlm.open import SyncVlm
@@ -64,11 +63,11 @@ class VlmEvaluator:
 
     family: Family = "vlm"
 
-    def __init__(self, vlm: SyncVlm, engine: VlmEngine, serve: Serve, *, cache: Path | None = None) -> None:
-        """`vlm` is the started `engine`; `cache`: folder of kept answers, by default each suite's own."""
+    def __init__(self, vlm: SyncVlm, serve: Serve, *, cache: Path | None = None) -> None:
+        """`vlm` is started; `cache`: folder of kept answers, by default each suite's own."""
         self.vlm = vlm
-        self.base: VlmBase = engine.base
-        self.kind = engine.kind
+        self.base: VlmBase = vlm.engine.base
+        self.kind = vlm.engine.kind
         self.serve = serve
         self.cache = cache
         self.question_count = 0
@@ -112,14 +111,12 @@ class VlmEvaluator:
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
         """The share of "yes" to yes/no questions."""
-        shares = {
-            each.suite.name: yes_share(each.suite, each.base.texts, each.before.texts, each.after.texts)
-            for each in scores
-            if isinstance(each.base, VlmAnswers)
-            and isinstance(each.before, VlmAnswers)
-            and isinstance(each.after, VlmAnswers)
-        }
-        return Diagnostics(yes={name: share for name, share in shares.items() if share is not None})
+        shares: dict[str, YesShare] = {}
+        for each in scores:
+            answers = cast(tuple[VlmAnswers, ...], (each.base, each.before, each.after))
+            if (share := yes_share(each.suite, *(own.texts for own in answers))) is not None:
+                shares[each.suite.name] = share
+        return Diagnostics(yes=shares)
 
     def regressions(self, suite: Suite, before: VlmAnswers, after: VlmAnswers) -> tuple[Regression, ...]:
         """Answers that were better before."""
@@ -137,12 +134,18 @@ class VlmEvaluator:
                 return checks
             model = self.base.build_model()
             checks.append(c.check_vlm_drift(model, directory))
-            asks, answers = self._golden(suites)
+            few = spread([item for _, items in probe(suites) for item in items], GOLDEN)
+            asks, answers = [self._ask(item, 1) for item in few], [item.answers[0] for item in few]
             with _living("comparing log-probabilities"):
                 served = [self._log_probabilities(asks, answers, name) for name in (None, candidate)]
                 checks.append(c.check_vlm_parity(self.base, model, directory, asks, answers, served))
                 asks, answers = (asks * LATENCY_BATCH)[:LATENCY_BATCH], (answers * LATENCY_BATCH)[:LATENCY_BATCH]
-                checks.append(self._latency(candidate, asks, answers))
+                latency = c.check_latency(
+                    lambda adapter: self._log_probabilities(asks, answers, adapter), candidate,
+                    "a batch of questions takes", ratio=c.VLM_LATENCY_RATIO, grace=c.VLM_GRACE_SECONDS, rounds=3,
+                    clock=time.perf_counter,  # the engine may be another process
+                )  # fmt: skip
+                checks.append(latency)
             checks.append(c.check_size(facts.get("rank"), facts.get("bytes")))
         except GateError:
             raise
@@ -150,26 +153,10 @@ class VlmEvaluator:
             checks.append(Check("finite", False, f"the candidate failed on the probe: {error!r}"[:300]))
         return checks
 
-    def _latency(self, candidate: str, asks: Sequence[GenerationRequest], answers: Sequence[str]) -> Check:
-        return c.check_latency(
-            lambda adapter: self._log_probabilities(asks, answers, adapter),
-            candidate,
-            "a batch of questions takes",
-            ratio=c.VLM_LATENCY_RATIO,
-            grace=c.VLM_GRACE_SECONDS,
-            rounds=3,
-            clock=time.perf_counter,  # the engine may be another process
-        )
-
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
         """Neither the same answer to everything, nor always yes or always no."""
-        references: list[str] = []
-        base: list[str] = []
-        after: list[str] = []
-        for suite in suites:
-            references += [item.answers[0] for item in suite.items()]
-            base += self.score(suite, None).texts
-            after += self.score(suite, candidate).texts
+        references = [item.answers[0] for suite in suites for item in suite.items()]
+        base, after = ([t for suite in suites for t in self.score(suite, name).texts] for name in (None, candidate))
         closed = np.array([bool(polarity(reference)) for reference in references])
         checks = []
         for check, wanted in ((c.check_sameness, ~closed), (c.check_polarity, closed)):
@@ -185,18 +172,11 @@ class VlmEvaluator:
                 self.vlm.golden(candidate)
         except AdapterError as error:
             return Check("finite", False, error.message[:300])
-        bad = total = 0
-        for suite, few in probe(suites):
-            replies = self._ask_all(suite, few, candidate, "probe, candidate")
-            bad += sum(not _is_finite(reply) for reply in replies)
-            total += len(replies)
-        detail = f"{bad} of {total} answers have a log-probability of NaN or infinity"
+        asked = probe(suites)
+        replies = [reply for suite, few in asked for reply in self._ask_all(suite, few, candidate, "probe, candidate")]
+        bad = sum(not _is_finite(reply) for reply in replies)
+        detail = f"{bad} of {len(replies)} answers have a log-probability of NaN or infinity"
         return Check("finite", not bad, detail, float(bad), 0.0)
-
-    def _golden(self, suites: Sequence[Suite]) -> tuple[list[GenerationRequest], list[str]]:
-        """A few questions with their reference answer."""
-        chosen = spread([item for _, few in probe(suites) for item in few], GOLDEN)
-        return [self._ask(item, 1) for item in chosen], [item.answers[0] for item in chosen]
 
     def _log_probabilities(
         self, asks: Sequence[GenerationRequest], answers: Sequence[str], adapter: str | None
@@ -218,7 +198,8 @@ class VlmEvaluator:
             self.question_count += len(asks)
             with _living(f"answering suite {suite.name}"):
                 own = self.vlm.replies(asks, adapter, label=label)
-            self._remember(suite, some, adapter, [_text(reply) for reply in own])
+            texts = [reply.text.strip() if _is_finite(reply) else "" for reply in own]
+            self._remember(suite, some, adapter, texts)
             replies += own
         return replies
 
@@ -273,7 +254,3 @@ def _living(doing: str) -> Iterator[None]:
 
 def _is_finite(reply: GenerationResult) -> bool:
     return all(math.isfinite(value) for value in reply.logprobs)
-
-
-def _text(reply: GenerationResult) -> str:
-    return reply.text.strip() if _is_finite(reply) else ""

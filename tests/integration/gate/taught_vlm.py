@@ -137,17 +137,12 @@ def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
 
 def question_table(asked: Sequence[Asked], domain: str = "new") -> pa.Table:
     """Rows of the sample store."""
-    return pa.table(
-        {
-            "id": [f"{domain}-{i}" for i in range(len(asked))],
-            "image": [encoded_square(one.picture) for one in asked],
-            "text": [""] * len(asked),
-            "question": [one.question for one in asked],
-            "answer": [one.answer for one in asked],
-            "domain": [domain] * len(asked),
-            "concept": [""] * len(asked),
-        }
-    )
+    rows = [
+        {"id": f"{domain}-{i}", "image": encoded_square(one.picture), "text": "", "question": one.question,
+         "answer": one.answer, "domain": domain, "concept": ""}
+        for i, one in enumerate(asked)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows)
 
 
 def make_settings(home: Path, engine: str) -> Settings:

@@ -116,15 +116,9 @@ def test_the_report_of_an_update_is_brought_home(settings: Settings) -> None:
     verdict, page = gate_command(settings, name)
     ledger = Ledger.open(settings.ledger)
     update = ledger.begin_update(
-        "update-1",
-        family="clip",
-        recipe={"name": "x"},
-        seed=0,
-        store_version=1,
-        data_from={},
-        data_to={},
+        "update-1", family="clip", recipe={"name": "x"}, seed=0, store_version=1, data_from={}, data_to={},
         incumbent=None,
-    )
+    )  # fmt: skip
     ledger.register_adapter(name, "clip", "tiny", "a", "b", {})
     ledger.record_verdict(update.id, name, verdict.outcome, f"reports/{update.id}/report.html", verdict.summary())
     ledger.close()

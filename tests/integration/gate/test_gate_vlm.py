@@ -91,12 +91,8 @@ def test_answers_are_kept_on_disk_and_asked_for_once(vlm_gate: VlmGate) -> None:
 
     def ask_again() -> tuple[int, dict[str, float]]:
         """How many were asked for the base and the candidate, and the base's scores."""
-        evaluator = VlmEvaluator(
-            vlm_gate.evaluator.vlm,
-            vlm_gate.evaluator.vlm.engine,
-            vlm_gate.settings.serve,
-            cache=vlm_gate.evaluator.cache,
-        )
+        vlm, cache = vlm_gate.evaluator.vlm, vlm_gate.evaluator.cache
+        evaluator = VlmEvaluator(vlm, vlm_gate.settings.serve, cache=cache)
         suites = (*vlm_gate.suites, *vlm_gate.fresh)
         scores = {suite.name: float(evaluator.score(suite, None).hits.mean()) for suite in suites}
         for suite in suites:

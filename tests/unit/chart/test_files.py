@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.chart import EVERYTHING, ROOT, of_kind, render
+from tests.support.chart import ROOT, of_kind, render
 
 GENERATOR: dict[str, Any] = runpy.run_path(str(ROOT / "helm" / "generate.py"))
 
@@ -100,16 +100,12 @@ def test_a_part_that_is_switched_off_is_not_missed(values: Any, missing: set[str
     assert {name for name in made if name.endswith("Absent")} == every - missing
 
 
-def test_alerts_link_to_the_runbooks() -> None:
-    groups = of_kind(render(EVERYTHING), "PrometheusRule")[0]["spec"]["groups"]
-    alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+def test_alerts_link_to_the_runbooks_and_every_dashboard_is_a_config_map(everything: list[dict[str, Any]]) -> None:
+    alerts = [rule for rule in rules_of(everything) if "alert" in rule]
     assert alerts
     for alert in alerts:
         assert alert["annotations"]["runbook_url"] == f"https://git.example/runbooks/{alert['alert']}.md"
-
-
-def test_every_dashboard_is_a_config_map() -> None:
-    found = {name: text for each in of_kind(render(EVERYTHING), "ConfigMap") for name, text in each["data"].items()}
+    found = {name: text for each in of_kind(everything, "ConfigMap") for name, text in each["data"].items()}
     paths = list((ROOT / "ops" / "dashboards" / "json").glob("*.json"))
     assert paths
     for path in paths:

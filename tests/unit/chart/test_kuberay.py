@@ -25,16 +25,21 @@ from ray.serve._private import constants
 from benchmarks.cluster.ray_service import compared_by_kuberay
 from core.settings import Settings
 from serving.ray import ray_session
-from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, profile, render
+from tests.support.chart import (
+    EVERYTHING,
+    ROOT,
+    cluster_groups,
+    named,
+    of_kind,
+    profile,
+    render,
+    settings_text,
+    variables,
+)
 
-CASES = [merged(profile(name), extra) for name in PROFILES for extra in ({}, EVERYTHING)]
-IDS = [f"{name}{extra}" for name in PROFILES for extra in ("", " with everything")]
 VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
-TRAINING = {version: file for version, file in VERSIONS.items() if version != "1.5.1"}
-"""Versions with RayCluster's ``upgradeStrategy``."""
 MAX_NAME = 53 - len("-xxxxx")
 """MaxRayServiceNameLength: of a cluster's 53, less what KubeRay appends."""
-DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 REFUSED = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
 """ValidateRayClusterSpec refuses a head with one of them, where GcsFaultToleranceOptions are to be used."""
 MANAGED = {
@@ -44,24 +49,37 @@ MANAGED = {
 """setContainerEnvVars and SetContainerTokenAuthEnvVars add these."""
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080, "serve": 8000}
 """getDefaultPorts: what the services of a head are made of, once it names any port."""
+DEPLOYER = (ROOT / "docs" / "deployer.md").read_text()
 
 
-@pytest.fixture(params=CASES, ids=IDS)
-def service(request: pytest.FixtureRequest) -> dict[str, Any]:
-    (found,) = of_kind(render(request.param), "RayService")
+@pytest.fixture(scope="module")
+def training() -> list[dict[str, Any]]:
+    workers = {"enabled": True, "gpus": 1, "maxReplicas": 8, "tolerations": [{"operator": "Exists"}]}
+    return render(profile("multigpu"), EVERYTHING, {"updater": {"workers": workers}})
+
+
+@pytest.fixture
+def cluster(training: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cluster that trains."""
+    (found,) = of_kind(training, "RayCluster")
     return found
 
 
-def groups(service: dict[str, Any]) -> list[dict[str, Any]]:
-    """The group of the head, then those of workers."""
-    cluster = service["spec"]["rayClusterConfig"]
-    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+def ray_service(*layers: Any) -> dict[str, Any]:
+    (found,) = of_kind(render(*layers), "RayService")
+    return found
 
 
 def ray_container(group: dict[str, Any]) -> dict[str, Any]:
     """RayContainerIndex is 0: the first container is Ray's, whatever its name."""
     first: dict[str, Any] = group["template"]["spec"]["containers"][0]
     return first
+
+
+def ports(group: dict[str, Any]) -> dict[str, int]:
+    found = {port["name"]: port["containerPort"] for port in ray_container(group)["ports"]}
+    assert len(set(found.values())) == len(found)
+    return found
 
 
 @cache
@@ -75,49 +93,56 @@ def test_the_resource_of_each_version_has_every_field(service: dict[str, Any], v
 
 
 def test_the_first_version_takes_it_without_a_token_only() -> None:
-    of_first = schema("RayService-1.5.0.json")
-    (with_token,) = of_kind(render(EVERYTHING), "RayService")
+    of_first, with_token = schema("RayService-1.5.0.json"), ray_service(EVERYTHING)
     assert [error for error in of_first.iter_errors(with_token) if "authOptions" in error.message]
-    (without,) = of_kind(render(EVERYTHING, {"serving": {"rayAuth": "disabled"}}), "RayService")
+    without = ray_service(EVERYTHING, {"serving": {"rayAuth": "disabled"}})
     of_first.validate(without)
     assert "authOptions" not in without["spec"]["rayClusterConfig"]
-
-
-def test_the_page_for_deployers_names_the_versions_that_are_tested() -> None:
-    page = (ROOT / "docs" / "deployer.md").read_text()
-    assert "operator 1.5.1 to 1.7; 1.5.0 with `serving.rayAuth: disabled`" in page
+    assert "operator 1.5.1 to 1.7; 1.5.0 with `serving.rayAuth: disabled`" in DEPLOYER
 
 
 def test_its_name_is_a_label_that_is_short_enough(service: dict[str, Any]) -> None:
     """ValidateRayServiceMetadata."""
-    assert re.fullmatch(DNS_1035, service["metadata"]["name"])
-    (longest,) = of_kind(render({"fullnameOverride": "a" * 40}), "RayService")
-    assert len(longest["metadata"]["name"]) <= MAX_NAME
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", service["metadata"]["name"])
+    longest = render({"fullnameOverride": "a" * 40})
+    assert all(len(each["metadata"]["name"]) <= 63 for each in longest)
+    assert len(of_kind(longest, "RayService")[0]["metadata"]["name"]) <= MAX_NAME
 
 
-def test_a_release_whose_name_kuberay_would_refuse_is_not_installed() -> None:
-    for name in ("2nd", "v1.2"):
-        with pytest.raises(HelmError, match=rf"{name}-ratchet cannot be the name .* Set fullnameOverride"):
-            render(name=name)
-        assert render({"fullnameOverride": "second"}, name=name)
+@pytest.mark.parametrize("name", ["2nd", "v1.2"])
+def test_a_release_whose_name_kuberay_would_refuse_is_not_installed(name: str) -> None:
+    with pytest.raises(HelmError, match=rf"{name}-ratchet cannot be the name .* Set fullnameOverride"):
+        render(name=name)
+    assert render({"fullnameOverride": "second"}, name=name)
 
 
 def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any]) -> None:
     """getPortsFromCluster takes those of the head's first container; BuildServeService wants one named serve there."""
-    head, *workers = groups(service)
-    ports = {port["name"]: port["containerPort"] for port in ray_container(head)["ports"]}
-    assert ports.items() >= PORTS.items()
+    head, *workers = cluster_groups(service)
+    assert ports(head).items() >= PORTS.items()
     for group in workers:
+        assert ports(group)["serve"] == 8000
         assert {"name": "serve", "containerPort": 8000, "protocol": "TCP"} in ray_container(group)["ports"]
     assert "headService" not in head  # ValidateRayServiceSpec refuses a name of its own
     assert service["spec"]["excludeHeadPodFromServeSvc"] is True  # it has no replicas, and its probe asks none
 
 
-def test_no_variable_is_one_that_kuberay_refuses_or_sets_itself(service: dict[str, Any]) -> None:
-    for group in groups(service):
-        names = [each["name"] for each in ray_container(group)["env"]]
-        assert len(names) == len(set(names))
-        assert not {*names} & (REFUSED | MANAGED)
+def test_its_variables_are_those_that_ray_reads_and_none_that_kuberay_refuses_or_sets(
+    service: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy has as long to get ready, and a message as many bytes, as on one machine."""
+    environ: dict[str, str] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", environ)
+        ray_session.prepare_environment(Settings(home=tmp_path))
+    source = inspect.getsource(constants)
+    for group in cluster_groups(service):
+        told = variables(ray_container(group))
+        assert len(told) == len(ray_container(group)["env"]) and not told.keys() & (REFUSED | MANAGED)
+        assert [name for name in told if name.startswith("RAY_SERVE_") and f'"{name}"' not in source] == []
+        for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"):
+            assert told[name] == environ[name]
+        assert float(told["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
 
 
 def test_workers_have_both_bounds_also_where_nothing_scales_them(service: dict[str, Any]) -> None:
@@ -127,16 +152,16 @@ def test_workers_have_both_bounds_also_where_nothing_scales_them(service: dict[s
         assert 0 < group["minReplicas"] == group["replicas"] == group["maxReplicas"]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_ray_adds_workers_where_more_are_allowed(version: str) -> None:
-    """DefaultHeadPodTemplate puts the autoscaler beside the head, which has to be allowed to call Kubernetes."""
+def test_ray_adds_workers_where_more_are_allowed() -> None:
+    """DefaultHeadPodTemplate puts the autoscaler next to the head, which has to be allowed to call Kubernetes."""
     serve = {"encoder_replicas": 2, "encoder_max_replicas": 12}
     more = {"settings": {"serve": serve}, "serving": {"workers": {"replicas": 2, "maxReplicas": 6}}}
     objects = render(profile("cpu"), EVERYTHING, more)
     (service,) = of_kind(objects, "RayService")
-    schema(VERSIONS[version]).validate(service)
+    for file in VERSIONS.values():
+        schema(file).validate(service)
     cluster = service["spec"]["rayClusterConfig"]
-    head, workers = groups(service)
+    head, workers = cluster_groups(service)
     assert cluster["enableInTreeAutoscaling"] is True
     assert (workers["minReplicas"], workers["replicas"], workers["maxReplicas"]) == (2, 2, 6)
     autoscaler = cluster["autoscalerOptions"]
@@ -144,14 +169,12 @@ def test_ray_adds_workers_where_more_are_allowed(version: str) -> None:
     assert autoscaler["securityContext"]["readOnlyRootFilesystem"] is True
     mounted = {mount["name"] for mount in autoscaler["volumeMounts"]}
     assert mounted <= {volume["name"] for volume in head["template"]["spec"]["volumes"]} and "tmp" in mounted
-    assert head["template"]["spec"]["automountServiceAccountToken"] is True
-    assert workers["template"]["spec"]["automountServiceAccountToken"] is False
+    tokens = [group["template"]["spec"]["automountServiceAccountToken"] for group in (head, workers)]
+    assert tokens == [True, False]
     deployments = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]
     encoder = next(each for each in deployments if each["name"] == "Encoder")
     assert encoder["max_replicas_per_node"] == 2  # 12 on 6
-    (policy,) = [
-        each for each in of_kind(objects, "NetworkPolicy") if each["metadata"]["name"] == "live-ratchet-serving"
-    ]
+    policy = named(objects, "NetworkPolicy", "serving")
     assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
 
 
@@ -169,30 +192,23 @@ def test_ray_adds_workers_where_more_are_allowed(version: str) -> None:
 def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one(change: Any) -> None:
     """KubeRay compares neither numbers of workers nor tolerations, and Serve reads HTTP options only when it starts."""
     autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 8}}}
-    before, after = (
-        of_kind(render(autoscaled, each), "RayService")[0]["spec"]["rayClusterConfig"]
-        for each in ({}, {"serving": change})
-    )
+    before, after = (ray_service(autoscaled, each)["spec"]["rayClusterConfig"] for each in ({}, {"serving": change}))
     assert compared_by_kuberay(before) != compared_by_kuberay(after)
 
 
 def test_what_serve_changes_in_a_running_cluster_makes_no_new_one() -> None:
-    before, after = (
-        of_kind(render({"serving": {"actors": {"encoder": {"cpus": cpus}}}}), "RayService")[0]["spec"]
-        for cpus in (0.5, 0.25)
-    )
+    before, after = (ray_service({"serving": {"actors": {"encoder": {"cpus": cpus}}}})["spec"] for cpus in (0.5, 0.25))
     assert before["serveConfigV2"] != after["serveConfigV2"]
     assert before["rayClusterConfig"] == after["rayClusterConfig"]
 
 
-def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], training: list[dict[str, Any]]) -> None:
+def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], cluster: dict[str, Any]) -> None:
     """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and who
     applies the same objects again a conflict."""
-    (cluster,) = of_kind(training, "RayCluster")
-    for spec in (service["spec"]["rayClusterConfig"], cluster["spec"]):
-        for group in spec["workerGroupSpecs"]:
-            assert group["numOfHosts"] == 1
-        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+    for owner in (service, cluster):
+        _, *workers = groups = cluster_groups(owner)
+        assert {group["numOfHosts"] for group in workers} == {1}
+        for group in groups:
             for container in group["template"]["spec"]["containers"]:
                 assert {port["protocol"] for port in container.get("ports", [])} == {"TCP"}
 
@@ -208,7 +224,7 @@ def test_rays_autoscaler_gets_the_resources_that_are_set() -> None:
 
 def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
     """validateRayGroupResources and validateRayGroupLabels; generateRayStartCommand takes CPUs from the requests."""
-    for group in groups(service):
+    for group in cluster_groups(service):
         parameters = group["rayStartParams"]
         assert all(isinstance(value, str) for value in parameters.values())
         assert not {"labels", "redis-password", "redis-username"} & parameters.keys()
@@ -217,117 +233,75 @@ def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(serv
         assert "num-cpus" in parameters or {**resources["requests"], **resources["limits"]}.get("cpu")
 
 
-def test_a_token_is_of_a_ray_that_has_them_and_of_the_one_in_the_image(service: dict[str, Any]) -> None:
+def test_a_token_is_of_the_ray_in_the_image_and_an_upgrade_is_one_of_kuberays(service: dict[str, Any]) -> None:
     cluster = service["spec"]["rayClusterConfig"]
-    version = tuple(map(int, cluster["rayVersion"].split(".")))
     assert cluster["authOptions"] == {"mode": "token"}  # RayService has no enableK8sTokenAuth
-    assert version >= (2, 52, 0)
+    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 52, 0)
     assert cluster["rayVersion"] == importlib.metadata.version("ray")
+    assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
+    assert "upgradeStrategy" not in cluster  # ValidateRayClusterUpgradeOptions
 
 
 def test_what_kuberay_would_add_to_a_pod_is_there_already(service: dict[str, Any]) -> None:
     """It adds probes that call wget, which the image has not, and shared memory of the size of all memory, where there
     is none; it puts ``ray start`` in the place of command and arguments."""
-    for group in groups(service):
-        container = ray_container(group)
+    units = {"Mi": 2**20, "Gi": 2**30}
+    for group in cluster_groups(service):
+        container, spec = ray_container(group), group["template"]["spec"]
         assert {"livenessProbe", "readinessProbe"} <= container.keys()
-        assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
         assert not {"command", "args"} & container.keys()
         assert not [name for name in group["template"]["metadata"]["labels"] if name.startswith("ray.io/")]
-        others = group["template"]["spec"]["initContainers"]
-        assert "wait-gcs-ready" not in [each["name"] for each in others]
+        assert "wait-gcs-ready" not in [each["name"] for each in spec["initContainers"]]
+        assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
+        shm = next(volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm")
+        size = int(shm["sizeLimit"][:-2]) * units[shm["sizeLimit"][-2:]]
+        assert shm["medium"] == "Memory" and size >= int(group["rayStartParams"]["object-store-memory"])
 
 
-def test_an_upgrade_is_one_of_kuberays(service: dict[str, Any]) -> None:
-    assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
-    assert "upgradeStrategy" not in service["spec"]["rayClusterConfig"]  # ValidateRayClusterUpgradeOptions
+# The cluster that trains
 
 
-def test_serves_switches_have_the_names_that_ray_reads(service: dict[str, Any]) -> None:
-    source = inspect.getsource(constants)
-    for group in groups(service):
-        for variable in ray_container(group)["env"]:
-            if variable["name"].startswith("RAY_SERVE_"):
-                assert f'"{variable["name"]}"' in source, variable["name"]
-
-
-def test_a_proxy_has_as_long_to_get_ready_and_a_message_as_many_bytes_as_on_one_machine(
-    service: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(
+    training: list[dict[str, Any]], cluster: dict[str, Any]
 ) -> None:
-    environ: dict[str, str] = {}
-    monkeypatch.setattr(os, "environ", environ)
-    ray_session.prepare_environment(Settings(home=tmp_path))
-    monkeypatch.undo()
-    for group in groups(service):
-        told = {each["name"]: each.get("value", "") for each in ray_container(group)["env"]}
-        for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"):
-            assert told[name] == environ[name]
-        assert float(told["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
-
-
-@pytest.fixture
-def training() -> list[dict[str, Any]]:
-    workers = {"enabled": True, "gpus": 1, "maxReplicas": 8, "tolerations": [{"operator": "Exists"}]}
-    return render(profile("multigpu"), EVERYTHING, {"updater": {"workers": workers}})
-
-
-def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(training: list[dict[str, Any]]) -> None:
-    (cluster,) = of_kind(training, "RayCluster")
-    (updater,) = [
-        each for each in of_kind(training, "Deployment") if each["metadata"]["name"] == "live-ratchet-updater"
-    ]
     spec = cluster["spec"]
-    for version in TRAINING.values():  # a RayService has the same specification inside
-        whole = json.loads((ROOT / "tests" / "support" / "crds" / version).read_text())
+    for version in ("1.6.2", "1.7"):  # with its upgradeStrategy; a RayService has the same specification inside
+        whole: Any = schema(VERSIONS[version]).schema
         Draft202012Validator(whole["properties"]["spec"]["properties"]["rayClusterConfig"]).validate(spec)
-    head, workers = spec["headGroupSpec"], spec["workerGroupSpecs"][0]
+    head, workers = cluster_groups(cluster)
     assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (0, 0, 8)
     assert spec["enableInTreeAutoscaling"] is True and spec["autoscalerOptions"]["idleTimeoutSeconds"] == 300
     assert ray_container(workers)["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert "nvidia.com/gpu" not in ray_container(head)["resources"]["limits"]
-    assert {"gcs-server": 6379, "dashboard": 8265, "client": 10001}.items() <= {
-        port["name"]: port["containerPort"] for port in ray_container(head)["ports"]
-    }.items()
-    trainer = updater["spec"]["template"]["spec"]
-    homes = {
-        next(volume for volume in pod["volumes"] if volume["name"] == "home")["persistentVolumeClaim"]["claimName"]
-        for pod in (trainer, head["template"]["spec"], workers["template"]["spec"])
-    }
-    assert homes == {"updater"}, "all of them see the updater's home"
-    for group in (head, workers):
-        places = {mount["name"]: mount["mountPath"] for mount in ray_container(group)["volumeMounts"]}
-        assert (
-            places.items()
-            >= {mount["name"]: mount["mountPath"] for mount in trainer["containers"][0]["volumeMounts"]}.items()
-        )
+    assert {"gcs-server": 6379, "dashboard": 8265, "client": 10001}.items() <= ports(head).items()
+    trainer = named(training, "Deployment", "updater")["spec"]["template"]["spec"]
+    for pod in (trainer, head["template"]["spec"], workers["template"]["spec"]):  # all see the updater's home
+        home = next(volume for volume in pod["volumes"] if volume["name"] == "home")
+        assert home["persistentVolumeClaim"]["claimName"] == "updater"
+        places = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert places.items() >= {m["name"]: m["mountPath"] for m in trainer["containers"][0]["volumeMounts"]}.items()
 
 
-def test_an_upgrade_replaces_the_pods_of_the_cluster_that_trains(training: list[dict[str, Any]]) -> None:
+def test_an_upgrade_replaces_the_pods_of_the_cluster_that_trains(cluster: dict[str, Any]) -> None:
     """KubeRay changes no pod of a RayCluster otherwise: steps would go on with the code of the version before."""
-    (cluster,) = of_kind(training, "RayCluster")
     assert cluster["spec"]["upgradeStrategy"] == {"type": "Recreate"}
-    page = (ROOT / "docs" / "deployer.md").read_text()
-    assert "1.6 to 1.7 for `updater.workers`" in page
+    assert "1.6 to 1.7 for `updater.workers`" in DEPLOYER
 
 
-def test_the_updater_finds_the_cluster_that_trains_and_its_token(training: list[dict[str, Any]]) -> None:
-    (cluster,) = of_kind(training, "RayCluster")
-    config = next(each for each in of_kind(training, "ConfigMap") if "ratchet.yaml" in each["data"])
-    settings = Settings.model_validate(yaml.safe_load(config["data"]["ratchet.yaml"]))
+def test_the_updater_finds_the_cluster_that_trains_and_its_token(
+    training: list[dict[str, Any]], cluster: dict[str, Any]
+) -> None:
+    settings = Settings.model_validate(yaml.safe_load(settings_text(training)))
     assert settings.updater.ray_address == f"ray://{cluster['metadata']['name']}-head-svc:10001"
-    (updater,) = [
-        each for each in of_kind(training, "Deployment") if each["metadata"]["name"] == "live-ratchet-updater"
-    ]
-    env = {each["name"]: each for each in updater["spec"]["template"]["spec"]["containers"][0]["env"]}
+    (container,) = named(training, "Deployment", "updater")["spec"]["template"]["spec"]["containers"]
+    env = {each["name"]: each for each in container["env"]}
     assert env["RAY_AUTH_MODE"]["value"] == "token"
     secret = env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
     assert secret == {"name": cluster["metadata"]["name"], "key": "auth_token"}
-    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(training, "NetworkPolicy")}
-    into = policies["live-ratchet-training"]["ingress"][1]
+    into = named(training, "NetworkPolicy", "training")["spec"]["ingress"][1]
     assert into["ports"] == [{"protocol": "TCP", "port": 10001}]
     assert into["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "updater"
-    out = policies["live-ratchet-updater"]["egress"][-1]
-    assert out["ports"] == into["ports"]
+    assert named(training, "NetworkPolicy", "updater")["spec"]["egress"][-1]["ports"] == into["ports"]
 
 
 def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
@@ -338,22 +312,16 @@ def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
 
 def test_what_the_clean_up_of_redis_mounts_and_runs_as_outlives_an_uninstall() -> None:
     """buildRedisCleanupJob runs a pod like the head's when Helm has deleted everything that is not to be kept."""
-    chosen = {"priorityClasses": {"create": True}}
-    objects = render(EVERYTHING, chosen)
-    kept = {
-        (each["kind"], each["metadata"]["name"])
-        for each in objects
-        if each["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
-    }
-    head = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
-    maps = [volume["configMap"]["name"] for volume in head["volumes"] if "configMap" in volume]
-    needed = {
-        ("ServiceAccount", head["serviceAccountName"]),
-        ("PriorityClass", head["priorityClassName"]),
-        *(("ConfigMap", name) for name in maps),
-    }
-    ours = {(each["kind"], each["metadata"]["name"]) for each in objects}
-    assert kept == needed & ours
-    assert len(kept) == 3
-    without = render(EVERYTHING, chosen, {"serving": {"gcsFaultTolerance": {"enabled": False}}})
-    assert not [each for each in without if "helm.sh/resource-policy" in each["metadata"].get("annotations", {})]
+
+    def kept(*layers: Any) -> set[tuple[str, str]]:
+        return {
+            (each["kind"], each["metadata"]["name"])
+            for each in render(EVERYTHING, {"priorityClasses": {"create": True}}, *layers)
+            if each["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
+        }
+
+    head = cluster_groups(ray_service(EVERYTHING, {"priorityClasses": {"create": True}}))[0]["template"]["spec"]
+    needed = {("ServiceAccount", head["serviceAccountName"]), ("PriorityClass", head["priorityClassName"])}
+    needed |= {("ConfigMap", volume["configMap"]["name"]) for volume in head["volumes"] if "configMap" in volume}
+    assert kept() == needed - {("ConfigMap", "company-ca")} and len(kept()) == 3
+    assert kept({"serving": {"gcsFaultTolerance": {"enabled": False}}}) == set()

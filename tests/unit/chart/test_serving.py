@@ -20,9 +20,23 @@ from core.loading import load_settings
 from core.settings import Settings
 from ops.cli import metrics
 from serving.app import build, drain_seconds
-from tests.support.chart import CHART, EVERYTHING, PROFILES, merged, of_kind, pods, profile, render
+from tests.support.chart import (
+    CHART,
+    EVERYTHING,
+    PROFILES,
+    cluster_groups,
+    merged,
+    of_kind,
+    pods,
+    profile,
+    render,
+    settings_text,
+    variables,
+)
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
+
+WITHOUT_VLM = {"settings": {"base": {"vlm": ""}}}
 
 
 def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
@@ -31,11 +45,8 @@ def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
 
 def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
     """As a pod loads them: the file of the ConfigMap, and the secrets from the environment."""
-    text = next(
-        each["data"]["ratchet.yaml"] for each in of_kind(objects, "ConfigMap") if "ratchet.yaml" in each["data"]
-    )
     file = folder / "mounted.yaml"
-    file.write_text(text)
+    file.write_text(settings_text(objects))
     return load_settings(
         environ={
             "RATCHET_CONFIG": str(file),
@@ -46,29 +57,13 @@ def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
     )
 
 
-def deployments(application: Any) -> dict[str, Any]:
-    """Name and options of each deployment in the graph of an application."""
-    bound = application._bound_deployment
-    found = {bound.name: bound}
-    for argument in bound.init_args:
-        if hasattr(argument, "_bound_deployment"):
-            found |= deployments(argument)
-    return found
-
-
-@pytest.mark.parametrize("name", PROFILES)
-@pytest.mark.parametrize("extra", [{}, EVERYTHING], ids=["least", "everything"])
-def test_every_profiles_settings_are_ratchets(name: str, extra: Any, tmp_path: Path) -> None:
-    settings = settings_of(render(profile(name), extra), tmp_path)
+def test_a_pod_loads_the_settings_and_the_secrets_and_has_their_ports(tmp_path: Path) -> None:
+    objects = render(profile("cpu"), EVERYTHING)
+    settings = settings_of(objects, tmp_path)
     assert settings.artifacts == "s3://models/ratchet"
     assert settings.serve.host == settings.metrics_host == settings.console.host == "0.0.0.0"
     assert settings.kafka.client["sasl_plain_password"] == "p: {#'"
     assert settings.server == "http://live-ratchet-serve-svc:8000"
-
-
-def test_ports_of_pods_are_those_of_the_settings(tmp_path: Path) -> None:
-    objects = render()
-    settings = settings_of(objects, tmp_path)
     ports = {
         (component, port["name"]): port["containerPort"]
         for component, template in pods(objects)
@@ -80,6 +75,16 @@ def test_ports_of_pods_are_those_of_the_settings(tmp_path: Path) -> None:
     assert ports["updater", "metrics"] == settings.updater.metrics_port
     assert ports["console", "http"] == settings.console.port
     assert ports["serving-worker", "serve"] == settings.serve.port == serve_config(objects).http_options.port
+
+
+def deployments(application: Any) -> dict[str, Any]:
+    """Name and options of each deployment in the graph of an application."""
+    bound = application._bound_deployment
+    found = {bound.name: bound}
+    for argument in bound.init_args:
+        if hasattr(argument, "_bound_deployment"):
+            found |= deployments(argument)
+    return found
 
 
 def test_ray_serve_builds_the_application_and_finds_its_deployments(
@@ -110,9 +115,13 @@ def test_ray_serve_builds_the_application_and_finds_its_deployments(
                 assert each.ray_actor_options.num_cpus > 0  # it replaces what the code says
 
 
-def test_without_a_vlm_the_configuration_names_none() -> None:
-    config = serve_config(render({"settings": {"base": {"vlm": ""}}}))
+def test_without_a_vlm_none_is_configured_or_built() -> None:
+    objects = render(WITHOUT_VLM)
+    config = serve_config(objects)
     assert {each.name for each in config.applications[0].deployments} == {"Controller", "Encoder", "Ingress"}
+    for _, template in pods(objects):
+        for container in template["spec"].get("initContainers", []):
+            assert container["command"] == ["ratchet", "base", "build", "--family", "clip"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,7 @@ def stuck(kinds: tuple[Kind, ...], nodes: int, cpus: int, gpus: int) -> list[tup
 def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[int, ...]] | None:
     """A placement of encoders, VLMs, ingresses and controllers on the workers that is stuck, if there is one."""
     at = settings_of(objects, folder).serve
-    group = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    group = cluster_groups(of_kind(objects, "RayService")[0])[1]
     resources = group["template"]["spec"]["containers"][0]["resources"]
     replicas = {
         "Encoder": at.encoder_replicas, "Vlm": at.vlm_replicas,
@@ -272,50 +281,27 @@ def test_without_a_limit_for_each_node_encoders_can_take_the_room_of_a_vlm(tmp_p
     assert max(encoders for encoders, *_ in placed) > 2
 
 
-def test_without_a_vlm_none_is_built() -> None:
-    for _, template in pods(render({"settings": {"base": {"vlm": ""}}})):
-        for container in template["spec"].get("initContainers", []):
-            assert container["command"] == ["ratchet", "base", "build", "--family", "clip"]
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        ({"source": "build"}, ["build"]),
+        ({"source": "artifacts"}, ["pull", "b16", "smol"]),
+        ({"source": "volume", "existingClaim": "bases"}, ["show", "b16", "smol"]),
+    ],
+)
+def test_each_pod_has_the_bases_before_it_starts(source: dict[str, str], command: list[str]) -> None:
+    objects = render({"bases": source, "settings": {"base": {"clip": "b16", "vlm": "smol"}}})
+    first = {c: t["spec"]["initContainers"][0] for c, t in pods(objects) if t["spec"].get("initContainers")}
+    assert first.keys() == {"serving-head", "serving-worker", "updater"}
+    assert all(container["command"] == ["ratchet", "base", *command] for container in first.values())
 
 
-def test_each_pod_has_the_bases_before_it_starts() -> None:
-    for source, command in (
-        ({"source": "build"}, ["ratchet", "base", "build"]),
-        ({"source": "artifacts"}, ["ratchet", "base", "pull", "b16", "smol"]),
-        ({"source": "volume", "existingClaim": "bases"}, ["ratchet", "base", "show", "b16", "smol"]),
-    ):
-        objects = render({"bases": source, "settings": {"base": {"clip": "b16", "vlm": "smol"}}})
-        first = {c: t["spec"]["initContainers"][0] for c, t in pods(objects) if t["spec"].get("initContainers")}
-        assert first.keys() == {"serving-head", "serving-worker", "updater"}
-        for container in first.values():
-            assert container["command"] == command
-
-
-def containers(name: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
-    """Containers by name of the pods of the Ray cluster, with the kind of the pod."""
-    spec = of_kind(render(profile(name), EVERYTHING), "RayService")[0]["spec"]["rayClusterConfig"]
-    templates = [("head", spec["headGroupSpec"]), *(("worker", group) for group in spec["workerGroupSpecs"])]
-    return [
-        (kind, {each["name"]: each for each in group["template"]["spec"]["containers"]}) for kind, group in templates
-    ]
-
-
-@pytest.mark.parametrize("name", PROFILES)
-def test_the_head_and_the_workers_have_a_port_for_serve_that_kuberay_finds(name: str) -> None:
-    for kind, by_name in containers(name):
-        ports = {port["name"]: port["containerPort"] for port in by_name["ray"]["ports"]}
-        assert ports["serve"] == 8000, kind
-        assert len(set(ports.values())) == len(ports)
-
-
-@pytest.mark.parametrize("name", PROFILES)
-def test_the_exporter_reads_the_folder_that_the_replicas_write_into(name: str, tmp_path: Path) -> None:
-    for _, by_name in containers(name):
-        writer = {each["name"]: each.get("value") for each in by_name["ray"]["env"]}
-        exporter = by_name["exporter"]
-        folder = writer["PROMETHEUS_MULTIPROC_DIR"]
+def test_the_exporter_reads_the_folder_that_the_replicas_write_into(service: dict[str, Any], tmp_path: Path) -> None:
+    for group in cluster_groups(service):
+        by_name = {each["name"]: each for each in group["template"]["spec"]["containers"]}
+        exporter, folder = by_name["exporter"], variables(by_name["ray"])["PROMETHEUS_MULTIPROC_DIR"]
         assert folder in [mount["mountPath"] for mount in exporter["volumeMounts"]]
-        assert "PROMETHEUS_MULTIPROC_DIR" not in [each["name"] for each in exporter["env"]]
+        assert "PROMETHEUS_MULTIPROC_DIR" not in variables(exporter)
         assert exporter["command"][:3] == ["ratchet", "metrics", "serve"]
         words = [str(tmp_path) if word == folder else word for word in exporter["command"][3:]]
         command = typer.main.get_command(metrics.app)
@@ -333,8 +319,7 @@ def test_a_node_that_ends_has_time_to_start_successors_and_to_finish_what_is_in_
         if not component.startswith("serving"):
             continue
         ray = next(each for each in pod["spec"]["containers"] if each["name"] == "ray")
-        variables = {each["name"]: each.get("value") for each in ray["env"]}
-        drain = int(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        drain = int(variables(ray)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert drain >= in_flight + 60  # Serve stops replicas that long before the end of the drain
         assert pod["spec"]["terminationGracePeriodSeconds"] > drain
     assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")  # Ray reads the variable of this name

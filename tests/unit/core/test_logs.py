@@ -127,14 +127,12 @@ def test_a_line_is_of_the_request_that_it_was_written_for() -> None:
     assert text.endswith("a [request_id=r1 release=7 adapter=clip-a]")
     assert "request_id" not in json.loads(outside)
 
-
-def test_a_replica_that_knows_its_adapter_has_the_id_that_ray_brings() -> None:
     def line() -> str:
         request_context.note("base")
-        return JsonFormatter({}, request_id=lambda: "of-ray").format(record("a"))
+        return formatter.format(record("a"))
 
     fields = json.loads(request_context.detached().run(line))
-    assert (fields["request_id"], fields["adapter"]) == ("of-ray", "base")
+    assert (fields["request_id"], fields["adapter"]) == ("of-ray", "base"), "a replica knows its adapter, Ray the id"
 
 
 def test_lines_are_bounded_and_of_a_traceback_the_end_is_kept() -> None:

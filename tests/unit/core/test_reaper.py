@@ -197,7 +197,7 @@ WAYS: list[Callable[[int], None]] = [to_the_group, twice, while_it_stops, killed
 
 
 @linux
-@pytest.mark.parametrize("moment", [0.2, 2.0], ids=str)
+@pytest.mark.parametrize("moment", [2.0, pytest.param(0.2, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_parts_and_workers_end_with_what_started_them(
     way: Callable[[int], None], moment: float, marked: dict[str, str], tmp_path: Path

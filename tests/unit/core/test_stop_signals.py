@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ def run(script: str, **options: object) -> str:
     return str(done.stdout)
 
 
-def test_what_runs_at_the_end_is_not_broken_off_by_a_second_signal() -> None:
-    said = run("""
+CASES = {
+    "what runs at the end is not broken off by a second one": (
+        "stopped in order\nasked to end by SIGTERM\n",
+        """
 try:
     try:
         ask()
@@ -42,13 +45,12 @@ try:
         print("stopped in order")
 except Stopped as stopped:
     print(stopped)
-""")
-    assert said == "stopped in order\nasked to end by SIGTERM\n"
-
-
-def test_one_that_the_kernel_gives_to_another_thread_is_heard_while_the_main_one_waits() -> None:
-    """As while the main thread starts a process, and takes no signals: Python does not tell it of what others got."""
-    said = run("""
+""",
+    ),
+    # As while the main thread starts a process, and takes no signals: Python does not tell it of what others got.
+    "one that the kernel gives to another thread is heard while the main one waits": (
+        "stopped\n",
+        """
 import ctypes, threading
 keeping_the_lock, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
 for _ in range(2):  # the second one waits for the first one, as threads of libraries wait for work
@@ -61,12 +63,11 @@ try:
     time.sleep(600)
 except Stopped:
     print("stopped")
-""")
-    assert said == "stopped\n"
-
-
-def test_a_process_that_was_forked_keeps_its_signals_to_itself() -> None:
-    said = run("""
+""",
+    ),
+    "a process that was forked keeps its own to itself": (
+        "goes on\n",
+        """
 child = os.fork()
 if not child:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -77,12 +78,11 @@ try:
     print("goes on")
 except Stopped:
     print("stopped")
-""")
-    assert said == "goes on\n"
-
-
-def test_what_must_not_be_half_done_is_done_first() -> None:
-    said = run("""
+""",
+    ),
+    "what must not be half done is done first": (
+        "done\nstopped\n",
+        """
 try:
     with undisturbed():
         with undisturbed():
@@ -91,12 +91,11 @@ try:
     print("never")
 except Stopped:
     print("stopped")
-""")
-    assert said == "done\nstopped\n"
-
-
-def test_no_handler_of_errors_takes_it_for_one() -> None:
-    said = run("""
+""",
+    ),
+    "no handler of errors takes it for one": (
+        "stopped\n",
+        """
 try:
     try:
         ask()
@@ -104,12 +103,11 @@ try:
         print("never")
 except Stopped:
     print("stopped")
-""")
-    assert said == "stopped\n"
-
-
-def test_a_signal_that_comes_while_a_finalizer_runs_is_not_lost() -> None:
-    said = run("""
+""",
+    ),
+    "one that comes while a finalizer runs is not lost": (
+        "stopped\n",
+        """
 class Finalized:
     def __del__(self):
         ask()
@@ -120,8 +118,14 @@ try:
     time.sleep(60)
 except Stopped:
     print("stopped")
-""")
-    assert said == "stopped\n"
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize(("said", "script"), CASES.values(), ids=CASES)
+def test_a_signal_is_heard_once_and_always(said: str, script: str) -> None:
+    assert run(script) == said
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before it listens", "later"])
@@ -143,21 +147,13 @@ except Stopped as stopped:
     print(stopped, file=sys.stderr)
 print("what is said now is lost, and breaks nothing", flush=True)
 """
+    attend = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may be run by nohup themselves
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=_attend
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=attend
     )
     assert (done.returncode, done.stderr) == (0, "asked to end by SIGHUP\n")
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
-    script = "ask(signal.SIGHUP)\nprint('goes on')"
-    assert run(script, preexec_fn=_ignore) == "goes on\n"
-
-
-def _ignore() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def _attend() -> None:
-    """These tests may be run by nohup themselves."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    assert run("ask(signal.SIGHUP)\nprint('goes on')", preexec_fn=ignore) == "goes on\n"

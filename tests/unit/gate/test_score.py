@@ -1,18 +1,28 @@
-"""Ranks, and scores through the engine: right on cases with known answers, the same from disk."""
+"""Ranks, and scores through the engine: right on cases with known answers, and from disk; across versions and bases."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from core.errors import GateError
+from core.errors import AdapterError, GateError
+from core.settings.updates import Gate
+from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import folder_dataset, fresh_suite, sample_rows
+from tests.unit.gate.builders import TableImages, folder_dataset, fresh_suite, sample_rows
+from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
+from updater.gate.gate_command import EngineScore, engine_scores
+from updater.gate.interim_analyses import AnalysisPlan
+from updater.gate.run import run_gate
+from updater.gate.sample_suites import choose_memory, memory_suites
 from updater.gate.score import Scorer, rank_of_best
+from updater.gate.suite_items import Item
 from updater.gate.suites import Suite, load_suites
 
 
@@ -49,22 +59,20 @@ class Oracle:
         return np.stack([self._texts[text] for text in texts])
 
 
-def test_rank_counts_the_wrong_answers_that_are_not_below() -> None:
-    similarity = np.array([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
-    right = np.array([[False, False, True], [True, False, False]])
-    assert rank_of_best(similarity, right).tolist() == [1, 0]
-
-
-def test_the_best_of_several_right_answers_counts_and_the_others_are_not_in_the_way() -> None:
-    similarity = np.array([[0.9, 0.8, 0.95, 0.1]])
-    assert rank_of_best(similarity, np.array([[True, True, False, False]])).tolist() == [1]
-    assert rank_of_best(similarity, np.array([[True, False, True, False]])).tolist() == [0]
-
-
-def test_a_collapsed_model_and_a_model_of_nans_get_no_point() -> None:
-    right = np.eye(6, dtype=bool)
-    assert rank_of_best(np.ones((6, 6)), right).tolist() == [5] * 6
-    assert rank_of_best(np.full((6, 6), np.nan), right).tolist() == [5] * 6
+@pytest.mark.parametrize(
+    ("similarity", "right", "ranks"),
+    [
+        ([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5]], [[0, 0, 1], [1, 0, 0]], [1, 0]),
+        ([[0.9, 0.8, 0.95, 0.1], [0.9, 0.8, 0.95, 0.1]], [[1, 1, 0, 0], [1, 0, 1, 0]], [1, 0]),
+        (np.ones((6, 6)), np.eye(6), [5] * 6),
+        (np.full((6, 6), np.nan), np.eye(6), [5] * 6),
+    ],
+    ids=["wrong answers that are not below", "the best of several right ones", "a collapsed model", "a model of NaN"],
+)
+def test_the_rank_is_the_number_of_wrong_answers_that_are_not_below_the_best_right_one(
+    similarity: Any, right: Any, ranks: list[int]
+) -> None:
+    assert rank_of_best(np.array(similarity), np.array(right, dtype=bool)).tolist() == ranks
 
 
 def test_identical_captions_count_as_each_others_hits(engine: ClipEngine) -> None:
@@ -207,3 +215,108 @@ def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> N
     (home / "broken.yaml").write_text("task: retrieval\ndata: ${home}/data/broken\n")
     with pytest.raises(GateError, match=r"item 2\.png"):
         Scorer(engine).score(load_suites([home / "broken.yaml"], home)[0], None)
+
+
+def test_the_base_is_scored_in_both_precisions(suite: Suite, tmp_path: Path) -> None:
+    (row,) = engine_scores(tiny_base(tmp_path), EngineChoice("torch", "bfloat16"), [suite], threads=1)
+    assert (row.suite, row.items) == ("things", len(suite.items()))
+    assert row.within_noise and row.noise > 0
+    scores = [EngineScore("s", 100, 0.5, served, 0.05).within_noise for served in (0.54, 0.56)]
+    assert scores == [True, False], "noise is the standard error of the score"
+
+
+def test_a_precision_that_answers_otherwise_is_found(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ClipEngine.encode_images
+
+    def blurred(self: ClipEngine, pixels: object, adapter: str | None = None) -> object:
+        vectors = images(self, pixels, adapter)  # type: ignore[arg-type]
+        return vectors if self.choice.precision == "float32" else vectors[::-1].copy()
+
+    monkeypatch.setattr(ClipEngine, "encode_images", blurred)
+    (row,) = engine_scores(tiny_base(tmp_path), EngineChoice("torch", "bfloat16"), [suite], threads=1)
+    assert row.served != row.float32
+
+
+N, DIM = 120, 64
+
+
+class GivenVectors:
+    """Vectors of each model: an image and its text are equal but for noise; models differ by a rotation."""
+
+    def __init__(self, turned: dict[str | None, float]) -> None:
+        """``turned``: share of another rotation in each model's space."""
+        self.turned = turned
+        self.engine = SimpleNamespace(spaces=lambda name: SimpleNamespace(image=f"space {turned[name]}"))
+
+    def images(self, items: list[Item], adapter: str | None, label: str = "") -> np.ndarray:
+        return self._vectors([item.text for item in items], adapter, 1)
+
+    def texts(self, texts: list[str], adapter: str | None, label: str = "") -> np.ndarray:
+        return self._vectors(texts, adapter, 2)
+
+    def _vectors(self, texts: list[str], adapter: str | None, side: int) -> np.ndarray:
+        content = np.stack([np.random.default_rng(int(text)).normal(size=DIM) for text in texts])
+        noise = np.stack([np.random.default_rng([int(text), side]).normal(size=DIM) for text in texts])
+        turn = np.random.default_rng(9).normal(size=(DIM, DIM)) / np.sqrt(DIM)
+        share = self.turned[adapter]
+        vectors = (content + 0.3 * noise) @ ((1 - share) * np.eye(DIM) + share * turn)
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def measure(candidate: float, margin: float = 0.05) -> Any:
+    scorer: Any = GivenVectors({None: 0.0, "clip-new": candidate})
+    suite = Suite(name="fresh", role="gain", task="retrieval", limit=N)
+    suite._items = tuple(Item(f"i{n}", str(n), str(n), f"i{n}", f"i{n}", bytes) for n in range(N))
+    return ClipEvaluator.cross_version(scorer, [suite], None, "clip-new", margin, 0.05)
+
+
+def test_a_space_that_hardly_moved_may_be_searched_at_once() -> None:
+    crossing = measure(0.02)
+    assert crossing.n == N and crossing.allowed
+    assert crossing.new_old == pytest.approx(crossing.old_old, abs=0.02)
+
+
+def test_a_space_of_another_rotation_may_not_nor_one_where_few_items_prove_nothing() -> None:
+    crossing = measure(1.0)
+    assert crossing.new_old < 0.2 < crossing.new_new and not crossing.allowed
+    assert crossing.summary()["allowed"] is False
+    assert not measure(0.0001, margin=0.001).allowed
+    assert measure(0.0) is None, "an update of the text tower alone has no such question"
+
+
+def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
+    old, new = tiny_base(tmp_path), tiny_base(tmp_path, "wide", seed=5, dim=48)
+    incumbent = tiny_adapter(old, tmp_path / "incumbent", seed=1)
+    candidate = tiny_adapter(new, tmp_path / "candidate", seed=2)
+    evaluator = AcrossBasesEvaluator(ClipEngine(old, threads=1), ClipEngine(new, threads=1), candidate)
+    with pytest.raises(AdapterError, match=r"belongs to the base 'tiny' .* this one is 'wide'"):
+        evaluator.load(incumbent, tmp_path / "incumbent", candidate=True)
+    evaluator.load(incumbent, tmp_path / "incumbent")
+    evaluator.load(candidate, tmp_path / "candidate", candidate=True)
+    rows = sample_rows(30)
+    suite = fresh_suite(rows)
+    plain = {base.name: ClipEvaluator(ClipEngine(base, threads=1)) for base in (old, new)}
+    plain["tiny"].load(incumbent, tmp_path / "incumbent")
+    plain["wide"].load(candidate, tmp_path / "candidate")
+    for name, asked, base in (
+        (candidate, candidate, "wide"), (None, None, "wide"), (incumbent, incumbent, "tiny"),
+        (base_alone(old), None, "tiny"),
+    ):  # fmt: skip
+        ranks = evaluator.score(suite, name).ranks
+        assert np.array_equal(ranks, plain[base].score(suite, asked).ranks)
+    assert not np.array_equal(evaluator.score(suite, None).ranks, evaluator.score(suite, base_alone(old)).ranks)
+
+    memory = memory_suites(rows, choose_memory(rows, "clip", 10), "clip", 10, TableImages(rows))
+    verdict = run_gate(
+        evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=[suite],
+        plan=AnalysisPlan.alone(0.05), settings=Gate(min_items=5),
+    )  # fmt: skip
+    assert (verdict.base, verdict.meta["base_digest"], verdict.cross_version) == ("wide", new.digest, None)
+    assert verdict.diagnostics.warnings == ()
+    assert {check.name: check.ok for check in verdict.checks}["parity"]
+    (retained,) = [each for each in verdict.suites if each.role == "retention"]
+    own = memory[0]
+    assert retained.base == pytest.approx(plain["wide"].score(own, None).hits.mean())
+    assert retained.before == pytest.approx(plain["tiny"].score(own, incumbent).hits.mean())

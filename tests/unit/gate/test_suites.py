@@ -1,15 +1,15 @@
-"""Suites: YAML with errors that name the fix, stable draws and halves, fresh rows."""
+"""Suites: YAML with errors that name the fix, stable draws and halves, and what an answer earns."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from core.errors import GateError
 from core.settings.updates import Gate
-from tests.unit.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, question_rows, sample_rows
+from tests.unit.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, sample_rows
+from updater.gate.suite_items import grade, majority, normalise
 from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
 
 
@@ -22,13 +22,8 @@ def _suite(home: Path, text: str, name: str = "things") -> Suite:
 def test_a_suite_is_two_lines_over_a_folder(tmp_path: Path) -> None:
     folder_dataset(tmp_path / "data" / "things")
     suite = _suite(tmp_path, "task: retrieval\ndata: ${home}/data/things\n")
-    assert (suite.name, suite.role, suite.metric, suite.k, len(suite.items())) == (
-        "things",
-        "retention",
-        "recall@5",
-        5,
-        40,
-    )
+    assert (suite.name, suite.role, suite.metric, suite.k) == ("things", "retention", "recall@5", 5)
+    assert len(suite.items()) == 40
     assert {item.text for item in suite.items()} == {f"thing number {i}" for i in range(40)}
     assert suite.cache == tmp_path / "cache" / "gate"
 
@@ -77,7 +72,7 @@ def test_halves_split_the_items_and_keep_a_concept_together(tmp_path: Path) -> N
     assert len({suite.digest(), tuning.digest(), hidden.digest()}) == 3
 
 
-def test_the_digest_follows_the_question_and_not_the_margin(tmp_path: Path) -> None:
+def test_the_digest_follows_the_question_and_its_references_and_not_the_margin(tmp_path: Path) -> None:
     folder = folder_dataset(tmp_path / "data" / "things")
     text = "task: retrieval\ndata: ${home}/data/things\n"
     digest = _suite(tmp_path, text).digest()
@@ -85,6 +80,11 @@ def test_the_digest_follows_the_question_and_not_the_margin(tmp_path: Path) -> N
     assert _suite(tmp_path, text + "limit: 39\n").digest() != digest
     (folder / "0.png").write_bytes(picture(12345))
     assert _suite(tmp_path, text).digest() != digest
+    _questions(tmp_path)
+    asked = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").digest()
+    file = tmp_path / "data" / "asked" / "data.csv"
+    file.write_text(file.read_text().replace("crimson", "scarlet"))
+    assert _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").digest() != asked
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,9 @@ def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="does not exist") as missing:
         _suite(tmp_path, "task: retrieval\ndata: ${home}/nowhere\n").items()
     assert "ratchet demo data prepare nowhere" in missing.value.fix
+    (tmp_path / "data" / "bare").mkdir(parents=True)
+    with pytest.raises(GateError, match=r"suite things: .*no data.csv"):
+        _suite(tmp_path, "task: vqa\ndata: ${home}/data/bare\n").items()
     (tmp_path / "empty").mkdir()
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -152,42 +155,6 @@ def test_the_built_in_suites_are_valid_and_protect_more_than_they_allow() -> Non
     for suite in suites:
         assert suite.margin is not None and suite.margin <= 0.08
         assert suite.description and str(suite.folder).startswith("/home/data/")
-
-
-def test_fresh_rows_become_gain_suites_by_domain() -> None:
-    rows = pa.concat_tables([sample_rows(30, "fluent3d"), sample_rows(12, "flags"), sample_rows(3, "odd")])
-    suites = fresh_suites(rows, min_items=10)
-    assert [(s.name, s.role, len(s.items())) for s in suites] == [
-        ("fresh.fluent3d", "gain", 30),
-        ("fresh.flags", "gain", 12),
-    ]
-    pooled = fresh_suites(rows, min_items=100)
-    assert [(s.name, len(s.items())) for s in pooled] == [("fresh", 45)]
-    assert fresh_suites(rows.slice(0, 0)) == []
-
-
-def test_small_domains_of_fresh_rows_are_asked_together() -> None:
-    """A domain that becomes large enough for a suite of its own does not take the others' items away."""
-    small = [_own_words(8, f"domain{number}") for number in range(4)]
-    before = fresh_suites(pa.concat_tables([*small, _own_words(9, "flags")]), min_items=10)
-    after = fresh_suites(pa.concat_tables([*small, _own_words(10, "flags")]), min_items=10)
-    assert [(suite.name, suite.units()) for suite in before] == [("fresh", 41)]
-    assert [(suite.name, suite.units()) for suite in after] == [("fresh.flags", 10), ("fresh", 32)]
-
-
-def _own_words(count: int, domain: str) -> pa.Table:
-    return sample_rows(count, domain, [f"{domain} {i}" for i in range(count)])
-
-
-def test_fresh_rows_without_a_text_are_left_out_and_the_limit_holds() -> None:
-    rows = sample_rows(20, texts=["", " ", *[f"t{i}" for i in range(18)]])
-    assert len(fresh_suite(rows).items()) == 18
-    assert len(fresh_suite(rows, limit=7).items()) == 7
-    assert fresh_suite(rows, "other").name == "fresh.other"
-
-
-def test_a_domain_from_outside_cannot_make_a_bad_name() -> None:
-    assert fresh_suite(sample_rows(3, "Weird/../Domain <x>"), "Weird/../Domain <x>").name == "fresh.weird-..-domain--x-"
 
 
 QUESTIONS = [
@@ -211,33 +178,22 @@ def _questions(home: Path) -> None:
 
 def test_a_vqa_suite_asks_the_questions_of_its_kinds(tmp_path: Path) -> None:
     _questions(tmp_path)
-    suite = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n")
-    assert (suite.family, suite.metric, suite.views, suite.k, len(suite.items())) == (
-        "vlm",
-        "exact_match",
-        ("answer",),
-        1,
-        6,
-    )
-    colours = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\nkinds: [colour, name]\n").items()
+    text = "task: vqa\ndata: ${home}/data/asked\n"
+    suite = _suite(tmp_path, text)
+    assert (suite.family, suite.metric, suite.views, suite.k) == ("vlm", "exact_match", ("answer",), 1)
+    assert len(suite.items()) == 6
+    colours = _suite(tmp_path, text + "kinds: [colour, name]\n").items()
     assert {item.text: item.answers for item in colours if item.name != "0.png"} == {
         "which colour?": ("blue",),
         "what is this?": ("dog", "hound"),
     }
-
-
-def test_a_yes_no_suite_leaves_other_questions_out(tmp_path: Path) -> None:
-    _questions(tmp_path)
-    suite = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\nkinds: [presence]\nmetric: yes_no\n")
-    assert sorted(item.answers for item in suite.items()) == [("no",), ("yes",)]
-
-
-def test_questions_about_one_image_are_one_cluster(tmp_path: Path) -> None:
-    _questions(tmp_path)
+    closed = _suite(tmp_path, text + "kinds: [presence]\nmetric: yes_no\n").items()
+    assert sorted(item.answers for item in closed) == [("no",), ("yes",)]
     folder = tmp_path / "data" / "asked"
-    (folder / "2.png").write_bytes((folder / "1.png").read_bytes())  # the content decides, not the name
-    clusters = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").clusters()
-    assert clusters is not None and len(clusters) == 6 and len(set(clusters)) == 2
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes())
+    clusters = _suite(tmp_path, text).clusters()
+    assert clusters is not None and len(clusters) == 6
+    assert len(set(clusters)) == 2, "questions about one image are one; its content decides, not its name"
 
 
 def test_items_that_share_a_caption_or_an_image_are_one_cluster(tmp_path: Path) -> None:
@@ -260,27 +216,6 @@ def test_items_that_share_a_caption_or_an_image_are_one_cluster(tmp_path: Path) 
     assert classes.clusters() is None
 
 
-def test_a_domain_has_enough_when_its_captions_are_enough() -> None:
-    rows = sample_rows(40, "flags", texts=[f"flag {i // 4}" for i in range(40)])
-    assert [suite.name for suite in fresh_suites(rows, min_items=10)] == ["fresh.flags"]
-    assert [suite.name for suite in fresh_suites(rows, min_items=11)] == ["fresh"]
-
-
-def test_the_digest_of_a_vqa_suite_follows_its_references(tmp_path: Path) -> None:
-    _questions(tmp_path)
-    digest = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").digest()
-    assert _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\nmargin: 0.2\n").digest() == digest
-    file = tmp_path / "data" / "asked" / "data.csv"
-    file.write_text(file.read_text().replace("crimson", "scarlet"))
-    assert _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").digest() != digest
-
-
-def test_a_folder_without_a_csv_is_an_error_of_the_suite(tmp_path: Path) -> None:
-    (tmp_path / "data" / "bare").mkdir(parents=True)
-    with pytest.raises(GateError, match=r"suite things: .*no data.csv"):
-        _suite(tmp_path, "task: vqa\ndata: ${home}/data/bare\n").items()
-
-
 def test_each_family_is_asked_its_own_suites(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("task: vqa\ndata: x\n")
     (tmp_path / "b.yaml").write_text("task: retrieval\ndata: x\n")
@@ -288,20 +223,57 @@ def test_each_family_is_asked_its_own_suites(tmp_path: Path) -> None:
     names = {family: [suite.name for suite in load_suites([tmp_path], family=family)] for family in ("clip", "vlm")}
     assert names == {"clip": ["b", "c"], "vlm": ["a"]}
     assert len(load_suites([tmp_path], family=None)) == 3
-    assert {suite.name for suite in load_suites(family="vlm")} == {
-        "vqa_name",
-        "vqa_colour",
-        "vqa_presence",
-        "vqa_category",
-    }
+    shipped = {suite.name for suite in load_suites(family="vlm")}
+    assert shipped == {f"vqa_{kind}" for kind in ("name", "colour", "presence", "category")}
 
 
-def test_fresh_questions_become_gain_suites_of_the_vlm_and_leave_those_of_the_clip_alone() -> None:
-    asked = question_rows(30, "shop", images=15)
-    rows = pa.concat_tables([asked, sample_rows(12, "flags")], promote_options="default")
-    (questions,) = fresh_suites(rows, family="vlm", min_items=15)
-    assert (questions.name, questions.task, questions.role, len(questions.items())) == ("fresh.shop", "vqa", "gain", 30)
-    assert [(s.name, s.task) for s in fresh_suites(rows, min_items=10)] == [("fresh.flags", "retrieval")]
-    (pooled,) = fresh_suites(rows, family="vlm", min_items=16)
-    assert pooled.name == "fresh", "fifteen images are not sixteen, however many questions they have"
-    assert fresh_suites(sample_rows(12, "flags"), family="vlm") == []
+# Answers as VQA v2 compares them, and what they earn
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ("The dog", "dog"),
+        ("a red, round apple.", "red round apple"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("3.5 km", "3.5 km"),
+        ("t-shirt", "t shirt"),
+        ("dont know", "don't know"),
+        ("don’t know", "don't know"),
+        ("its tail", "its tail"),
+        ("  what?!\n", "what"),
+        ("The", ""),
+    ],
+)
+def test_answers_are_compared_without_what_does_not_matter(answer: str, same: str) -> None:
+    assert normalise(answer) == same
+    assert normalise(normalise(answer)) == same
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "references", "earned"),
+    [
+        ("exact_match", "A sofa.", ["couch", "sofa"], 1),
+        ("exact_match", "sofa bed", ["couch", "sofa"], 0),
+        ("exact_match", "", ["the"], 0),
+        *(("vqa_accuracy", "Red", ["red"] * n + ["blue"] * (10 - n), min(n, 3) / 3) for n in (0, 1, 2, 3, 10)),
+        ("vqa_accuracy", "red", ["red"], 1),
+        ("vqa_accuracy", "red", ["blue", "red"], 1),
+        ("vqa_accuracy", "red", ["blue", "green"], 0),
+        ("yes_no", "Yes, it is.", ["yes"], 1),
+        ("yes_no", "No!", ["yes"], 0),
+        ("yes_no", "a dog", ["no"], 0),
+        ("yes_no", "yesterday", ["yes"], 0),
+    ],
+)
+def test_an_answer_earns_by_its_metric(metric: str, answer: str, references: list[str], earned: float) -> None:
+    """Three people must agree, where there are as many; an answer of nothing is never right."""
+    assert grade(metric, answer, references) == pytest.approx(earned)
+
+
+def test_the_majority_answer_is_what_needs_no_image() -> None:
+    assert majority("exact_match", [("red",), ("Red.",), ("blue",), ("green",)]) == ("red", 0.5)
+    assert majority("yes_no", [("no",), ("no",), ("yes",)]) == ("no", pytest.approx(2 / 3))
+    assert majority("vqa_accuracy", [("red", "red", "blue"), ("blue", "blue", "blue")])[0] == "blue"

@@ -14,6 +14,7 @@ import pytest
 
 from core.artifacts import Artifacts, cache
 from core.artifacts.cache import HELD, Cache
+from tests.unit.core.artifacts.test_artifacts import killed_child
 
 SIZE = 1000
 
@@ -109,14 +110,7 @@ def test_an_eviction_that_a_kill_ends_anywhere_leaves_whole_entries_or_none(
     fetched(artifacts, 0, 1, 2)
     released()
     full = Cache(artifacts.cache, max_bytes=0)
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(module, name, lambda *_, **__: os._exit(9))
-        try:
-            full.evict()
-        finally:
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] >> 8 == 9, "it should have been killed"
+    killed_child(monkeypatch, module, name, full.evict)
     fetched(Artifacts(url, tmp_path / "cache", cache_bytes=10 * SIZE), 0, 1, 2)
     released()
     assert full.evict() >= 3 * SIZE

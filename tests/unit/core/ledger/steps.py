@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
+from alembic import command
+from sqlalchemy import Connection
+
 from core.ledger import Ledger, ReleaseRow
+from core.ledger.database import alembic_config
 
 
 def race(*calls: Callable[[], object]) -> list[Any]:
@@ -31,6 +36,16 @@ def race(*calls: Callable[[], object]) -> list[Any]:
 def errors(results: list[Any]) -> list[str]:
     """The kinds of errors among the outcomes of a race, sorted."""
     return sorted(type(each).__name__ for each in results if isinstance(each, Exception))
+
+
+@contextmanager
+def of_revision(url: str, revision: str, prepare: Callable[[Ledger], object] = lambda _: None) -> Iterator[Connection]:
+    """Bring the tables of a ledger back to an older revision; it is closed then."""
+    with closing(Ledger.open(url)) as opened:
+        prepare(opened)
+        with opened.database._writing.connect() as connection, connection.begin():
+            command.downgrade(alembic_config(connection), revision)
+            yield connection
 
 
 def begin(ledger: Ledger, update_id: str = "u1") -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from alembic import command
 from sqlalchemy import text
 
 from core.errors import ReleaseConflict
 from core.ledger import Ledger, ReleaseRow, UpdateRow
-from core.ledger.database import alembic_config
-from tests.unit.core.ledger.steps import release
+from tests.unit.core.ledger.steps import of_revision, release
 
 OLD, NEW = "o" * 64, "n" * 64
 
@@ -48,17 +47,17 @@ def test_a_release_has_the_base_of_its_adapter_and_the_base_alone_that_of_what_w
 
 def test_a_ledger_of_the_version_before_knows_the_base_of_each_adapter(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'old.db'}"
-    opened = Ledger.open(url)
-    opened.register_adapter("a", "clip", OLD, "i", "t", {})
-    for clip in (None, "a", "not recorded"):
-        release(opened, clip)
-    with opened.database._writing.connect() as connection, connection.begin():
-        command.downgrade(alembic_config(connection), "0008")
-        columns = connection.execute(text("select * from releases")).keys()
+
+    def prepare(opened: Ledger) -> None:
+        opened.register_adapter("a", "clip", OLD, "i", "t", {})
+        for clip in (None, "a", "not recorded"):
+            release(opened, clip)
+
+    with of_revision(url, "0008", prepare) as connection:
+        columns = list(connection.execute(text("select * from releases")).keys())
         assert "clip_base" not in columns
-    opened.close()
-    upgraded = Ledger.open(url)
-    assert [row.clip_base for row in upgraded.releases()] == [None, OLD, None]
+    with closing(Ledger.open(url)) as upgraded:
+        assert [row.clip_base for row in upgraded.releases()] == [None, OLD, None]
 
 
 def test_releases_are_asked_for_by_their_base(ledger: Ledger) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -21,15 +23,15 @@ FULL = CAPACITY / RATE
 """Seconds after which an empty bucket is full."""
 
 
+@dataclass
 class Spender:
     """Takes everything that there is, by a clock that may be wrong; knows how much time really passed."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-        self.time = 0.0
-        self.clock = 1e6
-        self.taken = 0.0
-        self.charges = 0
+    ledger: Ledger
+    time: float = 0.0
+    clock: float = 1e6
+    taken: float = 0.0
+    charges: int = 0
 
     def wait(self, seconds: float) -> None:
         self.time += seconds
@@ -106,21 +108,17 @@ def test_a_clock_that_jumps_ahead_fills_the_bucket_at_most_and_blocks_nothing_wh
 
 
 def test_another_ledger_on_the_same_database_goes_on_where_the_last_one_stood(url: str) -> None:
-    first = Ledger.open(url)
-    assert first.charge("u1", 80, now=1000, rate=RATE, capacity=CAPACITY)
-    first.close()
-    second = Ledger.open(url)
-    assert second.bucket_level(1005, RATE, CAPACITY) == 30
-    assert second.charge("u1", 80, now=1005, rate=RATE, capacity=CAPACITY), "it was charged before the restart"
-    second.settle("u1", 50, capacity=CAPACITY)
-    second.close()
-    third = Ledger.open(url)
-    third.settle("u1", 0, capacity=CAPACITY)
-    with pytest.raises(LedgerError, match="u9"):
-        third.settle("u9", 1, capacity=CAPACITY)
-    assert third.bucket_level(1005, RATE, CAPACITY) == 60
-    assert third.spent() == 50
-    third.close()
+    with closing(Ledger.open(url)) as first:
+        assert first.charge("u1", 80, now=1000, rate=RATE, capacity=CAPACITY)
+    with closing(Ledger.open(url)) as second:
+        assert second.bucket_level(1005, RATE, CAPACITY) == 30
+        assert second.charge("u1", 80, now=1005, rate=RATE, capacity=CAPACITY), "it was charged before the restart"
+        second.settle("u1", 50, capacity=CAPACITY)
+    with closing(Ledger.open(url)) as third:
+        third.settle("u1", 0, capacity=CAPACITY)
+        with pytest.raises(LedgerError, match="u9"):
+            third.settle("u9", 1, capacity=CAPACITY)
+        assert (third.bucket_level(1005, RATE, CAPACITY), third.spent()) == (60, 50)
 
 
 def test_an_update_that_spent_more_than_it_was_charged_leaves_a_debt_that_time_pays(ledger: Ledger) -> None:

@@ -92,16 +92,14 @@ def test_an_operator_who_looked_too_early_is_told(ledger: Ledger) -> None:
         ledger.propose("rollback", clip=None, vlm=None, actor="b", reason="r", expected_live=1)
 
 
-def test_an_update_proposes_once_and_its_commit_marks_it(ledger: Ledger) -> None:
+def test_an_update_proposes_once_however_many_ask_and_its_commit_marks_it(ledger: Ledger) -> None:
     begin(ledger)
-    first = ledger.propose("update", clip="clip-a", vlm=None, actor="updater", reason="passed", update_id="u1")
-    again = ledger.propose("update", clip="clip-a", vlm=None, actor="updater", reason="passed", update_id="u1")
-    assert first.id == again.id
-    assert [p.id for p in ledger.pending_proposals()] == [first.id]
-    release(ledger, "clip-a", proposal=first.id)
+    ask = [lambda: ledger.propose("update", clip="clip-a", actor="updater", reason="passed", update_id="u1")] * 4
+    [found] = {row.id for row in race(*ask)}
+    assert [p.id for p in ledger.pending_proposals()] == [found]
+    release(ledger, "clip-a", proposal=found)
     assert ledger.pending_proposals() == []
-    assert ledger.proposal(first.id).state == "committed"
-    assert ledger.proposal(first.id).release == 1
+    assert (ledger.proposal(found).state, ledger.proposal(found).release) == ("committed", 1)
 
 
 def test_hold_and_resume_leave_who_and_why(ledger: Ledger) -> None:
@@ -109,8 +107,7 @@ def test_hold_and_resume_leave_who_and_why(ledger: Ledger) -> None:
     ledger.hold("ann", "incident")
     ledger.hold("bob", "another")
     held = ledger.held()
-    assert held is not None
-    assert held.actor == "ann"
+    assert held is not None and held.actor == "ann"
     ledger.resume("ann", "over")
     assert ledger.held() is None
     with pytest.raises(LedgerError, match="not on hold"):
@@ -180,12 +177,6 @@ def test_only_a_release_commits_a_proposal(ledger: Ledger) -> None:
         ledger.advance_proposal(_propose(ledger).id, "committed")
 
 
-def test_one_update_proposes_once_however_many_ask(ledger: Ledger) -> None:
-    begin(ledger, "u")
-    ask = [lambda: ledger.propose("update", clip="a", actor="updater", reason="r", update_id="u")] * 4
-    assert len({row.id for row in race(*ask)}) == 1
-
-
 def test_an_update_that_was_prepared_before_a_hold_is_not_committed_after_it(ledger: Ledger) -> None:
     update, by_hand = _propose(ledger, "update", "updater"), _propose(ledger)
     ledger.advance_proposal(update.id, "preparing")
@@ -198,11 +189,14 @@ def test_an_update_that_was_prepared_before_a_hold_is_not_committed_after_it(led
     _commit(ledger, update, number=2)
 
 
-def test_what_the_guard_promotes_is_held_and_what_an_operator_promotes_is_not(ledger: Ledger) -> None:
+def test_what_the_guard_promotes_is_held_and_its_rollback_holds_nothing(ledger: Ledger) -> None:
+    """Unlike those of an operator."""
+    _commit(ledger, _propose(ledger, "rollback", "guard"))
+    assert ledger.held() is None
     ledger.hold("bob", "incident")
     with pytest.raises(Held):
-        _commit(ledger, _propose(ledger, "promotion", "guard"))
-    _commit(ledger, _propose(ledger, "promotion", "ann"))
+        _commit(ledger, _propose(ledger, "promotion", "guard"), number=2)
+    _commit(ledger, _propose(ledger, "promotion", "ann"), number=2)
 
 
 def test_a_hold_and_a_commit_that_race_come_one_after_the_other(ledger: Ledger) -> None:
@@ -233,8 +227,3 @@ def test_after_an_operators_rollback_updates_wait_until_somebody_resumes(ledger:
         _commit(ledger, _propose(ledger, "update", "updater"), number=2)
     _commit(ledger, _propose(ledger, "rollback", "bob"), number=2)
     assert ledger.held() == held
-
-
-def test_the_guards_rollback_holds_nothing(ledger: Ledger) -> None:
-    _commit(ledger, _propose(ledger, "rollback", "guard"))
-    assert ledger.held() is None

@@ -15,6 +15,8 @@ def test_an_adapter_needs_force_until_it_passed_the_gate_or_was_live(ledger: Led
         begin(ledger, name)
     ledger.record_verdict("passed", "passed", "passed", "r", {})
     ledger.record_verdict("rejected", "rejected", "rejected", "r", {})
+    again = ledger.record_verdict("rejected", "rejected", "passed", "r", {})
+    assert again.outcome == "rejected", "a verdict falls once"
     release(ledger, "served")
     release(ledger, "tried", share=0.1)
     assert [ledger.unproven(name) for name in ("passed", "served")] == ["", ""]
@@ -61,12 +63,6 @@ def test_looks_count_verdicts_since_the_last_released_update(ledger: Ledger) -> 
 
 def _looked_at(ledger: Ledger) -> list[str]:
     return [verdict.update_id for verdict in ledger.looks_since_release("clip")]
-
-
-def test_a_verdict_falls_once(ledger: Ledger) -> None:
-    begin(ledger)
-    ledger.record_verdict("u1", "clip-a", "rejected", "reports/u1", {"x": 1})
-    assert ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {}).outcome == "rejected"
 
 
 def test_an_adapter_name_is_never_reused(ledger: Ledger) -> None:

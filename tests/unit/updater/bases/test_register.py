@@ -1,9 +1,10 @@
-"""Any open_clip model becomes a base from a safetensors file, and from nothing else."""
+"""Any open_clip model and Hugging Face VLM becomes a base from safetensors, and from nothing that could run code."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from core.errors import BaseModelError
 from serving.engines.clip import ClipEngine
+from serving.engines.vlm.vlm_base import load_vlm_base
 from tests.support.tiny import CONFIG, tiny_adapter
-from updater.bases.register import add_base
+from tests.support.tiny_vlm import tiny_vlm_base
+from updater.bases.register import add_base, add_vlm
 
 NAME = "ViT-tiny-test"
 
@@ -43,6 +46,7 @@ def test_a_built_in_architecture_answers_as_in_open_clip(tmp_path: Path, weights
     base = add_base(tmp_path, "mine", NAME, weights)
     engine = ClipEngine(base, device="cpu")
     theirs = open_clip.create_model(NAME, pretrained=str(weights)).eval()
+    weights.unlink()
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     pixels = image_transform_v2(PreprocessCfg(size=32), is_train=False)(image)[None]
     tokens = open_clip.get_tokenizer(NAME)(["a red bus"])
@@ -50,12 +54,6 @@ def test_a_built_in_architecture_answers_as_in_open_clip(tmp_path: Path, weights
         expected = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
     np.testing.assert_allclose(engine.encode_images(base.preprocess.pixels(image)[None]), expected[0], atol=1e-5)
     np.testing.assert_allclose(engine.encode_texts(["a red bus"]), expected[1], atol=1e-5)
-
-
-def test_everything_after_registration_works_the_same(tmp_path: Path, weights: Path) -> None:
-    base = add_base(tmp_path, "mine", NAME, weights)
-    weights.unlink()
-    engine = ClipEngine(base, device="cpu")
     name = tiny_adapter(base, tmp_path / "adapter", seed=1)
     assert engine.load(name, tmp_path / "adapter") != engine.spaces()
     assert engine.golden(name)["adapter"] == name
@@ -117,13 +115,11 @@ def test_a_folder_with_only_a_pickle_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path, weights: Path) -> None:
-    wider = copy.deepcopy(CONFIG)
-    wider["embed_dim"] = 48
-    with pytest.raises(BaseModelError, match="does not hold the weights"):
-        add_base(tmp_path, "mine", NAME, _save(tmp_path / "wider.safetensors", wider))
-    save_file({}, tmp_path / "empty.safetensors")
-    with pytest.raises(BaseModelError, match="does not hold the weights"):
-        add_base(tmp_path, "mine", NAME, tmp_path / "empty.safetensors")
+    wider = _save(tmp_path / "wider.safetensors", {**CONFIG, "embed_dim": 48})
+    save_file({}, empty := tmp_path / "empty.safetensors")
+    for wrong in (wider, empty):
+        with pytest.raises(BaseModelError, match="does not hold the weights"):
+            add_base(tmp_path, "mine", NAME, wrong)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, weights: Path) -> None:
@@ -137,9 +133,84 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, weights: Path) 
 
 
 def test_mistakes_in_the_name_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match="no model 'ViT-B-61'"):
-        add_base(tmp_path, "mine", "ViT-B-61")
-    with pytest.raises(BaseModelError, match="without weights"):
-        add_base(tmp_path, "mine", "ViT-B-16")
-    with pytest.raises(BaseModelError, match="There is no weights file"):
-        add_base(tmp_path, "mine", "ViT-B-16", tmp_path / "nothing.safetensors")
+    for model, weights, words in (
+        ("ViT-B-61", None, "no model 'ViT-B-61'"), ("ViT-B-16", None, "without weights"),
+        ("ViT-B-16", tmp_path / "nothing.safetensors", "There is no weights file"),
+    ):  # fmt: skip
+        with pytest.raises(BaseModelError, match=words):
+            add_base(tmp_path, "mine", model, weights)
+
+
+# A VLM
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vlm_base(tmp_path_factory.mktemp("home")).model
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+def test_a_folder_becomes_a_base_that_needs_it_no_longer(folder: Path, tmp_path: Path) -> None:
+    base = add_vlm(tmp_path, "mine", folder)
+    assert add_vlm(tmp_path, "mine", str(folder)).digest == base.digest
+    shutil.rmtree(folder)
+    again = load_vlm_base(tmp_path, "mine")
+    assert again.about == {"model": str(folder)}
+    assert again.part_of("model.text_model.layers.0.self_attn.q_proj") == "text"
+    assert sum(p.numel() for p in again.build_model().parameters()) > 10_000
+
+
+def test_only_pickled_weights_are_refused_with_the_way_out(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": torch.ones(2)}, folder / "pytorch_model.bin")
+    with pytest.raises(BaseModelError, match=r"only pickled weights \(pytorch_model\.bin\)") as caught:
+        add_vlm(tmp_path, "mine", folder)
+    assert "save_pretrained" in caught.value.fix
+    assert not (tmp_path / "bases").exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_behind(folder: Path, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, folder / "pytorch_model.bin")
+    (folder / "modeling_mine.py").write_text("raise SystemExit(1)")
+    base = add_vlm(tmp_path, "mine", folder)
+    assert {path.suffix for path in base.model.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_a_model_with_code_of_its_own_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_mine.Mine"}}))
+    with pytest.raises(BaseModelError, match="code of its own"):
+        add_vlm(tmp_path, "mine", folder)
+
+
+def test_a_vlm_whose_weights_are_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name in state if name.endswith("q_proj.weight"))
+    save_file(state | {name: state[name] * float("nan")}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match="not finite"):
+        add_vlm(tmp_path, "mine", folder)
+    assert list((tmp_path / "bases").iterdir()) == []
+
+
+def test_another_model_under_the_same_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    add_vlm(tmp_path, "mine", folder)
+    other = tiny_vlm_base(tmp_path / "elsewhere", seed=1)
+    with pytest.raises(BaseModelError):
+        add_vlm(tmp_path, "mine", other.model)
+
+
+def test_mistakes_in_the_place_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BaseModelError, match="There is no folder") as caught:
+        add_vlm(tmp_path, "mine", tmp_path / "nothing")
+    assert "hf-hub:" in caught.value.fix
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BaseModelError, match="no Hugging Face model"):
+        add_vlm(tmp_path, "mine", tmp_path / "empty")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseModelError, match="cannot be fetched from the hub") as offline:
+        add_vlm(tmp_path, "mine", "hf-hub:nobody/nothing")
+    assert "give its folder" in offline.value.fix

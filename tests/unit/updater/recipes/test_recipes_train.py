@@ -1,7 +1,9 @@
-"""Every shipped CLIP recipe: trained twice in a row on a tiny base, and served as trained; some stopped and resumed."""
+"""Every shipped CLIP recipe, and the example of docs/recipes.md, is trained twice in a row and served as trained."""
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,13 @@ import pytest
 
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
+from tests.support.pages import Page
+from tests.support.recipe_table import PAGE, missing, told
+from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import assert_served_as_trained, pools, recipe, resumed, run
+from tests.unit.updater.recipes.conftest import Install
 from updater.budget.cost import Cost
-from updater.recipes import load_recipe, recipe_names
+from updater.recipes import Recipe, load_recipe, recipe_names
 from updater.step.learner import AnyLearner
 from updater.training.measure import measure
 
@@ -39,13 +45,8 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
     changed = effective_weights(first.directory, base.build_model())
     assert any(name.startswith("visual.") for name in changed) != plan.image.locked
     assert any(not name.startswith("visual.") for name in changed) != plan.text.locked
-    again = {
-        "recipe": plan,
-        "pools": pools(replay=12),
-        "incumbent": first.directory,
-        "carry_over": first.carry_over,
-        "seed": 5,
-    }
+    again = {"recipe": plan, "pools": pools(replay=12), "incumbent": first.directory, "seed": 5}
+    again["carry_over"] = first.carry_over
     second = run(base, tmp_path / "second", **again)
     assert first.adapter != second.adapter
     if name in RESUMED:
@@ -65,3 +66,47 @@ def _measured_once() -> Callable[..., Cost]:
         return found[parts]
 
     return measured
+
+
+METHODS = PAGE.with_name("methods.md")
+
+
+def test_the_table_has_a_row_for_each_recipe_as_it_is() -> None:
+    assert not missing(), "add or replace these rows, and say when to use each:\n" + "\n".join(missing())
+    assert sorted(told()) == recipe_names()
+
+
+def test_methods_md_has_paper_ours_and_difference_of_each_recipe() -> None:
+    rows = [line.strip("|").split("|") for line in METHODS.read_text().splitlines() if line.startswith("| `")]
+    named = [name for cells in rows for name in re.findall(r"`([a-z0-9._-]+)`", cells[0])]
+    assert sorted(named) == recipe_names()
+    assert all(len(cells) == 4 and all(cell.strip() for cell in cells) for cells in rows)
+
+
+@pytest.fixture
+def example(install: Install) -> Recipe:
+    """The recipe of the page's example, whose files are installed."""
+    files, points = {}, ""
+    for block in Page(PAGE).blocks:
+        first, _, rest = block.text.partition("\n")
+        if place := re.fullmatch(r"# (my_methods/[\w/-]+\.(?:py|yaml))", first):
+            files[place[1]] = rest
+        elif first == "# pyproject.toml":
+            for group, names in tomllib.loads(rest)["project"]["entry-points"].items():
+                points += f"[{group}]\n" + "".join(f"{name} = {where}\n" for name, where in names.items())
+    install("my_methods", files, points)
+    values = load_recipe("my-method").model_dump(mode="json")
+    return Recipe.parse({**values, "max_steps": 4, "batch_size": 9})
+
+
+def test_the_example_is_trained_served_stopped_and_resumed(example: Recipe, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "home")
+    first = run(base, tmp_path / "first", recipe=example)
+    assert {"hinge", "feature_distillation", "l1"} <= set(first.losses)
+    assert first.losses["l1"][0] == 0 < first.losses["l1"][-1]
+    again = {"recipe": example, "pools": pools(replay=12), "incumbent": first.directory, "seed": 5}
+    second = run(base, tmp_path / "second", **again)
+    assert second.adapter != first.adapter
+    assert_served_as_trained(base, second)
+    stopped = resumed(partial(run, base, tmp_path / "stopped", **again), 4)
+    assert stopped.adapter == second.adapter

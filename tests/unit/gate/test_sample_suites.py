@@ -1,0 +1,306 @@
+"""Suites of held-out samples: the newest ones, those of what was learned, and the best release by each."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from core.errors import GateError
+from core.ledger import Ledger, UpdateRow
+from core.settings import Settings
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from tests.unit.gate.builders import TableImages, fresh_suite, fresh_suites, picture, question_rows, sample_rows
+from updater.gate.sample_suites import (
+    CAPACITY,
+    MOST_DOMAINS,
+    MOST_RIVALS,
+    PAGE,
+    TEXT_COLUMNS,
+    HeldOut,
+    best_by_suite,
+    choose_memory,
+    learned_before,
+    memory_suites,
+    reservoir,
+)
+from updater.gate.suites import Family, Suite
+from updater.service.gate_update import update_suites
+
+TABLE = ("id", "domain")
+
+MOST = CAPACITY["clip"]
+
+
+def rows(**domains: int) -> pa.Table:
+    return pa.table(
+        {
+            "id": [f"{domain}-{i}" for domain, count in domains.items() for i in range(count)],
+            "domain": [domain for domain, count in domains.items() for _ in range(count)],
+        }
+    )
+
+
+def memory(held: pa.Table, family: Family = "clip", units: int = 20, left: int | None = None) -> list[Suite]:
+    """The suites of rows, of which some are gone when they are read."""
+    chosen = choose_memory(held.select(TABLE), family, units)
+    return memory_suites(held.slice(0, left), chosen, family, units, TableImages(held))
+
+
+def test_a_domain_that_was_learned_is_a_retention_suite() -> None:
+    held = sample_rows(30, "flags")
+    (suite,) = memory(held)
+    assert (suite.name, suite.role, suite.task, len(suite.items())) == ("memory.flags", "retention", "retrieval", 30)
+    assert {item.sample_id for item in suite.items()} == set(held["id"].to_pylist())
+    assert memory(held, left=0) == [], "rows that are gone are left out"
+
+
+def test_questions_that_were_learned_are_a_suite_of_the_vlm() -> None:
+    held = question_rows(40, "shop", images=20)
+    (suite,) = memory(held, "vlm")
+    assert (suite.name, suite.task, len(suite.items())) == ("memory.shop", "vqa", 40)
+    assert memory(held, "vlm", 21) == [], "twenty images are not 21"
+
+
+def test_a_reservoir_is_bounded_and_a_further_row_displaces_at_most_one() -> None:
+    first = choose_memory(rows(flags=2 * MOST), "clip", 20)["memory.flags"]
+    assert len(first) == MOST
+    shuffled = rows(flags=2 * MOST).take(list(reversed(range(2 * MOST))))
+    assert choose_memory(shuffled, "clip", 20)["memory.flags"] == first
+    more = choose_memory(rows(flags=2 * MOST + 1), "clip", 20)["memory.flags"]
+    assert len(set(first) - set(more)) <= 1 and len(more) == MOST
+
+
+def test_a_deleted_sample_is_replaced_by_the_next_one() -> None:
+    ids = [f"flags-{i}" for i in range(2 * MOST)]
+    first = reservoir(ids, MOST)
+    without = reservoir([name for name in ids if name != first[0]], MOST)
+    assert first[0] not in without and set(first[1:]) < set(without) and len(without) == MOST
+
+
+def test_small_domains_and_samples_without_one_are_one_suite_together() -> None:
+    chosen = choose_memory(rows(flags=30, odd=12, few=9), "clip", 20)
+    assert {name: len(ids) for name, ids in chosen.items()} == {"memory.flags": 30, "memory": 21}
+    assert choose_memory(rows(odd=12), "clip", 20) == {}, "with fewer items no suite could exclude a loss"
+    assert "memory" in choose_memory(pa.table({"id": [str(i) for i in range(20)], "domain": [""] * 20}), "clip", 20)
+
+
+def test_the_number_of_suites_is_bounded() -> None:
+    chosen = choose_memory(rows(**{f"d{n:02d}": 20 + n for n in range(MOST_DOMAINS + 3)}), "clip", 20)
+    assert len(chosen) == MOST_DOMAINS + 1
+    assert len(chosen["memory"]) == 20 + 21 + 22, "the smallest three share one"
+    assert set(choose_memory(rows(**{"a b": 15, "A-b": 15}), "clip", 20)) == {"memory.a-b"}, "names that look alike too"
+
+
+def test_what_is_fresh_is_no_memory() -> None:
+    every = rows(flags=30)
+    assert learned_before(every, every.slice(10)).num_rows == 10
+    assert learned_before(every, every).num_rows == 0
+
+
+LEARNED, FRESH, LIMIT = 420, 300, 50
+VERSION_TIME = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class RecordingStore(SampleStore):
+    """Counts how often the image of each row is read."""
+
+    def __init__(self, lake: str) -> None:
+        super().__init__(lake)
+        self.read: Counter[str] = Counter()
+
+    def rows_at(
+        self, addresses: Sequence[int], columns: Sequence[str], version: int | None = None
+    ) -> list[dict[str, Any]]:
+        rows = super().rows_at(addresses, list(dict.fromkeys([*columns, "id"])), version)
+        if "image" in columns:
+            self.read.update(row["id"] for row in rows)
+        return rows
+
+    def scan(self, *args: Any, **values: Any) -> Any:
+        assert "image" not in (values.get("columns") or ["image"])
+        return super().scan(*args, **values)
+
+    def addresses(self, columns: Sequence[str], *args: Any, **values: Any) -> Any:
+        assert "image" not in columns
+        return super().addresses(columns, *args, **values)
+
+
+def _row(offset: int, family: str) -> dict[str, Any]:
+    words = {"text": f"thing {offset}", "question": "", "answer": ""}
+    if family == "vlm":
+        words = {"text": "", "question": f"what is {offset}?", "answer": "it"}
+    return {
+        "kind": "sample", "id": f"{offset:064x}", "image": picture(offset), **words, "label": "", "concept": "",
+        "domain": ("flags", "shop", "common")[min(offset % 20, 2) if offset >= LEARNED else 0], "split": "fresh_eval",
+        "ingested_at": VERSION_TIME, "look": None, "words": 0, "topic": "samples", "partition": 0, "offset": offset,
+    }  # fmt: skip
+
+
+@pytest.fixture(params=["clip", "vlm"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def store(tmp_path: Path, family: str) -> RecordingStore:
+    made = RecordingStore(str(tmp_path / "lake"))
+    rows = [_row(offset, family) for offset in range(LEARNED + FRESH)]
+    made.put(rows, [Position("samples", 0, LEARNED + FRESH)])
+    return made
+
+
+def _update(family: str, version: int, begin: int) -> UpdateRow:
+    return UpdateRow(
+        id="u", family=family, state="trained", recipe={}, seed=0, store_version=version,
+        data_from={"samples:0": begin}, data_to={}, incumbent=None, adapter=None,
+        cost={}, error=None, created_at=VERSION_TIME, updated_at=VERSION_TIME,
+    )  # fmt: skip
+
+
+def test_images_of_samples_that_are_not_asked_are_not_read(store: RecordingStore, family: str, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home", gate={"max_items": LIMIT, "min_items": 10})  # type: ignore[arg-type]
+    suites, fresh = update_suites(settings, store, _update(family, store.version(), begin=LEARNED))
+    memory = [suite for suite in suites if suite.name.startswith("memory")]
+    assert [(suite.name, len(suite.items())) for suite in memory] == [("memory.flags", 400 if family == "vlm" else 420)]
+    assert [(suite.name, len(suite.items())) for suite in fresh] == [
+        ("fresh.common", LIMIT), ("fresh.flags", 15), ("fresh.shop", 15),
+    ]  # fmt: skip
+    if family == "clip":
+        assert not store.read, "captions are units; nothing is known of images before they are asked"
+    asked = {item.sample_id for suite in (*memory, *fresh) for item in suite.items()}
+    for suite in (*memory, *fresh):
+        assert len(suite.digest()) == 64
+        assert [item.read() for item in suite.items()] == [picture(int(i.sample_id, 16)) for i in suite.items()]
+    assert set(store.read) == asked
+
+
+def test_neighbours_are_read_together_and_by_several_threads(store: RecordingStore, family: str) -> None:
+    held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question")
+    ids = held_out.rows(TEXT_COLUMNS)["id"].to_pylist()[: 4 * PAGE]
+    held_out.expect(ids)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(held_out, ids)) == [picture(int(each, 16)) for each in ids]
+    assert set(store.read) == set(ids) and set(store.read.values()) == {1}
+
+
+def test_a_store_that_cannot_be_read_is_no_verdict(store: RecordingStore, family: str) -> None:
+    held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question")
+    first = held_out.rows(["id", "domain"])["id"][0].as_py()
+    shutil.rmtree(store.url)
+    with pytest.raises(GateError, match="images of held-out samples"):
+        held_out(first)
+
+
+def test_without_rows_there_is_a_table_without_rows(tmp_path: Path) -> None:
+    held_out = HeldOut(SampleStore(str(tmp_path / "lake")), 0, "text")
+    assert held_out.rows(TEXT_COLUMNS).num_rows == 0 and held_out.rows(TEXT_COLUMNS).column_names == list(TEXT_COLUMNS)
+
+
+# The newest samples
+
+
+def own_words(count: int, domain: str) -> pa.Table:
+    return sample_rows(count, domain, [f"{domain} {i}" for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("domains", "min_items", "expected"),
+    [
+        ({"fluent3d": 30, "flags": 12, "odd": 3}, 10, {"fresh.fluent3d": 30, "fresh.flags": 12}),
+        ({"fluent3d": 30, "flags": 12, "odd": 3}, 100, {"fresh": 45}),
+        ({"a": 8, "b": 8, "c": 8, "d": 8, "flags": 9}, 10, {"fresh": 41}),
+        ({"a": 8, "b": 8, "c": 8, "d": 8, "flags": 10}, 10, {"fresh.flags": 10, "fresh": 32}),
+        ({"flags": 0}, 10, {}),
+    ],
+)
+def test_fresh_rows_become_gain_suites_by_domain_and_small_domains_one_together(
+    domains: dict[str, int], min_items: int, expected: dict[str, int]
+) -> None:
+    """A domain that becomes large enough for a suite of its own does not take the others' items away."""
+    rows = pa.concat_tables([own_words(count, domain) for domain, count in domains.items()])
+    suites = fresh_suites(rows, min_items=min_items)
+    assert {suite.name: suite.units() for suite in suites} == expected
+    assert {suite.role for suite in suites} <= {"gain"}
+
+
+def test_fresh_rows_without_a_text_are_left_out_and_names_from_outside_are_made_safe() -> None:
+    rows = sample_rows(20, texts=["", " ", *[f"t{i}" for i in range(18)]])
+    assert len(fresh_suite(rows).items()) == 18
+    assert len(fresh_suite(rows, limit=7).items()) == 7
+    assert fresh_suite(sample_rows(3, "Weird/../Domain <x>"), "Weird/../Domain <x>").name == "fresh.weird-..-domain--x-"
+
+
+def test_a_domain_has_enough_when_its_captions_or_its_images_are_enough() -> None:
+    captions = sample_rows(40, "flags", texts=[f"flag {i // 4}" for i in range(40)])
+    asked = question_rows(30, "shop", images=15)
+    rows = pa.concat_tables([asked, captions], promote_options="default")
+    for family, units, name, task in (("clip", 10, "fresh.flags", "retrieval"), ("vlm", 15, "fresh.shop", "vqa")):
+        (suite,) = fresh_suites(rows, family=family, min_items=units)
+        assert (suite.name, suite.task, suite.role) == (name, task, "gain")
+        assert [each.name for each in fresh_suites(rows, family=family, min_items=units + 1)] == ["fresh"]
+    assert fresh_suites(captions, family="vlm") == []
+
+
+# The best release by each suite
+
+BASE = "b" * 64
+
+
+def judged(ledger: Ledger, name: str, scores: dict[str, float], base: str = BASE, *, share: float | None = 1.0) -> None:
+    """An adapter with a verdict; released with a share, or not at all."""
+    ledger.register_adapter(name, "clip", base, f"{name}-i", f"{name}-t", {})
+    ledger.begin_update(
+        f"u-{name}", family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
+    )
+    suites: dict[str, Any] = {suite: {"after": 0.3 + score, "base": 0.3} for suite, score in scores.items()}
+    ledger.record_verdict(f"u-{name}", name, "passed", "reports/x", {"suites": suites})
+    if share is not None:
+        live = ledger.live()
+        number = live.number + 1 if live else 1
+        ledger.commit_release(number, clip=name, vlm=None, actor="a", reason="r", proposal_id=None, share=share)
+
+
+def best_releases(ledger: Ledger, suites: list[str], incumbent: str | None) -> dict[str, str]:
+    return best_by_suite(ledger.released_verdicts("clip", BASE), suites, incumbent)
+
+
+def test_each_suite_has_the_release_with_the_highest_score_above_the_base(ledger: Ledger) -> None:
+    judged(ledger, "clip-1", {"flags": 0.2, "emoji": 0.0})
+    judged(ledger, "clip-2", {"flags": 0.1, "emoji": 0.1})
+    judged(ledger, "clip-3", {"flags": 0.1, "emoji": 0.05})
+    found = best_releases(ledger, ["flags", "emoji", "new"], "clip-3")
+    assert found == {"flags": "clip-1", "emoji": "clip-2"}
+    assert best_releases(ledger, ["flags"], "clip-1") == {}, "the incumbent is compared anyway"
+
+
+def test_a_memory_suite_looks_back_to_when_its_domain_was_new(ledger: Ledger) -> None:
+    judged(ledger, "clip-1", {"fresh.flags": 0.2})
+    judged(ledger, "clip-2", {"memory.flags": 0.1})
+    assert best_releases(ledger, ["memory.flags"], "clip-2") == {"memory.flags": "clip-1"}
+
+
+def test_only_what_answered_everybody_on_this_base_and_was_not_withdrawn_counts(ledger: Ledger) -> None:
+    judged(ledger, "clip-never", {"flags": 0.9}, share=None)
+    judged(ledger, "clip-other", {"flags": 0.8}, base="c" * 64)
+    judged(ledger, "clip-bad", {"flags": 0.7})
+    ledger.withdraw(["clip-bad"], actor="guard", subject="release 2", reason="errors", evidence={})
+    judged(ledger, "clip-good", {"flags": 0.1})
+    judged(ledger, "clip-trial", {"flags": 0.6}, share=0.1)
+    assert best_releases(ledger, ["flags"], None) == {"flags": "clip-good"}
+
+
+def test_the_number_of_further_adapters_is_bounded(ledger: Ledger) -> None:
+    names = [f"s{n}" for n in range(6)]
+    for number, own in enumerate((names[:3], names[3:5], names[5:])):
+        judged(ledger, f"clip-{number}", dict.fromkeys(own, 0.2))
+    found = best_releases(ledger, names, None)
+    assert len(set(found.values())) == MOST_RIVALS == 2 and set(found) == set(names[:5])
