@@ -89,9 +89,9 @@ def trained(ledger: Ledger) -> dict[str, UpdateRow]:
     return {update.adapter: update for update in reversed(ledger.updates(HISTORY)) if update.adapter}
 
 
-def unreleased(ledger: Ledger, limit: int = 20) -> list[ProposalRow]:
+def unreleased(ledger: Ledger) -> list[ProposalRow]:
     """The newest proposals that wait, or failed."""
-    return [proposal for proposal in ledger.proposals(limit) if proposal.state != "committed"]
+    return [proposal for proposal in ledger.proposals(20) if proposal.state != "committed"]
 
 
 def records(update: UpdateRow) -> int:

@@ -66,7 +66,7 @@ def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
     body = {"images": [data_uri(picture)], "labels": names, "templates": TEMPLATES}
     found = ask_server(context, lambda client: client.post("/v1/classify", body))
     shares = sorted(found["data"][0]["probabilities"].items(), key=lambda pair: -pair[1])
-    return context.part("shares.html", shares=shares, model=found["model"], picture=inline(context, picture, 96))
+    return context.part("shares.html", shares=shares, model=found["model"], picture=inline(context, picture))
 
 
 @router.post("/playground/ask")
@@ -75,7 +75,7 @@ def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
     if not question.strip():
         raise ErrorPage(400, "Ask a question", "", "For example: what is this?")
     found = ask_server(context, lambda client: client.vqa(picture, question.strip()))
-    return context.part("answer.html", found=found, question=question.strip(), picture=inline(context, picture, 96))
+    return context.part("answer.html", found=found, question=question.strip(), picture=inline(context, picture))
 
 
 def listed(labels: str) -> list[str]:
