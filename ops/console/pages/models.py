@@ -72,10 +72,8 @@ def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, set
             digests = sorted({digest12(row["base_digest"]) for row in rows if row.get("base_digest")})
             parts = ("engine", "precision", "device")
             engines = dict.fromkeys(" ".join(str(row[part]) for part in parts if row.get(part)) for row in rows)
-            base, adapter = (
-                f"{name} ({', '.join(digests)})" if digests else name,
-                live.adapter(family) if live else None,
-            )
+            base = f"{name} ({', '.join(digests)})" if digests else name
+            adapter = live.adapter(family) if live else None
             replicas = controller.get("replicas", {}).get(deployment, {})
             made.append(ServedModel(family, base, adapter, tuple(engines), setting, replicas))
     return made

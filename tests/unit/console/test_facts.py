@@ -19,6 +19,7 @@ from ops.console.pages.stream import origins
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.pictures import png
 from tests.support.samples import refusal, sample
 from tests.support.story import EVIL, tell
 from tests.unit.console.conftest import release, settings, text
@@ -71,6 +72,7 @@ def test_the_stream_page_counts_kinds_sources_gaps_and_refusals(
     store = SampleStore(settings(tmp_path).lake)
     place = {"topic": "samples", "partition": 0, "ingested_at": datetime.now(UTC)}
     rows = [sample(0, number, source=source) for number, source in enumerate(("cam-1", "cam-1", "<cam 2>"))]
+    rows[0]["image"] = png()
     rows.append({**place, "kind": "duplicate", "offset": 3, "id": f"{0:064x}", "reason": "same_image"})
     rows += [refusal(0, 4), {**place, "kind": "gap", "offset": 5, "until": 25, "reason": "retention"}]
     store.put(rows, [Position("samples", 0, 25)])
@@ -84,6 +86,8 @@ def test_the_stream_page_counts_kinds_sources_gaps_and_refusals(
     ):  # fmt: skip
         assert fact in page
     assert "<cam 2>" not in page
+    kinds = [visitor.get(f"/samples/{row['id']}.png").headers["content-type"] for row in rows[:2]]
+    assert kinds == ["image/png", "image/svg+xml"], "a picture of the store, and the sign for one that is none"
     monkeypatch.setattr("ops.console.pages.stream.COUNTED_SAMPLES", 1)
     assert origins(store)["samples"] == {}, "a larger store is not scanned"
 

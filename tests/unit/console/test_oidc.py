@@ -52,6 +52,12 @@ def someone(issuer: str, name: str, **claims: Any) -> None:
     httpx.put(f"{issuer}/users/{name}", json=facts).raise_for_status()
 
 
+def member(home: Path, issuer: str, **claims: Any) -> TestClient:
+    """A console, and ann, who is in a group that may look."""
+    someone(issuer, "ann", groups=["team"], **claims)
+    return console(home, issuer)
+
+
 def way_back(client: TestClient, issuer: str, name: str = "ann", next_page: str = "/") -> str:
     """Go to the provider and sign in there; returns where it sends the browser."""
     away = client.get("/sign-in/oidc", params={"next": next_page})
@@ -85,8 +91,7 @@ def test_a_member_of_a_group_may_look_and_one_of_the_operators_may_act(tmp_path:
 
 def test_signing_out_ends_the_key_and_the_session_of_the_provider(tmp_path: Path, issuer: str) -> None:
     """By a page: a browser lets no form lead to another site."""
-    someone(issuer, "ann", groups=["team"])
-    client = console(tmp_path, issuer)
+    client = member(tmp_path, issuer)
     client.get(way_back(client, issuer))
     assert len(keys(tmp_path).api_keys()) == 1
     answer = client.post("/sign-out", data={"csrf": csrf(client, "/releases")})
@@ -101,8 +106,7 @@ def test_signing_out_ends_the_key_and_the_session_of_the_provider(tmp_path: Path
 
 @pytest.mark.parametrize("wrong", ["no endpoint", "large token"])
 def test_signing_out_does_what_it_can(tmp_path: Path, issuer: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    someone(issuer, "ann", groups=["team"], note="x" * (4000 if wrong == "large token" else 1))
-    client = console(tmp_path, issuer)
+    client = member(tmp_path, issuer, note="x" * (4000 if wrong == "large token" else 1))
     arrived = client.get(way_back(client, issuer))
     assert arrived.status_code == 303 and client.get("/releases").status_code == 200
     metadata = client.app.state.provider.server_metadata  # type: ignore[attr-defined]
@@ -122,8 +126,7 @@ def test_a_proxy_with_room_for_4_kb_of_headers_passes_each_answer_of_a_sign_in_o
     tmp_path: Path, issuer: str, characters: int, next_page: str
 ) -> None:
     """nginx's default; else it answers 502."""
-    someone(issuer, "ann", groups=["team"], note="x" * characters)
-    client = console(tmp_path, issuer)
+    client = member(tmp_path, issuer, note="x" * characters)
     away = client.get("/sign-in/oidc", params={"next": next_page})
     arrived = client.get(way_back(client, issuer, "ann", next_page))
     assert arrived.status_code == 303 and arrived.headers["location"] == next_page
@@ -137,8 +140,7 @@ def test_a_proxy_with_room_for_4_kb_of_headers_passes_each_answer_of_a_sign_in_o
 def test_signing_out_forgets_the_key_while_the_ledger_is_away(
     tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    someone(issuer, "ann", groups=["team"])
-    client = console(tmp_path, issuer)
+    client = member(tmp_path, issuer)
     client.get(way_back(client, issuer))
     token = csrf(client, "/releases")
 
@@ -208,8 +210,7 @@ def test_an_error_of_the_settings_does_not_ask_the_user_to_try_again(
     async def fails(*_: Any, **__: Any) -> None:
         raise OAuthError(error, "the provider's words")
 
-    someone(issuer, "ann", groups=["team"])
-    client = console(tmp_path, issuer)
+    client = member(tmp_path, issuer)
     back = way_back(client, issuer)
     monkeypatch.setattr(StarletteOAuth2App, "fetch_access_token", fails)
     answer = client.get(back)
@@ -247,8 +248,7 @@ def test_userinfo_of_somebody_else_says_nothing(
     async def userinfo(*_: Any, **__: Any) -> dict[str, Any]:
         return {"sub": "ann", "email": "ann@example.com", "email_verified": True, "groups": ["team"], **told}
 
-    someone(issuer, "ann", groups=["team"])
-    client = console(tmp_path, issuer)
+    client = member(tmp_path, issuer)
     back = way_back(client, issuer)
     monkeypatch.setattr(StarletteOAuth2App, "userinfo", userinfo)
     answer = client.get(back)
@@ -266,8 +266,7 @@ def test_a_provider_whose_userinfo_fails_signs_in_by_what_its_token_says(tmp_pat
 
 @pytest.mark.parametrize("target", ["https://evil.example/", "//evil.example", "/audit?about=" + "x" * 5000])
 def test_signing_in_leads_to_no_other_site_and_by_no_long_way(tmp_path: Path, issuer: str, target: str) -> None:
-    someone(issuer, "ann", groups=["team"])
-    client = console(tmp_path, issuer)
+    client = member(tmp_path, issuer)
     assert client.get(way_back(client, issuer, "ann", target)).headers["location"] == "/"
     key = Settings(home=tmp_path).operator_key().get_secret_value()
     form = {"key": key, "csrf": csrf(client, "/releases"), "next": target}
