@@ -40,6 +40,12 @@ class Gap:
     """``retention`` or ``skipped``; ``truncated`` in gaps of earlier versions, which were stored before."""
     time: datetime
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Gap:
+        """From a row of the store."""
+        place = f"{row['topic']}:{row['partition']}"
+        return cls(place, row["offset"], row["until"] - 1, row["reason"], row["ingested_at"])
+
     @property
     def shown(self) -> str:
         """For people."""
@@ -113,7 +119,7 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
         offsets=store.offsets(),
         fragments=store.fragments(),
         lost=tally["gap_offsets"],
-        gaps=tuple(_gap(row) for row in store.gaps(GAPS)) if tally["gap_offsets"] else (),
+        gaps=tuple(map(Gap.of, store.gaps(GAPS))) if tally["gap_offsets"] else (),
         rewritten=tally["rewritten_offsets"],
         waiting_for=waiting_for,
         waiting_state=_labelled(ingest, f"ratchet_dependency_state {waiting_for}") or "",
@@ -151,7 +157,3 @@ def _labelled(metrics: dict[str, float], name: str) -> str | None:
     """The label of a metric whose value is not 0; empty where all are 0, None where there is no such metric."""
     values = {key.removeprefix(f"{name} "): value for key, value in metrics.items() if key.startswith(f"{name} ")}
     return next((label for label, value in values.items() if value), "") if values else None
-
-
-def _gap(row: dict[str, Any]) -> Gap:
-    return Gap(f"{row['topic']}:{row['partition']}", row["offset"], row["until"] - 1, row["reason"], row["ingested_at"])

@@ -5,27 +5,17 @@ Keys are made and revoked in the ledger; a running server follows within two sec
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from ops.cli import context as ctx
-from ops.cli.terminal import AsJson, Reason, show_json, show_rows
+from ops.cli.terminal import AsJson, Reason, show_rows
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
-
-class Allowed(StrEnum):
-    """Scopes of a key."""
-
-    infer = "infer"
-    search = "search"
-    publish = "publish"
-    operate = "operate"
-
-
+Allowed = StrEnum("Allowed", "infer search publish operate")  # typer takes a list of an enum, not of a Literal
 Scopes = Annotated[
     list[Allowed],
     typer.Option("--scope", "-s", help="infer: ask the models; search: search the corpus, see its images and the "
@@ -111,9 +101,6 @@ def audit(
     ratchet audit --actor key:ann
     """
     rows = ctx.ledger_of(context).audit_rows(limit, subject, actor)
-    if as_json:
-        show_json([asdict(row) for row in rows])
-        return
     shown = ({"when": row.created_at, "who": row.actor, "did": row.action, "to": row.subject, "details": row.detail}
              for row in rows)  # fmt: skip
-    show_rows(shown, "Audit")
+    show_rows(shown, "Audit", as_json, data=rows)

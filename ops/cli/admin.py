@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,10 +94,8 @@ def collect(
 
 
 def collect_garbage(settings: Settings) -> None:
-    """One run for maintenance. While another collector or a backup is at work, nothing is done.
-
-    Raises:
-        LedgerError, ArtifactsUnavailable: see :meth:`ops.collection.Collector.run`.
+    """One run for maintenance; nothing is done while another collector or a backup is at work. Raises as
+    :meth:`ops.collection.Collector.run`.
     """
     with _collector(settings) as collector:
         plan = collector.run()
@@ -110,20 +108,14 @@ def collect_garbage(settings: Settings) -> None:
 def _collector(settings: Settings) -> Iterator[Collector]:
     from ops.collection import Collector
 
-    ledger = Ledger.open(settings.ledger)
-    try:
+    with closing(Ledger.open(settings.ledger)) as ledger:
         yield Collector(settings, ledger, Artifacts(settings.artifacts))
-    finally:
-        ledger.close()
 
 
-def _show_items(title: str, found: Iterable[Item], most: int | None) -> None:
-    items = list(found)
-    show_rows(
-        ({"what": item.kind, "name": item.name, "size": decimal(item.bytes), "why": item.reason}
-         for item in items[:most]),
-        title,
-    )  # fmt: skip
+def _show_items(title: str, items: list[Item], most: int | None) -> None:
+    shown = ({"what": item.kind, "name": item.name, "size": decimal(item.bytes), "why": item.reason}
+             for item in items[:most])  # fmt: skip
+    show_rows(shown, title)
     if most is not None and len(items) > most:
         typer.echo(f"and {len(items) - most:,} more: --all shows them")
 

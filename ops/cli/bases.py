@@ -152,9 +152,7 @@ def upgrade(
         return
     if update.state not in FINISHED:  # it was asked to stop
         return
-    typer.echo(outcome_line(update, verdict))
-    if not passed(update, verdict):
-        raise typer.Exit(1)
+    tell_outcome(update, verdict)
     typer.echo(f"release it with `ratchet base switch {name} --reason ...`")
 
 
@@ -175,15 +173,17 @@ def switch(context: typer.Context, name: _NAME, reason: Reason) -> None:
     typer.echo(f"now set base.clip to {name!r}, and start servers and updater again; until then the old base answers")
 
 
-def passed(update: UpdateRow, verdict: VerdictRow | None) -> bool:
-    """True where the gate let it through, and it is finished."""
-    return verdict is not None and verdict.outcome == "passed" and update.state == "done"
+def tell_outcome(update: UpdateRow, verdict: VerdictRow | None) -> None:
+    """Print the gate's outcome with its reasons, and the error that ended the update, if one did.
 
-
-def outcome_line(update: UpdateRow, verdict: VerdictRow | None) -> str:
-    """The gate's outcome with its reasons, and the error that ended the update, if one did."""
+    Raises:
+        typer.Exit: with status 1 unless the gate let it through, and it is finished.
+    """
     reasons = f": {'; '.join(map(str, verdict.summary.get('reasons', [])))}" if verdict else ""
-    return f"{verdict.outcome if verdict else update.state}{reasons}{f' ({update.error})' if update.error else ''}"
+    error = f" ({update.error})" if update.error else ""
+    typer.echo(f"{verdict.outcome if verdict else update.state}{reasons}{error}")
+    if verdict is None or verdict.outcome != "passed" or update.state != "done":
+        raise typer.Exit(1)
 
 
 def line(base: Any) -> str:

@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import typer
 import yaml
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from core.loading import describe
 from core.settings import Settings
 from core.settings.section import Section
 from ops.cli import context as ctx
-from ops.cli.terminal import AsJson, show_json, show_rows
+from ops.cli.terminal import AsJson, show_rows
 
 app = typer.Typer(help="Show and check the settings.", no_args_is_help=True)
 
@@ -36,12 +35,10 @@ def show(
     Examples:  ratchet config show --changed    |    RATCHET_SERVE__PORT=9000 ratchet config show
     """
     rows = [row for row in describe(ctx.of(context).settings) if not changed or row[2] != "default"]
-    if as_json:
-        show_json({name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows})
-        return
     shown = ({"setting": name, "value": str(value), "origin": origin, "meaning": meaning}
              for name, value, origin, meaning in rows)  # fmt: skip
-    show_rows(shown, "Settings", whole=["setting"])
+    data = {name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows}
+    show_rows(shown, "Settings", as_json, data=data, whole=["setting"])
 
 
 @app.command()
@@ -50,20 +47,17 @@ def check(context: typer.Context) -> None:
 
     Example:  ratchet --config new.yaml config check
     """
-    settings = ctx.of(context).settings
-    typer.echo(
-        f"the settings are valid; {len(settings.origins)} are not the defaults (`ratchet config show --changed`)"
-    )
+    count = len(ctx.of(context).settings.origins)
+    typer.echo(f"the settings are valid; {count} are not the defaults (`ratchet config show --changed`)")
 
 
 def settings_yaml(chosen: Mapping[str, Any]) -> str:
-    """A settings file with every setting in it: what was chosen is set, defaults are commented out.
+    """A settings file with every setting: what was chosen and is not the default is set, the others are commented out.
 
     Prose begins with ``# ``, a setting that is commented out with ``#`` alone: without that sign it is set.
 
     Args:
-        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret. One that is the default is
-            commented out all the same.
+        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret.
     """
     defaults = {name: value for name, value, _, _ in describe(Settings())}
     chosen = {name: value for name, value in chosen.items() if value != defaults[name]}
@@ -71,29 +65,23 @@ def settings_yaml(chosen: Mapping[str, Any]) -> str:
 
 
 def _lines(model: type[BaseModel], prefix: str, chosen: Mapping[str, Any], live: bool) -> Iterator[str]:
-    """Lines of a section's settings. ``live``: whether the section itself is set, and not commented out."""
+    """Lines of a section's settings. ``live``: true if the section itself is set, and not commented out."""
     indent = "  " * prefix.count(".")
     for name, field in model.model_fields.items():
         if field.exclude:
             continue
-        dotted = f"{prefix}{name}"
-        section = _section(field)
+        dotted, kind = f"{prefix}{name}", field.annotation
         if not prefix:
             yield ""
-        if section is None:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            inner = live and any(each.startswith(f"{dotted}.") for each in chosen)
+            yield f"{indent}# {(kind.__doc__ or '').splitlines()[0]}"
+            yield f"{indent}{'' if inner else '#'}{name}:"
+            yield from _lines(kind, f"{dotted}.", chosen, inner)
+        else:
             yield f"{indent}# {field.description}"
             sign = "" if dotted in chosen else "#"
             yield f"{indent}{sign}{name}: {_value(chosen.get(dotted, field.get_default(call_default_factory=True)))}"
-            continue
-        inner = any(each.startswith(f"{dotted}.") for each in chosen)
-        yield f"{indent}# {(section.__doc__ or '').splitlines()[0]}"
-        yield f"{indent}{'' if live and inner else '#'}{name}:"
-        yield from _lines(section, f"{dotted}.", chosen, live and inner)
-
-
-def _section(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def _value(value: Any) -> str:

@@ -53,10 +53,11 @@ def delete(
         raise typer.BadParameter(f"--reason has 1 to {MAX_REASON} characters")
     settings = ctx.of(context).settings
     moment = parse_since(before)
+    if key is not None:
+        key = key[2:].lower() if key.startswith("0x") else key.encode().hex()
     options: dict[str, str | None] = {
-        "id": sample_id, "source": source, "domain": domain, "concept": concept, "label": label,
-        "key": None if key is None else _hex(key), "record": record,
-        "before": None if moment is None else moment.isoformat(),
+        "id": sample_id, "source": source, "domain": domain, "concept": concept, "label": label, "key": key,
+        "record": record, "before": None if moment is None else moment.isoformat(),
     }  # fmt: skip
     selector = {name: value for name, value in options.items() if value is not None}
     selected = count_selected(SampleStore(settings.lake), selector)
@@ -88,26 +89,15 @@ def list_deletions(
     ledger = ctx.ledger_of(context)
     if deletion_id is not None:
         row = _one(ledger, deletion_id)
-        if as_json:
-            show_json(receipt(row))
-        else:
-            _show_receipt(row)
+        show_json(receipt(row)) if as_json else _show_receipt(row)
         return
     rows = ledger.deletions(limit)
-    if as_json:
-        show_json([receipt(row) for row in rows])
-        return
     shown = (
         {"deletion": row.id, "state": row.state, "selects": facts_text(row.selector), "samples": row.samples,
          "refusals": row.refusals, "requested": row.requested_at, "by": row.actor}
         for row in rows
     )  # fmt: skip
-    show_rows(shown, "Deletions")
-
-
-def _hex(key: str) -> str:
-    """The bytes of a key in hex."""
-    return key[2:].lower() if key.startswith("0x") else key.encode().hex()
+    show_rows(shown, "Deletions", as_json, data=[receipt(row) for row in rows])
 
 
 def _one(ledger: Ledger, deletion_id: str) -> DeletionRow:
@@ -141,22 +131,15 @@ def _is_maintained(ledger: Ledger) -> bool:
 
 
 def _show_receipt(row: DeletionRow) -> None:
-    adapters: dict[str, list[str]] = row.adapters
     facts = {
-        "deletion": row.id,
-        "state": f"{row.state}: {STATES[row.state]}",
-        "selects": facts_text(row.selector),
-        "samples": row.samples,
-        "refused records": row.refusals,
-        "adapters that learned from it": adapters.get("learned") or "none",
-        "adapters that may have replayed it": adapters.get("may_have_replayed") or "none",
+        "deletion": row.id, "state": f"{row.state}: {STATES[row.state]}", "selects": facts_text(row.selector),
+        "samples": row.samples, "refused records": row.refusals,
+        "adapters that learned from it": row.adapters.get("learned") or "none",
+        "adapters that may have replayed it": row.adapters.get("may_have_replayed") or "none",
         "first update without it": row.update_id or "none yet",
-        "requested": f"{row.requested_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} by {row.actor}",
-        "reason": row.reason,
+        "requested": f"{row.requested_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} by {row.actor}", "reason": row.reason,
         "removed from the store": row.removed_at or "not yet",
-        "gone from the store's files": row.held_at or row.done_at or "not yet",
-        **({"what remains": row.remains} if row.remains else {}),
-        **({"what remains is locked until": row.remains_until} if row.remains_until else {}),
-        "gone from all files": row.done_at or "not yet",
-    }
-    show_facts(facts)
+        "gone from the store's files": row.held_at or row.done_at or "not yet", "what remains": row.remains,
+        "what remains is locked until": row.remains_until, "gone from all files": row.done_at or "not yet",
+    }  # fmt: skip
+    show_facts({name: fact for name, fact in facts.items() if fact is not None})

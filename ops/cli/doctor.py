@@ -178,14 +178,14 @@ def _base(settings: Settings) -> Finding:
 
 
 def _vlm_base(settings: Settings) -> Finding:
-    if not settings.base.vlm:
-        return Finding("ok", "VLM base", "none (base.vlm is empty)")
     return _registered(settings, "VLM base", settings.base.vlm, "vlm")
 
 
 def _registered(settings: Settings, what: str, name: str, family: Family) -> Finding:
     from serving.engines.clip_base import base_directory, list_bases
 
+    if not name:
+        return Finding("ok", what, f"none (base.{family} is empty)")
     if name in list_bases(settings.home, family):
         return Finding("ok", what, str(base_directory(settings.home, name)))
     return Finding("warn", what, f"{name!r} is not registered", "ratchet base build (`up` does it too)")

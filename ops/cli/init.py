@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,19 +196,12 @@ def _settings(shared: ctx.Context, answers: InitAnswers, home: Path | None) -> t
         if STARS in shown[flag]:
             variable = f"RATCHET_{flag.upper().replace('.', '__')}"
             raise ConfigError(f"--set {flag} is a secret, and is not written to a file.", f"Set {variable} instead.")
-    return settings, {each: _value(settings, each) for each in [*flags, *named]}
+    return settings, {each: attrgetter(each)(settings) for each in [*flags, *named]}
 
 
 def _load(shared: ctx.Context, named: dict[str, Any]) -> Settings:
     """Without a settings file: the one that is there is to be replaced."""
     return load_settings(Path(os.devnull), {**shared.overrides, **named})
-
-
-def _value(settings: Settings, name: str) -> Any:
-    value: Any = settings
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _bases(home: Path) -> list[str]:
@@ -217,11 +211,7 @@ def _bases(home: Path) -> list[str]:
 
 
 def _choose_model(home: Path, model: str, weights: Path | None, name: str | None) -> ModelChoice:
-    """Find out what ``--model`` names; nothing is written.
-
-    Raises:
-        ConfigError: it names nothing that can be loaded from this disk.
-    """
+    """Find out what ``--model`` names; nothing is written. Raises ConfigError: nothing that this disk has."""
     from ops.cli.init_suites import slug
 
     if model in _bases(home) or model == SHIPPED:
@@ -270,9 +260,7 @@ def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
 
 def _register_model(home: Path, choice: ModelChoice) -> str:
     """Load the model, registering it where it is not; returns a line about it. The shipped one is built by `up`.
-
-    Raises:
-        ConfigError: it cannot be loaded.
+    Raises ConfigError.
     """
     from serving.engines.clip_base import load_base
     from updater.bases.register import add_base
@@ -292,11 +280,7 @@ def _register_model(home: Path, choice: ModelChoice) -> str:
 
 
 def _broker(settings: Settings, answers: InitAnswers, offline: bool) -> str:
-    """Ask the broker for the topic; returns a line about it.
-
-    Raises:
-        ConfigError: the broker does not answer within :data:`BROKER_SECONDS`, or refuses.
-    """
+    """Ask the broker for the topic; returns a line about it. Raises ConfigError."""
     from streams.kafka.clients import Admin
 
     kafka = settings.kafka
@@ -308,9 +292,8 @@ def _broker(settings: Settings, answers: InitAnswers, offline: bool) -> str:
     try:
         exists = admin.topic_id(kafka.topic) is not None
     except BrokerError as error:
-        raise ConfigError(
-            f"--broker: {error.message}", "Correct it, or write the settings without asking it: --offline."
-        ) from error
+        fix = "Correct it, or write the settings without asking it: --offline."
+        raise ConfigError(f"--broker: {error.message}", fix) from error
     finally:
         admin.close()
     return f"{kafka.bootstrap} answers; topic {kafka.topic} " + ("is there" if exists else "will be made by ingest")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ops.cli import context as ctx
-from ops.cli.bases import outcome_line, passed
+from ops.cli.bases import tell_outcome
 from ops.cli.terminal import AsJson, printable, show_rows
 
 gate = typer.Typer(help="Regression tests that an update must pass.", no_args_is_help=True)
@@ -111,10 +111,7 @@ def import_(
     update, verb = imported.update, "is known" if imported.known else "is stored"
     typer.echo(f"{update.adapter} {verb}: {update.id} ({update.state})")
     if judge:
-        update, verdict = gate_import(settings, imported)
-        typer.echo(outcome_line(update, verdict))
-        if not passed(update, verdict):
-            raise typer.Exit(1)
+        tell_outcome(*gate_import(settings, imported))
     elif update.state == "trained":
         typer.echo("the updater judges it next; --judge does it at once")
 

@@ -5,6 +5,7 @@ on; and what an operator does about a partition or an update.
 from __future__ import annotations
 
 import time
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from core.progress import say, step
 from core.settings import Settings
 from core.stop_signals import Stopped, stop_on_signals
 from ops.cli import context as ctx
+from ops.cli.admin import collect_garbage
 from ops.cli.terminal import Reason
 
 UpdateId = Annotated[str, typer.Argument(metavar="ID", help="Of the update, as `ratchet status` shows it.")]
@@ -118,13 +120,7 @@ def maintain(
     from streams.store.maintenance import run_maintain
 
     settings = ctx.of(context).settings
-
-    def collect() -> None:
-        from ops.cli.admin import collect_garbage
-
-        collect_garbage(settings)
-
-    run_maintain(settings, once=once, collect=collect)
+    run_maintain(settings, once=once, collect=partial(collect_garbage, settings))
 
 
 def console(context: typer.Context) -> None:

@@ -10,7 +10,7 @@ import typer
 from core.progress import meter
 from ops.cli import context as ctx
 from ops.cli.samples import TOP, show_counts
-from ops.cli.terminal import SINCE_HELP, AsJson, Reason, parse_since, show_json, show_rows
+from ops.cli.terminal import SINCE_HELP, AsJson, Reason, parse_since, show_rows
 
 app = typer.Typer(help="List refused records, and send them again.", no_args_is_help=True)
 
@@ -98,17 +98,15 @@ def list_quarantined(
         raise typer.BadParameter(f"--refused-for is one of {', '.join(sorted(REASONS))}")
     store = SampleStore(ctx.of(context).settings.lake)
     rows = store.quarantined(limit, refused_for, source)
-    if as_json:
-        show_json(rows)
-        return
     shown = (
         {"record": f"{row['topic']}:{row['partition']}:{row['offset']}", "reason": row["reason"],
          "source": row["source"], "when": row["ingested_at"], "details": row["detail"]}
         for row in rows
     )  # fmt: skip
-    show_rows(shown, "Quarantine")
-    counts = quarantine_counts(store, refused_for, source)
-    show_counts({f"refused records by {name}": values.top(TOP) for name, values in counts.items()})
+    show_rows(shown, "Quarantine", as_json, data=rows)
+    if not as_json:
+        counts = quarantine_counts(store, refused_for, source)
+        show_counts({f"refused records by {name}": values.top(TOP) for name, values in counts.items()})
 
 
 @app.command()

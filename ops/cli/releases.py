@@ -9,7 +9,6 @@ import typer
 from core.errors import ReleaseError
 from core.ledger import Family, Ledger, ProposalRow, answers
 from core.progress import say
-from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.context import ServerOption, operator_client
 from ops.cli.terminal import AsJson, ExpectedLive, Reason, facts_text, show_facts, show_json, show_rows
@@ -131,7 +130,18 @@ def rollback(
     """
     settings = ctx.of(context).calling(server)
     if offline:
-        _roll_back_offline(settings, reason, to, family, expected_live)
+        from serving.app import serves_vlm
+        from serving.releases.rollback import roll_back_offline
+
+        served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
+        row = roll_back_offline(
+            Ledger.open(settings.ledger), served if family is None else [family], to=to, actor=ctx.person(),
+            reason=reason, expected_live=expected_live, hold_after_rollback=settings.rollout.hold_after_rollback,
+        )  # fmt: skip
+        typer.echo(
+            f"release {row.number} is in the ledger: clip {row.clip or 'base'} vlm {row.vlm or 'base'}; "
+            "servers adopt it within seconds of reading the ledger"
+        )
     else:
         with operator_client(settings) as client:
             _tell(client.rollback(reason, to=to, expected_live=expected_live, family=family))
@@ -166,9 +176,9 @@ def create(
         raise ReleaseError("no adapter is named.", "Give --clip, --vlm, or both.")
     if shadow and share not in (0.0, 1.0):
         raise ReleaseError("a shadow has no share.", "Give either --shadow or --share.")
-    how: dict[str, Any] = {"share": 0.0 if shadow else share, "force": force}
+    named |= {"share": 0.0 if shadow else share, "force": force}
     with operator_client(ctx.of(context).calling(server)) as client:
-        _tell(client.release(reason=reason, expected_live=expected_live, **named, **how))
+        _tell(client.release(reason=reason, expected_live=expected_live, **named))
 
 
 @app.command()
@@ -209,29 +219,10 @@ def _sets(row: ProposalRow) -> str:
     return " + ".join(f"{family} {name}" for family, name in named.items() if row.family in (family, "both"))
 
 
-def _roll_back_offline(
-    settings: Settings, reason: str, to: int | None, family: Family | None, expected_live: int | None
-) -> None:
-    from serving.app import serves_vlm
-    from serving.releases.rollback import roll_back_offline
-
-    served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
-    families: list[Family] = served if family is None else [family]
-    row = roll_back_offline(
-        Ledger.open(settings.ledger), families, to=to, actor=ctx.person(), reason=reason, expected_live=expected_live,
-        hold_after_rollback=settings.rollout.hold_after_rollback,
-    )  # fmt: skip
-    typer.echo(
-        f"release {row.number} is in the ledger: clip {row.clip or 'base'} vlm {row.vlm or 'base'}; "
-        "servers adopt it within seconds of reading the ledger"
-    )
-
-
 def _tell(result: dict[str, Any]) -> None:
-    seconds = {name: value for name, value in result.items() if name.endswith("seconds")}
+    seconds = " ".join(f"{name}={value:.3f}" for name, value in result.items() if name.endswith("seconds"))
     trial = f" ({answers(result['share'])})" if result["share"] < 1 else ""
     typer.echo(
         f"release {result['number']}{trial} is live everywhere: "
-        f"clip {result.get('clip') or 'base'} vlm {result.get('vlm') or 'base'} "
-        + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
+        f"clip {result.get('clip') or 'base'} vlm {result.get('vlm') or 'base'} {seconds}"
     )

@@ -6,10 +6,9 @@ import base64
 import io
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -32,13 +31,7 @@ SIDE: Final = 192
 MAX_VALUE_CHARS: Final = 2000
 
 
-class SplitName(StrEnum):
-    """The parts that samples are in."""
-
-    train = "train"
-    fresh_eval = "fresh_eval"
-
-
+SplitName = Literal["train", "fresh_eval"]
 InSplit = Annotated[SplitName | None, typer.Option("--split", help="Only samples of this split.")]
 InDomain = Annotated[str | None, typer.Option("--domain", help="Only samples of this domain.")]
 OfSource = Annotated[str | None, typer.Option("--source", help="Only samples from this source.")]
@@ -72,9 +65,6 @@ def trace(
     receipts = receipts_of(_store(context), query or "")
     if not receipts:
         raise UnknownRecord(f"no record has the id {sample_id}.", "Refused records have none: trace their position.")
-    if as_json:
-        show_json([receipt.as_json() for receipt in receipts])
-        return
     rows = []
     for each in receipts:
         facts = {"reason": each.reason, "detail": each.detail, "duplicate of": each.duplicate_of[:12],
@@ -82,7 +72,7 @@ def trace(
         details = "\n".join(f"{name}: {value}" for name, value in facts.items() if value)
         rows.append({"record": each.position, "outcome": each.outcome, "sample": each.id[:12], "when": each.time,
                      "details": details})  # fmt: skip
-    show_rows(rows, "Records")
+    show_rows(rows, "Records", as_json, data=[receipt.as_json() for receipt in receipts])
 
 
 @app.command("list")
@@ -110,9 +100,6 @@ def list_samples(
         count = _write_page(html, "Samples", with_images(store, rows), ctx.of(context).settings.ingest)
         typer.echo(f"{count} samples in {html}")
         return
-    if as_json:
-        show_json(rows)
-        return
     names = ("split", "domain", "source", "concept")
     shown = (
         {
@@ -121,7 +108,7 @@ def list_samples(
         }
         for row in rows
     )  # fmt: skip
-    show_rows(shown, "Samples")
+    show_rows(shown, "Samples", as_json, data=rows)
 
 
 @app.command()
@@ -142,12 +129,8 @@ def show(
         _write(image, row["image"])
     if html is not None:
         _write_page(html, f"Sample {row['id'][:12]}", [row], settings.ingest)
-    values = {
-        **_facts(row),
-        "bytes": str(len(row["image"])),
-        "thumbnail": f"{settings.console.url}/samples/{row['id']}.png",
-    }
-    show_facts(values, as_json=as_json)
+    place = f"{settings.console.url}/samples/{row['id']}.png"
+    show_facts({**_facts(row), "bytes": str(len(row["image"])), "thumbnail": place}, as_json=as_json)
 
 
 @app.command()
@@ -237,7 +220,7 @@ def _filter(
 ) -> SampleFilter:  # fmt: skip
     from streams.store.sample_queries import SampleFilter
 
-    return SampleFilter(None if split is None else split.value, domain, source, concept, text, parse_since(since))
+    return SampleFilter(split, domain, source, concept, text, parse_since(since))
 
 
 def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:

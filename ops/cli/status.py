@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -64,9 +64,7 @@ def status(
 
 
 def collect(settings: Settings) -> dict[str, Any]:
-    """The facts behind the screen, from the ledger, the sample store and the server's health.
-
-    ``dependencies`` are always there; what needs a dependency that is not well is left out, and takes no longer than
+    """The facts behind the screen. What needs a dependency that is not well is left out, or that does not answer within
     :data:`FACTS_SECONDS`.
     """
     dependencies = _dependencies(settings)
@@ -76,29 +74,29 @@ def collect(settings: Settings) -> dict[str, Any]:
         "health": _health(settings),
         **_controller(settings),
     }
-    parts: tuple[tuple[Sequence[Dependency], Callable[[Settings], dict[str, Any]]], ...] = (
-        (["ledger"], _ledger_facts), (["ledger", "store"], _stream_facts),
-    )  # fmt: skip
-    for needed, make in parts:
-        if all(dependencies[name].state == "ok" for name in needed):
+    parts: dict[Dependency, Callable[[Settings], dict[str, Any]]] = {"ledger": _ledger_facts, "store": _stream_facts}
+    for name, make in parts.items():
+        if dependencies["ledger"].state == dependencies[name].state == "ok":
             try:
                 facts |= BoundedCall(partial(make, settings), FACTS_SECONDS)()
             except TimeoutError as error:
-                facts["dependencies"][needed[-1]] = asdict(DependencyState("slow", f"{error}."))
+                facts["dependencies"][name] = asdict(DependencyState("slow", f"{error}."))
             except RatchetError as error:
-                facts["dependencies"][dependency_of(error) or needed[-1]] = asdict(DependencyState.of(error))
+                facts["dependencies"][dependency_of(error) or name] = asdict(DependencyState.of(error))
     return facts
 
 
 def _ledger_facts(settings: Settings) -> dict[str, Any]:
     capacity = settings.budget.gflops_per_day
+    counts = ("pending", "visited", "passed_over")  # of new samples: all, those in a batch, the others
     with closing(Ledger.open(settings.ledger)) as ledger:
+        updates = ledger.updates(5)
         return {
             "live": ledger.live(),
             "releases": ledger.releases(5),
             "held": ledger.held(),
-            "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
-            "visits": {each.id: visits(each) for each in ledger.updates(5)},
+            "updates": [(update, ledger.verdict_of(update.id)) for update in updates],
+            "visits": {each.id: {name: each.cost.get(name) for name in counts} for each in updates},
             "proposals": ledger.pending_proposals(),
             "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
             "stable": ledger.stable(),
@@ -124,11 +122,6 @@ def _dependencies(settings: Settings) -> dict[Dependency, DependencyState]:
     return dict(_looked[0][2])
 
 
-def visits(update: UpdateRow) -> dict[str, int | None]:
-    """Of the new samples of an update (``pending``) how many were in a batch, and how many were passed over."""
-    return {name: update.cost.get(name) for name in ("pending", "visited", "passed_over")}
-
-
 def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableType:
     """The screen, from fresh facts."""
     facts = collect(settings)
@@ -142,15 +135,14 @@ def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableTyp
 
 def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
     """Those that are well in one line, and a line for each that is not."""
-    lines = Text()
     well = [name for name, found in dependencies.items() if found["state"] == "ok"]
-    lines.append(f"{', '.join(well)}: ok" if well else "", "dim")
+    lines = [Text(f"{', '.join(well)}: ok", "dim")] if well else []
     for name, found in dependencies.items():
         if found["state"] != "ok":
-            lines.append("\n" if lines else "")
-            lines.append(f"{name}: {found['state']}. ", "bold red")
-            lines.append(f"{found['detail']} {found['fix']}")
-    return lines
+            lines.append(
+                Text.assemble((f"{name}: {found['state']}. ", "bold red"), f"{found['detail']} {found['fix']}")
+            )
+    return Text("\n").join(lines)
 
 
 def _health(settings: Settings) -> dict[str, Any]:
@@ -164,42 +156,38 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 
 def _controller(settings: Settings) -> dict[str, Any]:
-    """``vlm``: the VLM base, whether it is registered, and what each replica says of itself. ``replicas``: of each
-    deployment by state. ``rollout``: what the guard watches. ``trouble``: why the controller cannot do its work, or
-    why it cannot be asked.
+    """``vlm``: its base, and what each replica says of itself. ``replicas``: those of each deployment by state.
+    ``rollout``: what the guard watches. ``trouble``: why the controller cannot do its work, or cannot be asked.
     ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
     """
     from ratchet_client import ServerError
     from serving.engines.clip_base import list_bases
 
-    base = settings.base.vlm
-    vlm: dict[str, Any] = {
-        "base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": [], "problem": "",
+    registered = settings.base.vlm in list_bases(settings.home, "vlm")
+    vlm = {"base": settings.base.vlm, "registered": registered, "replicas": [], "problem": ""}
+    facts: dict[str, Any] = {
+        "vlm": vlm, "replicas": {}, "rollout": {"state": "unknown"}, "catalog": None, "trouble": "",
     }  # fmt: skip
-    rollout: dict[str, Any] = {"state": "unknown"}
-    catalog: dict[str, Any] | None = None
-    replicas: dict[str, dict[str, int]] = {}
-    last_error = ""
     try:
         with operator_client(settings, timeout=3.0) as client:
             status = client.status()
-            catalog, controller = status["catalog"], status["controller"]
-            vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
-            vlm["problem"] = status.get("vlm_problem", "")
-            replicas, last_error = controller["replicas"], controller["trouble"]
     except RatchetError as error:
         if not (isinstance(error, ServerError) and error.status == 0):  # that it does not answer is in its health
-            last_error = f"{error.message} {error.fix}".strip()
-    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog, "trouble": last_error}
+            facts["trouble"] = f"{error.message} {error.fix}".strip()
+        return facts
+    controller = status["controller"]
+    vlm |= {"replicas": controller["vlm"], "problem": status.get("vlm_problem", "")}
+    facts |= {name: controller[name] for name in ("replicas", "rollout", "trouble")}
+    return {**facts, "catalog": status["catalog"]}
 
 
 def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
     """Each deployment of which a replica does not run (yet)."""
-    lines = ""
-    for name, states in sorted(replicas.items()):
-        if set(states) != {"RUNNING"}:
-            lines += f"{name}: {', '.join(f'{count} {state.lower()}' for state, count in sorted(states.items()))}\n"
-    return lines
+    return "".join(
+        f"{name}: {', '.join(f'{count} {state.lower()}' for state, count in sorted(states.items()))}\n"
+        for name, states in sorted(replicas.items())
+        if set(states) != {"RUNNING"}
+    )
 
 
 def rollout_line(rollout: dict[str, Any]) -> str:
@@ -354,11 +342,11 @@ def _outcome(verdict: VerdictRow | None) -> Text:
     """The outcome, which look it is of those that were made, and what it spent of what its candidate may spend."""
     if verdict is None:
         return Text("-")
-    look = verdict.summary.get("look")
-    spent = ""
-    if look is not None:
+    look, spent = verdict.summary.get("look"), ""
+    if look is not None and look["made"]:
         spent = f"\nlook {look['number']}: {look['spent']:.2g} of {look['alpha']:.2g} spent"
-        spent = spent if look["made"] else "\nno look: nothing spent"
+    elif look is not None:
+        spent = "\nno look: nothing spent"
     return Text(f"{verdict.outcome}{spent}", COLOURS.get(verdict.outcome, ""))
 
 

@@ -46,24 +46,24 @@ def parse_since(text: str | None) -> datetime | None:
 
 
 def show_rows(
-    rows: Iterable[Mapping[str, Any]], title: str, as_json: bool = False, *, whole: Sequence[str] = ()
+    rows: Iterable[Mapping[str, Any]], title: str, as_json: bool = False, *, data: Any = None, whole: Sequence[str] = ()
 ) -> None:
-    """Print rows with equal keys as a table, or as a JSON array; ``whole`` is that of :func:`table_of`."""
-    listed = list(rows)
+    """Print rows with equal keys as a table, or as JSON.
+
+    Args:
+        data: for JSON, where it says more than the rows.
+        whole: see :func:`table_of`.
+    """
     if as_json:
-        show_json(listed)
-    elif listed:
+        show_json(list(rows) if data is None else data)
+    elif listed := list(rows):
         Console().print(table_of(listed, title, whole=whole))
     else:
         typer.echo(f"{title}: none")
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], title: str, *, whole: Sequence[str] = ()) -> Table:
-    """A table of rows with equal keys.
-
-    Args:
-        whole: columns that are never broken, so that names can be copied from a narrow terminal.
-    """
+    """A table of rows with equal keys. The columns ``whole`` are never broken: names can be copied."""
     table = Table(title=Text(title) if title else None)
     for name, value in (rows[0] if rows else {}).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -76,7 +76,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str, *, whole: Sequence[s
 
 
 def show_facts(facts: Mapping[str, Any], title: str = "", as_json: bool = False) -> None:
-    """Print what is known of one thing: a line for each fact, or a JSON object."""
+    """Print the facts of one thing: a line for each, or a JSON object."""
     if as_json:
         show_json(facts)
         return

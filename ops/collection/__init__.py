@@ -5,6 +5,6 @@
 """
 
 from ops.collection.collector import Collector
-from ops.collection.plan import CollectionPlan, Item, make_plan
+from ops.collection.plan import CollectionPlan, Item
 
-__all__ = ["CollectionPlan", "Collector", "Item", "make_plan"]
+__all__ = ["CollectionPlan", "Collector", "Item"]

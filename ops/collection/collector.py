@@ -64,12 +64,8 @@ class Collector:
     def _run(self, actor: str, epoch: int) -> CollectionPlan:
         plan, marked = self._mark(actor, epoch)
         adapters = {item.name: item for item in plan.going if item.kind == "adapter"}
-        refused = adapters.keys() - set(marked)
-        going = [
-            item
-            for item in plan.going
-            if item.kind != "adapter" and not (item.kind == "carry-over" and item.name in refused)
-        ]
+        kept = {("carry-over", name) for name in adapters.keys() - set(marked)}
+        going = [item for item in plan.going if item.kind != "adapter" and (item.kind, item.name) not in kept]
         done = CollectionPlan(plan.live, (*(adapters[name] for name in marked), *going))
         for some in _parts(marked):
             self._check(epoch)
@@ -82,8 +78,8 @@ class Collector:
             for item in items:
                 self._delete(item)
         if done.items:
-            detail = done.summary()
-            self.ledger.audit(actor, "collect garbage", "artifacts", {**detail["goes"], "bytes": done.freed})
+            counts = done.summary()["goes"]
+            self.ledger.audit(actor, "collect garbage", "artifacts", {**counts, "bytes": done.freed})
         return done
 
     def _mark(self, actor: str, epoch: int) -> tuple[CollectionPlan, list[str]]:

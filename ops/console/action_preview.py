@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 from urllib.parse import urlencode
 
@@ -22,6 +22,13 @@ NO_SHARE = "Say how many percent of the requests it answers: more than 0 and les
 REQUESTS = "Requests that have begun end under the release that they began with; no request fails or waits."
 OFFERED = 60
 """Releases and adapters that a form offers."""
+Action = Literal["rollback", "release", "promote", "hold", "resume"]
+WORDS: Mapping[Action, tuple[str, str]] = {
+    "rollback": ("Roll back", "Roll back now"), "release": ("Release an adapter", "Release now"),
+    "promote": ("Promote", "Promote now"), "hold": ("Hold updates", "Hold updates"),
+    "resume": ("Resume updates", "Resume"),
+}  # fmt: skip
+"""Title of the dialog, and text of its button."""
 How = Literal["all", "canary", "shadow"]
 """The requests that a release answers: all, a share of them, or none."""
 
@@ -70,31 +77,33 @@ class Choice:
 class ActionPreview:
     """The effect of an action."""
 
-    title: str
-    verb: str
-    """The text of the button."""
-    live: int
-    """The release that is live now: if it is another one when the action arrives, nothing is done."""
     happens: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
     possible: bool = True
+    warnings: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
     """Adapters that the warnings are about. The server wants to be told that just these are meant."""
     targets: tuple[ReleaseRow, ...] = ()
     adapters: Mapping[Family, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     """Choices by family: name and what the gate said."""
+    title: str = ""
+    verb: str = ""
+    live: int = 0
+    """The release that is live now: if it is another one when the action arrives, nothing is done."""
 
 
-def preview(ledger: Ledger, action: str, choice: Choice, resident: Mapping[int, object]) -> ActionPreview:
+def preview(ledger: Ledger, action: Action, choice: Choice, resident: Mapping[int, object]) -> ActionPreview:
     """The plan of one action, from what the ledger has now."""
     live = ledger.live()
     if action == "rollback":
-        return _rollback(ledger, live, choice, resident)
-    if action == "release":
-        return _release(ledger, live, choice)
-    if action == "promote":
-        return _promote(ledger, live)
-    return _hold(ledger, live) if action == "hold" else _resume(ledger, live)
+        made = _rollback(ledger, live, choice, resident)
+    elif action == "release":
+        made = _release(ledger, live, choice)
+    elif action == "promote":
+        made = _promote(ledger, live)
+    else:
+        made = _hold(ledger) if action == "hold" else _resume(ledger, live)
+    title, verb = WORDS[action]
+    return replace(made, title=title, verb=verb, live=live.number if live else 0)
 
 
 def unproven(ledger: Ledger, names: Sequence[str | None]) -> dict[str, str]:
@@ -111,13 +120,11 @@ def unproven(ledger: Ledger, names: Sequence[str | None]) -> dict[str, str]:
 
 
 def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident: Mapping[int, object]) -> ActionPreview:
-    title, verb, number = "Roll back", "Roll back now", live.number if live else 0
     targets = tuple(row for row in ledger.releases(OFFERED) if live is not None and row.number < live.number)
-    families = FAMILIES if choice.family is None else (choice.family,)
     try:
-        target = rollback_target(ledger, families, choice.to)
+        target = rollback_target(ledger, FAMILIES if choice.family is None else (choice.family,), choice.to)
     except RatchetError as error:
-        return ActionPreview(title, verb, number, (error.message,), possible=False, targets=targets)
+        return ActionPreview((error.message,), False, targets=targets)
     assert live is not None
     others = ledger.stable() or live
     wanted = {family: target.get(family, others.adapter(family)) for family in FAMILIES}
@@ -127,39 +134,33 @@ def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident:
         if loaded
         else "Its models are not loaded any more, so it takes as long as a new release. Until then nothing changes."
     )
-    happens = (f"Release {number + 1} is made.", *_moves(live, others, wanted), speed, REQUESTS)
-    possible = not (live.plain and _serves(live, wanted))
-    return ActionPreview(title, verb, number, happens, targets=targets, possible=possible)
+    happens = (f"Release {live.number + 1} is made.", *_moves(live, others, wanted), speed, REQUESTS)
+    return ActionPreview(happens, not (live.plain and _serves(live, wanted)), targets=targets)
 
 
 def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> ActionPreview:
-    number = live.number if live else 0
     said = _said(ledger)
     offered = {
         family: tuple((name, said[name]) for name in said if name.startswith(f"{family}-")) for family in FAMILIES
     }
-    title, verb = "Release an adapter", "Release now"
     if not choice.adapters or live is None:
         first = "Choose an adapter. What you do not name stays as it is."
-        return ActionPreview(title, verb, number, (first,), possible=False, adapters=offered)
+        return ActionPreview((first,), False, adapters=offered)
     named = {family: None if name == BASE else name for family, name in choice.adapters.items()}
     others = ledger.stable() or live
     wanted = {family: named.get(family, others.adapter(family)) for family in FAMILIES}
     warned = unproven(ledger, list(named.values()))
     slow = "Every replica loads it first, and the search index follows; until all are ready nothing changes."
-    happens = (*_answering(choice, number + 1, others.number), *_moves(live, others, wanted), slow, REQUESTS)
-    same = _serves(others, wanted) if live.plain or choice.share != 1 else False
+    happens = (*_answering(choice, live.number + 1, others.number), *_moves(live, others, wanted), slow, REQUESTS)
+    same = (live.plain or choice.share != 1) and _serves(others, wanted)
     same = same or (_serves(live, wanted) and live.share == choice.share)
-    return ActionPreview(
-        title, verb, number, happens, tuple(warned.values()), not same, force=tuple(warned), adapters=offered
-    )
+    return ActionPreview(happens, not same, tuple(warned.values()), tuple(warned), adapters=offered)
 
 
 def _promote(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
-    title, verb, trial = "Promote", "Promote now", on_trial(live)
+    trial = on_trial(live)
     if trial is None:
-        nothing = "No canary and no shadow is live, so nothing can be promoted."
-        return ActionPreview(title, verb, live.number if live else 0, (nothing,), possible=False)
+        return ActionPreview(("No canary and no shadow is live, so nothing can be promoted.",), False)
     wanted = {family: trial.adapter(family) for family in FAMILIES}
     happens = (
         f"Release {trial.number + 1} is made. What release {trial.number} tries "
@@ -168,36 +169,28 @@ def _promote(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
         "Its models are loaded already, so it takes less than a second. The trial is over then.",
         REQUESTS,
     )
-    warnings = unproven(ledger, list(wanted.values()))
-    return ActionPreview(title, verb, trial.number, happens, tuple(warnings.values()))
+    return ActionPreview(happens, warnings=tuple(unproven(ledger, list(wanted.values())).values()))
 
 
-def _hold(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
-    happens: tuple[str, ...] = (
-        "Updates that pass the gate wait until someone resumes.",
-        "Learning and judging go on. You can still release and roll back by hand.",
-    )
-    held = ledger.held()
-    if held is not None:
-        happens = (f"Updates are on hold already, by {held.actor}: {held.reason}",)
-    return ActionPreview("Hold updates", "Hold updates", live.number if live else 0, happens, possible=held is None)
+def _hold(ledger: Ledger) -> ActionPreview:
+    if (held := ledger.held()) is not None:
+        return ActionPreview((f"Updates are on hold already, by {held.actor}: {held.reason}",), False)
+    going_on = "Learning and judging go on. You can still release and roll back by hand."
+    return ActionPreview(("Updates that pass the gate wait until someone resumes.", going_on))
 
 
 def _resume(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
+    held, trial = ledger.held(), on_trial(live)
+    if held is None:
+        return ActionPreview(("Nothing is on hold.",), False)
     waiting = sum(proposal.kind == "update" for proposal in ledger.pending_proposals())
     happens = {
         0: "No update waits now. The next one that passes the gate is released at once.",
         1: "One update waits, and is released at once.",
     }.get(waiting, f"{waiting} updates wait, and are released one after the other.")
-    held = ledger.held()
-    if held is None:
-        return ActionPreview(
-            "Resume updates", "Resume", live.number if live else 0, ("Nothing is on hold.",), possible=False
-        )
-    number, trial = live.number if live else 0, on_trial(live)
     if trial is not None:
         happens = f"Release {trial.number} is on trial. Updates wait until that is over."
-    return ActionPreview("Resume updates", "Resume", number, (f"On hold by {held.actor}: {held.reason}", happens))
+    return ActionPreview((f"On hold by {held.actor}: {held.reason}", happens))
 
 
 def _answering(choice: Choice, number: int, stable: int) -> list[str]:

@@ -48,33 +48,27 @@ STATIC = Path(__file__).parent / "static"
 
 def build_console(settings: Settings) -> FastAPI:
     """The application of one console. It opens its connections with the first request."""
+    console, serve = settings.console, settings.serve
     app = FastAPI(title="Ratchet console", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.data = ConsoleData(settings)
-    app.state.local = settings.console.on_loopback
-    app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
-    app.state.provider = sign_in.provider(settings.console) if settings.console.oidc.enabled else None
-    public = settings.console.public
-    samples = (pictures,) if settings.console.public_samples else ()
-    for page in (*PUBLIC_PAGES, *samples) if public else PAGES:
+    app.state.local = console.on_loopback
+    app.state.provider = sign_in.provider(console) if console.oidc.enabled else None
+    samples = (pictures,) if console.public_samples else ()
+    for page in (*PUBLIC_PAGES, *samples) if console.public else PAGES:
         app.include_router(page.router, dependencies=[Depends(intended)])
     _static(app)
     _errors(app)
-    if public:
+    if console.public:
         app.add_middleware(SharedPages)
-        app.add_middleware(
-            ReadOnly,
-            requests_per_minute=settings.console.public_requests_per_minute,
-            trusted_proxies=settings.serve.trusted_proxies,
-        )
+        per_minute = console.public_requests_per_minute
+        app.add_middleware(ReadOnly, requests_per_minute=per_minute, trusted_proxies=serve.trusted_proxies)
+    sessions = Sessions(settings.operator_key(), console.session_hours)
     app.add_middleware(  # the last one is the outermost: its headers are on every answer
-        SecurityMiddleware,
-        sessions=app.state.sessions,
-        max_body_bytes=settings.serve.max_image_bytes + FORM_BYTES,
-        local=settings.console.on_loopback,
-        names=settings.serve.allowed_hosts,
-    )
-    if settings.console.path_prefix:
-        app.add_middleware(PathPrefix, prefix=settings.console.path_prefix)
+        SecurityMiddleware, sessions=sessions, max_body_bytes=serve.max_image_bytes + FORM_BYTES,
+        local=console.on_loopback, names=serve.allowed_hosts,
+    )  # fmt: skip
+    if console.path_prefix:
+        app.add_middleware(PathPrefix, prefix=console.path_prefix)
     app.middleware_stack = RequestIds(app.build_middleware_stack())  # also around what answers an unexpected error
     return app
 
@@ -91,9 +85,8 @@ def _static(app: FastAPI) -> None:
         return Response("ok", media_type="text/plain")
 
     @app.get("/health/ready")
-    def ready(request: Request) -> Response:
-        data: ConsoleData = request.app.state.data
-        data.live()
+    def ready() -> Response:
+        app.state.data.live()
         return Response("ok", media_type="text/plain")
 
     app.mount("/static", StaticFiles(directory=STATIC))
@@ -113,19 +106,19 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
-        words = {
+        titles = {
             404: "There is no such page",
             405: "This page takes no such request",
             413: "What you sent is too large",
         }
-        title = words.get(error.status_code, "That did not work")
+        title = titles.get(error.status_code, "That did not work")
         return _trouble(request, error.status_code, title, "", "Go back to the overview.")
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        field = str(first["loc"][-1])
-        return _trouble(request, 422, "Something is missing", f"{field}: {first['msg']}.", "Fill it in and try again.")
+        told = f"{first['loc'][-1]}: {first['msg']}."
+        return _trouble(request, 422, "Something is missing", told, "Fill it in and try again.")
 
     @app.exception_handler(RatchetError)
     async def on_known(request: Request, error: RatchetError) -> Response:
@@ -162,13 +155,7 @@ def run_console(settings: Settings) -> None:
     """Serve the console until SIGTERM."""
     console = settings.console
     say(f"console on http://{console.host}:{console.port}")
-    uvicorn.run(
-        build_console(settings),
-        host=console.host,
-        port=console.port,
-        log_config=None,  # that of every other process
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=STOP_SECONDS,
-        limit_concurrency=256,
-    )
+    uvicorn.run(  # without a configuration of the log: that of every other process holds
+        build_console(settings), host=console.host, port=console.port, log_config=None, log_level="warning",
+        server_header=False, timeout_graceful_shutdown=STOP_SECONDS, limit_concurrency=256,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ PATIENCE_SECONDS = 5.0
 ACTION_SECONDS = 900.0
 """A release of a new adapter waits for its catalog."""
 KEPT_PICTURES = 600
+EXAMPLES = 12
 EXAMPLE_ROWS = 20_000
 """A larger store is not looked through for examples: the newest samples of each partition have to do."""
 
@@ -117,11 +119,10 @@ class ConsoleData:
 
     def report_data(self, update_id: str) -> dict[str, Any] | None:
         """A gate report as data; None when it is missing or damaged."""
-        try:
+        with suppress(RatchetError, OSError, ValueError):
             found = json.loads(self.report(update_id, "report.json"))
-        except (RatchetError, OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+            return found if isinstance(found, dict) else None
+        return None
 
     def samples(self, ids: Collection[str]) -> dict[str, dict[str, Any]]:
         """Texts of the samples that the store has of some, by id."""
@@ -156,16 +157,16 @@ class ConsoleData:
         image.save(buffer, "PNG")
         return buffer.getvalue()
 
-    def examples(self, count: int = 12) -> list[dict[str, Any]]:
+    def examples(self) -> list[dict[str, Any]]:
         """Samples to play with, spread over the store; newest data included."""
-        return self.cached("examples", lambda: self._examples(count), seconds=30.0)
+        return self.cached("examples", self._examples, seconds=30.0)
 
-    def _examples(self, count: int) -> list[dict[str, Any]]:
+    def _examples(self) -> list[dict[str, Any]]:
         many = self.store.count() > EXAMPLE_ROWS
         after = {place: next_ - EXAMPLE_ROWS // 20 for place, next_ in self.store.offsets().items()} if many else None
         rows = self.store.scan(columns=["id", "text", "question", "answer", "domain"], after=after)
         total = rows.num_rows
-        places = sorted({int((index + 0.5) * total / count) for index in range(count)}) if total else []
+        places = sorted({int((index + 0.5) * total / EXAMPLES) for index in range(EXAMPLES)}) if total else []
         found: list[dict[str, Any]] = rows.take(pa.array(places, pa.int64())).to_pylist()
         return found
 
@@ -174,9 +175,8 @@ class ConsoleData:
         try:
             return self.cached("stream", self._stream, STREAM_SECONDS)
         except TimeoutError as error:
-            raise StoreUnavailable(
-                f"the sample store {self.store.url} does not answer: {error}.", state="slow"
-            ) from None
+            message = f"the sample store {self.store.url} does not answer: {error}."
+            raise StoreUnavailable(message, state="slow") from None
 
     def learning(self) -> dict[Family, LearningState]:
         """Fresh items and alpha of each model."""
@@ -191,7 +191,7 @@ class ConsoleData:
         return self.ledger.live()
 
 
-def short_texts(rows: Sequence[dict[str, Any]], most: int = 5) -> list[str]:
-    """Short texts of samples, to try a search with."""
-    texts = dict.fromkeys(row["text"].strip() for row in rows if 3 <= len(row["text"].strip()) <= 40)
+def short_texts(rows: Sequence[dict[str, Any]], column: str = "text", most: int = 5, chars: int = 40) -> list[str]:
+    """Short texts of samples, to try a search or a question with, each once."""
+    texts = dict.fromkeys(row[column].strip() for row in rows if 3 <= len(row[column].strip()) <= chars)
     return list(texts)[:most]

@@ -62,42 +62,26 @@ def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) ->
     updates_by_adapter, stable, back = trained(ledger), ledger.stable(), taken_back(ledger, limit)
     names = [row.adapter(family) for row in rows for family in FAMILIES]
     withdrawn, collected = ledger.withdrawn(names), ledger.collected(names)
+
+    def change(family: Family, before: str | None, after: str | None) -> Change:
+        name = after or ""
+        update = updates_by_adapter.get(name)
+        verdict = ledger.verdict_of(update.id) if update else None
+        return Change(family, before, after, update, verdict, withdrawn.get(name, ""), collected.get(name))
+
     entries = []
     for index, row in enumerate(rows[:limit]):
-        older = rows[index + 1] if index + 1 < len(rows) else None
+        older = rows[index + 1] if index + 1 < len(rows) else row  # the first one of all changes nothing
+        pairs = [(family, older.adapter(family), row.adapter(family)) for family in FAMILIES]
+        kind = "initial" if row.proposal_id is None else ledger.proposal(row.proposal_id).kind
         entries.append(
             Entry(
-                row, _kind(ledger, row), _changes(ledger, older, row, updates_by_adapter, withdrawn, collected),
-                live=index == 0, resident=row.number in resident, taken_back=back.get(row.number),
+                row, kind, tuple(change(*pair) for pair in pairs if pair[1] != pair[2]), live=index == 0,
+                resident=row.number in resident, taken_back=back.get(row.number),
                 stable=index > 0 and stable is not None and row.number == stable.number,
             )
         )  # fmt: skip
     return entries
-
-
-def _changes(
-    ledger: Ledger,
-    older: ReleaseRow | None,
-    row: ReleaseRow,
-    updates_by_adapter: Mapping[str, UpdateRow],
-    withdrawn: Mapping[str, str],
-    collected: Mapping[str, datetime],
-) -> tuple[Change, ...]:
-    """The models that differ between two releases."""
-    differences = []
-    for family in FAMILIES:
-        before = older.adapter(family) if older else None
-        after = row.adapter(family)
-        if older is not None and before != after:
-            update = updates_by_adapter.get(after or "")
-            verdict = ledger.verdict_of(update.id) if update else None
-            why, taken = withdrawn.get(after or "", ""), collected.get(after or "")
-            differences.append(Change(family, before, after, update, verdict, why, taken))
-    return tuple(differences)
-
-
-def _kind(ledger: Ledger, row: ReleaseRow) -> str:
-    return "initial" if row.proposal_id is None else ledger.proposal(row.proposal_id).kind
 
 
 def trained(ledger: Ledger) -> dict[str, UpdateRow]:
@@ -105,9 +89,9 @@ def trained(ledger: Ledger) -> dict[str, UpdateRow]:
     return {update.adapter: update for update in reversed(ledger.updates(HISTORY)) if update.adapter}
 
 
-def unreleased(ledger: Ledger, limit: int = 20) -> list[ProposalRow]:
+def unreleased(ledger: Ledger) -> list[ProposalRow]:
     """The newest proposals that wait, or failed."""
-    return [proposal for proposal in ledger.proposals(limit) if proposal.state != "committed"]
+    return [proposal for proposal in ledger.proposals(20) if proposal.state != "committed"]
 
 
 def records(update: UpdateRow) -> int:

@@ -100,20 +100,17 @@ def _serving(plan: CapacityPlan, load: Load, measured: Measured, machine: Machin
     plan.sources.append(machine.source)
     texts = load.texts_per_second + load.searches_per_second
     rates: dict[Kind, float] = {"image": load.images_per_second, "text": texts}
-    encoders = 0.0
+    encoders, size = 0.0, f"of {machine.cores:g} cores"
     for kind, rate in rates.items():
-        if not rate:
-            continue
-        times = fit(machine.cells, kind, MAX_BATCH)
-        count, outcome = encoders_for(times, rate, load.p99_seconds)
-        encoders += count
-        plan.add(
-            f"encoders for {kind}s",
-            count,
-            f"of {machine.cores:g} cores",
-            f"{rate:g}/s: simulated p50 {outcome.p50 * 1000:.0f} ms, p99 {outcome.p99 * 1000:.0f} ms, "
-            f"busy {outcome.busy:.0%}; one does {times.most(MAX_BATCH):.0f}/s at most",
-        )
+        if rate:
+            times = fit(machine.cells, kind, MAX_BATCH)
+            count, outcome = encoders_for(times, rate, load.p99_seconds)
+            encoders += count
+            waits = (
+                f"simulated p50 {outcome.p50 * 1000:.0f} ms, p99 {outcome.p99 * 1000:.0f} ms, busy {outcome.busy:.0%}"
+            )
+            most = f"one does {times.most(MAX_BATCH):.0f}/s at most"
+            plan.add(f"encoders for {kind}s", count, size, f"{rate:g}/s: {waits}; {most}")
     nodes = encoders
     if any(rates.values()):
         plan.sources.append(measured.ingress.source)
@@ -163,9 +160,8 @@ def _searching(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
     scale = max(load.corpus, 1.0) / search.rows
     memory = search.memory_gib * scale
     most = search.searches_per_second / max(1.0, scale)
-    plan.add(
-        "catalog", round(memory, 1), "GiB of memory", f"{load.corpus:,.0f} rows; one replica, {most:,.0f} searches/s"
-    )
+    why = f"{load.corpus:,.0f} rows; one replica, {most:,.0f} searches/s"
+    plan.add("catalog", round(memory, 1), "GiB of memory", why)
     if load.searches_per_second > BUSY * most:
         plan.warnings.append(
             f"searches: one catalog replica answers {most:,.0f} a second among so many rows (their time is counted as "
@@ -175,15 +171,12 @@ def _searching(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
         plan.warnings.append(
             f"catalog: {memory:,.0f} GiB in one process. `catalog.cache_gib` bounds it, by coarser codes."
         )
-    rate = min(max_rate(machine), search.catalog_rows_per_second)
+    own = fit(machine.cells, "image", MAX_BATCH).most(MAX_BATCH, MAX_BATCH)  # of an encoder that does nothing else
+    rate = min(own, search.catalog_rows_per_second)
     hours = load.corpus / rate / 3600
     needed = math.ceil(hours / load.backfill_hours)
-    plan.add(
-        "encoders for a backfill",
-        needed,
-        f"of {machine.cores:g} cores",
-        f"{load.corpus:,.0f} images at {rate:.0f}/s each in {load.backfill_hours:g} h; requests come first",
-    )
+    why = f"{load.corpus:,.0f} images at {rate:.0f}/s each in {load.backfill_hours:g} h; requests come first"
+    plan.add("encoders for a backfill", needed, f"of {machine.cores:g} cores", why)
     least_hours = load.corpus / search.catalog_rows_per_second / 3600
     if least_hours > load.backfill_hours:
         plan.warnings.append(
@@ -191,12 +184,6 @@ def _searching(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
             "h at least. A recipe of the text tower alone needs none."
         )
     return max(0.0, needed - encoders)
-
-
-def max_rate(machine: Machine) -> float:
-    """Images a second of one encoder that has nothing else to do."""
-    times = fit(machine.cells, "image", MAX_BATCH)
-    return times.most(MAX_BATCH, MAX_BATCH)
 
 
 def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine) -> float:
@@ -212,20 +199,12 @@ def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
         one *= math.exp(sizes[-1] - size)  # decoding goes with the bytes
     peak = INGEST_PEAK * load.stream_per_day / 86_400
     workers = math.ceil(peak / (BUSY * one))
-    plan.add(
-        "ingest workers",
-        workers,
-        f"of {machine.cores:g} cores",
-        f"{peak:,.0f} records/s in the busiest hour ({INGEST_PEAK:g} x the mean), one does {one:,.0f}",
-    )
+    why = f"{peak:,.0f} records/s in the busiest hour ({INGEST_PEAK:g} x the mean), one does {one:,.0f}"
+    plan.add("ingest workers", workers, f"of {machine.cores:g} cores", why)
     plan.add("partitions", 2 * workers, "", "two for each worker: room to double")
     stored = load.stream_per_day * load.image_kb * KIB / GIB
-    plan.add(
-        "lake",
-        round(stored, 1),
-        "GiB a day",
-        f"and {ingest.written_per_byte:g} x as much written, by commits and maintenance",
-    )
+    why = f"and {ingest.written_per_byte:g} x as much written, by commits and maintenance"
+    plan.add("lake", round(stored, 1), "GiB a day", why)
     return workers
 
 
@@ -238,12 +217,8 @@ def _learning(plan: CapacityPlan, load: Load, measured: Measured) -> int:
     a_day = 86_400 / learning.seconds_per_update * learning.pairs_per_update
     arrived = load.stream_per_day
     seen = min(1.0, a_day / arrived)
-    plan.add(
-        "updaters",
-        1,
-        f"with {learning.memory_gib:g} GiB",
-        f"visits {min(a_day, arrived):,.0f} of {arrived:,.0f} pairs a day ({seen:.0%})",
-    )
+    why = f"visits {min(a_day, arrived):,.0f} of {arrived:,.0f} pairs a day ({seen:.0%})"
+    plan.add("updaters", 1, f"with {learning.memory_gib:g} GiB", why)
     if seen < 1:
         factor = arrived / a_day
         plan.warnings.append(

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import lance
 
@@ -87,9 +87,7 @@ class Report:
             values = json.loads(data)
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']}, not {FORMAT}")
-            return cls(
-                **values | {"ledger": File(**values["ledger"]), "missing": tuple(values["missing"])},
-            )
+            return cls(**values | {"ledger": File(**values["ledger"]), "missing": tuple(values["missing"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"this is no backup that this version can read: {error}.", "Name another one.") from None
 
@@ -212,20 +210,22 @@ def version_files(lake: Place, name: str, versions: dict[int, list[str]]) -> dic
         StoreUnavailable: one is not complete any more, or the lake is away.
     """
     listed = lake.files(name)
+    inside = [path.removeprefix(f"{name}/") for path in listed]
     wanted: list[str] = []
     manifests: list[str] = []
     for version, pins in versions.items():
+        folders = [f"_transactions/{version - 1}-"]
         try:
             dataset = lance.dataset(f"{lake.url.rstrip('/')}/{name}", version=version)
-            wanted += _data_files(dataset)
-            segments = [segment for index in dataset.describe_indices() for segment in index.segments]
-            folders = [f"_indices/{segment.uuid}/" for segment in segments]
+            for fragment in dataset.get_fragments():
+                wanted += [f"data/{file.path}" for file in fragment.data_files()]
+                wanted += filter(None, [fragment.deletion_file()])
+            folders += [f"_indices/{each.uuid}/" for index in dataset.describe_indices() for each in index.segments]
         except (ValueError, OSError) as error:
             raise StoreUnavailable(f"{name} cannot be read now: {error}", "Try again.") from error
-        folders.append(f"_transactions/{version - 1}-")
-        inside = [path.removeprefix(f"{name}/") for path in listed]
         wanted += [path for path in inside if path.startswith(tuple(folders))]
-        manifests.append(_manifest(inside, version))
+        by_distance, by_number = (f"_versions/{n}.manifest" for n in (f"{LAST_VERSION - version:020}", version))
+        manifests.append(by_number if by_number in inside else by_distance)
         manifests += [f"_refs/tags/{pin}.json" for pin in pins]
     paths = [f"{name}/{path}" for path in dict.fromkeys([*wanted, *manifests])]
     missing = [path for path in paths if path not in listed]
@@ -234,34 +234,16 @@ def version_files(lake: Place, name: str, versions: dict[int, list[str]]) -> dic
     return {path: listed[path] for path in paths}
 
 
-def _data_files(dataset: Any) -> list[str]:
-    paths: list[str] = []
-    for fragment in dataset.get_fragments():
-        paths += [f"data/{file.path}" for file in fragment.data_files()]
-        deleted = fragment.deletion_file()
-        paths += [deleted] if deleted else []
-    return paths
-
-
-def _manifest(inside: list[str], version: int) -> str:
-    names = (f"_versions/{LAST_VERSION - version:020}.manifest", f"_versions/{version}.manifest")
-    return next((name for name in names if name in inside), names[0])
-
-
 def _copy_dataset(lake: Place, name: str, versions: dict[int, list[str]], target: Place) -> list[File]:
     """Copy a data set. Where no version is pinned, files may be cleaned up meanwhile: then take the next version."""
-    for attempt in range(TRIES):
+    for tries_left in reversed(range(TRIES)):
         try:
-            files = version_files(lake, name, versions or {_newest(lake, name): []})
-            return _copy_files(lake, files, target, "lake")
+            chosen = versions or {int(lance.dataset(f"{lake.url.rstrip('/')}/{name}").version): []}
+            return _copy_files(lake, version_files(lake, name, chosen), target, "lake")
         except StoreUnavailable:
-            if attempt == TRIES - 1:
+            if not tries_left:
                 raise
     raise AssertionError  # unreachable
-
-
-def _newest(lake: Place, name: str) -> int:
-    return int(lance.dataset(f"{lake.url.rstrip('/')}/{name}").version)
 
 
 def _copy_files(source: Place, files: Mapping[str, int], target: Place, folder: str) -> list[File]:
@@ -284,9 +266,7 @@ def _copy_files(source: Place, files: Mapping[str, int], target: Place, folder: 
 
 def _never_changes(name: str) -> bool:
     parts = name.split("/")
-    if parts[0] == "artifacts":
-        return parts[1] in DIRECTORIES
-    return "_refs" not in parts
+    return parts[1] in DIRECTORIES if parts[0] == "artifacts" else "_refs" not in parts
 
 
 def _warn(settings: Settings, files: list[File], missing: tuple[str, ...]) -> None:
@@ -294,6 +274,4 @@ def _warn(settings: Settings, files: list[File], missing: tuple[str, ...]) -> No
         say(f"backup: the ledger names {len(missing)} adapters that the artifacts lack: {', '.join(missing[:10])}")
     pushed = {file.name.split("/")[2] for file in files if file.name.startswith("artifacts/bases/")}
     for name in sorted({settings.base.clip, settings.base.vlm} - {"", *pushed}):
-        say(
-            f"backup: base {name!r} is not among the artifacts and not in this backup; `ratchet base push {name}` first"
-        )
+        say(f"backup: base {name!r} is in neither the artifacts nor this backup: `ratchet base push {name}` first")

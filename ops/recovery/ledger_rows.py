@@ -47,10 +47,8 @@ def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
     try:
         if database.engine.dialect.name == "sqlite":
             target = folder / SQLITE
-            with (
-                closing(sqlite3.connect(str(make_url(url).database))) as source,
-                closing(sqlite3.connect(target)) as to,
-            ):
+            path = str(make_url(url).database)
+            with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as to:
                 source.backup(to)  # in one step, which in WAL mode holds up no writer
             with _sqlite(target) as connection:
                 return target, _revision(connection)
@@ -179,14 +177,12 @@ def _together(rows: Iterable[Row]) -> Iterator[tuple[str, list[dict[str, Any]]]]
 
 
 def _typed(table: Table, row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: datetime.fromisoformat(value)
-        if isinstance(value, str) and table.c[name].type.python_type is datetime
-        else _utc(value)
-        if isinstance(value, datetime)
-        else value
-        for name, value in row.items()
-    }
+    def typed(name: str, value: Any) -> Any:
+        if isinstance(value, str) and table.c[name].type.python_type is datetime:
+            return datetime.fromisoformat(value)
+        return _utc(value) if isinstance(value, datetime) else value
+
+    return {name: typed(name, value) for name, value in row.items()}
 
 
 def _lock(connection: Connection) -> None:

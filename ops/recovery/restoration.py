@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
@@ -39,11 +39,17 @@ def restore(settings: Settings, url: str, actor: str) -> Report:
         LedgerError: the ledger is away, or the backup is of a later version of Ratchet.
     """
     source = Place(url)
-    report = _report(source)
+    try:
+        report = Report.parse(source.read(SUMMARY))
+    except FileNotFoundError:
+        message = f"{source.url} has no complete backup: {SUMMARY} is not there."
+        raise ConfigError(message, "Name the folder that `ratchet admin backup` wrote.") from None
     targets = {"artifacts": Place(settings.artifacts), "lake": Place(settings.lake)}
     _claim(settings, targets, report)
     if is_empty(settings.ledger):
-        files = _files(source, report)
+        listed = source.read(FILES)
+        check(FILES, digest_bytes(listed), report.files_digest)
+        files = [File(*values) for values in json.loads(gzip.decompress(listed))]
         _restore_lake(source, [file for file in files if file.name.startswith("lake/")], targets["lake"])
         artifacts = Artifacts(settings.artifacts)
         _restore_artifacts(source, [file for file in files if file.name.startswith("artifacts/")], artifacts)
@@ -51,16 +57,6 @@ def restore(settings: Settings, url: str, actor: str) -> Report:
     for target in targets.values():
         target.delete(BEGUN)
     return report
-
-
-def _report(source: Place) -> Report:
-    try:
-        return Report.parse(source.read(SUMMARY))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{source.url} has no complete backup: {SUMMARY} is not there.",
-            "Name the folder that `ratchet admin backup` wrote.",
-        ) from None
 
 
 def _claim(settings: Settings, targets: dict[str, Place], report: Report) -> None:
@@ -87,17 +83,8 @@ def _begun(what: str, target: Place, report: Report) -> bool:
 
 def _is_restored(settings: Settings, report: Report) -> bool:
     """True if the ledger was filled from this backup: then only the marks are left to remove."""
-    ledger = Ledger.open(settings.ledger)
-    try:
+    with closing(Ledger.open(settings.ledger)) as ledger:
         return bool(ledger.audit_rows(1, subject=f"restore {report.id}"))
-    finally:
-        ledger.close()
-
-
-def _files(source: Place, report: Report) -> list[File]:
-    listed = source.read(FILES)
-    check(FILES, digest_bytes(listed), report.files_digest)
-    return [File(*values) for values in json.loads(gzip.decompress(listed))]
 
 
 def _restore_lake(source: Place, files: list[File], lake: Place) -> None:

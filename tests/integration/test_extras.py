@@ -21,17 +21,13 @@ new = ["ftfy>=999,<1000"]
 [tool.uv]
 override-dependencies = ["ftfy>=6"]
 """
+OLDEST, *BETWEEN, NEWEST = extras.VERSIONS
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("version", extras.VERSIONS)
-def test_each_extra_resolves_from_pypi_in_a_clone(version: str) -> None:
+@pytest.mark.parametrize("version", [OLDEST, *(pytest.param(each, marks=pytest.mark.long) for each in BETWEEN), NEWEST])
+def test_each_extra_resolves_from_pypi_in_a_clone_and_from_the_wheel(version: str) -> None:
     assert extras.unresolved(extras.extras(), version) == {}
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("version", extras.VERSIONS)
-def test_each_extra_of_the_wheel_resolves_from_pypi(version: str) -> None:
     names = [name for name in extras.extras() if name not in extras.IN_A_CLONE]
     assert extras.unresolved(names, version, clone=False) == {}
 

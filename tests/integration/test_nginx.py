@@ -13,7 +13,7 @@ from core.addresses import free_port
 from core.settings import Settings
 from tests.support.console_server import console_server
 from tests.support.nginx import BINARY, documented, nginx
-from tests.unit.console.test_behind_a_proxy import Links
+from tests.unit.console.test_security import Links
 
 pytestmark = [
     pytest.mark.integration,
@@ -24,19 +24,9 @@ pytestmark = [
 
 @pytest.fixture(params=["loopback", "world"])
 def console(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Settings, int]]:
-    port = free_port()
-    settings = Settings.model_validate(
-        {
-            "home": tmp_path,
-            "base": {"vlm": ""},
-            "serve": {"port": 1},
-            "console": {
-                "port": port,
-                "host": "127.0.0.1" if request.param == "loopback" else "0.0.0.0",
-                "path_prefix": "/ratchet",
-            },
-        }
-    )
+    port, host = free_port(), "127.0.0.1" if request.param == "loopback" else "0.0.0.0"
+    own = {"port": port, "host": host, "path_prefix": "/ratchet"}
+    settings = Settings.model_validate({"home": tmp_path, "base": {"vlm": ""}, "serve": {"port": 1}, "console": own})
     with console_server(settings):
         yield settings, port
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -62,26 +64,10 @@ class UpdateSummary:
         return "trained_by" in self.update.cost
 
     @property
-    def train_gflops(self) -> float:
-        """Memory-adjusted compute of training; none for a further look at a candidate that was trained before."""
-        if self.again:
-            return 0.0
-        return float(self.update.cost.get("gflops_spent") or 0.0)
-
-    @property
-    def gate_gflops(self) -> float:
-        """Compute of judging it."""
-        return float(self.update.cost.get("gate_gflops") or 0.0)
-
-    @property
-    def train_seconds(self) -> float:
-        """Time of training it; see :attr:`train_gflops`."""
-        return 0.0 if self.again else float(self.update.cost.get("seconds") or 0.0)
-
-    @property
-    def gate_seconds(self) -> float:
-        """Time of judging it."""
-        return float(self.update.cost.get("gate_seconds") or 0.0)
+    def cost(self) -> dict[str, Any]:
+        """The update's cost; that of the gate alone for a further look at a candidate that was trained before."""
+        cost = self.update.cost
+        return {name: value for name, value in cost.items() if name.startswith("gate_")} if self.again else cost
 
     @property
     def look(self) -> str:
@@ -95,19 +81,16 @@ class UpdateSummary:
     @property
     def best_gain(self) -> tuple[str, float] | None:
         """The gain suite that won most, and by how much."""
-        return self._extreme("gain", max)
+        return max(self._differences("gain"), key=itemgetter(1), default=None)
 
     @property
     def worst_loss(self) -> tuple[str, float] | None:
         """The retention suite that changed least for the good, and by how much."""
-        return self._extreme("retention", min)
+        return min(self._differences("retention"), key=itemgetter(1), default=None)
 
-    def _extreme(self, role: str, choose: Callable[..., tuple[str, float]]) -> tuple[str, float] | None:
+    def _differences(self, role: str) -> list[tuple[str, float]]:
         suites = self.verdict.summary.get("suites", {}) if self.verdict else {}
-        differences = [(name, float(suite["difference"])) for name, suite in suites.items() if suite["role"] == role]
-        if not differences:
-            return None
-        return choose(differences, key=lambda pair: pair[1])
+        return [(name, float(suite["difference"])) for name, suite in suites.items() if suite["role"] == role]
 
 
 @dataclass(frozen=True)
@@ -139,12 +122,15 @@ def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> dict[
     """The sums over updates that began at ``since`` or later; over all of ``rows`` where it is None. Training is in
     memory-adjusted GFLOPs, as the budget counts; the gate in plain GFLOPs.
     """
-    chosen = [row for row in rows if since is None or row.update.created_at >= since]
-    names = ("train_gflops", "train_seconds", "gate_gflops", "gate_seconds")
+    chosen = [row.cost for row in rows if since is None or row.update.created_at >= since]
+    names = {
+        "train_gflops": "gflops_spent", "train_seconds": "seconds", "gate_gflops": "gate_gflops",
+        "gate_seconds": "gate_seconds",
+    }  # fmt: skip
     return {
-        "updates": sum(row.train_gflops > 0 for row in chosen),
-        "gate_runs": sum(bool(row.gate_seconds or row.gate_gflops) for row in chosen),
-        **{name: sum(getattr(row, name) for row in chosen) for name in names},
+        "updates": sum(bool(cost.get("gflops_spent")) for cost in chosen),
+        "gate_runs": sum(bool(cost.get("gate_seconds") or cost.get("gate_gflops")) for cost in chosen),
+        **{name: sum(float(cost.get(key) or 0.0) for cost in chosen) for name, key in names.items()},
     }
 
 

@@ -13,10 +13,9 @@ from core.digests import digest12
 from core.ledger import Family, ReleaseRow
 from core.settings import Settings
 from ops.console.request_context import Reader
-from ops.console.timeline import FAMILIES, NAMES
+from ops.console.timeline import NAMES
 
 router = APIRouter()
-DEPLOYMENTS: Mapping[Family, str] = {"clip": "Encoder", "vlm": "Vlm"}
 
 
 @router.get("/models")
@@ -61,24 +60,20 @@ def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, set
     """
     controller = {} if status is None else status["controller"]
     serve = settings.serve
+    asked: tuple[tuple[Family, str, str, str, str], ...] = (
+        ("clip", settings.base.clip, "encoders", "Encoder",
+         f"serve.engine {serve.engine}, serve.precision {serve.precision}"),
+        ("vlm", settings.base.vlm, "vlm", "Vlm", f"serve.vlm_engine {serve.vlm_engine}"),
+    )  # fmt: skip
     made: list[ServedModel] = []
-    for family in FAMILIES:
-        name = settings.base.clip if family == "clip" else settings.base.vlm
-        if not name:
-            continue
-        rows = controller.get("encoders" if family == "clip" else "vlm", [])
-        digests = sorted({digest12(row["base_digest"]) for row in rows if row.get("base_digest")})
-        parts = ("engine", "precision", "device")
-        engines = dict.fromkeys(" ".join(str(row[part]) for part in parts if row.get(part)) for row in rows)
-        clip_setting = f"serve.engine {serve.engine}, serve.precision {serve.precision}"
-        made.append(
-            ServedModel(
-                family=family,
-                base=f"{name} ({', '.join(digests)})" if digests else name,
-                adapter=None if live is None else live.adapter(family),
-                engines=tuple(engines),
-                setting=clip_setting if family == "clip" else f"serve.vlm_engine {serve.vlm_engine}",
-                replicas=controller.get("replicas", {}).get(DEPLOYMENTS[family], {}),
-            )
-        )
+    for family, name, key, deployment, setting in asked:
+        if name:
+            rows = controller.get(key, [])
+            digests = sorted({digest12(row["base_digest"]) for row in rows if row.get("base_digest")})
+            parts = ("engine", "precision", "device")
+            engines = dict.fromkeys(" ".join(str(row[part]) for part in parts if row.get(part)) for row in rows)
+            base = f"{name} ({', '.join(digests)})" if digests else name
+            adapter = live.adapter(family) if live else None
+            replicas = controller.get("replicas", {}).get(deployment, {})
+            made.append(ServedModel(family, base, adapter, tuple(engines), setting, replicas))
     return made

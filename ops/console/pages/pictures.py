@@ -66,9 +66,9 @@ def readable(context: RequestContext, picture: bytes) -> bytes:
     return picture
 
 
-def inline(context: RequestContext, picture: bytes, size: int = 192) -> str:
+def inline(context: RequestContext, picture: bytes) -> str:
     """A picture as it goes into the page, drawn again."""
-    png = context.data.draw(picture, size) or b""
+    png = context.data.draw(picture, 96) or b""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 

@@ -5,7 +5,7 @@ releases the same at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Annotated, Any
@@ -34,10 +34,10 @@ Text = Annotated[str, Form(max_length=2000)]
 def playground(context: Reader) -> Response:
     """The page."""
     examples = context.data.examples()
-    questions = list(dict.fromkeys(row["question"] for row in examples if 3 <= len(row["question"]) <= 60))[:4]
     return context.page(
-        "playground.html", "Playground", examples=examples, texts=short_texts(examples), questions=questions,
-        labels=LABELS, away=context.data.status() is None, vlm=bool(context.data.settings.base.vlm),
+        "playground.html", "Playground", examples=examples, texts=short_texts(examples),
+        questions=short_texts(examples, "question", 4, 60), labels=LABELS, away=context.data.status() is None,
+        vlm=bool(context.data.settings.base.vlm),
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
     body = {"images": [data_uri(picture)], "labels": names, "templates": TEMPLATES}
     found = ask_server(context, lambda client: client.post("/v1/classify", body))
     shares = sorted(found["data"][0]["probabilities"].items(), key=lambda pair: -pair[1])
-    return context.part("shares.html", shares=shares, model=found["model"], picture=inline(context, picture, 96))
+    return context.part("shares.html", shares=shares, model=found["model"], picture=inline(context, picture))
 
 
 @router.post("/playground/ask")
@@ -75,7 +75,7 @@ def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
     if not question.strip():
         raise ErrorPage(400, "Ask a question", "", "For example: what is this?")
     found = ask_server(context, lambda client: client.vqa(picture, question.strip()))
-    return context.part("answer.html", found=found, question=question.strip(), picture=inline(context, picture, 96))
+    return context.part("answer.html", found=found, question=question.strip(), picture=inline(context, picture))
 
 
 def listed(labels: str) -> list[str]:
@@ -146,36 +146,32 @@ def compared(
     resident = context.data.resident_releases(fresh=True)
     if context.data.status() is None:
         raise away()
-    gone = [number for number in (left, right) if number not in resident]
-    if gone:
-        raise ErrorPage(
-            409,
-            f"Release {gone[0]} is not loaded any more",
-            "Only the newest releases can be asked.",
-            "Reload the page.",
-        )
+    for number in (left, right):
+        if number not in resident:
+            title = f"Release {number} is not loaded any more"
+            raise ErrorPage(409, title, "Only the newest releases can be asked.", "Reload the page.")
     sides = [Side(number, resident[number]) for number in (left, right)]
     names = listed(labels)
     vlm = question.strip() if context.data.settings.base.vlm else ""
     with context.client(ASK_SECONDS) as client, ThreadPoolExecutor(4) as pool:
-        asks = [each for side in sides for each in _asks(client, side, picture, text.strip(), names, vlm)]
-        running: list[tuple[Side, Future[None]]] = [(side, pool.submit(ask)) for side, ask in asks]
-    for side, done in running:
+        asked = [
+            (side, pool.submit(ask)) for side in sides for ask in _asks(client, side, picture, text.strip(), names, vlm)
+        ]
+    for side, done in asked:
         error = done.exception()
         if isinstance(error, RatchetError):
             side.trouble.append(error.message)
         elif error is not None:
             raise error
-    return context.part(
-        "compared.html", sides=sides, text=text.strip(),
-        picture=inline(context, picture) if picture is not None else "",
-        question=vlm if picture is not None else "", same=_same(sides),
-    )  # fmt: skip
+    keys = {"CLIP": "adapter", "VLM": "vlm"}
+    same = [name for name, key in keys.items() if sides[0].row.get(key) == sides[1].row.get(key)]  # equal answers
+    question = vlm if picture is not None else ""
+    return context.part("compared.html", sides=sides, text=text.strip(), question=question, same=same)
 
 
 def _asks(
     client: Client, side: Side, picture: bytes | None, text: str, labels: list[str], question: str
-) -> list[tuple[Side, Callable[[], None]]]:
+) -> list[Callable[[], None]]:
     """Calls to one side; each writes its result there."""
     clip, vlm = f"clip@{side.number}", f"vlm@{side.number}"
 
@@ -197,11 +193,4 @@ def _asks(
         calls += [similarity] if text else []
         calls += [shares] if len(labels) > 1 else []
         calls += [answer] if question else []
-    return [(side, call) for call in calls]
-
-
-def _same(sides: list[Side]) -> list[str]:
-    """Models that both releases share: there the answers are equal by construction."""
-    one, other = (side.row for side in sides)
-    pairs = (("CLIP", "adapter"), ("VLM", "vlm"))
-    return [name for name, key in pairs if one.get(key) == other.get(key)]
+    return calls

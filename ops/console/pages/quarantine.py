@@ -11,7 +11,6 @@ from fastapi.responses import Response
 from core.errors import AlreadyResubmitted, RatchetError, UnknownRecord
 from ops.console.pages.pictures import drawn
 from ops.console.request_context import ErrorPage, Operator, Reader, RequestContext
-from ratchet_client.encoding import Encoded
 from ratchet_client.records import Reason
 from streams.ingest.resubmit import list_quarantine, quarantined, resubmit
 from streams.records.codecs import glimpse
@@ -66,8 +65,7 @@ def quarantine(
 @router.get("/quarantine/{place}/picture")
 def picture(context: Reader, place: str) -> Response:
     """The picture of a refused record, as far as it can be seen."""
-    record = _record(context, place)
-    image, _ = glimpse(record.value, record.headers, max_image_bytes=context.data.settings.ingest.max_image_bytes)
+    _, image, _ = _record(context, place)
     return drawn(context.data.draw(image, 192) if image else None)
 
 
@@ -83,15 +81,9 @@ def again(context: Operator, place: str, reason: Why = "", force: Annotated[bool
     if not reason.strip():
         return _shown(context, place, wrong="Say why: it is kept in the audit log.", status=400)
     assert context.principal is not None
+    data, actor = context.data, context.principal.actor()
     try:
-        delivery = resubmit(
-            context.data.settings,
-            context.data.ledger,
-            place,
-            actor=context.principal.actor(),
-            reason=reason.strip(),
-            force=force,
-        )
+        delivery = resubmit(data.settings, data.ledger, place, actor=actor, reason=reason.strip(), force=force)
     except UnknownRecord as error:
         raise ErrorPage(404, "There is no such record", error.message, error.fix) from None
     except AlreadyResubmitted as error:
@@ -104,18 +96,20 @@ def again(context: Operator, place: str, reason: Why = "", force: Annotated[bool
 def _shown(
     context: RequestContext, place: str, *, wrong: str = "", force: bool = False, typed: str = "", status: int = 200
 ) -> Response:
-    record = _record(context, place)
-    _, texts = glimpse(record.value, record.headers, max_image_bytes=context.data.settings.ingest.max_image_bytes)
+    size, _, texts = _record(context, place)
     before = context.data.ledger.resubmissions([place]).get(place)
-    size = len(record.value or b"")
     return context.dialog(
         "record.html", "A refused record", status, place=place, texts=texts, size=size, before=before, wrong=wrong,
         force=force or before is not None, typed=typed,
     )  # fmt: skip
 
 
-def _record(context: RequestContext, place: str) -> Encoded:
+def _record(context: RequestContext, place: str) -> tuple[int, bytes | None, dict[str, str]]:
+    """Size in bytes, picture and texts of a record."""
+    settings = context.data.settings
     try:
-        return quarantined(context.data.settings, place)
+        record = quarantined(settings, place)
     except UnknownRecord as error:
         raise ErrorPage(404, "There is no such record", error.message, "See the list.") from None
+    image, texts = glimpse(record.value, record.headers, max_image_bytes=settings.ingest.max_image_bytes)
+    return len(record.value or b""), image, texts

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Form, Query
 from fastapi.responses import Response
 
 from ops.console import action_preview
-from ops.console.action_preview import BASE, NO_SHARE, ActionPreview, Choice, How
+from ops.console.action_preview import BASE, NO_SHARE, Action, Choice, How
 from ops.console.data import ACTION_SECONDS
 from ops.console.request_context import Operator, Reader, RequestContext
 from ops.console.timeline import on_trial, timeline, unreleased, watching
@@ -16,7 +16,6 @@ from ratchet_client import Client, Conflict, ServerError
 from serving.releases.leadership import clip_bases
 
 router = APIRouter()
-Action = Literal["rollback", "release", "promote", "hold", "resume"]
 PAGE = 30
 MOST = 500
 Name = Annotated[str, Form(max_length=64)]
@@ -75,9 +74,8 @@ def act(
     if action == "release" and choice.share is None:
         return _asked(context, action, choice, wrong=NO_SHARE, typed=reason, status=400)
     named = [name for name in choice.adapters.values() if name != BASE]
-    meant = bool(force) and set(action_preview.unproven(context.data.ledger, named)) <= set(
-        force.split()
-    )  # warned of just these
+    warned = set(force.split())
+    meant = bool(warned) and set(action_preview.unproven(context.data.ledger, named)) <= warned
     try:
         with context.client(ACTION_SECONDS) as client:
             made = _do(client, action, choice, reason, expected_live, meant)
@@ -96,23 +94,15 @@ def act(
 
 
 def _asked(
-    context: RequestContext, action: str, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200
+    context: RequestContext, action: Action, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200
 ) -> Response:
     picking = context.request.headers.get("hx-trigger", "").startswith("pick-")  # then the place in the form is kept
-    preview: ActionPreview = action_preview.preview(
-        context.data.ledger, action, choice, context.data.resident_releases(fresh=True)
-    )
+    resident = context.data.resident_releases(fresh=True)
+    preview = action_preview.preview(context.data.ledger, action, choice, resident)
     return context.dialog(
-        "action.html",
-        preview.title,
-        status,
-        preview=preview,
-        choice=choice,
-        action=action,
-        wrong=wrong,
-        typed=typed,
+        "action.html", preview.title, status, preview=preview, choice=choice, action=action, wrong=wrong, typed=typed,
         picking=picking,
-    )
+    )  # fmt: skip
 
 
 def _do(

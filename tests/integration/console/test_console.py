@@ -12,26 +12,14 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
 from core.addresses import free_port
+from ops.console import public
+from ops.console.request_context import NAV
 from tests.integration.console.conftest import Place
 from tests.support.browser import PHONE, console, serious
 from tests.support.kafka import picture, produce, records_seen, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-PAGES = (
-    "/",
-    "/playground",
-    "/compare",
-    "/releases",
-    "/models",
-    "/gate",
-    "/stream",
-    "/quarantine",
-    "/budget",
-    "/audit",
-    "/audit/deletions",
-    "/tour",
-    "/sign-in",
-)
+PAGES = (*(link for link, _ in NAV), "/audit/deletions", "/tour", "/sign-in")
 
 
 def open_dialog(page: Page, words: str) -> None:
@@ -112,7 +100,7 @@ def test_a_public_screen_shows_what_comes_and_has_nothing_to_press_but_pause(
     config.write_text(yaml.safe_dump(own))
     with console(config, f"http://127.0.0.1:{port}", tmp_path / "public.log") as url:
         visitor.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-        for path in ("/", "/releases", "/models", "/gate", "/stream", "/budget"):
+        for path in public.PAGES:
             visitor.goto(f"{url}{path}")
             assert visitor.get_by_role("button").all_inner_texts() == ["Pause updates"], path
             found = Axe().run(visitor, options={"resultTypes": ["violations"]}).response["violations"]
@@ -300,21 +288,3 @@ def test_every_page_fits_a_phone(ana: Page) -> None:
         ana.goto(path)
         wide[path] = ana.evaluate("document.documentElement.scrollWidth")
     assert wide == dict.fromkeys(PAGES, PHONE["width"])
-
-
-def test_when_the_server_is_away_each_page_says_so_and_shows_the_rest(ana: Page, place: Place) -> None:
-    live = place.live
-    ana.goto("/releases")
-    open_dialog(ana, "Roll back…")
-    place.server.kill_everything()
-    confirm(ana, "is it there?", "Roll back now")
-    said(ana, "does not answer")
-    ana.goto("/")
-    expect(ana.get_by_role("main")).to_contain_text("The model server does not answer")
-    expect(ana.get_by_role("main")).to_contain_text(f"Release {live}")
-    ana.goto("/playground")
-    expect(ana.get_by_role("alert").first).to_contain_text("does not answer")
-    assert ana.get_by_role("radio").first.locator("+ img").evaluate("image => image.decode().then(() => true)")
-    ana.get_by_label("Find pictures with words").fill("cats")
-    ana.get_by_role("button", name="Search").click()
-    expect(ana.locator("#found")).to_contain_text("does not answer")

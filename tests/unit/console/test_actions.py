@@ -1,32 +1,172 @@
-"""Forms of operators without a server or a broker: what they ask, and that nothing is lost when something is away."""
+"""Forms of operators without a server or a broker: an action says what it will do before it does it, what it cannot do
+it does not offer, and nothing is lost when something is away.
+"""
 
 from __future__ import annotations
 
+import html
 import json
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
+from core.ledger.collection import COLLECT_LEASE
+from ops.console.action_preview import NO_SHARE, Action, ActionPreview, Choice, preview
+from ops.console.data import ConsoleData
+from ops.console.timeline import timeline, watching
+from ratchet_client import Client
+from ratchet_client.calls import Call
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
-from tests.unit.console.test_pages import settings
+from tests.support.samples import refusal
+from tests.support.story import Story, seen, tell, withdraw
+from tests.unit.console.conftest import PARTIAL, release, settings, signed_in, text
 
-PARTIAL = {"hx-request": "true", "hx-target": "dialog"}
-
-
-@pytest.fixture(autouse=True)
-def _released(ledger: Ledger) -> None:
-    ledger.commit_release(1, clip=None, vlm=None, actor="controller", reason="first start", proposal_id=None)
-    ledger.commit_release(2, clip="clip-a", vlm=None, actor="updater", reason="passed", proposal_id=None)
+ACTIONS = ("rollback", "release", "promote", "hold", "resume")
+Sent = list[tuple[str, dict[str, Any]]]
 
 
-@pytest.mark.parametrize(
-    "action", ["rollback", "rollback?to=1&family=clip", "release?clip=base", "promote", "hold", "resume"]
-)
+@pytest.fixture
+def released(ledger: Ledger) -> None:
+    """Release 1 serves the base, 2 an adapter to everybody; both adapters are known."""
+    for name in ("clip-a", "clip-b"):
+        ledger.register_adapter(name, "clip", "b" * 64, "i", "t", {})
+    release(ledger)
+    release(ledger, "clip-a")
+
+
+after_release_2 = pytest.mark.usefixtures("released")
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What the console asks of a server that says yes to everything."""
+    asked: Sent = []
+    send = Client._call
+
+    def call(self: Client, call: Call[Any]) -> Any:
+        if call.body is None:
+            return send(self, call)
+        asked.append((call.path, dict(call.body)))
+        made = {"number": 9, "clip": None, "vlm": None, "prepare_seconds": 0.1, "commit_seconds": 0.1}
+        return {**made, "share": call.body.get("share", 1.0)}
+
+    monkeypatch.setattr(Client, "_call", call)
+    return asked
+
+
+def planned(ledger: Ledger, action: Action, choice: Choice | None = None, *resident: int) -> ActionPreview:
+    return preview(ledger, action, choice or Choice(), dict.fromkeys(resident))
+
+
+def told(found: ActionPreview) -> str:
+    return " ".join(found.happens)
+
+
+def test_a_rollback_names_both_models_and_how_long_it_takes(ledger: Ledger) -> None:
+    for clip, vlm in ((None, None), ("clip-a", "vlm-a"), ("clip-b", "vlm-a")):
+        release(ledger, clip, vlm)
+    found = planned(ledger, "rollback", None, 3, 2)
+    assert (found.live, found.possible, found.verb) == (3, True, "Roll back now")
+    assert "The CLIP changes from clip-b to clip-a." in found.happens
+    assert "The VLM stays as it is (vlm-a)." in found.happens
+    assert "less than a second" in told(found)
+    assert [row.number for row in found.targets] == [2, 1]
+    far = planned(ledger, "rollback", Choice.of("1", "", "", ""), 3, 2)
+    assert "from vlm-a to the base alone" in told(far) and "not loaded any more" in told(far)
+    release(ledger, "clip-b", "vlm-b")
+    one = planned(ledger, "rollback", Choice.of("", "clip", "", ""))
+    assert "The CLIP changes from clip-b to clip-a." in one.happens, "a rollback of one model leaves the other"
+    assert "The VLM stays as it is (vlm-b)." in one.happens
+
+
+def test_what_cannot_be_rolled_back_is_not_offered(ledger: Ledger) -> None:
+    assert not planned(ledger, "rollback").possible
+    release(ledger)
+    found = planned(ledger, "rollback")
+    assert not found.possible and "no release before 1" in told(found)
+    release(ledger)
+    assert not planned(ledger, "rollback", Choice.of("1", "", "", "")).possible, "it serves the same"
+
+
+def test_releasing_what_the_gate_rejected_warns(ledger: Ledger, tmp_path: Path) -> None:
+    story: Story = tell(settings(tmp_path), tmp_path / "made")
+    release(ledger, story.adapter)
+    assert not planned(ledger, "release").possible
+    bad = planned(ledger, "release", Choice(clip="clip-ba9876543210"))
+    assert bad.possible and bad.warnings == ("The gate rejected this adapter: clip-ba9876543210.",)
+    base = planned(ledger, "release", Choice(clip="base"))
+    assert base.warnings == () and f"from {story.adapter} to the base alone" in told(base)
+    assert not planned(ledger, "release", Choice(clip=story.adapter)).possible
+    assert dict(base.adapters["clip"]) == {story.adapter: "passed", "clip-ba9876543210": "rejected"}
+
+
+@after_release_2
+def test_hold_and_resume_tell_who_held_and_what_waits(ledger: Ledger) -> None:
+    assert planned(ledger, "hold").possible and not planned(ledger, "resume").possible
+    ledger.hold("ana", "launch")
+    again = planned(ledger, "hold")
+    assert not again.possible and "by ana: launch" in told(again)
+    assert "No update waits" in told(planned(ledger, "resume"))
+    for number in range(2):
+        ledger.begin_update(
+            f"u{number}", family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+        )
+        ledger.propose("update", clip=f"clip-{number}", actor="updater", reason="passed", update_id=f"u{number}")
+    assert "2 updates wait" in told(planned(ledger, "resume"))
+
+
+def test_nonsense_in_a_form_counts_as_not_said() -> None:
+    for word in ("", "x", "-1", "0", "١", "1e3"):
+        assert Choice.of(word, "both", " ", "").to is None
+    choice = Choice.of("3", "vlm", " clip-a ", "")
+    assert (choice.to, choice.family, choice.adapters) == (3, "vlm", {"clip": "clip-a"})
+    assert choice.query == "to=3&family=vlm&clip=clip-a"
+
+
+@after_release_2
+def test_an_adapter_whose_files_were_collected_is_shown_as_such_and_not_offered(ledger: Ledger) -> None:
+    release(ledger, "clip-b")
+    epoch = ledger.acquire_lease(COLLECT_LEASE, "test", 60)
+    assert epoch is not None
+    ledger.begin_collection({"clip-a": "old"}, live=3, epoch=epoch, actor="test")
+    ledger.finish_collection({"clip-a": 10})
+    collected = {entry.row.number: [bool(each.collected) for each in entry.changes] for entry in timeline(ledger, {})}
+    assert collected == {3: [False], 2: [True], 1: []}
+    found = planned(ledger, "rollback", Choice.of("2", "", "", ""))
+    assert not found.possible and "clip-a were collected" in told(found)
+    assert "clip-a" not in dict(planned(ledger, "release").adapters["clip"])
+
+
+@after_release_2
+def test_what_a_trial_does_and_ends_is_said_before(ledger: Ledger) -> None:
+    assert not planned(ledger, "promote").possible
+    tried = planned(ledger, "release", Choice(clip="clip-b", how="canary", percent="25"))
+    assert "25% of the requests get it, a caller always or never. Release 2 answers the others." in told(tried)
+    assert "updates wait until then" in told(tried) and tried.possible
+    same = Choice(clip="clip-a", how="shadow")
+    assert not planned(ledger, "release", same).possible, "there is nothing to compare"
+    release(ledger, "clip-b", share=0.25)
+    for percent, possible in (("50", True), ("25", False)):
+        wider = Choice(clip="clip-b", how="canary", percent=percent)
+        assert planned(ledger, "release", wider).possible is possible
+    promoted = planned(ledger, "promote")
+    assert promoted.possible and "What release 3 tries (canary 25%) answers everybody." in told(promoted)
+    assert "The CLIP changes from clip-a to clip-b." in promoted.happens
+    assert promoted.warnings == ("No gate has passed this adapter, and it was never live: clip-b.",)
+    back = planned(ledger, "rollback", None, 2)
+    assert back.possible and "The trial of release 3 (canary 25%) ends" in told(back)
+    assert "The CLIP stays as it is (clip-a)." in back.happens and "less than a second" in told(back)
+    ledger.hold("ana", "launch")
+    assert "Updates wait until that is over" in told(planned(ledger, "resume"))
+
+
+@after_release_2
+@pytest.mark.parametrize("action", [*ACTIONS, "rollback?to=1&family=clip", "release?clip=base"])
 def test_an_action_is_a_part_in_a_page_and_a_page_without_a_script(operator: TestClient, action: str) -> None:
     part = operator.get(f"/releases/{action}", headers=PARTIAL).text
     assert "What will happen" in part and "<html" not in part
@@ -34,26 +174,148 @@ def test_an_action_is_a_part_in_a_page_and_a_page_without_a_script(operator: Tes
     assert "<html" in page and 'id="dialog-title"' in page and "What will happen" in page
 
 
-def test_an_action_while_the_server_is_away_says_so_and_keeps_what_was_typed(operator: TestClient) -> None:
+@after_release_2
+def test_what_is_not_done_says_why_and_keeps_what_was_typed(operator: TestClient) -> None:
     form = {"reason": "wrong colours", "expected_live": "2"}
-    answer = operator.post("/releases/rollback", data=form, headers=PARTIAL)
-    assert answer.status_code == 502
-    assert "does not answer" in answer.text and ">wrong colours</textarea>" in answer.text
+    away = operator.post("/releases/rollback", data=form, headers=PARTIAL)
+    assert away.status_code == 502 and "does not answer" in away.text and ">wrong colours</textarea>" in away.text
+    for action in ACTIONS:
+        blank = operator.post(f"/releases/{action}", data={"reason": "  ", "expected_live": "2", "clip": "base"})
+        assert blank.status_code == 400 and "Say why" in blank.text, action
+    assert operator.post("/releases/drop", data=form).status_code == 422
 
 
-def test_a_reason_of_blanks_is_none(operator: TestClient) -> None:
-    for action in ("rollback", "release", "promote", "hold", "resume"):
-        answer = operator.post(f"/releases/{action}", data={"reason": "  ", "expected_live": "2", "clip": "base"})
-        assert answer.status_code == 400 and "Say why" in answer.text, action
+@after_release_2
+def test_a_canary_and_the_stable_release_beside_it_are_told_apart(ledger: Ledger, operator: TestClient) -> None:
+    release(ledger, "clip-b", share=0.1)
+    for path in ("/releases", "/"):
+        page = text(operator, path)
+        assert "On trial: release 3" in page and ">canary 10%<" in page and ">stable<" in page
+        assert "It answers 10% of the requests, and release 2, the stable one, the others." in page
+    assert "Promote…" in operator.get("/releases").text
+    release(ledger, "clip-b", share=0.0)
+    page = text(operator, "/releases")
+    assert ">shadow<" in page and "It answers no request, and is only compared." in page
+    release(ledger, "clip-b")
+    page = text(operator, "/releases")
+    assert "On trial" not in page and "Promote…" not in page and ">stable<" not in page
 
 
-def test_an_unknown_action_is_no_action(operator: TestClient) -> None:
-    assert operator.post("/releases/drop", data={"reason": "x", "expected_live": "2"}).status_code == 422
+@after_release_2
+def test_what_the_guard_saw_is_shown_while_it_watches(
+    ledger: Ledger, operator: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = {"state": "guard", "release": 2, "share": 1.0, "incumbent": 1, "kind": "release", "seconds": 20.0}
+    status: dict[str, Any] = {
+        "controller": {"started": True, "trouble": "", "resident": [], "in_flight": {},
+                       "rollout": {**watch, "seconds_left": 180.0, **seen(2, 1)}},
+        "catalog": {"spaces": {}, "corpus_rows": 0},
+    }  # fmt: skip
+    monkeypatch.setattr(ConsoleData, "_status", lambda _: status)
+    for path in ("/releases", "/overview/now"):
+        page = text(operator, path)
+        assert "Under guard: release 2" in page and "watched for 3 min more" in page
+        assert "38 of 40 inputs agree (95%), at least 70% must" in page
+        assert "0 of 160 requests failed, 1 of 940 of release 1" in page and "out of bounds" not in page
+    assert watching(status, None) is None and watching(None, ledger.live()) is None
+    release(ledger, "clip-b")
+    assert watching(status, ledger.live()) is None, "it has not looked at the new release yet"
+
+
+@after_release_2
+def test_a_release_that_the_guard_took_back_says_why_and_to_release_it_again_warns(
+    ledger: Ledger, operator: TestClient, sent: Sent
+) -> None:
+    release(ledger, "clip-b")
+    reason = withdraw(ledger, 3, 2, "clip-b")
+    assert "The guard is taking it back" in operator.get("/releases").text
+    release(ledger, "clip-a", actor="guard")
+    page = text(operator, "/releases")
+    assert page.count("The guard took it back to what release 2 serves") == 1
+    assert "Agreement of the CLIP</span> <span>4 of 40 inputs agree (10%), at least 70% must" in page
+    assert page.count(">out of bounds<") == 1 and "by chance less than once in a billion times" in page
+    assert "clip-b is withdrawn: no update and no rollback goes back to it" in page
+    assert ">taken back by the guard<" in operator.get("/").text
+    found = planned(ledger, "release", Choice(clip="clip-b"))
+    assert found.warnings == (f"The guard withdrew clip-b: {reason}.",) and found.force == ("clip-b",)
+    assert dict(found.adapters["clip"])["clip-b"] == "withdrawn"
+    back = planned(ledger, "rollback", Choice(to=3))
+    assert not back.possible and "clip-b was withdrawn" in told(back)
+    shown = operator.get("/releases/release?clip=clip-b", headers=PARTIAL).text
+    assert 'name="force" value="clip-b"' in shown and reason in shown
+    for warned in ("clip-b", "clip-a", ""):
+        form = {"reason": "I am sure", "expected_live": "4", "clip": "clip-b", "force": warned}
+        assert operator.post("/releases/release", data=form, headers=PARTIAL).status_code == 200
+    assert [body["force"] for _, body in sent] == [True, False, False], "only who was warned of this one insists on it"
+    release(ledger, "clip-b")
+    assert text(operator, "/releases").count(reason) == 1, "who releases it again sees why it was withdrawn"
+
+
+@after_release_2
+def test_a_release_by_hand_goes_to_everybody_to_a_share_or_to_nobody(
+    ledger: Ledger, operator: TestClient, sent: Sent
+) -> None:
+    release(ledger, "clip-b")
+    shown = operator.get("/releases/release?clip=clip-a&how=canary", headers=PARTIAL).text
+    assert 'name="percent"' in shown and 'value="10"' in shown, "the usual share is offered"
+    assert "Release 4 is made as a canary: 10% of the requests get it" in shown
+    shadow = operator.get("/releases/release?clip=clip-a&how=shadow", headers=PARTIAL).text
+    assert "it answers no request" in shadow and 'name="percent"' not in shadow
+    form = {"reason": "step by step", "expected_live": "3", "clip": "clip-a"}
+    for how, percent in (("all", "7"), ("canary", "2.5"), ("shadow", "")):
+        answer = operator.post("/releases/release", data={**form, "how": how, "percent": percent}, headers=PARTIAL)
+        assert answer.status_code == 200, answer.text
+    assert [body["share"] for _, body in sent] == [1.0, 0.025, 0.0]
+    assert "Release 9 is live everywhere, as a shadow" in answer.text
+    assert operator.post("/releases/release", data={**form, "how": "nobody else"}).status_code == 422
+    for percent in ("", "0", "100", "-5", "nan", "1e1", "١", "0.000"):
+        data = {**form, "how": "canary", "percent": percent}
+        answer = operator.post("/releases/release", data=data, headers=PARTIAL)
+        assert answer.status_code == 400 and NO_SHARE in answer.text and ">step by step<" in answer.text, percent
+    assert len(sent) == 3
+
+
+@after_release_2
+@pytest.mark.parametrize("action", ["promote", "hold", "resume"])
+def test_a_promotion_a_hold_and_its_end_are_asked_of_the_server(
+    ledger: Ledger, operator: TestClient, sent: Sent, action: str
+) -> None:
+    release(ledger, "clip-b", share=0.25)
+    if action == "resume":
+        ledger.hold("ana", "launch")
+    form = {"reason": "a quiet day", "expected_live": "3"}
+    answer = operator.post(f"/releases/{action}", data=form, headers=PARTIAL)
+    assert answer.status_code == 200, answer.text
+    if action == "promote":
+        assert "Release 9 is live everywhere" in answer.text
+    live = {"expected_live": 3} if action == "promote" else {}
+    assert sent == [(f"/admin/v1/{action}", {"reason": "a quiet day", **live})]
+
+
+@after_release_2
+def test_a_key_that_may_only_look_cannot_act(ledger: Ledger, visitor: TestClient, sent: Sent) -> None:
+    _, reader = ledger.create_key("reader", ["search"], actor="test")
+    visitor.headers["x-csrf-token"] = signed_in(visitor, reader)
+    assert "<h1>Releases" in visitor.get("/releases").text
+    for action in ACTIONS:
+        shown = visitor.get(f"/releases/{action}", headers=PARTIAL)
+        form = {"reason": "x", "expected_live": "2", "clip": "base"}
+        for answer in (shown, visitor.post(f"/releases/{action}", data=form)):
+            assert answer.status_code == 403 and "may look, but not act" in html.unescape(answer.text), action
+    assert sent == []
+
+
+def refuse(home: Path, *values: bytes) -> None:
+    """Quarantined records, as ingest would have stored them."""
+    rows = [
+        {**refusal(0, offset, value, "image_undecodable"), "source": f"<cam {offset}>"}
+        for offset, value in enumerate(values)
+    ]
+    SampleStore(settings(home).lake).put(rows, [Position("samples", 0, len(rows))])
 
 
 def test_refused_records_are_shown_with_what_can_be_seen_of_them(operator: TestClient, tmp_path: Path) -> None:
-    value = json.dumps({"text": "<b>bold</b>", "domain": "cats"}).encode()
-    refuse(tmp_path, value, png())
+    refuse(tmp_path, json.dumps({"text": "<b>bold</b>", "domain": "cats"}).encode(), png())
     page = operator.get("/quarantine").text
     assert page.count('class="card"><img') == 2 and "The picture is damaged" in page
     assert "No record was refused for this reason" in operator.get("/quarantine?reason=empty").text
@@ -78,16 +340,3 @@ def test_a_record_that_cannot_be_sent_stays_where_it_is(
     answer = operator.post("/quarantine/samples:0:0/resubmit", data=form, headers=PARTIAL)
     assert answer.status_code == 502 and "Not sent" in answer.text and ">try it</textarea>" in answer.text
     assert "could not be sent" in operator.get("/quarantine").text
-
-
-def refuse(home: Path, *values: bytes) -> None:
-    """Quarantined records, as ingest would have stored them."""
-    rows = [
-        {
-            "kind": "quarantine", "topic": "samples", "partition": 0, "offset": offset, "reason": "image_undecodable",
-            "detail": "it is broken.", "ingested_at": datetime.now(UTC), "original": value, "original_key": None,
-            "original_headers": "[]", "source": f"<cam {offset}>",
-        }
-        for offset, value in enumerate(values)
-    ]  # fmt: skip
-    SampleStore(settings(home).lake).put(rows, [Position("samples", 0, len(rows))])

@@ -7,7 +7,6 @@ import html
 import re
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from core.errors import LedgerError
 from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
@@ -28,9 +28,10 @@ from ops.console.security import Session
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.samples import put, sample
 from tests.support.story import EVIL, Story, tell, withdraw
-from tests.unit.console.test_pages import PAGES, settings
-from tests.unit.console.test_security import LOCAL
+from tests.unit.console.conftest import LOCAL, settings, signed_in
+from tests.unit.console.test_pages import PAGES
 
 OPEN = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 SECRETS = ("the customer complained", "cam-7", "postgres://", "deletion-", "key:")
@@ -60,13 +61,8 @@ def story(home: Path) -> Story:
     ledger.advance_update("update-failed", "failed", error="postgres://db is away")
     request_deletion(ledger, {"source": "cam-7"}, actor="key:ana", reason="the customer complained")
     ledger.close()
-    rows: list[dict[str, Any]] = [
-        {
-            "kind": "sample", "topic": "samples", "partition": 0, "offset": 0, "id": "0" * 64, "text": "a cat",
-            "domain": "cats", "source": "cam-7", "split": "train", "size": 1000, "ingested_at": datetime.now(UTC),
-        }
-    ]  # fmt: skip
-    SampleStore(settings(home).lake).put(rows, [Position("samples", 0, 1)])
+    row = sample(0, 0, id="0" * 64, text="a cat", domain="cats", source="cam-7")
+    put(SampleStore(settings(home).lake), [row], Position("samples", 0, 1))
     return made
 
 
@@ -127,12 +123,13 @@ def test_what_needs_a_key_elsewhere_is_not_there(screen: TestClient, story: Stor
         assert screen.get(page).status_code == 404, page
     for page in (f"/gate/{story.rejected}/report", f"/gate/{story.rejected}/data", "/samples/" + "0" * 64 + ".png"):
         assert screen.get(page).status_code == 404, page
+    overview = screen.get("/").text
+    assert "tour.js" not in overview and 'id="tour"' not in overview
 
 
 def test_a_session_of_an_operator_counts_for_nothing(home: Path, story: Story, screen: TestClient) -> None:
     with TestClient(build_console(settings(home)), base_url=LOCAL, follow_redirects=False) as other:
-        token = re.findall(r'"x-csrf-token": "([^"]+)"', other.get("/sign-in").text)[0]
-        other.post("/sign-in", data={"key": settings(home).operator_key().get_secret_value(), "csrf": token})
+        signed_in(other, settings(home).operator_key().get_secret_value())
         screen.cookies = other.cookies
     answer = screen.get("/releases")
     assert "Roll back" not in answer.text and "set-cookie" not in answer.headers
@@ -158,8 +155,6 @@ def test_an_address_that_asks_too_often_is_told_when_to_come_back(home: Path, st
 
 def test_messages_of_errors_are_not_shown(home: Path, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(_: ConsoleData) -> None:
-        from core.errors import LedgerError
-
         raise LedgerError("postgres://db is away.", "Start /srv/db.")
 
     with public(home) as screen:

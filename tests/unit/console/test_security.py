@@ -1,52 +1,36 @@
-"""Who gets in, and what a session is worth."""
+"""Who gets in and what a session is worth, also behind a proxy: TLS that ends there, another name, and a path."""
 
 from __future__ import annotations
 
-import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from cryptography.fernet import Fernet
-from fastapi.testclient import TestClient
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from core.errors import LedgerError
 from core.ledger import KeyRow, Ledger
 from core.settings import Settings
 from ops.console import security
-from ops.console.app import build_console
 from ops.console.request_context import local_path
 from ops.console.security import COOKIE, Session, Sessions
+from tests.unit.console.conftest import FAR, csrf, from_afar, signed_in, visit
 
-LOCAL = "http://127.0.0.1:8001"
-FAR = "https://console.example"
-
-
-def visitor(home: Path, base_url: str = LOCAL, **sections: object) -> TestClient:
-    settings = Settings(home=home, **{"serve": {"port": 1}, "base": {"vlm": ""}, **sections})  # type: ignore[arg-type]
-    return TestClient(build_console(settings), base_url=base_url, follow_redirects=False)
+TLS = {"x-forwarded-proto": "https"}
 
 
-def from_afar(home: Path) -> TestClient:
-    """A console that listens to the world."""
-    return visitor(home, FAR, console={"host": "0.0.0.0"})
+class Links(HTMLParser):
+    """Everything in a page that a browser asks for."""
 
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page)
 
-def csrf(client: TestClient, page: str = "/sign-in") -> str:
-    (token,) = set(re.findall(r'"x-csrf-token": "([^"]+)"', client.get(page).text))
-    return token
-
-
-def signed_in(client: TestClient, key: str) -> str:
-    """Sign in; returns the token that forms now carry."""
-    answer = client.post("/sign-in", data={"key": key, "csrf": csrf(client)})
-    assert answer.status_code == 303, answer.text
-    return csrf(client)
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> str:
-    return Settings(home=tmp_path).operator_key().get_secret_value()
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = ("href", "src", "action", "formaction", "hx-get", "hx-post")
+        self.found += [value for name, value in attrs if name in names and value and value.startswith("/")]
 
 
 def test_each_answer_has_the_id_of_its_request(tmp_path: Path) -> None:
@@ -55,15 +39,13 @@ def test_each_answer_has_the_id_of_its_request(tmp_path: Path) -> None:
         assert client.get(page, headers={"x-request-id": "mine"}).headers.get_list("x-request-id") == ["mine"], page
 
 
-@pytest.mark.parametrize(
-    "headers", [{"x-forwarded-for": "198.51.100.7"}, {"x-real-ip": "127.0.0.1"}, {"via": "1.1 proxy"}]
-)
-def test_what_a_proxy_on_this_machine_forwards_needs_a_key(tmp_path: Path, headers: dict[str, str]) -> None:
-    client = visitor(tmp_path)
-    for page in ("/", "/audit"):
-        assert client.get(page).status_code == 200
-        answer = client.get(page, headers=headers)
-        assert answer.status_code == 303 and answer.headers["location"].startswith("/sign-in"), page
+def test_what_a_proxy_on_this_machine_forwards_needs_a_key(tmp_path: Path) -> None:
+    client = visit(tmp_path)
+    assert client.get("/audit").status_code == 200
+    for headers in ({"x-forwarded-for": "198.51.100.7"}, {"x-real-ip": "127.0.0.1"}, {"via": "1.1 proxy"}):
+        for page in ("/", "/audit"):
+            answer = client.get(page, headers=headers)
+            assert answer.status_code == 303 and answer.headers["location"].startswith("/sign-in"), (page, headers)
 
 
 def test_from_afar_nothing_is_shown_without_a_key(tmp_path: Path, key: str) -> None:
@@ -72,29 +54,32 @@ def test_from_afar_nothing_is_shown_without_a_key(tmp_path: Path, key: str) -> N
         answer = client.get(page)
         assert answer.status_code == 303 and answer.headers["location"].startswith("/sign-in"), page
     assert client.get("/overview/now", headers={"hx-request": "true"}).headers["hx-redirect"].startswith("/sign-in")
-    signed_in(client, key)
+    before = csrf(client)
+    assert signed_in(client, key) != before, "a session of its own"
     assert client.get("/releases").status_code == 200
-    cookie = client.post("/sign-in", data={"key": "x", "csrf": csrf(client)}).headers
-    assert "set-cookie" not in cookie, "a wrong key changes no session"
+    wrong = client.post("/sign-in", data={"key": "wrong", "csrf": csrf(client)})
+    assert wrong.status_code == 401 and "not known here" in wrong.text
+    assert "set-cookie" not in wrong.headers, "a wrong key changes no session"
 
 
 def test_the_cookie_is_for_this_site_and_for_tls_alone(tmp_path: Path, key: str) -> None:
     client = from_afar(tmp_path)
-    client.get("/sign-in")
-    answer = client.post("/sign-in", data={"key": key, "csrf": csrf(client)})
-    cookie = answer.headers["set-cookie"]
+    cookie = client.post("/sign-in", data={"key": key, "csrf": csrf(client)}).headers["set-cookie"]
     for part in ("HttpOnly", "Secure", "SameSite=Strict", "Path=/", "Max-Age=43200"):
         assert part in cookie
     assert key not in cookie
+    for headers, secure in ((TLS, True), ({}, False)):
+        local = visit(tmp_path).get("/sign-in", headers=headers).headers["set-cookie"]
+        assert ("Secure" in local) is secure, "on loopback as it came"
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_new_key_is_not_called_wrong_while_the_ledger_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(_ledger: Ledger) -> list[KeyRow]:
         raise LedgerError("the ledger is away.")
 
-    monkeypatch.setattr("core.access.NEW_KEY_SECONDS", 0.0)
     client = from_afar(tmp_path)
     new = Ledger.open(Settings(home=tmp_path).ledger).create_key("ann", ["operate"], actor="t")[1]
     with monkeypatch.context() as patch:
@@ -104,15 +89,8 @@ def test_a_new_key_is_not_called_wrong_while_the_ledger_is_away(
     signed_in(client, new)
 
 
-def test_a_wrong_key_is_told_apart_from_none(tmp_path: Path) -> None:
-    client = visitor(tmp_path)
-    answer = client.post("/sign-in", data={"key": "wrong", "csrf": csrf(client)})
-    assert answer.status_code == 401 and "not known here" in answer.text
-
-
-def test_a_revoked_key_ends_its_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.access.KEYS_SECONDS", 0.0)
-    monkeypatch.setattr("core.access.NEW_KEY_SECONDS", 0.0)
+@pytest.mark.usefixtures("at_once")
+def test_a_revoked_key_ends_its_sessions(tmp_path: Path) -> None:
     client = from_afar(tmp_path)
     ledger = Ledger.open(Settings(home=tmp_path).ledger)
     _, token = ledger.create_key("ana", ["operate"], actor="test")
@@ -123,25 +101,18 @@ def test_a_revoked_key_ends_its_sessions(tmp_path: Path, monkeypatch: pytest.Mon
     assert client.get("/releases").status_code == 303
 
 
-@pytest.mark.parametrize("page", ["/releases/hold", "/playground/search", "/sign-out", "/sign-in"])
-def test_a_post_without_the_sessions_token_is_refused(tmp_path: Path, key: str, page: str) -> None:
-    client = visitor(tmp_path)
+def test_a_post_without_the_sessions_token_is_refused(tmp_path: Path, key: str) -> None:
+    client, of_another = visit(tmp_path), csrf(visit(tmp_path))
     signed_in(client, key)
     body = {"reason": "x", "expected_live": "0", "text": "x", "key": key}
-    of_another = csrf(visitor(tmp_path))
-    for forged in ({}, {"csrf": "x"}, {"csrf": "ä"}, {"csrf": of_another}):
-        answer = client.post(page, data={**body, **forged})
-        assert answer.status_code == 403 and "too old" in answer.text, page
-
-
-def test_signing_in_makes_a_new_session_token(tmp_path: Path, key: str) -> None:
-    client = visitor(tmp_path)
-    before = csrf(client)
-    assert signed_in(client, key) != before
+    for page in ("/releases/hold", "/playground/search", "/sign-out", "/sign-in"):
+        for forged in ({}, {"csrf": "x"}, {"csrf": "ä"}, {"csrf": of_another}):
+            answer = client.post(page, data={**body, **forged})
+            assert answer.status_code == 403 and "too old" in answer.text, (page, forged)
 
 
 def test_a_link_on_another_site_does_not_end_the_session(tmp_path: Path, key: str) -> None:
-    client = visitor(tmp_path)
+    client = visit(tmp_path)
     linked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     answer = client.get("/releases", headers=linked)  # as it comes: without the Strict cookie
     assert "set-cookie" not in answer.headers and 'http-equiv="refresh"' in answer.text
@@ -150,9 +121,8 @@ def test_a_link_on_another_site_does_not_end_the_session(tmp_path: Path, key: st
 
 
 def test_large_bodies_are_refused_declared_or_not(tmp_path: Path) -> None:
-    client = visitor(tmp_path, serve={"port": 1, "max_image_bytes": 2000})
-    token = csrf(client)
-    large = b"x" * 400_000
+    client = visit(tmp_path, serve={"port": 1, "max_image_bytes": 2000})
+    token, large = csrf(client), b"x" * 400_000
     declared = client.post("/playground/classify", files={"upload": ("a.png", large)}, headers={"x-csrf-token": token})
     assert declared.status_code == 413 and "Scale the picture down" in declared.text
     chunks = (large[start : start + 1000] for start in range(0, len(large), 1000))
@@ -162,23 +132,15 @@ def test_large_bodies_are_refused_declared_or_not(tmp_path: Path) -> None:
 
 def test_too_many_at_once_are_told_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(security, "MAX_REQUESTS", 0)
-    answer = visitor(tmp_path).get("/")
+    answer = visit(tmp_path).get("/")
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize(
     "target",
-    [
-        "//evil.example",
-        "https://evil.example",
-        "/\\evil.example",
-        "evil",
-        "/a\nb",
-        "",
-        "/audit?a=" + "x" * 990,
-        "/" + "ж" * 300,
-    ],
-)
+    ["//evil.example", "https://evil.example", "/\\evil.example", "evil", "/a\nb", "", "/audit?a=" + "x" * 990,
+     "/" + "ж" * 300],
+)  # fmt: skip
 def test_nobody_is_sent_elsewhere_after_signing_in(target: str) -> None:
     assert local_path(target) == "/"
     assert local_path("/gate/update-1?x=1") == "/gate/update-1?x=1"
@@ -188,15 +150,61 @@ def test_a_session_cannot_be_read_changed_or_kept_too_long(monkeypatch: pytest.M
     sessions = Sessions(SecretStr("secret"), hours=1)
     sealed = sessions.seal(Session("csrf", "rk_key"))
     assert "rk_key" not in sealed and sessions.open(sealed) == Session("csrf", "rk_key")
-    assert sessions.open(sealed[:-4] + "AAAA") is None
     assert Sessions(SecretStr("another"), hours=1).open(sealed) is None
-    assert sessions.open("x" * 10_000) is None and sessions.open("nonsense") is None
+    for damaged in (sealed[:-4] + "AAAA", "x" * 10_000, "nonsense"):
+        assert sessions.open(damaged) is None
     late = Fernet.extract_timestamp(sessions._fernet, sealed.encode()) + 3601
     monkeypatch.setattr("time.time", lambda: late)
     assert sessions.open(sealed) is None
 
 
 def test_a_damaged_cookie_is_a_new_visitor(tmp_path: Path) -> None:
-    client = visitor(tmp_path)
-    answer = client.get("/sign-in", headers={"cookie": f'{COOKIE}=gAAAA; other="\\'})
+    answer = visit(tmp_path).get("/sign-in", headers={"cookie": f'{COOKIE}=gAAAA; other="\\'})
     assert answer.status_code == 200 and COOKIE in answer.headers["set-cookie"]
+
+
+def test_tls_that_ends_at_a_proxy_is_no_missing_tls(tmp_path: Path) -> None:
+    client = visit(tmp_path, FAR.replace("https", "http"), console={"host": "0.0.0.0"})
+    plain = client.get("/sign-in").text
+    assert "not encrypted" in plain and "X-Forwarded-Proto" in plain
+    assert "not encrypted" not in client.get("/sign-in", headers=TLS).text
+
+
+def test_a_name_that_is_not_this_machine_s_is_refused_with_the_setting_that_allows_it(tmp_path: Path) -> None:
+    local = visit(tmp_path)
+    answer = local.get("/", headers={"host": "console.example"})
+    assert answer.status_code == 421 and "'console.example'" in answer.text and "serve.allowed_hosts" in answer.text
+    for name in ("localhost:8001", "127.0.0.1", "[::1]:8001"):
+        assert local.get("/sign-in", headers={"host": name}).status_code == 200
+    assert from_afar(tmp_path).get("/sign-in").status_code == 200, "it listens to the world"
+    named = visit(tmp_path, serve={"port": 1, "allowed_hosts": ["console.example"]})
+    assert named.get("/sign-in", headers={"host": "console.example", **TLS}).status_code == 200
+    assert named.get("/sign-in", headers={"host": "other.example"}).status_code == 421
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+def test_under_a_path_of_a_proxy_every_link_stays_there(tmp_path: Path, key: str, stripped: bool) -> None:
+    prefix = "/tools/ratchet"
+    before = "" if stripped else prefix  # proxies may take the path away, or leave it
+    client = visit(tmp_path, FAR, console={"host": "0.0.0.0", "path_prefix": prefix})
+    away = client.get(f"{before}/releases?limit=5")
+    assert away.status_code == 303 and away.headers["location"] == f"{prefix}/sign-in?next=%2Freleases%3Flimit%3D5"
+    form = {"key": key, "csrf": csrf(client, f"{before}/sign-in?next=/releases"), "next": "/releases"}
+    arrived = client.post(f"{before}/sign-in", data=form)
+    assert arrived.status_code == 303 and arrived.headers["location"] == f"{prefix}/releases"
+    for page in ("/", "/releases", "/playground", "/audit", "/quarantine", "/nowhere"):
+        answer = client.get(before + page)
+        links = Links(answer.text).found
+        assert len(links) > 5 and all(link.startswith(f"{prefix}/") for link in links), page
+        assert int(answer.headers["content-length"]) == len(answer.content)
+    assert client.get(f"{before}/static/console.css").status_code == 200
+    moved = {"hx-request": "true", "hx-current-url": f"{FAR}{prefix}/releases?limit=5"}
+    client.cookies.clear()
+    back = client.get(f"{before}/overview/now", headers=moved).headers["hx-redirect"]
+    assert back == f"{prefix}/sign-in?next=%2Freleases%3Flimit%3D5"
+
+
+@pytest.mark.parametrize("wrong", ["ratchet", "/ratchet/", "//evil.example", "/a b", '/"'])
+def test_a_path_that_is_none_is_an_error_of_the_settings(wrong: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(console={"path_prefix": wrong})

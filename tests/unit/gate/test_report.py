@@ -24,7 +24,7 @@ from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
-from tests.unit.console.test_pages import settings as console_settings
+from tests.unit.console.conftest import settings as console_settings
 from tests.unit.gate.builders import changed, fresh_suite, outcomes, picture, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import AnalysisPlan

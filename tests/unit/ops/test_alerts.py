@@ -92,21 +92,6 @@ def test_a_counter_whose_growth_is_watched_starts_at_zero() -> None:
         assert there or name.startswith(ON_DEMAND), (name, selectors)
 
 
-def test_prometheus_is_told_the_ports_of_the_settings() -> None:
-    flags = ["serve.port=9000", "ingest.metrics_port=0", "updater.metrics_port=9999", "maintain.metrics_port=9998"]
-    words = [word for flag in flags for word in ("--set", flag)]
-    words += ["metrics", "prometheus", "--host", "box", "--alertmanager", "am:9093", "--rules", "a.yml"]
-    done = CliRunner().invoke(app, words)
-    told = yaml.safe_load(done.stdout)
-    (job,) = told["scrape_configs"]
-    assert {each["labels"]["process"]: each["targets"] for each in job["static_configs"]} == {
-        "serve": ["box:9000"], "maintain": ["box:9998"], "update": ["box:9999"],
-    }  # fmt: skip
-    assert told["rule_files"] == ["a.yml"]
-    assert told["alerting"] == {"alertmanagers": [{"static_configs": [{"targets": ["am:9093"]}]}]}
-    assert "ingest.metrics_port is 0" in done.stderr
-
-
 def test_printed_rules_link_to_the_pages_where_they_are() -> None:
     done = CliRunner().invoke(app, ["metrics", "rules", "--runbooks", "https://example.com/runbooks/"])
     groups = yaml.safe_load(done.stdout)["groups"]

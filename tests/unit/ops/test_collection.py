@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import update
-from typer.testing import CliRunner, Result
 
 from core.artifacts import Artifacts
 from core.errors import AdapterCollected, LeaseLost, LedgerError, LedgerUnavailable, ReleaseConflict
@@ -22,14 +21,16 @@ from core.ledger.collection import COLLECT_LEASE
 from core.metrics import declared
 from core.settings import Settings
 from ops.cli.admin import collect_garbage
-from ops.cli.main import app
-from ops.collection import Collector, Plan, collector
+from ops.collection import CollectionPlan, Collector, collector
 from serving.releases.rollback import rollback_target
 from streams.store.maintenance import Maintainer
+from tests.support.command_line import ratchet
 from updater.adapters.recorded import fetch_recorded
 
 BASE = "b" * 64
 NOW = datetime.now(UTC) - timedelta(hours=1)
+on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+"""Of a test of a command, which opens the ledger that the settings name."""
 
 
 class Installation:
@@ -78,7 +79,7 @@ class Installation:
     def collector(self) -> Collector:
         return Collector(self.settings, self.ledger, self.artifacts)
 
-    def run(self) -> Plan:
+    def run(self) -> CollectionPlan:
         plan = self.collector().run("ann")
         assert plan is not None
         return plan
@@ -121,25 +122,16 @@ def test_adapters_outside_of_the_window_go_with_their_carry_over(either: Install
     plan = either.run()
     assert either.stored() == either.stored("memories") == {"clip-5", "clip-6"}
     assert {item.name for item in plan.going if item.kind == "adapter"} == set(names[:4])
-    assert plan.freed == 2 * sum(len(name) * 10 for name in names[:4]) + (
-        0 if either.artifacts.local else plan.freed - 2 * sum(len(name) * 10 for name in names[:4])  # manifests
-    )
+    bare = 2 * sum(len(name) * 10 for name in names[:4])
+    assert plan.freed == bare if either.artifacts.local else plan.freed > bare, "an object store has manifests, too"
     assert either.run().items == ()
 
 
-def test_a_dry_run_deletes_nothing(made: Installation) -> None:
-    names = released(made)
-    assert made.collector().plan().going
-    assert made.stored() == set(names)
-    assert not made.ledger.collected(names)
-
-
-def test_what_is_young_stays(made: Installation) -> None:
-    released(made)
-    made.adapter("clip-young", 80)
-    made.adapter("clip-old", 100)
+def test_what_is_young_stays_and_a_plan_deletes_nothing(made: Installation) -> None:
+    names = {*released(made), made.adapter("clip-young", 80), made.adapter("clip-old", 100)}
     assert "used 80 days ago" in made.reason("clip-young")
     assert made.reason("clip-old").startswith("goes")
+    assert made.stored() == names and not made.ledger.collected(list(names))
 
 
 def test_an_adapter_counts_as_used_until_another_one_replaced_it(made: Installation) -> None:
@@ -302,8 +294,12 @@ def test_after_a_collection_release_and_rollback_say_what_became_of_the_files(ma
     [row] = made.ledger.audit_rows(subject="adapter clip-1")
     assert (row.actor, row.action, row.detail) == ("ann", "collect", {"reason": "not used for 800 days"})
     [total] = made.ledger.audit_rows(subject="artifacts")
-    assert total.detail["adapter"] == 4
-    assert total.detail["bytes"] > 0
+    assert total.detail["adapter"] == 4 and total.detail["bytes"] > 0
+
+    made.ledger.register_adapter("clip-1", "clip", BASE, "i", "t", {})
+    made.artifacts.put_directory(made.settings.home / "made" / "clip-1", "adapters/clip-1")
+    assert made.ledger.collected(["clip-1"]) == {}, "an adapter that is made again is there"
+    made.release("clip-1", 0)
 
 
 def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -> None:
@@ -313,30 +309,18 @@ def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -
     assert rollback_target(made.ledger, ("clip",), None) == {"clip": "clip-1"}
 
 
-def test_an_adapter_that_is_made_again_counts_as_there(made: Installation) -> None:
-    released(made)
-    made.run()
-    made.ledger.register_adapter("clip-1", "clip", BASE, "i", "t", {})
-    made.artifacts.put_directory(made.settings.home / "made" / "clip-1", "adapters/clip-1")
-    assert made.ledger.collected(["clip-1"]) == {}
-    made.release("clip-1", 0)
-
-
 @pytest.mark.parametrize("step", ["delete", "finish_collection"])
 def test_a_collection_that_was_interrupted_is_completed(
     either: Installation, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released(either)
 
-    class Killed(BaseException):
-        pass
-
     def kill(*_: object) -> None:
-        raise Killed
+        raise SystemExit
 
     with monkeypatch.context() as patch:
         patch.setattr(either.artifacts if step == "delete" else either.ledger, step, kill)
-        with pytest.raises(Killed):
+        with pytest.raises(SystemExit):
             either.run()
     with pytest.raises(LedgerError, match="being collected"):
         either.ledger.register_adapter("clip-1", "clip", BASE, "i", "t", {})
@@ -363,7 +347,7 @@ def test_a_release_in_the_middle_of_the_decision_makes_a_new_one(
     plans = iter([lambda: made.release("clip-2", 0), lambda: None])
     whole = collector.make_plan
 
-    def interrupted(*arguments: Any) -> Plan:
+    def interrupted(*arguments: Any) -> CollectionPlan:
         plan = whole(*arguments)
         next(plans)()
         return plan
@@ -390,32 +374,23 @@ def test_work_folders_of_updates_that_are_over_and_unused_caches_go(made: Instal
     made.begin("u-open")
     made.begin("u-over")
     made.ledger.advance_update("u-over", "failed")
-    for path in ("updates/u-open/x", "updates/u-over/x", "updates/u-unknown/x", "cache/gate/new.npz"):
-        (home / path).parent.mkdir(parents=True, exist_ok=True)
-        (home / path).write_bytes(b"x")
-    for name, days in (("cache/gate/old.npz", 100), ("cache/gate/future.npz", -100), ("engines/" + "a" * 12, 100)):
+    ages = dict.fromkeys(("updates/u-open/x", "updates/u-over/x", "updates/u-unknown/x", "cache/gate/new.npz"), 0)
+    ages |= {"cache/gate/old.npz": 100, "cache/gate/future.npz": -100, "engines/" + "a" * 12: 100}
+    for name, days in ages.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(b"x")
-        moment = time.time() - 86_400 * days
-        os.utime(home / name, (moment, moment))
+        os.utime(home / name, 2 * (time.time() - 86_400 * days,))
     made.run()
     assert {path.name for path in (home / "updates").iterdir()} == {"u-open", "u-unknown"}
     assert {path.name for path in (home / "cache" / "gate").iterdir()} == {"new.npz", "future.npz"}
     assert not list((home / "engines").iterdir())
 
 
-def collected_bytes() -> float:
-    value = declared.COLLECTED.labels("adapter")._value.get()
-    assert isinstance(value, float)
-    return value
-
-
+@on_sqlite
 def test_maintenance_collects_every_so_often(made: Installation) -> None:
-    if made.ledger.database.engine.dialect.name != "sqlite":
-        pytest.skip("the settings name SQLite")
     released(made)
-    before = collected_bytes()
-    calls = []
+    total = declared.COLLECTED.labels("adapter")._value
+    before, calls = total.get(), []
 
     def collect() -> None:
         calls.append(1)
@@ -427,29 +402,25 @@ def test_maintenance_collects_every_so_often(made: Installation) -> None:
     maintainer.close()
     assert len(calls) == 1
     assert made.stored() == {"clip-5", "clip-6"}
-    assert collected_bytes() - before == 4 * 60
+    assert total.get() - before == 4 * 60
 
 
-def ratchet(made: Installation, *words: str) -> Result:
-    command = ["--set", f"home={made.settings.home}", "--set", "gc.keep_releases=2", *words]
-    return CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+@on_sqlite
+def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(made: Installation) -> None:
+    def run(*words: str) -> str:
+        return ratchet(made.settings.home, "--set", "gc.keep_releases=2", *words).output
 
-
-def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(either: Installation) -> None:
-    if either.artifacts.local is None:
-        pytest.skip("the command has an artifacts folder")
-    released(either)
-    shown = ratchet(either, "admin", "gc", "--dry-run")
-    assert "not used for 800 days" in shown.output
-    assert "release 6 answers" in shown.output
-    summary = json.loads(shown.output.splitlines()[-1])
+    released(made)
+    shown = run("admin", "gc", "--dry-run")
+    assert "not used for 800 days" in shown and "release 6 answers" in shown
+    summary = json.loads(shown.splitlines()[-1])
     assert summary["dry_run"] is True
     assert summary["goes"] == {"adapter": 4, "carry-over": 4}
     assert summary["stays"] == {"adapter": 2, "carry-over": 2}
     assert summary["adapters"] == ["clip-1", "clip-2", "clip-3", "clip-4"]
-    assert len(either.stored()) == 6
-    done = json.loads(ratchet(either, "admin", "gc").output.splitlines()[-1])
+    assert len(made.stored()) == 6
+    done = json.loads(run("admin", "gc").splitlines()[-1])
     assert done["freed_bytes"] == summary["freed_bytes"]
-    assert len(either.stored()) == 2
-    assert "collected" in ratchet(either, "releases", "list").output
-    assert "clip-1 was collected" in ratchet(either, "releases", "show", "1").output
+    assert len(made.stored()) == 2
+    assert "collected" in run("releases", "list")
+    assert "clip-1 was collected" in run("releases", "show", "1")

@@ -116,29 +116,19 @@ list.format='json'
         "UV_INDEX": "https://two.example/simple https://three.example/simple",
         "UV_INDEX_STRATEGY": "unsafe-best-match",
     }
-
-
-def test_where_pip_was_told_nothing_uv_is_told_nothing(script: dict[str, Any]) -> None:
     assert script["uv_variables"]("") == {}
 
 
-def test_the_builds_for_processors_are_taken_from_a_folder_that_pip_was_told_of(tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
+@pytest.mark.parametrize("kind", ["folder", "index"])
+def test_the_builds_for_processors_are_taken_from_where_pip_was_told_to_look(tmp_path: Path, kind: str) -> None:
+    wheels = tmp_path / "wheels" / "torch"
+    wheels.mkdir(parents=True)
     for version in ("2.13.0", "2.13.0+cpu"):
         stub_wheel(wheels, "torch", version)
-    said, installed = install(tmp_path, {"PIP_FIND_LINKS": str(wheels)})
+    with serve_folder(wheels.parent) as url:
+        pip = {"PIP_FIND_LINKS": str(wheels)} if kind == "folder" else {"PIP_EXTRA_INDEX_URL": url}
+        said, installed = install(tmp_path, pip)
     assert "torch 2.13.0+cpu: the build for processors, from a folder or an index of pip's configuration" in said
-    assert installed.strip() == "2.13.0+cpu"
-
-
-def test_the_builds_for_processors_are_taken_from_an_index_that_pip_was_told_of(tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    (wheels / "torch").mkdir(parents=True)
-    stub_wheel(wheels / "torch", "torch", "2.13.0+cpu")
-    with serve_folder(wheels) as url:
-        said, installed = install(tmp_path, {"PIP_EXTRA_INDEX_URL": url})
-    assert "torch 2.13.0+cpu: the build for processors" in said
     assert installed.strip() == "2.13.0+cpu"
 
 

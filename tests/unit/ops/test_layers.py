@@ -1,8 +1,10 @@
-"""The contract of the layers leaves no module of core and ops out."""
+"""The contract of the layers leaves no module of core and ops out; parts without a model start without PyTorch."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import pytest
 import ops
 
 ROOT = Path(ops.__file__).parents[1]
+PARTS = (
+    "ops.cli.main", "streams.ingest.consumer", "streams.store.maintenance", "ops.console.app", "serving.app",
+    "serving.http.ingress", "serving.replicas.catalog", "serving.releases.controller",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("package", ["core", "ops"])
@@ -22,3 +28,14 @@ def test_every_module_has_its_layer(package: str) -> None:
     modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
     folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
     assert listed == modules | folders
+
+
+def test_parts_without_a_model_do_not_import_torch_which_takes_seconds() -> None:
+    program = f"""
+import importlib, sys
+for name in {PARTS!r}:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

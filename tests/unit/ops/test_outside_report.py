@@ -16,14 +16,8 @@ def test_each_peer_has_a_row_and_its_tests_are_there() -> None:
 
 def test_a_run_replaces_the_rows_of_its_peers_and_no_other() -> None:
     page = PAGE.read_text()
-    after = written(
-        page,
-        {
-            "Kubernetes": Ran({"passed": 1}, 5),
-            "nginx": Ran({"passed": 2, "failed": 1}, 7.4),
-            "MinIO": Ran({"left out": 9}, 0.1),
-        },
-    )
+    nginx, minio = Ran({"passed": 2, "failed": 1}, 7.4), Ran({"left out": 9}, 0.1)
+    after = written(page, {"Kubernetes": Ran({"passed": 1}, 5), "nginx": nginx, "MinIO": minio})
     changed = [line for line in after.splitlines() if line not in page.splitlines()]
     assert [line.split(" | ")[0] for line in changed] == ["| Kubernetes", "| nginx"]
     assert "| 2 passed, 1 failed | 7 s |" in changed[1] and after.partition(HEADING)[0] == page.partition(HEADING)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import pyarrow as pa
 import pytest
 from alembic import command
 from sqlalchemy import text, update
-from typer.testing import CliRunner
 
 from core.artifacts import Artifacts, directory_digest
 from core.errors import ConfigError, LedgerError, StoreError
@@ -23,7 +23,6 @@ from core.ledger import tables as t
 from core.ledger.collection import COLLECT_LEASE
 from core.ledger.database import alembic_config, open_database
 from core.settings import Settings
-from ops.cli.main import app
 from ops.collection import Collector
 from ops.recovery import back_up, backup, restore
 from ops.recovery.ledger_rows import load_ledger
@@ -31,9 +30,12 @@ from ops.recovery.place import Place
 from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.command_line import ratchet
 from tests.support.samples import TOPIC, put, refusal, sample
 from tests.unit.conftest import create_database
 
+on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+"""Of a test of files: whichever ledger it is, it is one more of them."""
 WHEN = datetime(2026, 5, 1, 12, 30, 15, 123456, tzinfo=UTC)
 WEIGHTS = bytes(range(256)) * 40_000
 """Larger than what is copied in one piece."""
@@ -101,17 +103,13 @@ def elsewhere(tmp_path: Path, url: str) -> Settings:
 
 def rows(url: str) -> dict[str, Any]:
     """All that a ledger says."""
-    opened = Ledger.open(url)
-    try:
-        found = {
+    with closing(Ledger.open(url)) as opened:
+        return {
             "live": opened.live(), "releases": opened.releases(), "updates": opened.updates(),
-            "keys": opened.api_keys(),
-            "verdicts": opened.verdicts(), "adapters": [opened.adapter(use.name) for use in opened.adapter_uses()],
+            "keys": opened.api_keys(), "verdicts": opened.verdicts(),
+            "adapters": [opened.adapter(use.name) for use in opened.adapter_uses()],
             "audit": [row for row in opened.audit_rows() if row.action not in ("restore", "back up")],
         }  # fmt: skip
-    finally:
-        opened.close()
-    return found
 
 
 def samples(settings: Settings, version: int | None = None) -> list[dict[str, Any]]:
@@ -171,6 +169,7 @@ def test_a_ledger_restored_into_a_database_of_the_other_kind_is_the_same(setting
     assert rows(target.ledger)["verdicts"][0].created_at == WHEN
 
 
+@on_sqlite
 def test_what_happens_during_a_backup_does_not_break_it(
     settings: Settings, elsewhere: Settings, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +210,7 @@ def test_what_happens_during_a_backup_does_not_break_it(
     assert store.pins().keys() == {"u-open"}
 
 
+@on_sqlite
 def test_a_file_that_goes_while_it_is_copied_is_named(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +220,7 @@ def test_a_file_that_goes_while_it_is_copied_is_named(
     assert SampleStore(settings.lake).pins().keys() == {"u-open"}
 
 
+@on_sqlite
 def test_the_pin_of_a_backup_that_was_killed_is_let_go(settings: Settings, ledger: Ledger) -> None:
     store = SampleStore(settings.lake)
     store.pin("backup-1", store.version())
@@ -258,6 +259,7 @@ class Mortal(Place):
             Mortal.left -= 1
 
 
+@on_sqlite
 @pytest.mark.parametrize("writes", [1, 4, 9, 14])
 def test_a_backup_that_was_interrupted_is_completed(
     settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
@@ -276,6 +278,7 @@ def test_a_backup_that_was_interrupted_is_completed(
     assert rows(elsewhere.ledger) == rows(settings.ledger)
 
 
+@on_sqlite
 @pytest.mark.parametrize("writes", [0, 3, 8])
 def test_a_restore_that_was_interrupted_is_completed(
     settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
@@ -315,6 +318,7 @@ def test_nothing_is_restored_over_something_else(settings: Settings, url: str, t
         back_up(settings, str(tmp_path / "other"), "ann")
 
 
+@on_sqlite
 @pytest.mark.parametrize("which", ["adapter.safetensors", "samples.lance/data", "report.json", "ledger", "files.json"])
 def test_a_damaged_file_is_found_before_the_ledger_names_it(
     settings: Settings, elsewhere: Settings, tmp_path: Path, which: str
@@ -329,6 +333,7 @@ def test_a_damaged_file_is_found_before_the_ledger_names_it(
     assert not rows(elsewhere.ledger)["releases"]
 
 
+@on_sqlite
 def test_a_backup_through_an_object_store_is_restored_into_one(settings: Settings, url: str, tmp_path: Path) -> None:
     target, artifacts = f"memory://backup-{tmp_path.name}", f"memory://artifacts-{tmp_path.name}"
     back_up(settings, target, "ann")
@@ -364,6 +369,7 @@ def test_a_ledger_of_a_newer_version_is_not_backed_up(settings: Settings, ledger
         back_up(settings, str(tmp_path / "backup"), "ann")
 
 
+@on_sqlite
 def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
     settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,22 +393,9 @@ def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
 
 
 def test_the_commands_end_with_json(settings: Settings, elsewhere: Settings, tmp_path: Path) -> None:
-    results = [
-        CliRunner().invoke(
-            app,
-            [
-                "--set",
-                f"home={each.home}",
-                "--set",
-                f"ledger_url={each.ledger}",
-                "admin",
-                name,
-                str(tmp_path / "backup"),
-            ],
-        )
-        for name, each in (("backup", settings), ("restore", elsewhere))
-    ]
-    assert [result.exit_code for result in results] == [0, 0], results
-    reports = [json.loads(result.stdout.splitlines()[-1]) for result in results]
-    assert reports[0] == reports[1]
-    assert reports[0]["release"] == 2
+    reports = []
+    for name, each in (("backup", settings), ("restore", elsewhere)):
+        done = ratchet(each.home, "--set", f"ledger_url={each.ledger}", "admin", name, str(tmp_path / "backup"))
+        assert done.exit_code == 0, done.output
+        reports.append(json.loads(done.stdout.splitlines()[-1]))
+    assert reports[0] == reports[1] and reports[0]["release"] == 2

@@ -135,22 +135,17 @@ def test_the_line_about_maintenance_says_what_is_known() -> None:
     now = datetime.now(UTC)
     assert maintenance_line(StreamState()) == ("maintenance: no metrics here", "dim")
     assert maintenance_line(StreamState(maintenance_known=True)) == ("no maintenance yet", "dim")
-    assert maintenance_line(StreamState(maintenance_known=True, maintenance_failing=True)) == (
-        "maintenance fails",
-        "red",
-    )
+    fails = StreamState(maintenance_known=True, maintenance_failing=True)
+    assert maintenance_line(fails) == ("maintenance fails", "red")
     assert maintenance_line(StreamState(maintained=now)) == ("maintained 0 s ago", "")
     failing = StreamState(maintained=now - timedelta(seconds=90), maintenance_failing=True)
     assert maintenance_line(failing) == ("maintained 90 s ago, failing since", "red")
 
 
 def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Settings, ledger: Ledger) -> None:
-    away = settings.model_copy(
-        update={
-            "ingest": settings.ingest.model_copy(update={"metrics_port": free_port()}),
-            "maintain": settings.maintain.model_copy(update={"metrics_port": 0}),
-        }
-    )
+    ingest = settings.ingest.model_copy(update={"metrics_port": free_port()})
+    maintain = settings.maintain.model_copy(update={"metrics_port": 0})
+    away = settings.model_copy(update={"ingest": ingest, "maintain": maintain})
     state = stream_state(away, SampleStore(away.lake), ledger)
     assert (state.waiting_for, state.maintained, state.maintenance_known, state.problems()) == (None, None, False, [])
 
@@ -176,11 +171,7 @@ def test_status_and_the_console_tell_the_same(settings: Settings, ledger: Ledger
     assert (facts["lost"], facts["waiting_for"], facts["gaps"][0]["first"]) == (512, "store", 100)
     with TestClient(build_console(settings), base_url="http://127.0.0.1:8001") as visitor:
         page = visitor.get("/").text
-    for told in (
-        "t:0 100..611 (retention)",
-        "Ingest waits for the store: refused",
-        "1 deletion is",
-        "512 offsets were",
-    ):
+    problems = ("t:0 100..611 (retention)", "Ingest waits for the store: refused", "1 deletion is", "512 offsets were")
+    for told in problems:
         assert told in page
     assert Counter(page.split())["Maintenance"] == 0, "it runs"

@@ -41,18 +41,13 @@ def checked(vectors: npt.NDArray[np.float32], home: Path) -> tuple[Result, list[
         return done, [head.splitlines()[0] for head in server.asked]
 
 
-def test_good_embeddings_pass_and_name_their_release(tmp_path: Path) -> None:
+def test_good_embeddings_pass_and_name_their_release_and_wrong_ones_fail(tmp_path: Path) -> None:
     done, asked = checked(GOOD, tmp_path)
     assert done.exit_code == 0, done.output
     assert "as release 7: 2 dimensions" in done.output
     assert [line.split("?")[0].split()[1] for line in asked] == ["/health/ready/clip", "/v1/embeddings", "/v1/releases"]
-
-
-def test_wrong_embeddings_fail(tmp_path: Path) -> None:
     done, _ = checked(2 * GOOD, tmp_path)
-    assert done.exit_code == 1
-    assert isinstance(done.exception, RatchetError)
-    assert "length 1" in done.exception.message
+    assert done.exit_code == 1 and isinstance(done.exception, RatchetError) and "length 1" in done.exception.message
 
 
 @pytest.mark.parametrize(
@@ -70,22 +65,20 @@ def test_each_fault_is_named(vectors: npt.NDArray[np.float32], fault: str) -> No
     assert (fault in fault_of(vectors)) if fault else fault_of(vectors) == ""
 
 
-def test_doctor_tells_what_is_missing_and_fails_only_for_what_stops_ratchet(tmp_path: Path) -> None:
-    flags = ["--set", "serve.vlm_engine=transformers"]
-    result = ratchet(tmp_path, *flags, "doctor")
+def test_doctor_tells_what_is_missing_and_fails_only_for_what_stops_ratchet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.dependency_checks.LOOK_SECONDS", 240.0)  # a busy machine imports Lance for longer than 8 s
+    result = ratchet(tmp_path, "--set", "serve.vlm_engine=transformers", "doctor")
     assert result.exit_code == 0
-    assert "is not registered" in result.output
-    assert "ratchet base build" in result.output
+    assert "is not registered" in result.output and "ratchet base build" in result.output
+    away = ["--set", "ledger_url=postgresql://a@127.0.0.1:1/b", "--set", 'base.vlm=""']
+    assert ratchet(tmp_path, *away, "doctor").exit_code == 1
 
 
 def test_doctor_names_extras_in_their_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'ratchet-server[local]'" in ratchet(tmp_path, "doctor").output
-
-
-def test_doctor_fails_when_the_ledger_cannot_be_reached(tmp_path: Path) -> None:
-    away = ["--set", "ledger_url=postgresql://a@127.0.0.1:1/b", "--set", 'base.vlm=""']
-    assert ratchet(tmp_path, *away, "doctor").exit_code == 1
 
 
 def settings(home: Path, **flags: Any) -> Settings:
@@ -97,12 +90,9 @@ def findings(made: Settings) -> dict[str, Finding]:
     return {finding.what: finding for finding in examine(made) if finding.what.startswith("VLM")}
 
 
-def test_without_a_vlm_nothing_is_missing(tmp_path: Path) -> None:
-    found = findings(settings(tmp_path, base__vlm=""))
-    assert {finding.state for finding in found.values()} == {"ok"}
-
-
 def test_a_base_that_is_not_registered_is_named_with_its_fix(tmp_path: Path) -> None:
+    without = findings(settings(tmp_path, base__vlm=""))
+    assert {finding.state for finding in without.values()} == {"ok"}
     found = findings(settings(tmp_path, serve__vlm_engine="transformers"))["VLM base"]
     assert (found.state, "shipped-vlm" in found.found, "base build" in found.fix) == ("warn", True, True)
     tiny_vlm_base(tmp_path)
@@ -124,7 +114,8 @@ def test_a_missing_vllm_is_a_failure_only_where_it_was_asked_for(
 def test_a_vllm_whose_libraries_do_not_load_is_found_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "torchaudio.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')\n")
+    (tmp_path / "vllm.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     found = findings(settings(tmp_path / "home", serve__vlm_engine="vllm"))["VLM engine"]
     assert found.state == "fail"

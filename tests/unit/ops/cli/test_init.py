@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,12 +97,8 @@ def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> N
     assert done.exit_code == 0, done.exception
     settings = load_settings(environ={})
     (suite,) = load_suites(settings.gate.suites, settings.home)
-    assert (suite.name, suite.task, suite.role, suite.margin) == (
-        "things-classification",
-        "classification",
-        "retention",
-        0.05,
-    )
+    named = (suite.name, suite.task, suite.role, suite.margin)
+    assert named == ("things-classification", "classification", "retention", 0.05)
     assert sorted({item.text for item in suite.items()}) == sorted(COLOURS)
     assert len(suite.items()) == 12
     assert settings.updater.reference == [suite.folder]
@@ -129,22 +123,11 @@ def test_the_same_pictures_are_held_out_again_wherever_they_lie(run: Run) -> Non
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_labelled_sample_with_captions_makes_both_suites(run: Run, suffix: str) -> None:
     folder = class_folders(Path("things"))
-    rows = [
-        {
-            "file": f"{path.parent.name}/{path.name}",
-            "label": path.parent.name,
-            "caption": f"{path.stem} {path.parent.name}",
-        }
-        for path in sorted(folder.rglob("*.png"))
-    ]
+    names = [(path.parent.name, path.stem) for path in sorted(folder.rglob("*.png"))]
+    rows = [{"file": f"{kind}/{stem}.png", "label": kind, "caption": f"{stem} {kind}"} for kind, stem in names]
     labels = Path(f"sample{suffix}")
-    with labels.open("w", newline="") as out:
-        if suffix == ".csv":
-            writer = csv.DictWriter(out, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            out.writelines(f"{json.dumps(row)}\n" for row in rows)
+    lines = [",".join(row.values()) for row in rows] if suffix == ".csv" else [json.dumps(row) for row in rows]
+    labels.write_text("\n".join(["file,label,caption", *lines] if suffix == ".csv" else lines))
     done = run("init", "--model", "tiny", "--data", "things", "--labels", str(labels), "--yes")
     assert done.exit_code == 0, done.exception
     settings = load_settings(environ={})
@@ -203,12 +186,6 @@ def test_a_folder_with_a_model_is_registered_from_the_disk(run: Run) -> None:
     assert "32 dimensions, images of 32 px" in done.output
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 WRONG: dict[str, tuple[list[str], str, str]] = {
     "no model": ([], "--model is not given", "--yes"),
     "a hub": (["--model", "hf-hub:a/b"], "--model: hf-hub:a/b", "ratchet base add"),
@@ -254,7 +231,7 @@ def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
 
 def test_a_broker_that_is_away_is_not_asked_offline(run: Run) -> None:
     class_folders(Path("things"))
-    words = ("--model", "tiny", "--data", "things", "--broker", f"127.0.0.1:{closed_port()}", "--topic", "pairs")
+    words = ("--model", "tiny", "--data", "things", "--broker", "127.0.0.1:1", "--topic", "pairs")
     done = run("--set", "serve.port=9000", "init", *words, "--yes", "--offline")
     assert done.exit_code == 0, done.exception
     settings = load_settings(environ={})
@@ -295,13 +272,10 @@ def test_it_asks_on_a_terminal_for_what_is_not_given(run: Run, monkeypatch: pyte
     assert (settings.base.clip, settings.kafka.topic, len(settings.gate.suites)) == ("tiny", "pairs", 1)
 
 
-def test_the_shipped_model_needs_nothing(run: Run) -> None:
+def test_the_shipped_model_needs_nothing_and_values_have_their_types(run: Run) -> None:
     done = run("init", "--yes")
     assert done.exit_code == 0, done.exception
     assert yaml.safe_load(Path("ratchet.yaml").read_text()) is None
-
-
-def test_values_have_their_types(run: Run) -> None:
-    run("--set", "serve.port=9000", "--set", "gate.detect=0.1", "init", "--yes")
+    run("--set", "serve.port=9000", "--set", "gate.detect=0.1", "init", "--yes", "--force")
     told: dict[str, Any] = yaml.safe_load(Path("ratchet.yaml").read_text())
     assert told == {"serve": {"port": 9000}, "gate": {"detect": 0.1}}

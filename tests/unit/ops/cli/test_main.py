@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
-from core.errors import ConfigError
+from core.errors import ConfigError, LedgerUnavailable
 from core.ledger import Ledger
 from ops.cli.context import Context
 from ops.cli.main import app
 from tests.support.command_line import ratchet
 
-runner = CliRunner()
+COMMAND = typer.main.get_command(app)
+"""Made once: a runner makes it for each call."""
 
 
 def _commands() -> list[list[str]]:
@@ -32,7 +32,7 @@ def _commands() -> list[list[str]]:
         for name, child in (children or {}).items():
             walk(child, [*words, name])
 
-    walk(typer.main.get_command(app), [])
+    walk(COMMAND, [])
     assert len(found) > 15
     return found
 
@@ -42,10 +42,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("words", _commands(), ids=" ".join)
-def test_every_command_has_help(words: list[str]) -> None:
-    result = runner.invoke(app, [*words, "--help"])
-    assert result.exit_code == 0
-    assert "Usage" in result.output
+def test_every_command_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMAND([*words, "--help"], prog_name="ratchet", standalone_mode=False) == 0
+    assert "Usage" in capsys.readouterr().out
 
 
 def test_a_known_error_is_shown_with_its_fix_and_without_a_traceback(tmp_path: Path) -> None:
@@ -53,14 +52,11 @@ def test_a_known_error_is_shown_with_its_fix_and_without_a_traceback(tmp_path: P
     file.write_text("serve: {prt: 1}")
     result = run("--config", str(file), "config", "show")
     assert result.returncode == 1
-    assert "serve.prt" in result.stderr
-    assert "serve.port" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "serve.prt" in result.stderr and "serve.port" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_config_show_tells_values_and_origins(tmp_path: Path) -> None:
-    result = runner.invoke(app, ["--set", "serve.port=9001", "config", "show", "--json"])
-    shown = json.loads(result.output)
+    shown = json.loads(ratchet(tmp_path, "--set", "serve.port=9001", "config", "show", "--json").output)
     assert shown["serve.port"] == {"value": "9001", "origin": "flag"}
     assert shown["kafka.topic"]["origin"] == "default"
 
@@ -75,13 +71,12 @@ def test_a_child_process_gets_the_same_settings(tmp_path: Path) -> None:
 def test_the_ledger_is_migrated_as_often_as_one_likes_and_its_password_is_not_shown(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     for _ in range(2):
-        result = runner.invoke(app, ["admin", "migrate"], env={"RATCHET_LEDGER_URL": url})
+        result = ratchet(tmp_path, "--set", f"ledger_url={url}", "admin", "migrate")
         assert (result.exit_code, "up to date" in result.output) == (0, True)
     Ledger.open(url, migrate=False).close()
-    away = run("--set", "ledger_url=postgresql://me:hunter2@127.0.0.1:1/x", "admin", "migrate")
-    assert away.returncode == 1
-    assert "127.0.0.1:1" in away.stderr
-    assert "hunter2" not in away.stderr
+    with pytest.raises(LedgerUnavailable, match=r"127\.0\.0\.1:1") as away:
+        ratchet(tmp_path, "--set", "ledger_url=postgresql://me:hunter2@127.0.0.1:1/x", "admin", "migrate")
+    assert "hunter2" not in str(away.value)
 
 
 @pytest.mark.parametrize(

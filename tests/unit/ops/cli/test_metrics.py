@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from core.addresses import free_port
@@ -20,22 +21,20 @@ from ops.cli.main import app
 ROOT = Path(__file__).resolve().parents[4]
 
 
-def targets(*settings: str, host: str = "127.0.0.1") -> dict[str, str]:
-    flags = [word for setting in settings for word in ("--set", setting)]
-    result = CliRunner().invoke(app, [*flags, "metrics", "targets", "--host", host])
-    assert result.exit_code == 0, result.output
-    return {entry["labels"]["process"]: entry["targets"][0] for entry in json.loads(result.output)}
-
-
-def test_targets_are_the_ports_of_the_settings() -> None:
-    ports = ("serve.port=9001", "ingest.metrics_port=9002", "updater.metrics_port=9003", "maintain.metrics_port=9004")
-    found = targets(*ports, host="box")
-    assert found == {"serve": "box:9001", "ingest": "box:9002", "maintain": "box:9004", "update": "box:9003"}
-
-
-def test_what_is_off_is_no_target_and_ray_is_one_when_it_is_on() -> None:
-    found = targets("ingest.metrics_port=0", "serve.ray_metrics_port=9004")
-    assert set(found) == {"serve", "maintain", "update", "ray"} and found["ray"] == "127.0.0.1:9004"
+def test_prometheus_is_told_the_ports_of_the_settings() -> None:
+    ports = ("serve.port=9000", "ingest.metrics_port=0", "updater.metrics_port=9999", "maintain.metrics_port=9998")
+    flags = [word for port in (*ports, "serve.ray_metrics_port=9004") for word in ("--set", port)]
+    listed = json.loads(CliRunner().invoke(app, [*flags, "metrics", "targets", "--host", "box"]).output)
+    assert {each["labels"]["process"]: each["targets"] for each in listed} == {
+        "serve": ["box:9000"], "maintain": ["box:9998"], "update": ["box:9999"], "ray": ["box:9004"],
+    }  # fmt: skip
+    words = ["prometheus", "--host", "box", "--alertmanager", "am:9093", "--rules", "a.yml"]
+    done = CliRunner().invoke(app, [*flags, "metrics", *words])
+    told = yaml.safe_load(done.stdout)
+    assert [job["static_configs"] for job in told["scrape_configs"]] == [listed]
+    assert told["rule_files"] == ["a.yml"]
+    assert told["alerting"] == {"alertmanagers": [{"static_configs": [{"targets": ["am:9093"]}]}]}
+    assert "ingest.metrics_port is 0" in done.stderr
 
 
 def test_who_exports_the_metrics_of_replicas_does_not_write_among_them(

@@ -8,14 +8,10 @@ from ops.cli.status import catalog_lines, learning_line, replica_lines, rollout_
 
 
 def space(missing: int, left: float | None = None, building: bool = False) -> dict[str, Any]:
-    index = {"building": building}
     return {
-        "missing": missing,
-        "coverage": 1 - missing / 1000,
-        "rows_per_second": 80.2,
-        "seconds_left": left,
-        "index": index,
-    }
+        "missing": missing, "coverage": 1 - missing / 1000, "rows_per_second": 80.2, "seconds_left": left,
+        "index": {"building": building},
+    }  # fmt: skip
 
 
 def test_a_complete_catalog_takes_one_line_and_a_backfill_says_when_it_ends() -> None:
@@ -39,13 +35,8 @@ def test_replicas_are_told_of_only_where_one_does_not_run() -> None:
 
 def test_fresh_items_and_alpha_are_told_and_the_candidate_that_is_kept() -> None:
     told = {
-        "fresh_items": 1120,
-        "fresh_items_needed": 1400,
-        "alpha": 0.05,
-        "alpha_spent": 0.038,
-        "kept": None,
-        "lacks": "",
-    }
+        "fresh_items": 1120, "fresh_items_needed": 1400, "alpha": 0.05, "alpha_spent": 0.038, "kept": None, "lacks": "",
+    }  # fmt: skip
     assert learning_line("clip", told).splitlines() == [
         "clip: 1,120 of 1,400 fresh items", "  alpha 0.05: 0.038 spent on gains since the last release, 0.012 left",
     ]  # fmt: skip

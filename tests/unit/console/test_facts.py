@@ -1,0 +1,186 @@
+"""What is served, what came in, what it costs and what was deleted: as the ledger, the store and the server say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from fastapi.testclient import TestClient
+
+from core.ledger import Ledger
+from ops.console.data import ConsoleData
+from ops.console.pages.budget import UpdateSummary, costs, update_summaries
+from ops.console.pages.models import served_models
+from ops.console.pages.stream import origins
+from streams.store.deletion import request_deletion
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from tests.support.pictures import png
+from tests.support.samples import refusal, sample
+from tests.support.story import EVIL, tell
+from tests.unit.console.conftest import release, settings, text
+
+STATUS: dict[str, Any] = {
+    "controller": {
+        "started": True, "trouble": "", "in_flight": {}, "rollout": {},
+        "resident": [
+            {"release": 1, "adapter": None, "image_space": "img-base", "text_space": "txt-base", "vlm": None},
+            {"release": 2, "adapter": "clip-a", "image_space": "img-base", "text_space": "txt-a", "vlm": None},
+        ],
+        "replicas": {"Encoder": {"RUNNING": 2, "STARTING": 1}, "Ingress": {"RUNNING": 1}},
+        "encoders": 2 * [{"engine": "torch", "precision": "bfloat16", "device": "cpu", "base_digest": "e" * 64}],
+        "vlm": [{"engine": "vllm", "precision": "float32"}],
+    },
+    "catalog": {"corpus_rows": 40, "coverage": 0.5, "spaces": {"img-base": {"coverage": 0.5, "seconds_left": 4.0}}},
+}  # fmt: skip
+TOMBSTONE = "tombstone shop.samples:1:17"
+
+
+def test_engine_and_precision_are_what_the_replicas_say(
+    visitor: TestClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release(ledger, "clip-a")
+    away = text(visitor, "/models")
+    assert "not known" in away and "bfloat16" not in away, "the settings are no measurement"
+    assert "serve.engine auto, serve.precision auto" in away
+    monkeypatch.setattr(ConsoleData, "_status", lambda _: STATUS)
+    visitor.app.state.data.invalidate()  # type: ignore[attr-defined]
+    page = text(visitor, "/models")
+    assert "torch bfloat16 cpu" in page and f"shipped ({'e' * 12})" in page
+    assert "2 running" in page and "1 starting" in page
+    newest, older = page.split('<td class="n">2</td>')[1].split('<td class="n">1</td>')
+    assert "50%" in newest and "clip-a" in newest and "same" not in newest
+    assert 'txt-base</code> <span class="hint">differs' in older and 'img-base</code> <span class="hint">same' in older
+    assert "CLIP: torch bfloat16 cpu" in text(visitor, "/overview/now")
+
+
+def test_a_vlm_is_listed_only_where_there_is_one(tmp_path: Path) -> None:
+    without = settings(tmp_path)
+    assert [model.family for model in served_models(STATUS, None, without)] == ["clip"]
+    with_vlm = without.model_copy(update={"base": without.base.model_copy(update={"vlm": "small"})})
+    assert served_models(STATUS, None, with_vlm)[1].engines == ("vllm float32",)
+
+
+def test_the_stream_page_counts_kinds_sources_gaps_and_refusals(
+    visitor: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "No samples yet" in text(visitor, "/stream")
+    store = SampleStore(settings(tmp_path).lake)
+    place = {"topic": "samples", "partition": 0, "ingested_at": datetime.now(UTC)}
+    rows = [sample(0, number, source=source) for number, source in enumerate(("cam-1", "cam-1", "<cam 2>"))]
+    rows[0]["image"] = png()
+    rows.append({**place, "kind": "duplicate", "offset": 3, "id": f"{0:064x}", "reason": "same_image"})
+    rows += [refusal(0, 4), {**place, "kind": "gap", "offset": 5, "until": 25, "reason": "retention"}]
+    store.put(rows, [Position("samples", 0, 25)])
+    assert origins(store)["samples"]["source"] == [("cam-1", 2), ("<cam 2>", 1)]
+    visitor.app.state.data._cache.clear()  # type: ignore[attr-defined]
+    page = visitor.get("/stream").text
+    for fact in (
+        "samples:0, offsets 5 to 24", "retention", "Neither a picture nor JSON", "&lt;cam 2&gt;", "samples:0</td>",
+        'class="n">25</td>', "Samples</dt><dd>3", "Duplicates</dt><dd>1", "Refused</dt><dd>1",
+        "Lost offsets</dt><dd>20",
+    ):  # fmt: skip
+        assert fact in page
+    assert "<cam 2>" not in page
+    kinds = [visitor.get(f"/samples/{row['id']}.png").headers["content-type"] for row in rows[:2]]
+    assert kinds == ["image/png", "image/svg+xml"], "a picture of the store, and the sign for one that is none"
+    monkeypatch.setattr("ops.console.pages.stream.COUNTED_SAMPLES", 1)
+    assert origins(store)["samples"] == {}, "a larger store is not scanned"
+
+
+def test_each_release_names_the_base_of_its_clip(visitor: TestClient, ledger: Ledger, tmp_path: Path) -> None:
+    release(ledger)
+    assert "CLIP base shipped" in text(visitor, "/releases"), "a release that names none is of the only one"
+    live = ledger.live()
+    assert live is not None
+    ledger.change_base(live, clip=None, base="b" * 64, live_base="a" * 64, rollback=False, actor="ann", reason="newer")
+    folder = settings(tmp_path).home / "bases" / "vit-b"
+    folder.mkdir(parents=True)
+    (folder / "base.json").write_text(f'{{"digest": "{"b" * 64}"}}')
+    visitor.app.state.data._cache.clear()  # type: ignore[attr-defined]
+    page = text(visitor, "/releases")
+    assert f"CLIP base vit-b ({'b' * 12})" in page and f"CLIP base {'a' * 12}" in page and "other base" in page
+
+
+def test_costs_sum_training_and_gate_apart(visitor: TestClient, ledger: Ledger, tmp_path: Path) -> None:
+    tell(settings(tmp_path), tmp_path / "made")
+    rows = update_summaries(ledger)
+    total = costs(rows)
+    assert (total["updates"], total["train_gflops"]) == (2, 2 * 5801.5)
+    assert (total["gate_runs"], total["gate_gflops"]) == (2, 640.0)
+    again = [
+        UpdateSummary(replace(row.update, cost={**row.update.cost, "trained_by": "x"}), row.verdict) for row in rows
+    ]
+    assert (costs(again)["train_gflops"], costs(again)["gate_runs"]) == (0.0, 2), "a further look is not trained again"
+    assert costs(rows, datetime.now(UTC) + timedelta(days=1))["updates"] == 0
+    page = text(visitor, "/budget")
+    assert "11,603" in page and "640" in page and "Last 24 hours" in page and "5,802" in page
+
+
+def test_each_deletion_is_listed_with_who_when_what_why_and_how_much(visitor: TestClient, ledger: Ledger) -> None:
+    assert "Nothing here" in visitor.get("/audit/deletions").text
+    assert "Nothing was deleted" in text(visitor, "/stream")
+    assert 'href="/audit/deletions"' in visitor.get("/audit").text
+    waits = request_deletion(ledger, {"source": "crawler-7"}, actor="ann", reason=EVIL).id
+    ledger.request_deletion(TOMBSTONE, {"key": "6b6579"}, actor="producer", reason="a tombstone in the topic")
+    ledger.deletion_removed(TOMBSTONE, samples=31, refusals=4, adapters={}, store_version=3)
+    page = visitor.get("/audit/deletions").text
+    for fact in (
+        waits,
+        "crawler-7",
+        "ann",
+        TOMBSTONE,
+        "key 6b6579",
+        "a tombstone in the topic",
+        ">31<",
+        ">4<",
+        "waits",
+    ):
+        assert fact in page
+    assert EVIL not in page and "&lt;script&gt;" in page
+    removed = visitor.get("/audit/deletions?state=removed").text
+    assert TOMBSTONE in removed and waits not in removed
+    assert "No deletion is in this state" in visitor.get("/audit/deletions?state=done").text
+    assert visitor.get("/audit/deletions?state=lost").status_code == 422
+    older = visitor.get("/audit/deletions?limit=1").text
+    assert TOMBSTONE in older and waits not in older and "limit=51" in older, "older ones are a click away"
+    stream = text(visitor, "/stream")
+    assert "1 waiting, 1 removed and not yet rewritten, 0 done" in stream
+    assert f'href="/audit/deletions/{quote(TOMBSTONE)}"' in stream and "31 samples, 4 refused records" in stream
+
+
+def test_the_receipt_names_what_learned_from_it_and_the_first_update_without_it(
+    visitor: TestClient, ledger: Ledger
+) -> None:
+    ledger.request_deletion(TOMBSTONE, {"key": "6b6579"}, actor="producer", reason="a tombstone in the topic")
+    link = f"/audit/deletions/{quote(TOMBSTONE)}"
+    assert link in visitor.get("/audit/deletions").text
+    assert "none yet" in visitor.get(link).text and "Maintenance has not come to it" in visitor.get(link).text
+    adapters = {"learned": ["clip-0123456789ab"], "may_have_replayed": ["clip-ba9876543210"]}
+    ledger.deletion_removed(TOMBSTONE, samples=31, refusals=4, adapters=adapters, store_version=3)
+    ledger.begin_update(
+        "update-next", family="clip", recipe={}, seed=0, store_version=3, data_from={}, data_to={}, incumbent=None
+    )
+    ledger.list_deletions_in("update-next", 3)
+    ledger.deletion_done(TOMBSTONE)
+    page = visitor.get(link).text
+    for fact in (
+        "31 samples, 4 refused records",
+        "clip-0123456789ab",
+        "clip-ba9876543210",
+        "/gate/update-next",
+        "done",
+    ):
+        assert fact in page
+    receipt = visitor.get(f"{link}/receipt").json()
+    assert (receipt["id"], receipt["state"], receipt["adapters"]) == (TOMBSTONE, "done", adapters)
+
+
+@pytest.mark.parametrize("name", ["deletion-nowhere", "x" * 400, "deletion-nowhere/receipt"])
+def test_a_deletion_that_is_not_there_is_said_so(visitor: TestClient, name: str) -> None:
+    answer = visitor.get(f"/audit/deletions/{name}")
+    assert answer.status_code == 404 and "no such deletion" in answer.text
