@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.continual.baselines import NearestMean
 from benchmarks.continual.evaluation import Encoded, Evaluator, images_of
+from benchmarks.continual.nearest import NearestMean
 from benchmarks.continual.plan import draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream, Suite, load_stream, prepare
