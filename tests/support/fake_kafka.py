@@ -98,10 +98,6 @@ class FakeKafka:
             self.assigned = set(partitions)
             self.changed.notify_all()
 
-    def reason_of(self, record: Encoded) -> str:
-        """Why a record in the quarantine topic was refused."""
-        return dict(record.headers)["ratchet_reason"].decode()
-
     def names(self) -> list[str]:
         """Places of the records in the quarantine topic."""
         found = [dict(record.headers) for record in self.quarantine]

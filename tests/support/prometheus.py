@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import httpx
 import yaml
 
 from core.addresses import free_port
-from core.waiting import wait_until
 from ops.alerts import as_yaml, rule_groups
+from tests.support.downloads import answers, running
 
 START_SECONDS = 60.0
 GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
@@ -93,7 +92,13 @@ def prometheus(folder: Path, config: str, scrape_seconds: int = 1) -> Iterator[P
         "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'series'}",
         f"--web.listen-address={address}", "--log.level=warn",
     ]  # fmt: skip
-    with _running(command, folder / "prometheus.log", f"http://{address}/-/ready"):
+    with running(
+        command,
+        folder / "prometheus.log",
+        f"http://{address}/-/ready",
+        START_SECONDS,
+        env={**os.environ, "GOMAXPROCS": "1"},
+    ):
         yield Prometheus(f"http://{address}")
 
 
@@ -108,26 +113,16 @@ def alertmanager(folder: Path) -> Iterator[Alertmanager]:
         f"--storage.path={folder / 'alerts'}", f"--web.listen-address={address}", "--cluster.listen-address=",
         "--log.level=warn",
     ]  # fmt: skip
-    with _running(command, folder / "alertmanager.log", f"http://{address}/-/ready"):
+    with running(
+        command,
+        folder / "alertmanager.log",
+        f"http://{address}/-/ready",
+        START_SECONDS,
+        env={**os.environ, "GOMAXPROCS": "1"},
+    ):
         yield Alertmanager(f"http://{address}")
 
 
-@contextmanager
-def _running(command: list[str], log: Path, ready: str) -> Iterator[None]:
+def _running(command: list[str], log: Path, ready: str) -> AbstractContextManager[object]:
     environ = {**os.environ, "GOMAXPROCS": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ)
-    try:
-        running = lambda: process.poll() is None  # noqa: E731
-        assert wait_until(lambda: _answers(ready), START_SECONDS, pause=0.05, alive=running), log.read_text()[-2000:]
-        yield
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
+    return running(command, log, lambda: answers(ready), START_SECONDS, env=environ)
