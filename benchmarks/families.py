@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
-from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.figures_table import show_table
 from benchmarks.machine import machine
 from core.errors import ConfigError, RatchetError
 from core.progress import step
@@ -175,8 +175,7 @@ def show(figures: dict[str, Any]) -> None:
             "-" if parity is None else f"{parity:.1e}", str(row.get("answers_equal", "-")),
             ", ".join(row.get("not_by_vllm", ())), "; ".join(row["problems"]),
         )  # fmt: skip
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

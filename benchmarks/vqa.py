@@ -8,7 +8,6 @@ Both servers run all the time and are asked in turns, so that a slower minute of
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chat import ChatRun, closed_loop
+from benchmarks.figures_table import show_table
 from benchmarks.machine import machine
 from benchmarks.vllm_server import vllm_server
 from core.artifacts import Artifacts
@@ -214,8 +213,7 @@ def show(figures: dict[str, Any]) -> None:
     for level in levels:
         for name, cells in rows:
             table.add_row(str(level), name, *(str(cell) for cell in cells(level)))
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

@@ -10,18 +10,17 @@ Every pending pair of an update must be visited or counted as passed over.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.backlog.pairs import pair_rows
 from benchmarks.backlog.trainer import Watched, watch
 from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.figures_table import show_table
 from benchmarks.machine import machine
 from benchmarks.stream.filling import fill
 from core.addresses import free_port
@@ -153,8 +152,7 @@ def show(figures: dict[str, Any]) -> None:
         f"{figures['memory_gib']} GiB at most, the first step after {figures['first_step_seconds']} s,"
         f" {figures['errors']} errors"
     )
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

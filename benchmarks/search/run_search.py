@@ -9,7 +9,6 @@ vectors, and the least effort with which it finds as many of the true ten neares
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figures_table import show_table
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
@@ -136,8 +135,7 @@ def show(figures: dict[str, Any]) -> None:
     )
     for name in [name for name in sizes[-1] if name != "rows"]:
         table.add_row(name, *(_shown(each.get(name)) for each in sizes))
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def _shown(value: Any) -> str:

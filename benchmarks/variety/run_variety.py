@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figures_table import show_table
 from benchmarks.machine import machine
 from benchmarks.variety.kinds import KINDS, samples
 from benchmarks.variety.updates import MODELS
@@ -189,8 +189,7 @@ def show(figures: dict[str, Any]) -> None:
         table.add_row(
             row["kind"], *(str(row[name]) for name in ("stored", "lost", "dropped")), share, ", ".join(failed)
         )
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
