@@ -22,7 +22,7 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import BUDGETS, Protocol
-from benchmarks.continual.report import _prepared, figures, read_chains
+from benchmarks.continual.report import figures, read_chains
 from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
 from benchmarks.continual.tuning import Trial, plain_trials
@@ -261,12 +261,6 @@ def test_new_queries_meet_the_index_of_the_version_before(base: ClipBase, result
     locked = _rows(results, "locked-text")
     changed = [row["cross"]["new_at_0"] - row["cross"]["old_old"] for row in locked]  # type: ignore[index]
     assert changed == [0.0, 0.0]
-
-
-def test_a_method_that_prepares_nothing_spends_nothing_before_its_steps() -> None:
-    cost = {"prepare_gflops": 0.0, "memory_ratio": 0.5, "sample_gflops": 0.4, "samples": 96}
-    assert _prepared(cost) == 0
-    assert _prepared({**cost, "prepare_gflops": 200.0}) == 100
 
 
 def test_sizes_of_the_command_line_are_another_protocol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
