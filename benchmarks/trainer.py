@@ -1,4 +1,4 @@
-"""A trainer that is busy for as long as a benchmark wants: the real process, on data of its own.
+"""The real trainer process, and data of its own that keep it busy for as long as a benchmark wants.
 
 >>> busy = BusyTrainer(prepare_data(settings), settings.home / "ratchet.yaml")
 >>> busy.start()                    # returns when it takes steps

@@ -93,7 +93,6 @@ class ApacheKafka:
         self._run("kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(self._properties))
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
         self.log.write_bytes(b"")
         command = [*JAVA, f"{self._jars}/*", "kafka.Kafka", str(self._properties)]
         with self.log.open("ab") as log:

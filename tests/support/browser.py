@@ -60,7 +60,6 @@ class Complaints:
 
 
 def serious(findings: Sequence[dict[str, Any]]) -> list[str]:
-    """Serious and critical findings of axe, with the places."""
     return [
         f"{found['id']}: {found['help']}: {[node['target'] for node in found['nodes']][:5]}"
         for found in findings

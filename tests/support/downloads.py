@@ -34,7 +34,6 @@ class NotHere(Exception):
 
 
 def installed(name: str) -> str | None:
-    """Path of a program of the distribution, if it has it."""
     return shutil.which(name, path=SYSTEM_PATH)
 
 

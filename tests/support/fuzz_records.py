@@ -59,28 +59,23 @@ def _flip(data: bytes, chance: Random) -> bytes:
 
 
 def flipped_value(message: RawMessage, chance: Random) -> RawMessage:
-    """Bits of the value are changed."""
     return replace(message, value=_flip(message.value or b"", chance))
 
 
 def cut_value(message: RawMessage, chance: Random) -> RawMessage:
-    """The value ends early, or goes on."""
     value, more = message.value or b"", chance.randbytes(chance.choice((0, 0, 9)))
     return replace(message, value=value[: chance.randrange(len(value) + 1)] + more)
 
 
 def random_value(message: RawMessage, chance: Random) -> RawMessage:
-    """The value is random bytes, empty or none."""
     return replace(message, value=chance.choice((None, b"", chance.randbytes(chance.randrange(300)))))
 
 
 def odd_json(message: RawMessage, chance: Random) -> RawMessage:
-    """The value is JSON that is no record, or nearly JSON."""
     return replace(message, value=chance.choice(_ODD_JSON), headers=chance.choice(((), message.headers)))
 
 
 def odd_fields(message: RawMessage, chance: Random) -> RawMessage:
-    """A record in JSON with fields of wrong types and sizes."""
     odd: tuple[object, ...] = (None, 7, -1.5, True, [], {}, [[]], "", "x" * 3_000, "\x00", "é" * 300)
     odd += ({"a": {"b": []}}, 10**400)
     names = ("text", "image", "image_uri", "time", "tags", "source", "schema", "question", "payload", "key", "zzz")
@@ -89,7 +84,6 @@ def odd_fields(message: RawMessage, chance: Random) -> RawMessage:
 
 
 def odd_key(message: RawMessage, chance: Random) -> RawMessage:
-    """The key is none, empty, long or not text."""
     return replace(message, key=chance.choice((None, b"", b"\xff\xfe\x00", b"k" * 5_000, chance.randbytes(40))))
 
 
@@ -107,7 +101,6 @@ def odd_headers(message: RawMessage, chance: Random) -> RawMessage:
 
 
 def odd_time(message: RawMessage, chance: Random) -> RawMessage:
-    """CreateTime in a unit of its own."""
     return replace(message, timestamp=chance.choice(TIMES))
 
 
@@ -118,7 +111,6 @@ def header_name_not_utf8(message: RawMessage, chance: Random) -> RawMessage:
 
 
 def too_many_headers(message: RawMessage, chance: Random) -> RawMessage:
-    """More headers than are read."""
     return replace(message, headers=[(b"", b"")] * (MAX_HEADERS + 1))
 
 
@@ -145,7 +137,6 @@ def wrong_magic(batch: RawBatch, chance: Random) -> bytearray:
 
 
 def wrong_payload(batch: RawBatch, chance: Random) -> bytearray:
-    """Compressed records that do not expand."""
     encoded = replace(batch, codec=chance.randrange(1, 5)).encode()
     encoded[61:] = bytes(len(encoded) - 61) if chance.random() < 0.3 else chance.randbytes(len(encoded) - 61)
     return seal(encoded)
@@ -171,7 +162,6 @@ def flipped_body(batch: RawBatch, chance: Random) -> bytearray:
 
 
 def wrong_count(batch: RawBatch, chance: Random) -> bytearray:
-    """More or fewer records than are there."""
     encoded = batch.encode()
     struct.pack_into(">i", encoded, 57, chance.choice((0, len(batch.messages) - 1, len(batch.messages) + 1, 2**31 - 1)))
     return seal(encoded)
@@ -199,8 +189,6 @@ MAX_BOMBS = 3
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record, and what must become of it."""
-
     message: RawMessage
     expected: Expected
     """``valid``: stored as a sample. ``corrupt``: a row of that kind. ``maybe``: one row of any kind."""
@@ -226,12 +214,10 @@ class Sent:
 
     @property
     def corrupt(self) -> set[tuple[int, int]]:
-        """What cannot be read."""
         return {at for at, each in self.records.items() if each.expected == "corrupt"}
 
     @property
     def kinds(self) -> Counter[str]:
-        """How many there are of each kind."""
         return Counter(each.kind for each in self.records.values())
 
 

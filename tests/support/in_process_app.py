@@ -60,8 +60,6 @@ MAX_IMAGE_BYTES = 100_000
 
 
 class AppClient:
-    """Calls of an application, one after another."""
-
     def __init__(self, runner: asyncio.Runner, app: FastAPI) -> None:
         self.runner = runner
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
@@ -247,8 +245,6 @@ class ScriptedReceipts:
 
 @dataclass
 class CatalogIndex:
-    """The catalog as routes call it."""
-
     catalog: Catalog
 
     async def search(self, *asked: Any) -> Any:

@@ -63,7 +63,6 @@ def random_adapter(
 
 
 def pictures(count: int) -> list[bytes]:
-    """Small drawn images, encoded as PNG."""
     images = []
     random = np.random.default_rng(0)
     for _ in range(count):

@@ -78,7 +78,6 @@ class Keycloak:
         shutil.rmtree(self.root)
 
     def issuer(self, realm: str) -> str:
-        """URL of a realm, as it names itself."""
         return f"{self.url}/realms/{realm}"
 
     def admin(self, method: str, path: str, body: Any = None) -> Any:

@@ -60,7 +60,6 @@ class MinIO:
         self._stack = ExitStack()
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
         command = [str(self._program), "server", "--quiet", "--address", self._address, str(self._disk)]
         keys = {"MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET}
         environ = {**os.environ, **keys, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off", "HOME": str(self._root)}
@@ -89,7 +88,6 @@ class MinIO:
             os.kill(pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL."""
         os.kill(self._server(), signal.SIGKILL)
         self.stop()
 

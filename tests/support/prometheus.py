@@ -24,8 +24,6 @@ GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running Prometheus."""
-
     url: str
 
     def query(self, expr: str) -> list[dict[str, Any]]:
@@ -38,7 +36,6 @@ class Prometheus:
         return found
 
     def has_data(self, expr: str) -> bool:
-        """Whether an expression gives a number now."""
         return any(not math.isnan(float(series["value"][1])) for series in self.query(expr))
 
     def rules(self) -> list[dict[str, Any]]:
@@ -47,24 +44,19 @@ class Prometheus:
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
 
     def healthy_targets(self) -> set[str]:
-        """Processes whose last scrape succeeded."""
         answer = httpx.get(f"{self.url}/api/v1/targets", timeout=30).json()
         return {each["labels"]["process"] for each in answer["data"]["activeTargets"] if each["health"] == "up"}
 
 
 @dataclass(frozen=True)
 class Alertmanager:
-    """A running Alertmanager."""
-
     url: str
 
     @property
     def address(self) -> str:
-        """host:port."""
         return self.url.removeprefix("http://")
 
     def alerts(self) -> dict[str, dict[str, Any]]:
-        """What it was told is firing, by name."""
         found = httpx.get(f"{self.url}/api/v2/alerts", timeout=30).json()
         return {alert["labels"]["alertname"]: alert for alert in found}
 

@@ -23,7 +23,6 @@ from tests.support.leftovers import left_running, mark
 
 
 def stand_still(variable: Mapping[str, str], seconds: float) -> None:
-    """Stop all of them, and let them go on."""
     stopped: list[psutil.Process] = []
     try:
         for _ in range(2):  # also what they start meanwhile; one that waits for a disk stops later by itself
@@ -51,7 +50,6 @@ def run(command: Sequence[str], seconds: float, every: float) -> int:
 
 
 def main() -> int:
-    """The command line."""
     summary, _, details = (__doc__ or "").partition("\n")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)

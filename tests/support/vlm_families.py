@@ -26,7 +26,6 @@ VISION: Final[dict[str, Any]] = {
 
 
 def template(image: str) -> str:
-    """A chat template in which an image is this text."""
     return (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}"
@@ -96,20 +95,17 @@ def qwen(folder: Path, version: str, videos: Any, vision: dict[str, Any], **rope
 
 
 def qwen2_vl(folder: Path) -> Any:
-    """Qwen2-VL."""
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
     return qwen(folder, "Qwen2VL", transformers.Qwen2VLVideoProcessor, vision, type="mrope")
 
 
 def qwen2_5_vl(folder: Path) -> Any:
-    """Qwen2.5-VL."""
     vision = {"depth": 2, "out_hidden_size": 64, "intermediate_size": 64, "window_size": 32,
               "fullatt_block_indexes": [1]}  # fmt: skip
     return qwen(folder, "Qwen2_5_VL", transformers.Qwen2VLVideoProcessor, vision, type="mrope")
 
 
 def qwen3_vl(folder: Path) -> Any:
-    """Qwen3-VL."""
     vision = {"depth": 2, "out_hidden_size": 64, "intermediate_size": 64, "num_position_embeddings": 64,
               "deepstack_visual_indexes": [0]}  # fmt: skip
     rope = {"rope_type": "default", "mrope_interleaved": True}
@@ -168,7 +164,6 @@ def internvl(folder: Path) -> Any:
 
 
 def gemma3(folder: Path) -> Any:
-    """Gemma 3."""
     known = tokenizer(
         "<start_of_image>", "<end_of_image>", "<image_soft_token>", "\n", "\n\n", "\n\n\n", "\n\n\n\n",
         image_token="<image_soft_token>",
@@ -196,7 +191,6 @@ FAMILIES: Final[dict[str, Callable[[Path], Any]]] = {
 
 
 def write_family(name: str, folder: Path, seed: int = 0) -> None:
-    """A Hugging Face folder of this family with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
