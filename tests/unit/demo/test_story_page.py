@@ -49,8 +49,8 @@ def story(home: Path, pictures: int = 6) -> Story:
     with progress.chapter("start"):
         pass
     return Story(
-        facts(lesson_in(home), None), progress.plan, Comparison("Two searches.", (change,)), None, samples(), releases(),
-        {"emoji": "Emoji and their names."},
+        facts(lesson_in(home), None), progress.plan, Comparison("Two searches.", (change,)), None, samples(),
+        releases(), {"emoji": "Emoji and their names."},
     )  # fmt: skip
 
 

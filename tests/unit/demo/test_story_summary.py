@@ -11,7 +11,6 @@ import pytest
 from demo.story.summary import as_json, broken_promises, show
 from tests.unit.demo.builders import facts, lesson, verdict
 
-
 FACTS = facts(lesson(), lesson(), vlm_requests=33)
 
 
