@@ -135,7 +135,8 @@ def test_what_a_child_holds_is_seen_and_a_small_one_is_called_so(start: Callable
 def test_libraries_that_another_process_uses_too_are_no_memory(start: Callable[..., int], tmp_path: Path) -> None:
     """The catalog had grown by 8%: tests that had the same libraries mapped had ended meanwhile."""
     (tmp_path / "library").write_bytes(b"x" * (64 << 20))
-    assert child_processes()[start(sys.executable, "-c", MAP.format(path=str(tmp_path / "library")))].is_small
+    child = start(sys.executable, "-c", MAP.format(path=str(tmp_path / "library")))
+    assert child_processes()[child].is_small
 
 
 def memory(name: str, size: int) -> ProcessMemory:
