@@ -84,13 +84,7 @@ def prometheus(folder: Path, config: str, scrape_seconds: int = 1) -> Iterator[P
         "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'series'}",
         f"--web.listen-address={address}", "--log.level=warn",
     ]  # fmt: skip
-    with running(
-        command,
-        folder / "prometheus.log",
-        f"http://{address}/-/ready",
-        START_SECONDS,
-        env={**os.environ, "GOMAXPROCS": "1"},
-    ):
+    with _running(command, folder / "prometheus.log", f"http://{address}/-/ready"):
         yield Prometheus(f"http://{address}")
 
 
@@ -105,13 +99,7 @@ def alertmanager(folder: Path) -> Iterator[Alertmanager]:
         f"--storage.path={folder / 'alerts'}", f"--web.listen-address={address}", "--cluster.listen-address=",
         "--log.level=warn",
     ]  # fmt: skip
-    with running(
-        command,
-        folder / "alertmanager.log",
-        f"http://{address}/-/ready",
-        START_SECONDS,
-        env={**os.environ, "GOMAXPROCS": "1"},
-    ):
+    with _running(command, folder / "alertmanager.log", f"http://{address}/-/ready"):
         yield Alertmanager(f"http://{address}")
 
 
