@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from benchmarks.figures_table import show_table
+from benchmarks.command import show_table
 from benchmarks.machine import machine
 from core.artifacts import Artifacts
 from core.errors import RatchetError

@@ -8,7 +8,6 @@ and its teachers' passes, is a phase of its own; what lies between two phases co
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from rich.table import Table
 
-from benchmarks.figures_table import show_table
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.swap import CAPACITY_CONCURRENCY, throughput
 from benchmarks.trainer import BusyTrainer, prepare_data
@@ -176,7 +175,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench duty``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench duty", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("duty", __doc__)
     parser.add_argument("--rounds", type=int, default=4, help="phases without and with a trainer (4)")
     parser.add_argument("--seconds", type=float, default=45.0, help="length of a phase (45)")
     parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from benchmarks.command import show_table
 from benchmarks.continual.evaluation import Encoded, Evaluator, images_of
 from benchmarks.continual.nearest import NearestMean
 from benchmarks.continual.plan import draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream, Suite, load_stream, prepare
-from benchmarks.figures_table import show_table
 from benchmarks.machine import machine
 from core.progress import say
 from core.settings import Settings

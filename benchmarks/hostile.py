@@ -8,7 +8,6 @@ operator rolls back every few seconds. Vectors are not cached: the load repeats 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import math
@@ -30,7 +29,7 @@ from rich.table import Table
 
 from benchmarks import hostile_attacks as attacks
 from benchmarks.bench_home import bench_home
-from benchmarks.figures_table import show_table
+from benchmarks.command import bench_parser, show_table
 from benchmarks.hostile_attacks import Target
 from benchmarks.machine import machine
 from benchmarks.server_memory import ServerMemory
@@ -275,9 +274,7 @@ def _prepare() -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench hostile``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench hostile", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("hostile", __doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each turn with and without an attack (20)")
     parser.add_argument("--rate", type=float, default=8.0, help="requests of the good client a second (8)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of attackers (1)")

@@ -14,7 +14,6 @@ told beside, and as a share of each step.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from open_clip_train.precision import get_autocast
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.figures_table import show_table
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from core.errors import RatchetError
 from core.progress import track
@@ -272,7 +271,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench step``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench step", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("step", __doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps of each side and precision, after warm-up (20)")
     parser.add_argument("--pairs", type=int, default=480, help="pairs that are prepared (480)")
     parser.add_argument("--recipe", default="default", help="recipe, a name or a YAML path (default)")

@@ -7,7 +7,6 @@ Both servers run all the time and are asked in turns, so that a slower minute of
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.chat import ChatRun, closed_loop
-from benchmarks.figures_table import show_table
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.vllm_server import vllm_server
 from core.artifacts import Artifacts
@@ -218,7 +217,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench vqa``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench vqa", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("vqa", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at each level (3)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a turn (5)")
     options = parser.parse_args(arguments)

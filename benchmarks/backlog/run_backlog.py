@@ -9,7 +9,6 @@ Every pending pair of an update must be visited or counted as passed over.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.table import Table
 from benchmarks.backlog.pairs import pair_rows
 from benchmarks.backlog.trainer import Watched, watch
 from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.figures_table import show_table
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.stream.filling import fill
 from core.addresses import free_port
@@ -157,7 +156,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench backlog``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench backlog", description=(__doc__ or "").splitlines()[0])
+    parser = bench_parser("backlog", __doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs that are stored at once (1,000,000)")
     parser.add_argument("--updates", type=int, default=3, help="updates that are watched (3)")
     options = parser.parse_args(arguments)

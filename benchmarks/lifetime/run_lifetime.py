@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.figures_table import show_table
+from benchmarks.command import show_table
 from benchmarks.lifetime.outcomes import ARCHIVE, Source, read_sources
 from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of

@@ -8,7 +8,6 @@ vectors, and the least effort with which it finds as many of the true ten neares
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from rich.table import Table
 
-from benchmarks.figures_table import show_table
+from benchmarks.command import bench_parser, show_table
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
@@ -146,9 +145,7 @@ def _shown(value: Any) -> str:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench search``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench search", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("search", __doc__)
     parser.add_argument("--rows", type=int, default=ROWS, help="vectors (1000000); at least 1000")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")
     parser.add_argument("--folder", type=Path, default=None, help="for some gigabytes; the system's temporary one")

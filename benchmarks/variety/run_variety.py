@@ -6,7 +6,6 @@ split by ingest. Then a small random CLIP, and one of each family of VLMs, learn
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from benchmarks.figures_table import show_table
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.variety.kinds import KINDS, samples
 from benchmarks.variety.updates import MODELS
@@ -194,9 +193,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench variety``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench variety", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("variety", __doc__)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help=f"of {', '.join(KINDS)} (all)")
     parser.add_argument("--records", type=int, default=RECORDS, help=f"of each kind ({RECORDS})")
     parser.add_argument("--models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)} (all)")

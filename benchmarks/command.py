@@ -1,13 +1,19 @@
-"""The figures of a benchmark, as people and machines read them."""
+"""The command of every benchmark: the parser of its flags, and its figures as people and machines read them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+
+def bench_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """For ``ratchet bench NAME``, described by the first line of a module's docstring."""
+    return argparse.ArgumentParser(prog=f"ratchet bench {name}", description=(doc or "").partition("\n")[0])
 
 
 def show_table(table: Table, figures: Mapping[str, Any], note: str = "") -> None:
