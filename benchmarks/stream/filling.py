@@ -77,7 +77,7 @@ def sample_rows(stream: str, first: int, end: int, image_bytes: int = 0) -> tupl
     numbers, jpeg = range(first, end), _small_jpeg()
     images = [jpeg + os.urandom(max(16, image_bytes - len(jpeg))) for _ in numbers]
     count = end - first
-    columns = {
+    columns: dict[str, Sequence[Any]] = {
         "id": [hashlib.sha256(image).hexdigest() for image in images],
         "image": images,
         "size": [len(image) for image in images],
