@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,7 @@ def pair_rows(fresh_share: float) -> RowMaker:
         texts = [_caption(number) for number in numbers]
         ids = [digest_bytes(image, text.encode()) for image, text in zip(images, texts, strict=True)]
         splits = ["fresh_eval" if int(each[:8], 16) < fresh_share * 2**32 else "train" for each in ids]
-        columns = {
+        columns: dict[str, Sequence[Any]] = {
             "id": ids, "image": images, "text": texts, "split": splits, "offset": list(numbers),
             "size": [len(image) for image in images],
             "domain": [SHAPES[number % len(SHAPES)] for number in numbers],
