@@ -45,8 +45,8 @@ group.initial.rebalance.delay.ms=0
 log.cleaner.backoff.ms=200
 log.retention.ms=-1
 """
-"""What one node needs; fewer internal partitions and no delays, which cost a test seconds. Nothing is deleted by its age:
-tests send records of other years."""
+"""What one node needs; fewer internal partitions and no delays, which cost a test seconds.
+Nothing is deleted by its age: tests send records of other years."""
 ACLS: Final = """
 listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://{sasl},CONTROLLER://127.0.0.1:{controller}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
