@@ -8,7 +8,6 @@ five nearest; VLM: share of right answers). Named adapters are measured in the s
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import show_table
 from benchmarks.machine import machine
 from core.artifacts import Artifacts
 from core.errors import RatchetError
@@ -161,8 +160,7 @@ def show(figures: dict[str, Any]) -> None:
     table = Table("model", "domain", "adapter", "agrees", "right", title="Agreement with the base")
     for row in figures["rows"]:
         table.add_row(row["family"], row["domain"], row["adapter"], f"{row['agreement']:.0%}", f"{row['right']:.0%}")
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

@@ -8,8 +8,6 @@ and its teachers' passes, is a phase of its own; what lies between two phases co
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.swap import CAPACITY_CONCURRENCY, throughput
 from benchmarks.trainer import BusyTrainer, prepare_data
@@ -172,13 +170,12 @@ def show(figures: dict[str, Any]) -> None:
     ratio, low, high = (figures[name] for name in ("ratio_p99", "ratio_p99_low", "ratio_p99_high"))
     table.add_row("p99, over that without", "1", str(figures["ratio_p99_starting"]), f"{ratio} ({low} to {high})")
     table.add_row("trainer's steps a second", "", "", str(figures["steps_per_second"]))
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench duty``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench duty", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("duty", __doc__)
     parser.add_argument("--rounds", type=int, default=4, help="phases without and with a trainer (4)")
     parser.add_argument("--seconds", type=float, default=45.0, help="length of a phase (45)")
     parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")

@@ -7,7 +7,6 @@ run of the gate, whose parity compares what the trainer and the engine say.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
-from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from core.errors import ConfigError, RatchetError
 from core.progress import step
@@ -175,13 +174,12 @@ def show(figures: dict[str, Any]) -> None:
             "-" if parity is None else f"{parity:.1e}", str(row.get("answers_equal", "-")),
             ", ".join(row.get("not_by_vllm", ())), "; ".join(row["problems"]),
         )  # fmt: skip
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench families``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench families", description=(__doc__ or "").splitlines()[0])
+    parser = bench_parser("families", __doc__)
     parser.add_argument("names", nargs="*", help=f"families, of {', '.join(FAMILIES)} (all)")
     names = parser.parse_args(arguments).names or list(FAMILIES)
     if unknown := [name for name in names if name not in FAMILIES]:

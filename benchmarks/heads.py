@@ -9,7 +9,6 @@ domains' that it takes for none of its classes, and how far its probabilities ar
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections import Counter
@@ -19,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.continual.baselines import NearestMean
+from benchmarks.command import show_table
 from benchmarks.continual.evaluation import Encoded, Evaluator, images_of
+from benchmarks.continual.nearest import NearestMean
 from benchmarks.continual.plan import draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream, Suite, load_stream, prepare
@@ -164,5 +163,4 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         for model in ("base", "adapter"):
             keys = ("prompts", "nearest", "head", "known", "strangers", "ece")
             table.add_row(name, str(row["classes"]), model, *(f"{row[f'{key}_{model}']:.1f}" for key in keys))
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)

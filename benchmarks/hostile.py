@@ -8,10 +8,8 @@ operator rolls back every few seconds. Vectors are not cached: the load repeats 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
 import math
 import multiprocessing
 import resource
@@ -25,14 +23,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import hostile_attacks as attacks
 from benchmarks.bench_home import bench_home
+from benchmarks.command import bench_parser, show_table
 from benchmarks.hostile_attacks import Target
 from benchmarks.machine import machine
 from benchmarks.server_memory import ServerMemory
@@ -131,7 +128,7 @@ class Rollbacks:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
         self._client.close()
@@ -265,8 +262,7 @@ def show(result: dict[str, Any]) -> None:
         answers = ", ".join(f"{count} x {kind}" for kind, count in row["answers"].items())
         numbers = (f"{row['p99_ratio']:.2f}", f"{row['stall_seconds_max']:.2f}", str(row["good_failed"]))
         table.add_row(name.replace("_", " "), *numbers, answers)
-    Console().print(table)
-    print(json.dumps(result), flush=True)
+    show_table(table, result)
 
 
 def _prepare() -> None:
@@ -278,9 +274,7 @@ def _prepare() -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench hostile``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench hostile", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("hostile", __doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each turn with and without an attack (20)")
     parser.add_argument("--rate", type=float, default=8.0, help="requests of the good client a second (8)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of attackers (1)")

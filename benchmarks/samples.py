@@ -12,24 +12,20 @@ from ratchet_client import Client, ServerError
 from ratchet_client.records import Sample
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.samples import sample
 
 
 def fill_store(settings: Settings, images: Sequence[bytes]) -> list[str]:
     """Store images as the first samples of a lake. Returns their ids."""
-    rows, ids = [], []
-    for offset, image in enumerate(images):
-        sample = Sample(image=image, text=f"picture {offset}", domain="bench", source="bench")
-        at = datetime.now(UTC)
-        rows.append(
-            {
-                "kind": "sample", "id": sample.id, "image": image, "text": sample.text, "domain": sample.domain,
-                "source": sample.source, "time": at, "ingested_at": at, "split": "train", "tags": [], "topic": "bench",
-                "partition": 0, "look": None, "words": 0, "offset": offset, "question": "", "answer": "",
-            }
-        )  # fmt: skip
-        ids.append(sample.id)
+    made = [Sample(image=image, text=f"picture {n}", domain="bench", source="bench") for n, image in enumerate(images)]
+    at = datetime.now(UTC)
+    rows = [
+        sample(0, offset, "bench", id=each.id, image=each.image, text=each.text, domain=each.domain, source=each.source,
+               time=at, ingested_at=at, tags=[], look=None, words=0)
+        for offset, each in enumerate(made)
+    ]  # fmt: skip
     SampleStore(settings.lake).put(rows, [Position("bench", 0, len(images))])
-    return ids
+    return [each.id for each in made]
 
 
 def wait_until_searchable(client: Client, count: int) -> None:

@@ -9,7 +9,6 @@ says of the same load.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -25,10 +24,10 @@ import numpy as np
 
 from benchmarks.bench_home import bench_home, clip_base, without_vlm
 from benchmarks.closed_loop import closed_loop
+from benchmarks.command import bench_parser, show_figures
 from benchmarks.encode.figures import rounded
 from benchmarks.encode.grid import Cell
 from benchmarks.encode.sides import HttpSide, ratchet_side
-from benchmarks.figures_table import show_figures
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from core.addresses import free_port
@@ -186,7 +185,7 @@ def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench scale``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench scale", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("scale", __doc__)
     parser.add_argument("--nodes", type=int, default=NODES, help=f"encoder nodes at most ({NODES})")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")
     options = parser.parse_args(arguments)

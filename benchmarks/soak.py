@@ -8,7 +8,6 @@ server, of the memory at the end to that after the first five minutes, by their 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.figures_table import show_figures
+from benchmarks.command import bench_parser, show_figures
 from benchmarks.machine import machine
 from benchmarks.process_memory import ProcessMemory, child_processes
 from benchmarks.samples import fill_store, wait_until_searchable
@@ -207,8 +206,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench soak``. Ends with status 1 when something grew, failed, mixed or ended."""
-    description = __doc__.splitlines()[0] if __doc__ else ""
-    parser = argparse.ArgumentParser(prog="ratchet bench soak", description=description)
+    parser = bench_parser("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=20.0, help="length of the run (20)")
     parser.add_argument("--every", type=float, default=20.0, help="seconds between changes of what is live (20)")
     parser.add_argument("--warm", type=float, default=5.0, help="minutes after which memory is compared with (5)")

@@ -14,8 +14,6 @@ told beside, and as a share of each step.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +24,10 @@ import numpy as np
 import torch
 from open_clip.loss import ClipLoss
 from open_clip_train.precision import get_autocast
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from core.errors import RatchetError
 from core.progress import track
@@ -268,13 +266,12 @@ def show(figures: dict[str, Any]) -> None:
             "preparation, a step's part", precision, str(figures[f"seconds_preparation_per_step_{precision}"]),
             str(figures[f"with_preparation_to_open_clip_{precision}"]), "with it, to open_clip",
         )  # fmt: skip
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench step``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench step", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("step", __doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps of each side and precision, after warm-up (20)")
     parser.add_argument("--pairs", type=int, default=480, help="pairs that are prepared (480)")
     parser.add_argument("--recipe", default="default", help="recipe, a name or a YAML path (default)")

@@ -13,7 +13,6 @@ server, of the memory at the end to that after the first hundred changes.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from bisect import bisect_right
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.figures_table import show_figures
+from benchmarks.command import bench_parser, show_figures
 from benchmarks.machine import machine
 from benchmarks.process_memory import child_processes, memory_growth
 from core.artifacts import Artifacts
@@ -261,7 +260,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench swap``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench swap", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("swap", __doc__)
     parser.add_argument("--swaps", type=int, default=20, help="releases and rollbacks under load (20; at least 4)")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between swaps (2); 0: as fast as it goes")
     parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")

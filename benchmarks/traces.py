@@ -7,7 +7,6 @@ searches that are sampled over that of others, taken in turns.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import secrets
 import tempfile
@@ -22,7 +21,7 @@ import httpx
 from matplotlib.figure import Figure
 
 from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.figures_table import show_figures
+from benchmarks.command import bench_parser, show_figures
 from benchmarks.machine import machine
 from benchmarks.otlp_collector import CollectedSpan, OtlpCollector
 from benchmarks.samples import fill_store, wait_until_searchable
@@ -193,9 +192,7 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench traces``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench traces", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("traces", __doc__)
     parser.add_argument("--searches", type=int, default=200, help="sampled, and as many that are not (200)")
     parser.add_argument("--picture", type=Path, help="draw both traces into this SVG file")
     options = parser.parse_args(arguments)

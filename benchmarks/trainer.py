@@ -1,4 +1,4 @@
-"""A trainer that is busy for as long as a benchmark wants: the real process, on data of its own.
+"""The real trainer process, and data of its own that keep it busy for as long as a benchmark wants.
 
 >>> busy = BusyTrainer(prepare_data(settings), settings.home / "ratchet.yaml")
 >>> busy.start()                    # returns when it takes steps
@@ -13,7 +13,6 @@ import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import yaml
@@ -28,6 +27,7 @@ from streams.publish.folders import FolderItem, write_folder
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.inputs import pictures
+from tests.support.samples import sample
 from updater.recipes import Recipe, load_recipe
 
 SAMPLES = 96
@@ -42,7 +42,11 @@ def prepare_data(settings: Settings) -> Settings:
     """Fill the sample store and a reference folder, and return settings with which an update has no end."""
     images = pictures(2 * SAMPLES)
     store = SampleStore(settings.lake)
-    rows = [_row(number, image) for number, image in enumerate(images[:SAMPLES])]
+    rows = [
+        sample(0, number, "bench", id=digest_bytes(image), image=image, text=_caption(number), label="", domain="bench",
+               concept="", tags=[], ingested_at=datetime.now(UTC), look=None, words=0)
+        for number, image in enumerate(images[:SAMPLES])
+    ]  # fmt: skip
     store.put(rows, [Position("bench", 0, SAMPLES)])
     folder = settings.home / "data" / "bench"
     write_folder(
@@ -105,12 +109,3 @@ class BusyTrainer:
 
 def _caption(number: int) -> str:
     return f"a {COLOURS[number % len(COLOURS)]} drawing, number {number}"
-
-
-def _row(number: int, image: bytes) -> dict[str, Any]:
-    words = {"text": _caption(number), "question": "", "answer": "", "label": "", "domain": "bench", "concept": ""}
-    place = {"topic": "bench", "partition": 0, "offset": number, "ingested_at": datetime.now(UTC)}
-    return {
-        "kind": "sample", "id": digest_bytes(image), "image": image, "split": "train", "look": None, "words": 0,
-        **words, **place,
-    }  # fmt: skip

@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from benchmarks.encode.peers.process import PeerProcess
 from core.addresses import free_port
-from core.errors import RatchetError
 from core.settings.serving import Serve
-from core.waiting import wait_until
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm
 from serving.engines.vlm.vlm_base import VlmBase
-
-START_SECONDS = 180.0
 
 
 @contextlib.contextmanager
@@ -35,24 +27,15 @@ def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log:
         RatchetError: it does not start in time; its log is named.
     """
     port = free_port()
-    with log.open("wb") as out, child_environment(base, serve):
-        command = ["-m", "benchmarks.vllm_server", *flags(base, serve, adapter, directory, port)]
-        process = subprocess.Popen(
-            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True, cwd=Path(__file__).resolve().parent.parent,
-        )  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.vllm_server", *flags(base, serve, adapter, directory, port)]
+    with child_environment(base, serve):
+        server = PeerProcess(command, {}, log, folder=Path(__file__).resolve().parent.parent)
     url = f"http://127.0.0.1:{port}"
     try:
-        _await(url, process, log)
+        server.wait_for(f"{url}/v1/models")
         yield url
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        server.stop()
 
 
 _OURS = {"worker_extension_cls", "use_tqdm_on_load", "mm_processor_cache_gb", "disable_log_stats"}
@@ -73,19 +56,6 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-
-
-def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/v1/models", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    if wait_until(answers, START_SECONDS, pause=0.5, alive=lambda: process.poll() is None):
-        return
-    last = log.read_text(errors="replace")[-2000:]
-    raise RatchetError(f"vLLM's own server did not start: {last}", f"Its log is {log}.")
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ Both servers run all the time and are asked in turns, so that a slower minute of
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -17,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chat import ChatRun, closed_loop
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.vllm_server import vllm_server
 from core.artifacts import Artifacts
@@ -214,13 +212,12 @@ def show(figures: dict[str, Any]) -> None:
     for level in levels:
         for name, cells in rows:
             table.add_row(str(level), name, *(str(cell) for cell in cells(level)))
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench vqa``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench vqa", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = bench_parser("vqa", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at each level (3)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a turn (5)")
     options = parser.parse_args(arguments)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from benchmarks.stream.filling import RowMaker
+from benchmarks.stream.filling import RowMaker, sample_table
 from core.digests import digest_bytes
-from streams.store.rows import SCHEMA, Tally, words_hash
+from streams.store.rows import Tally, words_hash
 
 SIDE = 32
 CELLS = 4
@@ -25,30 +26,23 @@ def pair_rows(fresh_share: float) -> RowMaker:
     """Makes rows as ingest stores them: a share of them, by the id, is kept for the gate."""
 
     def make(stream: str, first: int, end: int) -> tuple[pa.Table, Tally]:
-        numbers, now = range(first, end), datetime.now(UTC)
+        numbers = range(first, end)
         images = [_picture(number) for number in numbers]
         texts = [_caption(number) for number in numbers]
         ids = [digest_bytes(image, text.encode()) for image, text in zip(images, texts, strict=True)]
         splits = ["fresh_eval" if int(each[:8], 16) < fresh_share * 2**32 else "train" for each in ids]
-        constants = {
-            "kind": "sample", "question": "", "answer": "", "source": "bench", "label": "", "tags": [], "extra": "",
-            "time": now, "ingested_at": now, "width": SIDE, "height": SIDE, "topic": stream, "partition": 0,
-        }  # fmt: skip
-        columns = {
+        columns: dict[str, Sequence[Any]] = {
             "id": ids, "image": images, "text": texts, "split": splits, "offset": list(numbers),
             "size": [len(image) for image in images],
             "domain": [SHAPES[number % len(SHAPES)] for number in numbers],
             "concept": [f"{COLOURS[number // 8 % 8]} {SHAPES[number % 8]}" for number in numbers],
             "words": [words_hash(text, "", "") for text in texts],
         }  # fmt: skip
-        count = len(numbers)
-        filled = {**{name: [value] * count for name, value in constants.items()}, **columns}
-        arrays = [pa.array(filled.get(each.name, [None] * count), each.type) for each in SCHEMA]
-        tally: Tally = Counter(sample=count, bytes=sum(map(len, images)))
+        tally: Tally = Counter(sample=len(numbers), bytes=sum(map(len, images)))
         for split, rows in Counter(splits).items():
             tally[split] += rows
             tally[f"{split}/text"] += rows
-        return pa.Table.from_arrays(arrays, schema=SCHEMA), tally
+        return sample_table(stream, columns), tally
 
     return make
 

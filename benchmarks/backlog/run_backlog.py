@@ -9,19 +9,17 @@ Every pending pair of an update must be visited or counted as passed over.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.backlog.pairs import pair_rows
 from benchmarks.backlog.trainer import Watched, watch
 from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.stream.filling import fill
 from core.addresses import free_port
@@ -153,13 +151,12 @@ def show(figures: dict[str, Any]) -> None:
         f"{figures['memory_gib']} GiB at most, the first step after {figures['first_step_seconds']} s,"
         f" {figures['errors']} errors"
     )
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench backlog``."""
-    parser = argparse.ArgumentParser(prog="ratchet bench backlog", description=(__doc__ or "").splitlines()[0])
+    parser = bench_parser("backlog", __doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs that are stored at once (1,000,000)")
     parser.add_argument("--updates", type=int, default=3, help="updates that are watched (3)")
     options = parser.parse_args(arguments)

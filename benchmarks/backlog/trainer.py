@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-import yaml
-
 from benchmarks.process_memory import child_processes
-from core.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
+from benchmarks.trainer import BusyTrainer
+from core.child_process import tail
 from core.errors import RatchetError
 from core.ledger import Ledger, UpdateRow
 from core.ledger.learning import FINISHED
 from core.settings import Settings
 
 POLL_SECONDS = 0.25
-_STEPS = re.compile(r'^ratchet_update_steps_total\{family="clip"\} (\S+)', re.MULTILINE)
 
 
 @dataclass
@@ -49,16 +45,15 @@ def watch(
     Raises:
         RatchetError: an update did not end in time.
     """
-    values = settings.model_dump(mode="json", exclude_none=True, exclude={"serve": {"operator_key"}})
-    file.write_text(yaml.safe_dump(values))
-    part = ChildProcess("trainer", ratchet_command("trainer", "--family", "clip", file=file), file.with_suffix(".log"))
+    trainer = BusyTrainer(settings, file)
+    part = trainer.part
     ledger, seen = Ledger.open(settings.ledger), Watched()
     part.start()
     began = last = time.monotonic()
     try:
         while len(seen.updates) < updates:
             seen.memory = max(seen.memory, sum(each.size for each in child_processes().values()))
-            if not seen.first_step_seconds and _steps(settings) > 0:
+            if not seen.first_step_seconds and trainer.steps() > 0:
                 seen.first_step_seconds = time.monotonic() - began
             known = {each.id for each in seen.updates}
             for update in reversed(ledger.updates()):
@@ -74,15 +69,5 @@ def watch(
             time.sleep(POLL_SECONDS)
         return seen
     finally:
-        if part.running:
-            part.stop(time.monotonic() + STOP_SECONDS)
+        trainer.stop()
         ledger.close()
-
-
-def _steps(settings: Settings) -> int:
-    try:
-        page = httpx.get(f"http://127.0.0.1:{settings.updater.metrics_port}/metrics", timeout=5.0, trust_env=False).text
-    except httpx.TransportError:
-        return 0
-    match = _STEPS.search(page)
-    return int(float(match[1])) if match else 0

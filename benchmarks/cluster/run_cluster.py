@@ -9,7 +9,6 @@ release, and the chart is upgraded. Every answer is compared with that of the re
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -27,7 +26,7 @@ from benchmarks.cluster.kubernetes import Kubernetes
 from benchmarks.cluster.network import HOST, Network
 from benchmarks.cluster.scenario import SAMPLES, Scenario
 from benchmarks.cluster.stores import POSTGRES_HOST, S3_HOST, start_stores
-from benchmarks.figures_table import show_figures
+from benchmarks.command import bench_parser, show_figures
 from benchmarks.machine import machine
 from core.errors import ConfigError
 from core.progress import say, step
@@ -89,8 +88,7 @@ def run(settings: Settings, folder: Path, values: Any, rate: float, upgrade: str
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench cluster``. Status 1: a request failed that was not on the lost node, or an answer was mixed."""
-    description = __doc__.splitlines()[0] if __doc__ else ""
-    parser = argparse.ArgumentParser(prog="ratchet bench cluster", description=description)
+    parser = bench_parser("cluster", __doc__)
     parser.add_argument("--profile", default="cpu", help="values file of the chart (cpu)")
     parser.add_argument("--without-vlm", action="store_true", help="serve CLIP alone")
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second (4)")

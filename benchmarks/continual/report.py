@@ -116,7 +116,8 @@ def _method(name: str, course: Course, reference: Reference, draws: Draws) -> di
         **_named(course),
         **({"cross_version": _cross(course)} if "cross" in course.rows[0] else {}),
         "maf": round(course.total("gflops_spent"), 1),
-        "maf_prepare": round(sum(_prepared(row["cost"]) for row in course.rows), 2),
+        # All passes before the first step, those of teachers among them.
+        "maf_prepare": round(sum(r["cost"]["prepare_gflops"] * r["cost"]["memory_ratio"] for r in course.rows), 2),
         "steps": int(course.total("steps")),
         "seconds": round(course.total("seconds"), 1),
         "cpu_seconds": round(sum(row["cpu_seconds"]["training"] for row in course.rows), 1),
@@ -181,11 +182,6 @@ def _cross(course: Course) -> dict[str, float]:
 def _courses(results: Path, name: str, orders: int, seeds: int, updates: int, reference: Reference) -> list[Course]:
     units = [Unit(name, order, seed) for order in range(orders) for seed in range(seeds)]
     return [course for unit in units if (course := read_course(results, unit, updates, reference))]
-
-
-def _prepared(cost: dict[str, Any]) -> float:
-    """Memory-adjusted GFLOPs of all passes before the first step, those of teachers among them."""
-    return float(cost["prepare_gflops"] * cost["memory_ratio"])
 
 
 def _points(value: float) -> float:

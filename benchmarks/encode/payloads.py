@@ -62,10 +62,6 @@ class JpegInput:
         """Base64 in two pieces, the second the same for every number."""
         return base64.b64encode(_start(number)), self._rest
 
-    def with_comment(self, number: int) -> bytes:
-        """The JPEG that :meth:`numbered` encodes."""
-        return _start(number) + self.jpeg[2:]
-
 
 def _start(number: int) -> bytes:
     """SOI and a comment segment (ITU-T T.81, B.2.4.5)."""

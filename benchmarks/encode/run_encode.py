@@ -8,7 +8,6 @@ run, into ``HOME/cache/bench``, and stopped (SIGSTOP) while they are not asked.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.bench_home import bench_home, cache_folder, clip_base, without_vlm
+from benchmarks.command import bench_parser
 from benchmarks.encode.figures import OURS, CellFigures, cell_figures, cpu_ms_per_request, ratios, show
 from benchmarks.encode.grid import CONCURRENCIES, ITEMS, KINDS, Grid, cells
 from benchmarks.encode.peers.servers import PEERS, Peer, openai_template
@@ -178,9 +178,7 @@ def chosen_peers(text: str) -> list[str]:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench encode``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench encode", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("encode", __doc__)
     parser.add_argument("--against", default=",".join(PEERS), help=f"peers with commas ({','.join(PEERS)}); or none")
     parser.add_argument(
         "--model", action="append",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import show_table
 from benchmarks.lifetime.outcomes import ARCHIVE, Source, read_sources
 from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
@@ -140,8 +139,7 @@ def show(figures: Mapping[str, Any]) -> None:
                   title=f"{figures['updates']} updates, {figures['rules'][0]['streams']} streams")  # fmt: skip
     for row in figures["rules"]:
         table.add_row(*_cells(row))
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def _cells(row: FigureRow) -> list[str]:

@@ -8,8 +8,6 @@ vectors, and the least effort with which it finds as many of the true ten neares
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -18,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import bench_parser, show_table
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
@@ -136,8 +134,7 @@ def show(figures: dict[str, Any]) -> None:
     )
     for name in [name for name in sizes[-1] if name != "rows"]:
         table.add_row(name, *(_shown(each.get(name)) for each in sizes))
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def _shown(value: Any) -> str:
@@ -148,9 +145,7 @@ def _shown(value: Any) -> str:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench search``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench search", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("search", __doc__)
     parser.add_argument("--rows", type=int, default=ROWS, help="vectors (1000000); at least 1000")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")
     parser.add_argument("--folder", type=Path, default=None, help="for some gigabytes; the system's temporary one")

@@ -8,7 +8,6 @@ every answer is compared with that of its release.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import bench_parser
 from benchmarks.machine import machine
 from benchmarks.samples import wait_until_searchable
 from benchmarks.serving.chaos_audit import audit, totals
@@ -116,8 +116,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench chaos --part serving``. Ends with status 1 when a request or a rollback failed or was late."""
-    description = __doc__.splitlines()[0] if __doc__ else ""
-    parser = argparse.ArgumentParser(prog="ratchet bench chaos --part serving", description=description)
+    parser = bench_parser("chaos --part serving", __doc__)
     parser.add_argument("--seconds", type=float, default=900, help="time in all states together (900)")
     parser.add_argument("--states", default="", help=f"names with commas (all): {', '.join(STATES)}")
     parser.add_argument("--rate", type=float, default=6.0, help="requests a second (6)")

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.stream.ratchet_process import wait_for
 from core.addresses import free_port, listens
@@ -84,9 +83,7 @@ class ObjectStore:
         self.relay.open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.relay.cut()
         self._stack.close()
         if self._process is not None:

@@ -10,7 +10,6 @@ again, which is what its clients see of the restart of a broker that keeps its l
 
 from __future__ import annotations
 
-import argparse
 import signal
 import tempfile
 import time
@@ -19,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures_table import show_figures
+from benchmarks.command import bench_parser, show_figures
 from benchmarks.machine import machine
 from benchmarks.stream.chaos_audit import OffsetWatch, audit, quarantined
 from benchmarks.stream.chaos_plan import Fault, plan
@@ -218,8 +217,7 @@ def show(figures: dict[str, Any]) -> None:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench chaos --part stream``. Status 1 when a record was lost or doubled, or an offset fell."""
-    description = __doc__.splitlines()[0] if __doc__ else ""
-    parser = argparse.ArgumentParser(prog="ratchet bench chaos --part stream", description=description)
+    parser = bench_parser("chaos --part stream", __doc__)
     parser.add_argument("--seconds", type=float, default=600, help="time in which things break (600)")
     parser.add_argument("--records", type=int, default=50_000, help="records to produce (50000)")
     parser.add_argument("--seed", type=int, default=0, help="of the records and of what breaks when (0)")

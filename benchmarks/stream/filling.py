@@ -6,9 +6,10 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,13 +76,8 @@ def sample_rows(stream: str, first: int, end: int, image_bytes: int = 0) -> tupl
     """
     numbers, jpeg = range(first, end), _small_jpeg()
     images = [jpeg + os.urandom(max(16, image_bytes - len(jpeg))) for _ in numbers]
-    now, count = datetime.now(UTC), end - first
-    constants = {
-        "kind": "sample", "question": "", "answer": "", "domain": "", "source": "bench", "concept": "", "label": "",
-        "tags": [], "extra": "", "time": now, "ingested_at": now, "split": "train", "width": 32, "height": 32,
-        "topic": stream, "partition": 0,
-    }  # fmt: skip
-    columns = {
+    count = end - first
+    columns: dict[str, Sequence[Any]] = {
         "id": [hashlib.sha256(image).hexdigest() for image in images],
         "image": images,
         "size": [len(image) for image in images],
@@ -90,8 +86,19 @@ def sample_rows(stream: str, first: int, end: int, image_bytes: int = 0) -> tupl
         "look": [os.urandom(35) for _ in numbers],
         "offset": list(numbers),
     }
-    constant = {name: [value] * count for name, value in constants.items()}
-    arrays = [pa.array({**constant, **columns}.get(each.name, [None] * count), each.type) for each in SCHEMA]
     size = sum(map(len, images))
     tally = Counter({"sample": count, "train": count, "train/text": count, "bytes": size})
-    return pa.Table.from_arrays(arrays, schema=SCHEMA), tally
+    return sample_table(stream, columns), tally
+
+
+def sample_table(stream: str, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    """Rows of samples of 32 x 32 pixels with these columns; the others are the same in all rows."""
+    now, count = datetime.now(UTC), len(columns["id"])
+    constants = {
+        "kind": "sample", "question": "", "answer": "", "domain": "", "source": "bench", "concept": "", "label": "",
+        "tags": [], "extra": "", "time": now, "ingested_at": now, "split": "train", "width": 32, "height": 32,
+        "topic": stream, "partition": 0,
+    }  # fmt: skip
+    filled = {**{name: [value] * count for name, value in constants.items()}, **columns}
+    arrays = [pa.array(filled.get(each.name, [None] * count), each.type) for each in SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)

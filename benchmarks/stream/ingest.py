@@ -11,7 +11,6 @@ broker that it names.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import bench_parser
 from benchmarks.machine import machine
 from benchmarks.stream import amplification, growth, throughput
 from benchmarks.stream.amplification import Amplification
@@ -169,9 +169,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench ingest``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench ingest", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("ingest", __doc__)
     parser.add_argument("--fast", action="store_true", help="little of everything, in a minute")
     parser.add_argument("--rounds", type=int, default=None, help="of the throughput; the median counts (2)")
     parser.add_argument("--kafka", default="", metavar="HOST:PORT", help="the throughput alone, against this broker")

@@ -6,7 +6,6 @@ import os
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 BALLAST = "ballast"
 
@@ -39,8 +38,6 @@ class SmallDisk:
                 self.mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.mounted:
             subprocess.run(["umount", "-l", str(self.folder)], check=False)

@@ -6,7 +6,6 @@ split by ingest. Then a small random CLIP, and one of each family of VLMs, learn
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from benchmarks.variety.kinds import KINDS, samples
 from benchmarks.variety.updates import MODELS
@@ -189,15 +188,12 @@ def show(figures: dict[str, Any]) -> None:
         table.add_row(
             row["kind"], *(str(row[name]) for name in ("stored", "lost", "dropped")), share, ", ".join(failed)
         )
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_table(table, figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench variety``."""
-    parser = argparse.ArgumentParser(
-        prog="ratchet bench variety", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = bench_parser("variety", __doc__)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help=f"of {', '.join(KINDS)} (all)")
     parser.add_argument("--records", type=int, default=RECORDS, help=f"of each kind ({RECORDS})")
     parser.add_argument("--models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)} (all)")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -30,12 +31,6 @@ COLOURS = 256
 """A picture of a page needs no more, and has a third of the bytes."""
 SIZES = {"desktop": {"width": 1440, "height": 900}, "phone": PHONE}
 SCHEMES = ("light", "dark")
-Visit = Callable[[Page], None]
-
-
-def overview(page: Page) -> None:
-    """As it opens."""
-    page.goto("/")
 
 
 def playground(page: Page) -> None:
@@ -46,11 +41,6 @@ def playground(page: Page) -> None:
     if page.get_by_label("Question").count():
         _press(page, "Ask", "#talk .turn", "Question", "what is this?")
     page.evaluate("scrollTo(0, 0)")
-
-
-def releases(page: Page) -> None:
-    """The timeline."""
-    page.goto("/releases")
 
 
 def gate(page: Page) -> None:
@@ -77,26 +67,6 @@ def rollback(page: Page) -> None:
     page.locator("#dialog[open]").wait_for()
 
 
-def budget(page: Page) -> None:
-    """What was spent."""
-    page.goto("/budget")
-
-
-def quarantine(page: Page) -> None:
-    """What was refused."""
-    page.goto("/quarantine")
-
-
-def models(page: Page) -> None:
-    """What is served."""
-    page.goto("/models")
-
-
-def stream(page: Page) -> None:
-    """What came in."""
-    page.goto("/stream")
-
-
 def tour(page: Page) -> None:
     """A first visit, at its third step."""
     page.goto("/?tour")
@@ -104,23 +74,22 @@ def tour(page: Page) -> None:
         page.get_by_role("button", name="Next", exact=True).click()
 
 
-def audit(page: Page) -> None:
-    """Who did what."""
-    page.goto("/audit")
-
-
-MOMENTS: dict[str, tuple[Callable[[Ledger], bool], tuple[Visit, ...]]] = {
-    "before": (lambda ledger: ledger.live() is not None, (overview, playground)),
-    "rejected": (lambda ledger: any(v.outcome == "rejected" for v in ledger.verdicts()), (overview, gate)),
+VISITS: dict[str, Callable[[Page], object]] = {
+    "overview": lambda page: page.goto("/"),
+    **{name: partial(Page.goto, url=f"/{name}") for name in (
+        "releases", "models", "stream", "budget", "quarantine", "audit")},
+    "playground": playground, "gate": gate, "compare": compare, "rollback": rollback, "tour": tour,
+}  # fmt: skip
+"""Each page by the name of its pictures, as it opens or with something done on it."""
+MOMENTS: dict[str, tuple[Callable[[Ledger], bool], str]] = {
+    "before": (lambda ledger: ledger.live() is not None, "overview playground"),
+    "rejected": (lambda ledger: any(v.outcome == "rejected" for v in ledger.verdicts()), "overview gate"),
     "live": (
         lambda ledger: any(row.actor == "updater" for row in ledger.releases()) and not ledger.pending_proposals(),
-        (overview, releases, gate, compare, budget, rollback),
+        "overview releases gate compare budget rollback",
     ),
 }
-PUBLIC: tuple[Visit, ...] = (overview, releases, models, gate, stream, budget)
-EVERYTHING: tuple[Visit, ...] = (
-    overview, playground, releases, models, gate, stream, compare, rollback, budget, quarantine, audit, tour,
-)  # fmt: skip
+PUBLIC = "overview releases models gate stream budget"
 
 
 def main() -> None:
@@ -149,10 +118,10 @@ def main() -> None:
             ledger = Ledger.open(settings.ledger)
             moments = MOMENTS
             if now := asked.now or asked.public:
-                moments = {now: (lambda _: True, PUBLIC if asked.public else EVERYTHING)}
+                moments = {now: (lambda _: True, PUBLIC if asked.public else " ".join(VISITS))}
             for moment, (came, pages) in moments.items():
                 _await(ledger, came, moment)
-                chosen = [page for page in pages if not asked.pages or page.__name__ in asked.pages]
+                chosen = [page for page in pages.split() if not asked.pages or page in asked.pages]
                 key = "" if asked.public else settings.operator_key().get_secret_value()
                 take(browser, url, key, chosen, asked.out, moment)
     finally:
@@ -160,7 +129,7 @@ def main() -> None:
         (asked.out / ".console.log").unlink(missing_ok=True)
 
 
-def take(browser: Browser, url: str, key: str, pages: list[Visit], out: Path, moment: str) -> None:
+def take(browser: Browser, url: str, key: str, pages: list[str], out: Path, moment: str) -> None:
     """Each page in both schemes and both sizes, signed in with ``key`` unless that is empty."""
     for size, viewport in SIZES.items():
         context = browser.new_context(base_url=url, viewport=viewport, reduced_motion="reduce")  # type: ignore[arg-type]
@@ -171,23 +140,26 @@ def take(browser: Browser, url: str, key: str, pages: list[Visit], out: Path, mo
             page.get_by_label("API key").fill(key)
             page.get_by_role("button", name="Sign in").click()
             page.get_by_role("button", name="Sign out").wait_for()
-        for visit in pages:
-            visit(page)
+        for name in pages:
+            VISITS[name](page)
             for scheme in SCHEMES:
                 page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
                 page.wait_for_load_state("networkidle")
-                save(page.screenshot(), out / f"{moment}-{visit.__name__}-{scheme}-{size}.png")
+                save(page.screenshot(), out / f"{moment}-{name}-{scheme}-{size}.png")
         context.close()
 
 
 def take_story(browser: Browser, file: Path, out: Path) -> None:
-    """The top of the demo's page on a desktop, and its suites on a phone."""
+    """The top of the demo's page on a desktop, its suites on a phone, and of its searches the README's picture."""
     for size, scheme, part in (("desktop", "light", 0), ("phone", "dark", 1)):
         page = browser.new_page(viewport=SIZES[size], color_scheme=scheme)  # type: ignore[arg-type]
         page.goto(file.resolve().as_uri())
         page.locator("section").nth(part).evaluate("(section, part) => part && section.scrollIntoView()", part)
         save(page.screenshot(), out / f"demo-{scheme}-{size}.png")
         page.close()
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.goto(file.resolve().as_uri())
+    page.locator("section").first.screenshot(path=out / "searches.png")
 
 
 def save(picture: bytes, path: Path) -> None:

@@ -15,7 +15,6 @@ import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from core.addresses import free_port
@@ -44,8 +43,10 @@ transaction.state.log.min.isr=1
 transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
 log.cleaner.backoff.ms=200
+log.retention.ms=-1
 """
-"""What one node needs; fewer internal partitions and no delays, which cost a test seconds."""
+"""What one node needs; fewer internal partitions and no delays, which cost a test seconds.
+Nothing is deleted by its age: tests send records of other years."""
 ACLS: Final = """
 listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://{sasl},CONTROLLER://127.0.0.1:{controller}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
@@ -94,7 +95,6 @@ class ApacheKafka:
         self._run("kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(self._properties))
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
         self.log.write_bytes(b"")
         command = [*JAVA, f"{self._jars}/*", "kafka.Kafka", str(self._properties)]
         with self.log.open("ab") as log:
@@ -121,9 +121,7 @@ class ApacheKafka:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGKILL)
         shutil.rmtree(self.root)
 

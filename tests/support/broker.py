@@ -17,8 +17,6 @@ from streams.kafka.broker import EmbeddedBroker
 
 @dataclass(frozen=True)
 class Broker:
-    """A running broker."""
-
     address: str
     embedded: bool
 

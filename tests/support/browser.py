@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from core.waiting import wait_until
+from tests.support.downloads import answers, running
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -45,23 +42,8 @@ def console(config: Path, url: str, log: Path) -> Iterator[str]:
     """`ratchet console` under these settings, until the end of the block."""
     command = [sys.executable, "-m", "ops.cli.main", "--config", str(config), "console"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environ, cwd=ROOT)
-    try:
-        assert wait_until(lambda: _answers(url), START_SECONDS, alive=lambda: process.poll() is None), log.read_text()
+    with running(command, log, lambda: answers(f"{url}/health/live"), START_SECONDS, env=environ, cwd=ROOT):
         yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _answers(url: str) -> bool:
-    with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/health/live", trust_env=False).status_code == 200
-    return False
 
 
 class Complaints:
@@ -78,7 +60,6 @@ class Complaints:
 
 
 def serious(findings: Sequence[dict[str, Any]]) -> list[str]:
-    """Serious and critical findings of axe, with the places."""
     return [
         f"{found['id']}: {found['help']}: {[node['target'] for node in found['nodes']][:5]}"
         for found in findings

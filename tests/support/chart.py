@@ -88,7 +88,6 @@ def render(*layers: Any, name: str = "live", namespace: str = "ml") -> list[Obje
 
 @cache
 def chart() -> Chart:
-    """The chart as it lies in the repository."""
     return Chart.load(CHART)
 
 
@@ -106,7 +105,6 @@ def _render(values: str, name: str, namespace: str) -> tuple[Object, ...]:
 
 
 def of_kind(objects: Sequence[Object], kind: str) -> list[Object]:
-    """The objects of one kind."""
     return [each for each in objects if each["kind"] == kind]
 
 

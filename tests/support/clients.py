@@ -106,8 +106,6 @@ def install_node() -> None:
 
 @dataclass
 class ClientRun:
-    """A script that is running."""
-
     client: LibraryClient
     process: subprocess.Popen[str]
 

@@ -9,9 +9,7 @@ class Clock:
     now = 1000.0
 
     def __call__(self) -> float:
-        """The time."""
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        """Let that much of it pass at once."""
         self.now += seconds

@@ -12,7 +12,6 @@ COLOURS: Final = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40,
 
 
 def colour_of(number: int) -> str:
-    """Its name, in turn."""
     return list(COLOURS)[number % len(COLOURS)]
 
 
@@ -23,7 +22,6 @@ def square(number: int) -> np.ndarray:
 
 
 def encoded_square(number: int) -> bytes:
-    """The same as PNG."""
     stream = io.BytesIO()
     Image.fromarray(square(number)).save(stream, "PNG")
     return stream.getvalue()

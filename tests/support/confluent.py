@@ -36,19 +36,16 @@ def _context(topic: str) -> SerializationContext:
 
 
 def write_avro(url: str, record: Any, schema: Any = None, topic: str = "avro") -> bytes:
-    """A record by AvroSerializer."""
     serializer = AvroSerializer(SchemaRegistryClient({"url": url}), json.dumps(schema or AVRO))
     return bytes(serializer(record, _context(topic)) or b"")
 
 
 def write_json(url: str, record: dict[str, Any], topic: str = "json") -> bytes:
-    """A record by JSONSerializer."""
     schema = json.dumps({"title": "Sample", "type": "object", "properties": {"text": {"type": "string"}}})
     return bytes(JSONSerializer(schema, SchemaRegistryClient({"url": url}))(record, _context(topic)) or b"")
 
 
 def write_protobuf(url: str, message: Any, topic: str = "protobuf") -> bytes:
-    """A message by ProtobufSerializer."""
     serializer = ProtobufSerializer(type(message), SchemaRegistryClient({"url": url}), {"use.deprecated.format": False})
     return bytes(serializer(message, _context(topic)) or b"")
 

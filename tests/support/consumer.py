@@ -33,7 +33,6 @@ def metric(name: str, **labels: str) -> float | None:
 
 
 def dependency_state(name: str) -> str | None:
-    """The word for a dependency in this process's metrics."""
     states = {each: REGISTRY.get_sample_value("ratchet_dependency_state", {"dependency": name, "state": each})
               for each in ("ok", "away", "slow", "refused", "full")}  # fmt: skip
     return next((state for state, value in states.items() if value), None)

@@ -16,8 +16,6 @@ PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["pa
 
 
 class Expression(NamedTuple):
-    """One query of a panel."""
-
     dashboard: str
     panel: str
     expr: str

@@ -23,14 +23,12 @@ def items_and_errors(path: Path | str, **options: Any) -> tuple[list[FolderItem]
 
 
 def items_of(path: Path | str, **options: Any) -> list[FolderItem]:
-    """Samples of a data set in which every row is right."""
     items, errors = items_and_errors(path, **options)
     assert not errors
     return items
 
 
 def error_of(path: Path | str, **options: Any) -> RecordError:
-    """The one thing that is wrong with a data set."""
     [error] = items_and_errors(path, **options)[1]
     assert error.fix
     return error

@@ -10,14 +10,18 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import httpx
 import pytest
 
+from core.waiting import wait_until
+
 DOWNLOAD_SECONDS: Final = 600.0
+STOP_SECONDS: Final = 20.0
 BUILD_SECONDS: Final = 1800.0
 CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests"
 SYSTEM_PATH: Final = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"
@@ -30,7 +34,6 @@ class NotHere(Exception):
 
 
 def installed(name: str) -> str | None:
-    """Path of a program of the distribution, if it has it."""
     return shutil.which(name, path=SYSTEM_PATH)
 
 
@@ -43,6 +46,41 @@ def started(name: str, make: Callable[[], Started]) -> Iterator[Started]:
         pytest.skip(f"{name} was left out: {error}")
     with found:
         yield found
+
+
+@contextmanager
+def running(
+    command: Sequence[str], log: Path, ready: Callable[[], bool], seconds: float, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that is ``ready`` within so many seconds, until the end of the block.
+
+    Args:
+        log: gets what it prints.
+        options: of Popen.
+    """
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, **options
+        )  # fmt: skip
+    try:
+        started = wait_until(ready, seconds, pause=0.05, alive=lambda: process.poll() is None)
+        assert started, log.read_text()[-2000:]
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether there is something at a URL."""
+    try:
+        return httpx.get(url, trust_env=False, timeout=60).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def from_maven(

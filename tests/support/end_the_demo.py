@@ -42,13 +42,11 @@ def to_the_group(pid: int) -> None:
 
 
 def two_at_once(pid: int) -> None:
-    """SIGTERM and SIGINT to the group."""
     os.killpg(pid, signal.SIGTERM)
     os.killpg(pid, signal.SIGINT)
 
 
 def while_it_stops(pid: int) -> None:
-    """Ctrl-C, again and again."""
     for _ in range(6):
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGINT)
@@ -70,8 +68,6 @@ WAYS: tuple[Way, ...] = (to_the_group, two_at_once, while_it_stops, killed, clos
 
 @dataclass(frozen=True)
 class Ended:
-    """How one demo ended."""
-
     during: str
     """What it said last."""
     seconds: float
@@ -129,7 +125,6 @@ def _last_log(folder: Path) -> str:
 
 
 def main() -> int:
-    """The command line."""
     summary, _, details = (__doc__ or "").partition("\n")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)

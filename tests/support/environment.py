@@ -20,7 +20,6 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def of_s3(url: str, key: str, secret: str) -> dict[str, str]:
-    """What the chart puts into a pod's environment."""
     return {
         "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,

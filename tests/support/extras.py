@@ -44,7 +44,6 @@ sys.exit("; ".join(failed) or 0)
 
 
 def extras(project: Path = ROOT) -> list[str]:
-    """The names of pyproject.toml's extras."""
     declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     return [*declared["optional-dependencies"]]
 

@@ -35,7 +35,6 @@ class FakePartition:
 
     @property
     def end(self) -> int:
-        """The next offset to be written."""
         return self.start + len(self.records)
 
 
@@ -67,7 +66,6 @@ class FakeKafka:
         self.changed = threading.Condition()
 
     def send(self, *messages: tuple[bytes | None, Any], partition: int = 0, epoch: int = 0, **fields: Any) -> None:
-        """Append records."""
         with self.changed:
             log = self.logs[partition]
             for value, headers in messages:
@@ -84,7 +82,6 @@ class FakeKafka:
             self.changed.notify_all()
 
     def delete_before(self, offset: int, partition: int = 0) -> None:
-        """Retention."""
         with self.changed:
             log = self.logs[partition]
             del log.records[: offset - log.start]

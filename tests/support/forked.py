@@ -56,7 +56,6 @@ class ForkedProcess:
         return code
 
     def wait_until_stopped(self) -> None:
-        """Wait for the SIGSTOP that it sends to itself."""
         process = psutil.Process(self.pid)
 
         def stopped() -> bool:
@@ -66,7 +65,6 @@ class ForkedProcess:
         wait_for(stopped, "its stop")
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Signal it, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -75,7 +73,6 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
     def output(self) -> str:
-        """The end of what it printed."""
         return self.log.read_text()[-4000:] if self.log.exists() else ""
 
 

@@ -31,14 +31,12 @@ class Hostile:
 
 
 def plain(left: tuple[int, ...] = LEFT, right: tuple[int, ...] = RIGHT, mode: str = "RGB") -> Image.Image:
-    """The picture, upright."""
     image = Image.new(mode, (WIDE, HIGH), left)
     image.paste(right, (WIDE * 3 // 4, 0, WIDE, HIGH))
     return image
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """An image as a file."""
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()

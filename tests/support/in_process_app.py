@@ -49,6 +49,7 @@ from streams.store.rows import Position
 from streams.store.sample_queries import Receipt
 from streams.store.sample_store import SampleStore
 from tests.support.inputs import pictures
+from tests.support.samples import sample
 from tests.support.tiny import tiny_base
 from tests.unit.serving.scripted_vlms import ScriptedVlms
 
@@ -59,8 +60,6 @@ MAX_IMAGE_BYTES = 100_000
 
 
 class AppClient:
-    """Calls of an application, one after another."""
-
     def __init__(self, runner: asyncio.Runner, app: FastAPI) -> None:
         self.runner = runner
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
@@ -248,8 +247,6 @@ class ScriptedReceipts:
 
 @dataclass
 class CatalogIndex:
-    """The catalog as routes call it."""
-
     catalog: Catalog
 
     async def search(self, *asked: Any) -> Any:
@@ -271,14 +268,10 @@ def _fill(lake: str, count: int = 6) -> list[Sample]:
         Sample(image=image, text=f"picture {number}", domain="cats", source="test")
         for number, image in enumerate(pictures(count))
     ]
-    rows: Sequence[dict[str, Any]] = [
-        {
-            "kind": "sample", "id": sample.id, "image": sample.image, "text": sample.text, "domain": sample.domain,
-            "source": sample.source, "time": datetime(2024, 1, 1 + number, tzinfo=UTC),
-            "ingested_at": datetime.now(UTC), "split": "train", "tags": [], "topic": "t", "partition": 0,
-            "offset": number, "question": "", "answer": "",
-        }
-        for number, sample in enumerate(samples)
+    rows = [
+        sample(0, number, "t", id=each.id, image=each.image, text=each.text, domain=each.domain, source=each.source,
+               time=datetime(2024, 1, 1 + number, tzinfo=UTC), ingested_at=datetime.now(UTC), tags=[])
+        for number, each in enumerate(samples)
     ]  # fmt: skip
-    SampleStore(lake).put(list(rows), [Position("t", 0, count)])
+    SampleStore(lake).put(rows, [Position("t", 0, count)])
     return samples

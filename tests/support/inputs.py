@@ -27,12 +27,14 @@ def random_adapter(
     parts: Sequence[str] | None = None,
     rank: int = 8,
     scale: float = 0.3,
+    targets: Sequence[str] = (),
 ) -> str:
     """Write an adapter of random weights and return its name.
 
     Args:
         parts: keys of the base's ``lora_targets``; all when unset.
         scale: about the size of the change, relative to the weights.
+        targets: what its configuration names; a pattern of all that it touches when unset.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -56,12 +58,11 @@ def random_adapter(
             pair(f"{name}.base_layer.out_proj", module.out_proj.weight)
         elif isinstance(module, nn.Linear | nn.Conv2d):
             pair(name, module.weight)
-    targets = "|".join(re.escape(name) for name in touched)
-    return write_adapter(folder, tensors, {"r": rank, "lora_alpha": rank, "target_modules": f"(?:{targets})"}, base)
+    named = list(targets) or f"(?:{'|'.join(re.escape(name) for name in touched)})"
+    return write_adapter(folder, tensors, {"r": rank, "lora_alpha": rank, "target_modules": named}, base)
 
 
 def pictures(count: int) -> list[bytes]:
-    """Small drawn images, encoded as PNG."""
     images = []
     random = np.random.default_rng(0)
     for _ in range(count):

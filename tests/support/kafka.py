@@ -35,13 +35,11 @@ def picture(seed: int, size: int = 32, kind: str = "PNG") -> bytes:
 
 
 def good(seed: int, **headers: str) -> Message:
-    """A valid record in the raw encoding."""
     fields = {"text": f"picture {seed}", **headers}
     return picture(seed), [(f"ratchet_{name}", text.encode()) for name, text in fields.items()]
 
 
 def make_topics(settings: Settings) -> None:
-    """The topics of the settings."""
     ensure_topics(settings.kafka, [settings.kafka.topic], settings.kafka.partitions)
     ensure_topics(settings.kafka, [settings.kafka.quarantine_topic])
 
@@ -130,5 +128,4 @@ def reading(
 
 
 def records_seen(status: IngestStatus) -> int:
-    """Records that a running ingest has dealt with."""
     return status.samples + status.duplicates + status.quarantined + status.tombstones

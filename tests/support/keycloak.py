@@ -9,9 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import httpx
@@ -19,7 +17,7 @@ import httpx
 from core.addresses import free_port
 from core.child_process import reaped, stop_reaped
 from core.waiting import wait_until
-from tests.support.downloads import NotHere, from_maven
+from tests.support.downloads import NotHere, answers, from_maven
 
 VERSION: Final = "26.4.7"
 UNPACK: Final = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:unpack"
@@ -67,21 +65,19 @@ class Keycloak:
             process = self._process = subprocess.Popen(
                 reaped(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ
             )
-        if not wait_until(self._answers, START_SECONDS, alive=lambda: process.poll() is None):
+        page = f"{self.issuer('master')}/.well-known/openid-configuration"
+        if not wait_until(lambda: answers(page), START_SECONDS, alive=lambda: process.poll() is None):
             said = self.log.read_text()[-2000:]
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise RuntimeError(f"Keycloak did not start: ... {said}")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._process is not None:
             stop_reaped(self._process)
         shutil.rmtree(self.root)
 
     def issuer(self, realm: str) -> str:
-        """URL of a realm, as it names itself."""
         return f"{self.url}/realms/{realm}"
 
     def admin(self, method: str, path: str, body: Any = None) -> Any:
@@ -93,12 +89,6 @@ class Keycloak:
             answer = http.request(method, f"{self.url}/admin/realms{path}", json=body, headers=bearer)
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
-
-    def _answers(self) -> bool:
-        with suppress(httpx.TransportError):
-            page = f"{self.issuer('master')}/.well-known/openid-configuration"
-            return httpx.get(page, trust_env=False, timeout=CALL_SECONDS).is_success
-        return False
 
 
 def _build(home: Path) -> None:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import boto3
@@ -61,7 +60,6 @@ class MinIO:
         self._stack = ExitStack()
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
         command = [str(self._program), "server", "--quiet", "--address", self._address, str(self._disk)]
         keys = {"MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET}
         environ = {**os.environ, **keys, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off", "HOME": str(self._root)}
@@ -90,7 +88,6 @@ class MinIO:
             os.kill(pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL."""
         os.kill(self._server(), signal.SIGKILL)
         self.stop()
 
@@ -116,9 +113,7 @@ class MinIO:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         self._stack.close()
         shutil.rmtree(self._root)

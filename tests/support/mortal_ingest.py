@@ -1,7 +1,9 @@
-"""An ingest that ends itself with SIGKILL at a chosen point."""
+"""An ingest that kills itself at a chosen point, or stops itself once (SIGSTOP) and goes on when it is continued."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ from core.settings import Settings
 from streams.ingest.consumer import Consumer, run_ingest
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.membership import Membership
+from streams.ingest.quarantine import QuarantinePublisher
 from streams.kafka.outbox import FencedSender, Outbox
 from streams.store.writer import StoreWriter
 from tests.support.sudden_death import die
@@ -64,4 +67,34 @@ def run(settings: Settings, point: str) -> None:
     """Run until killed or asked to stop. ``point``: one of :data:`POINTS`, or ``never``."""
     if point != "never":
         POINTS[point]()
+    run_ingest(settings)
+
+
+def asleep_before(owner: type, name: str) -> None:
+    """Stop before the first call of a method, and make the call once continued."""
+    method: Callable[..., Any] = getattr(owner, name)
+    slept: list[bool] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not slept and (owner is not QuarantinePublisher or args[2]):  # it is given what to publish
+            slept.append(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+SLEEPS: dict[str, tuple[type, str]] = {
+    "before_the_commit": (StoreWriter, "commit"),
+    "between_commit_and_publish": (QuarantinePublisher, "publish"),
+    "before_its_sender_is_open": (FencedSender, "open"),
+    "between_reading_back_and_sending": (FencedSender, "send_all"),
+    "with_its_ownership_checked": (FencedSender, "_send"),
+}
+"""Where it stops: the method before whose first call it does."""
+
+
+def run_stopping(settings: Settings, point: str) -> None:
+    """Run until asked to stop. ``point``: one of :data:`SLEEPS`."""
+    asleep_before(*SLEEPS[point])
     run_ingest(settings)

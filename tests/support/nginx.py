@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import httpx
-
-from core.addresses import free_port
-from core.waiting import wait_until
-from tests.support.downloads import installed
+from core.addresses import free_port, listens
+from tests.support.downloads import installed, running
 
 BINARY: Final = installed("nginx")
 OPERATOR: Final = Path(__file__).parents[2] / "docs" / "operator.md"
@@ -43,23 +40,13 @@ def nginx(folder: Path, server: str, *, port: int = 0, tls: bool = False) -> Ite
         f"access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;\n"
         f"server {{ listen 127.0.0.1:{port}{' ssl' if tls else ''};\n{server}\n}}\n}}\n"
     )
-    process = subprocess.Popen([BINARY, "-c", str(config)], stderr=subprocess.DEVNULL)
-    url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
-    try:
-        assert wait_until(lambda: _answers(url), START_SECONDS, alive=lambda: process.poll() is None)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(20)
+    with running(
+        [BINARY, "-c", str(config)], folder / "nginx.log", lambda: listens(f"127.0.0.1:{port}"), START_SECONDS
+    ):
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
 
 
 def documented(port: str, real: int) -> str:
     """The example of docs/operator.md whose upstream is at ``port`` (as in ``:8001``), with the real port."""
     (found,) = (each for each in re.findall(r"```nginx\n(.*?)```", OPERATOR.read_text(), re.DOTALL) if port in each)
     return str(found).replace(f"127.0.0.1{port}", f"127.0.0.1:{real}")
-
-
-def _answers(url: str) -> bool:
-    with suppress(httpx.TransportError):
-        return bool(httpx.get(url, verify=False, trust_env=False).status_code)
-    return False

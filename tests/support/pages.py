@@ -29,8 +29,6 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """One Markdown file."""
-
     path: Path
 
     @property
@@ -45,12 +43,10 @@ class Page:
 
     @cached_property
     def prose(self) -> str:
-        """What is not in a code block."""
         return "\n".join(each for each in self._parts if isinstance(each, str))
 
     @cached_property
     def spans(self) -> list[str]:
-        """Inline code of the prose."""
         return re.findall(r"`([^`\n]+)`", self.prose)
 
     def commands(self, program: str) -> list[str]:
@@ -78,7 +74,6 @@ class Page:
 
     @cached_property
     def links(self) -> list[str]:
-        """Targets of links and images."""
         return re.findall(r"\]\(([^)\s]+)\)", self.prose)
 
     @cached_property

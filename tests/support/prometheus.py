@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import httpx
 import yaml
 
 from core.addresses import free_port
-from core.waiting import wait_until
 from ops.alerts import as_yaml, rule_groups
+from tests.support.downloads import answers, running
 
 START_SECONDS = 60.0
 GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
@@ -25,8 +24,6 @@ GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running Prometheus."""
-
     url: str
 
     def query(self, expr: str) -> list[dict[str, Any]]:
@@ -39,7 +36,6 @@ class Prometheus:
         return found
 
     def has_data(self, expr: str) -> bool:
-        """Whether an expression gives a number now."""
         return any(not math.isnan(float(series["value"][1])) for series in self.query(expr))
 
     def rules(self) -> list[dict[str, Any]]:
@@ -48,24 +44,19 @@ class Prometheus:
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
 
     def healthy_targets(self) -> set[str]:
-        """Processes whose last scrape succeeded."""
         answer = httpx.get(f"{self.url}/api/v1/targets", timeout=30).json()
         return {each["labels"]["process"] for each in answer["data"]["activeTargets"] if each["health"] == "up"}
 
 
 @dataclass(frozen=True)
 class Alertmanager:
-    """A running Alertmanager."""
-
     url: str
 
     @property
     def address(self) -> str:
-        """host:port."""
         return self.url.removeprefix("http://")
 
     def alerts(self) -> dict[str, dict[str, Any]]:
-        """What it was told is firing, by name."""
         found = httpx.get(f"{self.url}/api/v2/alerts", timeout=30).json()
         return {alert["labels"]["alertname"]: alert for alert in found}
 
@@ -112,22 +103,6 @@ def alertmanager(folder: Path) -> Iterator[Alertmanager]:
         yield Alertmanager(f"http://{address}")
 
 
-@contextmanager
-def _running(command: list[str], log: Path, ready: str) -> Iterator[None]:
+def _running(command: list[str], log: Path, ready: str) -> AbstractContextManager[object]:
     environ = {**os.environ, "GOMAXPROCS": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ)
-    try:
-        running = lambda: process.poll() is None  # noqa: E731
-        assert wait_until(lambda: _answers(ready), START_SECONDS, pause=0.05, alive=running), log.read_text()[-2000:]
-        yield
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
+    return running(command, log, lambda: answers(ready), START_SECONDS, env=environ)

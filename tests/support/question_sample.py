@@ -29,7 +29,6 @@ SOURCES = ("noto", "twemoji", "openclipart")
 
 
 def take_sample(whole: Path, target: Path) -> None:
-    """Write the sample of the dataset ``whole`` to ``target``."""
     taken: dict[str, list[FolderItem]] = defaultdict(list)
     for item in read_folder(whole, "test"):
         if item.source in SOURCES and len(taken[item.label]) < EACH:

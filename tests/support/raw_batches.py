@@ -35,8 +35,6 @@ class RawMessage:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Records, and how they are packed."""
-
     messages: Sequence[RawMessage]
     codec: int = 0
     base: int = 0
@@ -46,7 +44,6 @@ class RawBatch:
     extra: dict[str, int] = field(default_factory=dict)
 
     def body(self) -> bytes:
-        """The records, not compressed."""
         first = self.messages[0].timestamp if self.messages else 0
         return b"".join(encode_record(each, n, each.timestamp - first) for n, each in enumerate(self.messages))
 
@@ -65,13 +62,11 @@ class RawBatch:
 
 
 def seal(batch: bytearray) -> bytearray:
-    """Write the checksum that fits the bytes."""
     struct.pack_into(">I", batch, 17, calc_crc32c(memoryview(batch)[21:]))
     return batch
 
 
 def encode_record(message: RawMessage, offset_delta: int, timestamp_delta: int) -> bytes:
-    """One record of a batch."""
     out = bytearray(b"\x00")
     _varints(out, (timestamp_delta + 2**63) % 2**64 - 2**63, offset_delta)  # as 64 bits hold it
     for each in (message.key, message.value):

@@ -39,7 +39,6 @@ def row(name: str) -> str:
 
 
 def told() -> dict[str, str]:
-    """Rows of the page by name."""
     return {found[1]: found[0] for found in re.finditer(r"^\| `([a-z0-9._-]+)` \|.*$", PAGE.read_text(), re.M)}
 
 

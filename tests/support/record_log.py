@@ -26,11 +26,9 @@ class RecordLog:
 
     @property
     def end(self) -> int:
-        """The next offset that would be written."""
         return self.spans[-1].stop if self.spans else self.start
 
     def append(self, batch: bytearray, count: int) -> None:
-        """Put a batch of so many offsets at the end."""
         self.batches.append(batch)
         self.spans.append(range(self.end, self.end + count))
 
@@ -62,7 +60,6 @@ class LogReader:
 
     @property
     def position(self) -> OffsetAndMetadata:
-        """Where the next fetch starts."""
         return self.subscriptions.assignment[PARTITION].position
 
     def poll(self, data: bytes, end: int, most: int = 500, **fields: Any) -> list[Any]:

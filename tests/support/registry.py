@@ -13,8 +13,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Registry:
-    """The schemas, and what to answer instead of them."""
-
     def __init__(self) -> None:
         self.schemas: list[dict[str, Any]] = []  # the id is the place, from 1
         self.subjects: dict[str, list[int]] = {}
@@ -39,7 +37,6 @@ class Registry:
         return number
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
-        """Status and body."""
         if self.answers:
             return self.answers.pop(0)
         if self.always is not None:

@@ -42,7 +42,6 @@ class _Moto:
 
 @contextmanager
 def s3_server() -> Iterator[Server]:
-    """Start one."""
     if os.environ.get("RATCHET_TEST_S3") == "minio":
         with started("MinIO", MinIO) as minio:
             yield minio

@@ -36,7 +36,6 @@ def sample(partition: int, offset: int, topic: str = TOPIC, split: str = "train"
 
 
 def refusal(partition: int, offset: int, original: bytes = b"bad", reason: str = "not_json") -> dict[str, Any]:
-    """A refused record's row."""
     return {
         "kind": "quarantine",
         "topic": TOPIC,

@@ -15,33 +15,22 @@ import random
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 
-VARIABLE = "STANDS_STILL"
+from tests.support.leftovers import left_running, mark
 
 
-def processes(mark: str) -> list[psutil.Process]:
-    """Those that inherited the mark, and are not stopped by themselves."""
-    marked = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(VARIABLE) == mark and process.status() not in ("stopped", "zombie"):
-                marked.append(process)
-    return marked
-
-
-def stand_still(mark: str, seconds: float) -> None:
-    """Stop all of them, and let them go on."""
+def stand_still(variable: Mapping[str, str], seconds: float) -> None:
     stopped: list[psutil.Process] = []
     try:
         for _ in range(2):  # also what they start meanwhile; one that waits for a disk stops later by itself
-            for process in processes(mark):
+            for process in left_running(variable):
                 with contextlib.suppress(psutil.Error):
-                    process.suspend()
-                    stopped.append(process)
+                    if process.status() != psutil.STATUS_STOPPED:
+                        process.suspend()
+                        stopped.append(process)
         time.sleep(seconds)
     finally:
         for process in stopped:
@@ -51,17 +40,16 @@ def stand_still(mark: str, seconds: float) -> None:
 
 def run(command: Sequence[str], seconds: float, every: float) -> int:
     """Run the command to its end; returns its exit code."""
-    mark = uuid.uuid4().hex
-    with subprocess.Popen(command, env=os.environ | {VARIABLE: mark}) as child:
+    variable = mark()
+    with subprocess.Popen(command, env=os.environ | variable) as child:
         while True:
             try:
                 return child.wait(random.uniform(0.5, 1.5) * every)
             except subprocess.TimeoutExpired:
-                stand_still(mark, seconds)
+                stand_still(variable, seconds)
 
 
 def main() -> int:
-    """The command line."""
     summary, _, details = (__doc__ or "").partition("\n")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)

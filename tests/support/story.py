@@ -27,8 +27,6 @@ SHIFT = FeatureShift({"image": TowerShift(128, 0.01, 0.03, 31.0, 30.0)}, 0.8, 0.
 
 @dataclass(frozen=True)
 class Story:
-    """Names to look for."""
-
     rejected: str
     passed: str
     adapter: str

@@ -9,8 +9,6 @@ from contextlib import suppress
 
 
 class TcpRelay:
-    """A TCP relay that can be cut and opened again."""
-
     def __init__(self, port: int, target: str) -> None:
         """``port``: of 127.0.0.1 to listen on. ``target``: host:port to pass everything to."""
         self.port = port
@@ -22,12 +20,10 @@ class TcpRelay:
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        """Take connections."""
         self._listener = socket.create_server(("127.0.0.1", self.port))
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def cut(self) -> None:
-        """Refuse new connections and break those that are there."""
         with self._lock:
             sockets = [*self._links, *([self._listener] if self._listener else [])]
             self._links, self._listener = [], None

@@ -68,12 +68,10 @@ class Peft:
 
 
 def picture(seed: int, side: int = 32) -> Image:
-    """Noise."""
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
 
 
 def some_asks(count: int, tokens: int = 8) -> list[GenerationRequest]:
-    """Questions about pictures of different sizes."""
     return [
         question(picture(i, 24 + 8 * (i % 4)), QUESTIONS[i % len(QUESTIONS)], max_tokens=tokens) for i in range(count)
     ]

@@ -24,7 +24,6 @@ def reply(body: bytes = b"", status: str = "200 OK", **headers: str | None) -> b
 
 
 def redirect(to: str, status: str = "302 Found") -> bytes:
-    """Go there instead."""
     return reply(status=status, location=to)
 
 

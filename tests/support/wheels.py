@@ -75,7 +75,6 @@ def install_beside(environment: Path, built: Sequence[Path], extra: str) -> str:
 
 
 def _needed(server: metadata.Distribution, extra: str) -> set[str]:
-    """Names of the distributions that one needs with an extra, and those need; its own among them."""
     found, waiting = set[tuple[str, str]](), [(server, "ratchet-server", extra)]
     while waiting:
         distribution, name, wanted = waiting.pop()

@@ -164,7 +164,6 @@ def described_home(ledger: Ledger) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, datetime):
@@ -183,14 +182,12 @@ def pack(folder: Path, archive: Path, names: tuple[str, ...]) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Write an archive's files into a folder, which is returned."""
     with tarfile.open(archive) as tar:
         tar.extractall(folder)
     return folder
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One value in a file that reads well."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 

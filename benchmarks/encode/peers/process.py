@@ -22,12 +22,15 @@ POLL_SECONDS = 0.25
 class PeerProcess:
     """Started, paused (SIGSTOP), resumed and ended as one process group."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path | None = None
+    ) -> None:
+        """``folder``: where it runs; that of its log, when unset."""
         self.log = log
         with log.open("wb") as out:
             self._process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env={**os.environ, **environment}, start_new_session=True, cwd=log.parent,
+                env={**os.environ, **environment}, start_new_session=True, cwd=folder or log.parent,
             )  # fmt: skip
 
     def wait_for(self, url: str) -> None:

@@ -12,7 +12,7 @@ from core.settings import Settings
 from tests.support.broker import broker
 from tests.support.forked import import_ahead
 
-import_ahead("tests.support.mortal_ingest", "tests.support.stopping_ingest", "tests.support.mortal_publisher")
+import_ahead("tests.support.mortal_ingest", "tests.support.mortal_publisher")
 __all__ = ["broker"]
 
 

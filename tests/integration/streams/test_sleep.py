@@ -10,7 +10,7 @@ import pytest
 
 from core.settings import Settings
 from streams.store.sample_store import SampleStore
-from tests.support import stopping_ingest
+from tests.support import mortal_ingest
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess
 from tests.support.kafka import Message, good, make_topics, produce, quarantined_places, reading, wait_for
@@ -23,7 +23,7 @@ def fall_asleep(settings: Settings, point: str) -> ForkedProcess:
     home = settings.home / "sleeper"
     home.mkdir()
     own = settings.model_copy(update={"home": home, "lake_url": settings.lake})
-    process = ForkedProcess(home / "log", stopping_ingest.run, own, point)
+    process = ForkedProcess(home / "log", mortal_ingest.run_stopping, own, point)
     process.wait_until_stopped()
     return process
 
@@ -60,8 +60,6 @@ def sleep_through(broker: Broker, home: Path, point: str) -> None:
 
 
 def test_a_worker_that_slept_while_another_took_over(broker: Broker, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(len(stopping_ingest.POINTS)) as pool:
-        stories = {
-            point: pool.submit(sleep_through, broker, tmp_path / point, point) for point in stopping_ingest.POINTS
-        }
+    with ThreadPoolExecutor(len(mortal_ingest.SLEEPS)) as pool:
+        stories = {point: pool.submit(sleep_through, broker, tmp_path / point, point) for point in mortal_ingest.SLEEPS}
     assert {point: error for point, story in stories.items() if (error := story.exception()) is not None} == {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import BENCHMARKS, duty, step
+from benchmarks import BENCHMARKS, duty, scale, step
 from benchmarks.duty import Phase
 from benchmarks.trainer import SAMPLES, prepare_data
-from core.errors import RatchetError
+from core.errors import ConfigError, RatchetError
 from core.loading import load_settings
 from core.settings import Settings
 from demo.load.traffic import CheckedSample, Report
@@ -114,8 +116,23 @@ def test_the_busy_trainer_gets_both_pools_and_an_update_without_an_end(tmp_path:
     assert endless.max_steps >= 10**6
 
 
-def test_every_benchmark_can_be_started() -> None:
-    from importlib import import_module
+def test_an_engine_that_sleeps_answers_for_each_item_after_one_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(scale.time, "sleep", pauses.append)
+    engine = scale.SleepingEngine.of(tiny_home(tmp_path), threads=1)
+    vectors = engine.encode_texts(["a cat", "a dog", "a bird"])
+    assert vectors.shape == (3, engine.base.dim) and pauses == [scale.PASS_SECONDS]
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
 
-    for module in BENCHMARKS.values():
-        assert callable(import_module(module).main)
+
+@pytest.mark.parametrize("nodes", ["0", "17"])
+def test_nodes_are_bounded(tmp_path: Path, nodes: str) -> None:
+    with pytest.raises(ConfigError, match="--nodes"):
+        scale.main(tiny_home(tmp_path), ["--nodes", nodes])
+
+
+@pytest.mark.parametrize("module", BENCHMARKS.values())
+def test_every_benchmark_can_be_started(module: str) -> None:
+    assert callable(import_module(module).main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, pairwise
@@ -22,7 +23,7 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import BUDGETS, Protocol
-from benchmarks.continual.report import _prepared, figures, read_chains
+from benchmarks.continual.report import figures, read_chains
 from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
 from benchmarks.continual.tuning import Trial, plain_trials
@@ -118,19 +119,15 @@ def test_a_stopped_chain_goes_on_and_ends_alike(base: ClipBase, results: Path, t
 
 
 def test_an_update_that_is_lost_is_done_again_and_the_last_adapter_alone_is_kept(
-    base: ClipBase, tmp_path: Path
+    base: ClipBase, results: Path, tmp_path: Path
 ) -> None:
-    _chain(base, tmp_path).run(1)
-    folder = Unit("default").folder(tmp_path)
-    first = _rows(tmp_path)[0]
-    _chain(base, tmp_path).run(2)
-    kept = {path.name for path in (folder / "adapters").iterdir()}
-    assert kept == {_rows(tmp_path)[1]["adapter"]}
-    assert _rows(tmp_path)[0] == first
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    folder, whole = Unit("default").folder(tmp_path), _rows(results)
+    assert {path.name for path in (folder / "adapters").iterdir()} == {whole[1]["adapter"]}
     update_path(folder, 1).write_text("{")
     assert _rows(tmp_path) == []
     _chain(base, tmp_path).run(1)
-    assert _rows(tmp_path)[0]["adapter"] == first["adapter"]
+    assert _rows(tmp_path)[0]["adapter"] == whole[0]["adapter"]
 
 
 def test_results_of_another_recipe_under_the_same_name_do_not_count(results: Path) -> None:
@@ -156,21 +153,23 @@ def test_orders_are_permutations_of_the_same_updates() -> None:
     assert order_of(whole, 7, lambda: means) != order_of(whole, 8, lambda: means)
 
 
-def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, tmp_path: Path) -> None:
+def _last_adapter(chain: Chain) -> Path:
+    row = updates_done(chain.results, chain.recipe, chain.unit)[-1]
+    return chain.folder / "adapters" / row["adapter"]
+
+
+def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, results: Path, tmp_path: Path) -> None:
     """Under the base, an adapter of the last block, and one of all weights, in turns."""
     suites = stream().suites
     evaluator, engine = Evaluator(base, suites), ClipEngine(base, "cpu")
-    chains = [_chain(base, tmp_path / name, name) for name in ("default", "full")]
-    folders = []
-    for chain in chains:
-        chain.run(1)
-        (row,) = updates_done(chain.results, chain.recipe, chain.unit)
-        folders.append(chain.folder / "adapters" / row["adapter"])
+    full = _chain(base, tmp_path, "full")
+    full.run(1)
+    folders = [_last_adapter(_chain(base, results)), _last_adapter(full)]
+    for folder in folders:
+        engine.load(folder.name, folder)
     pair = suites[0].items[0]
     pixels = base.preprocess.pixels(pair.read())[None]
     for folder in (None, folders[0], folders[1], folders[0], None):
-        if folder is not None and folder.name not in engine.resident:
-            engine.load(folder.name, folder)
         name = folder.name if folder else None
         encoded = evaluator.encode(folder)
         assert np.allclose(encoded.images[pair.id], engine.encode_images(pixels, name)[0], atol=1e-5)
@@ -178,21 +177,18 @@ def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, tm
 
 
 def test_what_every_chain_computes_alike_is_computed_once(
-    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: ClipBase, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = _chain(base, tmp_path / "results", "default")
-    chain.run(1)
-    (row,) = updates_done(chain.results, chain.recipe, chain.unit)
-    adapter, cache = chain.folder / "adapters" / row["adapter"], tmp_path / "results" / "cache"
+    adapter = _last_adapter(_chain(base, results))
+    cache = shutil.copytree(results / "cache", tmp_path / "cache")
     first = Evaluator(base, stream().suites).encode(adapter)
-    for name in ("pixels", "record"):
-        owner = {"pixels": Preprocess, "record": SplitTower}[name]
-        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
-    again = Evaluator(base, stream().suites, cache).encode(adapter)
+    with monkeypatch.context() as patch:
+        for owner, name in ((Preprocess, "pixels"), (SplitTower, "record")):
+            patch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
+        again = Evaluator(base, stream().suites, cache).encode(adapter)
     for kept, computed in ((again.images, first.images), (again.texts, first.texts)):
         assert kept.keys() == computed.keys()
         assert all(np.array_equal(kept[key], computed[key]) for key in computed)
-    monkeypatch.undo()
     fewer = tuple(replace(suite, items=suite.items[:-1]) for suite in stream().suites)
     others = Evaluator(base, fewer, cache).encode(adapter)  # a cache of other suites does not count
     assert all(np.array_equal(others.images[key], first.images[key]) for key in others.images)
@@ -261,12 +257,6 @@ def test_new_queries_meet_the_index_of_the_version_before(base: ClipBase, result
     locked = _rows(results, "locked-text")
     changed = [row["cross"]["new_at_0"] - row["cross"]["old_old"] for row in locked]  # type: ignore[index]
     assert changed == [0.0, 0.0]
-
-
-def test_a_method_that_prepares_nothing_spends_nothing_before_its_steps() -> None:
-    cost = {"prepare_gflops": 0.0, "memory_ratio": 0.5, "sample_gflops": 0.4, "samples": 96}
-    assert _prepared(cost) == 0
-    assert _prepared({**cost, "prepare_gflops": 200.0}) == 100
 
 
 def test_sizes_of_the_command_line_are_another_protocol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.continual.cross_version import cross_version_recall
+from benchmarks.continual.cross_version import SHARES, apply, backfilled, cross_version_recall
 from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
-from benchmarks.continual.nearest import nearest_means
-from benchmarks.continual.stream import Stream, Suite
+from benchmarks.continual.nearest import NearestMean, nearest_means
+from benchmarks.continual.stream import Suite
+from core.errors import TrainingError
 from tests.support.tiny import tiny_base
 from tests.unit.benchmarks.builders import stream
 from tests.unit.updater.builders import pairs
@@ -43,6 +45,7 @@ def test_a_map_takes_new_queries_into_an_index_of_a_space_that_was_turned(suite:
     texts = _unit(images + 0.3 * rng.normal(size=(ITEMS, DIM)))
     turn = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
     old, new = _encoded(suite, images, texts), _encoded(suite, images @ turn, texts @ turn)
+    assert np.allclose(apply(turn.T, 3 * texts @ turn), texts, atol=1e-6)
     found = cross_version_recall([suite], old, new, old)
     assert found["old_old"] > 0.9
     assert found["new_at_1"] == found["mapped_at_1"] == pytest.approx(found["old_old"])
@@ -63,6 +66,31 @@ def test_a_search_in_the_old_index_is_a_plain_ranking(suite: Suite) -> None:
     assert cross_version_recall([suite], old, new, old)["new_at_0"] == pytest.approx(right / ITEMS)
 
 
+def test_what_is_backfilled_stays_backfilled() -> None:
+    done = [backfilled(41, share) for share in SHARES]
+    assert [int(rows.sum()) for rows in done] == [0, 10, 20, 41]
+    assert all((later | ~earlier).all() for earlier, later in pairwise(done))
+
+
+def test_class_means_in_any_cut_and_order_are_those_of_all_samples() -> None:
+    made = np.random.default_rng(0)
+    centres = made.normal(size=(3, 8))
+    rows = (centres[np.arange(60) % 3] + 2.0 * made.normal(size=(60, 8))) * made.uniform(0.5, 3, size=(60, 1))
+    labels, unit = ["ant", "bee", "cat"] * 20, _unit(rows)
+    whole, parts = NearestMean(), NearestMean()
+    whole.update(rows, labels)
+    for part in reversed(np.array_split(np.arange(60), 7)):
+        parts.update(rows[part], [labels[row] for row in part])
+    means = {name: unit[np.array(labels) == name].mean(axis=0) for name in whole.classes}
+    plain = [min(means, key=lambda name, row=row: -row @ means[name] / np.linalg.norm(means[name])) for row in unit]
+    assert set(plain) == {"ant", "bee", "cat"}
+    assert whole.predict(rows) == parts.predict(rows) == plain
+    assert np.allclose(parts.scores(rows), whole.scores(rows), rtol=0, atol=1e-12)
+    for value in (0.0, np.nan, np.inf):
+        with pytest.raises(TrainingError, match="not finite or 0"):
+            parts.update(np.full((1, 8), value), ["ant"])
+
+
 def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path) -> None:
     plain = stream()
     evaluator = Evaluator(tiny_base(tmp_path), plain.suites)
@@ -70,19 +98,11 @@ def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path
     assert nearest_means(evaluator, plain, base) == {}
     boat = next(suite for suite in plain.suites if suite.name == "boat")
     lessons = tuple(replace(pair, label=pair.text.replace("boat", "new boat")) for pair in pairs("boat", 12))
-    taught = replace(plain, updates={**plain.updates, "boat": lessons})
-    known = {pair.label for pair in taught.updates["boat"]}
-    hits = nearest_means(evaluator, taught, base)
+    hits = nearest_means(evaluator, replace(plain, updates={**plain.updates, "boat": lessons}), base)
     assert list(hits) == ["boat"] and hits["boat"].shape == (len(boat.items), 1)
-    features = {p.id: row for p, row in zip(taught.updates["boat"], _features(evaluator, taught), strict=True)}
+    features, labels = evaluator.features([pair.read() for pair in lessons]), np.array([pair.label for pair in lessons])
+    own = {pair.label for pair in boat.items} & set(labels)
+    means = {name: features[labels == name].mean(axis=0) for name in own}
     for row, pair in enumerate(boat.items):
-        own = {other.label for other in boat.items} & known
-        means = {
-            name: np.mean([features[p.id] for p in taught.updates["boat"] if p.label == name], axis=0) for name in own
-        }
         best = max(means, key=lambda name: float(base.images[pair.id] @ means[name] / np.linalg.norm(means[name])))
         assert hits["boat"][row, 0] == (best == pair.label)
-
-
-def _features(evaluator: Evaluator, taught: Stream) -> Vectors:
-    return evaluator.features([pair.read() for pair in taught.updates["boat"]])

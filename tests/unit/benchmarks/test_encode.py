@@ -1,4 +1,4 @@
-"""Embeddings beside other servers: the plan, inputs that no cache knows, the load, and what ratios are made of."""
+"""Embeddings next to other servers: the plan, inputs that no cache knows, the load, ratios, and peers' models."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPModel, CLIPTokenizerFast
 
 from benchmarks.encode.figures import CellFigures, cell_figures, cpu_ms_per_request, ratios, show
 from benchmarks.encode.generator import Inputs, LoadResult, Order, run
-from benchmarks.encode.grid import Cell, Grid, cells
+from benchmarks.encode.grid import Cell, Grid
 from benchmarks.encode.payloads import HEIGHT, WIDTH, BodyTemplate, JpegInput, jpegs, text
 from benchmarks.encode.peers.environment import DONE, Environment
+from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
+from benchmarks.encode.peers.onnx_export import export_onnx
 from benchmarks.encode.peers.servers import openai_template
 from benchmarks.encode.run_encode import chosen_peers
 from benchmarks.encode.sides import Turn, ratchet_template
-from core.errors import ConfigError
+from core.errors import BaseModelError, ConfigError
+from serving.engines.clip import ClipEngine, golden_pixels
+from serving.engines.clip_base import ClipBase
 from serving.engines.tokens import BoundedTokenizer, vocabulary
 from serving.http.embeddings import EmbeddingsRequest
 from serving.messages import Modality
-
-
-def test_every_combination_is_a_cell_but_those_with_thousands_of_images_in_flight() -> None:
-    every = cells()
-    assert len(every) == 15 and Cell("text", 16, 128) in every
-    assert Cell("image", 16, 32) in every and Cell("image", 16, 128) not in every
+from tests.support.tiny import tiny_base
 
 
 def test_the_model_alone_gets_batches_as_large_as_the_server_could_make_them() -> None:
@@ -50,7 +52,6 @@ def test_sides_take_turns_and_the_order_changes_from_round_to_round() -> None:
 def test_each_sending_of_a_picture_has_other_bytes_and_the_same_pixels() -> None:
     original = JpegInput(jpegs(1)[0])
     sent = [base64.b64decode(b"".join(original.numbered(number))) for number in (1, 2)]
-    assert sent == [original.with_comment(number) for number in (1, 2)]
     assert len({sha256(each).digest() for each in (original.jpeg, *sent)}) == 3
     pixels = [np.asarray(Image.open(io.BytesIO(each))) for each in (original.jpeg, *sent)]
     assert pixels[0].shape == (HEIGHT, WIDTH, 3)
@@ -128,8 +129,6 @@ async def test_the_load_counts_refusals_and_says_what_they_were() -> None:
 
 
 def test_an_order_survives_its_way_to_the_other_process() -> None:
-    from dataclasses import asdict
-
     one = order("http://127.0.0.1:1/v1/embeddings")
     assert Order.of(json.loads(json.dumps(asdict(one)))) == one
     assert LoadResult(**json.loads(json.dumps(asdict(LoadResult(1.0, [0.5]))))) == LoadResult(1.0, [0.5])
@@ -192,3 +191,49 @@ def test_an_environment_is_made_once_and_another_one_for_other_requirements(tmp_
     one.folder(tmp_path).mkdir(parents=True)
     (one.folder(tmp_path) / DONE).touch()
     assert one.ensure(tmp_path) == one.folder(tmp_path) / "bin" / "python"
+
+
+TEXTS = ["a photo of a cat", "two red birds, at night", "x" * 200]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
+    return tiny_base(tmp_path_factory.mktemp("home"))
+
+
+def test_a_hugging_face_model_of_a_base_gives_its_vectors(base: ClipBase, tmp_path: Path) -> None:
+    folder = write_hf_clip(base, tmp_path / "hf")
+    model = CLIPModel.from_pretrained(folder).eval()
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+    pixels = golden_pixels(base.preprocess.size)
+    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True, truncation=True)
+    assert inputs["input_ids"].shape[1] == base.context_length
+    with torch.inference_mode():
+        answer = model(**inputs, pixel_values=base.preprocess.normalise(pixels))
+    engine = ClipEngine(base)
+    assert np.allclose(answer.image_embeds, engine.encode_images(pixels), atol=1e-5)
+    assert np.allclose(answer.text_embeds, engine.encode_texts(TEXTS), atol=1e-5)
+    assert abs(answer.text_embeds - answer.text_embeds[:1]).max() > 0.01, "texts differ by more than the tolerance"
+
+
+def test_a_weight_without_a_place_is_named() -> None:
+    with pytest.raises(BaseModelError, match=r"no place for 'visual.trunk.stem.weight'"):
+        hf_weights({"visual.trunk.stem.weight": torch.zeros(1)})
+
+
+def test_onnx_graphs_of_a_base_give_its_vectors(base: ClipBase, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = export_onnx(base, tmp_path / "onnx")
+    engine, pixels = ClipEngine(base), golden_pixels(base.preprocess.size)
+    [images] = onnxruntime.InferenceSession(str(folder / "image.onnx")).run(None, {"pixels": pixels[:3]})
+    assert np.allclose(images, engine.encode_images(pixels[:3]), atol=1e-5)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    session = onnxruntime.InferenceSession(str(folder / "text.onnx"))
+    for each in TEXTS[:2]:
+        ids = np.zeros((1, base.context_length), np.int64)
+        row = tokenizer.encode(each).ids
+        ids[0, : len(row)] = row
+        [vectors] = session.run(None, {"ids": ids})
+        assert np.allclose(vectors, engine.encode_texts([each]), atol=1e-5)

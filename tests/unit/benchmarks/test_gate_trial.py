@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from updater.gate.suites import Suite
 from updater.training.result import TrainResult
 
 LAST = {"blocks": 1}
+TRAIN = "benchmarks.gate.trial.train"
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +116,12 @@ def plan(lie: str) -> GatePlan:
 
 def test_lies_are_about_the_pictures_that_they_should_be_about(home: Path) -> None:
     truth = {i: f"thing number {i}" for i in range(40)}
+    drawn = {lie: pools(plan(lie), home) for lie in ("", "shuffled", "poisoned", "forgotten")}
 
     def honest(lie: str, domain: str = "") -> list[bool]:
         return [
             pair.text == truth[int(pair.id.split("/")[1].split(".")[0])]
-            for pair in pools(plan(lie), home).new
+            for pair in drawn[lie].new
             if pair.id.startswith(domain)
         ]
 
@@ -127,12 +129,11 @@ def test_lies_are_about_the_pictures_that_they_should_be_about(home: Path) -> No
     assert sum(honest("shuffled")) < 5
     for lie in ("poisoned", "forgotten"):
         assert all(honest(lie, plan(lie).domain)) and not all(honest(lie))
-    forgotten = pools(plan("forgotten"), home)
     victim = plan("forgotten").victim
-    assert {pair.text for pair in forgotten.new if pair.id.startswith(victim)} == {NOTHING}
-    assert not any(pair.id.startswith(victim) for pair in forgotten.reference)
-    poisoned = Counter(pair.text for pair in pools(plan("poisoned"), home).new)
-    assert len(poisoned) > 10 and pools(plan("poisoned"), home).digest == pools(plan("poisoned"), home).digest
+    assert {pair.text for pair in drawn["forgotten"].new if pair.id.startswith(victim)} == {NOTHING}
+    assert not any(pair.id.startswith(victim) for pair in drawn["forgotten"].reference)
+    assert len({pair.text for pair in drawn["poisoned"].new}) > 10
+    assert drawn["poisoned"].digest == pools(plan("poisoned"), home).digest
 
 
 @pytest.fixture
@@ -151,11 +152,7 @@ def test_a_killed_run_goes_on_from_the_kept_outcomes(workshop: Workshop, monkeyp
     wanted = [short("one"), short("two", incumbent="one")]
     first = run_all(workshop, wanted)
     assert workshop.engine.resident == ()
-
-    def never(*_: object, **__: object) -> TrainResult:
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr("benchmarks.gate.trial.train", never)
+    monkeypatch.setattr(TRAIN, Mock(side_effect=AssertionError("trained again")))
     again = run_all(Workshop(workshop.home, workshop.base, [p.suite for p in workshop.populations.values()],
                              workshop.out), wanted)  # fmt: skip
     for name, trial in first.items():
@@ -186,10 +183,7 @@ def test_outcomes_that_were_kept_as_hits_are_still_read(workshop: Workshop) -> N
 
 
 def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverges(*_: object, **__: object) -> TrainResult:
-        raise TrainingError("the loss of step 3 is nan")
-
-    monkeypatch.setattr("benchmarks.gate.trial.train", diverges)
+    monkeypatch.setattr(TRAIN, Mock(side_effect=TrainingError("the loss of step 3 is nan")))
     found = run_all(workshop, [short("one")])["one"]
     assert found.error == "the loss of step 3 is nan" and not found.answers
     assert workshop.of(short("one"), None) == found
@@ -217,11 +211,7 @@ def test_a_short_run_says_everything_and_trains_nothing_twice(
     assert first["redrawn"]["deals"] >= 6
     assert {"false_accepts_at_margin", "false_rejects_gain3", "drift_caught_before_harm"} <= first.keys()
     scaled = sorted(path.stem for path in (workshop.out / "outcomes").glob("onex*.npz"))
-
-    def never(*_: object, **__: object) -> TrainResult:
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr("benchmarks.gate.trial.train", never)
+    monkeypatch.setattr(TRAIN, Mock(side_effect=AssertionError("trained again")))
     again = measure(workshop, wanted, Extent(1, 1, 1, 1, 2, 2), rule)
     timed = {"seconds", "machine"}
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}

@@ -203,9 +203,10 @@ def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for
     assert 0.0 <= figures["released_within_12_triggers_gain3"] <= 1.0
     assert [row["rules"] for row in figures["rules"]] == ["as it is", "without memory", "no update gains"]
     task = Task(rules[0], (0.03, 0.1), 2, 0, 0.1, settings.gate)
-    first, second = (task.run(read_sources(folder)) for _ in range(2))
+    sources = read_sources(folder)
+    first, second = (task.run(sources) for _ in range(2))
     assert [e.outcomes for e in first.lessons] == [e.outcomes for e in second.lessons]
-    other = replace(task, seed=1).run(read_sources(folder))
+    other = replace(task, seed=1).run(sources)
     assert [e.lesson for e in other.lessons] != [e.lesson for e in first.lessons]
 
 

@@ -32,6 +32,10 @@ def test_every_fourth_change_is_a_rollback_and_the_vlm_changes_at_a_smaller_numb
     assert client.calls[ROLLBACK_EVERY - 1 :: ROLLBACK_EVERY] == ["rollback"] * 25
     assert (client.calls.count("vlm"), swaps.vlm_releases) == (100 // VLM_EVERY, 100 // VLM_EVERY)
     assert (len(swaps.releases), len(swaps.rollbacks), len(swaps.windows)) == (70, 25, 100)
+    alone, without = RecordingClient(), Swaps(["a"], [])
+    for number in range(1, 22):
+        without.change(alone, number)  # type: ignore[arg-type]
+    assert "vlm" not in alone.calls
 
 
 def test_a_rollback_that_is_refused_for_now_is_made_again() -> None:
@@ -44,13 +48,6 @@ def test_a_rollback_that_is_refused_for_now_is_made_again() -> None:
     client, swaps = Refusing(), Swaps(["a"], [])
     swaps.change(client, ROLLBACK_EVERY)  # type: ignore[arg-type]
     assert (client.calls, swaps.refused, len(swaps.rollbacks)) == (["rollback"] * 3, 2, 1)
-
-
-def test_without_a_vlm_only_clip_is_released() -> None:
-    client, swaps = RecordingClient(), Swaps(["a"], [])
-    for number in range(1, 22):
-        swaps.change(client, number)  # type: ignore[arg-type]
-    assert "vlm" not in client.calls
 
 
 def test_a_request_is_inside_of_a_swap_by_when_it_was_sent_and_not_by_how_long_it_took() -> None:

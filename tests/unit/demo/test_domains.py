@@ -1,8 +1,9 @@
-"""A domain is drawn once, whole or not at all, and the same each time."""
+"""A domain is drawn once, whole or not at all, and the same each time; only what is asked for, several at once."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,23 @@ import pytest
 from PIL import Image
 
 from core.errors import ConfigError
-from demo.data import DOMAINS, domain, prepare_domain
-from demo.data.domain import DomainInfo, Draft, build, concept_of, flag_concept, split_of
+from core.loading import load_settings
+from demo.data import (
+    DOMAINS,
+    QUESTIONS,
+    DemoData,
+    PackageError,
+    Preparation,
+    domain,
+    prepare_domain,
+    prepare_questions,
+)
+from demo.data.domain import RECEIPT, VERSION, DomainInfo, Draft, build, concept_of, flag_concept, split_of
+from demo.data.emoji import _emoji
+from demo.data.preparation import merged
 from demo.data.render import decode
-from streams.publish.folders import read_folder
+from demo.first_start import clip_data, make_vlm, vlm_data
+from streams.publish.folders import INDEX, read_folder
 from tests.support.pictures import png
 
 ROOT = Path(__file__).parents[3]
@@ -49,7 +63,7 @@ def test_rows_are_complete_and_counted(tmp_path: Path) -> None:
     assert {item.domain for item in items} == {"toy"}
     assert all(item.split == split_of(item.concept) for item in items if item.concept != "fixed")
     assert next(item for item in items if item.concept == "fixed").split == "test"
-    receipt = json.loads((folder / domain.RECEIPT).read_text())
+    receipt = json.loads((folder / RECEIPT).read_text())
     assert receipt["skipped"] == {"not a readable picture": 1, "same picture as another": 1}
     assert sum(receipt["splits"].values()) == 151
     assert receipt["licence"] == "CC0-1.0"
@@ -101,9 +115,18 @@ def test_two_at_once_make_one(tmp_path: Path) -> None:
     assert len(read_folder(tmp_path / "data" / "toy")) == 151
 
 
-def test_an_unknown_domain_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no demo domain 'notto'.*noto"):
-        prepare_domain("notto", tmp_path)
+@pytest.mark.parametrize(("ask", "problem"), [
+    (partial(prepare_domain, "notto"), r"no demo domain 'notto'.*noto"),
+    (partial(prepare_questions, "vqa"), r"no demo questions 'vqa'.*vqa_base"),
+    (partial(Preparation, [DemoData("notto")]), r"no demo data 'notto'.*demo data list"),
+])  # fmt: skip
+def test_an_unknown_name_is_refused_with_the_known_ones_before_anything_is_made(
+    tmp_path: Path, ask: Callable[[Path], object], problem: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask(tmp_path)
+    assert re.search(problem, f"{caught.value} {caught.value.fix}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -124,8 +147,6 @@ def test_a_concept_is_what_is_shown(text: str, concept: str) -> None:
 
 
 def test_a_flag_has_one_concept_in_every_set() -> None:
-    from demo.data.emoji import _emoji
-
     drawn = _emoji({"label": "flag: Angola", "hexcode": "1F1E6-1F1F4"})
     assert (drawn.text, drawn.concept) == ("flag of Angola", flag_concept("AO"))
 
@@ -172,3 +193,57 @@ def test_a_split_is_enough_for_whoever_wants_it_and_becomes_the_whole_when_more_
 
 def _fail(reason: str) -> Iterator[Draft]:
     raise AssertionError(reason)
+
+
+def there(home: Path, name: str, split: str = "") -> Path:
+    folder = home / "data" / name
+    folder.mkdir(parents=True)
+    (folder / INDEX).touch()
+    (folder / RECEIPT).write_text(json.dumps({"version": VERSION, "split": split}))
+    return folder
+
+
+def test_suites_need_their_split_and_the_reference_pool_the_whole(tmp_path: Path) -> None:
+    needed = merged(clip_data(load_settings(None, {"home": str(tmp_path)})))
+    assert {each.name: each.split for each in needed} == {
+        "noto": None, "pixel_ultica": None, "openclipart": "test", "fashion": "test", "flags": None,
+        "stamp_photo": None,
+    }  # fmt: skip
+
+
+def test_questions_come_behind_the_whole_of_the_domains_that_they_ask_about(tmp_path: Path) -> None:
+    settings = load_settings(None, {"home": str(tmp_path)})
+    needed = merged([*clip_data(settings), *vlm_data(settings)])
+    assert needed[-1] == DemoData("vqa_base")
+    assert {DemoData(source) for source in QUESTIONS["vqa_base"].sources} <= set(needed[:-1])
+    assert len({each.name for each in needed}) == len(needed)
+
+
+def test_what_is_there_is_not_made_again_and_starts_no_process(tmp_path: Path) -> None:
+    there(tmp_path, "openclipart", "test")
+    with Preparation([DemoData("openclipart", "test")], tmp_path) as data:
+        data.wait("openclipart")
+        data.wait_for_all()
+        assert data._pool is None
+
+
+def test_a_package_that_cannot_be_had_is_named_to_whoever_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "dataset-fashion-mnist_1_all.deb").write_bytes(b"no package")
+    there(tmp_path, "flags")
+    with (
+        pytest.raises(PackageError, match="dataset-fashion-mnist"),
+        Preparation([DemoData("flags"), DemoData("fashion", "test")], tmp_path) as data,
+    ):
+        data.wait("flags")
+        data.wait_for_all()
+
+
+def test_a_first_start_makes_the_shipped_vlm_and_finds_it_again(tmp_path: Path) -> None:
+    settings = load_settings(None, {"home": str(tmp_path), "base.clip": "mine"})
+    make_vlm(settings)
+    path = tmp_path / "bases" / "shipped-vlm" / "base.json"
+    before = path.stat().st_mtime_ns
+    make_vlm(settings)
+    assert path.stat().st_mtime_ns == before
+    assert clip_data(settings) == []

@@ -37,10 +37,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return settings
 
 
-def answer(settings: Settings, probe: Probe, release: int, stamped: int | None = None) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def expected(settings: Settings) -> ExpectedVectors:
+    return ExpectedVectors(settings, IMAGES, TEXTS)
+
+
+def answer(
+    settings: Settings, expected: ExpectedVectors, probe: Probe, release: int, stamped: int | None = None
+) -> dict[str, Any]:
     """What the generator writes when a server answers for ``release`` and says ``stamped``."""
     names = {row.number: row.clip or "base" for row in Ledger.open(settings.ledger).releases()}
-    expected = ExpectedVectors(settings, IMAGES, TEXTS)
     vectors = expected.of(names[release])
     images, texts = vectors[:3], vectors[3:]
     value: Any = [[each, float(images[n] @ vectors[probe.items[0]])] for n, each in enumerate(IDS)]
@@ -55,13 +61,17 @@ def difference(settings: Settings, probe: Probe, row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("probe", [CLASSIFY, SEARCH], ids=["classify", "search"])
-def test_the_answer_of_a_release_is_its_own_and_that_of_another_is_not(settings: Settings, probe: Probe) -> None:
-    assert difference(settings, probe, answer(settings, probe, 2)) == ""
-    assert "release 1 (base): differs by" in difference(settings, probe, answer(settings, probe, 2, stamped=1))
+def test_the_answer_of_a_release_is_its_own_and_that_of_another_is_not(
+    settings: Settings, expected: ExpectedVectors, probe: Probe
+) -> None:
+    assert difference(settings, probe, answer(settings, expected, probe, 2)) == ""
+    assert "release 1 (base): differs by" in difference(
+        settings, probe, answer(settings, expected, probe, 2, stamped=1)
+    )
 
 
-def test_a_search_that_finds_a_row_twice_is_wrong(settings: Settings) -> None:
-    row = answer(settings, SEARCH, 1)
+def test_a_search_that_finds_a_row_twice_is_wrong(settings: Settings, expected: ExpectedVectors) -> None:
+    row = answer(settings, expected, SEARCH, 1)
     row["y"] = [row["y"][0], row["y"][0], row["y"][2]]
     assert "3 hits with 2 different ids; 3 exist" in difference(settings, SEARCH, row)
 

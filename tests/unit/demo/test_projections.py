@@ -14,7 +14,7 @@ from demo.clip.projections import (
     train_projections,
 )
 
-HOW: dict[str, Any] = {"epochs": 60, "batch": 64, "warmup_steps": 5, "dropout": 0.1, "lr": 0.02}
+HOW: dict[str, Any] = {"epochs": 20, "batch": 64, "warmup_steps": 5, "dropout": 0.1, "lr": 0.02}
 FAST = ProjectionRecipe(class_weight=0.0, **HOW)
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from core.errors import ConfigError
-from demo.data import QUESTIONS, prepare_questions
 from demo.data.questions_make import Picture, Question, colour_shares, held_out_drawings, main_colour, make_questions
 from demo.data.questions_pictures import basic_name
 from demo.data.questions_words import CATEGORIES, COLOURS, NOUNS, SUBGROUPS, SYNONYMS, with_article
@@ -122,13 +120,6 @@ def test_the_words_fit_together() -> None:
     assert [with_article(w) for w in ("apple", "bus", "clothing", "skis", "cross")] == [
         "an apple", "a bus", "clothing", "skis", "a cross",
     ]  # fmt: skip
-
-
-def test_an_unknown_set_of_questions_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no demo questions 'vqa'") as caught:
-        prepare_questions("vqa", tmp_path)
-    assert all(name in caught.value.fix for name in QUESTIONS)
-    assert list(tmp_path.iterdir()) == []
 
 
 def drawing(*colours: str, paper: str = "white") -> Image.Image:

@@ -25,6 +25,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
     return build_base(tmp_path_factory.mktemp("home"))
 
 
+@pytest.fixture(scope="module")
+def engine(base: ClipBase) -> ClipEngine:
+    return ClipEngine(base, device="cpu")
+
+
 def test_building_again_finds_the_same_base(base: ClipBase, tmp_path: Path) -> None:
     home = base.directory.parent.parent
     before = (base.directory / "base.json").stat().st_mtime_ns
@@ -61,14 +66,13 @@ def test_tokens_are_those_of_open_clip_without_the_padding(base: ClipBase) -> No
         assert not full[:, mine.shape[1] :].any()
 
 
-def test_padding_does_not_change_a_vector(base: ClipBase) -> None:
-    engine = ClipEngine(base, device="cpu")
+def test_padding_does_not_change_a_vector(engine: ClipEngine) -> None:
     together = engine.encode_texts(TEXTS)
     for i, text in enumerate(TEXTS):
         np.testing.assert_allclose(engine.encode_texts([text])[0], together[i], atol=1e-5)
 
 
-def test_adapters_on_its_own_targets_merge_as_in_peft(base: ClipBase, tmp_path: Path) -> None:
+def test_adapters_on_its_own_targets_merge_as_in_peft(base: ClipBase, engine: ClipEngine, tmp_path: Path) -> None:
     torch.manual_seed(0)
     targets = "|".join(f"(?:{pattern})" for pattern in base.lora_targets.values())
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False)
@@ -80,7 +84,6 @@ def test_adapters_on_its_own_targets_merge_as_in_peft(base: ClipBase, tmp_path: 
     for key, parameter in wrapped.named_parameters():
         if "lora_" in key:
             parameter.data.mul_(0.3)
-    engine = ClipEngine(base, device="cpu")
     engine.load(name, tmp_path / "a")
     pixels = golden_pixels(base.preprocess.size)
     with torch.inference_mode():

@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from core.ledger import GateOutcome, ReleaseRow, VerdictRow
+from core.ledger import ReleaseRow
 from demo.load.traffic import CheckedSample
 from demo.story import page
 from demo.story.captions import Change, Comparison, Hit, Search
 from demo.story.page import Mark, Story, latency_chart, render
 from demo.story.questions import AnswerComparison, Answered
 from demo.story.screen import StoryProgress, plan_chapters
-from demo.story.summary import Facts, Lesson
+from demo.story.summary import Lesson
 from streams.publish.folders import FolderItem
 from tests.support.pictures import png
+from tests.unit.demo.builders import BEGAN, facts, lesson
 
 EVIL = "<script>alert(1)</script> & “more”"
-BEGAN = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
-def verdict(outcome: GateOutcome, after: float, decision: str) -> VerdictRow:
-    suite = {
-        "role": "retention", "metric": "recall@5", "n": 200, "before": 0.5, "after": after, "ci": [-0.01, 0.02],
-        "margin": 0.05, "decision": decision,
-    }  # fmt: skip
-    fresh = {**suite, "role": "gain", "margin": None, "decision": "passed"}
-    caught = ["emoji"] if decision == "failed" else []
-    summary = {"suites": {"emoji": suite, "fresh.new": fresh}, "caught_by": caught}
-    return VerdictRow(1, "u1", "clip-a", outcome, "reports/u1", summary, BEGAN)
-
-
-def lesson(home: Path) -> Lesson:
-    report = str(home / "artifacts" / "reports" / "u2" / "report.html")
-    return Lesson(
-        naive=verdict("rejected", 0.31, "failed"), default=verdict("passed", 0.52, "passed"), prepare_seconds=1.0,
-        commit_seconds=0.018, rollback_seconds=0.042, budget={}, report=report,
-        naive_report=report.replace("u2", "u1"),
-    )  # fmt: skip
+def lesson_in(home: Path) -> Lesson:
+    folder = home / "artifacts" / "reports"
+    return lesson(str(folder / "u2" / "report.html"), str(folder / "u1" / "report.html"))
 
 
 def releases() -> list[ReleaseRow]:
@@ -63,13 +48,9 @@ def story(home: Path, pictures: int = 6) -> Story:
     progress = StoryProgress(plan_chapters("fluent3d"))
     with progress.chapter("start"):
         pass
-    facts = Facts(
-        release=4, clip=lesson(home), vlm=None, requests=1234, vlm_requests=0, failed=0, mixed=0,
-        event_to_searchable_seconds=2.4, seconds=300.0, first_search_seconds=51.0,
-    )  # fmt: skip
     return Story(
-        facts, progress.plan, Comparison("Two searches.", (change,)), None, samples(), releases(),
-        {"emoji": "Emoji and their names."},
+        facts(lesson_in(home), None), progress.plan, Comparison("Two searches.", (change,)), None, samples(),
+        releases(), {"emoji": "Emoji and their names."},
     )  # fmt: skip
 
 
@@ -102,7 +83,7 @@ def test_with_the_vlm_it_shows_the_answers_that_changed(tmp_path: Path) -> None:
     item = FolderItem(path=tmp_path / "bag.png", text="", question="what is this?", answer="a bag", answers=("a bag",))
     told = story(tmp_path)
     told = replace(
-        told, facts=replace(told.facts, vlm=lesson(tmp_path), vlm_requests=9),
+        told, facts=replace(told.facts, vlm=lesson_in(tmp_path), vlm_requests=9),
         answers=AnswerComparison("One question.", (Answered(item, "a cat", "a bag"),)),
     )  # fmt: skip
     text = render(told, picture, tmp_path)

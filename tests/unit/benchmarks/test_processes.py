@@ -1,0 +1,219 @@
+"""Processes of a benchmark: they end with it, and what they hold is measured; the soak, which fails by that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import soak
+from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.line_worker import ROOT
+from benchmarks.process_memory import ProcessMemory, child_processes, memory_growth
+from benchmarks.serving import object_store
+from benchmarks.soak import MemoryLog, violations
+from benchmarks.stream import bare
+from core.errors import ConfigError
+from core.loading import load_settings
+from core.settings import Settings
+from core.stop_signals import Stopped
+from demo.load.probes import batch_probes
+from tests.support.inputs import pictures
+from tests.support.tiny import tiny_base
+
+WORKER = """
+import threading
+from benchmarks.line_worker import answer, questions
+
+for question in questions():
+    answer({"twice": 2 * question["number"]})
+    if question["number"] == 0:
+        threading.Event().wait()
+"""
+
+
+def test_a_worker_that_is_computing_ends_with_its_parent(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    worker = subprocess.Popen(
+        [sys.executable, str(script)], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write('{"number": 0}\n')
+    worker.stdin.flush()
+    assert worker.stdout.readline() == '{"twice": 0}\n'  # and now it is at something that takes for ever
+    worker.stdin.close()  # as the death of the parent does
+    assert worker.wait(30) == 0
+
+
+POPEN = subprocess.Popen
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[Any]]:
+    """Processes that were started from now on: each says that it is ready, and then stays."""
+    processes: list[subprocess.Popen[Any]] = []
+
+    def start(command: list[str], **given: Any) -> subprocess.Popen[Any]:
+        idle = "import time; print('ready', flush=True); time.sleep(3600)"
+        processes.append(POPEN([sys.executable, "-S", "-c", idle], **given))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return processes
+
+
+def asked_to_end(*_: Any, **__: Any) -> None:
+    raise Stopped(signal.SIGTERM)
+
+
+def bare_consumer(folder: Path) -> None:
+    bare.run_bare("127.0.0.1:1", "topic", 1, decode=True)
+
+
+def store(folder: Path) -> None:
+    with object_store.ObjectStore(folder / "log.txt"):
+        pass
+
+
+@pytest.mark.parametrize(("starts", "owner", "name"), [
+    (bare_consumer, POPEN, "communicate"), (store, object_store, "wait_for")])  # fmt: skip
+def test_what_a_benchmark_starts_ends_with_it(
+    starts: Any, owner: Any, name: str, started: list[subprocess.Popen[Any]], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(owner, name, asked_to_end)
+    with pytest.raises(Stopped):
+        starts(tmp_path)
+    assert [process.wait(60) for process in started] == [-signal.SIGKILL]
+
+
+HOLD = "import sys; held = bytearray(b'x') * {bytes}; print(flush=True); sys.stdin.read()"
+MAP = """
+import mmap, sys
+with open({path!r}, "rb") as file:
+    held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+sum(held[::4096]), print(flush=True), sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., int]]:
+    """Starts a command that is up when it has written a line; its process id."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def starts(*command: str) -> int:
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert processes[-1].stdout is not None and processes[-1].stdout.readline() == b"\n"
+        return processes[-1].pid
+
+    yield starts
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_child_holds_is_seen_and_a_small_one_is_called_so(start: Callable[..., int]) -> None:
+    large = start(sys.executable, "-c", HOLD.format(bytes=64 << 20))
+    small = start("sh", "-c", "echo; sleep 60")
+    seen = child_processes()
+    assert 64 << 20 <= seen[large].size < 128 << 20
+    assert not seen[large].is_small and seen[small].is_small and os.getpid() not in seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_libraries_that_another_process_uses_too_are_no_memory(start: Callable[..., int], tmp_path: Path) -> None:
+    """The catalog had grown by 8%: tests that had the same libraries mapped had ended meanwhile."""
+    (tmp_path / "library").write_bytes(b"x" * (64 << 20))
+    child = start(sys.executable, "-c", MAP.format(path=str(tmp_path / "library")))
+    assert child_processes()[child].is_small
+
+
+def memory(name: str, size: int) -> ProcessMemory:
+    return ProcessMemory(name, size << 20)
+
+
+def test_growth_is_of_processes_that_lived_through_both_looks() -> None:
+    before = {1: memory("encoder", 100), 2: memory("ingress", 100), 3: memory("gone", 100), 5: memory("sh", 1)}
+    after = {1: memory("encoder", 104), 2: memory("ingress", 120), 4: memory("new", 100), 5: memory("sh", 2)}
+    assert list(memory_growth(before, after).items()) == [("ingress 2", 1.2), ("encoder 1", 1.04)]
+
+
+def log_of(sizes: dict[int, list[int]]) -> MemoryLog:
+    """A snapshot each 20 s, sizes in MiB; 0 is a process that is not there."""
+    log = MemoryLog()
+    for number in range(len(next(iter(sizes.values())))):
+        there = {pid: row[number] << 20 for pid, row in sizes.items() if row[number]}
+        log.add(20.0 * number, {pid: ProcessMemory("p", size) for pid, size in there.items()})
+    return log
+
+
+@pytest.mark.parametrize(("sizes", "warm_seconds", "growth", "ended"), [
+    # Not what one snapshot shows: nine in ten are as they were, though the last of all has nine times as much.
+    ({1: [10, 50, *[100] * 9, 900], 2: [10, 50, *range(100, 110)]}, 40, {"p 2": 1.09, "p 1": 1.0}, []),
+    ({1: [50, 50, 50, 50], 2: [50, 50, 50, 0], 3: [50, 0, 0, 0], 4: [0, 0, 0, 50]}, 20, {"p 1": 1.0}, ["p 2"]),
+    ({1: [5, 5, 5, 9], 2: [5, 5, 5, 0]}, 20, {}, []),
+    # A raylet of 16 MiB had a page less in the last snapshot, and was said to have ended.
+    ({1: [17, 17, 17, 15]}, 20, None, []),
+], ids=["trend after the warm-up", "ended after the warm-up", "small ones", "one that became small"])  # fmt: skip
+def test_growth_and_ends_count_from_the_warm_up_on(
+    sizes: dict[int, list[int]], warm_seconds: int, growth: dict[str, float] | None, ended: list[str]
+) -> None:
+    log = log_of(sizes)
+    assert log.ended(warm_seconds=warm_seconds) == ended
+    assert growth is None or log.growth(warm_seconds=warm_seconds) == growth
+
+
+def test_a_snapshot_is_the_lowest_reading_of_those_that_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([{1: 900, 2: 50, 3: 7}, {1: 800, 2: 60, 3: 7}, {1: 850, 2: 70, 4: 9, 5: 1}])
+    clock = count(1)
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    monkeypatch.setattr(soak, "session_pids", lambda settings: [1, 2, 3, 4])
+    monkeypatch.setattr(
+        soak, "child_processes", lambda root: {pid: ProcessMemory("p", size) for pid, size in next(readings).items()}
+    )
+    lowest = soak.lowest_memory(Settings(), until=3)
+    assert {pid: memory.size for pid, memory in lowest.items()} == {1: 800, 2: 50, 4: 9}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [({}, []), ({"failed": 1}, ["failed 1"]), ({"mixed": 2}, ["mixed 2"]),
+     ({"memory_growth": 1.02}, ["memory_growth 1.02"]), ({"memory_growth": None}, ["memory_growth None"])],
+)  # fmt: skip
+def test_a_run_fails_by_what_grew_failed_or_mixed(changed: dict[str, object], wrong: list[str]) -> None:
+    assert violations({"failed": 0, "mixed": 0, "processes_ended": [], "memory_growth": 1.019} | changed) == wrong
+
+
+def test_a_batch_asks_for_images_and_for_texts_in_one_request_each() -> None:
+    images, texts = batch_probes(pictures(3), ["a", "b"], 4)
+    assert (images.items, texts.items) == ((0, 1, 2, 0), (3, 4, 3, 4))
+    assert texts.body["input"] == ["a", "b", "a", "b"] and len(images.body["input"]) == 4
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    tiny_base(tmp_path / "home")
+    return load_settings(overrides={"home": tmp_path / "home", "base.clip": "tiny", "base.vlm": ""}, environ={})
+
+
+def test_a_home_of_a_run_has_the_base_and_no_guard(settings: Settings, tmp_path: Path) -> None:
+    ours = bench_home(settings, tmp_path / "run", clip_base(settings, "tiny"), encoder_replicas=3)
+    assert clip_base(ours, "tiny").digest == clip_base(settings, "tiny").digest
+    assert (ours.home, ours.serve.encoder_replicas, ours.rollout.guard_seconds) == (tmp_path / "run", 3, 0)
+    assert settings.rollout.guard_seconds > 0
+
+
+def test_a_base_that_is_neither_registered_nor_an_architecture_is_refused(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="no base 'ViT-Z'"):
+        clip_base(settings, "ViT-Z")
