@@ -40,6 +40,8 @@ from updater.gate.report import styles
 log = logging.getLogger("ratchet.console")
 FORM_BYTES = 256 * 1024
 """Room for the texts of a form next to its picture."""
+PUBLIC_REQUESTS_PER_MINUTE = 300
+"""Of one address, in public mode: an open page makes six a minute, so that fifty screens may share an address."""
 PAGES = (overview, playground, releases, models, gate, stream, quarantine, budget, audit, pictures, sign_in)
 PUBLIC_PAGES = (overview, releases, models, gate, stream, budget)
 STOP_SECONDS = 5
@@ -63,7 +65,7 @@ def build_console(settings: Settings) -> FastAPI:
         app.add_middleware(SharedPages)
         app.add_middleware(
             ReadOnly,
-            requests_per_minute=settings.console.public_requests_per_minute,
+            requests_per_minute=PUBLIC_REQUESTS_PER_MINUTE,
             trusted_proxies=settings.serve.trusted_proxies,
         )
     app.add_middleware(  # the last one is the outermost: its headers are on every answer

@@ -29,6 +29,7 @@ from serving.http.bodies import VLM_MODEL, ImageUrl, OpenAIBody, inline, is_empt
 from serving.http.chunks import ChatCompletion, ChatCompletionBody, ChatCompletionChunk, EventStream
 from serving.http.errors import ApiError
 from serving.http.request_bodies import caller_of, cancel_on_disconnect
+from serving.messages import TEXTS_PER_REQUEST
 
 router = APIRouter(tags=["OpenAI compatible"])
 ROLES: dict[str, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -312,9 +313,9 @@ def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...
         messages.append(Message(ROLES[message.role], tuple(content)))
     if not texts and not images:
         raise ApiError(400, "messages: there is neither a text nor an image.", param="messages", code="empty_text")
-    if texts > state.settings.max_texts:
+    if texts > TEXTS_PER_REQUEST:
         raise ApiError(
-            400, f"messages: {texts} texts are more than {state.settings.max_texts}.", param="messages",
+            400, f"messages: {texts} texts are more than {TEXTS_PER_REQUEST}.", param="messages",
             code="too_many_texts",
         )  # fmt: skip
     if len(images) > MAX_IMAGES:

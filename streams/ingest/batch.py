@@ -24,7 +24,7 @@ from core import metrics
 from core.errors import StoreError, StoreUnavailable
 from core.settings.streams import Kafka
 from streams.ingest.duplicates import CORRECTED, Duplicate, DuplicateIndex, KnownSample
-from streams.ingest.membership import PartitionReader
+from streams.ingest.membership import BATCH_BYTES, PartitionReader
 from streams.ingest.validate import BY_KEY, Accepted, StoreRow, refuse
 from streams.store.rows import (
     CLAIM,
@@ -103,9 +103,7 @@ class Batch:
     def due(self) -> bool:
         """True if it is time to commit."""
         return bool(self._entries) and (
-            len(self._entries) >= self.kafka.batch_records
-            or self._bytes >= self.kafka.batch_bytes
-            or self.seconds_left <= 0
+            len(self._entries) >= self.kafka.batch_records or self._bytes >= BATCH_BYTES or self.seconds_left <= 0
         )
 
     @property

@@ -35,6 +35,7 @@ from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.ingest_report import IngestReport, IngestStatus, ThrottledLog
 from streams.ingest.membership import (
+    BATCH_BYTES,
     CONNECT_SECONDS,
     POLL_RECORDS,
     POLL_SECONDS,
@@ -163,7 +164,7 @@ class Consumer:
         split = SplitRule(split_key, limits.fresh_eval_share)
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
         self._guard, validators = start_validators(ValidationSetup(limits, kafka), self._processes, folder)
-        self._pool = ValidationPool(validators, 2 * kafka.batch_bytes, 2 * kafka.batch_records + POLL_RECORDS)
+        self._pool = ValidationPool(validators, 2 * BATCH_BYTES, 2 * kafka.batch_records + POLL_RECORDS)
         self._writer = StoreWriter(self.store.table)
         self._batch = Batch(kafka, self._writer, index)
         self._publisher = QuarantinePublisher(kafka, self.store)

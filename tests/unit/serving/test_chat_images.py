@@ -69,7 +69,7 @@ async def test_grey_and_transparent_images_become_rgb_on_white() -> None:
 
 async def test_more_images_than_a_vlm_takes_are_refused_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageLoader, "inspect", None)
-    at = app_state(ScriptedVlms(), SETTINGS.model_copy(update={"max_images": 32}))
+    at = app_state(ScriptedVlms())
     shown = about_image()[0]["content"][0]
     messages = [{"role": "user", "content": [shown] * 3}, {"role": "user", "content": [shown] * (MAX_IMAGES - 2)}]
     async with client(at) as http:

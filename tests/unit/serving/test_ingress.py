@@ -15,7 +15,7 @@ from serving.app import encoder_calls, encoder_scale, ingress_scale, vlm_scale
 from serving.http import ingress as module
 from serving.http.client_address import RateLimiter
 from serving.http.ingress import SHARED, Ingress, share_of, token_texts
-from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
+from serving.messages import IMAGE_COST, IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
 
 SCALES = {"ingress": (ingress_scale, 32), "encoder": (encoder_scale, 48), "vlm": (vlm_scale, 5)}
 
@@ -78,7 +78,7 @@ def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> No
     for name in SHARED:
         whole, part = getattr(settings, name), getattr(share, name)
         assert whole <= 3 * part < whole + 3
-    assert (share.max_body_bytes, share.max_images, share.deadline_seconds) == (16 * MIB, 32, 30.0)
+    assert (share.max_body_bytes, share.deadline_seconds) == (16 * MIB, 30.0)
 
 
 def test_the_largest_body_always_finds_room() -> None:
@@ -97,11 +97,10 @@ def test_callers_have_their_rate_over_all_processes() -> None:
     assert granted == 10
 
 
-@pytest.mark.parametrize("bounds", [{"max_images": 100, "max_texts": 1}, {"max_images": 1, "max_texts": 50}])
-def test_no_piece_of_a_request_waits_in_front_of_the_encoders(bounds: dict[str, int]) -> None:
-    settings = Serve.model_validate({"queue": 10, "max_batch": 16, **bounds})
-    pieces = max(-(-settings.max_images // 16), -(-settings.max_texts * PROMPTS_PER_TEXT // (16 * IMAGE_COST)))
-    assert pieces == 7 and encoder_calls(settings) > settings.queue * pieces
+@pytest.mark.parametrize(("batch", "pieces"), [(16, 32), (1, 512), (64, 8)])
+def test_no_piece_of_a_request_waits_in_front_of_the_encoders(batch: int, pieces: int) -> None:
+    assert pieces == -(-TEXTS_PER_REQUEST * PROMPTS_PER_TEXT // (batch * IMAGE_COST)) >= IMAGES_PER_REQUEST / batch
+    assert encoder_calls(Serve(queue=10, max_batch=batch)) > 10 * pieces
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])

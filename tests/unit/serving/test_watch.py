@@ -17,7 +17,7 @@ from streams.store.sample_store import SampleStore
 from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle
 
 DIM = 64
-SMALL = Watch(drift_window=16, drift_reference=40)
+SMALL = Watch(drift_window=16)
 
 
 def value(name: str, **labels: str) -> float | None:

@@ -120,14 +120,15 @@ def test_published_goes_as_far_as_the_publisher_has_come(
     assert reader.store.positions()["t:0"].published == expected
 
 
-def test_a_batch_is_bounded_by_bytes_records_and_time(tmp_path: Path) -> None:
-    reader = Reader(tmp_path, Kafka(batch_bytes=10_000, batch_records=3, batch_seconds=100))
+def test_a_batch_is_bounded_by_bytes_records_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader(tmp_path, Kafka(batch_records=3, batch_seconds=100))
     assert not reader.batch.due and reader.batch.seconds_left == float("inf")
     reader.take(1, 2)
     assert not reader.batch.due and 90 < reader.batch.seconds_left <= 100
     reader.take(3)
     assert reader.batch.due
-    large = Reader(tmp_path, Kafka(batch_bytes=1024, batch_seconds=100))
+    monkeypatch.setattr("streams.ingest.batch.BATCH_BYTES", 1024)
+    large = Reader(tmp_path, Kafka(batch_seconds=100))
     large.take(*range(10))
     assert not large.batch.due
     large.take(10)
