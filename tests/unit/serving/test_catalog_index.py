@@ -20,8 +20,8 @@ from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog import index_files, index_maintainer, space_indexes
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.memory_index import (
-    LEVELS,
     CODINGS,
+    LEVELS,
     IndexTooLarge,
     Level,
     MemoryIndex,
