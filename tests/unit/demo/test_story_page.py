@@ -32,7 +32,9 @@ def verdict(outcome: GateOutcome, after: float, decision: str) -> VerdictRow:
     fresh = {**suite, "role": "gain", "margin": None, "decision": "passed"}
     caught = ["emoji"] if decision == "failed" else []
     summary = {"suites": {"emoji": suite, "fresh.new": fresh}, "caught_by": caught}
-    return VerdictRow(1, "u1", "clip-a", outcome, "reports/u1", summary, BEGAN)
+    return VerdictRow(
+        update_id="u1", adapter="clip-a", outcome=outcome, report_key="reports/u1", summary=summary, created_at=BEGAN
+    )
 
 
 def lesson(home: Path) -> Lesson:
@@ -47,7 +49,15 @@ def lesson(home: Path) -> Lesson:
 def releases() -> list[ReleaseRow]:
     adapters = (None, "clip-a", None, "clip-a")
     return [
-        ReleaseRow(number, clip, None, "updater", EVIL, number, BEGAN + timedelta(seconds=10 * number))
+        ReleaseRow(
+            number=number,
+            clip=clip,
+            vlm=None,
+            actor="updater",
+            reason=EVIL,
+            proposal_id=number,
+            created_at=BEGAN + timedelta(seconds=10 * number),
+        )
         for number, clip in enumerate(adapters, 1)
     ]
 

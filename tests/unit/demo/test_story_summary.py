@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ def _verdict(outcome: GateOutcome, retention: str, gain: str = "passed") -> Verd
 
     caught = ["emoji"] if retention == "failed" else []
     summary = {"suites": {"emoji": suite("retention", retention), "fresh": suite("gain", gain)}, "caught_by": caught}
-    return VerdictRow(1, "u1", "clip-a", outcome, "reports/u1", summary, datetime.now(UTC))
+    return VerdictRow(update_id="u1", adapter="clip-a", outcome=outcome, report_key="reports/u1", summary=summary)
 
 
 def _lesson() -> Lesson:

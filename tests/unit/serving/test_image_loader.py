@@ -18,6 +18,7 @@ from ratchet_client.images import OpenedImage, decode_image, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource, decoding_pixels, jobs_of
+from serving.messages import IMAGES_PER_REQUEST
 from tests.unit.serving.scripted_vlms import png
 
 
@@ -49,6 +50,12 @@ async def test_the_pixels_of_a_request_are_bounded_together_and_nothing_is_decod
             await load([(f"images.{n}", picture) for n in range(3)])
         assert (caught.value.status_code, caught.value.code, caught.value.param) == (413, "too_many_pixels", "images")
         assert "2 x serve.max_pixels" in str(caught.value.detail)
+
+
+async def test_more_images_than_a_request_may_have_are_refused_before_one_is_opened() -> None:
+    with pytest.raises(ApiError) as caught:
+        await loader().inspect([(f"images.{n}", b"") for n in range(IMAGES_PER_REQUEST + 1)])
+    assert (caught.value.status_code, caught.value.code, caught.value.param) == (400, "too_many_images", "images")
 
 
 async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 from core.errors import LedgerError, LedgerUnavailable
 from core.ledger import Ledger
 from core.ledger.database import alembic_config
-from core.ledger.tables import Base
+from core.ledger.rows import Base
 from tests.support.ledger_limits import patient, patient_limits
 from tests.unit.core.ledger.steps import race, release
 
@@ -71,8 +71,8 @@ def test_keys_from_before_searches_had_a_scope_may_search_as_before(url: str) ->
     upgraded = Ledger.open(url)
     rights = {row.name: (row.scopes, row.expires_at) for row in upgraded.api_keys()}
     assert rights == {
-        "page": (("infer", "search"), None), "both": (("infer", "search", "publish"), None),
-        "ops": (("operate",), None),
+        "page": (["infer", "search"], None), "both": (["infer", "search", "publish"], None),
+        "ops": (["operate"], None),
     }  # fmt: skip
     with upgraded.database._writing.connect() as connection, connection.begin():
         command.downgrade(alembic_config(connection), "0010")

@@ -10,7 +10,7 @@ import pytest
 
 from core.errors import ReleaseConflict, ReleaseError
 from core.ledger import Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.settings.serving import Rollout
 from serving.releases.auto_rollback import Guard
 from serving.releases.guard import ComparisonCounts, Observations, RequestCounts, find_guard_target
@@ -43,7 +43,7 @@ def guard(protocol: ReleaseProtocol, **compared: ComparisonCounts) -> Guard:
 def age(ledger: Ledger, seconds: float) -> None:
     """Let every release be older than it is."""
     with ledger.database.write() as session:
-        for row in session.query(t.Release):
+        for row in session.query(t.ReleaseRow):
             row.created_at -= timedelta(seconds=seconds)
 
 
