@@ -135,11 +135,8 @@ def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: 
         "problems": list(report.problems[:3]),
         "rate_per_second": round(rate, 1),
         "steps_per_second": round(steps / sum(phase.end - phase.begin for phase in training), 3),
-        "nice": at.nice,
-        "idle": at.idle,
         "threads": at.threads,
         "duty_cycle": at.duty_cycle,
-        "max_latency_ratio": at.max_latency_ratio,
         "base": settings.base.clip,
         "machine": machine(),
     }

@@ -37,9 +37,9 @@ from core.progress import say, step
 from core.settings import Settings
 from core.settings.serving import Serve
 from ratchet_client import Client
-from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
+from serving.messages import IMAGE_COST, IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
 from serving.ray import ray_session
-from serving.ray.ray_session import deploy, start_ray
+from serving.ray.ray_session import CONNECTIONS, deploy, start_ray
 from serving.start_progress import StartProgress
 
 if TYPE_CHECKING:
@@ -188,14 +188,14 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
             backpressure_config=full, **common | {"max_constructor_retry_count": START_ATTEMPTS},
         ).bind(settings)  # fmt: skip
     controller = serve.deployment(ReleaseController).options(
-        name="Controller", num_replicas=server.controller_replicas, ray_actor_options={"num_cpus": 0.1},
+        name="Controller", num_replicas=min(2, server.ingress_replicas), ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=64, max_queued_requests=64, **common,
     ).bind(settings, encoder, catalog, vlm)  # fmt: skip
     # The app's own bounds (429 with OpenAI's error object) come first; Serve's is the backstop behind them. Serve also
     # counts requests whose body is still to come, which may be as many as there are connections.
     app: Application = serve.deployment(Ingress).options(
         name=INGRESS, **ingress_scale(server), ray_actor_options={"num_cpus": 0.2},
-        max_ongoing_requests=server.connections + 2 * server.queue, max_queued_requests=server.connections,
+        max_ongoing_requests=CONNECTIONS + 2 * server.queue, max_queued_requests=CONNECTIONS,
         backpressure_config=full, **common,
     ).bind(settings, encoder, catalog, controller, vlm)  # fmt: skip
     return app
@@ -210,8 +210,8 @@ def ingress_scale(server: Serve) -> dict[str, Any]:
 def encoder_calls(server: Serve) -> int:
     """Most calls that encoders get at once: every request cuts its items into pieces of a batch, and there are calls of
     the catalog, the controller and probes."""
-    images = math.ceil(server.max_images / server.max_batch)
-    prompts = math.ceil(server.max_texts * PROMPTS_PER_TEXT / (server.max_batch * IMAGE_COST))
+    images = math.ceil(IMAGES_PER_REQUEST / server.max_batch)
+    prompts = math.ceil(TEXTS_PER_REQUEST * PROMPTS_PER_TEXT / (server.max_batch * IMAGE_COST))
     return server.queue * max(images, prompts) + 64
 
 

@@ -12,8 +12,13 @@ import numpy.typing as npt
 Modality = Literal["image", "text"]
 TEXT_COST = 1
 IMAGE_COST = 4
+IMAGES_PER_REQUEST = 32
+TEXTS_PER_REQUEST = 256
+TEXT_CHARS = 2000
+"""Bounds of one request, two batches of images and four of texts: a client that has more sends several, and others get
+their turns between them. A text has as many characters as ingest accepts; a CLIP reads some 300 of them."""
 PROMPTS_PER_TEXT = 8
-"""Labels x templates may be this many times ``max_texts``: prompts are short, and made by the server."""
+"""Labels x templates may be this many times :data:`TEXTS_PER_REQUEST`: prompts are short, and made by the server."""
 MODEL_NICE = 1
 """Niceness of processes that compute: where processors are scarce, those that carry requests and operator calls come
 first. With the same niceness, the VLM's too, a rollback took 1.5 s on two cores that four models kept busy; with the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from benchmarks.lifetime.evaluation import RankedSuite, Sample, findings_of, fresh_of, memory_of, static_suites
 from benchmarks.lifetime.moves import Generator
@@ -186,7 +185,9 @@ class Stream:
             "gain": findings.gain.summary() if findings.gain else None,
         }
         name = f"clip-{len(self.schedule.verdicts):012d}"
-        return VerdictRow(0, name, name, outcome, "", summary, datetime.now(UTC)), findings.tested
+        return VerdictRow(
+            id=0, update_id=name, adapter=name, outcome=outcome, report_key="", summary=summary
+        ), findings.tested
 
     def _best(self, suites: Sequence[RankedSuite]) -> Mapping[str, tuple[str, Model]]:
         if not self.rules.best:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from benchmarks.search.mixture import NEIGHBOURS, Vectors, map_rows
 from benchmarks.search.worker import private_gib, serve
 from core.errors import StoreError
-from core.settings.serving import Catalog as CatalogSettings
+from serving.catalog import index_maintainer
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters, Hit, as_filters
 from serving.catalog.tables import Tables
@@ -119,8 +119,8 @@ class CatalogSide:
             return self._vectors[np.ascontiguousarray(numbers).view(np.int64).reshape(-1)]
 
         tables = Tables(str(self._folder / "catalog"), self._folder / "index")
-        settings = CatalogSettings(index_rows=index_rows)
-        self._catalog = Catalog(tables, self._corpus, lambda data: np.frombuffer(data, np.uint8), encode, settings)
+        index_maintainer.INDEX_ROWS = index_rows  # type: ignore[misc]
+        self._catalog = Catalog(tables, self._corpus, lambda data: np.frombuffer(data, np.uint8), encode)
         await self._catalog.adopt([SNAPSHOT])
         self._running = asyncio.get_running_loop().create_task(self._catalog.run())
         return self._catalog

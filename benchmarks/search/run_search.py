@@ -25,7 +25,7 @@ from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores
 from benchmarks.search.worker import call
 from core.progress import step
 from core.settings import Settings
-from core.settings.serving import Catalog as CatalogSettings
+from serving.catalog.index_maintainer import INDEX_ROWS
 
 ROWS: Final = 1_000_000
 GROWTH: Final = (100, 10, 1)
@@ -38,7 +38,7 @@ RECALL: Final = 0.95
 
 def run(
     rows: int = ROWS, seconds: float = 10.0, folder: Path | None = None, peer: bool = True,
-    index_rows: int = CatalogSettings().index_rows,
+    index_rows: int = INDEX_ROWS,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure at a hundredth, a tenth and all of the rows. Returns the figures.
 
@@ -46,7 +46,7 @@ def run(
         seconds: of each of the measurements, of which there are some twenty.
         folder: for some gigabytes; a temporary one by default.
         peer: measure faiss beside it.
-        index_rows: see :attr:`core.settings.Catalog.index_rows`.
+        index_rows: see :data:`serving.catalog.index_maintainer.INDEX_ROWS`.
 
     Raises:
         RatchetError: a side has ended.
@@ -149,9 +149,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="vectors (1000000); at least 1000")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")
     parser.add_argument("--folder", type=Path, default=None, help="for some gigabytes; the system's temporary one")
-    parser.add_argument(
-        "--index-rows", type=int, default=settings.catalog.index_rows, help="from which on it has an index"
-    )
+    parser.add_argument("--index-rows", type=int, default=INDEX_ROWS, help="from which on it has an index")
     parser.add_argument("--without-peer", action="store_true", help="measure the catalog alone")
     options = parser.parse_args(arguments)
     if options.rows < 1000:

@@ -34,7 +34,7 @@ IMAGES: Final = 6
 CLIP_ADAPTERS: Final = 3
 VLM_ADAPTERS: Final = 2
 AWAY_SECONDS: Final = 180.0
-REPLICAS: Final = ("encoder_replicas", "ingress_replicas", "controller_replicas", "vlm_replicas")
+REPLICAS: Final = ("encoder_replicas", "ingress_replicas", "vlm_replicas")
 
 
 class ChaosInstallation:

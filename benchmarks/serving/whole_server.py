@@ -100,7 +100,7 @@ class WholeServer:
         """
         serve = self.settings.serve
         counts = {"Encoder": serve.encoder_replicas, "Ingress": serve.ingress_replicas,
-                  "Controller": serve.controller_replicas, "Catalog": 1}  # fmt: skip
+                  "Controller": min(2, serve.ingress_replicas), "Catalog": 1}  # fmt: skip
         engines = serve.vlm_replicas if self.settings.base.vlm else 0
 
         def whole() -> bool:

@@ -91,7 +91,7 @@ def take_in(settings: Settings, store: SampleStore, kinds: Sequence[str], record
         ours = settings.model_copy(update={"kafka": kafka})
         places: dict[str, list[Delivery]] = {}
         with reading(ours) as ingest:
-            limits = Limits(min_side=1, max_text_chars=ours.ingest.max_text_chars)
+            limits = Limits(min_side=1)
             with Producer(broker.address, kafka.topic, limits=limits) as producer:
                 for kind in kinds:
                     with step(f"publishing {kind}"):

@@ -7,8 +7,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
-from core.ledger import tables as t
 from core.ledger.database import Queries
+from core.ledger.rows import BucketRow, ChargeRow
 
 
 class BudgetQueries(Queries):
@@ -26,19 +26,19 @@ class BudgetQueries(Queries):
         """Take ``amount`` for ``key`` if the bucket holds it. A key is charged once: again is True and free."""
         with self.database.write() as session:
             bucket = _refill(session, now, rate, capacity)
-            if session.get(t.Charge, key) is not None:
+            if session.get(ChargeRow, key) is not None:
                 return True
             if amount > bucket.level:
                 return False
             bucket.level -= amount
-            session.add(t.Charge(key=key, amount=amount))
+            session.add(ChargeRow(key=key, amount=amount))
             return True
 
     def settle(self, key: str, actual: float, *, capacity: float) -> None:
         """Replace what was charged by what was spent, once; the difference goes back or is taken (debt is allowed)."""
         with self.database.write() as session:
             bucket = _locked(session)
-            charge = session.get(t.Charge, key)
+            charge = session.get(ChargeRow, key)
             if charge is None:
                 raise LedgerError(f"nothing was charged for {key!r}.", "Charge before you settle.")
             if charge.settled:
@@ -49,14 +49,14 @@ class BudgetQueries(Queries):
 
     def spent(self, key: str | None = None) -> float:
         """The amount charged for one key (0 when nothing was), or in all."""
-        query = select(func.sum(t.Charge.amount))
+        query = select(func.sum(ChargeRow.amount))
         if key is not None:
-            query = query.where(t.Charge.key == key)
+            query = query.where(ChargeRow.key == key)
         with self.database.read() as session:
             return session.scalar(query) or 0.0
 
 
-def _refill(session: Session, now: float, rate: float, capacity: float) -> t.Bucket:
+def _refill(session: Session, now: float, rate: float, capacity: float) -> BucketRow:
     bucket = _locked(session) or _create(session, now, capacity)
     elapsed = now - bucket.refilled_at
     if elapsed > 0:
@@ -68,15 +68,15 @@ def _refill(session: Session, now: float, rate: float, capacity: float) -> t.Buc
     return bucket
 
 
-def _locked(session: Session) -> t.Bucket | None:
+def _locked(session: Session) -> BucketRow | None:
     """The bucket, locked until this transaction ends (SQLite locks the whole file anyway)."""
-    return session.get(t.Bucket, 1, with_for_update=True)
+    return session.get(BucketRow, 1, with_for_update=True)
 
 
-def _create(session: Session, now: float, capacity: float) -> t.Bucket:
+def _create(session: Session, now: float, capacity: float) -> BucketRow:
     try:
         with session.begin_nested():
-            session.add(t.Bucket(id=1, level=capacity, refilled_at=now))
+            session.add(BucketRow(id=1, level=capacity, refilled_at=now))
     except IntegrityError:  # another process was first
         session.expire_all()
-    return session.get_one(t.Bucket, 1, with_for_update=True)
+    return session.get_one(BucketRow, 1, with_for_update=True)

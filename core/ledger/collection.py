@@ -17,10 +17,10 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from core.errors import AdapterCollected, LedgerError, ReleaseConflict
-from core.ledger import tables as t
 from core.ledger.database import Queries
 from core.ledger.events import note
 from core.ledger.leases import check_lease, database_time
+from core.ledger.rows import AdapterRow, BaseUpgradeRow, ProposalRow, ReleaseRow, UpdateRow, UtcTime, VerdictRow
 
 COLLECT_LEASE: Final = "collect"
 """The right to delete files of the artifacts. A backup holds it as well: nothing goes while it copies."""
@@ -63,25 +63,25 @@ class CollectionQueries(Queries):
 
     def newest_entry(self) -> datetime | None:
         """Time of the newest release, update or adapter; None in an empty ledger."""
-        columns = (t.Release.created_at, t.Update.updated_at, t.Adapter.created_at)
+        columns = (ReleaseRow.created_at, UpdateRow.updated_at, AdapterRow.created_at)
         with self.database.read() as session:
-            times = [session.scalar(select(func.max(column, type_=t.UtcTime))) for column in columns]
+            times = [session.scalar(select(func.max(column, type_=UtcTime))) for column in columns]
         return max((time for time in times if time is not None), default=None)
 
     def adapter_uses(self) -> list[AdapterUse]:
         """All adapters, by name."""
-        a = t.Adapter
+        a = AdapterRow
         with self.database.read() as session:
             rows = session.execute(
                 select(a.name, a.family, a.base, a.created_at, a.collected_at, a.collected_bytes).order_by(a.name)
             ).all()
             used = {row.name: row.created_at for row in rows}
-            last = func.max(t.Update.updated_at, type_=t.UtcTime)
-            updates = select(t.Update.adapter, last).where(t.Update.adapter.is_not(None)).group_by(t.Update.adapter)
+            last = func.max(UpdateRow.updated_at, type_=UtcTime)
+            updates = select(UpdateRow.adapter, last).where(UpdateRow.adapter.is_not(None)).group_by(UpdateRow.adapter)
             for name, time in session.execute(updates):
                 used[name] = max(used.get(name, time), time)
             releases = session.execute(
-                select(t.Release.clip, t.Release.vlm, t.Release.created_at).order_by(t.Release.number)
+                select(ReleaseRow.clip, ReleaseRow.vlm, ReleaseRow.created_at).order_by(ReleaseRow.number)
             ).all()
         for row, following in zip(releases, [*releases[1:], *releases[-1:]], strict=False):
             for name in filter(None, (row.clip, row.vlm)):
@@ -98,12 +98,12 @@ class CollectionQueries(Queries):
     def released_bases(self) -> list[str | None]:
         """Bases (digests) of all releases; None for those that name none."""
         with self.database.read() as session:
-            return list(session.scalars(select(t.Release.clip_base).distinct()))
+            return list(session.scalars(select(ReleaseRow.clip_base).distinct()))
 
     def upgrade_bases(self) -> list[str]:
         """Bases (digests) that upgrades went to."""
         with self.database.read() as session:
-            return list(session.scalars(select(t.BaseUpgrade.new_base).distinct()))
+            return list(session.scalars(select(BaseUpgradeRow.new_base).distinct()))
 
     def adapters_in_use(self) -> dict[str, str]:
         """Adapters of open proposals and unfinished updates, with what needs each."""
@@ -112,13 +112,13 @@ class CollectionQueries(Queries):
 
     def judged_updates(self) -> list[JudgedUpdate]:
         """All updates that have a verdict."""
-        query = select(t.Verdict.update_id, t.Verdict.adapter, t.Verdict.created_at)
+        query = select(VerdictRow.update_id, VerdictRow.adapter, VerdictRow.created_at)
         with self.database.read() as session:
             return [JudgedUpdate(*row) for row in session.execute(query)]
 
     def collected(self, names: Sequence[str | None]) -> dict[str, datetime]:
         """Those of some adapters whose files were collected, with the time."""
-        query = select(t.Adapter).where(t.Adapter.name.in_([name for name in names if name is not None]))
+        query = select(AdapterRow).where(AdapterRow.name.in_([name for name in names if name is not None]))
         with self.database.read() as session:
             return {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
 
@@ -142,7 +142,7 @@ class CollectionQueries(Queries):
         with self.database.write() as session:
             check_lease(session, COLLECT_LEASE, epoch)
             rows = _locked(session, reasons)
-            number = session.scalar(select(func.max(t.Release.number))) or 0
+            number = session.scalar(select(func.max(ReleaseRow.number))) or 0
             if number != live:
                 raise ReleaseConflict(f"release {number} is live by now, not {live}.", "Decide again what may go.")
             needed = _in_use(session)
@@ -164,7 +164,7 @@ class CollectionQueries(Queries):
                     row.collected_bytes = freed[row.name]
 
 
-def restore_mark(row: t.Adapter) -> None:
+def restore_mark(row: AdapterRow) -> None:
     """Take the mark from an adapter whose files are stored again.
 
     Raises:
@@ -198,19 +198,19 @@ def collected_error(name: str, time: datetime) -> AdapterCollected:
     )
 
 
-def _locked(session: Session, names: Iterable[str]) -> list[t.Adapter]:
+def _locked(session: Session, names: Iterable[str]) -> list[AdapterRow]:
     """Rows of adapters, locked in the order of their names until the transaction ends."""
-    query = select(t.Adapter).where(t.Adapter.name.in_(list(names))).order_by(t.Adapter.name).with_for_update()
+    query = select(AdapterRow).where(AdapterRow.name.in_(list(names))).order_by(AdapterRow.name).with_for_update()
     return list(session.scalars(query.execution_options(populate_existing=True)))
 
 
 def _in_use(session: Session) -> dict[str, str]:
     needed: dict[str, str] = {}
-    updates = select(t.Update.id, t.Update.adapter, t.Update.incumbent).where(t.Update.state.in_(OPEN_UPDATES))
+    updates = select(UpdateRow.id, UpdateRow.adapter, UpdateRow.incumbent).where(UpdateRow.state.in_(OPEN_UPDATES))
     for number, adapter, incumbent in session.execute(updates):
         needed |= {name: f"{number} is not finished" for name in (adapter, incumbent) if name}
-    proposals = select(t.Proposal).where(
-        t.Proposal.state.in_(OPEN_PROPOSALS), or_(t.Proposal.clip.is_not(None), t.Proposal.vlm.is_not(None))
+    proposals = select(ProposalRow).where(
+        ProposalRow.state.in_(OPEN_PROPOSALS), or_(ProposalRow.clip.is_not(None), ProposalRow.vlm.is_not(None))
     )
     for proposal in session.scalars(proposals):
         needed |= {name: f"proposal {proposal.id} is open" for name in (proposal.clip, proposal.vlm) if name}

@@ -9,7 +9,6 @@ SQLite's transactions say at their beginning whether they write; its files are i
 
 from __future__ import annotations
 
-import dataclasses
 import sqlite3
 import threading
 import time
@@ -92,7 +91,7 @@ class Database:
         Raises:
             CommitUnknown: the answer to COMMIT was lost, so it may have been either.
         """
-        with _outages(), time_limit(CALL_SECONDS), Session(self._writing) as session:
+        with _outages(), time_limit(CALL_SECONDS), Session(self._writing, expire_on_commit=False) as session:
             _check_out(session)
             yield session
             session.flush()
@@ -212,30 +211,22 @@ def _migrate(database: Database) -> None:
         command.upgrade(alembic_config(connection), "head")
 
 
-def as_row(kind: type[Result], source: Any) -> Result:
-    """Copy the columns of a mapped object into a frozen row."""
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    return kind(**{field.name: getattr(source, field.name) for field in fields})
-
-
 class Queries:
-    """Base of the ledger's queries: reads of one table, as frozen rows."""
+    """Base of the ledger's queries: reads of one table."""
 
     database: Database
 
-    def _all(self, kind: type[Result], query: Select[Any]) -> list[Result]:
+    def _all(self, query: Select[Result]) -> list[Result]:
         with self.database.read() as session:
-            return [as_row(kind, row) for row in session.scalars(query)]
+            return list(session.scalars(query))
 
-    def _first(self, kind: type[Result], query: Select[Any]) -> Result | None:
+    def _first(self, query: Select[Result]) -> Result | None:
         with self.database.read() as session:
-            row = session.scalars(query.limit(1)).first()
-            return None if row is None else as_row(kind, row)
+            return session.scalars(query.limit(1)).first()
 
-    def _get(self, kind: type[Result], table: type[Any], key: object) -> Result | None:
+    def _get(self, table: type[Result], key: object) -> Result | None:
         with self.database.read() as session:
-            row = session.get(table, key)
-            return None if row is None else as_row(kind, row)
+            return session.get(table, key)
 
 
 LOOKUP_SECONDS: Final = 5.0

@@ -18,10 +18,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
-from core.ledger import tables as t
 from core.ledger.database import Queries
 from core.ledger.leases import check_lease
-from core.ledger.rows import AuditRow, EventRow, EventType
+from core.ledger.rows import AdapterRow, AuditRow, EventRow, EventType, ProposalRow, ReleaseRow, utc_now
 
 #: Type of the CloudEvent by what happened.
 EVENT_TYPES: Final[Mapping[str, EventType]] = {
@@ -58,18 +57,18 @@ class EventQueries(Queries):
 
     def waiting_events(self, limit: int = 100) -> list[EventRow]:
         """Events that are not published yet, oldest first."""
-        query = select(t.Event).where(t.Event.published.is_(False)).order_by(t.Event.id).limit(limit)
-        return self._all(EventRow, query)
+        query = select(EventRow).where(EventRow.published.is_(False)).order_by(EventRow.id).limit(limit)
+        return self._all(query)
 
     def count_waiting_events(self) -> int:
         """Number of events that are not published yet."""
-        query = select(func.count()).select_from(t.Event).where(t.Event.published.is_(False))
+        query = select(func.count()).select_from(EventRow).where(EventRow.published.is_(False))
         with self.database.read() as session:
             return session.scalar(query) or 0
 
     def events(self, limit: int = 100) -> list[EventRow]:
         """The newest events, newest first."""
-        return self._all(EventRow, select(t.Event).order_by(t.Event.id.desc()).limit(limit))
+        return self._all(select(EventRow).order_by(EventRow.id.desc()).limit(limit))
 
     def mark_published(self, places: Mapping[int, tuple[int, int]], *, lease: str, epoch: int) -> None:
         """Mark events as published.
@@ -85,8 +84,8 @@ class EventQueries(Queries):
             check_lease(session, lease, epoch)
             for row_id, (partition, offset) in sorted(places.items()):
                 session.execute(
-                    update(t.Event)
-                    .where(t.Event.id == row_id, t.Event.published.is_(False))
+                    update(EventRow)
+                    .where(EventRow.id == row_id, EventRow.published.is_(False))
                     .values(published=True, partition=partition, offset=offset)
                 )
 
@@ -95,9 +94,9 @@ class EventQueries(Queries):
 
         Those of gaps stay: each is recorded from its row in the sample store, and would be told a second time.
         """
-        old = delete(t.Event).where(t.Event.published.is_(True), t.Event.time < before)
+        old = delete(EventRow).where(EventRow.published.is_(True), EventRow.time < before)
         with self.database.write() as session:
-            result = session.execute(old.where(t.Event.type != EVENT_TYPES["gap"]))
+            result = session.execute(old.where(EventRow.type != EVENT_TYPES["gap"]))
             return int(cast(CursorResult[Any], result).rowcount)
 
     def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
@@ -112,22 +111,29 @@ class EventQueries(Queries):
             subject: only rows about it: ``release 12``, or ``release`` for all releases.
             actor: only rows of one actor.
         """
-        query = select(t.Audit).order_by(t.Audit.id.desc()).limit(limit)
+        query = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
         if subject is not None:
-            about = t.Audit.subject
+            about = AuditRow.subject
             query = query.where(or_(about == subject, about.startswith(f"{subject} ", autoescape=True)))
         if actor is not None:
-            query = query.where(t.Audit.actor == actor)
-        return self._all(AuditRow, query)
+            query = query.where(AuditRow.actor == actor)
+        return self._all(query)
 
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
     """Add an event in the transaction of its fact; see :meth:`EventQueries.record_event`."""
     _check(type, event_id, subject, data)
-    values = {"event_id": event_id, "type": type, "subject": subject, "data": dict(data), "published": False}
+    values = {
+        "event_id": event_id,
+        "type": type,
+        "subject": subject,
+        "data": dict(data),
+        "time": utc_now(),
+        "published": False,
+    }
     dialect = session.get_bind().dialect.name
-    statement = (postgresql if dialect == "postgresql" else sqlite).insert(t.Event).values(**values)
-    statement = statement.on_conflict_do_nothing(index_elements=[t.Event.event_id]).returning(t.Event.id)
+    statement = (postgresql if dialect == "postgresql" else sqlite).insert(EventRow).values(**values)
+    statement = statement.on_conflict_do_nothing(index_elements=[EventRow.event_id]).returning(EventRow.id)
     return session.scalars(statement).first() is not None
 
 
@@ -152,7 +158,7 @@ def _check(type: str, event_id: str, subject: str, data: Mapping[str, Any]) -> N
         )
 
 
-def tell_proposal(session: Session, row: t.Proposal) -> None:
+def tell_proposal(session: Session, row: ProposalRow) -> None:
     """A proposal was made, or came to a state; each state is told once."""
     data = {
         "proposal": row.id, "kind": row.kind, "state": row.state, "family": row.family, "clip": row.clip,
@@ -162,7 +168,7 @@ def tell_proposal(session: Session, row: t.Proposal) -> None:
     add_event(session, "ratchet.proposal.v1", f"proposal-{row.id}-{row.state}", f"proposals/{row.id}", data)
 
 
-def tell_release(session: Session, row: t.Release, proposal: t.Proposal | None, previous: int | None) -> None:
+def tell_release(session: Session, row: ReleaseRow, proposal: ProposalRow | None, previous: int | None) -> None:
     """A release is live; a rollback is told as both."""
     subject = f"releases/{row.number}"
     data = {
@@ -181,17 +187,17 @@ def tell_release(session: Session, row: t.Release, proposal: t.Proposal | None, 
 
 def _image_space(session: Session, clip: str | None) -> str | None:
     """The image space of an adapter in the ledger; None for the base, whose space the ledger does not know."""
-    adapter = None if clip is None else session.get(t.Adapter, clip)
+    adapter = None if clip is None else session.get(AdapterRow, clip)
     return None if adapter is None else adapter.image_space
 
 
-def _same_before(session: Session, row: t.Release) -> int | None:
+def _same_before(session: Session, row: ReleaseRow) -> int | None:
     """The newest earlier plain release with the same adapters."""
     query = (
-        select(t.Release.number)
-        .where(t.Release.number < row.number, t.Release.share >= 1)
-        .where(t.Release.clip.is_not_distinct_from(row.clip), t.Release.vlm.is_not_distinct_from(row.vlm))
-        .order_by(t.Release.number.desc())
+        select(ReleaseRow.number)
+        .where(ReleaseRow.number < row.number, ReleaseRow.share >= 1)
+        .where(ReleaseRow.clip.is_not_distinct_from(row.clip), ReleaseRow.vlm.is_not_distinct_from(row.vlm))
+        .order_by(ReleaseRow.number.desc())
         .limit(1)
     )
     return session.scalars(query).first()
@@ -199,4 +205,4 @@ def _same_before(session: Session, row: t.Release) -> int | None:
 
 def note(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
     """Add a row in the transaction of the change that it tells of."""
-    session.add(t.Audit(actor=actor, action=action, subject=subject, detail=detail))
+    session.add(AuditRow(actor=actor, action=action, subject=subject, detail=detail))

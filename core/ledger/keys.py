@@ -9,18 +9,16 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Final, cast, get_args
+from typing import Final, get_args
 
 from sqlalchemy import or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from core.errors import LedgerError
-from core.ledger import tables as t
-from core.ledger.database import Queries, as_row
+from core.ledger.database import Queries
 from core.ledger.events import note
-from core.ledger.rows import SYSTEM_ACTORS, KeyRow, KeyScope
+from core.ledger.rows import SYSTEM_ACTORS, KeyRow, KeyScope, utc_now
 
 SCOPES: Final[tuple[KeyScope, ...]] = get_args(KeyScope)
 PREFIX: Final = "rk_"
@@ -52,7 +50,7 @@ class KeyQueries(Queries):
         chosen = _checked(name, scopes, requests_per_minute)
         expires = None if days is None else _after(days)
         key_id, secret = secrets.token_hex(4), secrets.token_hex(32)
-        row = t.ApiKey(
+        row = KeyRow(
             id=key_id, name=name, scopes=list(chosen), digest=digest_of(secret), actor=actor,
             requests_per_minute=requests_per_minute, expires_at=expires,
         )  # fmt: skip
@@ -65,7 +63,7 @@ class KeyQueries(Queries):
                 }  # fmt: skip
                 note(session, actor, "create key", f"key {name}", detail)
                 session.flush()
-                return _row(row), f"{PREFIX}{key_id}_{secret}"
+                return row, f"{PREFIX}{key_id}_{secret}"
         except IntegrityError:
             raise LedgerError(
                 f"there is or was a key named {name!r}.",
@@ -75,31 +73,30 @@ class KeyQueries(Queries):
     def revoke_key(self, key: str, *, actor: str, reason: str) -> KeyRow:
         """End a key, by its id or its name. Raises LedgerError when there is no such key, or it was revoked before."""
         with self.database.write() as session:
-            row = session.scalars(select(t.ApiKey).where(or_(t.ApiKey.id == key, t.ApiKey.name == key))).first()
+            row = session.scalars(select(KeyRow).where(or_(KeyRow.id == key, KeyRow.name == key))).first()
             if row is None:
                 raise LedgerError(f"there is no key {key!r}.", "See `ratchet keys list`.")
             if row.revoked_at is not None:
                 raise LedgerError(f"key {row.name!r} was revoked at {row.revoked_at:%Y-%m-%d %H:%M:%S} UTC already.")
-            row.revoked_at = t.utc_now()
+            row.revoked_at = utc_now()
             note(session, actor, "revoke key", f"key {row.name}", {"id": row.id, "reason": reason})
             session.flush()
-            return _row(row)
+            return row
 
     def api_keys(self, ended: bool = False) -> list[KeyRow]:
         """Keys that are valid, newest first; with ``ended`` also those that were revoked or have expired."""
-        query = select(t.ApiKey).order_by(t.ApiKey.created_at.desc(), t.ApiKey.id)
+        query = select(KeyRow).order_by(KeyRow.created_at.desc(), KeyRow.id)
         if not ended:
             query = query.where(
-                t.ApiKey.revoked_at.is_(None), or_(t.ApiKey.expires_at.is_(None), t.ApiKey.expires_at > t.utc_now())
+                KeyRow.revoked_at.is_(None), or_(KeyRow.expires_at.is_(None), KeyRow.expires_at > utc_now())
             )
-        with self.database.read() as session:
-            return [_row(row) for row in session.scalars(query)]
+        return self._all(query)
 
     def touch_keys(self, used: Mapping[str, datetime]) -> None:
         """Note when keys were last used, by id."""
         with self.database.write() as session:
             for key_id, when in used.items():
-                session.execute(update(t.ApiKey).where(t.ApiKey.id == key_id).values(last_used_at=when))
+                session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used_at=when))
 
 
 def parse_token(token: str) -> tuple[str, str] | None:
@@ -131,8 +128,4 @@ def _checked(name: str, scopes: Sequence[str], requests_per_minute: int | None) 
 def _after(days: float) -> datetime:
     if not 0 < days <= MAX_DAYS:
         raise LedgerError(f"a key cannot be valid for {days:g} days.", f"Give more than 0, at most {MAX_DAYS}.")
-    return t.utc_now() + timedelta(days=days)
-
-
-def _row(row: t.ApiKey) -> KeyRow:
-    return replace(as_row(KeyRow, row), scopes=cast(tuple[KeyScope, ...], tuple(row.scopes)))
+    return utc_now() + timedelta(days=days)

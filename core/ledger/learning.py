@@ -9,11 +9,19 @@ from sqlalchemy import func, select, true
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
-from core.ledger import tables as t
 from core.ledger.collection import restore_mark
-from core.ledger.database import Queries, as_row
+from core.ledger.database import Queries
 from core.ledger.events import add_event, clipped, note
-from core.ledger.rows import AdapterRow, BaseUpgradeRow, GateOutcome, UpdateRow, UpdateState, VerdictRow
+from core.ledger.rows import (
+    AdapterRow,
+    BaseUpgradeRow,
+    GateOutcome,
+    ProposalRow,
+    ReleaseRow,
+    UpdateRow,
+    UpdateState,
+    VerdictRow,
+)
 
 RELEASED_VERDICTS = 500
 """That are looked through for the best release."""
@@ -47,9 +55,9 @@ class LearningQueries(Queries):
             LedgerError: it is recorded with other spaces or another digest, or its files are being collected.
         """
         with self.database.write() as session:
-            row = session.get(t.Adapter, name, with_for_update=True)
+            row = session.get(AdapterRow, name, with_for_update=True)
             if row is None:
-                row = t.Adapter(
+                row = AdapterRow(
                     name=name, family=family, base=base, image_space=image_space, text_space=text_space, meta=meta,
                     digest=digest,
                 )  # fmt: skip
@@ -61,11 +69,11 @@ class LearningQueries(Queries):
                 raise LedgerError(f"adapter {name!r} is recorded with another digest.", "A name is never reused.")
             row.digest = row.digest or digest
             restore_mark(row)
-            return as_row(AdapterRow, row)
+            return row
 
     def adapter(self, name: str) -> AdapterRow:
         """One adapter. Raises LedgerError when it was never recorded."""
-        row = self._get(AdapterRow, t.Adapter, name)
+        row = self._get(AdapterRow, name)
         if row is None:
             raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
         return row
@@ -73,7 +81,7 @@ class LearningQueries(Queries):
     def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
         """SHA-256 of the directories of some adapters, as far as it is recorded."""
         wanted = [name for name in names if name is not None]
-        query = select(t.Adapter).where(t.Adapter.name.in_(wanted), t.Adapter.digest.is_not(None))
+        query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.digest.is_not(None))
         with self.database.read() as session:
             return {row.name: row.digest or "" for row in session.scalars(query)}
 
@@ -99,9 +107,9 @@ class LearningQueries(Queries):
             cost: what was spent on it before.
         """
         with self.database.write() as session:
-            row = session.get(t.Update, update_id)
+            row = session.get(UpdateRow, update_id)
             if row is None:
-                row = t.Update(
+                row = UpdateRow(
                     id=update_id, family=family, state="trained" if adapter else "training", recipe=recipe, seed=seed,
                     store_version=store_version, data_from=data_from, data_to=data_to, incumbent=incumbent,
                     adapter=adapter, cost=cost or {},
@@ -110,7 +118,7 @@ class LearningQueries(Queries):
                 session.flush()
                 if adapter is not None:
                     _tell_candidate(session, row)
-            return as_row(UpdateRow, row)
+            return row
 
     def advance_update(
         self,
@@ -137,7 +145,7 @@ class LearningQueries(Queries):
             session.flush()
             if adapter is not None:
                 _tell_candidate(session, row)
-            return as_row(UpdateRow, row)
+            return row
 
     def abandon_update(self, update_id: str, *, actor: str, reason: str) -> UpdateRow:
         """End an update as failed. Raises LedgerError where it has ended."""
@@ -148,7 +156,7 @@ class LearningQueries(Queries):
             note(session, actor, "update.abandon", f"update {update_id}", {"reason": reason, "state": row.state})
             row.state, row.error = "failed", f"abandoned by {actor}: {reason}"
             session.flush()
-            return as_row(UpdateRow, row)
+            return row
 
     def retry_update(self, update_id: str, *, actor: str) -> UpdateRow:
         """Let the updater take an update again as if it had not been tried: one that is not finished, or the newest of
@@ -159,8 +167,10 @@ class LearningQueries(Queries):
         with self.database.write() as session:
             row = _update(session, update_id)
             if row.state in FINISHED:
-                newest = select(t.Update.id).where(t.Update.family == row.family).order_by(t.Update.created_at.desc())
-                judged = session.scalars(select(t.Verdict.id).where(t.Verdict.update_id == update_id)).first()
+                newest = (
+                    select(UpdateRow.id).where(UpdateRow.family == row.family).order_by(UpdateRow.created_at.desc())
+                )
+                judged = session.scalars(select(VerdictRow.id).where(VerdictRow.update_id == update_id)).first()
                 if row.state == "done" or judged is not None or session.scalars(newest).first() != update_id:
                     raise LedgerError(
                         f"{update_id} is {row.state}, and it was judged or is not the newest one of its family.",
@@ -172,7 +182,7 @@ class LearningQueries(Queries):
             row.error = None
             row.cost = {**row.cost, "attempts": 0, BEGAN: None}
             session.flush()
-            return as_row(UpdateRow, row)
+            return row
 
     def compare_update(
         self, update_id: str, *, store_version: int, data_from: dict[str, int], incumbent: str | None
@@ -180,105 +190,107 @@ class LearningQueries(Queries):
         """Set what a trained update is compared with, as long as there is no verdict on it; else nothing changes."""
         with self.database.write() as session:
             row = _update(session, update_id)
-            judged = session.scalars(select(t.Verdict.id).where(t.Verdict.update_id == update_id)).first()
+            judged = session.scalars(select(VerdictRow.id).where(VerdictRow.update_id == update_id)).first()
             if row.state == "trained" and judged is None:
                 row.store_version, row.data_from, row.incumbent = store_version, data_from, incumbent
                 session.flush()
-            return as_row(UpdateRow, row)
+            return row
 
     def update_of(self, adapter: str) -> UpdateRow | None:
         """The newest update that made or imported an adapter."""
-        query = select(t.Update).where(t.Update.adapter == adapter).order_by(t.Update.created_at.desc()).limit(1)
-        return self._first(UpdateRow, query)
+        query = select(UpdateRow).where(UpdateRow.adapter == adapter).order_by(UpdateRow.created_at.desc()).limit(1)
+        return self._first(query)
 
     def update(self, update_id: str) -> UpdateRow:
         """One update. Raises LedgerError."""
         with self.database.read() as session:
-            return as_row(UpdateRow, _update(session, update_id))
+            return _update(session, update_id)
 
     def updates(self, limit: int = 50, family: str | None = None) -> list[UpdateRow]:
         """The newest updates, newest first."""
-        query = select(t.Update).order_by(t.Update.created_at.desc(), t.Update.id).limit(limit)
+        query = select(UpdateRow).order_by(UpdateRow.created_at.desc(), UpdateRow.id).limit(limit)
         if family is not None:
-            query = query.where(t.Update.family == family)
-        return self._all(UpdateRow, query)
+            query = query.where(UpdateRow.family == family)
+        return self._all(query)
 
     def is_finished(self, update_id: str) -> bool:
         """True if there was such an update and it has ended."""
         with self.database.read() as session:
-            row = session.get(t.Update, update_id)
+            row = session.get(UpdateRow, update_id)
             return row is not None and row.state in FINISHED
 
     def unfinished_update(self, family: str) -> UpdateRow | None:
         """The oldest update that was not taken to its end: a killed trainer left it, or it was imported."""
-        query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))
-        return self._first(UpdateRow, query.order_by(t.Update.created_at))
+        query = select(UpdateRow).where(UpdateRow.family == family, UpdateRow.state.not_in(FINISHED))
+        return self._first(query.order_by(UpdateRow.created_at))
 
     def record_verdict(
         self, update_id: str, adapter: str, outcome: GateOutcome, report_key: str, summary: dict[str, Any]
     ) -> VerdictRow:
         """Record the gate's verdict; an update has one, and a second call returns the first."""
         with self.database.write() as session:
-            row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
+            row = session.scalars(select(VerdictRow).where(VerdictRow.update_id == update_id)).first()
             if row is None:
-                row = t.Verdict(
+                row = VerdictRow(
                     update_id=update_id, adapter=adapter, outcome=outcome, report_key=report_key, summary=summary
                 )
                 session.add(row)
                 session.flush()
                 _tell_verdict(session, row)
-            return as_row(VerdictRow, row)
+            return row
 
     def verdicts(self, limit: int = 50) -> list[VerdictRow]:
         """The newest verdicts, newest first."""
-        return self._all(VerdictRow, select(t.Verdict).order_by(t.Verdict.id.desc()).limit(limit))
+        return self._all(select(VerdictRow).order_by(VerdictRow.id.desc()).limit(limit))
 
     def verdict_of(self, update_id: str) -> VerdictRow | None:
         """The verdict of one update, if there is one."""
-        return self._first(VerdictRow, select(t.Verdict).where(t.Verdict.update_id == update_id))
+        return self._first(select(VerdictRow).where(VerdictRow.update_id == update_id))
 
     def verdicts_of(self, family: str, limit: int = 50) -> list[VerdictRow]:
         """The newest verdicts of a family, newest first."""
-        query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id).where(t.Update.family == family)
-        return self._all(VerdictRow, query.order_by(t.Verdict.id.desc()).limit(limit))
+        query = (
+            select(VerdictRow).join(UpdateRow, UpdateRow.id == VerdictRow.update_id).where(UpdateRow.family == family)
+        )
+        return self._all(query.order_by(VerdictRow.id.desc()).limit(limit))
 
     def verdict_on(self, adapter: str) -> VerdictRow | None:
         """The newest verdict on an adapter, if anybody judged it."""
-        query = select(t.Verdict).where(t.Verdict.adapter == adapter).order_by(t.Verdict.id.desc()).limit(1)
-        return self._first(VerdictRow, query)
+        query = select(VerdictRow).where(VerdictRow.adapter == adapter).order_by(VerdictRow.id.desc()).limit(1)
+        return self._first(query)
 
     def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
         """Verdicts on adapters of a base (its digest) that answered all requests once, newest first; none on those that
         were withdrawn or collected.
         """
-        column = t.Release.clip if family == "clip" else t.Release.vlm
-        released = select(column).where(column.is_not(None), t.Release.share >= 1)
+        column = ReleaseRow.clip if family == "clip" else ReleaseRow.vlm
+        released = select(column).where(column.is_not(None), ReleaseRow.share >= 1)
         query = (
-            select(t.Verdict)
-            .join(t.Adapter, t.Adapter.name == t.Verdict.adapter)
-            .where(t.Verdict.adapter.in_(released), t.Adapter.base == base, t.Adapter.withdrawn.is_(None))
-            .where(t.Adapter.collected_at.is_(None))
-            .order_by(t.Verdict.id.desc())
+            select(VerdictRow)
+            .join(AdapterRow, AdapterRow.name == VerdictRow.adapter)
+            .where(VerdictRow.adapter.in_(released), AdapterRow.base == base, AdapterRow.withdrawn.is_(None))
+            .where(AdapterRow.collected_at.is_(None))
+            .order_by(VerdictRow.id.desc())
             .limit(RELEASED_VERDICTS)
         )
-        return self._all(VerdictRow, query)
+        return self._all(query)
 
     def looks_since_release(self, family: str) -> list[VerdictRow]:
         """Verdicts of a family since the last released update that spent alpha, oldest first. Those of earlier versions
         of Ratchet do not say whether they did, and count.
         """
         last = (
-            select(func.max(t.Verdict.id))
-            .join(t.Proposal, t.Proposal.update_id == t.Verdict.update_id)
-            .join(t.Update, t.Update.id == t.Verdict.update_id)
-            .where(t.Proposal.state == "committed", t.Update.family == family)
+            select(func.max(VerdictRow.id))
+            .join(ProposalRow, ProposalRow.update_id == VerdictRow.update_id)
+            .join(UpdateRow, UpdateRow.id == VerdictRow.update_id)
+            .where(ProposalRow.state == "committed", UpdateRow.family == family)
         )
-        spent = func.coalesce(t.Verdict.summary["spent"].as_boolean(), true())
+        spent = func.coalesce(VerdictRow.summary["spent"].as_boolean(), true())
         with self.database.read() as session:
             since = session.scalar(last) or 0
-            query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
-            query = query.where(t.Verdict.id > since, t.Update.family == family, spent).order_by(t.Verdict.id)
-            return [as_row(VerdictRow, row) for row in session.scalars(query)]
+            query = select(VerdictRow).join(UpdateRow, UpdateRow.id == VerdictRow.update_id)
+            query = query.where(VerdictRow.id > since, UpdateRow.family == family, spent).order_by(VerdictRow.id)
+            return list(session.scalars(query))
 
     def begin_base_upgrade(
         self,
@@ -301,55 +313,55 @@ class LearningQueries(Queries):
             gflops: its budget, in MAF-GFLOPs.
         """
         with self.database.write() as session:
-            row = session.get(t.Update, update_id)
+            row = session.get(UpdateRow, update_id)
             if row is None:
-                row = t.Update(
+                row = UpdateRow(
                     id=update_id, family="clip", state="training", recipe=recipe, seed=seed,
                     store_version=store_version, data_from={}, data_to=data_to, incumbent=incumbent,
                 )  # fmt: skip
                 session.add(row)
                 session.flush()
                 session.add(
-                    t.BaseUpgrade(
+                    BaseUpgradeRow(
                         update_id=update_id, old_base=old[0], old_name=old[1], new_base=new[0], new_name=new[1],
                         gflops=gflops, actor=actor,
                     )
                 )  # fmt: skip
                 detail = {"from": old[1], "to": new[1], "gflops": gflops}
                 note(session, actor, "upgrade base", f"update {update_id}", detail)
-            return as_row(UpdateRow, row)
+            return row
 
     def base_upgrade(self, update_id: str) -> BaseUpgradeRow | None:
         """The bases that an update goes from and to; None where it stays on its base."""
-        return self._get(BaseUpgradeRow, t.BaseUpgrade, update_id)
+        return self._get(BaseUpgradeRow, update_id)
 
     def approved_upgrade(self, new_base: str | None = None) -> BaseUpgradeRow | None:
         """The newest upgrade (to a base, by its digest) that passed the gate and was neither released nor cancelled.
         Its adapter is not withdrawn.
         """
         query = (
-            select(t.BaseUpgrade)
-            .join(t.Update, t.Update.id == t.BaseUpgrade.update_id)
-            .join(t.Verdict, t.Verdict.update_id == t.BaseUpgrade.update_id)
-            .join(t.Adapter, t.Adapter.name == t.Update.adapter)
-            .where(t.Update.state == "done", t.Verdict.outcome == "passed", t.Adapter.withdrawn.is_(None))
-            .where(t.Update.adapter.not_in(select(t.Release.clip).where(t.Release.clip.is_not(None))))
-            .order_by(t.BaseUpgrade.created_at.desc())
+            select(BaseUpgradeRow)
+            .join(UpdateRow, UpdateRow.id == BaseUpgradeRow.update_id)
+            .join(VerdictRow, VerdictRow.update_id == BaseUpgradeRow.update_id)
+            .join(AdapterRow, AdapterRow.name == UpdateRow.adapter)
+            .where(UpdateRow.state == "done", VerdictRow.outcome == "passed", AdapterRow.withdrawn.is_(None))
+            .where(UpdateRow.adapter.not_in(select(ReleaseRow.clip).where(ReleaseRow.clip.is_not(None))))
+            .order_by(BaseUpgradeRow.created_at.desc())
             .limit(1)
         )
         if new_base is not None:
-            query = query.where(t.BaseUpgrade.new_base == new_base)
-        return self._first(BaseUpgradeRow, query)
+            query = query.where(BaseUpgradeRow.new_base == new_base)
+        return self._first(query)
 
 
-def _update(session: Session, update_id: str) -> t.Update:
-    row = session.get(t.Update, update_id)
+def _update(session: Session, update_id: str) -> UpdateRow:
+    row = session.get(UpdateRow, update_id)
     if row is None:
         raise LedgerError(f"update {update_id!r} is not in the ledger.", "See `ratchet status`.")
     return row
 
 
-def _tell_candidate(session: Session, row: t.Update) -> None:
+def _tell_candidate(session: Session, row: UpdateRow) -> None:
     data = {
         "update": row.id, "adapter": row.adapter, "family": row.family, "data_from": row.data_from,
         "data_to": row.data_to,
@@ -357,7 +369,7 @@ def _tell_candidate(session: Session, row: t.Update) -> None:
     add_event(session, "ratchet.candidate.v1", f"candidate-{row.id}", f"updates/{row.id}", data)
 
 
-def _tell_verdict(session: Session, row: t.Verdict) -> None:
+def _tell_verdict(session: Session, row: VerdictRow) -> None:
     reasons = [clipped(str(reason)) for reason in row.summary.get("reasons", [])][:20]
     data = {"update": row.update_id, "adapter": row.adapter, "outcome": row.outcome, "reasons": reasons}
     add_event(session, "ratchet.verdict.v1", f"verdict-{row.update_id}", f"updates/{row.update_id}", data)

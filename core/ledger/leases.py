@@ -18,9 +18,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.errors import LeaseLost
-from core.ledger import tables as t
 from core.ledger.database import Queries
-from core.ledger.rows import LeaseRow
+from core.ledger.rows import LeaseRow, utc_now
 
 log = logging.getLogger(__name__)
 CONTROLLER_LEASE: Final = "controller"
@@ -42,9 +41,9 @@ class LeaseQueries(Queries):
         try:
             with self.database.write() as session:
                 now = database_time(session)
-                row = session.get(t.Lease, name, with_for_update=True)
+                row = session.get(LeaseRow, name, with_for_update=True)
                 if row is None:
-                    row = t.Lease(name=name, holder=holder, epoch=1)
+                    row = LeaseRow(name=name, holder=holder, epoch=1, expires_at=now)
                     session.add(row)
                 elif row.holder != holder:
                     if row.expires_at > now:
@@ -59,7 +58,7 @@ class LeaseQueries(Queries):
     def renew_lease(self, name: str, epoch: int, seconds: float) -> bool:
         """Let a lease run for ``seconds`` from now. False when another process took it since."""
         with self.database.write() as session:
-            row = session.get(t.Lease, name, with_for_update=True)
+            row = session.get(LeaseRow, name, with_for_update=True)
             if row is None or row.epoch != epoch:
                 return False
             row.expires_at = database_time(session) + timedelta(seconds=seconds)
@@ -68,14 +67,14 @@ class LeaseQueries(Queries):
     def release_lease(self, name: str, epoch: int) -> None:
         """Give a lease back before it runs out; nothing happens when another process has it."""
         with self.database.write() as session:
-            row = session.get(t.Lease, name, with_for_update=True)
+            row = session.get(LeaseRow, name, with_for_update=True)
             if row is not None and row.epoch == epoch:
                 # The next holder is always a new one: what this one left unfinished carries an outdated epoch.
                 row.holder, row.expires_at = "", database_time(session)
 
     def lease(self, name: str) -> LeaseRow | None:
         """The holder of a lease, or its last one; the holder is empty when it was given back."""
-        return self._get(LeaseRow, t.Lease, name)
+        return self._get(LeaseRow, name)
 
 
 def check_lease(session: Session, name: str, epoch: int) -> None:
@@ -86,7 +85,7 @@ def check_lease(session: Session, name: str, epoch: int) -> None:
     Raises:
         LeaseLost: another process took it.
     """
-    row = session.get(t.Lease, name, with_for_update=True)
+    row = session.get(LeaseRow, name, with_for_update=True)
     if row is None or row.epoch != epoch:
         raise LeaseLost(
             f"the lease {name!r} with epoch {epoch} was lost to {row.holder if row and row.holder else 'nobody yet'}.",
@@ -97,7 +96,7 @@ def check_lease(session: Session, name: str, epoch: int) -> None:
 def database_time(session: Session) -> datetime:
     """The database server's time; with SQLite this machine's."""
     if session.get_bind().dialect.name != "postgresql":
-        return t.utc_now()
+        return utc_now()
     now: datetime = session.execute(text("select clock_timestamp()")).scalar_one()
     return now
 

@@ -9,12 +9,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError, ReleaseConflict
-from core.ledger import tables as t
 from core.ledger.collection import check_files
-from core.ledger.database import Queries, as_row, write_once
+from core.ledger.database import Queries, write_once
 from core.ledger.events import note, tell_proposal
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
-from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, Scope
+from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, ReleaseRow, Scope
 
 ENDED: Final = ("committed", "failed")
 """States that a proposal does not leave."""
@@ -57,39 +56,40 @@ class ProposalQueries(Queries):
         attempt = secrets.token_hex(16)
 
         def write(session: Session, _repeated: bool) -> ProposalRow:
-            same = t.Proposal.attempt == attempt if update_id is None else t.Proposal.update_id == update_id
-            row = session.scalars(select(t.Proposal).where(same)).first()
+            same = ProposalRow.attempt == attempt if update_id is None else ProposalRow.update_id == update_id
+            row = session.scalars(select(ProposalRow).where(same)).first()
             if row is not None:
-                return as_row(ProposalRow, row)
+                return row
             _check_epoch(session, epoch)
             _check_live(session, expected_live)
             check_files(session, (clip, vlm))
-            row = t.Proposal(
+            row = ProposalRow(
                 kind=kind, family=family, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending",
-                update_id=update_id, expected_live=expected_live, share=share, forced=forced, attempt=attempt,
+                update_id=update_id, expected_live=expected_live, share=share, forced=forced,
             )  # fmt: skip
+            row.attempt = attempt
             session.add(row)
             session.flush()
             detail = {"family": family, "clip": clip, "vlm": vlm, "reason": reason, **rollout_detail(share, forced)}
             note(session, actor, f"propose {kind}", f"proposal {row.id}", detail)
             tell_proposal(session, row)
-            return as_row(ProposalRow, row)
+            return row
 
         return write_once(self.database, write, "the proposal")
 
     def proposal(self, proposal_id: int) -> ProposalRow:
         """One proposal. Raises LedgerError."""
         with self.database.read() as session:
-            return as_row(ProposalRow, find_proposal(session, proposal_id))
+            return find_proposal(session, proposal_id)
 
     def proposals(self, limit: int = 50) -> list[ProposalRow]:
         """The newest proposals, newest first."""
-        return self._all(ProposalRow, select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
+        return self._all(select(ProposalRow).order_by(ProposalRow.id.desc()).limit(limit))
 
     def pending_proposals(self) -> list[ProposalRow]:
         """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
-        query = select(t.Proposal).where(t.Proposal.state.not_in(ENDED)).order_by(t.Proposal.id)
-        return self._all(ProposalRow, query)
+        query = select(ProposalRow).where(ProposalRow.state.not_in(ENDED)).order_by(ProposalRow.id)
+        return self._all(query)
 
     def advance_proposal(
         self, proposal_id: int, state: ProposalState, error: str | None = None, *, epoch: int | None = None
@@ -112,27 +112,27 @@ class ProposalQueries(Queries):
             _check_epoch(session, epoch)
             row = find_proposal(session, proposal_id, lock=True)
             if row.state == state and (repeated or state == "failed"):
-                return as_row(ProposalRow, row)
+                return row
             check_open(row)
             row.state, row.error = state, error
             if state == "failed":
                 note(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
             session.flush()
             tell_proposal(session, row)
-            return as_row(ProposalRow, row)
+            return row
 
         return write_once(self.database, write, f"that proposal {proposal_id} is {state}")
 
 
-def find_proposal(session: Session, proposal_id: int, lock: bool = False) -> t.Proposal:
+def find_proposal(session: Session, proposal_id: int, lock: bool = False) -> ProposalRow:
     """One proposal, locked until the transaction ends if it is to be changed. Raises LedgerError."""
-    row = session.get(t.Proposal, proposal_id, with_for_update=lock or None)
+    row = session.get(ProposalRow, proposal_id, with_for_update=lock or None)
     if row is None:
         raise LedgerError(f"proposal {proposal_id} does not exist.", "See `ratchet releases list`.")
     return row
 
 
-def check_open(row: t.Proposal) -> None:
+def check_open(row: ProposalRow) -> None:
     """Refuse to change a proposal that has ended. Raises ReleaseConflict."""
     if row.state in ENDED:
         end = f" as release {row.release}" if row.state == "committed" else f" ({row.error})" if row.error else ""
@@ -153,7 +153,7 @@ def _check_epoch(session: Session, epoch: int | None) -> None:
 
 
 def _check_live(session: Session, expected: int | None) -> None:
-    live = session.scalar(select(func.max(t.Release.number))) or 0
+    live = session.scalar(select(func.max(ReleaseRow.number))) or 0
     if expected is not None and expected != live:
         raise ReleaseConflict(
             f"release {live} is live, not {expected}: somebody released first.",

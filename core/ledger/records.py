@@ -14,10 +14,9 @@ from sqlalchemy.exc import IntegrityError
 
 from core.digests import digest12
 from core.errors import AlreadyResubmitted, LedgerError
-from core.ledger import tables as t
-from core.ledger.database import Queries, as_row
+from core.ledger.database import Queries
 from core.ledger.events import add_event, note
-from core.ledger.rows import DeletionRow, DeletionState, ResubmissionRow
+from core.ledger.rows import DeletionRow, DeletionState, ResubmissionRow, utc_now
 
 
 class RecordQueries(Queries):
@@ -29,44 +28,44 @@ class RecordQueries(Queries):
     ) -> DeletionRow:
         """Record a wish; the same id again returns what is there."""
         with self.database.write() as session:
-            row = session.get(t.Deletion, deletion_id)
+            row = session.get(DeletionRow, deletion_id)
             if row is None:
-                row = t.Deletion(id=deletion_id, selector=dict(selector), actor=actor, reason=reason)
+                row = DeletionRow(id=deletion_id, selector=dict(selector), actor=actor, reason=reason)
                 session.add(row)
                 note(session, actor, "delete", _subject(deletion_id), {"reason": reason, "selector": dict(selector)})
                 session.flush()
-            return as_row(DeletionRow, row)
+            return row
 
     def deletion_removed(
         self, deletion_id: str, *, samples: int, refusals: int, adapters: Mapping[str, Any], store_version: int
     ) -> None:
         """From this version of the store on no reader finds it. Again, when more was found: with the new totals."""
         with self.database.write() as session:
-            row = session.get(t.Deletion, deletion_id, with_for_update=True)
+            row = session.get(DeletionRow, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
                 return
             row.state, row.samples, row.refusals, row.adapters = "removed", samples, refusals, dict(adapters)
-            row.removed_version, row.version, row.removed_at = store_version, None, row.removed_at or t.utc_now()
+            row.removed_version, row.version, row.removed_at = store_version, None, row.removed_at or utc_now()
 
     def deletion_reopened(self, deletion_id: str) -> None:
         """More of it is about to be removed: what was written again before that does not count."""
         with self.database.write() as session:
-            mine = update(t.Deletion).where(t.Deletion.id == deletion_id, t.Deletion.state == "removed")
+            mine = update(DeletionRow).where(DeletionRow.id == deletion_id, DeletionRow.state == "removed")
             session.execute(mine.values(version=None))
 
     def deletions_rewritten(self, ids: Sequence[str], version: int) -> None:
         """From this version of the store on, no data file has them: when older versions are gone, they are done."""
         with self.database.write() as session:
-            mine = update(t.Deletion).where(t.Deletion.id.in_(ids), t.Deletion.state == "removed")
-            session.execute(mine.where(t.Deletion.version.is_(None)).values(version=version))
+            mine = update(DeletionRow).where(DeletionRow.id.in_(ids), DeletionRow.state == "removed")
+            session.execute(mine.where(DeletionRow.version.is_(None)).values(version=version))
 
     def deletion_held(self, deletion_id: str, remains: str, until: datetime | None) -> None:
         """No file of the store has it; the bucket still does. Again, with what is left later."""
         with self.database.write() as session:
-            row = session.get(t.Deletion, deletion_id, with_for_update=True)
+            row = session.get(DeletionRow, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
                 return
-            row.state, row.held_at = "held", row.held_at or t.utc_now()
+            row.state, row.held_at = "held", row.held_at or utc_now()
             row.remains, row.remains_until = remains, until
 
     def deletion_done(self, deletion_id: str, remains: str | None = None) -> None:
@@ -76,10 +75,10 @@ class RecordQueries(Queries):
             remains: why it is not known whether the object store keeps some of it, where it is not.
         """
         with self.database.write() as session:
-            row = session.get(t.Deletion, deletion_id, with_for_update=True)
+            row = session.get(DeletionRow, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
                 return
-            row.state, row.done_at, row.remains, row.remains_until = "done", t.utc_now(), remains, None
+            row.state, row.done_at, row.remains, row.remains_until = "done", utc_now(), remains, None
             detail = {
                 "selector": row.selector, "samples": row.samples, "refusals": row.refusals, "adapters": row.adapters,
                 "actor": row.actor, "reason": row.reason, "remains": remains,
@@ -93,37 +92,39 @@ class RecordQueries(Queries):
         Each is listed with one update. Those that were carried out after the version are left for the next one.
         """
         with self.database.write() as session:
-            mine = update(t.Deletion).where(t.Deletion.update_id.is_(None), t.Deletion.state != "requested")
-            session.execute(mine.where(t.Deletion.removed_version <= store_version).values(update_id=update_id))
-            query = select(t.Deletion).where(t.Deletion.update_id == update_id).order_by(t.Deletion.requested_at)
-            return [as_row(DeletionRow, row) for row in session.scalars(query)]
+            mine = update(DeletionRow).where(DeletionRow.update_id.is_(None), DeletionRow.state != "requested")
+            session.execute(mine.where(DeletionRow.removed_version <= store_version).values(update_id=update_id))
+            query = select(DeletionRow).where(DeletionRow.update_id == update_id).order_by(DeletionRow.requested_at)
+            return list(session.scalars(query))
 
     def deletion(self, deletion_id: str) -> DeletionRow | None:
         """One deletion, or None."""
-        return self._get(DeletionRow, t.Deletion, deletion_id)
+        return self._get(DeletionRow, deletion_id)
 
     def deletions(
         self, limit: int = 100, states: Sequence[DeletionState] = (), *, oldest_first: bool = False
     ) -> list[DeletionRow]:
         """The newest deletions, newest first (or the oldest, oldest first); only those in some states."""
-        time = t.Deletion.requested_at
-        query = select(t.Deletion).order_by(time if oldest_first else time.desc(), t.Deletion.id).limit(limit)
+        time = DeletionRow.requested_at
+        query = select(DeletionRow).order_by(time if oldest_first else time.desc(), DeletionRow.id).limit(limit)
         if states:
-            query = query.where(t.Deletion.state.in_(states))
-        return self._all(DeletionRow, query)
+            query = query.where(DeletionRow.state.in_(states))
+        return self._all(query)
 
     def deletion_ids(self, prefix: str) -> set[str]:
         """Ids of all deletions that begin so."""
         with self.database.read() as session:
-            return set(session.scalars(select(t.Deletion.id).where(t.Deletion.id.startswith(prefix, autoescape=True))))
+            return set(
+                session.scalars(select(DeletionRow.id).where(DeletionRow.id.startswith(prefix, autoescape=True)))
+            )
 
     def count_deletions(self, prefix: str = "", states: Sequence[DeletionState] = ()) -> int:
         """Number of deletions; only those whose id begins so, and only those in some states."""
-        query = select(func.count()).select_from(t.Deletion)
+        query = select(func.count()).select_from(DeletionRow)
         if prefix:
-            query = query.where(t.Deletion.id.startswith(prefix, autoescape=True))
+            query = query.where(DeletionRow.id.startswith(prefix, autoescape=True))
         if states:
-            query = query.where(t.Deletion.state.in_(states))
+            query = query.where(DeletionRow.state.in_(states))
         with self.database.read() as session:
             return int(session.scalar(query) or 0)
 
@@ -131,10 +132,10 @@ class RecordQueries(Queries):
         """The one that has waited longest of those that are not done, or None. One that is locked in the bucket until
         a time that is known waits for nothing that an operator could do.
         """
-        until = t.Deletion.remains_until
-        waiting = select(t.Deletion).where(t.Deletion.state != "done", or_(until.is_(None), until <= t.utc_now()))
-        query = waiting.order_by(t.Deletion.requested_at).limit(1)
-        return self._first(DeletionRow, query)
+        until = DeletionRow.remains_until
+        waiting = select(DeletionRow).where(DeletionRow.state != "done", or_(until.is_(None), until <= utc_now()))
+        query = waiting.order_by(DeletionRow.requested_at).limit(1)
+        return self._first(query)
 
     def begin_resubmission(self, place: str, *, actor: str, reason: str, force: bool = False) -> ResubmissionRow:
         """Claim the right to send a refused record again.
@@ -148,35 +149,34 @@ class RecordQueries(Queries):
         """
         try:
             with self.database.write() as session:
-                row = session.get(t.Resubmission, place, with_for_update=True)
+                row = session.get(ResubmissionRow, place, with_for_update=True)
                 if row is None:
-                    row = t.Resubmission(place=place, times=0)
+                    row = ResubmissionRow(place=place, state="sending", times=0, actor=actor, reason=reason)
                     session.add(row)
                 elif row.state != "failed" and not force:
-                    raise _already(as_row(ResubmissionRow, row))
+                    raise _already(row)
                 row.state, row.actor, row.reason = "sending", actor, reason
-                row.times, row.updated_at = row.times + 1, t.utc_now()
+                row.times, row.updated_at = row.times + 1, utc_now()
                 note(session, actor, "resubmit", _record(place), {"reason": reason, "times": row.times})
                 session.flush()
-                return as_row(ResubmissionRow, row)
+                return row
         except IntegrityError:  # two claimed at once where there was no row to lock: the other one won
             raise _already(self.resubmissions([place])[place]) from None
 
     def end_resubmission(self, place: str, error: str | None = None) -> None:
         """The record was sent, or (``error``) was not and may be tried again. Raises LedgerError without a claim."""
         with self.database.write() as session:
-            row = session.get(t.Resubmission, place, with_for_update=True)
+            row = session.get(ResubmissionRow, place, with_for_update=True)
             if row is None:
                 raise LedgerError(f"record {place} was never claimed.", "Begin the re-submission first.")
-            row.state, row.updated_at = "sent" if error is None else "failed", t.utc_now()
+            row.state, row.updated_at = "sent" if error is None else "failed", utc_now()
             if error is not None:
                 note(session, row.actor, "resubmit failed", _record(place), {"error": error[:1000]})
 
     def resubmissions(self, places: Sequence[str]) -> dict[str, ResubmissionRow]:
         """Those of the records that were sent again, by place."""
-        query = select(t.Resubmission).where(t.Resubmission.place.in_(places))
-        with self.database.read() as session:
-            return {row.place: as_row(ResubmissionRow, row) for row in session.scalars(query)}
+        query = select(ResubmissionRow).where(ResubmissionRow.place.in_(places))
+        return {row.place: row for row in self._all(query)}
 
 
 def _subject(deletion_id: str) -> str:

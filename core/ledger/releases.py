@@ -15,18 +15,27 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.errors import Held, LedgerError, ReleaseConflict
-from core.ledger import tables as t
 from core.ledger.collection import check_files
-from core.ledger.database import Queries, as_row, write_once
+from core.ledger.database import Queries, write_once
 from core.ledger.events import note, tell_release
 from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.proposals import check_open, find_proposal, rollout_detail
-from core.ledger.rows import SYSTEM_ACTORS, Family, HoldRow, ReleaseRow
+from core.ledger.rows import (
+    SYSTEM_ACTORS,
+    AdapterRow,
+    AuditRow,
+    Family,
+    HoldRow,
+    ProposalRow,
+    ReleaseRow,
+    VerdictRow,
+    utc_now,
+)
 
 PLAIN: Final = 1.0
 """The share of a plain release."""
-NEWEST: Final = t.Release.number.desc()
-_OPEN_HOLD: Final = select(t.Hold).where(t.Hold.resumed_at.is_(None)).order_by(t.Hold.id)
+NEWEST: Final = ReleaseRow.number.desc()
+_OPEN_HOLD: Final = select(HoldRow).where(HoldRow.resumed_at.is_(None)).order_by(HoldRow.id)
 
 
 class ReleaseQueries(Queries):
@@ -64,9 +73,9 @@ class ReleaseQueries(Queries):
         attempt = secrets.token_hex(16)
 
         def write(session: Session, _repeated: bool) -> ReleaseRow:
-            written = session.scalars(select(t.Release).where(t.Release.attempt == attempt)).first()
+            written = session.scalars(select(ReleaseRow).where(ReleaseRow.attempt == attempt)).first()
             if written is not None:
-                return as_row(ReleaseRow, written)
+                return written
             if epoch is not None:
                 check_lease(session, CONTROLLER_LEASE, epoch)
             proposal = None if proposal_id is None else find_proposal(session, proposal_id, lock=True)
@@ -74,14 +83,15 @@ class ReleaseQueries(Queries):
                 check_open(proposal)
                 _check_hold(session, proposal, actor)
             check_number(session, number)
-            row = t.Release(
+            row = ReleaseRow(
                 number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id, share=share,
-                attempt=attempt, clip_base=_base_of(session, clip),
+                clip_base=_base_of(session, clip),
             )  # fmt: skip
+            row.attempt = attempt
             append_release(session, row, proposal)
             if hold_after_rollback and proposal is not None and proposal.kind == "rollback":
                 _hold_after_rollback(session, row)
-            return as_row(ReleaseRow, row)
+            return row
 
         try:
             return write_once(self.database, write, f"release {number}")
@@ -92,57 +102,57 @@ class ReleaseQueries(Queries):
 
     def live(self) -> ReleaseRow | None:
         """The live release: the highest number. None before the first start."""
-        return self._first(ReleaseRow, select(t.Release).order_by(NEWEST))
+        return self._first(select(ReleaseRow).order_by(NEWEST))
 
     def release(self, number: int) -> ReleaseRow:
         """One release. Raises LedgerError."""
-        row = self._get(ReleaseRow, t.Release, number)
+        row = self._get(ReleaseRow, number)
         if row is None:
             raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
         return row
 
     def releases(self, limit: int = 50, base: str | None = None) -> list[ReleaseRow]:
         """The newest releases, newest first. ``base``: only those whose CLIP has this base (its digest)."""
-        query = select(t.Release).where(of_base(base)).order_by(NEWEST).limit(limit)
-        return self._all(ReleaseRow, query)
+        query = select(ReleaseRow).where(of_base(base)).order_by(NEWEST).limit(limit)
+        return self._all(query)
 
     def before(self, family: Family, adapter: str | None, base: str | None = None) -> ReleaseRow | None:
         """The newest plain release whose adapter of this family is another one, and was neither withdrawn nor
         collected; with ``base`` only of those whose CLIP has this base.
         """
-        column = t.Release.clip if family == "clip" else t.Release.vlm
-        gone = or_(t.Adapter.withdrawn.is_not(None), t.Adapter.collected_at.is_not(None))
-        excluded = select(t.Adapter.name).where(gone)
+        column = ReleaseRow.clip if family == "clip" else ReleaseRow.vlm
+        gone = or_(AdapterRow.withdrawn.is_not(None), AdapterRow.collected_at.is_not(None))
+        excluded = select(AdapterRow.name).where(gone)
         query = (
-            select(t.Release)
-            .where(t.Release.share >= PLAIN, column.is_distinct_from(adapter), of_base(base))
+            select(ReleaseRow)
+            .where(ReleaseRow.share >= PLAIN, column.is_distinct_from(adapter), of_base(base))
             .where(or_(column.is_(None), column.not_in(excluded)))
             .order_by(NEWEST)
         )
-        return self._first(ReleaseRow, query)
+        return self._first(query)
 
     def stable(self) -> ReleaseRow | None:
         """The newest plain release: what answers the requests that a canary does not. None before the first start."""
-        return self._first(ReleaseRow, select(t.Release).where(t.Release.share >= PLAIN).order_by(NEWEST))
+        return self._first(select(ReleaseRow).where(ReleaseRow.share >= PLAIN).order_by(NEWEST))
 
     def incumbent(self, number: int, base: str | None = None) -> ReleaseRow | None:
         """The newest plain release before ``number``: what it is compared with, and what the guard goes back to; with
         ``base`` of those whose CLIP has this base.
         """
-        plain = select(t.Release).where(t.Release.share >= PLAIN, of_base(base), t.Release.number < number)
-        return self._first(ReleaseRow, plain.order_by(NEWEST))
+        plain = select(ReleaseRow).where(ReleaseRow.share >= PLAIN, of_base(base), ReleaseRow.number < number)
+        return self._first(plain.order_by(NEWEST))
 
     def was_stable(self, family: Family, adapter: str | None) -> bool:
         """True if an adapter (None: the base alone) was in a plain release, and so answered all requests."""
-        column = t.Release.clip if family == "clip" else t.Release.vlm
-        query = select(t.Release.number).where(t.Release.share >= PLAIN, column.is_not_distinct_from(adapter))
+        column = ReleaseRow.clip if family == "clip" else ReleaseRow.vlm
+        query = select(ReleaseRow.number).where(ReleaseRow.share >= PLAIN, column.is_not_distinct_from(adapter))
         with self.database.read() as session:
             return session.scalars(query.limit(1)).first() is not None
 
     def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
         """Those of some adapters that the guard took back, with the reason."""
         wanted = [name for name in names if name is not None]
-        query = select(t.Adapter).where(t.Adapter.name.in_(wanted), t.Adapter.withdrawn.is_not(None))
+        query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.withdrawn.is_not(None))
         with self.database.read() as session:
             return {row.name: row.withdrawn or "" for row in session.scalars(query)}
 
@@ -153,22 +163,22 @@ class ReleaseQueries(Queries):
         stays."""
         with self.database.write() as session:
             for name in names:
-                row = None if name is None else session.get(t.Adapter, name)
+                row = None if name is None else session.get(AdapterRow, name)
                 if row is not None:
                     row.withdrawn = row.withdrawn or reason
             detail = {"reason": reason, "adapters": [name for name in names if name is not None], **evidence}
-            session.add(t.Audit(actor=actor, action="withdraw", subject=subject, detail=detail))
+            session.add(AuditRow(actor=actor, action="withdraw", subject=subject, detail=detail))
 
     def unproven(self, name: str) -> str:
         """The reason why an adapter needs force to be released; empty when it passed the gate, or was live before."""
         with self.database.read() as session:
-            adapter = session.get(t.Adapter, name)
+            adapter = session.get(AdapterRow, name)
             if adapter is not None and adapter.withdrawn:
                 return f"{name} was withdrawn: {adapter.withdrawn}"
-            served = select(t.Release.number).where(
-                or_(t.Release.clip == name, t.Release.vlm == name), t.Release.share >= PLAIN
+            served = select(ReleaseRow.number).where(
+                or_(ReleaseRow.clip == name, ReleaseRow.vlm == name), ReleaseRow.share >= PLAIN
             )
-            passed = select(t.Verdict.id).where(t.Verdict.adapter == name, t.Verdict.outcome == "passed")
+            passed = select(VerdictRow.id).where(VerdictRow.adapter == name, VerdictRow.outcome == "passed")
             if session.scalars(served.limit(1)).first() or session.scalars(passed.limit(1)).first():
                 return ""
             return f"{name} has no passed verdict in the ledger and was never live"
@@ -201,42 +211,44 @@ class ReleaseQueries(Queries):
         attempt = secrets.token_hex(16)
 
         def write(session: Session, _repeated: bool) -> ReleaseRow:
-            written = session.scalars(select(t.Release).where(t.Release.attempt == attempt)).first()
+            written = session.scalars(select(ReleaseRow).where(ReleaseRow.attempt == attempt)).first()
             if written is not None:
-                return as_row(ReleaseRow, written)
+                return written
             number = live.number + 1
             check_number(session, number)
             if not live.plain:
                 raise ReleaseConflict(
                     f"release {live.number} is on trial.", "Promote it or take it back before the base changes."
                 )
-            unknown = update(t.Release).where(t.Release.clip_base.is_(None))
+            unknown = update(ReleaseRow).where(ReleaseRow.clip_base.is_(None))
             session.execute(unknown.values(clip_base=live_base))
-            proposal = t.Proposal(
+            proposal = ProposalRow(
                 kind="rollback" if rollback else "release", family="clip", clip=clip, vlm=None, actor=actor,
-                reason=reason, state="preparing", update_id=update_id, expected_live=live.number, attempt=attempt,
+                reason=reason, state="preparing", update_id=update_id, expected_live=live.number,
             )  # fmt: skip
+            proposal.attempt = attempt
             session.add(proposal)
             session.flush()
-            row = t.Release(
+            row = ReleaseRow(
                 number=number, clip=clip, vlm=live.vlm, actor=actor, reason=reason, proposal_id=proposal.id,
-                attempt=attempt, clip_base=base, share=PLAIN,
+                clip_base=base, share=PLAIN,
             )  # fmt: skip
+            row.attempt = attempt
             append_release(session, row, proposal)
             detail = {"from": live_base, "to": base, "clip": clip, "rollback": rollback}
             note(session, actor, "change base", f"release {number}", detail)
-            return as_row(ReleaseRow, row)
+            return row
 
         return write_once(self.database, write, f"release {live.number + 1}")
 
     def newest_of_each_base(self) -> list[ReleaseRow]:
         """The newest plain release of each base that was ever live, newest first."""
         numbers = (
-            select(func.max(t.Release.number))
-            .where(t.Release.share >= PLAIN, t.Release.clip_base.is_not(None))
-            .group_by(t.Release.clip_base)
+            select(func.max(ReleaseRow.number))
+            .where(ReleaseRow.share >= PLAIN, ReleaseRow.clip_base.is_not(None))
+            .group_by(ReleaseRow.clip_base)
         )
-        return self._all(ReleaseRow, select(t.Release).where(t.Release.number.in_(numbers)).order_by(NEWEST))
+        return self._all(select(ReleaseRow).where(ReleaseRow.number.in_(numbers)).order_by(NEWEST))
 
     def image_spaces_of_bases(self) -> set[str]:
         """Image spaces of :meth:`newest_of_each_base`: what another base's servers search, or will after a switch
@@ -244,13 +256,13 @@ class ReleaseQueries(Queries):
         """
         clips = [row.clip for row in self.newest_of_each_base() if row.clip is not None]
         with self.database.read() as session:
-            return set(session.scalars(select(t.Adapter.image_space).where(t.Adapter.name.in_(clips))))
+            return set(session.scalars(select(AdapterRow.image_space).where(AdapterRow.name.in_(clips))))
 
     def hold(self, actor: str, reason: str) -> HoldRow:
         """Let update proposals wait until :meth:`resume`. A second hold keeps the first."""
 
         def write(session: Session, _repeated: bool) -> HoldRow:
-            return as_row(HoldRow, _open_hold(session) or _add_hold(session, actor, reason))
+            return _open_hold(session) or _add_hold(session, actor, reason)
 
         return write_once(self.database, write, "the hold")
 
@@ -262,29 +274,29 @@ class ReleaseQueries(Queries):
             if row is None and not repeated:
                 raise LedgerError("updates are not on hold.", "There is nothing to resume.")
             if row is not None:
-                row.resumed_at = t.utc_now()
+                row.resumed_at = utc_now()
                 note(session, actor, "resume", "updates", {"reason": reason})
 
         write_once(self.database, write, "the end of the hold")
 
     def held(self) -> HoldRow | None:
         """The open hold, if there is one."""
-        return self._first(HoldRow, _OPEN_HOLD)
+        return self._first(_OPEN_HOLD)
 
 
 def of_base(base: str | None) -> ColumnElement[bool]:
     """The condition that a release's CLIP has a base; without one it holds always. Releases that name no base are of
     the only one that there was."""
-    return true() if base is None else or_(t.Release.clip_base == base, t.Release.clip_base.is_(None))
+    return true() if base is None else or_(ReleaseRow.clip_base == base, ReleaseRow.clip_base.is_(None))
 
 
-def _live(session: Session) -> t.Release | None:
-    return session.scalars(select(t.Release).order_by(NEWEST).limit(1)).first()
+def _live(session: Session) -> ReleaseRow | None:
+    return session.scalars(select(ReleaseRow).order_by(NEWEST).limit(1)).first()
 
 
 def _base_of(session: Session, clip: str | None) -> str | None:
     """The base that an adapter is recorded with; of the base alone, and of one that is not recorded, the live one."""
-    adapter = None if clip is None else session.get(t.Adapter, clip)
+    adapter = None if clip is None else session.get(AdapterRow, clip)
     if adapter is not None:
         return adapter.base
     live = _live(session)
@@ -299,7 +311,7 @@ def check_number(session: Session, number: int) -> None:
         raise ReleaseConflict(f"release {number} cannot be next: {expected} is.", "Prepare again from what is live.")
 
 
-def append_release(session: Session, row: t.Release, proposal: t.Proposal | None) -> None:
+def append_release(session: Session, row: ReleaseRow, proposal: ProposalRow | None) -> None:
     """Add a release, with its note and its event, and end its proposal.
 
     Raises:
@@ -316,25 +328,25 @@ def append_release(session: Session, row: t.Release, proposal: t.Proposal | None
     tell_release(session, row, proposal, previous=row.number - 1 or None)
 
 
-def _hold_after_rollback(session: Session, row: t.Release) -> None:
+def _hold_after_rollback(session: Session, row: ReleaseRow) -> None:
     if row.actor not in SYSTEM_ACTORS and _open_hold(session) is None:
         _add_hold(session, row.actor, f"after the rollback of release {row.number - 1}: {row.reason}")
 
 
-def _open_hold(session: Session) -> t.Hold | None:
+def _open_hold(session: Session) -> HoldRow | None:
     return session.scalars(_OPEN_HOLD).first()
 
 
-def _add_hold(session: Session, actor: str, reason: str) -> t.Hold:
+def _add_hold(session: Session, actor: str, reason: str) -> HoldRow:
     """Open a hold, with its audit row."""
-    row = t.Hold(actor=actor, reason=reason)
+    row = HoldRow(actor=actor, reason=reason)
     session.add(row)
     note(session, actor, "hold", "updates", {"reason": reason})
     session.flush()
     return row
 
 
-def _check_hold(session: Session, proposal: t.Proposal, actor: str) -> None:
+def _check_hold(session: Session, proposal: ProposalRow, actor: str) -> None:
     """Refuse what would go live by itself while a hold is open: updates, and promotions that no operator asked for.
 
     Raises:

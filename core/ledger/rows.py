@@ -1,11 +1,32 @@
-"""Frozen rows, as the ledger returns them. Times are UTC."""
+"""The ledger's tables (SQLAlchemy 2), and the rows that queries return: copies, which change nothing. Times are UTC.
+
+Migrations are in the folder of that name; a test compares both. Columns without an annotation are not fields of a row.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, fields
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from inspect import get_annotations
+from typing import Any, Final, Literal, get_args
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    TypeDecorator,
+    false,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from ratchet_client.models import Family as Family
 
@@ -25,58 +46,105 @@ EventType = Literal[
 SYSTEM_ACTORS: Final = frozenset({"controller", "updater", "guard", "ratchet"})
 """Actors that are parts of Ratchet; every other actor is a person, or acts for one."""
 ResubmissionState = Literal["sending", "sent", "failed"]
+DeletionState = Literal["requested", "removed", "held", "done"]
 
 
-@dataclass(frozen=True)
-class AdapterRow:
+class UtcTime(TypeDecorator[datetime]):
+    """Aware UTC times on every database: SQLite forgets the zone, so it is put back."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def utc_now() -> datetime:
+    """Now, aware, UTC."""
+    return datetime.now(UTC)
+
+
+class Base(MappedAsDataclass, DeclarativeBase):
+    """Common column types."""
+
+    type_annotation_map = {datetime: UtcTime, dict[str, Any]: JSON, dict[str, int]: JSON}  # noqa: RUF012
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Copies of rows in files are checked and written by their fields."""
+        required = {each.name: (each.default, each.default_factory) == (MISSING, MISSING) for each in fields(cls)}
+        hints = {name: get_args(hint)[0] for name, hint in get_annotations(cls, eval_str=True).items()}
+        schema = core_schema.typed_dict_schema(
+            {
+                name: core_schema.typed_dict_field(handler.generate_schema(hint), required=required[name])
+                for name, hint in hints.items()
+            }
+        )
+        return core_schema.no_info_after_validator_function(
+            lambda values: cls(**values),
+            schema,
+            serialization=core_schema.plain_serializer_function_ser_schema(asdict, return_schema=schema),
+        )
+
+
+class AdapterRow(Base, kw_only=True):
     """An immutable adapter against one base, and the embedding spaces it makes."""
 
-    name: str
-    family: str
-    base: str
-    image_space: str
-    text_space: str
-    meta: dict[str, Any]
-    created_at: datetime
-    withdrawn: str | None = None
+    __tablename__ = "adapters"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    family: Mapped[str] = mapped_column(String(16))
+    base: Mapped[str] = mapped_column(String(64))
+    image_space: Mapped[str] = mapped_column(String(64))
+    text_space: Mapped[str] = mapped_column(String(64))
+    meta: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    withdrawn: Mapped[str | None] = mapped_column(Text, default=None)
     """The guard's reason for taking it back; such an adapter is not released again unless an operator forces it."""
-    digest: str | None = None
-    """SHA-256 of its directory; None for adapters that were recorded before it was kept."""
-    collected_at: datetime | None = None
-    """When the garbage collector took its files; see :mod:`core.ledger.collection`."""
+    digest: Mapped[str | None] = mapped_column(String(64), default=None)
+    """SHA-256 of its directory, see :func:`core.artifacts.directory_digest`; None for adapters that were recorded
+    before it was kept."""
+    collected_at: Mapped[datetime | None] = mapped_column(default=None)
+    """When it was decided that its files are deleted; see :mod:`core.ledger.collection`."""
+    collected_bytes = mapped_column(BigInteger)
+    """Bytes that this freed; None until they are gone."""
 
 
-@dataclass(frozen=True)
-class UpdateRow:
+class UpdateRow(Base, kw_only=True):
     """One run of the trainer. ``data_from``/``data_to`` are next offsets by ``topic:partition``."""
 
-    id: str
-    family: str
-    state: UpdateState
-    recipe: dict[str, Any]
-    seed: int
-    store_version: int
-    data_from: dict[str, int]
-    data_to: dict[str, int]
-    incumbent: str | None
-    adapter: str | None
-    cost: dict[str, Any]
-    error: str | None
-    created_at: datetime
-    updated_at: datetime
+    __tablename__ = "updates"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    family: Mapped[str] = mapped_column(String(16), index=True)
+    state: Mapped[UpdateState] = mapped_column(String(16))
+    recipe: Mapped[dict[str, Any]]
+    seed: Mapped[int]
+    store_version: Mapped[int]
+    data_from: Mapped[dict[str, int]]
+    data_to: Mapped[dict[str, int]]
+    incumbent: Mapped[str | None] = mapped_column(String(64))
+    adapter: Mapped[str | None] = mapped_column(String(64), default=None)
+    cost: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    error: Mapped[str | None] = mapped_column(Text, default=None)
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(default_factory=utc_now, onupdate=utc_now)
 
 
-@dataclass(frozen=True)
-class VerdictRow:
+class VerdictRow(Base, kw_only=True):
     """The gate's verdict on an update's candidate."""
 
-    id: int
-    update_id: str
-    adapter: str
-    outcome: GateOutcome
-    report_key: str
-    summary: dict[str, Any]
-    created_at: datetime
+    __tablename__ = "verdicts"
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    update_id: Mapped[str] = mapped_column(ForeignKey("updates.id"), unique=True)
+    adapter: Mapped[str] = mapped_column(String(64))
+    outcome: Mapped[GateOutcome] = mapped_column(String(16))
+    report_key: Mapped[str] = mapped_column(Text)
+    summary: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
 
     @property
     def gain(self) -> float:
@@ -93,49 +161,53 @@ class VerdictRow:
         return sum(suite["after"] - suite["base"] for suite in suites) / len(suites) if suites else math.nan
 
 
-@dataclass(frozen=True)
-class ProposalRow:
+class ProposalRow(Base, kw_only=True):
     """A wish to release: from the updater after a passed verdict, or from an operator.
 
     ``clip`` means something where ``family`` is ``clip`` or ``both``, ``vlm`` where it is ``vlm`` or ``both``.
     """
 
-    id: int
-    kind: ProposalKind
-    family: Scope
-    clip: str | None
-    vlm: str | None
-    actor: str
-    reason: str
-    state: ProposalState
-    error: str | None
-    release: int | None
-    update_id: str | None
-    expected_live: int | None
-    created_at: datetime
-    updated_at: datetime
-    share: float = 1.0
+    __tablename__ = "proposals"
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    kind: Mapped[ProposalKind] = mapped_column(String(16))
+    family: Mapped[Scope] = mapped_column(String(16), server_default="clip")
+    clip: Mapped[str | None] = mapped_column(String(64))
+    vlm: Mapped[str | None] = mapped_column(String(64))
+    actor: Mapped[str] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(Text)
+    state: Mapped[ProposalState] = mapped_column(String(16), default="pending", index=True)
+    error: Mapped[str | None] = mapped_column(Text, default=None)
+    release: Mapped[int | None] = mapped_column(default=None)
+    update_id: Mapped[str | None] = mapped_column(ForeignKey("updates.id"), unique=True, default=None)
+    expected_live: Mapped[int | None] = mapped_column(default=None)
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    updated_at: Mapped[datetime] = mapped_column(default_factory=utc_now, onupdate=utc_now)
+    share: Mapped[float] = mapped_column(default=1.0, server_default="1")
     """See :attr:`ReleaseRow.share`. An update's is decided when it is released, by ``rollout.mode``."""
-    forced: bool = False
+    forced: Mapped[bool] = mapped_column(default=False, server_default=false())
     """An operator released adapters that no gate had passed."""
+    attempt = mapped_column(String(32), unique=True, index=True)
+    """Names the call that wrote the row, so that it can be found when the answer to COMMIT was lost."""
 
 
-@dataclass(frozen=True)
-class ReleaseRow:
+class ReleaseRow(Base, kw_only=True):
     """The adapters that are served under a number. ``None`` is the base alone."""
 
-    number: int
-    clip: str | None
-    vlm: str | None
-    actor: str
-    reason: str
-    proposal_id: int | None
-    created_at: datetime
-    share: float = 1.0
+    __tablename__ = "releases"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    clip: Mapped[str | None] = mapped_column(String(64))
+    vlm: Mapped[str | None] = mapped_column(String(64))
+    actor: Mapped[str] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(Text)
+    proposal_id: Mapped[int | None] = mapped_column(ForeignKey("proposals.id"))
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    share: Mapped[float] = mapped_column(default=1.0, server_default="1")
     """1: a plain release. Between: a canary, which answers this share of the requests while the newest older plain
     release answers the others. 0: a shadow, whose answers are only compared."""
-    clip_base: str | None = None
+    clip_base: Mapped[str | None] = mapped_column(String(64), default=None)
     """Digest of the base of ``clip``, or of the base alone; None as long as no other base was ever live."""
+    attempt = mapped_column(String(32), unique=True, index=True)
+    """As :attr:`ProposalRow.attempt`."""
 
     @property
     def plain(self) -> bool:
@@ -147,19 +219,38 @@ class ReleaseRow:
         return self.clip if family == "clip" else self.vlm
 
 
-@dataclass(frozen=True)
-class BaseUpgradeRow:
+class BaseUpgradeRow(Base, kw_only=True):
     """An upgrade from one base to another: digests of both and the names under which they were registered."""
 
-    update_id: str
-    old_base: str
-    old_name: str
-    new_base: str
-    new_name: str
-    gflops: float
+    __tablename__ = "base_upgrades"
+    update_id: Mapped[str] = mapped_column(ForeignKey("updates.id"), primary_key=True)
+    old_base: Mapped[str] = mapped_column(String(64))
+    old_name: Mapped[str] = mapped_column(String(64))
+    new_base: Mapped[str] = mapped_column(String(64))
+    new_name: Mapped[str] = mapped_column(String(64))
+    gflops: Mapped[float]
     """Its budget, in MAF-GFLOPs; the token bucket is not charged for it."""
-    actor: str
-    created_at: datetime
+    actor: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+
+
+class ChargeRow(Base, kw_only=True):
+    """One spending from the token bucket; the key makes it idempotent. MAF-GFLOPs."""
+
+    __tablename__ = "budget_charges"
+    key: Mapped[str] = mapped_column(String(100), primary_key=True)
+    amount: Mapped[float]
+    settled: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+
+
+class BucketRow(Base, kw_only=True):
+    """The token bucket: its level, and the latest time it was refilled (seconds since 1970)."""
+
+    __tablename__ = "budget_bucket"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    level: Mapped[float]
+    refilled_at: Mapped[float]
 
 
 def answers(share: float) -> str:
@@ -169,116 +260,124 @@ def answers(share: float) -> str:
     return f"canary {100 * share:.3g}%" if share > 0 else "shadow"
 
 
-@dataclass(frozen=True)
-class HoldRow:
+class HoldRow(Base, kw_only=True):
     """While held, update proposals wait."""
 
-    actor: str
-    reason: str
-    created_at: datetime
+    __tablename__ = "holds"
+    id = mapped_column(Integer, primary_key=True)
+    actor: Mapped[str] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    resumed_at = mapped_column(UtcTime)
 
 
-@dataclass(frozen=True)
-class AuditRow:
+class AuditRow(Base, kw_only=True):
     """An action of somebody, for the audit."""
 
-    id: int
-    actor: str
-    action: str
-    subject: str
-    detail: dict[str, Any] = field(default_factory=dict)
-    created_at: datetime | None = None
+    __tablename__ = "audit"
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    actor: Mapped[str] = mapped_column(String(200))
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(200))
+    detail: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
 
 
-@dataclass(frozen=True)
-class KeyRow:
-    """An API key, without its secret. ``digest`` is the SHA-256 of the secret, in hex."""
+class KeyRow(Base, kw_only=True):
+    """An API key, without its secret. ``digest`` is the SHA-256 of the secret, in hex. Names are never reused, so that
+    an audit row stays clear.
+    """
 
-    id: str
-    name: str
-    scopes: tuple[KeyScope, ...]
-    digest: str = field(repr=False)
-    requests_per_minute: int | None
-    actor: str
-    created_at: datetime
-    revoked_at: datetime | None
-    last_used_at: datetime | None
-    expires_at: datetime | None = None
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    scopes: Mapped[list[KeyScope]] = mapped_column(JSON)
+    digest: Mapped[str] = mapped_column(String(64), repr=False)
+    requests_per_minute: Mapped[int | None]
+    actor: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    revoked_at: Mapped[datetime | None] = mapped_column(default=None)
+    last_used_at: Mapped[datetime | None] = mapped_column(default=None)
+    expires_at: Mapped[datetime | None] = mapped_column(default=None)
     """None: good until it is revoked."""
 
     def expired(self) -> bool:
         """True if its time is over."""
-        return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
+        return self.expires_at is not None and self.expires_at <= utc_now()
 
 
-@dataclass(frozen=True)
-class ResubmissionRow:
-    """A refused record that was sent again: the last time, by whom and why."""
+class ResubmissionRow(Base, kw_only=True):
+    """A refused record that was sent again: the last time, by whom and why. Its place is where the topic had it when it
+    was refused.
+    """
 
-    place: str
-    state: ResubmissionState
-    times: int
-    actor: str
-    reason: str
-    updated_at: datetime
-
-
-@dataclass(frozen=True)
-class EventRow:
-    """An event for other programs. ``id`` orders events, ``event_id`` follows from the fact."""
-
-    id: int
-    event_id: str
-    type: EventType
-    subject: str
-    data: dict[str, Any]
-    time: datetime
-    published: bool
-    partition: int | None
-    offset: int | None
+    __tablename__ = "resubmissions"
+    place: Mapped[str] = mapped_column(String(300), primary_key=True)
+    state: Mapped[ResubmissionState] = mapped_column(String(16))
+    times: Mapped[int]
+    actor: Mapped[str] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(Text)
+    updated_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
 
 
-@dataclass(frozen=True)
-class LeaseRow:
-    """The right to do a job for some time; the holder is empty when the lease was given back."""
+class EventRow(Base, kw_only=True):
+    """An event for other programs. ``id`` orders events, ``event_id`` follows from the fact; ``partition`` and
+    ``offset`` are where its topic has it, once it is published.
+    """
 
-    name: str
-    holder: str
-    epoch: int
-    expires_at: datetime
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_published", "published", "id"),)
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    event_id: Mapped[str] = mapped_column(String(200), unique=True)
+    type: Mapped[EventType] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(300))
+    data: Mapped[dict[str, Any]]
+    time: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    published: Mapped[bool] = mapped_column(default=False)
+    partition: Mapped[int | None] = mapped_column(default=None)
+    offset: Mapped[int | None] = mapped_column(BigInteger, default=None)
 
 
-DeletionState = Literal["requested", "removed", "held", "done"]
+class LeaseRow(Base, kw_only=True):
+    """The right to do a job for some time; the holder is empty when the lease was given back. The epoch grows with each
+    new holder, and the row stays.
+    """
+
+    __tablename__ = "leases"
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(200))
+    epoch: Mapped[int]
+    expires_at: Mapped[datetime]
 
 
-@dataclass(frozen=True)
-class DeletionRow:
+class DeletionRow(Base, kw_only=True):
     """A deletion, which is also its receipt."""
 
-    id: str
-    selector: dict[str, Any]
+    __tablename__ = "deletions"
+    id: Mapped[str] = mapped_column(String(300), primary_key=True)
+    selector: Mapped[dict[str, Any]]
     """The samples to delete: see :mod:`streams.store.deletion`."""
-    state: DeletionState
+    state: Mapped[DeletionState] = mapped_column(String(16), default="requested", index=True)
     """``removed``: no reader finds it any more; ``held``: the bucket keeps old versions of the files that had it;
     ``done``: its bytes are gone from the disk, too."""
-    actor: str
-    reason: str
-    samples: int
-    refusals: int
-    adapters: dict[str, Any]
+    actor: Mapped[str] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(Text)
+    samples: Mapped[int] = mapped_column(default=0)
+    refusals: Mapped[int] = mapped_column(default=0)
+    adapters: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
     """``learned``: adapters that were trained on some of it; ``may_have_replayed``: those that may have drawn it."""
-    removed_version: int | None
+    removed_version: Mapped[int | None] = mapped_column(BigInteger, default=None)
     """Version of the store from which on no reader finds it."""
-    version: int | None
+    version: Mapped[int | None] = mapped_column(BigInteger, default=None)
     """Version of the store from which on no data file has it."""
-    update_id: str | None
+    update_id: Mapped[str | None] = mapped_column(String(64), default=None)
     """The first update that was trained without it."""
-    requested_at: datetime
-    removed_at: datetime | None
-    held_at: datetime | None
+    requested_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+    removed_at: Mapped[datetime | None] = mapped_column(default=None)
+    held_at: Mapped[datetime | None] = mapped_column(default=None)
     """When no file of the store had it any more, and the bucket still did."""
-    done_at: datetime | None
-    remains: str | None
+    done_at: Mapped[datetime | None] = mapped_column(default=None)
+    remains: Mapped[str | None] = mapped_column(Text, default=None)
     """The part that is left of it in the bucket, or why that is not known."""
-    remains_until: datetime | None
+    remains_until: Mapped[datetime | None] = mapped_column(default=None)
     """When that can be deleted; None where it is not known."""

@@ -57,21 +57,19 @@ class Serve(Listener):
     )
     encoder_threads: int = Field(0, ge=0, le=256, description="CPU threads of each encoder; 0: they share the cores.")
     ingress_replicas: int = Field(
-        1, ge=1, le=64, description="Processes that answer HTTP. With two, one that ends is not missed."
+        1,
+        ge=1,
+        le=64,
+        description="Processes that answer HTTP. From two on one that ends is not missed, nor is a release "
+        "controller: there are two of them as well.",
     )
     ingress_max_replicas: int = Field(
         0, ge=0, le=256, description="As many of them at most, by load; 0: always ingress_replicas."
     )
-    controller_replicas: int = Field(
-        1, ge=1, le=8, description="Release controllers. One leads by a lease; with two, one that ends is not missed."
-    )
     max_batch: int = Field(16, ge=1, le=1024, description="Most images (or 4x texts) in one forward pass.")
     queue: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
     deadline_seconds: float = Field(30.0, gt=0, description="A request older than this is answered 504.")
-    max_images: int = Field(32, ge=1, le=1024, description="Images in one request.")
-    max_texts: int = Field(256, ge=1, le=8192, description="Texts in one request.")
     max_body_bytes: int = Field(16 * MIB, ge=1024, description="Largest request body.")
-    max_text_chars: int = Field(2000, ge=1, description="Longest text.")
     max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
     decode_pixels: int = Field(
@@ -88,13 +86,8 @@ class Serve(Listener):
     caller_share: float = Field(
         0.75, gt=0, le=1, description="Share of the slots, bytes and pixels that one key or address may hold."
     )
-    connections: int = Field(4096, ge=16, le=100_000, description="Open connections of HAProxy; more wait.")
     connections_per_address: int = Field(512, ge=1, description="Open connections of one address; more are closed.")
-    header_seconds: float = Field(
-        10.0, gt=0, description="Longest wait of HAProxy for the headers and the first 16 KB of a request."
-    )
     idle_seconds: float = Field(60.0, gt=0, description="An open connection without a request is closed after this.")
-    probes_per_second: int = Field(50, ge=1, description="Most calls of /health from one address; more are 429.")
     allowed_hosts: list[str] = Field(
         default_factory=list,
         description="Further names in the Host header; on loopback others are refused (DNS rebinding).",
@@ -108,7 +101,6 @@ class Serve(Listener):
     image_networks: list[NetworkRule] = Field(
         default_factory=list, description="Networks that image URLs may lead to although they are not public."
     )
-    image_seconds: float = Field(5.0, gt=0, description="Longest time to fetch one image, redirects included.")
     rollback_window: int = Field(2, ge=2, le=16, description="Releases kept resident, the live one included.")
     vlm_engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="What runs the VLM; auto takes vLLM where it is installed."
@@ -121,7 +113,6 @@ class Serve(Listener):
     vlm_context: int = Field(256, ge=32, le=131_072, description="Most tokens of a request, answer and image included.")
     vlm_max_tokens: int = Field(128, ge=1, le=32_768, description="Longest answer, in tokens.")
     vlm_batch: int = Field(16, ge=1, le=1024, description="Requests that the VLM answers side by side.")
-    vlm_queue: int = Field(128, ge=1, description="VLM requests that may wait or run; more are answered 429.")
     vlm_max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(16, description="Largest LoRA rank that the VLM serves.")
     vlm_gpus: int = Field(
         1, ge=1, le=64, description="GPUs that one VLM replica is divided over (tensor parallel); none on a CPU."
@@ -132,6 +123,12 @@ class Serve(Listener):
     vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
     ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
+
+    @property
+    def vlm_queue(self) -> int:
+        """VLM requests that may wait or run; more are answered 429. Eight batches take some seconds each, which is as
+        long as ``deadline_seconds`` lets a request wait."""
+        return 8 * self.vlm_batch
 
 
 class AccessRules(Section):
@@ -153,7 +150,6 @@ class AccessRules(Section):
 class Catalog(Section):
     """How the catalog embeds, and how it is searched."""
 
-    index_rows: int = Field(50_000, ge=256, description="An image space of fewer rows is searched without an index.")
     min_recall: float = Field(
         0.9, gt=0, lt=1, description="An index that finds less of the true ten nearest rows is not used."
     )
@@ -177,9 +173,6 @@ class Console(Listener):
     )
     public_samples: bool = Field(
         False, description="In public mode also show pictures and texts of samples that a verdict names."
-    )
-    public_requests_per_minute: int = Field(
-        300, ge=1, le=1_000_000, description="Requests a minute that one address may make in public mode."
     )
     oidc: Oidc = Field(default_factory=Oidc)
 

@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from core.addresses import NetworkRule, UriRule
 from core.settings.identity import OAuth
-from core.settings.section import MIB, Section, http_url
+from core.settings.section import Section, http_url
 from ratchet_client.records import DEFAULT_LIMITS, TOPIC
 
 OWNED_OPTIONS: Final[Mapping[str, str]] = {
@@ -20,12 +20,12 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = {
     "check_crcs": "damaged records go to quarantine",
     "enable_auto_commit": "offsets are committed after what they stand for is stored",
     "enable_idempotence": "a retry must not send a record twice",
-    "fetch_max_bytes": "set `kafka.batch_bytes`",
+    "fetch_max_bytes": "it follows from the bytes of one commit",
     "group_id": "set `kafka.group`",
     "isolation_level": "records of aborted transactions are no samples",
     "key_deserializer": "records are decoded by ingest",
     "key_serializer": "records are encoded by Ratchet",
-    "max_partition_fetch_bytes": "set `kafka.batch_bytes`",
+    "max_partition_fetch_bytes": "it follows from the bytes of one commit",
     "transaction_timeout_ms": "older senders are fenced off in a known time",
     "transactional_id": "each partition has its own, which fences older senders",
     "value_deserializer": "records are decoded by ingest",
@@ -47,7 +47,6 @@ class Kafka(Section):
     )
     group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
     partitions: int = Field(2, ge=1, le=1024, description="Partitions when Ratchet creates the topic.")
-    batch_bytes: int = Field(16 * MIB, ge=1024, description="Most bytes of records in one commit.")
     batch_records: int = Field(512, ge=1, le=100_000, description="Most records in one commit.")
     batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
     client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
@@ -79,7 +78,6 @@ class Ingest(Section):
     max_image_bytes: int = Field(DEFAULT_LIMITS.max_image_bytes, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="Largest decoded image, in pixels.")
     min_side: int = Field(DEFAULT_LIMITS.min_side, ge=1, description="Shortest side of an image, in pixels.")
-    max_text_chars: int = Field(DEFAULT_LIMITS.max_text_chars, ge=1, description="Longest text, question or answer.")
     fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
     near_duplicate_distance: int = Field(
         -1,
@@ -95,8 +93,6 @@ class Ingest(Section):
     allowed_networks: list[NetworkRule] = Field(
         default_factory=list, description="Networks that URIs may lead to although they are not public."
     )
-    uri_concurrency: int = Field(32, ge=1, le=1024, description="Images fetched at once by image_uri; more wait.")
-    uri_seconds: float = Field(30.0, gt=0, le=3600, description="Longest time to fetch one image, all tries included.")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
 
 

@@ -69,14 +69,7 @@ class Updater(Section):
         description="Ray cluster for more workers than one, which sees home as this machine does, e.g. ray://head:10001;"
         " empty: this machine.",
     )
-    nice: int = Field(
-        19, ge=0, le=19, description="Niceness of the trainer process; serving's models have 4, the rest of serving 0."
-    )
-    idle: bool = Field(False, description="Linux: the trainer runs only where no other process wants to (SCHED_IDLE).")
     duty_cycle: float = Field(1.0, gt=0, le=1, description="Share of time the trainer may compute.")
-    max_latency_ratio: float = Field(
-        1.25, ge=1, description="The trainer gives way while a route takes this multiple of what it did before."
-    )
     checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
     heads: list[LearnedHead] = Field(
         default_factory=list,

@@ -13,8 +13,9 @@ class Watch(Section):
     """Measurements of the catalog and of the incoming data."""
 
     seconds: float = Field(30.0, gt=0, description="How often they are measured, where something has changed.")
-    drift_window: int = Field(128, ge=8, le=100_000, description="Newest samples that are looked at for drift.")
-    drift_reference: int = Field(512, ge=8, le=100_000, description="Samples before them: what they are compared to.")
+    drift_window: int = Field(
+        128, ge=8, le=100_000, description="Newest samples that are compared, for drift, to four times as many before."
+    )
 
 
 class Logs(Section):

@@ -198,7 +198,7 @@ def trainer(
     from updater.service.process import be_nice, use_environment
 
     settings = ctx.of(context).settings
-    be_nice(settings.updater.nice, settings.updater.idle)  # before imports that take seconds, and start threads
+    be_nice()  # before imports that take seconds, and start threads
     use_environment()
 
     from updater.service.update_loop import run_update

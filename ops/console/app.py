@@ -40,6 +40,8 @@ from updater.gate.report import styles
 log = logging.getLogger("ratchet.console")
 FORM_BYTES = 256 * 1024
 """Room for the texts of a form next to its picture."""
+PUBLIC_REQUESTS_PER_MINUTE = 300
+"""Of one address, in public mode: an open page makes six a minute, so that fifty screens may share an address."""
 PAGES = (overview, playground, releases, models, gate, stream, quarantine, budget, audit, pictures, sign_in)
 PUBLIC_PAGES = (overview, releases, models, gate, stream, budget)
 STOP_SECONDS = 5
@@ -60,8 +62,9 @@ def build_console(settings: Settings) -> FastAPI:
     _errors(app)
     if console.public:
         app.add_middleware(SharedPages)
-        per_minute = console.public_requests_per_minute
-        app.add_middleware(ReadOnly, requests_per_minute=per_minute, trusted_proxies=serve.trusted_proxies)
+        app.add_middleware(
+            ReadOnly, requests_per_minute=PUBLIC_REQUESTS_PER_MINUTE, trusted_proxies=serve.trusted_proxies
+        )
     sessions = Sessions(settings.operator_key(), console.session_hours)
     app.add_middleware(  # the last one is the outermost: its headers are on every answer
         SecurityMiddleware, sessions=sessions, max_body_bytes=serve.max_image_bytes + FORM_BYTES,

@@ -27,6 +27,8 @@ from serving.catalog.row_columns import Keys, Vectors, digests_of, keys_of
 from serving.catalog.tables import Neighbours, Tables
 
 log = logging.getLogger("ratchet.catalog")
+INDEX_ROWS: Final = 50_000
+"""An image space of fewer rows is searched without an index: the exact search takes milliseconds there."""
 NICE: Final = 10
 """Of the thread that makes indexes and measures them: requests come first."""
 LEAST_SHARES: Final = 2
@@ -108,7 +110,7 @@ class IndexMaintainer:
 
     def is_ready(self, space: str, rows: int) -> bool:
         """True when a space of so many rows is searched as fast as it is going to be."""
-        if rows < self.settings.index_rows:
+        if rows < INDEX_ROWS:
             return True
         known = self._known.get(space, IndexStatus())
         return not known.building and (bool(known.last_error) or known.recall is not None)
@@ -146,7 +148,7 @@ class IndexMaintainer:
 
     async def _keep(self, space: str, known: IndexStatus, settled: bool) -> bool:
         known.rows = await self._in_thread(self.tables.rows, space)
-        if known.rows < self.settings.index_rows:
+        if known.rows < INDEX_ROWS:
             await self._in_thread(self.tables.indexes.forget, space, True)
             return False
         changed = await self._in_thread(self._bring_up, space)
@@ -176,7 +178,7 @@ class IndexMaintainer:
 
     def _share(self) -> float:
         """Bytes of memory for one space's index."""
-        large = sum(each.rows >= self.settings.index_rows for each in self._known.values())
+        large = sum(each.rows >= INDEX_ROWS for each in self._known.values())
         return self.settings.cache_gib * 2**30 / max(LEAST_SHARES, large)
 
     async def _build(self, space: str, known: IndexStatus) -> bool:
@@ -275,7 +277,7 @@ class IndexMaintainer:
     def _report(self, space: str, known: IndexStatus) -> None:
         index = self.tables.indexes.of(space).index
         metrics.catalog.indexed(0 if index is None else index.rows, self.tables.indexes.usable(space) is not None)
-        if known.rows < self.settings.index_rows:
+        if known.rows < INDEX_ROWS:
             metrics.catalog.recall(1.0)  # searches are exact
         elif known.recall is not None:
             metrics.catalog.recall(known.recall)

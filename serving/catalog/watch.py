@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,8 @@ from core.settings.watching import Watch
 from serving.catalog.catalog import Catalog
 
 log = logging.getLogger("ratchet.catalog")
+REFERENCE: Final = 4
+"""Windows of samples before the newest: enough of them that the comparison varies by the newest window alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class Watcher:
         window = self.settings.drift_window
         if rows < 2 * window:
             return
-        newest = self.catalog.newest(space, self.settings.drift_reference + window)
+        newest = self.catalog.newest(space, (1 + REFERENCE) * window)
         vectors = await self.catalog.read(self.catalog.tables.vectors, space, newest)
         before, now = Moments.of(vectors[:-window]), Moments.of(vectors[-window:])
         metrics.drift.measured("image", frechet_distance(before, now), mean_shift(before, now))

@@ -24,6 +24,7 @@ from serving.http.errors import ApiError, field_error, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.request_bodies import cancel_on_disconnect
 from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
+from serving.messages import TEXT_CHARS, TEXTS_PER_REQUEST
 from serving.releases.admission import Admission
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.releases.types import ReleaseSnapshot
@@ -115,7 +116,7 @@ class AppState:
         self, texts: list[str], param: str, most: int | None = None, places: Sequence[int] | None = None
     ) -> None:
         """Refuse too many, too long or empty texts. ``places``: of the texts, where others stand between them."""
-        limit = most or self.settings.max_texts
+        limit = most or TEXTS_PER_REQUEST
         if len(texts) > limit:
             raise field_error(param, f"{len(texts)} texts are more than {limit}.", "too_many_texts")
         for index, text in zip(places or range(len(texts)), texts, strict=True):
@@ -126,9 +127,8 @@ class AppState:
 
     def check_length(self, param: str, text: str) -> None:
         """Refuse a text that is too long."""
-        if len(text) > self.settings.max_text_chars:
-            problem = f"{len(text)} characters are more than {self.settings.max_text_chars}."
-            raise field_error(param, problem, "text_too_long")
+        if len(text) > TEXT_CHARS:
+            raise field_error(param, f"{len(text)} characters are more than {TEXT_CHARS}.", "text_too_long")
 
 
 def app_state(request: Request) -> AppState:

@@ -29,6 +29,7 @@ from serving.http.bodies import VLM_MODEL, ImageUrl, OpenAIBody, inline, is_empt
 from serving.http.chunks import ChatCompletion, ChatCompletionBody, ChatCompletionChunk, EventStream
 from serving.http.errors import ApiError, field_error
 from serving.http.request_bodies import caller_of, cancel_on_disconnect
+from serving.messages import TEXTS_PER_REQUEST
 
 router = APIRouter(tags=["OpenAI compatible"])
 ROLES: dict[str, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -303,8 +304,8 @@ def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...
         messages.append(Message(ROLES[message.role], tuple(content)))
     if not texts and not images:
         raise field_error("messages", "there is neither a text nor an image.", "empty_text")
-    if texts > state.settings.max_texts:
-        raise field_error("messages", f"{texts} texts are more than {state.settings.max_texts}.", "too_many_texts")
+    if texts > TEXTS_PER_REQUEST:
+        raise field_error("messages", f"{texts} texts are more than {TEXTS_PER_REQUEST}.", "too_many_texts")
     if len(images) > MAX_IMAGES:
         raise field_error("messages", f"{len(images)} images are more than {MAX_IMAGES}.", "too_many_images")
     return tuple(messages), images

@@ -25,7 +25,7 @@ from serving.http.bodies import (
     read_body,
 )
 from serving.http.request_bodies import caller_of
-from serving.messages import PROMPTS_PER_TEXT
+from serving.messages import IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
 
 router = APIRouter(tags=["Zero-shot"])
 LISTS = {"labels", "templates"}
@@ -127,13 +127,13 @@ async def classify(request: Request) -> Response:
     be the body, with the other fields in the query.
     """
     state = app_state(request)
-    body, uploads = await read_body(request, ClassifyRequest, "images", LISTS, state.settings.max_images)
+    body, uploads = await read_body(request, ClassifyRequest, "images", LISTS, IMAGES_PER_REQUEST)
     sources: Sequence[str | bytes] = uploads or body.images
     images = [(f"images.{index}", image) for index, image in enumerate(sources)]
     prompts = [template.replace("{}", label) for label in body.labels for template in body.templates]
     if not body.head:
         state.check_texts(body.labels, "labels")
-        state.check_texts(prompts, "templates", state.settings.max_texts * PROMPTS_PER_TEXT)
+        state.check_texts(prompts, "templates", TEXTS_PER_REQUEST * PROMPTS_PER_TEXT)
     caller = caller_of(request.scope)
     async with state.answering(request, body.model) as (snapshot, deadline):
         headers = release_headers(snapshot)

@@ -34,6 +34,7 @@ from serving.http.clip_vectors import Vectors
 from serving.http.errors import field_error
 from serving.http.image_loader import ImageSource, gathered
 from serving.http.request_bodies import caller_of
+from serving.messages import IMAGES_PER_REQUEST
 from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
@@ -214,7 +215,7 @@ async def embeddings(request: Request) -> Response:
 
 async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequest, list[Input]]:
     """The checked body, and the inputs in their order. Raises ApiError."""
-    parts = await read_parts(request, state.settings.max_images)
+    parts = await read_parts(request, IMAGES_PER_REQUEST)
     if parts is None:
         body = await json_body(request, EmbeddingsRequest)
         return body, [_input(f"input.{index}", item) for index, item in enumerate(body.input)]

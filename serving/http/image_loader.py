@@ -30,6 +30,7 @@ from ratchet_client.images import OpenedImage, open_accepted, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import field_error, from_record
 from serving.http.fair_room import SMALL_THREADS, DecodeQueue
+from serving.messages import IMAGES_PER_REQUEST
 from streams.records.fetching import ByteBudget, Fetcher, Rules
 
 Result = TypeVar("Result")
@@ -40,6 +41,8 @@ USUAL_SCANS = 10
 JOB_PIXELS = 2_000_000
 """Of several images that are decoded in one turn of their caller."""
 JOBS_A_THREAD = 2
+FETCH_SECONDS = 5.0
+"""For one image, redirects included: the request that waits for it has ``serve.deadline_seconds``."""
 FETCHES = 16
 """Images that are fetched at once by one process; more wait."""
 REQUEST_IMAGES = 2
@@ -91,8 +94,8 @@ class ImageLoader:
             ApiError: names the place of the first image that is refused, and why.
         """
         param = images[0][0].split(".")[0] if images else ""
-        if len(images) > self.bounds.max_images:
-            problem = f"{len(images)} images are more than {self.bounds.max_images} (serve.max_images)."
+        if len(images) > IMAGES_PER_REQUEST:
+            problem = f"{len(images)} images are more than {IMAGES_PER_REQUEST}."
             raise field_error(param, problem, "too_many_images")
         with span("inspect", images=len(images)):
             fetched = await self._fetched(images)
@@ -233,13 +236,13 @@ def _png(size: int, opened: OpenedImage) -> bytes:
     return buffer.getvalue()
 
 
-def fetcher_of(bounds: Serve) -> Fetcher | None:
+def fetcher_of(bounds: Serve, seconds: float = FETCH_SECONDS) -> Fetcher | None:
     """The fetcher of images by URL; None where no host is listed."""
     if not bounds.image_hosts:
         return None
     return Fetcher(
         Rules(
-            bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, bounds.image_seconds,
+            bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, seconds,
             FETCHES,
         )
     )  # fmt: skip

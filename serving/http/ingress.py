@@ -51,7 +51,7 @@ KEYS_SECONDS = 10.0
 """Between readings of the keys without any call, so that the copies of them are not older than this."""
 FIRST_SECONDS = 20.0
 """The longest wait of a starting replica for the ledger and the encoders; after that it refuses until it knows."""
-SHARED = ("queue", "decode_pixels", "vlm_queue", "cache_bytes")
+SHARED = ("queue", "decode_pixels", "cache_bytes")
 """Bounds that all ingress processes divide among them."""
 _TOKENIZER_FILE = "tokenizer.json"
 _WORD_START = "\u2581"
@@ -85,8 +85,8 @@ class Ingress:
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._keys, self._watching = OwnThreads("keys"), OwnThreads("guard-target")
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        share = share_of(settings.serve)
-        self.vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue, lambda: read_statuses(APP).get(VLM))
+        share, vlm_share = share_of(settings.serve), -(-settings.serve.vlm_queue // settings.serve.ingress_replicas)
+        self.vlms = None if vlm is None else VlmCalls(vlm, vlm_share, lambda: read_statuses(APP).get(VLM))
 
         async def unhurried(kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
             answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)

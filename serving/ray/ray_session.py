@@ -59,6 +59,12 @@ slice that the other one needs: an image took 1.25 s for 0.013. With this it tak
 OMP_WAIT_POLICY=PASSIVE, 0.03."""
 KILL_SECONDS = 5.0
 """Longest wait for killed processes to end."""
+CONNECTIONS = 4096
+"""Open connections of HAProxy; more wait. Twice as many file descriptors stay below a usual limit."""
+HEADER_SECONDS = 10.0
+"""Longest wait of HAProxy for the headers and the first 16 KB of a request: slow lines need a second or two."""
+PROBES_PER_SECOND = 50
+"""Most calls of /health from one address; more are answered 429. Kubernetes probes each pod a few times a second."""
 ANSWER_GRACE_SECONDS = 10.0
 """Longest wait of HAProxy for an answer, or more of it, after the deadline: the application's own refusal is better."""
 LOOK_SECONDS = 0.02
@@ -117,7 +123,7 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(settings.serve.deadline_seconds)),
-            "RAY_SERVE_HAPROXY_MAXCONN": str(settings.serve.connections),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(CONNECTIONS),
             "FORWARDED_ALLOW_IPS": "none",  # uvicorn would believe any client that comes through HAProxy
             # HAProxy takes a moment to hear of a replica that ends.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -141,7 +147,7 @@ def prepare_environment(settings: Settings) -> Path:
     else:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
         os.environ[PROXIED] = "1"
-        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary, settings.serve))
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary, front_limits(settings.serve)))
     return folder
 
 
@@ -166,11 +172,11 @@ def tracing_environment(traces: Traces) -> dict[str, str]:
 def front_limits(server: Serve) -> dict[str, Any]:
     """The limits that :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
     return {
-        "header_ms": int(server.header_seconds * 1000),
+        "header_ms": int(HEADER_SECONDS * 1000),
         "idle_ms": int(server.idle_seconds * 1000),
         "answer_ms": int((server.deadline_seconds + ANSWER_GRACE_SECONDS) * 1000),
         "per_address": server.connections_per_address,
-        "probes_per_second": server.probes_per_second,
+        "probes_per_second": PROBES_PER_SECOND,
         "proxies": list(server.trusted_proxies),
     }
 
@@ -180,11 +186,11 @@ def proxies(server: Serve) -> list[str]:
     return [*server.trusted_proxies, *(LOOPBACK if os.environ.get(PROXIED) == "1" else ())]
 
 
-def write_launcher(folder: Path, binary: Path, server: Serve) -> Path:
+def write_launcher(folder: Path, binary: Path, limits: dict[str, Any]) -> Path:
     """An executable that Serve takes for HAProxy; see :mod:`serving.ray.haproxy`."""
     launcher = folder / "haproxy"
     command = [sys.executable, "-S", "-E", str(Path(__file__).with_name("haproxy.py"))]
-    command += [json.dumps(front_limits(server)), str(binary)]
+    command += [json.dumps(limits), str(binary)]
     launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     launcher.chmod(0o700)
     return launcher

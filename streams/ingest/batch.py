@@ -26,6 +26,7 @@ from core.settings.streams import Kafka
 from streams.ingest.duplicates import CORRECTED, Duplicate, DuplicateIndex, KnownSample
 from streams.ingest.membership import PartitionReader
 from streams.ingest.validate import BY_KEY, Accepted, StoreRow, quarantine_row
+from streams.kafka.ingest_clients import BATCH_BYTES
 from streams.store.conditions import IDS_PER_QUERY, hexadecimal, is_in, quoted
 from streams.store.rows import (
     CLAIM,
@@ -102,9 +103,7 @@ class Batch:
     def due(self) -> bool:
         """True if it is time to commit."""
         return bool(self._entries) and (
-            len(self._entries) >= self.kafka.batch_records
-            or self._bytes >= self.kafka.batch_bytes
-            or self.seconds_left <= 0
+            len(self._entries) >= self.kafka.batch_records or self._bytes >= BATCH_BYTES or self.seconds_left <= 0
         )
 
     @property

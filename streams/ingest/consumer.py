@@ -48,7 +48,7 @@ from streams.ingest.validate import Received, quarantine_row
 from streams.ingest.validators import ValidationPool, ValidationSetup, crashed, start_validators
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import check_rights, connection, ingest_rights
-from streams.kafka.ingest_clients import POLL_RECORDS, IngestClients
+from streams.kafka.ingest_clients import BATCH_BYTES, POLL_RECORDS, IngestClients
 from streams.store.rows import RecordPosition, gap_row, position_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -161,7 +161,7 @@ class Consumer:
         split = SplitRule(split_key, limits.fresh_eval_share)
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
         self._guard, validators = start_validators(ValidationSetup(limits, kafka), self._processes, folder)
-        self._pool = ValidationPool(validators, 2 * kafka.batch_bytes, 2 * kafka.batch_records + POLL_RECORDS)
+        self._pool = ValidationPool(validators, 2 * BATCH_BYTES, 2 * kafka.batch_records + POLL_RECORDS)
         self._writer = StoreWriter(self.store.table)
         self._batch = Batch(kafka, self._writer, index)
         self._publisher = QuarantinePublisher(self._clients, self.store)

@@ -17,7 +17,7 @@ from typing import Any, Final
 from core.errors import BrokerError, RecordError, StoreError
 from core.settings.streams import Ingest as Limits
 from ratchet_client.images import decode_image
-from ratchet_client.records import Sample, check_text
+from ratchet_client.records import DEFAULT_LIMITS, Sample, check_text
 from streams.ingest.perceptual_hash import perceptual_hash
 from streams.records.codecs import Fetch, decode
 from streams.records.registry import SchemaRegistry
@@ -150,7 +150,7 @@ def record_time(timestamp: int) -> datetime | None:
 
 def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Accepted:
     limits = rules.limits
-    check_text(sample, limits.max_text_chars)
+    check_text(sample, DEFAULT_LIMITS.max_text_chars)
     replaces = _replaces(record)
     sent = record_time(record.timestamp) or now
     image = decode_image(sample.image, limits.max_pixels, limits.max_image_bytes, limits.min_side)

@@ -37,7 +37,7 @@ from core.settings.streams import Ingest, Kafka
 from streams.ingest.membership import PartitionReader
 from streams.ingest.validate import Accepted, Received, Rules, StoreRow, quarantine_row, validate
 from streams.records.registry import SchemaRegistry
-from streams.records.uris import UriFetcher
+from streams.records.uris import FETCHES, UriFetcher
 from streams.store.rows import RecordPosition, name_of
 
 CHUNK_RECORDS: Final = 8
@@ -188,7 +188,7 @@ class ValidationSetup:
     @property
     def threads(self) -> int:
         """Of a process: more than one only where it waits for images to be fetched."""
-        return self.limits.uri_concurrency if self.limits.allowed_uris else 1
+        return FETCHES if self.limits.allowed_uris else 1
 
     def rules(self) -> Rules:
         """The rules that records are held against. Their fetcher and registry live as long as the process."""

@@ -55,7 +55,7 @@ def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any)
 
 def producer_limits(ingest: Ingest) -> Limits:
     """Bounds of a sample by these settings."""
-    return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side, ingest.max_text_chars)
+    return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from streams.kafka import tolerant_fetch
 from streams.kafka.clients import Admin, connection
 from streams.kafka.outbox import FencedSender
 
+BATCH_BYTES: Final = 16 << 20
+"""Most bytes of records in one commit: large enough for efficient writes, small enough to be in memory three times."""
 POLL_RECORDS: Final = 256
 """Records of one poll: they wait in memory while those before them are validated and committed."""
 CONNECT_SECONDS: Final = 3.0
@@ -55,8 +57,8 @@ def consumer_options(kafka: Kafka) -> dict[str, Any]:
         "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
         "reconnect_backoff_max_ms": 1000,
         "max_poll_records": POLL_RECORDS,
-        "fetch_max_bytes": kafka.batch_bytes,
-        "max_partition_fetch_bytes": max(1, kafka.batch_bytes // 2),
-        "receive_message_max_bytes": MAX_RECORD_BYTES + kafka.batch_bytes,
+        "fetch_max_bytes": BATCH_BYTES,
+        "max_partition_fetch_bytes": BATCH_BYTES // 2,
+        "receive_message_max_bytes": MAX_RECORD_BYTES + BATCH_BYTES,
     }
     return {**bounds, **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)}

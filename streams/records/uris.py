@@ -24,7 +24,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -37,11 +37,15 @@ from core.settings.streams import Ingest
 from streams.records.fetching import Fetcher, Rules, TransientFetchError
 
 log = logging.getLogger(__name__)
+FETCHES: Final = 32
+"""Images that a process fetches at once; more wait. Memory: so many times ``ingest.max_image_bytes``, 256 MiB."""
+FETCH_SECONDS: Final = 30.0
+"""For one image, all tries included: a host that hangs gets four, and holds up its partition no longer than that."""
 PROBE_SECONDS = 5.0
 MAX_HOSTS = 1024
 """Hosts that are remembered. Where more are named, those with nothing in flight are forgotten."""
 RETRIES = 3
-"""Further tries after a failure that may pass; ``uri_seconds`` ends them as well."""
+"""Further tries after a failure that may pass; :data:`FETCH_SECONDS` end them as well."""
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 8.0
 
@@ -49,24 +53,24 @@ LONGEST_PAUSE_SECONDS = 8.0
 class UriFetcher:
     """Fetches images by URI for many threads, on one event loop of its own. Thread safe.
 
-    At most ``uri_concurrency`` images are in flight; what may pass (timeouts, broken connections, 408, 425, 429, 5xx)
-    is tried :data:`RETRIES` times more, with growing pauses or those that the server asks for. ``uri_seconds`` bounds
+    At most :data:`FETCHES` images are in flight; what may pass (timeouts, broken connections, 408, 425, 429, 5xx)
+    is tried :data:`RETRIES` times more, with growing pauses or those that the server asks for. ``seconds`` bound
     one image from the beginning of its first try. Hosts that fail do not hold up others
-    (:class:`FetchLimits`). Memory: at most ``uri_concurrency`` times ``max_image_bytes``.
+    (:class:`FetchLimits`). Memory: at most ``fetches`` times ``max_image_bytes``.
 
     >>> fetcher = UriFetcher(settings.ingest)
     >>> image = fetcher.fetch("https://cdn.example.org/images/bus.png")
     >>> fetcher.close()
     """
 
-    def __init__(self, limits: Ingest) -> None:
-        self.limits = limits
+    def __init__(self, limits: Ingest, fetches: int = FETCHES, seconds: float = FETCH_SECONDS) -> None:
+        self.limits, self.fetches, self.seconds = limits, fetches, seconds
         self._folders = [text for text in limits.allowed_uris if text.startswith("file:")]
         self._objects = [ObjectRule.parse(text) for text in limits.allowed_uris if is_object(text)]
         self._hosts = [text for text in limits.allowed_uris if not text.startswith("file:") and not is_object(text)]
-        self._stall_seconds = limits.uri_seconds / 4  # so that a try that hangs leaves time for another
-        self._seats = FetchLimits(limits.uri_concurrency, limits.uri_seconds)
-        self._reader = _ObjectReader(limits.max_image_bytes, self._stall_seconds, limits.uri_concurrency)
+        self._stall_seconds = seconds / 4  # so that a try that hangs leaves time for another
+        self._seats = FetchLimits(fetches, seconds)
+        self._reader = _ObjectReader(limits.max_image_bytes, self._stall_seconds, fetches)
         self._fetcher = self._http_fetcher() if self._hosts else None
         self._lock = threading.Lock()
         self._closed = False
@@ -132,13 +136,13 @@ class UriFetcher:
         for tries in count(1):
             try:
                 async with asyncio.timeout_at(deadline), self._seats.seat(origin):
-                    deadline = deadline or clock() + self.limits.uri_seconds
+                    deadline = deadline or clock() + self.seconds
                     async with asyncio.timeout_at(deadline):
                         return await attempt()
             except TransientFetchError as error:
                 failure = error
             except TimeoutError:
-                failure = TransientFetchError(f"{origin!r} took longer than {self.limits.uri_seconds:g} s.")
+                failure = TransientFetchError(f"{origin!r} took longer than {self.seconds:g} s.")
             pause = pause_before(tries, failure.retry_after)
             if tries > RETRIES or clock() + pause >= (deadline or 0.0):
                 raise TransientFetchError(f"{failure.message} Tries: {tries}.", failure.retry_after)
@@ -158,8 +162,8 @@ class UriFetcher:
         limits = self.limits
         return Fetcher(
             Rules(
-                self._hosts, limits.allowed_networks, limits.max_image_bytes, limits.uri_seconds,
-                limits.uri_concurrency, self._stall_seconds,
+                self._hosts, limits.allowed_networks, limits.max_image_bytes, self.seconds,
+                self.fetches, self._stall_seconds,
                 rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
             )
         )  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from core.errors import TrainingError
-from core.priority import idle_thread, nice_process, nice_session
+from core.priority import nice_process, nice_session
 from core.progress import say
 
 QUIET_SECONDS = 60.0
@@ -43,15 +43,11 @@ def use_environment() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**ENVIRONMENT, **os.environ})  # noqa: S606
 
 
-def be_nice(nice: int, idle: bool = False) -> None:
-    """Lower this process's priority to at least ``nice``, so that serving comes first. It never goes back up.
-
-    Parts run in sessions of their own, so the session gets the same niceness. ``idle``: see
-    :func:`core.priority.idle_thread`.
+def be_nice() -> None:
+    """Lower this process's priority to the lowest one, so that serving comes first. Parts run in sessions of their own,
+    so the session gets the same niceness.
     """
-    nice_process(nice)
-    if idle:
-        idle_thread()
+    nice_process(19)
     nice_session()
 
 

@@ -65,6 +65,8 @@ POLL_SECONDS = 5.0
 """Between two looks at the triggers."""
 RETRY_SECONDS = 30.0
 """After an error of storage or suites."""
+LATENCY_RATIO = 1.25
+"""The trainer gives way while a route takes this multiple of what it did before: less is within the usual variation."""
 LEAST_DUTY_CYCLE = 0.25
 """Share of time that the trainer keeps while requests take longer: with less an update would not end for hours."""
 ASK_SECONDS = 5.0
@@ -115,9 +117,8 @@ class UpdaterService:
         server = Client(
             settings.server, settings.operator_key().get_secret_value(), actor="updater", timeout=2.0, retries=0
         )
-        limits = settings.updater
         self._throttle = Throttle(
-            lambda: latencies(server), limits.max_latency_ratio, min(1.0, LEAST_DUTY_CYCLE / limits.duty_cycle)
+            lambda: latencies(server), LATENCY_RATIO, min(1.0, LEAST_DUTY_CYCLE / settings.updater.duty_cycle)
         )
 
     def run_forever(self) -> None:

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from core.ledger.tables import Base
+from core.ledger.rows import Base
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
 context.run_migrations()

@@ -85,6 +85,13 @@ resources: {{- toYaml $top.Values.serving.autoscaler.resources | nindent 2 }}
 {{- hasSuffix "m" $cpu | ternary (divf (trimSuffix "m" $cpu) 1000) (float64 $cpu) | ceil -}}
 {{- end -}}
 
+{{/* Replicas of a deployment at the least, as in serving/app.py: (list settings.serve "encoder"). */}}
+{{- define "ratchet.replicas" -}}
+{{- $serve := index . 0 -}}{{- $key := index . 1 -}}
+{{- $ingresses := dig "ingress_replicas" 1 $serve | int -}}
+{{- eq $key "controller" | ternary (min 2 $ingresses) (dig (printf "%s_replicas" $key) 1 $serve | int) -}}
+{{- end -}}
+
 {{/* Stops where the workers have fewer CPUs of Ray than the replicas reserve: the application would be deployed for ever, and
 an upgrade to it would leave the cluster before as it is, while Helm says that all is well. */}}
 {{- define "ratchet.roomForReplicas" -}}
@@ -94,7 +101,7 @@ an upgrade to it would leave the cluster before as it is, while Helm says that a
 {{- range $key, $cpus := $reserved -}}
 {{- if or (ne $key "vlm") (dig "base" "vlm" "shipped-vlm" $.Values.settings) -}}
 {{- $each := dig $key "cpus" $cpus $.Values.serving.actors -}}
-{{- $total = addf $total (mulf (dig (printf "%s_replicas" $key) 1 $serve) $each) -}}
+{{- $total = addf $total (mulf (include "ratchet.replicas" (list $serve $key)) $each) -}}
 {{- end -}}
 {{- end -}}
 {{- $workers := max (.Values.serving.workers.replicas | int) (.Values.serving.workers.maxReplicas | int) -}}

@@ -81,7 +81,7 @@ class ServerFixture:
                   "cache_bytes": 0}  # fmt: skip  # tests repeat their inputs, and mean the encoders
         # Tests share a server: a rollback of one must not make the updates of the next one wait.
         guard = {"hold_after_rollback": False} | ({"guard_seconds": 0} if rollout is None else rollout)
-        watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
+        watch = {"seconds": 1.0, "drift_window": 10}
         settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
         config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)

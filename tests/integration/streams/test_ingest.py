@@ -64,7 +64,8 @@ def places_of(store: SampleStore) -> list[RecordPosition]:
 
 @pytest.fixture(scope="module")
 def running(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    settings = broker.settings(tmp_path_factory.mktemp("ingest"), ingest={"max_text_chars": 300})
+    home = tmp_path_factory.mktemp("ingest")
+    settings = broker.settings(home, ingest={"allowed_uris": [f"file://{home}/allowed"]})
     make_topics(settings)
     with reading(settings) as ingest:
         yield Running(settings, ingest)
@@ -130,7 +131,7 @@ def test_poison_between_good_records_is_quarantined_with_its_reason_and_bytes(ru
         "image_undecodable": (picture(4000)[:60], [("ratchet_text", b"cut short")]),
         "image_missing": (b'{"text": "no image"}', []),
         "text_missing": (picture(4001), []),
-        "text_too_long": (picture(4002), [("ratchet_text", b"x" * 301)]),
+        "text_too_long": (picture(4002), [("ratchet_text", b"x" * 2001)]),
         "schema": (json.dumps({"image": "aGk=", "text": 1}).encode(), []),
         "image_format": (json.dumps({"image": base64.b64encode(b"<svg/>").decode(), "text": "t"}).encode(), []),
         "image_too_small": (picture(4003, size=4), [("ratchet_text", b"tiny")]),

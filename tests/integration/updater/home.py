@@ -51,7 +51,6 @@ def make_home(home: Path, **overrides: Any) -> Settings:
             "updater.min_new_samples": 10,
             "updater.wait_for_items": False,
             "updater.threads": 1,
-            "updater.nice": 0,
             "updater.checkpoint_steps": 2,
             "updater.metrics_port": 0,
             "gate.suites": [home / "suites"],

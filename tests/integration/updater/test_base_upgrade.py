@@ -146,6 +146,6 @@ def test_what_cannot_be_upgraded_is_said_before_anything_is_recorded(settings: S
 
 def _flags(settings: Settings, name: str) -> list[str]:
     words = ["--set", f"home={settings.home}", "--set", "base.clip=tiny"]
-    words += ["--set", f"updater.recipe={settings.home / 'default.yaml'}", "--set", "updater.nice=0"]
+    words += ["--set", f"updater.recipe={settings.home / 'default.yaml'}"]
     words += ["--set", f'updater.reference=["{settings.home / "data" / "things"}"]', "--set", "updater.threads=1"]
     return [*words, "base", "upgrade", name]

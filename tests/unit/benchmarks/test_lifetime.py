@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +154,7 @@ def test_an_updater_waits_for_the_items_that_a_gain_needs_but_not_for_ever() -> 
 
 
 def verdict(outcome: GateOutcome) -> VerdictRow:
-    return VerdictRow(0, "u", "clip-1", outcome, "", {}, datetime.now(UTC))
+    return VerdictRow(update_id="u", adapter="clip-1", outcome=outcome, report_key="", summary={})
 
 
 def test_a_kept_candidate_is_asked_again_and_counts_once() -> None:

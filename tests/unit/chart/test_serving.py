@@ -195,7 +195,7 @@ def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[
     resources = group["template"]["spec"]["containers"][0]["resources"]
     replicas = {
         "Encoder": at.encoder_replicas, "Vlm": at.vlm_replicas,
-        "Ingress": at.ingress_replicas, "Controller": at.controller_replicas,
+        "Ingress": at.ingress_replicas, "Controller": min(2, at.ingress_replicas),
     }  # fmt: skip
     kinds = []
     for each in sorted(
@@ -336,6 +336,6 @@ def test_a_node_that_ends_has_time_to_start_successors_and_to_finish_what_is_in_
 )
 def test_workers_have_room_by_their_number_or_their_cpus(workers: dict[str, Any]) -> None:
     small = {"replicas": 1, "resources": {"requests": {"cpu": "200m"}}}
-    scale = {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2, "controller_replicas": 2}}
+    scale = {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2}}
     values = {"settings": scale, "serving": {"workers": merged(small, workers)}}
     assert of_kind(render(values), "RayService")

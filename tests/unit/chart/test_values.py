@@ -35,7 +35,7 @@ WRONG: list[tuple[str, Any, list[str]]] = [
     (
         "a worker without room for the replicas",
         {
-            "settings": {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2, "controller_replicas": 2}},
+            "settings": {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2}},
             "serving": {"workers": {"replicas": 1, "resources": {"requests": {"cpu": "200m"}}}},
         },
         ["serving.workers has no room", "1.2 CPUs", "1 worker(s) have 1 each"],

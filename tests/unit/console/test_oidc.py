@@ -83,7 +83,7 @@ def test_a_member_of_a_group_may_look_and_one_of_the_operators_may_act(tmp_path:
         assert arrived.status_code == 303 and arrived.headers["location"] == "/releases"
         assert client.get("/releases").status_code == 200
         row = keys(tmp_path).api_keys()[0]
-        assert row.scopes == scopes and row.name.startswith(key_name) and row.expires_at is not None
+        assert row.scopes == list(scopes) and row.name.startswith(key_name) and row.expires_at is not None
         signed = keys(tmp_path).audit_rows(1)[0]
         assert (signed.actor, signed.action) == (f"key:{row.name}", "sign in")
         assert (signed.detail["issuer"], signed.detail["subject"]) == (issuer, name)

@@ -145,8 +145,11 @@ def test_a_verdict_is_shown_without_its_samples_unless_the_setting_says_so(home:
         assert screen.get("/samples/" + "0" * 64 + ".png").status_code == 200
 
 
-def test_an_address_that_asks_too_often_is_told_when_to_come_back(home: Path, story: Story) -> None:
-    with public(home, public_requests_per_minute=3) as screen:
+def test_an_address_that_asks_too_often_is_told_when_to_come_back(
+    home: Path, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.console.app.PUBLIC_REQUESTS_PER_MINUTE", 3)
+    with public(home) as screen:
         answers = [screen.get("/nowhere") for _ in range(4)]
         assert [answer.status_code for answer in answers] == [404, 404, 404, 429]
         assert 1 <= int(answers[-1].headers["retry-after"]) <= 20

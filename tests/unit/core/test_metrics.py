@@ -146,7 +146,7 @@ def test_an_operators_action_counts_as_done_or_refused() -> None:
 def test_gain_and_forgetting_are_mean_differences_to_the_base() -> None:
     def verdict(suites: dict[str, tuple[str, float, float]]) -> VerdictRow:
         rows = {name: {"role": role, "base": base, "after": after} for name, (role, base, after) in suites.items()}
-        return VerdictRow(1, "u", "clip-a", "passed", "", {"suites": rows}, None)  # type: ignore[arg-type]
+        return VerdictRow(update_id="u", adapter="clip-a", outcome="passed", report_key="", summary={"suites": rows})
 
     found = verdict({"a": ("gain", 0.2, 0.5), "b": ("retention", 0.6, 0.5), "c": ("retention", 0.4, 0.42)})
     assert found.gain == pytest.approx(0.3)

@@ -32,6 +32,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     [
         ("serve: {prt: 1}", ["serve.prt", "serve.port"]),
         ("serv: {port: 1}", ["serv"]),
+        ("serve: {connections: 100}", ["serve.connections", "fixed now, at 4,096", "ratchet.yaml"]),
         ("serve: {port: 99999999}", ["serve.port", "99999999", "ratchet.yaml"]),
         ("budget: {gflops_per_day: -1}", ["budget.gflops_per_day", "-1"]),
         ("- a list", ["mapping"]),
@@ -90,8 +91,8 @@ def test_the_operator_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Pat
     ("setting", "text", "value"),
     [
         ("base.vlm", "", ""), ("base.vlm", '""', ""), ("base.vlm", "no", "no"), ("base.clip", "123", "123"),
-        ("base.clip", "a: b: c", "a: b: c"), ("serve.port", "9000", 9000), ("updater.idle", "true", True),
-        ("updater.idle", "no", False), ("serve.image_hosts", "[a.example.org]", ["a.example.org"]),
+        ("base.clip", "a: b: c", "a: b: c"), ("serve.port", "9000", 9000), ("console.public", "true", True),
+        ("console.public", "no", False), ("serve.image_hosts", "[a.example.org]", ["a.example.org"]),
         ("ledger_url", "null", None), ("ledger_url", "", None), ("rollout.share", "1e-1", 0.1),
     ],
 )  # fmt: skip

@@ -19,7 +19,9 @@ def verdict(outcome: GateOutcome, retention: str, gain: str = "passed", after: f
     fresh = {**suite, "role": "gain", "margin": None, "decision": gain}
     caught = ["emoji"] if retention == "failed" else []
     summary = {"suites": {"emoji": suite, "fresh.new": fresh}, "caught_by": caught}
-    return VerdictRow(1, "u1", "clip-a", outcome, "reports/u1", summary, BEGAN)
+    return VerdictRow(
+        update_id="u1", adapter="clip-a", outcome=outcome, report_key="reports/u1", summary=summary, created_at=BEGAN
+    )
 
 
 def lesson(report: str = "report.html", naive_report: str = "") -> Lesson:

@@ -32,7 +32,15 @@ def lesson_in(home: Path) -> Lesson:
 def releases() -> list[ReleaseRow]:
     adapters = (None, "clip-a", None, "clip-a")
     return [
-        ReleaseRow(number, clip, None, "updater", EVIL, number, BEGAN + timedelta(seconds=10 * number))
+        ReleaseRow(
+            number=number,
+            clip=clip,
+            vlm=None,
+            actor="updater",
+            reason=EVIL,
+            proposal_id=number,
+            created_at=BEGAN + timedelta(seconds=10 * number),
+        )
         for number, clip in enumerate(adapters, 1)
     ]
 

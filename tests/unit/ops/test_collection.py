@@ -16,7 +16,7 @@ from sqlalchemy import update
 from core.artifacts import Artifacts
 from core.errors import AdapterCollected, LeaseLost, LedgerError, LedgerUnavailable, ReleaseConflict
 from core.ledger import Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.ledger.collection import COLLECT_LEASE
 from core.metrics import declared
 from core.settings import Settings
@@ -50,7 +50,7 @@ class Installation:
         for folder in ("adapters", "memories"):
             self.artifacts.put_directory(source, f"{folder}/{name}")
         self.ledger.register_adapter(name, family, base, "i", "t", {})
-        self._set(t.Adapter, t.Adapter.name == name, days, "created_at")
+        self._set(t.AdapterRow, t.AdapterRow.name == name, days, "created_at")
         return name
 
     def judged(self, name: str, days: float, outcome: str = "rejected", **summary: Any) -> str:
@@ -59,8 +59,8 @@ class Installation:
         self.ledger.advance_update(f"u-{name}", "done")
         self.artifacts.write_bytes(f"reports/u-{name}/report.json", b"{}")
         self.ledger.record_verdict(f"u-{name}", name, outcome, f"reports/u-{name}", summary)  # type: ignore[arg-type]
-        self._set(t.Update, t.Update.id == f"u-{name}", days, "created_at", "updated_at")
-        self._set(t.Verdict, t.Verdict.update_id == f"u-{name}", days, "created_at")
+        self._set(t.UpdateRow, t.UpdateRow.id == f"u-{name}", days, "created_at", "updated_at")
+        self._set(t.VerdictRow, t.VerdictRow.update_id == f"u-{name}", days, "created_at")
         return name
 
     def begin(self, name: str, incumbent: str | None = None, adapter: str | None = None) -> None:
@@ -73,7 +73,7 @@ class Installation:
         live = self.ledger.live()
         number = live.number + 1 if live else 1
         self.ledger.commit_release(number, clip=clip, vlm=vlm, actor="a", reason="r", proposal_id=None, share=share)
-        self._set(t.Release, t.Release.number == number, days, "created_at")
+        self._set(t.ReleaseRow, t.ReleaseRow.number == number, days, "created_at")
         return number
 
     def collector(self) -> Collector:
@@ -158,7 +158,7 @@ def test_a_rollback_of_one_model_stays_possible_after_many_releases_of_the_other
         made.release(None, 2000 - number, vlm=f"vlm-{number}")
     for number in range(8):
         made.release(made.adapter(f"clip-{number}", 800 - 100 * number), 800 - 100 * number, vlm="vlm-2")
-    made._set(t.Release, t.Release.number == 10, 0, "created_at")
+    made._set(t.ReleaseRow, t.ReleaseRow.number == 10, 0, "created_at")
     made.run()
     assert {"vlm-1", "vlm-2", "clip-6", "clip-7"} <= made.stored()
     assert rollback_target(made.ledger, ("vlm",), None) == {"vlm": "vlm-1"}
@@ -187,7 +187,7 @@ def test_what_is_not_decided_stays(made: Installation) -> None:
     made.begin("u1", incumbent="clip-incumbent")
     made.begin("u2", adapter="clip-candidate")
     made.ledger.propose("release", clip="clip-proposed", actor="a", reason="r")
-    made._set(t.Update, t.Update.id.in_(["u1", "u2"]), 0, "created_at", "updated_at")
+    made._set(t.UpdateRow, t.UpdateRow.id.in_(["u1", "u2"]), 0, "created_at", "updated_at")
     made.judged("clip-newest", -0.01, "inconclusive")
     made.settings = made.settings.model_copy(
         update={"gc": made.settings.gc.model_copy(update={"keep_adapters": ["clip-named"]})}
@@ -209,10 +209,10 @@ def test_the_other_base_and_an_upgrade_that_waits_stay(made: Installation) -> No
     )  # fmt: skip
     made.ledger.advance_update("up", "done", adapter="clip-upgraded")
     made.ledger.record_verdict("up", "clip-upgraded", "passed", "reports/up", {})
-    made._set(t.Update, t.Update.id == "up", 500, "created_at", "updated_at")
+    made._set(t.UpdateRow, t.UpdateRow.id == "up", 500, "created_at", "updated_at")
     made.begin("u-later")  # so that it is not the newest
     made.ledger.advance_update("u-later", "failed")
-    made._set(t.Update, t.Update.id == "u-later", 0, "created_at", "updated_at")
+    made._set(t.UpdateRow, t.UpdateRow.id == "u-later", 0, "created_at", "updated_at")
     made.run()
     assert made.stored() == {"clip-other", "clip-upgraded", "clip-5", "clip-6"}
 
@@ -260,7 +260,7 @@ def test_an_empty_ledger_deletes_nothing(tmp_path: Path) -> None:
 
 def test_a_ledger_with_an_entry_of_the_future_deletes_nothing(made: Installation) -> None:
     names = released(made)
-    made._set(t.Release, t.Release.number == 6, -10_000, "created_at")
+    made._set(t.ReleaseRow, t.ReleaseRow.number == 6, -10_000, "created_at")
     with pytest.raises(LedgerError, match="clock"):
         made.run()
     assert made.stored() == set(names)
@@ -305,7 +305,7 @@ def test_after_a_collection_release_and_rollback_say_what_became_of_the_files(ma
 def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -> None:
     released(made, 3)
     with made.ledger.database.write() as session:
-        session.execute(update(t.Adapter).where(t.Adapter.name == "clip-2").values(collected_at=NOW))
+        session.execute(update(t.AdapterRow).where(t.AdapterRow.name == "clip-2").values(collected_at=NOW))
     assert rollback_target(made.ledger, ("clip",), None) == {"clip": "clip-1"}
 
 

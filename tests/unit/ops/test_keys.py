@@ -25,7 +25,7 @@ def test_a_token_is_told_once_and_only_its_digest_is_kept(ledger: Ledger) -> Non
     assert parsed is not None
     key_id, secret = parsed
     assert token == f"rk_{key_id}_{secret}"
-    assert (row.id, row.scopes, row.requests_per_minute) == (key_id, ("infer", "operate"), 60)
+    assert (row.id, row.scopes, row.requests_per_minute) == (key_id, ["infer", "operate"], 60)
     assert row.digest == hashlib.sha256(secret.encode()).hexdigest()
     assert ledger.api_keys() == [row]
     with ledger.database.engine.connect() as connection:

@@ -19,7 +19,7 @@ from sqlalchemy import text, update
 from core.artifacts import Artifacts, directory_digest
 from core.errors import ConfigError, LedgerError, StoreError
 from core.ledger import Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.ledger.collection import COLLECT_LEASE
 from core.ledger.database import alembic_config, open_database
 from core.settings import Settings
@@ -73,7 +73,7 @@ def settings(tmp_path: Path, url: str, ledger: Ledger) -> Settings:
     ledger.record_verdict("u-1", "clip-1", "passed", "reports/u-1", {"suites": {"a": {"after": 0.5}}, "x": None})
     artifacts.write_bytes("reports/u-1/report.json", b'{"a": 1}')
     with ledger.database.write() as session:
-        session.execute(update(t.Verdict).values(created_at=WHEN))
+        session.execute(update(t.VerdictRow).values(created_at=WHEN))
     ledger.acquire_lease("events", "old", 600)
     return made
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from core import metrics
 from core.addresses import free_port
 from core.ledger import Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.metrics import declared
 from core.settings import Settings
 from ops.cli.main import app
@@ -128,7 +128,7 @@ def test_deletions_that_wait_are_known_wherever_maintenance_runs(settings: Setti
 def request(ledger: Ledger, name: str, age: timedelta) -> None:
     ledger.request_deletion(name, {"source": "cam"}, actor="ann", reason="r")
     with ledger.database.write() as session:
-        session.get_one(t.Deletion, name).requested_at -= age
+        session.get_one(t.DeletionRow, name).requested_at -= age
 
 
 def test_the_line_about_maintenance_says_what_is_known() -> None:

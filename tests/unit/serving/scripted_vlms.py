@@ -26,7 +26,7 @@ from serving.http.image_loader import ImageLoader
 from serving.releases.admission import Admission
 from serving.releases.types import ReleaseSnapshot
 
-SETTINGS = Serve(max_images=4, max_text_chars=100, vlm_max_tokens=32, deadline_seconds=5, max_pixels=1_000_000)
+SETTINGS = Serve(vlm_max_tokens=32, deadline_seconds=5, max_pixels=1_000_000)
 WINDOW = (ReleaseSnapshot(3, "clip-a", "i3", "t3", "vlm-b"), ReleaseSnapshot(2, "clip-a", "i3", "t3", None))
 
 

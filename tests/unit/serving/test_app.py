@@ -24,7 +24,7 @@ from serving import start_progress
 from serving.app import build, drain, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
 from serving.http import ingress
 from serving.http.ingress import SHARED, Ingress, share_of, token_texts
-from serving.messages import IMAGE_COST, PROMPTS_PER_TEXT
+from serving.messages import IMAGE_COST, IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
 from serving.ray.deployment_status import DeploymentStatus
 from serving.releases.residency import encode_copy, read_residency, residency_path
 from serving.start_progress import StartProgress, Statuses
@@ -166,17 +166,16 @@ def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> No
     share = share_of(Serve(ingress_replicas=3))
     for name in SHARED:
         assert 0 <= 3 * getattr(share, name) - getattr(Serve(), name) < 3
-    assert (share.max_body_bytes, share.max_images, share.deadline_seconds) == (16 * MIB, 32, 30.0)
+    assert (share.max_body_bytes, share.deadline_seconds) == (16 * MIB, 30.0)
     assert share_of(Serve()) == Serve()
     crowded = share_of(Serve(ingress_replicas=64, body_budget_bytes=64 * MIB))
     assert crowded.body_budget_bytes == crowded.max_body_bytes, "the largest body always finds room"
 
 
-@pytest.mark.parametrize("bounds", [{"max_images": 100, "max_texts": 1}, {"max_images": 1, "max_texts": 50}])
-def test_no_piece_of_a_request_waits_in_front_of_the_encoders(bounds: dict[str, int]) -> None:
-    settings = Serve.model_validate({"queue": 10, "max_batch": 16, **bounds})
-    pieces = max(-(-settings.max_images // 16), -(-settings.max_texts * PROMPTS_PER_TEXT // (16 * IMAGE_COST)))
-    assert pieces == 7 and encoder_calls(settings) > settings.queue * pieces
+@pytest.mark.parametrize(("batch", "pieces"), [(16, 32), (1, 512), (64, 8)])
+def test_no_piece_of_a_request_waits_in_front_of_the_encoders(batch: int, pieces: int) -> None:
+    assert pieces == -(-TEXTS_PER_REQUEST * PROMPTS_PER_TEXT // (batch * IMAGE_COST)) >= IMAGES_PER_REQUEST / batch
+    assert encoder_calls(Serve(queue=10, max_batch=batch)) > 10 * pieces
 
 
 @pytest.mark.parametrize("kind", SCALES)

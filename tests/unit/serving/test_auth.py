@@ -388,7 +388,7 @@ def test_a_copy_that_was_changed_or_signed_with_another_key_names_nobody(node: N
     assert node.copy("another").read() == []
     forged = node.file.read_text().replace('"infer"', '"operate"').encode()
     node.artifacts.write_bytes(KEY, forged)
-    assert [row.scopes for row in node.copy().read()] == [("infer",)]  # of the node's own
+    assert [row.scopes for row in node.copy().read()] == [["infer"]]  # of the node's own
     node.file.write_bytes(forged)
     assert node.copy().read() == []
 

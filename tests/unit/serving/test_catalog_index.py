@@ -22,6 +22,7 @@ from serving.catalog import index_files, index_maintainer, space_indexes
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.memory_index import (
     CODINGS,
+    LEVELS,
     IndexTooLarge,
     Level,
     MemoryIndex,
@@ -32,8 +33,8 @@ from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import COMPACT_EVERY, Tables
 from tests.support.disk import holds
 
-DIM, ROWS = 16, 600
-SETTINGS = CatalogSettings(index_rows=256, min_recall=0.8)
+DIM, ROWS, FEW = 16, 600, 256
+SETTINGS = CatalogSettings(min_recall=0.8)
 SPACE = "aaaa"
 EASY = Level(1, 10)
 
@@ -86,6 +87,11 @@ def value(name: str) -> float | None:
     return REGISTRY.get_sample_value(f"ratchet_catalog_{name}")
 
 
+@pytest.fixture(autouse=True)
+def small_tables_have_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_maintainer, "INDEX_ROWS", FEW)
+
+
 @pytest.fixture
 def tables(tmp_path: Path) -> Tables:
     tables = Tables(str(tmp_path / "lake"), tmp_path / "index")
@@ -99,11 +105,15 @@ def restarted(tmp_path: Path) -> Callable[[], Tables]:
     return lambda: Tables(str(tmp_path / "lake"), tmp_path / "index")
 
 
-async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enough(tables: Tables) -> None:
-    small = maintainer_of(tables, CatalogSettings(index_rows=1000))
+async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enough(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = maintainer_of(tables)
+    monkeypatch.setattr(index_maintainer, "INDEX_ROWS", 1000)
     await settle(small)
     assert small.is_ready(SPACE, ROWS) and value("recall_ratio") == 1.0
     assert tables.indexes.of(SPACE).index is None and tables.indexes.usable(SPACE) is None
+    monkeypatch.setattr(index_maintainer, "INDEX_ROWS", FEW)
     maintainer = maintainer_of(tables)
     assert not maintainer.is_ready(SPACE, ROWS)
     await settle(maintainer)
@@ -219,7 +229,7 @@ async def test_an_index_that_finds_too_little_is_not_used_until_it_is_made_anew(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_maintainer, "LEVELS", (EASY,))
-    maintainer = maintainer_of(tables, CatalogSettings(index_rows=256, min_recall=0.99))
+    maintainer = maintainer_of(tables, CatalogSettings(min_recall=0.99))
     await settle(maintainer)
     status = maintainer.status(SPACE)
     assert status["recall"] < 0.99 and not status["used"] and status["rows"] == ROWS
@@ -228,7 +238,7 @@ async def test_an_index_that_finds_too_little_is_not_used_until_it_is_made_anew(
     scores = [hit.score for hit in tables.search(SPACE, vectors(1000, 1)[0], 10, Filters())]
     assert scores == pytest.approx(exact.scores.tolist(), abs=1e-5)
     assert maintainer.is_ready(SPACE, ROWS)
-    monkeypatch.undo()
+    monkeypatch.setattr(index_maintainer, "LEVELS", LEVELS)
     before = index_of(tables)
     add(tables, ROWS, ROWS // 5)
     await settle(maintainer)
@@ -352,7 +362,7 @@ async def test_the_memory_of_an_index_decides_how_vectors_are_coded_and_whether_
     assert sizes == sorted(sizes, reverse=True)
     for coding, size in zip(CODINGS, sizes, strict=True):
         assert choose_coding(ROWS, DIM, text_bytes, size) == coding
-        settings = CatalogSettings(index_rows=256, min_recall=0.01, cache_gib=2 * (size + 300) / 2**30)
+        settings = CatalogSettings(min_recall=0.01, cache_gib=2 * (size + 300) / 2**30)
         maintainer = maintainer_of(tables, settings)
         tables.indexes.forget(SPACE, files=True)
         await settle(maintainer)
@@ -362,7 +372,7 @@ async def test_the_memory_of_an_index_decides_how_vectors_are_coded_and_whether_
         assert nearest(tables, 3, as_filters(domain=["d3"])).startswith("text ")
     with pytest.raises(IndexTooLarge, match="cache_gib"):
         choose_coding(ROWS, DIM, text_bytes, sizes[-1] - 1)
-    maintainer = maintainer_of(tables, CatalogSettings(index_rows=256, cache_gib=1e-5))
+    maintainer = maintainer_of(tables, CatalogSettings(cache_gib=1e-5))
     await settle(maintainer)
     status = maintainer.status(SPACE)
     assert not status["used"] and "catalog.cache_gib" in status["trouble"] and maintainer.is_ready(SPACE, ROWS)
@@ -372,7 +382,7 @@ async def test_the_memory_of_an_index_decides_how_vectors_are_coded_and_whether_
 async def test_indexes_are_coded_smaller_when_more_spaces_share_the_memory(tables: Tables) -> None:
     spaces = ("aaaa", "bbbb", "cccc", "dddd")
     share = estimated_bytes(ROWS, DIM, 8.0, CODINGS[1]) + 300
-    settings = CatalogSettings(index_rows=256, min_recall=0.01, cache_gib=len(spaces) * share / 2**30)
+    settings = CatalogSettings(min_recall=0.01, cache_gib=len(spaces) * share / 2**30)
     alone = maintainer_of(tables, settings)
     await settle(alone)
     assert alone.status(SPACE)["coding"] == "16 bits"

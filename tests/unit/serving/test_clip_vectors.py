@@ -213,7 +213,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppClient]:
     with asyncio.Runner() as runner:
-        _, app = runner.run(open_in_process_app(tmp_path_factory.mktemp("app"), Serve(max_text_chars=4000)))
+        _, app = runner.run(open_in_process_app(tmp_path_factory.mktemp("app"), Serve()))
         yield AppClient(runner, app)
 
 

@@ -113,7 +113,9 @@ class Front:
 
 
 @contextlib.asynccontextmanager
-async def front(folder: Path, gone: int = 0, **serve: object) -> AsyncIterator[Front]:
+async def front(
+    folder: Path, gone: int = 0, header_ms: int = 10_000, probes_per_second: int = 50, **serve: object
+) -> AsyncIterator[Front]:
     """``gone``: replicas that refuse connections, before Serve's own proxy, which is all that there is without."""
     assert BINARY is not None
     port, metrics, app, *nobody = free_ports(3 + gone)
@@ -123,7 +125,10 @@ async def front(folder: Path, gone: int = 0, **serve: object) -> AsyncIterator[F
     config.write_text(RAYS.format(port=port, metrics=metrics, app=app, gone=lines, backup="backup" if gone else ""))
     made = Front(port)
     made.listener = server = await asyncio.start_server(made.answer, "127.0.0.1", app)
-    launcher = write_launcher(folder, BINARY, Serve(**serve))
+    launcher = write_launcher(
+        folder, BINARY,
+        front_limits(Serve(**serve)) | {"header_ms": header_ms, "probes_per_second": probes_per_second},
+    )  # fmt: skip
     process = subprocess.Popen([launcher, "-db", "-f", config], stderr=subprocess.PIPE)
     try:
         while True:
@@ -144,7 +149,7 @@ def get(path: str = "/v1/models", *headers: str) -> bytes:
 
 
 async def test_headers_and_bodies_that_do_not_come_are_408_before_the_application_sees_them(tmp_path: Path) -> None:
-    async with front(tmp_path, header_seconds=0.3, idle_seconds=5) as server:
+    async with front(tmp_path, header_ms=300, idle_seconds=5) as server:
         answers = await asyncio.gather(
             server.send(b"GET /v1/mod"),
             server.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nab"),
@@ -269,7 +274,7 @@ async def test_a_request_keeps_its_id_if_it_is_sane_and_the_answer_has_it_once(t
 
 
 async def test_answers_of_haproxy_itself_have_an_id(tmp_path: Path) -> None:
-    async with front(tmp_path, header_seconds=0.3, idle_seconds=5, probes_per_second=1) as server:
+    async with front(tmp_path, header_ms=300, idle_seconds=5, probes_per_second=1) as server:
         probes = [await server.send(get("/health/ready", "x-request-id: mine"), "127.0.0.2") for _ in range(20)]
         refused = next(answer for answer in probes if b" 429 " in answer.split(b"\r\n")[0])
         assert request_ids(refused.decode()) == ["mine"]
@@ -305,9 +310,9 @@ def test_a_frontend_for_other_machines_stays_open_and_rays_pages_do_not() -> Non
 def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-    limits = front_limits(Serve(idle_seconds=7, header_seconds=3))
+    limits = front_limits(Serve(idle_seconds=7))
     text = add_limits(HAPROXY_CONFIG_TEMPLATE, limits)
-    assert "timeout http-request 3000ms" in text
+    assert "timeout http-request 10000ms" in text
     head = text.index("frontend http_frontend")
     assert head < text.index("option http-buffer-request") < text.index("# Per-backend path ACLs")
     assert text.count("timeout client 7000ms") == 1
@@ -322,15 +327,15 @@ def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
 
 def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> None:
     rays = RAYS.format(port=1, metrics=2, app=3, gone="", backup="")
-    text = add_limits(rays, front_limits(Serve(idle_seconds=7, header_seconds=3)))
+    text = add_limits(rays, front_limits(Serve(idle_seconds=7)))
     limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
     assert sorted(limits) == [
         "timeout client 7000ms", "timeout connect 250ms", "timeout http-keep-alive 7000ms",
-        "timeout http-request 3000ms", "timeout server 40000ms",
+        "timeout http-request 10000ms", "timeout server 40000ms",
     ]  # fmt: skip
 
 
 def test_the_launcher_needs_nothing_of_ours(tmp_path: Path) -> None:
-    launcher = write_launcher(tmp_path, Path("/bin/echo"), Serve())
+    launcher = write_launcher(tmp_path, Path("/bin/echo"), front_limits(Serve()))
     assert subprocess.check_output([launcher, "-v"], cwd=tmp_path, env={}, text=True) == "-v\n"
     assert sys.executable in launcher.read_text()

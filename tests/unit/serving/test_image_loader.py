@@ -22,6 +22,7 @@ from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.generation import MAX_IMAGES
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource, decoding_pixels, fitted, jobs_of
+from serving.messages import IMAGES_PER_REQUEST
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
     ScriptedVlms,
@@ -63,6 +64,12 @@ async def test_the_pixels_of_a_request_are_bounded_together_and_nothing_is_decod
             await load([(f"images.{n}", picture) for n in range(3)])
         assert (caught.value.status_code, caught.value.code, caught.value.param) == (413, "too_many_pixels", "images")
         assert "2 x serve.max_pixels" in str(caught.value.detail)
+
+
+async def test_more_images_than_a_request_may_have_are_refused_before_one_is_opened() -> None:
+    with pytest.raises(ApiError) as caught:
+        await loader().inspect([(f"images.{n}", b"") for n in range(IMAGES_PER_REQUEST + 1)])
+    assert (caught.value.status_code, caught.value.code, caught.value.param) == (400, "too_many_images", "images")
 
 
 async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +200,7 @@ async def test_data_uris_and_uploads_are_the_same_pixels_in_their_order() -> Non
 
 async def test_more_images_than_a_vlm_takes_are_refused_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageLoader, "inspect", None)
-    at = app_state(ScriptedVlms(), SETTINGS.model_copy(update={"max_images": 32}))
+    at = app_state(ScriptedVlms())
     shown = about_image()[0]["content"][0]
     messages = [{"role": "user", "content": [shown] * 3}, {"role": "user", "content": [shown] * (MAX_IMAGES - 2)}]
     async with client(at) as http:

@@ -45,14 +45,14 @@ def fetching(web: WebServer, **more: Any) -> Serve:
     return Serve(**{**SETTINGS.model_dump(), **settings, **more})
 
 
-def serving(settings: Serve) -> tuple[AppState, ScriptedVlms]:
+def serving(settings: Serve, seconds: float = 60) -> tuple[AppState, ScriptedVlms]:
     """An application whose fetcher finds every name on loopback."""
 
     async def loopback(host: str, port: int) -> Sequence[str]:
         return ["127.0.0.1"]
 
     vlms = ScriptedVlms()
-    fetcher = fetcher_of(settings)
+    fetcher = fetcher_of(settings, seconds)
     assert fetcher is not None
     fetcher.resolve = loopback
     return replace(app_state(vlms, settings), image_loader=ImageLoader(Preprocess(size=16), settings, fetcher)), vlms
@@ -94,8 +94,8 @@ async def test_each_refusal_has_its_code_and_its_place(web: WebServer) -> None:
         "/text": reply(b"just a text"), "/svg": reply(b"<svg/>", content_type="image/svg+xml"),
         "/cut": reply(RED[:45]), "/many": reply(png(1001, 1000)), "/drip": web.endless(b"x", 0.05), "/none": reply(b""),
     }  # fmt: skip
-    at, vlms = serving(fetching(web, image_seconds=60))
-    impatient, _ = serving(fetching(web, image_seconds=0.5))
+    at, vlms = serving(fetching(web))
+    impatient, _ = serving(fetching(web), seconds=0.5)
     expected = {
         "http://169.254.169.254/": (400, "image_url_not_allowed"),
         address(web, "/moved"): (400, "image_url_not_allowed"),
@@ -129,7 +129,7 @@ async def test_the_images_of_one_request_weigh_no_more_than_a_body(web: WebServe
 
 async def test_the_deadline_of_the_request_ends_the_fetch(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.01)
-    at, _ = serving(fetching(web, deadline_seconds=0.2, image_seconds=60))
+    at, _ = serving(fetching(web, deadline_seconds=0.2))
     answer = await chat(at, address(web, "/drip"))
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert await asyncio.to_thread(web.hung_up.wait, 10)
@@ -137,7 +137,7 @@ async def test_the_deadline_of_the_request_ends_the_fetch(web: WebServer) -> Non
 
 async def test_nothing_is_fetched_for_a_client_that_has_gone(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.01)
-    at, vlms = serving(fetching(web, deadline_seconds=60, image_seconds=60))
+    at, vlms = serving(fetching(web, deadline_seconds=60))
     body = json.dumps({"messages": about_image(image=address(web, "/drip"))}).encode()
     visitor = Visitor(app_of(at), "/v1/chat/completions", body)
     running = visitor.start()
@@ -150,7 +150,7 @@ async def test_nothing_is_fetched_for_a_client_that_has_gone(web: WebServer) -> 
 
 async def test_others_are_answered_while_a_slow_server_is_waited_for(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.01)
-    at, _ = serving(fetching(web, deadline_seconds=60, image_seconds=60))
+    at, _ = serving(fetching(web, deadline_seconds=60))
     slow = asyncio.create_task(chat(at, address(web, "/drip")))
     await until(lambda: web.asked)
     began = time.monotonic()

@@ -13,7 +13,7 @@ from serving.catalog.watch import Moments, Watcher, frechet_distance, mean_shift
 from tests.unit.serving.catalog_world import HERE, THERE, World
 
 DIM = 64
-SMALL = Watch(drift_window=16, drift_reference=40)
+SMALL = Watch(drift_window=16)
 
 
 def value(name: str, **labels: str) -> float | None:

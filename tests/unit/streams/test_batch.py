@@ -85,10 +85,11 @@ def test_published_goes_as_far_as_the_publisher_has_come(
 
 @pytest.mark.parametrize(
     ("bounds", "most"),
-    [({"batch_records": 3}, 3), ({"batch_bytes": 1024}, 11), ({"batch_seconds": 1e-9}, 1)],
+    [({"batch_records": 3}, 3), ({}, 11), ({"batch_seconds": 1e-9}, 1)],
     ids=["records", "bytes", "seconds"],
 )
-def test_a_batch_is_bounded(tmp_path: Path, bounds: dict[str, Any], most: int) -> None:
+def test_a_batch_is_bounded(tmp_path: Path, bounds: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.ingest.batch.BATCH_BYTES", 1024)
     worker = Worker(tmp_path, kafka=Kafka(**{"batch_seconds": 100, **bounds}))
     assert not worker.batch.due and worker.batch.seconds_left == float("inf")
     for number in range(most):

@@ -15,7 +15,7 @@ from sqlalchemy import event, update
 from core.dependencies import current
 from core.errors import LedgerUnavailable, StoreUnavailable
 from core.ledger import DeletionRow, Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.settings import Settings
 from streams.store import deletion, maintenance
 from streams.store.maintenance import Maintainer, wait_for_ledger
@@ -138,7 +138,7 @@ def test_a_pinned_version_keeps_the_bytes_until_the_update_is_over_or_too_late(
     assert store.count(version=pinned) == 4, "the update goes on with what it was pinned to"
     long_ago = datetime.now(UTC) - timedelta(hours=maintenance.PIN_HOURS, minutes=1)
     with ledger.database.write() as session:
-        session.get_one(t.Deletion, name).removed_at = long_ago
+        session.get_one(t.DeletionRow, name).removed_at = long_ago
     maintainer.run_once()
     assert store.pins() == {} and pinned not in store.versions()
     assert row_of(ledger, name).state == "done" and not holds(store.url, sample(0, 1)["image"])
@@ -151,7 +151,7 @@ def test_a_pin_of_a_version_from_after_the_deletion_is_left_alone(
     maintainer.run_once()
     store.pin("update-2", store.version())
     with ledger.database.write() as session:
-        session.get_one(t.Deletion, name).removed_at = datetime.now(UTC) - timedelta(days=9)
+        session.get_one(t.DeletionRow, name).removed_at = datetime.now(UTC) - timedelta(days=9)
     put(store, [sample(0, 4)], Position(TOPIC, 0, 5))
     maintainer.run_once()
     assert set(store.pins()) == {"update-2"}
@@ -286,7 +286,7 @@ def test_events_that_were_published_long_ago_leave_the_ledger(
     assert epoch is not None
     ledger.mark_published({row.id: (0, 0)}, lease="events", epoch=epoch)
     with ledger.database.write() as session:
-        session.execute(update(t.Event).values(time=datetime.now(UTC) - timedelta(days=8)))
+        session.execute(update(t.EventRow).values(time=datetime.now(UTC) - timedelta(days=8)))
     maintainer.run_once()
     assert ledger.events() == []
 

@@ -93,10 +93,10 @@ def make() -> Iterator[Make]:
     """Makes fetchers that may fetch from this machine, and closes them."""
     with ExitStack() as stack:
 
-        def build(*sites: WebServer, **limits: Any) -> UriFetcher:
+        def build(*sites: WebServer, **bounds: Any) -> UriFetcher:
             allowed = [url(each, "/") for each in sites]
-            made = UriFetcher(Ingest(allowed_uris=allowed, allowed_networks=["127.0.0.0/8"], **limits))
-            return stack.enter_context(closing(made))
+            settings = Ingest(allowed_uris=allowed, allowed_networks=["127.0.0.0/8"])
+            return stack.enter_context(closing(UriFetcher(settings, **bounds)))
 
         yield build
 
@@ -157,7 +157,7 @@ def test_as_many_as_the_setting_says_are_in_flight_on_one_thread(web: WebServer,
         return send
 
     web.pages |= {"/few": together(few), "/many": together(many)}
-    fetcher = make(web, uri_seconds=4 * LONG)  # a second try of one would be one too many at a barrier
+    fetcher = make(web, seconds=4 * LONG)  # a second try of one would be one too many at a barrier
     fetches = [fetcher.submit(url(web, path)) for path in ["/few"] * 32 + ["/many"] * 64]
     assert [each.result(4 * LONG) for each in fetches] == [PICTURE] * 96
     assert (most, threads) == (32, {"uris"})
@@ -167,7 +167,7 @@ def test_a_host_that_does_not_answer_holds_up_no_other(web: WebServer, make: Mak
     release = threading.Event()
     with web_server("127.0.0.2") as silent:
         silent.pages["/a.png"] = silent_until(release)
-        fetcher = make(web, silent, uri_concurrency=8)
+        fetcher = make(web, silent, fetches=8)
         stuck = [fetcher.submit(url(silent)) for _ in range(40)]
         flowing = [fetcher.submit(url(web)) for _ in range(40)]
         assert [each.result(LONG) for each in flowing] == [PICTURE] * 40
@@ -200,7 +200,7 @@ def test_a_server_that_stalls_is_tried_again_within_the_deadline(web: WebServer,
     silence = threading.Event()
     web.pages["/late"] = first(silent_until(silence), reply(PICTURE))
     web.pages["/never"] = silent_until(silence)
-    fetcher = make(web, uri_seconds=0.4)
+    fetcher = make(web, seconds=0.4)
     assert fetcher.fetch(url(web, "/late")) == PICTURE
     assert refusal(fetcher, url(web, "/never")).reason == "uri_unreachable"
     assert 3 < len(web.asked) < 8

@@ -14,7 +14,7 @@ from sqlalchemy import delete
 
 from core.errors import LedgerError
 from core.ledger import Ledger
-from core.ledger.tables import Bucket, Charge
+from core.ledger.rows import BucketRow, ChargeRow
 from tests.support.ledger_limits import patient, patient_limits
 from tests.unit.core.ledger.steps import race
 
@@ -58,8 +58,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
 
 def emptied(ledger: Ledger) -> Spender:
     with ledger.database.write() as session:
-        session.execute(delete(Charge))
-        session.execute(delete(Bucket))
+        session.execute(delete(ChargeRow))
+        session.execute(delete(BucketRow))
     spender = Spender(ledger)
     spender.take_all()
     assert spender.taken == CAPACITY

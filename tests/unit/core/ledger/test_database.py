@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from core.errors import LedgerError, LedgerUnavailable
 from core.ledger import Ledger
-from core.ledger.tables import Base
+from core.ledger.rows import Base
 from tests.support.ledger_limits import patient, patient_limits
 from tests.unit.core.ledger.steps import of_revision, race, release
 

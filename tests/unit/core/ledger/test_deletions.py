@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from core.ledger import DeletionRow, Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.ledger.events import EVENT_TYPES
 from tests.support.pages import ROOT, Page
 from tests.unit.core.ledger.steps import race
@@ -113,7 +113,7 @@ def test_they_are_listed_by_age_and_state_and_counted(ledger: Ledger) -> None:
     for number, name in enumerate(["a", "tombstone t:0:1", "tombstone t:0:2", "b_"]):
         ask(ledger, name)
         with ledger.database.write() as session:
-            session.get_one(t.Deletion, name).requested_at -= timedelta(hours=number)
+            session.get_one(t.DeletionRow, name).requested_at -= timedelta(hours=number)
     removed(ledger, "a")
     assert [row.id for row in ledger.deletions()] == ["a", "tombstone t:0:1", "tombstone t:0:2", "b_"]
     assert [row.id for row in ledger.deletions(2, oldest_first=True)] == ["b_", "tombstone t:0:2"]

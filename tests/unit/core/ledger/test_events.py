@@ -12,7 +12,7 @@ from sqlalchemy import update
 
 from core.errors import LeaseLost, LedgerError, ReleaseConflict
 from core.ledger import Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.ledger.events import EVENT_TYPES, MAX_DATA_BYTES
 from core.ledger.leases import check_lease
 from tests.support.pages import ROOT, Page
@@ -167,7 +167,7 @@ def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> 
     with ledger.database.write() as session:
         check_lease(session, "events", epoch)
         taker.start()
-        session.get_one(t.Event, 1).published = True
+        session.get_one(t.EventRow, 1).published = True
         taker.join(0.3)
         assert taken == []
     taker.join(30)
@@ -204,7 +204,7 @@ def test_events_that_were_published_long_ago_are_removed_and_those_of_gaps_and_t
     ledger.mark_published({ids[name]: (0, 1) for name in ("old", "new", "lost")}, lease="events", epoch=epoch)
     now = datetime.now(UTC)
     with ledger.database.write() as session:
-        aged = update(t.Event).where(t.Event.event_id.in_(["old", "waits", "lost"]))
+        aged = update(t.EventRow).where(t.EventRow.event_id.in_(["old", "waits", "lost"]))
         session.execute(aged.values(time=now - timedelta(days=8)))
     assert ledger.prune_events(now - timedelta(days=7)) == 1
     assert set(events(ledger)) == {"waits", "new", "lost"}

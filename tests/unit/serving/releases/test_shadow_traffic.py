@@ -39,7 +39,9 @@ NOW = datetime.now(UTC)
 
 
 def row(number: int, clip: str | None, vlm: str | None = None, share: float = 1.0) -> ReleaseRow:
-    return ReleaseRow(number, clip, vlm, "me", "test", None, NOW, share)
+    return ReleaseRow(
+        number=number, clip=clip, vlm=vlm, actor="me", reason="test", proposal_id=None, created_at=NOW, share=share
+    )
 
 
 def watch(clip: str | None = "new", vlm: str | None = None, until: float = math.inf, number: int = 2) -> GuardTarget:

@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import ReleaseConflict, ReleaseError
 from core.ledger import Ledger
-from core.ledger import tables as t
+from core.ledger import rows as t
 from core.settings.serving import Rollout
 from serving.releases.auto_rollback import Guard
 from serving.releases.guard import ComparisonCounts, Observations, RequestCounts, find_guard_target
@@ -40,7 +40,7 @@ def guard(server: Server, **compared: ComparisonCounts) -> Guard:
 def age(server: Server, seconds: float) -> None:
     """Let every release be older than it is."""
     with server.ledger.database.write() as session:
-        for row in session.query(t.Release):
+        for row in session.query(t.ReleaseRow):
             row.created_at -= timedelta(seconds=seconds)
 
 
