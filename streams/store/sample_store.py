@@ -13,6 +13,7 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -311,6 +312,15 @@ class SampleStore:
             return []
         rows = self.select(f"{where} AND offset <= {order[-1]}", _QUARANTINED)
         return sorted(rows, key=lambda row: int(row["offset"]))
+
+    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
+        """Ids of deleted samples and when they were deleted (``ingested_at`` of the receipt); those after ``since``."""
+        where = "kind = 'deleted' AND id IS NOT NULL"
+        if since is not None:
+            where += f" AND ingested_at > {moment(since)}"
+        if not self.tally(version)["deleted"]:
+            where = "false"
+        return self._table(["id", "ingested_at"], where, version)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
         """The newest gaps, newest first: position, until, reason and time."""
