@@ -23,7 +23,7 @@ from core.metrics import declared
 from core.settings import Settings
 from ops.cli.admin import collect_garbage
 from ops.cli.main import app
-from ops.collection import Collector, Plan, collector
+from ops.collection import CollectionPlan, Collector, collector
 from serving.releases.rollback import rollback_target
 from streams.store.maintenance import Maintainer
 from updater.adapters.recorded import fetch_recorded
@@ -78,7 +78,7 @@ class Installation:
     def collector(self) -> Collector:
         return Collector(self.settings, self.ledger, self.artifacts)
 
-    def run(self) -> Plan:
+    def run(self) -> CollectionPlan:
         plan = self.collector().run("ann")
         assert plan is not None
         return plan
@@ -363,7 +363,7 @@ def test_a_release_in_the_middle_of_the_decision_makes_a_new_one(
     plans = iter([lambda: made.release("clip-2", 0), lambda: None])
     whole = collector.make_plan
 
-    def interrupted(*arguments: Any) -> Plan:
+    def interrupted(*arguments: Any) -> CollectionPlan:
         plan = whole(*arguments)
         next(plans)()
         return plan
