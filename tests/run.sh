@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=1
 bin="$1"
 chosen=(-m "not long" --durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
-alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
+alone=(tests/integration/serving/test_{openapi,bodies}.py) # start no server
 named=(tests/unit/{updater,core,ops,serving} "${servers[@]}" tests/integration/{streams,updater})
 jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops tests/unit/serving"
   "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${named[*]/#/--ignore=}" types)
