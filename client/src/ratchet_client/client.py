@@ -48,7 +48,11 @@ class _Method(Generic[P, T]):
         def method(*args: P.args, **named: P.kwargs) -> Any:
             return client._call(self.make(*args, **named))
 
-        return method
+        @functools.wraps(self.make)
+        async def coroutine(*args: P.args, **named: P.kwargs) -> Any:
+            return await client._call(self.make(*args, **named))
+
+        return coroutine if isinstance(client, AsyncClient) else method
 
 
 class _Calls:

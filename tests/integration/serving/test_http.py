@@ -117,6 +117,16 @@ def test_a_catalog_that_was_killed_answers_again_from_the_ledger(server: ServerF
     assert len(hits) == 16
 
 
+def test_a_change_of_the_text_tower_keeps_the_index(server: ServerFixture) -> None:
+    with server.client() as client:
+        spaces = []
+        for _ in range(2):
+            client.release(server.adapter(towers=("text",)), reason="text only")
+            spaces.append(client.get("/v1/models/clip"))
+    assert spaces[0]["image_space"] == spaces[1]["image_space"]
+    assert spaces[0]["text_space"] != spaces[1]["text_space"]
+
+
 def test_resident_releases_can_be_addressed_and_others_are_named_as_missing(server: ServerFixture) -> None:
     with server.client() as client:
         first = client.release(server.adapter(), reason="one")
