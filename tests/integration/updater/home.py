@@ -156,7 +156,7 @@ def release(ledger: Ledger) -> None:
     commit(ledger, clip=proposal.clip, vlm=proposal.vlm, proposal_id=proposal.id)
 
 
-def commit(ledger: Ledger, clip: str | None = None, vlm: str | None = None, proposal_id: str | None = None) -> None:
+def commit(ledger: Ledger, clip: str | None = None, vlm: str | None = None, proposal_id: int | None = None) -> None:
     """Commit the next release; where it names no adapter of a family, that of the live one stays."""
     live = ledger.live()
     number, clip, vlm = (live.number + 1, clip or live.clip, vlm or live.vlm) if live else (1, clip, vlm)
