@@ -256,7 +256,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RE
     resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [
         {
-            **vars(row), "created_at": row.created_at.isoformat(), "live": bool(live and row.number == live.release),
+            **asdict(row), "created_at": row.created_at.isoformat(), "live": bool(live and row.number == live.release),
             "resident": row.number in resident,
             "image_space": resident[row.number].image_space if row.number in resident else None,
             "text_space": resident[row.number].text_space if row.number in resident else None,
