@@ -51,7 +51,7 @@ def expected(alert: str, firing: dict[str, Any]) -> dict[str, Any]:
     return {"exp_labels": labels, "exp_annotations": texts}
 
 
-def tests_of(file: Path) -> dict[str, Any]:
+def cases_of(file: Path) -> dict[str, Any]:
     """A file of cases as promtool wants it."""
     told = yaml.safe_load(file.read_text())
     tests = [
@@ -76,12 +76,12 @@ def test_the_rules_are_valid() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_alerts_fire_when_they_should_and_only_then(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "tests.yaml").write_text(yaml.safe_dump(tests_of(file)))
+    (tmp_path / "tests.yaml").write_text(yaml.safe_dump(cases_of(file)))
     promtool("test", "rules", tmp_path / "tests.yaml")
 
 
 def test_the_cases_show_each_alert_firing_and_silent() -> None:
-    told = [check for file in FILES for test in tests_of(file)["tests"] for check in test["alert_rule_test"]]
+    told = [check for file in FILES for test in cases_of(file)["tests"] for check in test["alert_rule_test"]]
     shown = {(check["alertname"], "exp_alerts" in check) for check in told}
     assert shown == {(alert, fires) for alert in SUMMARIES for fires in (True, False)}
 
