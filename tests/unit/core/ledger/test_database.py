@@ -55,8 +55,8 @@ def test_keys_from_before_searches_had_a_scope_may_search_as_before(url: str) ->
         pass
     with closing(Ledger.open(url)) as upgraded:
         assert {row.name: (row.scopes, row.expires_at) for row in upgraded.api_keys()} == {
-            "page": (("infer", "search"), None), "both": (("infer", "search", "publish"), None),
-            "ops": (("operate",), None),
+            "page": (["infer", "search"], None), "both": (["infer", "search", "publish"], None),
+            "ops": (["operate"], None),
         }  # fmt: skip
     with of_revision(url, "0010") as connection:
         assert "search" not in str(connection.execute(text("select name, scopes from api_keys")).all())
