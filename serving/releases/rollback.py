@@ -1,4 +1,4 @@
-"""Rollbacks: the release that one goes back to, and how it is written, while servers answer and while none does."""
+"""Rollbacks: choosing the release to go back to, and writing it, with a running server or without."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from serving.releases.types import Adapters, RollbackCommand, TargetAdapters, sc
 
 NAMES: Mapping[Family, str] = {"clip": "CLIP", "vlm": "VLM"}
 ANSWER_SECONDS: Final = 0.7
-"""For the ledger to say what is live, before a rollback: an operator must not wait for one that hangs."""
+"""For the ledger to answer before a rollback: operators must not wait for a ledger that hangs."""
 
 
 @asynccontextmanager
 async def ledger_answers() -> AsyncIterator[None]:
-    """Bound what a rollback asks the ledger before it changes anything.
-
-    Raises:
-        LedgerUnavailable: it did not answer within :data:`ANSWER_SECONDS`.
-    """
+    """Bound the ledger calls before a rollback. Raises LedgerUnavailable after :data:`ANSWER_SECONDS`."""
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             yield
@@ -40,11 +36,11 @@ async def ledger_answers() -> AsyncIterator[None]:
 def plan_rollback(
     ledger: Ledger, command: RollbackCommand, served: Sequence[Family], lineage: Lineage | None = None
 ) -> tuple[Adapters, TargetAdapters]:
-    """The adapters that a command sets at this moment (see :func:`rollback_target`), and those of the new release.
+    """The adapters that a command sets (see :func:`rollback_target`), and those of the new release.
 
     Args:
-        served: families that there are replicas of.
-        lineage: the base of the server that was asked. None: the ledger alone is changed.
+        served: families that have replicas.
+        lineage: the server's base. None: only the ledger is changed.
 
     Raises:
         ReleaseConflict: something else is live by now.
@@ -61,7 +57,7 @@ def plan_rollback(
 
 
 def check_live(live: ReleaseRow | None, expected: int) -> None:
-    """Raise ReleaseConflict when another release is live than the one that was decided upon."""
+    """Raise ReleaseConflict if another release is live than expected."""
     number = live.number if live else 0
     if number != expected:
         raise ReleaseConflict(
@@ -73,13 +69,9 @@ def check_live(live: ReleaseRow | None, expected: int) -> None:
 def rollback_target(
     ledger: Ledger, families: Sequence[Family], to: int | None, allow_withdrawn: bool = False
 ) -> Adapters:
-    """Adapters of release ``to``, or of the newest one that had another adapter in one of the families. The base stays
-    that of the live release.
-
-    Raises:
-        ReleaseError: there is none, it has another base, or what it had was withdrawn, collected, or never answered all
-            requests.
-    """
+    """Adapters of release ``to``, or of the newest one with another adapter in one of the families. The base stays that
+    of the live release. Raises ReleaseError when there is none, it has another base, or an adapter was withdrawn,
+    collected, or never answered all requests."""
     live = ledger.live()
     if live is None:
         raise ReleaseError("nothing is live, so nothing can be rolled back.", "Wait for /health/ready.")
@@ -135,17 +127,9 @@ def commit_rollback(
     hold_after_rollback: bool,
     fail: Callable[[ProposalRow, str], object],
 ) -> ProposalRow:
-    """Write a rollback that needs no preparation: its proposal and its release. This takes no lease: the ledger checks
-    that the live release is still the expected one.
-
-    Args:
-        hold_after_rollback: see :attr:`core.settings.Rollout.hold_after_rollback`.
-        fail: writes down that the proposal failed, and why.
-
-    Raises:
-        ReleaseConflict: something else is live by now.
-        LedgerUnavailable: the ledger is away.
-    """
+    """Write a rollback that needs no preparation: its proposal and its release. Needs no lease, because the ledger
+    checks that the expected release is still live. ``fail``: records the reason of a failure. Raises ReleaseConflict
+    when something else is live by now, LedgerUnavailable."""
     proposal = ledger.propose(
         "rollback", family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"),
         actor=command.actor, reason=command.reason, expected_live=command.expected_live,
@@ -171,12 +155,12 @@ def roll_back_offline(
     expected_live: int | None = None,
     hold_after_rollback: bool = False,
 ) -> ReleaseRow:
-    """Release the adapters of an older release in the ledger alone, without asking a replica whether it can load them.
-    Servers that run adopt it as they follow the ledger.
+    """Roll back in the ledger alone, without asking whether replicas can load the adapters. Running servers adopt it as
+    they follow the ledger.
 
     Args:
-        families: that are served, or the one that is meant.
-        to: number of the release to go back to; None: the newest one that had another adapter.
+        families: those that are served, or the one to roll back.
+        to: number of the release; None: the newest one with another adapter.
 
     Raises:
         ReleaseError: there is nothing to go back to.
