@@ -39,7 +39,6 @@ from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
 Input = str | ImageSource
-"""A text, or an image."""
 INPUT_NAMES = ("input", "input[]")
 FORM_INPUT: dict[str, Any] = {
     "type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string", "format": "binary"}, {"type": "string"}]},
@@ -68,7 +67,7 @@ class ImageUrlItem(OpenAIBody, Body):
 
 
 def _kind_of(value: Any) -> str | None:
-    """The tag of what an input is meant to be, so that one error says what is wrong with it; None: nothing known."""
+    """The tag of an input's intended kind, so that a single error describes it; None: unknown."""
     if isinstance(value, str):
         return "<str>"
     if not isinstance(value, dict):
@@ -115,7 +114,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
     @field_validator("input", mode="before", json_schema_input_type=Item | list[Item])
     @classmethod
     def listed(cls, value: Any) -> Any:
-        """One input as a list of one. Token ids of another model's tokenizer mean nothing here."""
+        """One input as a list of one. Rejects token IDs, which are of another model's tokenizer."""
         first = value[0] if isinstance(value, list) and value else value
         inner = first[0] if isinstance(first, list) and first else first
         if isinstance(inner, int | float) and not isinstance(inner, bool):
@@ -245,7 +244,6 @@ def _input(place: str, item: Item) -> Input:
 async def embed(
     state: AppState, snapshot: ReleaseSnapshot, inputs: list[Input], deadline: float, caller: str, truncate: bool = True
 ) -> Vectors:
-    """Vectors of texts and images, in the order of the inputs."""
     texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
     images = {index: each for index, each in enumerate(inputs) if not isinstance(each, str)}
     state.check_texts(list(texts.values()), "input", places=list(texts))
@@ -265,7 +263,7 @@ async def embed(
 
 
 def encoded(row: npt.NDArray[np.float32], how: str) -> Any:
-    """One vector as :func:`json_response` takes it."""
+    """One vector for :func:`json_response`: base64 of little-endian float32, or the array itself."""
     return pybase64.b64encode_as_string(row.astype("<f4", copy=False).tobytes()) if how == "base64" else row
 
 

@@ -130,8 +130,7 @@ class EncoderWorker:
 
     def encode_now(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         """Encode a batch on the caller's thread. If the pass fails, each request is tried alone, so that only the one
-        at fault fails. If the device is lost, raises what the pass raised: the calls are repeated on another replica.
-        """
+        at fault fails. Raises what the pass raised if the device is lost: the calls are repeated on another replica."""
         kind, adapter = requests[0].kind, requests[0].adapter
         began = time.perf_counter()
         try:
