@@ -6,8 +6,7 @@
 'http://127.0.0.1:8000'
 >>> server.stop()
 
-One machine runs everything in a private Ray session. Under KubeRay, which has a cluster, a RayService names
-:func:`build` (``serving.app:build``).
+One machine runs it in a private Ray session; under KubeRay a RayService names :func:`build` (``serving.app:build``).
 """
 
 from __future__ import annotations
@@ -56,8 +55,6 @@ DRAIN_CALL_SECONDS, DRAIN_PAUSE_SECONDS = 5.0, 0.1
 
 @dataclass
 class Server:
-    """A running application of this process."""
-
     url: str
     folder: Path
     lock: int
@@ -197,8 +194,7 @@ def ingress_scale(server: Serve) -> dict[str, Any]:
 
 
 def encoder_calls(server: Serve) -> int:
-    """Most concurrent calls of encoders: requests are cut into pieces of a batch; 64 for catalog, controller and
-    probes."""
+    """Most concurrent calls: requests in pieces of a batch, and 64 for catalog, controller and probes."""
     images = math.ceil(IMAGES_PER_REQUEST / server.max_batch)
     prompts = math.ceil(TEXTS_PER_REQUEST * PROMPTS_PER_TEXT / (server.max_batch * IMAGE_COST))
     return server.queue * max(images, prompts) + 64

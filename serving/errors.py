@@ -59,8 +59,7 @@ class NotReady(ServingError):
 
 
 class VlmStarting(ServingError):
-    """No VLM replica has answered since this process started: a VLM takes a minute to load, and CLIP does not wait for
-    it."""
+    """No VLM replica has answered since this process started; loading a VLM takes a minute, without delaying CLIP."""
 
     status, code = 503, "vlm_starting"
     retry_after = 5

@@ -27,9 +27,8 @@ class StartProgress:
     def __init__(
         self, client: Client, models: Collection[Family], statuses: Statuses | None = None, began: float | None = None
     ) -> None:
-        """Args:
-        statuses: reads Serve's deployments by name; None where that is not possible.
-        began: start time on the monotonic clock; None for now."""
+        """``statuses``: reads Serve's deployments by name, if possible. ``began``: on the monotonic clock; None for
+        now."""
         self._client = client
         self._waiting = [model for model in NAMES if model in models]
         self._statuses = statuses
@@ -41,7 +40,6 @@ class StartProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the start began."""
         return time.monotonic() - self._began
 
     def look(self) -> bool:

@@ -69,7 +69,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(state: AppState) -> FastAPI:
-    """Build the application: routes, error handlers and limits."""
     made = _with_routes()
     app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # the routes of the schema are among them
     app.openapi_schema = made.openapi_schema

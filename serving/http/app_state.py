@@ -79,7 +79,6 @@ class AppState:
         return self.vlms
 
     def offer(self, generation: GenerationRequest) -> None:
-        """Offer a request to the shadow traffic."""
         if self.shadow_traffic is not None:
             self.shadow_traffic.vlm(generation)
 

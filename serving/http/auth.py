@@ -137,7 +137,6 @@ class AuthMiddleware:
         return self.access.known(token)
 
     def _read(self) -> asyncio.Task[None]:
-        """The running reading of the keys, or a new one."""
         if self._reading is None or self._reading.done():
             reading = self._thread.run(self.access.refresh, READ_SECONDS)
             self._reading = asyncio.get_running_loop().create_task(reading, context=detached())

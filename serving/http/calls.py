@@ -47,13 +47,11 @@ class ControllerCalls:
         self.handle = handle
 
     async def change(self, command: LiveCommand) -> ReleaseResult:
-        """See :meth:`serving.releases.controller.ReleaseController.change`."""
         with metrics.operator.action(command.action):
             return outcome_of(await self._change(command))
 
     async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
-        """If a controller dies during a rollback, another one is called at once: ``expected_live`` prevents going back
-        twice."""
+        """If a controller dies during a rollback, call another one: ``expected_live`` prevents going back twice."""
         attempts, died = Attempts(CONTROLLER_SECONDS, "release controller"), False
         while attempts.left > 0:
             try:
@@ -72,8 +70,7 @@ class ControllerCalls:
         raise attempts.over()
 
     async def _answered(self, response: Any) -> Any:
-        """The result of a call, which may take hours while the controller answers others. Raises Unavailable when it
-        hangs."""
+        """The result of a call, which may take hours while the controller answers others. Raises Unavailable if not."""
 
         async def answer() -> Any:
             return await response
@@ -94,7 +91,6 @@ class ControllerCalls:
             task.cancel()
 
     async def hold(self, command: HoldingCommand) -> None:
-        """See :meth:`serving.releases.controller.ReleaseController.hold`."""
         with metrics.operator.action(command.action):
             outcome_of(await self._asked_again(lambda: self.handle.hold.remote(command)))
 
@@ -103,7 +99,6 @@ class ControllerCalls:
         return status
 
     async def _asked_again(self, call: Callable[[], Any]) -> Any:
-        """Repeat a call that may run twice when the controller dies."""
         return await call_replica(call, Attempts(CONTROLLER_SECONDS, "release controller"))
 
 
@@ -137,11 +132,9 @@ class CatalogCalls:
 
 
 class VlmCalls:
-    """Calls to VLM replicas under the snapshot's VLM adapter; bounds the requests that wait or run.
-
-    Refuse requests with :attr:`start_problem` until :meth:`wait_started` has seen a first replica. Later, while a
-    replica is replaced, requests wait for the next one within their deadline.
-    """
+    """Calls to VLM replicas under the snapshot's adapter; bounds the requests that wait or run. Refuse requests with
+    :attr:`start_problem` until :meth:`wait_started` has seen a first replica. Later, while a replica is replaced,
+    requests wait for the next one within their deadline."""
 
     def __init__(
         self, handle: DeploymentHandle, limit: int, read_status: Callable[[], DeploymentStatus | None] = lambda: None
@@ -166,8 +159,7 @@ class VlmCalls:
             return result
 
     async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
-        """Have a replica generate a token, bypassing the queue. Raises as :meth:`reply`, QueueFull if the replica is
-        busy."""
+        """Have a replica generate a token, bypassing the queue. Raises as :meth:`reply`, QueueFull if it is busy."""
         attempts = _attempts(deadline)
         await _ask(lambda: self.handle.probe.remote(snapshot.vlm, attempts.left), attempts, snapshot)
 
@@ -219,13 +211,12 @@ class VlmCalls:
 
     @property
     def start_problem(self) -> str:
-        """Why requests cannot be answered yet; empty once the VLM has started."""
+        """Reason that requests cannot be answered yet; empty once the VLM has started."""
         if self._started:
             return ""
         return f"{STARTING} again, after it failed: {self._cause}" if self._cause else f"{STARTING}."
 
     async def look(self, seconds: float = FIRST_LOOK_SECONDS) -> None:
-        """Ask Serve whether a replica runs."""
         try:
             async with asyncio.timeout(seconds):
                 status = await self._thread.run(self._read_status)

@@ -113,7 +113,6 @@ class ChatCompletionChunk(ResponseBody):
 
 
 def dumps(value: Any) -> str:
-    """JSON on one line, in ASCII."""
     return json.dumps(value, separators=(",", ":"))
 
 
@@ -128,14 +127,9 @@ def failure(error: Exception) -> bytes:
 
 
 class EventStream(Response):
-    """Sends ``events`` as they come, with status 200.
-
-    Args:
-        events: whole events; several may come at once. An exception is sent as the last event.
-        held: closed when the stream ends, however it ends.
-        deadline: on the monotonic clock.
-        failed: called with an exception of ``events``.
-    """
+    """Sends ``events`` as they come, with status 200; several may come at once, and an exception is sent as the last
+    one. ``held`` is closed when the stream ends, however it ends. ``deadline``: on the monotonic clock. ``failed`` is
+    called with an exception of ``events``."""
 
     media_type = "text/event-stream"
 

@@ -54,11 +54,9 @@ def set_client(scope: Scope, proxies: TrustedProxies) -> None:
 
 
 def came_from_here(scope: Scope) -> bool:
-    """False if a request says that it came from another machine, through a proxy on this one.
-
-    A proxy connects from loopback, so the address alone proves nothing. nginx's default configuration names no client,
-    but speaks HTTP/1.0 (before 1.29.7), which browsers do not. These headers can only take rights away from a client.
-    """
+    """False if a request says that it came from another machine, through a proxy on this one. The address of such a
+    proxy is loopback. nginx's default configuration names no client, but speaks HTTP/1.0 (before 1.29.7), which
+    browsers do not. These headers can only take rights away from a client."""
     headers, peer = Headers(scope=scope), scope.get("client")
     hops = [hop.strip() for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
     far = any((ip := _parsed(hop)) is None or not ip.is_loopback for hop in hops)
@@ -120,7 +118,7 @@ class RateLimiter:
         return len(self._buckets)
 
     def take(self, who: str, per_minute: int) -> float:
-        """Take one request from a caller's bucket. Returns 0, or the seconds until there is one. ``per_minute`` 0: no
+        """Take one request from a caller's bucket; returns 0 or the seconds until there is one. ``per_minute`` 0: no
         limit."""
         if not per_minute:
             return 0.0

@@ -1,9 +1,6 @@
-"""Vectors of a request's texts and images, from the cache or from encoders.
-
-With a cache, content that is repeated in a request is encoded once. Vectors of another embedding space than the
+"""Vectors of a request's texts and images, from the cache or from encoders. Vectors of another embedding space than the
 release's are refused, and never cached. Callers take turns, and only as much work begins as keeps the encoders busy:
-200 requests with 32 small pictures each, all decoded at once, kept two cores from the encoder for 1.5 s.
-"""
+200 requests with 32 small pictures each, all decoded at once, kept two cores from the encoder for 1.5 s."""
 
 from __future__ import annotations
 
@@ -111,12 +108,8 @@ class Vectors:
 
 class EncoderCalls:
     """Calls to encoder replicas, repeated on another replica when one dies. Replicas return expected failures as
-    values; exceptions come from the transport.
-
-    Args:
-        max_batch: most images of a batch; larger requests are sent in several pieces.
-        shadow_traffic: is offered what was encoded.
-    """
+    values; exceptions come from the transport. Requests of more than ``max_batch`` images are sent in several pieces.
+    ``shadow_traffic`` is offered what was encoded."""
 
     def __init__(self, handle: DeploymentHandle, max_batch: int, shadow_traffic: ShadowTraffic | None = None) -> None:
         self.handle = handle
@@ -127,12 +120,8 @@ class EncoderCalls:
         self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
     ) -> EncodeResult:
         """Vectors of items (uint8 [n, S, S, 3], or n lists of token IDs), all by the snapshot's adapter. ``deadline``:
-        on the monotonic clock. ``caller``: takes turns with others.
-
-        Raises:
-            QueueFull, DeadlineExceeded, Unavailable, WrongSpace.
-            ApiError: a value is not finite.
-        """
+        on the monotonic clock. Raises QueueFull, DeadlineExceeded, Unavailable, WrongSpace, ApiError for values that
+        are not finite."""
         space = snapshot.image_space if kind == "image" else snapshot.text_space
 
         def strays(result: EncodeResult) -> bool:
@@ -294,7 +283,6 @@ class ClipVectors:
         return heads[name]
 
     async def classify(self, head: Head, vectors: npt.NDArray[np.float32]) -> HeadScores:
-        """See :meth:`Head.classify`; in a thread."""
         return await self._classifying.run(head.classify, vectors)
 
 

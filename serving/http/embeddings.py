@@ -291,7 +291,6 @@ async def model(
 
 
 def described(state: AppState, name: str, family: Family) -> dict[str, Any]:
-    """OpenAI's model object, with the release behind it."""
     snapshot = state.admission.resolve(name, family)
     spaces = {"image_space": snapshot.image_space, "text_space": snapshot.text_space, "dimensions": state.dim}
     return {

@@ -27,13 +27,8 @@ LARGE_NICE = 10
 
 
 class FairRoom:
-    """Admits requests by turns of their callers while any room is left, however large the next request is, but no
-    caller beyond its share; larger requests count as the share. Use from one event loop.
-
-    Args:
-        size: amount that is inside at once.
-        share: of it for one caller.
-    """
+    """Room of ``size`` that callers enter by turns, each up to its ``share``; larger requests count as the share. While
+    any room is left one more request is admitted, however large. Use from one event loop."""
 
     def __init__(self, size: float, share: float) -> None:
         self.size, self._share = size, max(1, int(size * share))
@@ -115,16 +110,13 @@ class SharedBudget:
 
 
 class DecodeQueue:
-    """Runs work on images in threads, by turns of the callers. Use from one event loop.
+    """Runs work on images in threads, by turns of the callers, each with a ``share`` of the reserved ``pixels``. Use
+    from one event loop.
 
     Small images have threads of their own with the models' priority: next to two of a higher one, a batch of images
     took 1.0 s instead of 0.14 s. Large ones are decoded one at a time at a lower priority: 40 million pixels take about
     a second and several hundred megabytes. Requests without room wait as encoded bytes: 200 requests with 32 small
     pictures each are a gigabyte of pixels.
-
-    Args:
-        pixels: most that are reserved, over all callers.
-        share: of it for one caller.
     """
 
     def __init__(self, pixels: int, share: float) -> None:
@@ -135,7 +127,6 @@ class DecodeQueue:
 
     @property
     def pixels(self) -> int:
-        """Pixels that are reserved now."""
         return self._budget.used
 
     @contextlib.asynccontextmanager

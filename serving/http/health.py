@@ -185,7 +185,7 @@ class ComponentState:
 
     ready: bool
     detail: str = "ok"
-    """Why it is not ready, or that it is busy."""
+    """Reason that it is not ready, or that it is busy."""
     release: int = 0
     seconds: float = 0.0
     code: str = "not_ready"
@@ -219,7 +219,6 @@ class Probes:
         return await self._recent[name].get()
 
     async def all(self) -> dict[Component, ComponentState]:
-        """State of every part that is served."""
         names = self.parts()
         return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
 
@@ -290,7 +289,6 @@ class Recent(Generic[Value]):
         self._ended = float("-inf")
 
     async def get(self) -> Value:
-        """The value. Raises what computing it raised."""
         if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
             self._task = asyncio.get_running_loop().create_task(self._timed(), context=detached())
         return await asyncio.shield(self._task)  # a caller that leaves does not end it for the others

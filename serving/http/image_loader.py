@@ -1,7 +1,6 @@
-"""Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a thread pool. All images of a
-request are inspected first (bytes, and pixels by their headers), then decoded when it is the caller's turn
-(:class:`serving.http.fair_room.DecodeQueue`). Pixels count against ``serve.decode_pixels`` until the model has
-answered."""
+"""Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a thread pool. Headers of all
+images of a request are inspected before any is decoded. Pixels count against ``serve.decode_pixels`` until the model
+has answered."""
 
 from __future__ import annotations
 
@@ -54,7 +53,6 @@ class InspectedImage:
     """An image whose header was read and is within bounds; not decoded yet."""
 
     place: str
-    """Its place in the request."""
     digest: bytes
     """SHA-256 of the encoded bytes."""
     pixels: int

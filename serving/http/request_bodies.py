@@ -1,9 +1,6 @@
-"""Bounds of a request: its size, its speed, its slot, and how long its client waits. Pure ASGI.
-
-:class:`RequestLimits` is outermost, so refused requests cost nothing further. :class:`RequestBodies`, inside of
-authentication, reads each body within a time and a byte budget before the request takes a slot, so slow clients hold
-none. :func:`cancel_on_disconnect` ends the work for a client that leaves.
-"""
+"""Bounds of a request: size, speed, slot, and how long its client waits. :class:`RequestLimits` is outermost, so
+refused requests cost nothing further. :class:`RequestBodies`, inside of authentication, reads each body within a time
+and a byte budget before the request takes a slot, so slow clients hold none. Pure ASGI."""
 
 from __future__ import annotations
 
@@ -255,12 +252,8 @@ class ClientGone(ApiError):
 
 @contextlib.asynccontextmanager
 async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterator[None]:
-    """Cancel the block when the client leaves (ClientGone) or the deadline passes (DeadlineExceeded).
-
-    Args:
-        receive: the ASGI channel, after the body; nothing else may read from it meanwhile.
-        deadline: on the monotonic clock.
-    """
+    """Cancel the block when the client leaves (ClientGone) or the deadline on the monotonic clock passes
+    (DeadlineExceeded). ``receive``: the ASGI channel, after the body; nothing else may read from it meanwhile."""
     here = asyncio.current_task()
     assert here is not None
     gone = False

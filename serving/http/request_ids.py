@@ -1,8 +1,6 @@
-"""Gives each request an ID, the client's or a new one, which every answer has in ``x-request-id``.
-
-Pure ASGI, outermost. HAProxy, where it is in front, has set the ID by then (:mod:`serving.ray.haproxy`) and adds it to
-its own answers. Ray Serve passes it on to replicas.
-"""
+"""Gives each request an ID, the client's or a new one, which every answer has in ``x-request-id``. Pure ASGI,
+outermost. HAProxy, where it is in front, has set the ID by then (:mod:`serving.ray.haproxy`). Ray Serve passes it on to
+replicas."""
 
 from __future__ import annotations
 

@@ -47,7 +47,6 @@ class QuarantineService:
         self._bulk = OwnThreads("resubmit")
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
-        """Quarantined records, newest first."""
         from streams.ingest.resubmit import list_quarantine
 
         rows = await self._threads.run(list_quarantine, self.settings, self.ledger, limit, reason, source)
@@ -88,8 +87,6 @@ class QuarantineService:
 
 
 class DeletionService:
-    """Deletions of samples and of quarantined records."""
-
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self.settings = settings
         self.ledger = ledger
@@ -98,7 +95,7 @@ class DeletionService:
         self._ledger_threads = OwnThreads("deletions")
 
     async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
-        """Count selected ``samples`` and ``refusals``, one count at a time. Raises SelectorError, StoreUnavailable."""
+        """Count ``samples`` and ``refusals``, one count at a time. Raises SelectorError, StoreUnavailable."""
         from streams.store.deletion import count_selected
         from streams.store.sample_store import SampleStore
 

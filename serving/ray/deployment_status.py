@@ -1,8 +1,5 @@
-"""The deployments of an application as Serve reports them: whether replicas run, and why they do not.
-
-Serve routes requests as soon as the ingress has a replica (``ServeController.get_target_groups``), whatever the
-application's status: a deployment that starts late, or never, does not affect the others.
-"""
+"""The deployments of an application as Serve reports them. Serve routes requests as soon as the ingress has a replica
+(``ServeController.get_target_groups``), so a deployment that starts late, or never, does not affect the others."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ class DeploymentStatus:
     failed: bool
     """Serve has given up."""
     cause: str
-    """Why the last replica could not start; empty when none has failed."""
+    """Reason that the last replica could not start; empty when none has failed."""
 
     @property
     def running(self) -> int:

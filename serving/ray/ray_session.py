@@ -161,7 +161,6 @@ def tracing_environment(traces: Traces) -> dict[str, str]:
 
 
 def front_limits(server: Serve) -> dict[str, Any]:
-    """The limits that :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
     return {
         "header_ms": int(HEADER_SECONDS * 1000),
         "idle_ms": int(server.idle_seconds * 1000),
@@ -173,8 +172,7 @@ def front_limits(server: Serve) -> dict[str, Any]:
 
 
 def proxies(server: Serve) -> list[str]:
-    """Networks whose ``X-Forwarded-For`` is trusted: those of the settings and, behind this machine's HAProxy,
-    loopback."""
+    """Networks whose ``X-Forwarded-For`` is trusted: the settings' and, behind this machine's HAProxy, loopback."""
     return [*server.trusted_proxies, *(LOOPBACK if os.environ.get(PROXIED) == "1" else ())]
 
 
@@ -200,8 +198,7 @@ def haproxy_binary() -> Path | None:
 
 
 def start_ray(folder: Path, server: Serve) -> None:
-    """Start a private Ray session in ``folder``, see :func:`session_directory`. Workers' standard error goes to that of
-    this process."""
+    """Start a private Ray session in ``folder``. Workers' standard error goes to that of this process."""
     import ray
     import ray.serve
 

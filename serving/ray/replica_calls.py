@@ -24,10 +24,7 @@ class Attempts:
     """The attempts of one call: time left, pauses that double, and the last failure."""
 
     def __init__(self, seconds: float, replica: str, fix: str = "Try again later.") -> None:
-        """Args:
-        seconds: until the deadline.
-        replica: the kind of replica, for messages.
-        fix: advice to clients when the deadline has passed."""
+        """``replica``: its kind, for messages. ``fix``: advice to clients when the deadline has passed."""
         self._end = time.monotonic() + seconds
         self._pause = FIRST_PAUSE_SECONDS
         self._replica = replica
@@ -46,7 +43,6 @@ class Attempts:
         self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)
 
     def over(self) -> DeadlineExceeded | Unavailable:
-        """The error to raise when the time is over."""
         if self.last_error:
             return Unavailable(
                 f"no {self._replica} answered before the deadline ({self.last_error}).", "Try again shortly."
@@ -56,11 +52,7 @@ class Attempts:
 
 async def call_replica(call: Callable[[], Any], attempts: Attempts, retry_full: bool = False) -> Any:
     """Call one replica and return its answer. ``call`` makes a new call through a handle; cancelling this cancels it.
-    ``retry_full``: also try again when the queue in front of the replicas is full.
-
-    Raises:
-        QueueFull, DeadlineExceeded, Unavailable.
-    """
+    ``retry_full``: also try again when the queue is full. Raises QueueFull, DeadlineExceeded, Unavailable."""
     while attempts.left > 0:
         response = call()
         try:

@@ -17,8 +17,8 @@ SWITCH = "SERVE_REPLICAS_ON_LOOPBACK"
 
 
 def close_replica_port() -> None:
-    """Keep this replica's gRPC server on loopback. Call in a deployment's constructor; does nothing unless the session
-    is private to one machine.
+    """Keep this replica's gRPC server on loopback, if the session is private to one machine. Call in a deployment's
+    constructor.
 
     Ray Serve 2.60 opens a server in each replica on every address, which unpickles what it gets: anyone who reaches the
     port can run code. The address cannot be set, so the helper that binds it is replaced. With several nodes, close the
@@ -40,11 +40,9 @@ def close_replica_port() -> None:
 
 
 def configure_replica_logging(settings: Settings, role: str) -> None:
-    """Log to standard error as all other processes do. Call it first in a replica's constructor.
-
-    Ray Serve 2.60 writes JSON to its files only, so its loggers pass their records on to Ratchet's. Serve carries
-    request IDs from replica to replica: an encoder's lines have the ID that the ingress assigned.
-    """
+    """Log to standard error as all other processes do. Call it first in a replica's constructor. Ray Serve 2.60 writes
+    JSON to its files only, so its loggers pass records on to Ratchet's. An encoder's lines have the request ID of the
+    ingress."""
     configure_logging(settings, role, replica=_replica(), request_id=_request_id)
     take_over_rays_loggers()
 
@@ -75,11 +73,9 @@ def _request_id() -> str:
 
 
 def freeze_gc() -> None:
-    """Exempt all objects that exist now from garbage collection. Call it last in a replica's constructor.
-
-    Torch, Ray and their imports make some 600,000 objects. Going through them stops all threads of the process for a
-    third of a second or more, and loading an adapter can trigger it.
-    """
+    """Exempt all present objects from garbage collection; call it last in a replica's constructor. Going through some
+    600,000 objects of Torch, Ray and their imports stops all threads for 0.3 s or more, and loading an adapter can
+    trigger it."""
     gc.collect()
     gc.freeze()
     gc.collect()  # of nothing: the next one comes when a quarter of what this one has looked at is new

@@ -52,14 +52,9 @@ class Admission:
         return self.live.release if self.live else 0
 
     def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> ReleaseSnapshot:
-        """Resolve a model name: ``clip`` or ``vlm`` (live), ``clip@12`` (a resident release), or an adapter's name (its
-        newest release). ``key``: the caller's, which chooses the side while a canary is live; without one, the stable
-        side answers.
-
-        Raises:
-            UnknownModel: names what is resident.
-            NotReady: nothing is live yet.
-        """
+        """Resolve ``clip`` or ``vlm`` (live), ``clip@12`` (a resident release), or an adapter's name (its newest
+        release). ``key``: the caller's, which chooses the side while a canary is live; without one, the stable side
+        answers. Raises UnknownModel with the resident names, NotReady while nothing is live."""
         live = self.live
         if live is None:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")

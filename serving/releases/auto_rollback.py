@@ -1,6 +1,6 @@
 """Automatic changes: the guard rolls back a release that is out of bounds and promotes an update that stayed within
-them; the fallback rolls back a live adapter that no replica can load. Both read the ledger and the ingress processes
-and keep no state, so a restarted controller goes on."""
+them; the fallback rolls back a live adapter that no replica can load. All that matters is in the ledger and in the
+ingress processes, so a restarted controller continues."""
 
 from __future__ import annotations
 
@@ -80,7 +80,6 @@ class Guard:
         return None
 
     def status(self) -> dict[str, Any]:
-        """Counts and decision of the last look."""
         return dict(self._last)
 
     async def _take_back(self, target: GuardTarget, bad: Evidence, counted: dict[str, Any]) -> ReleaseResult:
@@ -145,7 +144,7 @@ class Fallback:
         self._protocol = protocol
         self._due = 0.0
         self.problem = ""
-        """Why an older release than the ledger's answers; empty when none does."""
+        """Reason that an older release than the ledger's answers; empty when none does."""
 
     async def step(self) -> ReleaseResult | None:
         """Check every :data:`CHECK_SECONDS`. Returns the release that was made. Raises RatchetError when the ledger
@@ -194,7 +193,7 @@ class Fallback:
         raise ReleaseError(f"{self.problem} No older release can be loaded either.", "Restore the artifacts.")
 
     async def _reason(self, family: Family, adapter: str | None) -> str:
-        """Why no replica can load an adapter; empty when one can, or when this is unknown now."""
+        """Reason that no replica can load an adapter; empty when one can, or when this is unknown now."""
         if adapter is None:
             return ""
         broadcast = self._protocol.broadcast

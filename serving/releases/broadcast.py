@@ -24,8 +24,8 @@ VLM = "Vlm"
 PREPARE_SECONDS = 300.0
 ACKNOWLEDGE_SECONDS = 10.0
 COVER_SECONDS, ASK_COVER_SECONDS = 7 * 86_400.0, 30.0
-"""To embed a whole catalog, and to request it. A million images take hours; the catalog itself gives up when a backfill
-stalls (:data:`serving.catalog.catalog.STALL_SECONDS`)."""
+"""To embed a whole catalog (a million images take hours), and to request it. The catalog itself gives up when a
+backfill stalls."""
 RETIRE_SECONDS = 60.0
 RESIDENT_SECONDS = 0.2
 """For a rollback that comes before this process knows the embedding spaces."""
@@ -73,8 +73,7 @@ class Broadcast:
         return await call_every_replica(self._vlm, "prepare", vlm, seconds=PREPARE_SECONDS)
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
-        """Complete the image space in the catalog (``wait=False``: only request it); returns its rows. Raises
-        ReleaseError."""
+        """Complete the image space in the catalog, or only request it; returns its rows. Raises ReleaseError."""
         attempts = Attempts(COVER_SECONDS if wait else ASK_COVER_SECONDS, "catalog")
         rows: int | str = await call_replica(
             lambda: self.catalog.cover.remote(snapshot, wait), attempts, retry_full=True
@@ -150,7 +149,6 @@ class Broadcast:
         return await self._status(self.encoder)
 
     async def vlm_status(self) -> list[dict[str, Any]]:
-        """The same of each VLM replica."""
         return [] if self.vlm is None else await self._status(self.vlm)
 
     async def _status(self, handle: DeploymentHandle) -> list[dict[str, Any]]:

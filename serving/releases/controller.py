@@ -1,8 +1,6 @@
-"""The release controller: a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`.
-
-Several servers on one ledger have a controller each. The one with the lease carries proposals out and runs the guard;
-the others bring their own replicas to what is live, and roll back when asked to.
-"""
+"""The release controller: a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`. Of several servers on
+one ledger, the controller with the lease carries proposals out and runs the guard; the others bring their own replicas
+to what is live, and roll back when asked to."""
 
 from __future__ import annotations
 
@@ -87,8 +85,7 @@ class ReleaseController:
             lease.give_back()
 
     async def check_health(self) -> None:
-        """Keep the loops running. Guard and lease have loops of their own, because preparing a release may take
-        minutes."""
+        """Keep the loops running. Guard and lease have their own, because preparing a release may take minutes."""
         loops: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "lease": self._keep_lease, "proposals": self._run, "retire": self._retire,
             "guard": partial(self._watch, "guard", self.guard.step, GUARD_PAUSE_SECONDS),
@@ -219,7 +216,7 @@ class ReleaseController:
         await asyncio.to_thread(tell_of_live, self.ledger, FAMILIES if self.broadcast.has_vlm else FAMILIES[:1])
 
     async def _retire(self) -> None:
-        """Retire releases, one at a time because each waits for requests in flight. Requests meanwhile are merged into
+        """Retire releases one at a time, because each waits for requests in flight. Meanwhile calls are merged into
         one."""
         while True:
             await self._to_retire.wait()
@@ -243,7 +240,7 @@ class ReleaseController:
             await asyncio.sleep(RENEW_SECONDS)
 
     async def _other_base(self) -> str:
-        """Why this server cannot answer with the live release; empty if it has the same base."""
+        """Reason that this server cannot answer with the live release; empty if it has the same base."""
         if self.lineage is None:
             return ""
         live = await asyncio.to_thread(self.ledger.live)

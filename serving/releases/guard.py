@@ -158,7 +158,7 @@ def look_number(seconds: float) -> int:
 
 
 def look(settings: Rollout, seen: Observations, incumbent: int, number: int) -> list[Evidence]:
-    """Test every guardrail with data. ``incumbent``: its release number. ``number``: see :func:`look_number`."""
+    """Test every guardrail with data. ``incumbent``: number of its release. ``number``: see :func:`look_number`."""
     level = FALSE_ALARM / (TESTS * number * (number + 1))
     evidence = [_errors(settings, seen, incumbent, level)]
     for family, compared in sorted(seen.compared.items()):

@@ -72,8 +72,7 @@ class ControllerLease:
 async def wait_for_leader(
     ledger: Ledger, proposal: ProposalRow, fail: Callable[[ProposalRow, str], None]
 ) -> ProposalRow:
-    """Wait until the controller with the lease has carried a proposal out; it fails when that controller makes no
-    progress."""
+    """Wait until the controller with the lease has carried a proposal out; without progress the proposal fails."""
     seen: object = None
     moved = time.perf_counter()
     while proposal.state not in ENDED:

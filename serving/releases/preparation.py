@@ -25,7 +25,6 @@ class PreparingProposal:
 
     proposal: ProposalRow
     task: asyncio.Task[TargetAdapters] | None = None
-    """Prepares the proposal; may be cancelled."""
     target: TargetAdapters | None = None
     """The adapters that replicas are loading for it."""
     number: int = 0
@@ -42,8 +41,7 @@ class PreparingProposal:
             self.task.cancel()
 
     def check(self) -> None:
-        """Raise if it was stopped: Postponed for an update of the other family, which waits again, else
-        ReleaseConflict."""
+        """Raise if stopped: Postponed for an update of the other family, which waits again, else ReleaseConflict."""
         if not self.stopped_by:
             return
         if self.proposal.kind == "update" and {self.proposal.family, self.stopped_for} == {"clip", "vlm"}:
@@ -64,9 +62,8 @@ class Preparation:
         """Image and text space of each CLIP adapter that replicas can serve."""
 
     async def make_ready(self, target: TargetAdapters, live: ReleaseRow | None) -> None:
-        """Prepare the families that change, at once. The first release, of the bases alone, waits for encoders only:
-        VLM replicas start with their base, and the catalog embeds what there is once it is told. Raises ReleaseError
-        when a replica cannot serve an adapter."""
+        """Prepare the families that change, at once. The first release waits for encoders only: VLM replicas start with
+        their base, and the catalog embeds what there is. Raises ReleaseError when a replica cannot serve an adapter."""
         jobs: list[Coroutine[Any, Any, None]] = []
         if live is None or target["clip"] != live.clip:
             jobs.append(self._ready_clip(target["clip"], live))
@@ -95,9 +92,8 @@ class Preparation:
         return read_residency(self.ledger, self.size, self.base)
 
     async def residency(self) -> Residency:
-        """Releases that stay loaded, without those whose CLIP adapter is gone or damaged. Unknown spaces are asked for,
-        which loads adapters. Raises ReleaseError when the encoders cannot tell the spaces of releases that answer
-        requests."""
+        """Releases that stay loaded, without those whose CLIP adapter is gone or damaged; loads adapters to learn
+        unknown spaces. Raises ReleaseError when the spaces of releases that answer requests are unknown."""
         return await resolve_residency(await asyncio.to_thread(self.read), self._ask)
 
     async def known_residency(self, rows: ResidencyRows) -> Residency:

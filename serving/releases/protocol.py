@@ -75,9 +75,8 @@ class ReleaseProtocol:
     ) -> None:
         """Args:
         update_share: of requests, for updates that passed the gate; see :attr:`ReleaseRow.share`.
-        hold_after_rollback: see :attr:`core.settings.Rollout.hold_after_rollback`.
-        lease: without holding it this process only proposes, and rolls back, because that commit checks the live
-            release. None: there is no other process.
+        lease: while another process holds it, this one only proposes; it may still roll back, since that commit checks
+            the live release. None: there is no other process.
         lineage: this server's base. None: there is only one.
         """
         self.ledger = ledger
@@ -88,23 +87,19 @@ class ReleaseProtocol:
         self._lease = lease
         self._lineage = lineage
         self._turn = asyncio.Lock()
-        """Held by the proposal that is carried out."""
         self._preparing: PreparingProposal | None = None
         self._committing = asyncio.Lock()
         """Held from the last check before a commit until its end."""
         self._abandoned: dict[int, str] = {}
-        """Reasons of proposals whose end could not be written."""
+        """Failed proposals whose end could not be written, with the reason."""
         self._planning: asyncio.Future[tuple[Adapters, TargetAdapters, bool]] | None = None
         self._healing: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(ROLLBACK_THREADS, "rollback")
 
     async def start(self) -> ReleaseResult | None:
-        """Continue from the ledger: announce what is live, or make release 1 (the bases alone).
-
-        Raises:
-            LeaseLost: another process is about to make the first release.
-            ReleaseError: no release has this server's base, or it cannot be served.
-        """
+        """Continue from the ledger: announce what is live, or make release 1 (the bases alone). Raises LeaseLost when
+        another process is to make the first release; ReleaseError when no release has this server's base, or it cannot
+        be served."""
         await self.preparation.learn()
         if (live := await asyncio.to_thread(self.ledger.live)) is not None:
             if self._lineage is not None and not (await asyncio.to_thread(self.preparation.read)).window:
@@ -148,12 +143,9 @@ class ReleaseProtocol:
             return None
 
     async def release(self, command: ReleaseCommand, forced: bool = False) -> ReleaseResult:
-        """Release adapters for an operator. ``forced``: one of them passed no gate and was never live.
-
-        Raises:
-            ReleaseConflict: something else is live by now.
-            ReleaseError: an adapter cannot be served; what was live stays live.
-        """
+        """Release adapters for an operator. ``forced``: one of them passed no gate and was never live. Raises
+        ReleaseConflict when something else is live by now; ReleaseError when an adapter cannot be served: what was live
+        stays live."""
         if not command.adapters:
             raise ReleaseError("no adapter is named.", "Name a CLIP adapter, a VLM adapter, or both.")
         return await self._ordered("release", command.adapters, command, command.share, forced)
@@ -198,14 +190,9 @@ class ReleaseProtocol:
             return await self._run(await asyncio.to_thread(propose))
 
     async def _run(self, proposal: ProposalRow) -> ReleaseResult:
-        """Carry a proposal out, and record how it ended.
-
-        Raises:
-            Postponed: it waits for its turn again.
-            ReleaseConflict: something else is live by now, or it was stopped.
-            ReleaseError: it cannot be served; what was live stays live.
-            LedgerUnavailable, LeaseLost: this process cannot go on with it.
-        """
+        """Carry a proposal out, and record how it ended. Raises Postponed when it waits for its turn again,
+        ReleaseConflict when something else is live by now or it was stopped, ReleaseError when it cannot be served
+        (what was live stays live), LedgerUnavailable or LeaseLost when this process cannot continue it."""
         began = time.perf_counter()
         work = self._preparing = PreparingProposal(proposal)
         try:
@@ -342,10 +329,9 @@ class ReleaseProtocol:
         return residency, [(work.number, work.target) for work in works if work.target is not None]
 
     async def rollback(self, command: RollbackCommand) -> ReleaseResult:
-        """Release the adapters of an older release; adapters that are not resident any more are prepared first.
-
-        Stops a proposal in preparation, which fails because it was judged against what is taken back; an update of the
-        other family waits instead.
+        """Release the adapters of an older release; adapters that are not resident any more are prepared first. Stops a
+        proposal in preparation, which fails because it was judged against what is taken back; an update of the other
+        family waits.
 
         Raises:
             ReleaseError: there is nothing to roll back to.
@@ -395,7 +381,6 @@ class ReleaseProtocol:
         return await self.preparation.residency()
 
     async def known_residency(self) -> Residency:
-        """See :meth:`Preparation.known_residency`."""
         return await self.preparation.known_residency(await asyncio.to_thread(self.preparation.read))
 
     @property
@@ -413,8 +398,7 @@ class ReleaseProtocol:
         await asyncio.to_thread(lambda: self.ledger.advance_proposal(proposal.id, state, epoch=epoch))
 
     def _fail(self, proposal: ProposalRow, reason: str) -> None:
-        """Record that a proposal failed; if that cannot be written now, it is written later, and the proposal is not
-        run."""
+        """Record that a proposal failed, now or when the ledger is back; it is not run until then."""
         try:
             self.ledger.advance_proposal(proposal.id, "failed", reason)
         except ReleaseConflict:  # it ended elsewhere
@@ -441,7 +425,6 @@ class ReleaseProtocol:
         )  # fmt: skip
 
     def _pending(self) -> tuple[HoldRow | None, ReleaseRow | None, list[ProposalRow]]:
-        """The open hold, the live release and the waiting proposals."""
         with self.ledger.reading():
             return self.ledger.held(), self.ledger.live(), self.ledger.pending_proposals()
 

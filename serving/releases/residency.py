@@ -169,7 +169,6 @@ class ResidencySource:
         lineage: Lineage | None = None,
     ) -> None:
         """Args:
-        size: releases of the rollback window.
         path: this node's copy.
         artifacts: have another copy; may be away, as the ledger may.
         part: for the metrics.
@@ -188,7 +187,7 @@ class ResidencySource:
         self._written = b""
         self._keep_at = -float("inf")
         self.source: Source | None = None
-        """Where the rows of :meth:`newest` come from."""
+        """Origin of the rows of :meth:`newest`."""
         self.adapters: Mapping[str, str] = {}
         """Full digests by adapter name, from the copy in use while the ledger is away."""
 

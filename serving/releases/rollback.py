@@ -36,16 +36,10 @@ async def ledger_answers() -> AsyncIterator[None]:
 def plan_rollback(
     ledger: Ledger, command: RollbackCommand, served: Sequence[Family], lineage: Lineage | None = None
 ) -> tuple[Adapters, TargetAdapters]:
-    """The adapters that a command sets (see :func:`rollback_target`), and those of the new release.
-
-    Args:
-        served: families that have replicas.
-        lineage: the server's base. None: only the ledger is changed.
-
-    Raises:
-        ReleaseConflict: something else is live by now.
-        ReleaseError: there is nothing to go back to, or what is live has another base.
-    """
+    """The adapters that a command sets (see :func:`rollback_target`), and those of the new release. ``served``:
+    families that have replicas. ``lineage``: the server's base; None: only the ledger is changed. Raises
+    ReleaseConflict when something else is live by now; ReleaseError when there is nothing to go back to, or what is
+    live has another base."""
     families = tuple(served) if command.family is None else (command.family,)
     with ledger.reading():
         live = ledger.live()
@@ -155,17 +149,10 @@ def roll_back_offline(
     expected_live: int | None = None,
     hold_after_rollback: bool = False,
 ) -> ReleaseRow:
-    """Roll back in the ledger alone, without asking whether replicas can load the adapters. Running servers adopt it as
-    they follow the ledger.
-
-    Args:
-        families: those that are served, or the one to roll back.
-        to: number of the release; None: the newest one with another adapter.
-
-    Raises:
-        ReleaseError: there is nothing to go back to.
-        ReleaseConflict: something else is live by now.
-    """
+    """Roll back in the ledger alone, without asking whether replicas can load the adapters. Running servers follow the
+    ledger. ``families``: those that are served, or the one to roll back. ``to``: number of the release; None: the
+    newest one with another adapter. Raises ReleaseError when there is nothing to go back to, ReleaseConflict when
+    something else is live by now."""
     live = ledger.live()
     expected = expected_live if expected_live is not None else live.number if live else 0
     command = RollbackCommand(actor=actor, reason=reason, expected_live=expected, to=to)

@@ -80,7 +80,6 @@ class Command:
     """An operator's order, from the HTTP route to the protocol. ``actor`` and ``reason`` are audited."""
 
     action: ClassVar[str]
-    """Name in the metrics of operator calls."""
     actor: str
     reason: str
 
@@ -122,15 +121,11 @@ class RollbackCommand(_LiveCommand):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldCommand(Command):
-    """Hold updates."""
-
     action = "hold"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeCommand(Command):
-    """Resume updates."""
-
     action = "resume"
 
 
@@ -148,8 +143,7 @@ def cause_of(error: Exception) -> Cause:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One replica's answer to ``prepare``; ``error`` is empty if it can serve the adapter. Only encoders set the
-    spaces."""
+    """A replica's answer to ``prepare``; ``error`` is empty if it can serve the adapter. Only encoders set spaces."""
 
     replica: str
     adapter: str | None

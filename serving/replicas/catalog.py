@@ -170,7 +170,6 @@ class CatalogReplica:
             return str(error)
 
     async def image(self, sample_id: str) -> bytes | str | None:
-        """The encoded image of a sample; a string is the reason of a failure."""
         try:
             return await (await self._started()).image(sample_id)
         except RatchetError as error:

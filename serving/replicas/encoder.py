@@ -61,8 +61,8 @@ LOADING_SHARE = 0.0125
 """Share of the cores for such a thread while requests come. Even at low priority it slows down passes on other cores:
 two replicas that load at a fortieth of two cores make passes of a ViT-B/32 4% longer, at a quarter a sixth."""
 PACED_SECONDS = 120.0
-"""Of one load, which then restarts at full speed, as a merely nice thread: operators wait for it, and at idle priority
-it would never end where other processes take all cores."""
+"""Limit for a paced load, which then restarts without pauses: operators wait for it, and at idle priority it would
+never end where other processes take all cores."""
 BUSY_SECONDS = 1.0
 """Time since the last pass in which more requests are expected."""
 BACKGROUND_COST = 4 * IMAGE_COST
@@ -120,7 +120,6 @@ class EncoderWorker:
             self._count(inside=-1)
 
     async def encode_batch(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
-        """Encode requests of one kind and adapter in one forward pass."""
         self._count(running=len(requests))
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, requests)
@@ -180,7 +179,6 @@ class EncoderWorker:
         return joined(parts)
 
     async def heads(self, clip: str | None) -> HeadsResult:
-        """The heads of an adapter, or the error where it cannot be loaded."""
         if (refusal := await self._load_missing(clip)) is not None:
             return HeadsResult({}, refusal.error)
         try:
@@ -336,8 +334,7 @@ class Encoder(EncoderWorker):
         return self.replica
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds. Starts the follower; raises when this replica lags behind or its passes
-        fail."""
+        """Serve asks this every few seconds. Raises when this replica lags behind or its passes fail."""
         await super().check_health()
         await self._follower.check()
 

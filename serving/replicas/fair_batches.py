@@ -37,7 +37,7 @@ class _Waiting:
     since: float
     parts: list[EncodeResult] = field(default_factory=list)
     began: float = 0.0
-    """When its first batch began; 0: in none yet."""
+    """Time when its first batch began; 0: in none yet."""
     together: int = 0
     """Number of requests in its batch."""
 
@@ -49,11 +49,10 @@ class FairBatches:
         self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
         wait_seconds: float = WAIT_SECONDS, turn_seconds: float = TURN_SECONDS,
     ) -> None:  # fmt: skip
-        """Args:
-        run: encodes a batch; returns a result for each request, or raises for all of them.
-        max_cost: of a batch, see :attr:`EncodeRequest.cost`; a request that costs more runs alone.
-        wait_seconds: for a batch to fill, if the last batch had several requests, whose clients may all ask again soon.
-        turn_seconds: longest batch while several callers ask, unless a single item takes longer."""
+        """``run`` encodes a batch, and returns a result for each request or raises for all. ``max_cost``: of a batch; a
+        request that costs more runs alone. ``wait_seconds``: for a batch to fill, if the last one had several requests,
+        whose clients may all ask again soon. ``turn_seconds``: longest batch while several callers ask, unless one item
+        takes longer."""
         self._run = run
         self._max_cost = max_cost
         self._wait_seconds = wait_seconds
@@ -63,10 +62,9 @@ class FairBatches:
         self._groups: OrderedDict[Group, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
         """Waiting requests by caller, never empty; the first group is next."""
         self._asked: dict[str, float] = {}
-        """When each caller last asked or had its turn, in this order."""
+        """Time when each caller last asked or had its turn, in this order."""
         self._cost = 0
         self._last = 0
-        """Requests of the last batch."""
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 

@@ -55,11 +55,9 @@ def check_start(prepared: Sequence[Prepared], needed: Sequence[str | None]) -> N
 
 
 class ResidencyFollower:
-    """Reads the residency every :data:`FOLLOW_SECONDS` and loads what is missing. Use from one event loop.
-
-    Only failures of the replica itself count as lag. While the ledger or the artifacts are away, or files of an adapter
-    are damaged, a new replica would do no better, so this one keeps serving.
-    """
+    """Reads the residency every :data:`FOLLOW_SECONDS` and loads what is missing. Use from one event loop. Only
+    failures of the replica itself count as lag: while the ledger or the artifacts are away, or files of an adapter are
+    damaged, a new replica would do no better."""
 
     def __init__(
         self,
@@ -68,10 +66,8 @@ class ResidencyFollower:
         load: Callable[[ResidencyRows], Awaitable[Sequence[Prepared]]],
         keep: Callable[[ResidencyRows], None] = lambda rows: None,
     ) -> None:
-        """Args:
-        read: reads the ledger; called in a thread, and bounded in time.
-        load: loads what answering needs, and returns the result for each adapter.
-        keep: keeps copies of what was read; called in a thread, and bounded in time."""
+        """``read`` and ``keep`` (of copies) are called in a thread, and bounded in time. ``load`` returns the result
+        for each adapter that answering needs."""
         self._deployment = deployment
         self._read = read
         self._threads = OwnThreads("follower")
@@ -83,12 +79,10 @@ class ResidencyFollower:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def mark_in_step(self) -> None:
-        """Note that the replica serves the live release now."""
         self._behind_since = None
 
     async def check(self) -> None:
-        """Start following if needed. Raises RuntimeError when the live release could not be loaded for
-        :data:`LAG_SECONDS`."""
+        """Start following. Raises RuntimeError when the live release could not be loaded for :data:`LAG_SECONDS`."""
         keep_running(self._tasks, {"follow": self._follow})
         if self._behind_since is not None and (lag := time.monotonic() - self._behind_since) > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._last_error}")
@@ -144,10 +138,8 @@ class ResidencyReader:
         prepare: Callable[[str | None], Awaitable[Prepared]],
         prepare_all: Callable[[str | None], Awaitable[Sequence[Prepared]]],
     ) -> None:
-        """Args:
-        read: reads the residency in a thread, see :meth:`ResidencySource.newest`.
-        prepare: makes any encoder load a CLIP adapter.
-        prepare_all: makes all encoders load it."""
+        """``prepare``: makes any encoder load a CLIP adapter; ``prepare_all``: all of them. ``read``: called in a
+        thread."""
         self._read = read
         self._threads = OwnThreads("residency")
         self._prepare = prepare
@@ -188,8 +180,6 @@ class ResidencyReader:
 
 
 def residency_reader(settings: Settings, ledger: Ledger, encoder: DeploymentHandle, part: str) -> ResidencyReader:
-    """A reader for one process. ``part``: for the metrics."""
-
     async def prepare(clip: str | None) -> Prepared:
         attempts = Attempts(PREPARE_SECONDS, "encoder")
         answer: Prepared = await call_replica(lambda: encoder.prepare.remote(clip), attempts, retry_full=True)

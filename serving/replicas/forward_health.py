@@ -21,8 +21,7 @@ PERSISTENT: Final = ("CUDA error", "CUDA failure", "device-side assert", "CUBLAS
 
 
 class ForwardHealth:
-    """Counts consecutive failures. Failures that are a request's own fault do not add up, because probes between them
-    pass."""
+    """Counts consecutive failures. A request's own fault does not add up, because probes in between pass."""
 
     def __init__(self, stall_seconds: float = STALL_SECONDS) -> None:
         """``stall_seconds``: longer than any pass that works."""

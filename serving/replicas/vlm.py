@@ -59,10 +59,8 @@ class VlmWorker:
         batch: int,
         deadline_seconds: float = STALL_SECONDS,
     ) -> None:
-        """Args:
-        places: adapters that the engine holds at once.
-        batch: requests that it answers concurrently.
-        deadline_seconds: longest time of a request."""
+        """``places``: adapters that the engine holds at once. ``batch``: requests that it answers concurrently.
+        ``deadline_seconds``: longest time of a request."""
         self.engine = engine
         self.artifacts = artifacts
         self.replica = replica
@@ -128,8 +126,7 @@ class VlmWorker:
         return await self._answered("score", lambda: self.engine.score(request, choices, adapter), adapter, seconds)
 
     async def probe(self, adapter: str | None, seconds: float) -> GenerationResult | Refusal:
-        """Generate a short answer; ``busy`` if requests are being answered and passes end, which makes a probe
-        unnecessary."""
+        """Generate a short answer; ``busy``, without one, while requests are being answered and passes end."""
         self._health.passed(self.engine.passed_at)
         if self._inside and not self._health.stalled:
             return Refusal("busy", f"{self._inside} requests are being answered.")
@@ -196,8 +193,8 @@ class VlmWorker:
 
     @contextmanager
     def _observed(self, kind: str, adapter: str | None) -> Iterator[_Ending]:
-        """Count a request and its outcome, and the adapter's users; the last user of an adapter that is not kept
-        unloads it."""
+        """Count a request, its outcome and its adapter's users; the last user of an adapter that is not kept unloads
+        it."""
         note(adapter or BASE)
         began, ending = time.monotonic(), _Ending()
         self._count(adapter, +1)
@@ -290,7 +287,6 @@ class _Ending:
     outcome: str = "gone"
 
     def refused(self, error: TimeoutError | RatchetError) -> Refusal:
-        """Turn an expected failure into a value."""
         refusal = Refusal("late", "the deadline passed before the answer was ready.", "Ask for fewer tokens, or later.")
         if isinstance(error, RatchetError):
             refusal = Refusal("ask" if isinstance(error, InvalidRequest) else "adapter", error.message, error.fix)
@@ -338,12 +334,9 @@ async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIt
 
 
 class VlmReplica(VlmWorker):
-    """The deployment: holds one engine, and the adapters of the resident releases. Starts as an encoder does, after
-    CLIP.
-
-    A dead engine cannot be restarted in its process: the replica reports it, and Serve starts another replica. Failed
-    starts are repeated without end, see :data:`serving.ray.ray_session.START_ATTEMPTS`.
-    """
+    """The deployment: one engine, and the adapters of the resident releases. Starts as an encoder does, after CLIP. A
+    dead engine cannot be restarted in its process: the replica reports it, and Serve starts another one. Failed starts
+    are repeated without end, see :data:`serving.ray.ray_session.START_ATTEMPTS`."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
