@@ -83,8 +83,8 @@ class Server:
         self._stopped = True
         import ray
 
-        if ray.is_initialized():  # else Serve would start another Ray, to ask it what to end
-            with contextlib.suppress(Exception):  # a broken session is ended all the same
+        if ray.is_initialized():  # otherwise Serve would start a new Ray
+            with contextlib.suppress(Exception):  # a broken session must end, too
                 asyncio.run(_end_application(self.drain_seconds))
             ray.shutdown()
         ray_session.end_leftovers(self.folder)
@@ -152,7 +152,7 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
     common: dict[str, Any] = {
         "max_constructor_retry_count": CLIP_ATTEMPTS, "health_check_period_s": 2.0, "health_check_timeout_s": 30.0,
         "graceful_shutdown_timeout_s": drain_seconds(settings), "graceful_shutdown_wait_loop_s": 0.1,
-        "max_surge_percent": 1,  # new code: one replica more until all are replaced, so that none is missing
+        "max_surge_percent": 1,  # on upgrades one additional replica, so that capacity never drops
     }  # fmt: skip
     encoders: dict[str, Any] = {
         **encoder_scale(server), "ray_actor_options": {"num_cpus": 0.2},
@@ -232,7 +232,7 @@ def start(settings: Settings) -> Server:
     """Start Ray and the application, and wait until CLIP answers; a VLM follows when it is loaded. Raises ConfigError
     when the home is served already, the port is taken, or CLIP cannot be started."""
     began = time.monotonic()
-    logs = settings.logs.model_copy(update={"format": log_format(settings.logs.format)})  # as here, so do the replicas
+    logs = settings.logs.model_copy(update={"format": log_format(settings.logs.format)})  # the format of replicas, too
     settings = settings.model_copy(update={"home": settings.home.resolve(), "logs": logs})
     _migrate(settings)
     settings.operator_key()

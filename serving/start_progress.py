@@ -79,7 +79,7 @@ class StartProgress:
             return
         self._statuses_due = time.monotonic() + STATUS_SECONDS
         statuses: Mapping[str, DeploymentStatus] = {}
-        with contextlib.suppress(Exception):  # Serve's controller is busy: the models themselves tell
+        with contextlib.suppress(Exception):  # Serve's controller is busy: ask the models only
             statuses = self._statuses()
         for name, status in statuses.items():
             if name in self._ended:

@@ -70,17 +70,17 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 def build_app(state: AppState) -> FastAPI:
     made = _with_routes()
-    app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # the routes of the schema are among them
+    app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # includes the routes of the schema
     app.openapi_schema = made.openapi_schema
     app.state.ratchet = state
     app.state.probes = Probes(state)
     app.state.releases = LastReleases(lambda limit: state.ledger.releases(limit))
     errors.install(app)
-    app.add_middleware(RequestBodies, settings=state.settings)  # the innermost: what is added last comes first
+    app.add_middleware(RequestBodies, settings=state.settings)  # innermost: Starlette runs the last one added first
     rates = RateLimiter(replicas=state.settings.ingress_replicas)
     app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
-    # Around Starlette's own handler of unexpected errors, which is around all that is added.
+    # Outside of Starlette's handler of unexpected errors, which is outside of all added middleware.
     app.middleware_stack = RequestIds(_HeadRequests(app.build_middleware_stack()))
     return app
 

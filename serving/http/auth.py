@@ -174,7 +174,7 @@ def operator(request: Request, *scopes: KeyScope) -> str:
     with an ``x-ratchet-actor`` that cannot be recorded."""
     caller = principal(request)
     scopes = scopes or ("operate",)
-    if not caller.may(*scopes):  # the middleware checked it; a route that forgot to be closed is closed here
+    if not caller.may(*scopes):  # the middleware checked it; this closes routes that it missed
         raise ApiError(403, f"this call needs the scope {_either(scopes)}.", code="insufficient_scope")
     try:
         return caller.actor(_utf8(request.headers.get("x-ratchet-actor")))

@@ -227,7 +227,7 @@ async def chat_completions(request: Request) -> Response:
             generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,
-                None if body.seed is None else body.seed % SEEDS, body.stops,  # of any sign
+                None if body.seed is None else body.seed % SEEDS, body.stops,  # may be negative
             )  # fmt: skip
             if not body.stream:
                 reply = await vlms.reply(generation, snapshot, deadline)
@@ -255,7 +255,7 @@ async def chunk_events(
         head = b""
         if chunk.finish:
             yield data + answer.last(chunk.finish, chunk.prompt_tokens, chunk.completion_tokens)
-            with contextlib.suppress(Exception):  # let it end by itself: closing it would abort what is done
+            with contextlib.suppress(Exception):  # let it end by itself: closing would abort a finished request
                 await anext(chunks, None)
             return
         if data:

@@ -129,7 +129,7 @@ def failure(error: Exception) -> bytes:
 class EventStream(Response):
     """Sends ``events`` as they come, with status 200; several may come at once, and an exception is sent as the last
     one. ``held`` is closed when the stream ends, however it ends. ``deadline``: on the monotonic clock. ``failed`` is
-    called with an exception of ``events``."""
+    called with the exception."""
 
     media_type = "text/event-stream"
 
@@ -147,7 +147,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, a failure or the deadline, or until the client has gone."""
-        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # no one is left to tell
+        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # the client has gone
             async with self.held, cancel_on_disconnect(receive, self.deadline + GRACE_SECONDS):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 while data := await self._next():
@@ -157,7 +157,7 @@ class EventStream(Response):
     async def _next(self) -> bytes:
         try:
             return await anext(self.events, b"")
-        except Exception as error:  # its generator has ended by this: the next one is the empty end
+        except Exception as error:  # this ended the generator: the next item is empty
             self.failed(error)
             return failure(error)
 

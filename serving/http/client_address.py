@@ -36,7 +36,7 @@ class TrustedProxies:
         address = peer
         while hops and self.trusts(address):
             hop = hops.pop()
-            if _parsed(hop) is None:  # "unknown", or what no proxy of ours has written
+            if _parsed(hop) is None:  # "unknown", or not written by a trusted proxy
                 break
             address = hop
         return address

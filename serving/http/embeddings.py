@@ -257,7 +257,7 @@ async def embed(
     vectors = np.zeros((len(inputs), state.dim), np.float32)
     for (places, _), answer in zip(kinds, answers, strict=True):
         vectors[places] = answer.rows
-    last, places = answers[-1], kinds[-1][0]  # the texts', where there are any
+    last, places = answers[-1], kinds[-1][0]  # of the texts, if any
     cut = tuple(places[each] for each in last.cut)
     return Vectors(vectors, last.logit_scale, last.tokens, cut)
 

@@ -112,8 +112,8 @@ def field_error(param: str, problem: str, code: str, status: int = 400) -> ApiEr
 def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
     """The first problem of a body and its place."""
     first = error.errors(include_url=False, include_input=False)[0]
-    parts = (str(part)[:SHOWN_CHARS] for part in first["loc"])  # a key of the client's may have megabytes
-    place = ".".join(part for part in parts if not part.startswith("<"))  # but for the tags of a union
+    parts = (str(part)[:SHOWN_CHARS] for part in first["loc"])  # keys of clients may have megabytes
+    place = ".".join(part for part in parts if not part.startswith("<"))  # without the tags of a union
     param = ".".join(part for part in (prefix, place) if part) or first.get("ctx", {}).get("param")
     code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
     return ApiError(400, f"{param + ': ' if param else ''}{first['msg']}", param=param, code=code)

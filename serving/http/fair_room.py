@@ -134,7 +134,7 @@ class DecodeQueue:
         """Wait for room for the images of one request, and reserve it until the block ends. Yields a function to call
         with the pixels that stay in memory after decoding and scaling. Raises ApiError (429) when too many pixels wait
         already."""
-        held = min(pixels, self._budget.caller_size)  # what is alone is always taken
+        held = min(pixels, self._budget.caller_size)  # a single request is always accepted
         if refusal := self._budget.take(caller, held):
             whose = "your images" if refusal == "caller" else "images"
             raise ApiError(

@@ -291,7 +291,7 @@ class Recent(Generic[Value]):
     async def get(self) -> Value:
         if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
             self._task = asyncio.get_running_loop().create_task(self._timed(), context=detached())
-        return await asyncio.shield(self._task)  # a caller that leaves does not end it for the others
+        return await asyncio.shield(self._task)  # a caller that leaves must not cancel it for others
 
     async def _timed(self) -> Value:
         try:

@@ -107,7 +107,7 @@ class ImageLoader:
     ) -> AsyncIterator[tuple[npt.NDArray[np.uint8], ...]]:
         """Pixels for a VLM, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side and ``max_pixels``
         together; reserved until the block ends. Raises ApiError with the place of the first refused image."""
-        if not images:  # a question without pictures waits for no room
+        if not images:  # without pictures there is no need to wait for room
             yield ()
             return
         share = self.bounds.max_pixels // len(images)
@@ -141,7 +141,7 @@ class ImageLoader:
             return [result for results in await gathered(jobs) for result in results]
 
     async def _fetched(self, images: Sequence[ImageSource]) -> list[ImageSource]:
-        budget = ByteBudget(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
+        budget = ByteBudget(self.bounds.max_body_bytes)  # same limit as for images in the body
         return await gathered(self._one_fetched(place, image, budget) for place, image in images)
 
     async def _one_fetched(self, place: str, image: str | bytes, budget: ByteBudget) -> ImageSource:

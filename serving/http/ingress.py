@@ -181,7 +181,7 @@ class Ingress:
                 self.shadow_traffic.watch(
                     await self._watching.run(find_guard_target, self.ledger, self.settings.rollout, time.time())
                 )
-            except Exception as error:  # the ledger or the encoders are away: serve on with what is known
+            except Exception as error:  # ledger or encoders are away: keep serving the known releases
                 log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
             await asyncio.sleep(FOLLOW_SECONDS)
 
@@ -202,7 +202,7 @@ def share_of(settings: Serve) -> Serve:
     """
     replicas = settings.ingress_replicas
     shares = {name: -(-getattr(settings, name) // replicas) for name in SHARED}
-    # What is alone must always find room.
+    # A single body must always find room.
     bodies = max(settings.max_body_bytes, settings.body_budget_bytes // replicas)
     return settings.model_copy(update={**shares, "body_budget_bytes": bodies})
 

@@ -39,7 +39,7 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # A copy: what is inside may send its own again.
+                # A copy, because the application may send its message again.
                 message = {**message, "headers": [*_others(message.get("headers", ())), (_NAME, request_id)]}
             await send(message)
 

@@ -90,7 +90,7 @@ class DeletionService:
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self.settings = settings
         self.ledger = ledger
-        # Apart: a store that hangs must not keep receipts waiting, which are in the ledger.
+        # Separate, so that a store that hangs does not delay receipts, which are in the ledger.
         self._counting = OwnThreads("count-selected")
         self._ledger_threads = OwnThreads("deletions")
 

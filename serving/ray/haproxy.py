@@ -12,7 +12,7 @@ Corrections to the configuration of Ray 2.60:
 5. The connect timeout is 250 ms (Ray: 5 s): HAProxy waits that long, at most a second, after a refused connection.
 6. A request whose replica ended before it answered goes to another replica only if it changes nothing.
 7. Each request gets a new ``x-request-id`` unless its own is sane; each answer has it, HAProxy's own too.
-8. Answers have a time limit, after which a replica that stands still is 504; operator calls, which may wait for the
+8. Answers have a time limit, after which a replica that hangs is 504; operator calls, which may wait for the
    catalog, have a day.
 9. HAProxy's own answers, and Ray's 404 before there is an application, are OpenAI error objects with the right status
    (Ray: text, all 500); 503 has ``Retry-After``. Answers to headers that HAProxy cannot read (400) stay as they are.

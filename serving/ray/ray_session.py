@@ -89,19 +89,19 @@ def prepare_environment(settings: Settings) -> Path:
     os.environ.update(
         {
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DEDUP_LOGS": "0",  # what replicas log comes out on standard error of the server, line by line
+            "RAY_DEDUP_LOGS": "0",  # log lines of replicas reach the server's standard error one by one
             "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-            "RAY_SERVE_LOG_TO_STDERR": "1",  # else Serve keeps what a replica writes in a file of its own
+            "RAY_SERVE_LOG_TO_STDERR": "1",  # otherwise replicas log to files
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
+            "RAY_worker_niceness": "0",  # at Ray's 15 replicas would compete with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
-            "RAY_task_events_report_interval_ms": "0",  # Ray's head would keep an event of each of 100,000 calls
+            "RAY_task_events_report_interval_ms": "0",  # otherwise Ray's head keeps events of 100,000 calls
             "RAY_JEMALLOC_PROFILE": "gcs_server",  # Ray's head alone
             "RAY_JEMALLOC_CONF": HEAD_ALLOCATOR,
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # 4 MiB is a picture of 1.4 megapixels
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # after 60 s Ray would start without it, and fail later
-            # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.
+            # By default 5 s, after which Serve ends an ingress that still starts, and with it the whole start.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(START_ATTEMPTS),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -115,8 +115,8 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(settings.serve.deadline_seconds)),
             "RAY_SERVE_HAPROXY_MAXCONN": str(CONNECTIONS),
-            "FORWARDED_ALLOW_IPS": "none",  # uvicorn would believe any client that comes through HAProxy
-            # HAProxy takes a moment to hear of a replica that ends.
+            "FORWARDED_ALLOW_IPS": "none",  # otherwise uvicorn trusts headers of any client behind HAProxy
+            # HAProxy learns with a delay that a replica ends.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 2),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 30),
@@ -231,7 +231,7 @@ def deploy(application: Application, name: str, server: Serve) -> None:
         while not starting.done() and _get_global_client(raise_if_no_controller_running=False) is None:
             time.sleep(LOOK_SECONDS)
         if starting.done():
-            starting.result()  # raises why there is none
+            starting.result()  # raises the reason
         target = serve.RunTarget(application, name=name, route_prefix="/", logging_config=quiet)
         serve.run_many([target], wait_for_applications_running=False)
         starting.result()
@@ -262,7 +262,7 @@ def end_leftovers(folder: Path) -> None:
     left = [pid for pid in pids if pid != os.getpid() and _is_ours(pid, mark)]
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # nothing of theirs is worth a clean end: all truth is elsewhere
+            os.kill(pid, signal.SIGKILL)  # they hold no state that needs a clean exit
     wait_until(lambda: not any(_is_ours(pid, mark) for pid in left), KILL_SECONDS, pause=0.05)
 
 

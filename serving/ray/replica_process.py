@@ -62,7 +62,7 @@ def _replica() -> str:
 
     try:
         return str(serve.get_replica_context().replica_tag)
-    except RayServeException:  # built by hand
+    except RayServeException:  # not in a deployment
         return ""
 
 
@@ -78,4 +78,4 @@ def freeze_gc() -> None:
     trigger it."""
     gc.collect()
     gc.freeze()
-    gc.collect()  # of nothing: the next one comes when a quarter of what this one has looked at is new
+    gc.collect()  # of nothing: a full one is due when new objects exceed a quarter of those seen by the last one

@@ -60,7 +60,7 @@ class Guard:
             return None
         number = look_number(now - target.began)
         if (target.release.number, number) == self._looked:
-            return None  # what this look may spend is spent
+            return None  # this look was already taken
         observations = together(target.release.number, await self.protocol.broadcast.observations())
         self._looked = (target.release.number, number)
         evidence = look(self.settings, observations, target.incumbent.number, number)
@@ -75,7 +75,7 @@ class Guard:
                 return await self._take_back(target, bad[0], counted)
             if await self._is_proven(target, observations, now):
                 return await self._promote(target, evidence, counted, now)
-        except ReleaseConflict:  # an operator was faster; the next look is at what they released
+        except ReleaseConflict:  # an operator was faster; the next look is at their release
             log.info("release %d is not live any more", target.release.number)
         return None
 

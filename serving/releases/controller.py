@@ -101,7 +101,7 @@ class ReleaseController:
         return await asyncio.shield(self._spawn(self._change(command)))
 
     async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
-        if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
+        if not isinstance(command, RollbackCommand):  # which does not need started replicas
             try:
                 async with asyncio.timeout(START_SECONDS):
                     await self._started.wait()
@@ -122,7 +122,7 @@ class ReleaseController:
         except RatchetError as error:
             self._step_down_if(error)
             metrics.release.decided(KINDS[command.action], "failed")
-            self._to_retire.set()  # what a failed proposal loaded goes again
+            self._to_retire.set()  # unload what the failed proposal loaded
             return error
         self._recorded(outcome)
         return outcome
@@ -230,7 +230,7 @@ class ReleaseController:
         while True:
             try:
                 if await self._other_base():
-                    await asyncio.to_thread(self.lease.give_back)  # to a server that can load what is live
+                    await asyncio.to_thread(self.lease.give_back)  # for a server that can load the live release
                 else:
                     await self.lease.keep()
             except RatchetError as error:
@@ -318,7 +318,7 @@ def tell_of_live(ledger: Ledger, families: Sequence[Family]) -> None:
     for family in families:
         adapter = live.adapter(family)
         verdict = None if adapter is None else ledger.verdict_on(adapter)
-        unknown = 0.0 if adapter is None else math.nan  # the base is what is compared with
+        unknown = 0.0 if adapter is None else math.nan  # gains are relative to the base
         gain, forgetting = (unknown, unknown) if verdict is None else (verdict.gain, verdict.forgetting)
         metrics.release.learned(family, gain, forgetting)
 

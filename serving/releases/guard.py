@@ -208,7 +208,7 @@ def _agreement(settings: Rollout, family: Family, compared: ComparisonCounts, le
 def _tested(
     guardrail: Guardrail, family: Family | None, bad: int, of: int, allowed: float, level: float, shown: str
 ) -> Evidence:
-    from scipy.special import bdtrc  # here, because most processes that know a guard's types do not judge
+    from scipy.special import bdtrc  # here, because most importers only need the types
 
     chance = float(bdtrc(bad - 1, of, allowed)) if bad else 1.0
     return Evidence(guardrail, family, bad, of, round(allowed, 6), chance, level, shown)

@@ -81,7 +81,7 @@ class Preparation:
         if live is None:
             return
         residency = await asyncio.to_thread(self.read)
-        # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
+        # Resident spaces are always kept complete: a rollback need not wait for rows that just arrived.
         snapshot = ReleaseSnapshot(live.number + 1, clip, image, text)
         await self.broadcast.cover(snapshot, wait=clip not in residency.clips)
 

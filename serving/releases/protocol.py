@@ -241,7 +241,7 @@ class ReleaseProtocol:
         if proposal.family == "vlm" and not self.broadcast.has_vlm:
             raise ReleaseError("no vision-language model is served here.", NO_VLM)
         adapters = proposed_adapters(proposal)
-        if proposal.kind == "update":  # which may make again what the guard took back: same data, same recipe
+        if proposal.kind == "update":  # the same data and recipe may yield an adapter that the guard took back
             withdrawn = await asyncio.to_thread(self.ledger.withdrawn, [*adapters.values()])
             for name, why in withdrawn.items():
                 raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
@@ -286,7 +286,7 @@ class ReleaseProtocol:
             self._healing.cancel()
             self._healing = None
         try:
-            async with asyncio.timeout(2 * seconds):  # the broadcast keeps its time limit itself
+            async with asyncio.timeout(2 * seconds):  # the broadcast has a time limit of its own
                 return await self.broadcast.announce(residency, seconds)
         except Exception as error:
             log.info("not every replica was reached: %s: %s", type(error).__name__, error)
@@ -308,7 +308,7 @@ class ReleaseProtocol:
         deadline = time.monotonic() + patience_seconds
         while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
             if time.monotonic() > deadline:
-                return  # a later release retires it; memory is bounded by what is in flight
+                return  # a later release retires it; requests in flight bound the memory
             await asyncio.sleep(0.1)
         keep, loading = await self._needed()
         spaces = self.preparation.spaces
@@ -346,7 +346,7 @@ class ReleaseProtocol:
             if self._preparing is not None:
                 self._preparing.stop(command, scope_of(adapters))
             if resident and target["clip"] not in self.preparation.spaces:
-                await self.preparation.learn()  # this process has just begun: the ingress knows
+                await self.preparation.learn()  # this process has just started: ask the ingress
             proposal = None
             if resident and target["clip"] in self.preparation.spaces:
                 proposal = await self._in_thread(

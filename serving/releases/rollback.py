@@ -87,7 +87,7 @@ def rollback_target(
             )
     for name, time in ledger.collected(list(adapters.values())).items():
         raise collected_error(name, time)
-    if not release.plain:  # a rollback answers all requests and is not watched: not with what was only tried
+    if not release.plain:  # rollbacks are not watched: no adapters that were only tried
         for family, adapter in adapters.items():
             if not ledger.was_stable(family, adapter):
                 kind = "canary" if release.share > 0 else "shadow"
@@ -102,7 +102,7 @@ def rollback_target(
 def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family]) -> ReleaseRow:
     stable = ledger.stable() or live
     if any(stable.adapter(family) != live.adapter(family) for family in families):
-        return stable  # a canary or a shadow is taken back by what answers next to it
+        return stable  # a canary or shadow goes back to the stable release next to it
     older = [ledger.before(family, stable.adapter(family), live.clip_base) for family in families]
     release = max((row for row in older if row is not None), key=lambda row: row.number, default=None)
     if release is None:

@@ -94,7 +94,7 @@ class Neighbours:
 def order(one: Vector, ones: Sequence[Vector], other: Vector, others: Sequence[Vector]) -> float:
     """Spearman correlation of similarities to the same references under two releases; 0 if values are not finite, or
     all equal."""
-    from scipy.stats import rankdata  # here, because it takes a second, and only what is on trial is compared
+    from scipy.stats import rankdata  # here, because importing takes a second and only trials need it
 
     first, second = np.stack(ones) @ one, np.stack(others) @ other
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
@@ -118,7 +118,7 @@ class Vlms(Protocol):
     """The part of :class:`serving.http.calls.VlmCalls` that is needed here."""
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        pass
+        """The whole answer."""
 
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
@@ -287,7 +287,7 @@ class ShadowTraffic:
         return answer.vectors
 
     async def _reply(self, request: GenerationRequest, row: ReleaseRow) -> GenerationResult:
-        assert self._vlms is not None  # they called vlm()
+        assert self._vlms is not None  # only called for VLM jobs
         with _vlm_answers():
             return await self._vlms.reply(request, _vlm_snapshot(row), time.monotonic() + self._seconds)
 
@@ -323,6 +323,6 @@ def _digest_request(request: GenerationRequest) -> bytes:
     digest = hashlib.sha256(repr(request.messages).encode("utf-8", "surrogatepass"))
     for image in request.images:
         digest.update(repr(image.shape).encode())
-        with suppress(ValueError):  # of an empty image nothing is left to add
+        with suppress(ValueError):  # an empty image has no data
             digest.update(np.ascontiguousarray(image).data)
     return digest.digest()

@@ -35,7 +35,7 @@ class AdapterFolders(Protocol):
     """See :meth:`AdapterCache.fetch`; implemented by :class:`core.artifacts.Artifacts`, too."""
 
     def fetch(self, key: str) -> Path:
-        pass
+        """A local directory with the content of a key."""
 
 
 class AdapterCache:
@@ -123,7 +123,7 @@ class AdapterCache:
         target = self.folder / name
         try:
             self._store(source, target, digest)
-        except OSError as error:  # a full disk: the artifacts' own copy serves as well
+        except OSError as error:  # such as a full disk: use the artifacts' own copy
             log.warning("%s cannot be kept in %s: %s", name, self.folder, error)
             return source
         self._make_room(name)

@@ -162,7 +162,7 @@ class CatalogReplica:
         """See :meth:`Catalog.search`; a string is the reason of a failure."""
         try:
             catalog = await self._started()
-            if space not in catalog.reconciler.fills:  # the ingress knew first what another server has released
+            if space not in catalog.reconciler.fills:  # the ingress learned of another server's release first
                 await self._try_to_catch_up()
             with span("search", k=k):
                 return await catalog.search(space, vector, k, filters)

@@ -113,7 +113,7 @@ class EncoderWorker:
             if (refusal := await self._load_missing(adapter)) is not None:
                 return refusal
             result = await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline, caller))
-            if result.code == "failed":  # the batch's own line is of several requests
+            if result.code == "failed":  # the batch's log line covers several requests
                 log.warning("a request was not encoded: %s", result.error)
             return result
         finally:
@@ -157,7 +157,7 @@ class EncoderWorker:
         try:
             self._ensure(adapter)
             vectors: npt.NDArray[np.float32] = run(items, adapter)
-        except AdapterError:  # unloaded in the moment between: load it again, once
+        except AdapterError:  # unloaded meanwhile: load it again, once
             self._ensure(adapter)
             vectors = run(items, adapter)
         return vectors
@@ -169,7 +169,7 @@ class EncoderWorker:
         size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
         for start in range(0, len(payload), size):
             request = EncodeRequest(kind, payload[start : start + size], adapter, math.inf)
-            async with self._background:  # of several calls, too, one chunk at a time: a batch waits for one at most
+            async with self._background:  # one chunk at a time over all calls: a batch waits for one at most
                 patience = time.monotonic() + 1.0
                 while self._running and time.monotonic() < patience:
                     await asyncio.sleep(0.002)
@@ -183,7 +183,7 @@ class EncoderWorker:
             return HeadsResult({}, refusal.error)
         try:
             return HeadsResult(dict(self.engine.heads(clip)))
-        except AdapterError:  # unloaded in the moment between: who asks tries again
+        except AdapterError:  # unloaded meanwhile: the caller tries again
             return HeadsResult({}, f"{clip} is being unloaded")
 
     async def prepare(self, clip: str | None) -> Prepared:
@@ -363,4 +363,4 @@ def _begin_loading(gives_way: Callable[[], bool]) -> None:
 
     nice_thread(LOADING_NICE)
     pace_thread(min(1.0, LOADING_SHARE * usable_cores()), gives_way)
-    torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far
+    torch.set_num_threads(1)  # for this thread, and for threads that have not used torch yet

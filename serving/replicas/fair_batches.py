@@ -156,7 +156,7 @@ class FairBatches:
             self._adapt(parts, time.monotonic() - began)
             for (waiting, _), result in zip(batch, results, strict=True):
                 waiting.parts.append(result)
-            for waiting, _ in batch:  # of a request it may hold two parts
+            for waiting, _ in batch:  # may hold two parts of one request
                 failed = any(part.code for part in waiting.parts)
                 if not waiting.result.done() and (failed or not len(waiting.request.payload)):
                     waiting.result.set_result(joined(waiting.parts))

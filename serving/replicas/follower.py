@@ -92,7 +92,7 @@ class ResidencyFollower:
         try:
             rows = await self._threads.run(self._read)
         except Exception as error:
-            self.mark_in_step()  # what is live now is not known, so there is nothing to be behind of
+            self.mark_in_step()  # without knowing what is live it cannot be behind
             self._say(f"cannot follow the ledger: {type(error).__name__}: {error}")
             return
         try:
@@ -165,7 +165,7 @@ class ResidencyReader:
             if time.monotonic() < self._gone.get(clip, 0.0):
                 return None
             prepared = await self._prepare(clip)
-            if prepared.unservable:  # there: another node may have a copy that is whole
+            if prepared.unservable:  # on that node: another may have an intact copy
                 answers = await self._prepare_all(clip)
                 prepared = next((answer for answer in answers if not answer.unservable), prepared)
             if prepared.unservable:
@@ -199,5 +199,5 @@ async def wait_for_clip() -> None:
             ingress = serve.get_deployment_handle(INGRESS, APP)
             while not await ingress.resident.remote():
                 await asyncio.sleep(LOOK_SECONDS)
-    except Exception as error:  # the order only spares CLIP some seconds
+    except Exception as error:  # waiting only spares CLIP some seconds
         log.warning("started without waiting for CLIP: %s: %s", type(error).__name__, error)
