@@ -329,7 +329,7 @@ class Encoder(EncoderWorker):
         return ClipEngine.of(settings)
 
     async def adopt(self, clips: Sequence[str | None]) -> str:
-        """Serve the adapters of a committed residency, the live one first."""
+        """The controller has committed these adapters as resident, the live one first."""
         self._follower.mark_in_step()
         return self.replica
 

@@ -382,7 +382,7 @@ class VlmReplica(VlmWorker):
             await engine.close()
 
     async def adopt(self, vlms: Sequence[str | None]) -> str:
-        """Serve the adapters of a committed residency, the live one first."""
+        """The controller has committed these adapters as resident, the live one first."""
         self._follower.mark_in_step()
         return await super().adopt(vlms)
 
