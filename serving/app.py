@@ -6,8 +6,7 @@
 'http://127.0.0.1:8000'
 >>> server.stop()
 
-One machine runs everything inside a private Ray session. Under KubeRay the cluster is there already: ``build`` makes
-the application that a RayService names (``serving.app:build``).
+One machine runs it in a private Ray session; under KubeRay a RayService names :func:`build` (``serving.app:build``).
 """
 
 from __future__ import annotations
@@ -48,21 +47,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("ratchet.app")
 START_SECONDS = 300.0
 CLIP_ATTEMPTS = 3
-"""Starts of a replica before Serve gives up, and :func:`start` with it."""
+"""Starts of a replica before Serve, and with it :func:`start`, gives up."""
 GRACE_SECONDS = 5.0
-"""After the last deadline: for an answer that is on its way, and for a stream that its client reads slowly."""
+"""Time after the last deadline for answers on their way, and for streams that clients read slowly."""
 DRAIN_CALL_SECONDS, DRAIN_PAUSE_SECONDS = 5.0, 0.1
 
 
 @dataclass
 class Server:
-    """A running application of this process."""
-
     url: str
     folder: Path
     lock: int
     drain_seconds: float
-    """The longest that :meth:`stop` waits for requests in flight."""
+    """Longest wait of :meth:`stop` for requests in flight."""
     progress: StartProgress | None = field(default=None, repr=False)
     """Set once the application is deployed; None again when every model has answered."""
     began: float = field(default_factory=time.monotonic, repr=False)
@@ -70,24 +67,24 @@ class Server:
     _stopped: bool = field(default=False, repr=False)
 
     def look(self) -> None:
-        """Say what changed of a model that is starting. Call about once a second."""
+        """Print progress of models that are starting. Call about once a second."""
         if self.progress is not None and self.progress.look():
             self.progress = None
 
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
-        """Return when every model answers. Raises ServerError with the reason when that is not in time."""
+        """Return when every model answers. Raises ServerError with the reason when it takes longer."""
         with Client(self.url) as client:
             client.wait_ready(seconds)
 
     def stop(self) -> None:
-        """Let what is in flight finish, then end the application and its Ray session. Twice is once."""
+        """Wait for requests in flight, then end the application and its Ray session. Can be called twice."""
         if self._stopped:
             return
         self._stopped = True
         import ray
 
-        if ray.is_initialized():  # else Serve would start another Ray, to ask it what to end
-            with contextlib.suppress(Exception):  # a broken session is ended all the same
+        if ray.is_initialized():  # otherwise Serve would start a new Ray
+            with contextlib.suppress(Exception):  # a broken session must end, too
                 asyncio.run(_end_application(self.drain_seconds))
             ray.shutdown()
         ray_session.end_leftovers(self.folder)
@@ -95,7 +92,7 @@ class Server:
 
 
 async def _end_application(seconds: float) -> None:
-    """Drain, and shut Serve down in the same event loop: a handle that was called belongs to its loop."""
+    """Drain, then shut Serve down in the same event loop: a handle belongs to the loop that called it."""
     from ray import serve
 
     from serving.releases.broadcast import APP
@@ -108,12 +105,8 @@ async def _end_application(seconds: float) -> None:
 
 
 async def drain(seconds: float) -> bool:
-    """Refuse new requests, and wait until none is in flight. All deployments stop at once after it, so the wait must
-    be for whole requests: one that an ingress has not passed to the models yet still needs them.
-
-    Returns:
-        Whether all ended within ``seconds``.
-    """
+    """Refuse new requests, and return whether all in flight ended within ``seconds``. Whole requests count, because all
+    deployments stop at once afterwards and a request that is still at an ingress needs the models."""
     from ray import serve
 
     from serving.ray.replica_calls import call_every_replica
@@ -130,26 +123,19 @@ async def drain(seconds: float) -> bool:
 
 
 def drain_seconds(settings: Settings) -> float:
-    """The longest that a replica that ends waits for what is in flight: until the last request's deadline."""
+    """Longest wait of a replica that ends for requests in flight: until the last request's deadline."""
     return settings.serve.deadline_seconds + GRACE_SECONDS
 
 
 def build(settings: Settings | None = None) -> Application:
-    """The Serve graph. CPU shares are for placement only and small, so that two cores take them all.
-
-    Serve starts all deployments at once, and routes to the ingress as soon as that runs: a VLM that starts late, or
-    never, takes nothing away from CLIP.
-    """
+    """The Serve graph. Serve routes to the ingress as soon as it runs: a VLM that starts late, or never, does not
+    affect CLIP. CPU shares are for placement only and small, so that two cores suffice for all."""
     return application(settings or load_settings())
 
 
 def application(settings: Settings, encoder_class: Callable[..., Any] | None = None, **options: Any) -> Application:
-    """The same for settings that are there.
-
-    Args:
-        encoder_class: in place of :class:`serving.replicas.encoder.Encoder`.
-        options: of the encoders' deployment, to change.
-    """
+    """Same as :func:`build` for given settings. ``encoder_class`` replaces :class:`serving.replicas.encoder.Encoder`;
+    ``options`` override those of its deployment."""
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
@@ -166,11 +152,11 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
     common: dict[str, Any] = {
         "max_constructor_retry_count": CLIP_ATTEMPTS, "health_check_period_s": 2.0, "health_check_timeout_s": 30.0,
         "graceful_shutdown_timeout_s": drain_seconds(settings), "graceful_shutdown_wait_loop_s": 0.1,
-        "max_surge_percent": 1,  # new code: one replica more until all are replaced, so that none is missing
+        "max_surge_percent": 1,  # on upgrades one additional replica, so that capacity never drops
     }  # fmt: skip
     encoders: dict[str, Any] = {
         **encoder_scale(server), "ray_actor_options": {"num_cpus": 0.2},
-        # None waits in Serve, whose queue knows no callers: FairBatches is where they take turns.
+        # Nothing queues in Serve, which does not tell callers apart: FairBatches gives them turns.
         "max_ongoing_requests": encoder_calls(server), "max_queued_requests": server.queue, "backpressure_config": full,
     }  # fmt: skip
     deployed = serve.deployment(encoder_class or Encoder).options(name="Encoder", **encoders | common | options)
@@ -181,7 +167,7 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
     ).bind(settings, encoder)  # fmt: skip
     vlm = None
     if serves_vlm(settings):
-        # The engine makes its own batches and its own queue: every request goes to it at once, none waits in Serve.
+        # The engine makes batches and a queue of its own: every request goes to it at once, none waits in Serve.
         vlm = serve.deployment(VlmReplica).options(
             name=VLM, **vlm_scale(server), ray_actor_options={"num_cpus": 0.2},
             max_ongoing_requests=2 * server.vlm_queue + 64, max_queued_requests=2 * server.vlm_queue + 64,
@@ -191,8 +177,8 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
         name="Controller", num_replicas=min(2, server.ingress_replicas), ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=64, max_queued_requests=64, **common,
     ).bind(settings, encoder, catalog, vlm)  # fmt: skip
-    # The app's own bounds (429 with OpenAI's error object) come first; Serve's is the backstop behind them. Serve also
-    # counts requests whose body is still to come, which may be as many as there are connections.
+    # The app's own bounds (429 with OpenAI's error object) come first; Serve's is a backstop. Serve also counts
+    # requests whose body is still arriving: up to as many as there are connections.
     app: Application = serve.deployment(Ingress).options(
         name=INGRESS, **ingress_scale(server), ray_actor_options={"num_cpus": 0.2},
         max_ongoing_requests=CONNECTIONS + 2 * server.queue, max_queued_requests=CONNECTIONS,
@@ -202,32 +188,30 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
 
 
 def ingress_scale(server: Serve) -> dict[str, Any]:
-    """The number of ingress processes that Serve runs, each for a quarter of what it takes before it answers 429."""
+    """Ingress replicas; autoscaling targets a quarter of the requests that one takes before it answers 429."""
     least = server.ingress_replicas
     return _scale(least, server.ingress_max_replicas, max(1, server.queue // least // 4))
 
 
 def encoder_calls(server: Serve) -> int:
-    """Most calls that encoders get at once: every request cuts its items into pieces of a batch, and there are calls of
-    the catalog, the controller and probes."""
+    """Most concurrent calls: requests in pieces of a batch, and 64 for catalog, controller and probes."""
     images = math.ceil(IMAGES_PER_REQUEST / server.max_batch)
     prompts = math.ceil(TEXTS_PER_REQUEST * PROMPTS_PER_TEXT / (server.max_batch * IMAGE_COST))
     return server.queue * max(images, prompts) + 64
 
 
 def encoder_scale(server: Serve) -> dict[str, Any]:
-    """The number of encoders that Serve runs, each for a batch that is computed while another one fills."""
+    """Encoder replicas; autoscaling targets two batches for each: one is computed while another fills."""
     return _scale(server.encoder_replicas, server.encoder_max_replicas, 2 * server.max_batch)
 
 
 def vlm_scale(server: Serve) -> dict[str, Any]:
-    """The number of VLM replicas that Serve runs, each for as many requests as it answers side by side."""
+    """VLM replicas; autoscaling targets as many requests as one answers concurrently."""
     return _scale(server.vlm_replicas, server.vlm_max_replicas, server.vlm_batch)
 
 
 def _scale(least: int, most: int, busy: int) -> dict[str, Any]:
-    """Always the same number, or between two by the requests in flight, so many for each. One that is added takes
-    requests when the resident releases are loaded, and one that ends finishes what it has."""
+    """A fixed number of replicas, or autoscaling by ``busy`` requests in flight for each."""
     if most <= least:
         return {"num_replicas": least}
     return {
@@ -238,20 +222,17 @@ def _scale(least: int, most: int, busy: int) -> dict[str, Any]:
 
 
 def serves_vlm(settings: Settings) -> bool:
-    """True where the settings name a VLM base that is registered."""
+    """True if the settings name a registered VLM base."""
     from serving.engines.clip_base import list_bases
 
     return settings.base.vlm in list_bases(settings.home, "vlm")
 
 
 def start(settings: Settings) -> Server:
-    """Start Ray and the application, and wait until CLIP answers. A VLM comes when it is loaded.
-
-    Raises:
-        ConfigError: the home is served already, the port is taken, or CLIP cannot be started.
-    """
+    """Start Ray and the application, and wait until CLIP answers; a VLM follows when it is loaded. Raises ConfigError
+    when the home is served already, the port is taken, or CLIP cannot be started."""
     began = time.monotonic()
-    logs = settings.logs.model_copy(update={"format": log_format(settings.logs.format)})  # as here, so do the replicas
+    logs = settings.logs.model_copy(update={"format": log_format(settings.logs.format)})  # the format of replicas, too
     settings = settings.model_copy(update={"home": settings.home.resolve(), "logs": logs})
     _migrate(settings)
     settings.operator_key()
@@ -267,13 +248,9 @@ def start(settings: Settings) -> Server:
 
 
 def _migrate(settings: Settings) -> None:
-    """Bring the ledger's schema up to date once, before many processes connect. While the ledger is away the server
-    starts from a copy of the last known residency.
-
-    Raises:
-        LedgerUnavailable: the ledger is away, and there is no copy.
-        ConfigError: every release has another base than the settings.
-    """
+    """Bring the ledger's schema up to date once, before many processes connect. Raises ConfigError when every release
+    has another base than the settings; LedgerUnavailable when the ledger is away and there is no copy of the residency
+    to start from."""
     try:
         with contextlib.closing(Ledger.open(settings.ledger)) as ledger:
             _check_base(settings, ledger)
@@ -327,7 +304,7 @@ def _start(settings: Settings, server: Server) -> None:
 
 
 def _tell_of_keys(settings: Settings) -> None:
-    """Say at the start what surprises later: that clients need a key, or that none is needed."""
+    """Print at the start that clients need a key, or that none is needed."""
     if settings.serve.on_loopback:
         return
     with contextlib.suppress(LedgerUnavailable), contextlib.closing(Ledger.lazy(settings.ledger)) as ledger:
@@ -340,7 +317,7 @@ def _tell_of_keys(settings: Settings) -> None:
 
 
 def serve_app(settings: Settings) -> None:
-    """Start, and stay until SIGINT or SIGTERM: ``ratchet serve``. Says when CLIP answers, and when the VLM does."""
+    """``ratchet serve``: start, and stay until SIGINT or SIGTERM. Prints when CLIP and when the VLM answers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # while starting: clean up, then end
     server = start(settings)
     try:

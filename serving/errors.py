@@ -1,4 +1,4 @@
-"""Failures of a request to the models, each with the HTTP status and the code that clients get. Free of Ray and HTTP.
+"""Failures of a request to the models, with the HTTP status and ``code`` that clients get. Free of Ray and HTTP.
 
     ServingError
       InvalidRequest             400  invalid_request
@@ -7,12 +7,12 @@
       NotReady                   503  not_ready
       VlmStarting                503  vlm_starting
       Unavailable                503  unavailable
-        AdapterUnservable
-        WrongSpace
+         AdapterUnservable
+         WrongSpace
       EngineDead                 503  unavailable
       DeadlineExceeded           504  deadline_exceeded
 
-:mod:`serving.http.errors` makes answers of them, and of the failures of other parts.
+:mod:`serving.http.errors` turns these, and failures of other parts, into answers.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from core.errors import RatchetError
 
 
 class ServingError(RatchetError):
-    """A failure of a request; subclasses say which."""
+    """A failure of a request."""
 
     status: ClassVar[int] = 500
-    """HTTP status of the answer."""
     code: ClassVar[str] = "internal"
-    """Stable name of the failure, as clients see it."""
+    """Stable name of the failure, for clients."""
     param: ClassVar[str | None] = None
-    """The field of the request that is wrong, where the kind of failure tells."""
+    """The field of the request that is wrong, where the kind of failure determines it."""
     retry_after: ClassVar[int] = 1
-    """Seconds after which a client may try again, for the statuses 429 and 503."""
+    """Seconds, for the ``Retry-After`` header of 429 and 503."""
 
 
 class InvalidRequest(ServingError):
@@ -60,7 +59,7 @@ class NotReady(ServingError):
 
 
 class VlmStarting(ServingError):
-    """No VLM replica has answered since this process started. A VLM takes a minute to load, and CLIP does not wait."""
+    """No VLM replica has answered since this process started; loading a VLM takes a minute, without delaying CLIP."""
 
     status, code = 503, "vlm_starting"
     retry_after = 5
@@ -73,7 +72,7 @@ class Unavailable(ServingError):
 
 
 class WrongSpace(Unavailable):
-    """Vectors of another embedding space than the request's release has. They are never answered."""
+    """Vectors are of another embedding space than the release's. They are never returned."""
 
     def __init__(self, answered: str, space: str) -> None:
         super().__init__(
@@ -87,7 +86,7 @@ class AdapterUnservable(Unavailable):
 
 
 class EngineDead(ServingError):
-    """The engine ended; its replica starts another one."""
+    """The engine ended; Serve replaces its replica."""
 
     status, code = 503, "unavailable"
 

@@ -1,4 +1,4 @@
-"""Messages between the ingress and the models. Imports no model code, so that processes without one stay small."""
+"""Messages between the ingress and the models. Imports no model code, which keeps processes without models small."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ IMAGE_COST = 4
 IMAGES_PER_REQUEST = 32
 TEXTS_PER_REQUEST = 256
 TEXT_CHARS = 2000
-"""Bounds of one request, two batches of images and four of texts: a client that has more sends several, and others get
-their turns between them. A text has as many characters as ingest accepts; a CLIP reads some 300 of them."""
+"""Bounds of one request: two batches of images, four of texts. A client with more sends several requests, and others
+get turns between them. A text has as many characters as ingest accepts; CLIP reads some 300 of them."""
 PROMPTS_PER_TEXT = 8
 """Labels x templates may be this many times :data:`TEXTS_PER_REQUEST`: prompts are short, and made by the server."""
 MODEL_NICE = 1
-"""Niceness of processes that compute: where processors are scarce, those that carry requests and operator calls come
-first. With the same niceness, the VLM's too, a rollback took 1.5 s on two cores that four models kept busy; with the
-VLM's at 10 it takes 0.3 s."""
+"""Niceness of processes that compute: where cores are scarce, requests and operator calls come first. On two cores that
+four models kept busy, a rollback took 1.5 s with the same niceness for all, and 0.3 s with the VLM at 10."""
 VLM_NICE = 10
-"""Of those that generate for seconds: next to them an embedding takes milliseconds, and would wait as long as they."""
+"""A VLM generates for seconds; at the same niceness an embedding, which takes milliseconds, would wait as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeRequest:
-    """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n lists of token ids (see ``Tokenizer.rows``).
-    ``deadline``: on the monotonic clock of the process that encodes; between processes the time left is passed, because
-    their clocks may differ. ``caller``: whose turn it takes; empty: the server's own, as for probes.
-    """
+    """One request's items in a batch. ``payload``: uint8 [n, S, S, 3], or n lists of token IDs (``Tokenizer.rows``).
+    ``deadline``: monotonic clock of the encoding process; processes pass each other the time left. ``caller``: empty
+    for the server's own work, such as probes."""
 
     kind: Modality
     payload: Any
@@ -46,7 +44,7 @@ class EncodeRequest:
         return len(self.payload) * self._item_cost
 
     def beginning(self, cost: float) -> EncodeRequest:
-        """As many of the first items as cost so much together; one at least."""
+        """The first items that together cost at most ``cost``, at least one item."""
         if self.cost <= cost:
             return self
         return replace(self, payload=self.payload[: max(1, int(cost / self._item_cost))])
@@ -58,9 +56,8 @@ class EncodeRequest:
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """Vectors float32 [n, dim], made by one adapter; or ``error`` with ``code``: ``late``, ``adapter``, or ``failed``
-    when the forward pass raised.
-    """
+    """Vectors float32 [n, dim] under one adapter; or ``error`` with ``code``: ``late``, ``adapter``, or ``failed`` when
+    the forward pass raised."""
 
     vectors: npt.NDArray[np.float32] | None
     adapter: str | None
@@ -71,12 +68,11 @@ class EncodeResult:
     error: str = ""
 
     def space(self, kind: Modality) -> str:
-        """The embedding space of vectors of this kind."""
         return self.image_space if kind == "image" else self.text_space
 
 
 def joined(parts: Sequence[EncodeResult]) -> EncodeResult:
-    """Of parts of one request, in their order, under one adapter: all vectors together, or the first failure."""
+    """Join the results of one request's parts, in order and under one adapter: all vectors, or the first failure."""
     for part in parts:
         if part.code:
             return part
@@ -85,7 +81,7 @@ def joined(parts: Sequence[EncodeResult]) -> EncodeResult:
 
 @dataclass(frozen=True, slots=True)
 class HeadsResult:
-    """The heads of one adapter by name (:class:`serving.engines.heads.Head`); ``error`` where it cannot be loaded."""
+    """The heads of an adapter by name (:class:`serving.engines.heads.Head`); ``error`` where it cannot be loaded."""
 
     heads: dict[str, Any]
     error: str = ""
@@ -93,9 +89,7 @@ class HeadsResult:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The reason why a VLM replica did not answer: an expected failure, which is a value. What is raised is a dead
-    replica.
-    """
+    """An expected failure of a VLM replica, returned as a value: an exception would mean that the replica is dead."""
 
     code: Literal["late", "ask", "adapter", "busy"]
     message: str

@@ -1,7 +1,4 @@
-"""Threads for blocking calls of one purpose: what it waits for cannot use up the threads of another.
-
-:class:`OwnThreads` is for an event loop; :class:`BoundedCall` waits for a bounded time, for code that may hang.
-"""
+"""Dedicated threads for blocking calls, so that a dependency that hangs cannot use up the threads of others."""
 
 from __future__ import annotations
 
@@ -18,14 +15,10 @@ Result = TypeVar("Result")
 
 
 class OwnThreads:
-    """Like :func:`asyncio.to_thread`, which has one pool for the whole process.
+    """Like :func:`asyncio.to_thread`, but with a thread pool of its own. ``count``: concurrent calls; more wait.
 
     >>> keys = OwnThreads("keys")
     >>> await keys.run(ledger.api_keys)
-
-    Args:
-        name: what they are for.
-        count: calls at once; more wait.
     """
 
     def __init__(self, name: str, count: int = 1) -> None:
@@ -34,14 +27,14 @@ class OwnThreads:
     async def run(
         self, function: Callable[Parameters, Result], /, *args: Parameters.args, **options: Parameters.kwargs
     ) -> Result:
-        """Call the function in one of the threads and return its result; it runs in this task's context."""
+        """Call the function in one of the threads, in this task's context."""
         call = partial(copy_context().run, function, *args, **options)
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
 
 class BoundedCall(Generic[Result]):
-    """Calls a function that may hang, and waits for a bounded time. While a call hangs no second one is begun, so that
-    an outage takes one thread, and the thread does not hold up the end of the process.
+    """Calls a function that may hang, waiting for at most ``seconds``. While a call hangs no second one is started, so
+    an outage takes one thread, which does not delay the end of the process.
 
     >>> BoundedCall(lambda: 7, seconds=5.0)()
     7
@@ -54,7 +47,7 @@ class BoundedCall(Generic[Result]):
         self._running: Future[Result] | None = None
 
     def __call__(self) -> Result:
-        """The function's result. Raises what it raises, and TimeoutError when the result does not come in time."""
+        """Return the function's result. Raises what it raises, and TimeoutError when it takes too long."""
         with self._lock:
             if self._running is None or self._running.done():
                 self._running = Future()

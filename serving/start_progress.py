@@ -1,4 +1,4 @@
-"""Says how far a start is: when each model answers and, until then, what keeps it."""
+"""Reports the progress of a start: when each model answers and, until then, why it does not."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ from serving.ray.deployment_status import DeploymentStatus
 NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "the VLM"}
 LOOK_SECONDS: Final = 0.2
 STATUS_SECONDS: Final = 1.0
-"""Serve's controller is busy in a start: it is not asked more often."""
+"""Serve's controller is busy during a start, so it is not asked more often."""
 Statuses = Callable[[], Mapping[str, DeploymentStatus]]
 
 
 class StartProgress:
-    """Of one server, by its own readiness. Use from one thread."""
+    """Progress of one server, by its own readiness. Use from one thread."""
 
     def __init__(
         self, client: Client, models: Collection[Family], statuses: Statuses | None = None, began: float | None = None
     ) -> None:
-        """Args:
-        models: those that are served.
-        statuses: what Serve says of the deployments, by name; None where that cannot be asked.
-        began: when the start began, on the monotonic clock; now when None.
-        """
+        """``statuses``: reads Serve's deployments by name, if possible. ``began``: on the monotonic clock; None for
+        now."""
         self._client = client
         self._waiting = [model for model in NAMES if model in models]
         self._statuses = statuses
@@ -43,15 +40,11 @@ class StartProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the start began."""
         return time.monotonic() - self._began
 
     def look(self) -> bool:
-        """Ask the models that have not answered yet, and say what changed. Returns whether all have.
-
-        Raises:
-            ConfigError: CLIP does not answer yet, and a deployment cannot be started and is not tried again.
-        """
+        """Ask the models that have not answered yet, and print changes. Returns whether all have answered. Raises
+        ConfigError when a deployment has failed for good before CLIP answers."""
         self._look_at_deployments()
         for model in list(self._waiting):
             problem = self._client.why_not_ready(model)
@@ -64,16 +57,9 @@ class StartProgress:
         return not self._waiting
 
     def wait_for(self, model: Family, work: Callable[[], object], check: Callable[[], object] = lambda: None) -> None:
-        """Return when a model answers.
-
-        Args:
-            work: a sign that the server does something, see :func:`core.waiting.wait_for_progress`.
-            check: called before each look; ends the wait by what it raises.
-
-        Raises:
-            ConfigError: see :meth:`look`.
-            ServerError: nothing moves any more.
-        """
+        """Return when a model answers. ``work``: a sign of activity, see :func:`core.waiting.wait_for_progress`.
+        ``check``: called before each look; may raise to end the wait. Raises ConfigError as :meth:`look`, and
+        ServerError when there is no progress any more."""
 
         def answers() -> bool:
             check()
@@ -93,7 +79,7 @@ class StartProgress:
             return
         self._statuses_due = time.monotonic() + STATUS_SECONDS
         statuses: Mapping[str, DeploymentStatus] = {}
-        with contextlib.suppress(Exception):  # Serve's controller is busy: the models themselves tell
+        with contextlib.suppress(Exception):  # Serve's controller is busy: ask the models only
             statuses = self._statuses()
         for name, status in statuses.items():
             if name in self._ended:

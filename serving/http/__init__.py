@@ -1,3 +1,1 @@
-"""The HTTP surface: the ingress process, routes with their bodies, authentication, limits, image loading, calls to
-replicas.
-"""
+"""The HTTP surface: ingress, routes with their bodies, authentication, limits, images, and calls to replicas."""

@@ -69,31 +69,30 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(state: AppState) -> FastAPI:
-    """Routes, error shapes and bounds."""
     made = _with_routes()
-    app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # the routes of the schema are among them
+    app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # includes the routes of the schema
     app.openapi_schema = made.openapi_schema
     app.state.ratchet = state
     app.state.probes = Probes(state)
     app.state.releases = LastReleases(lambda limit: state.ledger.releases(limit))
     errors.install(app)
-    app.add_middleware(RequestBodies, settings=state.settings)  # the innermost: what is added last comes first
+    app.add_middleware(RequestBodies, settings=state.settings)  # innermost: Starlette runs the last one added first
     rates = RateLimiter(replicas=state.settings.ingress_replicas)
     app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
-    # Around Starlette's own handler of unexpected errors, which is around all that is added.
+    # Outside of Starlette's handler of unexpected errors, which is outside of all added middleware.
     app.middleware_stack = RequestIds(_HeadRequests(app.build_middleware_stack()))
     return app
 
 
 def openapi() -> dict[str, Any]:
-    """The API's schema (OpenAPI 3.1), as ``docs/openapi.json`` has it."""
+    """The API's schema (OpenAPI 3.1), as in ``docs/openapi.json``."""
     return _with_routes().openapi()
 
 
 @cache
 def _with_routes() -> FastAPI:
-    """Made once: half a second passes before FastAPI knows all models."""
+    """Cached: FastAPI takes half a second to process all models."""
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
     for part in (chat, embeddings, vqa, classify, search, operations, records, deletions):
         # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
@@ -104,7 +103,7 @@ def _with_routes() -> FastAPI:
 
 
 def _describe(app: FastAPI) -> None:
-    """Add to the schema the headers that the middlewares read and write: the request's id, and an operator's name."""
+    """Add to the schema the headers of the middlewares: the request's ID, and an operator's name."""
     schema = app.openapi()
     schema["components"]["parameters"] = {HEADER: REQUEST_ID}
     schema["components"]["headers"] = {HEADER: ANSWER_ID}
@@ -118,16 +117,13 @@ def _describe(app: FastAPI) -> None:
 
 
 class _HeadRequests:
-    """Answers HEAD as GET without the body, as load balancers and monitors ask. Headers, ``Content-Length`` too, are
-    those of GET. Starlette has it for routes of its own alone, not for FastAPI's.
-    """
+    """Answers HEAD as GET without the body, with the headers of GET (``Content-Length`` too), as load balancers and
+    monitors expect. Starlette does so for its own routes, not for FastAPI's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-
         async def without_body(message: Message) -> None:
             if message["type"] == "http.response.body":
                 message = {**message, "body": b""}

@@ -1,4 +1,4 @@
-"""State that the routes share: admission, the models, the catalog, the controller, and the ledger for reading."""
+"""State that the routes share."""
 
 from __future__ import annotations
 
@@ -55,19 +55,18 @@ class AppState:
     vlms: VlmCalls | None = None
     """None: no VLM is served."""
     shadow_traffic: ShadowTraffic | None = None
-    """Takes questions to VLMs; :class:`EncoderCalls` offers it what clients have encoded."""
+    """Gets questions to VLMs; :class:`EncoderCalls` offers it what clients had encoded."""
     token_text: Callable[[int], str] = "token_id:{}".format
     """The text of a token of the VLM, for log-probabilities."""
     proxies: Sequence[str] = ()
-    """Networks whose ``X-Forwarded-For`` counts."""
+    """Networks whose ``X-Forwarded-For`` is trusted."""
 
     @cached_property
     def vectors(self) -> ClipVectors:
-        """Vectors of texts and images, of the cache or of the encoders."""
         return ClipVectors(self.encoders, self.image_loader, self.tokenizer, self.settings)
 
     def need_vlms(self) -> VlmCalls:
-        """The VLM's replicas. Raises ApiError where there are none, VlmStarting until one has started."""
+        """The VLM's replicas. Raises ApiError without a VLM, VlmStarting until one has started."""
         if self.vlms is None:
             raise ApiError(
                 404,
@@ -80,14 +79,13 @@ class AppState:
         return self.vlms
 
     def offer(self, generation: GenerationRequest) -> None:
-        """Let the release that is watched answer this too, unseen, where one is."""
         if self.shadow_traffic is not None:
             self.shadow_traffic.vlm(generation)
 
     def admit(
         self, request: Request, model: str, family: Family = CLIP, user: str | None = None
     ) -> AbstractContextManager[ReleaseSnapshot]:
-        """Stamp one request and count how it ends. ``user``: what its body says of who asks."""
+        """Bind one request to a release, and count how it ends. ``user``: the caller, as the body names it."""
         key = routing_key(request, user) if self.admission.splits else ""
         return self.admission.admit(model, family, key, is_fault)
 
@@ -95,27 +93,26 @@ class AppState:
     async def answering(
         self, request: Request, model: str, family: Family = CLIP, user: str | None = None
     ) -> AsyncIterator[tuple[ReleaseSnapshot, float]]:
-        """Stamp one request whose body was read, and work for it as long as its client waits and its deadline has not
-        passed. The block gets the release that answers, and the deadline.
-        """
+        """Bind one request whose body was read, and cancel its work when the client leaves or the deadline passes.
+        Yields the release that answers, and the deadline."""
         deadline = self.deadline()
         with self.admit(request, model, family, user) as snapshot:
             async with cancel_on_disconnect(request.receive, deadline):
                 yield snapshot, deadline
 
     def failed(self, snapshot: ReleaseSnapshot, error: Exception) -> None:
-        """A stream broke off after :meth:`admit`'s block had begun to answer."""
+        """Count a stream that broke off after :meth:`admit`'s block had begun to answer."""
         if is_fault(error):
             self.admission.failed(snapshot.release)
 
     def deadline(self) -> float:
-        """From when on an answer to a request that comes now is too late; on the monotonic clock, which no one sets."""
+        """Deadline of a request that arrives now, on the monotonic clock."""
         return time.monotonic() + self.settings.deadline_seconds
 
     def check_texts(
         self, texts: list[str], param: str, most: int | None = None, places: Sequence[int] | None = None
     ) -> None:
-        """Refuse too many, too long or empty texts. ``places``: of the texts, where others stand between them."""
+        """Refuse too many, too long or empty texts. ``places``: their positions, if other inputs are between them."""
         limit = most or TEXTS_PER_REQUEST
         if len(texts) > limit:
             raise field_error(param, f"{len(texts)} texts are more than {limit}.", "too_many_texts")
@@ -126,28 +123,23 @@ class AppState:
             self.check_length(field, text)
 
     def check_length(self, param: str, text: str) -> None:
-        """Refuse a text that is too long."""
         if len(text) > TEXT_CHARS:
             raise field_error(param, f"{len(text)} characters are more than {TEXT_CHARS}.", "text_too_long")
 
 
 def app_state(request: Request) -> AppState:
-    """The state of the app that serves this request."""
     state: AppState = request.app.state.ratchet
     return state
 
 
 def release_headers(snapshot: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
-    """The release that answered, and its adapter."""
     return {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
 
 
 def routing_key(request: Request, user: str | None = None) -> str:
-    """A text that is the same for all requests of one caller: its API key, else what it says of itself in
-    ``x-ratchet-key`` or in the body's ``user``, else the request alone. It is hashed at once and kept nowhere.
-
-    A key counts where it is one of ours: OpenAI's clients send any text where none is needed, all of them the same.
-    """
+    """A text that is the same for all requests of one caller: its API key, else ``x-ratchet-key``, the body's ``user``,
+    or the request ID. It is only hashed. Only Ratchet's keys count: OpenAI's clients send any text where no key is
+    needed, all of them the same."""
     caller: Principal | None = getattr(request.state, "principal", None)
     key = caller.key_id if caller is not None else None
     headers = request.headers

@@ -1,7 +1,5 @@
-"""Authentication: the caller, the scope that its key needs for a route, its rate, and the copy of the keys.
-
-Pure ASGI and before every route, so a new route is closed until :func:`needs` says otherwise.
-"""
+"""Authentication: the caller, the scope that a route requires of its key, its rate, and the copy of the keys. Pure ASGI
+and before every route, so a new route is closed until :func:`needs` says otherwise."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ _ROWS: Final = TypeAdapter(list[KeyRow])
 
 
 def needs(path: str) -> tuple[KeyScope, ...]:
-    """The scopes of which a caller needs one; none for what is open."""
+    """The scopes of which a caller needs one; empty for open paths."""
     if path.startswith("/health/"):
         return ()
     if path in ANY_KEY or path.startswith("/docs/"):
@@ -63,7 +61,7 @@ def needs(path: str) -> tuple[KeyScope, ...]:
 
 
 class AuthMiddleware:
-    """Answers 401, 403, 429 or 503 to those who may not, and leaves the :class:`Principal` of others in the request."""
+    """Answers 401, 403, 429 or 503 to callers without access; adds the :class:`Principal` of others to the request."""
 
     def __init__(self, app: ASGIApp, access: Access, rates: RateLimiter | None = None) -> None:
         self.app = app
@@ -74,7 +72,6 @@ class AuthMiddleware:
         self._thread = OwnThreads("keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it before its body is read."""
         if scope["type"] == "http":
             try:
                 caller = await self._admit(scope)
@@ -121,11 +118,9 @@ class AuthMiddleware:
         return caller
 
     async def _identify(self, token: str | None, came: float) -> Principal | None:
-        """One reading at a time serves all who wait for it; while one hangs, no request waits for more of it.
-
-        A known key that is in use waits for none: the keys are read again before they are too old. While the ledger
-        does not answer they are read behind all known keys.
-        """
+        """One reading at a time serves all that wait for it; while it hangs, requests give up after
+        :data:`READ_SECONDS`. Known keys in use do not wait, because the keys are read again before they are too old or,
+        while the ledger is silent, in the background."""
         entered = time.monotonic()
         if self.access.ages(token):
             self._read()
@@ -142,7 +137,6 @@ class AuthMiddleware:
         return self.access.known(token)
 
     def _read(self) -> asyncio.Task[None]:
-        """The reading of the keys that runs, or a new one."""
         if self._reading is None or self._reading.done():
             reading = self._thread.run(self.access.refresh, READ_SECONDS)
             self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
@@ -168,7 +162,7 @@ def bearer(headers: Headers) -> str | None:
 
 
 def principal(request: Request) -> Principal:
-    """The caller of this request. Only for routes that :func:`needs` names a scope for."""
+    """The caller of a request, for routes to which :func:`needs` gives a scope."""
     caller: Any = request.state.principal
     if not isinstance(caller, Principal):
         raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)
@@ -176,14 +170,11 @@ def principal(request: Request) -> Principal:
 
 
 def operator(request: Request, *scopes: KeyScope) -> str:
-    """The caller's name for the audit log, where he has one of the scopes (default: ``operate``).
-
-    Raises:
-        ApiError: 403 without the scope, 400 with an ``x-ratchet-actor`` that cannot be recorded.
-    """
+    """The caller's name for the audit log. Raises ApiError: 403 without one of the scopes (default: ``operate``), 400
+    with an ``x-ratchet-actor`` that cannot be recorded."""
     caller = principal(request)
     scopes = scopes or ("operate",)
-    if not caller.may(*scopes):  # the middleware checked it; a route that forgot to be closed is closed here
+    if not caller.may(*scopes):  # the middleware checked it; this closes routes that it missed
         raise ApiError(403, f"this call needs the scope {_either(scopes)}.", code="insufficient_scope")
     try:
         return caller.actor(_utf8(request.headers.get("x-ratchet-actor")))
@@ -192,7 +183,7 @@ def operator(request: Request, *scopes: KeyScope) -> str:
 
 
 def _utf8(header: str | None) -> str | None:
-    """Headers are read as Latin-1; people write their names in UTF-8."""
+    """Decode UTF-8 names in headers, which are read as Latin-1."""
     try:
         return header and header.encode("latin-1").decode()
     except UnicodeError:
@@ -208,17 +199,13 @@ class KeyCopy:
 
         {"format": 1, "hmac": "<of the rest>", "keys": [{"id": "0123abcd", "name": "ci-bot", "digest": "...", ...}]}
 
-    It has digests of the secrets, no secret. The artifacts have it for new nodes, and each node for itself. It is
-    signed with the operator key (HMAC-SHA-256), so that write access to the artifacts is not enough to make a key.
-    What cannot be written or read is logged. Use from one thread at a time.
+    It has only digests of the secrets; each node keeps one, and the artifacts have it for new nodes. It is signed with
+    the operator key (HMAC-SHA-256), so write access to the artifacts is not enough to create a key. Failures are
+    logged. Use from one thread at a time.
     """
 
     def __init__(self, path: Path, artifacts: Artifacts, secret: SecretStr) -> None:
-        """Args:
-        path: this node's copy.
-        artifacts: have another copy; may be away.
-        secret: the operator key.
-        """
+        """``path``: this node's copy. ``artifacts``: have another copy; may be away. ``secret``: the operator key."""
         self._path = path
         self._secret = secret
         self._artifacts = artifacts
@@ -228,11 +215,10 @@ class KeyCopy:
 
     @classmethod
     def of(cls, settings: Settings) -> KeyCopy:
-        """The copy that the settings describe."""
         return cls(key_copy_path(settings.home), Artifacts(settings.artifacts), settings.operator_key())
 
     def keep(self, rows: Iterable[KeyRow]) -> None:
-        """Write the keys, where they differ from those that this process has written last."""
+        """Write the keys if they differ from those that this process wrote last."""
         data = self._encode(rows)
         if data == self._written:
             return
@@ -245,7 +231,7 @@ class KeyCopy:
             log.warning("the copy of the keys cannot be written, and is tried again: %s", error)
 
     def read(self) -> list[KeyRow]:
-        """The keys of the artifacts' copy, else of the node's; none where no copy is whole and signed."""
+        """The keys of the artifacts' copy, else of the node's; empty if no copy is intact and signed."""
         for source, read in (("artifacts", self._read_artifacts), ("file", self._read_file)):
             try:
                 return self._decode(read())
@@ -279,5 +265,4 @@ class KeyCopy:
 
 
 def key_copy_path(home: Path) -> Path:
-    """This node's copy."""
     return home / "serving" / "keys.json"

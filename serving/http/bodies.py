@@ -1,12 +1,9 @@
-"""Bodies of requests and answers: how they are read and checked, and the pieces that the schemas of routes share.
+"""Bodies of requests and answers: how they are read and checked, and schemas that routes share.
 
-A route's own bodies stand in its file. Its answers are named as ``response_model`` and returned as a ready
-``Response``, so that nothing is validated or copied a second time: a vector goes from numpy to bytes.
-``tests/integration/serving/test_openapi.py`` checks the answers against them.
-
-A request is JSON, a form whose images are files, or one image by itself with the other fields in the query. A data URI
-of 115 KB is read and checked in 32 microseconds by pydantic's own parser, in 65 by way of orjson. 512 float32 are
-written in 16 microseconds by orjson, which takes arrays of numpy as they are, in 310 by the standard library.
+A request is JSON, a form whose images are files, or one image with the other fields in the query. Answers are named as
+``response_model`` but returned as a ready ``Response``, without a second validation or copy; an integration test checks
+them. Pydantic's own parser reads and checks a data URI of 115 KB in 32 µs (orjson: 65 µs). orjson writes a numpy array
+of 512 float32 in 16 µs (standard library: 310 µs).
 """
 
 from __future__ import annotations
@@ -25,14 +22,13 @@ from serving.http.errors import ApiError, field_error, from_validation
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_MARKS = 40_000
-"""Commas and opening brackets outside of texts in one body. The longest list of inputs has 8192 items, and an image as
-OpenAI writes it (``{"type": ..., "image_url": {"url": ...}}``) takes four.
-A body of 16 MiB may hold eight million."""
+"""Most commas and opening brackets outside of texts in a body. The longest list of inputs has 8192 items, and OpenAI's
+image objects (``{"type": ..., "image_url": {"url": ...}}``) take four. A body of 16 MiB may hold eight million."""
 MARKS = (b",", b"[", b"{")
 MAX_FIELDS = 1000
 FORM = "multipart/form-data"
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif")
-"""As the schema shows them. Any ``image/...`` is taken: the first bytes say what it is."""
+"""As the schema shows them. Any ``image/...`` is accepted: the first bytes tell the format."""
 FormField = tuple[str, str | bytes]
 """The name of a field, and its text or the bytes of its file."""
 Reason = Annotated[
@@ -66,15 +62,12 @@ class Body(BaseModel):
 
 
 class OpenAIBody(BaseModel):
-    """An object in which null means the default, for fields that this server does not know too.
-
-    OpenAI's API says so of each optional field, and clients rely on it: LiteLLM sends ``"encoding_format": null``.
-    """
+    """An object in which null means the default, also for fields that this server does not know: OpenAI's API says so
+    for each optional field, and clients rely on it (LiteLLM sends ``"encoding_format": null``)."""
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, value: Any) -> Any:
-        """The object without its nulls."""
         return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
@@ -86,10 +79,8 @@ class ImageUrl(OpenAIBody, Body):
 
 
 class ResponseBody(BaseModel):
-    """An object of an answer. A field's docstring is its description in the schema.
-
-    A field without a default is always there; one with a default may be left out.
-    """
+    """An object of an answer. A field's docstring is its description in the schema. Fields without a default are always
+    there; others may be left out."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -108,14 +99,14 @@ class ChatUsage(Usage):
 
 
 def in_range(value: datetime | None) -> datetime | None:
-    """Refuse a time that not every store can hold."""
+    """Reject a time that not every store can hold."""
     if value is not None and not 1900 <= value.year <= 2200:
         raise ValueError("must be between the years 1900 and 2200")
     return value
 
 
 def is_empty(value: Any) -> bool:
-    """True for a value that says nothing: null, an empty text, list or object, or an object of such nulls."""
+    """True for null, an empty text, list or object, or an object of nulls."""
     if isinstance(value, dict):
         return all(each is None for each in value.values())
     return value is None or value in ("", [])
@@ -124,15 +115,9 @@ def is_empty(value: Any) -> bool:
 async def read_body(
     request: Request, model: type[Model], field: str, lists: set[str], max_files: int
 ) -> tuple[Model, list[bytes]]:
-    """A body of any kind as the JSON form's model, and the images that came as bytes: none in JSON.
-
-    Args:
-        field: of the images. In a form or an image body it is for files only.
-        lists: fields that are lists: repeated, or one JSON list.
-
-    Raises:
-        ApiError: the body is broken, has too many parts, or does not fit the model.
-    """
+    """Read a body of any kind as the JSON form's model, and the images that came as bytes (none in JSON). ``field``: of
+    the images; in a form or an image body for files only. ``lists``: fields that are repeated, or one JSON list. Raises
+    ApiError when the body is broken, has too many parts, or does not fit the model."""
     parts = await read_parts(request, max_files)
     if parts is None:
         return await json_body(request, model), []
@@ -149,10 +134,8 @@ async def read_body(
 
 
 async def read_parts(request: Request, max_files: int) -> list[FormField] | None:
-    """Fields and files in their order; None for a body that is neither a form nor an image.
-
-    An image body is a file without a name, after the fields of the query.
-    """
+    """Fields and files in their order; None for a body that is neither a form nor an image. An image body is a file
+    without a name, after the fields of the query."""
     kind = media_type(request)
     if kind.startswith("image/"):
         return [*request.query_params.multi_items(), ("", await request.body())]
@@ -190,12 +173,8 @@ def _listed(value: str) -> list[str]:
 
 
 def body_schemas(model: type[BaseModel], field: str, form_field: dict[str, Any] | None = None) -> dict[str, Any]:
-    """``openapi_extra`` of a route that takes JSON, a form, or an image.
-
-    Args:
-        field: of the images.
-        form_field: its schema in a form; by default one file, or a list of files where the model has a list.
-    """
+    """``openapi_extra`` of a route that takes JSON, a form, or an image. ``field``: of the images. ``form_field``: its
+    schema in a form; by default one file, or a list of files where the model has a list."""
     schema = inline(model)
     file = {"type": "string", "format": "binary"}
     many = schema["properties"][field].get("type") == "array"
@@ -216,19 +195,19 @@ def body_schemas(model: type[BaseModel], field: str, form_field: dict[str, Any] 
 
 
 def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a value that is given; a query has no null."""
+    """The schema without null, which a query does not have."""
     kinds = [each for each in schema.get("anyOf", ()) if each.get("type") != "null"]
     rest = {key: value for key, value in schema.items() if key not in ("anyOf", "default", "description", "title")}
     return {**rest, **kinds[0]} if len(kinds) == 1 else {**rest, **({"anyOf": kinds} if kinds else {})}
 
 
 def media_type(request: Request) -> str:
-    """The body's content type in lower case, without its parameters; JSON where none is given."""
+    """The content type in lower case without parameters; JSON by default."""
     return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 
 async def json_body(request: Request, model: type[Model]) -> Model:
-    """The request's JSON, checked. Raises ApiError naming the first thing that is wrong."""
+    """Read and check a JSON body. Raises ApiError naming the first problem."""
     kind = media_type(request)
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"content type {kind[:80]!r} is not taken here; send application/json.", code="media_type")
@@ -241,10 +220,8 @@ async def json_body(request: Request, model: type[Model]) -> Model:
 
 
 def check_marks(data: bytes) -> None:
-    """Refuse JSON of more than :data:`MAX_MARKS` values before it is parsed. Raises ApiError.
-
-    What is no JSON may pass: the parser stops at the first byte that is wrong.
-    """
+    """Reject JSON of more than :data:`MAX_MARKS` values (ApiError) before it is parsed. Other data may pass: the parser
+    stops at the first wrong byte."""
     if not _has_too_many(data):
         return
     strings = 2 * MAX_MARKS + 1  # one after each mark and one after its colon: valid JSON with more has more marks
@@ -256,7 +233,7 @@ def check_marks(data: bytes) -> None:
 
 
 def _has_too_many(data: bytes) -> bool:
-    """Stops where there are more: to count eight million takes a tenth of a second, in which no one else is served."""
+    """Stop early: counting eight million takes 0.1 s, in which no other request is served."""
     found = 0
     for start in range(0, len(data), MAX_MARKS):
         found += sum(data.count(mark, start, start + MAX_MARKS) for mark in MARKS)
@@ -266,7 +243,7 @@ def _has_too_many(data: bytes) -> bool:
 
 
 def checked(model: type[Model], fields: Any) -> Model:
-    """Fields as a model. Raises ApiError naming the first thing that is wrong."""
+    """Fields as a model. Raises ApiError naming the first problem."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -274,7 +251,7 @@ def checked(model: type[Model], fields: Any) -> Model:
 
 
 def json_response(content: Any, headers: dict[str, str] | None = None, status: int = 200) -> Response:
-    """An answer in JSON. A float32 has as many digits as tell it from its neighbours; NaN and infinity become null."""
+    """A JSON answer. A float32 has the digits that tell it from its neighbours; NaN and infinity become null."""
     data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(data, status, headers, "application/json")
 
@@ -285,7 +262,6 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def inline(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's JSON schema without references."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 

@@ -1,8 +1,6 @@
-"""Calls to the VLM, the catalog and the release controller that survive the death of a replica.
-
-An answer has no side effect, so a call whose replica died is made again on another one. A stream is asked again only
-before its first chunk: what a client has seen cannot be taken back. :mod:`serving.http.clip_vectors` calls encoders.
-"""
+"""Calls to the VLM, the catalog and the release controller that survive the death of a replica. Answers have no side
+effects, so a failed call is repeated on another replica; a stream only before its first chunk. Encoders are called in
+:mod:`serving.http.clip_vectors`."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ from serving.releases.controller import outcome_of
 from serving.releases.types import HoldingCommand, LiveCommand, ReleaseResult, ReleaseSnapshot, RollbackCommand
 
 CONTROLLER_SECONDS: Final = 20.0
-"""The longest that one call tries controllers that die, and that one may be silent."""
+"""Longest time to retry a call when controllers die, and longest silence of a controller."""
 LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
 log = logging.getLogger("ratchet.ingress")
 LOOK_SECONDS: Final = 1.0
@@ -43,20 +41,17 @@ STARTING: Final = "the VLM is starting"
 
 
 class ControllerCalls:
-    """Calls to the release controller. Expected errors come as values, and are raised here."""
+    """Calls to the release controller. Raises the expected errors that it returns as values."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self.handle = handle
 
     async def change(self, command: LiveCommand) -> ReleaseResult:
-        """See :meth:`serving.releases.controller.ReleaseController.change`."""
         with metrics.operator.action(command.action):
             return outcome_of(await self._change(command))
 
     async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
-        """When a controller dies while it carries out a rollback, another one is asked at once. What is
-        live can only be replaced once, so asking twice does not go back twice.
-        """
+        """If a controller dies during a rollback, call another one: ``expected_live`` prevents going back twice."""
         attempts, died = Attempts(CONTROLLER_SECONDS, "release controller"), False
         while attempts.left > 0:
             try:
@@ -75,11 +70,7 @@ class ControllerCalls:
         raise attempts.over()
 
     async def _answered(self, response: Any) -> Any:
-        """The result of a call, which may take hours, as long as the controller answers others.
-
-        Raises:
-            Unavailable: it stands still.
-        """
+        """The result of a call, which may take hours while the controller answers others. Raises Unavailable if not."""
 
         async def answer() -> Any:
             return await response
@@ -100,22 +91,19 @@ class ControllerCalls:
             task.cancel()
 
     async def hold(self, command: HoldingCommand) -> None:
-        """See :meth:`serving.releases.controller.ReleaseController.hold`."""
         with metrics.operator.action(command.action):
             outcome_of(await self._asked_again(lambda: self.handle.hold.remote(command)))
 
     async def status(self) -> dict[str, Any]:
-        """The controller's state."""
         status: dict[str, Any] = await self._asked_again(self.handle.status.remote)
         return status
 
     async def _asked_again(self, call: Callable[[], Any]) -> Any:
-        """For what may be done twice: a controller that dies is followed by another one."""
         return await call_replica(call, Attempts(CONTROLLER_SECONDS, "release controller"))
 
 
 class CatalogCalls:
-    """Reads of the catalog, which are made again when its replica is replaced."""
+    """Reads of the catalog, repeated when its replica is replaced."""
 
     def __init__(self, handle: DeploymentHandle, timeout_seconds: float) -> None:
         self.handle = handle
@@ -136,7 +124,6 @@ class CatalogCalls:
         return image
 
     async def status(self) -> dict[str, Any]:
-        """Rows and coverage."""
         status: dict[str, Any] = await self._call(self.handle.status.remote)
         return status
 
@@ -145,17 +132,14 @@ class CatalogCalls:
 
 
 class VlmCalls:
-    """Calls to VLM replicas; bounds the requests that wait or run. All are answered by the snapshot's VLM adapter.
-
-    Until :meth:`wait_started` has seen a first replica, requests are to be refused with :attr:`start_problem`. Later
-    the VLM counts as started, also while a replica is replaced: a request waits for the next one then, within its
-    deadline, as it does for an encoder.
-    """
+    """Calls to VLM replicas under the snapshot's adapter; bounds the requests that wait or run. Refuse requests with
+    :attr:`start_problem` until :meth:`wait_started` has seen a first replica. Later, while a replica is replaced,
+    requests wait for the next one within their deadline."""
 
     def __init__(
         self, handle: DeploymentHandle, limit: int, read_status: Callable[[], DeploymentStatus | None] = lambda: None
     ) -> None:
-        """``read_status``: what Serve knows of the VLM's deployment; called in a thread."""
+        """``read_status``: Serve's status of the VLM's deployment; called in a thread."""
         self.handle = handle
         self.streams = handle.options(stream=True)
         self.limit = limit
@@ -166,14 +150,8 @@ class VlmCalls:
         self._started = False
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        """The whole answer, by the snapshot's adapter.
-
-        Args:
-            deadline: on the monotonic clock.
-
-        Raises:
-            InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
-        """
+        """The whole answer. ``deadline``: on the monotonic clock. Raises InvalidRequest, QueueFull, DeadlineExceeded,
+        Unavailable."""
         with self._place():
             attempts = _attempts(deadline)
             call = lambda: self.handle.reply.remote(request, snapshot.vlm, attempts.left)  # noqa: E731
@@ -181,7 +159,7 @@ class VlmCalls:
             return result
 
     async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
-        """Have a replica make a token, whatever waits. Raises as :meth:`reply`, QueueFull from one that is busy."""
+        """Have a replica generate a token, bypassing the queue. Raises as :meth:`reply`, QueueFull if it is busy."""
         attempts = _attempts(deadline)
         await _ask(lambda: self.handle.probe.remote(snapshot.vlm, attempts.left), attempts, snapshot)
 
@@ -198,10 +176,8 @@ class VlmCalls:
     async def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
-        """The answer chunk by chunk; the last one has a ``finish``. Closing it aborts the request.
-
-        Raises as :meth:`reply`: before the first chunk, or in the middle when the replica died or the time is over.
-        """
+        """The answer chunk by chunk; the last one has a ``finish``. Closing it aborts the request. Raises as
+        :meth:`reply`: before the first chunk, or later when the replica died or the time is over."""
         with self._place():
             attempts = _attempts(deadline)
             while attempts.left > 0:
@@ -235,13 +211,12 @@ class VlmCalls:
 
     @property
     def start_problem(self) -> str:
-        """The reason why requests cannot be answered yet; empty once the VLM has started."""
+        """Reason that requests cannot be answered yet; empty once the VLM has started."""
         if self._started:
             return ""
         return f"{STARTING} again, after it failed: {self._cause}" if self._cause else f"{STARTING}."
 
     async def look(self, seconds: float = FIRST_LOOK_SECONDS) -> None:
-        """Find out from Serve whether a replica runs."""
         try:
             async with asyncio.timeout(seconds):
                 status = await self._thread.run(self._read_status)
@@ -256,7 +231,6 @@ class VlmCalls:
         self._started = self._started or status.running > 0
 
     async def wait_started(self) -> None:
-        """Return when a replica runs."""
         began = time.monotonic()
         while not self._started:
             await self.look(STATUS_SECONDS)

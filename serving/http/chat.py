@@ -1,8 +1,5 @@
-"""POST /v1/chat/completions, as in the OpenAI API: a conversation with images, whole or streamed.
-
-Unlike other bodies its body may carry fields that are not ours: OpenAI's clients send many. One that changes nothing is
-taken; one that would is refused by its name (:func:`refuse_unknown`), never silently dropped.
-"""
+"""POST /v1/chat/completions, as in the OpenAI API: a conversation with images, whole or streamed. Unknown fields, which
+OpenAI's clients send, are accepted where they change nothing, else refused (:func:`refuse_unknown`)."""
 
 from __future__ import annotations
 
@@ -71,7 +68,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (-1, 0), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "use_beam_search": (False,),
     "skip_special_tokens": (True,), "echo": (False,), "reasoning_effort": ("none",), "verbosity": ("medium",),
 }  # fmt: skip
-"""Fields of OpenAI and of vLLM that are taken with these values, which mean that they are off."""
+"""Fields of OpenAI and vLLM, accepted with these values, which turn them off."""
 UNSUPPORTED = {"audio", "prediction", "web_search_options", "moderation"}
 MESSAGE_FIELDS = {"name"}
 
@@ -86,7 +83,6 @@ class ContentPart(OpenAIBody):
 
     @model_validator(mode="after")
     def has_what_it_says(self) -> ContentPart:
-        """A part carries what its type names, and nothing else."""
         other = "image_url" if self.type == "text" else "text"
         if getattr(self, self.type) is None:
             raise ValueError(f"a part of type {self.type!r} needs the field {self.type!r}")
@@ -160,25 +156,22 @@ class ChatRequest(OpenAIBody):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Always a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def caller(self) -> str | None:
-        """OpenAI's ``user``: who asks."""
+        """OpenAI's ``user``: the caller."""
         name = (self.model_extra or {}).get("user")
         return name if isinstance(name, str) else None
 
     @property
     def include_usage(self) -> bool:
-        """True where a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 def refuse_unknown(body: ChatRequest) -> None:
-    """Refuse what would change the answer if it were honoured, and drop what would not: it may have any shape, and as
-    objects of Python many times its size. Raises ApiError naming the field.
-    """
+    """Refuse fields that would change the answer (ApiError naming the field), and drop the others, which as Python
+    objects may take many times their size."""
     extra = body.model_extra or {}
     for name, value in extra.items():
         if name in HARMLESS or value in NEUTRAL.get(name, ()):
@@ -234,7 +227,7 @@ async def chat_completions(request: Request) -> Response:
             generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,
-                None if body.seed is None else body.seed % SEEDS, body.stops,  # of any sign
+                None if body.seed is None else body.seed % SEEDS, body.stops,  # may be negative
             )  # fmt: skip
             if not body.stream:
                 reply = await vlms.reply(generation, snapshot, deadline)
@@ -255,7 +248,6 @@ async def chat_completions(request: Request) -> Response:
 async def chunk_events(
     first: TokenChunk, chunks: AsyncIterator[TokenChunk], answer: ChatCompletion
 ) -> AsyncGenerator[bytes, None]:
-    """Chunks as events."""
     chunk: TokenChunk | None = first
     head = answer.first()
     while chunk is not None:
@@ -263,7 +255,7 @@ async def chunk_events(
         head = b""
         if chunk.finish:
             yield data + answer.last(chunk.finish, chunk.prompt_tokens, chunk.completion_tokens)
-            with contextlib.suppress(Exception):  # let it end by itself: closing it would abort what is done
+            with contextlib.suppress(Exception):  # let it end by itself: closing would abort a finished request
                 await anext(chunks, None)
             return
         if data:
@@ -273,7 +265,7 @@ async def chunk_events(
 
 
 def most_tokens(body: ChatRequest, limit: int) -> int:
-    """The longest answer, in tokens. Raises ApiError when more is asked for than the server gives."""
+    """The longest answer in tokens. Raises ApiError when the request exceeds the server's limit."""
     newer, older = body.max_completion_tokens, body.max_tokens
     if newer is not None and older is not None and newer != older:
         raise field_error("max_tokens", "give either max_tokens or max_completion_tokens.", "invalid_value")
@@ -284,7 +276,7 @@ def most_tokens(body: ChatRequest, limit: int) -> int:
 
 
 def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...], list[tuple[str, str | bytes]]]:
-    """Messages, and the images they point to with their places in the request. Raises ApiError."""
+    """Messages, and the images in them with their places in the request. Raises ApiError."""
     messages: list[Message] = []
     images: list[tuple[str, str | bytes]] = []
     texts = 0

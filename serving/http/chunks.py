@@ -1,8 +1,6 @@
-"""OpenAI's objects for a chat answer, whole and in chunks, and the event stream that sends them.
-
-An event is one line ``data: {...}`` (``event: error`` before it when something went wrong) and an empty line. JSON is
-written in ASCII: some clients split lines at U+2028 and U+0085 too.
-"""
+"""OpenAI's objects for a chat answer, whole and in chunks, and the event stream that sends them. An event is a line
+``data: {...}`` (after ``event: error`` for errors) and an empty line; JSON is in ASCII, because some clients also split
+lines at U+2028 and U+0085."""
 
 from __future__ import annotations
 
@@ -25,10 +23,9 @@ from serving.releases.types import ReleaseSnapshot
 
 DONE = b"data: [DONE]\n\n"
 GRACE_SECONDS = 2.0
-"""Engines end an answer at its deadline and say so; a client that reads too slowly to hear it is cut off this much
-later."""
+"""Engines end an answer at its deadline and say so; a client that reads too slowly is cut off this much later."""
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON has not; OpenAI uses the same number."""
+"""Stands for minus infinity, which JSON lacks; OpenAI uses the same number."""
 
 
 class TokenLogprob(ResponseBody):
@@ -116,7 +113,6 @@ class ChatCompletionChunk(ResponseBody):
 
 
 def dumps(value: Any) -> str:
-    """JSON on one line, in ASCII."""
     return json.dumps(value, separators=(",", ":"))
 
 
@@ -126,19 +122,14 @@ def event(data: str, name: str = "") -> bytes:
 
 
 def failure(error: Exception) -> bytes:
-    """The event that ends a stream which failed; its data is the error object of all other errors."""
+    """The event that ends a failed stream, with the usual error object."""
     return event(dumps(errors.told(error).content), "error")
 
 
 class EventStream(Response):
-    """Sends events as they come: 200, then whatever ``events`` gives.
-
-    Args:
-        events: whole events; several may come at once. What it raises is sent as the last event.
-        held: closed when the stream ends, however it ends.
-        deadline: on the monotonic clock.
-        failed: told what ``events`` raised.
-    """
+    """Sends ``events`` as they come, with status 200; several may come at once, and an exception is sent as the last
+    one. ``held`` is closed when the stream ends, however it ends. ``deadline``: on the monotonic clock. ``failed`` is
+    called with the exception."""
 
     media_type = "text/event-stream"
 
@@ -156,7 +147,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, a failure or the deadline, or until the client has gone."""
-        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # no one is left to tell
+        with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # the client has gone
             async with self.held, cancel_on_disconnect(receive, self.deadline + GRACE_SECONDS):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 while data := await self._next():
@@ -166,18 +157,17 @@ class EventStream(Response):
     async def _next(self) -> bytes:
         try:
             return await anext(self.events, b"")
-        except Exception as error:  # its generator has ended by this: the next one is the empty end
+        except Exception as error:  # this ended the generator: the next item is empty
             self.failed(error)
             return failure(error)
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
-    """OpenAI's count of tokens."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def listed(tokens: Iterable[int], logprobs: Iterable[float], text_of: Callable[[int], str]) -> dict[str, Any]:
-    """OpenAI's ``logprobs``. ``bytes`` is null for a token that is only a part of a character."""
+    """OpenAI's ``logprobs``. ``bytes`` is null for a token that is only part of a character."""
     rows = []
     for token, logprob in zip(tokens, logprobs, strict=True):
         text = text_of(token)
@@ -187,7 +177,7 @@ def listed(tokens: Iterable[int], logprobs: Iterable[float], text_of: Callable[[
 
 
 class ChatCompletion:
-    """One answer to one request: its id, its time and its model are the same in all of its chunks."""
+    """One answer to one request, with the same ID, time and model in all of its chunks."""
 
     def __init__(
         self, snapshot: ReleaseSnapshot, text_of: Callable[[int], str] | None, include_usage: bool = False
@@ -211,18 +201,18 @@ class ChatCompletion:
         return {"object": "chat.completion", **self.common, "choices": [choice], "usage": counted}
 
     def first(self) -> bytes:
-        """The chunk before any text: who speaks."""
+        """The chunk before any text, with the role."""
         return self._choice({"role": "assistant", "content": ""})
 
     def chunk(self, chunk: TokenChunk) -> bytes:
-        """One chunk; empty when it says nothing."""
+        """One chunk; empty without text or log-probabilities."""
         if not chunk.text and not (chunk.tokens and self.text_of):
             return b""
         logprobs = listed(chunk.tokens, chunk.logprobs, self.text_of) if self.text_of else None
         return self._choice({"content": chunk.text}, logprobs)
 
     def last(self, finish: Finish, prompt: int, completion: int) -> bytes:
-        """The end of a stream: why the answer ended, the usage if it was asked for, and [DONE]."""
+        """The end of a stream: finish reason, usage if requested, and [DONE]."""
         counted = self._event([], usage(prompt, completion)) if self.include_usage else b""
         return self._choice({}, finish=finish) + counted + DONE
 

@@ -30,7 +30,7 @@ from serving.messages import IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQ
 router = APIRouter(tags=["Zero-shot"])
 LISTS = {"labels", "templates"}
 LIKELY = 0.5
-"""Of several labels those are said that are likelier than not, where the request does not say how sure they must be."""
+"""Default confidence for several labels."""
 
 
 class ClassifyRequest(Body):
@@ -63,7 +63,6 @@ class ClassifyRequest(Body):
 
     @model_validator(mode="after")
     def one_way(self) -> Self:
-        """Labels, or a head."""
         if bool(self.labels) == bool(self.head):
             raise PydanticCustomError("one_way", "give labels, or the name of a head", {"param": "labels"})
         if not self.head and (self.multi_label or self.confidence is not None):
@@ -73,7 +72,7 @@ class ClassifyRequest(Body):
     @field_validator("labels")
     @classmethod
     def distinct(cls, value: list[str]) -> list[str]:
-        """The same label twice would share its probability, and be shown once."""
+        """Reject repeated labels, which would share their probability."""
         if len(set(value)) < len(value):
             raise ValueError("must differ from each other")
         return value
@@ -81,7 +80,6 @@ class ClassifyRequest(Body):
     @field_validator("templates")
     @classmethod
     def with_a_place(cls, value: list[str]) -> list[str]:
-        """Each template has exactly one place for the label."""
         for template in value:
             if template.count("{}") != 1:
                 raise ValueError("each template needs exactly one {} for the label")

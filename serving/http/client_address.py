@@ -1,4 +1,4 @@
-"""Callers: the address that a request came from, the names of this server, and limits of rates."""
+"""Callers: the address of a request, the names of this server, and rate limits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 MAX_HOPS = 16
-"""Entries of ``X-Forwarded-For`` that are looked at, from the last one."""
+"""Entries of ``X-Forwarded-For`` that are considered, counted from the last one."""
 PROXY_HEADERS = ("forwarded", "via", "x-real-ip", "x-forwarded-host", "x-forwarded-proto")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 MAX_CALLERS = 10_000
-"""Buckets that are kept. Who has not called for longest is forgotten, and begins again with a full bucket."""
+"""Buckets that are kept; the caller that has been idle longest starts again with a full bucket."""
 
 
 class TrustedProxies:
@@ -31,40 +31,32 @@ class TrustedProxies:
         self._networks: list[Network] = [ipaddress.ip_network(network, strict=False) for network in networks]
 
     def client(self, peer: str, forwarded: Sequence[str]) -> str:
-        """The last hop that is not one of our proxies.
-
-        Args:
-            peer: who holds the connection.
-            forwarded: values of ``X-Forwarded-For``, in the order of their header lines.
-        """
+        """The last hop that is not a trusted proxy. ``forwarded``: values of ``X-Forwarded-For`` in header order."""
         hops = [hop.strip() for line in forwarded for hop in line.split(",")][-MAX_HOPS:]
         address = peer
         while hops and self.trusts(address):
             hop = hops.pop()
-            if _parsed(hop) is None:  # "unknown", or what no proxy of ours has written
+            if _parsed(hop) is None:  # "unknown", or not written by a trusted proxy
                 break
             address = hop
         return address
 
     def trusts(self, address: str) -> bool:
-        """True for the address of a proxy."""
         ip = _parsed(address)
         return ip is not None and any(ip in network for network in self._networks)
 
 
 def set_client(scope: Scope, proxies: TrustedProxies) -> None:
-    """Put the client's address in the place of the proxy's."""
+    """Replace the proxy's address with the client's."""
     peer = scope.get("client")
     if peer:
         scope["client"] = (proxies.client(peer[0], Headers(scope=scope).getlist("x-forwarded-for")), peer[1])
 
 
 def came_from_here(scope: Scope) -> bool:
-    """False where a request says that it came from another machine, by way of a proxy on this one.
-
-    A proxy connects from loopback, so the address alone proves nothing. nginx as it is installed names no client, but
-    speaks HTTP/1.0 (before 1.29.7), which no browser does. A client can lose a right by these headers and gain none.
-    """
+    """False if a request says that it came from another machine, through a proxy on this one. The address of such a
+    proxy is loopback. nginx's default configuration names no client, but speaks HTTP/1.0 (before 1.29.7), which
+    browsers do not. These headers can only take rights away from a client."""
     headers, peer = Headers(scope=scope), scope.get("client")
     hops = [hop.strip() for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
     far = any((ip := _parsed(hop)) is None or not ip.is_loopback for hop in hops)
@@ -76,15 +68,14 @@ def came_from_here(scope: Scope) -> bool:
 
 
 def came_by_tls(scope: Scope) -> bool:
-    """True where the client's connection has TLS, which may end at a proxy. A client can lie, to itself alone."""
+    """True if the client's connection has TLS, which may end at a proxy. A client that lies deceives only itself."""
     forwarded = Headers(scope=scope).get("x-forwarded-proto", "").partition(",")[0].strip().lower()
     return scope.get("scheme") == "https" or forwarded == "https"
 
 
 def names_this_server(host: str | None, allowed: Sequence[str]) -> bool:
-    """True for a ``Host`` header that is of loopback or one of ``allowed``. Absent is allowed: every browser sends one.
-
-    A page of another origin whose name was made to resolve to 127.0.0.1 (DNS rebinding) still sends its own name.
+    """True for a ``Host`` header of loopback or one of ``allowed``, or without one: browsers always send it. Protects
+    from DNS rebinding: a page whose name resolves to 127.0.0.1 still sends its own name.
 
     >>> names_this_server("localhost:8000", []), names_this_server("evil.example:8000", [])
     (True, False)
@@ -113,12 +104,9 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 class RateLimiter:
-    """A token bucket for each caller, in the memory of each ingress process: a caller with N requests a minute may make
-    N at once, and gets one back every 60/N seconds.
-
-    Args:
-        replicas: processes over which callers' requests are spread; each grants its part of N, rounded up.
-    """
+    """A token bucket for each caller, in the memory of each ingress process: with N requests a minute, N at once and
+    one more every 60/N seconds. ``replicas``: processes that share a caller's requests; each grants N / replicas,
+    rounded up."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, most: int = MAX_CALLERS, replicas: int = 1) -> None:
         self._replicas = replicas
@@ -130,7 +118,8 @@ class RateLimiter:
         return len(self._buckets)
 
     def take(self, who: str, per_minute: int) -> float:
-        """Take one request from a caller's bucket. 0, or the seconds until there is one. No limit where it is 0."""
+        """Take one request from a caller's bucket; returns 0 or the seconds until there is one. ``per_minute`` 0: no
+        limit."""
         if not per_minute:
             return 0.0
         per_minute = -(-per_minute // self._replicas)
@@ -145,11 +134,8 @@ class RateLimiter:
 
 
 def address(scope: Scope) -> str:
-    """The bucket that an anonymous request is taken from: its IPv4 address, or the /64 network that one IPv6 host has.
-
-    Behind a proxy that is not in ``serve.trusted_proxies`` that is the proxy's address, so all anonymous callers share
-    one bucket.
-    """
+    """The bucket of an anonymous request: its IPv4 address, or its /64 network, which one IPv6 host has. Behind a proxy
+    that is not in ``serve.trusted_proxies`` all anonymous callers share one bucket."""
     client = scope.get("client")
     try:
         ip = ipaddress.ip_address(client[0] if client else "")

@@ -1,12 +1,6 @@
-"""Vectors of a request's texts and images: those of the cache, and the encoders' for the rest.
-
-:class:`ClipVectors` is what routes use, :class:`EncoderCalls` asks the encoder replicas. With a cache, content that
-comes twice in a request is encoded once. What is answered, and cached, is of the embedding space that the request's
-release has: an encoder that answers in another one is refused.
-
-Work begins on no more than what keeps the encoders busy; other requests wait as they came, and callers take turns. Two
-hundred requests with 32 small pictures each, all opened and decoded at once, kept two cores from the encoder for 1.5 s.
-"""
+"""Vectors of a request's texts and images, from the cache or from encoders. Vectors of another embedding space than the
+release's are refused, and never cached. Callers take turns, and only as much work begins as keeps the encoders busy:
+200 requests with 32 small pictures each, all decoded at once, kept two cores from the encoder for 1.5 s."""
 
 from __future__ import annotations
 
@@ -38,23 +32,22 @@ from serving.releases.shadow_traffic import ShadowTraffic
 from serving.releases.types import ReleaseSnapshot
 
 _CacheKey = tuple[Modality, str, bytes]
-"""Image or text; the embedding space of that tower; SHA-256 of the content. An entry is of its space for ever, so no
-release can be answered with the vectors of another one."""
+"""Kind, embedding space, SHA-256 of the content: vectors of one release cannot be returned for another."""
 ENTRY_BYTES: Final = 640
-"""An entry's size without its numbers: the array (112), the digest (65), key and entry (150), its place in two dicts
-and a linked list (300)."""
+"""An entry's size without its numbers: array (112), digest (65), key and entry (150), places in two dicts and a linked
+list (300)."""
 BATCHES_IN_WORK = 6
-"""For each encoder, from when images are opened and texts tokenized until their vectors are there."""
+"""For each encoder, counted from opening images and tokenizing texts until their vectors have arrived."""
 TOKENIZER_THREADS = 2
-"""Of their own, so that nothing that waits for a store can keep texts waiting."""
+"""Apart, so that work that waits for a store cannot delay texts."""
 HEAD_THREADS = 2
 INLINE_CHARS = 4096
-"""Texts up to here are tokenized at once, in less than a millisecond; longer ones in a thread."""
+"""Texts up to this length are tokenized in the event loop, in less than a millisecond; longer ones in a thread."""
 TRUNCATED_HEADER = "x-ratchet-truncated"
 KEPT_HEADS = 8
-"""Adapters whose heads are kept: those of the resident releases, a few more than one. An adapter never changes."""
+"""Adapters whose heads are kept, slightly more than are resident. Adapters never change."""
 Encoded = tuple[EncodeResult, list[int], list[bool]]
-"""An encoder's answer, and of each item its tokens, and whether it was cut."""
+"""An encoder's answer; for each item its number of tokens, and whether it was cut."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,17 +57,12 @@ class CachedVector:
     vector: npt.NDArray[np.float32]
     logit_scale: float
     tokens: int
-    """Of a text; 0 for an image."""
     cut: bool = False
-    """Whether the text was longer than the model reads."""
+    """True if the text was longer than the model reads."""
 
 
 class VectorCache:
-    """Forgets what was not asked for the longest. Used from one event loop only, so it needs no lock.
-
-    Args:
-        max_bytes: of all entries; 0: nothing is kept.
-    """
+    """A least-recently-used cache, for one event loop. ``max_bytes``: of all entries; 0: nothing is kept."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -85,14 +73,13 @@ class VectorCache:
         return len(self._entries)
 
     def get(self, key: _CacheKey) -> CachedVector | None:
-        """The entry of a key, if it is kept."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
 
     def put(self, key: _CacheKey, entry: CachedVector) -> None:
-        """Keep an entry, and forget the oldest ones over the bound."""
+        """Keep an entry, and drop the oldest ones above the limit."""
         if key in self._entries or entry.vector.nbytes + ENTRY_BYTES > self.max_bytes:
             return
         self._entries[key] = entry
@@ -104,7 +91,7 @@ class VectorCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vectors:
-    """Of items of one kind, in their order: float32 [n, dim], each of unit length."""
+    """Vectors of items of one kind, in their order: float32 [n, dim] of unit length."""
 
     rows: npt.NDArray[np.float32]
     logit_scale: float
@@ -115,18 +102,14 @@ class Vectors:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The number of texts that were cut, where any was."""
+        """The number of cut texts, if any."""
         return {TRUNCATED_HEADER: str(len(self.cut))} if self.cut else {}
 
 
 class EncoderCalls:
-    """Calls to encoder replicas that survive the death of one: encoding is idempotent, so a call whose replica died is
-    made again on another one. Replicas answer expected failures as values; what is *raised* is the transport.
-
-    Args:
-        max_batch: most images of a batch; a larger request goes out in several pieces.
-        shadow_traffic: what was encoded is offered to it.
-    """
+    """Calls to encoder replicas, repeated on another replica when one dies. Replicas return expected failures as
+    values; exceptions come from the transport. Requests of more than ``max_batch`` images are sent in several pieces.
+    ``shadow_traffic`` is offered what was encoded."""
 
     def __init__(self, handle: DeploymentHandle, max_batch: int, shadow_traffic: ShadowTraffic | None = None) -> None:
         self.handle = handle
@@ -136,16 +119,9 @@ class EncoderCalls:
     async def encode(
         self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
     ) -> EncodeResult:
-        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), every one by the snapshot's adapter.
-
-        Args:
-            deadline: on the monotonic clock.
-            caller: whose turn they take.
-
-        Raises:
-            QueueFull, DeadlineExceeded, Unavailable, WrongSpace.
-            ApiError: a value is not finite.
-        """
+        """Vectors of items (uint8 [n, S, S, 3], or n lists of token IDs), all by the snapshot's adapter. ``deadline``:
+        on the monotonic clock. Raises QueueFull, DeadlineExceeded, Unavailable, WrongSpace, ApiError for values that
+        are not finite."""
         space = snapshot.image_space if kind == "image" else snapshot.text_space
 
         def strays(result: EncodeResult) -> bool:
@@ -178,7 +154,7 @@ class EncoderCalls:
         return result
 
     async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
-        """The heads of the snapshot's adapter, by name. Raises QueueFull, DeadlineExceeded, Unavailable."""
+        """The heads of the snapshot's adapter by name. Raises QueueFull, DeadlineExceeded, Unavailable."""
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Try again later.")
         call = lambda: self.handle.heads.remote(snapshot.clip)  # noqa: E731
         result: HeadsResult = await call_another(call, attempts, lambda result: result.error or None)
@@ -192,7 +168,7 @@ def _unservable(snapshot: ReleaseSnapshot, error: str) -> AdapterUnservable:
 
 
 class ClipVectors:
-    """Vectors, and what heads say of them. Used from one event loop; texts and images share the cache."""
+    """Vectors, and classification by heads. Use from one event loop; texts and images share the cache."""
 
     def __init__(self, encoders: EncoderCalls, images: ImageLoader, tokenizer: Tokenizer, settings: Serve) -> None:
         self.encoders = encoders
@@ -207,16 +183,8 @@ class ClipVectors:
     async def of_texts(
         self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float, caller: str, whole: Sequence[str] = ()
     ) -> Vectors:
-        """Vectors of texts that were checked, at least one.
-
-        Args:
-            caller: whose turn they take.
-            whole: names of the texts, where none may be cut.
-
-        Raises:
-            ApiError: a text is longer than the model reads, and may not be cut.
-            QueueFull, DeadlineExceeded, Unavailable.
-        """
+        """Vectors of at least one checked text. ``whole``: names of the texts, if none may be cut (ApiError). Raises
+        QueueFull, DeadlineExceeded, Unavailable."""
 
         def tokenized(texts: list[str]) -> tuple[list[list[int]], list[bool]]:
             rows = self.tokenizer.rows(texts)
@@ -241,12 +209,8 @@ class ClipVectors:
     async def of_images(
         self, images: Sequence[ImageSource], snapshot: ReleaseSnapshot, deadline: float, caller: str
     ) -> Vectors:
-        """Vectors of images, at least one. What is cached is looked at by its header, and not decoded.
-
-        Raises:
-            ApiError: an image is refused.
-            QueueFull, DeadlineExceeded, Unavailable.
-        """
+        """Vectors of at least one image. Cached images are not decoded, only their headers are read. Raises ApiError
+        for a refused image, QueueFull, DeadlineExceeded, Unavailable."""
 
         async def encode(missing: list[int]) -> Encoded:
             async with self.images.decoded([inspected[index] for index in missing], caller) as pixels:
@@ -303,12 +267,8 @@ class ClipVectors:
         )  # fmt: skip
 
     async def head(self, name: str, snapshot: ReleaseSnapshot, deadline: float) -> Head:
-        """A head of the snapshot's adapter.
-
-        Raises:
-            ApiError: the release has none of this name; it says which it has.
-            QueueFull, DeadlineExceeded, Unavailable.
-        """
+        """A head of the snapshot's adapter. Raises ApiError if the release has none of this name, QueueFull,
+        DeadlineExceeded, Unavailable."""
         heads = self._heads.get(snapshot.clip)
         if heads is None:
             heads = self._heads[snapshot.clip] = await self.encoders.heads(snapshot, deadline)
@@ -323,12 +283,11 @@ class ClipVectors:
         return heads[name]
 
     async def classify(self, head: Head, vectors: npt.NDArray[np.float32]) -> HeadScores:
-        """See :meth:`Head.classify`; in a thread."""
         return await self._classifying.run(head.classify, vectors)
 
 
 def room_for(settings: Serve) -> FairRoom:
-    """For what one ingress process has in work."""
+    """Room for the work in progress of one ingress process."""
     encoders = max(settings.encoder_replicas, settings.encoder_max_replicas) / settings.ingress_replicas
     return FairRoom(BATCHES_IN_WORK * encoders * settings.max_batch * IMAGE_COST, settings.caller_share)
 

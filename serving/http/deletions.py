@@ -1,4 +1,4 @@
-"""Deleting samples: asking for it, and how far it is."""
+"""Deletion of samples: requests and their progress."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SampleSelector(Body):
     _in_range = field_validator("before")(in_range)
 
     def fields(self) -> dict[str, str]:
-        """Those that are given, as :mod:`streams.store.deletion` takes them."""
+        """The given fields, as :mod:`streams.store.deletion` takes them."""
         given = self.model_dump(exclude_none=True)
         return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
 

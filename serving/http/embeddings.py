@@ -39,7 +39,6 @@ from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
 Input = str | ImageSource
-"""A text, or an image."""
 INPUT_NAMES = ("input", "input[]")
 FORM_INPUT: dict[str, Any] = {
     "type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string", "format": "binary"}, {"type": "string"}]},
@@ -68,7 +67,7 @@ class ImageUrlItem(OpenAIBody, Body):
 
 
 def _kind_of(value: Any) -> str | None:
-    """The tag of what an input is meant to be, so that one error says what is wrong with it; None: nothing known."""
+    """The tag of an input's intended kind, so that a single error describes it; None: unknown."""
     if isinstance(value, str):
         return "<str>"
     if not isinstance(value, dict):
@@ -115,7 +114,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
     @field_validator("input", mode="before", json_schema_input_type=Item | list[Item])
     @classmethod
     def listed(cls, value: Any) -> Any:
-        """One input as a list of one. Token ids of another model's tokenizer mean nothing here."""
+        """One input as a list of one. Rejects token IDs, which are of another model's tokenizer."""
         first = value[0] if isinstance(value, list) and value else value
         inner = first[0] if isinstance(first, list) and first else first
         if isinstance(inner, int | float) and not isinstance(inner, bool):
@@ -245,7 +244,6 @@ def _input(place: str, item: Item) -> Input:
 async def embed(
     state: AppState, snapshot: ReleaseSnapshot, inputs: list[Input], deadline: float, caller: str, truncate: bool = True
 ) -> Vectors:
-    """Vectors of texts and images, in the order of the inputs."""
     texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
     images = {index: each for index, each in enumerate(inputs) if not isinstance(each, str)}
     state.check_texts(list(texts.values()), "input", places=list(texts))
@@ -259,13 +257,13 @@ async def embed(
     vectors = np.zeros((len(inputs), state.dim), np.float32)
     for (places, _), answer in zip(kinds, answers, strict=True):
         vectors[places] = answer.rows
-    last, places = answers[-1], kinds[-1][0]  # the texts', where there are any
+    last, places = answers[-1], kinds[-1][0]  # of the texts, if any
     cut = tuple(places[each] for each in last.cut)
     return Vectors(vectors, last.logit_scale, last.tokens, cut)
 
 
 def encoded(row: npt.NDArray[np.float32], how: str) -> Any:
-    """One vector as :func:`json_response` takes it."""
+    """One vector for :func:`json_response`: base64 of little-endian float32, or the array itself."""
     return pybase64.b64encode_as_string(row.astype("<f4", copy=False).tobytes()) if how == "base64" else row
 
 
@@ -293,7 +291,6 @@ async def model(
 
 
 def described(state: AppState, name: str, family: Family) -> dict[str, Any]:
-    """OpenAI's model object, with the release behind it."""
     snapshot = state.admission.resolve(name, family)
     spaces = {"image_space": snapshot.image_space, "text_space": snapshot.text_space, "dimensions": state.dim}
     return {

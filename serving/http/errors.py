@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: one shape for all, that of the OpenAI API.
+"""Errors as HTTP answers, all in the shape of the OpenAI API:
 
 {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 """
@@ -35,7 +35,7 @@ from serving.errors import AdapterUnservable, ServingError
 log = logging.getLogger("ratchet.http")
 RETRY_AFTER_SECONDS = 1
 SHOWN_CHARS = 80
-"""Of a key that a client made up, in an error that names it."""
+"""Of a client's key in an error that names it."""
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "invalid_request_error", 409: "conflict_error",
@@ -43,7 +43,7 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
          503: "service_unavailable", 504: "timeout_error"}  # fmt: skip
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
-"""Of errors that come from below us: a route that is not there, a broken multipart body."""
+"""For errors of Starlette: an unknown route, a broken multipart body."""
 
 KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     ReleaseConflict: (409, "release_conflict"),
@@ -55,9 +55,9 @@ KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     BrokerError: (503, "broker"),
     StoreError: (503, "store"),
 }
-"""Of failures that are not of :mod:`serving.errors`, which know their own."""
+"""Status and code of failures outside :mod:`serving.errors`, whose classes have their own."""
 PARAMS: dict[type[RatchetError], str] = {UnknownRecord: "place"}
-"""The field that is wrong, where the kind of failure tells."""
+"""The wrong field, where the kind of failure determines it."""
 
 
 class ErrorDetail(BaseModel):
@@ -88,12 +88,12 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def missing(description: str) -> dict[int | str, dict[str, Any]]:
-    """``responses`` of a route that answers 404 for something that is not there."""
+    """``responses`` of a route that answers 404 for a missing object."""
     return {404: {"model": ErrorBody, "description": description}}
 
 
 class ApiError(HTTPException):
-    """A refusal with its place (``param``) and a stable ``code``."""
+    """A refused request, with the place of the problem (``param``) and a stable ``code``."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
@@ -105,22 +105,22 @@ class ApiError(HTTPException):
 
 
 def field_error(param: str, problem: str, code: str, status: int = 400) -> ApiError:
-    """The refusal of a field, which the message names first."""
+    """The error of a field, named at the start of the message."""
     return ApiError(status, f"{param}: {problem}", param=param, code=code)
 
 
 def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
-    """The first thing that is wrong with a body, in words, with its place."""
+    """The first problem of a body and its place."""
     first = error.errors(include_url=False, include_input=False)[0]
-    parts = (str(part)[:SHOWN_CHARS] for part in first["loc"])  # a key of the client's may have megabytes
-    place = ".".join(part for part in parts if not part.startswith("<"))  # but for the tags of a union
+    parts = (str(part)[:SHOWN_CHARS] for part in first["loc"])  # keys of clients may have megabytes
+    place = ".".join(part for part in parts if not part.startswith("<"))  # without the tags of a union
     param = ".".join(part for part in (prefix, place) if part) or first.get("ctx", {}).get("param")
     code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
     return ApiError(400, f"{param + ': ' if param else ''}{first['msg']}", param=param, code=code)
 
 
 def from_record(error: RecordError, param: str) -> ApiError:
-    """An image that was refused. What records call ``uri_...`` clients know as ``image_url_...``."""
+    """The error of a refused image, with ``uri_...`` codes as ``image_url_...``."""
     status = 413 if error.reason in ("image_too_large", "image_too_many_pixels") else 400
     code = error.reason.replace("uri_", "image_url_", 1) if error.reason.startswith("uri_") else error.reason
     return field_error(param, str(error), code, status)
@@ -128,24 +128,21 @@ def from_record(error: RecordError, param: str) -> ApiError:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """The answer to a client about a failure."""
-
     status: int
     message: str
     param: str | None
     code: str | None
     headers: Mapping[str, str] = field(default_factory=dict)
-    """429 and 503 say when to come back."""
+    """With ``Retry-After`` for 429 and 503."""
 
     @property
     def content(self) -> dict[str, Any]:
-        """The error object."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def described(error: Exception) -> Described:
-    """Any failure as status and error object. What was not foreseen is not shown to clients."""
+    """Any failure as status and error object. Details of unexpected ones are not shown to clients."""
     if isinstance(error, HTTPException):
         status, param = error.status_code, getattr(error, "param", None)
         code = getattr(error, "code", None) or CODES.get(status, "invalid_request")
@@ -171,14 +168,13 @@ def _with_retry(
 
 
 def is_fault(error: Exception) -> bool:
-    """True where a failure counts against the release that was to answer. Load, deadlines and replicas that come and go
-    do not: they would fail any release.
-    """
+    """True if a failure counts against the release that was to answer. Load, deadlines and replicas that come and go do
+    not: they would fail any release."""
     return isinstance(error, AdapterUnservable) or described(error).status == 500
 
 
 def told(error: Exception) -> Described:
-    """The same for a failure that a client is told now: it is counted, and logged where it is ours."""
+    """:func:`described` for an answer to a client: counts the failure, and logs internal ones."""
     description = described(error)
     metrics.http.refused(description.code or "other")
     if description.code == "internal":
@@ -187,13 +183,12 @@ def told(error: Exception) -> Described:
 
 
 def answer(error: Exception) -> JSONResponse:
-    """A failure as a response."""
     description = told(error)
     return JSONResponse(description.content, description.status, description.headers)
 
 
 def install(app: FastAPI) -> None:
-    """Let every failure of the app, expected or not, answer with the error object."""
+    """Answer every failure of the app, expected or not, with the error object."""
 
     async def on_error(_: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):  # of a query or a path

@@ -1,8 +1,5 @@
-"""Room and budgets that all requests share, and of which one caller holds a share at most.
-
-:class:`FairRoom` is room that is waited for by turns, :class:`SharedBudget` is taken or refused at once, and
-:class:`DecodeQueue` runs work on images by both, with its bounds in pixels.
-"""
+"""Room and budgets that requests share, limiting each caller to a share: :class:`FairRoom` is waited for by turns,
+:class:`SharedBudget` is taken or refused at once, and :class:`DecodeQueue` runs work on images within both."""
 
 from __future__ import annotations
 
@@ -20,23 +17,18 @@ from serving.messages import MODEL_NICE
 Refusal = Literal["caller", "all"]
 Result = TypeVar("Result")
 SMALL_PIXELS = 1_000_000
-"""Larger images go to the thread for large ones: a million takes about 25 ms, for which others wait at most."""
+"""Larger images go to the thread for large ones: a million pixels take 25 ms, the longest that others wait."""
 ROOM = 0.25
-"""Of the pixels that may wait, those that are in memory at once; one request more is let in where there is any left."""
+"""Share of the pixels of all waiting images that may be in memory at once."""
 SMALL_THREADS = 2
 LARGE_THREADS = 1
 LARGE_NICE = 10
-"""Linux: the thread for large images gets about a tenth of a processor that others want."""
+"""On Linux, the thread for large images gets about a tenth of a contended core."""
 
 
 class FairRoom:
-    """Used from one event loop. One request more is let in where there is any room left, however much it takes; but
-    none of a caller's that goes beyond its share. A request that is larger counts as the share.
-
-    Args:
-        size: amount that is inside at once.
-        share: of it that one caller has, so that another finds some left.
-    """
+    """Room of ``size`` that callers enter by turns, each up to its ``share``; larger requests count as the share. While
+    any room is left one more request is admitted, however large. Use from one event loop."""
 
     def __init__(self, size: float, share: float) -> None:
         self.size, self._share = size, max(1, int(size * share))
@@ -44,7 +36,7 @@ class FairRoom:
         self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
 
     async def enter(self, caller: str, amount: int) -> int:
-        """Wait for room, behind what the caller waits for already. Returns what counts, to be given back."""
+        """Wait for room behind the caller's other requests. Returns the amount to give back."""
         amount = min(amount, self._share)
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(caller, deque()).append((admitted, amount))
@@ -58,7 +50,6 @@ class FairRoom:
         return amount
 
     def leave(self, caller: str, amount: int) -> None:
-        """Give room back."""
         self._used[caller] -= amount
         if self._used[caller] <= 0:
             del self._used[caller]
@@ -82,17 +73,14 @@ class FairRoom:
 
 
 class SharedBudget:
-    """Slots, bytes or pixels. Used from one event loop only, so it needs no lock.
+    """Slots, bytes or pixels. Use from one event loop. ``share``: of ``size`` for one caller, so that others always
+    find some; at least 1.
 
     >>> slots = SharedBudget(4, share=0.5)
     >>> [slots.take("a", 1) for _ in range(3)]
     [None, None, 'caller']
     >>> slots.take("b", 3), slots.take("b", 2)
     ('all', None)
-
-    Args:
-        size: the amount.
-        share: of one caller, so that the others are never left with nothing. It is at least 1.
     """
 
     def __init__(self, size: int, share: float = 1.0) -> None:
@@ -102,7 +90,7 @@ class SharedBudget:
         self._by_caller: dict[str, int] = {}
 
     def take(self, caller: str, amount: int) -> Refusal | None:
-        """Take an amount, or say which bound is in the way: that of the caller, or that of all."""
+        """Take an amount, or return the limit that prevents it: the caller's, or that of all."""
         held = self._by_caller.get(caller, 0)
         if self.used + amount > self.size:
             return "all"
@@ -113,7 +101,6 @@ class SharedBudget:
         return None
 
     def give_back(self, caller: str, amount: int) -> None:
-        """Return what was taken."""
         self.used -= amount
         left = self._by_caller.get(caller, 0) - amount
         if left > 0:
@@ -123,16 +110,13 @@ class SharedBudget:
 
 
 class DecodeQueue:
-    """Runs work on images in threads, by turns of the callers. Used from one event loop.
+    """Runs work on images in threads, by turns of the callers, each with a ``share`` of the reserved ``pixels``. Use
+    from one event loop.
 
-    Small images have threads of their own, with the models' priority: next to two that have a higher one, a batch of
-    images took 1.0 s instead of 0.14. Large ones are decoded one at a time, by a thread with a lower priority: an image
-    of 40 million pixels costs about a second and several hundred megabytes. Requests whose pixels do not fit next to
-    those in memory wait as the bytes that came: 200 requests with 32 small pictures each are a gigabyte of pixels.
-
-    Args:
-        pixels: bound of what is reserved, over all callers.
-        share: of it that one caller may have.
+    Small images have threads of their own with the models' priority: next to two of a higher one, a batch of images
+    took 1.0 s instead of 0.14 s. Large ones are decoded one at a time at a lower priority: 40 million pixels take about
+    a second and several hundred megabytes. Requests without room wait as encoded bytes: 200 requests with 32 small
+    pictures each are a gigabyte of pixels.
     """
 
     def __init__(self, pixels: int, share: float) -> None:
@@ -143,18 +127,14 @@ class DecodeQueue:
 
     @property
     def pixels(self) -> int:
-        """Pixels that are reserved now."""
         return self._budget.used
 
     @contextlib.asynccontextmanager
     async def reserved(self, caller: str, pixels: int) -> AsyncIterator[Callable[[int], None]]:
-        """Wait until there is room for the images of one request, and count them until the block ends. Call what this
-        yields with the pixels that are still in memory once the images are decoded and scaled down.
-
-        Raises:
-            ApiError: 429 when too many pixels wait already.
-        """
-        held = min(pixels, self._budget.caller_size)  # what is alone is always taken
+        """Wait for room for the images of one request, and reserve it until the block ends. Yields a function to call
+        with the pixels that stay in memory after decoding and scaling. Raises ApiError (429) when too many pixels wait
+        already."""
+        held = min(pixels, self._budget.caller_size)  # a single request is always accepted
         if refusal := self._budget.take(caller, held):
             whose = "your images" if refusal == "caller" else "images"
             raise ApiError(
@@ -181,7 +161,7 @@ class DecodeQueue:
             self._budget.give_back(caller, held)
 
     async def run(self, caller: str, pixels: int, work: Callable[[], Result]) -> Result:
-        """Run work on an image of so many pixels when it is the caller's turn. Cancelling drops what still waits."""
+        """Run work on an image of this size when it is the caller's turn. Cancelling drops work that still waits."""
         return await (self._small if pixels <= SMALL_PIXELS else self._large).run(caller, work)
 
 
@@ -193,7 +173,7 @@ class _FairPool:
         self._threads = ThreadPoolExecutor(threads, name, initializer=nice_thread, initargs=(nice,))
 
     async def run(self, caller: str, work: Callable[[], Result]) -> Result:
-        """The result of ``work``. What runs already goes on when this is cancelled, and keeps its thread."""
+        """The result of ``work``. Cancelling does not stop running work, which keeps its thread."""
         inside = await self._room.enter(caller, 1)
         job = asyncio.get_running_loop().run_in_executor(self._threads, work)
         job.add_done_callback(lambda _: self._room.leave(caller, inside))

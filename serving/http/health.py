@@ -1,4 +1,4 @@
-"""Health and metrics. What they answer is computed for all callers at once, that of probes at most once a second."""
+"""Health and metrics. All concurrent callers share one answer; probes run at most once a second."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
 PROBE_SECONDS = 10.0
 FRESH_SECONDS = 1.0
 WATCH_SECONDS = 10.0
-"""Between updates of the metric that says what answers."""
+"""Between updates of the metric of ready parts."""
 Value = TypeVar("Value")
 
 
@@ -181,24 +181,24 @@ async def prometheus(request: Request) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class ComponentState:
-    """The state of a part when it was asked last."""
+    """State of a part at its last probe."""
 
     ready: bool
     detail: str = "ok"
-    """Why not, or that it is busy."""
+    """Reason that it is not ready, or that it is busy."""
     release: int = 0
     seconds: float = 0.0
     code: str = "not_ready"
-    """Of the error, where it is not ready."""
+    """Error code if it is not ready."""
 
     @property
     def starting(self) -> bool:
-        """True while this part has not come up for the first time: a restart of the process would not help."""
+        """True until this part has come up for the first time: a restart of the process would not help."""
         return not self.ready and self.code == VlmStarting.code
 
 
 class Probes:
-    """State of each part. A full queue or a busy VLM does not count as an outage: the part answers others' requests."""
+    """State of each part. A full queue or a busy VLM is not an outage: the part answers others' requests."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -208,11 +208,10 @@ class Probes:
         self._of_catalog: dict[str, State] = {}
         self._recent = {name: Recent(probe) for name, probe in self._probe.items()}
         self.metrics_page = Recent(self._page, seconds=0.0)
-        """The metrics of all serving processes; one page for all who ask at once."""
+        """The metrics of all serving processes; concurrent callers share a page."""
         self._thread = OwnThreads("metrics")
 
     def parts(self) -> tuple[Component, ...]:
-        """The parts that are served here."""
         return COMPONENTS if self._state.vlms is not None else ("clip", "catalog")
 
     async def part(self, name: Component) -> ComponentState:
@@ -220,16 +219,15 @@ class Probes:
         return await self._recent[name].get()
 
     async def all(self) -> dict[Component, ComponentState]:
-        """State of every part that is served."""
         names = self.parts()
         return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
 
     def dependencies(self) -> dict[str, State]:
-        """The state that this process and the catalog noted last of each dependency that they have used."""
+        """Last noted state of the dependencies that this process and the catalog have used."""
         return {**self._of_catalog, **{name: found.state for name, found in current().items()}}
 
     async def watch(self) -> None:
-        """Export for ever what answers. What is asked here is not what callers are told: theirs is no older for it."""
+        """Keep exporting which parts are ready. Probes separately, so that callers' answers do not get older."""
         while True:
             for name in self.parts():
                 metrics.http.up(name, (await self._probe[name]()).ready)
@@ -239,7 +237,7 @@ class Probes:
         return await self._thread.run(metrics.exposition, "serve")
 
     async def _passed(self, name: Literal["clip", "vlm"]) -> ComponentState:
-        """One forward pass of a model under the live release."""
+        """Run a forward pass of a model under the live release."""
         state = self._state
         if state.admission.live is None:
             await state.refresh()
@@ -282,7 +280,7 @@ async def _observed(work: Awaitable[object], release: int) -> ComponentState:
 
 
 class Recent(Generic[Value]):
-    """A value that is computed again when it is older than ``seconds``; all who ask meanwhile get the same one."""
+    """A value that is recomputed when older than ``seconds``; concurrent callers share it."""
 
     def __init__(self, compute: Callable[[], Awaitable[Value]], seconds: float = FRESH_SECONDS) -> None:
         self._compute = compute
@@ -291,10 +289,9 @@ class Recent(Generic[Value]):
         self._ended = float("-inf")
 
     async def get(self) -> Value:
-        """The value. Raises what computing it raised."""
         if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
             self._task = asyncio.get_running_loop().create_task(self._timed(), context=detached())
-        return await asyncio.shield(self._task)  # a caller that leaves does not end it for the others
+        return await asyncio.shield(self._task)  # a caller that leaves must not cancel it for others
 
     async def _timed(self) -> Value:
         try:

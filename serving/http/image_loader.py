@@ -1,9 +1,6 @@
-"""Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a pool of threads.
-
-First all images of a request are looked at: their bytes, and by their headers how many pixels they have together. Only
-then each is decoded, when it is its caller's turn (:class:`serving.http.fair_room.DecodeQueue`). What was decoded
-counts against ``serve.decode_pixels`` until the model has answered.
-"""
+"""Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a thread pool. Headers of all
+images of a request are inspected before any is decoded. Pixels count against ``serve.decode_pixels`` until the model
+has answered."""
 
 from __future__ import annotations
 
@@ -35,43 +32,37 @@ from streams.records.fetching import ByteBudget, Fetcher, Rules
 
 Result = TypeVar("Result")
 ImageSource = tuple[str, str | bytes]
-"""Where an image is in the request; and a data URI, a URL, or its encoded bytes."""
+"""An image's place in the request; and a data URI, a URL, or its encoded bytes."""
 JPEG_SCAN = b"\xff\xda"
 USUAL_SCANS = 10
 JOB_PIXELS = 2_000_000
 """Of several images that are decoded in one turn of their caller."""
 JOBS_A_THREAD = 2
 FETCH_SECONDS = 5.0
-"""For one image, redirects included: the request that waits for it has ``serve.deadline_seconds``."""
+"""For one image, redirects included; its request has ``serve.deadline_seconds``."""
 FETCHES = 16
-"""Images that are fetched at once by one process; more wait."""
+"""Images that one process fetches at once; more wait."""
 REQUEST_IMAGES = 2
-"""Pixels of all images of a request, in images of ``serve.max_pixels``."""
+"""Limit of a request's pixels, in images of ``serve.max_pixels``."""
 LONGEST_SIDE = 2048
-"""Pixels: what the largest VLMs look at. A larger picture is scaled down before it travels to a replica."""
+"""In pixels, as much as the largest VLMs use; larger pictures are scaled down before they are sent to a replica."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InspectedImage:
-    """An image before it is decoded: its header was read, and is within bounds."""
+    """An image whose header was read and is within bounds; not decoded yet."""
 
     place: str
-    """Where it is in the request."""
     digest: bytes
     """SHA-256 of the encoded bytes."""
     pixels: int
-    """That decoding it costs; see :func:`decoding_pixels`."""
+    """The cost of decoding; see :func:`decoding_pixels`."""
     opened: OpenedImage
 
 
 class ImageLoader:
-    """Turns encoded images into RGB uint8 arrays. Threads, because Pillow decodes outside of the GIL.
-
-    Args:
-        preprocess: what the CLIP wants.
-        bounds: sizes, and whether and from where images are fetched.
-        fetcher: for tests, in place of the one that ``bounds`` describe.
-    """
+    """Turns encoded images into RGB uint8 arrays, in threads, because Pillow decodes outside of the GIL. ``fetcher``
+    replaces the one that ``bounds`` describe."""
 
     def __init__(self, preprocess: Preprocess, bounds: Serve, fetcher: Fetcher | None = None) -> None:
         self.preprocess = preprocess
@@ -85,14 +76,7 @@ class ImageLoader:
             return pixels
 
     async def inspect(self, images: Sequence[ImageSource], caller: str = "") -> list[InspectedImage]:
-        """Fetch what is a URL, and check all images by their headers. Nothing is decoded.
-
-        Args:
-            caller: whose turn they take.
-
-        Raises:
-            ApiError: names the place of the first image that is refused, and why.
-        """
+        """Fetch URLs, and check images by their headers. Raises ApiError with the place of the first refused image."""
         param = images[0][0].split(".")[0] if images else ""
         if len(images) > IMAGES_PER_REQUEST:
             problem = f"{len(images)} images are more than {IMAGES_PER_REQUEST}."
@@ -110,9 +94,7 @@ class ImageLoader:
 
     @asynccontextmanager
     async def decoded(self, images: Sequence[InspectedImage], caller: str = "") -> AsyncIterator[npt.NDArray[np.uint8]]:
-        """Pixels for a CLIP, [n, S, S, 3], in order. Stay in the block until the vectors are there. Raises
-        ApiError.
-        """
+        """Pixels for a CLIP, [n, S, S, 3], in order, reserved until the block ends. Raises ApiError."""
         scaled = len(images) * self.preprocess.size**2
         async with self._reserved(images, caller, scaled) as keep:
             pixels = np.stack(await self._decoded(images, self.preprocess.pixels, caller))
@@ -123,14 +105,9 @@ class ImageLoader:
     async def pictures(
         self, images: Sequence[ImageSource], caller: str = ""
     ) -> AsyncIterator[tuple[npt.NDArray[np.uint8], ...]]:
-        """Pixels for a VLM, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
-        together at most ``max_pixels``, so that a request stays bounded in memory. Stay in the block until the VLM has
-        answered.
-
-        Raises:
-            ApiError: names the place of the first image that is refused, and why.
-        """
-        if not images:  # a question without pictures waits for no room
+        """Pixels for a VLM, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side and ``max_pixels``
+        together; reserved until the block ends. Raises ApiError with the place of the first refused image."""
+        if not images:  # without pictures there is no need to wait for room
             yield ()
             return
         share = self.bounds.max_pixels // len(images)
@@ -141,9 +118,7 @@ class ImageLoader:
             yield tuple(made)
 
     async def thumbnail(self, data: bytes, size: int, caller: str = "") -> bytes:
-        """A PNG of a stored image, which ingest's bounds have let in, with ``size`` pixels on its longest side at most.
-        Raises ApiError.
-        """
+        """A PNG of a stored image, with at most ``size`` pixels on its longest side. Raises ApiError."""
         inspected = [await self.queue.run(caller, 0, partial(_inspected, "image", data, open_accepted))]
         async with self._reserved(inspected, caller):
             (png,) = await self._decoded(inspected, partial(_png, size), caller)
@@ -152,7 +127,7 @@ class ImageLoader:
     def _reserved(
         self, images: Sequence[InspectedImage], caller: str, scaled: int = 0
     ) -> AbstractAsyncContextManager[Callable[[int], None]]:
-        """``scaled``: pixels of what is made of the images, which may be more."""
+        """``scaled``: pixels after scaling, which may be more."""
         return self.queue.reserved(caller, max(scaled, sum(image.pixels for image in images)))
 
     async def _decoded(
@@ -166,7 +141,7 @@ class ImageLoader:
             return [result for results in await gathered(jobs) for result in results]
 
     async def _fetched(self, images: Sequence[ImageSource]) -> list[ImageSource]:
-        budget = ByteBudget(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
+        budget = ByteBudget(self.bounds.max_body_bytes)  # same limit as for images in the body
         return await gathered(self._one_fetched(place, image, budget) for place, image in images)
 
     async def _one_fetched(self, place: str, image: str | bytes, budget: ByteBudget) -> ImageSource:
@@ -195,9 +170,8 @@ def _inspected(place: str, data: bytes, read_header: Callable[[bytes], OpenedIma
 
 
 def jobs_of(images: Sequence[InspectedImage]) -> list[list[InspectedImage]]:
-    """The images in order, in parts that are decoded in one go each: enough parts for all threads, and each short
-    enough to be one turn. The end of each wakes the event loop up, which takes the interpreter from the threads.
-    """
+    """Split images, in order, into jobs: enough for all threads, and each short enough for one turn. Fewer jobs are
+    better, because the end of each wakes the event loop, which takes the GIL from the threads."""
     most = math.ceil(len(images) / (JOBS_A_THREAD * SMALL_THREADS))
     jobs: list[list[InspectedImage]] = []
     for image in images:
@@ -219,10 +193,8 @@ def _decode(images: Sequence[InspectedImage], decode: Callable[[OpenedImage], Re
 
 
 def decoding_pixels(opened: OpenedImage, data: bytes) -> int:
-    """Width times height. A progressive JPEG counts once for every ten scans.
-
-    Each of them goes over the whole image; encoders write about ten, a few bytes suffice.
-    """
+    """Width times height, once for every ten scans of a progressive JPEG: each scan goes over the whole image. Encoders
+    write about ten, and a scan may have a few bytes."""
     width, height = opened.size
     scans = data.count(JPEG_SCAN) if opened.kind == "JPEG" else 0
     return width * height * max(1, scans // USUAL_SCANS)
@@ -237,7 +209,7 @@ def _png(size: int, opened: OpenedImage) -> bytes:
 
 
 def fetcher_of(bounds: Serve, seconds: float = FETCH_SECONDS) -> Fetcher | None:
-    """The fetcher of images by URL; None where no host is listed."""
+    """The fetcher of images by URL; None if no host is listed."""
     if not bounds.image_hosts:
         return None
     return Fetcher(
@@ -249,7 +221,7 @@ def fetcher_of(bounds: Serve, seconds: float = FETCH_SECONDS) -> Fetcher | None:
 
 
 def fitted(image: Image.Image, max_pixels: int, longest: int = LONGEST_SIDE) -> npt.NDArray[np.uint8]:
-    """An RGB image as [H, W, 3], scaled down where a side or its area is too large."""
+    """An RGB image as [H, W, 3], scaled down if a side or its area is too large."""
     width, height = image.size
     scale = min(longest / max(width, height), math.sqrt(max_pixels / (width * height)))
     if scale < 1:
@@ -259,11 +231,8 @@ def fitted(image: Image.Image, max_pixels: int, longest: int = LONGEST_SIDE) -> 
 
 
 def from_data_uri(uri: str, place: str, max_bytes: int) -> bytes:
-    """Bytes of ``data:image/...;base64,...``.
-
-    Raises:
-        ApiError: no base64, or too large (checked before decoding).
-    """
+    """Bytes of ``data:image/...;base64,...``. Raises ApiError if it is not base64, or too large (checked before
+    decoding)."""
     head, comma, payload = uri.partition(",")
     if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
         raise field_error(place, "expected a data URI like data:image/png;base64,iVBORw0... or a URL.", "image_format")

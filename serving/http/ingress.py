@@ -1,4 +1,4 @@
-"""The ingress deployment: the HTTP application, and the live pointer that requests are stamped with."""
+"""The ingress deployment: the HTTP application, and the releases that requests are bound to."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ from serving.replicas.follower import keep_running, residency_reader
 
 log = logging.getLogger("ratchet.ingress")
 SWITCH_SECONDS = 0.001
-"""After so long a thread that computes in Python lets another one on (0.005 by default). Those that decode have a low
-priority: next to busy encoders 5 ms of theirs take 50, for which the event loop would wait several times a request."""
+"""GIL switch interval (default 0.005). Decoding threads have a low priority: next to busy encoders 5 ms of theirs take
+50 ms, for which the event loop would wait several times a request."""
 FOLLOW_SECONDS = 1.0
 KEYS_SECONDS = 10.0
-"""Between readings of the keys without any call, so that the copies of them are not older than this."""
+"""Between readings of the keys without requests, which bounds the age of their copies."""
 FIRST_SECONDS = 20.0
-"""The longest wait of a starting replica for the ledger and the encoders; after that it refuses until it knows."""
+"""Longest wait of a starting replica for the ledger and the encoders; then it starts, and refuses requests."""
 SHARED = ("queue", "decode_pixels", "cache_bytes")
-"""Bounds that all ingress processes divide among them."""
+"""Limits that the ingress processes divide among them."""
 _TOKENIZER_FILE = "tokenizer.json"
 _WORD_START = "\u2581"
-"""SentencePiece's mark of a space before a word, which decoding a token on its own drops."""
+"""SentencePiece's mark of a space before a word, which decoding a single token drops."""
 _KEPT_TEXTS = 65_536
 
 
 @serve.ingress()
 class Ingress:
-    """Told of releases by the controller; looks at the ledger itself as a safety net."""
+    """Gets releases from the controller, and reads the ledger as a safety net."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Ingress:
         return self.http_app
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
-        """Stamp requests with these releases from the next one on; the newest is live."""
+        """Bind new requests to these releases; the newest is live."""
         number = self.admission.adopt(window)
         metrics.release.live("ingress", number)
         return number
@@ -135,22 +135,20 @@ class Ingress:
         return self.admission.window
 
     async def in_flight(self) -> dict[int, int]:
-        """Requests being answered, by release."""
         return self.admission.in_flight()
 
     async def drain(self) -> dict[int, int]:
-        """Admit no more requests; how many are being answered, by release."""
+        """Admit no more requests; returns those in flight, by release."""
         self.admission.close()
         return self.admission.in_flight()
 
     async def observations(self) -> Observations:
-        """Observations of the release that is watched; the controller adds it up over replicas."""
+        """Observations of the watched release; the controller adds them up over replicas."""
         return self.shadow_traffic.observations(self.admission.answered())
 
     async def check_health(self) -> None:
-        """Serve asks this once before it sends requests here, and every few seconds after that. Keeps the follower, the
-        comparisons, the copy of the keys and the metric of what answers running, and waits for the VLM's start.
-        """
+        """Serve asks this before it sends requests here, and then every few seconds. Keeps the background tasks
+        running, and waits for the VLM's start."""
         if not self._tasks:
             await asyncio.gather(self._adopt_first(), *([self.vlms.look()] if self.vlms is not None else []))
         work = {
@@ -162,14 +160,14 @@ class Ingress:
         keep_running(self._tasks, work)
 
     async def refresh(self) -> None:
-        """Adopt what the ledger says."""
+        """Adopt what is live in the ledger."""
         live = self.admission.live
         residency = await self.residency_reader.read(newer_than=live.release if live else 0)
         if residency is not None:
             await self.adopt(residency.window)
 
     async def _adopt_first(self) -> None:
-        """Know what is live before the first request comes: one that replaces another takes its requests at once."""
+        """Learn what is live before the first request: a replacement gets requests at once."""
         try:
             async with asyncio.timeout(FIRST_SECONDS):
                 await self.refresh()
@@ -183,7 +181,7 @@ class Ingress:
                 self.shadow_traffic.watch(
                     await self._watching.run(find_guard_target, self.ledger, self.settings.rollout, time.time())
                 )
-            except Exception as error:  # the ledger or the encoders are away: serve on with what is known
+            except Exception as error:  # ledger or encoders are away: keep serving the known releases
                 log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
             await asyncio.sleep(FOLLOW_SECONDS)
 
@@ -196,25 +194,22 @@ class Ingress:
 
 
 def share_of(settings: Serve) -> Serve:
-    """The bounds of one ingress process: what all requests share, divided by ``ingress_replicas``; those of one request
-    as they are. Processes beyond that number, started by load, bring a share of their own.
+    """The limits of one ingress process: shared ones divided by ``ingress_replicas``, those of one request unchanged.
+    Processes beyond that number, added by autoscaling, have a share of their own.
 
     >>> share_of(Serve(ingress_replicas=2, queue=256)).queue
     128
     """
     replicas = settings.ingress_replicas
     shares = {name: -(-getattr(settings, name) // replicas) for name in SHARED}
-    # What is alone must always find room.
+    # A single body must always find room.
     bodies = max(settings.max_body_bytes, settings.body_budget_bytes // replicas)
     return settings.model_copy(update={**shares, "body_budget_bytes": bodies})
 
 
 def token_texts(model: Path | None) -> Callable[[int], str]:
-    """A function from a token of a VLM to its text, for log-probabilities. Half of a character reads as U+FFFD.
-
-    Args:
-        model: a Hugging Face folder; without a ``tokenizer.json`` (or without a folder) a token is ``token_id:7``.
-    """
+    """A function from a VLM's token to its text, for log-probabilities; part of a character is U+FFFD. ``model``: a
+    Hugging Face folder; without it or its ``tokenizer.json`` the text is ``token_id:7``."""
     path = model / _TOKENIZER_FILE if model is not None else None
     if path is None or not path.is_file():
         return "token_id:{}".format

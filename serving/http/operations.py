@@ -32,13 +32,11 @@ from serving.releases.types import (
 
 router = APIRouter(tags=["Operations"])
 MAX_RELEASES = 500
-"""That `/v1/releases` lists."""
 SHOWN_RELEASES = 50
-"""That it lists where the request does not say how many."""
 READ_SECONDS = 1.0
-"""Longest that a caller waits for a value of which an older one is known."""
+"""Longest wait for a new value if an older one is known."""
 OPERATOR_THREADS = OwnThreads("operator", 4)
-"""For what operator calls read: no other call can keep them waiting."""
+"""For reads of operator calls, which no other call can delay."""
 EXPECTED_LIVE = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
 CHANGES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
@@ -63,13 +61,11 @@ class ReleaseRequest(Body):
 
     @model_validator(mode="after")
     def names_one(self) -> ReleaseRequest:
-        """At least one family is named."""
         if not self.model_fields_set & {"clip", "vlm"}:
             raise ValueError("name `clip`, `vlm`, or both")
         return self
 
     def adapters(self) -> Adapters:
-        """The adapters to release, by family."""
         named: Adapters = {"clip": self.clip, "vlm": self.vlm}
         return {f: None if name == BASE else name for f, name in named.items() if f in self.model_fields_set}
 
@@ -368,7 +364,7 @@ def _needs_vlm(state: AppState, param: str) -> None:
 
 
 async def _operator_and_live(request: Request) -> tuple[str, int]:
-    """The caller, and the release that was live when the call arrived: one in between makes it a conflict."""
+    """The caller, and the release that was live when the call arrived: a newer one by the commit is a conflict."""
     actor = operator(request)
     row = await OPERATOR_THREADS.run(app_state(request).ledger.live)
     return actor, row.number if row else 0
@@ -380,11 +376,8 @@ async def _changed(request: Request, command: LiveCommand) -> JSONResponse:
 
 
 class LastReleases:
-    """The newest releases, by one reading at a time. While the ledger is silent or away, those that it named last.
-
-    Args:
-        read: the newest so many, newest first; blocks, may raise.
-    """
+    """The newest releases, by one reading at a time; while the ledger does not answer, those that it named last.
+    ``read``: returns the given number, newest first; blocks, may raise."""
 
     def __init__(self, read: Callable[[int], list[ReleaseRow]]) -> None:
         self._read = read
@@ -392,11 +385,8 @@ class LastReleases:
         self._known: list[ReleaseRow] | None = None
 
     async def get(self, limit: int) -> list[ReleaseRow]:
-        """The newest releases. Fewer than ``limit`` may be known while the ledger does not answer.
-
-        Raises:
-            Exception: what the reading raised, where none is known.
-        """
+        """The newest releases; possibly fewer than ``limit`` while the ledger does not answer. Raises what the reading
+        raised if none is known."""
         try:
             async with asyncio.timeout(None if self._known is None else READ_SECONDS):
                 self._known = await self._thread.run(self._read, max(limit, SHOWN_RELEASES))

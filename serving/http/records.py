@@ -1,4 +1,4 @@
-"""Records: what became of one that was sent, those that were refused and why, and sending them again."""
+"""Records: the outcome of one that was sent, quarantined records with their reasons, and resubmission."""
 
 from __future__ import annotations
 
@@ -130,7 +130,6 @@ class ResubmitRequest(Body):
 
     @model_validator(mode="after")
     def names_one(self) -> ResubmitRequest:
-        """A place or a filter, and what goes with it."""
         if (self.place is None) == (self.filter is None):
             raise ValueError("give `place` or `filter`")
         if (self.force and self.place is None) or (self.dry_run and self.filter is None):

@@ -1,11 +1,6 @@
-"""Bounds of a request: its size, its speed, its place, and how long its client waits.
-
-Pure ASGI. :class:`RequestLimits` is the outermost part: a request that it refuses costs nothing further.
-:class:`RequestBodies`, inside of authentication, reads the body of each request, within a time and a budget, before the
-request takes one of the slots. A client that is slow, or silent, holds no slot; what its body has so far counts against
-the bytes of all bodies, and is given back when the request ends. :func:`cancel_on_disconnect` ends the work for a
-client that leaves.
-"""
+"""Bounds of a request: size, speed, slot, and how long its client waits. :class:`RequestLimits` is outermost, so
+refused requests cost nothing further. :class:`RequestBodies`, inside of authentication, reads each body within a time
+and a byte budget before the request takes a slot, so slow clients hold none. Pure ASGI."""
 
 from __future__ import annotations
 
@@ -29,32 +24,30 @@ from serving.http.fair_room import SharedBudget
 
 log = logging.getLogger("ratchet.http")
 SEND_SECONDS = 30.0
-"""Longest time to send an answer, after the deadline by which it is made."""
+"""Longest time to send an answer after its deadline."""
 GRACE_SECONDS = 5.0
-"""From when on the rate of a body counts."""
+"""The minimum rate of a body applies after this."""
 BODY_SECONDS, BODY_BYTES_PER_SECOND = 30.0, 16_384
-"""Longest time for a whole body, and its slowest rate on average."""
+"""Longest time for a whole body, and its lowest average rate."""
 OPERATOR_SLOTS = 16
-"""Operator calls at once in one process."""
+"""Concurrent operator calls of one process."""
 FREE_ROUTES = ("/health/", "/metrics")
-"""Take no slot: checks of a busy server must get in. Their answers are made once a second for all callers."""
+"""Need no slot: health checks of a busy server must get in, and concurrent callers share an answer."""
 OPERATOR_ROUTES = "/admin/"
 ROLLBACK_ROUTE = "/admin/v1/rollback"
-"""Has slots of its own: releases that wait for the catalog, and looks at a status that does not come, may hold all
-others.
-"""
+"""Has its own slots: releases that wait for the catalog, or hanging status calls, may hold all others."""
 SEARCH_ROUTES = ("/v1/search", "/v1/samples/")
-"""Have slots of their own: they wait for the catalog's store, and what needs no store goes on while it hangs."""
+"""Have their own slots: requests that need no store go on while the catalog's store hangs."""
 CLOSE = {"Connection": "close"}
 LOOPBACK = ("127.", "::1", "::ffff:127.")
 BACKSTOP_SECONDS = 0.2
-"""After the deadline: what computes the answer ends by itself first, and knows why there is none."""
+"""After the deadline: the code that computes the answer ends first, with a better reason."""
 GONE = 499
-"""nginx's status for a client that closed its connection: it is only ever seen in metrics."""
+"""nginx's status for a client that closed its connection; only seen in metrics."""
 
 
 class RequestBodies:
-    """Refuses a body that is too large (413) or too slow (408), and a request for which there is no room (429, 503)."""
+    """Refuses bodies that are too large (413) or too slow (408), and requests without room (429, 503)."""
 
     def __init__(self, app: ASGIApp, settings: Serve) -> None:
         self.app = app
@@ -66,7 +59,6 @@ class RequestBodies:
         self.rollback_slots = SharedBudget(OPERATOR_SLOTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request when its body is there."""
         if scope["type"] != "http" or scope["path"].startswith(FREE_ROUTES):
             await self.app(scope, receive, send)
             return
@@ -103,7 +95,7 @@ class RequestBodies:
 
 
 class _Body:
-    """The body of one request while it comes in and for as long as it is held."""
+    """The body of one request while it arrives and as long as it is held."""
 
     def __init__(self, settings: Serve, budget: SharedBudget, caller: str) -> None:
         self.settings = settings
@@ -112,7 +104,7 @@ class _Body:
         self.size = 0
 
     async def read(self, receive: Receive) -> bytes:
-        """All of it. Raises ApiError and ClientGone."""
+        """Read all of it. Raises ApiError and ClientGone."""
         chunks: list[bytes] = []
         began = time.monotonic()
         while True:
@@ -126,7 +118,6 @@ class _Body:
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def close(self) -> None:
-        """The request ended."""
         self.budget.give_back(self.caller, self.size)
 
     async def _next(self, receive: Receive, began: float) -> Message:
@@ -159,14 +150,13 @@ class _Body:
 
 
 def too_large(limit: int) -> ApiError:
-    """The refusal of a body over ``limit`` bytes."""
     return ApiError(
         413, f"the body is larger than {limit} bytes (serve.max_body_bytes).", code="body_too_large", headers=CLOSE
     )
 
 
 def caller_of(scope: Scope) -> str:
-    """The name under which a caller has its part of the budgets: its key, else its address."""
+    """A caller's name in the budgets: its key, else its address."""
     principal = scope.get("state", {}).get("principal")
     return f"key:{principal.key_id}" if principal is not None and principal.key_id else address(scope)
 
@@ -183,7 +173,7 @@ def _take_slot(slots: SharedBudget, caller: str) -> None:
 
 
 def _replayed(data: bytes, receive: Receive) -> Receive:
-    """The body as one message; what follows it, a disconnect, comes from the client."""
+    """The body as one message; later messages (a disconnect) come from the client."""
     sent = False
 
     async def replayed() -> Message:
@@ -197,13 +187,9 @@ def _replayed(data: bytes, receive: Receive) -> Receive:
 
 
 class RequestLimits:
-    """Refuses what declares a body over ``max_body_bytes`` (413) and, where the server is for its own machine, peers of
-    other machines and names that are not this machine's (403). Ray's tuned ingress binds every address, also when the
-    settings say 127.0.0.1.
-
-    Args:
-        proxies: networks whose ``X-Forwarded-For`` counts.
-    """
+    """Refuses bodies declared over ``max_body_bytes`` (413) and, if the server is for its own machine, peers and host
+    names of others (403): Ray's ingress binds every address, even with host 127.0.0.1. ``proxies``: networks whose
+    ``X-Forwarded-For`` is trusted."""
 
     def __init__(self, app: ASGIApp, settings: Serve, proxies: Sequence[str] = ()) -> None:
         self.app = app
@@ -211,7 +197,6 @@ class RequestLimits:
         self.proxies = TrustedProxies(proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -259,7 +244,7 @@ class RequestLimits:
 
 
 class ClientGone(ApiError):
-    """Nobody waits for the answer any more."""
+    """The client closed its connection."""
 
     def __init__(self) -> None:
         super().__init__(GONE, "the client went away before the answer was ready.", code="client_gone")
@@ -267,16 +252,8 @@ class ClientGone(ApiError):
 
 @contextlib.asynccontextmanager
 async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterator[None]:
-    """Cancel the block when the client leaves or the deadline passes. The request's body must have been read before.
-
-    Args:
-        receive: the request's ASGI channel; no one else may read from it meanwhile.
-        deadline: on the monotonic clock.
-
-    Raises:
-        DeadlineExceeded: the deadline passed.
-        ClientGone: the client closed its connection.
-    """
+    """Cancel the block when the client leaves (ClientGone) or the deadline on the monotonic clock passes
+    (DeadlineExceeded). ``receive``: the ASGI channel, after the body; nothing else may read from it meanwhile."""
     here = asyncio.current_task()
     assert here is not None
     gone = False

@@ -1,8 +1,6 @@
-"""Gives each request an id: its client's own, or a new one. The answer has it in ``x-request-id``, whatever the answer.
-
-Pure ASGI, around everything else. HAProxy, where it is in front, has given the id by then (:mod:`serving.ray.haproxy`),
-and puts it on the answers that it makes itself. Ray Serve carries it to the replicas that the request is passed on to.
-"""
+"""Gives each request an ID, the client's or a new one, which every answer has in ``x-request-id``. Pure ASGI,
+outermost. HAProxy, where it is in front, has set the ID by then (:mod:`serving.ray.haproxy`). Ray Serve passes it on to
+replicas."""
 
 from __future__ import annotations
 
@@ -19,19 +17,18 @@ from core import request_context
 HEADER: Final = "x-request-id"
 MAX_CHARS: Final = 128
 ALPHABET: Final = "A-Za-z0-9._~:+/=@-"
-"""Of UUIDs, ULIDs, base64 and the ids of the usual proxies; nothing that a log or a page has to escape."""
+"""Of UUIDs, ULIDs, base64 and IDs of the usual proxies; nothing that logs or pages must escape."""
 _ID = re.compile(rf"[{ALPHABET}]{{1,{MAX_CHARS}}}".encode())
 _NAME = HEADER.encode()
 
 
 class RequestIds:
-    """Also takes an id out of the request that is too long, or has other characters, and puts the new one there."""
+    """Replaces IDs that are too long or have other characters."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -42,7 +39,7 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # A copy: what is inside may send its own again.
+                # A copy, because the application may send its message again.
                 message = {**message, "headers": [*_others(message.get("headers", ())), (_NAME, request_id)]}
             await send(message)
 
@@ -58,5 +55,5 @@ def _others(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
 
 
 def middlewares() -> list[Middleware]:
-    """For Ray Serve without HAProxy, which would answer with whatever id a client sends: around its own middleware."""
+    """For Ray Serve without HAProxy, around its own middleware, which would accept any ID of a client."""
     return [Middleware(RequestIds)]

@@ -149,5 +149,5 @@ async def sample_image(
         if error.status_code == 429:
             raise
         raise ApiError(410, f"the image cannot be shown: {error.detail}", code=error.code) from None
-    # A cache would go on to show it, also when it was deleted.
+    # A cache would keep showing deleted images.
     return Response(png, media_type="image/png", headers={"Cache-Control": "private, no-store"})

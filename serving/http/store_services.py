@@ -1,7 +1,5 @@
-"""The quarantine, deletions and receipts as routes ask for them.
-
-The store, the ledger and Kafka block, and may hang, so each is asked on threads of its own.
-"""
+"""Quarantine, deletions and receipts for routes. The store, the ledger and Kafka block, and may hang, so each has
+threads of its own."""
 
 from __future__ import annotations
 
@@ -21,18 +19,17 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 SHOWN: Final = 50
-"""Reasons and sources in the counts."""
 PER_SECOND: Final = 100.0
-"""Records that are sent again by one call: at most 500, so it takes five seconds."""
+"""Resubmitted records of one call: at most 500, so five seconds."""
 COUNT_SECONDS: Final = 60.0
-"""Longest that counting what is selected takes: a look at all rows of the store."""
+"""Longest time to count selected samples, which reads all rows of the store."""
 TRACE_SECONDS: Final = 10.0
-"""Longest that a caller waits, for a thread and for the store."""
+"""Longest wait for a thread and the store."""
 TRACE_THREADS: Final = 2
 
 
 async def in_time(work: Awaitable[Result], seconds: float) -> Result:
-    """The store's answer. Raises StoreUnavailable when it does not within the time."""
+    """Await the store's answer. Raises StoreUnavailable after ``seconds``."""
     try:
         async with asyncio.timeout(seconds):
             return await work
@@ -41,7 +38,7 @@ async def in_time(work: Awaitable[Result], seconds: float) -> Result:
 
 
 class QuarantineService:
-    """Refused records. One call at a time: each may hold a large record."""
+    """Quarantined records. One call at a time, because each may hold a large record."""
 
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self.settings = settings
@@ -50,7 +47,6 @@ class QuarantineService:
         self._bulk = OwnThreads("resubmit")
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
-        """Refused records, newest first."""
         from streams.ingest.resubmit import list_quarantine
 
         rows = await self._threads.run(list_quarantine, self.settings, self.ledger, limit, reason, source)
@@ -62,7 +58,7 @@ class QuarantineService:
         return records
 
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
-        """Refused records by ``reason`` and by ``source``; the most frequent of each."""
+        """Quarantined records by ``reason`` and by ``source``; the most frequent of each."""
         from streams.store.sample_queries import quarantine_counts
         from streams.store.sample_store import SampleStore
 
@@ -70,7 +66,7 @@ class QuarantineService:
         return {name: dict(values.top(SHOWN)) for name, values in tallies.items()}
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
-        """Send one again; where the topic has it now."""
+        """Send a record again; returns its new position in the topic."""
         from streams.ingest.resubmit import resubmit
 
         with metrics.operator.action("resubmit"):
@@ -80,7 +76,6 @@ class QuarantineService:
         return {"topic": sent.topic, "partition": sent.partition, "offset": sent.offset}
 
     async def resubmit_many(self, which: QuarantineFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
-        """Send many again."""
         from streams.ingest.resubmit import resubmit_many
 
         with metrics.operator.action("resubmit"):
@@ -92,21 +87,15 @@ class QuarantineService:
 
 
 class DeletionService:
-    """Deletions of samples and of refused records."""
-
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self.settings = settings
         self.ledger = ledger
-        # Apart: a store that hangs must not keep receipts waiting, which are in the ledger.
+        # Separate, so that a store that hangs does not delay receipts, which are in the ledger.
         self._counting = OwnThreads("count-selected")
         self._ledger_threads = OwnThreads("deletions")
 
     async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
-        """The numbers of ``samples`` and ``refusals`` that are selected now. One count at a time.
-
-        Raises:
-            SelectorError, StoreUnavailable.
-        """
+        """Count ``samples`` and ``refusals``, one count at a time. Raises SelectorError, StoreUnavailable."""
         from streams.store.deletion import count_selected
         from streams.store.sample_store import SampleStore
 
@@ -116,7 +105,7 @@ class DeletionService:
         return await in_time(self._counting.run(count), COUNT_SECONDS)
 
     async def request(self, selector: Mapping[str, str], *, actor: str, reason: str) -> dict[str, Any]:
-        """Ask for a deletion. Returns its receipt. Raises SelectorError."""
+        """Request a deletion. Returns its receipt. Raises SelectorError."""
         from streams.store.deletion import as_json, request_deletion
 
         with metrics.operator.action("delete"):
@@ -124,14 +113,12 @@ class DeletionService:
         return as_json(row)
 
     async def newest(self, limit: int, state: DeletionState | None) -> list[dict[str, Any]]:
-        """Receipts, newest first."""
         from streams.store.deletion import as_json
 
         rows = await self._ledger_threads.run(self.ledger.deletions, limit, [state] if state else [])
         return [as_json(row) for row in rows]
 
     async def one(self, deletion_id: str) -> dict[str, Any] | None:
-        """The receipt of one, or None."""
         from streams.store.deletion import as_json
 
         row = await self._ledger_threads.run(self.ledger.deletion, deletion_id)
@@ -139,7 +126,7 @@ class DeletionService:
 
 
 class ReceiptService:
-    """Receipts: what became of records. Both calls raise StoreUnavailable."""
+    """Receipts: the outcomes of records. Both calls raise StoreUnavailable."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -147,11 +134,11 @@ class ReceiptService:
         self._store: Any = None
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
-        """What became of a record; at least one receipt."""
+        """Receipts of one record, at least one."""
         return await in_time(self._threads.run(self._read, (topic, partition, offset)), TRACE_SECONDS)
 
     async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
-        """Receipts of the records of a sample. Raises RecordError for what is not an ID."""
+        """Receipts of a sample's records. Raises RecordError if it is not a sample ID."""
         return await in_time(self._threads.run(self._read, sample_id), TRACE_SECONDS)
 
     def _read(self, query: Any) -> list[dict[str, Any]]:

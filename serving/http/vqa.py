@@ -45,7 +45,7 @@ class VqaRequest(Body):
     @field_validator("choices")
     @classmethod
     def distinct(cls, value: list[str] | None) -> list[str] | None:
-        """The same choice twice would share its probability."""
+        """Reject repeated choices, which would share their probability."""
         if value is not None and len(set(value)) < len(value):
             raise ValueError("must differ from each other")
         return value
@@ -111,11 +111,8 @@ async def vqa(request: Request) -> JSONResponse:
 
 
 def normalised(scores: Sequence[float]) -> list[float]:
-    """Log-probabilities of choices as probabilities that sum to 1.
-
-    Raises:
-        ApiError: 500 when a score is not a number, or none is finite.
-    """
+    """Log-probabilities of choices as probabilities that sum to 1. Raises ApiError (500) when a score is not a number,
+    or none is finite."""
     highest = max(scores)
     if any(math.isnan(score) for score in scores) or not math.isfinite(highest):
         raise ApiError(500, "the model gave no usable probabilities.", code="not_finite")

@@ -1,3 +1,1 @@
-"""A private Ray session for one machine, the corrections that Ray Serve and HAProxy need for it, and calls through Ray
-handles.
-"""
+"""A private Ray session for one machine, corrections to Ray Serve and HAProxy, and calls through Ray handles."""

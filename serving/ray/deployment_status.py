@@ -1,9 +1,5 @@
-"""The deployments of an application as Serve sees them: whether replicas run, and why they do not.
-
-Serve starts all deployments of an application at once, and routes requests to the ingress as soon as that has a replica
-(``ServeController.get_target_groups`` asks for running replicas of the ingress, not for the application's status). So
-one deployment that starts late or never takes nothing away from the others.
-"""
+"""The deployments of an application as Serve reports them. Serve routes requests as soon as the ingress has a replica
+(``ServeController.get_target_groups``), so a deployment that starts late, or never, does not affect the others."""
 
 from __future__ import annotations
 
@@ -18,25 +14,21 @@ _EXCEPTION: Final = re.compile(r"^[\w.]+(?:Error|Exception|Unavailable|Interrupt
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """One deployment at a moment."""
-
     states: Mapping[str, int]
     """Replicas by Serve's state: ``RUNNING``, ``STARTING``, ``STOPPING``."""
     failed: bool
     """Serve has given up."""
     cause: str
-    """The reason why the last replica could not start; empty when none has failed."""
+    """Reason that the last replica could not start; empty when none has failed."""
 
     @property
     def running(self) -> int:
-        """Replicas that answer."""
         return self.states.get("RUNNING", 0)
 
 
 def read_statuses(app: str) -> dict[str, DeploymentStatus]:
-    """Of an application's deployments, by name; empty where Serve has not made it yet. Blocks for some 10 ms, longer
-    while Serve's controller is busy.
-    """
+    """Statuses of an application's deployments by name; empty before Serve has created it. Blocks for some 10 ms,
+    longer while Serve's controller is busy."""
     from ray import serve
 
     application = serve.status().applications.get(app)

@@ -1,27 +1,22 @@
-"""Starts HAProxy for Ray Serve, with its configuration corrected. Run as a script; imports nothing of ours.
+"""Starts HAProxy for Ray Serve with a corrected configuration. Run as a script; imports nothing of Ratchet.
 
-1. Ray 2.60 writes ``bind *:port`` for the statistics page and ``bind :port`` for the metrics, whatever the host in its
-   settings: both answer every address of the machine. Here they become loopback. What answers requests stays as it is.
-2. Ray sets no time limit for the headers of a request, and lets an idle connection stay for an hour. Here both are
-   bounded, each address has a bound of open connections and of health probes, and the first 16 KB of a body must be
-   there before a request goes on to the application.
-3. Ray passes ``X-Forwarded-For`` on as the client sent it. Here it names the peer, unless that is a trusted proxy. That
-   there was one is kept (``Forwarded: for=unknown``): what a proxy on this machine forwards did not come from here.
-4. Ray has bodies spliced. HAProxy 2.8 then does not notice that a client has closed its connection, where the body is
-   larger than a buffer (16 KB) and the connection to the application is one that it uses again: what the client had
-   asked for was computed for no one. Here bodies are copied.
-5. After a connection that was refused HAProxy waits as long as for one that does not come to be (a second, with Ray's
-   five), though it then asks another replica. Here that is a quarter of a second.
-6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
-7. HAProxy's own answers would have no ``x-request-id``, and Ray takes any that a client sends. Here each request gets a
-   new one unless its own is sane, and each answer has it; but for those to headers that HAProxy could not read.
-8. Ray sets no time limit for an answer: a request to a replica that stands still would wait for ever. Here it is 504
-   when the replica itself would have answered so. A release may wait for the catalog; operator calls have a day.
-9. HAProxy's own answers are plain text or HTML, and Ray makes all of them 500. Here each is an error object as of the
-   OpenAI API with the status that HAProxy means, 503 with ``Retry-After``, and so is Ray's 404 while there is no
-   application yet; but for the 400 to headers that HAProxy could not read, which it has from no configuration.
-10. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
-   (``PR_SET_PDEATHSIG``, which survives exec).
+Corrections to the configuration of Ray 2.60:
+
+1. The statistics and metrics ports become loopback; Ray opens them on every address.
+2. Limits that Ray lacks: time for headers and idle connections, open connections and health probes of each address. The
+   first 16 KB of a body must arrive before the application gets a request.
+3. ``X-Forwarded-For`` names the peer, unless that is a trusted proxy. ``Forwarded: for=unknown`` records that there was
+   one: what a proxy on this machine forwards did not come from this machine.
+4. Bodies are not spliced: HAProxy 2.8 would not notice that a client has left where the body is larger than a buffer
+   (16 KB) and the application's connection is reused, and its answer would be computed for no one.
+5. The connect timeout is 250 ms (Ray: 5 s): HAProxy waits that long, at most a second, after a refused connection.
+6. A request whose replica ended before it answered goes to another replica only if it changes nothing.
+7. Each request gets a new ``x-request-id`` unless its own is sane; each answer has it, HAProxy's own too.
+8. Answers have a time limit, after which a replica that hangs is 504; operator calls, which may wait for the
+   catalog, have a day.
+9. HAProxy's own answers, and Ray's 404 before there is an application, are OpenAI error objects with the right status
+   (Ray: text, all 500); 503 has ``Retry-After``. Answers to headers that HAProxy cannot read (400) stay as they are.
+10. HAProxy ends with its parent (``PR_SET_PDEATHSIG``, which survives exec), instead of keeping the port.
 """
 
 from __future__ import annotations
@@ -45,19 +40,18 @@ DROPPED = re.compile(
     r"|option splice-request)\n",
     re.MULTILINE,
 )
-"""Lines of Ray's that are replaced, or left out."""
+"""Ray's lines that are replaced, or dropped."""
 REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
-"""Paths of requests that may be answered twice, in addition to those of GET."""
+"""Paths of requests that may be sent twice, in addition to GET."""
 REQUEST_ID = "^[A-Za-z0-9._~:+/=@-]{1,128}$"
-"""An id that is taken from a client, as in :mod:`serving.http.request_ids`."""
+"""IDs that are accepted from clients, as in :mod:`serving.http.request_ids`."""
 ERROR_LIMIT = 1
-"""A connection that was refused: the replica counts as gone until it answers probes, half a second at least."""
+"""After a refused connection a replica counts as down until it answers probes, at least half a second."""
 RETRIES = 3
-"""As many replicas may be gone before Serve's own proxy is asked, which knows of later ones: an HAProxy that was
-replaced goes on with the replicas of its time. A request that ends the process that reads it ends one more at most."""
+"""Replicas that may be gone before Serve's own proxy is asked: an HAProxy that was replaced knows no later replicas. A
+request that crashes the process that reads it crashes one more at most."""
 CONNECT_MS = 250
-"""Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
-connection: a second otherwise."""
+"""Also the pause (default: 1 s) before a request whose replica refused the connection goes to another."""
 BODY = '{{"error": {{"message": "{0}", "type": "{1}", "param": null, "code": "{2}"}}}}'
 
 ERRORS = {
@@ -69,21 +63,17 @@ ERRORS = {
     503: ("no process answers; send the request again shortly.", "service_unavailable", "unavailable"),
     504: ("the answer did not come in time.", "timeout_error", "deadline_exceeded"),
 }  # fmt: skip
-"""Of HAProxy itself: message, type and code."""
+"""Message, type and code of HAProxy's own errors."""
 OPERATOR_TIME = "    http-request set-timeout server 24h if { path_beg /admin/ }\n"
 
 
 def close_binds(text: str) -> str:
-    """The configuration with binds of all addresses made loopback, but for that of the HTTP frontend, which is where
-    clients come from; binds that name an address stay.
-    """
+    """Make binds of all addresses loopback, except the HTTP frontend's. Binds that name an address stay."""
     return OPEN_BIND.sub(r"\g<1>127.0.0.1:\g<2>", text)
 
 
 def add_limits(text: str, limits: dict[str, object]) -> str:
-    """Ray's configuration with the limits of ``front_limits``, and without spliced bodies. One without Ray's
-    sections stays as it is.
-    """
+    """Add the limits of ``front_limits``, and turn splicing off. Text without Ray's sections stays as it is."""
     defaults = (
         f"    timeout connect {CONNECT_MS}ms\n"
         f"    timeout client {limits['idle_ms']}ms\n"
@@ -102,13 +92,13 @@ def add_limits(text: str, limits: dict[str, object]) -> str:
 
 
 def error_object(status: int) -> str:
-    """Arguments of HAProxy for an answer of its own."""
+    """HAProxy arguments for an answer of its own."""
     again = " hdr Retry-After 1" if status == 503 else ""
     return f"status {status} content-type application/json string '{BODY.format(*ERRORS[status])}'{again}"
 
 
 def frontend_rules(limits: dict[str, object]) -> str:
-    """Lines of the HTTP frontend. IPv6 addresses count by their /64 network, which one host has."""
+    """Rules of the HTTP frontend. IPv6 addresses count by their /64 network, which one host has."""
     proxies = " ".join(str(network) for network in limits["proxies"])  # type: ignore[attr-defined]
     others = f" !{{ src {proxies} }}" if proxies else ""
     from_others = f" if{others}" if proxies else ""
@@ -136,7 +126,7 @@ if is_probe {{ sc0_gpc0_rate gt {limits["probes_per_second"]} }}{others}
 
 
 def main(limits: str, binary: str, arguments: list[str]) -> None:
-    """Correct the configuration file, and become HAProxy. ``limits``: JSON of ``front_limits``."""
+    """Correct the configuration file, then exec HAProxy. ``limits``: JSON of ``front_limits``."""
     path = arguments[arguments.index("-f") + 1] if "-f" in arguments else None
     if path is not None:
         with open(path) as file:  # noqa: PTH123  started without site-packages, for every reload: as little as possible

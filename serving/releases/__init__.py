@@ -1,1 +1,1 @@
-"""Releases: types and protocol, residency, which release answers a request, and the guard that takes one back."""
+"""Releases: types, protocol, residency, admission of requests, and the guard that rolls back."""

@@ -1,7 +1,5 @@
-"""Admission: each request is stamped with a release, which is counted as used until the request has ended.
-
-One :class:`Admission` lives in each ingress replica. It is used from one event loop only, so it needs no lock.
-"""
+"""Admission: each request is bound to one release, which is counted as in use until the request has ended. One
+:class:`Admission` for each ingress replica, used from one event loop, so without locks."""
 
 from __future__ import annotations
 
@@ -21,17 +19,15 @@ FAMILY: Family = "clip"
 
 
 class Admission:
-    """The releases that requests may be stamped with, newest first, and how many requests each has in flight."""
+    """The releases that requests may use, newest first, and the number of requests in flight for each."""
 
     def __init__(self) -> None:
         self.window: tuple[ReleaseSnapshot, ...] = ()
-        """Resident releases, newest first."""
         self.stable: ReleaseSnapshot | None = None
-        """The newest plain release: it answers callers whom the live one does not."""
+        """The newest full release: it answers callers whom a canary or shadow does not."""
         self.splits = False
-        """True if a canary or a shadow is live, so that it matters who asks."""
+        """True if a canary or a shadow is live, so that the caller matters."""
         self.closed = False
-        """True if no more requests are admitted."""
         self._in_flight: dict[int, int] = {}
         self._answered: dict[int, RequestCounts] = {}
 
@@ -41,7 +37,6 @@ class Admission:
         return self.window[0] if self.window else None
 
     def close(self) -> None:
-        """Admit no more requests: the server ends when those in flight have ended."""
         self.closed = True
 
     def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
@@ -57,15 +52,9 @@ class Admission:
         return self.live.release if self.live else 0
 
     def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> ReleaseSnapshot:
-        """``clip`` (or ``vlm``) is what is live, ``clip@12`` a resident release, an adapter's name its newest release.
-
-        Args:
-            key: of the caller. While a canary is live it says which side answers; without one, the stable side does.
-
-        Raises:
-            UnknownModel: names what is resident.
-            NotReady: nothing is live yet.
-        """
+        """Resolve ``clip`` or ``vlm`` (live), ``clip@12`` (a resident release), or an adapter's name (its newest
+        release). ``key``: the caller's, which chooses the side while a canary is live; without one, the stable side
+        answers. Raises UnknownModel with the resident names, NotReady while nothing is live."""
         live = self.live
         if live is None:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
@@ -89,9 +78,8 @@ class Admission:
         key: str = "",
         is_fault: Callable[[Exception], bool] = lambda error: True,
     ) -> Iterator[ReleaseSnapshot]:
-        """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
-        against the release.
-        """
+        """Bind one request, and count it until the block ends. ``is_fault``: whether an exception counts against the
+        release."""
         if self.closed:
             raise Unavailable("the server is ending.", "Send the request to another server, or again shortly.")
         snapshot = self.resolve(model, family, key)
@@ -118,11 +106,10 @@ class Admission:
                 metrics.rollout.answered("stable" if snapshot.share >= 1 else "trial")
 
     def in_flight(self) -> dict[int, int]:
-        """Requests being answered, by release number."""
         return dict(self._in_flight)
 
     def by_age(self) -> dict[Age, int]:
-        """The same, by how far behind the live release each one is."""
+        """Requests in flight by how far their release is behind the live one."""
         newest = [snapshot.release for snapshot in self.window[:2]]
         counts: dict[Age, int] = {"live": 0, "incumbent": 0, "older": 0}
         for number, count in self._in_flight.items():
@@ -133,12 +120,12 @@ class Admission:
         metrics.release.in_flight(self.by_age())
 
     def failed(self, release: int) -> None:
-        """A request of this release failed through no fault of its client."""
+        """Count a request of this release that failed through no fault of its client."""
         if release in self._answered:
             self._answered[release].failed += 1
 
     def answered(self) -> dict[int, RequestCounts]:
-        """Requests that ended, by resident release, since this process knows the release."""
+        """Requests that ended, by resident release, since this process learned of the release."""
         return dict(self._answered)
 
     def _side(self, live: ReleaseSnapshot, key: str) -> ReleaseSnapshot:
@@ -147,11 +134,10 @@ class Admission:
 
 
 def canary_bucket(clip: str | None, vlm: str | None, key: str) -> float:
-    """The place of a caller between 0 and 1 (not included): a canary with a share above it answers.
+    """The place of a caller in [0, 1): a canary with a share above it answers.
 
-    It is the SHA-256 of the caller's key and of the canary's adapters. So a caller sees one side for as long as these
-    adapters are tried, every ingress agrees without asking, and a larger share only adds callers: a caller on the
-    canary's side at a tenth is still there at a half. Other adapters draw other callers first.
+    Hashing the caller's key and the canary's adapters (SHA-256) keeps a caller on one side while these adapters are
+    tried, makes every ingress agree, and lets a larger share only add callers. Other adapters draw other callers first.
     """
     digest = hashlib.sha256(f"{clip}\n{vlm}\n{key}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6]) / (1 << 48)

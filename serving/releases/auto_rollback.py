@@ -1,9 +1,6 @@
-"""Changes without an operator: the guard takes back a release that is out of bounds and promotes an update that stayed
-within them; the fallback takes back a live adapter that no replica can load.
-
-Neither has a state that matters. What is watched is in the ledger, what was seen is in the ingress processes, so a
-controller that was killed goes on where it was.
-"""
+"""Automatic changes: the guard rolls back a release that is out of bounds and promotes an update that stayed within
+them; the fallback rolls back a live adapter that no replica can load. All that matters is in the ledger and in the
+ingress processes, so a restarted controller continues."""
 
 from __future__ import annotations
 
@@ -36,14 +33,13 @@ from serving.releases.types import FAMILIES, PromoteCommand, ReleaseResult, Roll
 log = logging.getLogger("ratchet.guard")
 CHECK_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 30.0
-"""For all replicas to say whether they hold an adapter. One that is starting is no reason to wait: the next check asks
-again."""
+"""Time for all replicas to say whether they hold an adapter; the next check asks again."""
 MAX_RELEASES: Final = 50
-"""Releases among which one that can be loaded is looked for."""
+"""Releases among which a loadable one is searched."""
 
 
 class Guard:
-    """Looks at the watched release: takes it back, promotes it, or lets it be."""
+    """Rolls back or promotes the watched release, or leaves it."""
 
     def __init__(self, protocol: ReleaseProtocol, settings: Rollout) -> None:
         self.ledger = protocol.ledger
@@ -54,11 +50,8 @@ class Guard:
         """Release, and number of its last look."""
 
     async def step(self) -> ReleaseResult | None:
-        """One look, if it is time for one. Returns the release that it made.
-
-        Raises:
-            ReleaseError: the ingress does not answer, or what it decided cannot be released; it is tried again.
-        """
+        """Take one look if it is due. Returns the release that it made. Raises ReleaseError, to be tried again, when
+        the ingress does not answer or the decision cannot be released."""
         now = time.time()
         target = await asyncio.to_thread(find_guard_target, self.ledger, self.settings, now)
         if target is None:
@@ -67,7 +60,7 @@ class Guard:
             return None
         number = look_number(now - target.began)
         if (target.release.number, number) == self._looked:
-            return None  # what this look may spend is spent
+            return None  # this look was already taken
         observations = together(target.release.number, await self.protocol.broadcast.observations())
         self._looked = (target.release.number, number)
         evidence = look(self.settings, observations, target.incumbent.number, number)
@@ -82,12 +75,11 @@ class Guard:
                 return await self._take_back(target, bad[0], counted)
             if await self._is_proven(target, observations, now):
                 return await self._promote(target, evidence, counted, now)
-        except ReleaseConflict:  # an operator was faster; the next look is at what they released
+        except ReleaseConflict:  # an operator was faster; the next look is at their release
             log.info("release %d is not live any more", target.release.number)
         return None
 
     def status(self) -> dict[str, Any]:
-        """Counts and decision of the last look."""
         return dict(self._last)
 
     async def _take_back(self, target: GuardTarget, bad: Evidence, counted: dict[str, Any]) -> ReleaseResult:
@@ -109,7 +101,7 @@ class Guard:
         return outcome
 
     async def _is_proven(self, target: GuardTarget, observations: Observations, now: float) -> bool:
-        """True if an update on trial may answer all requests. An operator's trial is the operator's to end."""
+        """True if an update on trial may answer all requests. Operators end their own trials."""
         if target.release.plain or target.kind != "update" or now - target.began < self.settings.observe_seconds:
             return False
         least = min(observations.compared.get(f, ComparisonCounts()).inputs for f in FAMILIES if target.differs(f))
@@ -143,24 +135,20 @@ class Guard:
 
 
 class Fallback:
-    """Asks all replicas for the live adapters. One whose files are gone or damaged everywhere is rolled back in the
-    ledger, by ``ratchet`` and with the reason, to the newest release that can be loaded. Until that is written the
-    ingress answers with that same release, and the alert RatchetAdapterUnservable is on.
-    """
+    """Asks all replicas for the live adapters. If one's files are gone or damaged everywhere, rolls back in the ledger
+    (as actor ``ratchet``) to the newest loadable release. Until then the ingress answers with that release, and the
+    alert RatchetAdapterUnservable fires."""
 
     def __init__(self, protocol: ReleaseProtocol) -> None:
         self._ledger = protocol.ledger
         self._protocol = protocol
         self._due = 0.0
         self.problem = ""
-        """The reason why an older release than the ledger's answers; empty when it does not."""
+        """Reason that an older release than the ledger's answers; empty when none does."""
 
     async def step(self) -> ReleaseResult | None:
-        """Check every :data:`CHECK_SECONDS`; the release that was made, if one was.
-
-        Raises:
-            RatchetError: the ledger cannot be written now, or nothing older can be loaded either.
-        """
+        """Check every :data:`CHECK_SECONDS`. Returns the release that was made. Raises RatchetError when the ledger
+        cannot be written, or nothing older can be loaded either."""
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + CHECK_SECONDS
@@ -187,7 +175,7 @@ class Fallback:
         return None
 
     async def _target(self, live: ReleaseRow, family: Family) -> int:
-        """The newest older release whose adapter a rollback may go to, and some replica can load."""
+        """The newest older release that a rollback may go to and some replica can load."""
         releases = await asyncio.to_thread(self._ledger.releases, MAX_RELEASES, live.clip_base)
         names = [row.adapter(family) for row in releases]
         rejected = {
@@ -205,7 +193,7 @@ class Fallback:
         raise ReleaseError(f"{self.problem} No older release can be loaded either.", "Restore the artifacts.")
 
     async def _reason(self, family: Family, adapter: str | None) -> str:
-        """The reason why no replica can load an adapter; empty when one can, or when it is not known now."""
+        """Reason that no replica can load an adapter; empty when one can, or when this is unknown now."""
         if adapter is None:
             return ""
         broadcast = self._protocol.broadcast

@@ -1,4 +1,4 @@
-"""The replicas behind Ray handles: broadcasts that reach every one, and calls to the catalog."""
+"""The replicas behind Ray handles: broadcasts to all of them, and calls to the catalog."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ VLM = "Vlm"
 PREPARE_SECONDS = 300.0
 ACKNOWLEDGE_SECONDS = 10.0
 COVER_SECONDS, ASK_COVER_SECONDS = 7 * 86_400.0, 30.0
-"""To embed a whole catalog, and to ask for it. A million images take hours; the catalog itself gives up when a backfill
-stands still (:data:`serving.catalog.catalog.STALL_SECONDS`)."""
+"""To embed a whole catalog (a million images take hours), and to request it. The catalog itself gives up when a
+backfill stalls."""
 RETIRE_SECONDS = 60.0
 RESIDENT_SECONDS = 0.2
-"""Asked for when a rollback comes before this process knows the embedding spaces."""
+"""For a rollback that comes before this process knows the embedding spaces."""
 STATUS_SECONDS = 2.0
 VLM_RETIRE_SECONDS = 2.0
 """A VLM takes a minute to start, and starts with nothing to unload: releases of CLIP do not wait for it."""
 
 
 class Unacknowledged(ReleaseError):
-    """Not every replica acknowledged in time; ``acknowledged`` did."""
+    """Not every replica acknowledged in time; ``acknowledged`` of them did."""
 
     def __init__(self, message: str, acknowledged: int) -> None:
         super().__init__(message, "Nothing needs to be done: a replica that was not reached follows the ledger.")
@@ -50,7 +50,7 @@ class Broadcast:
         self.catalog = catalog
         self.vlm = vlm
         self._announced_vlms: tuple[str | None, ...] | None = None
-        """None until the first announcement, which VLM replicas need not hear: they start by what the ledger says."""
+        """None until the first announcement, which VLM replicas do not need: they start from the ledger."""
         self._ingress: DeploymentHandle | None = None
         self._statuses = BoundedCall(lambda: read_statuses(APP), STATUS_SECONDS)
 
@@ -70,15 +70,10 @@ class Broadcast:
         return await call_every_replica(self.encoder, "prepare", clip, seconds=PREPARE_SECONDS)
 
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
-        """Every VLM replica does the same."""
         return await call_every_replica(self._vlm, "prepare", vlm, seconds=PREPARE_SECONDS)
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
-        """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows.
-
-        Raises:
-            ReleaseError: it cannot be done.
-        """
+        """Complete the image space in the catalog, or only request it; returns its rows. Raises ReleaseError."""
         attempts = Attempts(COVER_SECONDS if wait else ASK_COVER_SECONDS, "catalog")
         rows: int | str = await call_replica(
             lambda: self.catalog.cover.remote(snapshot, wait), attempts, retry_full=True
@@ -88,7 +83,7 @@ class Broadcast:
         return rows
 
     async def resident(self) -> list[ReleaseSnapshot]:
-        """The releases that ingress replicas answer with at this moment; nothing where one does not say so at once."""
+        """The releases that ingress replicas answer with now; empty if one does not respond at once."""
         try:
             windows = await call_every_replica(self.ingress, "resident", seconds=RESIDENT_SECONDS)
         except ReleaseError:
@@ -96,13 +91,9 @@ class Broadcast:
         return [snapshot for window in windows for snapshot in window]
 
     async def announce(self, residency: Residency, seconds: float) -> int:
-        """Tell every replica what is resident; returns how many acknowledged.
-
-        VLM replicas are told when their adapters change: one that starts makes no release of CLIP wait.
-
-        Raises:
-            ReleaseError: not every replica answered within ``seconds``.
-        """
+        """Tell every replica what is resident; returns how many acknowledged. VLM replicas are told only when their
+        adapters change, so that one that starts does not delay releases of CLIP. Raises Unacknowledged when not every
+        replica answered within ``seconds``."""
         messages: list[tuple[DeploymentHandle, list[Any]]] = [
             (self.ingress, list(residency.window)),
             (self.encoder, list(residency.clips)),
@@ -121,11 +112,11 @@ class Broadcast:
         return acknowledged
 
     async def observations(self) -> list[Observations]:
-        """The counts of each ingress replica about the release that is watched."""
+        """The counts of each ingress replica for the watched release."""
         return await call_every_replica(self.ingress, "observations", seconds=ACKNOWLEDGE_SECONDS)
 
     async def in_flight(self) -> dict[int, int]:
-        """Requests being answered, over all ingress replicas."""
+        """Requests in flight by release, over all ingress replicas."""
         total: dict[int, int] = {}
         for counts in await call_every_replica(self.ingress, "in_flight", seconds=ACKNOWLEDGE_SECONDS):
             for number, count in counts.items():
@@ -133,22 +124,19 @@ class Broadcast:
         return total
 
     async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
-        """Let the catalog let go of all other image spaces; with the epoch of the controller's lease their tables are
-        dropped. Before :meth:`retire`: while the catalog reconciles a space it needs that space's adapter.
-        """
+        """Make the catalog drop all other image spaces; their tables too, given the epoch of the controller's lease.
+        Call before :meth:`retire`: the catalog needs a space's adapter while it reconciles it."""
         await call_every_replica(self.catalog, "retire", list(keep), epoch, seconds=RETIRE_SECONDS)
 
     async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
-        """Encoders and VLM replicas unload all other adapters."""
         work = [call_every_replica(self.encoder, "retire", list(clips), seconds=RETIRE_SECONDS)]
         if self.vlm is not None:
             work.append(self._retire_vlms(vlms))
         await asyncio.gather(*work)
 
     async def replica_states(self) -> dict[str, dict[str, int]]:
-        """Replicas of each deployment by Serve's state (``RUNNING``, ``STARTING``, ``STOPPING``); none while Serve does
-        not say.
-        """
+        """Replicas of each deployment by Serve's state (``RUNNING``, ``STARTING``, ``STOPPING``); empty if Serve does
+        not answer."""
         try:
             statuses = await asyncio.to_thread(self._statuses)
             return {name: dict(status.states) for name, status in statuses.items()}
@@ -157,11 +145,10 @@ class Broadcast:
             return {}
 
     async def encoder_status(self) -> list[dict[str, Any]]:
-        """The status of each encoder: its engine, precision and base; none while one does not answer."""
+        """Engine, precision and base of each encoder; empty if one does not answer."""
         return await self._status(self.encoder)
 
     async def vlm_status(self) -> list[dict[str, Any]]:
-        """The status of each VLM replica; none while all of them are starting."""
         return [] if self.vlm is None else await self._status(self.vlm)
 
     async def _status(self, handle: DeploymentHandle) -> list[dict[str, Any]]:

@@ -1,8 +1,6 @@
-"""The release controller: one replica, a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`.
-
-Several servers on one ledger have a controller each. The one with the lease carries proposals out and runs the guard;
-the others bring their own replicas to what is live, and roll back when they are asked to.
-"""
+"""The release controller: a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`. Of several servers on
+one ledger, the controller with the lease carries proposals out and runs the guard; the others bring their own replicas
+to what is live, and roll back when asked to."""
 
 from __future__ import annotations
 
@@ -39,16 +37,15 @@ from serving.releases.types import (
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
 START_SECONDS = 10.0
-"""Longest wait of an operator's call for a controller that starts; it does not hang when that one cannot."""
+"""Longest wait of an operator's call for a controller that starts."""
 GUARD_PAUSE_SECONDS = 5.0
-"""After a look that failed: what the guard could not release now it will hardly release a second later."""
+"""Extra pause after a failed look: the guard will hardly succeed a second later."""
 KINDS = {"release": "release", "promote": "promotion", "rollback": "rollback"}
-"""Kinds of release in the metrics, by the action of a command."""
 Result = TypeVar("Result")
 
 
 class ReleaseController:
-    """Runs proposals. An operator who hangs up does not stop a release half way."""
+    """Runs proposals. A release continues when the operator who requested it disconnects."""
 
     def __init__(
         self,
@@ -75,7 +72,7 @@ class ReleaseController:
         self._started = asyncio.Event()
         self._last_error = ""
         self._seen = 0
-        """The newest release that the replicas of this server were told of."""
+        """The newest release that this server's replicas were told of."""
         self._to_retire = asyncio.Event()
         self._status: asyncio.Task[dict[str, Any]] | None = None
         self._running: set[asyncio.Task[Any]] = set()
@@ -88,7 +85,7 @@ class ReleaseController:
             lease.give_back()
 
     async def check_health(self) -> None:
-        """Keeps the loops running. Guard and lease have their own: a release in preparation may take minutes."""
+        """Keep the loops running. Guard and lease have their own, because preparing a release may take minutes."""
         loops: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "lease": self._keep_lease, "proposals": self._run, "retire": self._retire,
             "guard": partial(self._watch, "guard", self.guard.step, GUARD_PAUSE_SECONDS),
@@ -99,14 +96,12 @@ class ReleaseController:
                 self._loops[name] = asyncio.get_running_loop().create_task(work())
 
     async def change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
-        """Carry out a release, promotion or rollback. Expected errors are returned: a raised one means a dead replica.
-
-        Adapters that no gate passed and that were never live need ``force``.
-        """
+        """Carry out a release, promotion or rollback. Expected errors are returned, because a raised one means a dead
+        replica. Adapters that passed no gate and were never live need ``force``."""
         return await asyncio.shield(self._spawn(self._change(command)))
 
     async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
-        if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
+        if not isinstance(command, RollbackCommand):  # which does not need started replicas
             try:
                 async with asyncio.timeout(START_SECONDS):
                     await self._started.wait()
@@ -127,13 +122,13 @@ class ReleaseController:
         except RatchetError as error:
             self._step_down_if(error)
             metrics.release.decided(KINDS[command.action], "failed")
-            self._to_retire.set()  # what a failed proposal loaded goes again
+            self._to_retire.set()  # unload what the failed proposal loaded
             return error
         self._recorded(outcome)
         return outcome
 
     def _check_adapters(self, command: ReleaseCommand) -> bool:
-        """True if one of the adapters passed no gate and was never live. Raises ReleaseError unless that is forced."""
+        """True if an adapter passed no gate and was never live. Raises ReleaseError unless that is forced."""
         unproven: list[str] = []
         for family, name in command.adapters.items():
             if name is None:
@@ -154,7 +149,6 @@ class ReleaseController:
         return bool(unproven)
 
     async def hold(self, command: HoldingCommand) -> RatchetError | None:
-        """Let update proposals wait, or let them through again."""
         write = self.ledger.hold if isinstance(command, HoldCommand) else self.ledger.resume
         try:
             await asyncio.to_thread(write, command.actor, command.reason)
@@ -163,9 +157,7 @@ class ReleaseController:
         return None
 
     async def status(self) -> dict[str, Any]:
-        """Resident releases, requests in flight, states of replicas, what is on hold. However many ask, it is found out
-        once.
-        """
+        """Resident releases, requests in flight, replicas, hold. Concurrent callers share one reading."""
         if self._status is None or self._status.done():
             self._status = self._spawn(self._read_status())
         return await asyncio.shield(self._status)
@@ -224,7 +216,8 @@ class ReleaseController:
         await asyncio.to_thread(tell_of_live, self.ledger, FAMILIES if self.broadcast.has_vlm else FAMILIES[:1])
 
     async def _retire(self) -> None:
-        """One at a time, for each waits for requests in flight; what is asked for meanwhile is one more."""
+        """Retire releases one at a time, because each waits for requests in flight. Meanwhile calls are merged into
+        one."""
         while True:
             await self._to_retire.wait()
             self._to_retire.clear()
@@ -237,7 +230,7 @@ class ReleaseController:
         while True:
             try:
                 if await self._other_base():
-                    await asyncio.to_thread(self.lease.give_back)  # to a server that can load what is live
+                    await asyncio.to_thread(self.lease.give_back)  # for a server that can load the live release
                 else:
                     await self.lease.keep()
             except RatchetError as error:
@@ -247,7 +240,7 @@ class ReleaseController:
             await asyncio.sleep(RENEW_SECONDS)
 
     async def _other_base(self) -> str:
-        """The reason why this server cannot answer with the live release; empty where it has the same base."""
+        """Reason that this server cannot answer with the live release; empty if it has the same base."""
         if self.lineage is None:
             return ""
         live = await asyncio.to_thread(self.ledger.live)
@@ -256,7 +249,7 @@ class ReleaseController:
     async def _watch(
         self, name: str, step: Callable[[], Awaitable[ReleaseResult | None]], pause_seconds: float = 0.0
     ) -> None:
-        """Take steps for as long as this controller leads. ``pause_seconds``: more of a pause after one that failed."""
+        """Take steps while this controller leads, with ``pause_seconds`` extra after a failure."""
         await self._started.wait()
         while True:
             try:
@@ -272,7 +265,7 @@ class ReleaseController:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _run(self) -> None:
-        """Start, then follow what other controllers release, and carry proposals out while this one leads."""
+        """Start, then follow the releases of other controllers, and carry proposals out while this one leads."""
         while True:
             try:
                 starting = not self._started.is_set()
@@ -304,7 +297,7 @@ class ReleaseController:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _follow(self, announced: bool) -> None:
-        """Tell the replicas of this server what the controller of another one has released."""
+        """Tell this server's replicas what another server's controller has released."""
         live = await asyncio.to_thread(self.ledger.live)
         if live is None or live.number <= self._seen:
             return
@@ -325,13 +318,13 @@ def tell_of_live(ledger: Ledger, families: Sequence[Family]) -> None:
     for family in families:
         adapter = live.adapter(family)
         verdict = None if adapter is None else ledger.verdict_on(adapter)
-        unknown = 0.0 if adapter is None else math.nan  # the base is what is compared with
+        unknown = 0.0 if adapter is None else math.nan  # gains are relative to the base
         gain, forgetting = (unknown, unknown) if verdict is None else (verdict.gain, verdict.forgetting)
         metrics.release.learned(family, gain, forgetting)
 
 
 def outcome_of(result: Result | RatchetError) -> Result:
-    """The value, or the returned error raised."""
+    """Return the value, or raise a returned error."""
     if isinstance(result, RatchetError):
         raise result
     return result

@@ -1,17 +1,15 @@
-"""The guard's view of a release: which one is watched, what ingress processes counted, and exact one-sided tests on the
-counts, so that noise does not take a release back.
+"""The guard's view of a release: which one is watched, what ingress processes counted, and exact one-sided binomial
+tests on the counts, so that noise does not cause a rollback.
 
-Each guardrail counts bad events, and says how likely one may be for a release that is within its bound:
+Each guardrail counts bad events, and bounds the probability of one:
 
-``errors``     of all failures, those of the watched release; it may have its part by requests, times the ratio
-``latency``    inputs for which it took longer than the ratio allows; half of them may
-``agreement``  inputs on which it disagrees with the incumbent; ``1 - min_agreement`` (``min_vlm_agreement``) may
+``errors``     the watched release's part of all failures; bound: its part of the requests, times the ratio
+``latency``    inputs that took longer than the ratio allows; bound: one half
+``agreement``  inputs on which it disagrees with the incumbent; bound: ``1 - min_agreement`` (``min_vlm_agreement``)
 
-It is broken when so many bad events would be too unlikely (binomial). The guard looks again and again, so each look
-spends a part of :data:`FALSE_ALARM`: look k gets 1/(k(k+1)) of it, which adds up to all of it and no more. There is one
-look in each :data:`LOOK_SECONDS`, and its number follows from the time, so that nothing has to be remembered.
-
-Which release is watched, against which and until when, follows from the ledger alone, so every process agrees.
+Looks repeat, so look k spends 1/(k(k+1)) of :data:`FALSE_ALARM`, which sums to all of it. There is one look in each
+:data:`LOOK_SECONDS`, numbered by time, so that no state is needed. Which release is watched, against which and until
+when, follows from the ledger alone, so every process agrees.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from core.settings.serving import Rollout
 
 ACTOR = "guard"
 _UNWATCHED: tuple[ProposalKind, ...] = ("initial", "rollback")
-"""A first release has no incumbent; a rollback is what the guard itself does, and is never taken back by it."""
+"""A first release has no incumbent; a rollback is what the guard itself does, and it never takes one back."""
 FALSE_ALARM = 0.01
-"""Most that a release which is just within all bounds is taken back by chance, over the whole time it is watched."""
+"""Highest probability of rolling back a release that is just within all bounds, over all the time it is watched."""
 TESTS = 5
 """Errors once, latency and agreement for each model."""
 LOOK_SECONDS = 2.0
@@ -38,21 +36,19 @@ Guardrail = Literal["errors", "latency", "agreement"]
 
 @dataclass(frozen=True, slots=True)
 class GuardTarget:
-    """A release under guard."""
-
     release: ReleaseRow
     incumbent: ReleaseRow
     kind: ProposalKind
     until: float
-    """Seconds since the epoch; infinite for a canary or a shadow, which is watched for as long as it is one."""
+    """Seconds since the epoch; infinite for a canary or a shadow, which is watched as long as it lasts."""
 
     @property
     def began(self) -> float:
-        """When it was committed; seconds since the epoch."""
+        """Seconds since the epoch."""
         return self.release.created_at.timestamp()
 
     def differs(self, family: Family) -> bool:
-        """True if it changes this model. What it leaves alone needs no comparing."""
+        """True if the release changes this model. Unchanged models need no comparison."""
         return self.release.adapter(family) != self.incumbent.adapter(family)
 
 
@@ -73,7 +69,7 @@ def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTar
 
 @dataclass(slots=True)
 class RequestCounts:
-    """Requests that a release answered, and those of them that failed through no fault of the client."""
+    """Requests that a release answered, and those that failed through no fault of the client."""
 
     requests: int = 0
     failed: int = 0
@@ -85,21 +81,21 @@ class RequestCounts:
 
 @dataclass(slots=True)
 class ComparisonCounts:
-    """Inputs of one model that the watched release and its incumbent both were given, unseen by clients."""
+    """Inputs of one model that both the watched release and its incumbent got, without clients seeing it."""
 
     inputs: int = 0
-    """That both answered."""
+    """Answered by both."""
     agreed: int = 0
     timed: int = 0
     slower: int = 0
-    """Took longer than ``rollout.max_latency_ratio`` allows, of the timed ones."""
+    """Of ``timed``: slower than ``rollout.max_latency_ratio`` allows."""
     tried: int = 0
-    """Comparisons begun: several inputs may be one."""
+    """Comparisons begun; one may have several inputs."""
     failed: int = 0
-    """That the watched release could not answer."""
+    """Comparisons that the watched release could not answer."""
     incumbent_failed: int = 0
     dropped: int = 0
-    """Not begun, because there was no room: clients come first."""
+    """Comparisons not begun because there was no room: clients come first."""
 
     def add(self, other: ComparisonCounts) -> None:
         for each in fields(self):
@@ -108,16 +104,16 @@ class ComparisonCounts:
 
 @dataclass(slots=True)
 class Observations:
-    """Of one ingress, or of all of them. ``release`` is the one that is watched; 0: none."""
+    """Counts of one ingress, or of all. ``release`` is the watched one; 0: none."""
 
     release: int = 0
     requests: dict[int, RequestCounts] = field(default_factory=dict)
-    """By release number: the resident ones."""
+    """By number of the resident releases."""
     compared: dict[Family, ComparisonCounts] = field(default_factory=dict)
 
 
 def together(release: int, seen: Iterable[Observations]) -> Observations:
-    """The sum over processes. Comparisons of another release than ``release`` (a late process's) are left out."""
+    """The sum over processes, without comparisons of other releases than ``release`` (from a late process)."""
     total = Observations(release)
     for one in seen:
         for number, answered in one.requests.items():
@@ -129,7 +125,7 @@ def together(release: int, seen: Iterable[Observations]) -> Observations:
 
 
 FORGIVEN = RequestCounts(requests=100, failed=1)
-"""Put to the incumbent's count: one that answered nothing yet, or never failed, is not held to be perfect."""
+"""Added to the incumbent's count, so that an incumbent without failures is not taken for perfect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +137,11 @@ class Evidence:
     bad: int
     of: int
     allowed: float
-    """Probability of a bad event that a release within its bound may have."""
+    """Probability of a bad event that is within the bound."""
     chance: float
-    """Of so many bad events or more, were the release within its bound."""
+    """Probability of this many bad events or more for a release within its bound."""
     level: float
-    """The chance below which the guardrail counts as broken."""
+    """The guardrail is broken when ``chance`` is below this."""
     shown: str
 
     @property
@@ -153,22 +149,16 @@ class Evidence:
         return self.chance < self.level
 
     def detail(self) -> dict[str, Any]:
-        """For the audit log."""
         return {**asdict(self), "broken": self.broken}
 
 
 def look_number(seconds: float) -> int:
-    """Number of the look that may be made so long after the commit; from 1."""
+    """Number of the look that is due this long after the commit; from 1."""
     return 1 + int(max(0.0, seconds) / LOOK_SECONDS)
 
 
 def look(settings: Rollout, seen: Observations, incumbent: int, number: int) -> list[Evidence]:
-    """Every guardrail that something is known about.
-
-    Args:
-        incumbent: number of the release it is compared with.
-        number: of this look, from 1; see :func:`look_number`.
-    """
+    """Test every guardrail with data. ``incumbent``: number of its release. ``number``: see :func:`look_number`."""
     level = FALSE_ALARM / (TESTS * number * (number + 1))
     evidence = [_errors(settings, seen, incumbent, level)]
     for family, compared in sorted(seen.compared.items()):
@@ -180,7 +170,7 @@ def look(settings: Rollout, seen: Observations, incumbent: int, number: int) -> 
 
 
 def broken(evidence: Sequence[Evidence]) -> list[Evidence]:
-    """The guardrails that are broken, the surest first."""
+    """The broken guardrails, the least likely to be chance first."""
     return sorted((one for one in evidence if one.broken), key=lambda one: one.chance)
 
 
@@ -218,7 +208,7 @@ def _agreement(settings: Rollout, family: Family, compared: ComparisonCounts, le
 def _tested(
     guardrail: Guardrail, family: Family | None, bad: int, of: int, allowed: float, level: float, shown: str
 ) -> Evidence:
-    from scipy.special import bdtrc  # here, because most processes that know a guard's types do not judge
+    from scipy.special import bdtrc  # here, because most importers only need the types
 
     chance = float(bdtrc(bad - 1, of, allowed)) if bad else 1.0
     return Evidence(guardrail, family, bad, of, round(allowed, 6), chance, level, shown)

@@ -1,9 +1,6 @@
-"""Leadership among the servers of one ledger: the release controller that holds the lease changes what is live, and
-only one whose CLIP base (``base.clip``) is that of the live release can.
-
-A release of another base changes nothing for the servers that run: they go on with the newest one of theirs, until they
-are replaced by servers that have the other base.
-"""
+"""Leadership among the servers of one ledger: only the controller that holds the lease changes what is live, and only
+if its CLIP base (``base.clip``) is that of the live release. A release of another base does not affect running servers:
+they keep the newest release of their base until servers with the new base replace them."""
 
 from __future__ import annotations
 
@@ -29,13 +26,12 @@ from serving.engines.clip_base import base_of, digest_of, shown
 
 log = logging.getLogger("ratchet.controller")
 LEASE_SECONDS: Final = 6.0
-"""A controller that was killed is replaced after this. One that is only slow loses nothing while no other asks: the
-epoch stays its own."""
+"""A killed controller is replaced after this. A slow one keeps its epoch as long as no other asks for the lease."""
 RENEW_SECONDS: Final = 1.5
 FOLLOW_SECONDS: Final = 0.25
-"""Between two looks at a proposal that another controller carries out."""
+"""Pause between looks at a proposal that another controller carries out."""
 STANDSTILL_SECONDS: Final = 60.0
-"""An order is given up when the other controller neither takes it up nor renews its lease for this long. It may be busy
+"""A proposal fails when the other controller neither takes it up nor renews its lease for this long; it may be busy
 with another proposal for hours."""
 
 
@@ -47,14 +43,10 @@ class ControllerLease:
         self._seconds = seconds
         self._holder = f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(8)}"
         self.epoch: int | None = None
-        """None while another process has the lease. It stays while the ledger is away: its writes check it."""
+        """None while another process has the lease. Kept while the ledger is away, because writes check it."""
 
     async def keep(self) -> bool:
-        """Renew the lease, or take it if it is free. Returns whether this process has just gained or lost it.
-
-        Raises:
-            LedgerError: the ledger is away.
-        """
+        """Renew the lease, or take it if it is free. Returns whether it was gained or lost. Raises LedgerError."""
         before = self.epoch
         if before is None or not await asyncio.to_thread(
             self._ledger.renew_lease, CONTROLLER_LEASE, before, self._seconds
@@ -67,7 +59,7 @@ class ControllerLease:
         return self.epoch != before
 
     def give_back(self) -> None:
-        """Let the next controller begin at once. One that cannot reach the ledger lets the lease run out."""
+        """Release the lease for the next controller. Without the ledger it runs out by itself."""
         epoch, self.epoch = self.epoch, None
         if epoch is None:
             return
@@ -80,7 +72,7 @@ class ControllerLease:
 async def wait_for_leader(
     ledger: Ledger, proposal: ProposalRow, fail: Callable[[ProposalRow, str], None]
 ) -> ProposalRow:
-    """A proposal, once the controller with the lease has carried it out; it fails where that one stands still."""
+    """Wait until the controller with the lease has carried a proposal out; without progress the proposal fails."""
     seen: object = None
     moved = time.perf_counter()
     while proposal.state not in ENDED:
@@ -100,7 +92,7 @@ async def wait_for_leader(
 
 
 def _movement(ledger: Ledger) -> object:
-    """A value that changes as long as the leading controller carries proposals out; preparing one may take hours."""
+    """A value that changes while the leader makes progress; preparing one proposal may take hours."""
     with ledger.reading():
         states = [(proposal.id, proposal.state) for proposal in ledger.pending_proposals()]
         preparing = any(state == "preparing" for _, state in states)
@@ -109,7 +101,7 @@ def _movement(ledger: Ledger) -> object:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """The base that a server has."""
+    """The CLIP base of a server."""
 
     name: str
     digest: str
@@ -117,12 +109,12 @@ class Lineage:
 
     @classmethod
     def of(cls, settings: Settings) -> Lineage | None:
-        """That of the settings; None where no such base is registered (a process that loads none)."""
+        """The base of the settings; None where it is not registered (in processes that load none)."""
         digest = digest_of(settings.home, settings.base.clip)
         return None if digest is None else cls(settings.base.clip, digest, settings.home)
 
     def has(self, release: ReleaseRow | None) -> bool:
-        """True if a release's CLIP has this base. One that names no base is of the only one that there was."""
+        """True if a release has this base. Releases that name no base are of the only one that existed then."""
         return release is None or release.clip_base in (None, self.digest)
 
     def why_not(self, release: ReleaseRow) -> str:
@@ -133,7 +125,6 @@ class Lineage:
         )
 
     def check(self, release: ReleaseRow | None) -> None:
-        """Raise ReleaseError for a release of another base."""
         if release is not None and not self.has(release):
             raise ReleaseError(
                 f"{self.why_not(release)}.",
@@ -142,13 +133,8 @@ class Lineage:
 
 
 def clip_bases(releases: Sequence[ReleaseRow], names: Mapping[str, str], own: str) -> dict[int, str]:
-    """The CLIP base of each release, by its number: the base's name where that is known, and 12 digits of its digest.
-
-    Args:
-        names: of the registered bases, by digest.
-        own: ``base.clip``. A release that names no base is of the only one that there was: that of the other releases,
-            or this.
-    """
+    """The CLIP base of each release number: the base's name, if known, and 12 digits of its digest. ``names``: by
+    digest. ``own``: ``base.clip``, for releases that name no base when the others do not have exactly one."""
     digests = {row.clip_base for row in releases if row.clip_base is not None}
     only = next(iter(digests)) if len(digests) == 1 else None
 
@@ -161,8 +147,7 @@ def clip_bases(releases: Sequence[ReleaseRow], names: Mapping[str, str], own: st
 
 
 def spaces_of_bases(ledger: Ledger, home: Path) -> set[str]:
-    """Image spaces of the newest release of every base that was live: their tables stay when the base changes, so that
-    a switch back finds its index. Those of a base alone are known where it is registered.
-    """
+    """Image spaces of the newest release of every base that was live. Their tables stay when the base changes, so that
+    a switch back finds its index. Releases without an adapter count only where their base is registered."""
     alone = (base_of(home, str(row.clip_base)) for row in ledger.newest_of_each_base() if row.clip is None)
     return ledger.image_spaces_of_bases() | {base.spaces.image for base in alone if base is not None}

@@ -1,4 +1,4 @@
-"""Preparation: replicas load an adapter next to what they serve, agree on its spaces, and the catalog is embedded."""
+"""Preparation: replicas load an adapter next to what they serve and agree on its spaces; the catalog is embedded."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from serving.releases.types import Prepared, ReleaseSnapshot, Residency, Rollbac
 
 
 class Postponed(Exception):
-    """A proposal gave way to a rollback of the other family or to a hold; it waits for its turn again."""
+    """A proposal gave way to a hold, or to a rollback of the other family, and waits again."""
 
 
 @dataclass(slots=True)
 class PreparingProposal:
-    """A proposal from the moment it has its turn until it is committed."""
+    """A proposal from its turn until it is committed."""
 
     proposal: ProposalRow
     task: asyncio.Task[TargetAdapters] | None = None
-    """Prepares it; may be cancelled."""
     target: TargetAdapters | None = None
     """The adapters that replicas are loading for it."""
     number: int = 0
-    """Of the release that it will be."""
+    """Number of the future release."""
     share: float = 1.0
-    """Of the requests, that it will answer."""
+    """Share of requests that it will answer."""
     stopped_by: str = ""
     stopped_for: Scope = "both"
 
@@ -42,12 +41,7 @@ class PreparingProposal:
             self.task.cancel()
 
     def check(self) -> None:
-        """Raise when it was stopped.
-
-        Raises:
-            Postponed: for an update of the other family, which waits again.
-            ReleaseConflict: for all others.
-        """
+        """Raise if stopped: Postponed for an update of the other family, which waits again, else ReleaseConflict."""
         if not self.stopped_by:
             return
         if self.proposal.kind == "update" and {self.proposal.family, self.stopped_for} == {"clip", "vlm"}:
@@ -56,25 +50,20 @@ class PreparingProposal:
 
 
 class Preparation:
-    """Makes replicas ready for adapters, and knows the spaces of those that they hold. Use from one event loop."""
+    """Makes replicas ready for adapters, and remembers their embedding spaces. Use from one event loop."""
 
     def __init__(self, ledger: Ledger, broadcast: Broadcast, size: int, base: str | None = None) -> None:
-        """``base``: digest of the base that the encoders have; None: there is only one."""
+        """``base``: digest of the encoders' base; None: there is only one."""
         self.ledger = ledger
         self.broadcast = broadcast
         self.size = size
         self.base = base
         self.spaces: dict[str | None, tuple[str, str]] = {}
-        """Image and text space of each CLIP adapter that replicas have said they can serve."""
+        """Image and text space of each CLIP adapter that replicas can serve."""
 
     async def make_ready(self, target: TargetAdapters, live: ReleaseRow | None) -> None:
-        """Both families at once, only what changes. The first release, of the bases alone, waits for encoders only: VLM
-        replicas start with their base, and say by themselves when they cannot; the catalog embeds what there is as soon
-        as it is told.
-
-        Raises:
-            ReleaseError: a replica cannot serve an adapter.
-        """
+        """Prepare the families that change, at once. The first release waits for encoders only: VLM replicas start with
+        their base, and the catalog embeds what there is. Raises ReleaseError when a replica cannot serve an adapter."""
         jobs: list[Coroutine[Any, Any, None]] = []
         if live is None or target["clip"] != live.clip:
             jobs.append(self._ready_clip(target["clip"], live))
@@ -92,7 +81,7 @@ class Preparation:
         if live is None:
             return
         residency = await asyncio.to_thread(self.read)
-        # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
+        # Resident spaces are always kept complete: a rollback need not wait for rows that just arrived.
         snapshot = ReleaseSnapshot(live.number + 1, clip, image, text)
         await self.broadcast.cover(snapshot, wait=clip not in residency.clips)
 
@@ -103,16 +92,12 @@ class Preparation:
         return read_residency(self.ledger, self.size, self.base)
 
     async def residency(self) -> Residency:
-        """Releases that stay loaded. Spaces that are not known are asked for: adapters are loaded for it. Those whose
-        CLIP adapter is gone or damaged are left out.
-
-        Raises:
-            ReleaseError: the encoders cannot tell the spaces of what answers requests.
-        """
+        """Releases that stay loaded, without those whose CLIP adapter is gone or damaged; loads adapters to learn
+        unknown spaces. Raises ReleaseError when the spaces of releases that answer requests are unknown."""
         return await resolve_residency(await asyncio.to_thread(self.read), self._ask)
 
     async def known_residency(self, rows: ResidencyRows) -> Residency:
-        """The same without asking a replica: without releases whose spaces are not known here."""
+        """Like :meth:`residency` without asking replicas: releases whose spaces are unknown are left out."""
 
         async def recall(clip: str | None) -> tuple[str, str] | None:
             return self.spaces.get(clip)
@@ -120,12 +105,12 @@ class Preparation:
         return await resolve_residency(rows, recall)
 
     async def learn(self) -> None:
-        """Take over the spaces of what ingress replicas answer with at this moment."""
+        """Take over the spaces of the releases that ingress replicas answer with now."""
         for snapshot in await self.broadcast.resident():
             self.spaces.setdefault(snapshot.clip, (snapshot.image_space, snapshot.text_space))
 
     def forget_others(self, clips: Collection[str | None]) -> None:
-        """Let go of what is known about all other adapters: they are not loaded any more."""
+        """Forget the spaces of all other adapters: they are not loaded any more."""
         for clip in set(self.spaces).difference(clips):
             del self.spaces[clip]
 

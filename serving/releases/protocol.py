@@ -1,15 +1,13 @@
 """The release protocol: propose, prepare, commit, announce, retire.
 
-A release names a CLIP adapter and a VLM adapter. A proposal sets one of them or both; what it does not set stays what
-is live at the moment of the commit, and is neither prepared nor touched. During a canary or a shadow that is what the
-newest plain release has: whatever is released next ends the trial, and only a promotion takes over what was tried.
+A proposal sets a CLIP adapter, a VLM adapter, or both. What it does not set stays as it is live at the commit; during a
+canary or a shadow, as in the newest full release: any later release ends the trial, and only a promotion keeps it.
 
-What is live changes at one point only, the ledger row of ``commit``. Before it, nothing that clients see has changed,
-so a failure costs nothing; after it, every later step may be repeated by any process that comes next.
+What is live changes only with the ledger row of ``commit``. A failure before it changes nothing for clients; after it,
+any process may repeat the later steps.
 
-Proposals are prepared one at a time. A rollback to adapters that are resident needs no preparation, and does not wait
-for one, nor for what retires or announces: it stops a preparation, commits, and announces with a short time limit.
-Commits themselves are written one after the other, so that a preparation which was stopped does not commit any more.
+Proposals are prepared one at a time. A rollback to resident adapters needs no preparation and waits for none: it stops
+one, commits, and announces with a short time limit. Commits are serialized, so a stopped preparation cannot commit.
 """
 
 from __future__ import annotations
@@ -50,22 +48,20 @@ from serving.releases.types import (
 log = logging.getLogger("ratchet.protocol")
 Result = TypeVar("Result")
 RELEASE_SECONDS: Final = 10.0
-"""For replicas to acknowledge a release: the operator's call returns when every replica serves it."""
+"""For replicas to acknowledge a release; the operator's call returns when every replica serves it."""
 ROLLBACK_SECONDS: Final = 0.3
-"""The same for a rollback. Replicas that answer take some 10 ms; those that do not may be starting, stuck or dead. The
-message is on its way to them all the same, they look at the ledger by themselves every second or two, and they are told
-again.
-"""
+"""The same for a rollback. Replicas that work take some 10 ms; others may be starting, stuck or dead. They still get
+the message, read the ledger every second or two, and are told again."""
 HEAL_ATTEMPTS: Final = 6
 HEAL_PAUSE_SECONDS: Final = 2.0
 ROLLBACK_THREADS: Final = 2
-"""For the ledger calls of rollbacks, which share no thread with anything that may wait."""
+"""For the ledger calls of rollbacks, apart from threads that may hang."""
 TAKEN_UP: Final[tuple[ProposalKind, ...]] = ("initial", "update")
-"""Kinds without an operator who waits: what failed with the ledger or the lease is carried out later."""
+"""Kinds for which no operator waits: after a failure of the ledger or the lease they are carried out later."""
 
 
 class ReleaseProtocol:
-    """Runs proposals, called from one event loop; the ledger guards against other processes."""
+    """Runs proposals. Call from one event loop; the ledger guards against other processes."""
 
     def __init__(
         self,
@@ -78,11 +74,10 @@ class ReleaseProtocol:
         lineage: Lineage | None = None,
     ) -> None:
         """Args:
-        update_share: of the requests, for updates that passed the gate; see :attr:`ReleaseRow.share`.
-        hold_after_rollback: see :attr:`core.settings.Rollout.hold_after_rollback`.
-        lease: without it this process only proposes, and another one carries out; except rollbacks, whose commit checks
-            that the live release is the expected one. None: there is no other process.
-        lineage: the base that this server has. None: there is only one.
+        update_share: of requests, for updates that passed the gate; see :attr:`ReleaseRow.share`.
+        lease: while another process holds it, this one only proposes; it may still roll back, since that commit checks
+            the live release. None: there is no other process.
+        lineage: this server's base. None: there is only one.
         """
         self.ledger = ledger
         self.broadcast = broadcast
@@ -92,23 +87,19 @@ class ReleaseProtocol:
         self._lease = lease
         self._lineage = lineage
         self._turn = asyncio.Lock()
-        """Held by the one proposal that is carried out."""
         self._preparing: PreparingProposal | None = None
         self._committing = asyncio.Lock()
         """Held from the last check before a commit until its end."""
         self._abandoned: dict[int, str] = {}
-        """Proposals whose end could not be written, with the reason."""
+        """Failed proposals whose end could not be written, with the reason."""
         self._planning: asyncio.Future[tuple[Adapters, TargetAdapters, bool]] | None = None
         self._healing: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(ROLLBACK_THREADS, "rollback")
 
     async def start(self) -> ReleaseResult | None:
-        """Continue from the ledger: make release 1 (the bases alone) if there is none, else announce what is live.
-
-        Raises:
-            LeaseLost: there is no release, and another process is about to make the first one.
-            ReleaseError: no release has the base of this server, or what has it cannot be served.
-        """
+        """Continue from the ledger: announce what is live, or make release 1 (the bases alone). Raises LeaseLost when
+        another process is to make the first release; ReleaseError when no release has this server's base, or it cannot
+        be served."""
         await self.preparation.learn()
         if (live := await asyncio.to_thread(self.ledger.live)) is not None:
             if self._lineage is not None and not (await asyncio.to_thread(self.preparation.read)).window:
@@ -123,11 +114,8 @@ class ReleaseProtocol:
             return await self._run(initial[0] if initial else await asyncio.to_thread(self._propose_initial))
 
     async def follow(self) -> None:
-        """Bring the replicas of this server to what is live by the ledger, whichever process has committed it.
-
-        Raises:
-            ReleaseError: a CLIP adapter that answers requests cannot be served.
-        """
+        """Bring this server's replicas to what is live in the ledger, whichever process committed it. Raises
+        ReleaseError when a CLIP adapter that answers requests cannot be served."""
         residency = await self.residency()
         await asyncio.gather(
             self._announce(residency, RELEASE_SECONDS),
@@ -136,9 +124,8 @@ class ReleaseProtocol:
         )
 
     async def step(self) -> ReleaseResult | None:
-        """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold, while another
-        one is on trial as a canary or a shadow and, where it is of the VLM, while no VLM replica answers.
-        """
+        """Run the oldest proposal that may run. Updates wait during a hold, a canary or a shadow; those of the VLM also
+        while no VLM replica answers."""
         async with self._turn:
             held, live, pending = await asyncio.to_thread(self._pending)
             if live is not None:
@@ -156,23 +143,16 @@ class ReleaseProtocol:
             return None
 
     async def release(self, command: ReleaseCommand, forced: bool = False) -> ReleaseResult:
-        """Release adapters for an operator. ``forced``: an adapter among them passed no gate and was never live.
-
-        Raises:
-            ReleaseConflict: something else is live by now.
-            ReleaseError: an adapter cannot be served; what was live stays live.
-        """
+        """Release adapters for an operator. ``forced``: one of them passed no gate and was never live. Raises
+        ReleaseConflict when something else is live by now; ReleaseError when an adapter cannot be served: what was live
+        stays live."""
         if not command.adapters:
             raise ReleaseError("no adapter is named.", "Name a CLIP adapter, a VLM adapter, or both.")
         return await self._ordered("release", command.adapters, command, command.share, forced)
 
     async def promote(self, command: PromoteCommand) -> ReleaseResult:
-        """A plain release of what is on trial. It is loaded everywhere, so this is a commit without a preparation.
-
-        Raises:
-            ReleaseError: nothing is on trial.
-            ReleaseConflict: something else is live by now.
-        """
+        """Make a full release of what is on trial; it is loaded everywhere, so this only commits. Raises ReleaseError
+        when nothing is on trial, ReleaseConflict when something else is live by now."""
         live = await asyncio.to_thread(self.ledger.live)
         if live is None or live.plain:
             raise ReleaseError(
@@ -185,10 +165,8 @@ class ReleaseProtocol:
     async def _ordered(
         self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
     ) -> ReleaseResult:
-        """Propose what an operator ordered, and run it, or wait until the process with the lease has.
-
-        Raises ReleaseError where the live release has another base than this server.
-        """
+        """Propose an operator's order, and run it, or wait until the process with the lease has. Raises ReleaseError
+        where the live release has another base."""
 
         def propose() -> ProposalRow:
             return self.ledger.propose(
@@ -212,14 +190,9 @@ class ReleaseProtocol:
             return await self._run(await asyncio.to_thread(propose))
 
     async def _run(self, proposal: ProposalRow) -> ReleaseResult:
-        """Carry a proposal out, and write down how it ended.
-
-        Raises:
-            Postponed: it waits for its turn again.
-            ReleaseConflict: something else is live by now, or it was stopped.
-            ReleaseError: it cannot be served; what was live stays live.
-            LedgerUnavailable, LeaseLost: this process cannot go on with it.
-        """
+        """Carry a proposal out, and record how it ended. Raises Postponed when it waits for its turn again,
+        ReleaseConflict when something else is live by now or it was stopped, ReleaseError when it cannot be served
+        (what was live stays live), LedgerUnavailable or LeaseLost when this process cannot continue it."""
         began = time.perf_counter()
         work = self._preparing = PreparingProposal(proposal)
         try:
@@ -268,7 +241,7 @@ class ReleaseProtocol:
         if proposal.family == "vlm" and not self.broadcast.has_vlm:
             raise ReleaseError("no vision-language model is served here.", NO_VLM)
         adapters = proposed_adapters(proposal)
-        if proposal.kind == "update":  # which may make again what the guard took back: same data, same recipe
+        if proposal.kind == "update":  # the same data and recipe may yield an adapter that the guard took back
             withdrawn = await asyncio.to_thread(self.ledger.withdrawn, [*adapters.values()])
             for name, why in withdrawn.items():
                 raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
@@ -298,7 +271,7 @@ class ReleaseProtocol:
             self._preparing = None
 
     async def _announce_live(self, seconds: float) -> int:
-        """Tell replicas of what was just committed; one that this does not reach follows the ledger by itself."""
+        """Announce what was just committed. Replicas that are not reached follow the ledger by themselves."""
         try:
             rows = await self._in_thread(self.preparation.read)
         except RatchetError:
@@ -308,13 +281,12 @@ class ReleaseProtocol:
 
     async def _announce(self, residency: Residency, seconds: float) -> int:
         """Tell every replica; never fails. Those that do not answer within ``seconds`` are told again in the
-        background, until something else is announced. Returns how many acknowledged.
-        """
+        background, until the next announcement. Returns how many acknowledged."""
         if self._healing is not None:
             self._healing.cancel()
             self._healing = None
         try:
-            async with asyncio.timeout(2 * seconds):  # the broadcast keeps its time limit itself
+            async with asyncio.timeout(2 * seconds):  # the broadcast has a time limit of its own
                 return await self.broadcast.announce(residency, seconds)
         except Exception as error:
             log.info("not every replica was reached: %s: %s", type(error).__name__, error)
@@ -332,13 +304,11 @@ class ReleaseProtocol:
             await asyncio.sleep(HEAL_PAUSE_SECONDS)
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
-        """Unload what left the window, once no request that was stamped with it is in flight. What is being prepared at
-        that moment stays.
-        """
+        """Unload what left the window once no request uses it. Adapters that are being prepared stay."""
         deadline = time.monotonic() + patience_seconds
         while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
             if time.monotonic() > deadline:
-                return  # a later release retires it; memory is bounded by what is in flight
+                return  # a later release retires it; requests in flight bound the memory
             await asyncio.sleep(0.1)
         keep, loading = await self._needed()
         spaces = self.preparation.spaces
@@ -351,24 +321,22 @@ class ReleaseProtocol:
         await self.broadcast.retire(clips, vlms)
 
     async def _needed(self) -> tuple[Residency, list[tuple[int, TargetAdapters]]]:
-        """The residency; and the number and the adapters of what is being prepared, before and after the look at
-        the ledger, which misses what is committed meanwhile."""
+        """The residency, and number and adapters of what is being prepared, read before and after the ledger: a commit
+        meanwhile is in one of them."""
         before = self._preparing
         residency = await self.residency()
         works = [work for work in (before, self._preparing) if work is not None]
         return residency, [(work.number, work.target) for work in works if work.target is not None]
 
     async def rollback(self, command: RollbackCommand) -> ReleaseResult:
-        """A new release with the adapters of an older one.
-
-        A proposal that is being prepared is stopped. It fails, because it was judged against what is being taken back;
-        an update of the other family waits instead. Adapters that are not resident any more are prepared first.
+        """Release the adapters of an older release; adapters that are not resident any more are prepared first. Stops a
+        proposal in preparation, which fails because it was judged against what is taken back; an update of the other
+        family waits.
 
         Raises:
             ReleaseError: there is nothing to roll back to.
             ReleaseConflict: something else is live by now.
-            LedgerUnavailable: the ledger is away; without an answer of it this takes
-                :data:`serving.releases.rollback.ANSWER_SECONDS`.
+            LedgerUnavailable: the ledger did not answer within :data:`serving.releases.rollback.ANSWER_SECONDS`.
         """
         began = time.perf_counter()
         async with AsyncExitStack() as committing:
@@ -378,7 +346,7 @@ class ReleaseProtocol:
             if self._preparing is not None:
                 self._preparing.stop(command, scope_of(adapters))
             if resident and target["clip"] not in self.preparation.spaces:
-                await self.preparation.learn()  # this process has just begun: the ingress knows
+                await self.preparation.learn()  # this process has just started: ask the ingress
             proposal = None
             if resident and target["clip"] in self.preparation.spaces:
                 proposal = await self._in_thread(
@@ -394,7 +362,7 @@ class ReleaseProtocol:
         )  # fmt: skip
 
     async def _planned(self, command: RollbackCommand) -> tuple[Adapters, TargetAdapters, bool]:
-        """A plan, one at a time: one that a caller gave up waiting for would make the next one wait in the threads."""
+        """Plan one rollback at a time, so that plans that callers gave up on do not fill the threads."""
         if self._planning is not None:
             await asyncio.wait([self._planning])
         self._planning = asyncio.ensure_future(self._in_thread(self._plan_rollback, command))
@@ -410,11 +378,9 @@ class ReleaseProtocol:
         return adapters, target, target["clip"] in rows.clips and target["vlm"] in rows.vlms
 
     async def residency(self) -> Residency:
-        """See :meth:`Preparation.residency`."""
         return await self.preparation.residency()
 
     async def known_residency(self) -> Residency:
-        """Releases that stay loaded, as far as it is known without asking a replica."""
         return await self.preparation.known_residency(await asyncio.to_thread(self.preparation.read))
 
     @property
@@ -422,7 +388,7 @@ class ReleaseProtocol:
         return None if self._lease is None else self._lease.epoch
 
     def _needed_epoch(self) -> int | None:
-        """For writes that need the lease. Raises LeaseLost while another process has it."""
+        """The epoch for writes that need the lease. Raises LeaseLost while another process has it."""
         if self._lease is not None and self._lease.epoch is None:
             raise LeaseLost("another controller has taken over.", "It goes on with what is proposed.")
         return self._epoch
@@ -432,7 +398,7 @@ class ReleaseProtocol:
         await asyncio.to_thread(lambda: self.ledger.advance_proposal(proposal.id, state, epoch=epoch))
 
     def _fail(self, proposal: ProposalRow, reason: str) -> None:
-        """Write down the end of a proposal. Where that cannot be done it is done later, and not carried out."""
+        """Record that a proposal failed, now or when the ledger is back; it is not run until then."""
         try:
             self.ledger.advance_proposal(proposal.id, "failed", reason)
         except ReleaseConflict:  # it ended elsewhere
@@ -441,7 +407,7 @@ class ReleaseProtocol:
             self._abandoned[proposal.id] = reason
 
     async def _without_abandoned(self, waiting: list[ProposalRow]) -> list[ProposalRow]:
-        """Write down the end of proposals that failed while the ledger was away: operators were told so."""
+        """Record the end of proposals that failed while the ledger was away, and leave them out."""
         abandoned, self._abandoned = self._abandoned, {}
         for proposal in waiting:
             if proposal.id in abandoned:
@@ -449,7 +415,7 @@ class ReleaseProtocol:
         return [proposal for proposal in waiting if proposal.id not in abandoned]
 
     async def _lacks_vlm(self, proposal: ProposalRow) -> bool:
-        """True if a proposal would only wait for a VLM that starts, and let those of CLIP wait behind it."""
+        """True if a proposal would only wait for a VLM that starts, and delay those of CLIP behind it."""
         return proposal.family != "clip" and self.broadcast.has_vlm and not await self.broadcast.vlm_status()
 
     def _propose_initial(self) -> ProposalRow:
@@ -459,7 +425,6 @@ class ReleaseProtocol:
         )  # fmt: skip
 
     def _pending(self) -> tuple[HoldRow | None, ReleaseRow | None, list[ProposalRow]]:
-        """The open hold, the live release and the waiting proposals."""
         with self.ledger.reading():
             return self.ledger.held(), self.ledger.live(), self.ledger.pending_proposals()
 

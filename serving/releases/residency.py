@@ -1,11 +1,10 @@
-"""Releases and adapters that stay loaded: the rollback window, and what a rollback of one family alone brings back.
+"""Residency: releases and adapters that stay loaded, read from the ledger or, while that is away, from the newest copy.
 
-A replica learns it from the ledger or, while that is away, from the newest copy. A copy is a small file:
+A copy is a small file in the home of every node and in the artifacts:
 
     {"format": 1, "sha256": "<of the rest>", "residency": {"window": [...], ...}, "adapters": {"clip-...": "<digest>"}}
 
-The digest is over the canonical JSON of residency and adapters, so that a file that is cut short or was changed is not
-used. Every node has one in its home, and the artifacts have a copy.
+The digest covers the canonical JSON of residency and adapters, so a truncated or changed file is not used.
 """
 
 from __future__ import annotations
@@ -36,34 +35,31 @@ from serving.releases.types import ReleaseSnapshot, Residency
 log = logging.getLogger("ratchet.residency")
 FORMAT: Final = 1
 MAX_BYTES: Final = 1 << 20
-"""Far above what a window of 16 releases with their reasons takes; more is not read."""
+"""Far above what a window of 16 releases with their reasons takes."""
 Source = Literal["ledger", "file", "artifacts"]
 LEDGER_SECONDS: Final = 15.0
-"""The three transactions of a reading, each of which the ledger bounds to five seconds."""
+"""Three transactions, each of which the ledger bounds to five seconds."""
 ARTIFACTS_SECONDS: Final = 5.0
 KEEP_SECONDS: Final = 60.0
-"""Time between two comparisons of the copies: a copy that a slower process overwrote does not stay."""
+"""Interval of comparing the copies: a copy that a slower process overwrote does not stay."""
 KEY: Final = "residency.json"
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
-"""Image and text space of a CLIP adapter; None when its files are gone or damaged. Raises RatchetError when no replica
-can tell now."""
+"""Returns the image and text space of a CLIP adapter; None when its files are gone or damaged. Raises RatchetError when
+no replica can tell now."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResidencyRows:
-    """Releases that the ledger says are resident.
-
-    The window alone would not do: after two releases of a VLM adapter, what a rollback of CLIP goes back to has left
-    it, and the catalog would have to be embedded again first.
-    """
+    """Releases that are resident by the ledger. More than the window: after two releases of a VLM adapter, the one that
+    a rollback of CLIP goes back to has left it, and without it the catalog would have to be embedded again."""
 
     window: tuple[ReleaseRow, ...]
-    """Newest first: requests may name them. The live release and its incumbent (what a canary leaves to answer, what
-    a release is compared with, what a rollback goes back to), and the newest others that there is room for."""
+    """Newest first; requests may name them. The live release and its incumbent (which answers next to a canary, and is
+    the target of comparison and rollback), and the newest others that there is room for."""
     rollback_release: ReleaseRow | None
-    """The release that a rollback of CLIP alone goes back to, where it is not in the window."""
+    """The release that a rollback of CLIP alone goes back to, if not in the window."""
     vlms: tuple[str | None, ...]
-    """VLM adapters, the live one first. Never more different ones than the window has places."""
+    """VLM adapters, the live one first; no more than the window has places."""
 
     @property
     def clips(self) -> tuple[str | None, ...]:
@@ -83,9 +79,8 @@ class ResidencyRows:
 
 
 def read_residency(ledger: Ledger, size: int, base: str | None = None) -> ResidencyRows:
-    """From the ledger: ``size`` releases, and for each family the newest other adapter. ``base``: only releases whose
-    CLIP has this base (its digest).
-    """
+    """Read from the ledger ``size`` releases, and for each family the newest other adapter. ``base``: digest; only
+    releases whose CLIP has this base."""
     with ledger.reading():
         newest = ledger.releases(size, base)
         if not newest:
@@ -105,12 +100,8 @@ def read_residency(ledger: Ledger, size: int, base: str | None = None) -> Reside
 
 
 async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
-    """Put spaces to the rows. Releases whose CLIP adapter is gone or damaged are left out, so that the newest one
-    that can be loaded is served.
-
-    Raises:
-        RatchetError: the spaces of a release that answers requests are not known.
-    """
+    """Add the embedding spaces. Releases whose CLIP adapter is gone or damaged are left out, so that the newest
+    loadable one is served. Raises RatchetError when the spaces of a release that answers requests are unknown."""
     answering = {row.number for row in rows.answering}
     window = [
         ReleaseSnapshot(row.number, row.clip, *pair, row.vlm, row.share)
@@ -138,19 +129,15 @@ _DIGESTS: Final = TypeAdapter(dict[str, str])
 
 
 def encode_copy(rows: ResidencyRows, adapters: Mapping[str, str]) -> bytes:
-    """The content of a copy. ``adapters``: the full digests of their directories by name, as far as this node knows
-    them; 64 hex digits, see :func:`core.artifacts.directory_digest`.
-    """
+    """The content of a copy. ``adapters``: SHA-256 of their directories by name (64 hex digits, see
+    :func:`core.artifacts.directory_digest`), as far as this node knows them."""
     content = {"residency": _ROWS.dump_python(rows, mode="json"), "adapters": dict(adapters)}
     return json.dumps({"format": FORMAT, "sha256": digest_json(content), **content}, indent=1).encode()
 
 
 def decode_copy(data: bytes) -> tuple[ResidencyRows, dict[str, str]]:
-    """The residency and the digests that :func:`encode_copy` wrote.
-
-    Raises:
-        ReleaseError: the content is damaged, of another format, or without a release.
-    """
+    """The residency and digests of a copy. Raises ReleaseError when it is damaged, of another format, or without a
+    release."""
     try:
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes")
@@ -182,14 +169,11 @@ class ResidencySource:
         lineage: Lineage | None = None,
     ) -> None:
         """Args:
-        ledger: may be away.
-        size: releases of the rollback window.
         path: this node's copy.
-        artifacts: have another copy; may be away.
+        artifacts: have another copy; may be away, as the ledger may.
         part: for the metrics.
         digests: the full digests of adapters that this node knows.
-        lineage: releases of another base are left out, and copies of them are not used.
-        """
+        lineage: releases of another base are left out, and copies of them are not used."""
         self._lineage = lineage
         base = None if lineage is None else lineage.digest
         self._path = path
@@ -203,9 +187,9 @@ class ResidencySource:
         self._written = b""
         self._keep_at = -float("inf")
         self.source: Source | None = None
-        """The origin of the rows of :meth:`newest`."""
+        """Origin of the rows of :meth:`newest`."""
         self.adapters: Mapping[str, str] = {}
-        """Full digests by the adapter's name, from the copy that is used while the ledger is away."""
+        """Full digests by adapter name, from the copy in use while the ledger is away."""
 
     @classmethod
     def of(
@@ -217,11 +201,8 @@ class ResidencySource:
         )  # fmt: skip
 
     def read(self) -> ResidencyRows:
-        """The residency by the ledger.
-
-        Raises:
-            LedgerUnavailable: it is away, or does not answer within :data:`LEDGER_SECONDS`.
-        """
+        """The residency by the ledger. Raises LedgerUnavailable when it is away or does not answer within
+        :data:`LEDGER_SECONDS`."""
         try:
             rows = self._read_ledger()
         except TimeoutError as error:
@@ -236,11 +217,8 @@ class ResidencySource:
         return rows
 
     def newest(self) -> ResidencyRows:
-        """The residency by the ledger; while that is away what was read last and, before the first reading, a copy.
-
-        Raises:
-            LedgerUnavailable: the ledger is away, and there is no copy.
-        """
+        """The residency by the ledger; while that is away, what was read last or, before that, a copy. Raises
+        LedgerUnavailable when there is no copy either."""
         try:
             return self.read()
         except RatchetError as error:
@@ -258,7 +236,7 @@ class ResidencySource:
             return rows
 
     def keep(self, rows: ResidencyRows) -> None:
-        """Bring the copies up to date with the ledger. A copy that cannot be written is tried again later."""
+        """Bring the copies up to date. A copy that cannot be written is tried again later."""
         if not rows.window:
             return
         known = self._digests()

@@ -1,4 +1,4 @@
-"""Rollbacks: the release that one goes back to, and how it is written, while servers answer and while none does."""
+"""Rollbacks: choosing the release to go back to, and writing it, with a running server or without."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from serving.releases.types import Adapters, RollbackCommand, TargetAdapters, sc
 
 NAMES: Mapping[Family, str] = {"clip": "CLIP", "vlm": "VLM"}
 ANSWER_SECONDS: Final = 0.7
-"""For the ledger to say what is live, before a rollback: an operator must not wait for one that hangs."""
+"""For the ledger to answer before a rollback: operators must not wait for a ledger that hangs."""
 
 
 @asynccontextmanager
 async def ledger_answers() -> AsyncIterator[None]:
-    """Bound what a rollback asks the ledger before it changes anything.
-
-    Raises:
-        LedgerUnavailable: it did not answer within :data:`ANSWER_SECONDS`.
-    """
+    """Bound the ledger calls before a rollback. Raises LedgerUnavailable after :data:`ANSWER_SECONDS`."""
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             yield
@@ -40,16 +36,10 @@ async def ledger_answers() -> AsyncIterator[None]:
 def plan_rollback(
     ledger: Ledger, command: RollbackCommand, served: Sequence[Family], lineage: Lineage | None = None
 ) -> tuple[Adapters, TargetAdapters]:
-    """The adapters that a command sets at this moment (see :func:`rollback_target`), and those of the new release.
-
-    Args:
-        served: families that there are replicas of.
-        lineage: the base of the server that was asked. None: the ledger alone is changed.
-
-    Raises:
-        ReleaseConflict: something else is live by now.
-        ReleaseError: there is nothing to go back to, or what is live has another base.
-    """
+    """The adapters that a command sets (see :func:`rollback_target`), and those of the new release. ``served``:
+    families that have replicas. ``lineage``: the server's base; None: only the ledger is changed. Raises
+    ReleaseConflict when something else is live by now; ReleaseError when there is nothing to go back to, or what is
+    live has another base."""
     families = tuple(served) if command.family is None else (command.family,)
     with ledger.reading():
         live = ledger.live()
@@ -61,7 +51,7 @@ def plan_rollback(
 
 
 def check_live(live: ReleaseRow | None, expected: int) -> None:
-    """Raise ReleaseConflict when another release is live than the one that was decided upon."""
+    """Raise ReleaseConflict if another release is live than expected."""
     number = live.number if live else 0
     if number != expected:
         raise ReleaseConflict(
@@ -73,13 +63,9 @@ def check_live(live: ReleaseRow | None, expected: int) -> None:
 def rollback_target(
     ledger: Ledger, families: Sequence[Family], to: int | None, allow_withdrawn: bool = False
 ) -> Adapters:
-    """Adapters of release ``to``, or of the newest one that had another adapter in one of the families. The base stays
-    that of the live release.
-
-    Raises:
-        ReleaseError: there is none, it has another base, or what it had was withdrawn, collected, or never answered all
-            requests.
-    """
+    """Adapters of release ``to``, or of the newest one with another adapter in one of the families. The base stays that
+    of the live release. Raises ReleaseError when there is none, it has another base, or an adapter was withdrawn,
+    collected, or never answered all requests."""
     live = ledger.live()
     if live is None:
         raise ReleaseError("nothing is live, so nothing can be rolled back.", "Wait for /health/ready.")
@@ -101,7 +87,7 @@ def rollback_target(
             )
     for name, time in ledger.collected(list(adapters.values())).items():
         raise collected_error(name, time)
-    if not release.plain:  # a rollback answers all requests and is not watched: not with what was only tried
+    if not release.plain:  # rollbacks are not watched: no adapters that were only tried
         for family, adapter in adapters.items():
             if not ledger.was_stable(family, adapter):
                 kind = "canary" if release.share > 0 else "shadow"
@@ -116,7 +102,7 @@ def rollback_target(
 def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family]) -> ReleaseRow:
     stable = ledger.stable() or live
     if any(stable.adapter(family) != live.adapter(family) for family in families):
-        return stable  # a canary or a shadow is taken back by what answers next to it
+        return stable  # a canary or shadow goes back to the stable release next to it
     older = [ledger.before(family, stable.adapter(family), live.clip_base) for family in families]
     release = max((row for row in older if row is not None), key=lambda row: row.number, default=None)
     if release is None:
@@ -135,17 +121,9 @@ def commit_rollback(
     hold_after_rollback: bool,
     fail: Callable[[ProposalRow, str], object],
 ) -> ProposalRow:
-    """Write a rollback that needs no preparation: its proposal and its release. This takes no lease: the ledger checks
-    that the live release is still the expected one.
-
-    Args:
-        hold_after_rollback: see :attr:`core.settings.Rollout.hold_after_rollback`.
-        fail: writes down that the proposal failed, and why.
-
-    Raises:
-        ReleaseConflict: something else is live by now.
-        LedgerUnavailable: the ledger is away.
-    """
+    """Write a rollback that needs no preparation: its proposal and its release. Needs no lease, because the ledger
+    checks that the expected release is still live. ``fail``: records the reason of a failure. Raises ReleaseConflict
+    when something else is live by now, LedgerUnavailable."""
     proposal = ledger.propose(
         "rollback", family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"),
         actor=command.actor, reason=command.reason, expected_live=command.expected_live,
@@ -171,17 +149,10 @@ def roll_back_offline(
     expected_live: int | None = None,
     hold_after_rollback: bool = False,
 ) -> ReleaseRow:
-    """Release the adapters of an older release in the ledger alone, without asking a replica whether it can load them.
-    Servers that run adopt it as they follow the ledger.
-
-    Args:
-        families: that are served, or the one that is meant.
-        to: number of the release to go back to; None: the newest one that had another adapter.
-
-    Raises:
-        ReleaseError: there is nothing to go back to.
-        ReleaseConflict: something else is live by now.
-    """
+    """Roll back in the ledger alone, without asking whether replicas can load the adapters. Running servers follow the
+    ledger. ``families``: those that are served, or the one to roll back. ``to``: number of the release; None: the
+    newest one with another adapter. Raises ReleaseError when there is nothing to go back to, ReleaseConflict when
+    something else is live by now."""
     live = ledger.live()
     expected = expected_live if expected_live is not None else live.number if live else 0
     command = RollbackCommand(actor=actor, reason=reason, expected_live=expected, to=to)

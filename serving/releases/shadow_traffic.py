@@ -1,17 +1,13 @@
-"""Shadow traffic: a sample of what clients send is also answered by the watched release and by its incumbent, and the
-inputs are counted about which both agree.
+"""Shadow traffic: the watched release and its incumbent both answer a sample of requests, and agreement is counted.
 
-One comparison runs at a time, at low priority, and rests afterwards for as long as it took. What finds no place in the
-short queue is dropped, so a busy server compares less and serves all the same.
+One comparison runs at a time, at low priority, and then rests as long as it took. Inputs that find no place in the
+short queue are dropped, so a busy server compares less.
 
-Two CLIPs agree about an item when they put the same things near it. Vectors of two releases cannot be compared with
-each other, but the order can in which each release ranks the same reference items by similarity: an update that passed
-the gate moves vectors and keeps most of that order, a broken one loses it. Images are ranked against texts and texts
-against images, as in classification and search. The references are a few fixed texts, which every release is asked
-first, and what clients sent last.
+CLIPs: vectors of two releases are not comparable, so each release ranks the same references by similarity to an item
+(images against texts, texts against images): an update that passed the gate keeps most of that order, a broken one does
+not. References are a few fixed texts and the newest inputs of clients.
 
-Two VLMs agree when the greedy answers are the same, or when the new one finds the incumbent's answer about as likely as
-the incumbent does.
+VLMs agree when greedy answers are equal, or the new one finds the incumbent's answer about as likely as it does.
 """
 
 from __future__ import annotations
@@ -43,20 +39,20 @@ from serving.releases.types import FAMILIES, ReleaseSnapshot
 
 log = logging.getLogger("ratchet.rollout")
 WAITING = 8
-"""Comparisons that may wait. One at a time, these are seconds; more would be old when it is their turn."""
+"""Comparisons that may wait: at one at a time, seconds. With more, inputs would be old."""
 ITEMS = 4
 """Of one request: what encoders take in one piece between the batches of clients."""
 ANSWER_TOKENS = 16
 """Of a VLM's answer: later tokens follow from the first ones, and cost as much again."""
 REMEMBERED = 20_000
-"""Inputs that are known to be compared already: the same one again is no new evidence."""
+"""Inputs known to be compared already: repeating one is no new evidence."""
 Vector = npt.NDArray[np.float32]
 REFERENCES = 64
 """Of each kind: the newest, in addition to the fixed texts."""
 FEWEST = 8
 """With fewer references a rank correlation says little."""
 SAME_ORDER = 0.5
-"""Spearman's correlation from which on two orders count as the same."""
+"""Lowest Spearman correlation at which two orders count as the same."""
 NATS_PER_TOKEN = 3.0
 """Nats per token by which the incumbent's answer may be less likely to the other VLM."""
 TEXTS = (
@@ -66,9 +62,9 @@ TEXTS = (
     "a key", "a sword", "a green monster", "a robot", "the moon", "rain and clouds", "a mountain", "a shoe",
     "a blue circle", "a yellow square",
 )  # fmt: skip
-"""Texts that images are ranked against from the start: things that differ from each other."""
+"""Texts that images are ranked against from the start, all different things."""
 Encode = Callable[[Modality, Any, str | None], Awaitable[EncodeResult]]
-"""Items at low priority under an adapter."""
+"""Encodes items at low priority under an adapter."""
 
 
 class Neighbours:
@@ -81,11 +77,11 @@ class Neighbours:
         }  # fmt: skip
 
     def fix(self, one: Vector, other: Vector) -> None:
-        """Vectors [n, dim] of :data:`TEXTS`."""
+        """Set the vectors [n, dim] of :data:`TEXTS`."""
         self._fixed = list(zip(one, other, strict=True))
 
     def judge(self, kind: Modality, one: Vector, other: Vector) -> bool | None:
-        """True if both releases agree about an item, which is a reference from then on. None: too few references."""
+        """True if both releases agree about an item, which then becomes a reference. None: too few references."""
         texts = [*self._fixed, *self._newest["text"]]
         images = list(self._newest["image"])
         near = texts if kind == "image" or len(images) < FEWEST else images
@@ -96,10 +92,9 @@ class Neighbours:
 
 
 def order(one: Vector, ones: Sequence[Vector], other: Vector, others: Sequence[Vector]) -> float:
-    """Spearman's correlation of the similarities to the same references under two releases; 0 where there is none:
-    values that are not finite, or all the same.
-    """
-    from scipy.stats import rankdata  # here, because it takes a second, and only what is on trial is compared
+    """Spearman correlation of similarities to the same references under two releases; 0 if values are not finite, or
+    all equal."""
+    from scipy.stats import rankdata  # here, because importing takes a second and only trials need it
 
     first, second = np.stack(ones) @ one, np.stack(others) @ other
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
@@ -110,12 +105,8 @@ def order(one: Vector, ones: Sequence[Vector], other: Vector, others: Sequence[V
 
 
 def same_answer(incumbent: str, other: str, incumbent_score: float, other_score: float, tokens: int) -> bool:
-    """True if two VLMs agree.
-
-    Args:
-        incumbent_score, other_score: log-probability of the *incumbent's* answer under each.
-        tokens: of that answer.
-    """
+    """True if two VLMs agree. The scores are the log-probabilities of the *incumbent's* answer, of ``tokens`` tokens,
+    under each."""
     if incumbent.strip() == other.strip():
         return True
     if not (math.isfinite(incumbent_score) and math.isfinite(other_score)):
@@ -136,7 +127,7 @@ class Vlms(Protocol):
 
 
 class _Dropped(Exception):
-    """One side gave no answer, and that says nothing about its release."""
+    """One side gave no answer, for a reason that says nothing about its release."""
 
 
 @dataclass
@@ -149,7 +140,7 @@ class _Watch:
     turn: int = 0
 
     def is_new(self, key: bytes) -> bool:
-        """True if this input was not compared yet; it counts as compared from now on."""
+        """True if this input was not compared yet; marks it as compared."""
         if key in self.seen:
             return False
         self.seen[key] = None
@@ -159,12 +150,12 @@ class _Watch:
 
 
 class ShadowTraffic:
-    """Of one ingress; used from one event loop. :meth:`run` must run for anything to be compared."""
+    """Shadow traffic of one ingress. Use from one event loop, in which :meth:`run` must run."""
 
     def __init__(
         self, settings: Rollout, encode: Encode, tokens: Sequence[list[int]], vlms: Vlms | None, seconds: float
     ) -> None:
-        """``tokens``: those of :data:`TEXTS`; ``seconds``: the longest that a VLM's answer may take."""
+        """``tokens``: of :data:`TEXTS`; ``seconds``: longest time of a VLM's answer."""
         self.settings = settings
         self._encode = encode
         self._tokens = list(tokens)
@@ -173,10 +164,10 @@ class ShadowTraffic:
         self._watch: _Watch | None = None
         self._jobs: asyncio.Queue[tuple[_Watch, Family, Any]] = asyncio.Queue(WAITING)
         self.watching = False
-        """True if inputs are wanted: the one thing that a request has to look at."""
+        """True if inputs are wanted: all that a request needs to check."""
 
     def watch(self, target: GuardTarget | None) -> None:
-        """Compare for this release from now on; the same one again changes nothing. None: for none."""
+        """Compare for this release from now on, or for none. The same one again changes nothing."""
         if target is None:
             self._watch, self.watching = None, False
         elif self._watch is None or self._watch.target.release.number != target.release.number:
@@ -184,14 +175,13 @@ class ShadowTraffic:
             self.watching = self.settings.compare_share > 0
 
     def clip(self, kind: Modality, payload: Any) -> None:
-        """Items that a client had encoded: pixels, or token ids."""
+        """Offer items that a client had encoded: pixels, or token IDs."""
         self._offer("clip", (kind, payload[:ITEMS]))
 
     def vlm(self, request: GenerationRequest) -> None:
         self._offer("vlm", request)
 
     def observations(self, answered: dict[int, RequestCounts]) -> Observations:
-        """The counts so far, with the requests by release that the admission counted."""
         watch = self._watch
         if watch is None:
             return Observations(0, answered)
@@ -257,10 +247,8 @@ class ShadowTraffic:
         self._count_agreement(watch, "vlm", same_answer(theirs, ours, scores[1], scores[0], len(both[1].tokens)))
 
     async def _both(self, watch: _Watch, family: Family, call: Callable[[ReleaseRow], Awaitable[Any]]) -> Any:
-        """The answers of both releases, the watched one first; None when one of them cannot.
-
-        They are called first by turns: the second call may be faster, and neither release must gain by it.
-        """
+        """The answers of both releases, the watched one first; None if one cannot answer. The first call alternates,
+        because the second may be faster."""
         watch.turn += 1
         compared, rows = watch.compared[family], (watch.target.release, watch.target.incumbent)
         answers: dict[int, Any] = {}
@@ -299,7 +287,7 @@ class ShadowTraffic:
         return answer.vectors
 
     async def _reply(self, request: GenerationRequest, row: ReleaseRow) -> GenerationResult:
-        assert self._vlms is not None  # they called vlm()
+        assert self._vlms is not None  # only called for VLM jobs
         with _vlm_answers():
             return await self._vlms.reply(request, _vlm_snapshot(row), time.monotonic() + self._seconds)
 
@@ -312,7 +300,7 @@ class ShadowTraffic:
 
 @contextmanager
 def _vlm_answers() -> Iterator[None]:
-    """Too busy, too late or no replica says nothing about the release; an adapter that cannot be served does."""
+    """Drop failures that say nothing about the release (busy, late, no replica); let AdapterUnservable through."""
     try:
         yield
     except AdapterUnservable:
@@ -335,6 +323,6 @@ def _digest_request(request: GenerationRequest) -> bytes:
     digest = hashlib.sha256(repr(request.messages).encode("utf-8", "surrogatepass"))
     for image in request.images:
         digest.update(repr(image.shape).encode())
-        with suppress(ValueError):  # of an empty image nothing is left to add
+        with suppress(ValueError):  # an empty image has no data
             digest.update(np.ascontiguousarray(image).data)
     return digest.digest()

@@ -1,4 +1,4 @@
-"""Types of the release protocol: a release as a request sees it, operators' commands, replicas' answers, outcomes."""
+"""Types of the release protocol: a release as a request sees it, operators' commands, replicas' answers, results."""
 
 from __future__ import annotations
 
@@ -10,38 +10,33 @@ from core.errors import AdapterError, LedgerUnavailable, RatchetError, StoreErro
 from core.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
 
 BASE = "base"
-"""The name of a base without an adapter, for clients."""
+"""Clients' name of a base without an adapter."""
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
 FAMILIES: tuple[Family, ...] = ("clip", "vlm")
 Adapters = Mapping[Family, str | None]
-"""Adapters by family, None for the base alone. A family that is not there keeps what is live."""
+"""Adapters by family, None for the base alone. A missing family keeps what is live."""
 TargetAdapters = Mapping[Family, str | None]
-"""Adapters of both families that a release is to have."""
+"""Adapters of both families of a future release."""
 
 
 def scope_of(adapters: Adapters) -> Scope:
-    """The families of some adapters as the ledger writes them."""
     return "both" if len(adapters) == 2 else next(iter(adapters))
 
 
 def proposed_adapters(proposal: ProposalRow) -> Adapters:
-    """The adapters that a proposal sets."""
     named: Adapters = {"clip": proposal.clip, "vlm": proposal.vlm}
     return named if proposal.family == "both" else {proposal.family: named[proposal.family]}
 
 
 def target_adapters(adapters: Adapters, stable: ReleaseRow | None) -> TargetAdapters:
-    """Both adapters of a release that sets some: the others are those of the newest plain release."""
+    """Both adapters of a release that sets some: the others are those of the newest full release."""
     return {family: adapters.get(family, stable.adapter(family) if stable else None) for family in FAMILIES}
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseSnapshot:
-    """A release as one request sees it, from admission to answer.
-
-    ``clip`` and ``vlm`` are the adapters' names, None for the base alone. The spaces say which vectors are comparable:
-    an index is searched only with a query whose text or image space belongs to the same release.
-    """
+    """A release as one request sees it. ``clip`` and ``vlm`` are adapter names, None for the base alone. An index may
+    be searched only with a query whose text or image space belongs to the same release."""
 
     release: int
     clip: str | None
@@ -49,7 +44,7 @@ class ReleaseSnapshot:
     text_space: str
     vlm: str | None = None
     share: float = 1.0
-    """Of the requests, that it answers; see :attr:`core.ledger.rows.ReleaseRow.share`."""
+    """Share of requests that it answers; see :attr:`core.ledger.rows.ReleaseRow.share`."""
 
     @property
     def adapter(self) -> str:
@@ -66,12 +61,12 @@ class ReleaseSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Resident releases with their embedding spaces: what replicas are told."""
+    """Resident releases with their embedding spaces, as told to replicas."""
 
     window: tuple[ReleaseSnapshot, ...]
-    """Newest first: requests may name these."""
+    """Newest first; requests may name these."""
     indexed: tuple[ReleaseSnapshot, ...]
-    """The window and what is behind it: the catalog keeps their image spaces complete."""
+    """The window and what is behind it; the catalog keeps their image spaces complete."""
     vlms: tuple[str | None, ...]
 
     @property
@@ -82,12 +77,9 @@ class Residency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """An operator's order, which goes unchanged from the HTTP route to the release protocol. ``actor`` and ``reason``
-    go into the audit log.
-    """
+    """An operator's order, from the HTTP route to the protocol. ``actor`` and ``reason`` are audited."""
 
     action: ClassVar[str]
-    """Name in the metrics of operator calls."""
     actor: str
     reason: str
 
@@ -95,7 +87,7 @@ class Command:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LiveCommand(Command):
     expected_live: int
-    """The release that was live when the operator decided: another one by now is a conflict."""
+    """The release that was live when the operator decided: if another is live by now, that is a conflict."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,55 +97,45 @@ class ReleaseCommand(_LiveCommand):
     action = "release"
     adapters: Adapters
     share: float = 1.0
-    """See :attr:`core.ledger.rows.ReleaseRow.share`."""
     force: bool = False
-    """Also adapters that no gate passed and that were never live."""
+    """Also adapters that passed no gate and were never live."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromoteCommand(_LiveCommand):
-    """Make a plain release of the canary or shadow that is live."""
+    """Make a full release of the live canary or shadow."""
 
     action = "promote"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackCommand(_LiveCommand):
-    """Release the adapters of an older release."""
-
     action = "rollback"
     to: int | None = None
-    """Number of that release; None: the newest one that had another adapter."""
+    """Number of the release; None: the newest one with another adapter."""
     family: Family | None = None
     """Only this family's adapter; None: both."""
     allow_withdrawn: bool = False
-    """Also to an adapter that was withdrawn: the guard goes back to the incumbent, whatever was said of it before."""
+    """Also to a withdrawn adapter: the guard goes back to the incumbent in any case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldCommand(Command):
-    """Let updates wait."""
-
     action = "hold"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeCommand(Command):
-    """Let updates through again."""
-
     action = "resume"
 
 
 LiveCommand = ReleaseCommand | PromoteCommand | RollbackCommand
-"""Changes what is live."""
 HoldingCommand = HoldCommand | ResumeCommand
-"""Changes whether updates wait."""
 Cause = Literal["", "adapter", "storage", "replica"]
 """Origin of an error: the adapter's files, a store that is away, or the replica itself."""
 
 
 def cause_of(error: Exception) -> Cause:
-    """The origin of a failed preparation."""
     if isinstance(error, AdapterError):
         return "adapter"
     return "storage" if isinstance(error, (StoreError, LedgerUnavailable)) else "replica"
@@ -161,10 +143,7 @@ def cause_of(error: Exception) -> Cause:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One replica's answer to ``prepare``. ``error`` is empty when it can serve the adapter.
-
-    The spaces are an encoder's; a VLM makes none.
-    """
+    """A replica's answer to ``prepare``; ``error`` is empty if it can serve the adapter. Only encoders set spaces."""
 
     replica: str
     adapter: str | None
@@ -186,7 +165,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseResult:
-    """A release that is live, and what it took. Times are seconds."""
+    """A release that is live, and what it took. Times are in seconds."""
 
     number: int
     clip: str | None

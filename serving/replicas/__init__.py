@@ -1,1 +1,1 @@
-"""The deployments of the Serve graph: thin Ray shells around plain classes, and the calls between them."""
+"""The deployments of the Serve graph: thin Ray shells around plain classes."""

@@ -21,7 +21,7 @@ from serving.own_threads import BoundedCall
 log = logging.getLogger("ratchet.adapters")
 FETCH_SECONDS: Final = 20.0
 RETRY_SECONDS: Final = 5.0
-"""After a failed fetch the next one of the same adapter fails at once for this long, so that no requests queue up."""
+"""After a failed fetch, further fetches of the adapter fail at once for this long, so that no requests queue up."""
 MAX_BYTES: Final = 4 << 30
 """Of the cache. A LoRA adapter of a CLIP has about 5 MB, of a VLM up to 200 MB: room for twenty of the largest."""
 DIGEST: Final = ".sha256"
@@ -32,24 +32,21 @@ def adapters_path(home: Path) -> Path:
 
 
 class AdapterFolders(Protocol):
-    """See :meth:`AdapterCache.fetch`; :class:`core.artifacts.Artifacts` is another one."""
+    """See :meth:`AdapterCache.fetch`; implemented by :class:`core.artifacts.Artifacts`, too."""
 
     def fetch(self, key: str) -> Path:
         """A local directory with the content of a key."""
 
 
 class AdapterCache:
-    """A folder with copies of adapters, each next to its full digest, shared by the processes of a node.
-
-    Adapters never change, so a copy whose digest is right needs no look at the artifacts. Safe to use from several
-    threads.
-    """
+    """A folder with copies of adapters and their full digests, shared by the processes of a node. Adapters never
+    change, so a copy with the right digest is used without the artifacts. Thread-safe."""
 
     def __init__(
         self, artifacts: Artifacts, folder: Path, ledger: Ledger | None = None, max_bytes: int = MAX_BYTES
     ) -> None:
-        """``ledger``: has the digests that adapters were recorded with; without it, and while it is away, what is
-        fetched is checked by the artifacts' own manifest alone."""
+        """``ledger``: has the recorded digests of adapters; without it, or while it is away, only the artifacts'
+        manifest is checked."""
         self.artifacts = artifacts
         self._ledger = ledger
         self.folder = folder
@@ -61,25 +58,21 @@ class AdapterCache:
         self._expected: dict[str, str] = {}
 
     def expect(self, digests: Mapping[str, str]) -> None:
-        """Take only files with these full digests for these adapters."""
+        """Accept only files with these full digests for these adapters."""
         self._expected |= digests
 
     def protect(self, names: Collection[str | None]) -> None:
-        """Do not remove these to make room."""
+        """Do not remove these adapters to make room."""
         self._protected = frozenset(name for name in names if name is not None)
 
     def digests(self) -> dict[str, str]:
-        """Full digests of the adapters that are here, by name."""
+        """Full digests of the cached adapters by name."""
         files = self.folder.glob(f"*{DIGEST}") if self.folder.is_dir() else ()
         return {file.name.removesuffix(DIGEST): file.read_text().strip() for file in files}
 
     def fetch(self, key: str) -> Path:
-        """A local directory with the adapter ``adapters/<name>``.
-
-        Raises:
-            AdapterError: the artifacts do not have it, or it is damaged there.
-            StoreUnavailable: it is not here, and the artifacts are away.
-        """
+        """A local directory with the adapter ``adapters/<name>``. Raises AdapterError when the artifacts lack it or
+        have it damaged; StoreUnavailable when it is not cached and the artifacts are away."""
         name = key.rpartition("/")[2]
         if (copy := self._copy(name)) is not None:
             return copy
@@ -130,7 +123,7 @@ class AdapterCache:
         target = self.folder / name
         try:
             self._store(source, target, digest)
-        except OSError as error:  # a full disk: the artifacts' own copy serves as well
+        except OSError as error:  # such as a full disk: use the artifacts' own copy
             log.warning("%s cannot be kept in %s: %s", name, self.folder, error)
             return source
         self._make_room(name)
@@ -161,7 +154,7 @@ class AdapterCache:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _make_room(self, newest: str) -> None:
-        """Remove what killed processes have left, and what was not used for longest, until the rest fits."""
+        """Remove leftovers of killed processes, then the least recently used adapters until the rest fits."""
         remove_abandoned(self.folder)
         notes = sorted(self.folder.glob(f"*{DIGEST}"), key=lambda note: note.stat().st_mtime)
         names = [note.name.removesuffix(DIGEST) for note in notes]

@@ -33,7 +33,7 @@ log = logging.getLogger("ratchet.catalog")
 HEALTH_SECONDS = 10.0
 FOLLOW_SECONDS = 2.0
 MOST_WAIT_SECONDS = 600.0
-"""A release waits no longer for its catalog, where its verdict allows searches before."""
+"""Longest wait of a release for its catalog, if its verdict allows searches before it is complete."""
 
 
 class CatalogReplica:
@@ -69,11 +69,10 @@ class CatalogReplica:
         self._adopting = asyncio.Lock()
         self._verdicts = CrossVersionVerdicts(self._ledger)
         self._adopted = 0
-        """The newest release that was adopted."""
         freeze_gc()
 
     def __del__(self) -> None:
-        """Serve calls this when the replica ends: tables that it held may be dropped from now on."""
+        """Serve calls this when the replica ends: its tables may be dropped from now on."""
         if (catalog := getattr(self, "catalog", None)) is not None:
             with contextlib.suppress(OSError):
                 catalog.claims.close()
@@ -88,9 +87,7 @@ class CatalogReplica:
         return self.catalog
 
     async def _catch_up(self) -> None:
-        """Adopt what no announcement brought: what is live at the start, a release that was made offline, and one that
-        another server made.
-        """
+        """Adopt what was not announced: what is live at the start, offline releases, and those of other servers."""
         async with self._adopting:
             residency = await self._residency_reader.read(newer_than=self._adopted)
             if residency is not None:
@@ -108,7 +105,7 @@ class CatalogReplica:
             log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds; an encoder that does not answer yet does not get this replica replaced."""
+        """Serve asks this every few seconds. An encoder that does not answer yet does not get this replica replaced."""
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 await self._started()
@@ -116,7 +113,7 @@ class CatalogReplica:
             log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int | str:
-        """See :meth:`Catalog.cover`; a string says why it could not be done."""
+        """See :meth:`Catalog.cover`; a string is the reason of a failure."""
         try:
             catalog = await self._started()
             if wait:
@@ -142,15 +139,14 @@ class CatalogReplica:
         self.catalog.cross_version |= await self._verdicts.read(snapshots, self.catalog.reconciler.complete())
 
     async def retire(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> list[str]:
-        """See :meth:`Catalog.retire`. ``epoch``: of the controller's lease; without it, when another controller has
-        taken over since, and while the ledger is away, no table is dropped.
-        """
+        """See :meth:`Catalog.retire`. No table is dropped without ``epoch`` (of the controller's lease), after another
+        controller took over, or while the ledger is away."""
         catalog = await self._started()
         return await catalog.retire(keep, None if epoch is None else await asyncio.to_thread(self._spared, epoch))
 
     def _spared(self, epoch: int) -> set[str] | None:
-        """Image spaces of the releases that are proposed, whose embeddings stay through a restart, and of the newest
-        release of each base; None without the lease."""
+        """Image spaces of proposed releases, whose embeddings survive a restart, and of the newest release of each
+        base; None without the lease."""
         try:
             lease = self._ledger.lease(CONTROLLER_LEASE)
             if lease is None or lease.epoch != epoch:
@@ -163,10 +159,10 @@ class CatalogReplica:
             return None
 
     async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
-        """See :meth:`Catalog.search`; a string says why there is no answer."""
+        """See :meth:`Catalog.search`; a string is the reason of a failure."""
         try:
             catalog = await self._started()
-            if space not in catalog.reconciler.fills:  # the ingress knew first what another server has released
+            if space not in catalog.reconciler.fills:  # the ingress learned of another server's release first
                 await self._try_to_catch_up()
             with span("search", k=k):
                 return await catalog.search(space, vector, k, filters)
@@ -174,7 +170,6 @@ class CatalogReplica:
             return str(error)
 
     async def image(self, sample_id: str) -> bytes | str | None:
-        """The encoded image of one sample; a string says why there is no answer."""
         try:
             return await (await self._started()).image(sample_id)
         except RatchetError as error:

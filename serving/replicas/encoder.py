@@ -1,15 +1,11 @@
 """Encoder replicas: requests in batches under named adapters, and one thread for all forward passes.
 
-:class:`EncoderWorker` is plain Python; :class:`Encoder` is the same as a Ray deployment that starts from the ledger and
-follows it. A request waits in :class:`FairBatches`, and its batch goes through the engine in one pass.
+:class:`EncoderWorker` is plain Python; :class:`Encoder` is the Ray deployment, which starts from the ledger and follows
+it. The engine uses several threads inside a pass, so two passes at once would only delay each other. Work that no
+client waits for (the catalog's) runs in small chunks between clients' batches.
 
-All forward passes go through one thread: the engine uses its own threads inside a pass, and two passes at once would
-only make each other late. Work that no client waits for (the catalog's) goes in small chunks between the batches of
-clients.
-
-No other thread of the process computes with several threads. OpenMP keeps those of each thread that ever did; when they
-are more than the cores, libgomp lets all of them sleep between two products, and waking them up again at each product
-made a text of 16 ms take 32.
+No other thread computes with several threads: OpenMP keeps a pool for each thread that ever did, and once they
+outnumber the cores, libgomp lets all sleep between two products. Waking them made a text of 16 ms take 32.
 """
 
 from __future__ import annotations
@@ -62,29 +58,28 @@ log = logging.getLogger("ratchet.encoder")
 LOADING_NICE = 19
 """Of threads that load adapters and run golden inputs."""
 LOADING_SHARE = 0.0125
-"""Of the machine's cores, for such a thread while requests come. It gives way at once on a core, and still slows down
-the passes on others: two replicas that load at a fortieth of two cores make each pass of a ViT-B/32 4% longer, at a
-quarter a sixth."""
+"""Share of the cores for such a thread while requests come. Even at low priority it slows down passes on other cores:
+two replicas that load at a fortieth of two cores make passes of a ViT-B/32 4% longer, at a quarter a sixth."""
 PACED_SECONDS = 120.0
-"""Of one load; then it begins again without rests, and gives way no more than any nice thread. Operators wait for it,
-and where other processes take all cores, what gives way at once never ends."""
+"""Limit for a paced load, which then restarts without pauses: operators wait for it, and at idle priority it would
+never end where other processes take all cores."""
 BUSY_SECONDS = 1.0
-"""Since the last pass: other requests may come."""
+"""Time since the last pass in which more requests are expected."""
 BACKGROUND_COST = 4 * IMAGE_COST
-"""Of one background chunk: at 12 ms an image, a request waits at most 50 ms for four of them."""
+"""Of a background chunk: four images at 12 ms each delay a request by 50 ms at most."""
 SHAPES = 64
-"""Those of some 16 kinds of batches: a tower has four kinds of layers that multiply. Batches of ever new shapes took as
-long with 64, 256 and 1,024; an encoder of 256 had 50 MB more, and grew for a quarter of an hour."""
+"""Enough for some 16 kinds of batches with four kinds of layers each. Batches of ever new shapes were as fast with 64
+as with 256 and 1,024; with 256 an encoder had 50 MB more, and grew for a quarter of an hour."""
 VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's own, and that of ideep, through which torch calls it. Read once, when the first kernel is made."""
 
 
 class LoadPatienceOver(Exception):
-    """A load that gives way is to give way no more."""
+    """A load that yields must stop yielding."""
 
 
 class EncoderWorker:
-    """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
+    """Encodes under named adapters; loads missing ones on request. Use from one event loop."""
 
     def __init__(self, engine: ClipEngine, artifacts: AdapterFolders, replica: str, max_batch: int = 16) -> None:
         """``max_batch``: most images in a forward pass, or four times as many texts."""
@@ -109,13 +104,8 @@ class EncoderWorker:
     async def encode(
         self, kind: Modality, payload: Any, adapter: str | None, caller: str, seconds: float
     ) -> EncodeResult:
-        """Vectors of one request's items (uint8 [n, S, S, 3], or n lists of token ids), in batches with those of other
-        requests.
-
-        Args:
-            caller: whose turn they take.
-            seconds: time left.
-        """
+        """Encode one request's items (uint8 [n, S, S, 3], or n lists of token IDs), in batches with other requests.
+        ``caller`` takes turns with others; ``seconds``: time left."""
         deadline = time.monotonic() + seconds
         note(adapter or BASE)
         self._count(inside=1)
@@ -123,14 +113,13 @@ class EncoderWorker:
             if (refusal := await self._load_missing(adapter)) is not None:
                 return refusal
             result = await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline, caller))
-            if result.code == "failed":  # the batch's own line is of several requests
+            if result.code == "failed":  # the batch's log line covers several requests
                 log.warning("a request was not encoded: %s", result.error)
             return result
         finally:
             self._count(inside=-1)
 
     async def encode_batch(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
-        """Encode requests of one kind and under one adapter in one forward pass."""
         self._count(running=len(requests))
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, requests)
@@ -139,11 +128,8 @@ class EncoderWorker:
             self._last_pass = time.monotonic()
 
     def encode_now(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
-        """The batch on the caller's thread. When the pass fails each request is tried alone, so that only the one at
-        fault fails.
-
-        Raises whatever the pass raised when the device is lost: the calls are made again on another replica.
-        """
+        """Encode a batch on the caller's thread. If the pass fails, each request is tried alone, so that only the one
+        at fault fails. Raises what the pass raised if the device is lost: the calls are repeated on another replica."""
         kind, adapter = requests[0].kind, requests[0].adapter
         began = time.perf_counter()
         try:
@@ -171,19 +157,19 @@ class EncoderWorker:
         try:
             self._ensure(adapter)
             vectors: npt.NDArray[np.float32] = run(items, adapter)
-        except AdapterError:  # unloaded in the moment between: load it again, once
+        except AdapterError:  # unloaded meanwhile: load it again, once
             self._ensure(adapter)
             vectors = run(items, adapter)
         return vectors
 
     async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
-        """Encode items that no client waits for: small chunks, each when no batch waits (but at least one a second)."""
+        """Encode items that no client waits for, in small chunks while no batch waits (but at least one a second)."""
         loop = asyncio.get_running_loop()
         parts: list[EncodeResult] = []
         size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
         for start in range(0, len(payload), size):
             request = EncodeRequest(kind, payload[start : start + size], adapter, math.inf)
-            async with self._background:  # of several calls, too, one chunk at a time: a batch waits for one at most
+            async with self._background:  # one chunk at a time over all calls: a batch waits for one at most
                 patience = time.monotonic() + 1.0
                 while self._running and time.monotonic() < patience:
                     await asyncio.sleep(0.002)
@@ -193,19 +179,16 @@ class EncoderWorker:
         return joined(parts)
 
     async def heads(self, clip: str | None) -> HeadsResult:
-        """The heads of an adapter; the error where it cannot be loaded."""
         if (refusal := await self._load_missing(clip)) is not None:
             return HeadsResult({}, refusal.error)
         try:
             return HeadsResult(dict(self.engine.heads(clip)))
-        except AdapterError:  # unloaded in the moment between: who asks tries again
+        except AdapterError:  # unloaded meanwhile: the caller tries again
             return HeadsResult({}, f"{clip} is being unloaded")
 
     async def prepare(self, clip: str | None) -> Prepared:
-        """Hold the adapter next to what is served, and check its golden outputs. The answer says what is wrong.
-
-        What is held already is answered at once, also while another adapter's files do not come.
-        """
+        """Load the adapter next to what is served, and check its golden outputs. Loaded adapters are answered at once,
+        even while the files of another do not arrive."""
         if (known := self._held(clip)) is not None:
             return known
         loop = asyncio.get_running_loop()
@@ -216,11 +199,11 @@ class EncoderWorker:
         return await loop.run_in_executor(self._loading, self.prepare_now, clip)
 
     def prepare_at_start(self, clips: Iterable[str | None]) -> list[Prepared]:
-        """Same for several, before anything is asked."""
+        """:meth:`prepare` for several adapters, before any request."""
         return list(self._compute.map(self.prepare_now, clips))
 
     def prepare_now(self, clip: str | None) -> Prepared:
-        """Same, on the caller's thread."""
+        """:meth:`prepare` on the caller's thread."""
         if (known := self._held(clip)) is not None:
             return known
         try:
@@ -240,9 +223,8 @@ class EncoderWorker:
         return self._prepared.get(clip) if clip is None or clip in self.engine.resident else None
 
     async def _load_missing(self, clip: str | None) -> EncodeResult | None:
-        """Load an adapter that is not resident before a request for it is batched: artifacts that do not answer hold up
-        the one who asked for it, and not the forward passes of others. Returns the answer where it cannot be loaded.
-        """
+        """Load an adapter before a request for it is batched, so that slow artifacts delay only the requests for it.
+        Returns the answer if it cannot be loaded."""
         if clip is None or clip in self.engine.resident:
             return None
         self._hurrying += 1
@@ -253,22 +235,20 @@ class EncoderWorker:
         return EncodeResult(None, clip, code="adapter", error=prepared.error) if prepared.error else None
 
     def _loading_gives_way(self) -> bool:
-        """True while requests come, and none of them waits for what is being loaded."""
+        """True while requests come, and none of them waits for the adapter that is being loaded."""
         now = time.monotonic()
         busy = self._running > 0 or now - self._last_pass < BUSY_SECONDS
         return busy and not self._hurrying and now < self._paced_until
 
     def _check_patience(self) -> bool:
-        """The same for a load that gives way at once. Raises LoadPatienceOver where it may not any more."""
+        """Same for a load at idle priority. Raises LoadPatienceOver where it must not yield any more."""
         if self._hurrying or time.monotonic() >= self._paced_until:
             raise LoadPatienceOver
         return self._loading_gives_way()
 
     async def retire(self, keep: Sequence[str | None]) -> list[str]:
-        """Unload adapters that are not kept. One that a late request still needs is loaded again by that request.
-
-        In a thread: an adapter that is being loaded holds the lock for seconds.
-        """
+        """Unload adapters that are not kept; a late request loads its adapter again. In a thread, because loading an
+        adapter holds the lock for seconds."""
 
         def unload() -> list[str]:
             gone = [name for name in self.engine.resident if name not in keep]
@@ -289,7 +269,7 @@ class EncoderWorker:
         }  # fmt: skip
 
     async def check_health(self) -> None:
-        """Raise RuntimeError when forward passes fail again and again; run a small one now and then."""
+        """Raise RuntimeError when forward passes fail repeatedly; run a small one now and then."""
 
         def probe() -> None:  # through the base, whose weights every adapter shares
             size = self.engine.base.preprocess.size
@@ -319,10 +299,8 @@ class EncoderWorker:
 
 
 class Encoder(EncoderWorker):
-    """The deployment: holds the base once, and the adapters of the resident releases. Starts from the last known
-    residency while the ledger is away, and with the newest adapter that can be loaded where the live one's files are
-    gone.
-    """
+    """The deployment: holds the base, and the adapters of the resident releases. Starts from the last known residency
+    while the ledger is away, and with the newest loadable adapter if the live one's files are gone."""
 
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
@@ -346,20 +324,17 @@ class Encoder(EncoderWorker):
         freeze_gc()
 
     def make_engine(self, settings: Settings) -> ClipEngine:
-        """Make what computes."""
         from serving.engines.clip import ClipEngine
 
         return ClipEngine.of(settings)
 
     async def adopt(self, clips: Sequence[str | None]) -> str:
-        """The controller committed: these adapters are resident, the live one first."""
+        """The controller has committed these adapters as resident, the live one first."""
         self._follower.mark_in_step()
         return self.replica
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds. Starts the follower, and raises when this replica lags behind for long,
-        or when its forward passes fail.
-        """
+        """Serve asks this every few seconds. Raises when this replica lags behind or its passes fail."""
         await super().check_health()
         await self._follower.check()
 
@@ -369,13 +344,9 @@ class Encoder(EncoderWorker):
 
 
 def bound_kernel_caches() -> None:
-    """Bound how many shapes oneDNN keeps kernels for. Call it before this process computes; a value in the environment
-    stays.
-
-    It makes a kernel for each shape of inputs, and keeps the last 1,024 of them and as many descriptions, up to 0.7 MB
-    a pair. Batches of texts have more shapes than that: an encoder of 445 MB grew for a long time, to more than a
-    gigabyte.
-    """
+    """Bound the shapes that oneDNN keeps kernels for. Call before this process computes; values in the environment
+    stay. By default oneDNN keeps 1,024 kernels and as many descriptions, up to 0.7 MB a pair; batches of texts have
+    more shapes, and an encoder of 445 MB grew to more than a gigabyte."""
     for name in VARIABLES:
         os.environ.setdefault(name, str(SHAPES))
 
@@ -392,4 +363,4 @@ def _begin_loading(gives_way: Callable[[], bool]) -> None:
 
     nice_thread(LOADING_NICE)
     pace_thread(min(1.0, LOADING_SHARE * usable_cores()), gives_way)
-    torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far
+    torch.set_num_threads(1)  # for this thread, and for threads that have not used torch yet

@@ -1,14 +1,11 @@
-"""Requests that wait for the engine, in batches of one model version each that take turns.
+"""A queue of requests for the engine, in fair batches of one kind (images or texts) and one adapter.
 
-A batch runs under one adapter, and encodes images or texts. In one queue for all of them a canary would halve every
-batch, and a client that floods one adapter would let all others wait behind it. Here each group of requests (kind and
-adapter) has a queue of its own; the groups take turns, a batch each, so that a request waits for one batch of every
-other group at most, and a group alone has the whole engine. Within a group a batch is filled with one request of each
-caller in turn; those of one caller run in the order of arrival.
+Each group (kind and adapter) has its own queue, and groups take turns batch by batch: a request waits for at most one
+batch of every other group, and a single group has the whole engine. Within a group, a batch takes one request of each
+caller in turn, in order of arrival for each caller.
 
-While several callers ask, each has in a batch what takes 30 ms at most, and larger requests are
-encoded in parts: 16 images take 140 ms on a processor, for which a caller with one image would wait, once behind
-another's batch and once more in a batch with it.
+While several callers ask, each gets at most 30 ms of a batch, and larger requests are split: 16 images take 140 ms on a
+CPU, for which a caller with a single image would wait behind another's batch and again in a shared one.
 """
 
 from __future__ import annotations
@@ -30,20 +27,19 @@ WAIT_SECONDS = 0.005
 TURN_SECONDS = 0.03
 """Of a batch, while several callers ask."""
 ASKS_SECONDS = 2.0
-"""A caller asks no more when this long ago its last request came, and was encoded in part or whole."""
+"""A caller counts as asking for this long after its last request arrived or was (partly) encoded."""
 
 
 @dataclass(slots=True)
 class _Waiting:
     request: EncodeRequest
-    """The part of it that is left to encode."""
     result: asyncio.Future[EncodeResult]
     since: float
     parts: list[EncodeResult] = field(default_factory=list)
     began: float = 0.0
-    """When its batch began; 0: it was in none."""
+    """Time when its first batch began; 0: in none yet."""
     together: int = 0
-    """Requests of its batch."""
+    """Number of requests in its batch."""
 
 
 class FairBatches:
@@ -53,34 +49,28 @@ class FairBatches:
         self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
         wait_seconds: float = WAIT_SECONDS, turn_seconds: float = TURN_SECONDS,
     ) -> None:  # fmt: skip
-        """Args:
-        run: encodes a batch; returns a result for each request, or raises for all of them.
-        max_cost: of a batch, see :attr:`EncodeRequest.cost`; a request that costs more runs alone.
-        wait_seconds: how long a request waits for a batch to fill, where the last batch had several requests: their
-            clients may all be about to ask again. One that asks alone does not wait.
-        turn_seconds: what a batch takes at most while several callers ask, as far as one item takes no longer.
-        """
+        """``run`` encodes a batch, and returns a result for each request or raises for all. ``max_cost``: of a batch; a
+        request that costs more runs alone. ``wait_seconds``: for a batch to fill, if the last one had several requests,
+        whose clients may all ask again soon. ``turn_seconds``: longest batch while several callers ask, unless one item
+        takes longer."""
         self._run = run
         self._max_cost = max_cost
         self._wait_seconds = wait_seconds
         self._turn_seconds = turn_seconds
         self.turns: dict[Modality, float] = {"image": 1.0, "text": 1.0}
-        """The cost that takes so long, as the last batches have shown: it begins with one item."""
+        """The cost that takes one turn, learned from the last batches; starts at one item."""
         self._groups: OrderedDict[Group, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
-        """Waiting requests of each caller. None is empty; the next turn is the first one's."""
+        """Waiting requests by caller, never empty; the first group is next."""
         self._asked: dict[str, float] = {}
-        """When each caller last asked or had its turn, in this order."""
+        """Time when each caller last asked or had its turn, in this order."""
         self._cost = 0
         self._last = 0
-        """Requests of the last batch."""
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def submit(self, request: EncodeRequest) -> EncodeResult:
-        """The result of one request. Cancelled before its turn, and past its deadline (``late``), it costs no compute.
-
-        Raises what running its batch raised.
-        """
+        """The result of one request. Raises what running its batch raised. If cancelled before its turn, or past its
+        deadline (``late``), it is not computed."""
         result: asyncio.Future[EncodeResult] = asyncio.get_running_loop().create_future()
         callers = self._groups.setdefault((request.kind, request.adapter), OrderedDict())
         waiting = _Waiting(request, result, time.monotonic())
@@ -101,7 +91,7 @@ class FairBatches:
                 await self._run_batch(batch)
 
     async def _fill(self) -> None:
-        """Wait until there is work for a whole batch, or the request whose turn it is has waited long enough."""
+        """Wait for a whole batch of work, or until the next request has waited long enough."""
         if self._last <= 1:
             return
         callers = next(iter(self._groups.values()))
@@ -115,7 +105,7 @@ class FairBatches:
                 return
 
     def _take(self) -> list[tuple[_Waiting, EncodeRequest]]:
-        """The next batch, with what is encoded of each request; empty when no one waits for what was taken."""
+        """The next batch, with the part of each request that it encodes; empty when no one waits for what was taken."""
         group, callers = self._groups.popitem(last=False)
         turn = self.turns[group[0]] if self._several_ask(callers) else math.inf
         batch: list[tuple[_Waiting, EncodeRequest]] = []
@@ -166,7 +156,7 @@ class FairBatches:
             self._adapt(parts, time.monotonic() - began)
             for (waiting, _), result in zip(batch, results, strict=True):
                 waiting.parts.append(result)
-            for waiting, _ in batch:  # of a request it may hold two parts
+            for waiting, _ in batch:  # may hold two parts of one request
                 failed = any(part.code for part in waiting.parts)
                 if not waiting.result.done() and (failed or not len(waiting.request.payload)):
                     waiting.result.set_result(joined(waiting.parts))
@@ -176,8 +166,7 @@ class FairBatches:
                     waiting.result.set_exception(error)
 
     def _adapt(self, batch: Sequence[EncodeRequest], took: float) -> None:
-        """Give each caller less after a batch that took too long, and more after one in which it had all that it may
-        have."""
+        """Shrink turns after a batch that took too long; grow them after one in which a caller used its whole turn."""
         if len(self._asked) < 2:
             return
         costs: Counter[str] = Counter()
@@ -190,7 +179,7 @@ class FairBatches:
 
 
 def _record(waiting: _Waiting) -> None:
-    """Spans of what is over: which batch a request is in was not known before."""
+    """Record spans afterwards, because a request's batch is not known before."""
     now = time.monotonic()
     record("queue", waiting.since, waiting.began or now)
     if waiting.began:
@@ -198,5 +187,4 @@ def _record(waiting: _Waiting) -> None:
 
 
 def late(request: EncodeRequest) -> EncodeResult:
-    """The answer to a request whose deadline has passed."""
     return EncodeResult(None, request.adapter, code="late", error="the deadline passed in the queue")

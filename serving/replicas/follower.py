@@ -1,4 +1,4 @@
-"""The start of a replica, and a loop that keeps it in step with the ledger when a broadcast did not reach it."""
+"""The start of a replica, and a loop that follows the ledger in case a broadcast did not arrive."""
 
 from __future__ import annotations
 
@@ -24,31 +24,27 @@ from serving.releases.types import Prepared, Residency
 log = logging.getLogger("ratchet.follower")
 FOLLOW_SECONDS: Final = 2.0
 LAG_SECONDS: Final = 60.0
-"""A replica that could not load the live release for this long says so to Serve, which replaces it."""
+"""Serve replaces a replica that could not load the live release for this long."""
 PREPARE_SECONDS: Final = 30.0
 UNSERVABLE_SECONDS: Final = 5.0
 """Between tries of an adapter whose files were gone or damaged."""
 CLIP_SECONDS: Final = 30.0
-"""The longest wait. CLIP takes some ten seconds to load, a VLM a minute of every core."""
+"""Longest wait for CLIP, which takes some ten seconds to load (a VLM: a minute of every core)."""
 LOOK_SECONDS: Final = 0.2
 
 
 def keep_running(
     tasks: dict[str, asyncio.Task[None]], work: Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
 ) -> None:
-    """Start what is not running, or has ended. ``tasks`` are those that run, by name."""
+    """Start what is not running, or has ended. ``tasks``: those that run, by name."""
     for name, each in work.items():
         if name not in tasks or tasks[name].done():
             tasks[name] = asyncio.get_running_loop().create_task(each())
 
 
 def check_start(prepared: Sequence[Prepared], needed: Sequence[str | None]) -> None:
-    """Refuse a start that could answer nothing, or whose failure another replica would not have. A live adapter that
-    is gone or damaged does not prevent the start: an older release is served then.
-
-    Raises:
-        RuntimeError: the replica cannot be used.
-    """
+    """Abort a start that could answer nothing, or whose failure is the replica's own, with RuntimeError. A live adapter
+    that is gone or damaged does not prevent it: an older release is served then."""
     failed = [each for each in prepared if each.error and each.adapter in needed]
     if not failed:
         return
@@ -59,11 +55,9 @@ def check_start(prepared: Sequence[Prepared], needed: Sequence[str | None]) -> N
 
 
 class ResidencyFollower:
-    """Reads the residency every :data:`FOLLOW_SECONDS` and loads what is missing. Use from one event loop.
-
-    Only a failure of the replica itself counts as a lag. While the ledger or the artifacts are away, or the files of
-    an adapter are damaged, a new replica would do no better: this one serves on with what it has.
-    """
+    """Reads the residency every :data:`FOLLOW_SECONDS` and loads what is missing. Use from one event loop. Only
+    failures of the replica itself count as lag: while the ledger or the artifacts are away, or files of an adapter are
+    damaged, a new replica would do no better."""
 
     def __init__(
         self,
@@ -72,12 +66,8 @@ class ResidencyFollower:
         load: Callable[[ResidencyRows], Awaitable[Sequence[Prepared]]],
         keep: Callable[[ResidencyRows], None] = lambda rows: None,
     ) -> None:
-        """Args:
-        deployment: for the metrics.
-        read: reads the ledger; called in a thread, and bounded in time.
-        load: loads what answering needs, and returns what came of each adapter.
-        keep: keeps copies of what was read; called in a thread, and bounded in time.
-        """
+        """``read`` and ``keep`` (of copies) are called in a thread, and bounded in time. ``load`` returns the result
+        for each adapter that answering needs."""
         self._deployment = deployment
         self._read = read
         self._threads = OwnThreads("follower")
@@ -89,25 +79,20 @@ class ResidencyFollower:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def mark_in_step(self) -> None:
-        """The replica serves the live release at this moment."""
         self._behind_since = None
 
     async def check(self) -> None:
-        """Start to follow, if that is not done yet.
-
-        Raises:
-            RuntimeError: the live release could not be loaded for :data:`LAG_SECONDS`.
-        """
+        """Start following. Raises RuntimeError when the live release could not be loaded for :data:`LAG_SECONDS`."""
         keep_running(self._tasks, {"follow": self._follow})
         if self._behind_since is not None and (lag := time.monotonic() - self._behind_since) > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._last_error}")
 
     async def step(self) -> None:
-        """Look at the ledger once, load what is missing, and keep a copy."""
+        """Read the ledger once, load what is missing, and keep a copy."""
         try:
             rows = await self._threads.run(self._read)
         except Exception as error:
-            self.mark_in_step()  # what is live now is not known, so there is nothing to be behind of
+            self.mark_in_step()  # without knowing what is live it cannot be behind
             self._say(f"cannot follow the ledger: {type(error).__name__}: {error}")
             return
         try:
@@ -145,8 +130,7 @@ class ResidencyFollower:
 
 
 class ResidencyReader:
-    """Reads the newest releases; asks an encoder for the spaces of each adapter, once while it is resident
-    (adapters never change)."""
+    """Reads the newest releases, and asks an encoder once for the spaces of each adapter, which never change."""
 
     def __init__(
         self,
@@ -154,11 +138,8 @@ class ResidencyReader:
         prepare: Callable[[str | None], Awaitable[Prepared]],
         prepare_all: Callable[[str | None], Awaitable[Sequence[Prepared]]],
     ) -> None:
-        """Args:
-        read: what is resident; called in a thread. See :meth:`ResidencySource.newest`.
-        prepare: asks any encoder to hold a CLIP adapter.
-        prepare_all: asks all of them.
-        """
+        """``prepare``: makes any encoder load a CLIP adapter; ``prepare_all``: all of them. ``read``: called in a
+        thread."""
         self._read = read
         self._threads = OwnThreads("residency")
         self._prepare = prepare
@@ -167,11 +148,8 @@ class ResidencyReader:
         self._gone: dict[str | None, float] = {}
 
     async def read(self, newer_than: int = 0) -> Residency | None:
-        """The residency; None when nothing newer can be served.
-
-        Raises:
-            RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.
-        """
+        """The residency; None when nothing newer can be served. Raises RatchetError when neither ledger nor copy can be
+        read, or no encoder can tell the spaces now."""
         rows = await self._threads.run(self._read)
         if not rows.window or rows.window[0].number <= newer_than:
             return None
@@ -187,7 +165,7 @@ class ResidencyReader:
             if time.monotonic() < self._gone.get(clip, 0.0):
                 return None
             prepared = await self._prepare(clip)
-            if prepared.unservable:  # there: another node may have a copy that is whole
+            if prepared.unservable:  # on that node: another may have an intact copy
                 answers = await self._prepare_all(clip)
                 prepared = next((answer for answer in answers if not answer.unservable), prepared)
             if prepared.unservable:
@@ -202,8 +180,6 @@ class ResidencyReader:
 
 
 def residency_reader(settings: Settings, ledger: Ledger, encoder: DeploymentHandle, part: str) -> ResidencyReader:
-    """A reader for one process. ``part``: for the metrics."""
-
     async def prepare(clip: str | None) -> Prepared:
         attempts = Attempts(PREPARE_SECONDS, "encoder")
         answer: Prepared = await call_replica(lambda: encoder.prepare.remote(clip), attempts, retry_full=True)
@@ -216,15 +192,12 @@ def residency_reader(settings: Settings, ledger: Ledger, encoder: DeploymentHand
 
 
 async def wait_for_clip() -> None:
-    """Return when an ingress of this server has a release that it answers by, or after :data:`CLIP_SECONDS`.
-
-    Imports alone take seconds of a core in each process: done all at once on a few cores, they would make everything
-    late by the time that all of them take. Where CLIP answers already, as when a replica is replaced, this is a call.
-    """
+    """Return when an ingress of this server knows the live release, or after :data:`CLIP_SECONDS`. Imports take seconds
+    of a core in each process; all at once they would delay CLIP."""
     try:
         async with asyncio.timeout(CLIP_SECONDS):
             ingress = serve.get_deployment_handle(INGRESS, APP)
             while not await ingress.resident.remote():
                 await asyncio.sleep(LOOK_SECONDS)
-    except Exception as error:  # the order only spares CLIP some seconds
+    except Exception as error:  # waiting only spares CLIP some seconds
         log.warning("started without waiting for CLIP: %s: %s", type(error).__name__, error)

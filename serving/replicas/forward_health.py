@@ -1,4 +1,4 @@
-"""Health of a replica's forward passes: a device that fails every pass fails fast, and would draw the load."""
+"""Health of a replica's forward passes: a device that fails every pass fails fast, and would attract the load."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 MAX_FAILURES: Final = 3
-"""Failures in a row, small passes with known inputs among them, after which the replica is replaced."""
+"""Consecutive failures, probes among them, after which the replica is replaced."""
 PROBE_SECONDS: Final = 10.0
-"""Between passes that an idle replica runs of its own."""
+"""Between probes of an idle replica."""
 STALL_SECONDS: Final = 30.0
-"""The longest that a busy replica may be without a pass that works before it runs one of its own. A device that hangs
-raises nothing; a pass behind one that never ends does not end either.
-"""
+"""Longest time without a successful pass before a busy replica probes itself: a device that hangs raises nothing, and a
+pass behind one that never ends does not end either."""
 PROBE_LIMIT_SECONDS: Final = 20.0
 """Below Serve's own limit for a health check (30 s), so that the reason gets into the log."""
 PERSISTENT: Final = ("CUDA error", "CUDA failure", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS")
@@ -22,7 +21,7 @@ PERSISTENT: Final = ("CUDA error", "CUDA failure", "device-side assert", "CUBLAS
 
 
 class ForwardHealth:
-    """Counts failures in a row. A request's own fault does not count: a pass with known inputs between them works."""
+    """Counts consecutive failures. A request's own fault does not add up, because probes in between pass."""
 
     def __init__(self, stall_seconds: float = STALL_SECONDS) -> None:
         """``stall_seconds``: longer than any pass that works."""
@@ -37,32 +36,24 @@ class ForwardHealth:
         self._passed_at = time.monotonic()
 
     def passed(self, at: float) -> None:
-        """A pass ended, at this time of the monotonic clock; its request may have been given up since."""
+        """Note that a pass ended at this time of the monotonic clock; its request may have been given up since."""
         self._passed_at = max(self._passed_at, at)
 
     @property
     def stalled(self) -> bool:
-        """True when no pass has ended for so long that a busy replica may hang."""
+        """True if no pass has ended for so long that a busy replica may hang."""
         return time.monotonic() - self._passed_at >= self._stall_seconds
 
     def failed(self, error: BaseException) -> None:
-        """A pass failed, and not through what the request asked."""
+        """Count a failed pass that was not the request's fault."""
         self._failures += 1
         self._last_error = f"{type(error).__name__}: {str(error)[:300]}"
         if is_persistent(error):
             self._broken = self._last_error
 
     async def check(self, probe: Callable[[], Awaitable[Any]], busy: bool) -> None:
-        """Run a small pass where none worked lately or the last one failed. A busy replica is tested by its requests,
-        as long as passes end now and then.
-
-        Args:
-            probe: runs the pass.
-            busy: whether requests are being answered.
-
-        Raises:
-            RuntimeError: passes fail again and again, or the device is lost.
-        """
+        """Probe if no pass worked lately or the last one failed. Requests test a busy replica, as long as passes end.
+        Raises RuntimeError when passes fail repeatedly, or the device is lost."""
         due = self.stalled if busy else time.monotonic() - self._passed_at >= PROBE_SECONDS
         if not self._broken and (self._failures or due):
             try:
@@ -79,6 +70,6 @@ class ForwardHealth:
 
 
 def is_persistent(error: BaseException) -> bool:
-    """True where the device is lost to this process. A lack of memory passes."""
+    """True if the device is lost to this process. Lack of memory is temporary."""
     message = str(error)
     return "out of memory" not in message and any(part in message for part in PERSISTENT)

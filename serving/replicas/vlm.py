@@ -1,11 +1,8 @@
-"""VLM replicas: resident adapters, the requests that use them, deadlines, and refusals as values.
+"""VLM replicas: resident adapters, the requests that use them, deadlines, and expected failures as values.
 
-:class:`VlmWorker` is plain Python; :class:`VlmReplica` is the same as a Ray deployment that starts from the ledger and
-follows it.
-
-The engine has a fixed number of places for adapters. The ones of the resident releases keep theirs; another place is
-for one that is being prepared, and one for what a late request still needs. An adapter is never taken from under a
-request: it goes when its last one has ended.
+:class:`VlmWorker` is plain Python; :class:`VlmReplica` is the Ray deployment, which starts from the ledger and follows
+it. The engine holds a fixed number of adapters: those of the resident releases, one that is being prepared, and one for
+late requests. An adapter is unloaded only when its last request has ended.
 """
 
 from __future__ import annotations
@@ -42,16 +39,16 @@ from serving.replicas.forward_health import STALL_SECONDS, ForwardHealth
 
 log = logging.getLogger("ratchet.vlm")
 ROOM_SECONDS = 20.0
-"""The longest that a new adapter waits for a place. Long answers end by their deadline, which is about this."""
+"""Longest wait of a new adapter for a place: long answers end by their deadline, which is about this."""
 INCOMING, LATE = 1, 1
-"""Places for adapters next to those of the resident releases: one that is being prepared, one for late requests."""
+"""Places for adapters in addition to the resident ones: one that is being prepared, one for late requests."""
 RETRY_SECONDS = 15.0
-"""Between a start that failed and the next one. Serve itself would begin again at once, and load all cores for ever."""
+"""Pause after a failed start: Serve itself would retry at once, and load all cores without end."""
 Result = TypeVar("Result")
 
 
 class VlmWorker:
-    """Answers under named adapters; loads one that is asked for and not resident. Use from one event loop."""
+    """Answers under named adapters; loads missing ones on request. Use from one event loop."""
 
     def __init__(
         self,
@@ -62,11 +59,8 @@ class VlmWorker:
         batch: int,
         deadline_seconds: float = STALL_SECONDS,
     ) -> None:
-        """Args:
-        places: adapters that the engine holds at once.
-        batch: requests that it answers side by side.
-        deadline_seconds: after which no request is answered any more.
-        """
+        """``places``: adapters that the engine holds at once. ``batch``: requests that it answers concurrently.
+        ``deadline_seconds``: longest time of a request."""
         self.engine = engine
         self.artifacts = artifacts
         self.replica = replica
@@ -84,7 +78,7 @@ class VlmWorker:
         self._health = ForwardHealth(max(STALL_SECONDS, deadline_seconds))
 
     async def prepare(self, vlm: str | None) -> Prepared:
-        """Hold the adapter next to what is served, and answer golden inputs with it. The answer says what is wrong."""
+        """Load the adapter next to what is served, and run golden inputs. The answer says what is wrong."""
         known = self._prepared.get(vlm)
         if known is not None and (vlm is None or self._is_ready(vlm)):
             return known
@@ -105,7 +99,7 @@ class VlmWorker:
         return self._prepared[vlm]
 
     async def adopt(self, vlms: Sequence[str | None]) -> str:
-        """These adapters are resident from now on. Others stay until :meth:`retire`."""
+        """Make these adapters resident. Others stay until :meth:`retire`."""
         self._keep = {name for name in vlms if name is not None}
         self._coming -= self._keep
         return self.replica
@@ -132,7 +126,7 @@ class VlmWorker:
         return await self._answered("score", lambda: self.engine.score(request, choices, adapter), adapter, seconds)
 
     async def probe(self, adapter: str | None, seconds: float) -> GenerationResult | Refusal:
-        """A short answer. While requests are answered, and passes end, none is needed: then the code is ``busy``."""
+        """Generate a short answer; ``busy``, without one, while requests are being answered and passes end."""
         self._health.passed(self.engine.passed_at)
         if self._inside and not self._health.stalled:
             return Refusal("busy", f"{self._inside} requests are being answered.")
@@ -141,7 +135,7 @@ class VlmWorker:
     async def stream(
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
-        """Chunks as they come, or why there are none (any more). Closing it aborts the request. Raises EngineDead."""
+        """Chunks as they come, or a Refusal as the last item. Closing it aborts the request. Raises EngineDead."""
         began, last = time.perf_counter(), None
         with self._observed("stream", adapter) as ending:
             try:
@@ -173,8 +167,7 @@ class VlmWorker:
         }  # fmt: skip
 
     async def check_health(self) -> None:
-        """Raise RuntimeError when the engine is dead, or answers fail again and again; ask for a short one now and
-        then."""
+        """Raise RuntimeError when the engine is dead or answers fail repeatedly; request a short one now and then."""
         if last_error := self.engine.last_error():
             raise RuntimeError(f"the engine is dead: {last_error}")
         self._health.passed(self.engine.passed_at)
@@ -200,8 +193,8 @@ class VlmWorker:
 
     @contextmanager
     def _observed(self, kind: str, adapter: str | None) -> Iterator[_Ending]:
-        """Count a request, how it ends, and the user of an adapter. The last user of one that is not kept lets it
-        go."""
+        """Count a request, its outcome and its adapter's users; the last user of an adapter that is not kept unloads
+        it."""
         note(adapter or BASE)
         began, ending = time.monotonic(), _Ending()
         self._count(adapter, +1)
@@ -289,12 +282,11 @@ class VlmWorker:
 
 @dataclass
 class _Ending:
-    """The end of a request, for the metrics. ``gone``: its client left."""
+    """Outcome of a request for the metrics. ``gone``: its client left."""
 
     outcome: str = "gone"
 
     def refused(self, error: TimeoutError | RatchetError) -> Refusal:
-        """An expected failure as a value."""
         refusal = Refusal("late", "the deadline passed before the answer was ready.", "Ask for fewer tokens, or later.")
         if isinstance(error, RatchetError):
             refusal = Refusal("ask" if isinstance(error, InvalidRequest) else "adapter", error.message, error.fix)
@@ -303,13 +295,8 @@ class _Ending:
 
 
 async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIterator[TokenChunk]:
-    """Chunks that came since the last look, as one: a reader that is slow makes few messages, not a long queue.
-
-    Closing this closes the source.
-
-    Raises:
-        TimeoutError: the source did not end within the time.
-    """
+    """Merge chunks that arrived since the last read, so that a slow reader gets few messages. Closing this closes the
+    source. Raises TimeoutError when the source did not end within ``seconds``."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     ready: list[TokenChunk] = []
@@ -347,12 +334,9 @@ async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIt
 
 
 class VlmReplica(VlmWorker):
-    """The deployment: holds one engine, and the adapters of the resident releases. Starts as an encoder does, but after
-    CLIP.
-
-    A dead engine cannot be started again in its process: the replica reports it, and Serve starts another replica. One
-    whose start fails is started again without end, see :data:`serving.ray.ray_session.START_ATTEMPTS`.
-    """
+    """The deployment: one engine, and the adapters of the resident releases. Starts as an encoder does, after CLIP. A
+    dead engine cannot be restarted in its process: the replica reports it, and Serve starts another one. Failed starts
+    are repeated without end, see :data:`serving.ray.ray_session.START_ATTEMPTS`."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
@@ -398,12 +382,12 @@ class VlmReplica(VlmWorker):
             await engine.close()
 
     async def adopt(self, vlms: Sequence[str | None]) -> str:
-        """The controller committed: these adapters are resident, the live one first."""
+        """The controller has committed these adapters as resident, the live one first."""
         self._follower.mark_in_step()
         return await super().adopt(vlms)
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds. Also raises when the replica lags behind for long."""
+        """Serve asks this every few seconds. Also raises when the replica lags behind."""
         await super().check_health()
         await self._follower.check()
 
