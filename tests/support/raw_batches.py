@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,11 @@ def _nullable(out: bytearray, data: bytes | None) -> None:
     out += data or b""
 
 
+NO_LEADER = 6
+"""NOT_LEADER_OR_FOLLOWER: Apache Kafka elects a new partition's leader after the topic is there."""
+NO_LEADER_TRIES = 100
+
+
 class RawProducer:
     """Sends batches as they are. A context manager; one connection."""
 
@@ -99,7 +105,15 @@ class RawProducer:
         self._stream = self._socket.makefile("rb")
 
     def send(self, topic: str, partition: int, batches: bytes) -> tuple[int, int]:
-        """Error code and first offset. Raises ConnectionError when the broker hangs up (a length that is wrong)."""
+        """Error code and first offset, once the partition has a leader. Raises ConnectionError when the broker hangs up."""
+        for _ in range(NO_LEADER_TRIES):
+            code, offset = self._sent(topic, partition, batches)
+            if code != NO_LEADER:
+                break
+            time.sleep(0.1)
+        return code, offset
+
+    def _sent(self, topic: str, partition: int, batches: bytes) -> tuple[int, int]:
         client, name = b"raw", topic.encode()
         request = struct.pack(">hhih", 0, 7, 1, len(client)) + client  # Produce, version 7
         request += struct.pack(">hhiih", -1, 1, 30_000, 1, len(name)) + name

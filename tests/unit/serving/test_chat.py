@@ -155,7 +155,7 @@ async def test_fields_that_change_nothing_and_nulls_anywhere_are_taken(fields: d
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
-        ({"messages": [{"role": "user", "content": "x" * 101}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": "x" * 2001}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0"),
         ({"messages": [{**about_image()[0], "role": "system"}]}, "messages.0.content.0"),

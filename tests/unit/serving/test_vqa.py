@@ -72,7 +72,7 @@ async def test_multipart_says_the_same(choices: dict[str, Any]) -> None:
         ({"choices": ["yes"]}, "choices"), ({"choices": ["yes", "yes "]}, "choices"),
         ({"choices": ["", "a"]}, "choices"),
         ({"choices": [str(n) for n in range(17)]}, "choices"), ({"question": ""}, "question"),
-        ({"question": "x" * 101}, "question"), ({"image": "https://x/a.png"}, "image"), ({"image": None}, "image"),
+        ({"question": "x" * 2001}, "question"), ({"image": "https://x/a.png"}, "image"), ({"image": None}, "image"),
         ({"tools": []}, "tools"),
     ],
 )  # fmt: skip
