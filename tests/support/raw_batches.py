@@ -105,7 +105,7 @@ class RawProducer:
         self._stream = self._socket.makefile("rb")
 
     def send(self, topic: str, partition: int, batches: bytes) -> tuple[int, int]:
-        """Error code and first offset, once the partition has a leader. Raises ConnectionError when the broker hangs up."""
+        """Error code and first offset, once there is a leader. Raises ConnectionError when the broker hangs up."""
         for _ in range(NO_LEADER_TRIES):
             code, offset = self._sent(topic, partition, batches)
             if code != NO_LEADER:
