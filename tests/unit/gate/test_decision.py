@@ -76,6 +76,12 @@ def test_one_item_less_than_min_items_decides_nothing_whatever_it_shows(role: st
         entry = scores("few", before, after, role=role, margin=0.3 if role == "retention" else None)
         assert [r.decision for r in judge(entry, min_items=50)] == [decision]
         assert [r.decision for r in judge(entry, min_items=51)] == ["inconclusive"]
+    if role == "gain":
+        learned = scores("few", before, shown, role="gain")
+        enough, too_few = (findings(learned, min_items=least).gain for least in (50, 51))
+        assert enough is not None and too_few is not None
+        assert (enough.decision, too_few.decision) == ("passed", "inconclusive")
+        assert f"of few from {before.mean():.1%} to 100.0%" in enough.reason
 
 
 def test_a_wide_interval_is_inconclusive_and_says_how_many_items_would_tell() -> None:
