@@ -218,9 +218,7 @@ class DeletionFollower:
         """
         if not self._expunge_left or time.monotonic() < self._expunge_at:
             return False
-        self._expunge_at = (
-            time.monotonic() + EXPUNGE_SECONDS
-        )  # set before it can fail, so that the loop goes on meanwhile
+        self._expunge_at = time.monotonic() + EXPUNGE_SECONDS  # set first: it may fail
         for space in await self._in_thread(self._tables.spaces):
             await self._in_thread(self._tables.expunge, space, timedelta(seconds=EXPUNGE_SECONDS / 2))
         self._expunge_left -= 1

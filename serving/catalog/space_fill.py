@@ -298,9 +298,7 @@ class SpaceFill:
         }
 
     async def _embed(self, embedder: Embedder, samples: list[str]) -> Embedded:
-        present = await self._in_thread(
-            self._tables.present, self.space, samples
-        )  # written by another server's catalog
+        present = await self._in_thread(self._tables.present, self.space, samples)  # another server's
         absent = [sample for sample in samples if sample not in present]
         embedded = await embedder.embed(absent, self.clip)
         return Embedded(embedded.rows, embedded.vectors, embedded.unreadable, frozenset(present))
