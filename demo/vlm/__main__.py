@@ -1,7 +1,7 @@
 """Rebuild the committed assets.
 
-python -m demo.vlm HOME                 train the model (half an hour), score the result
-python -m demo.vlm HOME --scores-only   score again what is committed
+python -m demo.vlm HOME                 train the model (half an hour) and score it
+python -m demo.vlm HOME --scores-only   only score the committed model
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Commands that run a part until SIGTERM: ``up`` all of them, ``serve``, ``ingest``, ``maintain``, ``trainer`` and so
-on; and what an operator does about a partition or an update.
-"""
+"""Commands that run a part until SIGTERM (``up``, ``serve``, ``ingest``, ``maintain``, ``trainer`` ...), and operators'
+commands on partitions and updates."""
 
 from __future__ import annotations
 
@@ -75,14 +74,11 @@ def up(
 
 
 def make_ready(settings: Settings) -> None:
-    """Have the bases that the settings name made where an installed package provides them; others must be registered.
+    """Make sure that the configured bases exist: installed packages make theirs, others must be registered.
 
-    A package provides a base by an entry point of the group ``ratchet.bases``: under the base's name, a function of the
-    settings that makes the base and the data that its gate and trainer use, where they are missing. Of a base of your
-    own, suites and reference pool are yours to choose. An empty ``base.vlm`` is none, and needs nothing.
-
-    Raises:
-        RatchetError: a base is not registered.
+    A package provides a base by an entry point of the group ``ratchet.bases``, named after the base: a function of the
+    settings that makes the base and the data of its gate and trainer, where missing. Raises RatchetError when a base is
+    not registered.
     """
     from serving.engines.clip_base import list_bases
 
@@ -198,7 +194,7 @@ def trainer(
     from updater.service.process import be_nice, use_environment
 
     settings = ctx.of(context).settings
-    be_nice()  # before imports that take seconds, and start threads
+    be_nice()  # before imports that take seconds and start threads
     use_environment()
 
     from updater.service.update_loop import run_update
