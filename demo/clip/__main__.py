@@ -1,7 +1,7 @@
 """Rebuild the committed assets.
 
-python -m demo.clip HOME                 train the projections, score the result
-python -m demo.clip HOME --scores-only   score again what is committed
+python -m demo.clip HOME                 train the projections and score the result
+python -m demo.clip HOME --scores-only   only score the committed projections
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def status(
     if as_json:
         show_json(
             {name: value for name, value in collect(settings).items() if name != "stream"}
-        )  # its fields are there already
+        )  # its fields are there
         return
     console = Console()
     if not watch:
