@@ -52,7 +52,6 @@ def clip_data(settings: Settings) -> list[DemoData]:
 
 
 def vlm_data(settings: Settings) -> list[DemoData]:
-    """Reference pool and suite data of the shipped VLM."""
     if settings.base.vlm != SHIPPED_VLM:
         return []
     return [*map(DemoData, VLM_REFERENCE), *(each for each in _suite_data(settings) if each.name in QUESTIONS)]

@@ -1,8 +1,6 @@
-"""State of the stream for command line and console: losses, unavailable dependencies, maintenance.
-
-Lasting facts come from the sample store, deletions from the ledger. Current activity comes from the metrics of ingest
-and maintenance on this machine; it is None where they cannot be reached, as from another container.
-"""
+"""State of the stream for command line and console: losses, unavailable dependencies, maintenance. Lasting facts come
+from the sample store, deletions from the ledger. Current activity comes from the metrics of ingest and maintenance on
+this machine; it is None where they cannot be reached, as from another container."""
 
 from __future__ import annotations
 
@@ -33,7 +31,6 @@ class Gap:
     """Offsets that were gone before they were read."""
 
     partition: str
-    """``topic:partition``."""
     first: int
     last: int
     reason: str
@@ -52,17 +49,13 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """Counts of the store, and state of the parts that write to it."""
-
     samples: dict[str, int] = field(default_factory=lambda: {"train": 0, "fresh_eval": 0})
     """By split."""
     records: int = 0
     """Records that ingest consumed, including duplicates and quarantined ones."""
     offsets: dict[str, int] = field(default_factory=dict)
-    """Next offset of each partition."""
     fragments: int = 0
     lost: int = 0
-    """Total of lost offsets."""
     gaps: tuple[Gap, ...] = ()
     """The newest, newest first."""
     rewritten: int = 0
@@ -70,21 +63,16 @@ class StreamState:
     waiting_for: str | None = None
     """Dependency that ingest waits for; empty: none; None: unknown."""
     quarantine_failing: bool = False
-    """True if quarantined records cannot be published now."""
     waiting_state: str = ""
     """State of the dependency that ingest waits for: a value of :data:`core.dependencies.State`."""
     maintained: datetime | None = None
     """End of the last completed maintenance run; None: unknown, or none yet."""
     maintenance_failing: bool = False
-    """True if the newest run failed."""
     maintenance_known: bool = False
-    """True if maintenance could be reached."""
     deletions: int = 0
-    """Number of incomplete deletions."""
     oldest_deletion: timedelta = timedelta(0)
 
     def problems(self) -> list[str]:
-        """Problems in words; empty if there are none."""
         problems = []
         if self.waiting_for:
             problems.append(f"Ingest waits for the {self.waiting_for}: {self.waiting_state}.")

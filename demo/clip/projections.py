@@ -24,8 +24,6 @@ from core.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionRecipe:
-    """Hyperparameters of the projections. The defaults made the committed asset."""
-
     epochs: int = 25
     batch: int = 512
     """Pairs per step; all others are negatives unless their texts are equal."""
@@ -48,8 +46,6 @@ class ProjectionRecipe:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Cached features of image-text pairs."""
-
     images: torch.Tensor
     """``float32 [n, image width]``."""
     texts: torch.Tensor
@@ -60,8 +56,6 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Classes:
-    """A linear classifier on image features, and features of its class names."""
-
     head: torch.Tensor
     """``float32 [classes, image width]``; the bias does not shift means."""
     names: torch.Tensor
@@ -70,8 +64,6 @@ class Classes:
 
 @dataclass(frozen=True)
 class Projections:
-    """The trained tensors for the model."""
-
     image: torch.Tensor
     """``float32 [dim, image width]``."""
     text: torch.Tensor
@@ -79,7 +71,6 @@ class Projections:
     logit_scale: torch.Tensor
     """Natural logarithm of the factor from cosine to logit; scalar."""
     losses: Sequence[float]
-    """Mean loss per epoch."""
 
 
 def train_projections(

@@ -1,8 +1,6 @@
-"""Zero-shot scores of a base on the demo domains, by the gate's scorer, as fractions of 1.
-
-Recall is the mean of both directions, on at most 300 test items per domain; accuracy is zero-shot classification with a
-few prompts, in domains with classes. ``assets/scores.json`` has the shipped base's scores; a test compares some.
-"""
+"""Zero-shot scores of a base on the demo domains, by the gate's scorer, as fractions of 1. Recall is the mean of both
+directions, on at most 300 test items per domain; accuracy is zero-shot classification with a few prompts, in domains
+with classes. ``assets/scores.json`` has the shipped base's scores; a test compares some."""
 
 from __future__ import annotations
 
@@ -53,7 +51,6 @@ def score_base(
 
 
 def committed_scores() -> dict[str, dict[str, float]]:
-    """Committed scores of the shipped base."""
     value: dict[str, Any] = json.loads((ASSETS / SCORES).read_text())
     scores: dict[str, dict[str, float]] = value["domains"]
     return scores

@@ -1,8 +1,6 @@
-"""The base "shipped": two pretrained towers from PyPI, joined by projections that are committed in ``assets``.
-
-A first start copies and joins them (seconds). ``retrain`` downloads five domains, computes features once and trains the
-projections on them (minutes); its result is committed.
-"""
+"""The base "shipped": two pretrained towers from PyPI, joined by projections that are committed in ``assets``. A first
+start copies and joins them (seconds). ``retrain`` downloads five domains, computes features once and trains the
+projections on them (minutes); its result is committed."""
 
 from __future__ import annotations
 

@@ -53,7 +53,6 @@ IMAGE_DIGEST = "d670b4f01c80b7b04f50b2b821fe76abbfd4ce372b8af2dc4c0687573a46818b
 
 
 def model_cfg() -> dict[str, Any]:
-    """open_clip's configuration of the joined model."""
     return {
         "embed_dim": DIM,
         "vision_cfg": {

@@ -91,11 +91,9 @@ def _first(pattern: re.Pattern[bytes], head: bytes) -> str:
 
 
 def _title(stem: str, title: str, creator: str) -> str:
-    """The file's title, or its name if the title is that of a collection.
-
-    A title is a file's own if half of its first words are in the name: `grapes_leif_lodahl_02` is "Grapes", but
-    `crosswind` is not "SVG Road Signs". The author's name, often truncated (`ganson`), is removed from file names.
-    """
+    """The file's title, or its name if the title is that of a collection. A title is a file's own if half of its first
+    words are in the name: `grapes_leif_lodahl_02` is "Grapes", but `crosswind` is not "SVG Road Signs". The author's
+    name, often truncated (`ganson`), is removed from file names."""
     if card := _CARD.fullmatch(stem):
         return f"{_RANKS.get(card[2], card[2])} of {_SUITS[card[1]]}"
     title = re.sub(r"(?i)\s*-\s*rpg map elements.*$", "", " ".join(title.replace("_", " ").split()))

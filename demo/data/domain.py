@@ -1,8 +1,5 @@
-"""From a builder's drafts to a folder dataset on disk.
-
-The same thing drawn by other artists has the same concept, and in every domain a concept is wholly in `train` or in
-`test`, so no test item was seen in training in any style.
-"""
+"""From a builder's drafts to a folder dataset on disk. The same thing drawn by other artists has the same concept, and
+in every domain a concept is wholly in `train` or in `test`, so no test item was seen in training in any style."""
 
 from __future__ import annotations
 
@@ -60,8 +57,6 @@ WAITING: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A row to write; `picture` is drawn later, in a pool."""
-
     name: str
     """File name without suffix, unique in the domain."""
     text: str
@@ -75,8 +70,6 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """A demo dataset with its origin, licence and builder."""
-
     name: str
     packages: tuple[Package, ...]
     licence: str
@@ -86,7 +79,6 @@ class DomainInfo:
     suffix: str = "png"
     crisp: bool = False
     templates: tuple[str, ...] = ("a picture of {}.",)
-    """Prompts for zero-shot classification by label."""
 
     @property
     def package(self) -> str:

@@ -124,11 +124,9 @@ DOMAINS: Final[dict[str, DomainInfo]] = {info.name: info for info in _ALL}
 
 
 def prepare_domain(name: str, home: Path | str, split: str | None = None) -> Path:
-    """The folder dataset of domain `name` in `home`/data/`name`, downloaded and drawn if missing (seconds).
-
-    `split` (`train` or `test`): only that part is needed. Safe to call repeatedly and from several processes. Raises
-    `ConfigError` for an unknown name, `PackageError` when a package is unavailable.
-    """
+    """The folder dataset of domain `name` in `home`/data/`name`, downloaded and drawn if missing (seconds). `split`
+    (`train` or `test`): only that part is needed. Safe to call repeatedly and from several processes. Raises
+    `ConfigError` for an unknown name, `PackageError` when a package is unavailable."""
     if name not in DOMAINS:
         raise ConfigError(f"there is no demo domain {name!r}.", f"Known: {', '.join(DOMAINS)}.")
     return build(DOMAINS[name], Path(home), split)

@@ -23,13 +23,10 @@ from demo.data.questions import QUESTIONS, prepare_questions
 from demo.data.questions import VERSION as QUESTIONS_VERSION
 
 NICE: Final = 10
-"""Niceness of the processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """A domain or a question set, or one split of a domain."""
-
     name: str
     split: str | None = None
 
@@ -105,7 +102,6 @@ class Preparation:
                 self._jobs[name].result()
 
     def wait_for_all(self) -> None:
-        """Wait for everything. Raises what preparing one of them raised."""
         self.wait(*self._jobs)
 
     def _show(self) -> None:

@@ -67,12 +67,9 @@ VERSION: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class QuestionsInfo:
-    """A question-answer dataset, the domains of its pictures, and its maker."""
-
     name: str
     sources: tuple[str, ...]
     make: Callable[[Path, dict[str, Path]], Iterable[Question]]
-    """Takes the home and the folder of each source."""
 
     @property
     def licence(self) -> str:
@@ -111,11 +108,8 @@ QUESTIONS: Final[dict[str, QuestionsInfo]] = {
 
 
 def prepare_questions(name: str, home: Path | str) -> Path:
-    """The question dataset `name` in `home`/data/`name`, made with its domains if missing.
-
-    Safe to call repeatedly and from several processes. Raises `ConfigError` for an unknown name, `PackageError` when a
-    package is unavailable.
-    """
+    """The question dataset `name` in `home`/data/`name`, made with its domains if missing. Safe to call repeatedly and
+    from several processes. Raises `ConfigError` for an unknown name, `PackageError` when a package is unavailable."""
     if name not in QUESTIONS:
         raise ConfigError(f"there are no demo questions {name!r}.", f"Known: {', '.join(QUESTIONS)}.")
     info, target = QUESTIONS[name], Path(home) / "data" / name
@@ -172,7 +166,6 @@ def _write(info: QuestionsInfo, questions: Iterable[Question], folder: Path) -> 
 
 
 def _place(source: Path, target: Path) -> None:
-    """Hard-link the file, or copy it if the file system cannot."""
     try:
         os.link(source, target)
     except OSError:

@@ -50,7 +50,6 @@ class Picture:
     """The domain, which determines the style."""
     concept: str
     split: str
-    """Of the concept, in its domain."""
     title: str = ""
     """Its exact name, equal in all styles."""
     name: str = ""
@@ -63,8 +62,6 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A row to write."""
-
     picture: Picture
     split: str
     kind: str
@@ -125,7 +122,6 @@ def _open(
     cap: int,
     dice: random.Random,
 ) -> Iterator[Question]:
-    """One question per picture with an answer, at most `cap` per answer."""
     seen: Counter[str] = Counter()
     for picture in dice.sample(pictures, len(pictures)):
         answer = about(picture)
@@ -200,7 +196,6 @@ def colour_shares(image: Image.Image) -> dict[str, float]:
 
 
 def main_colour(shares: dict[str, float]) -> str:
-    """The dominant colour, or empty if it is unclear."""
     order = sorted(shares, key=lambda name: (-shares[name], name))
     if not order or shares[order[0]] < MAIN_SHARE:
         return ""

@@ -22,7 +22,6 @@ from demo.data.questions_make import Picture, colour_shares
 from streams.publish.folders import FolderItem, read_folder
 
 EMOJI: Final = ("noto", "twemoji", "openmoji")
-"""Three styles of the same things."""
 _UNNAMED: Final = frozenset(("flag", "face", "person", "symbol", "hand", "clock", "arrow", ""))
 """Categories whose members need a sentence instead of a name."""
 _SHORT: Final = re.compile(r"[a-z]+(?:[ -][a-z]+){0,2}")
@@ -72,10 +71,8 @@ def _picture(domain: str, item: FolderItem, colours: dict[str, float], subgroups
 
 
 def basic_name(text: str, category: str) -> str:
-    """The basic name of a thing that a text describes more closely; empty if there is none.
-
-    `"a pair of army boots, worn"` -> `"shoe"`, `"cat with tears of joy"` -> `"cat"`, `"dog face"` -> `"dog"`.
-    """
+    """The basic name of a thing that a text describes more closely; empty if there is none. `"a pair of army boots,
+    worn"` -> `"shoe"`, `"cat with tears of joy"` -> `"cat"`, `"dog face"` -> `"dog"`."""
     plain = _LEAD.sub("", text.casefold().strip().removeprefix("flag: "))
     content = _WORDS.findall(_BREAK.split(plain, maxsplit=1)[0])
     if len(content) > 1 and content[-1] == "face" and category != "face":

@@ -33,7 +33,6 @@ CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
 }
 """Category -> accepted names; at most two, so that metrics that want three agreeing answers see one."""
 MASS: Final = frozenset(("clothing", "food", "furniture", "terrain"))
-"""Categories without an article."""
 
 _SUBGROUPS: Final = {
     "animal": "cat-face monkey-face animal-mammal animal-amphibian animal-reptile animal-marine",
@@ -58,7 +57,6 @@ _SUBGROUPS: Final = {
     "symbol": "av-symbol alphanum keycap math punctuation zodiac religion other-symbol transport-sign warning",
 }
 SUBGROUPS: Final = {subgroup: kind for kind, names in _SUBGROUPS.items() for subgroup in names.split()}
-"""Subgroup of emojibase -> category."""
 # fmt: off
 NOT_OF_KIND: Final = frozenset((
     "love letter", "station", "bus stop", "motorway", "railway track", "oil drum", "fuel pump", "wheel", "anchor",
@@ -81,7 +79,6 @@ LABELS: Final = {
         "person": "person",
     },
 }  # fmt: skip
-"""Label of a domain -> category."""
 FOLDERS: Final = {
     "animals-mammals": "animal", "animals-birds": "bird", "animals-bugs": "insect", "animals-fish": "animal",
     "animals-reptiles": "animal", "food-beverages": "drink", "food": "food", "plants": "plant",
@@ -139,7 +136,6 @@ SYNONYMS: Final = {
     "boat": "ship", "glasses": "sunglasses", "face": "smiley", "phone": "telephone", "bug": "insect", "meat": "steak",
     "floor": "carpet", "cake": "pie", "bread": "bun", "house": "home",
 }  # fmt: skip
-"""Another correct name."""
 
 ASK_NAME: Final = ("what is this?", "what is shown here?", "what does the picture show?")
 ASK_CATEGORY: Final = ("what kind of thing is this?", "which category does this belong to?")

@@ -24,8 +24,6 @@ from serving.releases.types import BASE
 
 
 class ExpectedVectors:
-    """Vectors of the probes under any adapter."""
-
     def __init__(self, settings: Settings, images: Sequence[bytes], texts: Sequence[str]) -> None:
         self.artifacts = Artifacts(settings.artifacts)
         self.engine = ClipEngine.of(settings)
@@ -60,7 +58,6 @@ class ExpectedAnswers:
         self._answers: dict[str, list[str]] = {}
 
     def prepare(self, adapters: Sequence[str]) -> None:
-        """Answer under each adapter, with one engine for all."""
         missing = [adapter for adapter in dict.fromkeys(adapters) if adapter not in self._answers]
         if not missing:
             return

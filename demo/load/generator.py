@@ -20,7 +20,6 @@ TIMEOUT_SECONDS = 60.0
 
 
 Request = tuple[str, bytes]
-"""Path and JSON body."""
 
 
 def content(answer: dict[str, Any]) -> Any:

@@ -10,7 +10,6 @@ from core.ledger.rows import Family
 from ratchet_client import data_uri
 
 Question = tuple[bytes, str]
-"""An encoded image, and a question about it."""
 ANSWER_TOKENS = 16
 RequestKind = Literal["embeddings", "classify", "search", "chat"]
 PATHS: Final[dict[RequestKind, str]] = {
@@ -23,8 +22,6 @@ PATHS: Final[dict[RequestKind, str]] = {
 
 @dataclass(frozen=True)
 class Probe:
-    """A request that is sent repeatedly."""
-
     kind: RequestKind
     items: tuple[int, ...]
     """Indices of images and texts (images first), or the index of one question."""
@@ -32,7 +29,6 @@ class Probe:
 
     @property
     def family(self) -> Family:
-        """The family whose adapter answers."""
         return "vlm" if self.kind == "chat" else "clip"
 
     @property
@@ -71,7 +67,6 @@ def batch_probes(images: Sequence[bytes], texts: Sequence[str], items: int) -> l
 
 
 def classify_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe]:
-    """Each image, with all texts as labels."""
     return [
         Probe("classify", (number,), {"images": [data_uri(image)], "labels": list(texts), "templates": ["{}"]})
         for number, image in enumerate(images)
@@ -86,7 +81,6 @@ def search_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe]:
 
 
 def chat_probes(questions: Sequence[Question]) -> list[Probe]:
-    """Greedy answers about one image each."""
     return [_chat(number, question) for number, question in enumerate(questions)]
 
 

@@ -126,7 +126,6 @@ class Traffic:
             self._process.wait()
 
     def send_to(self, *urls: str) -> None:
-        """Send further requests to these servers, in turn."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.write(json.dumps(urls).encode() + b"\n")
             self._process.stdin.flush()
@@ -147,7 +146,6 @@ class Traffic:
             raise RatchetError(f"the load stands still: {error}.", "Is the server up?") from None
 
     def releases(self) -> set[int]:
-        """Numbers of the releases that answered so far."""
         return {int(row["r"]) for row in self._rows() if row["c"] == 200}
 
     def report(self) -> Report:

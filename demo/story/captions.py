@@ -38,14 +38,11 @@ class Search:
     rank: int
 
     def right(self, hit: Hit) -> bool:
-        """True if the caption of a hit is the query."""
         return hit.text.strip().lower() == self.query.strip().lower()
 
 
 @dataclass(frozen=True)
 class Change:
-    """One query before and after the update."""
-
     before: Search
     after: Search
 
@@ -57,8 +54,6 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The searches that changed most."""
-
     title: str
     changes: tuple[Change, ...]
 

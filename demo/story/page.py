@@ -44,7 +44,6 @@ class Story:
     releases: Sequence[ReleaseRow]
     """Oldest first."""
     about: Mapping[str, str]
-    """Descriptions of suites by name."""
 
 
 def write_page(story: Story, image: Callable[[str], bytes], path: Path) -> Path:
@@ -128,14 +127,11 @@ def suite_rows(lesson: Lesson, about: Mapping[str, str]) -> list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Mark:
-    """A release: its commit time (seconds since the epoch) and label."""
-
     at: float
     label: str
 
 
 def marks(releases: Sequence[ReleaseRow]) -> list[Mark]:
-    """CLIP's swap, rollback and roll-forward: the releases that changed the CLIP adapter."""
     changed = [release for before, release in pairwise(releases) if release.clip != before.clip]
     labels = ("the update", "rolled back", "forward again")
     return [
@@ -149,7 +145,6 @@ class Chart:
     """The latency of each request around the swap and the rollback."""
 
     picture: str
-    """A PNG as a data URI."""
     requests: int
     failed: int
     median_ms: float
@@ -170,7 +165,6 @@ def latency_chart(samples: Sequence[CheckedSample], marks: Sequence[Mark]) -> Ch
 
 
 def _drawn(samples: Sequence[CheckedSample], times: Sequence[float], marks: Sequence[Mark]) -> str:
-    """A dot per request, coloured by release; seconds count from the swap."""
     from matplotlib.figure import Figure  # takes a second
 
     figure = Figure(figsize=(8, 3), layout="constrained")

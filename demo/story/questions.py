@@ -17,14 +17,11 @@ BETTER, WORSE = 8, 4  # answers on the page: that became right, and that became 
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with its answers before and after the update."""
-
     item: FolderItem
     before: str
     after: str
 
     def right(self, answer: str) -> bool:
-        """True for one of the reference answers."""
         return answer.strip().lower() in {each.lower() for each in (self.item.answers or (self.item.answer,))}
 
     @property
@@ -41,8 +38,6 @@ def held_out(settings: Settings, domain: str, count: int) -> list[FolderItem]:
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """The answers that changed."""
-
     title: str
     answers: tuple[Answered, ...]
 

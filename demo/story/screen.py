@@ -26,7 +26,6 @@ from core.child_process import reaped, stop_reaped
 from core.errors import RatchetError
 
 LINES = 10
-"""Last lines of output that are kept."""
 LEAST_LINES = 3
 OTHER_LINES = 11
 """Screen lines used by the head, frames, and the chapter's title and reason."""
@@ -42,14 +41,12 @@ class Chapter:
     """One part of the story. Times are monotonic seconds."""
 
     name: str
-    """Identifier, also in the summary."""
     title: str
     why: str
     began: float | None = None
     ended: float | None = None
 
     def seconds(self) -> float:
-        """Duration so far."""
         if self.began is None:
             return 0.0
         return (time.monotonic() if self.ended is None else self.ended) - self.began
@@ -132,7 +129,6 @@ class StoryProgress:
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[Chapter]:
-        """Measure the time inside as that of chapter ``name``."""
         chapter = next(each for each in self.plan if each.name == name)
         chapter.began = time.monotonic()
         try:
@@ -141,7 +137,6 @@ class StoryProgress:
             chapter.ended = time.monotonic()
 
     def seconds(self) -> dict[str, float]:
-        """Duration of every chapter so far, by name."""
         return {each.name: each.seconds() for each in self.plan if each.began is not None}
 
 
@@ -154,7 +149,6 @@ class Screen:
     """
 
     def __init__(self, story: StoryProgress, links: dict[str, str], console: Console | None = None) -> None:
-        """``links``: URLs by title, always shown."""
         self.story = story
         self.links = links
         self._console = console or Console(stderr=True)
@@ -194,7 +188,6 @@ class Screen:
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:
-        """Show a chapter's title and reason, and measure its duration."""
         with self.story.chapter(name) as chapter:
             if self._live is None:
                 self._console.rule(f"[bold]{self.story.number(chapter)}  {chapter.title}", align="left")

@@ -28,8 +28,6 @@ SOME_ANSWERS_SECONDS = 3.0
 
 @dataclass
 class Stage:
-    """A running Ratchet."""
-
     context: Context
     screen: Screen
     parts: Supervisor
@@ -85,7 +83,6 @@ class Stage:
             raise RatchetError(f"{what} stands still: {error}.", f"The logs in {logs} say why.") from None
 
     def embedded(self) -> str:
-        """Share of each image space that the catalog has, in words."""
         catalog = self.client.status()["catalog"]
         spaces = (f"{space['rows']} of {catalog['corpus_rows']}" for space in catalog["spaces"].values())
         return f"pictures embedded for search: {', '.join(spaces)}"
@@ -129,7 +126,6 @@ class Stage:
         return seconds
 
     def lesson(self, naive: VerdictRow, default: VerdictRow, swap: dict[str, float], rollback_seconds: float) -> Lesson:
-        """The facts of one model's part of the story."""
         cost = self.ledger.update(default.update_id).cost
         return Lesson(
             naive=naive, default=default, prepare_seconds=swap["prepare_seconds"],
@@ -139,7 +135,6 @@ class Stage:
         )  # fmt: skip
 
     def report(self, verdict: VerdictRow) -> Path:
-        """The gate's page on an update."""
         return Path(self.settings.artifacts) / verdict.report_key / "report.html"
 
     def _newest(self) -> dict[str, Any]:
@@ -156,7 +151,6 @@ class Stage:
         return next(iter(self.ledger.proposals(1)), None)
 
     def _how_far(self) -> str:
-        """Progress of a release: proposal, resident releases, catalog."""
         proposal, controller = self._proposal(), self.client.status()["controller"]
         state = f"proposal {proposal.id} is {proposal.state}" if proposal is not None else "nothing is proposed"
         resident = ", ".join(str(each["release"]) for each in controller["resident"])

@@ -144,7 +144,6 @@ def _free_ports(*usual: str) -> list[str]:
 
 
 def _data(settings: Settings) -> list[DemoData]:
-    """The demo's data in order of use."""
     of_questions = [DemoData(questions.DOMAIN)] if settings.base.vlm else []
     return [DemoData(captions.DOMAIN), *clip_data(settings), *vlm_data(settings), *of_questions]
 

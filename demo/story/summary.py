@@ -37,10 +37,8 @@ class Facts:
     release: int
     clip: Lesson
     vlm: Lesson | None
-    """None if the demo ran without it."""
     requests: int
     vlm_requests: int
-    """Requests to the VLM, of all."""
     failed: int
     mixed: int
     event_to_searchable_seconds: float
@@ -53,7 +51,6 @@ class Facts:
 
     @property
     def lessons(self) -> dict[str, Lesson]:
-        """By model name."""
         return {"CLIP": self.clip} | ({} if self.vlm is None else {"VLM": self.vlm})
 
 

@@ -1,8 +1,5 @@
-"""Rebuild the committed assets.
-
-python -m demo.vlm HOME                 train the model (half an hour) and score it
-python -m demo.vlm HOME --scores-only   only score the committed model
-"""
+"""Rebuild the committed assets. python -m demo.vlm HOME                 train the model (half an hour) and score it
+python -m demo.vlm HOME --scores-only   only score the committed model"""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ from demo.vlm.shipped import ASSETS, MODEL, build_vlm
 
 
 def main(home: Path, train: bool) -> None:
-    """Write ``assets/model`` (if ``train``) and ``assets/scores.json``."""
     base = build_vlm(home, retrain=train)
     if train:
         shutil.rmtree(MODEL, ignore_errors=True)

@@ -1,8 +1,6 @@
-"""The shipped VLM: an Idefics3 (SmolVLM's architecture) of 4 million parameters.
-
-An image is 64 px square: 64 patches for the vision tower, joined 2 x 2 by the connector to 16 image tokens. Attention
-heads have 64 dimensions, as vLLM's CPU kernels require.
-"""
+"""The shipped VLM: an Idefics3 (SmolVLM's architecture) of 4 million parameters. An image is 64 px square: 64 patches
+for the vision tower, joined 2 x 2 by the connector to 16 image tokens. Attention heads have 64 dimensions, as vLLM's
+CPU kernels require."""
 
 from __future__ import annotations
 
@@ -58,7 +56,6 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Chat template, tokenizer and image preprocessing, for transformers and vLLM."""
     pictures = Idefics3ImageProcessor(
         size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
     )

@@ -28,8 +28,6 @@ NAME_WEIGHT = 2.0
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """A question as tokens."""
-
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     colour: bool
@@ -67,8 +65,6 @@ def _round(model: Any, pictures: _Pictures, how: VlmRecipe, number: int) -> floa
 
 
 class _Pictures:
-    """Pictures with their questions, to sample from."""
-
     def __init__(self, processor: Any, items: Sequence[FolderItem]) -> None:
         paths = sorted({item.path for item in items})
         self.images = read_pictures(paths, "reading pictures")

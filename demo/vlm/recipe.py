@@ -1,8 +1,6 @@
-"""Training of the shipped VLM, about 25 minutes of one core.
-
-The committed asset used the defaults, with questions of version 1 of `vqa_base` (exact titles instead of names) in its
-first round and version 2 in its second. `python -m demo.vlm` uses only version 2.
-"""
+"""Training of the shipped VLM, about 25 minutes of one core. The committed asset used the defaults, with questions of
+version 1 of `vqa_base` (exact titles instead of names) in its first round and version 2 in its second. `python -m
+demo.vlm` uses only version 2."""
 
 from __future__ import annotations
 
@@ -26,7 +24,6 @@ class VlmRecipe:
     """Of the second stage, per round; the learning rate decays to zero in each."""
     pictures: int = 72
     questions: int = 3
-    """Maximum questions per picture in a step."""
     lr: float = 2e-3
     """For matrices; other parameters use half."""
     tower_lr: float = 0.6
@@ -68,7 +65,6 @@ class Optimizer:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in self.inner]
 
     def step(self, loss: torch.Tensor) -> None:
-        """Backpropagate `loss`, clip gradients and update."""
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, schedule in zip(self.inner, self.schedules, strict=True):

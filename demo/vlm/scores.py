@@ -1,9 +1,6 @@
-"""Scores of a VLM on a folder's questions, compared with answers that do not see the image.
-
-Per kind of question, as fractions of 1: ``model``; ``majority``, the best single answer; and ``blind``, the better of
-the model with a blank image and the most frequent training answer to the same words. ``assets/scores.json`` has those
-of the shipped VLM.
-"""
+"""Scores of a VLM on a folder's questions, compared with answers that do not see the image. Per kind of question, as
+fractions of 1: ``model``; ``majority``, the best single answer; and ``blind``, the better of the model with a blank
+image and the most frequent training answer to the same words. ``assets/scores.json`` has those of the shipped VLM."""
 
 from __future__ import annotations
 
@@ -87,13 +84,11 @@ def accuracy(items: Sequence[FolderItem], replies: Sequence[str]) -> float:
 
 
 def committed_scores() -> dict[str, dict[str, float]]:
-    """Committed scores of the shipped VLM."""
     scores: dict[str, dict[str, float]] = json.loads((ASSETS / SCORES).read_text())["kinds"]
     return scores
 
 
 def usual_answers(items: Sequence[FolderItem]) -> dict[str, str]:
-    """The most frequent answer to each question of a dataset."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         counts[item.question][item.answer] += 1

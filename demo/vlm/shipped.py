@@ -1,8 +1,6 @@
-"""The base "shipped-vlm": a small Idefics3 trained from scratch by this package, committed next to this file.
-
-A first start copies the assets (a second). ``retrain`` trains it from the demo data: first the vision tower on a
-teacher's features, then all of it on the questions ``vqa_base`` (half an hour on two cores).
-"""
+"""The base "shipped-vlm": a small Idefics3 trained from scratch by this package, committed next to this file. A first
+start copies the assets (a second). ``retrain`` trains it from the demo data: first the vision tower on a teacher's
+features, then all of it on the questions ``vqa_base`` (half an hour on two cores)."""
 
 from __future__ import annotations
 
@@ -36,10 +34,7 @@ ABOUT = {
 
 def build_vlm(home: Path | str, retrain: bool = False, recipe: VlmRecipe | None = None) -> VlmBase:
     """Make or find the base "shipped-vlm" in ``home``. ``retrain`` trains and replaces it; its adapters then no longer
-    fit.
-
-    Raises :class:`BaseModelError` when the assets are missing from the installation.
-    """
+    fit. Raises :class:`BaseModelError` when the assets are missing from the installation."""
     there = base_directory(home, SHIPPED_VLM) / DESCRIPTION
     if there.is_file() and not retrain:
         return load_vlm_base(home, SHIPPED_VLM)

@@ -29,7 +29,6 @@ from streams.publish.folders import FolderItem, read_folder
 DOMAINS = ("game_icons", "pixel_mshock", "pixel_retro")
 """Further pictures for the tower without questions: their train splits."""
 LAST, MIDDLE = 192, 48
-"""Principal components of the teacher's maps that are learned."""
 _TEACHER_BATCH = 64
 _CONCEPT_WEIGHT = 0.15
 

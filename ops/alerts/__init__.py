@@ -1,8 +1,6 @@
-"""Alerting and recording rules for Prometheus, and its scrape configuration.
-
-The rules are this folder's YAML files, one per topic. Every alert has a severity (``page``: act now; ``ticket``: within
-days), values in its description, and a page in ``docs/runbooks``.
-"""
+"""Alerting and recording rules for Prometheus, and its scrape configuration. The rules are this folder's YAML files,
+one per topic. Every alert has a severity (``page``: act now; ``ticket``: within days), values in its description, and a
+page in ``docs/runbooks``."""
 
 from __future__ import annotations
 
@@ -18,8 +16,6 @@ SCRAPE_SECONDS = 15
 
 
 class Target(TypedDict):
-    """Addresses to scrape, in the format of ``static_configs`` and ``file_sd_configs``."""
-
     targets: list[str]
     labels: dict[str, str]
 

@@ -188,7 +188,6 @@ def line(base: Any) -> str:
 
 
 def _registered(home: Path, family: Family | None) -> list[Any]:
-    """Bases of a family or of both, CLIPs first."""
     from serving.engines.clip_base import list_bases as registered
     from serving.engines.clip_base import load_base
     from serving.engines.vlm.vlm_base import load_vlm_base

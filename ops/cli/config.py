@@ -53,11 +53,8 @@ def check(context: typer.Context) -> None:
 
 def settings_yaml(chosen: Mapping[str, Any]) -> str:
     """A settings file with every setting; those in ``chosen`` that differ from the default are set, others commented
-    out.
-
-    Prose begins with ``# ``, a commented setting with ``#`` alone. ``chosen``: values by dotted name (``{"serve.port":
-    9000}``), without secrets.
-    """
+    out. Prose begins with ``# ``, a commented setting with ``#`` alone. ``chosen``: values by dotted name
+    (``{"serve.port": 9000}``), without secrets."""
     defaults = {name: value for name, value, _, _ in describe(Settings())}
     chosen = {name: value for name, value in chosen.items() if value != defaults[name]}
     return HEAD + "".join(f"{line}\n" for line in _lines(Settings, "", chosen, live=True))

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ratchet_client import Client
 
 SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "trainer", "console"})
-"""Commands that run until they are stopped."""
 
 ServerOption = Annotated[
     str | None, typer.Option("--server", help="URL of the model server; server_url of the settings by default.")
@@ -31,8 +30,6 @@ ServerOption = Annotated[
 
 @dataclass
 class Context:
-    """The global flags."""
-
     file: Path | None
     flags: list[str]
     role: str = "ratchet"
@@ -78,9 +75,7 @@ def person() -> str:
 
 def operator_client(settings: Settings, timeout: float = 60.0) -> Client:
     """A client of ``settings.server`` with the operators' key and the caller's name; ``timeout``: seconds per call.
-
-    Raises ConfigError when ``server_url`` is set and there is no key: the server would not know one made here.
-    """
+    Raises ConfigError when ``server_url`` is set and there is no key: the server would not know one made here."""
     from ratchet_client import Client
 
     if settings.server_url is not None and not settings.has_operator_key:

@@ -108,7 +108,6 @@ def _one(ledger: Ledger, deletion_id: str) -> DeletionRow:
 
 
 def _follow(ledger: Ledger, deletion_id: str) -> DeletionRow:
-    """Wait until a deletion is done or held, reporting its progress."""
     state, warned = "", False
     with meter(deletion_id) as progress:
         while (row := _one(ledger, deletion_id)).state not in ("held", "done"):

@@ -72,10 +72,8 @@ def doctor(
 
 
 def check_server(settings: Settings, wait: float = 0.0) -> str:
-    """Check the embeddings of a model server, the last step of an installation; returns a line about them.
-
-    ``wait``: seconds to wait until it is ready. Raises RatchetError when it does not answer, or incorrectly.
-    """
+    """Check the embeddings of a model server, the last step of an installation; returns a line about them. ``wait``:
+    seconds to wait until it is ready. Raises RatchetError when it does not answer, or incorrectly."""
     import numpy as np
 
     with ctx.operator_client(settings) as client:

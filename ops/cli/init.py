@@ -1,7 +1,5 @@
-"""``ratchet init``: checks your model, broker and data, then writes a settings file and suites.
-
-Takes options, answers on a terminal, or defaults. Nothing is written before everything has been checked.
-"""
+"""``ratchet init``: checks your model, broker and data, then writes a settings file and suites. Takes options, answers
+on a terminal, or defaults. Nothing is written before everything has been checked."""
 
 from __future__ import annotations
 
@@ -35,13 +33,10 @@ EMBEDDED = "embedded"
 """Means the broker that `ratchet up` starts."""
 BROKER_SECONDS = 5.0
 EXAMPLES = 3
-"""Unusable rows whose reason is shown."""
 
 
 @dataclass(frozen=True)
 class InitAnswers:
-    """Answers to prompts, or values of options."""
-
     model: str
     weights: Path | None
     data: Path | None
@@ -52,8 +47,6 @@ class InitAnswers:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model that becomes the base."""
-
     model: str
     """A registered base, a folder, or an open_clip architecture."""
     weights: Path | None
@@ -149,7 +142,6 @@ def on_terminal() -> bool:
 
 
 def _ask(shared: ctx.Context, home: Path | None, given: InitAnswers, yes: bool) -> InitAnswers:
-    """Combine options, answers on a terminal, and defaults."""
     defaults = _load(shared, {} if home is None else {"home": home})
     by_flag = {each for each, origin in defaults.origins.items() if origin == "flag"}
     asking = on_terminal() and not yes

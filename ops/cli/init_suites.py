@@ -37,16 +37,12 @@ TEMPLATES = '["a photo of {}.", "a picture of {}."]'
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its rows."""
-
     digest: str
-    """SHA-256 of its bytes, 64 hex digits."""
     path: Path
     rows: tuple[FolderItem, ...]
 
     @property
     def label(self) -> str:
-        """Its class, or empty."""
         return self.rows[0].label
 
 
@@ -59,7 +55,6 @@ class LabelledSample:
     listed: int = 0
     """Pictures with a class or a caption; more than ``pictures`` if not all were needed."""
     unusable: list[str] = field(default_factory=list)
-    """Reasons why rows are unusable."""
 
 
 def read_sample(data: Path | None, labels: Path | None, bounds: Ingest, most: int) -> LabelledSample:
@@ -123,7 +118,6 @@ def _rows(source: Source, labels: Path | None) -> Iterator[DatasetRow]:
 
 
 def _open(sample: LabelledSample, drawn: list[tuple[Path, list[FolderItem]]], bounds: Ingest) -> None:
-    """Decode the pictures and merge equal ones."""
     taken: dict[str, Picture] = {}
     size = 0
     for path, rows in track(drawn, "looking at the pictures"):
@@ -150,15 +144,12 @@ def _open(sample: LabelledSample, drawn: list[tuple[Path, list[FolderItem]]], bo
 
 @dataclass(frozen=True)
 class SuitePlan:
-    """The suites and the folder dataset to write."""
-
     held_out: list[Picture]
     rest: list[Picture]
     home: Path
     data: Path
     """Folder dataset with copies of the pictures."""
     files: dict[str, Path]
-    """Suite files by task."""
 
 
 def plan_suites(sample: LabelledSample, share: float, most: int, home: Path, folder: Path, replace: bool) -> SuitePlan:
@@ -277,7 +268,6 @@ class SuitePower:
 
     @property
     def advice(self) -> str:
-        """Advice if there are too few items; else empty."""
         if self.enough:
             return ""
         wider = math.ceil(100 * self.excludes) / 100

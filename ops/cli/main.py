@@ -1,8 +1,5 @@
-"""The ``ratchet`` command.
-
-Installed packages add commands by entry points of the group ``ratchet.commands``: functions of the :class:`typer.Typer`
-below. The demo is one; benchmarks need a checkout.
-"""
+"""The ``ratchet`` command. Installed packages add commands by entry points of the group ``ratchet.commands``: functions
+of the :class:`typer.Typer` below. The demo is one; benchmarks need a checkout."""
 
 from __future__ import annotations
 

@@ -202,7 +202,6 @@ app.command("deletions")(deletions.list_deletions)
 
 
 def show_counts(groups: Mapping[str, list[tuple[str, int]]]) -> None:
-    """Print a table of values and counts for each non-empty group."""
     for title, rows in groups.items():
         if rows:
             show_rows(({title: value or "(none)", "count": count} for value, count in rows), "")
@@ -236,7 +235,6 @@ def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, str]:
-    """All fields of a sample that are set, except its image."""
     facts = {}
     for name, value in sorted(row.items(), key=lambda item: item[0] != "id"):
         if name in ("image", "topic", "partition", "offset") or value in (None, "", []):

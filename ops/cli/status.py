@@ -123,7 +123,6 @@ def _dependencies(settings: Settings) -> dict[Dependency, DependencyState]:
 
 
 def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableType:
-    """Render the screen from fresh data."""
     facts = collect(settings)
     top = [_serving(facts), *(panel(facts) for panel in (_stream, _learning) if "stream" in facts)]
     if parts is not None:
@@ -134,7 +133,6 @@ def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableTyp
 
 
 def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
-    """Healthy dependencies in one line, and a line for each other one."""
     well = [name for name, found in dependencies.items() if found["state"] == "ok"]
     lines = [Text(f"{', '.join(well)}: ok", "dim")] if well else []
     for name, found in dependencies.items():
@@ -156,12 +154,9 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 
 def _controller(settings: Settings) -> dict[str, Any]:
-    """State of the controller.
-
-    ``vlm``: its base and replicas. ``replicas``: by deployment and state. ``rollout``: watched by the guard.
-    ``trouble``: why the controller cannot work or be asked. ``catalog``: each image space's rows, backfill and index;
-    None while the server does not answer.
-    """
+    """State of the controller. ``vlm``: its base and replicas. ``replicas``: by deployment and state. ``rollout``:
+    watched by the guard. ``trouble``: why the controller cannot work or be asked. ``catalog``: each image space's rows,
+    backfill and index; None while the server does not answer."""
     from ratchet_client import ServerError
     from serving.engines.clip_base import list_bases
 
@@ -184,7 +179,6 @@ def _controller(settings: Settings) -> dict[str, Any]:
 
 
 def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
-    """A line for each deployment with a replica that is not running."""
     return "".join(
         f"{name}: {', '.join(f'{count} {state.lower()}' for state, count in sorted(states.items()))}\n"
         for name, states in sorted(replicas.items())
@@ -206,7 +200,6 @@ def rollout_line(rollout: dict[str, Any]) -> str:
 
 
 def catalog_lines(catalog: dict[str, Any] | None) -> str:
-    """Searchable rows, and each image space being embedded, with an estimate."""
     if catalog is None:
         return ""
     lines = f"catalog: {catalog['corpus_rows']:,} samples, {catalog['coverage']:.1%} searchable everywhere\n"
@@ -282,7 +275,6 @@ def _stream(facts: dict[str, Any]) -> Panel:
 
 
 def maintenance_line(stream: StreamState) -> tuple[str, str]:
-    """State of maintenance, and its style."""
     if stream.maintained is None:
         if stream.maintenance_failing:
             return "maintenance fails", "red"
@@ -305,7 +297,6 @@ def _learning(facts: dict[str, Any]) -> Panel:
 
 
 def learning_line(family: str, state: dict[str, Any]) -> str:
-    """Fresh items and alpha of one model, and the candidate that waits for more items."""
     line = f"{family}: {state['fresh_items']:,} of {state['fresh_items_needed']:,} fresh items"
     if state["lacks"]:
         line += f"\n  nothing is trained: {state['lacks']}"
@@ -341,7 +332,6 @@ def _updates(facts: dict[str, Any]) -> Table:
 
 
 def _outcome(verdict: VerdictRow | None) -> Text:
-    """The outcome, and the number and spent alpha of its look."""
     if verdict is None:
         return Text("-")
     look, spent = verdict.summary.get("look"), ""

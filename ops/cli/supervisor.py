@@ -55,11 +55,9 @@ class Supervisor:
             part.restart_dead(now)
 
     def wait_until_ready(self, model: Family = "vlm") -> StartProgress:
-        """Wait until the server answers for a model (``vlm``: for all its models), reporting progress.
-
-        Returns the progress, which continues while another model starts. Raises RatchetError when a part dies, with the
-        end of its log, or when nothing moves any more.
-        """
+        """Wait until the server answers for a model (``vlm``: for all its models), reporting progress. Returns the
+        progress, which continues while another model starts. Raises RatchetError when a part dies, with the end of its
+        log, or when nothing moves any more."""
         from ratchet_client import Client
         from serving.app import serves_vlm
         from serving.start_progress import StartProgress
@@ -71,7 +69,6 @@ class Supervisor:
         return progress
 
     def check(self) -> None:
-        """Raise RatchetError with the end of its log when a part has ended."""
         for part in self.parts:
             if not part.running:
                 raise RatchetError(f"{part.name} ended:\n{tail(part.log)}", f"The whole log: {part.log}")

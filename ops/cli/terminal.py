@@ -28,7 +28,6 @@ COLOURS: Final = {
     "fail": "red", "failed": "red", "rejected": "red",
     "collected": "dim",
 }  # fmt: skip
-"""Styles of states in all tables."""
 
 
 def parse_since(text: str | None) -> datetime | None:

@@ -46,11 +46,9 @@ class Collector:
         return CollectionPlan(plan.live, (*plan.items, *local))
 
     def run(self, actor: str = "ratchet") -> CollectionPlan | None:
-        """Delete what the plan lists. None, with nothing done, while another collector or a backup is running.
-
-        Raises LedgerError, ArtifactsUnavailable when a store is unavailable or clocks disagree. Before the first
-        deletion nothing has changed; after it, the next run continues.
-        """
+        """Delete what the plan lists. None, with nothing done, while another collector or a backup is running. Raises
+        LedgerError, ArtifactsUnavailable when a store is unavailable or clocks disagree. Before the first deletion
+        nothing has changed; after it, the next run continues."""
         epoch = self.ledger.acquire_lease(COLLECT_LEASE, self._holder, LEASE_SECONDS)
         if epoch is None:
             return None

@@ -1,8 +1,5 @@
-"""Plans a collection: which artifacts and local files to delete or keep, and why. Deletes nothing.
-
-Ages count back from the newest ledger entry, not from a clock: an idle installation loses nothing, and a wrong clock
-deletes nothing.
-"""
+"""Plans a collection: which artifacts and local files to delete or keep, and why. Deletes nothing. Ages count back from
+the newest ledger entry, not from a clock: an idle installation loses nothing, and a wrong clock deletes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +26,6 @@ from updater.service.process import work_folders
 
 Kind = Literal["adapter", "carry-over", "report", "work folder", "score cache", "engine cache"]
 FOLDERS: Final[dict[Kind, str]] = {"adapter": "adapters", "carry-over": "memories", "report": "reports"}
-"""Folders of the artifacts."""
 MAX_SKEW: Final = timedelta(minutes=5)
 """A ledger entry this much ahead of the database's clock comes from a wrong clock."""
 UNKNOWN: Final = "the ledger does not know it"
@@ -39,8 +35,6 @@ DAY: Final = 86_400.0
 
 @dataclass(frozen=True)
 class Item:
-    """A directory or file, and whether it is deleted."""
-
     kind: Kind
     name: str
     bytes: int
@@ -49,7 +43,6 @@ class Item:
 
     @property
     def key(self) -> str:
-        """Key in the artifacts."""
         return f"{FOLDERS[self.kind]}/{self.name}"
 
 
@@ -66,7 +59,6 @@ class CollectionPlan:
 
     @property
     def freed(self) -> int:
-        """Bytes to delete."""
         return sum(item.bytes for item in self.going)
 
     def summary(self) -> dict[str, Any]:
@@ -80,8 +72,6 @@ class CollectionPlan:
 
 @dataclass(frozen=True)
 class _Known:
-    """Facts from the ledger."""
-
     live: int
     newest: datetime
     uses: Mapping[str, AdapterUse]
@@ -95,9 +85,7 @@ class _Known:
 
 def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> CollectionPlan:
     """Plan for the artifacts. The ledger is read before they are listed: what is stored meanwhile is unknown and stays.
-
-    Raises LedgerError when the ledger is unavailable or has an entry from the future, ArtifactsUnavailable.
-    """
+    Raises LedgerError when the ledger is unavailable or has an entry from the future, ArtifactsUnavailable."""
     known = _read(settings, ledger)
     if known is None:
         return CollectionPlan(0, ())
@@ -115,7 +103,6 @@ def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Colle
 
 
 def _read(settings: Settings, ledger: Ledger) -> _Known | None:
-    """Read the ledger; None if it has no entry."""
     newest, clock = ledger.newest_entry(), ledger.clock()
     if newest is None:
         return None

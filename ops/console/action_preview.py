@@ -21,14 +21,12 @@ PERCENT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
 NO_SHARE = "Say how many percent of the requests it answers: more than 0 and less than 100."
 REQUESTS = "Requests that have begun end under the release that they began with; no request fails or waits."
 OFFERED = 60
-"""Releases and adapters that a form offers."""
 Action = Literal["rollback", "release", "promote", "hold", "resume"]
 WORDS: Mapping[Action, tuple[str, str]] = {
     "rollback": ("Roll back", "Roll back now"), "release": ("Release an adapter", "Release now"),
     "promote": ("Promote", "Promote now"), "hold": ("Hold updates", "Hold updates"),
     "resume": ("Resume updates", "Resume"),
 }  # fmt: skip
-"""Title of the dialog, and text of its button."""
 How = Literal["all", "canary", "shadow"]
 """Requests that a release answers: all, a share, or none."""
 
@@ -54,7 +52,6 @@ class Choice:
 
     @property
     def adapters(self) -> dict[str, str]:
-        """Named adapters by family."""
         return {family: name for family, name in (("clip", self.clip), ("vlm", self.vlm)) if name}
 
     @property
@@ -67,7 +64,6 @@ class Choice:
 
     @property
     def query(self) -> str:
-        """The choice as a link's query."""
         said = {"to": self.to, "family": self.family, "clip": self.clip, "vlm": self.vlm}
         said |= {"how": self.how, "percent": self.percent} if self.how != "all" else {}
         return urlencode({name: value for name, value in said.items() if value})
@@ -75,8 +71,6 @@ class Choice:
 
 @dataclass(frozen=True)
 class ActionPreview:
-    """The effect of an action."""
-
     happens: tuple[str, ...]
     possible: bool = True
     warnings: tuple[str, ...] = ()
@@ -92,7 +86,6 @@ class ActionPreview:
 
 
 def preview(ledger: Ledger, action: Action, choice: Choice, resident: Mapping[int, object]) -> ActionPreview:
-    """Plan an action from the ledger's current state."""
     live = ledger.live()
     if action == "rollback":
         made = _rollback(ledger, live, choice, resident)
@@ -194,7 +187,6 @@ def _resume(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
 
 
 def _answering(choice: Choice, number: int, stable: int) -> list[str]:
-    """Lines about the requests that a manual release answers."""
     lasts = (
         "The guard compares both, and takes it back when a bound is broken. Otherwise the trial lasts until someone "
         "promotes it, rolls back or releases something else; updates wait until then."
@@ -229,7 +221,6 @@ def _serves(row: ReleaseRow, wanted: Mapping[Family, str | None]) -> bool:
 
 
 def _said(ledger: Ledger) -> dict[str, str]:
-    """Adapters that could be released, newest first, with their verdicts."""
     verdicts: dict[str, str] = {verdict.adapter: verdict.outcome for verdict in reversed(ledger.verdicts(OFFERED))}
     known = dict.fromkeys(name for name, _ in reversed(trained(ledger).items()))
     for row in ledger.releases(OFFERED):

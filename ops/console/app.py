@@ -39,7 +39,6 @@ from updater.gate.report import styles
 
 log = logging.getLogger("ratchet.console")
 FORM_BYTES = 256 * 1024
-"""Room for form texts next to the picture."""
 PUBLIC_REQUESTS_PER_MINUTE = 300
 """Per address in public mode: an open page makes six a minute, so fifty screens may share an address."""
 PAGES = (overview, playground, releases, models, gate, stream, quarantine, budget, audit, pictures, sign_in)

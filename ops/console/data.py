@@ -96,7 +96,6 @@ class ConsoleData:
             return result
 
     def invalidate(self) -> None:
-        """Clear cached data after a change."""
         for name in ("status", "overview"):
             self._cache.pop(name, None)
 
@@ -120,14 +119,12 @@ class ConsoleData:
         return None
 
     def samples(self, ids: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Texts of those samples that the store has, by ID."""
         if not ids:
             return {}
         rows = self.store.scan(ids=sorted(ids), columns=["id", "text", "question", "answer"])
         return {row["id"]: row for row in rows.to_pylist()}
 
     def picture(self, sample_id: str) -> bytes | None:
-        """A sample's image as it was sent."""
         return self.store.image([sample_id]).get(sample_id)
 
     def thumbnail(self, sample_id: str, size: int) -> bytes | None:
@@ -174,11 +171,9 @@ class ConsoleData:
             raise StoreUnavailable(message, state="slow") from None
 
     def learning(self) -> dict[Family, LearningState]:
-        """Fresh items and alpha of each model."""
         return self.cached("learning", lambda: learning_states(self.settings, self.ledger, self.store), STREAM_SECONDS)
 
     def base_names(self) -> dict[str, str]:
-        """Names of the bases registered here, by digest."""
         return self.cached("bases", lambda: names_by_digest(self.settings.home), seconds=60.0)
 
     def live(self) -> ReleaseRow | None:

@@ -1,8 +1,6 @@
-"""Public mode: a read-only console without keys, for a team's screen.
-
-It never shows keys, people's names, operators' texts, error messages or source names, nor anything of a sample unless
-``console.public_samples`` is set. It has no forms and no sessions, and accepts only GET.
-"""
+"""Public mode: a read-only console without keys, for a team's screen. It never shows keys, people's names, operators'
+texts, error messages or source names, nor anything of a sample unless ``console.public_samples`` is set. It has no
+forms and no sessions, and accepts only GET."""
 
 from __future__ import annotations
 
@@ -25,11 +23,8 @@ SPEAKERS: Final = frozenset({"updater", "guard"})
 """Actors whose reasons Ratchet makes from names and numbers; others may write anything."""
 PAGES: Final = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 REFRESH_SECONDS: Final = 10
-"""Interval at which a page reloads itself."""
 SHARED_SECONDS: Final = 5.0
-"""Maximum age of a shared answer."""
 MOST_SHARED: Final = 128
-"""Number of answers kept, the latest ones."""
 UNSHARED: Final = ("/health/", "/static/")
 VARY: Final = (b"hx-request", b"hx-target", b"hx-current-url")
 """Headers that a page depends on."""

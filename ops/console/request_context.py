@@ -33,13 +33,11 @@ NAV = (
 )
 
 MAX_NEXT: Final = 1000
-"""Characters of the path to return to, as JSON."""
 LOOK: Final[tuple[KeyScope, ...]] = ("search", "operate")
 """Pages show samples of the corpus, so viewing needs one of these scopes."""
 
 
 def nav(public_mode: bool) -> list[tuple[str, str]]:
-    """Links and names of the pages that a visitor may see."""
     return [(link, name) for link, name in NAV if not public_mode or link in public.PAGES]
 
 
@@ -61,8 +59,6 @@ class SignIn(Exception):
 
 @dataclass(frozen=True)
 class RequestContext:
-    """A request, its visitor, and the ways to answer it."""
-
     request: Request
     data: ConsoleData
     session: Session
@@ -79,17 +75,14 @@ class RequestContext:
 
     @property
     def signed_in(self) -> bool:
-        """True if the visitor presented a key."""
         return self.principal is not None and self.principal.kind != "anonymous"
 
     @property
     def partial(self) -> bool:
-        """True if htmx asks for a part of a page."""
         return self.request.headers.get("hx-request") == "true"
 
     @property
     def here(self) -> str:
-        """Path and query of the open page, to return to after signing in."""
         current = self.request.headers.get("hx-current-url", "") if self.partial else str(self.request.url)
         parts = urlsplit(current)
         if self.request.method != "GET" or not parts.path.startswith("/"):
@@ -97,7 +90,6 @@ class RequestContext:
         return f"{parts.path}?{parts.query}" if parts.query else parts.path
 
     def client(self, timeout: float = 60.0) -> Client:
-        """A client of the server with the visitor's own key."""
         return self.data.client(self.session.key, timeout)
 
     def page(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
@@ -112,7 +104,6 @@ class RequestContext:
         return self.page("alone.html", title, status, inner=template, **facts)
 
     def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
-        """A part of a page for htmx."""
         return HTMLResponse(
             TEMPLATES.get_template(template).render(context=self, csrf=self.session.csrf, public=self.public, **facts),
             status,

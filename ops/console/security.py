@@ -1,9 +1,6 @@
-"""Sessions, and the rules for every request: host, size, session, headers.
-
-A session is one encrypted and signed cookie (Fernet) with the visitor's API key; the console stores nothing. Every
-request resolves the key again, so revoking a key ends its sessions, and the server sees what the console does for a
-visitor under the visitor's own key.
-"""
+"""Sessions, and the rules for every request: host, size, session, headers. A session is one encrypted and signed cookie
+(Fernet) with the visitor's API key; the console stores nothing. Every request resolves the key again, so revoking a key
+ends its sessions, and the server sees what the console does for a visitor under the visitor's own key."""
 
 from __future__ import annotations
 
@@ -101,8 +98,6 @@ class Sessions:
 
 
 class TooLarge(HTTPException):
-    """A body exceeded the limit while it was read."""
-
     def __init__(self) -> None:
         super().__init__(413)
 
@@ -232,7 +227,6 @@ class PathPrefix:
     to responses and removes it from requests; pages only know their own paths. Pure ASGI."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """``prefix``: for example ``/ratchet``."""
         self.app = app
         self.prefix = prefix
         self._in_url = re.compile(rf"^([a-z]+://[^/]*)?{re.escape(prefix)}(?=[/?]|$)")

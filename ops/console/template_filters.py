@@ -28,7 +28,6 @@ TONES = {
     "inconclusive": "open", "held": "open", "pending": "open", "preparing": "open", "abandoned": "open",
     "training": "busy", "trained": "busy", "gated": "busy", "sending": "busy", "canary": "busy", "shadow": "busy",
 }  # fmt: skip
-"""Colour of a state; the word is always shown too."""
 STATES = {
     "training": "training", "trained": "being judged", "gated": "being proposed", "done": "finished",
     "failed": "failed", "abandoned": "given up",
@@ -40,7 +39,6 @@ KINDS = {
 
 
 def ago(moment: datetime | None, now: datetime | None = None) -> str:
-    """Time since a moment, in one unit."""
     if moment is None:
         return "never"
     count = ((now or datetime.now(UTC)) - moment).total_seconds()
@@ -90,7 +88,6 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def odds(chance: float) -> str:
-    """The odds of an event, in words."""
     return "less than once in a billion times" if chance < 1e-9 else f"once in {1 / chance:,.0f} times"
 
 

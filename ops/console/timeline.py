@@ -20,16 +20,12 @@ ROWS_OF_AN_ACT = 4
 
 @dataclass(frozen=True)
 class Change:
-    """One model's part of a release."""
-
     family: Family
     before: str | None
     after: str | None
     update: UpdateRow | None
-    """The update that trained the adapter, if it was trained here."""
     verdict: VerdictRow | None
     withdrawn: str = ""
-    """Reason if the guard withdrew the adapter."""
     collected: datetime | None = None
     """Time at which the garbage collector removed its files."""
 
@@ -40,8 +36,6 @@ class Change:
 
 @dataclass(frozen=True)
 class Entry:
-    """One release of the timeline."""
-
     row: ReleaseRow
     kind: str
     changes: tuple[Change, ...]
@@ -54,7 +48,6 @@ class Entry:
 
 
 def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
-    """The newest releases, newest first."""
     rows = ledger.releases(limit + 1)
     updates_by_adapter, stable, back = trained(ledger), ledger.stable(), taken_back(ledger, limit)
     names = [row.adapter(family) for row in rows for family in FAMILIES]
@@ -82,12 +75,10 @@ def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) ->
 
 
 def trained(ledger: Ledger) -> dict[str, UpdateRow]:
-    """The newest update that made each adapter."""
     return {update.adapter: update for update in reversed(ledger.updates(HISTORY)) if update.adapter}
 
 
 def unreleased(ledger: Ledger) -> list[ProposalRow]:
-    """The newest proposals that are pending or failed."""
     return [proposal for proposal in ledger.proposals(20) if proposal.state != "committed"]
 
 
@@ -103,7 +94,6 @@ def ranges(update: UpdateRow) -> str:
 
 
 def on_trial(live: ReleaseRow | None) -> ReleaseRow | None:
-    """The live canary or shadow."""
     return None if live is None or live.plain else live
 
 

@@ -1,9 +1,6 @@
-"""Computes from a load how many encoders, workers and machines are needed, and why.
-
-Requests waiting for encoders are simulated event by event: as in the server, a free encoder takes all waiting requests
-up to a batch. Requests have one input. Costs of a request outside of the encoders are part of the measured times if
-both share a machine.
-"""
+"""Computes from a load how many encoders, workers and machines are needed, and why. Requests waiting for encoders are
+simulated event by event: as in the server, a free encoder takes all waiting requests up to a batch. Requests have one
+input. Costs of a request outside of the encoders are part of the measured times if both share a machine."""
 
 from __future__ import annotations
 
@@ -18,12 +15,10 @@ from core.errors import ConfigError
 from ops.planning.measured import Kind, Machine, Measured, ServiceTimes, fit
 
 MAX_BATCH = 32
-"""Default maximum inputs per encoder batch."""
 BUSY = 0.8
 """Planned share of busy time; the rest is for bursts, releases and a lost node."""
 MOST_ENCODERS = 100_000
 REQUESTS = 20_000
-"""Simulated requests."""
 HOURS_A_MONTH = 730.0
 KIB, GIB = 1024, 1024**3
 INGEST_PEAK = 3.0
@@ -40,7 +35,6 @@ class Load:
     stream_per_day: float = 0.0
     image_kb: float = 100.0
     corpus: float = 0.0
-    """Searchable samples."""
     p99_seconds: float = 1.0
     backfill_hours: float = 24.0
     """Time in which the corpus is embedded again after an update of the image tower."""
@@ -50,8 +44,6 @@ class Load:
 
 @dataclass(frozen=True)
 class Part:
-    """One line of a plan."""
-
     name: str
     count: float
     unit: str
@@ -60,8 +52,6 @@ class Part:
 
 @dataclass(frozen=True)
 class CapacityPlan:
-    """Lines with counts, warnings, and sources of the figures."""
-
     parts: list[Part] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -91,7 +81,6 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> CapacityPlan:
 
 
 def _serving(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine) -> float:
-    """Add encoders, ingress and catalog; returns their machines."""
     plan.sources.append(machine.source)
     texts = load.texts_per_second + load.searches_per_second
     rates: dict[Kind, float] = {"image": load.images_per_second, "text": texts}
@@ -119,10 +108,8 @@ def _serving(plan: CapacityPlan, load: Load, measured: Measured, machine: Machin
 
 
 def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[int, Outcome]:
-    """The fewest encoders that answer 99% of independent requests in time and are busy at most :data:`BUSY`.
-
-    Raises ConfigError when one request alone takes longer, or more than :data:`MOST_ENCODERS` are needed.
-    """
+    """The fewest encoders that answer 99% of independent requests in time and are busy at most :data:`BUSY`. Raises
+    ConfigError when one request alone takes longer, or more than :data:`MOST_ENCODERS` are needed."""
     alone = times.batch(1, 1)
     if alone > p99_seconds:
         raise ConfigError(
@@ -181,7 +168,6 @@ def _searching(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
 
 
 def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine) -> float:
-    """Add ingest and storage; returns the machines of ingest."""
     if not load.stream_per_day:
         return 0.0
     ingest = measured.ingest
@@ -203,7 +189,6 @@ def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
 
 
 def _learning(plan: CapacityPlan, load: Load, measured: Measured) -> int:
-    """Add the updater, if there is something to learn; returns its machines."""
     if not load.stream_per_day:
         return 0
     learning = measured.learning
@@ -230,7 +215,6 @@ class Outcome:
     p50: float
     p99: float
     busy: float
-    """Share of the encoders' time."""
 
 
 def open_loop(

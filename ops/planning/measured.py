@@ -29,8 +29,6 @@ class _Group(BaseModel):
 
 
 class Machine(_Group):
-    """One machine that runs the server."""
-
     cores: Positive
     cells: tuple[Cell, ...] = Field(min_length=3)
 
@@ -43,8 +41,6 @@ class Ingress(_Group):
 
 
 class Search(_Group):
-    """The catalog at a number of rows."""
-
     rows: Positive
     searches_per_second: Positive
     memory_gib: Positive
@@ -52,24 +48,18 @@ class Search(_Group):
 
 
 class Ingest(_Group):
-    """One ingest worker."""
-
     records_per_second: tuple[tuple[Positive, Positive], ...] = Field(min_length=1)
     written_per_byte: Positive
     memory_mib: Positive
 
 
 class Learning(_Group):
-    """One updater at its default budget."""
-
     pairs_per_update: Positive
     seconds_per_update: Positive
     memory_gib: Positive
 
 
 class Measured(_Group):
-    """All figures."""
-
     machines: dict[str, Machine] = Field(min_length=1)
     ingress: Ingress
     search: Search

@@ -1,8 +1,6 @@
-"""Writes a backup of a running installation.
-
-A data set of the lake (Lance) is a folder of immutable files with a manifest per version. Files of a pinned version
-stay; without a pin, another process may clean them up during the copy.
-"""
+"""Writes a backup of a running installation. A data set of the lake (Lance) is a folder of immutable files with a
+manifest per version. Files of a pinned version stay; without a pin, another process may clean them up during the
+copy."""
 
 from __future__ import annotations
 
@@ -44,7 +42,6 @@ LEASE_SECONDS: Final = 300.0
 AT_ONCE: Final = 4
 TRIES: Final = 3
 DIRECTORIES: Final = ("adapters", "memories", "bases")
-"""Folders of the artifacts whose files never change."""
 SAMPLES: Final = "samples.lance"
 LAST_VERSION: Final = (1 << 64) - 1
 """Manifests are named by their distance to it, so that listings have the newest first."""
@@ -57,13 +54,10 @@ class File:
     name: str
     bytes: int
     digest: str
-    """SHA-256, 64 hex digits."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The contents of a backup."""
-
     id: str
     created_at: str
     release: int
@@ -73,7 +67,6 @@ class Report:
     ledger: File
     files: int
     size: int
-    """Total bytes."""
     files_digest: str
     """SHA-256 of the list of files."""
     missing: tuple[str, ...]
@@ -202,10 +195,7 @@ def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
 
 def version_files(lake: Place, name: str, versions: dict[int, list[str]]) -> dict[str, int]:
     """Size of each file of some versions of a data set, by name in the lake, manifests last. ``versions``: each with
-    its pins.
-
-    Raises StoreUnavailable when a version is no longer complete, or the lake is unavailable.
-    """
+    its pins. Raises StoreUnavailable when a version is no longer complete, or the lake is unavailable."""
     listed = lake.files(name)
     inside = [path.removeprefix(f"{name}/") for path in listed]
     wanted: list[str] = []

@@ -1,8 +1,6 @@
-"""Exports the ledger to a file, and imports it into an empty database of either kind.
-
-SQLite uses its online backup; PostgreSQL is written as JSON lines in one REPEATABLE READ transaction. Both are loaded
-into a database at the migration of the export, which is then migrated.
-"""
+"""Exports the ledger to a file, and imports it into an empty database of either kind. SQLite uses its online backup;
+PostgreSQL is written as JSON lines in one REPEATABLE READ transaction. Both are loaded into a database at the migration
+of the export, which is then migrated."""
 
 from __future__ import annotations
 
@@ -33,7 +31,6 @@ LEFT_OUT: Final = frozenset({REVISION, "leases"})
 """Leases belong to processes of the old installation."""
 TOGETHER: Final = 500
 Row = tuple[str, dict[str, Any]]
-"""Table and columns."""
 
 
 def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
@@ -61,11 +58,9 @@ def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
 
 
 def load_ledger(file: Path, revision: str, url: str, audit: dict[str, Any]) -> int:
-    """Fill an empty ledger, all or nothing, and migrate it; returns the number of rows.
-
-    ``revision``: the file's; ``audit``: columns of a row added to the audit log. Raises LedgerError when the ledger is
-    not empty, or this version of Ratchet does not know the migration.
-    """
+    """Fill an empty ledger, all or nothing, and migrate it; returns the number of rows. ``revision``: the file's;
+    ``audit``: columns of a row added to the audit log. Raises LedgerError when the ledger is not empty, or this version
+    of Ratchet does not know the migration."""
     _check_known(revision)
     database = open_database(url, migrate=False, check=False)
     try:
@@ -162,7 +157,6 @@ def _sqlite(file: Path) -> Iterator[Connection]:
 
 
 def _together(rows: Iterable[Row]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Batches of rows of one table."""
     for table, group in groupby(rows, key=itemgetter(0)):
         while some := [row for _, row in islice(group, TOGETHER)]:
             yield table, some

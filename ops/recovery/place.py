@@ -56,7 +56,6 @@ class Place:
             self._store.write(f"{self._root}/{name}", data)
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it exists."""
         if self.local:
             (self.local / name).unlink(missing_ok=True)
         else:
@@ -74,7 +73,6 @@ class Place:
             yield path
 
     def put(self, source: Path, name: str) -> None:
-        """Write a file from a local one."""
         if self.local:
             with replacing(self.local / name, prefix=STAGING) as staging:
                 shutil.copyfile(source, staging)
@@ -101,7 +99,6 @@ def copy(
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

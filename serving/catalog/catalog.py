@@ -1,8 +1,6 @@
-"""The catalog of one server: resident image spaces, searches, and the loops that maintain them.
-
-`reconcile` brings every sample into every resident space, `index_maintainer` builds the indexes, `claims` tells other
-servers on the same lake which tables are needed here.
-"""
+"""The catalog of one server: resident image spaces, searches, and the loops that maintain them. `reconcile` brings
+every sample into every resident space, `index_maintainer` builds the indexes, `claims` tells other servers on the same
+lake which tables are needed here."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ STALL_SECONDS: Final = 600.0
 """A release that waits for its image space fails when no row was added for this long."""
 LOOK_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 0.5
-"""Interval between checks of the corpus while nothing is missing."""
 INDEX_SECONDS: Final = 5.0
-"""Interval between checks of the indexes while nothing changes."""
 SEARCH_THREADS: Final = 4
 READ_SECONDS: Final = 10.0
 """Longest search or other read for a client: an exact search reads all vectors of a space, at most 100 MB before there
@@ -164,7 +160,6 @@ class Catalog:
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
     def searchable(self) -> tuple[str, int]:
-        """The live image space and its number of rows."""
         fill = self.reconciler.fills.get(self.reconciler.live_space)
         return self.reconciler.live_space, fill.coverage.rows if fill is not None else 0
 
@@ -234,7 +229,6 @@ class Catalog:
         return gone
 
     async def _claim(self) -> bool:
-        """Renew the claim on the resident spaces, independent of reconciling."""
         try:
             await self.read(self.claims.renew, tuple(self.reconciler.fills))
         except Exception as error:  # object-store clients raise anything
@@ -268,11 +262,9 @@ async def repeat(step: Callable[[], Awaitable[bool]], woken: asyncio.Event, seco
 
 
 class _BoundedReads:
-    """Runs reads in threads with a time limit and a circuit breaker. Use from one event loop.
-
-    A read of a hanging store ends only with Lance's own retries, minutes later, and holds its thread until then. So
-    after one timeout other reads fail at once, and an occasional one tests whether the store answers again.
-    """
+    """Runs reads in threads with a time limit and a circuit breaker. Use from one event loop. A read of a hanging store
+    ends only with Lance's own retries, minutes later, and holds its thread until then. So after one timeout other reads
+    fail at once, and an occasional one tests whether the store answers again."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(SEARCH_THREADS, "read")

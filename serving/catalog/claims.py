@@ -1,9 +1,6 @@
-"""Claims on image spaces, so that catalogs on the same lake do not drop each other's tables.
-
-Each catalog rewrites a small file next to the tables every :data:`RENEW_SECONDS`, and reads the others' before it drops
-a table. No clocks are compared: a claim expires when its content has not changed for :data:`CLAIM_SECONDS` on the
-reader's clock.
-"""
+"""Claims on image spaces, so that catalogs on the same lake do not drop each other's tables. Each catalog rewrites a
+small file next to the tables every :data:`RENEW_SECONDS`, and reads the others' before it drops a table. No clocks are
+compared: a claim expires when its content has not changed for :data:`CLAIM_SECONDS` on the reader's clock."""
 
 from __future__ import annotations
 

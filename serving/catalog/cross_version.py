@@ -1,9 +1,6 @@
-"""Searches an incomplete space with the help of the previous space's vectors.
-
-Used only if a verdict says that new queries find old vectors as well as old queries did. Hits are ranked again by new
-vectors where they exist. The same row scores lower by its old vector, so old scores are shifted by the mean difference
-over rows that have both.
-"""
+"""Searches an incomplete space with the help of the previous space's vectors. Used only if a verdict says that new
+queries find old vectors as well as old queries did. Hits are ranked again by new vectors where they exist. The same row
+scores lower by its old vector, so old scores are shifted by the mean difference over rows that have both."""
 
 from __future__ import annotations
 
@@ -72,7 +69,6 @@ class CrossVersionVerdicts:
         self._spaces: dict[str | None, str] = {}
 
     def remember(self, window: Sequence[ReleaseSnapshot]) -> None:
-        """Note resident releases."""
         self._spaces.update({snapshot.clip: snapshot.image_space for snapshot in window})
         for clip in list(self._spaces)[:-_MOST_SPACES]:
             del self._spaces[clip]

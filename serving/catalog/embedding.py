@@ -24,7 +24,6 @@ log = logging.getLogger("ratchet.catalog")
 CHUNK_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
 MOST_CHUNKS: Final = 16
-"""Maximum concurrent chunks, over all encoders."""
 DECODING_THREADS: Final = 2
 DECODING_NICE: Final = 10
 """Requests come first."""
@@ -52,23 +51,18 @@ def _with_text(rows: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Corpus rows with their vectors [n, dim]."""
-
     rows: pa.Table
     vectors: npt.NDArray[np.float32]
     unreadable: tuple[str, ...] = ()
     """Samples that can never be embedded."""
     present: frozenset[str] = frozenset()
-    """Samples that were in the table before."""
 
 
 class Pace:
-    """The number of concurrent chunks, by additive increase and multiplicative decrease (Chiu and Jain 1989).
-
-    One more after each full set of chunks about as fast as the fastest, half as many after a much slower one. Encoders
-    put requests first, so a busy server slows chunks down; more chunks than replicas slow each other, so the number
-    follows the replicas.
-    """
+    """The number of concurrent chunks, by additive increase and multiplicative decrease (Chiu and Jain 1989). One more
+    after each full set of chunks about as fast as the fastest, half as many after a much slower one. Encoders put
+    requests first, so a busy server slows chunks down; more chunks than replicas slow each other, so the number follows
+    the replicas."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -77,7 +71,6 @@ class Pace:
 
     @property
     def width(self) -> int:
-        """Concurrent chunks, at least 1."""
         return int(self._width)
 
     def ended(self, rows: int, seconds: float) -> None:

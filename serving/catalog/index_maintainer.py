@@ -1,8 +1,6 @@
-"""Builds the index of each resident space, keeps it current, and enables it only while its recall is sufficient.
-
-Recall of the ten nearest rows is measured against exact search, for stored vectors and for clients' last queries: texts
-are far from all images in CLIP's space, so an index good for images may be bad for texts.
-"""
+"""Builds the index of each resident space, keeps it current, and enables it only while its recall is sufficient. Recall
+of the ten nearest rows is measured against exact search, for stored vectors and for clients' last queries: texts are
+far from all images in CLIP's space, so an index good for images may be bad for texts."""
 
 from __future__ import annotations
 
@@ -57,12 +55,8 @@ RETRY_SHARE: Final = 0.1
 
 @dataclass(slots=True)
 class IndexStatus:
-    """The state of one space's index."""
-
     recent: deque[Vectors] = field(default_factory=lambda: deque(maxlen=RECENT))
-    """Last queries of clients."""
     rows: int = 0
-    """Rows of the table."""
     recall: float | None = None
     """Last measured, at the effort in use or the highest one; None: not measured yet."""
     measured_rows: int = -1
@@ -113,7 +107,6 @@ class IndexMaintainer:
         return not known.building and (bool(known.last_error) or known.recall is not None)
 
     async def step(self) -> bool:
-        """Check each space. True if an index was changed or measured."""
         spaces = self._spaces()
         self._known = {space: self._known.get(space, IndexStatus()) for space in spaces}
         worked = False
@@ -126,7 +119,6 @@ class IndexMaintainer:
         return worked
 
     def status(self, space: str) -> dict[str, Any]:
-        """Rows in the index, its coding and memory, recall, and whether searches use it."""
         known = self._known.get(space, IndexStatus())
         held = self.tables.indexes.of(space)
         index = held.index
@@ -174,7 +166,6 @@ class IndexMaintainer:
         return differs and (index.bytes > share or recall < self.settings.min_recall)
 
     def _share(self) -> float:
-        """Bytes of memory for one space's index."""
         large = sum(each.rows >= INDEX_ROWS for each in self._known.values())
         return self.settings.cache_gib * 2**30 / max(LEAST_SHARES, large)
 

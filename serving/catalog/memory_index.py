@@ -54,19 +54,15 @@ class IndexTooLarge(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """The finer code of each vector."""
-
     name: str
     bits: int
     """Bits per dimension; 0: no finer code, and candidates are ranked by the first one."""
 
     def row_bytes(self, dimension: int) -> float:
-        """Bytes of both codes."""
         return dimension / 8 + ID_BYTES + dimension * self.bits / 8
 
 
 CODINGS: Final = (Coding("16 bits", 16), Coding("8 bits", 8), Coding("4 bits", 4), Coding("quantized alone", 0))
-"""Finest first."""
 
 
 def choose_coding(rows: int, dimension: int, text_bytes: float, most_bytes: float) -> Coding:
@@ -88,24 +84,18 @@ def estimated_bytes(rows: int, dimension: int, text_bytes: float, coding: Coding
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The effort of a search."""
-
     partitions: int
     """Partitions searched; more if a filter leaves few rows."""
     candidates: int
-    """Minimum candidates ranked by the finer code."""
 
 
 LEVELS: Final = (
     Level(4, 80), Level(8, 120), Level(16, 160), Level(32, 160), Level(64, 240), Level(128, 480), Level(256, 960),
 )  # fmt: skip
-"""Cheapest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """The levels of searches without and with a filter."""
-
     plain: Level
     filtered: Level
 

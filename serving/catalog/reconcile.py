@@ -1,8 +1,6 @@
-"""The reconcile loop: every corpus row in every resident image space, and no deleted row in any table.
-
-Backfill, catch-up and dual-write are this one loop. It resumes from the tables, so a kill loses only the embeddings of
-the last seconds.
-"""
+"""The reconcile loop: every corpus row in every resident image space, and no deleted row in any table. Backfill,
+catch-up and dual-write are this one loop. It resumes from the tables, so a kill loses only the embeddings of the last
+seconds."""
 
 from __future__ import annotations
 
@@ -38,13 +36,11 @@ class Reconciler:
     def __init__(self, tables: Tables, corpus: SampleStore, pixels: Pixels, encode: Encode) -> None:
         self.ids = CorpusIds()
         self.fills: dict[str, SpaceFill] = {}
-        """Resident spaces."""
         self.live_space = ""
         self.embedder = Embedder(corpus, pixels, encode)
         self.woken = asyncio.Event()
         """Set to make the next step at once."""
         self.changed = asyncio.Condition()
-        """Notified when a space becomes complete."""
         self.searchable_seconds: float | None = None
         self.last_error = ""
         self._tables = tables
@@ -84,7 +80,6 @@ class Reconciler:
         return {fill.space for fill in self.fills.values() if fill.complete >= 0}
 
     def prefer(self, space: str, samples: Collection[str]) -> None:
-        """Embed these samples first for a space."""
         if samples and (fill := self.fills.get(space)) is not None:
             fill.coverage.prefer(self.ids.numbers(samples))
 
@@ -170,7 +165,6 @@ class Reconciler:
                 metrics.catalog.searchable(self.searchable_seconds)
 
     def _ordered(self) -> list[SpaceFill]:
-        """The live space first."""
         return sorted(self.fills.values(), key=lambda fill: fill.space != self.live_space)
 
 
@@ -211,11 +205,8 @@ class DeletionFollower:
         self._until = max([self._until, *(when for _, when in receipts)])
 
     async def expunge(self) -> bool:
-        """Remove the bytes of deleted rows once no search reads versions that contain them.
-
-        Two passes: the first rewrites the remaining rows, the second removes the older versions. True if a pass was
-        due.
-        """
+        """Remove the bytes of deleted rows once no search reads versions that contain them. Two passes: the first
+        rewrites the remaining rows, the second removes the older versions. True if a pass was due."""
         if not self._expunge_left or time.monotonic() < self._expunge_at:
             return False
         self._expunge_at = time.monotonic() + EXPUNGE_SECONDS  # set first: it may fail

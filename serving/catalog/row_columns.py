@@ -26,7 +26,6 @@ Keys = npt.NDArray[np.uint64]
 DIGITS: Final = 64
 Vectors = npt.NDArray[np.float32]
 BATCH_ROWS: Final = 4096
-"""Rows read from a table at once."""
 Positions = npt.NDArray[np.int64]
 GROWTH: Final = 1.25
 LEAST_LENGTH: Final = 1024
@@ -71,10 +70,8 @@ def vectors_of(rows: pa.RecordBatch | pa.Table) -> Vectors:
 
 
 class RowColumns:
-    """Digest, domain, source, time and text by position, without Python objects per row. One writer at a time.
-
-    77 bytes a row plus its text. Positions are never reused; that of a removed row stays empty.
-    """
+    """Digest, domain, source, time and text by position, without Python objects per row. One writer at a time. 77 bytes
+    a row plus its text. Positions are never reused; that of a removed row stays empty."""
 
     def __init__(self) -> None:
         self.end = 0
@@ -131,7 +128,6 @@ class RowColumns:
         self._places.add(keys_of(digests), positions, self.live(), self.digests())
 
     def remove(self, positions: Positions) -> None:
-        """Remove rows and overwrite their bytes."""
         for start, size in zip(self._text_starts[positions], self._text_sizes[positions], strict=True):
             self._texts[start : start + max(0, size)] = 0
         self._live[positions] = False

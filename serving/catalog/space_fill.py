@@ -25,13 +25,11 @@ from serving.catalog.row_columns import grown
 from serving.catalog.tables import Tables
 
 InThread = Callable[..., Awaitable[Any]]
-"""Calls a function with its arguments in the single thread that writes tables."""
 Numbers = npt.NDArray[np.int64]
 LACKING, TAKEN, HELD = 0, 1, 2
 QUEUE_ROWS: Final = 8192
 """Missing rows looked up at once: each look scans the whole corpus, 2 ms for a million rows."""
 RATE_SECONDS: Final = 60.0
-"""Window of the backfill rate."""
 STORE_ROWS: Final = 1024
 STORE_SECONDS: Final = 2.0
 """Vectors are stored when there are this many, when the first is this old, or when nothing else is missing. One commit
@@ -88,7 +86,6 @@ class CorpusIds:
                 self._unreadable.discard(number)
 
     def leave_out(self, samples: Iterable[str]) -> None:
-        """Mark samples that can never be embedded."""
         numbers = self.numbers(samples)
         self.wanted()[numbers] = False
         self._unreadable.update(numbers.tolist())
@@ -112,7 +109,6 @@ class SpaceCoverage:
 
     @property
     def rows(self) -> int:
-        """Number of rows in the table."""
         return int(np.count_nonzero(self._all() == HELD))
 
     @property
@@ -139,7 +135,6 @@ class SpaceCoverage:
         return np.asarray(numbers, np.int64)
 
     def prefer(self, numbers: Numbers) -> None:
-        """Take these rows next, if they are missing."""
         self._queue.extendleft(numbers.tolist())
 
     def give_back(self, numbers: Numbers) -> None:
@@ -148,20 +143,16 @@ class SpaceCoverage:
         states[numbers[states[numbers] == TAKEN]] = LACKING
 
     def hold(self, numbers: Numbers) -> None:
-        """Mark rows as in the table."""
         self._all()[numbers] = HELD
 
     def holding(self, numbers: Numbers) -> Numbers:
-        """Those of ``numbers`` that are in the table."""
         held: Numbers = numbers[self._all()[numbers] == HELD]
         return held
 
     def drop(self, numbers: Numbers) -> None:
-        """Mark rows as missing from the table."""
         self._all()[numbers] = LACKING
 
     def held(self) -> Numbers:
-        """Numbers of all rows in the table, in order of ingestion."""
         return np.flatnonzero(self._all() == HELD).astype(np.int64)
 
     def _all(self) -> npt.NDArray[np.uint8]:
@@ -183,7 +174,6 @@ class BackfillRate:
             self._rows = deque([(self._now(), 0)])
 
     def add(self, rows: int) -> None:
-        """Count rows that were embedded and stored."""
         now = self._now()
         self._rows.append((now, rows))
         while len(self._rows) > 2 and now - self._rows[0][0] > RATE_SECONDS:
@@ -196,7 +186,6 @@ class BackfillRate:
         return sum(count for _, count in list(self._rows)[1:]) / seconds if seconds > 0 else 0.0
 
     def seconds_left(self, missing: int) -> float | None:
-        """Estimated seconds; None while unknown."""
         rate = self.per_second
         return 0.0 if not missing else missing / rate if rate > 0 else None
 
@@ -226,7 +215,6 @@ class SpaceFill:
 
     @property
     def is_idle(self) -> bool:
-        """True if nothing is being embedded or waits to be stored."""
         return not self._running and not self._finished
 
     @property
@@ -235,7 +223,6 @@ class SpaceFill:
         return self.loaded and self.is_idle and not self.coverage.missing
 
     async def load(self) -> None:
-        """Read which rows the table has."""
         stored = await self._in_thread(lambda: [self._ids.numbers(ids) for ids in self._tables.id_batches(self.space)])
         for numbers in stored:
             self.coverage.hold(numbers)
@@ -287,7 +274,6 @@ class SpaceFill:
         self._finished = []
 
     def status(self) -> dict[str, Any]:
-        """Rows, coverage from 0 to 1, and progress of the backfill."""
         missing = self.coverage.missing
         return {
             "rows": self.coverage.rows,

@@ -1,8 +1,5 @@
-"""The indexes of the resident spaces, kept equal to their tables.
-
-Rows merged by this process are added right after the commit. Other processes' additions are found by new data files,
-their removals by the number of rows.
-"""
+"""The indexes of the resident spaces, kept equal to their tables. Rows merged by this process are added right after the
+commit. Other processes' additions are found by new data files, their removals by the number of rows."""
 
 from __future__ import annotations
 
@@ -32,18 +29,14 @@ class SpaceIndex:
         self.effort: Effort | None = None
         """Effort for client searches; None: they search exactly."""
         self.built_rows = 0
-        """Number of rows that it was trained for."""
         self.version = -1
         self.files: set[int] = set()
-        """IDs of data files that were read."""
         self.looked_on_disk = False
         self.saved_rows = -1
         """Rows of the index on disk; -1: there is none."""
 
 
 class SpaceIndexes:
-    """Indexes by space. Thread safe."""
-
     def __init__(self, newest: Callable[[str], lance.LanceDataset | None], files: IndexFiles) -> None:
         """``newest``: returns the newest version of a space's table."""
         self._newest = newest
@@ -99,7 +92,6 @@ class SpaceIndexes:
                 known.saved_rows = known.index.rows
 
     def follow(self, space: str) -> None:
-        """Bring a space's index up to its table."""
         known = self.of(space)
         with known.writing:
             index = known.index
@@ -108,7 +100,6 @@ class SpaceIndexes:
                 self._forget_files(space)
 
     def add(self, space: str, rows: pa.Table) -> None:
-        """Add committed rows (in the table's schema)."""
         self._change(space, lambda index: index.add(rows))
 
     def remove(self, space: str, ids: Collection[str]) -> None:
@@ -138,7 +129,6 @@ class SpaceIndexes:
             self._forget_files(space)
 
     def forget_others(self, spaces: Collection[str]) -> None:
-        """Drop the indexes of all other spaces."""
         for space in set(self._spaces).difference(spaces):
             self.forget(space)
         self._files.remove_others(set(spaces))

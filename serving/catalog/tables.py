@@ -35,7 +35,6 @@ OPENING_PAUSE: Final = 0.05
 COMPACT_EVERY = 32
 """Merges between compactions. Each merge is a fragment, and scans of thousands of fragments are slow."""
 TARGET_ROWS: Final = 65_536
-"""Rows per data file after compaction."""
 PREFIX: Final = "clip_"
 SUFFIX: Final = ".lance"
 FRESHNESS: Final = timedelta(seconds=5)
@@ -48,8 +47,6 @@ _PRIMARY_KEY: Final = {"lance-schema:unenforced-primary-key": "true"}
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Nearest rows to a query, best first."""
-
     scores: Vectors
     """Cosine similarities [k]."""
     keys: Keys
@@ -70,7 +67,6 @@ class Tables:
         """The version that searches read, and the time until which it is fresh."""
 
     def spaces(self) -> list[str]:
-        """Image spaces that have a table."""
         files, root = fsspec.core.url_to_fs(self.url)
         files.invalidate_cache(root)
         try:
@@ -209,7 +205,6 @@ class Tables:
         lance.LanceDataset.drop(self._address(space), ignore_not_found=True)
 
     def forget_others(self, spaces: Collection[str]) -> None:
-        """Close the tables of all other spaces and drop their indexes."""
         for space in self._seen.difference(spaces):
             self.forget(space)
         self.indexes.forget_others(spaces)
@@ -238,10 +233,8 @@ class Tables:
         return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
 
     def _newest(self, space: str) -> lance.LanceDataset | None:
-        """The newest version of a space's table, opened for this call: threads share no version.
-
-        None if there is none yet; a table dropped by another process raises until :meth:`forget`.
-        """
+        """The newest version of a space's table, opened for this call: threads share no version. None if there is none
+        yet; a table dropped by another process raises until :meth:`forget`."""
         listed = False
         for left in reversed(range(OPENING_TRIES)):
             try:
@@ -312,7 +305,6 @@ def table_of(rows: pa.Table, vectors: Vectors) -> pa.Table:
 
 
 def _rows_of(dataset: lance.LanceDataset | None, ids: Collection[str], columns: list[str]) -> pa.Table:
-    """The rows of ``ids`` that exist, in any order."""
     if dataset is None or not ids:
         return pa.table({name: pa.nulls(0) for name in columns})
     return pa.concat_tables(dataset.to_table(columns=columns, filter=condition) for condition in _conditions(ids))

@@ -89,7 +89,6 @@ class Watcher:
         self._seen = (space, rows)
 
     async def _drift(self, space: str, rows: int) -> None:
-        """Compare the newest samples with those right before them."""
         window = self.settings.drift_window
         if rows < 2 * window:
             return

@@ -57,7 +57,6 @@ _UNSUPPORTED = (
     "arrow_config", "monteclora_config",
 )  # fmt: skip
 PREFIX = "base_model.model."
-"""PEFT's prefix of every name."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

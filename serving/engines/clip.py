@@ -34,7 +34,6 @@ from serving.engines.torch_backend import SIZES
 from serving.engines.towers import GPU_BUCKET, TextWidths
 
 WARM_LENGTHS = (8, 16, 24)
-"""Token counts of most texts in requests."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,8 @@ class ClipEngine:
         return cls(base, None, threads, choose_engine(base, settings.serve, settings.home, _device(None)))
 
     def load(self, name: str, directory: Path | str) -> Spaces:
-        """Make an adapter resident and return its spaces; loading it again changes nothing.
-
-        Raises :class:`AdapterError` when the directory is damaged, has another name, or fits another base.
-        """
+        """Make an adapter resident and return its spaces; loading it again changes nothing. Raises
+        :class:`AdapterError` when the directory is damaged, has another name, or fits another base."""
         with self._changing:
             there = self._residents.get(name)
             if there is not None:
@@ -128,11 +125,9 @@ class ClipEngine:
         return float(torch.as_tensor(self._model.logit_scale).detach().exp().reshape(-1)[0])
 
     def spaces(self, adapter: str | None = None) -> Spaces:
-        """Embedding spaces under ``adapter`` (None: the base)."""
         return self._get(adapter).spaces
 
     def heads(self, adapter: str | None = None) -> Mapping[str, Head]:
-        """The heads of an adapter, by name; the base has none."""
         files = self._get(adapter).files
         return {} if files is None else files.heads
 
@@ -154,11 +149,9 @@ class ClipEngine:
         return _unit(self._raw_texts(self._get(adapter), rows))
 
     def golden(self, adapter: str | None = None) -> dict[str, Any]:
-        """Run fixed inputs through both towers, the check of a replica before it serves an adapter.
-
-        Returns spaces, mean lengths before normalisation and the cosines ``[image][text]`` to 4 decimals. Raises
-        :class:`AdapterError` when a vector is not finite or has zero length.
-        """
+        """Run fixed inputs through both towers, the check of a replica before it serves an adapter. Returns spaces,
+        mean lengths before normalisation and the cosines ``[image][text]`` to 4 decimals. Raises :class:`AdapterError`
+        when a vector is not finite or has zero length."""
         resident = self._get(adapter)
         # One at a time, yielding the CPU between them: adapters load while requests are answered.
         images = _stack(self._raw_images(resident, image[None]) for image in golden_pixels(self.base.preprocess.size))

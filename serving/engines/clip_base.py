@@ -45,13 +45,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Spaces:
-    """IDs (12 hex digits) of the two embedding spaces of a base or adapter: vectors of equal IDs can be compared.
-
-    An image space is the digest of the image tower's weights (with buffers), the adapter's changes to them,
-    preprocessing and dimension; a text space that of everything else behind a text vector. An adapter that leaves a
-    tower unchanged keeps that tower's space, so an unchanged image space means that the catalog needs no new
-    embeddings.
-    """
+    """IDs (12 hex digits) of the two embedding spaces of a base or adapter: vectors of equal IDs can be compared. An
+    image space is the digest of the image tower's weights (with buffers), the adapter's changes to them, preprocessing
+    and dimension; a text space that of everything else behind a text vector. An adapter that leaves a tower unchanged
+    keeps that tower's space, so an unchanged image space means that the catalog needs no new embeddings."""
 
     image: str
     text: str
@@ -78,7 +75,6 @@ class ClipBase:
     """open_clip's model configuration; its ``hf_model_name`` is a folder inside ``directory``."""
     preprocess: Preprocess
     context_length: int
-    """In tokens."""
     dim: int
     lora_targets: dict[str, str]
     """Regular expressions over module names (PEFT full match) for ``image`` and ``text``."""
@@ -88,7 +84,6 @@ class ClipBase:
     """SHA-256 of every tensor by name."""
     weights_bytes: int
     about: dict[str, Any] = field(default_factory=dict)
-    """Free text on its origin: source, licence, attribution."""
 
     @cached_property
     def spaces(self) -> Spaces:
@@ -106,10 +101,8 @@ class ClipBase:
         return Spaces(tower("image", self.preprocess.to_json()), tower("text", text))
 
     def build_model(self) -> nn.Module:
-        """Build the model: ``eval`` mode, float32, no gradients, weights memory-mapped from the directory.
-
-        Raises :class:`BaseModelError` when files are missing, truncated or of another model.
-        """
+        """Build the model: ``eval`` mode, float32, no gradients, weights memory-mapped from the directory. Raises
+        :class:`BaseModelError` when files are missing, truncated or of another model."""
         from safetensors.torch import load_file
 
         from serving.engines.layers import SkipInit
@@ -152,11 +145,8 @@ def load_base(home: Path | str, name: str) -> ClipBase:
 
 
 def load_described(home: Path | str, name: str, kind: type[Base], **read: Callable[[Any], Any]) -> Base:
-    """Load a registered base of class ``kind``, whose fields are those of the description.
-
-    ``read`` converts fields that are not plain values. Raises :class:`BaseModelError` when the base is missing, damaged
-    or of another family.
-    """
+    """Load a registered base of class ``kind``, whose fields are those of the description. ``read`` converts fields
+    that are not plain values. Raises :class:`BaseModelError` when the base is missing, damaged or of another family."""
     described: Any = kind
     directory = base_directory(home, name)
     path = directory / DESCRIPTION
@@ -199,7 +189,6 @@ def base_of(home: Path, digest: str) -> ClipBase | None:
 
 
 def digest_of(home: Path, name: str) -> str | None:
-    """The digest of a registered CLIP base, or None."""
     return load_base(home, name).digest if name in list_bases(home, "clip") else None
 
 
@@ -237,11 +226,9 @@ def save_base(
     about: dict[str, Any] | None = None,
     replace: bool = False,
 ) -> ClipBase:
-    """Register a model as base ``name``; its directory is moved into place when complete.
-
-    ``text_files``: Hugging Face files to copy into ``text/``. The same content is left as it is; other content under
-    the name raises :class:`BaseModelError` unless ``replace``.
-    """
+    """Register a model as base ``name``; its directory is moved into place when complete. ``text_files``: Hugging Face
+    files to copy into ``text/``. The same content is left as it is; other content under the name raises
+    :class:`BaseModelError` unless ``replace``."""
     import torch
     from safetensors.torch import save_file
 
@@ -350,12 +337,10 @@ def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
 
 
 def find_lora_targets(model: nn.Module) -> dict[str, str]:
-    """Regular expressions for the layers that can carry LoRA, by tower.
-
-    PEFT selects by name, so a layer's last name counts only if all layers of that name in the tower are Linear, 1x1
-    convolution or MultiheadAttention. Layers inside a MultiheadAttention are left to it: its ``out_proj`` never runs
-    its own ``forward``, so LoRA there would get no gradient.
-    """
+    """Regular expressions for the layers that can carry LoRA, by tower. PEFT selects by name, so a layer's last name
+    counts only if all layers of that name in the tower are Linear, 1x1 convolution or MultiheadAttention. Layers inside
+    a MultiheadAttention are left to it: its ``out_proj`` never runs its own ``forward``, so LoRA there would get no
+    gradient."""
     from torch import nn
 
     good: dict[str, set[str]] = {"image": set(), "text": set()}

@@ -57,8 +57,6 @@ ROUNDS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Measurements of one candidate on this machine."""
-
     choice: EngineChoice
     seconds: tuple[float, ...] = ()
     """Fastest of all rounds, for each of :data:`WORKLOADS`."""
@@ -68,7 +66,6 @@ class Measurement:
     """Reason why it cannot run; empty if it can."""
 
     def rate(self, workload: int) -> float:
-        """Items per second of one of :data:`WORKLOADS`."""
         return WORKLOADS[workload][1] / self.seconds[workload]
 
     def speed_over(self, other: Measurement) -> float:
@@ -182,10 +179,7 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
 
 def make_backend(choice: EngineChoice, base: ClipBase, model: Any, device: torch.device) -> Backend:
     """Make the backend of a choice. ``model``: the base in float32 on the CPU; for torch in float32 it moves to
-    ``device``.
-
-    Raises ConfigError when the engine is not installed.
-    """
+    ``device``. Raises ConfigError when the engine is not installed."""
     if choice.engine == "onnx":
         from serving.engines.onnx_backend import OnnxBackend
 

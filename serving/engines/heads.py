@@ -63,7 +63,6 @@ class Head:
     threshold: float
     """Squared Mahalanobis distance beyond which an image is none of the classes."""
     counts: tuple[int, ...]
-    """Training images per class."""
 
     def classify(self, vectors: npt.ArrayLike) -> HeadScores:
         """Classify unit vectors [n, dim] of the head's image space."""
@@ -89,7 +88,6 @@ class Head:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Everything except the arrays."""
         return {
             "labels": list(self.labels),
             "scale": self.scale,

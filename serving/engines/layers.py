@@ -63,9 +63,7 @@ def is_convolutional(visual: nn.Module) -> bool:
 
 def set_conv_layout(visual: nn.Module) -> bool:
     """Convert a convolutional tower's weights to the fastest layout in place; True if it is convolutional.
-
-    Convolutional towers gain 10 to 25%; the single patch embedding of a ViT gains nothing.
-    """
+    Convolutional towers gain 10 to 25%; the single patch embedding of a ViT gains nothing."""
     wanted = is_convolutional(visual)
     if wanted:
         visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -77,7 +75,6 @@ def images_per_pass(visual: nn.Module, device: torch.device) -> int:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """True if this build of torch has the layout for this precision."""
     try:
         linear = PackedLinear(pack(torch.ones(16, 16, dtype=dtype)), None)
         return bool(torch.isfinite(linear(torch.ones(1, 16, dtype=dtype))).all())

@@ -1,7 +1,5 @@
-"""Merges an adapter into a model: low-rank changes of weights, and weights that it replaces.
-
-Names and shapes come from untrusted files: any mismatch raises :class:`core.errors.AdapterError`.
-"""
+"""Merges an adapter into a model: low-rank changes of weights, and weights that it replaces. Names and shapes come from
+untrusted files: any mismatch raises :class:`core.errors.AdapterError`."""
 
 from __future__ import annotations
 
@@ -43,11 +41,9 @@ def whole_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
 
 
 def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """``lora_A``, ``lora_B`` and scale of each layer, by the layer's name in the file.
-
-    The scale is alpha/r (alpha/sqrt(r) with rslora; Hu et al. 2021, Kalajdzievski 2023). Raises :class:`AdapterError`
-    for other tensors, half a pair, or a rank that differs from the configured one.
-    """
+    """``lora_A``, ``lora_B`` and scale of each layer, by the layer's name in the file. The scale is alpha/r
+    (alpha/sqrt(r) with rslora; Hu et al. 2021, Kalajdzievski 2023). Raises :class:`AdapterError` for other tensors,
+    half a pair, or a rank that differs from the configured one."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
     whole = whole_weights(files)
     for key, tensor in files.tensors.items():
@@ -84,12 +80,9 @@ def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> d
 
 def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
     """Yield ``W + s B A`` of each parameter that differs from the model's, one at a time, while it is in the CPU's
-    cache.
-
-    W is the model's own weight or the adapter's replacement. Targets are Linear, ungrouped convolutions and
+    cache. W is the model's own weight or the adapter's replacement. Targets are Linear, ungrouped convolutions and
     MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``). Raises
-    :class:`AdapterError` when names or shapes do not fit the model, or the sum overflows.
-    """
+    :class:`AdapterError` when names or shapes do not fit the model, or the sum overflows."""
     parameters = dict(model.named_parameters())
     whole = whole_weights(files)
     for name, tensor in whole.items():
@@ -195,10 +188,8 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that the module's name ends in: PEFT's rule, restricted to plain names.
-
-    PEFT takes regular expressions; an untrusted one could run forever.
-    """
+    """The value of the first pattern that the module's name ends in: PEFT's rule, restricted to plain names. PEFT takes
+    regular expressions; an untrusted one could run forever."""
     for key, value in patterns.items():
         name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not _PLAIN.fullmatch(name):

@@ -52,8 +52,6 @@ _one_at_a_time = threading.Lock()
 
 
 class OnnxBackend:
-    """Implements :class:`serving.engines.backends.Backend`."""
-
     def __init__(self, base: ClipBase, model: nn.Module, device: torch.device, precision: Precision) -> None:
         """``model``: the base in float32 on the CPU. Raises ConfigError when the runtime or a provider is missing."""
         self.base = base
@@ -111,8 +109,6 @@ class OnnxBackend:
 
 
 class OnnxTowers:
-    """Implements :class:`serving.engines.backends.Towers`."""
-
     def __init__(self, preprocess: Preprocess, sessions: Mapping[Tower, Any], rest: Towers | None) -> None:
         """``rest``: runs the tower that has no session."""
         self._preprocess = preprocess
@@ -138,10 +134,8 @@ class OnnxTowers:
 
 
 def _providers(device: torch.device, precision: Precision) -> tuple[list[Any] | None, Any]:
-    """Execution providers for a device and precision, or OpenVINO's device instead.
-
-    Raises ConfigError when ONNX Runtime is not installed or cannot compute at this precision here.
-    """
+    """Execution providers for a device and precision, or OpenVINO's device instead. Raises ConfigError when ONNX
+    Runtime is not installed or cannot compute at this precision here."""
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -231,10 +225,8 @@ def _traceable(owner: nn.Module) -> None:
 
 
 def exported(base: ClipBase, tower: Tower, folder: Path) -> Path:
-    """The graph of a tower in ``folder``, exported if it is missing (seconds).
-
-    Raises ConfigError when onnx is not installed, or the tower has no export that can serve adapters.
-    """
+    """The graph of a tower in ``folder``, exported if it is missing (seconds). Raises ConfigError when onnx is not
+    installed, or the tower has no export that can serve adapters."""
     path = folder / f"{base.digest[:12]}-{tower}-{FORMAT}-torch{torch.__version__.split('+')[0]}.onnx"
     with _one_at_a_time:
         if not path.is_file():

@@ -33,8 +33,6 @@ pixels in one row would become 224 rows of nine billion, of which it keeps the m
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Geometry and normalisation of a base's inputs."""
-
     size: int
     """Side of the square input in pixels."""
     mean: tuple[float, float, float] = OPENAI_MEAN
@@ -44,7 +42,6 @@ class Preprocess:
     resize_mode: ResizeMode = "shortest"
     """``shortest``: shortest side to ``size``, centre crop; ``longest``: pad; ``squash``: ignore the ratio."""
     fill_color: int = 0
-    """Grey level of the padding for ``longest``."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -62,7 +59,6 @@ class Preprocess:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for ``base.json`` and digests."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
@@ -81,10 +77,8 @@ class Preprocess:
 
     def pixels(self, image: Image.Image | OpenedImage | bytes) -> np.ndarray:
         """``uint8 [size, size, 3]`` of an image. Bytes must be of an accepted image: they are read without limits.
-
         Gate, trainer, catalog and server all pass encoded images, so that they see the same pixels. Raises
-        :class:`core.errors.RecordError` when it is not an acceptable image.
-        """
+        :class:`core.errors.RecordError` when it is not an acceptable image."""
         if isinstance(image, bytes):
             image = open_accepted(image)
         if isinstance(image, OpenedImage):
@@ -119,10 +113,8 @@ class Preprocess:
         return image.crop((left, top, left + width, top + height))
 
     def _square(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        """The first steps of open_clip's evaluation transform, with its rounding.
-
-        ``width`` and ``height``: of the full image; decoding at a smaller scale rounds them.
-        """
+        """The first steps of open_clip's evaluation transform, with its rounding. ``width`` and ``height``: of the full
+        image; decoding at a smaller scale rounds them."""
         side = self.size
         resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         if self.resize_mode == "squash":

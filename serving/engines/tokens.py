@@ -71,7 +71,6 @@ class Tokenizer(ABC):
     trim: bool = False
     """True if batches are as wide as their longest text instead of the full context."""
     pad_id: int = 0
-    """ID that pads short rows of a batch."""
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """``int64 [n, at most context_length]``, padded."""

@@ -46,8 +46,6 @@ Converted = dict[Form, torch.Tensor]
 
 
 class TorchBackend:
-    """Implements :class:`serving.engines.backends.Backend`."""
-
     def __init__(
         self, model: nn.Module, preprocess: Preprocess, device: torch.device, precision: Precision = "float32"
     ) -> None:
@@ -90,8 +88,6 @@ class TorchBackend:
 
 
 class TorchTowers:
-    """Implements :class:`serving.engines.backends.Towers`."""
-
     def __init__(self, backend: TorchBackend, module: nn.Module) -> None:
         self._backend = backend
         self._passes = passes = _Passes(backend, module)
@@ -133,12 +129,9 @@ class _Passes:
 
 
 class GraphedTower:
-    """``[n, ...]`` in host memory to ``[n, dim]``, n up to the largest size. Thread safe.
-
-    At small batches a CLIP tower is hundreds of microsecond kernels, and launching them from Python takes longer than
-    they run. A CUDA graph launches all at once, but for one shape: batches are padded to the next size, and each shape
-    is captured once.
-    """
+    """``[n, ...]`` in host memory to ``[n, dim]``, n up to the largest size. Thread safe. At small batches a CLIP tower
+    is hundreds of microsecond kernels, and launching them from Python takes longer than they run. A CUDA graph launches
+    all at once, but for one shape: batches are padded to the next size, and each shape is captured once."""
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
         self._forward = forward
@@ -196,8 +189,6 @@ class CudaStep:
 
 
 class _Slot:
-    """Pinned host memory, device memory, and the events that mark them filled and read."""
-
     def __init__(self, example: torch.Tensor) -> None:
         self.pinned = torch.zeros(example.shape, dtype=example.dtype, pin_memory=True)
         self.staged = torch.zeros_like(example)

@@ -39,8 +39,6 @@ Objection = Callable[[EngineChoice], str]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Number of encoder processes and their total images per second."""
-
     replicas: int
     threads: int
     images_per_second: float = 0.0
@@ -73,7 +71,6 @@ class Tuning:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Values for the section ``serve``."""
         return {
             "engine": self.choice.engine,
             "precision": self.choice.precision,

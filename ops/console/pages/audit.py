@@ -19,7 +19,6 @@ ID_CHARS = 300
 STATES: dict[DeletionState, str] = {
     "requested": "waits", "removed": "removed", "held": "held", "done": "done",
 }  # fmt: skip
-"""The states in words."""
 MEANING: dict[DeletionState, str] = {
     "requested": "Maintenance has not come to it.",
     "removed": "No reader finds it any more. Files of older versions of the store still hold its bytes.",
@@ -35,7 +34,6 @@ def audit(
     actor: Annotated[str, Query(max_length=200)] = "",
     limit: Annotated[int, Query(ge=1, le=MOST)] = STEP,
 ) -> Response:
-    """The newest rows, optionally by actor or subject."""
     rows = context.data.ledger.audit_rows(limit + 1, subject=about.strip() or None, actor=actor.strip() or None)
     more = min(limit + STEP, MOST) if len(rows) > limit < MOST else 0
     return context.page("audit.html", "Audit", rows=rows[:limit], about=about, actor=actor, more=more)
@@ -47,7 +45,6 @@ def deletions(
     state: Annotated[DeletionState | Literal[""], Query()] = "",
     limit: Annotated[int, Query(ge=1, le=MOST)] = DELETIONS_STEP,
 ) -> Response:
-    """The newest deletions, optionally by state."""
     rows = context.data.ledger.deletions(limit + 1, [state] if state else ())
     more = min(limit + DELETIONS_STEP, MOST) if len(rows) > limit < MOST else 0
     return context.page("deletions.html", "Deletions", rows=rows[:limit], state=state, states=STATES, more=more)
@@ -55,7 +52,6 @@ def deletions(
 
 @router.get("/audit/deletions/{deletion_id:path}/receipt")
 def receipt(context: Reader, deletion_id: str) -> Response:
-    """The receipt of a deletion, as from command line and API."""
     return JSONResponse(as_json(_deletion(context, deletion_id)))
 
 

@@ -22,7 +22,6 @@ RUNNING = ("training", "trained", "gated")
 DAY_SECONDS = 86_400
 SHOWN = 50
 SUMMED = 500
-"""Updates whose costs are summed."""
 COLOURS = {"passed": GOOD, "rejected": BAD, "inconclusive": OPEN}
 PLOTTED = 16
 """Updates in a plot; older ones are in the table."""
@@ -42,14 +41,11 @@ def budget(context: Reader) -> Response:
 
 @dataclass(frozen=True)
 class UpdateSummary:
-    """An update with its verdict."""
-
     update: UpdateRow
     verdict: VerdictRow | None
 
     @property
     def outcome(self) -> str:
-        """Outcome of its verdict; empty before."""
         return self.verdict.outcome if self.verdict else ""
 
     @property
@@ -78,7 +74,6 @@ class UpdateSummary:
 
     @property
     def best_gain(self) -> tuple[str, float] | None:
-        """The gain suite with the largest gain, and the gain."""
         return max(self._differences("gain"), key=itemgetter(1), default=None)
 
     @property
@@ -102,12 +97,10 @@ class BudgetState:
 
     @property
     def share(self) -> float:
-        """Fill level from 0 to 1."""
         return max(0.0, min(1.0, self.level / self.capacity))
 
     @property
     def updates_left(self) -> int:
-        """Whole updates that it pays for now."""
         return max(0, int(self.level // self.per_update))
 
     @property
@@ -132,7 +125,6 @@ def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> dict[
 
 
 def update_summaries(ledger: Ledger, limit: int = 20) -> list[UpdateSummary]:
-    """The newest updates, newest first."""
     verdicts = {verdict.update_id: verdict for verdict in ledger.verdicts(limit * 2)}
     return [UpdateSummary(update, verdicts.get(update.id)) for update in ledger.updates(limit)]
 

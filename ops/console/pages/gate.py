@@ -34,13 +34,11 @@ def verdicts(context: Reader) -> Response:
 
 @router.get("/gate/now")
 def now(context: Reader) -> Response:
-    """The running update and the list of verdicts."""
     return context.part("gate_now.html", **_facts(context))
 
 
 @router.get("/gate/{update_id}")
 def verdict(context: Reader, update_id: str) -> Response:
-    """A verdict, rendered from its data."""
     try:
         update = context.data.ledger.update(_checked(update_id))
     except LedgerError:
@@ -57,7 +55,6 @@ def verdict(context: Reader, update_id: str) -> Response:
 
 @router.get("/gate/{update_id}/report")
 def report_page(context: Reader, update_id: str) -> Response:
-    """The stored report as a page, to print or keep."""
     return HTMLResponse(_stored(context, update_id, HTML_NAME), headers={"content-security-policy": REPORT_POLICY})
 
 
@@ -70,7 +67,6 @@ def report_data(context: Reader, update_id: str) -> Response:
 
 
 def _samples(context: RequestContext, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The samples that a report names and the store still has."""
     return context.data.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
 
 

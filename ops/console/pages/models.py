@@ -20,7 +20,6 @@ router = APIRouter()
 
 @router.get("/models")
 def models(context: Reader) -> Response:
-    """Models of the live release, and loaded releases, newest first."""
     data = context.data
     status, live = data.status(), data.live()
     resident = [] if status is None else status["controller"]["resident"]
@@ -33,8 +32,6 @@ def models(context: Reader) -> Response:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model of the live release."""
-
     family: Family
     base: str
     """Name of ``base.clip`` or ``base.vlm``, with 12 digits of its digest if a replica reports it."""
@@ -42,7 +39,6 @@ class ServedModel:
     engines: tuple[str, ...]
     """Distinct engine, precision and device of the replicas; empty if none reports them."""
     setting: str
-    """Engine and precision in the settings."""
     replicas: Mapping[str, int]
     """Number of replicas by state; empty if unknown."""
 

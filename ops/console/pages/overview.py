@@ -19,14 +19,12 @@ router = APIRouter()
 
 @router.get("/")
 def overview(context: Reader) -> Response:
-    """The page; its upper part reloads itself."""
     overview_facts = context.data.cached("overview", lambda: facts(context.data))
     return context.page("overview.html", "Overview", chart=learning(overview_facts["updates"]), **overview_facts)
 
 
 @router.get("/overview/now")
 def now(context: Reader) -> Response:
-    """The part of the page that reloads."""
     return context.part("overview_now.html", **context.data.cached("overview", lambda: facts(context.data)))
 
 
@@ -39,7 +37,6 @@ def tour(context: Reader) -> Response:
 
 
 def facts(data: ConsoleData) -> dict[str, Any]:
-    """Data from ledger, store and server, shared by all viewers."""
     status, live, stream = data.status(), data.live(), data.stream()
     summaries = update_summaries(data.ledger, limit=20)
     return {

@@ -67,7 +67,6 @@ def readable(context: RequestContext, picture: bytes) -> bytes:
 
 
 def inline(context: RequestContext, picture: bytes) -> str:
-    """A re-encoded picture as a data URI."""
     png = context.data.draw(picture, 96) or b""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 

@@ -54,7 +54,6 @@ def similar(context: Reader, picture: Picture) -> Response:
 
 @router.post("/playground/classify")
 def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
-    """The labels, best fit first."""
     names = listed(labels)
     if len(names) < 2:
         raise ErrorPage(400, "Give at least two words", "", "Write them with commas between.")
@@ -73,7 +72,6 @@ def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
 
 
 def listed(labels: str) -> list[str]:
-    """Distinct comma-separated words."""
     return list(dict.fromkeys(label.strip()[:200] for label in labels.split(",") if label.strip()))[:MOST_LABELS]
 
 

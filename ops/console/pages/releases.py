@@ -46,7 +46,6 @@ def ask(
     percent: Annotated[str, Query(max_length=12)] = "",
     reason: Annotated[str, Query(max_length=1000)] = "",
 ) -> Response:
-    """Show the effect, and ask for the reason."""
     usual = f"{100 * context.data.settings.rollout.share:.5g}"
     return _asked(context, action, Choice.of(to, family, clip, vlm, how, percent or usual), typed=reason)
 

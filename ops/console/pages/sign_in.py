@@ -1,9 +1,6 @@
-"""Sign-in with an API key or an OpenID Connect provider, and sign-out.
-
-The provider is used by the authorization code flow with PKCE (Authlib). Server, audit log and `ratchet keys` only know
-keys, so such a sign-in makes one: named after the person, with the scopes of the settings, valid for
-`console.session_hours`. Revoking it ends the session.
-"""
+"""Sign-in with an API key or an OpenID Connect provider, and sign-out. The provider is used by the authorization code
+flow with PKCE (Authlib). Server, audit log and `ratchet keys` only know keys, so such a sign-in makes one: named after
+the person, with the scopes of the settings, valid for `console.session_hours`. Revoking it ends the session."""
 
 from __future__ import annotations
 
@@ -39,7 +36,6 @@ DONE: Final = "/sign-in/oidc/done"
 NEXT: Final = "next"
 DISCOVERY: Final = "/.well-known/openid-configuration"
 SECONDS: Final = 10.0
-"""Limit of one call to the provider."""
 HINT: Final = "id_token"
 """The provider's token kept in the session: it identifies the session to end."""
 MAX_HINT: Final = 2100
@@ -73,7 +69,6 @@ def sign_in(
     key: Annotated[str, Form(max_length=MAX_KEY_CHARS)],
     next: Annotated[str, Form()] = "/",
 ) -> Response:
-    """Open a session with a valid key, and write it to the audit log."""
     key = key.strip()
     access = context.data.access
     came = access.clock()
@@ -125,7 +120,6 @@ def _without_tls(request: Request) -> bool:
 
 
 def provider(console: Console) -> StarletteOAuth2App:
-    """The client of the configured provider."""
     rules = console.oidc
     return OAuth().register(
         "oidc",

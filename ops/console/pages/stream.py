@@ -19,7 +19,6 @@ COUNT_SECONDS = 60.0
 COUNTED_SAMPLES = 2_000_000
 """Larger stores are not counted by topic, domain and source, which scans three columns of every row."""
 TOP = 12
-"""Values shown per column, those with the most samples first."""
 ORIGINS = ("topic", "domain", "source")
 GAP_SECONDS = 5.0
 """Minimum interval between scans of the store for gaps."""

@@ -25,7 +25,6 @@ from serving.engines.vlm.vlm_base import VlmBase
 
 T = TypeVar("T")
 BASE: Final = ""
-"""Name of the base among the residents."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Weight shape of each linear layer, by name in the transformers model."""
 SIDE: Final = 64
@@ -122,7 +121,6 @@ def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> 
 
 
 def differ(some: Sequence[GenerationResult], others: Sequence[GenerationResult]) -> bool:
-    """True if two sets of answers to the same questions differ."""
     for one, other in zip(some, others, strict=True):
         if one.tokens != other.tokens:
             return True
@@ -150,11 +148,9 @@ class Residents(Generic[T]):
         self._changing = asyncio.Lock()
 
     def names(self) -> frozenset[str]:
-        """Adapters that new requests may use."""
         return frozenset(name for name, one in self._all.items() if not one.leaving) - {BASE}
 
     def running(self) -> int:
-        """Number of running requests, the base's included."""
         return sum(one.users for one in self._all.values())
 
     async def add(self, name: str, make: Callable[[], Awaitable[T]]) -> None:

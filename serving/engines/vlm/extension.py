@@ -55,10 +55,8 @@ def add_lora_linear(
     output_slices: tuple[int, ...],
     **kwargs: Any,
 ) -> None:
-    """``y[rows] += scale * B A x[rows]`` in place, for each group and each slice of a merged layer.
-
-    ``y`` [rows, out], ``x`` [rows, in]; the stacks are [slots, 1, rank, in] and [slots, 1, out, rank].
-    """
+    """``y[rows] += scale * B A x[rows]`` in place, for each group and each slice of a merged layer. ``y`` [rows, out],
+    ``x`` [rows, in]; the stacks are [slots, 1, rank, in] and [slots, 1, out, rank]."""
     for slot, rows in self.row_groups:
         own = x if rows is None else x[rows]
         start = 0

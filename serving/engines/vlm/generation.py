@@ -1,8 +1,5 @@
-"""Requests and answers of a VLM engine, and incremental detokenization. Imports no model code.
-
-Sampling parameters follow vLLM's ``SamplingParams``, so that both engines answer alike and no value becomes NaN or zero
-in a tensor.
-"""
+"""Requests and answers of a VLM engine, and incremental detokenization. Imports no model code. Sampling parameters
+follow vLLM's ``SamplingParams``, so that both engines answer alike and no value becomes NaN or zero in a tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ SMALLEST: Final = 2.0**-126
 """The smallest normal float32; smaller values are denormal or 0 in a sampler's tensors."""
 _MOST_TOKENS: Final = 2**31 - 1
 SEEDS: Final = 2**63
-"""Exclusive upper bound."""
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""
@@ -82,14 +78,11 @@ class TokenChunk:
     logprobs: tuple[float, ...]
     prompt_tokens: int
     completion_tokens: int
-    """Total so far."""
     finish: Finish = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A whole answer."""
-
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -1,8 +1,6 @@
-"""The VLM engine on transformers alone: for machines without vLLM, and as the reference for vLLM's results.
-
-The base is held once; an adapter is a shell around it with its merged weights (:mod:`layers`). Waiting requests for one
-adapter are answered as one batch in a thread; other requests wait until it ends.
-"""
+"""The VLM engine on transformers alone: for machines without vLLM, and as the reference for vLLM's results. The base is
+held once; an adapter is a shell around it with its merged weights (:mod:`layers`). Waiting requests for one adapter are
+answered as one batch in a thread; other requests wait until it ends."""
 
 from __future__ import annotations
 
@@ -39,8 +37,6 @@ T = TypeVar("T")
 
 
 class TransformersEngine:
-    """Implements :class:`serving.engines.vlm.open.VlmEngine`."""
-
     kind: Literal["vllm", "transformers"] = "transformers"
     precision = "float32"
 

@@ -1,8 +1,6 @@
-"""The thread in which transformers answers token by token; waiting requests of one model become one batch.
-
-A failed batch continues in halves, down to single rows. When a single row fails, a known good request shows whether the
-row or the engine is at fault; only that one ends.
-"""
+"""The thread in which transformers answers token by token; waiting requests of one model become one batch. A failed
+batch continues in halves, down to single rows. When a single row fails, a known good request shows whether the row or
+the engine is at fault; only that one ends."""
 
 from __future__ import annotations
 
@@ -35,11 +33,9 @@ class BatchRow:
 
     request: GenerationRequest
     most: int
-    """Maximum length of the answer in tokens."""
     tell: Callable[[tuple[int, float, Finish] | RatchetError], None]
     aborted: bool = False
     tokens: list[int] = field(default_factory=list)
-    """Of the answer so far."""
     done: bool = False
     chance: torch.Generator | None = field(default=None, init=False)
 
@@ -201,7 +197,6 @@ class Worker:
             self._rows = [pair for pair in self._rows if pair[1] is not row]
 
     async def score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
-        """Log-probability of each choice."""
         asked = [request]
         with self._changing:
             self._alive()
@@ -280,7 +275,6 @@ class Worker:
             raise error from None
 
     def _stopped(self) -> bool:
-        """Called after each token."""
         self.passed_at = time.monotonic()
         return bool(self.last_error)
 

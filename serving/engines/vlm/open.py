@@ -136,7 +136,6 @@ class SyncVlm:
     def scores(
         self, asks: Sequence[GenerationRequest], choices: Sequence[Sequence[str]], adapter: str | None, label: str = ""
     ) -> list[list[float]]:
-        """Log-probabilities of each request's choices, in order."""
         pairs = list(zip(asks, choices, strict=True))
         return self._all(lambda pair: self.engine.score(pair[0], pair[1], adapter), pairs, label)
 

@@ -59,8 +59,6 @@ Result = TypeVar("Result")
 
 
 class VllmEngine:
-    """Implements :class:`serving.engines.vlm.open.VlmEngine`."""
-
     kind: Literal["vllm", "transformers"] = "vllm"
 
     def __init__(self, base: VlmBase, serve: Serve) -> None:
@@ -72,11 +70,9 @@ class VllmEngine:
         self.ignored_parts: frozenset[str] = frozenset()
         """Parts of the model whose adapters vLLM does not apply; known after :meth:`start`."""
         self._residents: Residents[Any] = Residents(slots_of(serve))
-        """vLLM's request object per adapter."""
         self._ids = itertools.count(ZERO_ID)
         self._requests = itertools.count()
         self.passed_at = 0.0
-        """Monotonic time of vLLM's last output."""
         self._closed = False
 
     @property
@@ -85,11 +81,9 @@ class VllmEngine:
         return "" if self._engine is None else str(self._engine.model_config.dtype).removeprefix("torch.")
 
     async def start(self) -> None:
-        """Start vLLM (5 to 30 s), load the zero adapter, and find out which parts take adapters.
-
-        Raises :class:`ConfigError` for a broken installation or a base that does not load. A failed start deletes the
-        caches, so that a half-written file of a killed process fails one start only.
-        """
+        """Start vLLM (5 to 30 s), load the zero adapter, and find out which parts take adapters. Raises
+        :class:`ConfigError` for a broken installation or a base that does not load. A failed start deletes the caches,
+        so that a half-written file of a killed process fails one start only."""
         try:
             processor = await asyncio.to_thread(self._start)
             model_type = str(self._engine.model_config.hf_config.model_type)

@@ -106,7 +106,6 @@ class Prompts:
 
 
 def _digest(image: Image) -> str:
-    """Key of the image in vLLM's encoder cache, which separates adapters itself."""
     shape = np.asarray(image.shape, np.int64).tobytes()
     return blake2b(shape + np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
 
@@ -128,11 +127,9 @@ def _same(short: dict[str, Any], long: dict[str, Any]) -> bool:
 
 
 def sampling(request: GenerationRequest, every: bool) -> Any:
-    """SamplingParams of a request. ``every``: output per step with new tokens, instead of one at the end.
-
-    vLLM does not detokenize; :class:`serving.engines.vlm.generation.Detokenizer` does for both engines. Raises
-    :class:`InvalidRequest` for parameters that vLLM refuses.
-    """
+    """SamplingParams of a request. ``every``: output per step with new tokens, instead of one at the end. vLLM does not
+    detokenize; :class:`serving.engines.vlm.generation.Detokenizer` does for both engines. Raises
+    :class:`InvalidRequest` for parameters that vLLM refuses."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind

@@ -21,7 +21,6 @@ from serving.engines.vlm.vlm_base import VlmBase
 MIN_STEP_TOKENS = 2048
 """Minimum tokens per forward pass: enough for a full batch of prompts of small models."""
 GPU_MEMORY = 0.85
-"""Share of GPU memory that vLLM may use."""
 INSTALL = (
     "in a clone `.venv/bin/python install.py local,vlm-cpu`, elsewhere "
     "`pip install --extra-index-url https://download.pytorch.org/whl/cpu 'ratchet-server[vlm-cpu]'`"
@@ -63,12 +62,10 @@ def import_vllm() -> None:
 
 
 def _compile_nothing_on_a_cpu() -> None:
-    """Disable ``torch.compile`` on a CPU, here and in the engine's process, which inherits the variable.
-
-    TorchInductor needs a C++ compiler, and a process killed while compiling leaves an empty library in the cache that
-    breaks later starts. Must run before vLLM's modules, whose decorators read the variable. GPUs keep compilation: it
-    is worth the longer start, and Triton writes its cache atomically.
-    """
+    """Disable ``torch.compile`` on a CPU, here and in the engine's process, which inherits the variable. TorchInductor
+    needs a C++ compiler, and a process killed while compiling leaves an empty library in the cache that breaks later
+    starts. Must run before vLLM's modules, whose decorators read the variable. GPUs keep compilation: it is worth the
+    longer start, and Triton writes its cache atomically."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -140,12 +137,10 @@ def cache_folder(base: VlmBase) -> Path:
 
 @contextlib.contextmanager
 def child_environment(base: VlmBase, serve: Serve) -> Iterator[None]:
-    """Set the environment that the engine's process inherits, and restore this process's afterwards.
-
-    Caches are in ``home``, which outlives a container, unless the operator set other folders. OMP_NUM_THREADS limits
-    torch there. VLLM_ENABLE_V1_MULTIPROCESSING=0, which AsyncLLM ignores, makes vLLM accept the "uni" executor on a
-    CPU: the model runs inside the engine's process instead of a further one.
-    """
+    """Set the environment that the engine's process inherits, and restore this process's afterwards. Caches are in
+    ``home``, which outlives a container, unless the operator set other folders. OMP_NUM_THREADS limits torch there.
+    VLLM_ENABLE_V1_MULTIPROCESSING=0, which AsyncLLM ignores, makes vLLM accept the "uni" executor on a CPU: the model
+    runs inside the engine's process instead of a further one."""
     values = {
         "OMP_NUM_THREADS": str(serve.vlm_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

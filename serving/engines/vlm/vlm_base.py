@@ -45,11 +45,9 @@ class VlmBase:
     digest: str
     """64 hex digits over every file of the model."""
     architecture: str
-    """Name of the transformers class."""
     lora_targets: dict[str, str]
     """Regular expressions over module names (full match) for ``image``, ``connector`` and ``text``."""
     files: dict[str, str] = field(repr=False)
-    """SHA-256 by file name."""
     about: dict[str, Any] = field(default_factory=dict)
     """Origin and scores, for display."""
 
@@ -77,7 +75,6 @@ class VlmBase:
         return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
     def processor(self) -> Any:
-        """The transformers processor: chat template, tokenizer and image preprocessing."""
         from transformers import AutoProcessor
 
         _quiet()
@@ -99,11 +96,9 @@ def load_vlm_base(home: Path | str, name: str) -> VlmBase:
 def save_vlm_base(
     home: Path | str, name: str, source: Path, *, about: dict[str, Any] | None = None, replace: bool = False
 ) -> VlmBase:
-    """Register a Hugging Face folder as base ``name``; the copy is moved into place when complete.
-
-    The same content is left as it is; other content needs ``replace``. Raises :class:`BaseModelError` for anything but
-    a loadable VLM with safetensors weights and no custom code that answers a question about a picture.
-    """
+    """Register a Hugging Face folder as base ``name``; the copy is moved into place when complete. The same content is
+    left as it is; other content needs ``replace``. Raises :class:`BaseModelError` for anything but a loadable VLM with
+    safetensors weights and no custom code that answers a question about a picture."""
     import torch
 
     config = _check(source)
@@ -131,7 +126,6 @@ def save_vlm_base(
 
 
 def find_vlm_targets(model: nn.Module) -> dict[str, str]:
-    """Regular expressions for the linear layers that can carry LoRA, by part of the model."""
     from torch import nn
 
     leaves: dict[str, set[str]] = {part: set() for part in _TOWERS}
