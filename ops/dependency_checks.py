@@ -118,6 +118,6 @@ def check_storage(url: str, setting: str, kind: type[StoreUnavailable | Artifact
             step()
         except Exception as error:  # each store has its own exceptions
             state, cause = storage_state(error)
-            if not isinstance(error, FileNotFoundError) or state == "refused":  # the bucket is missing, too
+            if not isinstance(error, FileNotFoundError) or state == "refused":  # the bucket is missing
                 fix = f"Check `{setting}`, its credentials and permissions."
                 raise kind(f"{shown} cannot be {doing}: {cause}.", fix, state) from error

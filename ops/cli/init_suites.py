@@ -58,16 +58,9 @@ class LabelledSample:
 
 
 def read_sample(data: Path | None, labels: Path | None, bounds: Ingest, most: int) -> LabelledSample:
-    """Read at most ``most`` pictures, sampled by a hash of their names.
-
-    Args:
-        data: folder of the pictures; None: that of ``labels``.
-        labels: CSV or JSON Lines file; None: labels come from the contents of ``data``.
-        bounds: limits of bytes, pixels and sides, as for records.
-
-    Raises:
-        ConfigError: names the wrong option and the fix.
-    """
+    """Read at most ``most`` pictures, sampled by a hash of their names. ``data``: None: the folder of ``labels``;
+    ``labels``: CSV or JSON Lines file; None: labels come from the contents of ``data``; ``bounds``: limits as for
+    records. Raises ConfigError, which names the wrong option and the fix."""
     option = "--labels" if labels else "--data"
     source = _source(data, labels)
     sample = LabelledSample(source.domain)

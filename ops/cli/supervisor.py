@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 class Supervisor:
-    """The parts of one Ratchet on one machine.
-
-    >>> with Supervisor(context, ["broker", "serve", "ingest"]) as parts: ...
-    """
+    """The parts of one Ratchet on one machine; a context manager that starts and stops them."""
 
     ORDER = ("broker", "serve", "ingest", "maintain", "trainer", "console")
 

@@ -28,10 +28,7 @@ TOGETHER: Final = 50
 
 
 class Collector:
-    """Collects the garbage of one installation. A lease in the ledger allows one collector at a time.
-
-    >>> Collector(settings, ledger, Artifacts(settings.artifacts)).run(actor="ann")
-    """
+    """Collects the garbage of one installation. A lease in the ledger allows one collector at a time."""
 
     def __init__(self, settings: Settings, ledger: Ledger, artifacts: Artifacts) -> None:
         self.settings = settings

@@ -32,12 +32,8 @@ Key = tuple[str, str, bytes, tuple[bytes, ...]]
 
 
 class ReadOnly:
-    """Refuses methods that could change something, and limits requests per address. Pure ASGI.
-
-    Args:
-        requests_per_minute: per address; probes under ``/health/`` are not counted.
-        trusted_proxies: networks whose ``X-Forwarded-For`` is believed.
-    """
+    """Refuses methods that could change something, and limits requests per address. Pure ASGI. Probes under
+    ``/health/`` are not counted; ``trusted_proxies``: networks whose ``X-Forwarded-For`` is believed."""
 
     def __init__(self, app: ASGIApp, requests_per_minute: int, trusted_proxies: Sequence[str] = ()) -> None:
         self.app = app

@@ -103,15 +103,9 @@ class TooLarge(HTTPException):
 
 
 class SecurityMiddleware:
-    """Refuses unknown hosts (on loopback), large bodies and too many requests; opens the session and adds headers.
-
-    Pure ASGI, so that bodies are counted while they arrive.
-
-    Args:
-        local: the console listens on loopback. Then only its own names are answered, against DNS rebinding, and
-            cookies need no TLS where none is used.
-        names: further names that are answered then.
-    """
+    """Refuses unknown hosts (on loopback), large bodies and too many requests; opens the session and adds headers. Pure
+    ASGI, so that bodies are counted while they arrive. ``local``: the console listens on loopback. Then only its own
+    names and ``names`` are answered, against DNS rebinding, and cookies need no TLS where none is used."""
 
     def __init__(
         self, app: ASGIApp, sessions: Sessions, max_body_bytes: int, local: bool, names: Sequence[str] = ()

@@ -86,16 +86,9 @@ class Report:
 
 
 def back_up(settings: Settings, url: str, actor: str) -> Report:
-    """Copy ledger, artifacts and lake to a folder or object store. An interrupted call may be repeated.
-
-    Args:
-        url: an empty place, or a backup that was begun.
-        actor: for the audit log.
-
-    Raises:
-        ConfigError: there is something else at ``url``.
-        LedgerError, StoreError: a store is unavailable, or the collector or another backup is running.
-    """
+    """Copy ledger, artifacts and lake to a folder or object store. An interrupted call may be repeated. ``url``: an
+    empty place, or a backup that was begun, else ConfigError. Raises LedgerError, StoreError when a store is
+    unavailable, or the collector or another backup is running."""
     target = Place(url)
     _claim(target)
     ledger = Ledger.open(settings.ledger)

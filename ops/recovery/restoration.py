@@ -29,15 +29,10 @@ BEGUN: Final = "restore-begun.json"
 
 
 def restore(settings: Settings, url: str, actor: str) -> Report:
-    """Restore what :func:`ops.recovery.back_up` wrote to ``url``. An interrupted call may be repeated.
-
-    The ledger is filled last, in one transaction: while it is empty, the restore is incomplete.
-
-    Raises:
-        ConfigError: the backup is incomplete, or the ledger, artifacts or lake are not empty.
-        StoreError: a file of the backup is damaged, or a store is unavailable.
-        LedgerError: the ledger is unavailable, or the backup is of a later version of Ratchet.
-    """
+    """Restore what :func:`ops.recovery.back_up` wrote to ``url``. An interrupted call may be repeated: the ledger is
+    filled last, in one transaction. Raises ConfigError when the backup is incomplete or a target is not empty,
+    StoreError when a file is damaged or a store unavailable, LedgerError when the ledger is unavailable or the backup
+    is of a later version."""
     source = Place(url)
     try:
         report = Report.parse(source.read(SUMMARY))

@@ -70,13 +70,8 @@ class Catalog:
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool = True, most_seconds: float | None = None) -> int:
         """Make a space resident and return its rows; with ``wait``, once it has every row of the corpus and its index.
-
-        Args:
-            most_seconds: longest wait; a space of :attr:`cross_version` may go live before it is complete.
-
-        Raises:
-            StoreError: no row was added for :data:`STALL_SECONDS`.
-        """
+        ``most_seconds``: longest wait; a space of :attr:`cross_version` may go live before it is complete. Raises
+        StoreError when no row was added for :data:`STALL_SECONDS`."""
         space = snapshot.image_space
         fresh = space not in self.reconciler.fills
         self.reconciler.add_space(snapshot)
@@ -109,12 +104,8 @@ class Catalog:
 
     async def retire(self, keep: Sequence[ReleaseSnapshot], spare: Collection[str] | None = ()) -> list[str]:
         """Drop spaces that no kept release has and no call awaits. Returns those whose tables were dropped too, because
-        no other server on this lake holds them.
-
-        Args:
-            spare: spaces whose tables stay, as those of proposed releases. None: drop no table; only the server whose
-                controller changes what is live may drop them.
-        """
+        no other server on this lake holds them. ``spare``: spaces whose tables stay, as those of proposed releases;
+        None: drop no table; only the server whose controller changes what is live may drop them."""
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
         for space in set(self.reconciler.fills) - set(spaces) - set(self._awaited):
             self.reconciler.remove_space(space)

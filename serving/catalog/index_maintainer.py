@@ -275,12 +275,8 @@ class IndexMaintainer:
 
 def recall_of(keys: Keys, exact: Neighbours, newer: int = 0) -> float:
     """Share of nearest rows found. A hit counts if its exact score is at least that of the last neighbour; the index's
-    own, rounded score does not matter.
-
-    Args:
-        keys: of the hits.
-        newer: number of further hits, added after the neighbours were searched.
-    """
+    own, rounded score does not matter. ``keys``: of the hits; ``newer``: number of further hits, added after the
+    neighbours were searched."""
     count = min(NEIGHBOURS - newer, len(exact.scores))
     if count <= 0:
         return 1.0

@@ -54,16 +54,9 @@ class ClipEngine:
         threads: int | None = None,
         choice: EngineChoice = FLOAT32,
     ) -> None:
-        """Load the base. Embedding spaces do not depend on ``choice``: half precision stays within its rounding of
-        float32.
-
-        Args:
-            device: default: a GPU if there is one.
-            threads: torch's CPU threads for the whole process; 0: all cores.
-
-        Raises:
-            ConfigError: the engine is not installed.
-        """
+        """Load the base. ``device``: default: a GPU if there is one; ``threads``: torch's on the CPU, for the whole
+        process; 0: all cores. Embedding spaces do not depend on ``choice``: half precision stays within its rounding of
+        float32. Raises ConfigError when the engine is not installed."""
         _set_threads(threads)
         self.base = base
         self.choice = choice

@@ -113,7 +113,7 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
 
 @cache
 def _simple(context_length: int, clean: str) -> Tokenizer:
-    """Cached: reading the vocabulary takes 0.1 s, several times per update."""
+    """Cached: reading the vocabulary takes 0.1 s, and an update needs it several times."""
     return BoundedTokenizer(vocabulary(), context_length, clean)
 
 

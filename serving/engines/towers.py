@@ -155,13 +155,8 @@ def _has_plain_last_block(transformer: Any) -> bool:
 def _through_blocks(
     transformer: Any, hidden: torch.Tensor, token: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``[n, 1, width]``: ``transformer(hidden, attn_mask=mask)`` at one token per row, for ``hidden`` [n, length,
-    width].
-
-    Args:
-        token: int64 [n], position to read in each row.
-        mask: ``[length, length]``, added to attention.
-    """
+    """``[n, 1, width]``: ``transformer(hidden, attn_mask=mask)`` at one position per row. ``hidden``: [n, length,
+    width]; ``token``: int64 [n], the positions; ``mask``: [length, length], added to attention."""
     *blocks, last = transformer.resblocks
     for block in blocks:
         hidden = block(hidden, attn_mask=mask)

@@ -81,12 +81,8 @@ class Tuning:
 
 
 def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda choice: "") -> Tuning:
-    """Measure everything (one to two minutes for a ViT-B-32).
-
-    Args:
-        say: receives each result as text.
-        objection: returns the reason why a half precision must not be used, or an empty string.
-    """
+    """Measure everything (one to two minutes for a ViT-B-32). ``say``: receives each result as text; ``objection``:
+    returns the reason why a half precision must not be used, or an empty string."""
     torch.set_num_threads(usable_cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engines = accepted(measure(base, all_choices(device), device), objection)

@@ -1,8 +1,4 @@
-"""Builds model inputs from requests. Trainer, gate and both engines use it, so they see the same prompts.
-
->>> batch = inputs(processor, [question(pixels, "what is this?")])
->>> model(**batch).logits
-"""
+"""Builds model inputs from requests. Trainer, gate and both engines use it, so they see the same prompts."""
 
 from __future__ import annotations
 
