@@ -1,5 +1,5 @@
-"""``ratchet demo`` with its data, and the commands that build and score the shipped bases. :func:`add_to` is an entry
-point of the group ``ratchet.commands``."""
+"""``ratchet demo``, and the commands for the shipped bases. :func:`add_to` is an entry point of
+``ratchet.commands``."""
 
 from __future__ import annotations
 

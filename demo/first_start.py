@@ -1,5 +1,5 @@
-"""A first start on one machine: the shipped bases and their demo data. `ratchet up` finds the functions by entry points
-of the group ``ratchet.bases``."""
+"""A first start: the shipped bases and their demo data. `ratchet up` finds them by entry points of
+``ratchet.bases``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Checks Ratchet's dependencies for ``ratchet status``, ``ratchet doctor`` and the console, each in a thread with a
-time limit; those that hang are reported as ``slow``."""
+"""Checks Ratchet's dependencies in threads with a time limit; those that hang are reported as ``slow``."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ CALL_SECONDS: Final = 4.0
 
 
 def look(settings: Settings, write: bool = False) -> dict[Dependency, DependencyState]:
-    """The state of each configured dependency, within :data:`LOOK_SECONDS`. ``write``: also write and delete an object
-    in artifacts and lake."""
+    """The state of each configured dependency, within :data:`LOOK_SECONDS`. ``write``: also write and delete an
+    object."""
     checks: dict[Dependency, Callable[[], str]] = {
         "ledger": partial(_ledger, settings),
         "artifacts": partial(_artifacts, settings, write),
@@ -91,8 +90,7 @@ def _registry(settings: Settings) -> str:
 
 
 def check_storage(url: str, setting: str, kind: type[StoreUnavailable | ArtifactsUnavailable], write: bool) -> None:
-    """Check that a folder or bucket can be read; with ``write`` that objects can be written and deleted. Raises
-    ``kind`` when it is unavailable, slow, or denies access."""
+    """Check that a folder or bucket can be read (``write``: written and deleted from). Raises ``kind`` if not."""
     shown = redact_url(url)
     try:
         filesystem, root = open_filesystem(url)

@@ -88,8 +88,7 @@ class StreamState:
 
 
 def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> StreamState:
-    """Read the state from store, ledger and, on this machine, ingest and maintenance. Raises StoreError,
-    LedgerError."""
+    """Read the state from store, ledger and the metrics of this machine. Raises StoreError, LedgerError."""
     tally = store.tally()
     ingest, maintain = scrape(settings, "ingest"), scrape(settings, "maintain")
     done, failed = (maintain.get(f"ratchet_maintain_last_run_timestamp_seconds {how}") for how in ("done", "failed"))

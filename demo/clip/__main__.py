@@ -1,5 +1,5 @@
-"""Rebuild the committed assets. python -m demo.clip HOME                 train the projections and score the result
-python -m demo.clip HOME --scores-only   only score the committed projections"""
+"""Rebuild the committed assets: ``python -m demo.clip HOME``; with ``--scores-only`` just score the committed
+projections."""
 
 from __future__ import annotations
 

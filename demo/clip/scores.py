@@ -1,6 +1,5 @@
 """Zero-shot scores of a base on the demo domains, by the gate's scorer, as fractions of 1. Recall is the mean of both
-directions, on at most 300 test items per domain; accuracy is zero-shot classification with a few prompts, in domains
-with classes. ``assets/scores.json`` has the shipped base's scores; a test compares some."""
+directions on at most 300 test items per domain; domains with classes have an accuracy, too."""
 
 from __future__ import annotations
 

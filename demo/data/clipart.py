@@ -24,8 +24,7 @@ _DRAWN_ALIKE: Final = frozenset((
     "computer-icons-flat-theme-applications-plan", "food-sugarbox_01",
     "signs_and_symbols-flags-australia_mike_honeychur_01", "signs_and_symbols-high_tension_danger_yve_r",
 ))  # fmt: skip
-"""Test drawings that are also in the train split under another title. Always left out, so that the test split does not
-depend on whether the other is drawn."""
+"""Test drawings that are also in the train split. Always left out, so that the test split is the same in any case."""
 _TITLE: Final = re.compile(rb"<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
 _CREATOR: Final = re.compile(rb"<dc:creator\b.*?<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
 _SUBJECT: Final = re.compile(rb"<dc:subject[^>]*>(.*?)</dc:subject>", re.DOTALL)

@@ -87,8 +87,7 @@ class DomainInfo:
 
 
 def build(info: DomainInfo, home: Path, split: str | None = None) -> Path:
-    """Make the folder dataset of `info` under `home`/data, unless it exists. `split`: only that part is needed; the
-    whole is made if another part exists."""
+    """Make the dataset of `info` under `home`/data if missing: only `split`, or the whole if another part exists."""
     target = home / "data" / info.name
     if current(target, split=split):
         return target

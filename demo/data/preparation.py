@@ -35,7 +35,7 @@ class DemoData:
         return current(home / "data" / self.name, version, self.split)
 
     def prepare(self, home: Path) -> Path:
-        """Make it in this process. Raises `ConfigError` for an unknown name, `PackageError` when a package is
+        """Make it in this process. Raises `ConfigError` for an unknown name, `PackageError` if a package is
         unavailable."""
         if self.name in QUESTIONS:
             return prepare_questions(self.name, home)

@@ -1,5 +1,4 @@
-"""Compares answers of a load with those of local engines, which share only files with the server, under the release
-that each answer is stamped with."""
+"""Compares answers of a load with those of local engines under the release that each answer is stamped with."""
 
 from __future__ import annotations
 
@@ -80,8 +79,7 @@ class ExpectedAnswers:
 
 
 TOLERANCE = 1e-3
-"""Largest difference of a component, probability or score. Batching changes the sixth digit; adapters differ in the
-second."""
+"""Largest difference of a value. Batching changes the sixth digit; adapters differ in the second."""
 HALF_TOLERANCE = 6e-3
 """The same for a server in half precision: batching changes the third digit."""
 

@@ -53,8 +53,7 @@ def write_page(story: Story, image: Callable[[str], bytes], path: Path) -> Path:
 
 
 def render(story: Story, image: Callable[[str], bytes], home: Path) -> str:
-    """Render the page, with links relative to ``home``. Sample texts are escaped; pictures are embedded, with bounded
-    size."""
+    """Render the page with links relative to ``home``. Sample texts are escaped, pictures embedded in bounded size."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([TEMPLATES, PALETTE]),
         autoescape=True,  # captions are untrusted

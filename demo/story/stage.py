@@ -55,8 +55,8 @@ class Stage:
             )
 
     def until(self, condition: Callable[[], bool], what: str, progress: Callable[[], str], pause: float = 0.25) -> None:
-        """Wait for a condition while there is progress, and report it. Raises RatchetError when nothing moves any more,
-        or a part has ended."""
+        """Wait for a condition while there is progress. Raises RatchetError when nothing moves any more or a part
+        died."""
         trouble = ""
 
         def holds() -> bool:

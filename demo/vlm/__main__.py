@@ -1,5 +1,5 @@
-"""Rebuild the committed assets. python -m demo.vlm HOME                 train the model (half an hour) and score it
-python -m demo.vlm HOME --scores-only   only score the committed model"""
+"""Rebuild the committed assets: ``python -m demo.vlm HOME`` (half an hour); with ``--scores-only`` just score the
+model."""
 
 from __future__ import annotations
 

@@ -35,8 +35,7 @@ class TokenizedQuestion:
 
 
 def learn(model: Any, processor: Any, items: Sequence[FolderItem], how: VlmRecipe, first: int = 0) -> float:
-    """Train all of `model` on the questions in `items`, skipping rounds before `first`; returns the mean loss of the
-    last tenth of the steps."""
+    """Train `model` on the questions, from round `first` on; returns the mean loss of the last tenth of the steps."""
     pictures = _Pictures(processor, items)
     model.train()
     loss = 0.0

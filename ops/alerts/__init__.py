@@ -38,8 +38,8 @@ def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
 def prometheus_config(
     targets: Sequence[Target], *, alertmanagers: Sequence[str] | None = None, rules: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The contents of ``prometheus.yml``. ``alertmanagers``: host:port of each; ``rules``: rule files, default: this
-    folder's."""
+    """The contents of ``prometheus.yml``. ``alertmanagers``: host:port of each; ``rules``: default: this folder's
+    files."""
     config: dict[str, Any] = {
         "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"},
         "rule_files": list(rules or map(str, rule_files())),

@@ -1,5 +1,4 @@
-"""``ratchet keys`` and ``ratchet audit``: API keys and the audit log. Running servers follow changes of keys within two
-seconds."""
+"""``ratchet keys`` and ``ratchet audit``. Running servers follow changes of keys within two seconds."""
 
 from __future__ import annotations
 

@@ -174,8 +174,7 @@ def switch(context: typer.Context, name: _NAME, reason: Reason) -> None:
 
 
 def tell_outcome(update: UpdateRow, verdict: VerdictRow | None) -> None:
-    """Print the gate's outcome with its reasons, and the update's error. Raises typer.Exit(1) unless the finished
-    update passed."""
+    """Print the gate's outcome and the update's error. Raises typer.Exit(1) unless the finished update passed."""
     reasons = f": {'; '.join(map(str, verdict.summary.get('reasons', [])))}" if verdict else ""
     error = f" ({update.error})" if update.error else ""
     typer.echo(f"{verdict.outcome if verdict else update.state}{reasons}{error}")

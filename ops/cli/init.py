@@ -1,5 +1,4 @@
-"""``ratchet init``: checks your model, broker and data, then writes a settings file and suites. Takes options, answers
-on a terminal, or defaults. Nothing is written before everything has been checked."""
+"""``ratchet init``: checks your model, broker and data, and only then writes a settings file and suites."""
 
 from __future__ import annotations
 
@@ -250,8 +249,7 @@ def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
 
 
 def _register_model(home: Path, choice: ModelChoice) -> str:
-    """Load the model, registering it if necessary; returns a line about it. `up` builds the shipped one. Raises
-    ConfigError."""
+    """Load the model, registering it if necessary; returns a line about it. Raises ConfigError."""
     from serving.engines.clip_base import load_base
     from updater.bases.register import add_base
 

@@ -1,5 +1,4 @@
-"""Makes suites of your pictures for ``ratchet init``: part of a labelled sample becomes suites of the gate, the rest
-the reference pool; also computes what these suites can detect."""
+"""Makes suites and a reference pool of your pictures for ``ratchet init``, and computes what they can detect."""
 
 from __future__ import annotations
 

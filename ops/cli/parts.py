@@ -1,5 +1,4 @@
-"""Commands that run a part until SIGTERM (``up``, ``serve``, ``ingest``, ``maintain``, ``trainer`` ...), and operators'
-commands on partitions and updates."""
+"""Commands that run a part until SIGTERM, and operators' commands on partitions and updates."""
 
 from __future__ import annotations
 

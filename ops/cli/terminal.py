@@ -47,8 +47,7 @@ def parse_since(text: str | None) -> datetime | None:
 def show_rows(
     rows: Iterable[Mapping[str, Any]], title: str, as_json: bool = False, *, data: Any = None, whole: Sequence[str] = ()
 ) -> None:
-    """Print rows with equal keys as a table, or as JSON. ``data``: replaces the rows in JSON; ``whole``: see
-    :func:`table_of`."""
+    """Print rows with equal keys as a table, or as JSON (``data`` if given). ``whole``: see :func:`table_of`."""
     if as_json:
         show_json(list(rows) if data is None else data)
     elif listed := list(rows):

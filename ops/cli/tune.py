@@ -63,8 +63,7 @@ def run_tune(shared: Context) -> None:
 
 
 def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
-    """Reason against serving in half precision: the base scores differently on a suite of the gate; empty if there is
-    none."""
+    """Reason against serving in half precision: other scores on a suite of the gate. Empty if there is none."""
     from serving.engines.backends import usable_cores
     from updater.gate.gate_command import engine_scores
     from updater.gate.suites import load_suites

@@ -63,8 +63,7 @@ class ReadOnly:
 
 
 class SharedPages:
-    """Shares one answer per page among all visitors for SHARED_SECONDS, made for a visitor without a key, so that a
-    hundred screens load the ledger no more than one. Pure ASGI."""
+    """Shares one answer per page among all visitors for SHARED_SECONDS, made for a visitor without a key. Pure ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

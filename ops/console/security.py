@@ -61,8 +61,7 @@ class Session:
     """Every form returns it; pages of other sites cannot know it."""
     key: str = ""
     provider: Mapping[str, Any] = field(default_factory=dict)
-    """Authlib's data on the way to the identity provider and back, then for signing out there; empty for a sign-in by
-    key."""
+    """Authlib's data during the sign-in, then for signing out at the provider; empty for a sign-in by key."""
 
     @classmethod
     def new(cls, key: str = "") -> Session:

@@ -83,8 +83,7 @@ class Place:
 def copy(
     source: Place, name: str, size: int, target: Place, as_name: str, digest: str | None = None
 ) -> tuple[int, str]:
-    """Copy a file; returns its size and SHA-256. Raises StoreError when it does not match ``digest``, FileNotFoundError
-    when it does not exist any more."""
+    """Copy a file; returns size and SHA-256. Raises StoreError when it differs from ``digest``, FileNotFoundError."""
     if size <= CHUNK:  # in one piece: another process may replace it meanwhile
         data = source.read(name)
         actual = hashlib.sha256(data).hexdigest()

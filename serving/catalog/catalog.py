@@ -40,8 +40,7 @@ IDLE_SECONDS: Final = 0.5
 INDEX_SECONDS: Final = 5.0
 SEARCH_THREADS: Final = 4
 READ_SECONDS: Final = 10.0
-"""Longest search or other read for a client: an exact search reads all vectors of a space, at most 100 MB before there
-is an index."""
+"""Longest read for a client: an exact search reads all vectors of a space, at most 100 MB before there is an index."""
 RETRY_SECONDS: Final = 5.0
 """Interval of trial reads while the store hangs."""
 

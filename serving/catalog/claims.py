@@ -42,8 +42,7 @@ class SpaceClaims:
         self._spaces, self._count, self._written = claimed, self._count + 1, self._now()
 
     def claimed_by_others(self, spaces: Collection[str]) -> set[str]:
-        """Those of ``spaces`` with another, unexpired claim. Removes expired claims; an unreadable one counts for all
-        spaces."""
+        """Those of ``spaces`` that others claim. Removes expired claims; an unreadable one counts for all spaces."""
         claimed: set[str] = set()
         seen: dict[str, tuple[bytes, float]] = {}
         for path in self._others():

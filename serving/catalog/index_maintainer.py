@@ -34,8 +34,7 @@ SAVE_SHARE: Final = 0.02
 SAVE_SECONDS: Final = 300.0
 """An index is written again when this share of its rows has changed, at most this often."""
 GROWTH: Final = 4.0
-"""An index is rebuilt when its table has this multiple of its original rows: partitions are then too large, and no
-longer where the vectors are."""
+"""An index is rebuilt when its table has this multiple of its rows: partitions are then too large and misplaced."""
 BETTER: Final = 0.07
 """Effort is raised until recall exceeds the bound by this much, because few queries are measured."""
 MEASURE_SHARE: Final = 0.02
@@ -85,8 +84,8 @@ class IndexMaintainer:
         self, tables: Tables, settings: CatalogSettings, spaces: Callable[[], Mapping[str, bool]],
         sample: Callable[[str, int], list[str]],
     ) -> None:  # fmt: skip
-        """``spaces``: resident spaces, the live one first, and whether each has every row; ``sample``: some row IDs of
-        a space, called in another thread."""
+        """``spaces``: resident, live one first, True if complete; ``sample``: some row IDs, called in another
+        thread."""
         self.tables = tables
         self.settings = settings
         self._spaces = spaces

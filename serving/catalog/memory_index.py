@@ -66,8 +66,7 @@ CODINGS: Final = (Coding("16 bits", 16), Coding("8 bits", 8), Coding("4 bits", 4
 
 
 def choose_coding(rows: int, dimension: int, text_bytes: float, most_bytes: float) -> Coding:
-    """The finest coding that fits. ``text_bytes``: mean per row; ``most_bytes``: for the whole index. Raises
-    IndexTooLarge."""
+    """The finest coding that fits ``most_bytes`` in total. ``text_bytes``: mean per row. Raises IndexTooLarge."""
     for coding in CODINGS:
         size = estimated_bytes(rows, dimension, text_bytes, coding)
         if size <= most_bytes:

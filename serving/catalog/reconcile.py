@@ -24,8 +24,8 @@ from streams.store.sample_store import SampleStore
 
 log = logging.getLogger("ratchet.catalog")
 EXPUNGE_SECONDS: Final = 120.0
-"""After deletions, tables are rewritten after this time, and old versions removed after as long again: far longer than
-a search takes."""
+"""Tables are rewritten this long after deletions, and old versions removed after as long again, longer than any
+search."""
 OVERLAP: Final = timedelta(minutes=10)
 """Deletion receipts are read from this long before the last one, because the clocks of the deleting hosts differ."""
 

@@ -59,8 +59,7 @@ class SpaceIndexes:
         return sum(each.index.bytes for each in list(self._spaces.values()) if each.index is not None)
 
     def build(self, space: str, most_bytes: float) -> None:
-        """Build a space's index; the old one is used and kept current until then. Raises IndexTooLarge above
-        ``most_bytes``."""
+        """Build a space's index; the old one is kept current until then. Raises IndexTooLarge above ``most_bytes``."""
         dataset = self._newest(space)
         if dataset is None:
             return
@@ -134,8 +133,7 @@ class SpaceIndexes:
         self._files.remove_others(set(spaces))
 
     def _change(self, space: str, change: Callable[[MemoryIndex], object]) -> None:
-        """Change an index without raising, since the table is already changed: an index that fails is dropped and
-        rebuilt."""
+        """Change an index without raising: the table is already changed, so an index that fails is rebuilt."""
         known = self._spaces.get(space)
         if known is None:
             return

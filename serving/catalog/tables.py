@@ -89,8 +89,8 @@ class Tables:
         return set(_rows_of(self._newest(space), ids, ["id"])["id"].to_pylist())
 
     def merge(self, space: str, rows: pa.Table, vectors: Vectors) -> None:
-        """Add rows (id, domain, source, time, text; vectors [n, dim]) whose IDs are new, in one atomic commit that
-        respects concurrent writers."""
+        """Add rows (id, domain, source, time, text; vectors [n, dim]) with new IDs in one commit, despite concurrent
+        writers."""
         data = table_of(rows, vectors)
         dataset = self._newest(space)
         if dataset is None:
@@ -115,8 +115,7 @@ class Tables:
     def search_index(
         self, space: str, index: MemoryIndex, effort: Effort, vector: Vectors, k: int, filters: Filters
     ) -> tuple[list[Hit], list[str]]:
-        """Search an index whatever its recall, without reading the table. Also returns the IDs of hits without their
-        text."""
+        """Search an index whatever its recall, without the table. Also returns the IDs of hits without their text."""
         _check_dimension(space, index.dimension, vector)
         return index.search(vector, k, filters, effort)
 
@@ -133,8 +132,7 @@ class Tables:
         return [replace(hit, text=texts.get(hit.id, hit.text)) for hit in hits]
 
     def nearest(self, space: str, vectors: Vectors, k: int, filters: Filters) -> list[Neighbours]:
-        """The exact ``k`` nearest rows to each of the vectors [n, dim], in one pass that holds some thousand rows in
-        memory."""
+        """The exact ``k`` nearest rows to each of the vectors [n, dim], in one pass over the table in batches."""
         dataset = self._newest(space) if len(vectors) else None
         if dataset is None:
             return []

@@ -185,8 +185,7 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
 
 
 def read_adapter_of(base: ClipBase | VlmBase, name: str, directory: Path | str) -> AdapterFiles:
-    """Read adapter ``name`` of ``base``. Raises :class:`AdapterError` when it is another one, damaged, or of another
-    base."""
+    """Read adapter ``name`` of ``base``. Raises :class:`AdapterError` for another one, damage, or another base."""
     files = read_adapter(directory)
     if files.name != name:
         raise AdapterError(

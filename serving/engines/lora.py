@@ -68,8 +68,7 @@ class ChangedWeight:
     name: str
     weight: torch.Tensor
     digest: str
-    """Of the adapter's factors or replacement. The merged weight would not do: the last bits of a product depend on the
-    processor."""
+    """Of the adapter's part only: the last bits of the merged weight depend on the processor."""
 
 
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -144,8 +143,7 @@ class _Layer:
         return product.mul_(self.scale).reshape(weight.shape)
 
     def digest(self) -> str:
-        """Equal for equal products, however the scale is split between factors and configuration, and for any zero
-        padding of the rank."""
+        """Equal for equal products, however the scale is split, and for any zero padding of the rank."""
         a, b = (side.detach().float() for side in (self.a, self.b))
         a, b = a.flatten(1), (b * self.scale).flatten(1)
         used = (a != 0).any(dim=1) & (b != 0).any(dim=0)

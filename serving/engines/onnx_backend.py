@@ -199,8 +199,7 @@ class _Traced(nn.Module):
 
 
 class _TracedAttention(nn.Module):
-    """Self-attention with the weights of an ``nn.MultiheadAttention``, whose own trace would fix the example's
-    length."""
+    """Self-attention with the weights of an ``nn.MultiheadAttention``, whose trace would fix the example's length."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()

@@ -31,8 +31,8 @@ SAMPLES: Final = ("a", "a photo of a cat", "a small house beside a lake, at nigh
 
 
 def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """``[n, dim]`` from ``int64 [n, width]``. ``width`` may be below the context length, unlike in open_clip's own
-    method."""
+    """``[n, dim]`` from ``int64 [n, width]``; unlike in open_clip's method, ``width`` may be below the context
+    length."""
     tower = _plain_tower(model)
     if tower is None:
         vectors: torch.Tensor = model.encode_text(ids)  # type: ignore[operator]
@@ -103,8 +103,7 @@ class TextWidths:
         return min(self.context_length, -(-length // self.bucket) * self.bucket)
 
     def passes(self, lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield width and indices of forward passes of at most ``most`` rows, grouped so that short texts skip long
-        widths."""
+        """Yield width and indices of passes of at most ``most`` rows, grouped so that short texts skip long widths."""
         batch: list[int] = []
         for index in sorted(range(len(lengths)), key=lengths.__getitem__):
             full = len(batch) == most

@@ -86,8 +86,7 @@ def sign_in(
 
 @router.post("/sign-out")
 async def sign_out(context: Anyone) -> Response:
-    """Forget the key. After a sign-in by the identity provider, also revoke it if the ledger answers, and end the
-    provider's session."""
+    """Forget the key. If the identity provider signed in, also revoke the key and end the provider's session."""
     if context.principal is not None and context.data.settings.console.oidc.enabled:
         with suppress(LedgerUnavailable):
             await asyncio.to_thread(end_key, context.data.ledger, context.principal.key_id)
@@ -274,7 +273,7 @@ def person(claims: Mapping[str, Any], rules: Oidc) -> str:
 
 
 def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: float) -> str:
-    """Make the key of one sign-in and return its token. Raises AccessError when this person may not sign in,
+    """Make the key of one sign-in and return its token. Raises AccessError if the person has no scope,
     LedgerUnavailable."""
     name, scopes, groups = person(claims, rules), scopes_of(claims, rules), sorted(groups_of(claims, rules))
     if not scopes:

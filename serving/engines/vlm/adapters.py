@@ -92,8 +92,8 @@ def golden_requests() -> list[GenerationRequest]:
 
 
 def fingerprint(adapter: str | None, replies: Sequence[GenerationResult]) -> str:
-    """Twelve hex digits of the answers' tokens, and their mean log-probability. Raises :class:`AdapterError` when one
-    is not finite."""
+    """12 hex digits of the answers' tokens, and their mean log-probability; raises :class:`AdapterError` if not
+    finite."""
     logprobs = [value for reply in replies for value in reply.logprobs]
     if not logprobs or not all(map(math.isfinite, logprobs)):
         raise AdapterError(

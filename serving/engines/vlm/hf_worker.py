@@ -48,8 +48,8 @@ class BatchRow:
                 self.chance.manual_seed(self.request.seed)
 
     def choose(self, logprobs: torch.Tensor) -> int:
-        """Choose the next token from natural log-probabilities [vocabulary] on the CPU. Raises :class:`AdapterError`
-        when none is finite or one is NaN."""
+        """Choose the next token from log-probabilities [vocabulary] on the CPU. Raises :class:`AdapterError` if not
+        finite."""
         if not math.isfinite(float(logprobs.max())):
             raise AdapterError(
                 "The model gives log-probabilities that are not finite.", "Do not release it; look at the training run."
@@ -169,8 +169,7 @@ def score(model: nn.Module, processor: Any, request: GenerationRequest, choices:
 
 
 class Worker:
-    """Answers rows and scores choices in order of arrival, in one thread. Stops at the first error that is not the
-    fault of one request."""
+    """Answers rows and scores choices in order of arrival, in one thread. Stops at the first error of the engine."""
 
     def __init__(self, processor: Any, ends: frozenset[int], batch: int, threads: int) -> None:
         """``ends``: tokens that end an answer; ``batch``: maximum rows; ``threads``: torch's on the CPU."""

@@ -63,8 +63,7 @@ class VlmEngine(Protocol):
         """Log-probability of each choice as the whole answer, its end included."""
 
     async def golden(self, adapter: str | None) -> str:
-        """Answer fixed inputs and return a short fingerprint. Raises AdapterError when a log-probability is not
-        finite."""
+        """Answer fixed inputs and return a fingerprint. Raises AdapterError when a log-probability is not finite."""
 
     def running(self) -> int:
         """Number of running requests."""
@@ -77,8 +76,7 @@ class VlmEngine(Protocol):
 
 
 def open_engine(base: VlmBase, serve: Serve, *, kind: str | None = None) -> VlmEngine:
-    """The engine that ``kind`` or ``serve.vlm_engine`` names, not started; ``auto`` is vLLM if installed. Raises
-    :class:`ConfigError` for an unknown kind."""
+    """The engine of ``kind`` or ``serve.vlm_engine``, not started; ``auto``: vLLM if installed. Raises ConfigError."""
     wanted = kind or serve.vlm_engine
     if wanted == "auto":
         wanted = "vllm" if installed() else "transformers"
