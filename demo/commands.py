@@ -1,5 +1,4 @@
-"""``ratchet demo``, and the commands for the shipped bases. :func:`add_to` is an entry point of
-``ratchet.commands``."""
+"""``ratchet demo``, and commands for the shipped bases; :func:`add_to` is an entry point of ``ratchet.commands``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A first start: the shipped bases and their demo data. `ratchet up` finds them by entry points of
-``ratchet.bases``."""
+"""The shipped bases and their demo data. `ratchet up` finds the functions by entry points of ``ratchet.bases``."""
 
 from __future__ import annotations
 

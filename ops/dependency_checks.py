@@ -27,8 +27,7 @@ CALL_SECONDS: Final = 4.0
 
 
 def look(settings: Settings, write: bool = False) -> dict[Dependency, DependencyState]:
-    """The state of each configured dependency, within :data:`LOOK_SECONDS`. ``write``: also write and delete an
-    object."""
+    """The state of each dependency, within :data:`LOOK_SECONDS`. ``write``: also write and delete an object."""
     checks: dict[Dependency, Callable[[], str]] = {
         "ledger": partial(_ledger, settings),
         "artifacts": partial(_artifacts, settings, write),

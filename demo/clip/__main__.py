@@ -1,5 +1,4 @@
-"""Rebuild the committed assets: ``python -m demo.clip HOME``; with ``--scores-only`` just score the committed
-projections."""
+"""Rebuild the committed assets: ``python -m demo.clip HOME``; with ``--scores-only`` just the scores."""
 
 from __future__ import annotations
 

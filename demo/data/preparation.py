@@ -35,8 +35,7 @@ class DemoData:
         return current(home / "data" / self.name, version, self.split)
 
     def prepare(self, home: Path) -> Path:
-        """Make it in this process. Raises `ConfigError` for an unknown name, `PackageError` if a package is
-        unavailable."""
+        """Make it in this process. Raises `ConfigError` for an unknown name, `PackageError`."""
         if self.name in QUESTIONS:
             return prepare_questions(self.name, home)
         return prepare_domain(self.name, home, self.split)

@@ -38,8 +38,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def draw_svg(data: bytes, trim: bool = False) -> Image.Image:
-    """Draw an SVG `SIDE` wide; `trim` crops to its content, drawn at that size. Uses no fonts or files of the machine.
-    Raises `Unfit`."""
+    """Draw an SVG `SIDE` wide (`trim`: only its content), without fonts or files of the machine. Raises `Unfit`."""
     if len(data) > MAX_SVG_BYTES:
         raise Unfit("SVG over the size limit")
     data = _OUTSIDE.sub(rb"\1", data)
@@ -68,8 +67,7 @@ def _drawn(text: str, width: int) -> Image.Image:
 
 
 def on_canvas(image: Image.Image, crisp: bool = False) -> Image.Image:
-    """`image` scaled to fit a white `SIDE` square, centred. `crisp` keeps the edges of pixel art. Raises `Unfit` for a
-    blank image."""
+    """`image` scaled to fit a white `SIDE` square; `crisp` keeps the edges of pixel art. Raises `Unfit` if blank."""
     image = image.convert("RGBA")
     if image.getchannel("A").getbbox() is None:
         raise Unfit("blank")

@@ -75,8 +75,7 @@ class Traffic:
         questions: Sequence[Question] = (), rate: float = 4.0, concurrency: int = 0, sample_ids: Sequence[str] = (),
         batch: int = 0, key: str = "",
     ) -> None:  # fmt: skip
-        """``sample_ids``: of the images, if they are the whole catalog; ``batch``: inputs of additional embedding
-        requests."""
+        """``sample_ids``: of the images, if they are the whole catalog; ``batch``: inputs of additional requests."""
         if not images or not texts:
             raise RatchetError("a load needs images and texts.", "Prepare a domain with test items first.")
         self.settings = settings
@@ -131,8 +130,7 @@ class Traffic:
             self._process.stdin.flush()
 
     def wait_for(self, requests: int, timeout_seconds: float = 60.0) -> None:
-        """Wait until ``requests`` were answered. Raises RatchetError when none is for ``timeout_seconds``, or the load
-        ends."""
+        """Wait until ``requests`` were answered. Raises RatchetError when the load ends or stands still."""
 
         def answered() -> bool:
             if self._process is not None and self._process.poll() is not None:

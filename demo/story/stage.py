@@ -55,8 +55,7 @@ class Stage:
             )
 
     def until(self, condition: Callable[[], bool], what: str, progress: Callable[[], str], pause: float = 0.25) -> None:
-        """Wait for a condition while there is progress. Raises RatchetError when nothing moves any more or a part
-        died."""
+        """Wait for a condition while there is progress. Raises RatchetError when nothing moves any more."""
         trouble = ""
 
         def holds() -> bool:

@@ -1,5 +1,4 @@
-"""Rebuild the committed assets: ``python -m demo.vlm HOME`` (half an hour); with ``--scores-only`` just score the
-model."""
+"""Rebuild the committed assets: ``python -m demo.vlm HOME`` (half an hour); ``--scores-only``: just the scores."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""The shipped VLM: an Idefics3 (SmolVLM's architecture) of 4 million parameters. An image is 64 px square: 64 patches
-for the vision tower, joined 2 x 2 by the connector to 16 image tokens. Attention heads have 64 dimensions, as vLLM's
-CPU kernels require."""
+"""The shipped VLM: an Idefics3 (SmolVLM's architecture) of 4 million parameters. The 64 patches of a 64 px image are
+joined 2 x 2 to 16 image tokens; attention heads have 64 dimensions, as vLLM's CPU kernels require."""
 
 from __future__ import annotations
 

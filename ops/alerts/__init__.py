@@ -1,6 +1,5 @@
-"""Alerting and recording rules for Prometheus, and its scrape configuration. The rules are this folder's YAML files,
-one per topic. Every alert has a severity (``page``: act now; ``ticket``: within days), values in its description, and a
-page in ``docs/runbooks``."""
+"""Alerting and recording rules (this folder's YAML files) and scrape configuration for Prometheus. Every alert has a
+severity (``page``: act now; ``ticket``: within days) and a page in ``docs/runbooks``."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
 def prometheus_config(
     targets: Sequence[Target], *, alertmanagers: Sequence[str] | None = None, rules: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The contents of ``prometheus.yml``. ``alertmanagers``: host:port of each; ``rules``: default: this folder's
-    files."""
+    """The contents of ``prometheus.yml``. ``alertmanagers``: host:port of each; ``rules``: default: shipped files."""
     config: dict[str, Any] = {
         "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"},
         "rule_files": list(rules or map(str, rule_files())),

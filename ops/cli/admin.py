@@ -94,8 +94,7 @@ def collect(
 
 
 def collect_garbage(settings: Settings) -> None:
-    """Collect garbage once for maintenance, unless a collector or backup is running. Raises as
-    :meth:`Collector.run`."""
+    """Collect garbage once for maintenance, unless a collector or backup is running. Raises as its ``run``."""
     with _collector(settings) as collector:
         plan = collector.run()
     if plan is not None and plan.items:

@@ -145,9 +145,8 @@ class SuitePlan:
 
 
 def plan_suites(sample: LabelledSample, share: float, most: int, home: Path, folder: Path, replace: bool) -> SuitePlan:
-    """Hold out ``share`` of the pictures, at most ``most``, for ``home/data/NAME``, with a suite per task in
-    ``folder``. Writes nothing. Raises ConfigError when no task is possible, or files exist and ``replace`` is not
-    set."""
+    """Plan to hold out ``share`` of the pictures, at most ``most``; the data goes to ``home/data/NAME``, suites to
+    ``folder``. Raises ConfigError when no task is possible, or files exist and ``replace`` is not set."""
     name, (held_out, rest) = slug(sample.name), _divide(sample.pictures, share, most)
     classes = Counter(picture.label for picture in held_out if picture.label)
     captioned = any(row.text != row.label.replace("_", " ") for picture in held_out for row in picture.rows)

@@ -73,10 +73,9 @@ def up(
 
 
 def make_ready(settings: Settings) -> None:
-    """Make sure that the configured bases exist: installed packages make theirs, others must be registered. A package
-    provides a base by an entry point of the group ``ratchet.bases``, named after the base: a function of the settings
-    that makes the base and the data of its gate and trainer, where missing. Raises RatchetError when a base is not
-    registered."""
+    """Make sure that the configured bases exist. Installed packages make theirs by entry points of the group
+    ``ratchet.bases``: functions of the settings, named after the base, that also prepare the data of its gate and
+    trainer. Raises RatchetError when another base is not registered."""
     from serving.engines.clip_base import list_bases
 
     provided = {point.name: point for point in entry_points(group="ratchet.bases")}

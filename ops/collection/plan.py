@@ -167,8 +167,8 @@ def _report(
 
 
 def needed_adapters(ledger: Ledger, settings: Settings) -> dict[str, str]:
-    """Adapters to keep, with one reason each: in service, needed for a rollback or switch of the base, compared with by
-    the gate, or undecided."""
+    """Adapters to keep, with a reason each: in service, needed for a rollback or base switch, the gate, or
+    undecided."""
     needed: dict[str, str] = {}
     for name, reason in _reasons(ledger, settings):
         if name is not None:

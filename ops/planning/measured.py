@@ -118,8 +118,7 @@ class ServiceTimes:
 
 
 def fit(cells: Iterable[Cell], kind: Kind, max_batch: int) -> ServiceTimes:
-    """Fit times to measured rates, by non-negative least squares on relative errors. Concurrent clients' requests share
-    a batch as far as they fit."""
+    """Fit times to rates by non-negative least squares on relative errors. Concurrent requests share a batch."""
     rows, times = [], []
     for own, items, clients, rate in cells:
         if own != kind:

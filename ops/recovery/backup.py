@@ -1,6 +1,5 @@
-"""Writes a backup of a running installation. A data set of the lake (Lance) is a folder of immutable files with a
-manifest per version. Files of a pinned version stay; without a pin, another process may clean them up during the
-copy."""
+"""Writes a backup of a running installation. A data set of the lake (Lance) has immutable files and a manifest per
+version; unless a version is pinned, another process may clean up its files during the copy."""
 
 from __future__ import annotations
 

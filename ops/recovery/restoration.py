@@ -30,9 +30,8 @@ BEGUN: Final = "restore-begun.json"
 
 def restore(settings: Settings, url: str, actor: str) -> Report:
     """Restore what :func:`ops.recovery.back_up` wrote to ``url``. An interrupted call may be repeated: the ledger is
-    filled last, in one transaction. Raises ConfigError when the backup is incomplete or a target is not empty,
-    StoreError when a file is damaged or a store unavailable, LedgerError when the ledger is unavailable or the backup
-    is of a later version."""
+    filled last, in one transaction. Raises ConfigError for an incomplete backup or a target that is not empty,
+    StoreError for a damaged file, LedgerError for a backup of a later version."""
     source = Place(url)
     try:
         report = Report.parse(source.read(SUMMARY))

@@ -58,8 +58,7 @@ class Catalog:
         self.reconciler = Reconciler(tables, corpus, pixels, encode)
         self.maintainer = IndexMaintainer(tables, settings or CatalogSettings(), self.reconciler.spaces, self.sample)
         self._awaited: Counter[str] = Counter()
-        """Calls that wait for a space to be complete; it is kept meanwhile, although the release being prepared is not
-        yet among the resident ones."""
+        """Calls that wait for a space to be complete. It is kept although the prepared release is not resident yet."""
         self.cross_version: dict[str, str] = {}
         """Incomplete spaces that may be searched by the vectors of another one, with that space."""
         self.read = _BoundedReads().call

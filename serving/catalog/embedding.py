@@ -59,10 +59,9 @@ class Embedded:
 
 
 class Pace:
-    """The number of concurrent chunks, by additive increase and multiplicative decrease (Chiu and Jain 1989). One more
-    after each full set of chunks about as fast as the fastest, half as many after a much slower one. Encoders put
-    requests first, so a busy server slows chunks down; more chunks than replicas slow each other, so the number follows
-    the replicas."""
+    """The number of concurrent chunks, by additive increase and multiplicative decrease (Chiu and Jain 1989): one more
+    after each full set of chunks about as fast as the fastest, half as many after a much slower one. A busy server, or
+    more chunks than replicas, slows chunks down."""
 
     def __init__(self, most: int) -> None:
         self._most = most

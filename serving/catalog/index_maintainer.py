@@ -84,8 +84,7 @@ class IndexMaintainer:
         self, tables: Tables, settings: CatalogSettings, spaces: Callable[[], Mapping[str, bool]],
         sample: Callable[[str, int], list[str]],
     ) -> None:  # fmt: skip
-        """``spaces``: resident, live one first, True if complete; ``sample``: some row IDs, called in another
-        thread."""
+        """``spaces``: resident, live one first, True if complete; ``sample``: row IDs, called in another thread."""
         self.tables = tables
         self.settings = settings
         self._spaces = spaces
@@ -273,9 +272,8 @@ class IndexMaintainer:
 
 
 def recall_of(keys: Keys, exact: Neighbours, newer: int = 0) -> float:
-    """Share of nearest rows found. A hit counts if its exact score is at least that of the last neighbour; the index's
-    own, rounded score does not matter. ``keys``: of the hits; ``newer``: number of further hits, added after the
-    neighbours were searched."""
+    """Share of nearest rows found. A hit counts if its exact score, not the index's rounded one, is at least that of
+    the last neighbour. ``keys``: of the hits; ``newer``: number of hits added after the neighbours were searched."""
     count = min(NEIGHBOURS - newer, len(exact.scores))
     if count <= 0:
         return 1.0

@@ -231,8 +231,7 @@ def _parameters(partitions: int, factor: float | None, selector: Any) -> Any:
 
 
 def _refined(partitions: Any, finer: Any) -> Any:
-    """faiss's two-stage search over both. Its constructor requires equal row counts, but the finer code also has
-    positions of removed rows."""
+    """faiss's two-stage search, whose constructor requires equal row counts; only ``finer`` has removed positions."""
     rows, partitions.ntotal = partitions.ntotal, finer.ntotal
     engine = faiss.IndexRefine(partitions, finer)
     partitions.ntotal = rows

@@ -1,6 +1,5 @@
-"""The reconcile loop: every corpus row in every resident image space, and no deleted row in any table. Backfill,
-catch-up and dual-write are this one loop. It resumes from the tables, so a kill loses only the embeddings of the last
-seconds."""
+"""The reconcile loop: every corpus row in every resident image space, and no deleted row in any table. It is backfill,
+catch-up and dual-write in one, and resumes from the tables: a kill loses only the last seconds."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ from streams.store.sample_store import SampleStore
 
 log = logging.getLogger("ratchet.catalog")
 EXPUNGE_SECONDS: Final = 120.0
-"""Tables are rewritten this long after deletions, and old versions removed after as long again, longer than any
-search."""
+"""Tables are rewritten this long after deletions, and old versions removed after as long again."""
 OVERLAP: Final = timedelta(minutes=10)
 """Deletion receipts are read from this long before the last one, because the clocks of the deleting hosts differ."""
 

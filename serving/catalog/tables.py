@@ -89,7 +89,7 @@ class Tables:
         return set(_rows_of(self._newest(space), ids, ["id"])["id"].to_pylist())
 
     def merge(self, space: str, rows: pa.Table, vectors: Vectors) -> None:
-        """Add rows (id, domain, source, time, text; vectors [n, dim]) with new IDs in one commit, despite concurrent
+        """Add rows (id, domain, source, time, text; vectors [n, dim]) with new IDs in one commit; safe with other
         writers."""
         data = table_of(rows, vectors)
         dataset = self._newest(space)

@@ -82,8 +82,7 @@ class Processor:
 
     @property
     def multiplies_bfloat16_fast(self) -> bool:
-        """True with matrix units (tensor cores, AMX). AVX512-BF16 alone may be slower than float32; only measuring
-        tells."""
+        """True with matrix units (tensor cores, AMX). AVX512-BF16 alone may be slower than float32."""
         return self.half == "bfloat16" and (self.cuda is not None or self.amx)
 
 

@@ -338,8 +338,8 @@ def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
 
 def find_lora_targets(model: nn.Module) -> dict[str, str]:
     """Regular expressions for the layers that can carry LoRA, by tower. PEFT selects by name, so a layer's last name
-    counts only if all layers of that name in the tower are Linear, 1x1 convolution or MultiheadAttention. Layers inside
-    a MultiheadAttention are left to it: its ``out_proj`` never runs its own ``forward``, so LoRA there would get no
+    counts only if all its layers in the tower are Linear, 1x1 convolution or MultiheadAttention. Layers inside a
+    MultiheadAttention are left to it: its ``out_proj`` never runs its own ``forward``, so LoRA there gets no
     gradient."""
     from torch import nn
 

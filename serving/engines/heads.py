@@ -40,9 +40,8 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class HeadScores:
-    """Scores of n images: ``probabilities`` [n, classes] sum to 1; ``alone`` [n, classes] is each class against all
-    images together; ``distance`` [n] to the nearest class, in units of the threshold: above 1 it is none of the
-    classes."""
+    """Scores of n images: ``probabilities`` [n, classes] sum to 1; ``alone`` [n, classes]: each class against all
+    images together; ``distance`` [n] to the nearest class in units of the threshold: above 1 is none of them."""
 
     probabilities: Floats
     alone: Floats

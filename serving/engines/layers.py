@@ -89,8 +89,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear(nn.Module):
-    """``x W^T + b`` for inference, optionally followed by a GELU. Tensors are plain attributes: opaque ones must not be
-    moved or copied."""
+    """``x W^T + b`` for inference, with an optional GELU. Tensors are plain attributes: opaque ones must not be
+    moved."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gelu: nn.GELU | None = None) -> None:
         """``weight``: from :func:`pack`; ``bias``: of the same precision; ``gelu``: the following GELU, fused."""

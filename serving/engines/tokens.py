@@ -197,8 +197,7 @@ def byte_characters() -> dict[int, str]:
 
 def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
     """Byte-pair merges (Sennrich et al. 2016) in O(n log n): the pair of lowest rank is merged everywhere, left to
-    right, until no pair has a rank. As in the reference, all places of a rank are merged before newly made pairs are
-    looked at."""
+    right. As in the reference, all places of a rank are merged before newly made pairs are looked at."""
     parts: list[str] = list(symbols)
     count = len(parts)
     following = [*range(1, count), -1]

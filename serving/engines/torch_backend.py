@@ -49,8 +49,7 @@ class TorchBackend:
     def __init__(
         self, model: nn.Module, preprocess: Preprocess, device: torch.device, precision: Precision = "float32"
     ) -> None:
-        """``model``: the base in float32 (on ``device`` for that precision). Kept; only its convolution layout
-        changes."""
+        """``model``: the base in float32 (on ``device`` for that precision); its convolution layout changes."""
         self.preprocess = preprocess
         self.device = device
         self.precision = precision

@@ -31,8 +31,7 @@ SAMPLES: Final = ("a", "a photo of a cat", "a small house beside a lake, at nigh
 
 
 def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """``[n, dim]`` from ``int64 [n, width]``; unlike in open_clip's method, ``width`` may be below the context
-    length."""
+    """``[n, dim]`` from ``int64 [n, width]``; ``width`` may be below the context length, unlike in open_clip."""
     tower = _plain_tower(model)
     if tower is None:
         vectors: torch.Tensor = model.encode_text(ids)  # type: ignore[operator]

@@ -1,6 +1,5 @@
-"""Measures how a base runs fastest on this machine, for ``ratchet doctor --tune``: engine, precision, batch size, and
-encoders by threads. Encoders are measured as they run, as concurrent processes: a single process shows little of what
-several gain together."""
+"""Measures how a base runs fastest on this machine, for ``ratchet doctor --tune``. Encoders are measured as concurrent
+processes: a single process shows little of what several gain together."""
 
 from __future__ import annotations
 

@@ -48,8 +48,7 @@ class ServedModel:
 
 
 def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, settings: Settings) -> list[ServedModel]:
-    """CLIP, and the VLM if there is one. ``status``: the answer of ``/admin/v1/status``; None if the server does not
-    answer."""
+    """CLIP, and the VLM if there is one. ``status``: of ``/admin/v1/status``; None if the server does not answer."""
     controller = {} if status is None else status["controller"]
     serve = settings.serve
     asked: tuple[tuple[Family, str, str, str, str], ...] = (

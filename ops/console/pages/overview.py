@@ -79,8 +79,7 @@ def backfills(status: dict[str, Any] | None) -> list[str]:
 
 
 def problems(status: dict[str, Any] | None, *, public: bool = False) -> list[str]:
-    """Problems of the server in words; empty if there are none. ``public``: without error messages, which may contain
-    addresses and paths."""
+    """Problems of the server in words. ``public``: without error messages, which may contain addresses and paths."""
     if status is None:
         return ["The model server does not answer."]
     messages = []

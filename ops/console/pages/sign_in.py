@@ -273,7 +273,7 @@ def person(claims: Mapping[str, Any], rules: Oidc) -> str:
 
 
 def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: float) -> str:
-    """Make the key of one sign-in and return its token. Raises AccessError if the person has no scope,
+    """Make the key of one sign-in; returns its token. Raises AccessError without a right to sign in,
     LedgerUnavailable."""
     name, scopes, groups = person(claims, rules), scopes_of(claims, rules), sorted(groups_of(claims, rules))
     if not scopes:

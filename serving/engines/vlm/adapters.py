@@ -92,7 +92,7 @@ def golden_requests() -> list[GenerationRequest]:
 
 
 def fingerprint(adapter: str | None, replies: Sequence[GenerationResult]) -> str:
-    """12 hex digits of the answers' tokens, and their mean log-probability; raises :class:`AdapterError` if not
+    """12 hex digits of the answers' tokens, and their mean log-probability. Raises :class:`AdapterError`: not
     finite."""
     logprobs = [value for reply in replies for value in reply.logprobs]
     if not logprobs or not all(map(math.isfinite, logprobs)):

@@ -48,7 +48,7 @@ class BatchRow:
                 self.chance.manual_seed(self.request.seed)
 
     def choose(self, logprobs: torch.Tensor) -> int:
-        """Choose the next token from log-probabilities [vocabulary] on the CPU. Raises :class:`AdapterError` if not
+        """Choose the next token from log-probabilities [vocabulary]. Raises :class:`AdapterError` if they are not
         finite."""
         if not math.isfinite(float(logprobs.max())):
             raise AdapterError(

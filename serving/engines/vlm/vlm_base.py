@@ -60,8 +60,7 @@ class VlmBase:
         return sum((self.model / name).stat().st_size for name in self.files if name.endswith(".safetensors"))
 
     def build_model(self) -> nn.Module:
-        """The transformers model in ``eval`` mode, float32, no gradients. Raises :class:`BaseModelError` for damaged
-        files."""
+        """The transformers model in ``eval`` mode, float32, no gradients. Raises :class:`BaseModelError`."""
         import torch
         from transformers import AutoModelForImageTextToText
 
