@@ -73,8 +73,7 @@ class ConsoleData:
         return Client(self.settings.server, key, actor=actor, timeout=timeout, retries=0)
 
     def status(self, *, fresh: bool = False) -> dict[str, Any] | None:
-        """State of controller and catalog; None if the server does not answer. ``fresh``: bypass the cache, before
-        acting."""
+        """State of controller and catalog; None if the server does not answer. ``fresh``: bypass the cache."""
         return self.cached("status", self._status, seconds=0.0 if fresh else STATUS_SECONDS)
 
     def resident_releases(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:

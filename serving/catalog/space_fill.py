@@ -25,6 +25,7 @@ from serving.catalog.row_columns import grown
 from serving.catalog.tables import Tables
 
 InThread = Callable[..., Awaitable[Any]]
+"""Calls a function with its arguments in the single thread that writes tables."""
 Numbers = npt.NDArray[np.int64]
 LACKING, TAKEN, HELD = 0, 1, 2
 QUEUE_ROWS: Final = 8192

@@ -78,9 +78,9 @@ def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> d
 
 
 def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
-    """Yield ``W + s B A`` of each parameter that differs from the model's, one at a time, while it is in the CPU's
-    cache. W is the model's own weight or the adapter's replacement. Targets are Linear, ungrouped convolutions and
-    MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``). Raises
+    """Yield ``W + s B A`` of each parameter that differs from the model's, one at a time, so that immediate use finds
+    it in the CPU's cache. W is the model's own weight or the adapter's replacement. Targets are Linear, ungrouped
+    convolutions and MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``). Raises
     :class:`AdapterError` when names or shapes do not fit the model, or the sum overflows."""
     parameters = dict(model.named_parameters())
     whole = whole_weights(files)

@@ -1,4 +1,4 @@
-"""The VLM engine on transformers alone: for machines without vLLM, and as the reference for vLLM's results. The base is
+"""The VLM engine on transformers alone: for machines without vLLM, and as the baseline for vLLM. The base is
 held once; an adapter is a shell around it with its merged weights (:mod:`layers`). Waiting requests for one adapter are
 answered as one batch in a thread; other requests wait until it ends."""
 
